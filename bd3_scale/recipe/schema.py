@@ -1,0 +1,139 @@
+"""The recipe: everything a person decides about a run, typed, frozen and validated.
+
+What follows from the data (vocabulary, sequence count) is read from the data manifest, and what follows from the machine
+(world size, data-parallel degree) from the launcher: neither is stored here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the recipe; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelRecipe(Section):
+    """The transformer. Defaults give the Qwen3 shape, which the serving format needs; see DESIGN on SDAR."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt | None = Field(None, description="key/value heads; default: num_attention_heads")
+    head_dim: PositiveInt | None = Field(None, description="default: hidden_size / num_attention_heads")
+    ffn_hidden_size: PositiveInt
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_bias: bool = Field(False, description="bias of layernorm; rmsnorm has none")
+    norm_eps: PositiveFloat = 1e-6
+    qk_norm: bool = Field(True, description="RMSNorm on each head's query and key before RoPE")
+    mlp_bias: bool = False
+    attention_bias: bool = Field(False, description="bias of the query/key/value projection")
+    head_bias: bool = False
+    tie_embeddings: bool = False
+    rope_theta: PositiveFloat = 10_000.0
+    init_std: PositiveFloat = 0.02
+
+
+class DiffusionRecipe(Section):
+    """Block diffusion objective (Arriola et al., ICLR 2025)."""
+
+    block_size: PositiveInt = Field(description="L', tokens a block; 1 is autoregressive, seq_len is MDLM")
+    mask_rate_low: Share = Field(0.0, description="beta, the lower end of the clipped mask-rate interval in training")
+    mask_rate_high: Share = Field(1.0, description="omega, its upper end")
+
+
+class DataRecipe(Section):
+    """Sharded token sequences as `bd3-scale data prepare` writes them."""
+
+    path: str = Field(description="folder of the shards, or of the node-local cache when `remote` is set")
+    remote: str | None = Field(None, description="folder or object store that MosaicML streaming reads from")
+    cache_limit: str | None = Field(None, description="bound on the node-local cache, such as 100gb; needs `remote`")
+    seq_len: PositiveInt = Field(description="L, data tokens a sequence; must equal what was prepared")
+    isolate_documents: bool = Field(True, description="documents packed in one sequence do not see each other")
+    shuffle: bool = True
+    num_workers: NonNegativeInt = Field(1, description="loader processes a rank")
+
+
+class OptimizerRecipe(Section):
+    """AdamW (Loshchilov & Hutter, 2019) with a global gradient-norm clip."""
+
+    lr: PositiveFloat = 3e-4
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping")
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    decay_steps: NonNegativeInt | None = Field(None, description="wsd only; default: a fifth of the steps")
+    min_lr_ratio: Share = 0.1
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="0: no moving average is kept")
+
+
+class TrainRecipe(Section):
+    steps: PositiveInt
+    global_batch_size: PositiveInt = Field(description="sequences an optimiser step, over all ranks")
+    micro_batch_size: PositiveInt = Field(description="sequences a rank and forward")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware is quick at it")
+
+
+class ParallelRecipe(Section):
+    """How ranks split the model and the optimiser; data parallelism is what remains."""
+
+    tensor: PositiveInt = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+
+
+class EvaluationRecipe(Section):
+    every_steps: NonNegativeInt = Field(0, description="0: only at the end")
+    sequences: PositiveInt = Field(64, description="held-out sequences used during training, at the most")
+    draws: PositiveInt = Field(1, description="noise draws a sequence")
+
+
+class CheckpointRecipe(Section):
+    every_steps: NonNegativeInt = Field(0, description="0: only at the end and at SIGTERM or SIGUSR1")
+    keep_last: PositiveInt = 2
+
+
+class WandbRecipe(Section):
+    mode: Literal["auto", "online", "offline", "disabled"] = Field("auto", description="auto: online with a key, else offline")
+    project: str = "bd3_scale"
+    entity: str | None = None
+
+
+class LoggingRecipe(Section):
+    every_steps: PositiveInt = 1
+    wandb: WandbRecipe = WandbRecipe()
+
+
+class LaunchRecipe(Section):
+    """Used only where no launcher (torchrun, SLURM) has set RANK and WORLD_SIZE."""
+
+    processes: PositiveInt | None = Field(None, description="default: the GPUs of this machine, or parallel.tensor without one")
+    threads: PositiveInt | None = Field(None, description="CPU threads a process; default: cores / processes")
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str | None = Field(None, description="default: runs/<name>")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    deterministic: bool = True
+    model: ModelRecipe
+    diffusion: DiffusionRecipe
+    data: DataRecipe
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    train: TrainRecipe
+    parallel: ParallelRecipe = ParallelRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+    logging: LoggingRecipe = LoggingRecipe()
+    launch: LaunchRecipe = LaunchRecipe()

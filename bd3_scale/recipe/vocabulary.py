@@ -1,0 +1,33 @@
+"""The token ids a model and its data agree on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_PADDING_MULTIPLE = 128
+
+
+class Vocabulary(BaseModel):
+    """Special ids and the number of ids in use, the mask id included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    size: Annotated[int, Field(ge=2)]
+    eos_id: Annotated[int, Field(ge=0)]
+    mask_id: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _ids_are_distinct_and_in_range(self) -> Self:
+        for name, value in (("eos_id", self.eos_id), ("mask_id", self.mask_id)):
+            if value >= self.size:
+                raise ValueError(f"{name}={value} is outside the vocabulary of {self.size} ids (0 to {self.size - 1})")
+        if self.eos_id == self.mask_id:
+            raise ValueError(f"eos_id and mask_id are both {self.eos_id}; the mask needs an id that no text uses")
+        return self
+
+    @property
+    def padded_size(self) -> int:
+        """Rows of the embedding and the head: `size` rounded up to a multiple of 128, the same for every topology."""
+        return -(-self.size // _PADDING_MULTIPLE) * _PADDING_MULTIPLE
