@@ -1,0 +1,89 @@
+"""Spans against the mask's definition, counted out one pair at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bd3_scale.attention.reference import dense_masks
+from bd3_scale.attention.spans import check_spans, make_spans
+
+packings = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+
+
+def document_start(lengths: list[int]) -> torch.Tensor:
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return torch.tensor([s for s, n in zip(starts, lengths, strict=True) for _ in range(n)])[None]
+
+
+@given(packings, st.integers(1, 12))
+def test_masks_from_spans_are_the_definition(lengths: list[int], block_size: int) -> None:
+    noisy_to_clean, noisy_to_noisy, clean_to_clean = dense_masks(make_spans(document_start(lengths), block_size))
+    place = [(document, offset // block_size) for document, n in enumerate(lengths) for offset in range(n)]
+    for query, (document, block) in enumerate(place):
+        for key, (other_document, other_block) in enumerate(place):
+            together = document == other_document
+            assert noisy_to_clean[0, query, key] == (together and other_block < block)
+            assert noisy_to_noisy[0, query, key] == (together and other_block == block)
+            assert clean_to_clean[0, query, key] == (together and other_block <= block)
+
+
+def test_sequences_of_a_batch_keep_their_own_documents() -> None:
+    spans = make_spans(torch.cat([document_start([3, 5]), document_start([8])]), 4)
+    assert spans.dtype == torch.int32
+    assert spans[:, 0].tolist() == [[0, 0, 0, 3, 3, 3, 3, 3], [0, 0, 0, 3, 3, 3, 3, 7], [3, 3, 3, 7, 7, 7, 7, 8]]
+    assert spans[:, 1].tolist() == [[0] * 8, [0, 0, 0, 0, 4, 4, 4, 4], [4, 4, 4, 4, 8, 8, 8, 8]]
+
+
+@given(packings, st.integers(1, 12), st.data())
+def test_check_spans_catches_every_single_altered_integer(
+    lengths: list[int], block_size: int, data: st.DataObject
+) -> None:
+    spans = make_spans(document_start(lengths), block_size)
+    row = data.draw(st.integers(0, 2))
+    position = data.draw(st.integers(0, spans.shape[2] - 1))
+    altered = spans.clone()
+    altered[row, 0, position] += data.draw(st.integers(-20, 20).filter(bool))
+    check_spans(spans)
+    if not describes_blocks(altered):
+        with pytest.raises(ValueError, match="make_spans"):
+            check_spans(altered)
+
+
+def describes_blocks(spans: torch.Tensor) -> bool:
+    """Walk block by block: an altered integer can leave another valid division into documents and blocks."""
+    doc_start, block_start, block_end = spans[:, 0].tolist()
+    position = 0
+    while position < len(doc_start):
+        end = block_end[position]
+        if not position < end <= len(doc_start) or not 0 <= doc_start[position] <= position:
+            return False
+        if position == 0 and doc_start[0] != 0:
+            return False
+        if doc_start[position] not in (position, doc_start[position - 1]):
+            return False
+        if any(
+            (doc_start[i], block_start[i], block_end[i]) != (doc_start[position], position, end)
+            for i in range(position, end)
+        ):
+            return False
+        position = end
+    return True
+
+
+@pytest.mark.parametrize(
+    ("starts", "block_size", "message"),
+    [
+        (torch.zeros(4, dtype=torch.int64), 2, r"shape \(4,\)"),
+        (torch.zeros(1, 4), 2, "torch.float32"),
+        (torch.zeros(1, 4, dtype=torch.int64), 0, "block_size is 0"),
+        (torch.tensor([[0, 0, 2, 0]]), 2, "sequence 0 at position"),
+        (torch.tensor([[0, 0, 1, 1]]), 2, "sequence 0 at position"),
+        (torch.tensor([[1, 1, 2, 2]]), 2, "sequence 0 at position 0"),
+    ],
+)
+def test_wrong_documents_are_refused(starts: torch.Tensor, block_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_spans(starts, block_size)
