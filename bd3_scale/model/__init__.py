@@ -1,0 +1,1 @@
+"""The block diffusion transformer on megatron-core layers."""

@@ -1,0 +1,44 @@
+"""A model from a recipe."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+
+from bd3_scale.model.config import transformer_config
+from bd3_scale.model.init import initialise_weights
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+
+def build_model(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    groups: ProcessGroupCollection,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int | None,
+) -> BlockDiffusionTransformer:
+    """This rank's part of the model on `device`, its weights drawn from `seed`, or left uninitialised for a load."""
+    config = transformer_config(recipe.model, recipe.parallel, dtype=dtype, deterministic=recipe.deterministic)
+    model = BlockDiffusionTransformer(config, recipe.model, vocabulary, groups).to(device)
+    _mark_split_weights(model)
+    if seed is not None:
+        initialise_weights(model, num_layers=recipe.model.num_layers, init_std=recipe.model.init_std, seed=seed)
+    return model
+
+
+def _mark_split_weights(model: BlockDiffusionTransformer) -> None:
+    """Tell DeepSpeed's gradient norm which weights are split; megatron marks them only where it initialises them itself."""
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)

@@ -1,0 +1,55 @@
+"""The recipe's model in megatron-core's terms."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe
+
+_ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+
+def transformer_config(
+    model: ModelRecipe, parallel: ParallelRecipe, *, dtype: torch.dtype, deterministic: bool
+) -> TransformerConfig:
+    """megatron-core's configuration of `model`; weights are left uninitialised, see `initialise_weights`.
+
+    Fusions stay off where they need Transformer Engine or apex: `gradient_accumulation_fusion` writes `main_grad`, which
+    DeepSpeed's ZeRO never reads.
+    """
+    on_cpu = not torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.head_dim or model.hidden_size // model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        activation_func=_ACTIVATIONS[model.activation],
+        gated_linear_unit=model.activation == "swiglu",
+        normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        add_bias_linear=model.mlp_bias,
+        add_qkv_bias=model.attention_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        deterministic_mode=deterministic and not on_cpu,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=False,
+        deallocate_pipeline_outputs=False,
+    )

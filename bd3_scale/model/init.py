@@ -1,0 +1,43 @@
+"""All weight initialisation, in one place and the same for every parallel layout.
+
+Each layer's full tensor is drawn from a generator keyed by (seed, name, layer), of which a rank keeps its boxes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from bd3_scale.model.layout import Piece, parameter_layouts
+
+# Projections that write into the residual stream: their variance is divided by its number of writers (GPT-2, §2.3).
+_RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+@torch.no_grad()
+def initialise_weights(model: MegatronModule, *, num_layers: int, init_std: float, seed: int) -> None:
+    """Weights ~ N(0, init_std²), residual writers scaled by 1/√(2·num_layers); norm weights 1; biases 0."""
+    for layout in parameter_layouts(model):
+        flat = layout.parameter.data.view(-1)
+        for piece in layout.pieces:
+            values = _initial_box(piece, num_layers, init_std, seed)
+            flat[piece.start : piece.start + piece.numel].copy_(values.reshape(-1))
+
+
+def _initial_box(piece: Piece, num_layers: int, init_std: float, seed: int) -> Tensor:
+    if piece.key.endswith("bias"):
+        return torch.zeros(piece.shape)
+    if "norm" in piece.key:
+        return torch.ones(piece.shape)
+    std = init_std / math.sqrt(2 * num_layers) if piece.key.endswith(_RESIDUAL_WRITERS) else init_std
+    # Every weight is a matrix; the tensors of the decoder's layers carry the layer as a first axis.
+    layer = piece.offset[0] if len(piece.full_shape) == 3 else 0
+    digest = hashlib.sha256(f"{seed}/{piece.key}/{layer}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    full = torch.randn(piece.full_shape[-2:], generator=generator) * std
+    rows, columns = (slice(o, o + s) for o, s in zip(piece.offset[-2:], piece.shape[-2:], strict=True))
+    return full[rows, columns]

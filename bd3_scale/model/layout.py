@@ -1,0 +1,82 @@
+"""Where each parameter of a rank lies in the full tensors of the model, whatever the parallel layout.
+
+megatron-core's `sharded_state_dict` names and places tensors; this reads it once, before an optimiser takes the parameters over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous run of a parameter's elements that is one box of a full tensor.
+
+    Attributes:
+        key: name of the full tensor; all layers share one tensor whose first axis is the layer.
+        start: first element of the run in the flattened parameter.
+        shape: shape of the box, of as many axes as the full tensor.
+        offset: where the box begins in the full tensor.
+        full_shape: shape of the full tensor.
+    """
+
+    key: str
+    start: int
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    full_shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """The pieces of one parameter. `writer`: this rank writes it (replicas over tensor-parallel ranks do not)."""
+
+    parameter: nn.Parameter
+    pieces: tuple[Piece, ...]
+    writer: bool
+
+
+def parameter_layouts(model: MegatronModule) -> list[ParameterLayout]:
+    """Layouts of all trained parameters, in the order of `model.parameters()`."""
+    by_id = {}
+    for entry in nested_values(model.sharded_state_dict()):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(entry.data, nn.Parameter):
+            by_id[id(entry.data)] = ParameterLayout(entry.data, tuple(_pieces(entry)), _is_writer(entry.replica_id))
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in by_id]
+    assert not missing, f"megatron places no checkpoint tensor for {missing}"
+    return [by_id[id(p)] for p in model.parameters() if p.requires_grad]
+
+
+def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
+    parameter = entry.data
+    # A fused gate/up weight is a factory of two tensors, which are views of the parameter.
+    parts = (
+        [entry]
+        if isinstance(entry, ShardedTensor)
+        else nested_values(entry.build_fn(entry.key, parameter.detach(), entry.replica_id, None))
+    )
+    for part in parts:
+        assert part.data.is_contiguous()
+        yield Piece(
+            key=part.key,
+            start=part.data.storage_offset() - parameter.storage_offset(),
+            shape=(1,) * part.prepend_axis_num + tuple(part.local_shape),
+            offset=tuple(part.global_offset),
+            full_shape=tuple(part.global_shape),
+        )
+
+
+def _is_writer(replica_id: int | tuple[int, ...]) -> bool:
+    """The last coordinate counts data-parallel replicas, whose states ZeRO divides among them."""
+    return replica_id == 0 if isinstance(replica_id, int) else not any(replica_id[:-1])

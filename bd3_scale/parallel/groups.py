@@ -1,0 +1,106 @@
+"""Process groups: torch.distributed by the launcher's environment, split by megatron-core."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from bd3_scale.parallel import megatron_on_cpu
+from bd3_scale.recipe.schema import ParallelRecipe
+
+
+def local_device() -> torch.device:
+    """The GPU of this rank, or the CPU where there is none."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def process_groups(parallel: ParallelRecipe, *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[ProcessGroupCollection]:
+    """Join the ranks that torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) name; alone without them.
+
+    Raises:
+        ValueError: the tensor-parallel size does not divide the world size.
+    """
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        megatron_on_cpu.install()
+    _init_distributed("nccl" if device.type == "cuda" else "gloo", timeout)
+    try:
+        if dist.get_world_size() % parallel.tensor:
+            raise ValueError(
+                f"{dist.get_world_size()} processes cannot be split by parallel.tensor={parallel.tensor}: "
+                "start a multiple of it, or lower it"
+            )
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            order="tp-cp-ep-pp-dp",
+            create_gloo_process_groups=device.type == "cuda",
+            distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+        )
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _init_distributed(backend: str, timeout: timedelta) -> None:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+class DeepSpeedTopology:
+    """The process groups under the names that DeepSpeed asks of its `mpu` argument; megatron-core dropped some of them.
+
+    DeepSpeed calls "model parallel" all ranks that hold parts of one model replica, over which norms are reduced.
+    """
+
+    def __init__(self, groups: ProcessGroupCollection) -> None:
+        self._groups = groups
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.dp_cp
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.dp_cp.rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.dp_cp.size()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.mp
+
+    def get_model_parallel_rank(self) -> int:
+        return self._groups.mp.rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._groups.mp.size()
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.tp
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._groups.tp.rank()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._groups.tp.size()
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.pp
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self._groups.pp.rank()
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self._groups.pp.size()
