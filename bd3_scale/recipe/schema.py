@@ -1,11 +1,13 @@
 """The recipe: everything a person decides about a run, typed, frozen and validated.
 
-What follows from the data (vocabulary, sequence count) is read from the data manifest, and what follows from the machine
-(world size, data-parallel degree) from the launcher: neither is stored here.
+What follows from the data (vocabulary, sequence count) is read from the data manifest, and what follows from the
+machine (world size, data-parallel degree) from the launcher: neither is stored here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,12 +16,22 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+AdamBeta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RecipeError(ValueError):
+    """What is wrong with a recipe: every problem that was found, one line each."""
+
+    def __init__(self, problems: Sequence[str], source: str = "recipe") -> None:
+        self.problems = tuple(problems)
+        separator = "\n  - " if len(self.problems) > 1 else " "
+        super().__init__(f"{source}:" + "".join(separator + problem for problem in self.problems))
 
 
 class Section(BaseModel):
-    """A frozen part of the recipe; an unknown key is an error."""
+    """A frozen part of the recipe; an unknown key is an error, and so is a value that would need a conversion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelRecipe(Section):
@@ -43,6 +55,16 @@ class ModelRecipe(Section):
     rope_theta: PositiveFloat = 10_000.0
     init_std: PositiveFloat = 0.02
 
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
 
 class DiffusionRecipe(Section):
     """Block diffusion objective (Arriola et al., ICLR 2025)."""
@@ -57,7 +79,11 @@ class DataRecipe(Section):
 
     path: str = Field(description="folder of the shards, or of the node-local cache when `remote` is set")
     remote: str | None = Field(None, description="folder or object store that MosaicML streaming reads from")
-    cache_limit: str | None = Field(None, description="bound on the node-local cache, such as 100gb; needs `remote`")
+    cache_limit: str | None = Field(
+        None,
+        pattern=r"(?i)^\d+(\.\d+)?[kmgt]b$",
+        description="bound on the node-local cache, such as 100gb; needs `remote`",
+    )
     seq_len: PositiveInt = Field(description="L, data tokens a sequence; must equal what was prepared")
     isolate_documents: bool = Field(True, description="documents packed in one sequence do not see each other")
     shuffle: bool = True
@@ -68,7 +94,7 @@ class OptimizerRecipe(Section):
     """AdamW (Loshchilov & Hutter, 2019) with a global gradient-norm clip."""
 
     lr: PositiveFloat = 3e-4
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: Annotated[tuple[AdamBeta, AdamBeta], Field(strict=False)] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping")
@@ -83,7 +109,9 @@ class TrainRecipe(Section):
     steps: PositiveInt
     global_batch_size: PositiveInt = Field(description="sequences an optimiser step, over all ranks")
     micro_batch_size: PositiveInt = Field(description="sequences a rank and forward")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware is quick at it")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the hardware is quick at it"
+    )
 
 
 class ParallelRecipe(Section):
@@ -105,7 +133,9 @@ class CheckpointRecipe(Section):
 
 
 class WandbRecipe(Section):
-    mode: Literal["auto", "online", "offline", "disabled"] = Field("auto", description="auto: online with a key, else offline")
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online with a key, else offline"
+    )
     project: str = "bd3_scale"
     entity: str | None = None
 
@@ -118,7 +148,9 @@ class LoggingRecipe(Section):
 class LaunchRecipe(Section):
     """Used only where no launcher (torchrun, SLURM) has set RANK and WORLD_SIZE."""
 
-    processes: PositiveInt | None = Field(None, description="default: the GPUs of this machine, or parallel.tensor without one")
+    processes: PositiveInt | None = Field(
+        None, description="default: the GPUs of this machine, or parallel.tensor without one"
+    )
     threads: PositiveInt | None = Field(None, description="CPU threads a process; default: cores / processes")
 
 
@@ -137,3 +169,8 @@ class Recipe(Section):
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     logging: LoggingRecipe = LoggingRecipe()
     launch: LaunchRecipe = LaunchRecipe()
+
+    @property
+    def run_path(self) -> Path:
+        """Folder of everything that the run writes."""
+        return Path(self.run_dir or f"runs/{self.name}")

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_PADDING_MULTIPLE = 128
+PADDING_MULTIPLE = 128
 
 
 class Vocabulary(BaseModel):
@@ -30,4 +30,4 @@ class Vocabulary(BaseModel):
     @property
     def padded_size(self) -> int:
         """Rows of the embedding and the head: `size` rounded up to a multiple of 128, the same for every topology."""
-        return -(-self.size // _PADDING_MULTIPLE) * _PADDING_MULTIPLE
+        return -(-self.size // PADDING_MULTIPLE) * PADDING_MULTIPLE
