@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from bd3_scale.attention.dispatch import QKV
 
-CHUNK = 128
+CHUNK = 64
 
 Pair = Sequence[Tensor | None]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
