@@ -89,7 +89,7 @@ def _tensor_parallel_problems(model: ModelRecipe, tensor: int) -> Iterator[str]:
             )
     if PADDING_MULTIPLE % tensor:
         yield (
-            f"the vocabulary is padded to a multiple of {PADDING_MULTIPLE}, and parallel.tensor={tensor} does not divide "
+            f"the vocabulary is padded to a multiple of {PADDING_MULTIPLE}, and tensor={tensor} does not divide "
             f"that: take parallel.tensor {_nearest_divisors(PADDING_MULTIPLE, tensor)}"
         )
 
