@@ -1,0 +1,161 @@
+"""The direction of imports between the rooms of the package, read from the source without running it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "bd3_scale"
+
+FLOORS = [
+    {"recipe", "diffusion", "attention", "resilience"},
+    {"model", "observe", "launch"},
+    {"parallel"},
+    {"data", "checkpoint", "generate"},
+    {"evaluate"},
+    {"train", "convert"},
+    {"cli"},
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+# Outside name -> the rooms that may import it.
+RESERVED = {
+    "megatron": {"model", "parallel"},
+    "megatron.core.parallel_state": {"parallel"},
+    "megatron.core.mpu": {"parallel"},
+    "deepspeed": {"parallel"},
+    "recipes": set(),
+    "cluster": set(),
+    "tools": set(),
+    "tests": set(),
+}
+# Used where a machine has them: triton comes with a CUDA torch, NVIDIA's apex is built from source.
+OPTIONAL = {"triton", "amp_C", "apex"}
+STANDARD_LIBRARY_ALONE = {"launch/local.py", "launch/supervise.py"}
+
+
+def imported_names(path: Path, package: Path) -> Iterator[str]:
+    """Dotted names that a file imports anywhere in it, `from a import b` as `a.b`."""
+    parents = [package.name, *path.relative_to(package).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"importlib.import_module", "__import__"}:
+            yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def is_within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def violations(package: Path) -> list[str]:
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        relative = path.relative_to(package).as_posix()
+        room = relative.partition("/")[0].removesuffix(".py")
+        if room != "__init__" and room not in FLOOR_OF:
+            found.append(f"{relative}: is in no known room")
+            continue
+        for name in imported_names(path, package):
+            found += [f"{relative} imports {name}: {rule}" for rule in broken_rules(relative, room, name, package.name)]
+    return found
+
+
+def broken_rules(relative: str, room: str, name: str, package: str) -> Iterator[str]:
+    if relative == "__init__.py":
+        yield "the package itself imports nothing"
+        return
+    for reserved, rooms in RESERVED.items():
+        if is_within(name, reserved) and room not in rooms:
+            yield f"{reserved} is for {sorted(rooms) or 'no part of the package'}"
+    if relative in STANDARD_LIBRARY_ALONE and name.partition(".")[0] not in sys.stdlib_module_names:
+        yield "this file uses the standard library alone"
+    if is_within(name, package):
+        other = name.split(".")[1] if "." in name else "__init__"
+        if other != room and FLOOR_OF.get(other, len(FLOORS)) >= FLOOR_OF[room]:
+            yield f"{other} is not on a floor below {room}"
+
+
+def test_the_package_keeps_the_direction() -> None:
+    assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "words"),
+    [
+        ("__init__.py", "import os", "imports nothing"),
+        (
+            "recipe/schema.py",
+            "from bd3_scale.diffusion import noise",
+            "diffusion is not on a floor below recipe",
+        ),
+        ("attention/cpu.py", "import bd3_scale.recipe.schema", "recipe is not on a floor below attention"),
+        (
+            "model/transformer.py",
+            "def f():\n    from bd3_scale.parallel import groups",
+            "parallel is not on a floor below",
+        ),
+        ("observe/plot.py", "from ..model import transformer", "model is not on a floor below observe"),
+        ("data/stream.py", "from bd3_scale import train", "train is not on a floor below data"),
+        (
+            "train/loop.py",
+            "import importlib\nimportlib.import_module('bd3_scale.convert.hf')",
+            "convert is not on a floor",
+        ),
+        ("evaluate/nelbo.py", "from bd3_scale.nowhere import x", "nowhere is not on a floor below"),
+        ("evaluate/nelbo.py", "import bd3_scale", "__init__ is not on a floor below"),
+        ("train/loop.py", "from tools.quickstart import main", "tools is for no part"),
+        ("train/loop.py", "import megatron.core", "megatron is for ['model', 'parallel']"),
+        (
+            "model/attention.py",
+            "from megatron.core import parallel_state",
+            "megatron.core.parallel_state is for ['parallel']",
+        ),
+        ("model/attention.py", "from megatron.core.parallel_state import x", "megatron.core.parallel_state is for"),
+        ("checkpoint/save.py", "import deepspeed", "deepspeed is for ['parallel']"),
+        ("launch/local.py", "import yaml", "standard library alone"),
+        ("cellar/wine.py", "", "no known room"),
+    ],
+)
+def test_a_wrong_import_is_found(tmp_path: Path, file: str, source: str, words: str) -> None:
+    path = tmp_path / "bd3_scale" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    (violation,) = violations(tmp_path / "bd3_scale")
+    assert file in violation
+    assert words in violation
+
+
+def test_a_right_import_passes(tmp_path: Path) -> None:
+    path = tmp_path / "bd3_scale/parallel/zero.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import deepspeed\nfrom megatron.core import parallel_state\nfrom . import groups\n"
+        "from bd3_scale.parallel.groups import x\nfrom bd3_scale.model.transformer import y\nfrom ..recipe import schema\n"
+    )
+    assert violations(tmp_path / "bd3_scale") == []
+
+
+def test_every_library_that_the_package_imports_is_declared() -> None:
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared_names = {re.split(r"[<>=!~ \[]", requirement)[0].lower().replace("_", "-") for requirement in declared}
+    imported = {name.partition(".")[0] for path in PACKAGE.rglob("*.py") for name in imported_names(path, PACKAGE)}
+    outside = imported - sys.stdlib_module_names - {PACKAGE.name} - OPTIONAL
+    distributions = packages_distributions()
+    undeclared = {
+        name
+        for name in outside
+        if declared_names.isdisjoint(d.lower().replace("_", "-") for d in distributions.get(name, [name]))
+    }
+    assert undeclared == set()
