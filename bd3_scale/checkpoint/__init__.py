@@ -1,0 +1,1 @@
+"""Sharded, topology-free checkpoints: complete or absent."""

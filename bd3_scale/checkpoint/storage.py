@@ -1,0 +1,134 @@
+"""torch.distributed.checkpoint's storage as safetensors files and a JSON index: no pickle is written or read.
+
+A rank writes its boxes to one file; `index.json` says which file holds which box of which tensor. A reader maps a file and
+takes from it only the part of a box that it needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+INDEX = "index.json"
+
+
+def _name(index: MetadataIndex) -> str:
+    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+class SafetensorsWriter(StorageWriter):
+    """Writes into `folder`, which must exist. Files are not yet synced to disk: the commit does that."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder = folder
+        self._file = f"rank-{rank:05d}.safetensors"
+
+    def reset(self, checkpoint_id: object = None) -> None:
+        """Nothing is kept between saves."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """The folder is there already."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        tensors = {_name(item.index): planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
+        if tensors:
+            save_file(tensors, self._folder / self._file)
+        return _done([WriteResult(item.index, tensors[_name(item.index)].nbytes, self._file) for item in plan.items])
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files = {_name(result.index): result.storage_data for rank in results for result in rank}
+        index = {}
+        for key, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            boxes = [
+                {"offset": list(c.offsets), "shape": list(c.sizes), "file": files[_name(MetadataIndex(key, c.offsets))]}
+                for c in tensor.chunks
+            ]
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            index[key] = {"dtype": dtype, "shape": list(tensor.size), "boxes": boxes}
+        (self._folder / INDEX).write_text(json.dumps(index))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
+        return True
+
+
+class SafetensorsReader(StorageReader):
+    """Reads what `SafetensorsWriter` wrote to `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[MetadataIndex, str] = {}
+
+    def reset(self, checkpoint_id: object = None) -> None:
+        """Nothing is kept between loads."""
+
+    def read_metadata(self) -> Metadata:  # type: ignore[override]
+        tensors = {}
+        files = {}
+        for key, entry in json.loads((self._folder / INDEX).read_text()).items():
+            chunks = [ChunkStorageMetadata(torch.Size(b["offset"]), torch.Size(b["shape"])) for b in entry["boxes"]]
+            files |= {MetadataIndex(key, b["offset"]): b["file"] for b in entry["boxes"]}
+            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
+            tensors[key] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+        return Metadata(state_dict_metadata=tensors, storage_data=files)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._files = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file = defaultdict(list)
+        for item in plan.items:
+            by_file[self._files[item.storage_index]].append(item)
+        for file, items in by_file.items():
+            with safe_open(self._folder / file, framework="pt") as tensors:
+                for item in items:
+                    box = tensors.get_slice(_name(item.storage_index))
+                    source = box[tuple(_ranges(item.storage_offsets, item.lengths))]
+                    target = planner.resolve_tensor(item)
+                    target.copy_(source.view(target.shape))
+                    planner.commit_tensor(item, target)
+        return _done(None)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
+        return True
+
+
+def _ranges(offsets: Iterable[int], lengths: Iterable[int]) -> Iterable[slice]:
+    return (slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))

@@ -1,0 +1,45 @@
+"""Agreement between ranks on things that one of them does or sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from bd3_scale.parallel.groups import local_device
+
+T = TypeVar("T")
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and give its result, which must be picklable, to all ranks (collective).
+
+    Raises:
+        ValueError, OSError: on every rank, where `action` raised one on rank 0; nobody is left waiting.
+    """
+    outcome: list[T | ValueError | OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[0] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], ValueError | OSError):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank (collective)."""
+    value = torch.tensor(int(flag), device=local_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+def gather_objects(item: T, group: dist.ProcessGroup) -> Sequence[T]:
+    """`item` of every rank of `group`, in the order of ranks (collective)."""
+    items: list[T] = [item] * group.size()
+    dist.all_gather_object(items, item, group=group)
+    return items
