@@ -1,0 +1,1 @@
+"""Spans, attention of both streams under the block diffusion mask, and decoding."""

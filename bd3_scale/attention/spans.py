@@ -3,7 +3,7 @@
 B batch, L data tokens a sequence. Position i of a sequence holds `doc_start` (where its document starts), `block_start`
 and `block_end` (its block, end exclusive). A clean query sees the clean keys [doc_start, block_end); a noisy query sees
 the clean keys [doc_start, block_start) and the noisy keys [block_start, block_end): the block-causal mask of BD3-LM
-(Arriola et al., ICLR 2025, section 3.1) with documents kept apart.
+(Arriola et al., ICLR 2025, section 3) with documents kept apart.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Noise schedule, counter-based noise and the NELBO."""

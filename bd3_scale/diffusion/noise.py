@@ -1,0 +1,103 @@
+"""Counter-based noise: which tokens are masked is a pure function of seed, epoch, sample and draw.
+
+Random bits are Philox4x64-10 (Salmon et al., SC 2011) as `numpy.random.Philox` computes it, of which only the raw
+stream is used, so that no other part of numpy can change them. The key is (seed, epoch), or (seed, step) for levels
+stratified over a global batch; the counter words are (index // 4, draw, sample id, purpose). Whatever ranks,
+micro-batches and workers there are, a sample meets the same noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bd3_scale.diffusion.schedule import mask_rate
+
+
+@dataclass(frozen=True)
+class Noise:
+    """masked: bool [B, L]; mask_rate: float32 [B, L], the probability with which each token's block was masked."""
+
+    masked: Tensor
+    mask_rate: Tensor
+
+
+class _Purpose(IntEnum):
+    """Last counter word. The numbers are part of every run's noise: add, never renumber."""
+
+    MASK = 0
+    BLOCK_ORDER = 1
+    BLOCK_LEVEL = 2
+    BATCH_ORDER = 3
+    BATCH_LEVEL = 4
+
+
+def draw_noise(
+    block_start: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    sample_ids: Tensor,
+    low: float,
+    high: float,
+    step: int | None = None,
+    slots: Tensor | None = None,
+    global_batch_size: int | None = None,
+    draw: int = 0,
+    num_draws: int = 1,
+) -> Noise:
+    """Masks of a batch on the host, the same however the global batch is split.
+
+    block_start: int [B, L], second row of the spans; sample_ids: int [B], each sequence's number in the data set;
+    low, high: interval of mask rates (0 and 1 in evaluation).
+
+    A sequence of K blocks takes one noise level from each K-th of [0, 1], in an order of its own:
+    t_b = (π(b) + u_b) / K. In training, a sequence that is a single block does so among its global batch: `step`,
+    `slots` (int [B], each sequence's place in the global batch) and `global_batch_size` are given together. Without
+    them, in evaluation, its level is its own. Draw d of `num_draws` rotates every level by d / num_draws within
+    [0, 1), which stratifies a block's levels over the draws and leaves each uniform (Cranley & Patterson, 1976).
+
+    ValueError: mask rates outside [0, 1], or `draw` outside [0, num_draws).
+    """
+    if not 0 <= draw < num_draws:
+        raise ValueError(f"draw {draw} of {num_draws}: give 0 <= draw < num_draws")
+    starts = block_start.numpy(force=True)
+    num_sequences, seq_len = starts.shape
+    block = np.cumsum(starts == np.arange(seq_len), axis=1) - 1
+    batch_levels = np.empty(0)
+    if step is not None:
+        assert slots is not None
+        assert global_batch_size is not None
+        all_levels = _levels(global_batch_size, (seed, step), 0, _Purpose.BATCH_ORDER, _Purpose.BATCH_LEVEL)
+        batch_levels = all_levels[slots.numpy(force=True)]
+    masked = np.empty(starts.shape, dtype=np.bool_)
+    rates = np.empty(starts.shape, dtype=np.float32)
+    for row, sample_id in zip(range(num_sequences), sample_ids.tolist(), strict=True):
+        num_blocks = int(block[row, -1]) + 1
+        if num_blocks == 1 and step is not None:
+            levels = batch_levels[row, None]
+        else:
+            levels = _levels(num_blocks, (seed, epoch), sample_id, _Purpose.BLOCK_ORDER, _Purpose.BLOCK_LEVEL)
+        rates[row] = mask_rate((levels + draw / num_draws) % 1.0, low, high)[block[row]]
+        uniform = _uniform(seq_len, (seed, epoch), sample_id, _Purpose.MASK, draw)
+        # Compared in float64: a token is masked with exactly the float32 rate that the loss divides by.
+        masked[row] = uniform < rates[row].astype(np.float64)
+    return Noise(torch.from_numpy(masked), torch.from_numpy(rates))
+
+
+def _levels(count: int, key: tuple[int, int], sample_id: int, order: _Purpose, level: _Purpose) -> NDArray[np.float64]:
+    """One noise level from each of `count` equal parts of [0, 1], in random order: (π(i) + u_i) / count."""
+    permutation = _uniform(count, key, sample_id, order).argsort(kind="stable")
+    return (permutation + _uniform(count, key, sample_id, level)) / count
+
+
+def _uniform(count: int, key: tuple[int, int], sample_id: int, purpose: _Purpose, draw: int = 0) -> NDArray[np.float64]:
+    """float64 [count] in [0, 1), multiples of 2^-53; the first n do not depend on `count`."""
+    counter = np.array([0, draw, sample_id, purpose], dtype=np.uint64)
+    bits = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=counter).random_raw(count)
+    return (bits >> np.uint64(11)) * 2.0**-53
