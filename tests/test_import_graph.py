@@ -142,7 +142,7 @@ def test_a_right_import_passes(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(
         "import deepspeed\nfrom megatron.core import parallel_state\nfrom . import groups\n"
-        "from bd3_scale.parallel.groups import x\nfrom bd3_scale.model.transformer import y\nfrom ..recipe import schema\n"
+        "from bd3_scale.parallel.groups import x\nfrom bd3_scale.model import y\nfrom ..recipe import schema\n"
     )
     assert violations(tmp_path / "bd3_scale") == []
 

@@ -1,0 +1,1 @@
+"""Starting a run's processes: on this machine, or through SLURM."""

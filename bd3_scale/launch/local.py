@@ -1,0 +1,151 @@
+"""Starts the processes of a run on this machine and keeps them together until the last has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+# What the ranks of a failed run get between SIGTERM and SIGKILL; nothing they could still save would be consistent.
+GRACE_SECONDS = 10.0
+
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+Rank = subprocess.Popen[bytes]
+Events = SimpleQueue["signal.Signals | Rank"]
+
+
+def launch(argv: Sequence[str], processes: int, threads: int, log_dir: Path) -> int:
+    """Runs `argv` in several processes under torchrun's environment protocol and waits for all of them.
+
+    Each gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS. Rank 0
+    writes to this process's stdout and stderr, rank k > 0 appends both to `log_dir/rank<k>.log`. SIGTERM, SIGUSR1 and
+    SIGINT are passed on to every rank, once each. When a rank fails, the others get SIGTERM and, after `GRACE_SECONDS`,
+    SIGKILL. No rank outlives this process, however it ends (Linux: PR_SET_PDEATHSIG). Must be called from the main
+    thread.
+
+    Args:
+        processes: ranks to start.
+        threads: CPU threads of each rank.
+
+    Returns:
+        0, or the exit code of the rank that failed first (128 + n where signal n killed it).
+
+    Raises:
+        OSError: `argv` cannot be started or a log cannot be written; no rank is left running.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    events: Events = SimpleQueue()
+    previous = {s: signal.signal(s, lambda number, _: events.put(signal.Signals(number))) for s in _FORWARDED}
+    ranks: list[Rank] = []
+    try:
+        port = _free_port()
+        for rank in range(processes):
+            ranks.append(_start(argv, rank, processes, threads, port, _log_path(log_dir, rank)))
+        for process in ranks:
+            threading.Thread(target=_report_end, args=(process, events), daemon=True).start()
+        return _supervise(ranks, events, log_dir)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _log_path(log_dir: Path, rank: int) -> Path | None:
+    return log_dir / f"rank{rank}.log" if rank else None
+
+
+def _start(argv: Sequence[str], rank: int, processes: int, threads: int, port: int, log: Path | None) -> Rank:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
+    }
+    with contextlib.nullcontext() if log is None else log.open("ab") as output:
+        return subprocess.Popen(
+            argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            # A group of its own: a terminal's Ctrl-C reaches a rank through this process alone.
+            process_group=0,
+            preexec_fn=functools.partial(_die_with, os.getpid()),
+        )
+
+
+def _die_with(parent: int) -> None:
+    if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _report_end(process: Rank, events: Events) -> None:
+    # The process stays a zombie, so that its id cannot become another's before the main thread has reaped it.
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    events.put(process)
+
+
+def _supervise(ranks: list[Rank], events: Events, log_dir: Path) -> int:
+    running = list(ranks)
+    exit_code = 0
+    deadline: float | None = None
+    while running:
+        try:
+            event = events.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except Empty:
+            _send(signal.SIGKILL, running)
+            deadline = None
+            continue
+        if isinstance(event, signal.Signals):
+            _send(event, running)
+            continue
+        running.remove(event)
+        code = event.wait()
+        if code and not exit_code:
+            exit_code = code if code > 0 else 128 - code
+            _explain(ranks.index(event), code, log_dir)
+            _send(signal.SIGTERM, running)
+            deadline = time.monotonic() + GRACE_SECONDS
+    return exit_code
+
+
+def _send(number: signal.Signals, ranks: list[Rank]) -> None:
+    for process in ranks:
+        os.kill(process.pid, number)
+
+
+def _explain(rank: int, code: int, log_dir: Path) -> None:
+    how = f"failed with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+    log = _log_path(log_dir, rank)
+    if log is None:
+        print(f"rank {rank} {how}; its output is above", file=sys.stderr, flush=True)
+        return
+    with log.open("rb") as output:
+        output.seek(max(0, log.stat().st_size - 2**16))
+        tail = output.read().decode(errors="replace").splitlines()[-20:]
+    print(f"rank {rank} {how}; the end of {log}:", *tail, sep="\n  ", file=sys.stderr, flush=True)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bd3_scale.launch.local import launch
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from bd3_scale.launch import local
+local.GRACE_SECONDS = 1.0
+sys.exit(local.launch([sys.executable, "-c", sys.argv[1]], 2, 3, Path(sys.argv[2])))
+"""
+
+# A rank that writes down each signal it gets and ends a little after SIGTERM.
+RECORDER = """
+import os, signal, sys, time
+from pathlib import Path
+record = Path(os.environ["LOGS"]) / ("signals" + os.environ["RANK"])
+got = []
+def note(number, frame):
+    got.append(signal.Signals(number).name)
+    record.write_text(" ".join(got))
+for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+    signal.signal(getattr(signal, name), note)
+record.with_name("pid" + os.environ["RANK"]).write_text(str(os.getpid()))
+while "SIGTERM" not in got:
+    time.sleep(0.02)
+time.sleep(0.2)
+"""
+
+
+def run(rank_program: str, logs: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LAUNCHER, rank_program, str(logs)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+def start(rank_program: str, logs: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", LAUNCHER, rank_program, str(logs)]
+    logs.mkdir()
+    return subprocess.Popen(
+        command, env=os.environ | {"LOGS": str(logs)}, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def rank_pids(logs: Path) -> list[int]:
+    wait_for(lambda: all((logs / f"pid{k}").exists() and (logs / f"pid{k}").read_text() for k in (0, 1)))
+    return [int((logs / f"pid{k}").read_text()) for k in (0, 1)]
+
+
+def test_ranks_meet_through_the_environment_that_torchrun_documents(tmp_path: Path) -> None:
+    program = f"""
+import json, os, socket
+names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"]
+mine = {{name: int(os.environ[name]) for name in names}}
+address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+if mine["RANK"] == 0:
+    with socket.create_server(address) as server:
+        peer, _ = server.accept()
+        open({str(tmp_path / "met")!r}, "w").write(json.dumps([mine, json.loads(peer.recv(4096))]))
+else:
+    while True:
+        try:
+            socket.create_connection(address).sendall(json.dumps(mine).encode())
+            break
+        except ConnectionRefusedError:
+            pass
+"""
+    assert run(program, tmp_path / "logs").returncode == 0
+    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 3}
+    assert json.loads((tmp_path / "met").read_text()) == [{"RANK": k, "LOCAL_RANK": k, **common} for k in (0, 1)]
+
+
+def test_rank_0_speaks_and_the_others_write_logs(tmp_path: Path) -> None:
+    program = """
+import os, sys
+print("out of", os.environ["RANK"], flush=True)
+print("err of", os.environ["RANK"], file=sys.stderr, flush=True)
+"""
+    for _ in range(2):
+        done = run(program, tmp_path)
+        assert (done.stdout, done.stderr) == ("out of 0\n", "err of 0\n")
+    assert (tmp_path / "rank1.log").read_text() == "out of 1\nerr of 1\n" * 2
+    assert not (tmp_path / "rank0.log").exists()
+
+
+def test_a_failing_rank_ends_the_run_with_its_code_and_last_words(tmp_path: Path) -> None:
+    program = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    print("\\n".join(f"line {i}" for i in range(100)))
+    sys.exit("the shard is gone")
+time.sleep(60)
+"""
+    begin = time.monotonic()
+    done = run(program, tmp_path)
+    assert time.monotonic() - begin < 10
+    assert done.returncode == 1
+    assert "rank 1 failed with exit code 1" in done.stderr
+    assert "the shard is gone" in done.stderr
+    assert "line 99" in done.stderr
+    assert "line 50" not in done.stderr
+
+
+def test_the_rank_that_failed_first_is_blamed_not_the_one_that_lost_its_peer(tmp_path: Path) -> None:
+    program = """
+import os, socket, sys, time
+address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+if os.environ["RANK"] == "0":
+    server = socket.create_server(address)
+    peer, _ = server.accept()
+    peer.recv(1)
+    sys.exit(4)
+while True:
+    try:
+        connection = socket.create_connection(address)
+        break
+    except ConnectionRefusedError:
+        pass
+os._exit(7)
+"""
+    done = run(program, tmp_path)
+    assert done.returncode == 7
+    assert "rank 1 failed with exit code 7" in done.stderr
+    assert "rank 0" not in done.stderr
+
+
+def test_a_rank_killed_by_a_signal_is_named_and_counts_as_failed(tmp_path: Path) -> None:
+    done = run("import os; os.environ['RANK'] == '0' and os.kill(os.getpid(), 9)", tmp_path)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "rank 0 was killed by SIGKILL" in done.stderr
+
+
+def test_a_rank_deaf_to_sigterm_is_killed_after_the_grace_period(tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys, time
+from pathlib import Path
+deaf = Path({str(tmp_path / "deaf")!r})
+if os.environ["RANK"] == "0":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    deaf.touch()
+    time.sleep(60)
+while not deaf.exists():
+    time.sleep(0.02)
+sys.exit(5)
+"""
+    begin = time.monotonic()
+    assert run(program, tmp_path).returncode == 5
+    assert 1.0 < time.monotonic() - begin < 15
+
+
+@pytest.mark.parametrize("to_group", [False, True], ids=["launcher", "terminal"])
+def test_signals_reach_every_rank_exactly_once(tmp_path: Path, to_group: bool) -> None:
+    logs = tmp_path / "logs"
+    launcher = start(RECORDER, logs)
+    rank_pids(logs)
+    send = os.killpg if to_group else os.kill
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+        send(launcher.pid, number)
+        wait_for(lambda name=number.name: all(name in _read(logs / f"signals{k}") for k in (0, 1)))
+    assert launcher.wait(timeout=10) == 0
+    assert [_read(logs / f"signals{k}") for k in (0, 1)] == ["SIGUSR1 SIGINT SIGTERM"] * 2
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    launcher = start(RECORDER, logs)
+    pids = rank_pids(logs)
+    assert all(map(is_alive, pids))
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not any(map(is_alive, pids)))
+
+
+def test_what_cannot_start_leaves_nothing_running_and_no_handler_behind(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(FileNotFoundError):
+        launch(["/no/such/program"], 2, 1, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        launch([sys.executable, "-c", "pass"], 2, 1, tmp_path / "file" / "logs")
+    (tmp_path / "rank1.log").mkdir()
+    marker = tmp_path / "still alive"
+    with pytest.raises(IsADirectoryError):
+        launch([sys.executable, "-c", f"import time; time.sleep(1); open({str(marker)!r}, 'w')"], 2, 1, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    time.sleep(1.2)
+    assert not marker.exists()
