@@ -1,0 +1,1 @@
+"""Sampling text block by block."""

@@ -1,0 +1,141 @@
+"""Block by block with a KV cache of the clean prefix; inside a block, first-hitting ancestral sampling.
+
+Blocks are aligned to position 0 including the prompt, whose tail is clean tokens of the first generated block.
+
+Shapes: B samples, L' tokens a block, V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bd3_scale.attention.spans import make_spans
+from bd3_scale.model.kv_cache import KVCache
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+
+ENTROPY_WINDOW = 256
+ENTROPY_THRESHOLD = 4.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`tokens`: generated ids, without the prompt and without EOS; `nfe`: denoising passes; `cache_passes`: apart from them."""
+
+    tokens: list[int]
+    stopped_by: str
+    nfe: int
+    cache_passes: int
+
+
+@torch.no_grad()
+def generate(
+    model: BlockDiffusionTransformer,
+    prompt: list[int],
+    *,
+    block_size: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    on_block: Callable[[list[int]], object] = lambda tokens: None,
+) -> Sample:
+    """Continue `prompt` by up to `max_new_tokens` tokens; all tensor-parallel ranks call it alike (collective).
+
+    A denoising pass unmasks one token of the block, at a place drawn uniformly among the masked ones: the reverse process of
+    masked diffusion simulated exactly (first hitting; Zheng et al., ICLR 2025), in as many passes as there are masked tokens.
+    Sampling stops after the block that holds EOS, or when the entropy of the last 256 tokens falls below 4 nats.
+    `on_block` gets each finished block's new tokens.
+
+    Raises:
+        ValueError: a prompt with ids outside the clean vocabulary, or a limit below 1.
+    """
+    _check(model, prompt, max_new_tokens, temperature)
+    model.eval()
+    eos, mask_id = model.vocabulary.eos_id, model.vocabulary.mask_id
+    device = next(model.parameters()).device
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)))
+    whole = len(prompt) // block_size * block_size
+    cache = model.new_cache(1, -(-(len(prompt) + max_new_tokens) // block_size) * block_size)
+    cache_passes = 0
+    if whole:
+        _prefill(model, prompt[:whole], block_size, cache, device)
+        cache_passes += 1
+    tokens, nfe, stopped_by = list(prompt), 0, "length"
+    while len(tokens) - len(prompt) < max_new_tokens:
+        start = cache.length
+        given = tokens[start:]
+        block = torch.tensor([given + [mask_id] * (block_size - len(given))], device=device)
+        positions = torch.arange(start, start + block_size, device=device)[None]
+        nfe += _denoise(model, block, positions, cache, random, temperature)
+        new = block[0, len(given) :].tolist()
+        tokens += new
+        on_block(new)
+        if eos in new:
+            stopped_by = "eos"
+            break
+        if len(tokens) - len(prompt) >= max_new_tokens:
+            break
+        if _entropy(tokens[len(prompt) :]) < ENTROPY_THRESHOLD:
+            stopped_by = "entropy"
+            break
+        model.decode(block, positions, cache, commit=True)
+        cache_passes += 1
+    generated = tokens[len(prompt) :][:max_new_tokens]
+    if eos in generated:
+        generated = generated[: generated.index(eos)]
+    return Sample(generated, stopped_by, nfe, cache_passes)
+
+
+def _check(model: BlockDiffusionTransformer, prompt: list[int], max_new_tokens: int, temperature: float) -> None:
+    vocabulary = model.vocabulary
+    bad = [i for i in prompt if not 0 <= i < vocabulary.size or i == vocabulary.mask_id]
+    if bad:
+        raise ValueError(f"the prompt holds ids {bad[:5]} that are no clean tokens of this vocabulary of {vocabulary.size}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: give at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}: give 0 (most likely token) or above")
+
+
+def _prefill(model: BlockDiffusionTransformer, tokens: list[int], block_size: int, cache: KVCache, device: torch.device) -> None:
+    clean = torch.tensor([tokens], device=device)
+    spans = make_spans(torch.zeros_like(clean, dtype=torch.int32), block_size)
+    model.prefill(clean, torch.arange(len(tokens), device=device)[None], spans, cache)
+
+
+def _denoise(
+    model: BlockDiffusionTransformer,
+    block: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    random: np.random.Generator,
+    temperature: float,
+) -> int:
+    """Fill the masked tokens of `block` [1, L'] in place, one a pass; returns the number of passes."""
+    order = (block[0] == model.vocabulary.mask_id).nonzero()[:, 0].tolist()
+    random.shuffle(order)
+    for place in order:
+        logits_V = model.decode(block, positions, cache, commit=False)[0, place]
+        block[0, place] = _draw_token(logits_V, random.random(), temperature)
+    return len(order)
+
+
+def _draw_token(logits_V: Tensor, uniform: float, temperature: float) -> int:
+    """Inverse-transform sampling from softmax(logits / temperature), in float64; the most likely token at 0."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    cumulative = (logits_V.double() / temperature).softmax(0).cumsum(0)
+    # Where forbidden ids end the vocabulary their cumulative sum repeats the last allowed one's, which the search never passes.
+    return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+
+
+def _entropy(tokens: list[int]) -> float:
+    """Entropy in nats of the frequencies of the last 256 tokens; infinite before there are as many."""
+    if len(tokens) < ENTROPY_WINDOW:
+        return float("inf")
+    share = np.unique(tokens[-ENTROPY_WINDOW:], return_counts=True)[1] / ENTROPY_WINDOW
+    return float(-(share * np.log(share)).sum())
