@@ -1,0 +1,60 @@
+"""Files that appear complete or not at all, and folders that can be written before hours are spent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Replace `path` by `data` (text as UTF-8): whoever reads, and whatever crashes, meets the old file or the new one.
+
+    OSError: the folder is missing, cannot be written or is full; the old file is then untouched.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk: a power cut may undo a rename without it (fsync(2))."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(folder: Path, needed_bytes: int = 0) -> None:
+    """Make `folder` where it is missing and prove that a file can be written there.
+
+    OSError (FileExistsError, PermissionError, ENOSPC …) that names the folder where it is a file, cannot be written, or has
+    less than `needed_bytes` free.
+    """
+    probe = folder / f".probe.{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"\0")
+        finally:
+            probe.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; make it writable or choose another", str(folder)) from error
+    if free < needed_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{needed_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or choose another",
+            str(folder),
+        )

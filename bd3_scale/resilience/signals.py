@@ -1,0 +1,37 @@
+"""Signals that ask a run to stop at the next step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopRequest:
+    """Notes SIGTERM, SIGUSR1 and a first SIGINT instead of dying of them; a second SIGINT raises KeyboardInterrupt.
+
+    A context manager for the main thread, which puts the former handlers back at its end. `signal` is the first one
+    that came, or None. SLURM warns of the time limit with SIGUSR1 or SIGTERM, as the job asks.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._interrupted = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
+        self.signal = self.signal or signal.Signals(number)

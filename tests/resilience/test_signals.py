@@ -1,0 +1,67 @@
+"""Real signals to real processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bd3_scale.resilience.signals import StopRequest
+
+LOOP = """
+import time
+from bd3_scale.resilience.signals import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    try:
+        while stop.signal is None or LINGER:
+            if stop.signal is not None:
+                print(stop.signal.name, flush=True)
+            time.sleep(0.02)
+        print(stop.signal.name, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+print("saved", flush=True)
+"""
+
+
+def start(linger: bool) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP.replace("LINGER", str(linger))], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_the_loop_and_the_rest_still_runs(number: signal.Signals) -> None:
+    with start(linger=False) as process:
+        process.send_signal(number)
+        assert process.communicate(timeout=20)[0] == f"{number.name}\nsaved\n"
+        assert process.returncode == 0
+
+
+def test_only_a_second_sigint_interrupts_and_the_first_signal_is_the_one_named() -> None:
+    with start(linger=True) as process:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            process.send_signal(number)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "SIGUSR1\n"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        lines = process.communicate(timeout=20)[0].splitlines()
+        assert lines[-2:] == ["interrupted", "saved"]
+
+
+def test_handlers_come_back() -> None:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    with StopRequest() as stop:
+        assert all(signal.getsignal(n) != b for n, b in zip(numbers, before, strict=True))
+        signal.raise_signal(signal.SIGUSR1)
+    assert stop.signal is signal.SIGUSR1
+    assert [signal.getsignal(number) for number in numbers] == before
