@@ -1,0 +1,148 @@
+"""The command line `bd3-scale`. What a command needs is imported when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+app = typer.Typer(
+    help="Pretrain, evaluate and sample block diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="Tokenise text and write it as shards.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Sources = Annotated[
+    list[Path], typer.Argument(help=".txt and .jsonl files (field `text`), also .gz or .zst, and folders of them.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def main() -> None:
+    """Entry point: a person's mistake ends in one `error:` line and exit code 2; BD3_DEBUG=1 shows the traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("BD3_DEBUG"):
+            raise
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+        sys.exit(2)
+
+
+@data_app.command(epilog="Example: bd3-scale data tokenizer corpus/ --out tokenizers/mine --vocab-size 4096")
+def tokenizer(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(help="New folder for the tokeniser.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and the end of document included.")] = 4096,
+) -> None:
+    """Train a byte-level BPE tokeniser."""
+    from bd3_scale.data.tokenizer import train_tokenizer
+
+    trained = train_tokenizer(sources, out, vocab_size)
+    typer.echo(f"{out}: {trained.vocabulary.size} ids with the mask, hash {trained.hash[:12]}")
+
+
+@data_app.command(epilog="Example: bd3-scale data prepare corpus/ --out shards --tokenizer bytes --seq-len 256")
+def prepare(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(help="New folder for the shards.")],
+    tokenizer: Annotated[str, typer.Option(help="`bytes`, a tokenizer.json, or a folder that holds one.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")],
+    document_multiple: Annotated[int, typer.Option(help="Documents are padded to a multiple of so many tokens.")] = 32,
+    holdout: Annotated[float, typer.Option(help="Share of the documents held out for evaluation.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Decides which documents are held out.")] = 1,
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tokenise and pack documents into training and validation shards."""
+    from bd3_scale.data.prepare import prepare as prepare_shards
+    from bd3_scale.data.tokenizer import load_tokenizer
+
+    manifest = prepare_shards(
+        sources,
+        out,
+        load_tokenizer(tokenizer),
+        seq_len,
+        document_multiple=document_multiple,
+        holdout=holdout,
+        seed=seed,
+        workers=workers,
+    )
+    if as_json:
+        typer.echo(manifest.model_dump_json())
+        return
+    table = Table("", "documents", "sequences", "tokens", "dropped tokens", title=f"{out}, {seq_len} tokens a sequence")
+    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        if split is not None:
+            counts = (split.documents, split.sequences, split.sequences * seq_len, split.dropped_tokens)
+            table.add_row(name, *(f"{count:,}" for count in counts))
+    Console().print(table)
+
+
+@app.command(epilog="Example: bd3-scale train recipes/tiny.yaml optimizer.lr=1e-3 train.steps=200")
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
+) -> None:
+    """Train a model; where the run directory holds a checkpoint, go on from it.
+
+    Starts `launch.processes` processes on this machine, or joins a run where torchrun or SLURM set RANK and WORLD_SIZE.
+    """
+    from bd3_scale.data.manifest import load_manifest
+    from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
+    from bd3_scale.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    joins = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    world_size = int(os.environ["WORLD_SIZE"]) if joins else world_size_for_launch(loaded)
+    # Twice, so that a broken rule is reported even where the data is not there yet.
+    check_recipe(loaded, world_size)
+    check_recipe(loaded, world_size, load_manifest(loaded.data.path, loaded.data.remote).document_multiple)
+    if joins:
+        from bd3_scale.train.main import main as train_here
+
+        train_here(loaded)
+        return
+    from bd3_scale.launch.local import launch
+
+    argv = [sys.executable, "-m", "bd3_scale.train", str(recipe), *(overrides or ())]
+    threads = loaded.launch.threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+    raise typer.Exit(launch(argv, world_size, threads, loaded.run_path / "logs"))
+
+
+@app.command(epilog="Example: bd3-scale doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """Report versions, processors and optional accelerations of this machine."""
+    import dataclasses
+    import json
+
+    from bd3_scale.observe.environment import read_environment
+
+    environment = read_environment()
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(environment)))
+        return
+    console = Console()
+    versions = Table("package", "version", title="Versions")
+    for name, version in environment.versions.items():
+        versions.add_row(name, version or "not installed")
+    hardware = Table("processor", "", title="Hardware")
+    hardware.add_row("CPU", f"{environment.cpu}, {environment.cpu_cores} cores for this process")
+    for gpu in environment.gpus:
+        hardware.add_row("GPU", f"{gpu.name}, {gpu.memory_gib} GiB, compute capability {gpu.compute_capability}")
+    if not environment.gpus:
+        hardware.add_row("GPU", "none" if environment.cuda else "none, and torch was built without CUDA")
+    accelerations = Table("acceleration", "found", "used", "", title="Optional accelerations")
+    for a in environment.accelerations:
+        accelerations.add_row(a.name, "yes" if a.found else "no", "yes" if a.used else "no", a.note)
+    console.print(versions, hardware, accelerations)

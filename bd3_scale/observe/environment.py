@@ -1,0 +1,123 @@
+"""What this machine offers a run: versions, processors, optional accelerations."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = (
+    "bd3_scale",
+    "torch",
+    "torchvision",
+    "triton",
+    "megatron-core",
+    "deepspeed",
+    "mosaicml-streaming",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "wandb",
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_gib: float
+    compute_capability: str
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """Something optional that makes a run quicker; `found` on this machine, and `used` by this version of bd3_scale."""
+
+    name: str
+    found: bool
+    used: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """`versions` holds None for a package that is not installed; `cpu_cores` counts those this process may use."""
+
+    versions: dict[str, str | None]
+    cpu: str
+    cpu_cores: int
+    cuda: str | None
+    gpus: tuple[Gpu, ...]
+    accelerations: tuple[Acceleration, ...]
+
+
+def read_environment() -> Environment:
+    """Looks at this machine; imports torch, and apex and Triton where they are installed."""
+    import torch
+
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return Environment(
+        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        cpu=_cpu_info().get("model name", platform.machine()),
+        cpu_cores=len(os.sched_getaffinity(0)),
+        cuda=torch.version.cuda,
+        gpus=tuple(Gpu(p.name, round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}") for p in properties),
+        accelerations=(_bf16(), _apex(), _triton()),
+    )
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 matrix products run in hardware: on every GPU, or on the CPU where there is no GPU.
+
+    GPUs: from compute capability 8.0. CPUs: AVX512-BF16 or AMX on x86, the BF16 extension on ARM; elsewhere torch
+    emulates bf16 at a loss.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
+    info = _cpu_info()
+    flags = f"{info.get('flags', '')} {info.get('Features', '')}".split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def _bf16() -> Acceleration:
+    fast = has_fast_bf16()
+    note = f"train.precision=auto takes {'bf16' if fast else 'fp32'}"
+    return Acceleration("bf16", fast, fast, note)
+
+
+def _apex() -> Acceleration:
+    """NVIDIA apex by its own modules; the package called apex on PyPI is an unrelated web toolkit."""
+    try:
+        importlib.import_module("amp_C")
+        importlib.import_module("apex.optimizers").FusedAdam  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        if importlib.util.find_spec("apex") and not importlib.util.find_spec("amp_C"):
+            note = "the installed `apex` is another program or was built without CUDA extensions"
+        else:
+            note = f"not installed ({error})"
+        return Acceleration("NVIDIA apex", False, False, note)
+    return Acceleration("NVIDIA apex", True, False, "not needed: the optimizer is torch's fused AdamW")
+
+
+def _triton() -> Acceleration:
+    found = importlib.util.find_spec("triton") is not None
+    return Acceleration("Triton", found, False, "no kernel uses it yet" if found else "not installed")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_info() -> dict[str, str]:
+    """Fields of the first processor in /proc/cpuinfo."""
+    first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bd3_scale.observe.environment import Environment, has_fast_bf16, read_environment
+
+READ_APEX = """
+import dataclasses, json
+from bd3_scale.observe import environment
+print(json.dumps(dataclasses.asdict(environment._apex())))
+"""
+
+
+@pytest.fixture(scope="module")
+def environment() -> Environment:
+    return read_environment()
+
+
+def test_versions_are_those_that_import(environment: Environment) -> None:
+    import numpy
+    import pydantic
+    import tokenizers
+
+    assert environment.versions["torch"] == torch.__version__
+    assert environment.versions["numpy"] == numpy.__version__
+    assert environment.versions["tokenizers"] == tokenizers.__version__
+    assert environment.versions["python"] == sys.version.split()[0]
+    assert "pydantic" not in environment.versions
+    assert pydantic.VERSION
+
+
+def test_hardware_is_what_torch_sees(environment: Environment) -> None:
+    assert len(environment.gpus) == torch.cuda.device_count()
+    assert environment.cuda == torch.version.cuda
+    assert 1 <= environment.cpu_cores <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks about the GPU where there is one")
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.uname().machine != "x86_64", reason="x86 flags")
+def test_fast_bf16_on_the_cpu_agrees_with_torch() -> None:
+    in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert has_fast_bf16() == in_hardware
+
+
+@pytest.mark.parametrize(
+    ("modules", "found", "words"),
+    [
+        ({}, False, "not installed"),
+        ({"apex/__init__.py": ""}, False, "another program"),
+        ({"apex/optimizers.py": "class FusedAdam: pass"}, False, "another program"),
+        ({"amp_C.py": "", "apex/optimizers.py": "class FusedAdam: pass"}, True, "fused AdamW"),
+        ({"amp_C.py": "", "apex/optimizers.py": ""}, False, "not installed"),
+    ],
+)
+def test_apex_is_known_by_nvidias_own_modules(tmp_path: Path, modules: dict[str, str], found: bool, words: str) -> None:
+    for name, source in modules.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_APEX],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    apex = json.loads(done.stdout)
+    assert apex["found"] is found
+    assert words in apex["note"]
