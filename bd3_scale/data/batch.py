@@ -1,35 +1,69 @@
-"""A batch of packed sequences on the host."""
+"""What a model is trained or measured on: sequences with their identity, document bounds and what counts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences of one data-parallel rank, as CPU tensors.
+    """B sequences of L tokens, on the CPU.
 
-    Attributes:
-        epoch: pass over the data, from 0.
-        ids: int64 [B], each sequence's index in its split.
-        slots: int64 [B], its place in the global batch.
-        tokens: int64 [B, L].
-        document_start: int32 [B, L], where the document of each position starts in the sequence.
-        positions: int64 [B, L], position within the document.
-        counted: bool [B, L], the tokens that perplexity counts.
+    ids [B] int64: sample numbers in the data set; with `epoch` they key the noise. slots [B] int64: places in the
+    global batch, 0 to G−1. tokens [B, L] int64. document_start [B, L] int32: where in the sequence the document of each
+    position begins. positions [B, L] int64: from 0 in every document. counted [B, L] bool: counts for perplexity.
     """
 
-    epoch: int
     ids: Tensor
     slots: Tensor
+    epoch: int
     tokens: Tensor
     document_start: Tensor
     positions: Tensor
     counted: Tensor
 
-    def split(self, size: int) -> list[Batch]:
-        """Micro-batches of `size` sequences, in order."""
-        tensors = (self.ids, self.slots, self.tokens, self.document_start, self.positions, self.counted)
-        return [Batch(self.epoch, *parts) for parts in zip(*(t.split(size) for t in tensors), strict=True)]
+    def split(self, micro_batch_size: int) -> list[Batch]:
+        """Consecutive batches of `micro_batch_size` sequences; the last may have fewer."""
+        per_sequence = (self.ids, self.slots, self.tokens, self.document_start, self.positions, self.counted)
+        parts = zip(*(tensor.split(micro_batch_size) for tensor in per_sequence), strict=True)
+        return [Batch(ids, slots, self.epoch, *rest) for ids, slots, *rest in parts]
+
+
+def collate(
+    samples: Sequence[dict[str, NDArray[Any]]],
+    ids: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    epoch: int,
+    isolate_documents: bool,
+) -> Batch:
+    """The batch of `samples` as the shards hold them. Without `isolate_documents` a sequence is one document."""
+    tokens = np.stack([sample["tokens"] for sample in samples]).astype(np.int64)
+    within = np.arange(tokens.shape[1])
+    start = np.stack([_per_position(_starts(sample), sample) for sample in samples])
+    counted_end = np.stack([_per_position(_starts(sample) + sample["counted_lengths"], sample) for sample in samples])
+    document_start = start if isolate_documents else np.zeros_like(start)
+    return Batch(
+        ids=torch.from_numpy(ids),
+        slots=torch.from_numpy(slots),
+        epoch=epoch,
+        tokens=torch.from_numpy(tokens),
+        document_start=torch.from_numpy(document_start.astype(np.int32)),
+        positions=torch.from_numpy(within - document_start),
+        counted=torch.from_numpy(within < counted_end),
+    )
+
+
+def _starts(sample: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
+    lengths = sample["document_lengths"].astype(np.int64)
+    return np.cumsum(lengths) - lengths
+
+
+def _per_position(per_piece: NDArray[np.int64], sample: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
+    return np.repeat(per_piece, sample["document_lengths"])

@@ -1,0 +1,1 @@
+"""From text to batches: tokenisers, preparation into MDS shards, and exact reading of them."""

@@ -1,0 +1,141 @@
+"""MosaicML streaming as this package needs it; every import of it goes through here.
+
+Two things are changed. It imports where torchvision does not load, and its shared memory has an owner.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SHARED_MEMORY = Path("/dev/shm")
+OWNER_SUFFIX = "_bd3_scale.lock"
+
+
+def _import_streaming() -> None:
+    """Import streaming where torchvision is broken: for instance a CUDA build of it beside a torch for CPU.
+
+    Streaming takes two names of torchvision, for image data sets. They are stood in for while it is being imported.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, OSError, RuntimeError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        stand_ins: dict[str, dict[str, Any]] = {
+            "torchvision": {},
+            "torchvision.datasets": {"VisionDataset": type("VisionDataset", (), {})},
+            "torchvision.transforms": {},
+            "torchvision.transforms.functional": {"to_tensor": None},
+        }
+        for name, contents in stand_ins.items():
+            module = ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None, is_package=True)
+            module.__path__ = []
+            vars(module).update(contents)
+            sys.modules[name] = module
+        importlib.import_module("streaming")
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+_import_streaming()
+
+import streaming.base.dataset as streaming_dataset  # noqa: E402
+from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN  # noqa: E402
+from streaming.base.distributed import all_gather_object  # noqa: E402
+from streaming.base.hashing import get_hash  # noqa: E402
+from streaming.base.shuffle import get_shuffle  # noqa: E402
+from streaming.base.storage.download import CloudDownloader  # noqa: E402
+from streaming.base.world import World  # noqa: E402
+
+__all__ = ["CloudDownloader", "MDSWriter", "Stream", "StreamingDataset", "get_hash", "get_shuffle"]
+
+
+def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: World) -> tuple[int, Any]:
+    """The number that the names of a data set's shared memory begin with, on every rank of a node the same.
+
+    Streaming counts up to the first number that is free: two runs that start together can meet there, and it cannot
+    tell the memory that a killed run left behind from that of a living one. Here a number is drawn at random, and its
+    owner, the first rank of the node, holds a lock on a file beside the memory. The kernel drops the lock when the
+    owner and its loader workers are gone; whoever comes next removes what is left.
+    """
+    claim: int | ValueError | None = None
+    if world.is_local_leader:
+        try:
+            for folder, remote in zip(folders, remotes, strict=True):
+                if remote is not None:
+                    _lock_cache(Path(folder))
+            _remove_left_behind()
+            claim = _own_new_prefix()
+        except ValueError as error:
+            claim = error
+    claim = all_gather_object(claim)[world.rank - world.rank_of_node]
+    if isinstance(claim, ValueError):
+        raise claim
+    assert claim is not None
+    return claim, None
+
+
+streaming_dataset.get_shm_prefix = _claim_prefix
+
+
+def _own_new_prefix() -> int:
+    prefix = secrets.randbits(48)
+    lock = SHARED_MEMORY / f"{prefix:06}{OWNER_SUFFIX}"
+    # Locked before it has its name, or another run could take it for one whose owner is gone.
+    aside = lock.with_suffix(".new")
+    fd = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)  # stays open, and so locked, until the process ends
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    aside.rename(lock)
+    return prefix
+
+
+def _remove_left_behind() -> None:
+    for lock in SHARED_MEMORY.glob(f"*{OWNER_SUFFIX}"):
+        try:
+            fd = os.open(lock, os.O_RDWR)
+        except (FileNotFoundError, PermissionError):  # another run removed it; another user's
+            continue
+        try:
+            if _try_lock(fd):
+                prefix = lock.name.removesuffix(OWNER_SUFFIX)
+                for name in SHM_TO_CLEAN:
+                    (SHARED_MEMORY / f"{prefix}_{name}").unlink(missing_ok=True)
+                for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
+                    Path(tempfile.gettempdir(), f"{prefix}_{name}").unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
+        finally:
+            os.close(fd)
+
+
+def _lock_cache(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)  # held like the owner's
+    if not _try_lock(fd):
+        os.close(fd)
+        raise ValueError(
+            f"the cache {folder} is in use by another run or node; give every run its own folder (data.path), on a "
+            f"disk of the node"
+        )
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        return False
+    return True

@@ -1,0 +1,145 @@
+"""The batches of training, the same for every number of ranks and workers, and those of the held-out split."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from bd3_scale.data._streaming import get_shuffle
+from bd3_scale.data.batch import Batch, collate
+from bd3_scale.data.manifest import Manifest
+from bd3_scale.data.shards import Shards, open_shards
+from bd3_scale.recipe.schema import DataRecipe
+
+CANONICAL_NODES = 64
+SHUFFLE_BLOCK_SAMPLES = 1 << 18
+PREFETCH_BATCHES = 8
+
+
+class TrainingStream(Iterator[Batch]):
+    """The batches of one data-parallel rank, one an optimiser step, without end, from optimiser step `step` on.
+
+    An epoch is ⌊N/G⌋ global batches of G = `global_batch_size` of the N sequences, none of them twice. Which sequence
+    stands in which slot of the global batch is a pure function of (seed, step, N, G) and the shard sizes (see
+    `epoch_order`): there is nothing to save for a resume. Rank d of D = `dp_size` holds the slots d·G/D to
+    (d+1)·G/D − 1; ranks that must see the same sequences pass the same `dp_rank`.
+
+    Collective over all ranks at construction. Raises ValueError if D does not divide G, if N < G, or as `open_shards`
+    does; `next` raises ValueError for a damaged shard.
+    """
+
+    def __init__(
+        self,
+        data: DataRecipe,
+        manifest: Manifest,
+        *,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        step: int = 0,
+    ) -> None:
+        if global_batch_size % dp_size:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} must be a multiple of the {dp_size} data-parallel ranks"
+            )
+        shards = open_shards(data, manifest, "train")
+        self.steps_per_epoch = len(shards) // global_batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} exceeds the {len(shards)} training sequences of {data.path}; "
+                f"choose a smaller one or prepare more text"
+            )
+        steps = _Steps(shards, data, global_batch_size, dp_rank, dp_size, seed, step)
+        loader = DataLoader(
+            steps,
+            batch_size=None,
+            num_workers=data.num_workers,
+            prefetch_factor=PREFETCH_BATCHES if data.num_workers else None,
+            worker_init_fn=_leave_signals_to_the_rank,
+            generator=torch.Generator(),  # or the loader would draw from the generator that training uses
+        )
+        self._batches: Iterator[Batch] = iter(loader)
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+
+def epoch_order(
+    samples_per_shard: NDArray[np.int64], global_batch_size: int, seed: int, epoch: int, shuffle: bool
+) -> NDArray[np.int64]:
+    """Sample ids [⌊N/G⌋, G] of the global batches of an epoch, in order; no id twice.
+
+    The order is streaming's py1e shuffle over canonical nodes, of which each serves a fixed range of slots, so that
+    a rank reads few shards at a time and the nodes of a cluster share out the shards. Their number depends on G alone.
+    """
+    num_samples = int(samples_per_shard.sum())
+    num_steps = num_samples // global_batch_size
+    if not shuffle:
+        return np.arange(num_steps * global_batch_size).reshape(num_steps, global_batch_size)
+    num_nodes = math.gcd(global_batch_size, CANONICAL_NODES)
+    order = get_shuffle("py1e", samples_per_shard, num_nodes, seed, epoch, SHUFFLE_BLOCK_SAMPLES)
+    slots_per_node = global_batch_size // num_nodes
+    node_starts = np.arange(num_nodes) * num_samples // num_nodes  # where streaming divides the samples
+    places = node_starts[:, None] + np.arange(num_steps * slots_per_node)
+    return order[places].reshape(num_nodes, num_steps, slots_per_node).swapaxes(0, 1).reshape(num_steps, -1)
+
+
+class _Steps(IterableDataset[Batch]):
+    """Worker w of W yields the steps `step` + w, + W, + 2W, …, which the loader puts in order again."""
+
+    def __init__(
+        self, shards: Shards, data: DataRecipe, global_batch_size: int, dp_rank: int, dp_size: int, seed: int, step: int
+    ) -> None:
+        per_rank = global_batch_size // dp_size
+        self._slots = np.arange(dp_rank * per_rank, (dp_rank + 1) * per_rank)
+        self._shards, self._data, self._global_batch_size = shards, data, global_batch_size
+        self._seed, self._step = seed, step
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        step = self._step + worker
+        while True:
+            epoch, first = divmod(step, len(self._shards) // self._global_batch_size)
+            order = epoch_order(
+                self._shards.samples_per_shard, self._global_batch_size, self._seed, epoch, self._data.shuffle
+            )
+            mine = order[first::num_workers, self._slots]
+            del order
+            for ids in mine:
+                samples = [self._shards[int(i)] for i in ids]
+                yield collate(samples, ids, self._slots, epoch, self._data.isolate_documents)
+            step += num_workers * len(mine)
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A scheduler signals every process of a job; the rank decides when its workers end, after its last checkpoint."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def held_out_batches(
+    data: DataRecipe, manifest: Manifest, *, batch_size: int, dp_rank: int, dp_size: int, sequences: int | None = None
+) -> Iterator[Batch]:
+    """The first `sequences` (default: all) of the held-out split, each on one data-parallel rank, in order.
+
+    Rank d of D has the ids d, d + D, …; the last batch may be smaller, and ranks may have unequal numbers. The slots
+    are the ids, the epoch is 0. The first call in a process is collective over all ranks. Raises as `open_shards` does.
+    """
+    shards = open_shards(data, manifest, "validation")
+    num_sequences = len(shards) if sequences is None else min(sequences, len(shards))
+    mine = np.arange(dp_rank, num_sequences, dp_size)
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, len(mine), batch_size):
+            ids = mine[start : start + batch_size]
+            yield collate([shards[int(i)] for i in ids], ids, ids, 0, data.isolate_documents)
+
+    return batches()
