@@ -39,8 +39,8 @@ def sync(path: Path) -> None:
 def check_writable(folder: Path, needed_bytes: int = 0) -> None:
     """Make `folder` where it is missing and prove that a file can be written there.
 
-    OSError (FileExistsError, PermissionError, ENOSPC …) that names the folder where it is a file, cannot be written, or has
-    less than `needed_bytes` free.
+    OSError (FileExistsError, PermissionError, ENOSPC …) that names the folder where it is a file, cannot be written,
+    or has less than `needed_bytes` free.
     """
     probe = folder / f".probe.{secrets.token_hex(4)}"
     try:

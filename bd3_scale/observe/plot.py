@@ -1,0 +1,47 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bd3_scale.observe.metrics import read_metrics
+
+
+def loss_curve(metrics: Path, out: Path) -> None:
+    """Draw `train_loss` (nats a token, with its running median) and `nelbo` of `metrics.jsonl` over steps as a PNG.
+
+    ValueError: a metrics file without a finite training loss.
+    """
+    records = read_metrics(metrics)
+    train = [(r["step"], r["train_loss"]) for r in records if r.get("train_loss") is not None]
+    held_out = [(r["step"], r["nelbo"]) for r in records if r.get("nelbo") is not None]
+    if not train:
+        raise ValueError(f"{metrics} holds no training loss: train for at least one step")
+
+    # The object interface needs no display and leaves pyplot's global state alone.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = zip(*train, strict=True)
+    medians = _running_median(losses)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train loss")
+    axes.plot(steps, medians, color="tab:blue", linewidth=1.6, label="train loss, running median")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", markersize=5, label="held-out NELBO")
+    # A few tokens at tiny mask rates can throw single steps far off: they may leave the picture, the medians may not.
+    shown = [*np.percentile(losses, [1, 99]), *medians, *(nelbo for _, nelbo in held_out)]
+    margin = 0.05 * (max(shown) - min(shown)) or 0.1
+    axes.set(xlabel="step", ylabel="nats per token", ylim=(min(shown) - margin, max(shown) + margin))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(out, format="png", dpi=150)
+
+
+def _running_median(values: Sequence[float]) -> list[float]:
+    """Median of the latest fiftieth of the run at each step; fewer at its start."""
+    window = max(1, len(values) // 50)
+    return [float(np.median(values[max(0, i + 1 - window) : i + 1])) for i in range(len(values))]

@@ -1,0 +1,67 @@
+"""Progress of a training on the console: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Shows step, train loss, held-out NELBO (both nats a token), tokens a second and the time that remains.
+
+    A context manager. num_steps: the last step; first_step: steps already taken; every_seconds: between two lines where
+    the console is no terminal, such as the log of a job.
+    """
+
+    def __init__(
+        self, num_steps: int, *, first_step: int = 0, every_seconds: float = 10.0, console: Console | None = None
+    ) -> None:
+        self.console = Console() if console is None else console
+        self._num_steps, self._first_step, self._every_seconds = num_steps, first_step, every_seconds
+        self._nelbo: float | None = None
+        self._started = time.monotonic()
+        self._last_line = -float("inf")
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=num_steps, completed=first_step, numbers="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def evaluated(self, nelbo: float) -> None:
+        """Take up the NELBO per token of an evaluation, shown from the next step on."""
+        self._nelbo = nelbo
+
+    def step(self, step: int, *, train_loss: float, tokens_per_second: float) -> None:
+        """Show the numbers of `step`, counted from 1."""
+        nelbo = "" if self._nelbo is None else f"  NELBO {self._nelbo:.4f}"
+        numbers = f"loss {train_loss:.4f}{nelbo}  {tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, numbers=numbers)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self._last_line >= self._every_seconds or step == self._num_steps):
+            self._last_line = now
+            seconds_a_step = (now - self._started) / (step - self._first_step)
+            remaining = timedelta(seconds=round(seconds_a_step * (self._num_steps - step)))
+            self.message(f"step {step}/{self._num_steps}  {numbers}  ETA {remaining}")
+
+    def message(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
