@@ -9,8 +9,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from bd3_scale.observe.warnings import quieten_libraries
 
 app = typer.Typer(
     help="Pretrain, evaluate and sample block diffusion language models.",
@@ -28,8 +31,34 @@ Sources = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
+class _Bar:
+    """A progress bar on stderr for work whose extent is known as it goes, and nothing where stderr is no terminal."""
+
+    def __init__(self, what: str) -> None:
+        self._progress = Progress(
+            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True),
+            transient=True, disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def main() -> None:
     """Entry point: a person's mistake ends in one `error:` line and exit code 2; BD3_DEBUG=1 shows the traceback."""
+    quieten_libraries()
     try:
         app()
     except (ValueError, OSError) as error:
@@ -118,6 +147,87 @@ def train(
     argv = [sys.executable, "-m", "bd3_scale.train", str(recipe), *(overrides or ())]
     threads = loaded.launch.threads or max(1, len(os.sched_getaffinity(0)) // world_size)
     raise typer.Exit(launch(argv, world_size, threads, loaded.run_path / "logs"))
+
+
+@app.command(epilog="Example: bd3-scale evaluate runs/quickstart --draws 4 --json")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
+    data: Annotated[str | None, typer.Option(help="Prepared data.", show_default="what the run trained on")] = None,
+    sequences: Annotated[int | None, typer.Option(help="Held-out sequences.", show_default="all")] = None,
+    draws: Annotated[int, typer.Option(help="Noise draws a sequence; block size 1 is exact and takes one.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity on held-out text: a bound from the NELBO, exact at block size 1."""
+    import dataclasses
+    import json
+
+    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
+
+    with _Bar("evaluating") as bar:
+        result = evaluate_checkpoint(
+            resolve_checkpoint(checkpoint), data_path=data, sequences=sequences, draws=draws, progress=bar.show
+        )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result)))
+        return
+    table = Table("", "", title=f"{result.checkpoint}, block size {result.block_size}", show_header=False)
+    bound = "" if result.exact else "at most "
+    table.add_row("perplexity", f"{bound}{result.perplexity:.2f}")
+    table.add_row("NELBO", f"{result.nelbo:.4f} nats a token")
+    table.add_row("standard error over noise draws", _number(result.noise_standard_error))
+    table.add_row("standard error over text", _number(result.text_standard_error))
+    table.add_row("bits per byte", _number(result.bits_per_byte))
+    table.add_row("unigram perplexity, same tokens", f"{result.unigram_perplexity:.2f}")
+    table.add_row("measured on", f"{result.tokens:,} tokens, {result.sequences:,} sequences, {result.draws} draws")
+    Console().print(table)
+
+
+@app.command(epilog="Example: bd3-scale generate runs/quickstart --prompt 'def main(' --temperature 0.7")
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at the most; EOS ends the text before.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Generate text block by block."""
+    import dataclasses
+    import json
+    import time
+
+    from bd3_scale.checkpoint.model import open_model
+    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.data.tokenizer import load_tokenizer
+    from bd3_scale.generate.sampler import generate as sample
+
+    folder = resolve_checkpoint(checkpoint)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    ids = tokenizer.encode(prompt) or [tokenizer.vocabulary.eos_id]
+    with _Bar("generating") as bar, open_model(folder) as (model, manifest, _):
+        began = time.monotonic()
+        result = sample(
+            model,
+            ids,
+            block_size=manifest.recipe.diffusion.block_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            progress=bar.show,
+        )
+        seconds = time.monotonic() - began
+    text = tokenizer.decode(result.tokens)
+    if as_json:
+        typer.echo(json.dumps({"prompt": prompt, "text": text, "seconds": seconds} | dataclasses.asdict(result)))
+        return
+    console = Console(highlight=False)
+    console.print(Text(prompt, style="bold"), Text(text), sep="")
+    console.print(
+        f"{len(result.tokens)} tokens, {len(result.tokens) / seconds:.0f} tokens/s, {result.nfe} denoising and "
+        f"{result.cache_passes} cache passes, ended by {result.stopped_by}",
+        style="dim",
+    )
 
 
 @app.command(epilog="Example: bd3-scale doctor --json")

@@ -41,14 +41,14 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    on_block: Callable[[list[int]], object] = lambda tokens: None,
+    progress: Callable[[int, int], object] = lambda done, limit: None,
 ) -> Sample:
     """Continue `prompt` by up to `max_new_tokens` tokens; all tensor-parallel ranks call it alike (collective).
 
     A denoising pass unmasks one token of the block, at a place drawn uniformly among the masked ones: the reverse process of
     masked diffusion simulated exactly (first hitting; Zheng et al., ICLR 2025), in as many passes as there are masked tokens.
     Sampling stops after the block that holds EOS, or when the entropy of the last 256 tokens falls below 4 nats.
-    `on_block` gets each finished block's new tokens.
+    `progress` is told after each block how many tokens there are, and the limit.
 
     Raises:
         ValueError: a prompt with ids outside the clean vocabulary, or a limit below 1.
@@ -73,7 +73,7 @@ def generate(
         nfe += _denoise(model, block, positions, cache, random, temperature)
         new = block[0, len(given) :].tolist()
         tokens += new
-        on_block(new)
+        progress(len(tokens) - len(prompt), max_new_tokens)
         if eos in new:
             stopped_by = "eos"
             break

@@ -1,0 +1,41 @@
+"""A model alone, without its optimiser, from a checkpoint of any topology."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from bd3_scale.checkpoint.manifest import CheckpointManifest, read_manifest
+from bd3_scale.checkpoint.store import load_weights
+from bd3_scale.model.build import build_model
+from bd3_scale.model.layout import parameter_layouts
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.parallel.groups import local_device, process_groups
+from bd3_scale.recipe.schema import ParallelRecipe
+
+
+@contextmanager
+def open_model(
+    checkpoint: Path,
+) -> Iterator[tuple[BlockDiffusionTransformer, CheckpointManifest, ProcessGroupCollection]]:
+    """The averaged weights where kept, else the last ones, in the precision of training, and the process groups.
+
+    In one process the model is whole; under torchrun or SLURM it is split as in training.
+
+    Raises:
+        ValueError: the checkpoint is incomplete or damaged.
+    """
+    manifest = read_manifest(checkpoint)
+    recipe = manifest.recipe
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        recipe = recipe.model_copy(update={"parallel": ParallelRecipe()})
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    with process_groups(recipe.parallel) as groups:
+        model = build_model(recipe, manifest.vocabulary, groups, dtype=dtype, device=local_device(), seed=None)
+        load_weights(checkpoint, manifest, parameter_layouts(model))
+        yield model.eval(), manifest, groups

@@ -1,0 +1,244 @@
+"""The way of the data, from a recipe to a trained model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from bd3_scale.attention.spans import make_spans
+from bd3_scale.checkpoint.manifest import CheckpointManifest, read_manifest
+from bd3_scale.checkpoint.store import list_checkpoints, load_training_state, remove_partial, save_checkpoint
+from bd3_scale.data.batch import Batch
+from bd3_scale.data.corrupt import NoisyBatch, corrupt
+from bd3_scale.data.manifest import Manifest, load_manifest
+from bd3_scale.data.stream import TrainingStream, held_out_batches
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.diffusion.nelbo import NelboEstimate
+from bd3_scale.diffusion.noise import draw_noise
+from bd3_scale.evaluate.nelbo import evaluate_nelbo
+from bd3_scale.model.build import build_model
+from bd3_scale.model.layout import ParameterLayout, parameter_layouts
+from bd3_scale.observe.environment import has_fast_bf16
+from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
+from bd3_scale.parallel.engine import TrainingEngine
+from bd3_scale.parallel.groups import local_device, process_groups
+from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.load import recipe_hash, resolved_yaml
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.resilience.files import check_writable, write_atomically
+from bd3_scale.resilience.runlock import lock_run
+from bd3_scale.resilience.signals import StopRequest
+from bd3_scale.train.learning_rate import learning_rate
+from bd3_scale.train.report import Report
+from bd3_scale.train.resume import check_resumable
+from bd3_scale.train.step import loss_sum
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of one training share on a rank."""
+
+    recipe: Recipe
+    data: Manifest
+    data_hash: str
+    groups: ProcessGroupCollection
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def train(recipe: Recipe) -> None:
+    """Train, or go on training, the run of `recipe` on all ranks of the launcher (collective).
+
+    A run directory with a checkpoint is resumed from its newest one. SIGTERM, SIGUSR1 and SIGINT make all ranks save at one
+    agreed step and return.
+
+    Raises:
+        ValueError: recipe, data and checkpoint do not fit together; OSError: a file cannot be read or written;
+        FloatingPointError: the loss is no longer finite.
+    """
+    recipe = _with_precision(recipe)
+    _set_deterministic(recipe.deterministic)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        groups = stack.enter_context(process_groups(recipe.parallel))
+        data = load_manifest(recipe.data.path, recipe.data.remote)
+        run = Run(recipe, data, _hash(data), groups, recipe.run_path)
+        _check(run)
+        on_rank_zero(lambda: _open_run_directory(run, stack))
+
+        model = build_model(
+            recipe, data.vocabulary, groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed
+        )
+        layouts = parameter_layouts(model)
+        engine = TrainingEngine(model, groups, recipe.optimizer, recipe.parallel, loss_sum)
+        start = _resume(run, engine, layouts)
+        report = stack.enter_context(Report(run.folder, recipe, start))
+        stream = TrainingStream(
+            recipe.data,
+            data,
+            global_batch_size=recipe.train.global_batch_size,
+            dp_rank=groups.dp.rank(),
+            dp_size=groups.dp.size(),
+            seed=recipe.seed,
+            step=start,
+        )
+        tokens = recipe.train.global_batch_size * recipe.data.seq_len
+        saved = start
+        for done in range(start, recipe.train.steps):
+            began = time.monotonic()
+            micro_batches = [_corrupt(run, micro, done) for micro in next(stream).split(recipe.train.micro_batch_size)]
+            lr = learning_rate(done, recipe.train.steps, recipe.optimizer)
+            result = engine.step(micro_batches, tokens=tokens, lr=lr)
+            if not math.isfinite(result.loss):
+                raise FloatingPointError(
+                    f"the loss of step {done + 1} is {result.loss}: lower optimizer.lr or lengthen optimizer.warmup_steps, "
+                    f"and run again to go on from the checkpoint of step {saved}"
+                )
+            step = done + 1
+            report.trained(step, result, lr, tokens, time.monotonic() - began)
+            stopping = any_rank(stop.signal is not None)
+            last = step == recipe.train.steps
+            if data.validation is not None and not stopping and (last or _due(step, recipe.evaluation.every_steps)):
+                report.evaluated(step, _evaluate(run, engine))
+            if stopping or last or _due(step, recipe.checkpoint.every_steps):
+                report.saved(step, _save(run, engine, layouts, step))
+                saved = step
+            if stopping:
+                report.stopped(step, stop.signal)
+                break
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _with_precision(recipe: Recipe) -> Recipe:
+    """The recipe with `auto` decided: what is stored says how the run was computed."""
+    if recipe.train.precision != "auto":
+        return recipe
+    precision = "bf16" if has_fast_bf16() else "fp32"
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+
+
+def _set_deterministic(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # It would fill every new tensor with NaN, to make reads of uninitialised memory repeatable.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _hash(data: Manifest) -> str:
+    return hashlib.sha256(data.model_dump_json().encode()).hexdigest()[:16]
+
+
+def _check(run: Run) -> None:
+    """All ranks agree on recipe and data, and these fit together."""
+    recipe, data = run.recipe, run.data
+    check_recipe(recipe, dist.get_world_size(), data.document_multiple)
+    if recipe.evaluation.every_steps and data.validation is None:
+        raise ValueError(
+            f"evaluation.every_steps is {recipe.evaluation.every_steps}, {recipe.data.path} has no held-out split: "
+            "set it to 0, or prepare the data with --holdout"
+        )
+    seen = gather_objects((recipe_hash(recipe), run.data_hash), dist.group.WORLD)
+    different = [rank for rank, hashes in enumerate(seen) if hashes != seen[0]]
+    if different:
+        raise ValueError(f"ranks {different} were started with another recipe or other data than rank 0")
+
+
+def _open_run_directory(run: Run, stack: ExitStack) -> None:
+    check_writable(run.folder)
+    stack.enter_context(lock_run(run.folder))
+    run.checkpoints.mkdir(exist_ok=True)
+    remove_partial(run.checkpoints)
+    write_atomically(run.folder / "recipe.yaml", resolved_yaml(run.recipe))
+    write_atomically(run.folder / "recipe.sha256", recipe_hash(run.recipe) + "\n")
+    load_tokenizer(run.recipe.data.path).save(run.folder / "tokenizer")
+
+
+def _resume(run: Run, engine: TrainingEngine, layouts: list[ParameterLayout]) -> int:
+    """Load the newest checkpoint, if there is one; returns the steps done."""
+    checkpoints = list_checkpoints(run.checkpoints)
+    if not checkpoints:
+        return 0
+    manifest = read_manifest(checkpoints[-1])
+    check_resumable(checkpoints[-1], manifest, run.recipe, run.data_hash)
+    load_training_state(checkpoints[-1], manifest, engine.zero, layouts)
+    return manifest.step
+
+
+def _corrupt(run: Run, micro: Batch, step: int) -> NoisyBatch:
+    """Noise of the optimiser step that follows `step` finished ones."""
+    diffusion = run.recipe.diffusion
+    spans = make_spans(micro.document_start, diffusion.block_size)
+    noise = draw_noise(
+        spans[1],
+        seed=run.recipe.seed,
+        epoch=micro.epoch,
+        sample_ids=micro.ids,
+        low=diffusion.mask_rate_low,
+        high=diffusion.mask_rate_high,
+        step=step,
+        slots=micro.slots,
+        global_batch_size=run.recipe.train.global_batch_size,
+    )
+    return corrupt(micro, noise, spans, mask_id=run.data.vocabulary.mask_id, device=local_device())
+
+
+def _evaluate(run: Run, engine: TrainingEngine) -> NelboEstimate:
+    """NELBO of held-out sequences, with the averaged weights where an average is kept."""
+    recipe = run.recipe
+    batches = held_out_batches(
+        recipe.data,
+        run.data,
+        batch_size=recipe.train.micro_batch_size,
+        dp_rank=run.groups.dp.rank(),
+        dp_size=run.groups.dp.size(),
+        sequences=recipe.evaluation.sequences,
+    )
+    with engine.zero.evaluation_weights():
+        return evaluate_nelbo(
+            engine.model,
+            batches,
+            run.groups,
+            block_size=recipe.diffusion.block_size,
+            draws=recipe.evaluation.draws,
+        )
+
+
+def _save(run: Run, engine: TrainingEngine, layouts: list[ParameterLayout], step: int) -> Path:
+    assert engine.zero.step == step
+    manifest = CheckpointManifest(
+        step=step,
+        recipe=run.recipe,
+        recipe_hash=recipe_hash(run.recipe),
+        vocabulary=run.data.vocabulary,
+        data_hash=run.data_hash,
+        world_size=dist.get_world_size(),
+        states=engine.zero.names,
+    )
+    return save_checkpoint(
+        run.checkpoints,
+        manifest,
+        engine.zero,
+        layouts,
+        tokenizer=run.folder / "tokenizer",
+        keep_last=run.recipe.checkpoint.keep_last,
+    )

@@ -1,0 +1,99 @@
+"""What a run tells people: on the console, in `metrics.jsonl` and Weights & Biases, and as a picture."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from bd3_scale.diffusion.nelbo import NelboEstimate
+from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
+from bd3_scale.observe.metrics import METRICS_FILE, MetricsWriter
+from bd3_scale.observe.plot import loss_curve
+from bd3_scale.observe.progress import TrainingProgress
+from bd3_scale.parallel.engine import StepResult
+from bd3_scale.recipe.schema import Recipe
+
+
+class Report:
+    """Rank 0's records of a run; on other ranks it does nothing. A context manager."""
+
+    def __init__(self, folder: Path, recipe: Recipe, start: int) -> None:
+        self._folder, self._recipe, self._start = folder, recipe, start
+        self._stack = ExitStack()
+        self._metrics: MetricsWriter | None = None
+        self._progress: TrainingProgress | None = None
+
+    def __enter__(self) -> Report:
+        if dist.get_rank() == 0:
+            self._metrics = self._stack.enter_context(
+                MetricsWriter(
+                    self._folder,
+                    self._recipe.logging.wandb,
+                    after_step=self._start,
+                    name=self._recipe.name,
+                    config=self._recipe.model_dump(mode="json"),
+                )
+            )
+            self._progress = self._stack.enter_context(
+                TrainingProgress(self._recipe.train.steps, first_step=self._start)
+            )
+            self._say(f"resumed after step {self._start}" if self._start else f"a new run in {self._folder}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+        metrics = self._folder / METRICS_FILE
+        if self._metrics is not None and error is None and metrics.stat().st_size:
+            loss_curve(metrics, self._folder / "loss.png")
+
+    def trained(self, step: int, result: StepResult, lr: float, tokens: int, seconds: float) -> None:
+        """After an optimiser step of `tokens` data tokens that took `seconds`."""
+        if self._metrics is None or self._progress is None:
+            return
+        if step % self._recipe.logging.every_steps == 0 or step == self._recipe.train.steps:
+            cuda = peak_cuda_bytes()
+            memory = {} if cuda is None else {"peak_cuda_bytes": cuda}
+            self._metrics.write(
+                step,
+                train_loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=lr,
+                tokens=step * tokens,
+                tokens_per_second=tokens / seconds,
+                peak_rss_bytes=peak_rss_bytes(),
+                **memory,
+            )
+        self._progress.step(step, train_loss=result.loss, tokens_per_second=tokens / seconds)
+
+    def evaluated(self, step: int, estimate: NelboEstimate) -> None:
+        """After an evaluation on held-out sequences."""
+        if self._metrics is None or self._progress is None:
+            return
+        self._metrics.write(
+            step,
+            nelbo=estimate.nelbo,
+            nelbo_text_standard_error=estimate.text_standard_error,
+            nelbo_noise_standard_error=estimate.noise_standard_error,
+            perplexity=estimate.perplexity,
+        )
+        self._progress.evaluated(estimate.nelbo)
+        self._say(f"step {step}: held-out NELBO {estimate.nelbo:.4f} nats a token, perplexity {estimate.perplexity:.2f}")
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """After a checkpoint."""
+        self._say(f"step {step}: saved {checkpoint}")
+
+    def stopped(self, step: int, by: signal.Signals | None) -> None:
+        """After the checkpoint of a run that was asked to stop."""
+        name = "a signal to another rank" if by is None else by.name
+        self._say(f"stopped after step {step} by {name}: the same command goes on from here")
+
+    def _say(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.message(text)
