@@ -1,13 +1,14 @@
-"""Folders and files that appear complete or not at all."""
+"""Folders that appear complete or not at all."""
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from bd3_scale.resilience.files import sync
 
 
 @contextmanager
@@ -24,17 +25,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
-            _flush(path)
+            sync(path)
         aside.rename(out)
     except BaseException:
         shutil.rmtree(aside)
         raise
-    _flush(out.parent)
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync(out.parent)

@@ -12,6 +12,7 @@ import os
 import secrets
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 SHARED_MEMORY = Path("/dev/shm")
 OWNER_SUFFIX = "_bd3_scale.lock"
+CACHE_LOCK_SECONDS = 15.0  # the loader workers of a killed run end within 5 (torch's MP_STATUS_CHECK_INTERVAL)
 
 
 def _import_streaming() -> None:
@@ -123,12 +125,15 @@ def _remove_left_behind() -> None:
 def _lock_cache(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)  # held like the owner's
-    if not _try_lock(fd):
-        os.close(fd)
-        raise ValueError(
-            f"the cache {folder} is in use by another run or node; give every run its own folder (data.path), on a "
-            f"disk of the node"
-        )
+    deadline = time.monotonic() + CACHE_LOCK_SECONDS
+    while not _try_lock(fd):
+        if time.monotonic() > deadline:
+            os.close(fd)
+            raise ValueError(
+                f"the cache {folder} is in use by another run or node; give every run its own folder (data.path), on "
+                f"a disk of the node"
+            )
+        time.sleep(0.1)
 
 
 def _try_lock(fd: int) -> bool:

@@ -25,6 +25,7 @@ from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.tokenizer import Tokenizer
 
 CHUNK_CHARACTERS = 1 << 20
+SHARD_BYTES = 1 << 26
 
 
 def prepare(
@@ -203,7 +204,9 @@ class _SplitWriter:
             "counted_lengths": "ndarray:int32",
         }
         self._packer = packer
-        self._shards = MDSWriter(out=str(folder), columns=columns, compression="zstd", hashes=["xxh64"])
+        self._shards = MDSWriter(
+            out=str(folder), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
+        )
         self.num_documents = self._num_sequences = self._num_counted = self._num_text_bytes = 0
 
     def add(self, document: _EncodedDocument) -> None:

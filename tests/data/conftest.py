@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from bd3_scale.data import prepare as prepare_module
+from bd3_scale.data.prepare import prepare
+from bd3_scale.data.tokenizer import load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from documents import SEQ_LEN, random_texts, write_jsonl
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Byte data of several small shards."""
+    folder = tmp_path_factory.mktemp("prepared")
+    source = write_jsonl(folder / "text.jsonl", random_texts(150))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "SHARD_BYTES", 2048)
+        prepare(
+            [source],
+            folder / "data",
+            load_tokenizer("bytes"),
+            SEQ_LEN,
+            document_multiple=8,
+            holdout=0.2,
+            workers=1,
+            progress=False,
+        )
+    return folder / "data"

@@ -1,0 +1,19 @@
+"""Documents for the tests of the data room."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+SEQ_LEN = 32
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def random_texts(count: int, seed: int = 0, longest: int = 90) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(rng.choices("abcdefgh é日\n", k=rng.randint(1, longest))) for _ in range(count)]

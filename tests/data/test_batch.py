@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bd3_scale.data.batch import Batch, collate
+
+
+@st.composite
+def sample(draw: st.DrawFn, seq_len: int = 12) -> dict[str, np.ndarray]:
+    cuts = sorted(draw(st.sets(st.integers(1, seq_len - 1))))
+    lengths = np.diff([0, *cuts, seq_len])
+    counted = [draw(st.integers(0, int(length))) for length in lengths]
+    return {
+        "tokens": np.arange(seq_len, dtype=np.uint16),
+        "document_lengths": lengths.astype(np.int32),
+        "counted_lengths": np.array(counted, np.int32),
+    }
+
+
+def make(samples: list[dict[str, np.ndarray]], isolate_documents: bool) -> Batch:
+    ids = np.arange(100, 100 + len(samples))
+    return collate(samples, ids, ids - 100, 3, isolate_documents)
+
+
+@given(st.lists(sample(), min_size=1, max_size=4), st.booleans())
+def test_agrees_with_a_walk_over_the_pieces(samples: list[dict[str, np.ndarray]], isolate_documents: bool) -> None:
+    batch = make(samples, isolate_documents)
+    for row, one in enumerate(samples):
+        at = 0
+        for length, counted in zip(one["document_lengths"], one["counted_lengths"], strict=True):
+            for within in range(length):
+                assert batch.document_start[row, at] == (at - within if isolate_documents else 0)
+                assert batch.positions[row, at] == (within if isolate_documents else at)
+                assert batch.counted[row, at] == (within < counted)
+                assert batch.tokens[row, at] == at
+                at += 1
+    dtypes = {name: value.dtype for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert dtypes == {
+        "ids": torch.int64,
+        "slots": torch.int64,
+        "tokens": torch.int64,
+        "document_start": torch.int32,
+        "positions": torch.int64,
+        "counted": torch.bool,
+    }
+
+
+def test_split_keeps_order_and_identity() -> None:
+    one = {"tokens": np.zeros(4, np.uint16), "document_lengths": np.array([4], np.int32)}
+    batch = make([one | {"counted_lengths": np.array([n], np.int32)} for n in range(5)], True)
+    parts = batch.split(2)
+    assert [part.ids.tolist() for part in parts] == [[100, 101], [102, 103], [104]]
+    assert [part.slots.tolist() for part in parts] == [[0, 1], [2, 3], [4]]
+    assert [part.epoch for part in parts] == [3, 3, 3]
+    assert torch.cat([part.counted for part in parts]).sum(1).tolist() == [0, 1, 2, 3, 4]

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from documents import SEQ_LEN, random_texts, write_jsonl
+
+from bd3_scale.data._streaming import Stream
+from bd3_scale.data.manifest import Manifest, Split, load_manifest
+from bd3_scale.data.prepare import prepare
+from bd3_scale.data.tokenizer import load_tokenizer, train_tokenizer
+
+BYTES = load_tokenizer("bytes")
+EOS = 256
+
+
+def run(sources: list[Path], out: Path, **options: Any) -> Manifest:
+    defaults = {"document_multiple": 8, "workers": 1, "progress": False}
+    return prepare(sources, out, BYTES, SEQ_LEN, **(defaults | options))
+
+
+def read(folder: Path, split: str) -> list[dict[str, Any]]:
+    """The samples as streaming itself reads them."""
+    index = json.loads((folder / split / "index.json").read_text())
+    from streaming.base.format import reader_from_json  # loads once _streaming has loaded
+
+    stream = Stream(local=str(folder), split=split, validate_hash="xxh64", keep_zip=True, download_retry=0)
+    shards = [reader_from_json(str(folder), split, info) for info in index["shards"]]
+    for shard in shards:
+        stream.prepare_shard(shard)
+    return [shard[i] for shard in shards for i in range(len(shard))]
+
+
+def documents_of(samples: list[dict[str, Any]]) -> list[str]:
+    counted: list[int] = []
+    for sample in samples:
+        start = 0
+        for length, count in zip(sample["document_lengths"], sample["counted_lengths"], strict=True):
+            counted += sample["tokens"][start : start + count].tolist()
+            start += length
+    texts = BYTES.decode(counted).split("<|endoftext|>")
+    assert texts.pop() == ""
+    return texts
+
+
+def test_every_held_out_document_and_nearly_all_of_training_come_back(prepared: Path) -> None:
+    manifest = load_manifest(prepared)
+    texts = random_texts(150)
+    validation, train = read(prepared, "validation"), read(prepared, "train")
+    held_out = documents_of(validation)
+    assert held_out == [text for text in texts if text in set(held_out)]
+    training = [text for text in texts if text not in set(held_out)]
+    stored = np.concatenate([sample["tokens"] for sample in train])
+    whole = np.concatenate([[*text.encode(), *[EOS] * (8 - len(text.encode()) % 8)] for text in training])
+    assert len(whole) - len(stored) == manifest.train.dropped_tokens < SEQ_LEN
+    np.testing.assert_array_equal(stored, whole[: len(stored)])
+    for split, samples, documents in (("train", train, training), ("validation", validation, held_out)):
+        assert samples[0]["tokens"].dtype == np.uint16
+        assert getattr(manifest, split) == Split(
+            documents=len(documents),
+            sequences=len(samples),
+            counted_tokens=sum(int(sample["counted_lengths"].sum()) for sample in samples),
+            dropped_tokens=manifest.train.dropped_tokens if split == "train" else 0,
+            text_bytes=sum(len(text.encode()) for text in documents),
+        )
+    assert manifest.validation.counted_tokens == manifest.validation.text_bytes + len(held_out)
+    assert load_tokenizer(prepared).hash == manifest.tokenizer_hash == BYTES.hash
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Chunks of the usual size would put all of this in one.
+    monkeypatch.setattr("bd3_scale.data.prepare.CHUNK_CHARACTERS", 500)
+    source = write_jsonl(tmp_path / "t.jsonl", ["[MASK]<|endoftext|>", *random_texts(100, seed=3)])
+    outs = [tmp_path / "one", tmp_path / "three"]
+    for out, workers in zip(outs, (1, 3), strict=True):
+        run([source], out, workers=workers)
+    one, three = ({p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()} for out in outs)
+    assert one == three
+
+
+def test_equal_documents_fall_to_one_side_and_the_seed_decides(tmp_path: Path) -> None:
+    texts = random_texts(40, seed=4)
+    source = write_jsonl(tmp_path / "t.jsonl", texts * 3)
+    held_out = {}
+    for seed in (1, 2):
+        manifest = run([source], tmp_path / str(seed), holdout=0.3, seed=seed)
+        held_out[seed] = documents_of(read(tmp_path / str(seed), "validation"))
+        assert manifest.validation.documents == len(held_out[seed]) == 3 * len(set(held_out[seed]))
+    assert held_out[1] != held_out[2]
+
+
+def test_the_share_held_out(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "t.jsonl", [f"document {i}" for i in range(4000)])
+    manifest = run([source], tmp_path / "out", holdout=0.25)
+    assert abs(manifest.validation.documents - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5
+    nothing, everything = (run([source], tmp_path / str(share), holdout=share) for share in (0, 1))
+    assert nothing.validation is None
+    assert everything.train is None
+    assert nothing.train.documents == everything.validation.documents == 4000
+
+
+def test_wide_ids_for_large_vocabularies(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    BYTES.save(folder)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["model"]["vocab"] |= {f"unused{i}": 258 + i for i in range(65_536)}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    source = write_jsonl(tmp_path / "t.jsonl", random_texts(10))
+    prepare(
+        [source],
+        tmp_path / "out",
+        load_tokenizer(folder),
+        16,
+        document_multiple=8,
+        holdout=0,
+        workers=1,
+        progress=False,
+    )
+    assert read(tmp_path / "out", "train")[0]["tokens"].dtype == np.uint32
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (["long enough to fill a sequence of text"] * 9, {"holdout": 0.5}, "fell to .* with holdout=0.5"),
+        (["x"], {"holdout": 0}, "fill 8 tokens, less than one sequence of seq_len=32"),
+        ([" ", "\n"], {}, "hold no document .2 empty"),
+        (["x"], {"document_multiple": 5}, "seq_len=32 must be a positive multiple of document_multiple=5"),
+        (["x"], {"holdout": 1.5}, "holdout=1.5"),
+        (["x"], {"seed": -1}, "seed=-1"),
+        (["x"], {"workers": 0}, "workers=0"),
+    ],
+)
+def test_bad_input_leaves_nothing(tmp_path: Path, texts: list[str], options: dict[str, Any], message: str) -> None:
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    with pytest.raises(ValueError, match=message):
+        run([source], tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_an_error_in_the_middle_of_parallel_work_leaves_nothing(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "t.jsonl", random_texts(50))
+    source.write_bytes(source.read_bytes() + b"{")
+    with pytest.raises(ValueError, match=r"t\.jsonl:51 is not JSON"):
+        run([source], tmp_path / "out", workers=2)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "t.jsonl", random_texts(50))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError):
+        run([source], tmp_path / "out")
+
+
+def test_killed_preparation_leaves_nothing_that_looks_finished_and_no_process(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "t.jsonl", ["word " * 50_000] * 200)
+    code = f"""
+from bd3_scale.data.prepare import prepare
+from bd3_scale.data.tokenizer import load_tokenizer
+if __name__ == "__main__":
+    prepare([{str(source)!r}], {str(tmp_path / "out")!r}, load_tokenizer("bytes"), 256, workers=2)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    process = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        children: list[str] = []
+        while len(children) < 3 and time.monotonic() < deadline:  # multiprocessing's tracker and two workers
+            time.sleep(0.05)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "out").exists()
+    assert len(children) == 3
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline, children
+        time.sleep(0.05)
+
+
+def test_trained_tokenizer_end_to_end(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "t.jsonl", random_texts(200))
+    tokenizer = train_tokenizer([source], tmp_path / "tokenizer", 300, progress=False)
+    manifest = prepare(
+        [source], tmp_path / "out", tokenizer, 64, document_multiple=16, holdout=1, workers=2, progress=False
+    )
+    samples = read(tmp_path / "out", "validation")
+    counted = np.concatenate([sample["tokens"] for sample in samples]).tolist()
+    assert manifest.vocabulary.mask_id not in counted
+    text = tokenizer.decode(counted, skip_eos=True)
+    assert text == "".join(random_texts(200))
