@@ -1,0 +1,42 @@
+# `make quickstart` and `make test` are all a newcomer needs; both set up .venv once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Without an NVIDIA GPU, PyTorch's own index spares several GB of CUDA libraries; where it cannot be reached, pip goes on.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
+
+.PHONY: help install quickstart test format clean
+
+help:
+	@echo "make quickstart  train, evaluate and sample a small model on this machine"
+	@echo "make test        check format, lint, types and all tests"
+	@echo "make install     only set up .venv"
+	@echo "make format      format the code and mend what the linter can"
+	@echo "make clean       remove .venv and caches; runs and data stay"
+
+install: $(INSTALLED)
+
+# torch and torchvision come first and together: a later dependency would pull a torchvision that brings another torch.
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, not " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH_INDEX) --retries 1 torch torchvision
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/python tools/quickstart.py
+
+test: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
