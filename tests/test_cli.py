@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from bd3_scale.cli import app, data_app
+
 COMMAND = Path(sys.executable).with_name("bd3-scale")
-COMMANDS = [[], ["data"], ["data", "tokenizer"], ["data", "prepare"], ["train"], ["doctor"]]
+COMMANDS = [
+    [*group, command.name or command.callback.__name__]
+    for group, typer_app in (([], app), (["data"], data_app))
+    for command in typer_app.registered_commands
+    if command.callback is not None
+]
 RECIPE = """
 name: r
 model: {num_layers: 1, hidden_size: 16, num_attention_heads: 2, ffn_hidden_size: 16}
@@ -42,7 +49,7 @@ def test_help_answers_in_half_a_second() -> None:
     assert min(seconds) < 0.5, seconds
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ([], ["data"])], ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_explains_itself_with_an_example_of_its_own(command: list[str]) -> None:
     done = bd3_scale(*command, "--help")
     assert done.returncode == 0
