@@ -3,9 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# Without an NVIDIA GPU, PyTorch's own index spares several GB of CUDA libraries; where it cannot be reached, pip goes on.
-TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
-
 .PHONY: help install quickstart test format clean
 
 help:
@@ -22,7 +19,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, not " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	@echo "Setting up .venv, once; this takes a few minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH_INDEX) --retries 1 torch torchvision
+	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@
 

@@ -36,8 +36,13 @@ class _Bar:
 
     def __init__(self, what: str) -> None:
         self._progress = Progress(
-            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True),
-            transient=True, disable=not sys.stderr.isatty(),
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
         )
         self._task = self._progress.add_task("", total=None)
 

@@ -74,7 +74,9 @@ def write_corpus() -> None:
     library = Path(sysconfig.get_path("stdlib"))
     sources = [p for p in sorted(library.rglob("*.py")) if NOT_SOURCE.isdisjoint(p.relative_to(library).parts)]
     documents = {f"topic-{name}": text for name, text in pydoc_data.topics.topics.items()}
-    documents |= {".".join(p.relative_to(library).with_suffix("").parts): p.read_bytes().decode(errors="replace") for p in sources}
+    documents |= {
+        ".".join(p.relative_to(library).with_suffix("").parts): p.read_bytes().decode(errors="replace") for p in sources
+    }
     CORPUS.mkdir(parents=True)
     for name, text in documents.items():
         if text.strip():
@@ -115,16 +117,18 @@ def say_whether_exact(first: dict[int, float]) -> bool:
         console.print(f"[red]the loss sequence did NOT continue exactly: steps {different} differ")
         return False
     console.print(
-        f"[green]the loss sequence continued exactly: steps {repeated[0]} to {repeated[-1]}, run twice, have bitwise equal losses"
+        f"[green]the loss sequence continued exactly: steps {repeated[0]} to {repeated[-1]} were taken twice, "
+        "with bitwise equal losses"
     )
     return True
 
 
 def say_perplexity(evaluation: dict[str, float]) -> None:
     console.print(
-        f"NELBO {evaluation['nelbo']:.3f} ± {evaluation['noise_standard_error']:.3f} nats a token on {evaluation['tokens']:,} "
-        f"held-out tokens\nperplexity at most [bold]{evaluation['perplexity']:.1f}[/bold], of the unigram model on the same "
-        f"tokens {evaluation['unigram_perplexity']:.1f}"
+        f"NELBO {evaluation['nelbo']:.3f} ± {evaluation['noise_standard_error']:.3f} nats a token on "
+        f"{evaluation['tokens']:,} held-out tokens\n"
+        f"perplexity at most [bold]{evaluation['perplexity']:.1f}[/bold], of the unigram model on the same tokens "
+        f"{evaluation['unigram_perplexity']:.1f}"
     )
 
 

@@ -1,7 +1,7 @@
 """A rank's states as boxes of the full tensors.
 
-ZeRO cuts flattened parameters anywhere, so that a fragment is a stretch of a tensor in row-major order: at most 2n − 1 boxes
-of an n-dimensional tensor.
+ZeRO cuts flattened parameters anywhere, so that a fragment is a stretch of a tensor in row-major order: at most 2n − 1
+boxes of an n-dimensional tensor.
 """
 
 from __future__ import annotations

@@ -58,5 +58,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(f"checkpoint {folder} is damaged: {name} {state}, {size} were written; use an earlier checkpoint")
+            raise ValueError(
+                f"checkpoint {folder} is damaged: {name} {state}, {size} were written; use an earlier checkpoint"
+            )
     return manifest

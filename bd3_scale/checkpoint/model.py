@@ -8,21 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.store import load_weights
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.parallel.groups import local_device, process_groups
+from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
 from bd3_scale.recipe.schema import ParallelRecipe
 
 
 @contextmanager
 def open_model(
     checkpoint: Path,
-) -> Iterator[tuple[BlockDiffusionTransformer, CheckpointManifest, ProcessGroupCollection]]:
+) -> Iterator[tuple[BlockDiffusionTransformer, CheckpointManifest, ProcessGroups]]:
     """The averaged weights where kept, else the last ones, in the precision of training, and the process groups.
 
     In one process the model is whole; under torchrun or SLURM it is split as in training.

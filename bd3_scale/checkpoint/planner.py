@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -68,10 +73,12 @@ class BoxLoadPlanner(DefaultLoadPlanner):
         reads = []
         for key, boxes in by_tensor.items():
             stored = self.metadata.state_dict_metadata.get(key)
-            if stored is None:
+            if not isinstance(stored, TensorStorageMetadata):
                 raise ValueError(f"the checkpoint holds no tensor {key}")
             if tuple(stored.size) != boxes[0].full_shape:
-                raise ValueError(f"{key} has shape {tuple(stored.size)} in the checkpoint and {boxes[0].full_shape} in the model")
+                raise ValueError(
+                    f"{key} has shape {tuple(stored.size)} in the checkpoint and {boxes[0].full_shape} in the model"
+                )
             chunks = [ChunkStorageMetadata(torch.Size(box.offset), box.data.shape) for box in boxes]
             reads += create_read_items_for_chunk_list(key, stored, chunks)
         return LoadPlan(reads)

@@ -1,7 +1,7 @@
 """torch.distributed.checkpoint's storage as safetensors files and a JSON index: no pickle is written or read.
 
-A rank writes its boxes to one file; `index.json` says which file holds which box of which tensor. A reader maps a file and
-takes from it only the part of a box that it needs.
+A rank writes its boxes to one file; `index.json` says which file holds which box of which tensor. A reader maps a file
+and takes from it only the part of a box that it needs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -31,6 +32,11 @@ INDEX = "index.json"
 
 def _name(index: MetadataIndex) -> str:
     return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+
+
+def _on_host(data: Any) -> torch.Tensor:
+    assert isinstance(data, torch.Tensor)
+    return data.detach().cpu().contiguous()
 
 
 def _done(value: Any) -> Future[Any]:
@@ -59,7 +65,7 @@ class SafetensorsWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        tensors = {_name(item.index): planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
+        tensors = {_name(item.index): _on_host(planner.resolve_data(item)) for item in plan.items}
         if tensors:
             save_file(tensors, self._folder / self._file)
         return _done([WriteResult(item.index, tensors[_name(item.index)].nbytes, self._file) for item in plan.items])
@@ -92,9 +98,9 @@ class SafetensorsReader(StorageReader):
     def reset(self, checkpoint_id: object = None) -> None:
         """Nothing is kept between loads."""
 
-    def read_metadata(self) -> Metadata:  # type: ignore[override]
-        tensors = {}
-        files = {}
+    def read_metadata(self) -> Metadata:
+        tensors: dict[str, STORAGE_TYPES] = {}
+        files: dict[MetadataIndex, str] = {}
         for key, entry in json.loads((self._folder / INDEX).read_text()).items():
             chunks = [ChunkStorageMetadata(torch.Size(b["offset"]), torch.Size(b["shape"])) for b in entry["boxes"]]
             files |= {MetadataIndex(key, b["offset"]): b["file"] for b in entry["boxes"]}

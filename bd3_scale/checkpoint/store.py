@@ -1,20 +1,20 @@
 """Saving, finding and loading the checkpoints of a run.
 
-A checkpoint is a folder `step-<n>`: safetensors files, an index, the tokeniser and a manifest. It is written aside under a
-name that starts with a dot, synced and renamed, so that a folder without the dot is complete.
+A checkpoint is a folder `step-<n>`: safetensors files, an index, the tokeniser and a manifest. It is written aside
+under a name that starts with a dot, synced and renamed, so that a folder without the dot is complete.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from bd3_scale.checkpoint.boxes import Box, boxes_of
 from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, CheckpointManifest
@@ -23,6 +23,7 @@ from bd3_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from bd3_scale.model.layout import ParameterLayout
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.parallel.zero import ZeroState
+from bd3_scale.resilience.files import sync
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial-"
@@ -74,7 +75,7 @@ def save_checkpoint(
     partial = folder / f"{_PARTIAL}{target.name}"
     try:
         on_rank_zero(lambda: _prepare(partial, tokenizer))
-        dcp.save(
+        save(
             {},
             storage_writer=SafetensorsWriter(partial, dist.get_rank()),
             planner=BoxSavePlanner(_state_boxes(zero, layouts, writers_only=True)),
@@ -84,9 +85,10 @@ def save_checkpoint(
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"the checkpoint of step {manifest.step} could not be written to {folder}: {_reasons(error)}; older ones are whole"
+            f"the checkpoint of step {manifest.step} could not be written to {folder}: {_reasons(error)}; "
+            "older ones are whole"
         ) from error
-    on_rank_zero(lambda: [shutil.rmtree(old) for old in list_checkpoints(folder)[:-keep_last]])
+    on_rank_zero(lambda: _remove(list_checkpoints(folder)[:-keep_last]))
     return target
 
 
@@ -100,13 +102,17 @@ def load_training_state(
     """
     missing = set(zero.names) - set(manifest.states)
     if missing:
-        raise ValueError(f"{checkpoint} holds no {', '.join(sorted(missing))}: set optimizer.ema_decay as the run that wrote it")
+        raise ValueError(
+            f"{checkpoint} holds no {', '.join(sorted(missing))}: set optimizer.ema_decay as the run that wrote it"
+        )
     _load(checkpoint, _state_boxes(zero, layouts, writers_only=False))
     zero.loaded(manifest.step)
 
 
 def load_weights(checkpoint: Path, manifest: CheckpointManifest, layouts: Sequence[ParameterLayout]) -> None:
-    """Load a model without its optimiser (collective): the moving average where kept, else the masters, in the model's dtype."""
+    """Load a model without its optimiser (collective): the moving average where kept, else the masters, in the
+    model's dtype.
+    """
     state = "ema" if "ema" in manifest.states else "master"
     boxes = [b for layout in layouts for b in boxes_of(layout.pieces, 0, {state: layout.parameter.data.view(-1)})]
     _load(checkpoint, boxes)
@@ -124,7 +130,7 @@ def _state_boxes(zero: ZeroState, layouts: Sequence[ParameterLayout], *, writers
 
 def _load(checkpoint: Path, boxes: Sequence[Box]) -> None:
     try:
-        dcp.load({}, storage_reader=SafetensorsReader(checkpoint), planner=BoxLoadPlanner(boxes))
+        load({}, storage_reader=SafetensorsReader(checkpoint), planner=BoxLoadPlanner(boxes))
     except CheckpointException as error:
         raise ValueError(f"checkpoint {checkpoint} cannot be loaded: {_reasons(error)}") from error
 
@@ -145,18 +151,13 @@ def _commit(partial: Path, target: Path, manifest: CheckpointManifest) -> None:
     files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
     (partial / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=2))
     for path in [*partial.rglob("*"), partial]:
-        _sync(path)
+        sync(path)
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import signal
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -66,9 +68,20 @@ class TrainingStream(Iterator[Batch]):
             generator=torch.Generator(),  # or the loader would draw from the generator that training uses
         )
         self._batches: Iterator[Batch] = iter(loader)
+        atexit.register(_close, weakref.ref(self))
 
     def __next__(self) -> Batch:
         return next(self._batches)
+
+    def close(self) -> None:
+        """End the loader workers; there are no more batches."""
+        self._batches = iter(())
+
+
+def _close(stream: weakref.ref[TrainingStream]) -> None:
+    # The interpreter ends its child processes with SIGTERM and waits for them, but the loader workers ignore it.
+    if (alive := stream()) is not None:
+        alive.close()
 
 
 def epoch_order(

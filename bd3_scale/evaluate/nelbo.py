@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from bd3_scale.attention.spans import make_spans
@@ -15,6 +14,7 @@ from bd3_scale.diffusion.nelbo import NelboEstimate, estimate_nelbo, sequence_ne
 from bd3_scale.diffusion.noise import draw_noise
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.parallel.collective import gather_objects
+from bd3_scale.parallel.groups import ProcessGroups
 
 # Evaluation noise depends on no run's seed, so that runs are compared under the same masks.
 NOISE_SEED = 0
@@ -24,7 +24,7 @@ NOISE_SEED = 0
 def evaluate_nelbo(
     model: BlockDiffusionTransformer,
     batches: Iterable[Batch],
-    groups: ProcessGroupCollection,
+    groups: ProcessGroups,
     *,
     block_size: int,
     draws: int,
@@ -43,12 +43,16 @@ def evaluate_nelbo(
         counted.append(batch.counted.sum(1))
         sums.append(torch.stack([_draw(model, batch, block_size, draw, draws, exact=exact) for draw in range(draws)]))
         progress(len(batch.ids))
-    local = (torch.cat(sums, 1), torch.cat(counted)) if sums else (torch.empty(draws, 0).double(), torch.empty(0).long())
+    local = (
+        (torch.cat(sums, 1), torch.cat(counted)) if sums else (torch.empty(draws, 0).double(), torch.empty(0).long())
+    )
     ranks = gather_objects(local, groups.dp_cp)
     return estimate_nelbo(torch.cat([s for s, _ in ranks], 1), torch.cat([c for _, c in ranks]))
 
 
-def _draw(model: BlockDiffusionTransformer, batch: Batch, block_size: int, draw: int, draws: int, *, exact: bool) -> Tensor:
+def _draw(
+    model: BlockDiffusionTransformer, batch: Batch, block_size: int, draw: int, draws: int, *, exact: bool
+) -> Tensor:
     """One draw's NELBO of each sequence, float64 [B]."""
     spans = make_spans(batch.document_start, block_size)
     noise = draw_noise(

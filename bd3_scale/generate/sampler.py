@@ -24,7 +24,9 @@ ENTROPY_THRESHOLD = 4.0
 
 @dataclass(frozen=True)
 class Sample:
-    """`tokens`: generated ids, without the prompt and without EOS; `nfe`: denoising passes; `cache_passes`: apart from them."""
+    """`tokens`: generated ids, without the prompt and without EOS; `nfe`: denoising passes; `cache_passes`: apart
+    from them.
+    """
 
     tokens: list[int]
     stopped_by: str
@@ -45,10 +47,10 @@ def generate(
 ) -> Sample:
     """Continue `prompt` by up to `max_new_tokens` tokens; all tensor-parallel ranks call it alike (collective).
 
-    A denoising pass unmasks one token of the block, at a place drawn uniformly among the masked ones: the reverse process of
-    masked diffusion simulated exactly (first hitting; Zheng et al., ICLR 2025), in as many passes as there are masked tokens.
-    Sampling stops after the block that holds EOS, or when the entropy of the last 256 tokens falls below 4 nats.
-    `progress` is told after each block how many tokens there are, and the limit.
+    A denoising pass unmasks one token of the block, at a place drawn uniformly among the masked ones: the reverse
+    process of masked diffusion simulated exactly (first hitting; Zheng et al., ICLR 2025), in as many passes as there
+    are masked tokens. Sampling stops after the block that holds EOS, or when the entropy of the last 256 tokens falls
+    below 4 nats. `progress` is told after each block how many tokens there are, and the limit.
 
     Raises:
         ValueError: a prompt with ids outside the clean vocabulary, or a limit below 1.
@@ -94,14 +96,18 @@ def _check(model: BlockDiffusionTransformer, prompt: list[int], max_new_tokens: 
     vocabulary = model.vocabulary
     bad = [i for i in prompt if not 0 <= i < vocabulary.size or i == vocabulary.mask_id]
     if bad:
-        raise ValueError(f"the prompt holds ids {bad[:5]} that are no clean tokens of this vocabulary of {vocabulary.size}")
+        raise ValueError(
+            f"the prompt holds ids {bad[:5]} that are no clean tokens of this vocabulary of {vocabulary.size}"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give at least 1")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}: give 0 (most likely token) or above")
 
 
-def _prefill(model: BlockDiffusionTransformer, tokens: list[int], block_size: int, cache: KVCache, device: torch.device) -> None:
+def _prefill(
+    model: BlockDiffusionTransformer, tokens: list[int], block_size: int, cache: KVCache, device: torch.device
+) -> None:
     clean = torch.tensor([tokens], device=device)
     spans = make_spans(torch.zeros_like(clean, dtype=torch.int32), block_size)
     model.prefill(clean, torch.arange(len(tokens), device=device)[None], spans, cache)
@@ -129,7 +135,8 @@ def _draw_token(logits_V: Tensor, uniform: float, temperature: float) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
     cumulative = (logits_V.double() / temperature).softmax(0).cumsum(0)
-    # Where forbidden ids end the vocabulary their cumulative sum repeats the last allowed one's, which the search never passes.
+    # Where forbidden ids end the vocabulary their cumulative sum repeats the last allowed one's, which the search
+    # never passes.
     return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
 
 

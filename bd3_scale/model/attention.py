@@ -1,7 +1,7 @@
 """Self-attention over `noisy ⊕ clean` rows, in megatron-core's layer.
 
-Shapes: S rows (2L in training: noisy then clean; L for clean rows only), B sequences, H query heads and G key/value heads
-of this tensor-parallel rank, D dimensions a head.
+Shapes: S rows (2L in training: noisy then clean; L for clean rows only), B sequences, H query heads and G key/value
+heads of this tensor-parallel rank, D dimensions a head.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ class BlockDiffusionCoreAttention(nn.Module):
         self.layer = layer_number - 1
         self.head_dim = config.kv_channels
 
-    def forward(self, q_SBHD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, spans: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, q_SBHD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, spans: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         """Attention output [S, B, H·D].
 
-        `spans` int32 [3, B, L]: two streams where S = 2L, clean rows alone where S = L (written to `cache`, if given, which
-        must be empty). Without spans the rows are one block that sees the whole cache and itself.
+        `spans` int32 [3, B, L]: two streams where S = 2L, clean rows alone where S = L (written to `cache`, if given,
+        which must be empty). Without spans the rows are one block that sees the whole cache and itself.
         """
         q, k, v = (x.transpose(0, 1) for x in (q_SBHD, k_SBGD, v_SBGD))
         if spans is None:
@@ -50,10 +52,10 @@ class BlockDiffusionCoreAttention(nn.Module):
             noisy = QKV(q[:, :length], k[:, :length], v[:, :length])
             clean = QKV(q[:, length:], k[:, length:], v[:, length:])
             noisy_out, clean_out = block_attention(noisy, clean, spans)
-            assert noisy_out is not None and clean_out is not None
+            assert noisy_out is not None
+            assert clean_out is not None
             out = torch.cat([noisy_out, clean_out], dim=1)
         return out.transpose(0, 1).flatten(2)
-
 
 
 class BlockDiffusionSelfAttention(SelfAttention):
@@ -65,7 +67,7 @@ class BlockDiffusionSelfAttention(SelfAttention):
         config.add_bias_linear = False
         super().__init__(config=config, **kwargs)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,

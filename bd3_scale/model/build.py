@@ -37,8 +37,13 @@ def build_model(
 
 
 def _mark_split_weights(model: BlockDiffusionTransformer) -> None:
-    """Tell DeepSpeed's gradient norm which weights are split; megatron marks them only where it initialises them itself."""
+    """Tell DeepSpeed's gradient norm which weights are split; megatron marks them only where it initialises them
+    itself.
+    """
     for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+        if (
+            isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
+            and module.weight is not None
+        ):
             dim = 1 if isinstance(module, RowParallelLinear) else 0
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)

@@ -18,16 +18,16 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration of `model`; weights are left uninitialised, see `initialise_weights`.
 
-    Fusions stay off where they need Transformer Engine or apex: `gradient_accumulation_fusion` writes `main_grad`, which
-    DeepSpeed's ZeRO never reads.
+    Fusions stay off where they need Transformer Engine or apex: `gradient_accumulation_fusion` writes `main_grad`,
+    which DeepSpeed's ZeRO never reads.
     """
     on_cpu = not torch.cuda.is_available()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.head_dim or model.hidden_size // model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_size,
         ffn_hidden_size=model.ffn_hidden_size,
         activation_func=_ACTIVATIONS[model.activation],
         gated_linear_unit=model.activation == "swiglu",

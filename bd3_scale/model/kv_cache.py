@@ -10,12 +10,15 @@ class KVCache:
     """Preallocated keys and values of every layer, in the order of positions.
 
     A denoising pass writes its block's keys behind the finished prefix and leaves `length` alone, so that the next pass
-    overwrites them; `commit` makes them part of the prefix. Nothing is copied when a block attends to prefix and itself.
+    overwrites them; `commit` makes them part of the prefix. Nothing is copied when a block attends to prefix and
+    itself.
 
     Shapes: B sequences, G key/value heads of this rank, D dimensions a head.
     """
 
-    def __init__(self, num_layers: int, shape_BSGD: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, num_layers: int, shape_BSGD: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ):
         self.capacity = shape_BSGD[1]
         self.length = 0
         self._keys = [torch.empty(shape_BSGD, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -29,7 +32,9 @@ class KVCache:
         """
         end = self.length + key_BSGD.shape[1]
         if end > self.capacity:
-            raise ValueError(f"KV cache of {self.capacity} positions cannot hold {end}; build it with capacity >= {end}")
+            raise ValueError(
+                f"KV cache of {self.capacity} positions cannot hold {end}; build it with capacity >= {end}"
+            )
         self._keys[layer][:, self.length : end] = key_BSGD
         self._values[layer][:, self.length : end] = value_BSGD
         return self._keys[layer][:, :end], self._values[layer][:, :end]

@@ -1,6 +1,7 @@
 """Where each parameter of a rank lies in the full tensors of the model, whatever the parallel layout.
 
-megatron-core's `sharded_state_dict` names and places tensors; this reads it once, before an optimiser takes the parameters over.
+megatron-core's `sharded_state_dict` names and places tensors; this reads it once, before an optimiser takes the
+parameters over.
 """
 
 from __future__ import annotations

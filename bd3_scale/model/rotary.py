@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., 2021), half-split as in Llama and Qwen.
 
-megatron's own counts rows; here the noisy and the clean row of one token share a position, and positions restart at every
-packed document, so that angles come from explicit positions.
+megatron's own counts rows; here the noisy and the clean row of one token share a position, and positions restart at
+every packed document, so that angles come from explicit positions.
 
 Shapes: S rows, B sequences, H heads, D dimensions a head.
 """

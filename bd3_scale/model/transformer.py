@@ -1,7 +1,7 @@
 """The block diffusion transformer: embedding, megatron-core decoder, vocabulary-parallel head.
 
-Shapes: B sequences, L data tokens a sequence, S rows of the forward (2L in training), M masked rows, V vocabulary entries
-of this tensor-parallel rank.
+Shapes: B sequences, L data tokens a sequence, S rows of the forward (2L in training), M masked rows, V vocabulary
+entries of this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _block_spec(model: ModelRecipe, *, tensor_parallel: bool) -> TransformerBloc
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -73,7 +75,9 @@ class BlockDiffusionTransformer(MegatronModule):
         self.embedding = LanguageModelEmbedding(
             config, vocabulary.padded_size, max_sequence_length=0, position_embedding_type="rope", tp_group=groups.tp
         )
-        self.decoder = TransformerBlock(config, _block_spec(model, tensor_parallel=groups.tp.size() > 1), pg_collection=groups)
+        self.decoder = TransformerBlock(
+            config, _block_spec(model, tensor_parallel=groups.tp.size() > 1), pg_collection=groups
+        )
         self.output_layer = ColumnParallelLinear(
             config.hidden_size,
             vocabulary.padded_size,
@@ -108,9 +112,7 @@ class BlockDiffusionTransformer(MegatronModule):
         logits_MV = self._logits(hidden_MH[:, None])
         return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, clean_BL.flatten()[rows_M][:, None])[:, 0]
 
-    def prefill(
-        self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
+    def prefill(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor, cache: KVCache | None = None) -> Tensor:
         """Clean-only forward: logits fp32 [B, L, padded vocabulary] of clean rows; fills an empty `cache`."""
         logits = self._all_logits(self._decode(clean_BL, positions_BL, spans, cache))
         if cache is not None:
@@ -130,14 +132,14 @@ class BlockDiffusionTransformer(MegatronModule):
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` positions."""
         weight = self.embedding.word_embeddings.weight
-        groups = (self.config.num_query_groups or 0) // self.tp_group.size()
-        shape = (batch_size, capacity, groups, self.config.kv_channels or 0)
+        groups = self.recipe.query_groups // self.tp_group.size()
+        shape = (batch_size, capacity, groups, self.recipe.head_size)
         return KVCache(self.config.num_layers, shape, weight.dtype, weight.device)
 
-    def _decode(self, tokens_BS: Tensor, positions_BS: Tensor, spans: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        table = rotary_table(
-            positions_BS, self.config.kv_channels or 0, self.recipe.rope_theta, self.config.params_dtype
-        )
+    def _decode(
+        self, tokens_BS: Tensor, positions_BS: Tensor, spans: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        table = rotary_table(positions_BS, self.recipe.head_size, self.recipe.rope_theta, self.config.params_dtype)
         return self.decoder(
             self.embedding(tokens_BS, positions_BS), attention_mask=spans, rotary_pos_emb=table, inference_context=cache
         )

@@ -38,8 +38,8 @@ def any_rank(flag: bool) -> bool:
     return bool(value)
 
 
-def gather_objects(item: T, group: dist.ProcessGroup) -> Sequence[T]:
-    """`item` of every rank of `group`, in the order of ranks (collective)."""
-    items: list[T] = [item] * group.size()
+def gather_objects(item: T, group: dist.ProcessGroup | None = None) -> Sequence[T]:
+    """`item` of every rank of `group`, by default of the world, in the order of ranks (collective)."""
+    items: list[T] = [item] * dist.get_world_size(group)
     dist.all_gather_object(items, item, group=group)
     return items

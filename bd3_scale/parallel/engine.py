@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.parallel.groups import DeepSpeedTopology
+from bd3_scale.parallel.groups import DeepSpeedTopology, ProcessGroups
 from bd3_scale.parallel.zero import ZeroState
 from bd3_scale.recipe.schema import OptimizerRecipe, ParallelRecipe
 
@@ -31,14 +30,15 @@ class StepResult:
 class TrainingEngine:
     """A model with its ZeRO optimiser.
 
-    `loss_sum(model, micro_batch)` returns the loss numerator of a micro-batch, a scalar fp32 tensor. It is divided once by
-    the global batch's number of data tokens (DESIGN §4.3), so that uneven numbers of masked tokens bias nothing.
+    `loss_sum(model, micro_batch)` returns the loss numerator of a micro-batch, a scalar fp32 tensor. It is divided
+    once by the global batch's number of data tokens (DESIGN §4.3), so that uneven numbers of masked tokens bias
+    nothing.
     """
 
     def __init__(
         self,
         model: BlockDiffusionTransformer,
-        groups: ProcessGroupCollection,
+        groups: ProcessGroups,
         optimizer: OptimizerRecipe,
         parallel: ParallelRecipe,
         loss_sum: Callable[[BlockDiffusionTransformer, Any], Tensor],
@@ -90,7 +90,9 @@ class TrainingEngine:
         """Add up, over tensor-parallel ranks, the gradients of replicated weights that each saw a part of the heads."""
         if self.groups.tp.size() == 1:
             return
-        gradients = [p.grad for p in self.model.parameters() if getattr(p, "partial_over_tp", False) and p.grad is not None]
+        gradients = [
+            p.grad for p in self.model.parameters() if getattr(p, "partial_over_tp", False) and p.grad is not None
+        ]
         if gradients:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat, group=self.groups.tp)
@@ -99,7 +101,10 @@ class TrainingEngine:
 
 
 def _initialise_deepspeed(
-    model: BlockDiffusionTransformer, groups: ProcessGroupCollection, optimizer: OptimizerRecipe, parallel: ParallelRecipe
+    model: BlockDiffusionTransformer,
+    groups: ProcessGroups,
+    optimizer: OptimizerRecipe,
+    parallel: ParallelRecipe,
 ) -> Any:
     device = next(model.parameters()).device
     if device.type == "cpu":
@@ -131,7 +136,8 @@ def _initialise_deepspeed(
         dist_init_required=False,
     )
     if bf16:
-        # DeepSpeed's grad_accum_dtype is refused or ignored with coalesced reduction; this makes autograd itself sum in fp32.
+        # DeepSpeed's grad_accum_dtype is refused or ignored with coalesced reduction; this makes autograd itself sum
+        # in fp32.
         for parameter in model.parameters():
             parameter.grad_dtype = torch.float32
     return engine

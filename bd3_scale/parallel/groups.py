@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,14 +16,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from bd3_scale.parallel import megatron_on_cpu
 from bd3_scale.recipe.schema import ParallelRecipe
 
+ProcessGroups: TypeAlias = ProcessGroupCollection
+
 
 def local_device() -> torch.device:
     """The GPU of this rank, or the CPU where there is none."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 @contextmanager
-def process_groups(parallel: ParallelRecipe, *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[ProcessGroupCollection]:
+def process_groups(parallel: ParallelRecipe, *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[ProcessGroups]:
     """Join the ranks that torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) name; alone without them.
 
     Raises:
@@ -57,7 +64,8 @@ def _init_distributed(backend: str, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 class DeepSpeedTopology:
@@ -66,7 +74,7 @@ class DeepSpeedTopology:
     DeepSpeed calls "model parallel" all ranks that hold parts of one model replica, over which norms are reduced.
     """
 
-    def __init__(self, groups: ProcessGroupCollection) -> None:
+    def __init__(self, groups: ProcessGroups) -> None:
         self._groups = groups
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:

@@ -1,7 +1,8 @@
-"""The optimiser state that ZeRO divides: fp32 masters, Adam's moments and the moving average, as fragments of parameters.
+"""The optimiser state that ZeRO divides: fp32 masters, Adam's moments and the moving average, as fragments of
+parameters.
 
-The only place that knows DeepSpeed's private names (0.19.8, ZeRO 1 and 2). ZeRO keeps, for each parameter group, one flat
-fp32 partition a rank; a parameter's fragment is the stretch of the partition that belongs to it.
+The only place that knows DeepSpeed's private names (0.19.8, ZeRO 1 and 2). ZeRO keeps, for each parameter group, one
+flat fp32 partition a rank; a parameter's fragment is the stretch of the partition that belongs to it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 class Fragment:
     """A rank's share of one parameter: `numel` elements from `start` of the flattened parameter.
 
-    `states` maps master, exp_avg, exp_avg_sq and, where kept, ema to 1-D fp32 views of that many elements; writing to a view
-    changes the optimiser.
+    `states` maps master, exp_avg, exp_avg_sq and, where kept, ema to 1-D fp32 views of that many elements; writing to
+    a view changes the optimiser.
     """
 
     parameter: nn.Parameter
@@ -75,7 +76,11 @@ class ZeroState:
             group = mapping.param_group_index
             within, own = mapping.lp_fragment_address, mapping.hp_fragment_address
             state = self._engine.basic_optimizer.state[self._masters[group]]
-            flats = {"master": self._masters[group].detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            flats = {
+                "master": self._masters[group].detach(),
+                "exp_avg": state["exp_avg"],
+                "exp_avg_sq": state["exp_avg_sq"],
+            }
             if self._ema:
                 flats["ema"] = self._ema[group]
             states = {name: flat.narrow(0, own.start, own.numel) for name, flat in flats.items()}

@@ -118,7 +118,7 @@ class ParallelRecipe(Section):
     """How ranks split the model and the optimiser; data parallelism is what remains."""
 
     tensor: PositiveInt = 1
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[1, 2] = 1
 
 
 class EvaluationRecipe(Section):

@@ -10,8 +10,8 @@ from bd3_scale.recipe.schema import OptimizerRecipe
 def learning_rate(step: int, steps: int, optimizer: OptimizerRecipe) -> float:
     """Learning rate of the update that follows `step` finished ones, of `steps` in all.
 
-    Linear warm-up, then constant, a cosine to `min_lr_ratio` (Loshchilov & Hutter, 2017), or warm-up–stable–decay with a
-    linear decay over the last `decay_steps` (Hu et al., 2024).
+    Linear warm-up, then constant, a cosine to `min_lr_ratio` (Loshchilov & Hutter, 2017), or warm-up–stable–decay with
+    a linear decay over the last `decay_steps` (Hu et al., 2024).
     """
     if step < optimizer.warmup_steps:
         return optimizer.lr * (step + 1) / optimizer.warmup_steps

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.checkpoint.manifest import CheckpointManifest, read_manifest
@@ -30,7 +29,7 @@ from bd3_scale.model.layout import ParameterLayout, parameter_layouts
 from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
 from bd3_scale.parallel.engine import TrainingEngine
-from bd3_scale.parallel.groups import local_device, process_groups
+from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.load import recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe
@@ -50,7 +49,7 @@ class Run:
     recipe: Recipe
     data: Manifest
     data_hash: str
-    groups: ProcessGroupCollection
+    groups: ProcessGroups
     folder: Path
 
     @property
@@ -61,8 +60,8 @@ class Run:
 def train(recipe: Recipe) -> None:
     """Train, or go on training, the run of `recipe` on all ranks of the launcher (collective).
 
-    A run directory with a checkpoint is resumed from its newest one. SIGTERM, SIGUSR1 and SIGINT make all ranks save at one
-    agreed step and return.
+    A run directory with a checkpoint is resumed from its newest one. SIGTERM, SIGUSR1 and SIGINT make all ranks save
+    at one agreed step and return.
 
     Raises:
         ValueError: recipe, data and checkpoint do not fit together; OSError: a file cannot be read or written;
@@ -103,8 +102,8 @@ def train(recipe: Recipe) -> None:
             result = engine.step(micro_batches, tokens=tokens, lr=lr)
             if not math.isfinite(result.loss):
                 raise FloatingPointError(
-                    f"the loss of step {done + 1} is {result.loss}: lower optimizer.lr or lengthen optimizer.warmup_steps, "
-                    f"and run again to go on from the checkpoint of step {saved}"
+                    f"the loss of step {done + 1} is {result.loss}: lower optimizer.lr or lengthen "
+                    f"optimizer.warmup_steps, and run again to go on from the checkpoint of step {saved}"
                 )
             step = done + 1
             report.trained(step, result, lr, tokens, time.monotonic() - began)
@@ -157,7 +156,7 @@ def _check(run: Run) -> None:
             f"evaluation.every_steps is {recipe.evaluation.every_steps}, {recipe.data.path} has no held-out split: "
             "set it to 0, or prepare the data with --holdout"
         )
-    seen = gather_objects((recipe_hash(recipe), run.data_hash), dist.group.WORLD)
+    seen = gather_objects((recipe_hash(recipe), run.data_hash))
     different = [rank for rank, hashes in enumerate(seen) if hashes != seen[0]]
     if different:
         raise ValueError(f"ranks {different} were started with another recipe or other data than rank 0")

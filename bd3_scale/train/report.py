@@ -83,7 +83,9 @@ class Report:
             perplexity=estimate.perplexity,
         )
         self._progress.evaluated(estimate.nelbo)
-        self._say(f"step {step}: held-out NELBO {estimate.nelbo:.4f} nats a token, perplexity {estimate.perplexity:.2f}")
+        self._say(
+            f"step {step}: held-out NELBO {estimate.nelbo:.4f} nats a token, perplexity {estimate.perplexity:.2f}"
+        )
 
     def saved(self, step: int, checkpoint: Path) -> None:
         """After a checkpoint."""

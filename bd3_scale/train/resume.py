@@ -35,9 +35,13 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
     ]
     if bool(manifest.recipe.optimizer.ema_decay) != bool(recipe.optimizer.ema_decay):
         old, new = manifest.recipe.optimizer.ema_decay, recipe.optimizer.ema_decay
-        differences.append(f"optimizer.ema_decay is {new}, the checkpoint has {old}: a moving average is kept from the start")
+        differences.append(
+            f"optimizer.ema_decay is {new}, the checkpoint has {old}: a moving average is kept from the start"
+        )
     if manifest.data_hash != data_hash:
-        differences.append(f"the prepared data (hash {data_hash}) are not those of the checkpoint ({manifest.data_hash})")
+        differences.append(
+            f"the prepared data (hash {data_hash}) are not those of the checkpoint ({manifest.data_hash})"
+        )
     if manifest.step > recipe.train.steps:
         differences.append(f"train.steps is {recipe.train.steps}, the checkpoint has done {manifest.step}")
     if differences:

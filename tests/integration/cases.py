@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, OptimizerRecipe, ParallelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import (
+    DataRecipe,
+    DiffusionRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    ParallelRecipe,
+    Recipe,
+    TrainRecipe,
+)
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 LENGTH, BATCH = 32, 4
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)  # ids 58 and 59 are clean: the mask need not be the last
 
-QWEN = ModelRecipe(num_layers=2, hidden_size=48, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, init_std=0.2)
+QWEN = ModelRecipe(
+    num_layers=2, hidden_size=48, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, init_std=0.2
+)
 OFFICIAL = ModelRecipe(
     num_layers=2,
     hidden_size=32,

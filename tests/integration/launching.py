@@ -34,5 +34,9 @@ def run_ranks(script: Path, world_size: int, *args: object, timeout: float = 240
     finally:
         for rank in ranks:
             rank.kill()
-    failed = [f"rank {i} ended with {r.returncode}:\n{o[-4000:]}" for i, (r, o) in enumerate(zip(ranks, outputs, strict=True)) if r.returncode]
+    failed = [
+        f"rank {i} ended with {r.returncode}:\n{o[-4000:]}"
+        for i, (r, o) in enumerate(zip(ranks, outputs, strict=True))
+        if r.returncode
+    ]
     assert not failed, "\n".join(failed)

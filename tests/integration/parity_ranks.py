@@ -1,4 +1,6 @@
-"""One rank of the parity launch: `parity_ranks.py OUT TENSOR ZERO`. Rank 0 saves full weights, gradients and losses to OUT."""
+"""One rank of the parity launch: `parity_ranks.py OUT TENSOR ZERO`. Rank 0 saves full weights, gradients and losses
+to OUT.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ def micro_batches(batch, block_size, rank, ranks):
 def full_tensors(layouts, values, groups):
     """Rank 0's view of the tensors of all ranks of a tensor-parallel group, put together from their boxes."""
     mine = [
-        (p.key, p.full_shape, p.offset, values[id(layout.parameter)].flatten()[p.start : p.start + p.numel].reshape(p.shape))
+        (
+            p.key,
+            p.full_shape,
+            p.offset,
+            values[id(layout.parameter)].flatten()[p.start : p.start + p.numel].reshape(p.shape),
+        )
         for layout in layouts
         for p in layout.pieces
     ]
@@ -83,7 +90,12 @@ def three_steps(tensor, zero_stage, groups):
     with engine.zero.evaluation_weights():
         ema = full_tensors(layouts, {id(p): p.detach().clone() for p in model.parameters()}, groups)
     assert all(torch.equal(p, kept[id(p)]) for p in model.parameters()), "weights differ after evaluation"
-    return {"weights": weights, "ema": ema, "losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
+    return {
+        "weights": weights,
+        "ema": ema,
+        "losses": [r.loss for r in results],
+        "norms": [r.grad_norm for r in results],
+    }
 
 
 def main() -> None:

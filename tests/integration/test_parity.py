@@ -9,9 +9,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import cases  # noqa: E402
-import plain_model  # noqa: E402
-from launching import run_ranks  # noqa: E402
+import cases
+import plain_model
+from launching import run_ranks
 
 TOLERANCE = 1e-5
 # name: world size, tensor parallel, ZeRO stage
