@@ -1,0 +1,25 @@
+"""The unigram perplexity against a sum written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bd3_scale.data.batch import Batch
+from bd3_scale.evaluate.unigram import unigram_perplexity
+
+
+def batch(tokens, counted):
+    tokens, nothing = torch.tensor(tokens), torch.zeros(len(tokens), dtype=torch.int64)
+    return Batch(0, nothing, nothing, tokens, torch.zeros_like(tokens).int(), tokens, torch.tensor(counted))
+
+
+def test_counts_what_perplexity_counts():
+    """Counted over both batches: 1 four times, 2 twice, 3 twice: 1.5 bits, perplexity 2^1.5."""
+    batches = [batch([[1, 1, 2, 3], [7, 7, 7, 7]], [[True] * 4, [False] * 4]), batch([[1, 1, 2, 3]], [[True] * 4])]
+    assert unigram_perplexity(batches, 10) == pytest.approx(2**1.5)
+
+
+def test_nothing_to_count():
+    with pytest.raises(ValueError, match="no token to count"):
+        unigram_perplexity([batch([[1]], [[False]])], 10)

@@ -1,0 +1,127 @@
+"""Prefill, cached decoding and the two-stream forward of one small model agree; the head never predicts what no text holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bd3_scale.attention.spans import make_spans
+from bd3_scale.model.build import build_model
+from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+LENGTH = 24
+VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)
+
+
+@pytest.fixture(scope="module")
+def model(groups):
+    recipe = Recipe(
+        name="tiny",
+        model=ModelRecipe(
+            num_layers=2,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_query_groups=2,
+            ffn_hidden_size=48,
+            init_std=0.3,
+        ),
+        diffusion=DiffusionRecipe(block_size=4),
+        data=DataRecipe(path="unused", seq_len=LENGTH),
+        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
+    )
+    built = build_model(
+        recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=5
+    ).requires_grad_(False)
+    return built.eval()
+
+
+@pytest.fixture
+def clean():
+    return torch.randint(0, 57, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def spans_of(clean, block_size):
+    return make_spans(torch.zeros_like(clean, dtype=torch.int32), block_size)
+
+
+def positions_of(clean):
+    return torch.arange(clean.shape[1]).expand_as(clean)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+def test_cached_blocks_give_the_two_stream_likelihoods(model, clean, block_size):
+    """The nll of every masked token of every block, from one forward and from block after block through the cache."""
+    masked = torch.rand(clean.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    noisy = clean.masked_fill(masked, VOCABULARY.mask_id)
+    rows = masked.flatten().nonzero()[:, 0]
+    two_stream = torch.zeros(clean.shape)
+    two_stream[masked] = model(noisy, clean, positions_of(clean), spans_of(clean, block_size), rows)
+    cache = model.new_cache(2, LENGTH)
+    for start in range(0, LENGTH, block_size):
+        block = slice(start, start + block_size)
+        positions = positions_of(clean)[:, block]
+        logits = model.decode(noisy[:, block], positions, cache, commit=False)
+        nll = -logits.log_softmax(-1).gather(-1, clean[:, block, None])[..., 0]
+        expected = two_stream[:, block][masked[:, block]]
+        torch.testing.assert_close(nll[masked[:, block]], expected, rtol=1e-5, atol=1e-5)
+        model.decode(clean[:, block], positions, cache, commit=True)
+    assert cache.length == LENGTH
+
+
+def test_prefill_fills_the_cache_as_decoding_block_by_block_does(model, clean):
+    half, rest = slice(0, 12), slice(12, 16)
+    positions = positions_of(clean)
+    prefilled, stepwise = model.new_cache(2, LENGTH), model.new_cache(2, LENGTH)
+    logits = model.prefill(clean[:, half], positions[:, half], spans_of(clean[:, half], 4), prefilled)
+    blocks = [
+        model.decode(clean[:, s : s + 4], positions[:, s : s + 4], stepwise, commit=True) for s in range(0, 12, 4)
+    ]
+    torch.testing.assert_close(logits, torch.cat(blocks, 1), rtol=1e-5, atol=1e-5)
+    after = [model.decode(clean[:, rest], positions[:, rest], cache, commit=False) for cache in (prefilled, stepwise)]
+    torch.testing.assert_close(after[0], after[1], rtol=1e-5, atol=1e-5)
+
+
+def test_block_size_one_is_an_exact_left_to_right_likelihood(model, clean):
+    """With every token masked: its nlls do not depend on which other tokens are masked, nor on any later token."""
+    spans, positions = spans_of(clean, 1), positions_of(clean)
+    everything = torch.full_like(clean, VOCABULARY.mask_id)
+    exact = model(everything, clean, positions, spans, torch.arange(clean.numel())).view(clean.shape)
+    masked = torch.rand(clean.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    some = model(
+        clean.masked_fill(masked, VOCABULARY.mask_id), clean, positions, spans, masked.flatten().nonzero()[:, 0]
+    )
+    torch.testing.assert_close(some, exact[masked], rtol=1e-5, atol=1e-5)
+    changed = clean.clone()
+    changed[:, 10:] = (changed[:, 10:] + 1) % 57
+    other = model(everything, changed, positions, spans, torch.arange(clean.numel())).view(clean.shape)
+    torch.testing.assert_close(other[:, :10], exact[:, :10], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(other[:, 11:], exact[:, 11:])
+
+
+def test_documents_do_not_see_each_other(model, clean):
+    """Two documents packed in a sequence have the nlls that they have alone."""
+    starts = torch.tensor([0] * 8 + [8] * 16).expand(2, -1)
+    masked = torch.zeros_like(clean, dtype=torch.bool)
+    masked[:, ::3] = True
+    noisy, rows = clean.masked_fill(masked, VOCABULARY.mask_id), masked.flatten().nonzero()[:, 0]
+    packed = torch.zeros(clean.shape)
+    packed[masked] = model(noisy, clean, positions_of(clean) - starts, make_spans(starts.int(), 4), rows)
+    for part in (slice(0, 8), slice(8, 24)):
+        c, n, m = clean[:, part], noisy[:, part], masked[:, part]
+        alone = model(n, c, positions_of(c), spans_of(c, 4), m.flatten().nonzero()[:, 0])
+        torch.testing.assert_close(packed[:, part][m], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_mask_and_padding_ids_have_no_probability(model, clean):
+    logits = model.prefill(clean, positions_of(clean), spans_of(clean, 4))
+    assert logits.shape[-1] == VOCABULARY.padded_size == 128
+    impossible = torch.tensor([57, *range(60, 128)])
+    assert (logits[..., impossible] == float("-inf")).all()
+    assert logits[..., [i for i in range(60) if i != 57]].isfinite().all()
+
+
+def test_a_cache_that_is_too_short_says_how_long_it_must_be(model, clean):
+    cache = model.new_cache(2, 2)
+    with pytest.raises(ValueError, match="capacity >= 4"):
+        model.decode(clean[:, :4], positions_of(clean)[:, :4], cache, commit=False)
