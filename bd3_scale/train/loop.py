@@ -76,13 +76,17 @@ def train(recipe: Recipe) -> None:
         run = Run(recipe, data, _hash(data), groups, recipe.run_path)
         _check(run)
         on_rank_zero(lambda: _open_run_directory(run, stack))
+        checkpoint = _newest_checkpoint(run)
 
         model = build_model(
             recipe, data.vocabulary, groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed
         )
         layouts = parameter_layouts(model)
         engine = TrainingEngine(model, groups, recipe.optimizer, recipe.parallel, loss_sum)
-        start = _resume(run, engine, layouts)
+        start = 0
+        if checkpoint is not None:
+            load_training_state(*checkpoint, engine.zero, layouts)
+            start = checkpoint[1].step
         report = stack.enter_context(Report(run.folder, recipe, start))
         stream = TrainingStream(
             recipe.data,
@@ -172,15 +176,14 @@ def _open_run_directory(run: Run, stack: ExitStack) -> None:
     load_tokenizer(run.recipe.data.path).save(run.folder / "tokenizer")
 
 
-def _resume(run: Run, engine: TrainingEngine, layouts: list[ParameterLayout]) -> int:
-    """Load the newest checkpoint, if there is one; returns the steps done."""
+def _newest_checkpoint(run: Run) -> tuple[Path, CheckpointManifest] | None:
+    """What to go on from, checked before any work is done."""
     checkpoints = list_checkpoints(run.checkpoints)
     if not checkpoints:
-        return 0
+        return None
     manifest = read_manifest(checkpoints[-1])
     check_resumable(checkpoints[-1], manifest, run.recipe, run.data_hash)
-    load_training_state(checkpoints[-1], manifest, engine.zero, layouts)
-    return manifest.step
+    return checkpoints[-1], manifest
 
 
 def _corrupt(run: Run, micro: Batch, step: int) -> NoisyBatch:

@@ -26,6 +26,7 @@ class Report:
         self._stack = ExitStack()
         self._metrics: MetricsWriter | None = None
         self._progress: TrainingProgress | None = None
+        self._drawable = False
 
     def __enter__(self) -> Report:
         if dist.get_rank() == 0:
@@ -41,22 +42,25 @@ class Report:
             self._progress = self._stack.enter_context(
                 TrainingProgress(self._recipe.train.steps, first_step=self._start)
             )
-            self._say(f"resumed after step {self._start}" if self._start else f"a new run in {self._folder}")
+            if self._start == self._recipe.train.steps:
+                self._say(f"nothing to do: {self._folder} has done its {self._start} steps; train.steps=… goes further")
+            else:
+                self._say(f"resumed after step {self._start}" if self._start else f"a new run in {self._folder}")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
-        metrics = self._folder / METRICS_FILE
-        if self._metrics is not None and error is None and metrics.stat().st_size:
-            loss_curve(metrics, self._folder / "loss.png")
+        if self._metrics is not None and error is None and self._drawable:
+            loss_curve(self._folder / METRICS_FILE, self._folder / "loss.png")
 
     def trained(self, step: int, result: StepResult, lr: float, tokens: int, seconds: float) -> None:
         """After an optimiser step of `tokens` data tokens that took `seconds`."""
         if self._metrics is None or self._progress is None:
             return
         if step % self._recipe.logging.every_steps == 0 or step == self._recipe.train.steps:
+            self._drawable = True
             cuda = peak_cuda_bytes()
             memory = {} if cuda is None else {"peak_cuda_bytes": cuda}
             self._metrics.write(

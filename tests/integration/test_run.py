@@ -1,0 +1,221 @@
+"""Real runs of `bd3-scale train` on real text: interrupted, killed, resumed, resumed on another layout, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc_data.topics
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
+STEPS = 12
+RECIPE = {
+    "name": "tiny",
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 64,
+    },
+    "diffusion": {"block_size": 8, "mask_rate_low": 0.3, "mask_rate_high": 0.8},
+    "data": {"path": "data", "seq_len": 64},
+    "optimizer": {"lr": 1e-3, "ema_decay": 0.9},
+    "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+    "parallel": {"tensor": 2},
+    "evaluation": {"every_steps": 4, "sequences": 8},
+    "checkpoint": {"every_steps": 4, "keep_last": 3},
+    "logging": {"wandb": {"mode": "disabled"}},
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with prepared data, a recipe, and the run `whole` that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("workplace")
+    for name, text in list(pydoc_data.topics.topics.items())[:24]:
+        (folder / f"{name.replace('/', '-')}.txt").write_text(text)
+    data = ["--tokenizer", "bytes", "--seq-len", "64", "--holdout", "0.1"]
+    command(folder, "data", "prepare", ".", "--out", "data", *data)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    train(folder, "whole")
+    return folder
+
+
+def command(folder, *arguments, returncode=0):
+    done = subprocess.run([BD3_SCALE, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == returncode, done.stdout + done.stderr
+    return done
+
+
+def train(folder, run, *overrides, returncode=0):
+    return command(folder, "train", "recipe.yaml", f"run_dir={run}", *overrides, returncode=returncode)
+
+
+def started(folder, run, *overrides, step=5):
+    """A training in the background that has finished `step`."""
+    process = subprocess.Popen(
+        [BD3_SCALE, "train", "recipe.yaml", f"run_dir={run}", *overrides],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 150
+    while max(losses(folder / run), default=0) < step:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def records(run):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def losses(run):
+    return {r["step"]: (r["train_loss"], r["grad_norm"]) for r in records(run) if "train_loss" in r}
+
+
+def nelbos(run):
+    return {r["step"]: r["nelbo"] for r in records(run) if "nelbo" in r}
+
+
+def tensors(run, step=STEPS):
+    """The bytes of all tensor files of a checkpoint."""
+    return {p.name: p.read_bytes() for p in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")}
+
+
+def test_a_run_leaves_what_it_promises(workplace):
+    run = workplace / "whole"
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+    assert sorted(nelbos(run)) == [4, 8, 12]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"step-{s:08d}" for s in (4, 8, 12)]
+    manifest = json.loads((run / "checkpoints" / "step-00000012" / "manifest.json").read_text())
+    assert manifest["recipe"] == yaml.safe_load((run / "recipe.yaml").read_text())
+    assert manifest["recipe_hash"] == (run / "recipe.sha256").read_text().strip()
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_killed_outright_and_resumed_is_bitwise_the_undisturbed_run(workplace):
+    process = started(workplace, "killed")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    # What a save that was killed half-way leaves behind must be neither taken for a checkpoint nor in the way.
+    partial = workplace / "killed" / "checkpoints" / ".partial-step-00000008"
+    shutil.copytree(workplace / "whole" / "checkpoints" / "step-00000008" / "tokenizer", partial / "tokenizer")
+    output = train(workplace, "killed").stdout
+    assert "resumed after step 4" in output
+    assert losses(workplace / "killed") == losses(workplace / "whole")
+    assert nelbos(workplace / "killed") == nelbos(workplace / "whole")
+    assert tensors(workplace / "killed") == tensors(workplace / "whole")
+    assert not partial.exists()
+
+
+def test_asked_to_stop_it_saves_and_goes_on_bitwise(workplace):
+    run = workplace / "asked"
+    for number, step in ((signal.SIGTERM, 2), (signal.SIGUSR1, 6)):
+        process = started(workplace, "asked", step=step)
+        process.send_signal(number)
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == 0, output
+        assert f"by {number.name}: the same command goes on" in output
+        assert step <= max(losses(run)) < STEPS
+    train(workplace, "asked")
+    assert losses(run) == losses(workplace / "whole")
+    assert tensors(run) == tensors(workplace / "whole")
+    assert "nothing to do" in train(workplace, "asked").stdout
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.tensor=1", "launch.processes=2", "parallel.zero_stage=2"],
+        ["parallel.tensor=1", "launch.processes=1", "train.micro_batch_size=8"],
+    ],
+    ids=["dp2-zero2", "one-process"],
+)
+def test_resumed_on_another_layout_it_takes_the_same_steps(workplace, overrides):
+    """Samples, masks, weights, moments and average carry over from TP2, up to the order of sums."""
+    run = workplace / overrides[1]
+    shutil.copytree(workplace / "whole" / "checkpoints" / "step-00000008", run / "checkpoints" / "step-00000008")
+    train(workplace, run.name, *overrides)
+    expected = losses(workplace / "whole")
+    for step, (loss, norm) in losses(run).items():
+        assert loss == pytest.approx(expected[step][0], rel=1e-5)
+        assert norm == pytest.approx(expected[step][1], rel=1e-4)
+    assert sorted(losses(run)) == [9, 10, 11, 12]
+    assert nelbos(run)[12] == pytest.approx(nelbos(workplace / "whole")[12], rel=1e-5)
+
+
+def test_evaluate_and_generate(workplace):
+    options = ["--draws", "1", "--sequences", "8", "--json"]
+    found = json.loads(command(workplace, "evaluate", "whole", *options).stdout)
+    assert found["nelbo"] == pytest.approx(nelbos(workplace / "whole")[12], rel=1e-5)
+    checkpoint = workplace / "whole" / "checkpoints" / "step-00000012"
+    prompt = ["--prompt", "The [MASK] é", "--max-new-tokens", "20", "--seed", "3", "--json"]
+    texts = [json.loads(command(workplace, "generate", path, *prompt).stdout) for path in ("whole", checkpoint)]
+    assert texts[0]["tokens"] == texts[1]["tokens"]
+    assert 0 < len(texts[0]["tokens"]) <= 20
+    assert max(texts[0]["tokens"]) < 256  # bytes, never EOS or the mask
+
+
+def test_two_trainings_in_one_run_directory(workplace):
+    process = started(workplace, "shared", "train.steps=100000", step=1)
+    try:
+        refused = train(workplace, "shared", returncode=2)
+        assert "shared is in use by process" in refused.stderr
+        assert "choose another run_dir" in refused.stderr
+    finally:
+        process.terminate()
+        output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.hidden_size=64"], "model.hidden_size is 64, the checkpoint has 32"),
+        (["train.steps=6"], "train.steps is 6, the checkpoint has done 12"),
+        (["optimizer.ema_decay=0"], "a moving average is kept from the start"),
+    ],
+    ids=["shape", "steps", "ema"],
+)
+def test_a_run_cannot_become_another(workplace, overrides, message):
+    before = tensors(workplace / "whole")
+    refused = train(workplace, "whole", *overrides, "launch.processes=2", returncode=2)
+    assert message in refused.stderr
+    assert "run_dir=FOLDER" in refused.stderr
+    assert tensors(workplace / "whole") == before
+
+
+def test_damaged_checkpoints_are_named(workplace):
+    run = workplace / "damaged"
+    whole = workplace / "whole" / "checkpoints" / "step-00000012"
+    checkpoint = run / "checkpoints" / "step-00000012"
+    shutil.copytree(whole, checkpoint)
+    os.truncate(checkpoint / "rank-00001.safetensors", 1000)
+    for arguments in (["evaluate", "damaged"], ["generate", checkpoint], ["train", "recipe.yaml", "run_dir=damaged"]):
+        refused = command(workplace, *arguments, returncode=2)
+        assert "rank-00001.safetensors has 1000 bytes" in refused.stderr
+        assert "earlier checkpoint" in refused.stderr
+    (checkpoint / "manifest.json").unlink()
+    assert "is neither a checkpoint nor a run" in command(workplace, "evaluate", checkpoint, returncode=2).stderr
+    assert "no complete checkpoint" in command(workplace, "evaluate", "damaged", returncode=2).stderr
+
+
+def test_a_run_directory_that_cannot_be_written(workplace):
+    (workplace / "occupied").write_text("a file, not a folder")
+    refused = train(workplace, "occupied", returncode=2)
+    assert "occupied" in refused.stderr
+    assert "Traceback" not in refused.stderr
