@@ -1,0 +1,163 @@
+"""Saving and loading in one process; real failing writes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+
+import pytest
+import torch
+
+from bd3_scale.checkpoint.manifest import CheckpointManifest, read_manifest
+from bd3_scale.checkpoint.store import (
+    list_checkpoints,
+    load_training_state,
+    load_weights,
+    remove_partial,
+    resolve_checkpoint,
+    save_checkpoint,
+)
+from bd3_scale.model.build import build_model
+from bd3_scale.model.layout import parameter_layouts
+from bd3_scale.parallel.engine import TrainingEngine
+from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, OptimizerRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=59)
+RECIPE = Recipe(
+    name="tiny",
+    model=ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24),
+    diffusion=DiffusionRecipe(block_size=4),
+    data=DataRecipe(path="unused", seq_len=8),
+    optimizer=OptimizerRecipe(ema_decay=0.5),
+    train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
+)
+
+
+def loss_sum(model, seed):
+    """Any loss that reaches every weight."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randint(0, 59, (1, 8), generator=generator)
+    positions = torch.arange(8)[None]
+    spans = torch.stack([torch.zeros(1, 8), positions // 4 * 4, positions // 4 * 4 + 4]).int()
+    return model(torch.full_like(clean, 59), clean, positions, spans, torch.arange(8)).sum()
+
+
+class Training:
+    """A small bf16 model after two steps, or fresh."""
+
+    def __init__(self, groups, seed, steps):
+        self.model = build_model(
+            RECIPE, VOCABULARY, groups, dtype=torch.bfloat16, device=torch.device("cpu"), seed=seed
+        )
+        self.layouts = parameter_layouts(self.model)
+        self.engine = TrainingEngine(self.model, groups, RECIPE.optimizer, RECIPE.parallel, loss_sum)
+        for step in range(steps):
+            self.engine.step([step], tokens=8, lr=0.01)
+
+    def save(self, folder, step=2, keep_last=5):
+        tokenizer = folder.parent / "tokenizer"
+        tokenizer.mkdir(exist_ok=True)
+        (tokenizer / "tokenizer.json").write_text("{}")
+        manifest = CheckpointManifest(
+            step=step,
+            recipe=RECIPE,
+            recipe_hash="0",
+            vocabulary=VOCABULARY,
+            data_hash="0",
+            world_size=1,
+            states=self.engine.zero.names,
+        )
+        return save_checkpoint(
+            folder, manifest, self.engine.zero, self.layouts, tokenizer=tokenizer, keep_last=keep_last
+        )
+
+    def state(self):
+        fragments = self.engine.zero.fragments()
+        return [{name: value.clone() for name, value in fragment.states.items()} for fragment in fragments]
+
+
+@pytest.fixture(scope="module")
+def trained(groups):
+    return Training(groups, seed=1, steps=2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "checkpoints"
+    made.mkdir()
+    return made
+
+
+def test_everything_comes_back_bitwise(trained, folder, groups):
+    checkpoint = trained.save(folder)
+    other = Training(groups, seed=7, steps=0)
+    load_training_state(checkpoint, read_manifest(checkpoint), other.engine.zero, other.layouts)
+    assert other.engine.zero.step == trained.engine.zero.step == 2
+    for found, expected in zip(other.state(), trained.state(), strict=True):
+        assert found.keys() == expected.keys() == {"master", "exp_avg", "exp_avg_sq", "ema"}
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        assert not torch.equal(found["master"], found["ema"])
+    for found, expected in zip(other.model.parameters(), trained.model.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_model_alone_gets_the_moving_average(trained, folder, groups):
+    checkpoint = trained.save(folder)
+    model = build_model(RECIPE, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
+    load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts(model))
+    average = {id(f.parameter): f.states["ema"] for f in trained.engine.zero.fragments()}
+    for loaded, original in zip(model.parameters(), trained.model.parameters(), strict=True):
+        assert torch.equal(loaded.flatten(), average[id(original)])
+
+
+def test_only_json_and_safetensors_are_written(trained, folder):
+    checkpoint = trained.save(folder)
+    assert {path.suffix for path in checkpoint.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    index = json.loads((checkpoint / "index.json").read_text())
+    qkv = index["master.decoder.layers.self_attention.linear_qkv.weight"]
+    assert qkv["shape"] == [2, 48, 16]
+    assert sum(torch.tensor(box["shape"]).prod() for box in qkv["boxes"]) == 2 * 48 * 16
+
+
+def test_keeps_the_last_ones(trained, folder):
+    for step in (1, 2, 10, 100_000_000):
+        trained.save(folder, step=step, keep_last=2)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000010", "step-100000000"]
+    assert resolve_checkpoint(folder.parent) == folder / "step-100000000"
+
+
+def test_a_failing_write_leaves_the_older_checkpoint_and_nothing_else(trained, folder):
+    """The file-size limit of the process stands in for a full disk: the kernel fails the write."""
+    first = trained.save(folder, step=1)
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"step 2 could not be written .*older ones are whole"):
+            trained.save(folder, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(folder.iterdir()) == [first]
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+
+
+def test_half_written_folders_are_removed_and_never_taken(trained, folder):
+    trained.save(folder, step=1)
+    half = folder / ".partial-step-00000002"
+    half.mkdir()
+    (half / "rank-00000.safetensors").write_bytes(b"half")
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000001"]
+    assert remove_partial(folder) == [half]
+    assert not half.exists()
+
+
+def test_another_shape_is_named(trained, folder, groups):
+    checkpoint = trained.save(folder)
+    wider = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"ffn_hidden_size": 32})})
+    model = build_model(wider, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
+    with pytest.raises(ValueError, match=r"mlp.linear_fc1.weight has shape \(2, 48, 16\) in the checkpoint"):
+        load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts(model))
