@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import math
+import os
 import signal
-import weakref
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -68,20 +68,9 @@ class TrainingStream(Iterator[Batch]):
             generator=torch.Generator(),  # or the loader would draw from the generator that training uses
         )
         self._batches: Iterator[Batch] = iter(loader)
-        atexit.register(_close, weakref.ref(self))
 
     def __next__(self) -> Batch:
         return next(self._batches)
-
-    def close(self) -> None:
-        """End the loader workers; there are no more batches."""
-        self._batches = iter(())
-
-
-def _close(stream: weakref.ref[TrainingStream]) -> None:
-    # The interpreter ends its child processes with SIGTERM and waits for them, but the loader workers ignore it.
-    if (alive := stream()) is not None:
-        alive.close()
 
 
 def epoch_order(
@@ -134,8 +123,16 @@ class _Steps(IterableDataset[Batch]):
 
 def _leave_signals_to_the_rank(worker: int) -> None:
     """A scheduler signals every process of a job; the rank decides when its workers end, after its last checkpoint."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=_end_at_the_word_of_the_rank, args=(signals,), daemon=True).start()
+
+
+def _end_at_the_word_of_the_rank(signals: set[signal.Signals]) -> None:
+    while True:
+        received = signal.sigwaitinfo(signals)
+        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+            os._exit(0)
 
 
 def held_out_batches(

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+from documents import SEQ_LEN
+
+from bd3_scale.data.batch import Batch
+from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.shards import open_shards
+from bd3_scale.data.stream import TrainingStream, held_out_batches
+from bd3_scale.recipe.schema import DataRecipe
+
+
+@pytest.fixture
+def data(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared data that was never read."""
+    folder = tmp_path / "data"
+    shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns("*.mds"))
+    return folder
+
+
+def read_epoch(path: Path, **options: Any) -> list[Batch]:
+    recipe = DataRecipe(**({"path": str(path), "seq_len": SEQ_LEN, "num_workers": 0} | options))
+    manifest = load_manifest(path, recipe.remote)
+    stream = TrainingStream(recipe, manifest, global_batch_size=4, dp_rank=0, dp_size=1, seed=3)
+    return list(itertools.islice(stream, stream.steps_per_epoch))
+
+
+def ids(batches: list[Batch]) -> list[list[int]]:
+    return [batch.ids.tolist() for batch in batches]
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_flipped_byte_in_a_packed_shard(data: Path, num_workers: int) -> None:
+    flip_a_byte(data / "train" / "shard.00001.mds.zstd")
+    with pytest.raises(ValueError, match=r"train/shard\.00001\.mds\.zstd is damaged.* prepare the data anew") as info:
+        read_epoch(data, num_workers=num_workers)
+    # Frees the loader now: the garbage collector would end its queues first, and then wait for each worker in vain.
+    traceback.clear_frames(info.tb)
+
+
+def test_a_flipped_byte_in_an_unpacked_shard(data: Path, prepared: Path) -> None:
+    read_epoch(prepared)
+    shutil.copy(prepared / "train" / "shard.00001.mds", data / "train")
+    flip_a_byte(data / "train" / "shard.00001.mds")
+    with pytest.raises(ValueError, match=r"train/shard\.00001\.mds is damaged"):
+        read_epoch(data)
+
+
+def test_a_remote_folder_gives_the_same_batches(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    through_cache = read_epoch(cache, remote=str(data))
+    assert list(data.rglob("*.mds")) == []
+    recipe = DataRecipe(path=str(cache), remote=str(data), seq_len=SEQ_LEN)
+    held_out = held_out_batches(recipe, load_manifest(cache, str(data)), batch_size=4, dp_rank=0, dp_size=1)
+    assert len(list(held_out)) > 1
+    assert ids(through_cache) == ids(read_epoch(data))
+
+
+def test_the_cache_limit_is_kept(data: Path, tmp_path: Path) -> None:
+    index = json.loads((data / "train" / "index.json").read_text())
+    sizes = [shard["raw_data"]["bytes"] + shard["zip_data"]["bytes"] for shard in index["shards"]]
+    limit = 4 * max(sizes) + (data / "train" / "index.json").stat().st_size + 1024
+    assert sum(sizes) > limit
+    cache = tmp_path / "cache"
+    recipe = DataRecipe(
+        path=str(cache), remote=str(data), cache_limit=f"{limit // 1024}kb", seq_len=SEQ_LEN, num_workers=0
+    )
+    stream = TrainingStream(recipe, load_manifest(cache, str(data)), global_batch_size=4, dp_rank=0, dp_size=1, seed=3)
+    batches = []
+    for batch in itertools.islice(stream, stream.steps_per_epoch):
+        batches.append(batch)
+        assert sum(file.stat().st_size for file in (cache / "train").iterdir()) <= limit
+    assert ids(batches) == ids(read_epoch(data))
+
+
+def test_a_damaged_download_is_thrown_away(data: Path, tmp_path: Path) -> None:
+    good = (data / "train" / "shard.00001.mds.zstd").read_bytes()
+    flip_a_byte(data / "train" / "shard.00001.mds.zstd")
+    with pytest.raises(ValueError, match=r"shard\.00001\.mds\.zstd is damaged"):
+        read_epoch(tmp_path / "cache", remote=str(data))
+    (data / "train" / "shard.00001.mds.zstd").write_bytes(good)
+    assert ids(read_epoch(tmp_path / "cache", remote=str(data))) == ids(read_epoch(data))
+
+
+def test_missing_files(data: Path) -> None:
+    (data / "train" / "shard.00002.mds.zstd").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train/shard\.00002\.mds\.zstd is missing"):
+        read_epoch(data)
+    (data / "train" / "index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train/index\.json is missing"):
+        read_epoch(data)
+
+
+def test_a_mixture_of_two_preparations(data: Path) -> None:
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["train"]["sequences"] += 1
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="mixes two preparations"):
+        read_epoch(data)
+
+
+def test_no_held_out_split(data: Path) -> None:
+    manifest = load_manifest(data).model_copy(update={"validation": None, "holdout": 0.0})
+    with pytest.raises(ValueError, match=r"no validation split .*holdout=0\.0"):
+        open_shards(DataRecipe(path=str(data), seq_len=SEQ_LEN), manifest, "validation")
