@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from bd3_scale.data import prepare as prepare_module
 from bd3_scale.data.prepare import prepare
@@ -12,6 +13,9 @@ from bd3_scale.data.tokenizer import load_tokenizer
 sys.path.insert(0, str(Path(__file__).parent))
 
 from documents import SEQ_LEN, random_texts, write_jsonl
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")

@@ -200,3 +200,14 @@ def test_trained_tokenizer_end_to_end(tmp_path: Path) -> None:
     assert manifest.vocabulary.mask_id not in counted
     text = tokenizer.decode(counted, skip_eos=True)
     assert text == "".join(random_texts(200))
+
+
+def test_held_out_sources_of_their_own(tmp_path: Path) -> None:
+    """All of one goes to training, even what the other repeats, and all of the other to validation."""
+    train, held_out = (random_texts(40, seed=seed) for seed in (1, 2))
+    sources = [write_jsonl(tmp_path / f"{name}.jsonl", texts) for name, texts in (("a", train), ("b", held_out))]
+    manifest = run(sources[:1], tmp_path / "out", validation=sources[1:])
+    assert (manifest.holdout, len(manifest.sources)) == (0, 2)
+    assert manifest.train is not None
+    assert manifest.train.documents == 40
+    assert documents_of(read(tmp_path / "out", "validation")) == held_out

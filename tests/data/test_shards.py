@@ -12,7 +12,7 @@ from documents import SEQ_LEN
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
-from bd3_scale.data.shards import open_shards
+from bd3_scale.data.shards import Shards, open_shards
 from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.recipe.schema import DataRecipe
 
@@ -49,6 +49,15 @@ def test_a_flipped_byte_in_a_packed_shard(data: Path, num_workers: int) -> None:
         read_epoch(data, num_workers=num_workers)
     # Frees the loader now: the garbage collector would end its queues first, and then wait for each worker in vain.
     traceback.clear_frames(info.tb)
+
+
+@pytest.mark.timeout(30)
+def test_a_damaged_shard_keeps_nobody_waiting(data: Path) -> None:
+    flip_a_byte(data / "train" / "shard.00001.mds.zstd")
+    shards = Shards(str(data), None, None, "train")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is damaged"):
+            shards.prepare_shard(1)
 
 
 def test_a_flipped_byte_in_an_unpacked_shard(data: Path, prepared: Path) -> None:
