@@ -42,7 +42,9 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(model):
 
 
 def test_counts_passes_and_cuts_at_the_limit(model):
-    """A prompt of 6 with blocks of 4: one prefill; the first block starts with 2 given tokens; 9 new ones end in a third."""
+    """A prompt of 6 with blocks of 4: one prefill; the first block starts with 2 given tokens; 9 new ones end in a
+    third.
+    """
     sample = generate(model, [2, 3, 4, 2, 3, 4], block_size=4, max_new_tokens=9)
     assert (len(sample.tokens), sample.stopped_by) == (9, "length")
     assert (sample.nfe, sample.cache_passes) == (2 + 4 + 4, 1 + 2)
@@ -75,7 +77,9 @@ def test_stops_after_the_block_that_holds_eos(model):
 
 
 def test_stops_when_the_last_256_tokens_have_little_entropy(model):
-    """Three tokens have at most ln 3 nats, below the 4 nats of the rule: the text ends with the block that fills the window."""
+    """Three tokens have at most ln 3 nats, below the 4 nats of the rule: the text ends with the block that fills the
+    window.
+    """
     sample = generate(model, [2], block_size=4, max_new_tokens=1000)
     assert sample.stopped_by == "entropy"
     assert len(sample.tokens) == 259  # 3 in the prompt's block, then whole blocks until there are 256

@@ -1,4 +1,6 @@
-"""Prefill, cached decoding and the two-stream forward of one small model agree; the head never predicts what no text holds."""
+"""Prefill, cached decoding and the two-stream forward of one small model agree; the head never predicts what no text
+holds.
+"""
 
 from __future__ import annotations
 
