@@ -31,7 +31,7 @@ class Packer:
 
     def __init__(self, seq_len: int, document_multiple: int, eos_id: int, dtype: type[np.unsignedinteger]) -> None:
         assert seq_len % document_multiple == 0
-        self.seq_len, self.dtype = seq_len, dtype
+        self.seq_len = seq_len
         self._document_multiple, self._eos_id = document_multiple, eos_id
         self._tokens = np.empty(seq_len, dtype)
         self._document_lengths: list[int] = []
@@ -46,7 +46,7 @@ class Packer:
         """Append a document, given without its EOS; yields the sequences that it completes."""
         num_counted = len(ids) + 1
         num_padded = -(-num_counted // self._document_multiple) * self._document_multiple
-        document = np.full(num_padded, self._eos_id, self.dtype)
+        document = np.full(num_padded, self._eos_id, self._tokens.dtype)
         document[: len(ids)] = ids
         start = 0
         while start < num_padded:
@@ -57,7 +57,7 @@ class Packer:
     def fill(self) -> Iterator[PackedSequence]:
         """Complete the pending sequence, if there is one, with a piece of EOS of which nothing counts."""
         if self.num_pending:
-            yield from self._append(np.full(self.seq_len - self.num_pending, self._eos_id, self.dtype), 0)
+            yield from self._append(np.full(self.seq_len - self.num_pending, self._eos_id, self._tokens.dtype), 0)
 
     def _append(self, piece: NDArray[np.unsignedinteger], num_counted: int) -> Iterator[PackedSequence]:
         self._tokens[self.num_pending :][: len(piece)] = piece

@@ -23,6 +23,7 @@ from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, Split, Spli
 from bd3_scale.data.packing import PackedSequence, Packer
 from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.recipe.vocabulary import Vocabulary
 
 CHUNK_CHARACTERS = 1 << 20
 SHARD_BYTES = 1 << 26
@@ -36,6 +37,7 @@ def prepare(
     *,
     document_multiple: int = 32,
     holdout: float = 0.05,
+    validation: Sequence[str | Path] = (),
     seed: int = 1,
     workers: int | None = None,
     progress: bool = True,
@@ -46,42 +48,45 @@ def prepare(
     A sample holds `tokens` [seq_len] (uint16; uint32 for a vocabulary above 65,536), `document_lengths` and
     `counted_lengths` (int32, see `PackedSequence`). Documents keep their order: training shuffles the sequences. The
     share `holdout` of the documents goes to `validation`, by a hash of text and `seed`, so that equal documents go to
-    one side; 0 holds out none, 1 all. The last, incomplete sequence is dropped from `train`, and filled in `validation`
-    with tokens that do not count. The result does not depend on `workers` (processes; default: the usable CPUs).
+    one side; 0 holds out none, 1 all. Where the sources `validation` are given, they are held out in place of a share.
+    The last, incomplete sequence is dropped from `train`, and filled in `validation` with tokens that do not count. The
+    result does not depend on `workers` (processes; default: the usable CPUs).
 
     Raises FileExistsError if `out` exists; ValueError for arguments out of range, sources that cannot be read (see
     `DocumentReader`) and a split that would be empty. `out` exists afterwards only if all went well.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _check_arguments(seq_len, document_multiple, holdout, seed, workers)
-    reader = DocumentReader(sources)
-    encoder = _Encoder(tokenizer, holdout, seed)
+    shares = {DocumentReader(sources): 0.0 if validation else holdout}
+    if validation:
+        shares[DocumentReader(validation)] = 1.0
     with new_folder(Path(out)) as folder:
-        shares: dict[SplitName, float] = {"train": 1 - holdout, "validation": holdout}
-        writers = {
-            name: _SplitWriter(
-                folder / name, Packer(seq_len, document_multiple, tokenizer.vocabulary.eos_id, encoder.dtype)
+        writers: dict[SplitName, _SplitWriter] = {}
+        if min(shares.values()) < 1:
+            writers["train"] = _SplitWriter(folder / "train", tokenizer.vocabulary, seq_len, document_multiple)
+        if max(shares.values()) > 0:
+            writers["validation"] = _SplitWriter(
+                folder / "validation", tokenizer.vocabulary, seq_len, document_multiple
             )
-            for name, share in shares.items()
-            if share > 0
-        }
         with _progress_bar(progress) as bar:
-            task = bar.add_task("tokenising", total=reader.num_bytes)
-            for documents, position in _encoded_chunks(reader, encoder, workers):
-                for document in documents:
-                    writers[document.split].add(document)
-                bar.update(task, completed=position)
-        _check_documents(writers, reader, holdout)
+            for reader, share in shares.items():
+                task = bar.add_task("tokenising", total=reader.num_bytes)
+                for documents, position in _encoded_chunks(reader, _Encoder(tokenizer, share, seed), workers):
+                    for document in documents:
+                        writers[document.split].add(document)
+                    bar.update(task, completed=position)
+        _check_documents(writers, shares)
         tokenizer.save(folder)
+        files = [file for reader in shares for file in reader.files]
         manifest = Manifest(
             vocabulary=tokenizer.vocabulary,
             tokenizer_hash=tokenizer.hash,
             seq_len=seq_len,
             document_multiple=document_multiple,
-            holdout=holdout,
+            holdout=0.0 if validation else holdout,
             seed=seed,
-            empty_documents=reader.num_empty,
-            sources=tuple(Source(path=str(file), bytes=file.stat().st_size) for file in reader.files),
+            empty_documents=sum(reader.num_empty for reader in shares),
+            sources=tuple(Source(path=str(file), bytes=file.stat().st_size) for file in files),
             train=writers["train"].finish_dropping() if "train" in writers else None,
             validation=writers["validation"].finish_filling() if "validation" in writers else None,
         )
@@ -100,16 +105,23 @@ def _check_arguments(seq_len: int, document_multiple: int, holdout: float, seed:
         raise ValueError(f"workers={workers} must be at least 1")
 
 
-def _check_documents(writers: dict[SplitName, _SplitWriter], reader: DocumentReader, holdout: float) -> None:
-    total = sum(writer.num_documents for writer in writers.values())
-    if not total:
-        raise ValueError(f"the {len(reader.files)} files hold no document ({reader.num_empty} empty ones were skipped)")
+def _check_documents(writers: dict[SplitName, _SplitWriter], shares: dict[DocumentReader, float]) -> None:
+    for reader in shares:
+        if not reader.num_documents:
+            files = ", ".join(map(str, reader.files[:5])) + ", …" * (len(reader.files) > 5)
+            raise ValueError(f"{files}: no document ({reader.num_empty} empty ones were skipped)")
     for name, writer in writers.items():
         if not writer.num_documents:
+            (share,) = shares.values()
             raise ValueError(
-                f"none of the {total} documents fell to {name} with holdout={holdout}; documents are not divided, so "
-                f"give more of them (one a .txt file or .jsonl line), or change holdout or seed"
+                f"none of the {sum(reader.num_documents for reader in shares)} documents fell to {name} with "
+                f"holdout={share}; documents are not divided, so give more of them (one a .txt file or .jsonl line), "
+                f"name files to hold out, or change holdout or seed"
             )
+
+
+def _token_dtype(vocabulary: Vocabulary) -> type[np.unsignedinteger]:
+    return np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: Tokenizer, holdout: float, seed: int) -> None:
         self._tokenizer, self._threshold, self._key = tokenizer, holdout * 2**64, seed.to_bytes(8, "big")
-        self.dtype: type[np.unsignedinteger] = np.uint16 if tokenizer.vocabulary.size <= 1 << 16 else np.uint32
+        self._dtype = _token_dtype(tokenizer.vocabulary)
 
     def __call__(self, texts: list[str]) -> list[_EncodedDocument]:
         return [self._document(*pair) for pair in zip(texts, self._tokenizer.encode_batch(texts), strict=True)]
@@ -133,7 +145,7 @@ class _Encoder:
         data = text.encode("utf-8")
         draw = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=self._key).digest(), "big")
         split: SplitName = "validation" if draw < self._threshold else "train"
-        return _EncodedDocument(np.array(ids, self.dtype), len(data), split)
+        return _EncodedDocument(np.array(ids, self._dtype), len(data), split)
 
 
 def _encoded_chunks(
@@ -195,15 +207,16 @@ def _encode_in_worker(texts: list[str]) -> list[_EncodedDocument]:
 class _SplitWriter:
     """Packs the documents of one split and writes the sequences."""
 
-    def __init__(self, folder: Path, packer: Packer) -> None:
+    def __init__(self, folder: Path, vocabulary: Vocabulary, seq_len: int, document_multiple: int) -> None:
         from bd3_scale.data._streaming import MDSWriter  # imports torch, which the workers do not need
 
+        dtype = _token_dtype(vocabulary)
         columns = {
-            "tokens": f"ndarray:{np.dtype(packer.dtype).name}:{packer.seq_len}",
+            "tokens": f"ndarray:{np.dtype(dtype).name}:{seq_len}",
             "document_lengths": "ndarray:int32",
             "counted_lengths": "ndarray:int32",
         }
-        self._packer = packer
+        self._packer = Packer(seq_len, document_multiple, vocabulary.eos_id, dtype)
         self._shards = MDSWriter(
             out=str(folder), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
         )

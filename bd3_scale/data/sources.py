@@ -31,17 +31,17 @@ class Document:
 class DocumentReader:
     """The documents of `sources` in order; a folder stands for the files below it, sorted by path.
 
-    Reading streams: one document is in memory at a time. Documents without a visible character are skipped and counted
-    in `num_empty`. Raises FileNotFoundError for a missing path; ValueError for a file of another kind or where nothing
-    can be read, and, while iterating, for a damaged file, text that is not UTF-8 and a line that is not a JSON object
-    with the string field `text`.
+    Reading streams: one document is in memory at a time. Documents without a visible character are skipped;
+    `num_documents` and `num_empty` count what was met so far. Raises FileNotFoundError for a missing path; ValueError
+    for a file of another kind or where nothing can be read, and, while iterating, for a damaged file, text that is not
+    UTF-8 and a line that is not a JSON object with the string field `text`.
     """
 
     def __init__(self, sources: Sequence[str | Path]) -> None:
         self.files = [file for source in sources for file in _files(Path(source))]
         if not self.files:
             raise ValueError(f"nothing to read in {[str(source) for source in sources]}; give {_expected()}")
-        self.num_empty = 0
+        self.num_documents = self.num_empty = 0
 
     @property
     def num_bytes(self) -> int:
@@ -49,7 +49,7 @@ class DocumentReader:
         return sum(file.stat().st_size for file in self.files)
 
     def __iter__(self) -> Iterator[Document]:
-        self.num_empty = 0
+        self.num_documents = self.num_empty = 0
         before = 0
         for file in self.files:
             with file.open("rb") as raw:
@@ -57,6 +57,7 @@ class DocumentReader:
                     if text.isspace() or not text:
                         self.num_empty += 1
                     else:
+                        self.num_documents += 1
                         yield Document(text, before + raw.tell())
             before += file.stat().st_size
 

@@ -132,7 +132,7 @@ def test_wide_ids_for_large_vocabularies(tmp_path: Path) -> None:
     [
         (["long enough to fill a sequence of text"] * 9, {"holdout": 0.5}, "fell to .* with holdout=0.5"),
         (["x"], {"holdout": 0}, "fill 8 tokens, less than one sequence of seq_len=32"),
-        ([" ", "\n"], {}, "hold no document .2 empty"),
+        ([" ", "\n"], {}, r"t\.jsonl: no document .2 empty"),
         (["x"], {"document_multiple": 5}, "seq_len=32 must be a positive multiple of document_multiple=5"),
         (["x"], {"holdout": 1.5}, "holdout=1.5"),
         (["x"], {"seed": -1}, "seed=-1"),
@@ -211,3 +211,6 @@ def test_held_out_sources_of_their_own(tmp_path: Path) -> None:
     assert manifest.train is not None
     assert manifest.train.documents == 40
     assert documents_of(read(tmp_path / "out", "validation")) == held_out
+    empty = write_jsonl(tmp_path / "c.jsonl", [])
+    with pytest.raises(ValueError, match=r"c\.jsonl: no document"):
+        run(sources[:1], tmp_path / "other", validation=[empty])
