@@ -94,6 +94,9 @@ def prepare(
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")],
     document_multiple: Annotated[int, typer.Option(help="Documents are padded to a multiple of so many tokens.")] = 32,
     holdout: Annotated[float, typer.Option(help="Share of the documents held out for evaluation.")] = 0.05,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="Held-out files or folders, in place of --holdout; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides which documents are held out.")] = 1,
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core")] = None,
     as_json: AsJson = False,
@@ -109,6 +112,7 @@ def prepare(
         seq_len,
         document_multiple=document_multiple,
         holdout=holdout,
+        validation=validation or (),
         seed=seed,
         workers=workers,
     )
