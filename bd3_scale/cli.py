@@ -57,6 +57,10 @@ class _Bar:
         self._progress.update(self._task, completed=done, total=total)
 
 
+def _is_rank_zero() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
@@ -177,6 +181,8 @@ def evaluate(
         result = evaluate_checkpoint(
             resolve_checkpoint(checkpoint), data_path=data, sequences=sequences, draws=draws, progress=bar.show
         )
+    if not _is_rank_zero():
+        return
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result)))
         return
@@ -198,6 +204,14 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at the most; EOS ends the text before.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
+    min_entropy: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Stop where the last 256 tokens have fewer nats.",
+            show_default="4, and 0 for vocabularies of bytes",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -206,14 +220,15 @@ def generate(
     import json
     import time
 
+    from bd3_scale.checkpoint.manifest import TOKENIZER
     from bd3_scale.checkpoint.model import open_model
     from bd3_scale.checkpoint.store import resolve_checkpoint
     from bd3_scale.data.tokenizer import load_tokenizer
     from bd3_scale.generate.sampler import generate as sample
 
     folder = resolve_checkpoint(checkpoint)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    ids = tokenizer.encode(prompt) or [tokenizer.vocabulary.eos_id]
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    ids = tokenizer.encode(prompt)
     with _Bar("generating") as bar, open_model(folder) as (model, manifest, _):
         began = time.monotonic()
         result = sample(
@@ -222,10 +237,13 @@ def generate(
             block_size=manifest.recipe.diffusion.block_size,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            min_entropy=min_entropy,
             seed=seed,
             progress=bar.show,
         )
         seconds = time.monotonic() - began
+    if not _is_rank_zero():
+        return
     text = tokenizer.decode(result.tokens)
     if as_json:
         typer.echo(json.dumps({"prompt": prompt, "text": text, "seconds": seconds} | dataclasses.asdict(result)))

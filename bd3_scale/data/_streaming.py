@@ -73,7 +73,7 @@ def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: 
     owner, the first rank of the node, holds a lock on a file beside the memory. The kernel drops the lock when the
     owner and its loader workers are gone; whoever comes next removes what is left.
     """
-    claim: int | ValueError | None = None
+    claim: int | ValueError | OSError | None = None
     if world.is_local_leader:
         try:
             for folder, remote in zip(folders, remotes, strict=True):
@@ -81,10 +81,10 @@ def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: 
                     _lock_cache(Path(folder))
             _remove_left_behind()
             claim = _own_new_prefix()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             claim = error
     claim = all_gather_object(claim)[world.rank - world.rank_of_node]
-    if isinstance(claim, ValueError):
+    if isinstance(claim, ValueError | OSError):
         raise claim
     assert claim is not None
     return claim, None

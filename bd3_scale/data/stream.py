@@ -67,10 +67,13 @@ class TrainingStream(Iterator[Batch]):
             worker_init_fn=_leave_signals_to_the_rank,
             generator=torch.Generator(),  # or the loader would draw from the generator that training uses
         )
-        self._batches: Iterator[Batch] = iter(loader)
+        self._batches: Iterator[Batch | Exception] = iter(loader)
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        batch = next(self._batches)
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
 
 
 def epoch_order(
@@ -93,8 +96,11 @@ def epoch_order(
     return order[places].reshape(num_nodes, num_steps, slots_per_node).swapaxes(0, 1).reshape(num_steps, -1)
 
 
-class _Steps(IterableDataset[Batch]):
-    """Worker w of W yields the steps `step` + w, + W, + 2W, …, which the loader puts in order again."""
+class _Steps(IterableDataset["Batch | Exception"]):
+    """Worker w of W yields the steps `step` + w, + W, + 2W, …, which the loader puts in order again.
+
+    An error for a person is yielded, too: the loader would wrap its message in the worker's traceback.
+    """
 
     def __init__(
         self, shards: Shards, data: DataRecipe, global_batch_size: int, dp_rank: int, dp_size: int, seed: int, step: int
@@ -104,7 +110,7 @@ class _Steps(IterableDataset[Batch]):
         self._shards, self._data, self._global_batch_size = shards, data, global_batch_size
         self._seed, self._step = seed, step
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | Exception]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         step = self._step + worker
@@ -116,7 +122,11 @@ class _Steps(IterableDataset[Batch]):
             mine = order[first::num_workers, self._slots]
             del order
             for ids in mine:
-                samples = [self._shards[int(i)] for i in ids]
+                try:
+                    samples = [self._shards[int(i)] for i in ids]
+                except (ValueError, OSError) as error:
+                    yield error
+                    return
                 yield collate(samples, ids, self._slots, epoch, self._data.isolate_documents)
             step += num_workers * len(mine)
 

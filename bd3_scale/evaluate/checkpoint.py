@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.manifest import check_tokenizer, load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.nelbo import evaluate_nelbo
 from bd3_scale.evaluate.unigram import unigram_perplexity
+from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.schema import ParallelRecipe
 
 EVALUATION_BATCH = 16
 
@@ -64,7 +67,9 @@ def evaluate_checkpoint(
         if data_path is not None:
             recipe = recipe.model_copy(update={"path": data_path, "remote": None, "cache_limit": None})
         data = load_manifest(recipe.path, recipe.remote)
-        check_tokenizer(data, load_tokenizer(checkpoint / "tokenizer"))
+        check_tokenizer(data, load_tokenizer(checkpoint / TOKENIZER))
+        alone = manifest.recipe.model_copy(update={"data": recipe, "parallel": ParallelRecipe()})
+        check_recipe(alone, world_size=1, document_multiple=data.document_multiple)
         if data.validation is None:
             raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")
         total = min(sequences or data.validation.sequences, data.validation.sequences)
@@ -85,12 +90,13 @@ def evaluate_checkpoint(
             draws=draws,
             progress=advance,
         )
-        alone = {"dp_rank": 0, "dp_size": 1, "sequences": total}
+        whole = {"dp_rank": 0, "dp_size": 1, "sequences": total}
         unigram = unigram_perplexity(
-            held_out_batches(recipe, data, batch_size=EVALUATION_BATCH, **alone), data.vocabulary.size
+            held_out_batches(recipe, data, batch_size=EVALUATION_BATCH, **whole), data.vocabulary.size
         )
-    whole = total == data.validation.sequences
-    bits_per_byte = estimate.nelbo * estimate.num_tokens / math.log(2) / data.validation.text_bytes if whole else None
+    bits_per_byte = None
+    if total == data.validation.sequences:
+        bits_per_byte = estimate.nelbo * estimate.num_tokens / math.log(2) / data.validation.text_bytes
     return Evaluation(
         checkpoint=str(checkpoint),
         step=manifest.step,

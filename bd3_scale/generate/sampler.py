@@ -19,7 +19,8 @@ from bd3_scale.model.kv_cache import KVCache
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 
 ENTROPY_WINDOW = 256
-ENTROPY_THRESHOLD = 4.0
+SUBWORD_ENTROPY = 4.0
+SMALLEST_SUBWORD_VOCABULARY = 1024
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def generate(
     block_size: int,
     max_new_tokens: int,
     temperature: float = 1.0,
+    min_entropy: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], object] = lambda done, limit: None,
 ) -> Sample:
@@ -64,32 +66,30 @@ def generate(
     cache = model.new_cache(1, -(-(len(prompt) + max_new_tokens) // block_size) * block_size)
     cache_passes = 0
     if whole:
-        _prefill(model, prompt[:whole], block_size, cache, device)
+        clean = torch.tensor([prompt[:whole]], device=device)
+        spans = make_spans(torch.zeros_like(clean, dtype=torch.int32), block_size)
+        model.prefill(clean, torch.arange(whole, device=device)[None], spans, cache)
         cache_passes += 1
-    tokens, nfe, stopped_by = list(prompt), 0, "length"
-    while len(tokens) - len(prompt) < max_new_tokens:
+    if min_entropy is None:
+        min_entropy = SUBWORD_ENTROPY if model.vocabulary.size >= SMALLEST_SUBWORD_VOCABULARY else 0.0
+    generated: list[int] = []
+    nfe = 0
+    while True:
         start = cache.length
-        given = tokens[start:]
+        given = (prompt + generated)[start:]
         block = torch.tensor([given + [mask_id] * (block_size - len(given))], device=device)
         positions = torch.arange(start, start + block_size, device=device)[None]
         nfe += _denoise(model, block, positions, cache, random, temperature)
-        new = block[0, len(given) :].tolist()
-        tokens += new
-        progress(len(tokens) - len(prompt), max_new_tokens)
-        if eos in new:
-            stopped_by = "eos"
-            break
-        if len(tokens) - len(prompt) >= max_new_tokens:
-            break
-        if _entropy(tokens[len(prompt) :]) < ENTROPY_THRESHOLD:
-            stopped_by = "entropy"
-            break
-        model.decode(block, positions, cache, commit=True)
+        generated = (generated + block[0, len(given) :].tolist())[:max_new_tokens]
+        progress(len(generated), max_new_tokens)
+        if eos in generated:
+            return Sample(generated[: generated.index(eos)], "eos", nfe, cache_passes)
+        if len(generated) == max_new_tokens:
+            return Sample(generated, "length", nfe, cache_passes)
+        if _entropy(generated) < min_entropy:
+            return Sample(generated, "entropy", nfe, cache_passes)
+        model.prefill(block, positions, None, cache)
         cache_passes += 1
-    generated = tokens[len(prompt) :][:max_new_tokens]
-    if eos in generated:
-        generated = generated[: generated.index(eos)]
-    return Sample(generated, stopped_by, nfe, cache_passes)
 
 
 def _check(model: BlockDiffusionTransformer, prompt: list[int], max_new_tokens: int, temperature: float) -> None:
@@ -105,14 +105,6 @@ def _check(model: BlockDiffusionTransformer, prompt: list[int], max_new_tokens: 
         raise ValueError(f"temperature is {temperature}: give 0 (most likely token) or above")
 
 
-def _prefill(
-    model: BlockDiffusionTransformer, tokens: list[int], block_size: int, cache: KVCache, device: torch.device
-) -> None:
-    clean = torch.tensor([tokens], device=device)
-    spans = make_spans(torch.zeros_like(clean, dtype=torch.int32), block_size)
-    model.prefill(clean, torch.arange(len(tokens), device=device)[None], spans, cache)
-
-
 def _denoise(
     model: BlockDiffusionTransformer,
     block: Tensor,
@@ -125,7 +117,7 @@ def _denoise(
     order = (block[0] == model.vocabulary.mask_id).nonzero()[:, 0].tolist()
     random.shuffle(order)
     for place in order:
-        logits_V = model.decode(block, positions, cache, commit=False)[0, place]
+        logits_V = model.decode(block, positions, cache)[0, place]
         block[0, place] = _draw_token(logits_V, random.random(), temperature)
     return len(order)
 

@@ -28,7 +28,9 @@ def build_model(
     seed: int | None,
 ) -> BlockDiffusionTransformer:
     """This rank's part of the model on `device`, its weights drawn from `seed`, or left uninitialised for a load."""
-    config = transformer_config(recipe.model, recipe.parallel, dtype=dtype, deterministic=recipe.deterministic)
+    config = transformer_config(
+        recipe.model, recipe.parallel, dtype=dtype, device=device, deterministic=recipe.deterministic
+    )
     model = BlockDiffusionTransformer(config, recipe.model, vocabulary, groups).to(device)
     _mark_split_weights(model)
     if seed is not None:

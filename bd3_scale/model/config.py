@@ -14,14 +14,14 @@ _ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial
 
 
 def transformer_config(
-    model: ModelRecipe, parallel: ParallelRecipe, *, dtype: torch.dtype, deterministic: bool
+    model: ModelRecipe, parallel: ParallelRecipe, *, dtype: torch.dtype, device: torch.device, deterministic: bool
 ) -> TransformerConfig:
     """megatron-core's configuration of `model`; weights are left uninitialised, see `initialise_weights`.
 
     Fusions stay off where they need Transformer Engine or apex: `gradient_accumulation_fusion` writes `main_grad`,
     which DeepSpeed's ZeRO never reads.
     """
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = device.type == "cpu"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

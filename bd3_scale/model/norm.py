@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm for megatron-core's layer specs.
 
-megatron's `WrappedTorchNorm` refuses sequence parallelism; these mark their parameters instead.
+megatron's own norms take no part in tensor parallelism; these mark the parameters whose gradients do.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ class Norm(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, *, bias: bool, partial_over_tp: bool
+        self, config: TransformerConfig, hidden_size: int, eps: float, *, rms: bool, bias: bool, partial_over_tp: bool
     ) -> None:
         super().__init__()
-        self.rms = config.normalization == "RMSNorm"
+        self.rms = rms
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
         self.bias = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype)) if bias else None
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel and not partial_over_tp  # type: ignore[attr-defined]
-            parameter.partial_over_tp = partial_over_tp or config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.partial_over_tp = partial_over_tp  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rms:
@@ -37,11 +36,13 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def hidden_norm(*, bias: bool) -> ModuleSpec:
+def hidden_norm(*, rms: bool, bias: bool) -> ModuleSpec:
     """Spec of a norm over the hidden dimension."""
-    return ModuleSpec(module=Norm, params={"bias": bias, "partial_over_tp": False})
+    return ModuleSpec(module=Norm, params={"rms": rms, "bias": bias, "partial_over_tp": False})
 
 
 def head_norm(*, tensor_parallel: bool) -> ModuleSpec:
-    """Spec of a norm over each head's own dimensions (q/k norm): a tensor-parallel rank sees its own heads only."""
-    return ModuleSpec(module=Norm, params={"bias": False, "partial_over_tp": tensor_parallel})
+    """Spec of the RMSNorm over each head's own dimensions (q/k norm): a tensor-parallel rank sees its own heads only.
+    Spec of the RMSNorm over each head's own dimensions (q/k norm): a tensor-parallel rank sees its own heads only.
+    """
+    return ModuleSpec(module=Norm, params={"rms": True, "bias": False, "partial_over_tp": tensor_parallel})

@@ -32,7 +32,7 @@ from bd3_scale.recipe.vocabulary import Vocabulary
 
 
 def _block_spec(model: ModelRecipe, *, tensor_parallel: bool) -> TransformerBlockSubmodules:
-    norm = hidden_norm(bias=model.norm_bias)
+    norm = hidden_norm(rms=model.normalization == "rmsnorm", bias=model.norm_bias)
     qk_norm = head_norm(tensor_parallel=tensor_parallel) if model.qk_norm else None
     attention = ModuleSpec(
         module=BlockDiffusionSelfAttention,
@@ -112,22 +112,24 @@ class BlockDiffusionTransformer(MegatronModule):
         logits_MV = self._logits(hidden_MH[:, None])
         return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, clean_BL.flatten()[rows_M][:, None])[:, 0]
 
-    def prefill(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Clean-only forward: logits fp32 [B, L, padded vocabulary] of clean rows; fills an empty `cache`."""
-        logits = self._all_logits(self._decode(clean_BL, positions_BL, spans, cache))
-        if cache is not None:
-            cache.commit(clean_BL.shape[1])
-        return logits
+    def clean_logits(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor) -> Tensor:
+        """Clean-only forward: logits fp32 [B, L, padded vocabulary]."""
+        return self._all_logits(self._decode(clean_BL, positions_BL, spans))
 
-    def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, *, commit: bool) -> Tensor:
-        """Logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself.
+    def prefill(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor | None, cache: KVCache) -> None:
+        """Append clean rows to the cached prefix.
 
-        `commit` makes its keys and values part of the prefix: pass the finished, clean block.
+        With `spans` (int32 [3, B, L]) they are whole blocks and the cache is empty; without, they are one block that
+        sees the prefix and itself.
         """
-        logits = self._all_logits(self._decode(block_BL, positions_BL, None, cache))
-        if commit:
-            cache.commit(block_BL.shape[1])
-        return logits
+        self._decode(clean_BL, positions_BL, spans, cache)
+        cache.commit(clean_BL.shape[1])
+
+    def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache) -> Tensor:
+        """Logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself; the prefix
+        stays.
+        """
+        return self._all_logits(self._decode(block_BL, positions_BL, None, cache))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` positions."""

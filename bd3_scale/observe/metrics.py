@@ -108,7 +108,7 @@ def _has_wandb_key() -> bool:
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
         return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except FileNotFoundError:
+    except (OSError, netrc.NetrcParseError):  # missing, or not one that wandb could read either
         return False
 
 
@@ -128,7 +128,7 @@ def _start_wandb(run_dir: Path, recipe: WandbRecipe, mode: Mode, name: str, conf
         dir=run_dir,
         config=dict(config),
         # The console is the progress bar's, and a dead network must not hold a finished job.
-        settings=wandb.Settings(console="off", quiet=True, finish_timeout=60),
+        settings=wandb.Settings(console="off", quiet=True, silent=mode == "offline", finish_timeout=60),
     )
     # wandb's own counter refuses to go back, as it must where a resumed run takes steps again.
     run.define_metric("*", step_metric="step")

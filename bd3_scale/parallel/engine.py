@@ -21,7 +21,10 @@ from bd3_scale.recipe.schema import OptimizerRecipe, ParallelRecipe
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: the global loss of the step, in nats a token; `grad_norm`: the global gradient norm before clipping."""
+    """`loss`: the global loss of the step, in nats a token; `grad_norm`: the global gradient norm before clipping.
+
+    Where the norm is not finite, DeepSpeed has left the weights alone.
+    """
 
     loss: float
     grad_norm: float
@@ -81,7 +84,8 @@ class TrainingEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        self.zero.update_ema()
+        if not self._engine.optimizer.overflow:
+            self.zero.update_ema()
         loss = torch.stack(numerators).sum()
         dist.all_reduce(loss, group=self.groups.dp_cp)
         return StepResult(loss=float(loss) / tokens, grad_norm=float(self._engine.get_global_grad_norm()))

@@ -33,8 +33,10 @@ def process_groups(parallel: ParallelRecipe, *, timeout: timedelta = timedelta(m
     """Join the ranks that torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) name; alone without them.
 
     Raises:
-        ValueError: the tensor-parallel size does not divide the world size.
+        ValueError: the tensor-parallel size does not divide the world size, or the launcher set only a part of the
+        variables.
     """
+    _check_environment()
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -57,6 +59,16 @@ def process_groups(parallel: ParallelRecipe, *, timeout: timedelta = timedelta(m
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _check_environment() -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        raise ValueError(
+            f"RANK and WORLD_SIZE are set, {', '.join(missing)} not: use torchrun, or export them before "
+            "(under srun, LOCAL_RANK is SLURM_LOCALID and LOCAL_WORLD_SIZE is SLURM_NTASKS_PER_NODE)"
+        )
 
 
 def _init_distributed(backend: str, timeout: timedelta) -> None:

@@ -47,7 +47,7 @@ class ZeroState:
         # torch's AdamW creates its state at the first step, after which it could not be loaded in place.
         for flat in self._masters:
             state = engine.basic_optimizer.state[flat]
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
 
     @property
@@ -106,10 +106,9 @@ class ZeroState:
             return
         kept = [master.detach().clone() for master in self._masters]
         self._set_masters(self._ema)
-        try:
-            yield
-        finally:
-            self._set_masters(kept)
+        yield
+        # Not after an exception on one rank: recasting is collective, and the others are somewhere else.
+        self._set_masters(kept)
 
     @torch.no_grad()
     def _set_masters(self, values: list[Tensor]) -> None:

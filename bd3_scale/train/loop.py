@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.attention.spans import make_spans
-from bd3_scale.checkpoint.manifest import CheckpointManifest, read_manifest
+from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.store import list_checkpoints, load_training_state, remove_partial, save_checkpoint
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.corrupt import NoisyBatch, corrupt
-from bd3_scale.data.manifest import Manifest, load_manifest
+from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
 from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.nelbo import NelboEstimate
@@ -75,14 +75,16 @@ def train(recipe: Recipe) -> None:
         data = load_manifest(recipe.data.path, recipe.data.remote)
         run = Run(recipe, data, _hash(data), groups, recipe.run_path)
         _check(run)
-        on_rank_zero(lambda: _open_run_directory(run, stack))
+        on_rank_zero(lambda: _lock_run_directory(run, stack))
         checkpoint = _newest_checkpoint(run)
+        on_rank_zero(lambda: _describe_run(run))
 
         model = build_model(
             recipe, data.vocabulary, groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed
         )
         layouts = parameter_layouts(model)
         engine = TrainingEngine(model, groups, recipe.optimizer, recipe.parallel, loss_sum)
+        on_rank_zero(lambda: check_writable(run.checkpoints, _checkpoint_bytes(layouts, engine)))
         start = 0
         if checkpoint is not None:
             load_training_state(*checkpoint, engine.zero, layouts)
@@ -104,20 +106,20 @@ def train(recipe: Recipe) -> None:
             micro_batches = [_corrupt(run, micro, done) for micro in next(stream).split(recipe.train.micro_batch_size)]
             lr = learning_rate(done, recipe.train.steps, recipe.optimizer)
             result = engine.step(micro_batches, tokens=tokens, lr=lr)
-            if not math.isfinite(result.loss):
+            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 raise FloatingPointError(
-                    f"the loss of step {done + 1} is {result.loss}: lower optimizer.lr or lengthen "
-                    f"optimizer.warmup_steps, and run again to go on from the checkpoint of step {saved}"
+                    f"step {done + 1} has loss {result.loss} and gradient norm {result.grad_norm}: lower optimizer.lr "
+                    f"or lengthen optimizer.warmup_steps, and run again to go on from the checkpoint of step {saved}"
                 )
             step = done + 1
             report.trained(step, result, lr, tokens, time.monotonic() - began)
             stopping = any_rank(stop.signal is not None)
             last = step == recipe.train.steps
-            if data.validation is not None and not stopping and (last or _due(step, recipe.evaluation.every_steps)):
-                report.evaluated(step, _evaluate(run, engine))
             if stopping or last or _due(step, recipe.checkpoint.every_steps):
                 report.saved(step, _save(run, engine, layouts, step))
                 saved = step
+            if data.validation is not None and (last or _due(step, recipe.evaluation.every_steps)):
+                report.evaluated(step, _evaluate(run, engine))
             if stopping:
                 report.stopped(step, stop.signal)
                 break
@@ -166,14 +168,25 @@ def _check(run: Run) -> None:
         raise ValueError(f"ranks {different} were started with another recipe or other data than rank 0")
 
 
-def _open_run_directory(run: Run, stack: ExitStack) -> None:
+def _lock_run_directory(run: Run, stack: ExitStack) -> None:
     check_writable(run.folder)
     stack.enter_context(lock_run(run.folder))
     run.checkpoints.mkdir(exist_ok=True)
     remove_partial(run.checkpoints)
+
+
+def _describe_run(run: Run) -> None:
     write_atomically(run.folder / "recipe.yaml", resolved_yaml(run.recipe))
     write_atomically(run.folder / "recipe.sha256", recipe_hash(run.recipe) + "\n")
-    load_tokenizer(run.recipe.data.path).save(run.folder / "tokenizer")
+    tokenizer = load_tokenizer(run.recipe.data.path)
+    check_tokenizer(run.data, tokenizer)
+    tokenizer.save(run.folder / TOKENIZER)
+
+
+def _checkpoint_bytes(layouts: list[ParameterLayout], engine: TrainingEngine) -> int:
+    """Size of a checkpoint: all full tensors in fp32, once for each state."""
+    full = {piece.key: math.prod(piece.full_shape) for layout in layouts for piece in layout.pieces}
+    return 4 * sum(full.values()) * len(engine.zero.names)
 
 
 def _newest_checkpoint(run: Run) -> tuple[Path, CheckpointManifest] | None:
@@ -241,6 +254,6 @@ def _save(run: Run, engine: TrainingEngine, layouts: list[ParameterLayout], step
         manifest,
         engine.zero,
         layouts,
-        tokenizer=run.folder / "tokenizer",
+        tokenizer=run.folder / TOKENIZER,
         keep_last=run.recipe.checkpoint.keep_last,
     )

@@ -36,7 +36,9 @@ OFFICIAL = ModelRecipe(
     head_bias=True,
     init_std=0.2,
 )
-TIED = QWEN.model_copy(update={"tie_embeddings": True, "num_query_groups": None, "activation": "gelu"})
+TIED = QWEN.model_copy(
+    update={"tie_embeddings": True, "num_query_groups": None, "activation": "gelu", "normalization": "layernorm"}
+)
 PACKED = [7, 1, 24]  # document lengths: ragged last blocks, and a document shorter than a block
 
 # name: model, block size, document lengths

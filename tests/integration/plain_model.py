@@ -54,7 +54,7 @@ def attention(x, w, positions, mask, recipe):
     qkv = qkv.unflatten(-1, (groups, heads // groups + 2, dim))
     q, k, v = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
     if recipe.qk_norm:
-        rms = recipe.model_copy(update={"norm_bias": False})
+        rms = recipe.model_copy(update={"normalization": "rmsnorm"})
         q = norm(q, w, "self_attention.q_layernorm.", rms)
         k = norm(k, w, "self_attention.k_layernorm.", rms)
     q, k = rotate(q, positions, recipe.rope_theta), rotate(k, positions, recipe.rope_theta)

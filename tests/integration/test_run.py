@@ -140,10 +140,10 @@ def test_asked_to_stop_it_saves_and_goes_on_bitwise(workplace):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["parallel.tensor=1", "launch.processes=2", "parallel.zero_stage=2"],
+        ["parallel.tensor=1", "launch.processes=2", "parallel.zero_stage=2", "data.remote=data", "data.path=cache"],
         ["parallel.tensor=1", "launch.processes=1", "train.micro_batch_size=8"],
     ],
-    ids=["dp2-zero2", "one-process"],
+    ids=["dp2-zero2-remote", "one-process"],
 )
 def test_resumed_on_another_layout_it_takes_the_same_steps(workplace, overrides):
     """Samples, masks, weights, moments and average carry over from TP2, up to the order of sums."""

@@ -63,25 +63,27 @@ def test_cached_blocks_give_the_two_stream_likelihoods(model, clean, block_size)
     for start in range(0, LENGTH, block_size):
         block = slice(start, start + block_size)
         positions = positions_of(clean)[:, block]
-        logits = model.decode(noisy[:, block], positions, cache, commit=False)
+        logits = model.decode(noisy[:, block], positions, cache)
         nll = -logits.log_softmax(-1).gather(-1, clean[:, block, None])[..., 0]
         expected = two_stream[:, block][masked[:, block]]
         torch.testing.assert_close(nll[masked[:, block]], expected, rtol=1e-5, atol=1e-5)
-        model.decode(clean[:, block], positions, cache, commit=True)
+        model.prefill(clean[:, block], positions, None, cache)
     assert cache.length == LENGTH
 
 
-def test_prefill_fills_the_cache_as_decoding_block_by_block_does(model, clean):
-    half, rest = slice(0, 12), slice(12, 16)
+def test_prefill_at_once_and_block_by_block_give_the_clean_only_forward(model, clean):
     positions = positions_of(clean)
-    prefilled, stepwise = model.new_cache(2, LENGTH), model.new_cache(2, LENGTH)
-    logits = model.prefill(clean[:, half], positions[:, half], spans_of(clean[:, half], 4), prefilled)
-    blocks = [
-        model.decode(clean[:, s : s + 4], positions[:, s : s + 4], stepwise, commit=True) for s in range(0, 12, 4)
-    ]
-    torch.testing.assert_close(logits, torch.cat(blocks, 1), rtol=1e-5, atol=1e-5)
-    after = [model.decode(clean[:, rest], positions[:, rest], cache, commit=False) for cache in (prefilled, stepwise)]
-    torch.testing.assert_close(after[0], after[1], rtol=1e-5, atol=1e-5)
+    logits = model.clean_logits(clean, positions, spans_of(clean, 4))
+    at_once, stepwise = model.new_cache(2, LENGTH), model.new_cache(2, LENGTH)
+    model.prefill(clean[:, :12], positions[:, :12], spans_of(clean[:, :12], 4), at_once)
+    for start in range(0, 12, 4):
+        block = slice(start, start + 4)
+        expected = logits[:, block]
+        torch.testing.assert_close(model.decode(clean[:, block], positions[:, block], stepwise), expected)
+        model.prefill(clean[:, block], positions[:, block], None, stepwise)
+    for cache in (at_once, stepwise):
+        found = model.decode(clean[:, 12:16], positions[:, 12:16], cache)
+        torch.testing.assert_close(found, logits[:, 12:16], rtol=1e-5, atol=1e-5)
 
 
 def test_block_size_one_is_an_exact_left_to_right_likelihood(model, clean):
@@ -116,7 +118,7 @@ def test_documents_do_not_see_each_other(model, clean):
 
 
 def test_mask_and_padding_ids_have_no_probability(model, clean):
-    logits = model.prefill(clean, positions_of(clean), spans_of(clean, 4))
+    logits = model.clean_logits(clean, positions_of(clean), spans_of(clean, 4))
     assert logits.shape[-1] == VOCABULARY.padded_size == 128
     impossible = torch.tensor([57, *range(60, 128)])
     assert (logits[..., impossible] == float("-inf")).all()
@@ -126,4 +128,4 @@ def test_mask_and_padding_ids_have_no_probability(model, clean):
 def test_a_cache_that_is_too_short_says_how_long_it_must_be(model, clean):
     cache = model.new_cache(2, 2)
     with pytest.raises(ValueError, match="capacity >= 4"):
-        model.decode(clean[:, :4], positions_of(clean)[:, :4], cache, commit=False)
+        model.decode(clean[:, :4], positions_of(clean)[:, :4], cache)
