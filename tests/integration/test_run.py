@@ -137,25 +137,47 @@ def test_asked_to_stop_it_saves_and_goes_on_bitwise(workplace):
     assert "nothing to do" in train(workplace, "asked").stdout
 
 
+def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
+    """From TP2 to DP2 with ZeRO 2, started by torchrun, its data fetched from a remote; and to one process."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    layouts = {
+        "dp2": (torchrun, ["parallel.zero_stage=2", "data.remote=data", "data.path=cache"]),
+        "alone": ([], ["launch.processes=1", "train.micro_batch_size=8"]),
+    }
+    expected = losses(workplace / "whole")
+    for name, (launcher, overrides) in layouts.items():
+        run = workplace / name
+        checkpoint = Path("checkpoints", "step-00000008")
+        shutil.copytree(workplace / "whole" / checkpoint, run / checkpoint)
+        arguments = [BD3_SCALE, "train", "recipe.yaml", f"run_dir={name}", "parallel.tensor=1", *overrides]
+        done = subprocess.run([*launcher, *arguments], cwd=workplace, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for step, (loss, norm) in losses(run).items():
+            assert loss == pytest.approx(expected[step][0], rel=1e-5)
+            assert norm == pytest.approx(expected[step][1], rel=1e-4)
+        assert sorted(losses(run)) == [9, 10, 11, 12]
+        assert nelbos(run)[12] == pytest.approx(nelbos(workplace / "whole")[12], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["parallel.tensor=1", "launch.processes=2", "parallel.zero_stage=2", "data.remote=data", "data.path=cache"],
-        ["parallel.tensor=1", "launch.processes=1", "train.micro_batch_size=8"],
+        ["diffusion.block_size=64", "data.isolate_documents=false", "train.precision=bf16", "model.qk_norm=false"],
+        ["diffusion.block_size=1", "diffusion.mask_rate_low=1.0", "diffusion.mask_rate_high=1.0"],
     ],
-    ids=["dp2-zero2-remote", "one-process"],
+    ids=["mdlm-bf16", "autoregressive"],
 )
-def test_resumed_on_another_layout_it_takes_the_same_steps(workplace, overrides):
-    """Samples, masks, weights, moments and average carry over from TP2, up to the order of sums."""
-    run = workplace / overrides[1]
-    shutil.copytree(workplace / "whole" / "checkpoints" / "step-00000008", run / "checkpoints" / "step-00000008")
-    train(workplace, run.name, *overrides)
-    expected = losses(workplace / "whole")
-    for step, (loss, norm) in losses(run).items():
-        assert loss == pytest.approx(expected[step][0], rel=1e-5)
-        assert norm == pytest.approx(expected[step][1], rel=1e-4)
-    assert sorted(losses(run)) == [9, 10, 11, 12]
-    assert nelbos(run)[12] == pytest.approx(nelbos(workplace / "whole")[12], rel=1e-5)
+def test_the_ends_of_the_interpolation_on_data_parallel_ranks(workplace, overrides, tmp_path):
+    """MDLM and L'=1 through the same code, without a moving average, resumed bitwise on DP2."""
+    common = ["optimizer.ema_decay=0.0", "parallel.tensor=1", "launch.processes=2", "train.steps=8"]
+    runs = [tmp_path / name for name in ("first", "second")]
+    train(workplace, runs[0], *common, *overrides)
+    shutil.copytree(runs[0] / "checkpoints" / "step-00000004", runs[1] / "checkpoints" / "step-00000004")
+    train(workplace, runs[1], *common, *overrides)
+    first, second = losses(runs[0]), losses(runs[1])
+    assert second == {step: first[step] for step in (5, 6, 7, 8)}
+    assert tensors(runs[0], 8) == tensors(runs[1], 8)
+    assert nelbos(runs[0])[8] == nelbos(runs[1])[8] < 5.7
 
 
 def test_evaluate_and_generate(workplace):
@@ -182,21 +204,39 @@ def test_two_trainings_in_one_run_directory(workplace):
     assert process.returncode == 0, output
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["model.hidden_size=64"], "model.hidden_size is 64, the checkpoint has 32"),
-        (["train.steps=6"], "train.steps is 6, the checkpoint has done 12"),
-        (["optimizer.ema_decay=0"], "a moving average is kept from the start"),
-    ],
-    ids=["shape", "steps", "ema"],
-)
-def test_a_run_cannot_become_another(workplace, overrides, message):
-    before = tensors(workplace / "whole")
-    refused = train(workplace, "whole", *overrides, "launch.processes=2", returncode=2)
-    assert message in refused.stderr
-    assert "run_dir=FOLDER" in refused.stderr
-    assert tensors(workplace / "whole") == before
+def test_a_run_cannot_become_another(workplace):
+    """Another shape, fewer steps than are done, no moving average: all named at once, and nothing is touched."""
+    before = everything(workplace / "whole")
+    changes = ["model.hidden_size=64", "train.steps=6", "optimizer.ema_decay=0.0"]
+    refused = train(workplace, "whole", *changes, returncode=2).stderr
+    assert "model.hidden_size is 64, the checkpoint has 32" in refused
+    assert "train.steps is 6, the checkpoint has done 12" in refused
+    assert "a moving average is kept from the start" in refused
+    assert "run_dir=FOLDER" in refused
+    assert everything(workplace / "whole") == before
+
+
+def everything(run):
+    """The contents of all files of a run but the ranks' logs and the lock."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock" and path.parent.name != "logs"]
+    return {path: path.read_bytes() for path in files}
+
+
+def test_damaged_data_is_named(workplace, tmp_path):
+    """A byte flipped in a shard, and a tokeniser that is not the shards'."""
+    data = tmp_path / "data"
+    shutil.copytree(workplace / "data", data, ignore=shutil.ignore_patterns("*.mds"))
+    shard = data / "train" / "shard.00000.mds.zstd"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    refused = train(workplace, tmp_path / "flipped", f"data.path={data}", returncode=2)
+    assert "shard.00000.mds.zstd is damaged" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    tokenizer = data / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"A"', '"Ā"', 1))
+    refused = train(workplace, tmp_path / "other", f"data.path={data}", returncode=2)
+    assert "is not the one that the data was prepared with" in refused.stderr
 
 
 def test_damaged_checkpoints_are_named(workplace):
@@ -205,12 +245,11 @@ def test_damaged_checkpoints_are_named(workplace):
     checkpoint = run / "checkpoints" / "step-00000012"
     shutil.copytree(whole, checkpoint)
     os.truncate(checkpoint / "rank-00001.safetensors", 1000)
-    for arguments in (["evaluate", "damaged"], ["generate", checkpoint], ["train", "recipe.yaml", "run_dir=damaged"]):
+    for arguments in (["generate", checkpoint], ["train", "recipe.yaml", "run_dir=damaged"]):
         refused = command(workplace, *arguments, returncode=2)
         assert "rank-00001.safetensors has 1000 bytes" in refused.stderr
         assert "earlier checkpoint" in refused.stderr
     (checkpoint / "manifest.json").unlink()
-    assert "is neither a checkpoint nor a run" in command(workplace, "evaluate", checkpoint, returncode=2).stderr
     assert "no complete checkpoint" in command(workplace, "evaluate", "damaged", returncode=2).stderr
 
 
