@@ -52,7 +52,8 @@ def generate(
     A denoising pass unmasks one token of the block, at a place drawn uniformly among the masked ones: the reverse
     process of masked diffusion simulated exactly (first hitting; Zheng et al., ICLR 2025), in as many passes as there
     are masked tokens. Sampling stops after the block that holds EOS, or when the entropy of the last 256 tokens falls
-    below 4 nats. `progress` is told after each block how many tokens there are, and the limit.
+    below `min_entropy` nats: by default 4 (the paper's rule), and 0 for vocabularies of bytes or characters, whose text
+    never reaches 4. `progress` is told after each block how many tokens there are, and the limit.
 
     Raises:
         ValueError: a prompt with ids outside the clean vocabulary, or a limit below 1.

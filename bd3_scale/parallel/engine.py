@@ -21,13 +21,15 @@ from bd3_scale.recipe.schema import OptimizerRecipe, ParallelRecipe
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: the global loss of the step, in nats a token; `grad_norm`: the global gradient norm before clipping.
+    """`loss`: the global loss of the step, in nats a token; `grad_norm`: the global gradient norm before clipping;
+    `lr`: the learning rate.
 
     Where the norm is not finite, DeepSpeed has left the weights alone.
     """
 
     loss: float
     grad_norm: float
+    lr: float
 
 
 class TrainingEngine:
@@ -88,7 +90,7 @@ class TrainingEngine:
             self.zero.update_ema()
         loss = torch.stack(numerators).sum()
         dist.all_reduce(loss, group=self.groups.dp_cp)
-        return StepResult(loss=float(loss) / tokens, grad_norm=float(self._engine.get_global_grad_norm()))
+        return StepResult(loss=float(loss) / tokens, grad_norm=float(self._engine.get_global_grad_norm()), lr=lr)
 
     def _sum_partial_gradients(self) -> None:
         """Add up, over tensor-parallel ranks, the gradients of replicated weights that each saw a part of the heads."""

@@ -28,7 +28,7 @@ from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
 from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
-from bd3_scale.parallel.engine import TrainingEngine
+from bd3_scale.parallel.engine import StepResult, TrainingEngine
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.load import recipe_hash, resolved_yaml
@@ -99,30 +99,36 @@ def train(recipe: Recipe) -> None:
             seed=recipe.seed,
             step=start,
         )
-        tokens = recipe.train.global_batch_size * recipe.data.seq_len
-        saved = start
-        for done in range(start, recipe.train.steps):
+        for step in range(start + 1, recipe.train.steps + 1):
             began = time.monotonic()
-            micro_batches = [_corrupt(run, micro, done) for micro in next(stream).split(recipe.train.micro_batch_size)]
-            lr = learning_rate(done, recipe.train.steps, recipe.optimizer)
-            result = engine.step(micro_batches, tokens=tokens, lr=lr)
-            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                raise FloatingPointError(
-                    f"step {done + 1} has loss {result.loss} and gradient norm {result.grad_norm}: lower optimizer.lr "
-                    f"or lengthen optimizer.warmup_steps, and run again to go on from the checkpoint of step {saved}"
-                )
-            step = done + 1
-            report.trained(step, result, lr, tokens, time.monotonic() - began)
+            result = _take_step(run, engine, next(stream), step)
+            report.trained(step, result, time.monotonic() - began)
             stopping = any_rank(stop.signal is not None)
             last = step == recipe.train.steps
             if stopping or last or _due(step, recipe.checkpoint.every_steps):
                 report.saved(step, _save(run, engine, layouts, step))
-                saved = step
             if data.validation is not None and (last or _due(step, recipe.evaluation.every_steps)):
                 report.evaluated(step, _evaluate(run, engine))
             if stopping:
                 report.stopped(step, stop.signal)
                 break
+
+
+def _take_step(run: Run, engine: TrainingEngine, batch: Batch, step: int) -> StepResult:
+    """Noise, forward, backward and update of optimiser step `step`, counted from 1."""
+    recipe = run.recipe
+    micro_batches = [_corrupt(run, micro, step - 1) for micro in batch.split(recipe.train.micro_batch_size)]
+    result = engine.step(
+        micro_batches,
+        tokens=recipe.train.global_batch_size * recipe.data.seq_len,
+        lr=learning_rate(step - 1, recipe.train.steps, recipe.optimizer),
+    )
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise FloatingPointError(
+            f"step {step} has loss {result.loss} and gradient norm {result.grad_norm}: lower optimizer.lr or lengthen "
+            "optimizer.warmup_steps, and run again to go on from the last checkpoint"
+        )
+    return result
 
 
 def _due(step: int, every: int) -> bool:

@@ -55,10 +55,11 @@ class Report:
         if self._metrics is not None and error is None and self._drawable:
             loss_curve(self._folder / METRICS_FILE, self._folder / "loss.png")
 
-    def trained(self, step: int, result: StepResult, lr: float, tokens: int, seconds: float) -> None:
-        """After an optimiser step of `tokens` data tokens that took `seconds`."""
+    def trained(self, step: int, result: StepResult, seconds: float) -> None:
+        """After an optimiser step that took `seconds`."""
         if self._metrics is None or self._progress is None:
             return
+        tokens = self._recipe.train.global_batch_size * self._recipe.data.seq_len
         if step % self._recipe.logging.every_steps == 0 or step == self._recipe.train.steps:
             self._drawable = True
             cuda = peak_cuda_bytes()
@@ -67,7 +68,7 @@ class Report:
                 step,
                 train_loss=result.loss,
                 grad_norm=result.grad_norm,
-                lr=lr,
+                lr=result.lr,
                 tokens=step * tokens,
                 tokens_per_second=tokens / seconds,
                 peak_rss_bytes=peak_rss_bytes(),
