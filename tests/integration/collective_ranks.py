@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch.distributed as dist
 
 from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
@@ -17,12 +18,8 @@ def main() -> None:
     with process_groups(ParallelRecipe(tensor=2)) as groups:
         rank = dist.get_rank()
         assert on_rank_zero(lambda: f"from rank {dist.get_rank()}") == "from rank 0"
-        try:
+        with pytest.raises(OSError, match="rank 0 found the disk full"):
             on_rank_zero(fail)
-        except OSError as error:
-            assert str(error) == "rank 0 found the disk full"
-        else:
-            raise AssertionError("the error of rank 0 did not arrive")
         assert any_rank(rank == 1)
         assert not any_rank(False)
         assert gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]

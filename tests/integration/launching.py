@@ -18,7 +18,7 @@ def free_port() -> int:
 def run_ranks(script: Path, world_size: int, *args: object, timeout: float = 240) -> None:
     """Run `script` on `world_size` ranks and fail with the output of the ranks that failed."""
     common = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
+    common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), *map(str, args)],
