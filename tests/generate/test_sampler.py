@@ -113,6 +113,26 @@ def test_first_hitting_draws_from_the_enumerated_distribution(model):
     assert chi_square < 26.1  # 8 degrees of freedom, one in a thousand
 
 
+def test_every_place_of_a_block_is_unmasked_first_equally_often(model, monkeypatch):
+    """First hitting takes the masked places in uniformly random order; seen from the blocks that the model is shown."""
+    shown = []
+    decode = model.decode
+
+    def observed(block, positions, cache):
+        shown.append(block[0].tolist())
+        return decode(block, positions, cache)
+
+    monkeypatch.setattr(model, "decode", observed)
+    draws, firsts = 400, [0, 0, 0, 0]
+    for seed in range(draws):
+        shown.clear()
+        generate(model, [], block_size=4, max_new_tokens=4, seed=seed)
+        assert [block.count(MASK) for block in shown] == [4, 3, 2, 1]
+        firsts[next(i for i, token in enumerate(shown[1]) if token != MASK)] += 1
+    chi_square = sum((count - draws / 4) ** 2 / (draws / 4) for count in firsts)
+    assert chi_square < 16.3  # 3 degrees of freedom, one in a thousand
+
+
 def log_probability(model, prompt, block, place, token):
     cache = model.new_cache(1, 4)
     clean = torch.tensor([prompt])
