@@ -25,7 +25,7 @@ RUN = Path("runs/quickstart")
 CORPUS, TOKENIZER, DATA = Path("data/quickstart-corpus"), Path("data/quickstart-tokenizer"), Path("data/quickstart")
 COMMAND = Path(os.path.relpath(Path(sys.executable).with_name("bd3-scale")))
 NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "idlelib", "lib2to3", "pydoc_data"}
-CHECKPOINT_STEP, STEPS_BEFORE_KILL = 350, 10
+CHECKPOINT_STEP, STEPS_BEFORE_KILL = 300, 10
 PROMPT = "class Test"
 
 console = Console(highlight=False)
