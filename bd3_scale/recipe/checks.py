@@ -22,11 +22,6 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
     return world_size // recipe.parallel.tensor
 
 
-def num_micro_batches(recipe: Recipe, world_size: int) -> int:
-    """Forward passes of a rank in one optimiser step (gradient accumulation)."""
-    return recipe.train.global_batch_size // (recipe.train.micro_batch_size * data_parallel_size(recipe, world_size))
-
-
 def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None = None) -> None:
     """Checks the rules that join several keys.
 
