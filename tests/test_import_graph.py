@@ -81,6 +81,8 @@ def broken_rules(relative: str, room: str, name: str, package: str) -> Iterator[
             yield f"{reserved} is for {sorted(rooms) or 'no part of the package'}"
     if relative in STANDARD_LIBRARY_ALONE and name.partition(".")[0] not in sys.stdlib_module_names:
         yield "this file uses the standard library alone"
+    if room == "attention" and name.partition(".")[0] not in {*sys.stdlib_module_names, "torch", "triton", package}:
+        yield "attention runs where PyTorch and Triton alone are installed"
     if is_within(name, package):
         other = name.split(".")[1] if "." in name else "__init__"
         if other != room and FLOOR_OF.get(other, len(FLOORS)) >= FLOOR_OF[room]:
@@ -125,6 +127,7 @@ def test_the_package_keeps_the_direction() -> None:
         ("model/attention.py", "from megatron.core.parallel_state import x", "megatron.core.parallel_state is for"),
         ("checkpoint/save.py", "import deepspeed", "deepspeed is for ['parallel']"),
         ("launch/local.py", "import yaml", "standard library alone"),
+        ("attention/spans.py", "import numpy", "PyTorch and Triton alone"),
         ("cellar/wine.py", "", "no known room"),
     ],
 )

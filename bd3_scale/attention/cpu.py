@@ -1,144 +1,285 @@
-"""Two-stream attention on CPU: one scaled-dot-product attention a chunk of positions, over the keys the chunk can see.
+"""Block attention on CPU: one scaled-dot-product attention a chunk of positions, over the keys the chunk can see.
 
-For a chunk of C positions the queries are its noisy and clean rows and the keys the ranges of either stream that any of
-them sees: L² + 3LC query-key pairs instead of the 4L² of a dense mask. Each call is PyTorch's flash kernel for CPU
-(FlashAttention-2, Dao, 2023), which takes grouped query heads as they are and keeps no scores; masks are made again in
-backward.
+The queries of a chunk are its rows of every stream, the keys the ranges that any of them sees: L² + 3L·chunk pairs of
+query and key instead of the 4L² of a dense mask. Inside a large block every stream gets a call of its own, whose rows
+all see the same keys. Each call is PyTorch's flash kernel for CPU (FlashAttention-2, Dao, 2023), which takes grouped
+query heads as they are and keeps no scores; masks are made again in backward.
 
-Legend: B batch, H heads, N rows or keys of a chunk, K its keys, D head size. A pair is (noisy, clean), either optional.
+Legend: B batch, R positions, S streams of query rows (noisy copies, then clean), H query heads, G key/value heads,
+D head size, N rows of a call, K its keys (clean ones, then those of noisy copies).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from bd3_scale.attention.dispatch import QKV
+from bd3_scale.attention.spans import own_block
 
-CHUNK = 64
-
-Pair = Sequence[Tensor | None]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def chunked_attention(
-    noisy: QKV | None, clean: QKV | None, spans: Tensor, scale: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """`block_attention` for bfloat16, float32 or float64 tensors on CPU; deterministic."""
-    nothing = (None, None, None)
-    q, k, v = zip(noisy or nothing, clean or nothing, strict=True)
-    return _ChunkedAttention.apply(spans, scale, *q, *k, *v)
+def forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> tuple[Tensor, Tensor]:
+    """`block_attention` and its log-sum-exp [B, H, rows]."""
+    out = torch.zeros_like(q)
+    lse = q.new_zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=_wide(q))
+    q, k, v = (_dense(x) for x in (q, k, v))
+    q_BSRHD, out_BSRHD, lse_BSRH1 = (_streams(x, spans) for x in (q, out, lse.transpose(1, 2).unsqueeze(3)))
+    plan = _Plan(spans, num_noisy, q_BSRHD.shape[1])
+    keys, values = _Keys(k, plan), _Keys(v, plan)
+    for call in plan.calls:
+        out_BHND, lse_BHN = _flash(
+            _take(q_BSRHD, call),
+            keys.take(call),
+            values.take(call),
+            attn_mask=plan.mask(call, q.dtype),
+            scale=scale,
+        )
+        _at(out_BSRHD, call).copy_(_by_stream(out_BHND, call))
+        _at(lse_BSRH1, call).copy_(_by_stream(lse_BHN.unsqueeze(3), call))
+    return out, lse
 
 
-class _Chunk(NamedTuple):
-    rows: tuple[slice, slice]
-    keys: tuple[slice, slice]
-    mask: Tensor | None
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spans: Tensor,
+    num_noisy: int,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; deterministic either way."""
+    # Calls add up in float32 at the least: a key gathers gradients from every later chunk.
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=_wide(x)) for x in (q, k, v))
+    grad_out, q, k, v, out = (_dense(x) for x in (grad_out, q, k, v, out))
+    rows = (grad_out, q, out, lse.transpose(1, 2).unsqueeze(3), grad_q)
+    *rows_BSRHD, lse_BSRH1, grad_q_BSRHD = (_streams(x, spans) for x in rows)
+    plan = _Plan(spans, num_noisy, grad_q_BSRHD.shape[1])
+    keys, values = _Keys(k, plan), _Keys(v, plan)
+    for call in _with_common_keys_apart(plan.calls):
+        grad_out_BHND, q_BHND, out_BHND = (_take(x, call) for x in rows_BSRHD)
+        grad_q_BHND, grad_k_BGKD, grad_v_BGKD = _flash_backward(
+            grad_out_BHND,
+            q_BHND,
+            keys.take(call),
+            values.take(call),
+            out_BHND,
+            _take(lse_BSRH1, call).squeeze(3),
+            0.0,
+            False,
+            attn_mask=plan.mask(call, q.dtype),
+            scale=scale,
+        )
+        _at(grad_q_BSRHD, call).add_(_by_stream(grad_q_BHND, call))
+        plan.add(grad_k, call, grad_k_BGKD)
+        plan.add(grad_v, call, grad_v_BGKD)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-class _ChunkedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, spans: Tensor, scale: float, *qkv: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v = qkv[0:2], qkv[2:4], qkv[4:6]
-        out = tuple(None if x is None else torch.empty_like(x) for x in q)
-        logsumexps = []
-        for chunk in _chunks(spans, q, k):
-            out_BHND, logsumexp = _flash(
-                _take(q, chunk.rows), _take(k, chunk.keys), _take(v, chunk.keys), attn_mask=chunk.mask, scale=scale
-            )
-            for target, piece in _split(out, chunk.rows, out_BHND):
-                target.copy_(piece)
-            logsumexps.append(logsumexp)
-        ctx.scale = scale
-        ctx.save_for_backward(spans, *qkv, *out, *logsumexps)
+def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+    """`decode_attention`."""
+    out = torch.zeros_like(q)
+    q, k, v = (_dense(x) for x in (q, k, v))
+    mask = None
+    if lengths is not None:
+        k, v = (x[:, : int(lengths.max())] for x in (k, v))
+        hidden = torch.arange(k.shape[1]) >= lengths[:, None]
+        if hidden.any():
+            mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+    if k.shape[1] == 0:
         return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        spans, *saved = ctx.saved_tensors
-        q, k, v, out, logsumexps = saved[0:2], saved[2:4], saved[4:6], saved[6:8], saved[8:]
-        # Chunks add up in float32 at the least: a key gathers gradients from every later chunk.
-        grads = [None if x is None else x.new_zeros(x.shape, dtype=_accumulator(x)) for x in (*q, *k, *v)]
-        for chunk, logsumexp in zip(_chunks(spans, q, k), logsumexps, strict=True):
-            grad_q_BHND, grad_k_BHND, grad_v_BHND = _flash_backward(
-                _take(grad_out, chunk.rows),
-                _take(q, chunk.rows),
-                _take(k, chunk.keys),
-                _take(v, chunk.keys),
-                _take(out, chunk.rows),
-                logsumexp,
-                0.0,
-                False,
-                attn_mask=chunk.mask,
-                scale=ctx.scale,
-            )
-            for target, piece in (
-                *_split(grads[0:2], chunk.rows, grad_q_BHND),
-                *_split(grads[2:4], chunk.keys, grad_k_BHND),
-                *_split(grads[4:6], chunk.keys, grad_v_BHND),
-            ):
-                target.add_(piece)
-        return None, None, *(None if g is None else g.to(x.dtype) for g, x in zip(grads, saved, strict=False))
+    # Query heads of a group are rows of one head, so that no key is read twice.
+    q_BGND = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out_BGND, _ = _flash(q_BGND, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    return out.copy_(out_BGND.unflatten(2, (-1, q.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3))
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
+class _Call(NamedTuple):
+    """Positions of some streams, and the keys that any of their rows sees in any sequence.
+
+    `clean` and `noisy` are the ranges of clean keys and of keys in each noisy copy of `copies`. Every row sees the
+    clean keys of `shared`; where the call is not `masked`, all keys.
+    """
+
+    positions: slice
+    streams: slice
+    clean: slice
+    copies: slice
+    noisy: slice
+    shared: slice
+    masked: bool
+
+    @property
+    def end(self) -> int:
+        """Where the keys end when the noisy ones follow the clean ones."""
+        return self.clean.stop + (self.copies.stop - self.copies.start) * (self.noisy.stop - self.noisy.start)
+
+
+class _Plan:
+    """What to call for, and which keys its rows see."""
+
+    def __init__(self, spans: Tensor, num_noisy: int, num_streams: int) -> None:
+        self.num_noisy, self.num_rows = num_noisy, spans.shape[2]
+        self.calls = _calls(spans, num_noisy, num_streams)
+        if (spans == spans[:, :1]).all():
+            spans = spans[:, :1]
+        doc_start, block_start, block_end = spans[:3]
+        own_start, own_end = own_block(spans)
+        none = torch.zeros_like(own_start)
+        seen = [
+            torch.stack([doc_start, block_start, own_start + copy * self.num_rows, own_end + copy * self.num_rows])
+            for copy in range(num_noisy)
+        ]
+        seen += [torch.stack([doc_start, block_end, none, none])] * (num_streams - num_noisy)
+        # For every query row, the clean keys and the rows of noisy keys that it sees, [4, B or 1, S, R].
+        self.seen = torch.stack(seen, 2)
+
+    def mask(self, call: _Call, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask [B or 1, 1, N, K]; None where every row sees every key."""
+        if not call.masked:
+            return None
+        before, after = (
+            torch.arange(start, end, dtype=torch.int32)
+            for start, end in ((call.clean.start, call.shared.start), (call.shared.stop, call.clean.stop))
+        )
+        copies = torch.arange(call.copies.stop, dtype=torch.int32)[:, None] * self.num_rows
+        noisy = (copies + torch.arange(call.noisy.start, call.noisy.stop, dtype=torch.int32)).flatten()
+        clean_start, clean_end, own_start, own_end = self.seen[:, :, call.streams, call.positions].flatten(2)[..., None]
+        mask = torch.zeros(*own_end.shape[:2], call.end - call.clean.start, dtype=dtype)
+        mask[..., : len(before)].masked_fill_((before < clean_start) | (before >= clean_end), -torch.inf)
+        # Behind `shared`, the document of every row has started.
+        behind = mask[..., call.shared.stop - call.clean.start :]
+        behind[..., : len(after)].masked_fill_(after >= clean_end, -torch.inf)
+        behind[..., len(after) :].masked_fill_((noisy < own_start) | (noisy >= own_end), -torch.inf)
+        return mask[:, None]
+
+    def add(self, grad_BKGD: Tensor, call: _Call, piece_BGKD: Tensor) -> None:
+        """Add gradients of the call's keys to those of all keys."""
+        noisy, clean = grad_BKGD.tensor_split([self.num_noisy * self.num_rows], 1)
+        num_clean = call.clean.stop - call.clean.start
+        piece_BKGD = piece_BGKD.transpose(1, 2)
+        clean[:, call.clean] += piece_BKGD[:, :num_clean]
+        own = noisy.unflatten(1, (self.num_noisy, self.num_rows))[:, call.copies, call.noisy]
+        own += piece_BKGD[:, num_clean:].unflatten(1, own.shape[1:3])
+
+
+def _calls(spans: Tensor, num_noisy: int, num_streams: int) -> list[_Call]:
+    """One call a chunk, or one a stream for chunks within one block; no span falls from one position to the next."""
+    num_rows = spans.shape[2]
+    chunk = _chunk_size(spans)
+    first = torch.arange(0, num_rows, chunk)
+    last = (first + chunk - 1).clamp(max=num_rows - 1)
+    lowest, highest = spans[:, :, first].amin(1), spans[:, :, last].amax(1)
+    # Neighbouring chunks within one block are one.
+    opens = torch.ones_like(first, dtype=torch.bool)
+    opens[1:] = (lowest[:, :-1] != highest[:, 1:]).any(0)
+    closes = opens.roll(-1)
+    positions = zip(first[opens].tolist(), (last[closes] + 1).tolist(), strict=True)
+    bounds = zip(lowest[:, opens].T.tolist(), highest[:, closes].T.tolist(), strict=True)
+    calls = []
+    for (start, end), (low, high) in zip(positions, bounds, strict=True):
+        masked = low != high
+        shared = slice(high[0], low[1])
+        for first_stream in range(1 if masked else num_streams):
+            streams = slice(first_stream, num_streams if masked else first_stream + 1)
+            copies = slice(first_stream, min(streams.stop, num_noisy))
+            # Noisy rows see no clean key of their own block.
+            clean = slice(low[0], high[2 if streams.stop > num_noisy else 1])
+            calls.append(_Call(slice(start, end), streams, clean, copies, slice(low[-2], high[-1]), shared, masked))
+    return [call for call in calls if call.end > call.clean.start]
+
+
+def _with_common_keys_apart(calls: list[_Call]) -> Iterator[_Call]:
+    """The same calls, but where four in a row lie within one document, the keys before them are one call for all four.
+
+    More rows make a better matrix product, without a mask, and fewer gradients of keys to add up: a tenth to a seventh
+    of the time of backward. (In forward, the outputs of two calls would have to be joined, each rounded before.)
+    """
+    for first in range(0, len(calls), 4):
+        group = calls[first : first + 4]
+        common = group[0].shared
+        if common.start < common.stop and all(
+            call.masked and call.clean.start == call.shared.start == common.start for call in group
+        ):
+            positions = slice(group[0].positions.start, group[-1].positions.stop)
+            yield group[0]._replace(positions=positions, clean=common, copies=slice(0, 0), masked=False)
+            group = [
+                call._replace(clean=slice(common.stop, call.clean.stop), shared=slice(common.stop, call.shared.stop))
+                for call in group
+            ]
+        yield from group
+
+
+def _chunk_size(spans: Tensor) -> int:
+    """Positions of a chunk: 96, or 32 in short sequences, less what would cut a block of the first one's size.
+
+    Smaller chunks mask fewer pairs, larger ones make better matrix products: PyTorch's kernel takes tiles of 64 rows
+    from 192 on, 96 positions of two streams. Forward and backward against a dense mask, head size 64, one thread of a
+    Zen 4 core, chunks of 32, 64 and 96: 256 positions 1.66×, 1.64×, 1.54×; 512 positions 2.29×, 2.25×, 2.06×; of 64, 96
+    and 128: 2,048 positions 3.31×, 3.30×, 3.22×; 4,096 positions in bfloat16 2.73×, 3.22×, 3.17×.
+    """
+    _, block_start, block_end = spans[:3, 0, 0].tolist()
+    size = 96 if spans.shape[2] >= 1024 else 32
+    return size - size % max(block_end - block_start, 1) or size
+
+
+class _Keys:
+    """Keys, or values, of one call after the other, each a view of one buffer.
+
+    Noisy keys of a call are put behind its clean ones, over clean keys that are put back at the next call.
+    """
+
+    def __init__(self, k: Tensor, plan: _Plan) -> None:
+        noisy, self.clean = k.transpose(1, 2).tensor_split([plan.num_noisy * plan.num_rows], 2)
+        self.noisy_BGCRD = noisy.unflatten(2, (plan.num_noisy, plan.num_rows))
+        self.buffer, self.overwritten = self.clean, slice(0, 0)
+        if plan.num_noisy:
+            num_keys = max([self.clean.shape[2], *(call.end for call in plan.calls)])
+            self.buffer = k.new_empty(*self.clean.shape[:2], num_keys, k.shape[3])
+            self.overwritten = slice(0, self.clean.shape[2])
+
+    def take(self, call: _Call) -> Tensor:
+        """[B, G, K, D]."""
+        if self.buffer is not self.clean:
+            self.buffer[:, :, self.overwritten] = self.clean[:, :, self.overwritten]
+            self.overwritten = slice(call.clean.stop, min(call.end, self.clean.shape[2]))
+            noisy = self.noisy_BGCRD[:, :, call.copies, call.noisy]
+            self.buffer[:, :, call.clean.stop : call.end].unflatten(2, noisy.shape[2:4]).copy_(noisy)
+        return self.buffer[:, :, call.clean.start : call.end]
+
+
+def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _chunks(spans: Tensor, q: Pair, k: Pair) -> Iterator[_Chunk]:
-    """Chunks in order, with the key ranges that the whole batch needs: spans never decrease along a sequence."""
-    if bool((spans == spans[:, :1]).all()):
-        spans = spans[:, :1]
-    seq_len = spans.shape[2]
-    first = torch.arange(0, seq_len, CHUNK)
-    last = (first + CHUNK - 1).clamp(max=seq_len - 1)
-    lowest = spans[:, :, first].amin(1).tolist()
-    highest = spans[:, :, last].amax(1).tolist()
-    for i, start in enumerate(first.tolist()):
-        positions = slice(start, min(start + CHUNK, seq_len))
-        # Without clean queries no clean key of the own block is seen.
-        clean_end = highest[1][i] if q[1] is None else highest[2][i]
-        rows = tuple(slice(0, 0) if x is None else positions for x in q)
-        keys = (
-            slice(0, 0) if k[0] is None else slice(lowest[1][i], highest[2][i]),
-            slice(0, 0) if k[1] is None else slice(lowest[0][i], clean_end),
-        )
-        dtype = next(x.dtype for x in k if x is not None)
-        yield _Chunk(
-            (rows[0], rows[1]), keys, _mask(spans[:, :, positions], (q[0] is not None, q[1] is not None), keys, dtype)
-        )
+def _dense(x: Tensor) -> Tensor:
+    """With the numbers of a head side by side, which the kernel takes for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _mask(spans: Tensor, has_rows: tuple[bool, bool], keys: tuple[slice, slice], dtype: torch.dtype) -> Tensor | None:
-    """Additive mask [B or 1, 1, N, K]; None where every row sees every key."""
-    doc_start, block_start, block_end = spans.unsqueeze(-1)
-    noisy_key, clean_key = (torch.arange(r.start, r.stop, dtype=torch.int32) for r in keys)
-    visible = []
-    if has_rows[0]:
-        own_block = (block_start <= noisy_key) & (noisy_key < block_end)
-        visible.append(torch.cat([own_block, (doc_start <= clean_key) & (clean_key < block_start)], 2))
-    if has_rows[1]:
-        no_noisy = torch.zeros(*spans.shape[1:], len(noisy_key), dtype=torch.bool)
-        visible.append(torch.cat([no_noisy, (doc_start <= clean_key) & (clean_key < block_end)], 2))
-    hidden = torch.cat(visible, 1).logical_not_().unsqueeze(1)
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")) if hidden.any() else None
+def _streams(x_BNHD: Tensor, spans: Tensor) -> Tensor:
+    """[B, S, R, H, D] of rows [B, S·R, H, D]."""
+    return x_BNHD.unflatten(1, (-1, spans.shape[2]))
 
 
-def _take(pair: Pair, ranges: tuple[slice, slice]) -> Tensor:
-    """[B, H, N, D]: the ranges of both streams one after the other."""
-    return torch.cat([x[:, r] for x, r in zip(pair, ranges, strict=True) if x is not None], 1).transpose(1, 2)
+def _at(x_BSRHD: Tensor, call: _Call) -> Tensor:
+    return x_BSRHD[:, call.streams, call.positions]
 
 
-def _split(pair: Pair, ranges: tuple[slice, slice], x_BHND: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The inverse of `_take`: each stream's view of its range with the part of `x_BHND` that belongs there."""
-    x_BNHD = x_BHND.transpose(1, 2)
-    noisy_size = ranges[0].stop - ranges[0].start
-    pieces = (x_BNHD[:, :noisy_size], x_BNHD[:, noisy_size:])
-    return [(x[:, r], piece) for x, r, piece in zip(pair, ranges, pieces, strict=True) if x is not None]
+def _take(x_BSRHD: Tensor, call: _Call) -> Tensor:
+    """[B, H, N, D]: the call's rows, one stream after the other."""
+    return _at(x_BSRHD, call).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _by_stream(x_BHND: Tensor, call: _Call) -> Tensor:
+    """The inverse of `_take`."""
+    num_streams = call.streams.stop - call.streams.start
+    return x_BHND.unflatten(2, (num_streams, -1)).permute(0, 2, 3, 1, 4)

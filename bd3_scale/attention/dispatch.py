@@ -1,100 +1,109 @@
-"""Attention of the noisy and the clean stream, and of a block being decoded: the public face of the room.
+"""Attention of noisy and clean rows, and of a block being decoded: the public face of the room.
 
-Legend: B batch, L data tokens a sequence, H query heads, G key/value heads, D head size, Q queries, S keys, N = Q·H/G.
+Legend: B batch, L data tokens a sequence, R query positions (L, or fewer on a context-parallel rank), C noisy copies,
+H query heads, G key/value heads, D head size, Q queries, S keys.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
-from typing import Literal, NamedTuple
-
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from bd3_scale.attention.cpu import chunked_attention
-from bd3_scale.attention.reference import reference_attention
-
-Backend = Literal["auto", "reference", "cpu"]
-
-
-class QKV(NamedTuple):
-    """One stream: q [B, L, H, D] (None: its queries are not needed), k and v [B, L, G, D], with G dividing H."""
-
-    q: Tensor | None
-    k: Tensor
-    v: Tensor
+from bd3_scale.attention import ops
+from bd3_scale.attention.backends import choose_backend
+from bd3_scale.attention.checks import check_block_arguments, check_decode_arguments
+from bd3_scale.attention.reference import reference_attention, reference_decode
+from bd3_scale.attention.spans import own_block
 
 
 def block_attention(
-    noisy: QKV | None, clean: QKV | None, spans: Tensor, *, scale: float | None = None, backend: Backend = "auto"
-) -> tuple[Tensor | None, Tensor | None]:
-    """Attention under the block diffusion mask of `spans` (int32 [3, B, L], see `make_spans`).
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    *,
+    num_noisy: int = 1,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention over `noisy ⊕ clean` rows under the block diffusion mask of `spans`.
 
-    A clean query sees the clean keys [doc_start, block_end); a noisy query sees the clean keys [doc_start, block_start)
-    and the noisy keys [block_start, block_end). `clean.q` is None where nothing reads the clean output (last layer),
-    `noisy` is None in prefill, `clean` is None where every document is one block, so that no clean key is seen.
-    scale: factor on the scores; default 1/√D. Returns (noisy, clean) outputs [B, L, H, D], None without queries.
-    ValueError: shapes, heads, dtypes or devices that do not fit together.
+    A clean query sees the clean keys [doc_start, block_end) of its position; a noisy query sees the clean keys
+    [doc_start, block_start) and the keys of its own block in its own noisy copy. The forms of a call follow from its
+    shapes; H is a multiple of G, and keys are not repeated.
+
+    Args:
+        q: [B, C·R + R, H, D], C noisy copies one after the other and then the clean rows, at the same R positions; or
+            [B, C·R, H, D] where nothing reads the clean output (the last layer).
+        k, v: [B, C·R + L, G, D], the noisy rows and then the clean keys of the whole sequence; or [B, C·R, G, D]
+            without a clean stream, where every document is one block (MDLM).
+        spans: int32 [3, B, L] of `make_spans` (then R = L), or int32 [5, B, R] of `take_ranges` for the rows of a
+            context-parallel rank. Their values are checked on CPU; elsewhere that would wait for the device.
+        num_noisy: C; 0 for clean rows alone (prefill).
+        scale: factor on the scores, positive; default 1/√D.
+        backend: see `choose_backend`. On a GPU the backward is bitwise reproducible where
+            `torch.use_deterministic_algorithms` asks for it, and faster where it does not.
+
+    Returns [B, rows of q, H, D] in the dtype of q; a row that sees nothing is zero.
+    ValueError: arguments that do not fit together, by name.
     """
-    _check(noisy, clean, spans)
-    k = noisy.k if noisy is not None else clean.k  # type: ignore[union-attr]
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "auto":
-        backend = "cpu" if k.device.type == "cpu" else "reference"
-        if backend == "reference":
-            _warn_no_kernel(k.device.type)
-    attention = {"cpu": chunked_attention, "reference": reference_attention}[backend]
-    return attention(noisy, clean, spans, scale)
+    scale = _default_scale(q) if scale is None else scale
+    check_block_arguments(q, k, v, spans, num_noisy, scale)
+    backend = choose_backend(backend, q.device, q.dtype, q.shape[-1])
+    if backend == "triton":
+        q, k, v = (_with_whole_heads(x) for x in (q, k, v))
+    if num_noisy and k.shape[1] == num_noisy * spans.shape[2]:
+        spans, num_noisy = _noisy_rows_as_documents(spans, num_noisy), 0
+    if backend == "reference":
+        return reference_attention(q, k, v, spans, num_noisy, scale)
+    if backend == "flex":
+        from bd3_scale.attention.flex import flex_block_attention
+
+        return flex_block_attention(q, k, v, spans, num_noisy, scale)
+    return ops.block_attention(q, k, v, spans, num_noisy, scale, backend)[0]
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-    """Attention of a block's queries over the cached prefix and the block itself: every key is seen.
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of a block's queries over the cached prefix and the block itself, without a mask; no gradients.
 
-    q: [B, Q, H, D]; k and v: [B, S, G, D], the prefix followed by the block; key_mask: bool [B, S], False at the keys
-    that only pad a shorter prefix. Returns [B, Q, H, D].
+    q: [B, Q, H, D]; k and v: [B, S, G, D], the prefix followed by the block; lengths: integers [B], the keys
+    [0, lengths) that each sequence sees, where prefixes differ (default: all S); scale and backend as for
+    `block_attention`. Returns [B, Q, H, D].
     """
-    num_queries, num_heads, num_groups = q.shape[1], q.shape[2], k.shape[2]
-    # The query heads of a group become rows: no key is repeated, and any kernel takes it.
-    q_BGND = q.unflatten(2, (num_groups, num_heads // num_groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    mask = None if key_mask is None else key_mask[:, None, None]
-    out_BGND = F.scaled_dot_product_attention(q_BGND, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return out_BGND.unflatten(2, (-1, num_queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    scale = _default_scale(q) if scale is None else scale
+    check_decode_arguments(q, k, v, lengths, scale)
+    backend = choose_backend(backend, q.device, q.dtype, q.shape[-1])
+    if backend == "triton":
+        q, k, v = (_with_whole_heads(x) for x in (q, k, v))
+    if backend in ("reference", "flex"):
+        return reference_decode(q, k, v, lengths, scale)
+    return ops.decode_attention(q, k, v, lengths, scale, backend)
 
 
-def _check(noisy: QKV | None, clean: QKV | None, spans: Tensor) -> None:
-    streams = {name: stream for name, stream in (("noisy", noisy), ("clean", clean)) if stream is not None}
-    if noisy is not None and noisy.q is None:
-        raise ValueError("noisy.q is None: leave out the noisy stream altogether where nothing reads it")
-    if all(stream.q is None for stream in streams.values()):
-        raise ValueError("neither noisy nor clean has queries: give at least one")
-    tensors = {
-        f"{name}.{part}": tensor
-        for name, stream in streams.items()
-        for part, tensor in stream._asdict().items()
-        if tensor is not None
-    }
-    first_name, first = next((name, tensor) for name, tensor in tensors.items() if name.endswith(".k"))
-    for name, tensor in tensors.items():
-        shape = tuple(tensor.shape)
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} has shape {shape}: [batch, seq_len, heads, head_dim] is needed")
-        if (tensor.dtype, tensor.device) != (first.dtype, first.device):
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, {first_name} {first.dtype} on {first.device}: "
-                "they must agree"
-            )
-        fits = [a == b for a, b in zip(shape, first.shape, strict=True)]
-        fits[2] = shape[2] % first.shape[2] == 0 if name.endswith(".q") else fits[2]
-        if not all(fits):
-            raise ValueError(
-                f"{name} has shape {shape}, {first_name} {tuple(first.shape)}: batch, seq_len and head_dim must agree, "
-                "keys and values have equal heads, which divide the query heads"
-            )
-    if spans.shape != (3, *first.shape[:2]):
-        raise ValueError(f"spans has shape {tuple(spans.shape)}: {(3, *first.shape[:2])} is needed; see make_spans")
+def _default_scale(q: Tensor) -> float:
+    if q.ndim != 4 or q.shape[-1] == 0:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}: [batch, rows, heads, head_dim] is needed, none of them missing"
+        )
+    return float(q.shape[-1] ** -0.5)
 
 
-@functools.cache
-def _warn_no_kernel(device: str) -> None:
-    warnings.warn(f"no fused block attention for {device}: the dense reference runs, slow and large", stacklevel=3)
+def _with_whole_heads(x: Tensor) -> Tensor:
+    """With the numbers of a head side by side, as the kernels read them and write their gradients."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _noisy_rows_as_documents(spans: Tensor, num_noisy: int) -> Tensor:
+    """Spans of C·R rows that, taken as clean ones, see their own block: C copies of the sequence side by side."""
+    own_start, own_end = own_block(spans)
+    num_rows = spans.shape[2]
+    documents = torch.stack([own_start, own_start, own_end])
+    return torch.cat([documents + copy * num_rows for copy in range(num_noisy)], 2)

@@ -1,50 +1,71 @@
-"""Two-stream attention by a dense mask: the oracle for the other backends, and their stand-in where none fits.
+"""Attention by dense masks in a few lines: the oracle for the other backends.
 
-Legend: B batch, L positions, K keys (2L, or L in one stream), H query heads, G key/value heads, R = H / G, D head size.
+Legend: B batch, R query positions, L clean keys, N rows, K keys, H query heads, G key/value heads, D head size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bd3_scale.attention.dispatch import QKV
+from bd3_scale.attention.spans import own_block
 
 
-def dense_masks(spans: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Boolean [B, L query, L key] masks, True where seen: noisy to clean, noisy to noisy, clean to clean."""
-    doc_start, block_start, block_end = spans.unsqueeze(-1)
-    key = torch.arange(spans.shape[2], device=spans.device)
-    own_block = (block_start <= key) & (key < block_end)
-    before_block = (doc_start <= key) & (key < block_start)
-    return before_block, own_block, before_block | own_block
+def dense_masks(spans: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Boolean masks, True where seen: noisy to clean [B, R, L], noisy to noisy [B, R, R], clean to clean [B, R, L]."""
+    doc_start, block_start, block_end = spans[:3].unsqueeze(-1)
+    own_start, own_end = (x.unsqueeze(-1) for x in own_block(spans))
+    key = torch.arange(num_keys, device=spans.device)
+    row = torch.arange(spans.shape[2], device=spans.device)
+    in_document = doc_start <= key
+    return in_document & (key < block_start), (own_start <= row) & (row < own_end), in_document & (key < block_end)
 
 
-def reference_attention(
-    noisy: QKV | None, clean: QKV | None, spans: Tensor, scale: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """`block_attention` in float32, or float64 where the inputs are, with memory of order B·H·L·2L."""
-    noisy_to_clean, noisy_to_noisy, clean_to_clean = dense_masks(spans)
-    out_noisy = out_clean = None
-    if noisy is not None and clean is not None:
-        keys, values = torch.cat([clean.k, noisy.k], 1), torch.cat([clean.v, noisy.v], 1)
-        out_noisy = _attend(noisy.q, keys, values, torch.cat([noisy_to_clean, noisy_to_noisy], 2), scale)
-    elif noisy is not None:
-        out_noisy = _attend(noisy.q, noisy.k, noisy.v, noisy_to_noisy, scale)
-    if clean is not None:
-        out_clean = _attend(clean.q, clean.k, clean.v, clean_to_clean, scale)
-    return out_noisy, out_clean
+def dense_mask(spans: Tensor, *, num_noisy: int, num_keys: int, clean_queries: bool) -> Tensor:
+    """The whole boolean mask [B, query rows, key rows] over noisy copies ⊕ clean; `num_keys` is L, the clean keys."""
+    noisy_to_clean, noisy_to_noisy, clean_to_clean = dense_masks(spans, num_keys)
+    none = torch.zeros_like(noisy_to_noisy)
+    rows = [
+        torch.cat([*(noisy_to_noisy if c == copy else none for c in range(num_noisy)), noisy_to_clean], 2)
+        for copy in range(num_noisy)
+    ]
+    if clean_queries:
+        rows.append(torch.cat([none] * num_noisy + [clean_to_clean], 2))
+    return torch.cat(rows, 1)
 
 
-def _attend(q_BLHD: Tensor | None, k_BKGD: Tensor, v_BKGD: Tensor, mask_BLK: Tensor, scale: float) -> Tensor | None:
-    if q_BLHD is None:
-        return None
-    wide = torch.promote_types(q_BLHD.dtype, torch.float32)
-    q_BLGRD = q_BLHD.to(wide).unflatten(2, (k_BKGD.shape[2], -1))
-    scores_BGRLK = torch.einsum("blgrd,bkgd->bgrlk", q_BLGRD, k_BKGD.to(wide)) * scale
-    weights_BGRLK = scores_BGRLK.masked_fill(~mask_BLK[:, None, None], float("-inf")).softmax(-1)
-    out_BLGRD = torch.einsum("bgrlk,bkgd->blgrd", weights_BGRLK, v_BKGD.to(wide))
-    return out_BLGRD.flatten(2, 3).to(q_BLHD.dtype)
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> Tensor:
+    """`block_attention` in float32, or float64 where the inputs are, with memory of order B·H·rows·keys."""
+    num_noisy_rows = num_noisy * spans.shape[2]
+    mask = dense_mask(
+        spans,
+        num_noisy=num_noisy,
+        num_keys=k.shape[1] - num_noisy_rows,
+        clean_queries=q.shape[1] > num_noisy_rows,
+    )
+    return masked_attention(q, k, v, mask, scale)
+
+
+def masked_attention(q_BNHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask_BNK: Tensor, scale: float) -> Tensor:
+    """Softmax attention [B, N, H, D] under a boolean mask; a row that sees nothing gives zeros."""
+    # Autocast would multiply in a shorter type.
+    with torch.autocast(q_BNHD.device.type, enabled=False):
+        return _attend(q_BNHD, k_BKGD, v_BKGD, mask_BNK, scale)
+
+
+def _attend(q_BNHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask_BNK: Tensor, scale: float) -> Tensor:
+    wide = torch.promote_types(q_BNHD.dtype, torch.float32)
+    q_BNGrD = q_BNHD.to(wide).unflatten(2, (k_BKGD.shape[2], -1))
+    scores_BGrNK = torch.einsum("bngrd,bkgd->bgrnk", q_BNGrD, k_BKGD.to(wide)) * scale
+    hidden = ~mask_BNK[:, None, None]
+    weights_BGrNK = scores_BGrNK.masked_fill(hidden, torch.finfo(wide).min).softmax(-1).masked_fill(hidden, 0.0)
+    out_BNGrD = torch.einsum("bgrnk,bkgd->bngrd", weights_BGrNK, v_BKGD.to(wide))
+    return out_BNGrD.flatten(2, 3).to(q_BNHD.dtype)
+
+
+def reference_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+    """`decode_attention` in float32, or float64 where the inputs are."""
+    mask = torch.ones(q.shape[0], q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+    if lengths is not None:
+        mask &= torch.arange(k.shape[1], device=q.device) < lengths[:, None, None]
+    return masked_attention(q, k, v, mask, scale)

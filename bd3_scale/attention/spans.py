@@ -4,9 +4,14 @@ B batch, L data tokens a sequence. Position i of a sequence holds `doc_start` (w
 and `block_end` (its block, end exclusive). A clean query sees the clean keys [doc_start, block_end); a noisy query sees
 the clean keys [doc_start, block_start) and the noisy keys [block_start, block_end): the block-causal mask of BD3-LM
 (Arriola et al., ICLR 2025, section 3) with documents kept apart.
+
+A context-parallel rank holds R of the positions: its spans are int32 [5, B, R], where two more integers give the row's
+block among the rank's own rows, `own_start` and `own_end`, since noisy keys stay with their rank (see `take_ranges`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,13 +41,28 @@ def make_spans(document_start: Tensor, block_size: int) -> Tensor:
     return spans
 
 
-def check_spans(spans: Tensor) -> None:
+def check_spans(spans: Tensor, *, num_keys: int | None = None) -> None:
     """ValueError unless `spans` is int32 [3, B, L] of non-empty documents side by side, each cut into blocks.
 
-    Waits for the device that holds `spans`: meant for the host, where batches are made.
+    With `num_keys`, the clean keys of the sequence, [5, B, R] of `take_ranges` is taken, too: there rows may also see
+    nothing at all. Waits for the device that holds `spans`: meant for the host, where batches are made.
     """
-    if spans.ndim != 3 or spans.shape[0] != 3 or spans.dtype != torch.int32:
+    if spans.ndim != 3 or spans.shape[0] not in (3, 5) or spans.dtype != torch.int32:
         raise ValueError(f"spans has shape {tuple(spans.shape)} and dtype {spans.dtype}: make it with make_spans")
+    rules = _sequence_rules(spans) if spans.shape[0] == 3 else _row_rules(spans, num_keys or 0)
+    if all(bool(holds.all()) for holds in rules.values()):
+        return
+    rule, holds = next((rule, holds) for rule, holds in rules.items() if not bool(holds.all()))
+    sequence, place = (~holds).nonzero()[0].tolist()
+    names = "doc_start, block_start, block_end" + ", own_start, own_end" * (spans.shape[0] == 5)
+    made_by = "make_spans" if spans.shape[0] == 3 else "take_ranges"
+    raise ValueError(
+        f"spans of sequence {sequence} at position {place} are {spans[:, sequence, place].tolist()} "
+        f"({names}): {rule}; make them with {made_by}"
+    )
+
+
+def _sequence_rules(spans: Tensor) -> dict[str, Tensor]:
     doc_start, block_start, block_end = spans
     position = torch.arange(spans.shape[2], device=spans.device)
     opens_document = doc_start == position
@@ -51,7 +71,7 @@ def check_spans(spans: Tensor) -> None:
     follows = torch.zeros_like(opens_block)
     follows[:, 1:] = closes_block[:, :-1]
     follows[:, :1] = True
-    rules = {
+    return {
         "doc_start <= block_start <= position < block_end <= seq_len": (doc_start >= 0)
         & (doc_start <= block_start)
         & (block_start <= position)
@@ -63,13 +83,68 @@ def check_spans(spans: Tensor) -> None:
         "a block starts exactly where the one before ends": opens_block == follows,
         "block_end changes only where a block starts": opens_block | _same_as_before(block_end),
     }
-    for rule, holds in rules.items():
-        if not bool(holds.all()):
-            sequence, place = (~holds).nonzero()[0].tolist()
+
+
+def _row_rules(spans: Tensor, num_keys: int) -> dict[str, Tensor]:
+    doc_start, block_start, block_end, own_start, own_end = spans
+    row = torch.arange(spans.shape[2], device=spans.device)
+    sees_own = own_start < own_end
+    rises = torch.ones_like(sees_own)
+    rises[:, 1:] = (spans[:, :, 1:] >= spans[:, :, :-1]).all(0)
+    same_block = _same_as_before(own_start) & _same_as_before(own_end)
+    return {
+        f"0 <= doc_start <= block_start <= block_end <= {num_keys}, the number of clean keys": (doc_start >= 0)
+        & (doc_start <= block_start)
+        & (block_start <= block_end)
+        & (block_end <= num_keys),
+        "none of them falls from one row to the next": rises,
+        "own_start <= row < own_end, or own_start = own_end = row where none is seen": (own_start >= 0)
+        & (own_start <= row)
+        & torch.where(sees_own, row < own_end, own_end == row)
+        & (own_end <= spans.shape[2]),
+        "own_start and own_end change only where a block starts": ~sees_own | (own_start == row) | same_block,
+    }
+
+
+def take_ranges(spans: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Spans int32 [5, B, R] of the positions in `ranges`, which are those of one context-parallel rank.
+
+    spans: int32 [3, B, L] of the whole sequences, on the host. ranges: [start, end) pairs in ascending order, each of
+    whole blocks of every sequence. Rows are numbered through all ranges, R in sum.
+    ValueError: ranges that overlap, leave the sequence or cut a block.
+    """
+    check_spans(spans)
+    previous_end = 0
+    for start, end in ranges:
+        if not previous_end <= start < end <= spans.shape[2]:
             raise ValueError(
-                f"spans of sequence {sequence} at position {place} are {spans[:, sequence, place].tolist()} "
-                f"(doc_start, block_start, block_end): {rule}; make them with make_spans"
+                f"ranges are {list(ranges)}: give non-empty [start, end) pairs in ascending order within seq_len "
+                f"{spans.shape[2]}"
             )
+        cut = (spans[1, :, start] != start) | (spans[2, :, end - 1] != end)
+        if bool(cut.any()):
+            raise ValueError(
+                f"ranges: [{start}, {end}) cuts a block of sequence {int(cut.nonzero()[0])}: noisy keys stay with "
+                "their rank, so give every rank whole blocks"
+            )
+        previous_end = end
+    rows = torch.cat([torch.arange(start, end, device=spans.device) for start, end in ranges])
+    shift = torch.arange(len(rows), device=spans.device) - rows
+    taken = spans[:, :, rows]
+    return torch.cat([taken, (taken[1:] + shift).to(torch.int32)])
+
+
+def own_block(spans: Tensor) -> tuple[Tensor, Tensor]:
+    """First and end row [B, R] of every row's block among the rows themselves."""
+    return spans[-2], spans[-1]
+
+
+def count_pairs(spans: Tensor, *, num_noisy: int, clean_queries: bool) -> int:
+    """Query-key pairs that the mask lets through, summed over the batch, for one head; waits for the device."""
+    doc_start, block_start, block_end = spans[:3].long()
+    own_start, own_end = own_block(spans.long())
+    pairs = num_noisy * (block_start - doc_start + own_end - own_start)
+    return int((pairs + (block_end - doc_start) if clean_queries else pairs).sum())
 
 
 def _same_as_before(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Self-attention over `noisy ⊕ clean` rows, in megatron-core's layer.
 
-Shapes: S rows (2L in training: noisy then clean; L for clean rows only), B sequences, H query heads and G key/value
-heads of this tensor-parallel rank, D dimensions a head.
+Shapes: S rows (noisy copies of L positions, then the clean ones), B sequences, H query heads and G key/value heads of
+this tensor-parallel rank, D dimensions a head.
 """
 
 from __future__ import annotations
@@ -9,52 +9,47 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from bd3_scale.attention.dispatch import QKV, block_attention, decode_attention
+from bd3_scale.attention.dispatch import block_attention, decode_attention
 from bd3_scale.model.kv_cache import KVCache
 from bd3_scale.model.rotary import apply_rotary
 
 
 class BlockDiffusionCoreAttention(nn.Module):
-    """The mask of block diffusion, given as spans (DESIGN §4.1) in place of megatron's mask tensor."""
+    """The mask of block diffusion, given as spans (DESIGN §4.1) in place of megatron's mask tensor.
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
+    `backend`: see `bd3_scale.attention.backends.choose_backend`.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, *, backend: str, **_: Any) -> None:
         super().__init__()
         # Layers are numbered from one through all pipeline stages; generation runs on one stage.
         self.layer = layer_number - 1
-        self.head_dim = config.kv_channels
+        self.backend = backend
 
     def forward(
         self, q_SBHD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, spans: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """Attention output [S, B, H·D].
 
-        `spans` int32 [3, B, L]: two streams where S = 2L, clean rows alone where S = L (written to `cache`, if given,
-        which must be empty). Without spans the rows are one block that sees the whole cache and itself.
+        `spans` int32 [3, B, L]: noisy and clean rows where S is a multiple of L, clean rows alone where S = L (written
+        to `cache`, if given, which must be empty). Without spans the rows are one block that sees the whole cache and
+        itself.
         """
         q, k, v = (x.transpose(0, 1) for x in (q_SBHD, k_SBGD, v_SBGD))
         if spans is None:
             assert cache is not None
-            out = decode_attention(q, *cache.write(self.layer, k, v))
-        elif q.shape[1] == spans.shape[-1]:
+            out = decode_attention(q, *cache.write(self.layer, k, v), backend=self.backend)
+        else:
+            num_noisy = q.shape[1] // spans.shape[-1] - 1
             if cache is not None:
                 assert cache.length == 0
+                assert num_noisy == 0
                 cache.write(self.layer, k, v)
-            clean_out = block_attention(None, QKV(q, k, v), spans)[1]
-            assert clean_out is not None
-            out = clean_out
-        else:
-            length = spans.shape[-1]
-            noisy = QKV(q[:, :length], k[:, :length], v[:, :length])
-            clean = QKV(q[:, length:], k[:, length:], v[:, length:])
-            noisy_out, clean_out = block_attention(noisy, clean, spans)
-            assert noisy_out is not None
-            assert clean_out is not None
-            out = torch.cat([noisy_out, clean_out], dim=1)
+            out = block_attention(q, k, v, spans, num_noisy=num_noisy, backend=self.backend)
         return out.transpose(0, 1).flatten(2)
 
 

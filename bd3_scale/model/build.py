@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 
+from bd3_scale.attention.backends import choose_backend
 from bd3_scale.model.config import transformer_config
 from bd3_scale.model.init import initialise_weights
 from bd3_scale.model.transformer import BlockDiffusionTransformer
@@ -27,15 +28,24 @@ def build_model(
     device: torch.device,
     seed: int | None,
 ) -> BlockDiffusionTransformer:
-    """This rank's part of the model on `device`, its weights drawn from `seed`, or left uninitialised for a load."""
+    """This rank's part of the model on `device`, its weights drawn from `seed`, or left uninitialised for a load.
+
+    ValueError: the recipe's attention cannot run there.
+    """
     config = transformer_config(
         recipe.model, recipe.parallel, dtype=dtype, device=device, deterministic=recipe.deterministic
     )
-    model = BlockDiffusionTransformer(config, recipe.model, vocabulary, groups).to(device)
+    backend = attention_backend(recipe, dtype=dtype, device=device)
+    model = BlockDiffusionTransformer(config, recipe.model, vocabulary, groups, attention_backend=backend).to(device)
     _mark_split_weights(model)
     if seed is not None:
         initialise_weights(model, num_layers=recipe.model.num_layers, init_std=recipe.model.init_std, seed=seed)
     return model
+
+
+def attention_backend(recipe: Recipe, *, dtype: torch.dtype, device: torch.device) -> str:
+    """The backend that attends for `recipe` on `device`; ValueError: the recipe names one that cannot."""
+    return choose_backend(recipe.attention_backend, device, dtype, recipe.model.head_size)
 
 
 def _mark_split_weights(model: BlockDiffusionTransformer) -> None:

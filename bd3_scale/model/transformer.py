@@ -31,7 +31,7 @@ from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 
-def _block_spec(model: ModelRecipe, *, tensor_parallel: bool) -> TransformerBlockSubmodules:
+def _block_spec(model: ModelRecipe, *, tensor_parallel: bool, attention_backend: str) -> TransformerBlockSubmodules:
     norm = hidden_norm(rms=model.normalization == "rmsnorm", bias=model.norm_bias)
     qk_norm = head_norm(tensor_parallel=tensor_parallel) if model.qk_norm else None
     attention = ModuleSpec(
@@ -39,7 +39,7 @@ def _block_spec(model: ModelRecipe, *, tensor_parallel: bool) -> TransformerBloc
         params={"attn_mask_type": AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=BlockDiffusionCoreAttention,
+            core_attention=ModuleSpec(BlockDiffusionCoreAttention, params={"backend": attention_backend}),
             linear_proj=RowParallelLinear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
@@ -65,7 +65,13 @@ class BlockDiffusionTransformer(MegatronModule):
     """A transformer over noisy and clean rows whose head never predicts the mask token or vocabulary padding."""
 
     def __init__(
-        self, config: TransformerConfig, model: ModelRecipe, vocabulary: Vocabulary, groups: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        model: ModelRecipe,
+        vocabulary: Vocabulary,
+        groups: ProcessGroupCollection,
+        *,
+        attention_backend: str,
     ) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
@@ -76,7 +82,9 @@ class BlockDiffusionTransformer(MegatronModule):
             config, vocabulary.padded_size, max_sequence_length=0, position_embedding_type="rope", tp_group=groups.tp
         )
         self.decoder = TransformerBlock(
-            config, _block_spec(model, tensor_parallel=groups.tp.size() > 1), pg_collection=groups
+            config,
+            _block_spec(model, tensor_parallel=groups.tp.size() > 1, attention_backend=attention_backend),
+            pg_collection=groups,
         )
         self.output_layer = ColumnParallelLinear(
             config.hidden_size,

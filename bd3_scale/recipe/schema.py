@@ -159,6 +159,9 @@ class Recipe(Section):
     run_dir: str | None = Field(None, description="default: runs/<name>")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     deterministic: bool = True
+    attention_backend: Literal["auto", "reference", "cpu", "triton", "flex"] = Field(
+        "auto", description="auto: the quickest that runs here; $BD3_SCALE_ATTENTION goes before it"
+    )
     model: ModelRecipe
     diffusion: DiffusionRecipe
     data: DataRecipe

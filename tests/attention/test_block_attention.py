@@ -1,195 +1,276 @@
-"""CPU path and reference against each other, against PyTorch's own attention, and against finite differences."""
+"""The reference against the mask's definition and PyTorch's own attention, the CPU backend against the reference."""
 
 from __future__ import annotations
-
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from bd3_scale.attention.dispatch import QKV, block_attention, decode_attention
-from bd3_scale.attention.reference import dense_masks
-from bd3_scale.attention.spans import make_spans
+from bd3_scale.attention.dispatch import block_attention
+from bd3_scale.attention.reference import dense_mask
+from bd3_scale.attention.spans import check_spans, take_ranges
+from tests.attention.cases import Problem, assert_close, definition, outputs_and_gradients, problems
 
-BATCH, SEQ_LEN, HEADS, GROUPS, HEAD_DIM = 2, 300, 4, 2, 16
+EXACT, ROUNDED = 1e-12, 2e-6
+property_test = settings(max_examples=60, deadline=None)
 
-
-def packed(lengths: list[int]) -> Tensor:
-    starts = torch.tensor([sum(lengths[:i]) for i in range(len(lengths))])
-    return starts.repeat_interleave(torch.tensor(lengths))
-
-
-PACKINGS = {
-    "one document": torch.zeros(BATCH, SEQ_LEN, dtype=torch.int64),
-    "documents cut alike": torch.stack([packed([150, 150])] * BATCH),
-    "ragged, each its own": torch.stack([packed([7, 190, 3, 100]), packed([201, 99])]),
-}
-# noisy, clean, queries of clean
+# Several chunks each; sequences with the same documents, with their own, and with their own block sizes.
+TRAINING = Problem([[7, 190, 3, 100], [201, 99]], [8, 8], None, 1, True, True, 4, 2, 16, 0)
 FORMS = {
-    "train": (True, True, True),
-    "last layer": (True, True, False),
-    "prefill": (False, True, True),
-    "mdlm": (True, False, False),
+    "training": TRAINING,
+    "one document": TRAINING._replace(documents=[[300]] * 2),
+    "documents of whole chunks": TRAINING._replace(documents=[[160, 140]] * 2),
+    "block sizes of their own": TRAINING._replace(block_sizes=[1, 300]),
+    "large blocks": TRAINING._replace(documents=[[300]] * 2, block_sizes=[100] * 2),
+    "two copies": TRAINING._replace(num_noisy=2),
+    "last layer": TRAINING._replace(clean_queries=False),
+    "prefill": TRAINING._replace(num_noisy=0),
+    "no clean stream": TRAINING._replace(clean_queries=False, clean_stream=False, block_sizes=[300] * 2),
+    "a rank's rows": TRAINING._replace(documents=[[300]] * 2, ranges=[(0, 72), (224, 300)]),
 }
 
 
-def streams(form: str, dtype: torch.dtype, seed: int = 0, heads: int = HEADS) -> tuple[QKV | None, QKV | None]:
-    generator = torch.Generator().manual_seed(seed)
-    has_noisy, has_clean, has_clean_queries = FORMS[form]
-
-    def draw(num_heads: int) -> Tensor:
-        # Rounded to bfloat16, so that every precision is given the same numbers.
-        x = torch.randn(BATCH, SEQ_LEN, num_heads, HEAD_DIM, generator=generator)
-        return x.bfloat16().to(dtype).requires_grad_()
-
-    full = [QKV(draw(heads), draw(GROUPS), draw(GROUPS)) for _ in range(2)]
-    clean = full[1] if has_clean_queries else full[1]._replace(q=None)
-    return full[0] if has_noisy else None, clean if has_clean else None
+def dense_attention(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients of PyTorch's attention under the definition's mask, key heads repeated."""
+    *qkv, grad = problem.tensors(dtype)
+    q, k, v = (x.requires_grad_() for x in qkv)
+    repeated = (x.repeat_interleave(problem.heads // problem.groups, 2).transpose(1, 2) for x in (k, v))
+    mask = definition(problem)[:, None]
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), *repeated, attn_mask=mask).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
-def outputs_and_grads(form: str, spans: Tensor, dtype: torch.dtype, backend: str, heads: int = HEADS) -> list[Tensor]:
-    noisy, clean = streams(form, dtype, heads=heads)
-    outputs = [x for x in block_attention(noisy, clean, spans, backend=backend) if x is not None]
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(x.shape, generator=generator).bfloat16().to(dtype) for x in outputs]
-    leaves = [x for stream in (noisy, clean) if stream is not None for x in stream if x is not None]
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+@property_test
+@given(problems(max_len=24))
+def test_the_mask_of_spans_is_the_definition(problem: Problem) -> None:
+    spans = problem.spans()
+    check_spans(spans, num_keys=problem.seq_len)
+    num_keys = problem.seq_len if problem.clean_stream else 0
+    got = dense_mask(spans, num_noisy=problem.num_noisy, num_keys=num_keys, clean_queries=problem.clean_queries)
+    assert torch.equal(got, definition(problem))
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().double() - want).norm())
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize(
-    ("form", "block_size"),
-    [(form, size) for form in ("train", "last layer", "prefill") for size in (1, 8, 96, SEQ_LEN)] + [("mdlm", SEQ_LEN)],
-)
-def test_cpu_agrees_with_the_fp64_reference(packing: str, form: str, block_size: int) -> None:
-    spans = make_spans(PACKINGS[packing], block_size)
-    want = outputs_and_grads(form, spans, torch.float64, "reference")
-    got = outputs_and_grads(form, spans, torch.float32, "cpu")
-    for g, w in zip(got, want, strict=True):
-        assert error(g, w) <= 1e-6 * w.norm()
-
-
-def dense_sdpa(noisy: QKV, clean: QKV, spans: Tensor) -> tuple[Tensor, Tensor]:
-    """PyTorch's attention over noisy ⊕ clean with the whole 2L × 2L mask and repeated key heads."""
-    noisy_to_clean, noisy_to_noisy, clean_to_clean = dense_masks(spans)
-    mask = torch.cat(
-        [
-            torch.cat([noisy_to_noisy, noisy_to_clean], 2),
-            torch.cat([torch.zeros_like(clean_to_clean), clean_to_clean], 2),
-        ],
-        1,
-    )[:, None]
-    q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(noisy, clean, strict=True))
-    repeats = q.shape[1] // k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), attn_mask=mask
+@property_test
+@given(problems(max_len=24))
+def test_the_reference_is_dense_attention(problem: Problem) -> None:
+    assert_close(
+        outputs_and_gradients(problem, torch.float64, "reference"), dense_attention(problem, torch.float64), EXACT
     )
-    return tuple(out.transpose(1, 2).chunk(2, 1))
 
 
-def test_reference_is_dense_attention() -> None:
-    noisy, clean = streams("train", torch.float64)
-    spans = make_spans(PACKINGS["ragged, each its own"], 8)
-    for got, want in zip(
-        block_attention(noisy, clean, spans, backend="reference"), dense_sdpa(noisy, clean, spans), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+@property_test
+@given(problems(max_len=150))
+def test_cpu_is_the_reference(problem: Problem) -> None:
+    want = outputs_and_gradients(problem, torch.float64, "reference")
+    assert_close(outputs_and_gradients(problem, torch.float32, "cpu"), want, ROUNDED)
 
 
-@pytest.mark.parametrize("block_size", [1, 16])
-def test_bfloat16_errs_no_more_than_pytorch_does(block_size: int) -> None:
-    spans = make_spans(PACKINGS["ragged, each its own"], block_size)
-    want = outputs_and_grads("train", spans, torch.float64, "reference")
-    got = outputs_and_grads("train", spans, torch.bfloat16, "cpu")
-    noisy, clean = streams("train", torch.bfloat16)
-    outputs = dense_sdpa(noisy, clean, spans)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(x.shape, generator=generator).bfloat16() for x in outputs]
-    rival = [*outputs, *torch.autograd.grad(outputs, [*noisy, *clean], upstream)]
+@pytest.mark.parametrize("form", FORMS)
+def test_cpu_is_the_reference_in_every_form(form: str) -> None:
+    want = outputs_and_gradients(FORMS[form], torch.float64, "reference")
+    assert_close(outputs_and_gradients(FORMS[form], torch.float64, "cpu"), want, EXACT)
+
+
+# Longer sequences are cut into larger chunks.
+@pytest.mark.parametrize(("seq_len", "block_size"), [(1100, 3), (1100, 640), (2150, 96)])
+def test_cpu_is_the_reference_at_length(seq_len: int, block_size: int) -> None:
+    problem = TRAINING._replace(documents=[[50, seq_len - 50]], block_sizes=[block_size], heads=1, groups=1, head_dim=4)
+    want = outputs_and_gradients(problem, torch.float64, "reference")
+    assert_close(outputs_and_gradients(problem, torch.float64, "cpu"), want, EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_16_bit_errs_no_more_than_dense_attention(form: str, dtype: torch.dtype) -> None:
+    want = outputs_and_gradients(FORMS[form], torch.float64, "reference")
+    got = outputs_and_gradients(FORMS[form], dtype, "cpu")
+    rival = dense_attention(FORMS[form], dtype)
     for g, r, w in zip(got, rival, want, strict=True):
-        assert error(g, w) < 1.1 * error(r, w)
+        assert (g.double() - w).norm() <= 1.1 * (r.double() - w).norm()
 
 
 def test_gradients_agree_with_finite_differences() -> None:
-    generator = torch.Generator().manual_seed(0)
-    spans = make_spans(packed([5, 8])[None], 4)
-    tensors = [
-        torch.randn(1, 13, heads, 4, dtype=torch.float64, generator=generator).requires_grad_()
-        for heads in (2, 1, 1, 2, 1, 1)
-    ]
+    problem = TRAINING._replace(documents=[[2, 5]], block_sizes=[3], num_noisy=2, heads=2, groups=1, head_dim=3)
+    qkv = [x.requires_grad_() for x in problem.tensors(torch.float64)[:3]]
     assert torch.autograd.gradcheck(
-        lambda *x: block_attention(QKV(*x[:3]), QKV(*x[3:]), spans, scale=0.3, backend="cpu"), tensors
+        lambda *x: block_attention(*x, problem.spans(), num_noisy=2, scale=0.3, backend="cpu"), qkv
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cpu_is_deterministic(dtype: torch.dtype) -> None:
-    spans = make_spans(PACKINGS["ragged, each its own"], 8)
-    first = outputs_and_grads("train", spans, dtype, "cpu")
-    again = outputs_and_grads("train", spans, dtype, "cpu")
+    first = outputs_and_gradients(TRAINING, dtype, "cpu")
+    again = outputs_and_gradients(TRAINING, dtype, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_what_the_mask_hides_cannot_matter() -> None:
-    spans = make_spans(PACKINGS["ragged, each its own"], 8)
-    noisy, clean = streams("train", torch.float32)
-    before = block_attention(noisy, clean, spans, backend="cpu")[0]
-    changed = clean.k.detach().clone()
-    changed[:, 201:] += 100.0
-    after = block_attention(noisy, clean._replace(k=changed), spans, backend="cpu")[0]
-    # Sequence 0: a document starts at 200 and its first block ends at 208. Sequence 1: a document starts at 201.
-    torch.testing.assert_close(before[1, :201], after[1, :201], rtol=0, atol=1e-6)
-    torch.testing.assert_close(before[0, :208], after[0, :208], rtol=0, atol=1e-6)
-    assert not torch.allclose(before[0, 210:], after[0, 210:], atol=1e-2)
+# Some rows of a chunk, whole chunks, all rows.
+@pytest.mark.parametrize("blind", [(33, 38), (0, 70), (96, 160), (0, 300)])
+@pytest.mark.parametrize("num_noisy", [0, 1, 2])
+def test_rows_that_see_nothing_are_zero(num_noisy: int, blind: tuple[int, int]) -> None:
+    documents = [n for n in (blind[0], blind[1] - blind[0], 300 - blind[1]) if n]
+    problem = TRAINING._replace(documents=[documents] * 2, num_noisy=num_noisy)
+    spans = take_ranges(problem.whole_spans(), [(0, 300)])
+    spans[:3, :, slice(*blind)] = blind[0]
+    spans[3:, :, slice(*blind)] = torch.arange(*blind, dtype=torch.int32)
+    check_spans(spans, num_keys=300)
+    want = outputs_and_gradients(problem, torch.float64, "reference", spans)
+    got = outputs_and_gradients(problem, torch.float32, "cpu", spans)
+    assert_close(got, want, ROUNDED)
+    for x in (*got, *want):
+        assert x.isfinite().all()
+        assert not x.unflatten(1, (-1, 300))[:, :, slice(*blind)].any()
 
 
-def test_decoding_a_block_equals_the_clean_stream() -> None:
-    block_size = 20
-    spans = make_spans(torch.zeros(BATCH, SEQ_LEN, dtype=torch.int64), block_size)
-    _, clean = streams("prefill", torch.float64)
-    want = block_attention(None, clean, spans, backend="reference")[1]
-    block = slice(120, 140)
-    got = decode_attention(clean.q[:, block], clean.k[:, : block.stop], clean.v[:, : block.stop])
-    torch.testing.assert_close(got, want[:, block], rtol=1e-12, atol=1e-12)
+@property_test
+@given(problems(max_len=120).map(lambda p: p._replace(clean_stream=True, ranges=None)), st.data())
+def test_ranks_share_the_work_of_one(problem: Problem, data: st.DataObject) -> None:
+    """Rows of two ranks, the outer and the inner positions, are those of one process; key gradients add up."""
+    spans, rows_of = problem.whole_spans(), torch.arange(problem.seq_len)
+    opens = (spans[1] == rows_of).all(0).nonzero()[:, 0].tolist()
+    first, last = sorted(data.draw(st.tuples(*[st.sampled_from([*opens, problem.seq_len])] * 2)))
+    whole = outputs_and_gradients(problem, torch.float64, "cpu")
+    grads_kv = [torch.zeros_like(x) for x in whole[2:]]
+    for ranges in ([(0, first), (last, problem.seq_len)], [(first, last)]):
+        ranges = [(a, b) for a, b in ranges if a < b]
+        if not ranges:
+            continue
+        rows = torch.cat([rows_of[a:b] for a, b in ranges])
+        q_rows = torch.cat([rows + c * problem.seq_len for c in range(problem.num_noisy + problem.clean_queries)])
+        noisy = [rows + c * problem.seq_len for c in range(problem.num_noisy)]
+        k_rows = torch.cat([*noisy, rows_of + problem.num_noisy * problem.seq_len])
+        q, k, v, grad = problem.tensors(torch.float64)
+        leaves = [x.requires_grad_() for x in (q[:, q_rows], k[:, k_rows], v[:, k_rows])]
+        out = block_attention(*leaves, take_ranges(spans, ranges), num_noisy=problem.num_noisy, backend="cpu")
+        grad_q, *parts = torch.autograd.grad(out, leaves, grad[:, q_rows])
+        assert_close([out.detach(), grad_q], [x[:, q_rows] for x in whole[:2]], EXACT)
+        for total, part in zip(grads_kv, parts, strict=True):
+            total.index_add_(1, k_rows, part)
+    assert_close([whole[0], whole[1], *grads_kv], whole, EXACT)
 
 
-def test_decoding_ignores_masked_padding_of_shorter_prefixes() -> None:
-    _, clean = streams("prefill", torch.float64)
-    q, k, v = clean.q[:, :5], clean.k, clean.v
-    key_mask = torch.ones(BATCH, SEQ_LEN, dtype=torch.bool)
-    key_mask[1, 100:200] = False
-    got = decode_attention(q, k, v, key_mask=key_mask)
-    torch.testing.assert_close(got[:1], decode_attention(q[:1], k[:1], v[:1]))
-    kept = key_mask[1]
-    torch.testing.assert_close(got[1:], decode_attention(q[1:], k[1:, kept], v[1:, kept]))
+@property_test
+@given(problems(max_len=120))
+def test_streams_of_one_call_are_calls_of_their_own(problem: Problem) -> None:
+    """Two noisy copies and the clean rows: two calls in the last layer's form and one prefill, whose gradients add."""
+    problem = problem._replace(num_noisy=2, clean_queries=True, clean_stream=True, ranges=None)
+    size = problem.seq_len
+    whole = outputs_and_gradients(problem, torch.float64, "cpu")
+    q, k, v, grad = problem.tensors(torch.float64)
+    total = [torch.zeros_like(x) for x in (q, q, k, v)]
+    for stream in range(3):
+        rows = torch.arange(stream * size, (stream + 1) * size)
+        keys = rows if stream == 2 else torch.cat([rows, torch.arange(2 * size, 3 * size)])
+        leaves = [x.requires_grad_() for x in (q[:, rows], k[:, keys], v[:, keys])]
+        out = block_attention(*leaves, problem.spans(), num_noisy=int(stream < 2), backend="cpu")
+        parts = [out.detach(), *torch.autograd.grad(out, leaves, grad[:, rows])]
+        for x, part, where in zip(total, parts, (rows, rows, keys, keys), strict=True):
+            x.index_add_(1, where, part)
+    assert_close(whole, total, EXACT)
 
 
-def test_auto_is_the_cpu_path_without_a_warning() -> None:
-    noisy, clean = streams("train", torch.float32)
-    spans = make_spans(PACKINGS["one document"], 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        got = block_attention(noisy, clean, spans)
-    assert torch.equal(got[0], block_attention(noisy, clean, spans, backend="cpu")[0])
+def test_without_a_clean_stream_it_is_full_attention() -> None:
+    problem = FORMS["no clean stream"]._replace(documents=[[300]] * 2, num_noisy=2, groups=4)
+    q, k, v, _ = problem.tensors(torch.float64)
+    got = block_attention(q, k, v, problem.spans(), num_noisy=2, backend="cpu")
+    for copy in (slice(0, 300), slice(300, 600)):
+        want = F.scaled_dot_product_attention(*(x[:, copy].transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        torch.testing.assert_close(got[:, copy], want, rtol=EXACT, atol=EXACT)
 
 
-def test_misfits_are_refused_by_name() -> None:
-    noisy, clean = streams("train", torch.float32)
-    spans = make_spans(PACKINGS["one document"], 8)
-    for message, arguments in {
-        r"noisy\.q is None": (noisy._replace(q=None), clean, spans),
-        "neither noisy nor clean": (None, clean._replace(q=None), spans),
-        r"clean\.v has shape": (noisy, clean._replace(v=clean.v[:, :-1]), spans),
-        r"noisy\.q has shape": (noisy._replace(q=noisy.q[:, :, :3]), clean, spans),
-        r"clean\.k is torch\.float64": (noisy, clean._replace(k=clean.k.double()), spans),
-        r"noisy\.q has shape \(2, 300, 4\)": (noisy._replace(q=noisy.q[..., 0]), clean, spans),
-        "spans has shape": (noisy, clean, spans[:, :, :-1]),
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            block_attention(*arguments)
+@pytest.mark.parametrize("form", ["training", "large blocks", "prefill", "no clean stream"])
+def test_any_strides_give_the_same(form: str) -> None:
+    problem = FORMS[form]
+    want = outputs_and_gradients(problem, torch.float64, "reference")
+    layouts = {
+        "sequence first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        "part of a fused projection": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
+        "head size first": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    }
+    for change in layouts.values():
+        q, k, v, grad = (change(x) for x in problem.tensors(torch.float32))
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = block_attention(*leaves, problem.spans(), num_noisy=problem.num_noisy, backend="cpu")
+        got = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+        assert [x.stride() for x in got] == [torch.empty_like(x).stride() for x in (q, q, k, v)]
+        assert_close(got, want, ROUNDED)
+
+
+def test_the_gradient_of_a_sum_is_that_of_ones() -> None:
+    """Its numbers lie in one place of memory."""
+    problem = FORMS["large blocks"]
+    q, k, v, grad = problem.tensors(torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = block_attention(*leaves, problem.spans(), backend="cpu")
+    of_sum = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    for a, b in zip(of_sum, torch.autograd.grad(out, leaves, torch.ones_like(grad)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_empty_micro_batch_has_empty_gradients() -> None:
+    q, k, v = (torch.randn(0, 600, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    out = block_attention(q, k, v, TRAINING.spans()[:, :0], backend="cpu")
+    assert out.shape == q.shape
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize("form", ["training", "no clean stream"])
+def test_compiled_and_eager_agree(form: str) -> None:
+    problem = FORMS[form]
+    spans = problem.spans()
+
+    def attend_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 2 * block_attention(q, k, v, spans, num_noisy=problem.num_noisy, backend="cpu")
+
+    *qkv, grad = problem.tensors(torch.float32)
+    leaves = [x.requires_grad_() for x in qkv]
+    results = []
+    for function in (attend_twice, torch.compile(attend_twice, fullgraph=True, backend="aot_eager")):
+        out = function(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("form", ["training", "two copies", "last layer", "prefill", "a rank's rows"])
+def test_operators_keep_torch_s_rules(form: str) -> None:
+    problem = FORMS[form]._replace(documents=[[9, 4]] if form != "a rank's rows" else [[13]], block_sizes=[2])
+    if problem.ranges:
+        problem = problem._replace(ranges=[(0, 4), (10, 13)])
+    *qkv, grad = problem.tensors(torch.float32)
+    q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in qkv)
+    settings_ = (problem.spans(), problem.num_noisy, 0.3, "cpu")
+    operators = torch.ops.bd3_scale
+    torch.library.opcheck(operators.block_attention, (q, k, v, *settings_))
+    with torch.no_grad():
+        out, lse = operators.block_attention(q, k, v, *settings_)
+    arguments = (grad, q.detach(), k.detach(), v.detach(), out, lse, *settings_, False)
+    torch.library.opcheck(operators.block_attention_backward, arguments)
+    torch.library.opcheck(operators.decode_attention, (q.detach(), k.detach(), v.detach(), None, 0.3, "cpu"))
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    *qkv, grad = TRAINING.tensors(torch.float32)
+    leaves = [x.requires_grad_() for x in qkv]
+    out = checkpoint(lambda *x: block_attention(*x, TRAINING.spans(), backend="cpu"), *leaves, use_reentrant=False)
+    got = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    want = outputs_and_gradients(TRAINING, torch.float32, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@property_test
+@given(problems(max_len=40))
+def test_flops_are_those_of_the_pairs_that_are_seen(problem: Problem) -> None:
+    *qkv, grad = problem.tensors(torch.float32)
+    leaves = [x.requires_grad_() for x in qkv]
+    pairs = int(definition(problem).sum()) * problem.heads
+    with FlopCounterMode(display=False) as forward:
+        out = block_attention(*leaves, problem.spans(), num_noisy=problem.num_noisy, backend="cpu")
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(out, leaves, grad)
+    assert forward.get_total_flops() == 4 * problem.head_dim * pairs
+    assert backward.get_total_flops() == 10 * problem.head_dim * pairs

@@ -20,7 +20,8 @@ def document_start(lengths: list[int]) -> torch.Tensor:
 
 @given(packings, st.integers(1, 12))
 def test_masks_from_spans_are_the_definition(lengths: list[int], block_size: int) -> None:
-    noisy_to_clean, noisy_to_noisy, clean_to_clean = dense_masks(make_spans(document_start(lengths), block_size))
+    spans = make_spans(document_start(lengths), block_size)
+    noisy_to_clean, noisy_to_noisy, clean_to_clean = dense_masks(spans, num_keys=spans.shape[2])
     place = [(document, offset // block_size) for document, n in enumerate(lengths) for offset in range(n)]
     for query, (document, block) in enumerate(place):
         for key, (other_document, other_block) in enumerate(place):

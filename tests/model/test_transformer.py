@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.model.build import build_model
@@ -16,8 +17,7 @@ LENGTH = 24
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)
 
 
-@pytest.fixture(scope="module")
-def model(groups):
+def build(groups, **choices):
     recipe = Recipe(
         name="tiny",
         model=ModelRecipe(
@@ -31,11 +31,17 @@ def model(groups):
         diffusion=DiffusionRecipe(block_size=4),
         data=DataRecipe(path="unused", seq_len=LENGTH),
         train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
+        **choices,
     )
     built = build_model(
         recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=5
     ).requires_grad_(False)
     return built.eval()
+
+
+@pytest.fixture(scope="module")
+def model(groups):
+    return build(groups)
 
 
 @pytest.fixture
@@ -115,6 +121,32 @@ def test_documents_do_not_see_each_other(model, clean):
         c, n, m = clean[:, part], noisy[:, part], masked[:, part]
         alone = model(n, c, positions_of(c), spans_of(c, 4), m.flatten().nonzero()[:, 0])
         torch.testing.assert_close(packed[:, part][m], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_recipe_chooses_the_attention_of_every_pass(model, groups, clean):
+    """By the operators that run: the reference has none of its own, the CPU's count the pairs of each layer's mask."""
+    positions, spans = positions_of(clean), spans_of(clean, 4)
+
+    def run(model):
+        cache = model.new_cache(2, LENGTH)
+        with FlopCounterMode(display=False) as counter:
+            nll = model(clean, clean, positions, spans, torch.arange(clean.numel()))
+            model.prefill(clean[:, :20], positions[:, :20], spans[:, :, :20], cache)
+            logits = model.decode(clean[:, 20:], positions[:, 20:], cache)
+        counts = counter.get_flop_counts()["Global"]
+        return torch.cat([nll, logits.flatten()]), {op: n for op, n in counts.items() if "bd3_scale" in str(op)}
+
+    got, by_operator = run(model)
+    want, by_none = run(build(groups, attention_backend="reference"))
+    finite = want.isfinite()
+    torch.testing.assert_close(got[finite], want[finite], rtol=1e-5, atol=1e-5)
+    assert not by_none
+    one_pair = 2 * 2 * 4 * 4 * 8  # layers, sequences, heads, two products, head size
+    noisy_and_clean, prefix, block = 24 * 24 + 24 * 4, 20 * 24 // 2, 4 * 24
+    assert by_operator == {
+        torch.ops.bd3_scale.block_attention: one_pair * (noisy_and_clean + prefix),
+        torch.ops.bd3_scale.decode_attention: one_pair * block,
+    }
 
 
 def test_mask_and_padding_ids_have_no_probability(model, clean):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from bd3_scale.attention.backends import BACKENDS
 from bd3_scale.recipe.load import load_recipe, recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe, RecipeError
 
@@ -193,6 +194,10 @@ def test_the_resolved_recipe_loads_back_equal_with_the_same_hash(tmp_path_factor
     again = load_recipe(path)
     assert again == recipe
     assert recipe_hash(again) == recipe_hash(recipe)
+
+
+def test_the_recipe_knows_the_attention_backends_that_there_are() -> None:
+    assert typing.get_args(Recipe.model_fields["attention_backend"].annotation) == BACKENDS
 
 
 def test_the_hash_depends_on_every_value_and_not_on_how_it_was_given(base: Path) -> None:

@@ -1,0 +1,146 @@
+"""Tile sizes of the kernels: a short list for each, the choice made among them, and how to keep it.
+
+Different tiles add in another order, so a run that must resume bitwise keeps `choices()` in its checkpoint and hands
+them to `use_choices` before its next step. Without a choice the first of the list is taken: nothing is timed unasked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+KERNELS = ("forward", "query_gradient", "clean_key_gradient", "noisy_key_gradient", "fused_gradient")
+
+
+class Tile(NamedTuple):
+    """Query rows and keys of a tile, warps of a program, and stages of the pipeline that loads tiles."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+_Table = Mapping[str, Mapping[int, tuple[Tile, ...]]]
+
+# By kernel and head dimension (16 and 32 take the tiles of 64), for 16-bit tensors. None spills more registers than
+# `tests/attention/test_kernels_compile.py` allows. This first table fits chips with 99 KiB of shared memory a program.
+_POINTERS: _Table = {
+    "forward": {
+        64: (Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
+        128: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        256: (Tile(64, 32, 8, 2),),
+    },
+    "query_gradient": {
+        64: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+        128: (Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
+        256: (Tile(32, 32, 8, 2),),
+    },
+    "clean_key_gradient": {
+        64: (Tile(64, 128, 8, 2), Tile(64, 64, 4, 2)),
+        128: (Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
+        256: (Tile(32, 32, 8, 2),),
+    },
+    "fused_gradient": {
+        64: (Tile(64, 128, 8, 2), Tile(64, 64, 4, 2)),
+        128: (Tile(64, 64, 8, 2), Tile(32, 128, 8, 2)),
+        256: (Tile(32, 32, 8, 2),),
+    },
+    "noisy_key_gradient": {
+        64: (Tile(64, 64, 4, 1), Tile(32, 32, 4, 1)),
+        128: (Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
+        256: (Tile(32, 32, 8, 1),),
+    },
+}
+_HOPPER: _Table = {
+    "forward": {
+        64: (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3)),
+        128: (Tile(128, 64, 8, 3), Tile(128, 128, 8, 2)),
+        256: (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
+    },
+    "query_gradient": {
+        64: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+        128: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        256: (Tile(64, 32, 8, 2), Tile(64, 32, 4, 2)),
+    },
+    "clean_key_gradient": {
+        64: (Tile(64, 128, 8, 2), Tile(64, 64, 4, 2)),
+        128: (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+        256: (Tile(32, 32, 8, 2),),
+    },
+    "fused_gradient": {
+        64: (Tile(64, 128, 8, 2), Tile(64, 64, 4, 2)),
+        128: (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+        256: (Tile(32, 32, 8, 2),),
+    },
+    "noisy_key_gradient": _POINTERS["noisy_key_gradient"],
+}
+_BLACKWELL: _Table = {
+    **_HOPPER,
+    "clean_key_gradient": {**_HOPPER["clean_key_gradient"], 256: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 2))},
+    # 64×128 of 128 dimensions would need more tensor memory than a processor has.
+    "fused_gradient": {**_HOPPER["fused_gradient"], 128: (Tile(64, 64, 8, 2), Tile(32, 128, 8, 2))},
+}
+_FLOAT32 = {64: (Tile(32, 32, 8, 2),), 128: (Tile(16, 16, 8, 1),)}
+
+_chosen: dict[str, Tile] = {}
+
+
+def candidates(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, ...]:
+    """The tiles that `kernel` may use, the default first."""
+    tables = {9: _HOPPER, 10: _BLACKWELL}.get(capability[0], _POINTERS)
+    by_head_dim = tables[kernel] if dtype.itemsize == 2 else _FLOAT32
+    return by_head_dim[max(head_dim, 64)]
+
+
+def candidates_on(device: torch.device, kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """`candidates` for the chip of `device`."""
+    return candidates(kernel, head_dim, dtype, _capability(device))
+
+
+def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The tile chosen for `kernel`, or the default."""
+    chosen = _chosen.get(_key(kernel, head_dim, dtype, _capability(device)))
+    return chosen or candidates_on(device, kernel, head_dim, dtype)[0]
+
+
+def decode_tile(num_rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of the decoding kernel: as many rows as there are, within what the registers hold."""
+    if dtype.itemsize == 4:
+        return Tile(16, 32, 4, 1) if head_dim <= 64 else Tile(16, 16, 8, 1)
+    most = 64 if head_dim <= 128 else 32
+    return Tile(min(max(16, 1 << (num_rows - 1).bit_length()), most), most, 4 if head_dim <= 64 else 8, 3)
+
+
+def uses_tma(capability: tuple[int, int]) -> bool:
+    """Whether loops load through the tensor memory accelerator: on chips that have it and much shared memory beside."""
+    return capability[0] in (9, 10)
+
+
+def choices() -> dict[str, list[int]]:
+    """Every choice made so far, as plain values for a checkpoint."""
+    return {key: list(tile) for key, tile in _chosen.items()}
+
+
+def use_choices(kept: Mapping[str, Sequence[int]]) -> None:
+    """Take the choices of another process or of a checkpoint in place of one's own."""
+    _chosen.clear()
+    _chosen.update({key: Tile(*tile) for key, tile in kept.items()})
+
+
+def choose(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, tile: Tile) -> None:
+    """Use `tile` from now on for such calls of `kernel`."""
+    _chosen[_key(kernel, head_dim, dtype, _capability(device))] = tile
+
+
+def _key(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> str:
+    return f"{kernel} head_dim={head_dim} {str(dtype).removeprefix('torch.')} sm_{capability[0]}{capability[1]}"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) under Triton's interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -1,0 +1,138 @@
+"""The attention as operators of torch, so that `torch.compile`, activation recomputation and FLOP counting see them.
+
+`bd3_scale::block_attention` and its backward carry the backends with a backward of their own (`cpu` and `triton`);
+`bd3_scale::decode_attention` has no backward. Shapes are those of `bd3_scale.attention.dispatch`; `lse` is the
+log-sum-exp of the scaled scores, float32 [B, H, rows], kept for the backend's own backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from bd3_scale.attention.spans import check_spans, count_pairs
+
+
+def _backend(name: str) -> Any:
+    # Triton is imported where it is used: CPU builds of torch come without it.
+    if name == "triton":
+        from bd3_scale.attention.kernels import launch
+
+        return launch
+    from bd3_scale.attention import cpu
+
+    return cpu
+
+
+@torch.library.custom_op("bd3_scale::block_attention", mutates_args=())
+def block_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor, num_noisy: int, scale: float, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if spans.device.type == "cpu":
+        check_spans(spans, num_keys=k.shape[1] - num_noisy * spans.shape[2])
+    if q.numel() == 0:
+        return _like(q), _lse_like(q)
+    return _backend(backend).forward(q, k, v, spans, num_noisy, scale)
+
+
+@torch.library.custom_op("bd3_scale::block_attention_backward", mutates_args=())
+def block_attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    spans: torch.Tensor,
+    num_noisy: int,
+    scale: float,
+    backend: str,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if q.numel() == 0:
+        return _like(q), _like(k).zero_(), _like(v).zero_()
+    return _backend(backend).backward(grad_out, q, k, v, out, lse, spans, num_noisy, scale, deterministic)
+
+
+@torch.library.custom_op("bd3_scale::decode_attention", mutates_args=())
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    if q.numel() == 0:
+        return _like(q)
+    return _backend(backend).decode(q, k, v, lengths, scale)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _lse_like(q: Tensor) -> Tensor:
+    batch, rows, heads, _ = q.shape
+    return q.new_empty((batch, heads, rows), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@block_attention.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(q), _lse_like(q)
+
+
+@block_attention_backward.register_fake
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v)
+
+
+@decode_attention.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return _like(q)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, spans, ctx.num_noisy, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output, spans)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 7
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grads = block_attention_backward(grad_out, *ctx.saved_tensors, ctx.num_noisy, ctx.scale, ctx.backend, deterministic)
+    return (*grads, None, None, None, None)
+
+
+block_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _pairs(q: Tensor, k: Tensor, spans: Tensor, num_noisy: int) -> int:
+    """Pairs over all heads; of a fake `spans`, whose values are unknown, the most that its shape allows."""
+    num_rows = spans.shape[2]
+    if isinstance(spans, torch._subclasses.FakeTensor) or spans.is_meta:
+        noisy_rows = num_noisy * num_rows
+        most = q.shape[0] * (q.shape[1] * (k.shape[1] - noisy_rows) + noisy_rows * num_rows)
+        return most * q.shape[2]
+    return q.shape[2] * count_pairs(spans, num_noisy=num_noisy, clean_queries=q.shape[1] > num_noisy * num_rows)
+
+
+@register_flop_formula(torch.ops.bd3_scale.block_attention, get_raw=True)
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, *_: Any, **__: Any) -> int:
+    """Two products over the mask's real pairs."""
+    return 4 * q.shape[3] * _pairs(q, k, spans, num_noisy)
+
+
+@register_flop_formula(torch.ops.bd3_scale.block_attention_backward, get_raw=True)
+def _backward_flops(grad_out: Tensor, q: Tensor, k: Tensor, *rest: Any, **_: Any) -> int:
+    """Five products over the mask's real pairs: the scores again, and the gradients of v, weights, q and k."""
+    spans, num_noisy = rest[3:5]  # after v, out and lse
+    return 10 * q.shape[3] * _pairs(q, k, spans, num_noisy)
+
+
+@register_flop_formula(torch.ops.bd3_scale.decode_attention, get_raw=True)
+def _decode_flops(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
+    return 4 * q.numel() * k.shape[1]

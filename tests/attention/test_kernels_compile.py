@@ -1,0 +1,93 @@
+"""Every kernel variant compiled for chips that are not here: what stands in for a GPU where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bd3_scale.attention.kernels.offline import SHARED_MEMORY, Usage, Variant, compile_all, compile_variant
+from bd3_scale.attention.kernels.tiles import KERNELS, Tile, candidates
+
+CHIPS = (80, 90, 100)
+# Bytes a thread. A few registers spilled beside the loops are cheap; a tile of products in memory takes thousands.
+STACK_BUDGET = 192
+STREAMING = {"forward", "query_gradient", "clean_key_gradient", "fused_gradient"}
+
+
+@pytest.fixture(scope="module")
+def usages(request: pytest.FixtureRequest) -> list[tuple[int, Variant, Usage]]:
+    found = []
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print()
+        for chip, variant, usage in compile_all(CHIPS):
+            found.append((chip, variant, usage))
+            print(
+                f"sm_{chip} {variant}, {variant.tile.num_warps} warps, {variant.tile.num_stages} stages: "
+                f"{usage.registers} registers, {usage.stack} B stack, {usage.shared} B shared, {usage.instructions}"
+            )
+    return found
+
+
+def matrix_instructions(chip: int, variant: Variant) -> set[str]:
+    """The fastest matrix instruction that the chip has for the variant's tile."""
+    side = variant.tile.keys if "key" in variant.kernel or "fused" in variant.kernel else variant.tile.rows
+    own = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[chip]
+    # A warp group multiplies 64 rows at a time; fewer, and float32, go through the older instruction.
+    return {own} if side >= 64 and variant.dtype.itemsize == 2 else {own, "HMMA"}
+
+
+@pytest.mark.timeout(1200)
+def test_every_variant_is_fit_for_its_chip(usages: list[tuple[int, Variant, Usage]]) -> None:
+    compiled = {(chip, variant.kernel, variant.head_dim, variant.dtype) for chip, variant, _ in usages}
+    for chip in CHIPS:
+        for kernel in (*KERNELS, "noisy_fused_gradient", "decode"):
+            for head_dim in (64, 128, 256):
+                assert (chip, kernel, head_dim, torch.bfloat16) in compiled
+    wrong = []
+    for chip, variant, usage in usages:
+        present = usage.instructions.keys()
+        if usage.shared > SHARED_MEMORY[chip]:
+            wrong.append(f"sm_{chip} {variant}: {usage.shared} B of shared memory, the chip has {SHARED_MEMORY[chip]}")
+        if usage.stack > STACK_BUDGET:
+            wrong.append(f"sm_{chip} {variant}: {usage.stack} B of stack")
+        if not matrix_instructions(chip, variant) & present:
+            wrong.append(f"sm_{chip} {variant}: no matrix instruction among {usage.instructions}")
+        if variant.kernel in STREAMING and chip >= 90 and "UTMALDG" not in present:
+            wrong.append(f"sm_{chip} {variant}: no bulk load among {usage.instructions}")
+        if variant.kernel == "fused_gradient" and chip >= 90 and "UTMAREDG" not in present:
+            wrong.append(f"sm_{chip} {variant}: no bulk reduction among {usage.instructions}")
+        if chip == 80 and variant.tile.num_stages > 1 and "LDGSTS" not in present:
+            wrong.append(f"sm_{chip} {variant}: loads that do not overlap with products, {usage.instructions}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tiles_fit_chips_with_less_shared_memory() -> None:
+    """sm_80's tiles are also those of sm_86, sm_89 and sm_12x, which have 99 KiB."""
+    for chip in (89, 120):
+        assert candidates("forward", 128, torch.bfloat16, divmod(chip, 10)) == candidates(
+            "forward", 128, torch.bfloat16, (8, 0)
+        )
+
+
+@pytest.mark.timeout(600)
+def test_sm_80_leaves_room_for_smaller_chips(usages: list[tuple[int, Variant, Usage]]) -> None:
+    for chip, variant, usage in usages:
+        assert chip != 80 or usage.shared <= SHARED_MEMORY[89], f"{variant}: {usage.shared} B"
+
+
+def test_a_tile_too_large_is_seen() -> None:
+    variant = Variant("clean_key_gradient", 128, torch.bfloat16, Tile(64, 128, 4, 2), tma=True)
+    assert compile_variant(variant, 90).stack > STACK_BUDGET
+    variant = Variant("forward", 256, torch.bfloat16, Tile(128, 128, 8, 3), tma=True)
+    assert compile_variant(variant, 90).shared > SHARED_MEMORY[90]
+
+
+def test_the_tool_refuses_an_unknown_chip() -> None:
+    tool = Path(__file__).parents[2] / "tools" / "compile_kernels.py"
+    done = subprocess.run([sys.executable, tool, "70"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "unknown chip 70: choose among 80" in done.stderr

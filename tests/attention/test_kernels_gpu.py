@@ -1,0 +1,141 @@
+"""The kernels on a GPU: error beside FlexAttention's, reproducibility, every shape of the property tests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bd3_scale.attention.dispatch import block_attention, decode_attention
+from bd3_scale.attention.spans import make_spans
+from tests.attention.cases import Problem, document_start, problems
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+NAMES = ("output", "gradient of q", "gradient of k", "gradient of v")
+# Of the result's norm: a few roundings of the inputs' precision.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def restore_determinism() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def results(problem: Problem, dtype: torch.dtype, backend: str, *, deterministic: bool = True) -> list[Tensor]:
+    torch.use_deterministic_algorithms(deterministic)
+    *qkv, grad = (x.cuda() for x in problem.tensors(dtype))
+    leaves = [x.requires_grad_() for x in qkv]
+    out = block_attention(*leaves, problem.spans().cuda(), num_noisy=problem.num_noisy, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def errors(got: list[Tensor], want: list[Tensor]) -> dict[str, float]:
+    size = 0.1 * float(want[0].norm())
+    return {
+        n: float((g.double() - w).norm()) / (float(w.norm()) + size) for n, g, w in zip(NAMES, got, want, strict=True)
+    }
+
+
+def large(**changes: object) -> Problem:
+    problem = Problem([[700, 324], [1024]], [16, 16], None, 1, True, True, 8, 2, 128, 0)
+    return problem._replace(**changes)  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    problems(max_len=300),
+    st.sampled_from([16, 32, 64, 128, 256]),
+    st.sampled_from(sorted(TOLERANCE, key=str)),
+    st.booleans(),
+)
+def test_any_problem(problem: Problem, head_dim: int, dtype: torch.dtype, deterministic: bool) -> None:
+    if dtype == torch.float32:
+        head_dim = min(head_dim, 128)
+    problem = problem._replace(head_dim=head_dim)
+    want = results(problem, torch.float64, "reference")
+    for name, error in errors(results(problem, dtype, "triton", deterministic=deterministic), want).items():
+        assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fused"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("block_size", [1, 4, 16, 300, 1024])
+def test_bfloat16_errs_at_most_twice_as_much_as_flexattention(
+    block_size: int, head_dim: int, deterministic: bool
+) -> None:
+    problem = large(block_sizes=[block_size] * 2, head_dim=head_dim)
+    want = results(problem, torch.float64, "reference")
+    ours = errors(results(problem, torch.bfloat16, "triton", deterministic=deterministic), want)
+    rival = errors(results(problem, torch.bfloat16, "flex", deterministic=False), want)
+    for name in NAMES:
+        assert ours[name] <= 2 * rival[name], f"{name}: {ours[name]:.1e}, FlexAttention {rival[name]:.1e}"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_deterministic_backward_is_bitwise_reproducible(head_dim: int) -> None:
+    problem = large(head_dim=head_dim, num_noisy=2)
+    first = results(problem, torch.bfloat16, "triton")
+    for _ in range(20):
+        again = results(problem, torch.bfloat16, "triton")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [None, [4096, 1], [0, 33]])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_decode(head_dim: int, lengths: list[int] | None) -> None:
+    q = torch.randn(2, 16, 32, head_dim, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 2, 4096, 8, head_dim, device="cuda", dtype=torch.bfloat16)
+    given_lengths = None if lengths is None else torch.tensor(lengths, device="cuda")
+    got = decode_attention(q, k, v, lengths=given_lengths, backend="triton")
+    want = decode_attention(q.double(), k.double(), v.double(), lengths=given_lengths, backend="reference")
+    assert float((got.double() - want).norm()) <= 1e-2 * float(want.norm())
+
+
+def test_compiled_and_eager_agree() -> None:
+    problem = large()
+    spans = problem.spans().cuda()
+    q, k, v, _ = (x.cuda() for x in problem.tensors(torch.bfloat16))
+    torch.use_deterministic_algorithms(True)
+    compiled = torch.compile(lambda *x: 2 * block_attention(*x, spans, backend="triton"), fullgraph=True)
+    assert torch.equal(compiled(q, k, v), 2 * block_attention(q, k, v, spans, backend="triton"))
+
+
+def exercise_every_kernel() -> None:
+    """What `compute-sanitizer` watches: ragged shapes, both backwards, decoding."""
+    spans = make_spans(document_start([77, 120])[None], 7).cuda()
+    for head_dim in (64, 128):
+        q = torch.randn(1, 394, 4, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        k, v = (torch.randn(1, 394, 2, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "kv")
+        for deterministic in (True, False):
+            torch.use_deterministic_algorithms(deterministic)
+            block_attention(q, k, v, spans, backend="triton").sum().backward()
+        with torch.no_grad():
+            decode_attention(q[:, :5], k, v, backend="triton")
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_is_clean(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    code = "from tests.attention.test_kernels_gpu import exercise_every_kernel; exercise_every_kernel()"
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "0 errors" in done.stdout or "0 hazards" in done.stdout, done.stdout[-2000:]
