@@ -22,6 +22,7 @@ class CheckpointManifest(BaseModel):
         data_hash: hash of the data manifest (tokeniser, sequences) that the position counts in.
         world_size: ranks that wrote it; any number may read it.
         states: fp32 tensors kept of every parameter.
+        attention_tiles: tiles of the attention kernels, which a bitwise resume needs; empty where none are used.
         files: size of every file in bytes.
     """
 
@@ -35,6 +36,7 @@ class CheckpointManifest(BaseModel):
     data_hash: str
     world_size: int
     states: tuple[str, ...]
+    attention_tiles: dict[str, list[int]] = {}
     files: dict[str, int] = {}
 
 

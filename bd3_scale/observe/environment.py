@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from bd3_scale.attention.backends import choose_backend
+
 _PACKAGES = (
     "bd3_scale",
     "torch",
@@ -105,8 +107,17 @@ def _apex() -> Acceleration:
 
 
 def _triton() -> Acceleration:
+    """Triton by the kernels of attention, at the head size that most models have."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        backend = choose_backend("auto", device, torch.bfloat16 if has_fast_bf16() else torch.float32, head_dim=128)
+        note = f"attention_backend=auto takes {backend}"
+    except ValueError as error:
+        backend, note = None, str(error)
     found = importlib.util.find_spec("triton") is not None
-    return Acceleration("Triton", found, False, "no kernel uses it yet" if found else "not installed")
+    return Acceleration("Triton", found, backend == "triton", note)
 
 
 def _version(package: str) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bd3_scale.attention.kernels.tiles import choices
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.store import list_checkpoints, load_training_state, remove_partial, save_checkpoint
@@ -24,7 +25,7 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.nelbo import NelboEstimate
 from bd3_scale.diffusion.noise import draw_noise
 from bd3_scale.evaluate.nelbo import evaluate_nelbo
-from bd3_scale.model.build import build_model
+from bd3_scale.model.build import attention_backend, build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
 from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
@@ -40,6 +41,7 @@ from bd3_scale.train.learning_rate import learning_rate
 from bd3_scale.train.report import Report
 from bd3_scale.train.resume import check_resumable
 from bd3_scale.train.step import loss_sum
+from bd3_scale.train.tiles import settle_tiles
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,11 @@ def train(recipe: Recipe) -> None:
         data = load_manifest(recipe.data.path, recipe.data.remote)
         run = Run(recipe, data, _hash(data), groups, recipe.run_path)
         _check(run)
+        backend = attention_backend(recipe, dtype=_dtype(recipe), device=local_device())
         on_rank_zero(lambda: _lock_run_directory(run, stack))
         checkpoint = _newest_checkpoint(run)
         on_rank_zero(lambda: _describe_run(run))
+        settle_tiles(recipe, backend, _dtype(recipe), checkpoint[1] if checkpoint else None)
 
         model = build_model(
             recipe, data.vocabulary, groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed
@@ -89,7 +93,7 @@ def train(recipe: Recipe) -> None:
         if checkpoint is not None:
             load_training_state(*checkpoint, engine.zero, layouts)
             start = checkpoint[1].step
-        report = stack.enter_context(Report(run.folder, recipe, start))
+        report = stack.enter_context(Report(run.folder, recipe, start, attention_backend=backend))
         stream = TrainingStream(
             recipe.data,
             data,
@@ -254,6 +258,7 @@ def _save(run: Run, engine: TrainingEngine, layouts: list[ParameterLayout], step
         data_hash=run.data_hash,
         world_size=dist.get_world_size(),
         states=engine.zero.names,
+        attention_tiles=choices(),
     )
     return save_checkpoint(
         run.checkpoints,

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
@@ -178,6 +179,27 @@ def test_the_ends_of_the_interpolation_on_data_parallel_ranks(workplace, overrid
     assert second == {step: first[step] for step in (5, 6, 7, 8)}
     assert tensors(runs[0], 8) == tensors(runs[1], 8)
     assert nelbos(runs[0])[8] == nelbos(runs[1])[8] < 5.7
+
+
+def test_the_attention_is_chosen_by_the_recipe_and_over_it_by_the_environment(workplace, monkeypatch):
+    """Another backend takes the same steps; one that cannot run ends the run before it begins."""
+    impossible = "cpu" if torch.cuda.is_available() else "triton"
+    refused = [train(workplace, "impossible", f"attention_backend={impossible}", returncode=2)]
+    assert not (workplace / "impossible" / "recipe.yaml").exists()
+    monkeypatch.setenv("BD3_SCALE_ATTENTION", impossible)
+    refused.append(command(workplace, "evaluate", "whole", returncode=2))
+    for done in refused:
+        assert f"attention backend '{impossible}' cannot run" in done.stderr
+        assert "Traceback" not in done.stderr
+    monkeypatch.setenv("BD3_SCALE_ATTENTION", "reference")
+    output = train(workplace, "reference", f"attention_backend={impossible}").stdout
+    assert output.count("attention: ") == output.count("attention: reference\n") == 1
+    expected = losses(workplace / "whole")
+    found = losses(workplace / "reference")
+    assert found.keys() == expected.keys()
+    assert [x for pair in found.values() for x in pair] == pytest.approx(
+        [x for pair in expected.values() for x in pair], rel=1e-4
+    )
 
 
 def test_evaluate_and_generate(workplace):

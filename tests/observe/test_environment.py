@@ -74,3 +74,18 @@ def test_apex_is_known_by_nvidias_own_modules(tmp_path: Path, modules: dict[str,
     apex = json.loads(done.stdout)
     assert apex["found"] is found
     assert words in apex["note"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ("", "attention_backend=auto takes " + ("triton" if torch.cuda.is_available() else "cpu")),
+        ("reference", "takes reference"),
+        ("fast", "$BD3_SCALE_ATTENTION is 'fast': choose one of"),
+    ],
+)
+def test_the_attention_that_would_run_is_told(monkeypatch: pytest.MonkeyPatch, wish: str, words: str) -> None:
+    monkeypatch.setenv("BD3_SCALE_ATTENTION", wish)
+    (triton,) = (a for a in read_environment().accelerations if a.name == "Triton")
+    assert words in triton.note
+    assert triton.used == ("takes triton" in triton.note)
