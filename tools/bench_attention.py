@@ -1,0 +1,409 @@
+"""Speed of the attention beside its rivals, in one process: `python tools/bench_attention.py --device cpu|cuda`.
+
+The rivals in training, over noisy ⊕ clean rows:
+
+- dense: PyTorch's scaled-dot-product attention under the whole 2L × 2L additive mask;
+- flex: FlexAttention, compiled with a block mask (GPU);
+- causal: two causal L × L attentions, which is the same work where blocks are small. They compute something else, so
+  that their outputs are not compared; their time is scaled to the number of the mask's pairs.
+
+In decoding, dense repeats the key/value heads for PyTorch's attention, the time of which counts.
+
+A ratio above 1 says how many times quicker bd3_scale is. FLOP/s count the mask's real pairs alone, in two products
+forward and five backward, and "of limit" is their share of what a large matrix product reaches in the same run; in
+decoding, bytes read and written against those of a large copy. Where two results of the same attention differ, there is
+no number: the exit status is 1. Times are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bd3_scale.attention.backends import ENVIRONMENT
+from bd3_scale.attention.dispatch import block_attention, decode_attention
+from bd3_scale.attention.reference import dense_mask
+from bd3_scale.attention.spans import count_pairs, make_spans
+from bd3_scale.observe.environment import read_environment
+
+SCRIPT = Path(__file__)
+FLOPS = {"forward": 4, "backward": 10, "both": 14}  # for each pair of the mask and channel
+RESULTS = ("output", "gradient of q", "gradient of k", "gradient of v")
+# Of a row's norm: a few times what rounding makes of the worst row of two right results.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.04}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One call in training. `documents`: their lengths in every sequence; one document where empty."""
+
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    groups: int
+    seq_len: int
+    head_dim: int
+    block_size: int
+    documents: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        packed = f", {len(self.documents)} documents" if self.documents else ""
+        heads = f"H{self.heads}" + f"/{self.groups}" * (self.groups != self.heads)
+        shape = f"B{self.batch} {heads} L{self.seq_len} D{self.head_dim}"
+        return f"{_short(self.dtype)} {shape} L'={self.block_size}{packed}"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One call in decoding: a block's queries on the cached keys and their own."""
+
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    groups: int
+    queries: int
+    keys: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        shape = f"B{self.batch} H{self.heads}/{self.groups} D{self.head_dim}"
+        return f"{_short(self.dtype)} {shape}, {self.queries} queries on {self.keys} keys"
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+Case = Training | Decoding
+CASES: dict[str, list[Case]] = {
+    "cpu": [
+        *(Training(FP32, 1, 8, 8, 1024, 64, block_size) for block_size in (4, 16, 64, 1024)),
+        Training(FP32, 1, 8, 2, 1024, 64, 16, (300, 37, 431, 256)),
+        Training(FP32, 8, 4, 4, 256, 64, 8),
+        Training(BF16, 1, 8, 8, 4096, 64, 16),
+        Decoding(FP32, 1, 32, 8, 16, 4096, 128),
+    ],
+    "cuda": [
+        *(Training(BF16, 8, 16, 16, 4096, 128, block_size) for block_size in (4, 16, 64, 4096)),
+        Training(BF16, 8, 32, 8, 4096, 128, 16),
+        Training(BF16, 8, 16, 16, 4096, 128, 16, (1100, 37, 2189, 770)),
+        Training(BF16, 8, 16, 16, 4096, 64, 16),
+        Training(BF16, 8, 16, 16, 4096, 256, 16),
+        *(Decoding(BF16, batch, 32, 8, 16, 4096, 128) for batch in (8, 64)),
+    ],
+}
+QUICK: dict[str, list[Case]] = {
+    device: [Training(dtype, 2, 2, 1, 64, 16, 8, (40, 24)), Decoding(dtype, 1, 4, 2, 4, 64, 16)]
+    for device, dtype in (("cpu", FP32), ("cuda", BF16))
+}
+
+
+class DifferentResultsError(Exception):
+    """Two results of the same attention differ by more than rounding explains."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=CASES, required=True)
+    parser.add_argument("--json", action="store_true", help="print JSON lines: the machine, then every measurement")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="put the table into FILE, too, as its part on DEVICE"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, in seconds: whether it works, not how fast")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no CUDA device here: take --device cpu")
+    if os.environ.get(ENVIRONMENT):
+        parser.error(f"${ENVIRONMENT} is set, and would run in place of every rival: unset it")
+    # New tensors are not filled with NaN in training, either.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    cases = (QUICK if options.quick else CASES)[options.device]
+    header = describe(options.device, arguments)
+    print(json.dumps(header) if options.json else "\n".join(f"{k}: {v}" for k, v in header.items()))
+    if not options.json:
+        print(as_line(COLUMNS))
+    rows = []
+    try:
+        for row in measure(cases, options.device, quick=options.quick):
+            print(json.dumps(row) if options.json else as_line(cells(row)), flush=True)
+            rows.append(cells(row))
+    except DifferentResultsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.markdown:
+        write_part(options.markdown, options.device, header, rows)
+    return 0
+
+
+def measure(cases: Sequence[Case], device: str, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """A row for every pass of every case, as soon as it is measured; times in milliseconds.
+
+    `rate` and `limit` are in FLOP/s in training and in bytes a second in decoding. `rivals` holds their times by name,
+    None where memory does not allow one.
+    """
+    clock = Clock(device, quick=quick)
+    peaks = {dtype: clock.matmul_rate(dtype) for dtype in {case.dtype for case in cases}}
+    for case in cases:
+        torch.manual_seed(0)
+        torch._dynamo.reset()  # FlexAttention is compiled for this shape alone, as for a training with it
+        if isinstance(case, Training):
+            yield from measure_training(case, device, clock, peaks[case.dtype])
+        else:
+            yield measure_decoding(case, device, clock)
+
+
+def measure_training(case: Training, device: str, clock: Clock, peak: float) -> Iterator[dict[str, Any]]:
+    documents = torch.tensor(case.documents or [case.seq_len])
+    starts = (documents.cumsum(0) - documents).repeat_interleave(documents)
+    spans = make_spans(starts.expand(case.batch, -1), case.block_size).to(device)
+    q, k, v, grad = (
+        torch.randn(case.batch, 2 * case.seq_len, heads, case.head_dim, device=device, dtype=case.dtype)
+        for heads in (case.heads, case.groups, case.groups, case.heads)
+    )
+    ours = {"": Passes(functools.partial(block_attention, spans=spans), (q, k, v), grad)}
+    if device == "cuda":
+        ours[", deterministic"] = Passes(ours[""].attend, (q, k, v), grad, deterministic=True)
+    rivals = rivals_of(case, spans, (q, k, v), grad, ours)
+    pairs = count_pairs(spans, num_noisy=1, clean_queries=True)
+    causal_pairs = case.batch * case.seq_len * (case.seq_len + 1)
+    for name, flops in FLOPS.items():
+        everyone = {**ours, **{rival: passes for rival, passes in rivals.items() if passes}}
+        times = clock.medians({who: getattr(passes, name) for who, passes in everyone.items()})
+        times["causal"] *= pairs / causal_pairs
+        for variant in ours if name != "forward" else [""]:
+            yield {
+                "case": str(case),
+                "pass": name + variant,
+                "ms": times[variant],
+                "rate": flops * case.head_dim * case.heads * pairs / times[variant] * 1e3,
+                "limit": peak,
+                "rivals": {rival: times.get(rival) for rival in rivals},
+            }
+
+
+def rivals_of(
+    case: Training, spans: Tensor, inputs: Sequence[Tensor], grad: Tensor, ours: Mapping[str, Passes]
+) -> dict[str, Passes | None]:
+    """The rivals, once their results are found equal to ours; None for one that memory does not allow."""
+    rivals: dict[str, Passes | None] = {}
+    attentions = {"dense": dense_attention(spans, case.dtype)}
+    if spans.is_cuda:
+        attentions["flex"] = functools.partial(block_attention, spans=spans, backend="flex")
+    for name, attend in attentions.items():
+        try:
+            rivals[name] = Passes(attend, inputs, grad)
+            expected = rivals[name].results()
+        except torch.OutOfMemoryError:
+            rivals[name] = None
+            continue
+        for variant, passes in ours.items():
+            check_equal(f"{case}{variant}", passes.results(), name, expected)
+    # The streams apart, as two attentions would have them: no time is spent on taking them from one tensor.
+    streams = [half for x in inputs for half in x.chunk(2, 1)]
+    rivals["causal"] = Passes(causal_attentions, streams, grad.chunk(2, 1))
+    return rivals
+
+
+class Passes:
+    """Forward and backward of an attention on leaves of its own, ready to be timed."""
+
+    def __init__(
+        self, attend: Callable[..., Any], inputs: Sequence[Tensor], grad: Any, *, deterministic: bool = False
+    ) -> None:
+        self.attend, self.grad, self.deterministic = attend, grad, deterministic
+        self.leaves = [x.detach().requires_grad_() for x in inputs]
+        self.out = self.forward()
+
+    def forward(self) -> Any:
+        torch.use_deterministic_algorithms(self.deterministic)
+        return self.attend(*self.leaves)
+
+    def backward(self) -> tuple[Tensor, ...]:
+        torch.use_deterministic_algorithms(self.deterministic)
+        return torch.autograd.grad(self.out, self.leaves, self.grad, retain_graph=True)
+
+    def both(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(), self.leaves, self.grad)
+
+    def results(self) -> tuple[Tensor, ...]:
+        return self.out.detach(), *self.backward()
+
+
+def dense_attention(spans: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
+    # All sequences are packed alike. An additive mask is what the kernels take: one of booleans would be converted.
+    mask = dense_mask(spans[:, :1], num_noisy=1, num_keys=spans.shape[2], clean_queries=True)[:, None]
+    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return functools.partial(repeated_attention, attn_mask=additive)
+
+
+def causal_attentions(*streams: Tensor) -> tuple[Tensor, Tensor]:
+    q, q2, k, k2, v, v2 = streams
+    return repeated_attention(q, k, v, is_causal=True), repeated_attention(q2, k2, v2, is_causal=True)
+
+
+def repeated_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """PyTorch's attention of [batch, rows, heads, head_dim], key/value heads repeated where they are fewer."""
+    if q.shape[2] != k.shape[2]:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options).transpose(1, 2)
+
+
+def measure_decoding(case: Decoding, device: str, clock: Clock) -> dict[str, Any]:
+    q, k, v = (
+        torch.randn(case.batch, rows, heads, case.head_dim, device=device, dtype=case.dtype)
+        for rows, heads in ((case.queries, case.heads), (case.keys, case.groups), (case.keys, case.groups))
+    )
+    check_equal(str(case), [decode_attention(q, k, v)], "dense", [repeated_attention(q, k, v)])
+    times = clock.medians({"": lambda: decode_attention(q, k, v), "dense": lambda: repeated_attention(q, k, v)})
+    size = sum(x.numel() * x.element_size() for x in (q, k, v, q))
+    return {
+        "case": str(case),
+        "pass": "decode",
+        "ms": times[""],
+        "rate": size / times[""] * 1e3,
+        "limit": clock.copy_rate(),
+        "rivals": {"dense": times["dense"]},
+    }
+
+
+def check_equal(name: str, found: Sequence[Tensor], rival: str, expected: Sequence[Tensor]) -> None:
+    """DifferentResultsError where a row differs from the rival's by more than the tolerance of its norm."""
+    for what, a, b in zip(RESULTS, found, expected, strict=False):
+        size = b.float().norm(dim=-1)
+        # A gradient that is nearly zero is compared with the others.
+        worst = ((a - b).float().norm(dim=-1) / (size + size.square().mean().sqrt())).max().item()
+        if not worst <= TOLERANCE[b.dtype]:
+            raise DifferentResultsError(
+                f"{name}: the {what} differs from that of {rival} by {worst:.2g} of a row's norm, more than "
+                f"{TOLERANCE[b.dtype]:g}: no times are given"
+            )
+
+
+class Clock:
+    """Medians of the time that functions take, and what the device reaches at most."""
+
+    def __init__(self, device: str, *, quick: bool) -> None:
+        self.device, self.quick = device, quick
+
+    def medians(self, functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        """Milliseconds by name."""
+        if self.device == "cuda":
+            from triton.testing import do_bench
+
+            return {name: do_bench(f, warmup=50, rep=300, return_mode="median") for name, f in functions.items()}
+        # In turns, so that what else the machine does falls on all of them.
+        started = time.perf_counter()
+        for function in functions.values():
+            function()
+        rounds = 1 if self.quick else min(25, max(5, int(20 / (time.perf_counter() - started))))
+        times: dict[str, list[float]] = {name: [] for name in functions}
+        for _ in range(rounds):
+            for name, function in functions.items():
+                started = time.perf_counter()
+                function()
+                times[name].append(1e3 * (time.perf_counter() - started))
+        return {name: statistics.median(samples) for name, samples in times.items()}
+
+    def matmul_rate(self, dtype: torch.dtype) -> float:
+        """FLOP/s of a large square matrix product."""
+        size = 128 if self.quick else 8192 if self.device == "cuda" else 2048
+        a, b = torch.randn(2, size, size, device=self.device, dtype=dtype)
+        return 2 * size**3 / self.medians({"": lambda: a @ b})[""] * 1e3
+
+    def copy_rate(self) -> float:
+        """Bytes a second, read and written, of a large copy."""
+        source = torch.empty(2**20 if self.quick else 2**30, device=self.device, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        return 2 * len(source) / self.medians({"": lambda: target.copy_(source)})[""] * 1e3
+
+
+def describe(device: str, arguments: Sequence[str]) -> dict[str, str]:
+    """What a person needs in order to judge the numbers, or to get them again."""
+    environment = read_environment()
+    gpu = f"{torch.cuda.get_device_name()}, CUDA {environment.cuda}" if device == "cuda" else ""
+    versions = {name: environment.versions[name] or "none" for name in ("python", "torch", "triton")}
+    return {
+        "hardware": gpu or f"{environment.cpu}, {environment.cpu_cores} cores, {torch.get_num_threads()} threads",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": commit(),
+        "command": shlex.join(["python", "tools/bench_attention.py", *arguments]),
+    }
+
+
+def commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=SCRIPT.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+COLUMNS = ("case", "pass", "time", "rate", "of limit", "dense", "flex", "causal")
+WIDTHS = (46, 23, 12, 14, 8, 9, 9, 9)
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    scale, prefix = (1e12, "T") if row["rate"] >= 1e12 else (1e9, "G")
+    rate = f"{row['rate'] / scale:.3g} {prefix}{'B' if row['pass'] == 'decode' else 'FLOP'}/s"
+    time = f"{row['ms']:.0f} ms" if row["ms"] >= 100 else f"{row['ms']:.3g} ms"
+    ratios = [ratio(row, rival) for rival in ("dense", "flex", "causal")]
+    return [row["case"], row["pass"], time, rate, f"{row['rate'] / row['limit']:.0%}", *ratios]
+
+
+def ratio(row: Mapping[str, Any], rival: str) -> str:
+    if rival not in row["rivals"]:
+        return "-"
+    time = row["rivals"][rival]
+    return "no memory" if time is None else f"{time / row['ms']:.2f}×"
+
+
+def as_line(texts: Sequence[str]) -> str:
+    return " ".join(text.ljust(width) for text, width in zip(texts, WIDTHS, strict=True)).rstrip()
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(texts) + " |" for texts in (COLUMNS, ["---"] * len(COLUMNS), *rows))
+
+
+def write_part(path: Path, device: str, header: Mapping[str, str], rows: Sequence[Sequence[str]]) -> None:
+    """Put a device's table into the file and leave the other devices' as they are."""
+    parts = {name: unmeasured(name) for name in CASES}
+    if path.exists():
+        for part in re.split(r"(?m)^## ", path.read_text())[1:]:
+            name, _, body = part.partition("\n")
+            parts[name] = body.strip()
+    parts[device] = "\n".join(f"- {key}: {value}" for key, value in header.items()) + "\n\n" + as_markdown(rows)
+    body = "\n\n".join(f"## {name}\n\n{part}" for name, part in parts.items())
+    path.write_text(f"# Attention\n\n{__doc__}\n{body}\n")
+
+
+def unmeasured(device: str) -> str:
+    rows = [[str(case), "not measured", *["-"] * (len(COLUMNS) - 2)] for case in CASES[device]]
+    command = f"python tools/bench_attention.py --device {device} --markdown benchmarks/attention.md"
+    return f"Not measured yet; where there is such a device: `{command}`\n\n{as_markdown(rows)}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
