@@ -8,7 +8,7 @@ float32 buffer as they pass, five products, in an order that changes from run to
 import triton
 import triton.language as tl
 
-from bd3_scale.attention.kernels.common import key_tiles, load_tile, partial_tile, product
+from bd3_scale.attention.kernels.common import key_tiles, load_tile, partial_tile
 
 
 @triton.jit
@@ -28,10 +28,10 @@ def delta_kernel(
 
 @triton.jit
 def _query_step(dq, q, grad, lse, delta, k, v, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    weights = tl.math.exp2(product(q, k.T, PRECISION) * scale_log2 - lse[:, None])
+    weights = tl.math.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
-    grad_scores = weights * (product(grad, v.T, PRECISION) - delta[:, None])
+    grad_scores = weights * (tl.dot(grad, v.T, input_precision=PRECISION) - delta[:, None])
     return tl.dot(grad_scores.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -113,7 +113,7 @@ def _key_step(
     q = load_tile(Q, batch, head, row0 + m0, row0 + num_rows, q_b, q_n, q_h, BM, D, MASKED, TMA)
     statistics = (batch * num_heads + head).to(tl.int64) * total_rows + row0 + m
     lse = tl.load(LSE + statistics, mask=valid, other=float("inf")) if MASKED else tl.load(LSE + statistics)
-    weights = tl.math.exp2(product(k, q.T, PRECISION) * scale_log2 - lse[None, :])
+    weights = tl.math.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])
     if MASKED:
         row = tl.minimum(m, num_rows - 1)
         seen = (tl.load(START + row)[None, :] <= n[:, None]) & (n[:, None] < tl.load(END + row)[None, :])
@@ -121,10 +121,10 @@ def _key_step(
     grad = load_tile(GRAD, batch, head, row0 + m0, row0 + num_rows, g_b, g_n, g_h, BM, D, MASKED, TMA)
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
     delta = tl.load(DELTA + statistics, mask=valid, other=0.0) if MASKED else tl.load(DELTA + statistics)
-    grad_scores = (weights * (product(v, grad.T, PRECISION) - delta[None, :])).to(k.dtype)
+    grad_scores = (weights * (tl.dot(v, grad.T, input_precision=PRECISION) - delta[None, :])).to(k.dtype)
     dk = tl.dot(grad_scores, q, dk, input_precision=PRECISION)
     if FUSED:
-        dq = product(grad_scores.T, k, PRECISION)
+        dq = tl.dot(grad_scores.T, k, input_precision=PRECISION)
         if TMA:
             DQ.atomic_add([batch, head, row0 + m0, 0], dq.reshape([1, 1, BM, D]))
         else:

@@ -30,11 +30,6 @@ def load_tile(
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
 def key_tiles(DOC_START, UPPER, OWN_START, OWN_END, first, last, noisy, BN: tl.constexpr):
     """The key tiles that the query rows [first, last] see, from their first and last row alone: spans never fall.
 

@@ -7,7 +7,7 @@ to BM. There is no mask: each row sees every key of its sequence.
 import triton
 import triton.language as tl
 
-from bd3_scale.attention.kernels.common import load_tile, product
+from bd3_scale.attention.kernels.common import load_tile
 from bd3_scale.attention.kernels.forward import softmax_step
 
 
@@ -45,12 +45,14 @@ def decode_kernel(
     for j in range(0, num_full):
         k = load_tile(K, batch, group, start + j * BN, end, k_b, k_n, k_h, BN, D, False, False)
         v = load_tile(V, batch, group, start + j * BN, end, v_b, v_n, v_h, BN, D, False, False)
-        acc, top, total = softmax_step(acc, top, total, product(q, k.T, PRECISION), v, scale_log2, False, PRECISION)
+        acc, top, total = softmax_step(
+            acc, top, total, tl.dot(q, k.T, input_precision=PRECISION), v, scale_log2, False, PRECISION
+        )
     if full_end < end:
         k = load_tile(K, batch, group, full_end, end, k_b, k_n, k_h, BN, D, True, False)
         v = load_tile(V, batch, group, full_end, end, v_b, v_n, v_h, BN, D, True, False)
         seen = (full_end + tl.arange(0, BN) < end)[None, :]
-        scores = tl.where(seen, product(q, k.T, PRECISION), float("-inf"))
+        scores = tl.where(seen, tl.dot(q, k.T, input_precision=PRECISION), float("-inf"))
         acc, top, total = softmax_step(acc, top, total, scores, v, scale_log2, True, PRECISION)
 
     part = ((batch * num_heads + head).to(tl.int64) * num_queries + query) * num_splits + split

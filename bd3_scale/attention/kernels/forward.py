@@ -6,7 +6,7 @@ The log-sum-exp is kept in base 2, −inf in a row that sees nothing: no tile th
 import triton
 import triton.language as tl
 
-from bd3_scale.attention.kernels.common import key_tiles, load_tile, partial_tile, product
+from bd3_scale.attention.kernels.common import key_tiles, load_tile, partial_tile
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def forward_kernel(
     for n0 in range(full_start, full_end, BN):
         k = load_tile(K, batch, group, clean0 + n0, num_keys, k_b, k_n, k_h, BN, D, False, TMA)
         v = load_tile(V, batch, group, clean0 + n0, num_keys, v_b, v_n, v_h, BN, D, False, TMA)
-        scores = product(q, k.T, PRECISION)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
         acc, top, total = softmax_step(acc, top, total, scores, v, scale_log2, False, PRECISION)
 
     doc_start, upper = tl.load(DOC_START + row), tl.load(UPPER + row)
@@ -73,7 +73,7 @@ def forward_kernel(
         v = load_tile(V, batch, group, key0, num_keys, v_b, v_n, v_h, BN, D, True, TMA)
         n = (n0 + tl.arange(0, BN))[None, :]
         seen = (n >= tl.where(is_own, own_start, doc_start)[:, None]) & (n < tl.where(is_own, own_end, upper)[:, None])
-        scores = tl.where(seen, product(q, k.T, PRECISION), float("-inf"))
+        scores = tl.where(seen, tl.dot(q, k.T, input_precision=PRECISION), float("-inf"))
         acc, top, total = softmax_step(acc, top, total, scores, v, scale_log2, True, PRECISION)
 
     total = tl.where(total > 0.0, total, 1.0)

@@ -152,10 +152,10 @@ def _usage(cubin: bytes, shared: int) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        resources = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True, timeout=120)
-        sass = subprocess.run([tool, "-sass", file], capture_output=True, text=True, check=True, timeout=120)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", resources.stdout)
-    assert found, resources.stdout
-    names = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass.stdout, re.MULTILINE)
+        command = [tool, "-res-usage", "-sass", file]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    assert found, printed
+    names = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", printed, re.MULTILINE)
     counts = {name: names.count(name) for name in _COUNTED}
     return Usage(int(found[1]), int(found[2]), shared, {name: n for name, n in counts.items() if n})
