@@ -74,18 +74,34 @@ def test_float16(problem: Problem) -> None:
     run(problem, torch.float16, deterministic=True)
 
 
+def run_through_descriptors(problem: Problem, lay: Callable[[Tensor], Tensor]) -> None:
+    tensors = problem.tensors(torch.float32)
+    leaves = [x.double().requires_grad_() for x in tensors[:3]]
+    spans, num_noisy = problem.spans(), problem.num_noisy
+    want = reference_attention(*leaves, spans, num_noisy, 0.3)
+    expected = [want.detach(), *torch.autograd.grad(want, leaves, tensors[3].double())]
+    q, k, v, grad = map(lay, tensors)
+    out, lse = launch.forward(q, k, v, spans, num_noisy, 0.3, tma=True)
+    got = launch.backward(grad, q, k, v, out, lse, spans, num_noisy, 0.3, True, tma=True)
+    assert_close([out, *got], expected, 2e-6)
+
+
 @seed(3)
 @settings(INTERPRETED, max_examples=10)
 @given(problem=problems(max_len=40, max_batch=2, max_heads=2).filter(lambda p: p.clean_stream))
 @example(LONG)
 def test_loads_through_descriptors(problem: Problem) -> None:
-    q, k, v, grad = problem.tensors(torch.float32)
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    spans, num_noisy = problem.spans(), problem.num_noisy
-    want = reference_attention(*leaves, spans, num_noisy, 0.3)
-    out, lse = launch.forward(q, k, v, spans, num_noisy, 0.3, tma=True)
-    got = launch.backward(grad, q, k, v, out, lse, spans, num_noisy, 0.3, True, tma=True)
-    assert_close([out, *got], [want.detach(), *torch.autograd.grad(want, leaves, grad.double())], 2e-6)
+    run_through_descriptors(problem, lambda x: x)
+
+
+@pytest.mark.parametrize("padding", [(0, 1), (1, 3)], ids=["strides", "address"])
+def test_what_no_descriptor_can_hold_is_copied(padding: tuple[int, int]) -> None:
+    """Rows 17 numbers apart; rows of 20 that start 4 bytes beyond a multiple of 16."""
+
+    def lay(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, padding)[..., padding[0] : padding[0] + x.shape[3]]
+
+    run_through_descriptors(LONG._replace(documents=[[20]], num_noisy=1), lay)
 
 
 @seed(4)

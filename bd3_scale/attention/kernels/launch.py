@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bd3_scale.attention.kernels import backward as gradients
 from bd3_scale.attention.kernels.decode import combine_kernel, decode_kernel
 from bd3_scale.attention.kernels.forward import forward_kernel
-from bd3_scale.attention.kernels.tiles import Tile, decode_tile, tile_for, uses_tma
+from bd3_scale.attention.kernels.tiles import DELTA_ROWS, MOST_SPLITS, Tile, decode_tile, tile_for, uses_tma
 
 LOG2_E = math.log2(math.e)
 
@@ -62,11 +62,11 @@ def forward(
     tile = call.tile("forward")
     out = torch.empty_like(q)
     lse = q.new_empty((call.batch, call.heads, q.shape[1]), dtype=torch.float32)
-    (k_arg, v_arg), with_tma = _streamed(call, tile.keys, k, v)
+    k_arg, v_arg = _streamed(call, tile.keys, k, v)
     with _on(q.device):
         forward_kernel[(call.row_programs(tile),)](
             q, k_arg, v_arg, out, lse, call.spans, scale * LOG2_E, *call.sizes, *_strides(q, k, v, out),
-            **call.options(tile, tma=with_tma),
+            **call.options(tile, tma=call.tma),
         )  # fmt: skip
     return out, lse
 
@@ -111,8 +111,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float
     rows = heads // groups * num_queries
     tile = decode_tile(rows, head_dim, q.dtype)
     programs = batch * groups * triton.cdiv(rows, tile.rows)
-    # Enough splits for two programs a multiprocessor, of two key tiles at the least; more than 128 spill in the sum.
-    most = min(max(triton.cdiv(num_keys, 2 * tile.keys), 1), 128)
+    # Enough splits for two programs a multiprocessor, of two key tiles at the least.
+    most = min(max(triton.cdiv(num_keys, 2 * tile.keys), 1), MOST_SPLITS)
     keys_per_split = triton.cdiv(
         triton.cdiv(num_keys, min(most, triton.cdiv(2 * _processors(q.device), programs))), tile.keys
     )
@@ -136,10 +136,9 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float
 
 
 def _delta(call: _Call, out: Tensor, grad: Tensor) -> Tensor:
-    rows = 64
     delta = torch.empty((call.batch, call.heads, out.shape[1]), dtype=torch.float32, device=out.device)
-    gradients.delta_kernel[(call.batch * call.heads * triton.cdiv(out.shape[1], rows),)](
-        out, grad, delta, call.heads, out.shape[1], *_strides(out, grad), BM=rows, D=call.head_dim
+    gradients.delta_kernel[(call.batch * call.heads * triton.cdiv(out.shape[1], DELTA_ROWS),)](
+        out, grad, delta, call.heads, out.shape[1], *_strides(out, grad), BM=DELTA_ROWS, D=call.head_dim
     )
     return delta
 
@@ -148,10 +147,10 @@ def _query_gradient(
     call: _Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor
 ) -> None:
     tile = call.tile("query_gradient")
-    (k_arg, v_arg), with_tma = _streamed(call, tile.keys, k, v)
+    k_arg, v_arg = _streamed(call, tile.keys, k, v)
     gradients.query_gradient_kernel[(call.row_programs(tile),)](
         q, k_arg, v_arg, grad, dq, lse, delta, call.spans, call.scale, call.scale * LOG2_E, *call.sizes,
-        *_strides(q, k, v, grad, dq), **call.options(tile, tma=with_tma),
+        *_strides(q, k, v, grad, dq), **call.options(tile, tma=call.tma),
     )  # fmt: skip
 
 
@@ -173,11 +172,10 @@ def _key_gradients(
     programs = call.batch * call.groups
     num_clean = call.num_keys - call.num_noisy * call.num_rows
     tile = call.tile("fused_gradient" if fused else "clean_key_gradient")
-    args, with_tma = _streamed(call, tile.rows, q, grad, *([dq] if fused else []))
-    q_arg, grad_arg, dq_arg = (*args, dq)[:3]
+    q_arg, grad_arg, dq_arg = (*_streamed(call, tile.rows, q, grad, *([dq] if fused else [])), dq)[:3]
     gradients.clean_key_gradient_kernel[(programs * triton.cdiv(num_clean, tile.keys),)](
         q_arg, k, v, grad_arg, dq_arg, *grads[1:], lse, delta, call.spans, call.scale, call.scale * LOG2_E,
-        *call.sizes, *strides, FUSED=fused, SCAN=512, **call.options(tile, tma=with_tma, spans=False),
+        *call.sizes, *strides, FUSED=fused, SCAN=512, **call.options(tile, tma=call.tma, spans=False),
     )  # fmt: skip
     if call.num_noisy:
         tile = call.tile("noisy_key_gradient")
@@ -188,14 +186,14 @@ def _key_gradients(
         )  # fmt: skip
 
 
-def _streamed(call: _Call, rows: int, *tensors: Tensor) -> tuple[tuple[Any, ...], bool]:
-    """Descriptors of the tensors that a kernel loops over, with tiles of `rows`; themselves where one does not fit."""
-    if not (call.tma and all(_fits_descriptor(x) for x in tensors)):
-        return tensors, False
-    return tuple(_descriptor(x, rows) for x in tensors), True
+def _streamed(call: _Call, rows: int, *tensors: Tensor) -> tuple[Any, ...]:
+    """The tensors that a kernel loops over in tiles of `rows`; as descriptors where it loads through those."""
+    return tuple(_descriptor(x, rows) for x in tensors) if call.tma else tensors
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    if not _fits_descriptor(x):
+        x = x.clone(memory_format=torch.contiguous_format)
     heads_first = x.transpose(1, 2)
     # The stride of a dimension of one is never used, but must be a multiple of 16 bytes all the same.
     strides = [x.shape[-1] if n == 1 else s for n, s in zip(heads_first.shape, heads_first.stride(), strict=True)]

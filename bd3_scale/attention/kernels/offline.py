@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bd3_scale.attention.kernels import backward, decode, forward
-from bd3_scale.attention.kernels.tiles import Tile, candidates, decode_tile, uses_tma
+from bd3_scale.attention.kernels.tiles import DELTA_ROWS, MOST_SPLITS, Tile, candidates, decode_tile, uses_tma
 
 # Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -44,6 +44,8 @@ _FUNCTIONS = {
     "noisy_key_gradient": backward.noisy_key_gradient_kernel,
     "noisy_fused_gradient": backward.noisy_key_gradient_kernel,
     "decode": decode.decode_kernel,
+    "combine": decode.combine_kernel,
+    "delta": backward.delta_kernel,
 }
 
 
@@ -89,6 +91,10 @@ def variants(chip: int) -> Iterator[Variant]:
 
 
 def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, ...]:
+    if kernel == "combine":
+        return (Tile(MOST_SPLITS, head_dim, 4, 1),)
+    if kernel == "delta":
+        return (Tile(DELTA_ROWS, head_dim, 4, 1),)
     if kernel == "decode":
         return tuple(decode_tile(rows, head_dim, dtype) for rows in (16, 64))
     return candidates(kernel.replace("noisy_fused", "noisy_key"), head_dim, dtype, capability)
@@ -128,7 +134,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
     constants = {
         "GROUP": 1 if variant.smallest else 4, "BM": tile.rows, "BN": tile.keys, "D": variant.head_dim,
         "TMA": variant.tma, "FUSED": "fused" in variant.kernel, "PRECISION": "tf32x3", "NUM_SPANS": 3, "SCAN": 512,
-        "HAS_LENGTHS": True, "num_noisy": 1,
+        "SPLITS": MOST_SPLITS, "HAS_LENGTHS": True, "num_noisy": 1,
     }  # fmt: skip
     return {**constants, **dict.fromkeys(sizes if variant.smallest else (), 1)}
 
@@ -152,7 +158,7 @@ def _usage(cubin: bytes, shared: int) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        command = [tool, "-res-usage", "-sass", file]
+        command = [str(tool), "-res-usage", "-sass", str(file)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
     assert found, printed

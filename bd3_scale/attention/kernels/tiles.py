@@ -15,6 +15,12 @@ import torch
 KERNELS = ("forward", "query_gradient", "clean_key_gradient", "noisy_key_gradient", "fused_gradient")
 
 
+# Parts of the keys in decoding, at the most: the sum over them holds all in registers.
+MOST_SPLITS = 128
+# Rows of a program that multiplies outputs with their gradients.
+DELTA_ROWS = 64
+
+
 class Tile(NamedTuple):
     """Query rows and keys of a tile, warps of a program, and stages of the pipeline that loads tiles."""
 
