@@ -160,9 +160,22 @@ def measure(cases: Sequence[Case], device: str, *, quick: bool) -> Iterator[dict
         torch.manual_seed(0)
         torch._dynamo.reset()  # FlexAttention is compiled for this shape alone, as for a training with it
         if isinstance(case, Training):
+            if device == "cuda":
+                choose_tiles(case)
             yield from measure_training(case, device, clock, peaks[case.dtype])
         else:
             yield measure_decoding(case, device, clock)
+
+
+def choose_tiles(case: Training) -> None:
+    """Let the kernels be tuned for the case, as a training has them."""
+    from bd3_scale.attention.kernels.tiles import use_choices
+    from bd3_scale.attention.kernels.tuning import tune
+
+    use_choices({})
+    shape = (case.batch, case.seq_len, case.heads, case.head_dim)
+    for deterministic in (True, False):
+        tune(shape, case.groups, case.block_size, case.dtype, torch.device("cuda"), deterministic=deterministic)
 
 
 def measure_training(case: Training, device: str, clock: Clock, peak: float) -> Iterator[dict[str, Any]]:
@@ -251,14 +264,20 @@ def dense_attention(spans: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
 
 def causal_attentions(*streams: Tensor) -> tuple[Tensor, Tensor]:
     q, q2, k, k2, v, v2 = streams
-    return repeated_attention(q, k, v, is_causal=True), repeated_attention(q2, k2, v2, is_causal=True)
+    return torch_attention(q, k, v, is_causal=True), torch_attention(q2, k2, v2, is_causal=True)
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """PyTorch's attention of [batch, rows, heads, head_dim], which shares key/value heads among queries by itself."""
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, enable_gqa=q.shape[2] != k.shape[2], **options).transpose(1, 2)
 
 
 def repeated_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """PyTorch's attention of [batch, rows, heads, head_dim], key/value heads repeated where they are fewer."""
+    """The same with key/value heads repeated where they are fewer, as where a mask keeps the quick kernels away."""
     if q.shape[2] != k.shape[2]:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options).transpose(1, 2)
+    return torch_attention(q, k, v, **options)
 
 
 def measure_decoding(case: Decoding, device: str, clock: Clock) -> dict[str, Any]:
@@ -300,22 +319,26 @@ class Clock:
 
     def medians(self, functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """Milliseconds by name."""
-        if self.device == "cuda":
-            from triton.testing import do_bench
-
-            return {name: do_bench(f, warmup=50, rep=300, return_mode="median") for name, f in functions.items()}
-        # In turns, so that what else the machine does falls on all of them.
         started = time.perf_counter()
         for function in functions.values():
             function()
-        rounds = 1 if self.quick else min(25, max(5, int(20 / (time.perf_counter() - started))))
+        most = 3 if self.device == "cuda" else 25
+        rounds = 1 if self.quick else min(most, max(3, int(20 / (time.perf_counter() - started))))
+        # In turns, so that what else the machine does falls on all of them.
         times: dict[str, list[float]] = {name: [] for name in functions}
         for _ in range(rounds):
             for name, function in functions.items():
-                started = time.perf_counter()
-                function()
-                times[name].append(1e3 * (time.perf_counter() - started))
+                times[name].append(self.milliseconds(function))
         return {name: statistics.median(samples) for name, samples in times.items()}
+
+    def milliseconds(self, function: Callable[[], object]) -> float:
+        if self.device == "cuda":
+            from triton.testing import do_bench
+
+            return float(do_bench(function, warmup=25, rep=100, return_mode="median"))
+        started = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - started)
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of a large square matrix product."""

@@ -21,15 +21,17 @@ def check_block_arguments(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_no
     num_rows = spans.shape[2]
     if num_noisy < 0:
         raise ValueError(f"num_noisy is {num_noisy}: give the number of noisy copies, 0 or more")
-    allowed = {rows for rows in (num_noisy * num_rows, (num_noisy + 1) * num_rows) if rows} or {0}
-    if q.shape[1] not in allowed:
+    noisy_rows = num_noisy * num_rows
+    # In comparisons alone: a length in a set is a constant to `torch.compile`, and every other length one more graph.
+    if q.shape[1] != noisy_rows + num_rows and (num_noisy == 0 or q.shape[1] != noisy_rows):
+        allowed = f"{noisy_rows} or {noisy_rows + num_rows}" if num_noisy else f"{num_rows}"
         raise ValueError(
-            f"q has {q.shape[1]} rows: {' or '.join(map(str, sorted(allowed)))} are needed for num_noisy={num_noisy} "
-            f"noisy copies of {num_rows} positions, with or without the clean queries after them"
+            f"q has {q.shape[1]} rows: {allowed} are needed for num_noisy={num_noisy} noisy copies of {num_rows} "
+            "positions, with or without the clean queries after them"
         )
-    num_keys = k.shape[1] - num_noisy * num_rows
+    num_keys = k.shape[1] - noisy_rows
     # Clean rows need clean keys; `torch.compile` compares no symbolic number with a boolean.
-    fewest = 1 if q.shape[1] > num_noisy * num_rows else 0
+    fewest = 1 if q.shape[1] > noisy_rows else 0
     whole = spans.shape[0] == 3
     if num_keys != num_rows if whole and (num_keys or fewest) else num_keys < fewest:
         raise ValueError(

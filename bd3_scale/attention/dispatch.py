@@ -13,7 +13,7 @@ from bd3_scale.attention import ops
 from bd3_scale.attention.backends import choose_backend
 from bd3_scale.attention.checks import check_block_arguments, check_decode_arguments
 from bd3_scale.attention.reference import reference_attention, reference_decode
-from bd3_scale.attention.spans import own_block
+from bd3_scale.attention.spans import check_spans, own_block
 
 
 def block_attention(
@@ -52,14 +52,16 @@ def block_attention(
     backend = choose_backend(backend, q.device, q.dtype, q.shape[-1])
     if backend == "triton":
         q, k, v = (_with_whole_heads(x) for x in (q, k, v))
-    if num_noisy and k.shape[1] == num_noisy * spans.shape[2]:
-        spans, num_noisy = _noisy_rows_as_documents(spans, num_noisy), 0
     if backend == "reference":
+        if spans.device.type == "cpu":
+            check_spans(spans, num_keys=k.shape[1] - num_noisy * spans.shape[2])
         return reference_attention(q, k, v, spans, num_noisy, scale)
     if backend == "flex":
         from bd3_scale.attention.flex import flex_block_attention
 
         return flex_block_attention(q, k, v, spans, num_noisy, scale)
+    if num_noisy and k.shape[1] == num_noisy * spans.shape[2]:
+        spans, num_noisy = _noisy_rows_as_documents(spans, num_noisy), 0
     return ops.block_attention(q, k, v, spans, num_noisy, scale, backend)[0]
 
 

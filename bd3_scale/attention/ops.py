@@ -2,7 +2,7 @@
 
 `bd3_scale::block_attention` and its backward carry the backends with a backward of their own (`cpu` and `triton`);
 `bd3_scale::decode_attention` has no backward. Shapes are those of `bd3_scale.attention.dispatch`; `lse` is the
-log-sum-exp of the scaled scores, float32 [B, H, rows], kept for the backend's own backward.
+log-sum-exp of the scaled scores, float32 [B, H, rows], kept for the backend's own backward in the base that it takes.
 """
 
 from typing import Any
@@ -96,6 +96,7 @@ def _(q: Tensor, *_: Any) -> Tensor:
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, spans, ctx.num_noisy, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, spans)
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 

@@ -67,5 +67,8 @@ def reference_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, sc
     """`decode_attention` in float32, or float64 where the inputs are."""
     mask = torch.ones(q.shape[0], q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
     if lengths is not None:
-        mask &= torch.arange(k.shape[1], device=q.device) < lengths[:, None, None]
+        seen_BK = torch.arange(k.shape[1], device=q.device) < lengths[:, None]
+        mask &= seen_BK[:, None]
+        # What a cache holds beyond them may be anything.
+        k, v = (x.masked_fill(~seen_BK[:, :, None, None], 0.0) for x in (k, v))
     return masked_attention(q, k, v, mask, scale)

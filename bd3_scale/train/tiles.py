@@ -12,15 +12,13 @@ from bd3_scale.recipe.schema import Recipe
 
 
 def settle_tiles(recipe: Recipe, backend: str, dtype: torch.dtype, kept: CheckpointManifest | None) -> None:
-    """Take the tiles of the checkpoint, or those that rank 0 finds fastest, on all ranks (collective).
+    """Take the checkpoint's tiles, and where it has none those that rank 0 finds fastest, on all ranks (collective).
 
     Other tiles add in another order: with its own, a resumed run is bitwise the run that was not interrupted.
     """
     if backend != "triton":
         return
-    if kept is not None and kept.attention_tiles:
-        use_choices(kept.attention_tiles)
-        return
+    use_choices(kept.attention_tiles if kept is not None else {})
     use_choices(on_rank_zero(lambda: _tune(recipe, dtype)))
 
 

@@ -59,8 +59,9 @@ def altered(row: int, position: int, value: int, spans: Tensor = SPANS) -> Tenso
 )
 def test_misfits_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     arguments = {"q": Q, "k": K, "v": K, "spans": SPANS} | changes
-    with pytest.raises(ValueError, match=message):
-        block_attention(**arguments)
+    for backend in [changes["backend"]] if "backend" in changes else ["auto", "cpu", "reference"]:
+        with pytest.raises(ValueError, match=message):
+            block_attention(**(arguments | {"backend": backend}))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -234,6 +235,26 @@ def test_compiled_and_eager_agree(form: str) -> None:
         out = function(*leaves)
         results.append([out, *torch.autograd.grad(out, leaves, grad)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_all_lengths_are_one_compiled_graph() -> None:
+    """DESIGN §4.1: no recompilation."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    attend = torch.compile(lambda *x: block_attention(*x, backend="cpu"), fullgraph=True, dynamic=True, backend=graphs)
+    for seq_len, block_size in ((24, 4), (40, 8), (66, 1), (90, 90)):
+        problem = TRAINING._replace(documents=[[seq_len]] * 2, block_sizes=[block_size] * 2)
+        q, k, v, _ = (x.requires_grad_() for x in problem.tensors(torch.float32))
+        want = block_attention(q, k, v, problem.spans(), backend="cpu")
+        assert torch.equal(attend(q, k, v, problem.spans()), want)
+    assert graphs.frame_count == 1
+
+
+def test_the_log_sum_exp_has_no_gradient() -> None:
+    q, k, v, _ = (x.requires_grad_() for x in TRAINING.tensors(torch.float32))
+    out, lse = torch.ops.bd3_scale.block_attention(q, k, v, TRAINING.spans(), 1, 0.3, "cpu")
+    assert out.requires_grad
+    assert not lse.requires_grad
 
 
 @pytest.mark.parametrize("form", ["training", "two copies", "last layer", "prefill", "a rank's rows"])

@@ -28,9 +28,11 @@ def test_decoding_is_the_reference(
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("lengths", [(300, 300), (170, 170), (40, 200), (0, 1), (0, 0)])
+@pytest.mark.parametrize("lengths", [(300, 300), (170, 170), (40, 200), (0, 1), (0, 0), (500, 300)])
 def test_decoding_sees_no_key_beyond_its_length(lengths: tuple[int, int], backend: str) -> None:
     q, k, v = (torch.randn(2, rows, heads, 16, dtype=torch.float64) for rows, heads in ((5, 4), (300, 2), (300, 2)))
+    for one, length in enumerate(lengths):
+        k[one, length:], v[one, length:] = torch.nan, torch.nan
     got = decode_attention(q, k, v, lengths=torch.tensor(lengths), backend=backend)
     for one, length in enumerate(lengths):
         if length == 0:

@@ -14,13 +14,9 @@ from bd3_scale.attention import flex
 from bd3_scale.attention.dispatch import block_attention
 from bd3_scale.attention.reference import dense_mask, reference_attention
 from bd3_scale.attention.spans import make_spans, take_ranges
+from tests.attention.cases import document_start
 
 HEADS, GROUPS, SCALE = 4, 2, 0.3
-
-
-def document_start(lengths: list[int]) -> torch.Tensor:
-    sizes = torch.tensor(lengths)
-    return (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
 
 
 def blind_rows() -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bd3_scale.attention.dispatch import block_attention, decode_attention
-from bd3_scale.attention.spans import make_spans
-from tests.attention.cases import Problem, document_start, problems
+from tests.attention.cases import Problem, problems
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 NAMES = ("output", "gradient of q", "gradient of k", "gradient of v")
@@ -28,6 +29,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 def restore_determinism() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()  # FlexAttention is compiled for the shapes of one test alone
 
 
 def results(problem: Problem, dtype: torch.dtype, backend: str, *, deterministic: bool = True) -> list[Tensor]:
@@ -110,16 +112,21 @@ def test_compiled_and_eager_agree() -> None:
 
 
 def exercise_every_kernel() -> None:
-    """What `compute-sanitizer` watches: ragged shapes, both backwards, decoding."""
-    spans = make_spans(document_start([77, 120])[None], 7).cuda()
-    for head_dim in (64, 128):
-        q = torch.randn(1, 394, 4, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        k, v = (torch.randn(1, 394, 2, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "kv")
+    """What `compute-sanitizer` watches: ragged shapes of every form, both backwards, decoding."""
+    ragged = large(documents=[[77, 120], [197]], block_sizes=[7, 7], heads=4)
+    forms = [
+        *(ragged._replace(head_dim=head_dim) for head_dim in (64, 128, 256)),
+        ragged._replace(num_noisy=2),
+        ragged._replace(clean_queries=False),
+        ragged._replace(documents=[[203]], block_sizes=[7], ranges=[(7, 77), (140, 203)]),
+        ragged._replace(documents=[[1030]], block_sizes=[1000]),
+    ]
+    for problem, dtype in [*((form, torch.bfloat16) for form in forms), (forms[0], torch.float32)]:
         for deterministic in (True, False):
-            torch.use_deterministic_algorithms(deterministic)
-            block_attention(q, k, v, spans, backend="triton").sum().backward()
-        with torch.no_grad():
-            decode_attention(q[:, :5], k, v, backend="triton")
+            results(problem, dtype, "triton", deterministic=deterministic)
+        q, k, v, _ = (x.cuda() for x in problem.tensors(dtype))
+        for lengths in (None, torch.full((len(q),), 33, device="cuda")):
+            decode_attention(q[:, :5], k, v, lengths=lengths, backend="triton")
     torch.cuda.synchronize()
 
 
@@ -132,10 +139,12 @@ def test_compute_sanitizer_is_clean(tool: str) -> None:
     done = subprocess.run(
         [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
         cwd=Path(__file__).parents[2],
+        # Pieces of PyTorch's large segments have no bounds of their own.
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,
         timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "0 errors" in done.stdout or "0 hazards" in done.stdout, done.stdout[-2000:]
+    assert re.search(r"\b0 (errors|hazards)", done.stdout), done.stdout[-2000:]

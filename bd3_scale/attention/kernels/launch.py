@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bd3_scale.attention.kernels import backward as gradients
 from bd3_scale.attention.kernels.decode import combine_kernel, decode_kernel
 from bd3_scale.attention.kernels.forward import forward_kernel
-from bd3_scale.attention.kernels.tiles import DELTA_ROWS, MOST_SPLITS, Tile, decode_tile, tile_for, uses_tma
+from bd3_scale.attention.kernels.tiles import DELTA_ROWS, MOST_SPLITS, SCAN, Tile, decode_tile, tile_for, uses_tma
 
 LOG2_E = math.log2(math.e)
 
@@ -175,7 +175,7 @@ def _key_gradients(
     q_arg, grad_arg, dq_arg = (*_streamed(call, tile.rows, q, grad, *([dq] if fused else [])), dq)[:3]
     gradients.clean_key_gradient_kernel[(programs * triton.cdiv(num_clean, tile.keys),)](
         q_arg, k, v, grad_arg, dq_arg, *grads[1:], lse, delta, call.spans, call.scale, call.scale * LOG2_E,
-        *call.sizes, *strides, FUSED=fused, SCAN=512, **call.options(tile, tma=call.tma, spans=False),
+        *call.sizes, *strides, FUSED=fused, SCAN=SCAN, **call.options(tile, tma=call.tma, spans=False),
     )  # fmt: skip
     if call.num_noisy:
         tile = call.tile("noisy_key_gradient")

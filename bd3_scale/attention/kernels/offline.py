@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bd3_scale.attention.kernels import backward, decode, forward
-from bd3_scale.attention.kernels.tiles import DELTA_ROWS, MOST_SPLITS, Tile, candidates, decode_tile, uses_tma
+from bd3_scale.attention.kernels.tiles import DELTA_ROWS, MOST_SPLITS, SCAN, Tile, candidates, decode_tile, uses_tma
 
 # Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -49,6 +49,11 @@ _FUNCTIONS = {
 }
 
 
+# One noisy copy of whole sequences; sizes of one, which Triton compiles as constants; a context-parallel rank's rows of
+# any number of copies.
+TRAINING, SMALLEST, RANK = "training", "sizes of 1", "a rank's rows"
+
+
 class Variant(NamedTuple):
     """One way in which a kernel is launched."""
 
@@ -57,12 +62,12 @@ class Variant(NamedTuple):
     dtype: torch.dtype
     tile: Tile
     tma: bool
-    smallest: bool = False  # sizes of one, which Triton compiles as constants
+    form: str = TRAINING
 
     def __str__(self) -> str:
         loads = "TMA" if self.tma else "pointers"
-        sizes = " sizes of 1" * self.smallest
-        return f"{self.kernel} D{self.head_dim} {_TYPES[self.dtype]} {self.tile.rows}×{self.tile.keys} {loads}{sizes}"
+        form = f" {self.form}" * (self.form != TRAINING)
+        return f"{self.kernel} D{self.head_dim} {_TYPES[self.dtype]} {self.tile.rows}×{self.tile.keys} {loads}{form}"
 
 
 class Usage(NamedTuple):
@@ -78,7 +83,10 @@ _COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "UTMAREDG", "LDGST
 
 
 def variants(chip: int) -> Iterator[Variant]:
-    """Every tile of every kernel for 64, 128 and 256 dimensions a head, as launched on `chip` (90 for sm_90)."""
+    """Every tile of every kernel for 64, 128 and 256 dimensions a head, as launched on `chip` (90 for sm_90).
+
+    bfloat16 and float32; float16 and the other forms with the first tile of one head dimension.
+    """
     capability = divmod(chip, 10)
     for kernel, head_dim, dtype in itertools.product(_FUNCTIONS, (64, 128, 256), (torch.bfloat16, torch.float32)):
         if dtype == torch.float32 and head_dim == 256:
@@ -87,7 +95,9 @@ def variants(chip: int) -> Iterator[Variant]:
         tiles = _tiles(kernel, head_dim, dtype, capability)
         yield from (Variant(kernel, head_dim, dtype, tile, tma) for tile in tiles)
         if (head_dim, dtype) == (64, torch.bfloat16):
-            yield Variant(kernel, head_dim, dtype, tiles[0], tma, smallest=True)
+            yield Variant(kernel, head_dim, dtype, tiles[0], tma, SMALLEST)
+        if (head_dim, dtype) == (128, torch.bfloat16):
+            yield Variant(kernel, head_dim, torch.float16, tiles[0], tma, RANK)
 
 
 def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, ...]:
@@ -131,12 +141,14 @@ def compile_variant(variant: Variant, chip: int) -> Usage:
 def _constants(variant: Variant) -> dict[str, Any]:
     tile = variant.tile
     sizes = ("batch_size", "num_heads", "num_rows", "num_streams", "num_queries", "num_splits")
-    constants = {
-        "GROUP": 1 if variant.smallest else 4, "BM": tile.rows, "BN": tile.keys, "D": variant.head_dim,
-        "TMA": variant.tma, "FUSED": "fused" in variant.kernel, "PRECISION": "tf32x3", "NUM_SPANS": 3, "SCAN": 512,
-        "SPLITS": MOST_SPLITS, "HAS_LENGTHS": True, "num_noisy": 1,
+    constants: dict[str, Any] = {
+        "GROUP": 1 if variant.form == SMALLEST else 4, "BM": tile.rows, "BN": tile.keys, "D": variant.head_dim,
+        "TMA": variant.tma, "FUSED": "fused" in variant.kernel, "PRECISION": "tf32x3", "SCAN": SCAN,
+        "SPLITS": MOST_SPLITS, "NUM_SPANS": 5 if variant.form == RANK else 3, "HAS_LENGTHS": variant.form != RANK,
     }  # fmt: skip
-    return {**constants, **dict.fromkeys(sizes if variant.smallest else (), 1)}
+    if variant.form == RANK:
+        return {**constants, "LENGTHS": None}
+    return {**constants, "num_noisy": 1, **dict.fromkeys(sizes if variant.form == SMALLEST else (), 1)}
 
 
 def _type(variant: Variant, name: str) -> str:
