@@ -11,8 +11,8 @@ In decoding, dense repeats the key/value heads for PyTorch's attention, the time
 
 A ratio above 1 says how many times quicker bd3_scale is. FLOP/s count the mask's real pairs alone, in two products
 forward and five backward, and "of limit" is their share of what a large matrix product reaches in the same run (on a
-CPU in the quicker of the dtypes); in decoding, bytes read and written against those of a large copy. Where two results of the same attention differ, there is
-no number: the exit status is 1. Times are medians.
+CPU in the quicker of the dtypes); in decoding, bytes read and written against those of a large copy. Where two results
+of the same attention differ, there is no number: the exit status is 1. Times are medians.
 """
 
 from __future__ import annotations
