@@ -19,6 +19,29 @@ def groups():
         yield opened
 
 
+@pytest.fixture(scope="session")
+def token_nll():
+    """What a model gives for the clean tokens at `rows`, indices into the flattened [B, L], of a two-stream forward."""
+    import torch
+
+    from bd3_scale.model.rows import ModelInputs
+
+    def compute(model, noisy, clean, positions, spans, rows):
+        sequence, position = rows // clean.shape[1], rows % clean.shape[1]
+        inputs = ModelInputs(
+            tokens=torch.cat([noisy, clean], 1),
+            positions=positions,
+            spans=spans,
+            num_noisy=1,
+            head_rows=position * len(clean) + sequence,
+            targets=clean[sequence, position],
+            weights=torch.ones(len(rows)),
+        )
+        return model(inputs)[1]
+
+    return compute
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         import torch

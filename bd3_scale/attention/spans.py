@@ -106,11 +106,26 @@ def _row_rules(spans: Tensor, num_keys: int) -> dict[str, Tensor]:
     }
 
 
-def take_ranges(spans: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+def zigzag_ranges(seq_len: int, rank: int, size: int) -> list[tuple[int, int]]:
+    """Positions of context-parallel rank `rank` of `size`: the rank-th range of 2·size equal ones from either end.
+
+    Early rows see few clean keys and late ones many: one range of each gives all ranks as many query-key pairs.
+    ValueError: `seq_len` does not divide.
+    """
+    if size == 1:
+        return [(0, seq_len)]
+    if seq_len % (2 * size):
+        raise ValueError(f"seq_len {seq_len} does not divide into 2 ranges for each of {size} ranks")
+    length = seq_len // (2 * size)
+    return [(part * length, (part + 1) * length) for part in (rank, 2 * size - 1 - rank)]
+
+
+def take_ranges(spans: Tensor, ranges: Sequence[tuple[int, int]], *, own_keys: bool = True) -> Tensor:
     """Spans int32 [5, B, R] of the positions in `ranges`, which are those of one context-parallel rank.
 
     spans: int32 [3, B, L] of the whole sequences, on the host. ranges: [start, end) pairs in ascending order, each of
-    whole blocks of every sequence. Rows are numbered through all ranges, R in sum.
+    whole blocks of every sequence. Rows are numbered through all ranges, R in sum. Without `own_keys` the rows see no
+    noisy keys of their rank (those of all ranks are gathered in place of clean ones), and ranges may cut blocks.
     ValueError: ranges that overlap, leave the sequence or cut a block.
     """
     check_spans(spans)
@@ -122,16 +137,17 @@ def take_ranges(spans: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
                 f"{spans.shape[2]}"
             )
         cut = (spans[1, :, start] != start) | (spans[2, :, end - 1] != end)
-        if bool(cut.any()):
+        if own_keys and bool(cut.any()):
             raise ValueError(
                 f"ranges: [{start}, {end}) cuts a block of sequence {int(cut.nonzero()[0])}: noisy keys stay with "
                 "their rank, so give every rank whole blocks"
             )
         previous_end = end
-    rows = torch.cat([torch.arange(start, end, device=spans.device) for start, end in ranges])
-    shift = torch.arange(len(rows), device=spans.device) - rows
-    taken = spans[:, :, rows]
-    return torch.cat([taken, (taken[1:] + shift).to(torch.int32)])
+    places = torch.cat([torch.arange(start, end, device=spans.device) for start, end in ranges])
+    row = torch.arange(len(places), device=spans.device, dtype=torch.int32)
+    taken = spans[:, :, places]
+    own = taken[1:] + (row - places).to(torch.int32) if own_keys else row.expand(2, spans.shape[1], -1)
+    return torch.cat([taken, own])
 
 
 def own_block(spans: Tensor) -> tuple[Tensor, Tensor]:

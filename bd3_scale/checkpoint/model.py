@@ -24,17 +24,18 @@ def open_model(
 ) -> Iterator[tuple[BlockDiffusionTransformer, CheckpointManifest, ProcessGroups]]:
     """The averaged weights where kept, else the last ones, in the precision of training, and the process groups.
 
-    In one process the model is whole; under torchrun or SLURM it is split as in training.
+    In one process the model is whole; under torchrun or SLURM its matrices are split over as many ranks as in training,
+    and the other ranks are replicas.
 
     Raises:
         ValueError: the checkpoint is incomplete or damaged.
     """
     manifest = read_manifest(checkpoint)
-    recipe = manifest.recipe
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        recipe = recipe.model_copy(update={"parallel": ParallelRecipe()})
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    parallel = ParallelRecipe(tensor=1 if alone else manifest.recipe.parallel.tensor)
+    recipe = manifest.recipe.model_copy(update={"parallel": parallel})
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with process_groups(recipe.parallel) as groups:
-        model = build_model(recipe, manifest.vocabulary, groups, dtype=dtype, device=local_device(), seed=None)
-        load_weights(checkpoint, manifest, parameter_layouts(model))
+        (model,) = build_model(recipe, manifest.vocabulary, groups, dtype=dtype, device=local_device(), seed=None)
+        load_weights(checkpoint, manifest, parameter_layouts([model]))
         yield model.eval(), manifest, groups

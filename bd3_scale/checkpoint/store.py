@@ -123,7 +123,7 @@ def _state_boxes(zero: ZeroState, layouts: Sequence[ParameterLayout], *, writers
     boxes: list[Box] = []
     for fragment in zero.fragments():
         layout = by_parameter[id(fragment.parameter)]
-        if layout.writer or not writers_only:
+        if (layout.writer and zero.writer) or not writers_only:
             boxes += boxes_of(layout.pieces, fragment.start, fragment.states)
     return boxes
 

@@ -1,50 +1,114 @@
-"""From a batch of clean sequences to what the two-stream forward takes.
+"""From a batch of clean sequences to what a rank's model takes.
 
 Everything is computed on the host, with the data: the device never waits to learn how many rows are masked.
 
-Shapes: B sequences, L data tokens a sequence, M masked tokens.
+Legend: B sequences, L data tokens a sequence, C noisy copies, R positions of this context-parallel rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from bd3_scale.attention.spans import make_spans, take_ranges, zigzag_ranges
 from bd3_scale.data.batch import Batch
 from bd3_scale.diffusion.nelbo import loss_weight
 from bd3_scale.diffusion.noise import Noise
+from bd3_scale.model.rows import ModelInputs
+
+# Rank and number of the ranks that split the positions of a sequence.
+Context = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class NoisyBatch:
-    """Inputs of `BlockDiffusionTransformer.forward` and the loss weight of each masked token.
+def corrupt(
+    batch: Batch,
+    noises: Sequence[Noise],
+    block_size: int,
+    *,
+    mask_id: int,
+    device: torch.device,
+    context: Context = (0, 1),
+) -> ModelInputs:
+    """Noisy copies of this rank's positions beside the clean tokens, whose loss is the mean over the copies.
 
-    Attributes:
-        noisy_BL, clean_BL, positions_BL: int64 [B, L].
-        spans: int32 [3, B, L].
-        rows_M: int64 [M], the masked tokens as indices into the flattened [B, L].
-        weight_M: float32 [M].
+    Where a block is the whole sequence no row would see a clean one, and there are none.
+    ValueError: documents whose blocks the ranks' ranges would cut.
     """
-
-    noisy_BL: Tensor
-    clean_BL: Tensor
-    positions_BL: Tensor
-    spans: Tensor
-    rows_M: Tensor
-    weight_M: Tensor
-
-
-def corrupt(batch: Batch, noise: Noise, spans: Tensor, *, mask_id: int, device: torch.device) -> NoisyBatch:
-    """Replace the masked tokens of `batch` by `mask_id` and move everything to `device`."""
-    rows = noise.masked.flatten().nonzero()[:, 0]
-    host = (
-        batch.tokens.masked_fill(noise.masked, mask_id),
-        batch.tokens,
-        batch.positions,
-        spans,
-        rows,
-        loss_weight(noise).flatten()[rows],
+    seq_len = batch.tokens.shape[1]
+    clean_stream = block_size < seq_len
+    positions = _positions(seq_len, context)
+    clean = batch.tokens[:, positions]
+    masked = torch.stack([noise.masked[:, positions] for noise in noises])
+    weights = torch.stack([loss_weight(noise)[:, positions] for noise in noises]) / len(noises)
+    copies = [clean.masked_fill(mask, mask_id) for mask in masked]
+    copy, sequence, row = masked.nonzero().T
+    return _inputs(
+        batch,
+        torch.cat([*copies, clean], 1) if clean_stream else torch.cat(copies, 1),
+        make_spans(batch.document_start, block_size),
+        num_noisy=len(noises),
+        head_rows=(copy * len(positions) + row) * len(clean) + sequence,
+        targets=clean[sequence, row],
+        weights=weights[masked],
+        own_keys=clean_stream,
+        context=context,
+        device=device,
     )
-    return NoisyBatch(*(tensor.to(device, non_blocking=True) for tensor in host))
+
+
+def next_tokens(batch: Batch, *, device: torch.device, context: Context = (0, 1)) -> ModelInputs:
+    """Clean rows alone, each of which sees those before it and predicts the next token of its document: AR."""
+    seq_len = batch.tokens.shape[1]
+    positions = _positions(seq_len, context)
+    clean = batch.tokens[:, positions]
+    following = batch.tokens.roll(-1, 1)[:, positions]
+    within = batch.document_start.roll(-1, 1) == batch.document_start
+    within[:, -1] = False
+    sequence, row = within[:, positions].nonzero().T
+    return _inputs(
+        batch,
+        clean,
+        make_spans(batch.document_start, 1),
+        num_noisy=0,
+        head_rows=row * len(clean) + sequence,
+        targets=following[sequence, row],
+        weights=torch.ones(len(row)),
+        own_keys=True,
+        context=context,
+        device=device,
+    )
+
+
+def masked_places(noise: Noise, context: Context) -> tuple[Tensor, Tensor]:
+    """Sequence and position [M] of each row of the head in what `corrupt` makes of one noise."""
+    positions = _positions(noise.masked.shape[1], context)
+    sequence, row = noise.masked[:, positions].nonzero().T
+    return sequence, positions[row]
+
+
+def _positions(seq_len: int, context: Context) -> Tensor:
+    return torch.cat([torch.arange(start, end) for start, end in zigzag_ranges(seq_len, *context)])
+
+
+def _inputs(
+    batch: Batch,
+    tokens: Tensor,
+    spans: Tensor,
+    *,
+    num_noisy: int,
+    head_rows: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    own_keys: bool,
+    context: Context,
+    device: torch.device,
+) -> ModelInputs:
+    if context[1] > 1:
+        spans = take_ranges(spans, zigzag_ranges(spans.shape[2], *context), own_keys=own_keys)
+    positions = batch.positions[:, _positions(batch.tokens.shape[1], context)]
+    tokens, positions, spans, head_rows, targets, weights = (
+        tensor.to(device, non_blocking=True) for tensor in (tokens, positions, spans, head_rows, targets, weights)
+    )
+    return ModelInputs(tokens, positions, spans, num_noisy, head_rows, targets, weights)

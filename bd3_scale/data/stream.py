@@ -150,16 +150,22 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """The first `sequences` (default: all) of the held-out split, each on one data-parallel rank, in order.
 
-    Rank d of D has the ids d, d + D, …; the last batch may be smaller, and ranks may have unequal numbers. The slots
-    are the ids, the epoch is 0. The first call in a process is collective over all ranks. Raises as `open_shards` does.
+    Rank d of D has the ids d, d + D, …, and all ranks as many batches of `batch_size`, or of fewer where that holds
+    them all: what is left is filled with copies of id −1, that count no token. The slots are the ids, the epoch is 0.
+    The first call in a process is collective over all ranks. Raises as `open_shards` does.
     """
     shards = open_shards(data, manifest, "validation")
     num_sequences = len(shards) if sequences is None else min(sequences, len(shards))
     mine = np.arange(dp_rank, num_sequences, dp_size)
+    most = -(-num_sequences // dp_size)
+    size = min(batch_size, most)
+    filled = np.pad(mine, (0, -(-most // size) * size - len(mine)), constant_values=-1) if size else mine
 
     def batches() -> Iterator[Batch]:
-        for start in range(0, len(mine), batch_size):
-            ids = mine[start : start + batch_size]
-            yield collate([shards[int(i)] for i in ids], ids, ids, 0, data.isolate_documents)
+        for start in range(0, len(filled), size or 1):
+            ids = filled[start : start + size]
+            batch = collate([shards[max(0, int(i))] for i in ids], ids, ids, 0, data.isolate_documents)
+            batch.counted[torch.from_numpy(ids < 0)] = False
+            yield batch
 
     return batches()

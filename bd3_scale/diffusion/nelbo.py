@@ -22,14 +22,14 @@ def loss_weight(noise: Noise) -> Tensor:
     return torch.where(noise.masked, noise.mask_rate.reciprocal(), 0.0)
 
 
-def sequence_nelbo(token_nll: Tensor, noise: Noise, counted: Tensor) -> Tensor:
+def sequence_nelbo(token_nll: Tensor, places: tuple[Tensor, Tensor], noise: Noise, counted: Tensor) -> Tensor:
     """One draw's estimate of each sequence's NELBO in nats, float64 [B]; its mean over draws is unbiased.
 
-    token_nll: [number of masked tokens], nats, in the order of `noise.masked.nonzero()`; counted: bool [B, L], the
-    tokens that perplexity counts. All on one device.
+    token_nll: [number of masked tokens], nats; places: sequence and position of each, int64; counted: bool [B, L], the
+    tokens that perplexity counts. All on one device. Context-parallel ranks have parts of the tokens, and of the sum.
     """
     nll = torch.zeros(noise.masked.shape, dtype=torch.float64, device=token_nll.device)
-    nll[noise.masked] = token_nll.double()
+    nll[places] = token_nll.double()
     return (nll * loss_weight(noise) * counted).sum(1)
 
 

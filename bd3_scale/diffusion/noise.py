@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +89,19 @@ def draw_noise(
         # Compared in float64: a token is masked with exactly the float32 rate that the loss divides by.
         masked[row] = uniform < rates[row].astype(np.float64)
     return Noise(torch.from_numpy(masked), torch.from_numpy(rates))
+
+
+def draw_copies(block_start: Tensor, *, copies: int, low: float, high: float, **how: Any) -> list[Noise]:
+    """Noise of each of `copies` noisy copies that share a clean one; other arguments as for `draw_noise`.
+
+    Two copies are complementary where low + high is 1: what one masks with probability p the other shows, and masks the
+    rest with probability 1 − p, from the same interval; each token is learnt once. Else they are independent draws
+    whose levels differ by half of [0, 1).
+    """
+    if copies == 2 and low + high == 1.0:
+        noise = draw_noise(block_start, low=low, high=high, **how)
+        return [noise, Noise(~noise.masked, 1.0 - noise.mask_rate)]
+    return [draw_noise(block_start, low=low, high=high, draw=i, num_draws=copies, **how) for i in range(copies)]
 
 
 def _levels(count: int, key: tuple[int, int], sample_id: int, order: _Purpose, level: _Purpose) -> NDArray[np.float64]:

@@ -83,7 +83,7 @@ def evaluate_checkpoint(
 
         block_size = manifest.recipe.diffusion.block_size
         estimate = evaluate_nelbo(
-            model,
+            [model],
             held_out_batches(recipe, data, batch_size=EVALUATION_BATCH, **share),
             groups,
             block_size=block_size,

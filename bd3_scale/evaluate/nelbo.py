@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt
+from bd3_scale.data.corrupt import Context, corrupt, masked_places
 from bd3_scale.diffusion.nelbo import NelboEstimate, estimate_nelbo, sequence_nelbo
-from bd3_scale.diffusion.noise import draw_noise
-from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.diffusion.noise import Noise, draw_noise
+from bd3_scale.model.build import Chunks
 from bd3_scale.parallel.collective import gather_objects
 from bd3_scale.parallel.groups import ProcessGroups
+from bd3_scale.parallel.schedule import token_losses
 
 # Evaluation noise depends on no run's seed, so that runs are compared under the same masks.
 NOISE_SEED = 0
@@ -22,7 +24,7 @@ NOISE_SEED = 0
 
 @torch.no_grad()
 def evaluate_nelbo(
-    model: BlockDiffusionTransformer,
+    chunks: Chunks,
     batches: Iterable[Batch],
     groups: ProcessGroups,
     *,
@@ -32,40 +34,54 @@ def evaluate_nelbo(
 ) -> NelboEstimate:
     """NELBO in nats a counted token over all data-parallel ranks' `batches` (collective).
 
-    At block size 1 every token is masked, once: an exact negative log-likelihood, left to right. `progress` is told the
-    number of sequences finished after each batch.
+    At block size 1 every token is masked, once: an exact negative log-likelihood, left to right. All data-parallel
+    ranks have as many batches, of one shape; a sequence of id −1 only fills one up. `progress` is told the number of
+    sequences finished after each batch.
     """
     exact = block_size == 1
     draws = 1 if exact else draws
-    model.eval()
+    for chunk in chunks:
+        chunk.eval()
     sums, counted = [], []
     for batch in batches:
-        counted.append(batch.counted.sum(1))
-        sums.append(torch.stack([_draw(model, batch, block_size, draw, draws, exact=exact) for draw in range(draws)]))
-        progress(len(batch.ids))
+        real = batch.ids >= 0
+        counted.append(batch.counted.sum(1)[real])
+        noises = [_draw(batch, block_size, draw, draws, exact=exact) for draw in range(draws)]
+        sums.append(_sequence_sums(chunks, batch, noises, groups, block_size)[:, real])
+        progress(int(real.sum()))
     local = (
         (torch.cat(sums, 1), torch.cat(counted)) if sums else (torch.empty(draws, 0).double(), torch.empty(0).long())
     )
-    ranks = gather_objects(local, groups.dp_cp)
+    ranks = gather_objects(local, groups.dp)
     return estimate_nelbo(torch.cat([s for s, _ in ranks], 1), torch.cat([c for _, c in ranks]))
 
 
-def _draw(
-    model: BlockDiffusionTransformer, batch: Batch, block_size: int, draw: int, draws: int, *, exact: bool
-) -> Tensor:
-    """One draw's NELBO of each sequence, float64 [B]."""
-    spans = make_spans(batch.document_start, block_size)
-    noise = draw_noise(
-        spans[1],
+def _draw(batch: Batch, block_size: int, draw: int, draws: int, *, exact: bool) -> Noise:
+    return draw_noise(
+        make_spans(batch.document_start, block_size)[1],
         seed=NOISE_SEED,
         epoch=0,
-        sample_ids=batch.ids,
+        sample_ids=batch.ids.clamp(min=0),
         low=1.0 if exact else 0.0,
         high=1.0,
         draw=draw,
         num_draws=draws,
     )
-    device = next(model.parameters()).device
-    noisy = corrupt(batch, noise, spans, mask_id=model.vocabulary.mask_id, device=device)
-    nll = model(noisy.noisy_BL, noisy.clean_BL, noisy.positions_BL, noisy.spans, noisy.rows_M)
-    return sequence_nelbo(nll.cpu(), noise, batch.counted)
+
+
+def _sequence_sums(chunks: Chunks, batch: Batch, noises: list[Noise], groups: ProcessGroups, block_size: int) -> Tensor:
+    """Each draw's NELBO of each sequence, float64 [draws, B], on every rank that holds a part of them."""
+    device = next(chunks[0].parameters()).device
+    context: Context = (groups.cp.rank(), groups.cp.size())
+    mask_id = chunks[0].vocabulary.mask_id
+    inputs = [corrupt(batch, [n], block_size, mask_id=mask_id, device=device, context=context) for n in noises]
+    # The interleaved schedule takes micro-batches in groups of the number of stages.
+    filled = inputs + inputs[-1:] * (-len(inputs) % groups.pp.size() if len(chunks) > 1 else 0)
+    losses = token_losses(chunks, filled, groups)[: len(noises)]
+    sums = torch.zeros(len(noises), len(batch.ids), dtype=torch.float64)
+    for draw, (nll, noise) in enumerate(zip(losses, noises, strict=False)):
+        sums[draw] = sequence_nelbo(nll.cpu(), masked_places(noise, context), noise, batch.counted)
+    sums = sums.to(device)
+    dist.all_reduce(sums, group=groups.cp)
+    dist.all_reduce(sums, group=groups.pp)
+    return sums.cpu()

@@ -18,6 +18,8 @@ from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
+Chunks = list[BlockDiffusionTransformer]
+
 
 def build_model(
     recipe: Recipe,
@@ -27,20 +29,27 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     seed: int | None,
-) -> BlockDiffusionTransformer:
-    """This rank's part of the model on `device`, its weights drawn from `seed`, or left uninitialised for a load.
+) -> Chunks:
+    """This rank's part of the model on `device`: its chunks of the pipeline, or one where there is none.
 
+    Weights are drawn from `seed`, the same on every layout, or left uninitialised for a load.
     ValueError: the recipe's attention cannot run there.
     """
     config = transformer_config(
         recipe.model, recipe.parallel, dtype=dtype, device=device, deterministic=recipe.deterministic
     )
+    assert not config.gradient_accumulation_fusion, "it writes main_grad, which ZeRO never reads"
     backend = attention_backend(recipe, dtype=dtype, device=device)
-    model = BlockDiffusionTransformer(config, recipe.model, vocabulary, groups, attention_backend=backend).to(device)
-    _mark_split_weights(model)
-    if seed is not None:
-        initialise_weights(model, num_layers=recipe.model.num_layers, init_std=recipe.model.init_std, seed=seed)
-    return model
+    every_stage = range(groups.pp.rank(), len(recipe.parallel.chunks(recipe.model.num_layers)), groups.pp.size())
+    chunks = [
+        BlockDiffusionTransformer(config, recipe, vocabulary, groups, chunk=chunk, attention_backend=backend).to(device)
+        for chunk in every_stage
+    ]
+    for chunk in chunks:
+        _mark_split_weights(chunk)
+        if seed is not None:
+            initialise_weights(chunk, num_layers=recipe.model.num_layers, init_std=recipe.model.init_std, seed=seed)
+    return chunks
 
 
 def attention_backend(recipe: Recipe, *, dtype: torch.dtype, device: torch.device) -> str:
@@ -49,8 +58,9 @@ def attention_backend(recipe: Recipe, *, dtype: torch.dtype, device: torch.devic
 
 
 def _mark_split_weights(model: BlockDiffusionTransformer) -> None:
-    """Tell DeepSpeed's gradient norm which weights are split; megatron marks them only where it initialises them
-    itself.
+    """Tell DeepSpeed's gradient norm which weights are split, and which it must not count twice.
+
+    megatron marks the split ones only where it initialises them itself.
     """
     for module in model.modules():
         if (
@@ -59,3 +69,7 @@ def _mark_split_weights(model: BlockDiffusionTransformer) -> None:
         ):
             dim = 1 if isinstance(module, RowParallelLinear) else 0
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+        if isinstance(module, RowParallelLinear) and module.bias is not None:
+            module.bias.partial_over_tp = model.config.sequence_parallel
+    if model.tied_weight is not None and not model.pre_process:
+        model.tied_weight.ds_pipe_replicated = True  # type: ignore[attr-defined]

@@ -19,9 +19,12 @@ def transformer_config(
     """megatron-core's configuration of `model`; weights are left uninitialised, see `initialise_weights`.
 
     Fusions stay off where they need Transformer Engine or apex: `gradient_accumulation_fusion` writes `main_grad`,
-    which DeepSpeed's ZeRO never reads.
+    which DeepSpeed's ZeRO never reads. The interleaved schedule always overlaps its messages, without which two stages,
+    each other's neighbour on both sides, take one message for the other and train on wrong gradients; and gloo still
+    reads a sent tensor whose memory the schedules would have given back.
     """
     on_cpu = device.type == "cpu"
+    chunks = parallel.chunks(model.num_layers)
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -39,6 +42,12 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=_layout(chunks) if parallel.pipeline > 1 else None,
+        pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
@@ -51,5 +60,14 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         batch_p2p_comm=False,
-        deallocate_pipeline_outputs=False,
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        deallocate_pipeline_outputs=not on_cpu,
     )
+
+
+def _layout(chunks: tuple[int, ...]) -> list[list[str]]:
+    """megatron's names of what each chunk holds."""
+    layout = [["decoder"] * layers for layers in chunks]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout

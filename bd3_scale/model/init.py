@@ -21,7 +21,7 @@ _RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight
 @torch.no_grad()
 def initialise_weights(model: MegatronModule, *, num_layers: int, init_std: float, seed: int) -> None:
     """Weights ~ N(0, init_std²), residual writers scaled by 1/√(2·num_layers); norm weights 1; biases 0."""
-    for layout in parameter_layouts(model):
+    for layout in parameter_layouts([model]):
         flat = layout.parameter.data.view(-1)
         for piece in layout.pieces:
             values = _initial_box(piece, num_layers, init_std, seed)

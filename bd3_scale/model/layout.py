@@ -7,7 +7,7 @@ parameters over.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -41,22 +41,24 @@ class Piece:
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """The pieces of one parameter. `writer`: this rank writes it (replicas over tensor-parallel ranks do not)."""
+    """The pieces of one parameter. `writer`: this rank writes it (its replicas on other ranks and stages do not)."""
 
     parameter: nn.Parameter
     pieces: tuple[Piece, ...]
     writer: bool
 
 
-def parameter_layouts(model: MegatronModule) -> list[ParameterLayout]:
-    """Layouts of all trained parameters, in the order of `model.parameters()`."""
+def parameter_layouts(chunks: Sequence[MegatronModule]) -> list[ParameterLayout]:
+    """Layouts of all trained parameters of a rank's pipeline chunks, in the order of their `parameters()`."""
     by_id = {}
-    for entry in nested_values(model.sharded_state_dict()):
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(entry.data, nn.Parameter):
-            by_id[id(entry.data)] = ParameterLayout(entry.data, tuple(_pieces(entry)), _is_writer(entry.replica_id))
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in by_id]
+    for chunk in chunks:
+        for entry in nested_values(chunk.sharded_state_dict()):
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(entry.data, nn.Parameter):
+                by_id[id(entry.data)] = ParameterLayout(entry.data, tuple(_pieces(entry)), _is_writer(entry.replica_id))
+    named = [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
+    missing = [name for name, p in named if id(p) not in by_id]
     assert not missing, f"megatron places no checkpoint tensor for {missing}"
-    return [by_id[id(p)] for p in model.parameters() if p.requires_grad]
+    return [by_id[id(p)] for _, p in named]
 
 
 def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:

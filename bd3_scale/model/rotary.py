@@ -3,7 +3,7 @@
 megatron's own counts rows; here the noisy and the clean row of one token share a position, and positions restart at
 every packed document, so that angles come from explicit positions.
 
-Shapes: S rows, B sequences, H heads, D dimensions a head.
+Legend: S streams, R positions, B sequences, H heads, D dimensions a head.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """cos and sin of the rotary angles, [2, S, B, 1, D] in `dtype` (computed in fp32), for integer positions [B, S]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
-    angles = positions_BS.t().float()[..., None] * theta**-exponents
+def rotary_table(positions_BR: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """cos and sin of the rotary angles, [2, R, B, 1, D] in `dtype` (computed in fp32), for integer positions [B, R]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BR.device) / head_dim
+    angles = positions_BR.t().float()[..., None] * theta**-exponents
     angles = torch.cat([angles, angles], dim=-1)[:, :, None]
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
-def apply_rotary(x_SBHD: Tensor, table: Tensor) -> Tensor:
-    """Rotate queries or keys [S, B, H, D] by `rotary_table`."""
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate queries or keys [S·R, B, H, D], streams of the same positions, by `rotary_table`."""
     cos, sin = table
-    low, high = x_SBHD.chunk(2, dim=-1)
-    return x_SBHD * cos + torch.cat([-high, low], dim=-1) * sin
+    x = x.unflatten(0, (-1, table.shape[1]))
+    low, high = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-high, low], dim=-1) * sin).flatten(0, 1)

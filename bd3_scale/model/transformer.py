@@ -1,128 +1,133 @@
-"""The block diffusion transformer: embedding, megatron-core decoder, vocabulary-parallel head.
+"""The block diffusion transformer: embedding, decoder, vocabulary-parallel head; whole, or one chunk of a pipeline.
 
-Shapes: B sequences, L data tokens a sequence, S rows of the forward (2L in training), M masked rows, V vocabulary
-entries of this tensor-parallel rank.
+Legend: B sequences, R positions of this rank, S streams, C noisy copies, N rows of this rank, M rows of the head,
+X hidden size.
 """
 
 from __future__ import annotations
 
-import torch
-from megatron.core import tensor_parallel
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from typing import Any, cast
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType, ModelType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
-from bd3_scale.model.attention import BlockDiffusionCoreAttention, BlockDiffusionSelfAttention
+from bd3_scale.model.decoder import Decoder, decoder_spec
+from bd3_scale.model.head import OutputLayer
 from bd3_scale.model.kv_cache import KVCache
-from bd3_scale.model.norm import head_norm, hidden_norm
 from bd3_scale.model.rotary import rotary_table
-from bd3_scale.recipe.schema import ModelRecipe
+from bd3_scale.model.rows import ModelInputs, RowContext, by_rank, by_stream
+from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-
-def _block_spec(model: ModelRecipe, *, tensor_parallel: bool, attention_backend: str) -> TransformerBlockSubmodules:
-    norm = hidden_norm(rms=model.normalization == "rmsnorm", bias=model.norm_bias)
-    qk_norm = head_norm(tensor_parallel=tensor_parallel) if model.qk_norm else None
-    attention = ModuleSpec(
-        module=BlockDiffusionSelfAttention,
-        params={"attn_mask_type": AttnMaskType.no_mask},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=ModuleSpec(BlockDiffusionCoreAttention, params={"backend": attention_backend}),
-            linear_proj=RowParallelLinear,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * model.num_layers, layer_norm=norm)
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class BlockDiffusionTransformer(MegatronModule):
-    """A transformer over noisy and clean rows whose head never predicts the mask token or vocabulary padding."""
+    """A transformer over noisy and clean rows whose head never predicts the mask token or vocabulary padding.
+
+    Args:
+        chunk: which of the pipeline's chunks this is, in the order of the layers: the first one has the embedding, the
+            last one the head (and, with tied embeddings, where they are not the same, its own copy of the embedding).
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
-        model: ModelRecipe,
+        recipe: Recipe,
         vocabulary: Vocabulary,
         groups: ProcessGroupCollection,
         *,
+        chunk: int,
         attention_backend: str,
     ) -> None:
         super().__init__(config=config)
+        model, parallel = recipe.model, recipe.parallel
+        chunks = parallel.chunks(model.num_layers)
         self.model_type = ModelType.encoder_or_decoder
         self.recipe = model
         self.vocabulary = vocabulary
         self.tp_group = groups.tp
-        self.embedding = LanguageModelEmbedding(
-            config, vocabulary.padded_size, max_sequence_length=0, position_embedding_type="rope", tp_group=groups.tp
-        )
-        self.decoder = TransformerBlock(
+        self.vp_stage = chunk // parallel.pipeline if parallel.virtual_pipeline > 1 else None
+        self.pre_process = chunk == 0
+        self.post_process = chunk == len(chunks) - 1
+        self.ties_across_stages = model.tie_embeddings and len(chunks) > 1
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocabulary.padded_size,
+                max_sequence_length=0,
+                position_embedding_type="rope",
+                tp_group=groups.tp,
+            )
+        recompute = recipe.train.recompute
+        self.decoder = Decoder(
             config,
-            _block_spec(model, tensor_parallel=groups.tp.size() > 1, attention_backend=attention_backend),
+            decoder_spec(
+                model,
+                chunks[chunk],
+                attention_backend=attention_backend,
+                recompute_core=recompute == "selective",
+            ),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
             pg_collection=groups,
+            vp_stage=self.vp_stage,
+            recompute_layers=(recipe.train.recompute_layers or chunks[chunk]) if recompute == "full" else 0,
         )
-        self.output_layer = ColumnParallelLinear(
-            config.hidden_size,
-            vocabulary.padded_size,
-            config=config,
-            init_method=config.init_method,
-            bias=model.head_bias,
-            skip_weight_param_allocation=model.tie_embeddings,
-            tp_group=groups.tp,
-        )
-        ids = torch.arange(vocabulary.padded_size).chunk(groups.tp.size())[groups.tp.rank()]
-        forbidden = (ids == vocabulary.mask_id) | (ids >= vocabulary.size)
-        self.register_buffer("forbidden_V", forbidden, persistent=False)
+        if self.post_process:
+            self.output_layer = OutputLayer(
+                config.hidden_size,
+                vocabulary.padded_size,
+                config=config,
+                init_method=config.init_method,
+                bias=model.head_bias,
+                skip_weight_param_allocation=model.tie_embeddings and self.pre_process,
+                tp_group=groups.tp,
+                vocabulary=vocabulary,
+            )
 
-    def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
-        """megatron's schedules hand over the previous stage's output here; one stage has none."""
-        assert input_tensor is None or input_tensor == [None]
+    @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """This chunk's copy of an embedding that another stage holds, too; the engine sums their gradients."""
+        if not self.ties_across_stages or not (self.pre_process or self.post_process):
+            return None
+        weight = self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
+        return cast(nn.Parameter, weight)
 
-    def forward(
-        self, noisy_BL: Tensor, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor, rows_M: Tensor
-    ) -> Tensor:
-        """Negative log-likelihood in nats, fp32 [M], of the clean tokens at the noisy rows `rows_M`.
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """megatron's schedules hand over the previous stage's output here; the first stage has none."""
+        self.decoder.set_input_tensor(input_tensor[0])
 
-        Args:
-            noisy_BL, clean_BL: token ids, int64 [B, L].
-            positions_BL: positions within the document, int64 [B, L].
-            spans: int32 [3, B, L], see `bd3_scale.attention.spans`.
-            rows_M: the masked rows as indices into the flattened [B, L], int64 [M]; the head sees no others.
+    def forward(self, inputs: ModelInputs) -> Tensor | tuple[Tensor, Tensor]:
+        """The rows for the next chunk, [N, B, X]; of the last chunk the weighted sum of the negative log-likelihoods at
+        the head's rows, a scalar in nats, and each of them, fp32 [M], without gradient.
         """
-        length = noisy_BL.shape[1]
-        hidden_SBH = self._decode(torch.cat([noisy_BL, clean_BL], dim=1), positions_BL.repeat(1, 2), spans)
-        hidden_MH = hidden_SBH[:length].transpose(0, 1).flatten(0, 1)[rows_M]
-        logits_MV = self._logits(hidden_MH[:, None])
-        return tensor_parallel.vocab_parallel_cross_entropy(logits_MV, clean_BL.flatten()[rows_M][:, None])[:, 0]
+        hidden_NBX = self._decode(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans)
+        if not self.post_process:
+            return hidden_NBX
+        if self.config.sequence_parallel:
+            streams = inputs.num_noisy or inputs.num_streams
+            hidden_NBX = gather_from_sequence_parallel_region(hidden_NBX, group=self.tp_group)
+            hidden_MX = by_stream(hidden_NBX, streams, self.tp_group.size()).flatten(0, 1)[inputs.head_rows]
+        else:
+            hidden_MX = hidden_NBX.flatten(0, 1)[inputs.head_rows]
+            hidden_MX = copy_to_tensor_model_parallel_region(hidden_MX, group=self.tp_group)
+        total, nll_M = self.output_layer(hidden_MX, self._head_weight(), inputs.targets, inputs.weights)
+        return total, nll_M
 
     def clean_logits(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor) -> Tensor:
         """Clean-only forward: logits fp32 [B, L, padded vocabulary]."""
-        return self._all_logits(self._decode(clean_BL, positions_BL, spans))
+        return self._all_logits(self._decode(clean_BL, positions_BL, 0, spans))
 
     def prefill(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor | None, cache: KVCache) -> None:
         """Append clean rows to the cached prefix.
@@ -130,14 +135,14 @@ class BlockDiffusionTransformer(MegatronModule):
         With `spans` (int32 [3, B, L]) they are whole blocks and the cache is empty; without, they are one block that
         sees the prefix and itself.
         """
-        self._decode(clean_BL, positions_BL, spans, cache)
+        self._decode(clean_BL, positions_BL, 0, spans, cache)
         cache.commit(clean_BL.shape[1])
 
     def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache) -> Tensor:
         """Logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself; the prefix
         stays.
         """
-        return self._all_logits(self._decode(block_BL, positions_BL, None, cache))
+        return self._all_logits(self._decode(block_BL, positions_BL, 0, None, cache))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` positions."""
@@ -146,19 +151,42 @@ class BlockDiffusionTransformer(MegatronModule):
         shape = (batch_size, capacity, groups, self.recipe.head_size)
         return KVCache(self.config.num_layers, shape, weight.dtype, weight.device)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """megatron's names and places of the weights; the last stage's copy of a tied embedding is that embedding."""
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.ties_across_stages and self.post_process:
+            copy = cast(ShardedTensor, entries[f"{prefix}output_layer.weight"])
+            copy.key = f"{prefix}{EMBEDDING}"
+            copy.replica_id = (1, *copy.replica_id[1:])
+        return cast(dict[str, Any], entries)
+
     def _decode(
-        self, tokens_BS: Tensor, positions_BS: Tensor, spans: Tensor | None, cache: KVCache | None = None
+        self,
+        tokens_BN: Tensor,
+        positions_BR: Tensor,
+        num_noisy: int,
+        spans: Tensor | None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        table = rotary_table(positions_BS, self.recipe.head_size, self.recipe.rope_theta, self.config.params_dtype)
-        return self.decoder(
-            self.embedding(tokens_BS, positions_BS), attention_mask=spans, rotary_pos_emb=table, inference_context=cache
-        )
+        num_streams = tokens_BN.shape[1] // positions_BR.shape[1]
+        table = rotary_table(positions_BR, self.recipe.head_size, self.recipe.rope_theta, self.config.params_dtype)
+        rows = RowContext(num_streams, num_noisy, spans, table, cache)
+        return self.decoder(self._embed(tokens_BN, num_streams) if self.pre_process else None, rows)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """This rank's part of the logits in fp32, with −∞ where a clean token cannot be."""
-        weight = self.embedding.word_embeddings.weight if self.recipe.tie_embeddings else None
-        logits, _ = self.output_layer(hidden, weight=weight)
-        return logits.float().masked_fill(self.forbidden_V, float("-inf"))
+    def _embed(self, tokens_BN: Tensor, num_streams: int) -> Tensor:
+        """[N, B, X]; under sequence parallelism this rank's part of the positions, in every stream."""
+        words = self.embedding.word_embeddings
+        if not self.config.sequence_parallel:
+            return words(tokens_BN.t())
+        # The layer splits rows as they come, and turns [B, N] round itself.
+        return words(by_rank(tokens_BN.t(), num_streams, self.tp_group.size()).t())
 
-    def _all_logits(self, hidden_SBH: Tensor) -> Tensor:
-        return gather_from_tensor_model_parallel_region(self._logits(hidden_SBH), self.tp_group).transpose(0, 1)
+    def _head_weight(self) -> Tensor | None:
+        tied_here = self.recipe.tie_embeddings and self.pre_process
+        return self.embedding.word_embeddings.weight if tied_here else None
+
+    def _all_logits(self, hidden_NBX: Tensor) -> Tensor:
+        logits = self.output_layer(hidden_NBX, self._head_weight())
+        return gather_from_tensor_model_parallel_region(logits, self.tp_group).transpose(0, 1)

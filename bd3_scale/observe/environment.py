@@ -9,6 +9,7 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from bd3_scale.attention.backends import choose_backend
 
@@ -92,18 +93,24 @@ def _bf16() -> Acceleration:
     return Acceleration("bf16", fast, fast, note)
 
 
-def _apex() -> Acceleration:
-    """NVIDIA apex by its own modules; the package called apex on PyPI is an unrelated web toolkit."""
+def find_apex() -> Any:
+    """NVIDIA apex's FusedAdam, or None; the package called apex on PyPI is an unrelated web toolkit."""
     try:
         importlib.import_module("amp_C")
-        importlib.import_module("apex.optimizers").FusedAdam  # noqa: B018
-    except (ImportError, AttributeError) as error:
-        if importlib.util.find_spec("apex") and not importlib.util.find_spec("amp_C"):
-            note = "the installed `apex` is another program or was built without CUDA extensions"
-        else:
-            note = f"not installed ({error})"
-        return Acceleration("NVIDIA apex", False, False, note)
-    return Acceleration("NVIDIA apex", True, False, "not needed: the optimizer is torch's fused AdamW")
+        return importlib.import_module("apex.optimizers").FusedAdam
+    except (ImportError, AttributeError):
+        return None
+
+
+def _apex() -> Acceleration:
+    import torch
+
+    if find_apex() is not None:
+        return Acceleration("NVIDIA apex", True, torch.cuda.is_available(), "FusedAdam updates weights on a GPU")
+    note = "not installed: torch's fused AdamW updates the weights"
+    if importlib.util.find_spec("apex"):
+        note = "the installed `apex` is another program or was built without CUDA extensions"
+    return Acceleration("NVIDIA apex", False, False, note)
 
 
 def _triton() -> Acceleration:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.model.build import Chunks
+from bd3_scale.model.rows import ModelInputs
 from bd3_scale.parallel.groups import DeepSpeedTopology, ProcessGroups
+from bd3_scale.parallel.optimizer import adamw, describe
+from bd3_scale.parallel.schedule import forward_backward
 from bd3_scale.parallel.zero import ZeroState
 from bd3_scale.recipe.schema import OptimizerRecipe, ParallelRecipe
+
+# Gradients that are reduced outside ZeRO go in buckets of so many elements.
+BUCKET_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -33,86 +39,89 @@ class StepResult:
 
 
 class TrainingEngine:
-    """A model with its ZeRO optimiser.
+    """A rank's pipeline chunks with their ZeRO optimiser.
 
-    `loss_sum(model, micro_batch)` returns the loss numerator of a micro-batch, a scalar fp32 tensor. It is divided
-    once by the global batch's number of data tokens (DESIGN §4.3), so that uneven numbers of masked tokens bias
-    nothing.
+    The loss is divided once by the global batch's number of data tokens (DESIGN §4.3), so that uneven numbers of masked
+    tokens bias nothing.
     """
 
     def __init__(
-        self,
-        model: BlockDiffusionTransformer,
-        groups: ProcessGroups,
-        optimizer: OptimizerRecipe,
-        parallel: ParallelRecipe,
-        loss_sum: Callable[[BlockDiffusionTransformer, Any], Tensor],
+        self, chunks: Chunks, groups: ProcessGroups, optimizer: OptimizerRecipe, parallel: ParallelRecipe
     ) -> None:
+        self.chunks = chunks
         self.groups = groups
-        self._loss_sum = loss_sum
-        self._engine = _initialise_deepspeed(model, groups, optimizer, parallel)
-        self.zero = ZeroState(self._engine, optimizer.ema_decay)
+        self._reduces_gradients = parallel.zero_stage == 0 and groups.dp_cp.size() > 1
+        self._engine = _initialise_deepspeed(chunks, groups, optimizer, parallel)
+        self.zero = ZeroState(
+            self._engine, optimizer.ema_decay, writer=parallel.zero_stage > 0 or groups.dp_cp.rank() == 0
+        )
 
     @property
-    def model(self) -> BlockDiffusionTransformer:
-        model: BlockDiffusionTransformer = self._engine.module
-        return model
+    def optimizer_name(self) -> str:
+        """Whose AdamW it is, for people."""
+        return describe(self._engine.basic_optimizer)
 
-    def step(self, micro_batches: Sequence[Any], *, tokens: int, lr: float) -> StepResult:
+    def step(self, micro_batches: Sequence[ModelInputs], *, tokens: int, lr: float) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update with learning rate `lr`.
 
         `tokens` is the number of data tokens of the global batch, over all ranks.
         """
-        # megatron divides by the number of micro-batches, DeepSpeed averages over the data-parallel ranks.
-        scale = len(micro_batches) * self.groups.dp_cp.size() / tokens
-
-        def forward_step(batches: Any, model: BlockDiffusionTransformer) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            total = self._loss_sum(model, next(batches))
-            # megatron divides the loss in place: keep a copy of the numerator.
-            return total, lambda total: (total * scale, total.detach().double().clone())
-
         self._engine.train()
         with self._engine.coalesce_grad_reduction():
-            numerators = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(micro_batches),
-                model=self.model,
-                num_microbatches=len(micro_batches),
-                seq_length=0,
-                micro_batch_size=0,
-                forward_only=False,
-            )
+            # DeepSpeed averages over the ranks that hold the same weights.
+            scale = self.groups.dp_cp.size() / tokens
+            loss = forward_backward(self.chunks, micro_batches, self.groups, scale)
             self._sum_partial_gradients()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
         if not self._engine.optimizer.overflow:
             self.zero.update_ema()
-        loss = torch.stack(numerators).sum()
         dist.all_reduce(loss, group=self.groups.dp_cp)
+        dist.all_reduce(loss, group=self.groups.pp)
         return StepResult(loss=float(loss) / tokens, grad_norm=float(self._engine.get_global_grad_norm()), lr=lr)
 
     def _sum_partial_gradients(self) -> None:
-        """Add up, over tensor-parallel ranks, the gradients of replicated weights that each saw a part of the heads."""
-        if self.groups.tp.size() == 1:
-            return
-        gradients = [
-            p.grad for p in self.model.parameters() if getattr(p, "partial_over_tp", False) and p.grad is not None
-        ]
-        if gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat, group=self.groups.tp)
-            for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(summed.view_as(gradient))
+        """Add up gradients that ranks hold parts of, and that ZeRO knows nothing of."""
+        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
+        partial = [p for p in parameters if getattr(p, "partial_over_tp", False)]
+        _all_reduce_gradients(partial, self.groups.tp)
+        tied = [chunk.tied_weight for chunk in self.chunks if chunk.tied_weight is not None]
+        if tied:
+            _all_reduce_gradients(tied, self.groups.embd)
+        if self._reduces_gradients:
+            size = self.groups.dp_cp.size()
+            _all_reduce_gradients(parameters, self.groups.dp_cp, divisor=size)
+
+
+def _all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, *, divisor: int = 1) -> None:
+    """Sum gradients over `group` in fp32, in buckets."""
+    if group.size() == 1:
+        return
+    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        flat = _flatten_dense_tensors([gradient.float() for gradient in bucket])
+        dist.all_reduce(flat, group=group)
+        if divisor > 1:
+            flat /= divisor
+        for gradient, summed in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+            gradient.copy_(summed)
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(g.numel() for g in bucket) + gradient.numel() > BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 def _initialise_deepspeed(
-    model: BlockDiffusionTransformer,
-    groups: ProcessGroups,
-    optimizer: OptimizerRecipe,
-    parallel: ParallelRecipe,
+    chunks: Chunks, groups: ProcessGroups, optimizer: OptimizerRecipe, parallel: ParallelRecipe
 ) -> Any:
-    device = next(model.parameters()).device
+    device = next(chunks[0].parameters()).device
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -122,41 +131,39 @@ def _initialise_deepspeed(
     # A killed build of this op leaves a lock that later runs wait on for ever; gloo does the same work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
-    bf16 = model.config.params_dtype == torch.bfloat16
+    bf16 = chunks[0].config.params_dtype == torch.bfloat16
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": device.type == "cuda"}}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.clip_grad_norm,
         "bf16": {"enabled": bf16},
         "communication_data_type": "fp32",
-        "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": max(1, parallel.zero_stage),
+            "overlap_comm": False,
+            **(offload if parallel.offload_optimizer else {}),
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,
     }
+    # Not a list of one: ZeRO-3 watches the forward passes of the module that it is given.
+    model = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=_adamw(model, optimizer),
+        optimizer=adamw(model.parameters(), optimizer, on_gpu=device.type == "cuda" and not parallel.offload_optimizer),
         config=config,
-        mpu=DeepSpeedTopology(groups),
+        mpu=DeepSpeedTopology(groups, divide_optimizer=parallel.zero_stage > 0),
         dist_init_required=False,
     )
+    if parallel.zero_stage == 3 and chunks[0].recipe.tie_embeddings:
+        # The head takes the weight as an argument, which its own hooks do not see.
+        weight = chunks[0].embedding.word_embeddings.weight
+        deepspeed.zero.register_external_parameter(chunks[0].output_layer, weight)
     if bf16:
         # DeepSpeed's grad_accum_dtype is refused or ignored with coalesced reduction; this makes autograd itself sum
         # in fp32.
         for parameter in model.parameters():
             parameter.grad_dtype = torch.float32
     return engine
-
-
-def _adamw(model: BlockDiffusionTransformer, optimizer: OptimizerRecipe) -> torch.optim.AdamW:
-    """AdamW whose weight decay leaves norms and biases alone."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        fused=True,
-    )

@@ -29,11 +29,16 @@ def local_device() -> torch.device:
 
 
 @contextmanager
-def process_groups(parallel: ParallelRecipe, *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[ProcessGroups]:
+def process_groups(
+    parallel: ParallelRecipe, *, agree: str = "", timeout: timedelta = timedelta(minutes=10)
+) -> Iterator[ProcessGroups]:
     """Join the ranks that torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) name; alone without them.
 
+    Args:
+        agree: what must be the same on all ranks before groups are made, or they would wait for each other for ever.
+
     Raises:
-        ValueError: the tensor-parallel size does not divide the world size, or the launcher set only a part of the
+        ValueError: the layout does not divide the world, ranks do not agree, or the launcher set only a part of the
         variables.
     """
     _check_environment()
@@ -44,14 +49,18 @@ def process_groups(parallel: ParallelRecipe, *, timeout: timedelta = timedelta(m
         megatron_on_cpu.install()
     _init_distributed("nccl" if device.type == "cuda" else "gloo", timeout)
     try:
-        if dist.get_world_size() % parallel.tensor:
+        _check_agreement(agree)
+        if dist.get_world_size() % parallel.model_size:
             raise ValueError(
-                f"{dist.get_world_size()} processes cannot be split by parallel.tensor={parallel.tensor}: "
-                "start a multiple of it, or lower it"
+                f"{dist.get_world_size()} processes cannot be split by parallel.tensor={parallel.tensor} x "
+                f"pipeline={parallel.pipeline} x context={parallel.context}: start a multiple of {parallel.model_size}"
             )
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
-            order="tp-cp-ep-pp-dp",
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=(parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None),
+            context_parallel_size=parallel.context,
+            order="tp-cp-ep-dp-pp",
             create_gloo_process_groups=device.type == "cuda",
             distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
         )
@@ -59,6 +68,16 @@ def process_groups(parallel: ParallelRecipe, *, timeout: timedelta = timedelta(m
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _check_agreement(mine: str) -> None:
+    everyone: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if different:
+        raise ValueError(
+            f"ranks {different} were started with another recipe than rank 0: give all the same file and overrides"
+        )
 
 
 def _check_environment() -> None:
@@ -83,20 +102,25 @@ def _init_distributed(backend: str, timeout: timedelta) -> None:
 class DeepSpeedTopology:
     """The process groups under the names that DeepSpeed asks of its `mpu` argument; megatron-core dropped some of them.
 
-    DeepSpeed calls "model parallel" all ranks that hold parts of one model replica, over which norms are reduced.
+    DeepSpeed calls "model parallel" all ranks that hold parts of one model replica, over which norms are reduced; its
+    data-parallel ranks are all that hold the same weights, among whom it divides the optimiser.
     """
 
-    def __init__(self, groups: ProcessGroups) -> None:
+    def __init__(self, groups: ProcessGroups, *, divide_optimizer: bool) -> None:
         self._groups = groups
+        # ZeRO 0 divides among nobody: every rank is alone, and the engine reduces the gradients.
+        self._sharers = (
+            groups.dp_cp if divide_optimizer else dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        )
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups.dp_cp
+        return self._sharers
 
     def get_data_parallel_rank(self) -> int:
-        return self._groups.dp_cp.rank()
+        return self._sharers.rank()
 
     def get_data_parallel_world_size(self) -> int:
-        return self._groups.dp_cp.size()
+        return self._sharers.size()
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self._groups.mp

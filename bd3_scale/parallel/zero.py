@@ -1,8 +1,8 @@
 """The optimiser state that ZeRO divides: fp32 masters, Adam's moments and the moving average, as fragments of
 parameters.
 
-The only place that knows DeepSpeed's private names (0.19.8, ZeRO 1 and 2). ZeRO keeps, for each parameter group, one
-flat fp32 partition a rank; a parameter's fragment is the stretch of the partition that belongs to it.
+The only place that knows DeepSpeed's private names (0.19.8). ZeRO keeps flat fp32 partitions, one a rank for each
+parameter group (ZeRO-3: for each part of one); a parameter's fragment is the stretch of one that belongs to it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -36,13 +37,14 @@ class ZeroState:
     Args:
         engine: what `deepspeed.initialize` returned.
         ema_decay: decay a step of the moving average of the masters; 0 keeps none.
+        writer: this rank's fragments belong into a checkpoint; false where another rank holds the same ones.
     """
 
-    def __init__(self, engine: Any, ema_decay: float) -> None:
-        assert int(engine.zero_optimization_stage()) in (1, 2)
+    def __init__(self, engine: Any, ema_decay: float, *, writer: bool) -> None:
         assert not engine.zero_round_robin_gradients(), "round-robin gradients make DeepSpeed's fragment map wrong"
         self._engine = engine
         self._ema_decay = ema_decay
+        self.writer = writer
         self._ema = [flat.detach().clone() for flat in self._masters] if ema_decay else []
         # torch's AdamW creates its state at the first step, after which it could not be loaded in place.
         for flat in self._masters:
@@ -51,8 +53,17 @@ class ZeroState:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
 
     @property
+    def _divides_weights(self) -> bool:
+        return int(self._engine.zero_optimization_stage()) == 3
+
+    @property
     def _masters(self) -> list[Tensor]:
-        masters: list[Tensor] = self._engine.optimizer.single_partition_of_fp32_groups
+        optimizer = self._engine.optimizer
+        masters: list[Tensor] = (
+            optimizer.fp32_partitioned_groups_flat
+            if self._divides_weights
+            else optimizer.single_partition_of_fp32_groups
+        )
         return masters
 
     @property
@@ -63,33 +74,51 @@ class ZeroState:
     @property
     def step(self) -> int:
         """Optimiser steps applied."""
-        steps = {int(self._engine.basic_optimizer.state[flat]["step"]) for flat in self._masters}
+        optimizer = self._engine.basic_optimizer
+        # apex counts in its parameter groups.
+        steps = {int(group["step"]) for group in optimizer.param_groups if "step" in group}
+        steps = steps or {int(optimizer.state[flat]["step"]) for flat in self._masters}
         assert len(steps) == 1, steps
         return steps.pop()
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's fragments; parameters of which ZeRO gave it nothing are left out."""
-        for parameter in self._engine.module.parameters():
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                continue
-            group = mapping.param_group_index
-            within, own = mapping.lp_fragment_address, mapping.hp_fragment_address
-            state = self._engine.basic_optimizer.state[self._masters[group]]
-            flats = {
-                "master": self._masters[group].detach(),
-                "exp_avg": state["exp_avg"],
-                "exp_avg_sq": state["exp_avg_sq"],
-            }
+        for parameter, start, flat, own_start, numel in self._places():
+            master = self._masters[flat]
+            state = self._engine.basic_optimizer.state[master]
+            flats = {"master": master.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
             if self._ema:
-                flats["ema"] = self._ema[group]
-            states = {name: flat.narrow(0, own.start, own.numel) for name, flat in flats.items()}
-            yield Fragment(parameter, within.start, within.numel, states)
+                flats["ema"] = self._ema[flat]
+            states = {name: values.narrow(0, own_start, numel) for name, values in flats.items()}
+            yield Fragment(parameter, start, numel, states)
+
+    def _places(self) -> Iterator[tuple[nn.Parameter, int, int, int, int]]:
+        """Parameter, first element in it, number of the flat partition, first element in that, elements."""
+        if not self._divides_weights:
+            for parameter in self._engine.module.parameters():
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    within, own = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield parameter, within.start, mapping.param_group_index, own.start, own.numel
+            return
+        flats = {master.untyped_storage().data_ptr(): flat for flat, master in enumerate(self._masters)}
+        for parameter in self._engine.module.parameters():
+            view = _local_master(parameter)
+            start = int(parameter.partition_numel()) * dist.get_rank(parameter.ds_process_group)
+            # The last rank's partition is padded.
+            numel = min(view.numel(), int(parameter.ds_numel) - start)
+            if numel > 0:
+                flat = flats[view.untyped_storage().data_ptr()]
+                own_start = int(view.storage_offset()) - int(self._masters[flat].storage_offset())
+                yield parameter, start, flat, own_start, numel
 
     def loaded(self, step: int) -> None:
         """Take over states that were written into the fragments' views: set the step and recast the model's weights."""
         for flat in self._masters:
             self._engine.basic_optimizer.state[flat]["step"].fill_(step)
+        for group in self._engine.basic_optimizer.param_groups:
+            if "step" in group:
+                group["step"] = step
         self._recast()
 
     @torch.no_grad()
@@ -118,4 +147,22 @@ class ZeroState:
 
     @torch.no_grad()
     def _recast(self) -> None:
-        self._engine.optimizer.update_lp_params()
+        optimizer = self._engine.optimizer
+        if not self._divides_weights:
+            optimizer.update_lp_params()
+            return
+        # Small weights are whole on every rank; they are divided for the moment of the copy.
+        whole = optimizer.persistent_parameters
+        if whole:
+            whole[0].partition(whole)
+        for parameter in self._engine.module.parameters():
+            parameter.ds_tensor.data.copy_(_local_master(parameter))
+        if whole:
+            whole[0].all_gather(whole)
+
+
+def _local_master(parameter: nn.Parameter) -> Tensor:
+    """ZeRO-3: a view of this rank's part of a parameter's fp32 master, padding included."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    return safe_get_local_fp32_param(parameter)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
+from bd3_scale.recipe.schema import ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
 
 
 def world_size_for_launch(recipe: Recipe) -> int:
-    """Processes to start on this machine: `launch.processes`, else one a GPU, else `parallel.tensor`."""
+    """Processes to start on this machine: `launch.processes`, else one a GPU, else the fewest the layout needs."""
     if recipe.launch.processes is not None:
         return recipe.launch.processes
     import torch
 
-    return torch.cuda.device_count() or recipe.parallel.tensor
+    return torch.cuda.device_count() or recipe.parallel.model_size
 
 
 def data_parallel_size(recipe: Recipe, world_size: int) -> int:
     """Ranks that read different sequences."""
-    return world_size // recipe.parallel.tensor
+    return world_size // recipe.parallel.model_size
 
 
 def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None = None) -> None:
@@ -36,8 +36,10 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
     problems = [
         *_model_problems(recipe.model),
         *_tensor_parallel_problems(recipe.model, recipe.parallel.tensor),
+        *_pipeline_problems(recipe),
+        *_sequence_problems(recipe),
         *_batch_problems(recipe, world_size),
-        *_diffusion_problems(recipe.diffusion),
+        *_diffusion_problems(recipe),
         *_block_size_problems(recipe, document_multiple),
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
     ]
@@ -89,12 +91,71 @@ def _tensor_parallel_problems(model: ModelRecipe, tensor: int) -> Iterator[str]:
         )
 
 
-def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
-    tensor = recipe.parallel.tensor
-    if world_size % tensor:
+def _pipeline_problems(recipe: Recipe) -> Iterator[str]:
+    parallel, layers = recipe.parallel, recipe.model.num_layers
+    count = parallel.pipeline * parallel.virtual_pipeline
+    chunks = f"parallel.pipeline={parallel.pipeline} x virtual_pipeline={parallel.virtual_pipeline}"
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         yield (
-            f"{world_size} processes do not divide into parallel.tensor={tensor}: "
-            f"start {_nearest_multiples(world_size, tensor)} processes (launch.processes on one machine)"
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} interleaves the chunks of several stages, and "
+            "parallel.pipeline is 1: set parallel.virtual_pipeline=1, or pipeline 2 or more"
+        )
+    if layers < count:
+        yield (
+            f"model.num_layers={layers} are fewer than {chunks} = {count} chunks, of which each needs a layer: "
+            "lower one of them"
+        )
+    given = parallel.layers_per_chunk
+    if given is not None and (len(given) != count or sum(given) != layers):
+        yield (
+            f"parallel.layers_per_chunk={list(given)} are {len(given)} chunks of {sum(given)} layers, and {chunks} "
+            f"need {count} chunks of model.num_layers={layers}: correct it, or leave it out"
+        )
+    if parallel.zero_stage == 3 and parallel.pipeline > 1:
+        yield (
+            f"parallel.zero_stage=3 with pipeline={parallel.pipeline} deadlocks: each stage would gather its weights "
+            "at moments of its own schedule; take zero_stage 1, or pipeline 1"
+        )
+    if recipe.train.recompute_layers is not None and recipe.train.recompute != "full":
+        yield (
+            f"train.recompute_layers={recipe.train.recompute_layers} counts layers to recompute whole, and "
+            f"train.recompute is {recipe.train.recompute}: set train.recompute=full, or leave recompute_layers out"
+        )
+
+
+def _sequence_problems(recipe: Recipe) -> Iterator[str]:
+    parallel, length, block = recipe.parallel, recipe.data.seq_len, recipe.diffusion.block_size
+    if parallel.sequence and parallel.tensor == 1:
+        yield (
+            "parallel.sequence=true splits rows over tensor-parallel ranks, and parallel.tensor is 1: "
+            "set parallel.sequence=false, or tensor 2 or more"
+        )
+    if parallel.context > 1:
+        # A rank holds two ranges, early and late; noisy keys stay with their rank, so that no block may be cut.
+        factor = 2 * parallel.context * (block if block < length else 1)
+        if length % factor:
+            of_blocks = f" of diffusion.block_size={block}" if block < length else ""
+            yield (
+                f"data.seq_len={length} does not divide into 2 ranges of whole blocks{of_blocks} for each of "
+                f"parallel.context={parallel.context} ranks: take seq_len {_nearest_multiples(length, factor)}"
+            )
+            return
+    if parallel.sequence and length // parallel.context % parallel.tensor:
+        yield (
+            f"parallel.sequence=true gives each of parallel.tensor={parallel.tensor} ranks as many positions, and "
+            f"data.seq_len={length} / context={parallel.context} does not divide: take seq_len "
+            f"{_nearest_multiples(length, parallel.context * parallel.tensor)}"
+        )
+
+
+def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
+    parallel = recipe.parallel
+    if world_size % parallel.model_size:
+        factors = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+        layout = " x ".join(f"{name}={size}" for name, size in factors.items() if size > 1)
+        yield (
+            f"{world_size} processes do not divide into parallel.{layout}: "
+            f"start {_nearest_multiples(world_size, parallel.model_size)} processes (launch.processes on one machine)"
         )
         return
     batch, micro, data_parallel = (
@@ -107,9 +168,21 @@ def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"train.global_batch_size={batch} does not divide into train.micro_batch_size={micro} x {data_parallel} "
             f"data-parallel ranks: take a global batch of {_nearest_multiples(batch, micro * data_parallel)}"
         )
+    elif parallel.virtual_pipeline > 1 and batch // (micro * data_parallel) % parallel.pipeline:
+        yield (
+            f"the interleaved schedule takes micro-batches in groups of parallel.pipeline={parallel.pipeline}, and a "
+            f"rank has {batch // (micro * data_parallel)}: take a global batch of "
+            f"{_nearest_multiples(batch, micro * data_parallel * parallel.pipeline)}"
+        )
 
 
-def _diffusion_problems(diffusion: DiffusionRecipe) -> Iterator[str]:
+def _diffusion_problems(recipe: Recipe) -> Iterator[str]:
+    diffusion = recipe.diffusion
+    if diffusion.noisy_copies > 1 and diffusion.block_size >= recipe.data.seq_len:
+        yield (
+            f"diffusion.noisy_copies={diffusion.noisy_copies} share one clean stream, and block_size="
+            f"{diffusion.block_size} of seq_len={recipe.data.seq_len} has none: set diffusion.noisy_copies=1"
+        )
     low, high = diffusion.mask_rate_low, diffusion.mask_rate_high
     interval = f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high}"
     if low > high:

@@ -72,6 +72,10 @@ class DiffusionRecipe(Section):
     block_size: PositiveInt = Field(description="L', tokens a block; 1 is autoregressive, seq_len is MDLM")
     mask_rate_low: Share = Field(0.0, description="beta, the lower end of the clipped mask-rate interval in training")
     mask_rate_high: Share = Field(1.0, description="omega, its upper end")
+    noisy_copies: Literal[1, 2] = Field(
+        1,
+        description="noisy copies on one clean stream; two are complementary where beta + omega = 1, else independent",
+    )
 
 
 class DataRecipe(Section):
@@ -112,13 +116,48 @@ class TrainRecipe(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where the hardware is quick at it"
     )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations computed again in backward: selective, of each attention without its projections; "
+        "full, of whole layers",
+    )
+    recompute_layers: PositiveInt | None = Field(
+        None, description="full only: the first so many layers of every pipeline chunk; default: all"
+    )
 
 
 class ParallelRecipe(Section):
-    """How ranks split the model and the optimiser; data parallelism is what remains."""
+    """How ranks split the model, the sequence and the optimiser; data parallelism is what remains."""
 
-    tensor: PositiveInt = 1
-    zero_stage: Literal[1, 2] = 1
+    tensor: PositiveInt = Field(1, description="ranks that split every layer's matrices")
+    sequence: bool = Field(False, description="tensor-parallel ranks split the rows between those matrices, too")
+    pipeline: PositiveInt = Field(1, description="stages that split the layers")
+    virtual_pipeline: PositiveInt = Field(1, description="chunks of layers a stage; above 1: interleaved schedule")
+    layers_per_chunk: Annotated[tuple[PositiveInt, ...], Field(strict=False)] | None = Field(
+        None, description="layers of each chunk in the order of the layers; default: as even as they go"
+    )
+    context: PositiveInt = Field(1, description="ranks that split the positions of a sequence")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="data-parallel ranks divide 0: nothing, 1: optimiser states, 2: and gradients, 3: and weights"
+    )
+    offload_optimizer: bool = Field(False, description="optimiser states live in host memory")
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that together hold one replica of the model and one sequence."""
+        return self.tensor * self.pipeline * self.context
+
+    def chunks(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each pipeline chunk in the order of the layers; chunk c is on stage c mod `pipeline`.
+
+        Layers that do not divide evenly go to the middle: the first chunk has the embedding, the last one the head.
+        """
+        if self.layers_per_chunk is not None:
+            return self.layers_per_chunk
+        count = self.pipeline * self.virtual_pipeline
+        few, more = divmod(num_layers, count)
+        first = (count - more) // 2
+        return tuple(few + (first <= chunk < first + more) for chunk in range(count))
 
 
 class EvaluationRecipe(Section):
@@ -149,7 +188,7 @@ class LaunchRecipe(Section):
     """Used only where no launcher (torchrun, SLURM) has set RANK and WORLD_SIZE."""
 
     processes: PositiveInt | None = Field(
-        None, description="default: the GPUs of this machine, or parallel.tensor without one"
+        None, description="default: the GPUs of this machine, or without one the fewest that the layout needs"
     )
     threads: PositiveInt | None = Field(None, description="CPU threads a process; default: cores / processes")
 

@@ -18,15 +18,16 @@ from bd3_scale.attention.spans import make_spans
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.store import list_checkpoints, load_training_state, remove_partial, save_checkpoint
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import NoisyBatch, corrupt
+from bd3_scale.data.corrupt import corrupt
 from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
 from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.nelbo import NelboEstimate
-from bd3_scale.diffusion.noise import draw_noise
+from bd3_scale.diffusion.noise import draw_copies
 from bd3_scale.evaluate.nelbo import evaluate_nelbo
 from bd3_scale.model.build import attention_backend, build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
+from bd3_scale.model.rows import ModelInputs
 from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
 from bd3_scale.parallel.engine import StepResult, TrainingEngine
@@ -40,7 +41,6 @@ from bd3_scale.resilience.signals import StopRequest
 from bd3_scale.train.learning_rate import learning_rate
 from bd3_scale.train.report import Report
 from bd3_scale.train.resume import check_resumable
-from bd3_scale.train.step import loss_sum
 from bd3_scale.train.tiles import settle_tiles
 
 
@@ -73,7 +73,7 @@ def train(recipe: Recipe) -> None:
     _set_deterministic(recipe.deterministic)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        groups = stack.enter_context(process_groups(recipe.parallel))
+        groups = stack.enter_context(process_groups(recipe.parallel, agree=recipe_hash(recipe)))
         data = load_manifest(recipe.data.path, recipe.data.remote)
         run = Run(recipe, data, _hash(data), groups, recipe.run_path)
         _check(run)
@@ -83,17 +83,19 @@ def train(recipe: Recipe) -> None:
         on_rank_zero(lambda: _describe_run(run))
         settle_tiles(recipe, backend, _dtype(recipe), checkpoint[1] if checkpoint else None)
 
-        model = build_model(
+        chunks = build_model(
             recipe, data.vocabulary, groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed
         )
-        layouts = parameter_layouts(model)
-        engine = TrainingEngine(model, groups, recipe.optimizer, recipe.parallel, loss_sum)
+        layouts = parameter_layouts(chunks)
+        engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
         on_rank_zero(lambda: check_writable(run.checkpoints, _checkpoint_bytes(layouts, engine)))
         start = 0
         if checkpoint is not None:
             load_training_state(*checkpoint, engine.zero, layouts)
             start = checkpoint[1].step
-        report = stack.enter_context(Report(run.folder, recipe, start, attention_backend=backend))
+        report = stack.enter_context(
+            Report(run.folder, recipe, start, attention_backend=backend, optimizer=engine.optimizer_name)
+        )
         stream = TrainingStream(
             recipe.data,
             data,
@@ -172,10 +174,10 @@ def _check(run: Run) -> None:
             f"evaluation.every_steps is {recipe.evaluation.every_steps}, {recipe.data.path} has no held-out split: "
             "set it to 0, or prepare the data with --holdout"
         )
-    seen = gather_objects((recipe_hash(recipe), run.data_hash))
-    different = [rank for rank, hashes in enumerate(seen) if hashes != seen[0]]
+    seen = gather_objects(run.data_hash)
+    different = [rank for rank, data_hash in enumerate(seen) if data_hash != seen[0]]
     if different:
-        raise ValueError(f"ranks {different} were started with another recipe or other data than rank 0")
+        raise ValueError(f"ranks {different} see other data in {recipe.data.path} than rank 0")
 
 
 def _lock_run_directory(run: Run, stack: ExitStack) -> None:
@@ -194,7 +196,7 @@ def _describe_run(run: Run) -> None:
 
 
 def _checkpoint_bytes(layouts: list[ParameterLayout], engine: TrainingEngine) -> int:
-    """Size of a checkpoint: all full tensors in fp32, once for each state."""
+    """Size of a checkpoint: all full tensors of this stage in fp32, once for each state."""
     full = {piece.key: math.prod(piece.full_shape) for layout in layouts for piece in layout.pieces}
     return 4 * sum(full.values()) * len(engine.zero.names)
 
@@ -209,12 +211,12 @@ def _newest_checkpoint(run: Run) -> tuple[Path, CheckpointManifest] | None:
     return checkpoints[-1], manifest
 
 
-def _corrupt(run: Run, micro: Batch, step: int) -> NoisyBatch:
+def _corrupt(run: Run, micro: Batch, step: int) -> ModelInputs:
     """Noise of the optimiser step that follows `step` finished ones."""
     diffusion = run.recipe.diffusion
-    spans = make_spans(micro.document_start, diffusion.block_size)
-    noise = draw_noise(
-        spans[1],
+    noises = draw_copies(
+        make_spans(micro.document_start, diffusion.block_size)[1],
+        copies=diffusion.noisy_copies,
         seed=run.recipe.seed,
         epoch=micro.epoch,
         sample_ids=micro.ids,
@@ -224,7 +226,14 @@ def _corrupt(run: Run, micro: Batch, step: int) -> NoisyBatch:
         slots=micro.slots,
         global_batch_size=run.recipe.train.global_batch_size,
     )
-    return corrupt(micro, noise, spans, mask_id=run.data.vocabulary.mask_id, device=local_device())
+    return corrupt(
+        micro,
+        noises,
+        diffusion.block_size,
+        mask_id=run.data.vocabulary.mask_id,
+        device=local_device(),
+        context=(run.groups.cp.rank(), run.groups.cp.size()),
+    )
 
 
 def _evaluate(run: Run, engine: TrainingEngine) -> NelboEstimate:
@@ -240,7 +249,7 @@ def _evaluate(run: Run, engine: TrainingEngine) -> NelboEstimate:
     )
     with engine.zero.evaluation_weights():
         return evaluate_nelbo(
-            engine.model,
+            engine.chunks,
             batches,
             run.groups,
             block_size=recipe.diffusion.block_size,

@@ -21,9 +21,9 @@ from bd3_scale.recipe.schema import Recipe
 class Report:
     """Rank 0's records of a run; on other ranks it does nothing. A context manager."""
 
-    def __init__(self, folder: Path, recipe: Recipe, start: int, *, attention_backend: str) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, start: int, *, attention_backend: str, optimizer: str) -> None:
         self._folder, self._recipe, self._start = folder, recipe, start
-        self._attention = attention_backend
+        self._attention, self._optimizer = attention_backend, optimizer
         self._stack = ExitStack()
         self._metrics: MetricsWriter | None = None
         self._progress: TrainingProgress | None = None
@@ -49,7 +49,8 @@ class Report:
                 self._say(f"resumed after step {self._start}" if self._start else f"a new run in {self._folder}")
                 # The one backend whose backward depends on the recipe.
                 backward = "deterministic" if self._recipe.deterministic else "fused"
-                self._say(f"attention: {self._attention}" + f", {backward} backward" * (self._attention == "triton"))
+                backward = f", {backward} backward" * (self._attention == "triton")
+                self._say(f"attention: {self._attention}{backward}; optimizer: {self._optimizer}")
         return self
 
     def __exit__(

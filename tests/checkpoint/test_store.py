@@ -20,6 +20,7 @@ from bd3_scale.checkpoint.store import (
 )
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
+from bd3_scale.model.rows import ModelInputs
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, OptimizerRecipe, Recipe, TrainRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -35,26 +36,26 @@ RECIPE = Recipe(
 )
 
 
-def loss_sum(model, seed):
-    """Any loss that reaches every weight."""
-    generator = torch.Generator().manual_seed(seed)
-    clean = torch.randint(0, 59, (1, 8), generator=generator)
+def inputs(seed):
+    """Every token masked: a loss that reaches every weight."""
+    clean = torch.randint(0, 59, (1, 8), generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(8)[None]
     spans = torch.stack([torch.zeros(1, 8), positions // 4 * 4, positions // 4 * 4 + 4]).int()
-    return model(torch.full_like(clean, 59), clean, positions, spans, torch.arange(8)).sum()
+    tokens = torch.cat([torch.full_like(clean, 59), clean], 1)
+    return ModelInputs(tokens, positions, spans, 1, torch.arange(8), clean[0], torch.ones(8))
 
 
 class Training:
     """A small bf16 model after two steps, or fresh."""
 
     def __init__(self, groups, seed, steps):
-        self.model = build_model(
+        (self.model,) = chunks = build_model(
             RECIPE, VOCABULARY, groups, dtype=torch.bfloat16, device=torch.device("cpu"), seed=seed
         )
-        self.layouts = parameter_layouts(self.model)
-        self.engine = TrainingEngine(self.model, groups, RECIPE.optimizer, RECIPE.parallel, loss_sum)
+        self.layouts = parameter_layouts(chunks)
+        self.engine = TrainingEngine(chunks, groups, RECIPE.optimizer, RECIPE.parallel)
         for step in range(steps):
-            self.engine.step([step], tokens=8, lr=0.01)
+            self.engine.step([inputs(step)], tokens=8, lr=0.01)
 
     def save(self, folder, step=2, keep_last=5):
         tokenizer = folder.parent / "tokenizer"
@@ -105,8 +106,8 @@ def test_everything_comes_back_bitwise(trained, folder, groups):
 
 def test_a_model_alone_gets_the_moving_average(trained, folder, groups):
     checkpoint = trained.save(folder)
-    model = build_model(RECIPE, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
-    load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts(model))
+    (model,) = build_model(RECIPE, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
+    load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts([model]))
     average = {id(f.parameter): f.states["ema"] for f in trained.engine.zero.fragments()}
     for loaded, original in zip(model.parameters(), trained.model.parameters(), strict=True):
         assert torch.equal(loaded.flatten(), average[id(original)])
@@ -158,6 +159,6 @@ def test_half_written_folders_are_removed_and_never_taken(trained, folder):
 def test_another_shape_is_named(trained, folder, groups):
     checkpoint = trained.save(folder)
     wider = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"ffn_hidden_size": 32})})
-    model = build_model(wider, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
+    (model,) = build_model(wider, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
     with pytest.raises(ValueError, match=r"mlp.linear_fc1.weight has shape \(2, 48, 16\) in the checkpoint"):
-        load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts(model))
+        load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts([model]))

@@ -29,7 +29,7 @@ def model(groups):
         data=DataRecipe(path="unused", seq_len=8),
         train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
     )
-    built = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=2)
+    (built,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=2)
     built.requires_grad_(False)
     built.output_layer.bias[VOCABULARY.eos_id] = -30.0  # texts do not end by chance
     return built
@@ -50,7 +50,7 @@ def test_counts_passes_and_cuts_at_the_limit(model):
     assert (sample.nfe, sample.cache_passes) == (2 + 4 + 4, 1 + 2)
 
 
-def test_temperature_zero_takes_the_most_likely_tokens(model):
+def test_temperature_zero_takes_the_most_likely_tokens(token_nll, model):
     """At block size 1 the text is the greedy left-to-right one, computed without a cache."""
     tokens = [2, 3]
     for _ in range(6):
@@ -61,7 +61,7 @@ def test_temperature_zero_takes_the_most_likely_tokens(model):
         for token in (0, 2, 3, 4):
             clean[0, -1] = token
             nlls[token] = float(
-                model(noisy, clean, torch.arange(clean.shape[1])[None], spans, torch.tensor([len(tokens)]))
+                token_nll(model, noisy, clean, torch.arange(clean.shape[1])[None], spans, torch.tensor([len(tokens)]))
             )
         tokens.append(min(nlls, key=nlls.get))
     assert generate(model, [2, 3], block_size=1, max_new_tokens=6, temperature=0).tokens == tokens[2:]

@@ -1,6 +1,8 @@
-"""Models and batches that the parity tests share: the test computes them plainly, the ranks through megatron."""
+"""Models, batches and layouts of the parity tests, which compute them plainly and on ranks."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,14 +17,15 @@ from bd3_scale.recipe.schema import (
 )
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-LENGTH, BATCH = 32, 4
+LENGTH, BATCH, STEPS = 64, 8, 3
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)  # ids 58 and 59 are clean: the mask need not be the last
 
 QWEN = ModelRecipe(
-    num_layers=2, hidden_size=48, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, init_std=0.2
+    num_layers=4, hidden_size=48, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, init_std=0.2
 )
+WIDE = QWEN.model_copy(update={"num_query_groups": 4})
 OFFICIAL = ModelRecipe(
-    num_layers=2,
+    num_layers=4,
     hidden_size=32,
     num_attention_heads=2,
     head_dim=24,
@@ -36,41 +39,140 @@ OFFICIAL = ModelRecipe(
     head_bias=True,
     init_std=0.2,
 )
-TIED = QWEN.model_copy(
-    update={"tie_embeddings": True, "num_query_groups": None, "activation": "gelu", "normalization": "layernorm"}
-)
-PACKED = [7, 1, 24]  # document lengths: ragged last blocks, and a document shorter than a block
+TIED = WIDE.model_copy(update={"tie_embeddings": True, "activation": "gelu", "normalization": "layernorm"})
+RAGGED = [7, 1, 56]  # document lengths: ragged last blocks, and a document shorter than a block
+ALIGNED = [16, 8, 40]  # whole blocks of 8, as prepared data have
 
-# name: model, block size, document lengths
+
+@dataclass(frozen=True)
+class Case:
+    model: ModelRecipe
+    block_size: int
+    documents: list[int]
+    copies: int = 1
+    complementary: bool = False
+
+
 CASES = {
-    "qwen-packed": (QWEN, 8, PACKED),
-    "official": (OFFICIAL, 4, [LENGTH]),
-    "tied-autoregressive": (TIED, 1, [LENGTH]),
-    "mdlm": (QWEN, LENGTH, [LENGTH]),
+    "ragged": Case(QWEN, 8, RAGGED),
+    "packed": Case(QWEN, 8, ALIGNED),
+    "wide": Case(WIDE, 8, ALIGNED),
+    "official": Case(OFFICIAL, 4, [LENGTH]),
+    "tied": Case(TIED, 8, ALIGNED),
+    "autoregressive": Case(QWEN, 1, [LENGTH]),
+    "mdlm": Case(QWEN, LENGTH, [LENGTH]),
+    "two-copies": Case(QWEN, 8, ALIGNED, copies=2),
+    "complementary": Case(QWEN, 8, ALIGNED, copies=2, complementary=True),
 }
 
 
-def recipe(model: ModelRecipe, block_size: int, *, tensor: int = 1, zero_stage: int = 1, **optimizer: float) -> Recipe:
+@dataclass(frozen=True)
+class Layout:
+    """`core`: part of every test run, not of the whole matrix alone."""
+
+    world_size: int
+    case: str = "packed"
+    parallel: dict = field(default_factory=dict)
+    train: dict = field(default_factory=dict)
+    core: bool = False
+
+    @property
+    def repeats(self) -> int:
+        """Interleaved schedules run several times, to catch messages that overtake each other."""
+        return 5 if self.parallel.get("virtual_pipeline", 1) > 1 else 1
+
+
+def _layouts() -> dict[str, Layout]:
+    tp2, pp2, cp2 = {"tensor": 2}, {"pipeline": 2}, {"context": 2}
+    sp2, vp2 = {**tp2, "sequence": True}, {**pp2, "virtual_pipeline": 2}
+    full, selective = {"recompute": "full"}, {"recompute": "selective"}
+    return {
+        "one": Layout(1, "ragged", core=True),
+        "one official": Layout(1, "official"),
+        "one tied": Layout(1, "tied"),
+        "one autoregressive": Layout(1, "autoregressive"),
+        "one mdlm": Layout(1, "mdlm"),
+        "one two-copies": Layout(1, "two-copies"),
+        "one complementary": Layout(1, "complementary"),
+        "one recompute-full": Layout(1, "ragged", train=full),
+        "one recompute-selective": Layout(1, "ragged", train=selective),
+        "one recompute-full-2": Layout(1, "ragged", train={**full, "recompute_layers": 2}),
+        "one offload": Layout(1, parallel={"offload_optimizer": True}),
+        "tp2": Layout(2, "official", tp2),
+        "tp2 sp": Layout(2, "official", sp2, core=True),
+        "tp2 sp mdlm": Layout(2, "mdlm", sp2),
+        "tp2 sp two-copies": Layout(2, "two-copies", sp2, selective),
+        "pp2": Layout(2, "ragged", pp2),
+        "pp2 uneven": Layout(2, parallel={**pp2, "layers_per_chunk": [1, 3]}),
+        "pp2 tied": Layout(2, "tied", pp2, core=True),
+        "pp2 vpp2": Layout(2, "ragged", vp2, core=True),
+        "pp2 vpp2 tied": Layout(2, "tied", vp2),
+        "cp2": Layout(2, parallel=cp2, core=True),
+        "cp2 autoregressive": Layout(2, "autoregressive", cp2),
+        "cp2 mdlm": Layout(2, "mdlm", cp2, core=True),
+        "cp2 two-copies": Layout(2, "two-copies", cp2),
+        "dp2 zero0": Layout(2, "ragged", {"zero_stage": 0}, core=True),
+        "dp2 zero1": Layout(2, "ragged", {"zero_stage": 1}),
+        "dp2 zero2": Layout(2, "ragged", {"zero_stage": 2}),
+        "dp2 zero3": Layout(2, "ragged", {"zero_stage": 3}),
+        "dp2 zero3 tied": Layout(2, "tied", {"zero_stage": 3}, full),
+        "dp2 zero2 offload": Layout(2, parallel={"zero_stage": 2, "offload_optimizer": True}),
+        "dp2 zero3 offload": Layout(2, parallel={"zero_stage": 3, "offload_optimizer": True}),
+        "pp3 uneven": Layout(3, parallel={"pipeline": 3}),
+        "tp4": Layout(4, "wide", {"tensor": 4}),
+        "tp4 sp": Layout(4, "wide", {"tensor": 4, "sequence": True}),
+        "pp4": Layout(4, parallel={"pipeline": 4}),
+        "cp4": Layout(4, parallel={"context": 4}),
+        "dp4 zero0": Layout(4, "ragged", {"zero_stage": 0}),
+        "dp4 zero1": Layout(4, "ragged", {"zero_stage": 1}),
+        "dp4 zero2": Layout(4, "ragged", {"zero_stage": 2}),
+        "dp4 zero3": Layout(4, "ragged", {"zero_stage": 3}, core=True),
+        "tp2 pp2": Layout(4, "official", {**tp2, **pp2}),
+        "tp2 sp pp2 tied": Layout(4, "tied", {**sp2, **pp2}, full),
+        "tp2 sp pp2 vpp2": Layout(4, "official", {**sp2, **vp2}, core=True),
+        "tp2 sp cp2": Layout(4, "two-copies", {**sp2, **cp2}, core=True),
+        "tp2 zero3": Layout(4, parallel={**tp2, "zero_stage": 3}),
+        "pp2 cp2": Layout(4, parallel={**pp2, **cp2}),
+        "pp2 dp2 zero2": Layout(4, "ragged", {**pp2, "zero_stage": 2}),
+        "cp2 dp2 zero3": Layout(4, parallel={**cp2, "zero_stage": 3}),
+        "pp2 vpp2 dp2 zero0": Layout(4, "tied", {**vp2, "zero_stage": 0}),
+        "tp2 sp pp2 dp2": Layout(8, "tied", {**sp2, **pp2}, core=True),
+        "tp2 sp pp2 cp2": Layout(8, parallel={**sp2, **pp2, **cp2}),
+        "tp2 pp2 vpp2 dp2 zero2": Layout(8, parallel={**tp2, **vp2, "zero_stage": 2}),
+        "tp2 sp cp2 dp2 zero3": Layout(8, "wide", {**sp2, **cp2, "zero_stage": 3}),
+    }
+
+
+LAYOUTS = _layouts()
+
+
+def recipe(layout: Layout) -> Recipe:
+    case = CASES[layout.case]
     return Recipe(
         name="parity",
-        model=model,
-        diffusion=DiffusionRecipe(block_size=block_size),
+        model=case.model,
+        diffusion=DiffusionRecipe(block_size=case.block_size, noisy_copies=case.copies),
         data=DataRecipe(path="unused", seq_len=LENGTH),
-        train=TrainRecipe(steps=3, global_batch_size=BATCH, micro_batch_size=1, precision="fp32"),
-        parallel=ParallelRecipe(tensor=tensor, zero_stage=zero_stage),
-        optimizer=OptimizerRecipe(lr=0.01, eps=1e-4, clip_grad_norm=0.5, **optimizer),
+        train=TrainRecipe(steps=STEPS, global_batch_size=BATCH, micro_batch_size=1, precision="fp32", **layout.train),
+        parallel=ParallelRecipe(**layout.parallel),
+        optimizer=OptimizerRecipe(lr=0.01, eps=1e-4, clip_grad_norm=0.5, ema_decay=0.5),
     )
 
 
-def batch(document_lengths: list[int], seed: int) -> dict[str, torch.Tensor]:
-    """Random tokens and masks of whole sequences; the last sequence of the batch has no masked token at all."""
+def batch(case: Case, seed: int) -> dict[str, torch.Tensor]:
+    """Random tokens and masks of whole sequences; the last two sequences have no masked token at all.
+
+    masked: [copies, B, L]; mask_rate: [copies, B, L].
+    """
     generator = torch.Generator().manual_seed(seed)
-    doc_ids = torch.repeat_interleave(torch.arange(len(document_lengths)), torch.tensor(document_lengths))
-    starts = torch.tensor([0, *document_lengths[:-1]]).cumsum(0)[doc_ids]
+    doc_ids = torch.repeat_interleave(torch.arange(len(case.documents)), torch.tensor(case.documents))
+    starts = torch.tensor([0, *case.documents[:-1]]).cumsum(0)[doc_ids]
     clean = torch.randint(0, 57, (BATCH, LENGTH), generator=generator)
-    rate = torch.rand(BATCH, 1, generator=generator).expand(-1, LENGTH) * 0.9 + 0.1
-    masked = torch.rand(BATCH, LENGTH, generator=generator) < rate
-    masked[-1] = False
+    rate = torch.rand(case.copies, BATCH, 1, generator=generator).expand(-1, -1, LENGTH) * 0.8 + 0.1
+    masked = torch.rand(case.copies, BATCH, LENGTH, generator=generator) < rate
+    masked[:, -2:] = False
+    if case.complementary:
+        masked, rate = torch.stack([masked[0], ~masked[0]]), torch.stack([rate[0], 1 - rate[0]])
     return {
         "clean": clean,
         "masked": masked,

@@ -14,7 +14,7 @@ def fail() -> None:
     raise OSError("rank 0 found the disk full")
 
 
-def main() -> None:
+def agree() -> None:
     with process_groups(ParallelRecipe(tensor=2)) as groups:
         rank = dist.get_rank()
         assert on_rank_zero(lambda: f"from rank {dist.get_rank()}") == "from rank 0"
@@ -24,7 +24,3 @@ def main() -> None:
         assert not any_rank(False)
         assert gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
         assert gather_objects(rank, groups.dp_cp) == [rank]
-
-
-if __name__ == "__main__":
-    main()

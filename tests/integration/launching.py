@@ -1,12 +1,31 @@
-"""Starts real ranks for the integration tests."""
+"""Starts real ranks for the integration tests, from a server that has imported everything once."""
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["launching", "preloaded"])
+
+
+def _start_server() -> None:
+    """Python 3.11's server does not take over `sys.path`, and leaves out what it then cannot import."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def free_port() -> int:
@@ -15,28 +34,43 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_ranks(script: Path, world_size: int, *args: object, timeout: float = 240) -> None:
-    """Run `script` on `world_size` ranks and fail with the output of the ranks that failed."""
-    common = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+def run_ranks(target: Callable[..., None], world_size: int, *args: object, logs: Path, timeout: float = 40) -> None:
+    """Run `target(*args)` on `world_size` ranks and fail with the output of those that failed, the first one first."""
+    _start_server()
+    logs.mkdir(parents=True, exist_ok=True)
+    environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    files = [logs / f"rank{rank}.log" for rank in range(world_size)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), *map(str, args)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
+        _CONTEXT.Process(target=_rank, args=(target, args, environment, rank, file, timeout))
+        for rank, file in enumerate(files)
     ]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + timeout
     try:
-        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            time.sleep(0.02)
+            if time.monotonic() > deadline + 5:  # the ranks show where they are, and end
+                break
+        failed = [i for i, rank in enumerate(ranks) if rank.exitcode is None or rank.exitcode]
     finally:
         for rank in ranks:
             rank.kill()
-    failed = [
-        f"rank {i} ended with {r.returncode}:\n{o[-4000:]}"
-        for i, (r, o) in enumerate(zip(ranks, outputs, strict=True))
-        if r.returncode
-    ]
-    assert not failed, "\n".join(failed)
+            rank.join()
+    order = sorted(failed, key=lambda i: ranks[i].exitcode != 1)
+    assert not failed, "\n".join(f"rank {i} ({ranks[i].exitcode}):\n{files[i].read_text()[-4000:]}" for i in order)
+
+
+def _rank(
+    target: Callable[..., None], args: tuple, environment: dict[str, str], rank: int, log: Path, timeout: float
+) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    faulthandler.dump_traceback_later(timeout, exit=True)
+    import torch
+
+    torch.set_num_threads(1)
+    target(*args)

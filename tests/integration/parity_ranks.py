@@ -1,112 +1,99 @@
-"""One rank of the parity launch: `parity_ranks.py OUT TENSOR ZERO`. Rank 0 saves full weights, gradients and losses
-to OUT.
-"""
+"""One rank of a layout: three optimiser steps, of which rank 0 saves losses, norms, times and full weights."""
 
 from __future__ import annotations
 
-import sys
+import time
 from pathlib import Path
 
 import cases
 import torch
 import torch.distributed as dist
 
-from bd3_scale.attention.spans import make_spans
-from bd3_scale.data.corrupt import NoisyBatch
+from bd3_scale.checkpoint.boxes import boxes_of
+from bd3_scale.data.batch import Batch
+from bd3_scale.data.corrupt import corrupt
+from bd3_scale.diffusion.noise import Noise
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
+from bd3_scale.parallel.collective import gather_objects
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
-from bd3_scale.train.step import loss_sum
+from bd3_scale.recipe.checks import check_recipe
 
 
-def micro_batches(batch, block_size, rank, ranks):
-    """One sequence each, of this data-parallel rank's share."""
-    spans = make_spans(batch["document_start"], block_size)
-    share = cases.BATCH // ranks
-    for i in range(rank * share, (rank + 1) * share):
+def micro_batches(case: cases.Case, seed: int, groups) -> list:
+    """One sequence each, of this rank's share."""
+    batch = cases.batch(case, seed)
+    share = cases.BATCH // groups.dp.size()
+    context = (groups.cp.rank(), groups.cp.size())
+    inputs = []
+    for i in range(groups.dp.rank() * share, (groups.dp.rank() + 1) * share):
         one = slice(i, i + 1)
-        masked = batch["masked"][one]
-        rows = masked.flatten().nonzero()[:, 0]
-        clean = batch["clean"][one]
-        yield NoisyBatch(
-            clean.masked_fill(masked, cases.VOCABULARY.mask_id),
-            clean,
-            batch["positions"][one],
-            spans[:, one].contiguous(),
-            rows,
-            (1 / batch["mask_rate"][one]).flatten()[rows],
+        sequences = Batch(
+            ids=torch.tensor([i]),
+            slots=torch.tensor([i]),
+            epoch=0,
+            tokens=batch["clean"][one],
+            document_start=batch["document_start"][one].int(),
+            positions=batch["positions"][one],
+            counted=torch.ones(1, cases.LENGTH, dtype=torch.bool),
         )
+        noises = [Noise(batch["masked"][c, one], batch["mask_rate"][c, one]) for c in range(case.copies)]
+        how = {"mask_id": cases.VOCABULARY.mask_id, "device": torch.device("cpu"), "context": context}
+        inputs.append(corrupt(sequences, noises, case.block_size, **how))
+    return inputs
 
 
-def full_tensors(layouts, values, groups):
-    """Rank 0's view of the tensors of all ranks of a tensor-parallel group, put together from their boxes."""
+def full_states(engine, layouts) -> dict[str, torch.Tensor]:
+    """The optimiser's states of all ranks, put together from their boxes; replicas must be equal."""
+    by_parameter = {id(layout.parameter): layout for layout in layouts}
     mine = [
-        (
-            p.key,
-            p.full_shape,
-            p.offset,
-            values[id(layout.parameter)].flatten()[p.start : p.start + p.numel].reshape(p.shape),
-        )
-        for layout in layouts
-        for p in layout.pieces
+        (box.key, box.full_shape, box.offset, box.data.clone())
+        for fragment in engine.zero.fragments()
+        for box in boxes_of(by_parameter[id(fragment.parameter)].pieces, fragment.start, fragment.states)
     ]
-    everyone = [None] * groups.tp.size()
-    dist.all_gather_object(everyone, mine, group=groups.tp)
-    full = {}
-    for key, shape, offset, value in [box for rank in everyone for box in rank]:
+    full: dict[str, torch.Tensor] = {}
+    for key, shape, offset, data in [box for rank in gather_objects(mine) for box in rank]:
         target = full.setdefault(key, torch.full(shape, float("nan")))
-        target[tuple(slice(o, o + s) for o, s in zip(offset, value.shape, strict=True))] = value
+        place = target[tuple(slice(o, o + s) for o, s in zip(offset, data.shape, strict=True))]
+        assert place.isnan().all() or torch.equal(place, data), f"replicas of {key} differ"
+        place.copy_(data)
+    assert not any(tensor.isnan().any() for tensor in full.values()), "boxes do not cover a tensor"
     return full
 
 
-def forward_and_backward(name, tensor, groups):
-    model_recipe, block_size, lengths = cases.CASES[name]
-    recipe = cases.recipe(model_recipe, block_size, tensor=tensor)
-    model = build_model(recipe, cases.VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=3)
-    layouts = parameter_layouts(model)
-    weights = full_tensors(layouts, {id(p): p.detach().clone() for p in model.parameters()}, groups)
-    loss = sum(loss_sum(model, micro) for micro in micro_batches(cases.batch(lengths, 1), block_size, 0, 1))
-    loss.backward()
-    for parameter in model.parameters():
-        if parameter.partial_over_tp if hasattr(parameter, "partial_over_tp") else False:
-            dist.all_reduce(parameter.grad, group=groups.tp)
-    gradients = full_tensors(layouts, {id(p): p.grad for p in model.parameters()}, groups)
-    return {"weights": weights, "gradients": gradients, "loss": loss.item()}
-
-
-def three_steps(tensor, zero_stage, groups):
-    model_recipe, block_size, lengths = cases.CASES["qwen-packed"]
-    recipe = cases.recipe(model_recipe, block_size, tensor=tensor, zero_stage=zero_stage, ema_decay=0.5)
-    model = build_model(recipe, cases.VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=3)
-    layouts = parameter_layouts(model)
-    engine = TrainingEngine(model, groups, recipe.optimizer, recipe.parallel, loss_sum)
-    results = []
-    for step in range(3):
-        micros = list(micro_batches(cases.batch(lengths, step), block_size, groups.dp.rank(), groups.dp.size()))
+def three_steps(layout: cases.Layout, groups) -> dict:
+    case, recipe = cases.CASES[layout.case], cases.recipe(layout)
+    check_recipe(recipe, dist.get_world_size())
+    device = torch.device("cpu")
+    chunks = build_model(recipe, cases.VOCABULARY, groups, dtype=torch.float32, device=device, seed=3)
+    layouts = parameter_layouts(chunks)
+    engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
+    initial = full_states(engine, layouts)
+    results, seconds = [], []
+    for step in range(cases.STEPS):
+        micros = micro_batches(case, step, groups)
+        began = time.perf_counter()
         results.append(engine.step(micros, tokens=cases.BATCH * cases.LENGTH, lr=0.01))
-    kept = {id(p): p.detach().clone() for p in model.parameters()}
-    weights = full_tensors(layouts, kept, groups)
-    with engine.zero.evaluation_weights():
-        ema = full_tensors(layouts, {id(p): p.detach().clone() for p in model.parameters()}, groups)
-    assert all(torch.equal(p, kept[id(p)]) for p in model.parameters()), "weights differ after evaluation"
+        seconds.append(time.perf_counter() - began)
+    assert engine.zero.step == cases.STEPS
     return {
-        "weights": weights,
-        "ema": ema,
+        "initial": {key: value for key, value in initial.items() if key.startswith("master.")},
+        "states": full_states(engine, layouts),
         "losses": [r.loss for r in results],
         "norms": [r.grad_norm for r in results],
+        "seconds": seconds,
     }
 
 
-def main() -> None:
-    out, tensor, zero_stage = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    with process_groups(cases.recipe(cases.QWEN, 8, tensor=tensor).parallel) as groups:
-        results = {name: forward_and_backward(name, tensor, groups) for name in cases.CASES}
-        results["steps"] = three_steps(tensor, zero_stage, groups)
+def run_layout(name: str, out: Path) -> None:
+    layout = cases.LAYOUTS[name]
+    with process_groups(cases.recipe(layout).parallel) as groups:
+        first = three_steps(layout, groups)
+        for _ in range(layout.repeats - 1):
+            again = three_steps(layout, groups)
+            assert again["losses"] == first["losses"], (again["losses"], first["losses"])
+            assert again["norms"] == first["norms"], (again["norms"], first["norms"])
+            assert all(torch.equal(again["states"][key], first["states"][key]) for key in first["states"])
         if dist.get_rank() == 0:
-            torch.save(results, out)
-
-
-if __name__ == "__main__":
-    main()
+            torch.save(first, out)

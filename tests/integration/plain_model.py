@@ -95,11 +95,18 @@ def log_probs(weights, recipe, vocabulary, hidden):
 
 
 def loss(weights, recipe, vocabulary, batch, block_size):
-    """Sum over masked tokens of −log p / mask rate; `batch` has clean, masked, mask_rate, doc_ids, positions."""
+    """Mean over noisy copies of the sum over masked tokens of −log p / mask rate.
+
+    `batch` has clean, masked and mask_rate [copies, …], doc_ids, positions.
+    """
     length = batch["clean"].shape[1]
-    noisy = torch.where(batch["masked"], vocabulary.mask_id, batch["clean"])
     mask = torch.stack([dense_mask(row.tolist(), block_size) for row in batch["doc_ids"]])
-    tokens, positions = torch.cat([noisy, batch["clean"]], 1), batch["positions"].repeat(1, 2)
-    hidden = hidden_states(weights, recipe, tokens, positions, mask)[:, :length]
-    picked = log_probs(weights, recipe, vocabulary, hidden).gather(-1, batch["clean"][..., None])[..., 0]
-    return -(torch.where(batch["masked"], picked / batch["mask_rate"], 0.0)).sum()
+    positions = batch["positions"].repeat(1, 2)
+    total = 0.0
+    for masked, rate in zip(batch["masked"], batch["mask_rate"], strict=True):
+        noisy = torch.where(masked, vocabulary.mask_id, batch["clean"])
+        tokens = torch.cat([noisy, batch["clean"]], 1)
+        hidden = hidden_states(weights, recipe, tokens, positions, mask)[:, :length]
+        picked = log_probs(weights, recipe, vocabulary, hidden).gather(-1, batch["clean"][..., None])[..., 0]
+        total = total - torch.where(masked, picked / rate, 0.0).sum()
+    return total / len(batch["masked"])

@@ -33,10 +33,8 @@ def build(groups, **choices):
         train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
         **choices,
     )
-    built = build_model(
-        recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=5
-    ).requires_grad_(False)
-    return built.eval()
+    (built,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=5)
+    return built.requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +56,13 @@ def positions_of(clean):
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 8])
-def test_cached_blocks_give_the_two_stream_likelihoods(model, clean, block_size):
+def test_cached_blocks_give_the_two_stream_likelihoods(token_nll, model, clean, block_size):
     """The nll of every masked token of every block, from one forward and from block after block through the cache."""
     masked = torch.rand(clean.shape, generator=torch.Generator().manual_seed(1)) < 0.6
     noisy = clean.masked_fill(masked, VOCABULARY.mask_id)
     rows = masked.flatten().nonzero()[:, 0]
     two_stream = torch.zeros(clean.shape)
-    two_stream[masked] = model(noisy, clean, positions_of(clean), spans_of(clean, block_size), rows)
+    two_stream[masked] = token_nll(model, noisy, clean, positions_of(clean), spans_of(clean, block_size), rows)
     cache = model.new_cache(2, LENGTH)
     for start in range(0, LENGTH, block_size):
         block = slice(start, start + block_size)
@@ -92,45 +90,45 @@ def test_prefill_at_once_and_block_by_block_give_the_clean_only_forward(model, c
         torch.testing.assert_close(found, logits[:, 12:16], rtol=1e-5, atol=1e-5)
 
 
-def test_block_size_one_is_an_exact_left_to_right_likelihood(model, clean):
+def test_block_size_one_is_an_exact_left_to_right_likelihood(token_nll, model, clean):
     """With every token masked: its nlls do not depend on which other tokens are masked, nor on any later token."""
     spans, positions = spans_of(clean, 1), positions_of(clean)
     everything = torch.full_like(clean, VOCABULARY.mask_id)
-    exact = model(everything, clean, positions, spans, torch.arange(clean.numel())).view(clean.shape)
+    exact = token_nll(model, everything, clean, positions, spans, torch.arange(clean.numel())).view(clean.shape)
     masked = torch.rand(clean.shape, generator=torch.Generator().manual_seed(2)) < 0.5
-    some = model(
-        clean.masked_fill(masked, VOCABULARY.mask_id), clean, positions, spans, masked.flatten().nonzero()[:, 0]
+    some = token_nll(
+        model, clean.masked_fill(masked, VOCABULARY.mask_id), clean, positions, spans, masked.flatten().nonzero()[:, 0]
     )
     torch.testing.assert_close(some, exact[masked], rtol=1e-5, atol=1e-5)
     changed = clean.clone()
     changed[:, 10:] = (changed[:, 10:] + 1) % 57
-    other = model(everything, changed, positions, spans, torch.arange(clean.numel())).view(clean.shape)
+    other = token_nll(model, everything, changed, positions, spans, torch.arange(clean.numel())).view(clean.shape)
     torch.testing.assert_close(other[:, :10], exact[:, :10], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(other[:, 11:], exact[:, 11:])
 
 
-def test_documents_do_not_see_each_other(model, clean):
+def test_documents_do_not_see_each_other(token_nll, model, clean):
     """Two documents packed in a sequence have the nlls that they have alone."""
     starts = torch.tensor([0] * 8 + [8] * 16).expand(2, -1)
     masked = torch.zeros_like(clean, dtype=torch.bool)
     masked[:, ::3] = True
     noisy, rows = clean.masked_fill(masked, VOCABULARY.mask_id), masked.flatten().nonzero()[:, 0]
     packed = torch.zeros(clean.shape)
-    packed[masked] = model(noisy, clean, positions_of(clean) - starts, make_spans(starts.int(), 4), rows)
+    packed[masked] = token_nll(model, noisy, clean, positions_of(clean) - starts, make_spans(starts.int(), 4), rows)
     for part in (slice(0, 8), slice(8, 24)):
         c, n, m = clean[:, part], noisy[:, part], masked[:, part]
-        alone = model(n, c, positions_of(c), spans_of(c, 4), m.flatten().nonzero()[:, 0])
+        alone = token_nll(model, n, c, positions_of(c), spans_of(c, 4), m.flatten().nonzero()[:, 0])
         torch.testing.assert_close(packed[:, part][m], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_the_recipe_chooses_the_attention_of_every_pass(model, groups, clean):
+def test_the_recipe_chooses_the_attention_of_every_pass(token_nll, model, groups, clean):
     """By the operators that run: the reference has none of its own, the CPU's count the pairs of each layer's mask."""
     positions, spans = positions_of(clean), spans_of(clean, 4)
 
     def run(model):
         cache = model.new_cache(2, LENGTH)
         with FlopCounterMode(display=False) as counter:
-            nll = model(clean, clean, positions, spans, torch.arange(clean.numel()))
+            nll = token_nll(model, clean, clean, positions, spans, torch.arange(clean.numel()))
             model.prefill(clean[:, :20], positions[:, :20], spans[:, :, :20], cache)
             logits = model.decode(clean[:, 20:], positions[:, 20:], cache)
         counts = counter.get_flop_counts()["Global"]
@@ -141,11 +139,12 @@ def test_the_recipe_chooses_the_attention_of_every_pass(model, groups, clean):
     finite = want.isfinite()
     torch.testing.assert_close(got[finite], want[finite], rtol=1e-5, atol=1e-5)
     assert not by_none
-    one_pair = 2 * 2 * 4 * 4 * 8  # layers, sequences, heads, two products, head size
-    noisy_and_clean, prefix, block = 24 * 24 + 24 * 4, 20 * 24 // 2, 4 * 24
+    one_pair = 2 * 4 * 4 * 8  # sequences, heads, two products, head size
+    noisy_and_clean, noisy, prefix, block = 24 * 24 + 24 * 4, (24 * 24 + 24 * 4) // 2, 20 * 24 // 2, 4 * 24
     assert by_operator == {
-        torch.ops.bd3_scale.block_attention: one_pair * (noisy_and_clean + prefix),
-        torch.ops.bd3_scale.decode_attention: one_pair * block,
+        # The last layer attends from noisy rows alone.
+        torch.ops.bd3_scale.block_attention: one_pair * (noisy_and_clean + noisy + 2 * prefix),
+        torch.ops.bd3_scale.decode_attention: one_pair * 2 * block,
     }
 
 

@@ -164,6 +164,8 @@ def values_of(annotation: object, metadata: tuple[object, ...]) -> st.SearchStra
         return st.sampled_from(arguments)
     if origin is typing.Annotated:
         return values_of(arguments[0], metadata)
+    if origin is tuple and arguments[-1] is ...:
+        return st.lists(values_of(arguments[0], ()), max_size=4).map(tuple)
     if origin is tuple:
         return st.tuples(*(values_of(argument, ()) for argument in arguments))
     if arguments:

@@ -1,0 +1,79 @@
+"""What a rank computes on: the rows of its positions, noisy copies and clean tokens, and which of them the head reads.
+
+Legend: B sequences, L data tokens a sequence, R positions of this context-parallel rank (L without), C noisy copies,
+S streams (the noisy copies, then the clean tokens where there is such a stream), M rows of the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bd3_scale.model.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A micro-batch as the model takes it, the same for every pipeline stage and tensor-parallel rank.
+
+    Attributes:
+        tokens: int64 [B, S·R], one stream after the other.
+        positions: int64 [B, R], within the document.
+        spans: int32 [3, B, L], or [5, B, R] of a context-parallel rank; see `bd3_scale.attention.spans`.
+        num_noisy: C; 0 for clean rows alone.
+        head_rows: int64 [M], as indices into [streams that the head reads · R, B]; the head sees no others.
+        targets: int64 [M], the tokens to predict there.
+        weights: float32 [M], what multiplies each negative log-likelihood in the loss.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    spans: Tensor
+    num_noisy: int
+    head_rows: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    @property
+    def num_streams(self) -> int:
+        return self.tokens.shape[1] // self.positions.shape[1]
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """What every layer needs to know of the rows that pass through it.
+
+    Attributes:
+        num_streams, num_noisy: S and C.
+        spans: None while a block is decoded, which sees the whole cache and itself.
+        rotary: cos and sin of the rows' positions, [2, R, B, 1, D], see `rotary_table`.
+        cache: where clean keys go in generation.
+    """
+
+    num_streams: int
+    num_noisy: int
+    spans: Tensor | None
+    rotary: Tensor
+    cache: KVCache | None = None
+
+    @property
+    def has_clean(self) -> bool:
+        return self.num_streams > self.num_noisy
+
+
+def by_stream(x: Tensor, num_streams: int, ranks: int) -> Tensor:
+    """Rows gathered from sequence-parallel ranks, [ranks · S · r, …], as [S · R, …] with R = ranks · r.
+
+    A rank holds the same r positions of every stream, so that leaving a stream out leaves all ranks as many rows.
+    """
+    if ranks == 1:
+        return x
+    return x.unflatten(0, (ranks, num_streams, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def by_rank(x: Tensor, num_streams: int, ranks: int) -> Tensor:
+    """The inverse of `by_stream`."""
+    if ranks == 1:
+        return x
+    return x.unflatten(0, (num_streams, ranks, -1)).transpose(0, 1).flatten(0, 2)

@@ -1,0 +1,74 @@
+"""Micro-batches through the pipeline's chunks, by megatron-core's schedules: none, 1F1B or interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from bd3_scale.model.build import Chunks
+from bd3_scale.model.rows import ModelInputs
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.parallel.groups import ProcessGroups
+
+
+def forward_backward(
+    chunks: Chunks, micro_batches: Sequence[ModelInputs], groups: ProcessGroups, scale: float
+) -> Tensor:
+    """Gradients of the sum of all micro-batches' losses, times `scale`, in the weights' `grad`.
+
+    Returns that sum without `scale`, float64: this rank's part, and zero but on the last stage.
+    """
+    # megatron divides by the number of micro-batches and multiplies by the context-parallel ranks, in place.
+    scale = scale * len(micro_batches) / groups.cp.size()
+    losses = _run(chunks, micro_batches, groups, lambda total, _: (total * scale, total.detach().double().clone()))
+    return torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64, device=_device(chunks))
+
+
+@torch.no_grad()
+def token_losses(chunks: Chunks, micro_batches: Sequence[ModelInputs], groups: ProcessGroups) -> list[Tensor]:
+    """The negative log-likelihoods [M] fp32 of each micro-batch; an empty list but on the last stage.
+
+    All ranks of a pipeline give as many micro-batches of one shape, in groups of the stages' number where interleaved.
+    """
+    return _run(chunks, micro_batches, groups, lambda total, nll: (total, nll), forward_only=True)
+
+
+def _run(
+    chunks: Chunks,
+    micro_batches: Sequence[ModelInputs],
+    groups: ProcessGroups,
+    result: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    *,
+    forward_only: bool = False,
+) -> list[Tensor]:
+    """What the second part of `result` gives for each micro-batch, on the last stage."""
+    first = micro_batches[0]
+    rows = first.tokens.shape[1]
+    assert all(inputs.tokens.shape == first.tokens.shape for inputs in micro_batches), "stages exchange equal shapes"
+
+    def forward_step(batches: Iterator[ModelInputs], chunk: BlockDiffusionTransformer) -> tuple[Tensor, Any]:
+        output = chunk(next(batches))
+        if isinstance(output, Tensor):
+            return output, None
+        total, nll = output
+        return total, lambda total: result(total, nll)
+
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(micro_batches),
+        # Of whole sequences: megatron divides by context- and sequence-parallel ranks.
+        seq_length=rows * groups.cp.size(),
+        micro_batch_size=first.tokens.shape[0],
+        forward_only=forward_only,
+    )
+    return list(results)
+
+
+def _device(chunks: Chunks) -> torch.device:
+    return next(chunks[0].parameters()).device

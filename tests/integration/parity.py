@@ -1,0 +1,83 @@
+"""The parity matrix as a table: every layout against one process of plain PyTorch.
+
+python tests/integration/parity.py            all layouts
+python tests/integration/parity.py --core     those of every test run
+python tests/integration/parity.py 'cp2' --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import cases
+import torch
+from launching import run_ranks
+from oracle import Oracle
+from parity_ranks import run_layout
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+TOLERANCE = 1e-5
+
+
+def measure(name: str, oracle: Oracle, folder: Path) -> dict:
+    """Runs one layout; its largest difference, in what, and its median step time in seconds."""
+    layout = cases.LAYOUTS[name]
+    out = folder / f"{name.replace(' ', '-')}.pt"
+    run_ranks(run_layout, layout.world_size, name, out, logs=out.with_suffix(""))
+    found = torch.load(out)
+    differ = oracle.differences(layout.case, found)
+    worst = max(differ, key=differ.__getitem__)
+    return {
+        "layout": name,
+        "processes": layout.world_size,
+        "case": layout.case,
+        "difference": differ[worst],
+        "in": worst,
+        "step_seconds": statistics.median(found["seconds"]),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layouts", nargs="*", help="names of layouts; default: all")
+    parser.add_argument("--core", action="store_true", help="the layouts of every test run")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    names = options.layouts or [name for name, layout in cases.LAYOUTS.items() if layout.core or not options.core]
+    unknown = [name for name in names if name not in cases.LAYOUTS]
+    if unknown:
+        parser.error(f"no layout {', '.join(unknown)}; there are {', '.join(cases.LAYOUTS)}")
+    results, oracle = [], Oracle()
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in track(names, console=console):
+            try:
+                results.append(measure(name, oracle, Path(folder)))
+            except AssertionError as error:
+                results.append({"layout": name, "difference": float("nan"), "in": str(error)})
+            console.print(f"{name}: {results[-1]['difference']:.1e} in {results[-1]['in']}", markup=False)
+    if options.json:
+        print(json.dumps(results))
+    else:
+        table = Table("layout", "processes", "case", "largest difference", "in", "step, ms")
+        for row in results:
+            table.add_row(
+                row["layout"],
+                str(row.get("processes", "")),
+                row.get("case", ""),
+                f"{row['difference']:.1e}",
+                row["in"],
+                f"{1000 * row['step_seconds']:.0f}" if "step_seconds" in row else "",
+            )
+        Console().print(table)
+    return int(not all(row["difference"] <= TOLERANCE for row in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
