@@ -36,6 +36,8 @@ def token_nll():
             head_rows=position * len(clean) + sequence,
             targets=clean[sequence, position],
             weights=torch.ones(len(rows)),
+            noisy_pairs=0,
+            clean_pairs=0,
         )
         return model(inputs)[1]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import register_flop_formula
 
 from bd3_scale.attention.spans import check_spans, count_pairs
@@ -118,7 +119,9 @@ def _pairs(q: Tensor, k: Tensor, spans: Tensor, num_noisy: int) -> int:
         noisy_rows = num_noisy * num_rows
         most = q.shape[0] * (q.shape[1] * (k.shape[1] - noisy_rows) + noisy_rows * num_rows)
         return most * q.shape[2]
-    return q.shape[2] * count_pairs(spans, num_noisy=num_noisy, clean_queries=q.shape[1] > num_noisy * num_rows)
+    # Real spans among fake tensors are counted as they are.
+    with unset_fake_temporarily():
+        return q.shape[2] * count_pairs(spans, num_noisy=num_noisy, clean_queries=q.shape[1] > num_noisy * num_rows)
 
 
 @register_flop_formula(torch.ops.bd3_scale.block_attention, get_raw=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bd3_scale.attention.spans import make_spans, take_ranges, zigzag_ranges
+from bd3_scale.attention.spans import count_pairs, make_spans, take_ranges, zigzag_ranges
 from bd3_scale.data.batch import Batch
 from bd3_scale.diffusion.nelbo import loss_weight
 from bd3_scale.diffusion.noise import Noise
@@ -105,10 +105,24 @@ def _inputs(
     context: Context,
     device: torch.device,
 ) -> ModelInputs:
+    places = _positions(spans.shape[2], context)
+    has_clean = tokens.shape[1] // len(places) > num_noisy
+    noisy_pairs = count_pairs(spans[:, :, places], num_noisy=num_noisy, clean_queries=False)
+    clean_pairs = count_pairs(spans[:, :, places], num_noisy=0, clean_queries=True) if has_clean else 0
     if context[1] > 1:
         spans = take_ranges(spans, zigzag_ranges(spans.shape[2], *context), own_keys=own_keys)
-    positions = batch.positions[:, _positions(batch.tokens.shape[1], context)]
     tokens, positions, spans, head_rows, targets, weights = (
-        tensor.to(device, non_blocking=True) for tensor in (tokens, positions, spans, head_rows, targets, weights)
+        tensor.to(device, non_blocking=True)
+        for tensor in (tokens, batch.positions[:, places], spans, head_rows, targets, weights)
     )
-    return ModelInputs(tokens, positions, spans, num_noisy, head_rows, targets, weights)
+    return ModelInputs(
+        tokens=tokens,
+        positions=positions,
+        spans=spans,
+        num_noisy=num_noisy,
+        head_rows=head_rows,
+        targets=targets,
+        weights=weights,
+        noisy_pairs=noisy_pairs,
+        clean_pairs=clean_pairs,
+    )

@@ -92,7 +92,8 @@ def draw_noise(
 
 
 def draw_copies(block_start: Tensor, *, copies: int, low: float, high: float, **how: Any) -> list[Noise]:
-    """Noise of each of `copies` noisy copies that share a clean one; other arguments as for `draw_noise`.
+    """Noise of each of `copies` noisy copies that share a clean one; further arguments as for `draw_noise`, but
+    the draws are the copies.
 
     Two copies are complementary where low + high is 1: what one masks with probability p the other shows, and masks the
     rest with probability 1 − p, from the same interval; each token is learnt once. Else they are independent draws

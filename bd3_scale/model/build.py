@@ -41,10 +41,11 @@ def build_model(
     assert not config.gradient_accumulation_fusion, "it writes main_grad, which ZeRO never reads"
     backend = attention_backend(recipe, dtype=dtype, device=device)
     every_stage = range(groups.pp.rank(), len(recipe.parallel.chunks(recipe.model.num_layers)), groups.pp.size())
-    chunks = [
-        BlockDiffusionTransformer(config, recipe, vocabulary, groups, chunk=chunk, attention_backend=backend).to(device)
-        for chunk in every_stage
-    ]
+    with device:
+        chunks = [
+            BlockDiffusionTransformer(config, recipe, vocabulary, groups, chunk=chunk, attention_backend=backend)
+            for chunk in every_stage
+        ]
     for chunk in chunks:
         _mark_split_weights(chunk)
         if seed is not None:

@@ -27,7 +27,7 @@ class OutputLayer(ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         ids = torch.arange(vocabulary.padded_size).chunk(self.tp_group.size())[self.tp_group.rank()]
         forbidden = (ids == vocabulary.mask_id) | (ids >= vocabulary.size)
-        self.first_id = int(ids[0])
+        self.first_id = self.tp_group.rank() * len(ids)
         self.register_buffer("forbidden_V", forbidden, persistent=False)
 
     def forward(

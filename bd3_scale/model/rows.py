@@ -25,6 +25,7 @@ class ModelInputs:
         head_rows: int64 [M], as indices into [streams that the head reads · R, B]; the head sees no others.
         targets: int64 [M], the tokens to predict there.
         weights: float32 [M], what multiplies each negative log-likelihood in the loss.
+        noisy_pairs, clean_pairs: query-key pairs that the mask lets through, by kind of query, for one head.
     """
 
     tokens: Tensor
@@ -34,6 +35,8 @@ class ModelInputs:
     head_rows: Tensor
     targets: Tensor
     weights: Tensor
+    noisy_pairs: int
+    clean_pairs: int
 
     @property
     def num_streams(self) -> int:

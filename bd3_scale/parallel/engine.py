@@ -15,6 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from bd3_scale.model.build import Chunks
 from bd3_scale.model.rows import ModelInputs
+from bd3_scale.observe.flops import model_flops
 from bd3_scale.parallel.groups import DeepSpeedTopology, ProcessGroups
 from bd3_scale.parallel.optimizer import adamw, describe
 from bd3_scale.parallel.schedule import forward_backward
@@ -28,7 +29,7 @@ BUCKET_ELEMENTS = 1 << 26
 @dataclass(frozen=True)
 class StepResult:
     """`loss`: the global loss of the step, in nats a token; `grad_norm`: the global gradient norm before clipping;
-    `lr`: the learning rate.
+    `lr`: the learning rate; `flops`: what the step needed, over all ranks (see `model_flops`).
 
     Where the norm is not finite, DeepSpeed has left the weights alone.
     """
@@ -36,6 +37,7 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
+    flops: float
 
 
 class TrainingEngine:
@@ -66,20 +68,47 @@ class TrainingEngine:
 
         `tokens` is the number of data tokens of the global batch, over all ranks.
         """
+        loss = self.gradients(micro_batches, tokens=tokens)
+        grad_norm = self.update(lr)
+        totals = torch.stack([loss, torch.full_like(loss, self._flops(micro_batches))])
+        dist.all_reduce(totals, group=self.groups.dp_cp)
+        loss, flops = totals.unbind()
+        dist.all_reduce(loss, group=self.groups.pp)
+        return StepResult(float(loss) / tokens, grad_norm, lr, float(flops))
+
+    def gradients(self, micro_batches: Sequence[ModelInputs], *, tokens: int) -> Tensor:
+        """Forward and backward of all micro-batches, and ZeRO's reduction; returns this rank's loss sum, float64."""
         self._engine.train()
         with self._engine.coalesce_grad_reduction():
             # DeepSpeed averages over the ranks that hold the same weights.
             scale = self.groups.dp_cp.size() / tokens
             loss = forward_backward(self.chunks, micro_batches, self.groups, scale)
             self._sum_partial_gradients()
+        return loss
+
+    def update(self, lr: float) -> float:
+        """Clip and update with the gradients that `gradients` left; returns their global norm before."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
         if not self._engine.optimizer.overflow:
             self.zero.update_ema()
-        dist.all_reduce(loss, group=self.groups.dp_cp)
-        dist.all_reduce(loss, group=self.groups.pp)
-        return StepResult(loss=float(loss) / tokens, grad_norm=float(self._engine.get_global_grad_norm()), lr=lr)
+        return float(self._engine.get_global_grad_norm())
+
+    def _flops(self, micro_batches: Sequence[ModelInputs]) -> int:
+        """Of the whole model on this rank's positions, whatever part of it is here."""
+        return sum(
+            model_flops(
+                self.chunks[0].recipe,
+                self.chunks[0].vocabulary.padded_size,
+                noisy_rows=inputs.num_noisy * inputs.positions.numel(),
+                clean_rows=inputs.tokens.numel() - inputs.num_noisy * inputs.positions.numel(),
+                noisy_pairs=inputs.noisy_pairs,
+                clean_pairs=inputs.clean_pairs,
+                head_rows=len(inputs.head_rows),
+            )
+            for inputs in micro_batches
+        )
 
     def _sum_partial_gradients(self) -> None:
         """Add up gradients that ranks hold parts of, and that ZeRO knows nothing of."""

@@ -1,7 +1,7 @@
 """What megatron-core 0.16.1 needs to run on CPU and gloo, in one place.
 
-`tensor_parallel/` allocates on `torch.cuda.current_device()`, and `pipeline_parallel/schedules.py` counts tokens in a
-tensor on the literal device "cuda".
+`tensor_parallel/` and the messages between pipeline stages allocate on `torch.cuda.current_device()`, and
+`pipeline_parallel/schedules.py` counts tokens in tensors on the literal device "cuda".
 """
 
 from __future__ import annotations

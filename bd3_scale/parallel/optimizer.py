@@ -19,7 +19,7 @@ def adamw(parameters: Iterable[nn.Parameter], optimizer: OptimizerRecipe, *, on_
     """
     parameters = list(parameters)
     decay = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimizer.weight_decay}
-    no_decay = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
+    no_decay = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
     settings: dict[str, Any] = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps}
     fused_adam = find_apex() if on_gpu else None
     if fused_adam is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from bd3_scale.recipe.schema import ModelRecipe, OptimizerRecipe, Recipe, RecipeError
@@ -103,7 +104,7 @@ def _pipeline_problems(recipe: Recipe) -> Iterator[str]:
     if layers < count:
         yield (
             f"model.num_layers={layers} are fewer than {chunks} = {count} chunks, of which each needs a layer: "
-            "lower one of them"
+            f"lower pipeline or virtual_pipeline, or take num_layers {count}"
         )
     given = parallel.layers_per_chunk
     if given is not None and (len(given) != count or sum(given) != layers):
@@ -130,21 +131,22 @@ def _sequence_problems(recipe: Recipe) -> Iterator[str]:
             "parallel.sequence=true splits rows over tensor-parallel ranks, and parallel.tensor is 1: "
             "set parallel.sequence=false, or tensor 2 or more"
         )
-    if parallel.context > 1:
-        # A rank holds two ranges, early and late; noisy keys stay with their rank, so that no block may be cut.
-        factor = 2 * parallel.context * (block if block < length else 1)
-        if length % factor:
-            of_blocks = f" of diffusion.block_size={block}" if block < length else ""
-            yield (
-                f"data.seq_len={length} does not divide into 2 ranges of whole blocks{of_blocks} for each of "
-                f"parallel.context={parallel.context} ranks: take seq_len {_nearest_multiples(length, factor)}"
-            )
-            return
-    if parallel.sequence and length // parallel.context % parallel.tensor:
+    mdlm = block >= length
+    # A rank holds two ranges, early and late; noisy keys stay with their rank, so that no block may be cut.
+    of_ranges = 2 * parallel.context * (1 if mdlm else block) if parallel.context > 1 else 1
+    of_rows = parallel.context * parallel.tensor if parallel.sequence else 1
+    suited = _nearest_multiples(length, math.lcm(of_ranges, of_rows, 1 if mdlm else block))
+    way_out = f"take seq_len{' and block_size' if mdlm else ''} {suited}"
+    if length % of_ranges:
+        of_blocks = "" if mdlm else f" of diffusion.block_size={block}"
+        yield (
+            f"data.seq_len={length} does not divide into 2 ranges of whole blocks{of_blocks} for each of "
+            f"parallel.context={parallel.context} ranks: {way_out}"
+        )
+    elif length % of_rows:
         yield (
             f"parallel.sequence=true gives each of parallel.tensor={parallel.tensor} ranks as many positions, and "
-            f"data.seq_len={length} / context={parallel.context} does not divide: take seq_len "
-            f"{_nearest_multiples(length, parallel.context * parallel.tensor)}"
+            f"data.seq_len={length} / context={parallel.context} does not divide: {way_out}"
         )
 
 
@@ -163,16 +165,19 @@ def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
         recipe.train.micro_batch_size,
         data_parallel_size(recipe, world_size),
     )
+    # The interleaved schedule takes micro-batches in groups of as many as there are stages.
+    suited = _nearest_multiples(
+        batch, micro * data_parallel * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+    )
     if batch % (micro * data_parallel):
         yield (
             f"train.global_batch_size={batch} does not divide into train.micro_batch_size={micro} x {data_parallel} "
-            f"data-parallel ranks: take a global batch of {_nearest_multiples(batch, micro * data_parallel)}"
+            f"data-parallel ranks: take a global batch of {suited}"
         )
     elif parallel.virtual_pipeline > 1 and batch // (micro * data_parallel) % parallel.pipeline:
         yield (
             f"the interleaved schedule takes micro-batches in groups of parallel.pipeline={parallel.pipeline}, and a "
-            f"rank has {batch // (micro * data_parallel)}: take a global batch of "
-            f"{_nearest_multiples(batch, micro * data_parallel * parallel.pipeline)}"
+            f"rank has {batch // (micro * data_parallel)}: take a global batch of {suited}"
         )
 
 
@@ -184,6 +189,11 @@ def _diffusion_problems(recipe: Recipe) -> Iterator[str]:
             f"{diffusion.block_size} of seq_len={recipe.data.seq_len} has none: set diffusion.noisy_copies=1"
         )
     low, high = diffusion.mask_rate_low, diffusion.mask_rate_high
+    if diffusion.noisy_copies > 1 and low == high == 1:
+        yield (
+            f"diffusion.noisy_copies={diffusion.noisy_copies} at mask rate 1 are equal, with every token masked: "
+            "set diffusion.noisy_copies=1"
+        )
     interval = f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high}"
     if low > high:
         yield f"{interval} are the wrong way round: swap them"

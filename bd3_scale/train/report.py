@@ -7,9 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+import torch
 import torch.distributed as dist
 
 from bd3_scale.diffusion.nelbo import NelboEstimate
+from bd3_scale.observe.flops import peak_flops
 from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.metrics import METRICS_FILE, MetricsWriter
 from bd3_scale.observe.plot import loss_curve
@@ -24,6 +26,7 @@ class Report:
     def __init__(self, folder: Path, recipe: Recipe, start: int, *, attention_backend: str, optimizer: str) -> None:
         self._folder, self._recipe, self._start = folder, recipe, start
         self._attention, self._optimizer = attention_backend, optimizer
+        self._peak = peak_flops(torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
         self._stack = ExitStack()
         self._metrics: MetricsWriter | None = None
         self._progress: TrainingProgress | None = None
@@ -68,7 +71,9 @@ class Report:
         if step % self._recipe.logging.every_steps == 0 or step == self._recipe.train.steps:
             self._drawable = True
             cuda = peak_cuda_bytes()
-            memory = {} if cuda is None else {"peak_cuda_bytes": cuda}
+            more: dict[str, float] = {} if cuda is None else {"peak_cuda_bytes": cuda}
+            if self._peak is not None:
+                more["mfu"] = result.flops / seconds / self._peak / dist.get_world_size()
             self._metrics.write(
                 step,
                 train_loss=result.loss,
@@ -77,7 +82,7 @@ class Report:
                 tokens=step * tokens,
                 tokens_per_second=tokens / seconds,
                 peak_rss_bytes=peak_rss_bytes(),
-                **memory,
+                **more,
             )
         self._progress.step(step, train_loss=result.loss, tokens_per_second=tokens / seconds)
 

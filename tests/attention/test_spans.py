@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bd3_scale.attention.reference import dense_masks
-from bd3_scale.attention.spans import check_spans, make_spans
+from bd3_scale.attention.spans import check_spans, count_pairs, make_spans, take_ranges, zigzag_ranges
 
 packings = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
@@ -88,3 +88,55 @@ def describes_blocks(spans: torch.Tensor) -> bool:
 def test_wrong_documents_are_refused(starts: torch.Tensor, block_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_spans(starts, block_size)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2))
+def test_context_ranks_share_out_all_positions_and_as_many_pairs(
+    size: int, blocks: int, block_size: int, num_noisy: int
+) -> None:
+    """Of one document, in ranges of whole blocks: the rank with the first rows has the last ones, too."""
+    length = 2 * size * blocks * block_size
+    ranks = [zigzag_ranges(length, rank, size) for rank in range(size)]
+    assert sorted(i for ranges in ranks for start, end in ranges for i in range(start, end)) == list(range(length))
+    spans = make_spans(document_start([length]), block_size)
+    for clean_queries in {True, num_noisy == 0}:
+        pairs = [
+            count_pairs(take_ranges(spans, ranges), num_noisy=num_noisy, clean_queries=clean_queries)
+            for ranges in ranks
+        ]
+        assert set(pairs) == {count_pairs(spans, num_noisy=num_noisy, clean_queries=clean_queries) / size}
+
+
+@given(packings, st.integers(1, 12), st.integers(0, 2), st.booleans())
+def test_pairs_are_those_of_the_masks(lengths: list[int], block_size: int, num_noisy: int, clean_queries: bool) -> None:
+    spans = make_spans(document_start(lengths), block_size)
+    noisy_to_clean, noisy_to_noisy, clean_to_clean = dense_masks(spans, num_keys=spans.shape[2])
+    expected = num_noisy * (noisy_to_clean.sum() + noisy_to_noisy.sum()) + clean_queries * clean_to_clean.sum()
+    assert count_pairs(spans, num_noisy=num_noisy, clean_queries=clean_queries) == expected
+
+
+def test_a_sequence_that_does_not_divide_over_the_context_ranks_is_refused() -> None:
+    with pytest.raises(ValueError, match="seq_len 18 does not divide into 2 ranges for each of 4 ranks"):
+        zigzag_ranges(18, 1, 4)
+
+
+@given(packings, st.integers(1, 12), st.data())
+def test_rows_without_own_keys_see_clean_ones_alone_and_may_be_cut_anywhere(
+    lengths: list[int], block_size: int, data: st.DataObject
+) -> None:
+    spans = make_spans(document_start(lengths), block_size)
+    length = spans.shape[2]
+    cuts = data.draw(st.lists(st.integers(0, length), min_size=2, max_size=5, unique=True).map(sorted))
+    ranges = list(zip(cuts[::2], cuts[1::2], strict=False))
+    taken = take_ranges(spans, ranges, own_keys=False)
+    places = [i for start, end in ranges for i in range(start, end)]
+    check_spans(taken, num_keys=length)
+    assert taken.dtype == torch.int32
+    assert torch.equal(taken[:3], spans[:, :, places])
+    noisy_to_clean, noisy_to_noisy, clean_to_clean = dense_masks(taken, num_keys=length)
+    assert not noisy_to_noisy.any()
+    assert torch.equal(clean_to_clean, dense_masks(spans, num_keys=length)[2][:, places])
+    assert torch.equal(noisy_to_clean, dense_masks(spans, num_keys=length)[0][:, places])
+    if any(spans[1, 0, start] != start or spans[2, 0, end - 1] != end for start, end in ranges):
+        with pytest.raises(ValueError, match="cuts a block"):
+            take_ranges(spans, ranges)

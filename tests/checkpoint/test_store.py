@@ -42,7 +42,7 @@ def inputs(seed):
     positions = torch.arange(8)[None]
     spans = torch.stack([torch.zeros(1, 8), positions // 4 * 4, positions // 4 * 4 + 4]).int()
     tokens = torch.cat([torch.full_like(clean, 59), clean], 1)
-    return ModelInputs(tokens, positions, spans, 1, torch.arange(8), clean[0], torch.ones(8))
+    return ModelInputs(tokens, positions, spans, 1, torch.arange(8), clean[0], torch.ones(8), 0, 0)
 
 
 class Training:

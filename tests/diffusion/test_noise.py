@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_scale.diffusion.noise import Noise, draw_noise
+from bd3_scale.diffusion.noise import Noise, draw_copies, draw_noise
 from bd3_scale.diffusion.schedule import mask_rate
 
 SEED = 2**62 + 12345
@@ -206,3 +206,50 @@ def test_impossible_intervals_are_refused(low: float, high: float) -> None:
 def test_draw_outside_the_number_of_draws_is_refused() -> None:
     with pytest.raises(ValueError, match="draw 2 of 2"):
         draw(block_starts(1, 8, 2), draw=2, num_draws=2)
+
+
+def copies_of(block_start: torch.Tensor, copies: int, **changes: object) -> list[Noise]:
+    arguments = {"seed": SEED, "epoch": 3, "sample_ids": torch.arange(len(block_start)), "low": 0.0, "high": 1.0}
+    return draw_copies(block_start, copies=copies, **(arguments | changes))
+
+
+def test_one_copy_is_the_noise() -> None:
+    starts = block_starts(4, 64, 8)
+    (copy,) = copies_of(starts, 1)
+    assert torch.equal(copy.masked, draw(starts).masked)
+    assert torch.equal(copy.mask_rate, draw(starts).mask_rate)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.3, 0.7), (0.2, 0.8)])
+@pytest.mark.parametrize("block_size", [4, 100])
+def test_two_copies_mask_every_token_once_where_the_interval_is_its_own_mirror(
+    low: float, high: float, block_size: int
+) -> None:
+    starts = block_starts(400, 100, block_size)
+    placed = {"step": 7, "slots": torch.arange(400), "global_batch_size": 400}
+    first, second = copies_of(starts, 2, low=low, high=high, **placed)
+    assert torch.equal(first.masked, draw(starts, low=low, high=high, **placed).masked)
+    assert torch.equal(first.masked, ~second.masked)
+    rates = [copy.mask_rate.double() for copy in (first, second)]
+    torch.testing.assert_close(rates[0] + rates[1], torch.ones_like(rates[0]), rtol=0, atol=1e-7)
+    for copy, rate in zip((first, second), rates, strict=True):
+        # Given the rates, masked / rate has mean 1 and variance (1 − rate) / rate, token for token independent.
+        weight = torch.where(copy.masked, 1 / rate, 0.0)
+        standard_error = ((1 - rate) / rate).sum().sqrt() / rate.numel()
+        assert abs(weight.mean() - 1) <= 4 * standard_error
+        assert standard_error < 0.05
+
+
+def test_two_copies_are_independent_draws_of_any_other_interval() -> None:
+    low, high = 0.3, 0.8
+    starts = block_starts(400, 100, 4)
+    copies = copies_of(starts, 2, low=low, high=high)
+    for number, copy in enumerate(copies):
+        same = draw(starts, low=low, high=high, draw=number, num_draws=2)
+        assert torch.equal(copy.masked, same.masked)
+        assert torch.equal(copy.mask_rate, same.mask_rate)
+    first, second = (copy.mask_rate.double() for copy in copies)
+    torch.testing.assert_close((first - second).abs(), torch.full_like(first, (high - low) / 2), rtol=0, atol=1e-6)
+    both = (copies[0].masked & copies[1].masked).double()
+    expected = first * second
+    assert abs((both - expected).sum()) <= 4 * (expected * (1 - expected)).sum().sqrt()

@@ -3,11 +3,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from bd3_scale.recipe.checks import check_recipe, data_parallel_size, world_size_for_launch
-from bd3_scale.recipe.schema import Recipe, RecipeError
+from bd3_scale.recipe.schema import ParallelRecipe, Recipe, RecipeError
 
 
 def recipe(**changes: object) -> Recipe:
@@ -32,6 +32,11 @@ def recipe(**changes: object) -> Recipe:
         section, _, name = key.partition("__")
         values[section][name] = value
     return Recipe.model_validate(values)
+
+
+FOUR_LAYERS = {"model__num_layers": 4, "parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
+FOUR_GROUPS = {"model__num_query_groups": 4, "parallel__tensor": 4, "parallel__sequence": True}
+ONE_BLOCK = {"diffusion__block_size": 64, "data__isolate_documents": False}
 
 
 def problems(r: Recipe, world_size: int = 1, document_multiple: int | None = 32) -> tuple[str, ...]:
@@ -89,6 +94,68 @@ def test_a_sound_recipe_passes_at_every_layout_that_fits() -> None:
             1,
             ["warmup_steps=3", "decay_steps=8", "steps=10"],
         ),
+        (
+            {"parallel__virtual_pipeline": 2},
+            1,
+            ["virtual_pipeline=2", "pipeline is 1", "virtual_pipeline=1", "2 or more"],
+        ),
+        (
+            {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
+            2,
+            ["num_layers=2", "pipeline=2 x virtual_pipeline=2 = 4 chunks", "or take num_layers"],
+        ),
+        (
+            {"parallel__pipeline": 2, "parallel__layers_per_chunk": [1, 2]},
+            2,
+            ["layers_per_chunk=[1, 2]", "2 chunks of 3 layers", "2 chunks of model.num_layers=2", "leave it out"],
+        ),
+        (
+            {**FOUR_LAYERS, "parallel__layers_per_chunk": [2, 2]},
+            2,
+            ["layers_per_chunk=[2, 2]", "2 chunks of 4 layers", "4 chunks of model.num_layers=4"],
+        ),
+        (
+            {"parallel__pipeline": 2, "parallel__zero_stage": 3},
+            2,
+            ["zero_stage=3", "pipeline=2", "deadlocks", "zero_stage 1", "pipeline 1"],
+        ),
+        (
+            {"train__recompute_layers": 1, "train__recompute": "selective"},
+            1,
+            ["recompute_layers=1", "recompute is selective", "recompute=full", "leave recompute_layers out"],
+        ),
+        ({"parallel__sequence": True}, 1, ["sequence=true", "tensor is 1", "sequence=false", "tensor 2"]),
+        (
+            {"parallel__context": 2, "data__seq_len": 48},
+            2,
+            ["seq_len=48", "block_size=8", "context=2", "seq_len 32 or 64"],
+        ),
+        (
+            {"parallel__context": 2, **ONE_BLOCK, "diffusion__block_size": 50, "data__seq_len": 50},
+            2,
+            ["seq_len=50", "context=2", "seq_len and block_size 48 or 52"],
+        ),
+        (
+            {**FOUR_GROUPS, "diffusion__block_size": 2, "data__seq_len": 66},
+            4,
+            ["sequence=true", "tensor=4", "seq_len=66", "seq_len 64 or 68"],
+        ),
+        (
+            {**FOUR_GROUPS, "parallel__context": 2, "diffusion__block_size": 1, "data__seq_len": 20},
+            8,
+            ["sequence=true", "tensor=4", "seq_len=20 / context=2", "seq_len 16 or 24"],
+        ),
+        (
+            {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__context": 2},
+            12,
+            ["12 processes", "tensor=2 x pipeline=2 x context=2", "8 or 16", "launch.processes"],
+        ),
+        (
+            {**FOUR_LAYERS, "train__global_batch_size": 6},
+            2,
+            ["interleaved", "pipeline=2", "a rank has 3", "global batch of 4 or 8"],
+        ),
+        ({**ONE_BLOCK, "diffusion__noisy_copies": 2}, 1, ["noisy_copies=2", "block_size=64", "seq_len=64", "copies=1"]),
     ],
 )
 def test_each_rule_names_value_rule_and_fix(changes: dict[str, object], world_size: int, words: list[str]) -> None:
@@ -109,10 +176,81 @@ def test_each_rule_names_value_rule_and_fix(changes: dict[str, object], world_si
         ({"model__head_bias": True, "model__tie_embeddings": True}, 32),
         ({"data__cache_limit": "1.5gb", "data__remote": "s3://x"}, 32),
         ({"optimizer__decay_steps": 7, "optimizer__schedule": "wsd", "optimizer__warmup_steps": 3}, 32),
+        ({"train__recompute": "full", "train__recompute_layers": 1}, 32),
+        ({"parallel__layers_per_chunk": [2]}, 32),
+        ({"parallel__zero_stage": 3}, 32),
+        ({"diffusion__noisy_copies": 2}, 32),
     ],
 )
 def test_what_is_allowed(changes: dict[str, object], document_multiple: int | None) -> None:
     assert problems(recipe(**changes), 1, document_multiple) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [
+        ({"parallel__pipeline": 2, "parallel__zero_stage": 2}, 2),
+        ({**FOUR_LAYERS, "parallel__layers_per_chunk": [1, 1, 1, 1]}, 2),
+        ({**FOUR_LAYERS, "parallel__tensor": 2, "parallel__sequence": True, "parallel__context": 2}, 8),
+        ({"parallel__context": 4, "parallel__zero_stage": 3}, 8),
+        # A block that is the sequence may be cut: 52 divides into 4 ranges, which no other block size would.
+        ({**ONE_BLOCK, "parallel__context": 2, "diffusion__block_size": 52, "data__seq_len": 52}, 2),
+    ],
+)
+def test_layouts_that_are_allowed(changes: dict[str, object], world_size: int) -> None:
+    assert problems(recipe(**changes), world_size) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [
+        ({"parallel__context": 2, "data__seq_len": 48}, 2),
+        ({"parallel__context": 4, "data__seq_len": 24}, 4),
+        ({**FOUR_GROUPS, "diffusion__block_size": 2, "data__seq_len": 66}, 4),
+        ({**FOUR_GROUPS, "parallel__context": 2, "diffusion__block_size": 1, "data__seq_len": 20}, 8),
+        # Several rules hold for one number.
+        ({**FOUR_GROUPS, "diffusion__block_size": 6, "data__seq_len": 30}, 4),
+        ({**FOUR_GROUPS, "parallel__context": 2, "diffusion__block_size": 3, "data__seq_len": 12}, 8),
+        ({**FOUR_GROUPS, "parallel__context": 2, "diffusion__block_size": 1, "data__seq_len": 62}, 8),
+    ],
+)
+def test_the_sequence_lengths_that_a_problem_suggests_have_none(changes: dict[str, object], world_size: int) -> None:
+    (problem,) = problems(recipe(**changes), world_size, None)
+    suggested = re.findall(r"\d+", problem.partition("take seq_len")[2])
+    assert suggested
+    for length in suggested:
+        assert problems(recipe(**changes | {"data__seq_len": int(length)}), world_size, None) == ()
+
+
+@pytest.mark.parametrize("batch", [2, 3, 5, 6, 10])
+def test_the_batches_that_a_problem_suggests_suit_the_interleaved_schedule(batch: int) -> None:
+    (problem,) = problems(recipe(**FOUR_LAYERS, train__global_batch_size=batch), 2)
+    suggested = re.findall(r"\d+", problem.partition("global batch of")[2])
+    assert suggested
+    for better in suggested:
+        assert problems(recipe(**FOUR_LAYERS, train__global_batch_size=int(better)), 2) == ()
+
+
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 4))
+def test_layers_that_do_not_divide_evenly_go_to_the_middle(layers: int, pipeline: int, virtual: int) -> None:
+    count = pipeline * virtual
+    assume(layers >= count)
+    chunks = ParallelRecipe(pipeline=pipeline, virtual_pipeline=virtual).chunks(layers)
+    assert len(chunks) == count
+    assert sum(chunks) == layers
+    assert min(chunks) >= 1
+    assert max(chunks) - min(chunks) <= 1
+    assert max(chunks[0], chunks[-1]) <= min(chunks[1:-1], default=layers)
+
+
+def test_layers_of_each_chunk_are_those_of_the_recipe() -> None:
+    assert ParallelRecipe(pipeline=2, virtual_pipeline=2, layers_per_chunk=(1, 3, 2, 1)).chunks(7) == (1, 3, 2, 1)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))
+def test_data_parallelism_is_what_remains(tensor: int, pipeline: int, context: int, data: int) -> None:
+    r = recipe(parallel__tensor=tensor, parallel__pipeline=pipeline, parallel__context=context)
+    assert data_parallel_size(r, tensor * pipeline * context * data) == data
 
 
 def test_the_vocabulary_padding_divides_over_tensor_parallel_ranks() -> None:
@@ -157,7 +295,7 @@ def test_world_size_comes_from_the_recipe_before_the_machine() -> None:
     assert world_size_for_launch(recipe(launch__processes=3)) == 3
 
 
-def test_world_size_without_a_gpu_is_what_tensor_parallelism_needs() -> None:
+def test_world_size_without_a_gpu_is_what_the_layout_needs() -> None:
     torch = pytest.importorskip("torch")
-    expected = torch.cuda.device_count() or 2
-    assert world_size_for_launch(recipe(parallel__tensor=2)) == expected
+    expected = torch.cuda.device_count() or 12
+    assert world_size_for_launch(recipe(parallel__tensor=2, parallel__pipeline=2, parallel__context=3)) == expected

@@ -1,0 +1,43 @@
+"""One of two context-parallel ranks: bytes that a forward and a backward move between the ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cases
+import torch
+import torch.distributed as dist
+from parity_ranks import micro_batches
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bd3_scale.model.build import build_model
+from bd3_scale.parallel.groups import process_groups
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes of each kind of collective, whole: what all ranks hold together before or after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            whole = max((x for x in args if isinstance(x, torch.Tensor)), key=torch.Tensor.numel)
+            name = func._schema.name.removeprefix("c10d::")
+            self.bytes[name] = self.bytes.get(name, 0) + whole.numel() * whole.element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def count_bytes(case: str, out: Path) -> None:
+    layout = cases.Layout(dist_size := 2, case, {"context": dist_size})
+    with process_groups(cases.recipe(layout).parallel) as groups:
+        cpu = torch.device("cpu")
+        (model,) = build_model(cases.recipe(layout), cases.VOCABULARY, groups, dtype=torch.float32, device=cpu, seed=3)
+        inputs = micro_batches(cases.CASES[case], 0, groups)[0]
+        with Collectives() as forward:
+            loss, _ = model(inputs)
+        with Collectives() as backward:
+            loss.backward()
+        if dist.get_rank() == 0:
+            torch.save({"forward": forward.bytes, "backward": backward.bytes}, out)

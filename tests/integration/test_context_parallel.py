@@ -1,0 +1,27 @@
+"""What context parallelism moves: clean keys and values alone, half of what gathering both streams would."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cases
+from context_ranks import count_bytes
+from launching import run_ranks
+
+
+@pytest.mark.parametrize("case", ["packed", "mdlm", "two-copies"])
+def test_one_stream_of_keys_and_values_is_gathered(case: str, tmp_path: Path) -> None:
+    """MDLM has no clean stream and gathers its noisy one; of more noisy copies none is moved."""
+    run_ranks(count_bytes, 2, case, tmp_path / "bytes.pt", logs=tmp_path)
+    found = torch.load(tmp_path / "bytes.pt")
+    model = cases.CASES[case].model
+    keys_and_values = 2 * cases.LENGTH * model.query_groups * model.head_size * 4
+    assert found == {
+        "forward": {"_allgather_base_": model.num_layers * keys_and_values},
+        "backward": {"_reduce_scatter_base_": model.num_layers * keys_and_values},
+    }

@@ -1,0 +1,152 @@
+"""The head's loss and gradients against log_softmax of all logits at once, and what it leaves in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bd3_scale.model import head
+from bd3_scale.model.config import transformer_config
+from bd3_scale.model.head import OutputLayer
+from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+HIDDEN = 16
+VOCABULARY = Vocabulary(size=300, eos_id=0, mask_id=57)
+FORBIDDEN = [57, *range(300, 384)]
+
+
+@pytest.fixture
+def build(groups):
+    """An output layer of random weights; `tied`: without a weight of its own."""
+    model = ModelRecipe(num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, ffn_hidden_size=8)
+    config = transformer_config(
+        model, ParallelRecipe(), dtype=torch.float32, device=torch.device("cpu"), deterministic=True
+    )
+
+    def make(*, bias=True, tied=False):
+        layer = OutputLayer(
+            HIDDEN,
+            VOCABULARY.padded_size,
+            config=config,
+            init_method=config.init_method,
+            bias=bias,
+            skip_weight_param_allocation=tied,
+            tp_group=groups.tp,
+            vocabulary=VOCABULARY,
+        )
+        generator = torch.Generator().manual_seed(0)
+        for parameter in layer.parameters():
+            parameter.data.normal_(generator=generator)
+        return layer
+
+    return make
+
+
+def rows_of(num_rows):
+    """Hidden rows, targets that a text may hold, and weights of which some are zero."""
+    generator = torch.Generator().manual_seed(num_rows)
+    hidden = torch.randn(num_rows, HIDDEN, generator=generator, requires_grad=True)
+    allowed = torch.tensor([i for i in range(384) if i not in FORBIDDEN])
+    targets = allowed[torch.randint(0, len(allowed), (num_rows,), generator=generator)]
+    weights = torch.rand(num_rows, generator=generator) * 5
+    weights[::4] = 0
+    return hidden, targets, weights
+
+
+def plain_loss(hidden, weight, bias, targets, weights):
+    logits = torch.nn.functional.linear(hidden, weight, bias).clone()
+    logits[:, FORBIDDEN] = float("-inf")
+    nll = -logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+    return (nll * weights).sum(), nll
+
+
+class NewTensors(TorchDispatchMode):
+    """Elements of each piece of memory that is made meanwhile."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known = {x.untyped_storage().data_ptr() for x in known}
+        self.elements = [0]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.known:
+                self.elements.append(x.untyped_storage().nbytes() // 4)
+        return made
+
+
+@pytest.mark.parametrize("rows_a_piece", [1, 5, 20, None])
+@pytest.mark.parametrize("num_rows", [0, 1, 20, 23])
+@pytest.mark.parametrize(("bias", "tied"), [(True, False), (False, True)])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(monkeypatch, build, rows_a_piece, num_rows, bias, tied):
+    if rows_a_piece is not None:
+        # Not a multiple of the vocabulary: a piece is of whole rows.
+        monkeypatch.setattr(head, "PIECE_ELEMENTS", rows_a_piece * 384 + 100)
+    layer = build(bias=bias, tied=tied)
+    hidden, targets, weights = rows_of(num_rows)
+    weight = torch.linspace(-2, 2, 384 * HIDDEN).sin().view(384, HIDDEN).requires_grad_() if tied else layer.weight
+    leaves = [hidden, weight, *([layer.bias] if bias else [])]
+    expected, expected_nll = plain_loss(hidden, weight, layer.bias, targets, weights)
+    expected_gradients = torch.autograd.grad(expected * 3, leaves)
+    total, nll = layer(hidden, weight if tied else None, targets, weights)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(nll, expected_nll.detach(), rtol=1e-5, atol=1e-5)
+    assert not nll.requires_grad
+    for gradient, expected_gradient in zip(torch.autograd.grad(total * 3, leaves), expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_without_weight_have_no_gradient(build):
+    layer = build()
+    hidden, targets, weights = rows_of(8)
+    total, nll = layer(hidden, None, targets, torch.zeros_like(weights))
+    total.backward()
+    assert total == 0
+    assert (nll > 0).all()
+    for leaf in (hidden, layer.weight, layer.bias):
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_a_tiny_piece_is_still_one_row(monkeypatch, build):
+    monkeypatch.setattr(head, "PIECE_ELEMENTS", 1)
+    hidden, targets, weights = rows_of(3)
+    layer = build()
+    assert torch.isclose(
+        layer(hidden, None, targets, weights)[0], plain_loss(hidden, layer.weight, layer.bias, targets, weights)[0]
+    )
+
+
+def test_logits_are_those_of_the_loss_and_forbid_what_no_text_holds(build):
+    layer = build()
+    hidden, targets, weights = rows_of(6)
+    logits = layer(hidden.view(2, 3, HIDDEN))
+    assert (logits[..., FORBIDDEN] == float("-inf")).all()
+    nll = -logits.flatten(0, 1).log_softmax(-1)[torch.arange(6), targets]
+    torch.testing.assert_close(layer(hidden, None, targets, weights)[1], nll.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_no_more_than_a_pieces_logits_and_the_gradients_ever_exist(monkeypatch, build):
+    monkeypatch.setattr(head, "PIECE_ELEMENTS", 4 * 384)
+    layer = build()
+    hidden, targets, weights = rows_of(1000)
+    with NewTensors(hidden, layer.weight, layer.bias, targets, weights) as during:
+        total, _ = layer(hidden, None, targets, weights)
+        total.backward()
+    assert max(during.elements) == hidden.numel() == 1000 * HIDDEN < 1000 * 384
+    assert during.elements.count(4 * 384) >= 1000 // 4
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch, build):
+    """By the memory that is made: neither a gradient of the rows nor one of the weights."""
+    monkeypatch.setattr(head, "PIECE_ELEMENTS", 2 * 384)
+    layer = build()
+    hidden, targets, weights = rows_of(1000)
+    with torch.no_grad(), NewTensors(hidden, layer.weight, layer.bias, targets, weights) as during:
+        total, nll = layer(hidden, None, targets, weights)
+    assert total.grad_fn is None
+    assert nll.grad_fn is None
+    assert max(during.elements) == 1000 < layer.weight.numel() < hidden.numel()
+    torch.testing.assert_close(total, layer(hidden, None, targets, weights)[0].detach())

@@ -1,0 +1,332 @@
+"""Measures training steps: block diffusion beside next-token training (AR) of the same model, in one run.
+
+    python tools/bench_step.py                              a small model, one process
+    python tools/bench_step.py --preset 1b --json           a 1B model, for a GPU
+    python tools/bench_step.py recipes/quickstart.yaml diffusion.block_size=4
+    torchrun --nproc-per-node 8 tools/bench_step.py --preset 1b parallel.tensor=8 parallel.sequence=true
+
+Tokens are synthetic: it needs torch, megatron-core and DeepSpeed alone, and a recipe file PyYAML, too. Throughput is in
+data tokens (L a sequence, not 2L rows); MFU counts what a step needs, HFU what ran; times are medians over the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
+
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from bd3_scale.data.batch import Batch
+from bd3_scale.data.corrupt import corrupt, next_tokens
+from bd3_scale.diffusion.noise import draw_copies
+from bd3_scale.model.build import attention_backend, build_model
+from bd3_scale.model.rows import ModelInputs
+from bd3_scale.observe.environment import has_fast_bf16
+from bd3_scale.observe.flops import peak_flops
+from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
+from bd3_scale.observe.warnings import quieten_libraries
+from bd3_scale.parallel.engine import TrainingEngine
+from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
+from bd3_scale.recipe.checks import check_recipe, data_parallel_size
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "model": {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 1024}
+        | {"activation": "gelu_tanh", "normalization": "layernorm", "qk_norm": False},
+        "data": {"path": "synthetic", "seq_len": 256},
+        "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 8},
+        "vocabulary": 259,
+    },
+    "1b": {
+        "model": {"num_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "num_query_groups": 8}
+        | {"ffn_hidden_size": 8192},
+        "data": {"path": "synthetic", "seq_len": 4096},
+        "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 2},
+        "vocabulary": 128256,
+    },
+}
+MakeInputs = Callable[[int], list[ModelInputs]]
+
+
+def load(options: argparse.Namespace) -> tuple[Recipe, int]:
+    """The recipe to measure, and its vocabulary's size."""
+    if options.recipe and Path(options.recipe).suffix in (".yaml", ".yml"):
+        from bd3_scale.recipe.load import load_recipe
+
+        return load_recipe(Path(options.recipe), options.overrides), options.vocabulary or 50257
+    values = json.loads(json.dumps(PRESETS[options.preset])) | {"name": "bench", "diffusion": {"block_size": 16}}
+    vocabulary = options.vocabulary or values.pop("vocabulary")
+    values.pop("vocabulary", None)
+    for override in [*([options.recipe] if options.recipe else []), *options.overrides]:
+        key, _, value = override.partition("=")
+        section, _, name = key.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[name or key] = _parsed(value)
+    return Recipe.model_validate(values), vocabulary
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def synthetic(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, step: int) -> list[Batch]:
+    """This rank's micro-batches of unpacked sequences of random tokens, as the stream would give them."""
+    batch, length = recipe.train.global_batch_size, recipe.data.seq_len
+    share = batch // groups.dp.size()
+    slots = torch.arange(groups.dp.rank() * share, (groups.dp.rank() + 1) * share)
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, vocabulary.mask_id, (batch, length), generator=generator)[slots]
+    whole = Batch(
+        ids=step * batch + slots,
+        slots=slots,
+        epoch=0,
+        tokens=tokens,
+        document_start=torch.zeros(share, length, dtype=torch.int32),
+        positions=torch.arange(length).expand(share, -1),
+        counted=torch.ones(share, length, dtype=torch.bool),
+    )
+    return whole.split(recipe.train.micro_batch_size)
+
+
+def makers(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups) -> dict[str, MakeInputs]:
+    """How each objective makes a step's micro-batches."""
+    placed: dict[str, Any] = {"device": local_device(), "context": (groups.cp.rank(), groups.cp.size())}
+    diffusion = recipe.diffusion
+
+    def block_diffusion(step: int) -> list[ModelInputs]:
+        inputs = []
+        for micro in synthetic(recipe, vocabulary, groups, step):
+            position = torch.arange(recipe.data.seq_len)
+            noises = draw_copies(
+                (position - position % diffusion.block_size).expand(len(micro.ids), -1),
+                copies=diffusion.noisy_copies,
+                seed=1,
+                epoch=0,
+                sample_ids=micro.ids,
+                low=diffusion.mask_rate_low,
+                high=diffusion.mask_rate_high,
+            )
+            inputs.append(corrupt(micro, noises, diffusion.block_size, mask_id=vocabulary.mask_id, **placed))
+        return inputs
+
+    def autoregressive(step: int) -> list[ModelInputs]:
+        return [next_tokens(micro, **placed) for micro in synthetic(recipe, vocabulary, groups, step)]
+
+    return {"bd3": block_diffusion, "ar": autoregressive}
+
+
+class Phases:
+    """Seconds of each phase of a step; on a GPU every phase ends with a synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+
+    def now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        began = self.now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - began
+
+
+def measured_step(engine: TrainingEngine, make: MakeInputs, step: int, tokens: int) -> dict[str, float]:
+    """One step by its phases, forward apart from backward."""
+    phases = Phases(local_device())
+    began: list[float] = []
+    hooks = [
+        handle
+        for chunk in engine.chunks
+        for handle in (
+            chunk.register_forward_pre_hook(lambda *_: began.append(phases.now())),
+            chunk.register_forward_hook(lambda *_: _add(phases, "forward", began.pop())),
+        )
+    ]
+    start = phases.now()
+    with phases.measure("data"):
+        inputs = make(step)
+    with phases.measure("backward"):
+        engine.gradients(inputs, tokens=tokens)
+    with phases.measure("optimizer"):
+        engine.update(1e-4)
+    phases.seconds["step"] = phases.now() - start
+    for hook in hooks:
+        hook.remove()
+    phases.seconds["backward"] -= phases.seconds["forward"]
+    return phases.seconds
+
+
+def _add(phases: Phases, name: str, began: float) -> None:
+    phases.seconds[name] = phases.seconds.get(name, 0.0) + phases.now() - began
+
+
+def measure(
+    recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for each objective; their steps take turns, so that both meet the same machine."""
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    engines = {}
+    objectives = ("bd3", "ar") if options.objective == "both" else (options.objective,)
+    for objective in objectives:
+        chunks = build_model(recipe, vocabulary, groups, dtype=dtype, device=local_device(), seed=1)
+        engines[objective] = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
+    make = makers(recipe, vocabulary, groups)
+    tokens = recipe.train.global_batch_size * recipe.data.seq_len
+    seen: dict[str, list[dict[str, float]]] = {objective: [] for objective in objectives}
+    ran, needed = {}, {}
+    for step in range(options.warmup + options.steps):
+        for objective, engine in engines.items():
+            if step == 0:
+                with FlopCounterMode(display=False) as counter:
+                    needed[objective] = engine.step(make[objective](step), tokens=tokens, lr=1e-4).flops
+                ran[objective] = float(counter.get_total_flops())
+                continue
+            times = measured_step(engine, make[objective], step, tokens)
+            if step >= options.warmup:
+                seen[objective].append(times)
+    peak = peak_flops(dtype)
+    world = dist.get_world_size()
+    rows = []
+    for objective in objectives:
+        medians = {name: statistics.median(times[name] for times in seen[objective]) for name in seen[objective][0]}
+        whole = _sum_over_model(ran[objective])
+        rows.append(
+            {
+                "objective": objective,
+                "seconds": medians,
+                "tokens_per_second": tokens / medians["step"],
+                "flops_needed": needed[objective],
+                "flops_ran": whole,
+                "flops_per_second": needed[objective] / medians["step"] / world,
+                "mfu": None if peak is None else needed[objective] / medians["step"] / peak / world,
+                "hfu": None if peak is None else whole / medians["step"] / peak / world,
+            }
+        )
+    return rows
+
+
+def _sum_over_model(ran: float) -> float:
+    total = torch.tensor(ran, dtype=torch.float64, device=local_device())
+    dist.all_reduce(total)
+    return float(total)
+
+
+def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespace) -> dict[str, Any]:
+    """What a number means: hardware, versions, commit, command and shape."""
+    from importlib import metadata
+
+    device = local_device()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=7"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu.partition(":")[2].strip(),
+        "processes": dist.get_world_size(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("torch", "megatron-core", "deepspeed")},
+        "commit": commit or None,
+        "command": " ".join(["python", "tools/bench_step.py", *sys.argv[1:]]),
+        "attention": attention_backend(
+            recipe, dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32, device=device
+        ),
+        "shape": recipe.model_dump(include={"model", "diffusion", "train", "parallel"}, mode="json")
+        | {"seq_len": recipe.data.seq_len, "vocabulary": vocabulary.size},
+        "steps": options.steps,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_cuda_bytes": peak_cuda_bytes(),
+    }
+
+
+def show(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    shape = about["shape"]
+    model = shape["model"]
+    print(
+        f"{about['hardware']}, {about['processes']} processes of {about['threads']} threads, commit {about['commit']}"
+    )
+    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+    print(
+        f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_attention_heads']} heads, "
+        f"L={shape['seq_len']}, L'={shape['diffusion']['block_size']}, batch {shape['train']['global_batch_size']}, "
+        f"{shape['train']['precision']}, vocabulary {shape['vocabulary']}, attention {about['attention']}"
+    )
+    names = ("data", "forward", "backward", "optimizer", "step")
+    print("| objective | tokens/s | " + " | ".join(f"{name}, s" for name in names) + " | TFLOP/s | MFU | HFU |")
+    print("|" + "---|" * (len(names) + 5))
+    for row in rows:
+        seconds = " | ".join(f"{row['seconds'][name]:.3f}" for name in names)
+        shares = " | ".join("not known" if row[x] is None else f"{row[x]:.1%}" for x in ("mfu", "hfu"))
+        speed = f"{row['tokens_per_second']:,.0f}"
+        print(f"| {row['objective']} | {speed} | {seconds} | {row['flops_per_second'] / 1e12:.3f} | {shares} |")
+    if len(rows) == 2:
+        time_ratio = rows[0]["seconds"]["step"] / rows[1]["seconds"]["step"]
+        flop_ratio = rows[0]["flops_ran"] / rows[1]["flops_ran"]
+        print(
+            f"a block diffusion step takes {time_ratio:.2f} x the time of an AR step, and {flop_ratio:.2f} x its FLOPs"
+        )
+    memory = about["peak_cuda_bytes"] or about["peak_rss_bytes"]
+    print(f"peak memory {memory / 2**30:.2f} GiB; {about['command']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", help="a YAML file; default: the preset")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace recipe values")
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--objective", choices=("both", "bd3", "ar"), default="both")
+    parser.add_argument("--vocabulary", type=int, help="ids, the mask included; default: the preset's, or 50257")
+    parser.add_argument("--steps", type=int, default=7, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads a process")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.steps < 1 or options.warmup < 1:
+        parser.error("--steps and --warmup must be at least 1")
+    torch.set_num_threads(options.threads)
+    quieten_libraries()
+    recipe, size = load(options)
+    if recipe.train.precision == "auto":
+        precision = "bf16" if has_fast_bf16() else "fp32"
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+    vocabulary = Vocabulary(size=size, eos_id=0, mask_id=size - 1)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_recipe(recipe, world)
+    assert data_parallel_size(recipe, world)
+    with process_groups(recipe.parallel) as groups:
+        rows = measure(recipe, vocabulary, groups, options)
+        about = conditions(recipe, vocabulary, options)
+        if dist.get_rank() == 0 and options.json:
+            print(json.dumps(about | {"rows": rows}))
+        elif dist.get_rank() == 0:
+            show(rows, about)
+
+
+if __name__ == "__main__":
+    main()
