@@ -1,6 +1,7 @@
 """Measures training steps: block diffusion beside next-token training (AR) of the same model, in one run.
 
     python tools/bench_step.py                              a small model, one process
+    python tools/bench_step.py --rival                      beside the published model's step in plain PyTorch, too
     python tools/bench_step.py --preset 1b --json           a 1B model, for a GPU
     python tools/bench_step.py recipes/quickstart.yaml diffusion.block_size=4
     torchrun --nproc-per-node 8 tools/bench_step.py --preset 1b parallel.tensor=8 parallel.sequence=true
@@ -41,9 +42,10 @@ from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
-from bd3_scale.recipe.checks import check_recipe, data_parallel_size
+from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from tools.plain_step import PlainStep
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
@@ -194,6 +196,8 @@ def measure(
         engines[objective] = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
     make = makers(recipe, vocabulary, groups)
     tokens = recipe.train.global_batch_size * recipe.data.seq_len
+    rival = PlainStep(recipe, vocabulary.size, vocabulary.mask_id).to(local_device()) if options.rival else None
+    rival_seconds = []
     seen: dict[str, list[dict[str, float]]] = {objective: [] for objective in objectives}
     ran, needed = {}, {}
     for step in range(options.warmup + options.steps):
@@ -206,6 +210,9 @@ def measure(
             times = measured_step(engine, make[objective], step, tokens)
             if step >= options.warmup:
                 seen[objective].append(times)
+        if rival is not None:
+            seconds = rival_step(rival, recipe, vocabulary, groups, step)
+            rival_seconds += [seconds] if step >= options.warmup else []
     peak = peak_flops(dtype)
     world = dist.get_world_size()
     rows = []
@@ -224,7 +231,21 @@ def measure(
                 "hfu": None if peak is None else whole / medians["step"] / peak / world,
             }
         )
+    if rival is not None:
+        rows.append({"objective": "plain", "seconds": {"step": statistics.median(rival_seconds)}})
     return rows
+
+
+def rival_step(rival: PlainStep, recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, step: int) -> float:
+    """Seconds of the plain model on a batch of the same shape and mask rates."""
+    (batch,) = synthetic(recipe, vocabulary, groups, step)
+    blocks = torch.rand(len(batch.ids), recipe.data.seq_len // recipe.diffusion.block_size)
+    rate = blocks.repeat_interleave(recipe.diffusion.block_size, 1)
+    masked = torch.rand(rate.shape) < rate
+    phases = Phases(local_device())
+    began = phases.now()
+    rival.step(*(x.to(local_device()) for x in (batch.tokens, masked, rate)))
+    return phases.now() - began
 
 
 def _sum_over_model(ran: float) -> float:
@@ -266,33 +287,36 @@ def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespa
 
 
 def show(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    shape = about["shape"]
-    model = shape["model"]
-    print(
-        f"{about['hardware']}, {about['processes']} processes of {about['threads']} threads, commit {about['commit']}"
-    )
-    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+    """A Markdown table with its conditions."""
+    shape, model = about["shape"], about["shape"]["model"]
+    ranks = f"{about['processes']} process{'es' * (about['processes'] > 1)} of {about['threads']} CPU threads"
+    print(f"{about['hardware']}, {ranks}, commit {about['commit']}, medians of {about['steps']} steps;")
+    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()) + ";")
     print(
         f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_attention_heads']} heads, "
         f"L={shape['seq_len']}, L'={shape['diffusion']['block_size']}, batch {shape['train']['global_batch_size']}, "
-        f"{shape['train']['precision']}, vocabulary {shape['vocabulary']}, attention {about['attention']}"
+        f"{shape['train']['precision']}, vocabulary {shape['vocabulary']}, attention {about['attention']}\n"
     )
     names = ("data", "forward", "backward", "optimizer", "step")
     print("| objective | tokens/s | " + " | ".join(f"{name}, s" for name in names) + " | TFLOP/s | MFU | HFU |")
     print("|" + "---|" * (len(names) + 5))
-    for row in rows:
+    by_objective = {row["objective"]: row for row in rows}
+    plain = by_objective.pop("plain", None)
+    for objective, row in by_objective.items():
         seconds = " | ".join(f"{row['seconds'][name]:.3f}" for name in names)
         shares = " | ".join("not known" if row[x] is None else f"{row[x]:.1%}" for x in ("mfu", "hfu"))
         speed = f"{row['tokens_per_second']:,.0f}"
-        print(f"| {row['objective']} | {speed} | {seconds} | {row['flops_per_second'] / 1e12:.3f} | {shares} |")
-    if len(rows) == 2:
-        time_ratio = rows[0]["seconds"]["step"] / rows[1]["seconds"]["step"]
-        flop_ratio = rows[0]["flops_ran"] / rows[1]["flops_ran"]
-        print(
-            f"a block diffusion step takes {time_ratio:.2f} x the time of an AR step, and {flop_ratio:.2f} x its FLOPs"
-        )
+        print(f"| {objective} | {speed} | {seconds} | {row['flops_per_second'] / 1e12:.3f} | {shares} |")
+    print()
+    bd3, ar = by_objective.get("bd3"), by_objective.get("ar")
+    if bd3 and ar:
+        times, flops = bd3["seconds"]["step"] / ar["seconds"]["step"], bd3["flops_ran"] / ar["flops_ran"]
+        print(f"A block diffusion step takes {times:.2f} x the time of an AR step and {flops:.2f} x its FLOPs.")
+    if bd3 and plain:
+        seconds, times = plain["seconds"]["step"], plain["seconds"]["step"] / bd3["seconds"]["step"]
+        print(f"The published model's step in plain PyTorch takes {seconds:.3f} s: {times:.2f} x the time.")
     memory = about["peak_cuda_bytes"] or about["peak_rss_bytes"]
-    print(f"peak memory {memory / 2**30:.2f} GiB; {about['command']}")
+    print(f"Peak memory {memory / 2**30:.2f} GiB. `{about['command']}`")
 
 
 def main() -> None:
@@ -305,6 +329,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="measured steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a process")
+    parser.add_argument("--rival", action="store_true", help="a plain PyTorch step, too; fp32 and one process alone")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.steps < 1 or options.warmup < 1:
@@ -315,10 +340,11 @@ def main() -> None:
     if recipe.train.precision == "auto":
         precision = "bf16" if has_fast_bf16() else "fp32"
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+    if options.rival and (recipe.train.precision != "fp32" or "RANK" in os.environ):
+        parser.error("--rival is for one process in fp32: add train.precision=fp32, and start it without torchrun")
     vocabulary = Vocabulary(size=size, eos_id=0, mask_id=size - 1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_recipe(recipe, world)
-    assert data_parallel_size(recipe, world)
     with process_groups(recipe.parallel) as groups:
         rows = measure(recipe, vocabulary, groups, options)
         about = conditions(recipe, vocabulary, options)

@@ -131,11 +131,13 @@ class BlockDiffusionSelfAttention(SelfAttention):
         query_streams = rows.num_streams if kv is None else rows.num_noisy
         qkv = by_stream(qkv, query_streams, ranks)
         qkv = qkv.unflatten(2, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
-        query, key, value = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
+        # One split, whose backward writes each gradient once; three slices would add up three gradients of the whole.
+        query, key, value = (part.flatten(2, 3) for part in qkv.split([qkv.shape[3] - 2, 1, 1], dim=3))
         if kv is not None:
             kv = by_stream(kv, rows.num_streams - query_streams, ranks)
             kv = kv.unflatten(2, (self.num_query_groups_per_partition, 2, -1))
-            key, value = torch.cat([key, kv[..., 0, :]]), torch.cat([value, kv[..., 1, :]])
+            more_key, more_value = kv.unbind(3)
+            key, value = torch.cat([key, more_key]), torch.cat([value, more_value])
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = apply_rotary(query, rows.rotary), apply_rotary(key, rows.rotary)

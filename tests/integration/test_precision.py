@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launching import run_ranks
 from precision_ranks import bf16_accumulates_in_fp32
 
-
 LAYOUTS = [
     {"zero_stage": 0},
     {"zero_stage": 1},
