@@ -3,11 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test format clean
+.PHONY: help install quickstart test test-all parity format clean
 
 help:
 	@echo "make quickstart  train, evaluate and sample a small model on this machine"
-	@echo "make test        check format, lint, types and all tests"
+	@echo "make test        check format, lint, types and run the tests"
+	@echo "make test-all    the same, with every parallel layout"
+	@echo "make parity      every parallel layout against one process, as a table"
 	@echo "make install     only set up .venv"
 	@echo "make format      format the code and mend what the linter can"
 	@echo "make clean       remove .venv and caches; runs and data stay"
@@ -30,7 +32,13 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest $(PYTEST_OPTIONS)
+
+test-all: PYTEST_OPTIONS = -m "slow or not slow"
+test-all: test
+
+parity: $(INSTALLED)
+	$(BIN)/python -W ignore tests/integration/parity.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

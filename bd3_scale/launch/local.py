@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 # What the ranks of a failed run get between SIGTERM and SIGKILL; nothing they could still save would be consistent.
 GRACE_SECONDS = 10.0
@@ -50,19 +51,31 @@ def launch(argv: Sequence[str], processes: int, threads: int, log_dir: Path) -> 
     events: Events = SimpleQueue()
     previous = {s: signal.signal(s, lambda number, _: events.put(signal.Signals(number))) for s in _FORWARDED}
     ranks: list[Rank] = []
+    logs = [_Log.now(_log_path(log_dir, rank)) for rank in range(processes)]
     try:
         port = _free_port()
         for rank in range(processes):
             ranks.append(_start(argv, rank, processes, threads, port, _log_path(log_dir, rank)))
         for process in ranks:
             threading.Thread(target=_report_end, args=(process, events), daemon=True).start()
-        return _supervise(ranks, events, log_dir)
+        return _supervise(ranks, events, logs)
     finally:
         for process in ranks:
             process.kill()
             process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+class _Log(NamedTuple):
+    """A rank's log, and where this launch begins in it: what an earlier one wrote explains nothing."""
+
+    path: Path | None
+    start: int
+
+    @classmethod
+    def now(cls, path: Path | None) -> _Log:
+        return cls(path, path.stat().st_size if path is not None and path.exists() else 0)
 
 
 def _free_port() -> int:
@@ -110,7 +123,7 @@ def _report_end(process: Rank, events: Events) -> None:
     events.put(process)
 
 
-def _supervise(ranks: list[Rank], events: Events, log_dir: Path) -> int:
+def _supervise(ranks: list[Rank], events: Events, logs: list[_Log]) -> int:
     running = list(ranks)
     exit_code = 0
     deadline: float | None = None
@@ -128,7 +141,7 @@ def _supervise(ranks: list[Rank], events: Events, log_dir: Path) -> int:
         code = event.wait()
         if code and not exit_code:
             exit_code = code if code > 0 else 128 - code
-            _explain(ranks.index(event), code, log_dir)
+            _explain(ranks.index(event), code, logs[ranks.index(event)])
             _send(signal.SIGTERM, running)
             deadline = time.monotonic() + GRACE_SECONDS
     return exit_code
@@ -139,13 +152,13 @@ def _send(number: signal.Signals, ranks: list[Rank]) -> None:
         os.kill(process.pid, number)
 
 
-def _explain(rank: int, code: int, log_dir: Path) -> None:
+def _explain(rank: int, code: int, log: _Log) -> None:
     how = f"failed with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
-    log = _log_path(log_dir, rank)
-    if log is None:
+    if log.path is None:
         print(f"rank {rank} {how}; its output is above", file=sys.stderr, flush=True)
         return
-    with log.open("rb") as output:
-        output.seek(max(0, log.stat().st_size - 2**16))
+    with log.path.open("rb") as output:
+        output.seek(max(log.start, log.path.stat().st_size - 2**16))
         tail = output.read().decode(errors="replace").splitlines()[-20:]
-    print(f"rank {rank} {how}; the end of {log}:", *tail, sep="\n  ", file=sys.stderr, flush=True)
+    said = f"the end of {log.path}:" if tail else f"it wrote nothing to {log.path}"
+    print(f"rank {rank} {how}; {said}", *tail, sep="\n  ", file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ from bd3_scale.recipe.load import recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.runlock import lock_run
-from bd3_scale.resilience.signals import StopRequest
+from bd3_scale.resilience.signals import StopRequest, ended_by_signals
 from bd3_scale.train.learning_rate import learning_rate
 from bd3_scale.train.report import Report
 from bd3_scale.train.resume import check_resumable
@@ -72,8 +72,10 @@ def train(recipe: Recipe) -> None:
     recipe = _with_precision(recipe)
     _set_deterministic(recipe.deterministic)
     with ExitStack() as stack:
+        # Nothing could be saved before ranks have met, and while they wait for each other they hear no handler.
+        with ended_by_signals():
+            groups = stack.enter_context(process_groups(recipe.parallel, agree=recipe_hash(recipe)))
         stop = stack.enter_context(StopRequest())
-        groups = stack.enter_context(process_groups(recipe.parallel, agree=recipe_hash(recipe)))
         data = load_manifest(recipe.data.path, recipe.data.remote)
         run = Run(recipe, data, _hash(data), groups, recipe.run_path)
         _check(run)

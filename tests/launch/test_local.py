@@ -154,6 +154,13 @@ def test_a_rank_killed_by_a_signal_is_named_and_counts_as_failed(tmp_path: Path)
     assert "rank 0 was killed by SIGKILL" in done.stderr
 
 
+def test_what_an_earlier_run_wrote_does_not_explain_this_one(tmp_path: Path) -> None:
+    run("import os, sys; os.environ['RANK'] == '1' and sys.exit('the disk of yesterday')", tmp_path)
+    done = run("import os; os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)", tmp_path)
+    assert "rank 1 was killed by SIGKILL; it wrote nothing to" in done.stderr
+    assert "yesterday" not in done.stderr
+
+
 def test_a_rank_deaf_to_sigterm_is_killed_after_the_grace_period(tmp_path: Path) -> None:
     program = f"""
 import os, signal, sys, time

@@ -1,0 +1,181 @@
+"""Starts that must fail, with real processes: every rank ends soon, with the reason; none waits for another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cases
+from launching import free_port, run_ranks
+
+from bd3_scale.launch import local
+from bd3_scale.recipe.schema import ParallelRecipe, Recipe
+
+BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
+TP2 = cases.recipe(cases.LAYOUTS["tp2"])
+ALONE = TP2.model_copy(update={"parallel": ParallelRecipe()})
+OTHER_RATE = TP2.model_copy(update={"optimizer": TP2.optimizer.model_copy(update={"lr": 0.001})})
+
+# A rank, which the fork server runs: it must be refused before groups are made.
+REFUSED = """
+import os
+import pytest
+from bd3_scale.parallel.groups import process_groups
+from bd3_scale.recipe.load import recipe_hash
+mine = recipes[int(os.environ["RANK"])]
+with pytest.raises(ValueError) as refused, process_groups(mine.parallel, agree=recipe_hash(mine)):
+    pass
+assert str(refused.value) == message
+"""
+
+# Rank 0 starts as always; rank 1 dies when rank 0 is in the rendezvous.
+DYING = """
+import os, signal, socket, sys, time
+from pathlib import Path
+
+address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+def is_open():
+    with socket.socket() as client:
+        return client.connect_ex((address, port)) == 0
+
+def raises():
+    while not is_open():
+        time.sleep(0.05)
+    died.touch()
+    raise RuntimeError("the accelerator of this rank is gone")
+
+def is_killed():
+    import torch.distributed
+    torch.distributed.TCPStore(address, port, 2, is_master=False)  # returns when both have joined it
+    died.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+recipe, died = map(Path, sys.argv[2:])
+if os.environ["RANK"] == "1":
+    globals()[sys.argv[1]]()
+from bd3_scale.recipe.load import load_recipe
+from bd3_scale.train.main import main
+main(load_recipe(recipe, []))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    values = TP2.model_dump(mode="json", exclude_unset=True)
+    path.write_text(yaml.safe_dump(values | {"run_dir": str(tmp_path / "run")}))
+    return path
+
+
+def other_recipe(ranks: list[int]) -> str:
+    return f"ranks {ranks} were started with another recipe than rank 0: give all the same file and overrides"
+
+
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [
+        ([TP2, TP2, OTHER_RATE], other_recipe([2])),
+        ([TP2, ALONE, ALONE], other_recipe([1, 2])),
+        (
+            [TP2] * 3,
+            "3 processes cannot be split by parallel.tensor=2 x pipeline=1 x context=1: start a multiple of 2",
+        ),
+    ],
+    ids=["another learning rate", "another layout", "three for two"],
+)
+def test_ranks_that_do_not_fit_together_all_say_so(recipes: list[Recipe], message: str, tmp_path: Path) -> None:
+    run_ranks(exec, 3, REFUSED, {"recipes": recipes, "message": message}, logs=tmp_path)
+
+
+def test_ranks_started_by_hand_with_other_overrides_end_with_one_line(recipe: Path, tmp_path: Path) -> None:
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bd3_scale.train", recipe, *overrides],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, overrides in enumerate([[], ["optimizer.lr=0.001"]])
+    ]
+    try:
+        for rank in ranks:
+            said = rank.communicate(timeout=60)
+            assert (rank.returncode, *said) == (2, "", f"error: {other_recipe([1])}\n")
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("death", "code", "words"),
+    [
+        ("raises", 1, ["exit code 1", "Traceback", "in raises", "RuntimeError: the accelerator of this rank is gone"]),
+        ("is_killed", 137, ["was killed by SIGKILL"]),
+    ],
+)
+def test_a_rank_that_dies_does_not_leave_the_others_in_the_rendezvous(
+    death: str,
+    code: int,
+    words: list[str],
+    recipe: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even where they do not hear SIGTERM, as in C++ code that waits: the launcher's grace is what they get."""
+    monkeypatch.setattr(local, "GRACE_SECONDS", 1.0)
+    died = tmp_path / "died"
+    assert local.launch([sys.executable, "-c", DYING, death, recipe, died], 2, 1, tmp_path / "logs") == code
+    assert time.time() - died.stat().st_mtime < local.GRACE_SECONDS + 5
+    said = capfd.readouterr().err
+    assert all(word in said for word in ["rank 1", *words]), said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_rank_that_waits_for_others_ends_at_a_signal(number: signal.Signals, recipe: Path, tmp_path: Path) -> None:
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    rank = subprocess.Popen(
+        [sys.executable, "-m", "bd3_scale.train", recipe],
+        env=os.environ | common | {"RANK": "0", "LOCAL_RANK": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not _listens(int(common["MASTER_PORT"])):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        rank.send_signal(number)
+        assert rank.wait(timeout=10) == -number
+    finally:
+        rank.kill()
+        rank.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_processes_that_the_layout_does_not_divide_are_not_started(recipe: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [BD3_SCALE, "train", recipe, "launch.processes=3"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "3 processes do not divide into parallel.tensor=2: start 2 or 4 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
