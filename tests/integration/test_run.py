@@ -139,25 +139,29 @@ def test_asked_to_stop_it_saves_and_goes_on_bitwise(workplace):
 
 
 def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
-    """From TP2 to DP2 with ZeRO 2, started by torchrun, its data fetched from a remote; and to one process."""
+    """From TP2 to DP2 with ZeRO 3, started by torchrun, its data fetched from a remote; from there to others."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     layouts = {
-        "dp2": (torchrun, ["parallel.zero_stage=2", "data.remote=data", "data.path=cache"]),
-        "alone": ([], ["launch.processes=1", "train.micro_batch_size=8"]),
+        "zero3": ("whole", 4, torchrun, ["parallel.zero_stage=3", "data.remote=data", "data.path=cache"]),
+        "pipeline": ("zero3", 8, [], ["parallel.pipeline=2", "train.recompute=selective"]),
+        "context": ("zero3", 8, [], ["parallel.context=2", "train.micro_batch_size=8"]),
+        "alone": ("zero3", 8, [], ["launch.processes=1", "parallel.zero_stage=0"]),
     }
     expected = losses(workplace / "whole")
-    for name, (launcher, overrides) in layouts.items():
+    for name, (origin, start, launcher, overrides) in layouts.items():
         run = workplace / name
-        checkpoint = Path("checkpoints", "step-00000008")
-        shutil.copytree(workplace / "whole" / checkpoint, run / checkpoint)
+        checkpoint = Path("checkpoints", f"step-{start:08d}")
+        shutil.copytree(workplace / origin / checkpoint, run / checkpoint)
         arguments = [BD3_SCALE, "train", "recipe.yaml", f"run_dir={name}", "parallel.tensor=1", *overrides]
         done = subprocess.run([*launcher, *arguments], cwd=workplace, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout + done.stderr
         for step, (loss, norm) in losses(run).items():
             assert loss == pytest.approx(expected[step][0], rel=1e-5)
             assert norm == pytest.approx(expected[step][1], rel=1e-4)
-        assert sorted(losses(run)) == [9, 10, 11, 12]
-        assert nelbos(run)[12] == pytest.approx(nelbos(workplace / "whole")[12], rel=1e-5)
+        assert sorted(losses(run)) == list(range(start + 1, STEPS + 1))
+        assert nelbos(run)[STEPS] == pytest.approx(nelbos(workplace / "whole")[STEPS], rel=1e-5)
+    of_pipeline = json.loads(command(workplace, "evaluate", "pipeline", "--sequences", "8", "--json").stdout)
+    assert of_pipeline["step"] == STEPS
 
 
 @pytest.mark.parametrize(
