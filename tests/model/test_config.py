@@ -1,0 +1,42 @@
+"""What megatron-core is told, beyond the numbers of the recipe: combinations that corrupt cannot be asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bd3_scale.model.config import transformer_config
+from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe
+
+MODEL = ModelRecipe(num_layers=8, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48)
+
+
+def config(device: str, **parallel: object):
+    how = {"dtype": torch.float32, "device": torch.device(device), "deterministic": False}
+    return transformer_config(MODEL, ParallelRecipe(**parallel), **how)
+
+
+@pytest.mark.parametrize("pipeline", [2, 4])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_interleaved_schedule_overlaps_its_messages(pipeline: int, device: str) -> None:
+    """Without, two stages that are each other's neighbour on both sides take one message for the other."""
+    interleaved = config(device, pipeline=pipeline, virtual_pipeline=2)
+    assert interleaved.overlap_p2p_comm
+    assert not interleaved.batch_p2p_comm
+    assert not config(device, pipeline=pipeline).overlap_p2p_comm
+
+
+def test_gloo_never_reads_an_output_whose_memory_was_given_back() -> None:
+    assert not config("cpu", pipeline=2, virtual_pipeline=2).deallocate_pipeline_outputs
+    assert config("cuda", pipeline=2, virtual_pipeline=2).deallocate_pipeline_outputs
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gradients_go_where_zero_reads_them(device: str) -> None:
+    assert not config(device).gradient_accumulation_fusion
+
+
+def test_layers_are_where_the_recipe_says() -> None:
+    layout = config("cpu", pipeline=3, layers_per_chunk=[1, 4, 3]).pipeline_model_parallel_layout
+    layers = [sum(part.name == "decoder" for part in stage[0]) for stage in layout.layout]
+    assert layers == [1, 4, 3]
