@@ -45,6 +45,7 @@ from bd3_scale.parallel.groups import ProcessGroups, local_device, process_group
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.train.tiles import settle_tiles
 from tools.plain_step import PlainStep
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -259,6 +260,7 @@ def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespa
     from importlib import metadata
 
     device = local_device()
+    alone = options.objective != "both" and not options.rival
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=7"],
         cwd=Path(__file__).parent,
@@ -281,8 +283,10 @@ def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespa
         "shape": recipe.model_dump(include={"model", "diffusion", "train", "parallel"}, mode="json")
         | {"seq_len": recipe.data.seq_len, "vocabulary": vocabulary.size},
         "steps": options.steps,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_cuda_bytes": peak_cuda_bytes(),
+        "deterministic": recipe.deterministic,
+        # Of one model and its optimiser, or it would be nobody's.
+        "peak_rss_bytes": peak_rss_bytes() if alone else None,
+        "peak_cuda_bytes": peak_cuda_bytes() if alone else None,
     }
 
 
@@ -295,7 +299,8 @@ def show(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     print(
         f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_attention_heads']} heads, "
         f"L={shape['seq_len']}, L'={shape['diffusion']['block_size']}, batch {shape['train']['global_batch_size']}, "
-        f"{shape['train']['precision']}, vocabulary {shape['vocabulary']}, attention {about['attention']}\n"
+        f"{shape['train']['precision']}, vocabulary {shape['vocabulary']}, attention {about['attention']}"
+        f"{', deterministic' * about['deterministic']}\n"
     )
     names = ("data", "forward", "backward", "optimizer", "step")
     print("| objective | tokens/s | " + " | ".join(f"{name}, s" for name in names) + " | TFLOP/s | MFU | HFU |")
@@ -316,7 +321,8 @@ def show(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
         seconds, times = plain["seconds"]["step"], plain["seconds"]["step"] / bd3["seconds"]["step"]
         print(f"The published model's step in plain PyTorch takes {seconds:.3f} s: {times:.2f} x the time.")
     memory = about["peak_cuda_bytes"] or about["peak_rss_bytes"]
-    print(f"Peak memory {memory / 2**30:.2f} GiB. `{about['command']}`")
+    print(f"Peak memory {memory / 2**30:.2f} GiB." if memory else "Peak memory: see --objective bd3.")
+    print(f"`{about['command']}`")
 
 
 def main() -> None:
@@ -345,7 +351,11 @@ def main() -> None:
     vocabulary = Vocabulary(size=size, eos_id=0, mask_id=size - 1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_recipe(recipe, world)
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     with process_groups(recipe.parallel) as groups:
+        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        settle_tiles(recipe, attention_backend(recipe, dtype=dtype, device=local_device()), dtype, None)
         rows = measure(recipe, vocabulary, groups, options)
         about = conditions(recipe, vocabulary, options)
         if dist.get_rank() == 0 and options.json:

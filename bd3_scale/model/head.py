@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-# fp32 logits of a piece: 64 MiB.
-PIECE_ELEMENTS = 1 << 24
+# fp32 logits of a piece: 256 MiB, 512 rows of a vocabulary of 128k, so that its products keep a GPU busy.
+PIECE_ELEMENTS = 1 << 26
 
 
 class OutputLayer(ColumnParallelLinear):

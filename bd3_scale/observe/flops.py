@@ -6,9 +6,10 @@ import torch
 
 from bd3_scale.recipe.schema import ModelRecipe
 
-# Dense bf16 in the vendors' data sheets, FLOP/s, by words of torch's device name; the first that fits counts.
+# Dense bf16 in the vendors' data sheets, FLOP/s, by whole words of torch's device name; the first that fits counts.
 _PEAK_BF16 = (
     (("B200",), 2250e12),
+    (("H200", "NVL"), 835e12),
     (("H200",), 989e12),
     (("H100", "PCIe"), 756e12),
     (("H100", "NVL"), 835e12),
@@ -61,5 +62,5 @@ def peak_flops(dtype: torch.dtype) -> float | None:
     """FLOP/s of this rank's GPU at `dtype`; None where it is not known: no MFU is better than a wrong one."""
     if not torch.cuda.is_available() or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for words, peak in _PEAK_BF16 if all(word in name for word in words)), None)
+    name = torch.cuda.get_device_name().replace("-", " ").split()
+    return next((peak for words, peak in _PEAK_BF16 if set(words) <= set(name)), None)

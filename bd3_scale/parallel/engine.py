@@ -24,6 +24,8 @@ from bd3_scale.recipe.schema import OptimizerRecipe, ParallelRecipe
 
 # Gradients that are reduced outside ZeRO go in buckets of so many elements.
 BUCKET_ELEMENTS = 1 << 26
+# ZeRO-3 leaves weights of fewer elements whole on every rank.
+WHOLE_BELOW = 100_000
 
 
 @dataclass(frozen=True)
@@ -171,25 +173,24 @@ def _initialise_deepspeed(
         "zero_optimization": {
             "stage": max(1, parallel.zero_stage),
             "overlap_comm": False,
+            "stage3_param_persistence_threshold": WHOLE_BELOW,
             **(offload if parallel.offload_optimizer else {}),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,
     }
+    # ZeRO-3 updates in parts, each of which apex would count as a step.
+    one_call_on_gpu = device.type == "cuda" and not parallel.offload_optimizer and parallel.zero_stage < 3
     # Not a list of one: ZeRO-3 watches the forward passes of the module that it is given.
     model = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=adamw(model.parameters(), optimizer, on_gpu=device.type == "cuda" and not parallel.offload_optimizer),
+        optimizer=adamw(model.parameters(), optimizer, on_gpu=one_call_on_gpu),
         config=config,
         mpu=DeepSpeedTopology(groups, divide_optimizer=parallel.zero_stage > 0),
         dist_init_required=False,
     )
-    if parallel.zero_stage == 3 and chunks[0].recipe.tie_embeddings:
-        # The head takes the weight as an argument, which its own hooks do not see.
-        weight = chunks[0].embedding.word_embeddings.weight
-        deepspeed.zero.register_external_parameter(chunks[0].output_layer, weight)
     if bf16:
         # DeepSpeed's grad_accum_dtype is refused or ignored with coalesced reduction; this makes autograd itself sum
         # in fp32.

@@ -67,6 +67,7 @@ def process_groups(
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=(parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None),
             context_parallel_size=parallel.context,
+            # Neighbours talk most: tensor-parallel ranks within a node, stages, which exchange least, farthest apart.
             order="tp-cp-ep-dp-pp",
             create_gloo_process_groups=device.type == "cuda",
             distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),

@@ -15,7 +15,7 @@ from bd3_scale.recipe.schema import OptimizerRecipe
 def adamw(parameters: Iterable[nn.Parameter], optimizer: OptimizerRecipe, *, on_gpu: bool) -> torch.optim.Optimizer:
     """AdamW whose weight decay leaves norms and biases alone: NVIDIA apex's on a GPU where it is built, else torch's.
 
-    on_gpu: the optimiser's states are in GPU memory, without which apex's kernels do not run.
+    on_gpu: the optimiser's states are in GPU memory and updated by one call a step; else apex's kernels do not suit.
     """
     parameters = list(parameters)
     decay = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimizer.weight_decay}

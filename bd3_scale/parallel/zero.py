@@ -116,8 +116,9 @@ class ZeroState:
         """Take over states that were written into the fragments' views: set the step and recast the model's weights."""
         for flat in self._masters:
             self._engine.basic_optimizer.state[flat]["step"].fill_(step)
-        for group in self._engine.basic_optimizer.param_groups:
-            if "step" in group:
+        if not isinstance(self._engine.basic_optimizer, torch.optim.AdamW):
+            # apex counts in its parameter groups, which have no count before the first step.
+            for group in self._engine.basic_optimizer.param_groups:
                 group["step"] = step
         self._recast()
 
@@ -151,7 +152,8 @@ class ZeroState:
         if not self._divides_weights:
             optimizer.update_lp_params()
             return
-        # Small weights are whole on every rank; they are divided for the moment of the copy.
+        # A forward leaves weights whole, which the next one would take as they are; small ones are whole always.
+        optimizer._partition_all_parameters()
         whole = optimizer.persistent_parameters
         if whole:
             whole[0].partition(whole)

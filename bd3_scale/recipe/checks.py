@@ -122,6 +122,13 @@ def _pipeline_problems(recipe: Recipe) -> Iterator[str]:
             f"train.recompute_layers={recipe.train.recompute_layers} counts layers to recompute whole, and "
             f"train.recompute is {recipe.train.recompute}: set train.recompute=full, or leave recompute_layers out"
         )
+    elif recipe.train.recompute_layers is not None and layers >= count:
+        most = max(parallel.chunks(layers))
+        if recipe.train.recompute_layers > most:
+            yield (
+                f"train.recompute_layers={recipe.train.recompute_layers} are more than the {most} layers of a pipeline "
+                "chunk: lower it, or leave it out to recompute all"
+            )
 
 
 def _sequence_problems(recipe: Recipe) -> Iterator[str]:

@@ -138,7 +138,9 @@ class ParallelRecipe(Section):
     )
     context: PositiveInt = Field(1, description="ranks that split the positions of a sequence")
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="data-parallel ranks divide 0: nothing, 1: optimiser states, 2: and gradients, 3: and weights"
+        1,
+        description="data-parallel ranks divide 0: nothing, 1: optimiser states, 2: and reduced "
+        "gradients, 3: and weights; the gradients of micro-batches add up whole on every rank",
     )
     offload_optimizer: bool = Field(False, description="optimiser states live in host memory")
 

@@ -90,7 +90,8 @@ def train(recipe: Recipe) -> None:
         )
         layouts = parameter_layouts(chunks)
         engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
-        on_rank_zero(lambda: check_writable(run.checkpoints, _checkpoint_bytes(layouts, engine)))
+        size = _checkpoint_bytes(layouts, engine)
+        on_rank_zero(lambda: check_writable(run.checkpoints, size))
         start = 0
         if checkpoint is not None:
             load_training_state(*checkpoint, engine.zero, layouts)
@@ -198,8 +199,9 @@ def _describe_run(run: Run) -> None:
 
 
 def _checkpoint_bytes(layouts: list[ParameterLayout], engine: TrainingEngine) -> int:
-    """Size of a checkpoint: all full tensors of this stage in fp32, once for each state."""
-    full = {piece.key: math.prod(piece.full_shape) for layout in layouts for piece in layout.pieces}
+    """Size of a checkpoint: the full tensors of all stages in fp32, once for each state (collective)."""
+    mine = {piece.key: math.prod(piece.full_shape) for layout in layouts for piece in layout.pieces}
+    full = {key: size for stage in gather_objects(mine, engine.groups.pp) for key, size in stage.items()}
     return 4 * sum(full.values()) * len(engine.zero.names)
 
 

@@ -60,7 +60,7 @@ CASES = {
     "official": Case(OFFICIAL, 4, [LENGTH]),
     "tied": Case(TIED, 8, ALIGNED),
     "autoregressive": Case(QWEN, 1, [LENGTH]),
-    "mdlm": Case(QWEN, LENGTH, [LENGTH]),
+    "mdlm": Case(QWEN, LENGTH, ALIGNED),
     "two-copies": Case(QWEN, 8, ALIGNED, copies=2),
     "complementary": Case(QWEN, 8, ALIGNED, copies=2, complementary=True),
 }
@@ -75,6 +75,10 @@ class Layout:
     parallel: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
     core: bool = False
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.train.get("micro_batch_size", 1)
 
     @property
     def repeats(self) -> int:
@@ -129,8 +133,8 @@ def _layouts() -> dict[str, Layout]:
         "dp4 zero3": Layout(4, "ragged", {"zero_stage": 3}, core=True),
         "tp2 pp2": Layout(4, "official", {**tp2, **pp2}),
         "tp2 sp pp2 tied": Layout(4, "tied", {**sp2, **pp2}, full),
-        "tp2 sp pp2 vpp2": Layout(4, "official", {**sp2, **vp2}, core=True),
-        "tp2 sp cp2": Layout(4, "two-copies", {**sp2, **cp2}, core=True),
+        "tp2 sp pp2 vpp2": Layout(4, "official", {**sp2, **vp2}, {"micro_batch_size": 2}, core=True),
+        "tp2 sp cp2": Layout(4, "two-copies", {**sp2, **cp2}, {"micro_batch_size": 2}, core=True),
         "tp2 zero3": Layout(4, parallel={**tp2, "zero_stage": 3}),
         "pp2 cp2": Layout(4, parallel={**pp2, **cp2}),
         "pp2 dp2 zero2": Layout(4, "ragged", {**pp2, "zero_stage": 2}),
@@ -153,7 +157,9 @@ def recipe(layout: Layout) -> Recipe:
         model=case.model,
         diffusion=DiffusionRecipe(block_size=case.block_size, noisy_copies=case.copies),
         data=DataRecipe(path="unused", seq_len=LENGTH),
-        train=TrainRecipe(steps=STEPS, global_batch_size=BATCH, micro_batch_size=1, precision="fp32", **layout.train),
+        train=TrainRecipe(
+            steps=STEPS, global_batch_size=BATCH, precision="fp32", **{"micro_batch_size": 1, **layout.train}
+        ),
         parallel=ParallelRecipe(**layout.parallel),
         optimizer=OptimizerRecipe(lr=0.01, eps=1e-4, clip_grad_norm=0.5, ema_decay=0.5),
     )

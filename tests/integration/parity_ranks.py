@@ -15,28 +15,32 @@ from bd3_scale.data.corrupt import corrupt
 from bd3_scale.diffusion.noise import Noise
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
+from bd3_scale.parallel import engine as engine_module
 from bd3_scale.parallel.collective import gather_objects
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.checks import check_recipe
 
+# Some of the tiny weights are divided by ZeRO-3, as large ones are.
+engine_module.WHOLE_BELOW = 3000
 
-def micro_batches(case: cases.Case, seed: int, groups) -> list:
-    """One sequence each, of this rank's share."""
+
+def micro_batches(case: cases.Case, seed: int, groups, size: int = 1) -> list:
+    """`size` sequences each, of this rank's share."""
     batch = cases.batch(case, seed)
     share = cases.BATCH // groups.dp.size()
     context = (groups.cp.rank(), groups.cp.size())
     inputs = []
-    for i in range(groups.dp.rank() * share, (groups.dp.rank() + 1) * share):
-        one = slice(i, i + 1)
+    for i in range(groups.dp.rank() * share, (groups.dp.rank() + 1) * share, size):
+        one = slice(i, i + size)
         sequences = Batch(
-            ids=torch.tensor([i]),
-            slots=torch.tensor([i]),
+            ids=torch.arange(i, i + size),
+            slots=torch.arange(i, i + size),
             epoch=0,
             tokens=batch["clean"][one],
             document_start=batch["document_start"][one].int(),
             positions=batch["positions"][one],
-            counted=torch.ones(1, cases.LENGTH, dtype=torch.bool),
+            counted=torch.ones(size, cases.LENGTH, dtype=torch.bool),
         )
         noises = [Noise(batch["masked"][c, one], batch["mask_rate"][c, one]) for c in range(case.copies)]
         how = {"mask_id": cases.VOCABULARY.mask_id, "device": torch.device("cpu"), "context": context}
@@ -72,7 +76,7 @@ def three_steps(layout: cases.Layout, groups) -> dict:
     initial = full_states(engine, layouts)
     results, seconds = [], []
     for step in range(cases.STEPS):
-        micros = micro_batches(case, step, groups)
+        micros = micro_batches(case, step, groups, layout.micro_batch_size)
         began = time.perf_counter()
         results.append(engine.step(micros, tokens=cases.BATCH * cases.LENGTH, lr=0.01))
         seconds.append(time.perf_counter() - began)

@@ -137,6 +137,7 @@ def test_an_unknown_device_has_no_peak(monkeypatch):
     assert torch.cuda.is_available() or peak_flops(torch.bfloat16) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "Tesla T4": None}
+    names |= {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA RTX A1000 Laptop GPU": None, "NVIDIA GB200": None}
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert peak_flops(torch.bfloat16) == peak

@@ -1,0 +1,20 @@
+"""Evaluations with the averaged weights leave training bitwise as it was, wherever ZeRO keeps the weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cases
+from evaluation_ranks import evaluation_leaves_training_alone
+from launching import run_ranks
+
+LAYOUTS = [{"zero_stage": 1}, {"zero_stage": 3}, {"zero_stage": 3, "offload_optimizer": True}, {"pipeline": 2}]
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+def test_training_goes_on_as_if_nothing_had_been_evaluated(parallel: dict, tmp_path: Path) -> None:
+    run_ranks(evaluation_leaves_training_alone, 2, cases.Layout(2, "ragged", parallel), logs=tmp_path)
