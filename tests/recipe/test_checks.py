@@ -87,6 +87,7 @@ def test_a_sound_recipe_passes_at_every_layout_that_fits() -> None:
             ["document_multiple=32", "--document-multiple 64", "isolate_documents=false"],
         ),
         ({"data__cache_limit": "1gb"}, 1, ["cache_limit=1gb", "data.remote"]),
+        ({"train__recompute": "full", "train__recompute_layers": 3}, 1, ["recompute_layers=3", "2 layers", "lower"]),
         ({"optimizer__warmup_steps": 11}, 1, ["warmup_steps=11", "steps=10"]),
         ({"optimizer__decay_steps": 2}, 1, ["decay_steps=2", "wsd", "cosine"]),
         (
