@@ -102,7 +102,7 @@ class TrainingEngine:
         return sum(
             model_flops(
                 self.chunks[0].recipe,
-                self.chunks[0].vocabulary.padded_size,
+                self.chunks[0].vocabulary.size,
                 noisy_rows=inputs.num_noisy * inputs.positions.numel(),
                 clean_rows=inputs.tokens.numel() - inputs.num_noisy * inputs.positions.numel(),
                 noisy_pairs=inputs.noisy_pairs,

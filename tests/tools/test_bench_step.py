@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "data.seq_len=64"]
-TINY += ["train.precision=fp32", "--steps", "1", "--warmup", "1"]
+TINY += ["train.precision=fp32", "--steps", "1", "--warmup", "1", "--vocabulary", "384"]  # no id only pads it
 
 # Everything else that bd3_scale depends on cannot be imported.
 BARE = """
