@@ -52,7 +52,6 @@ def corrupt(
         head_rows=(copy * len(positions) + row) * len(clean) + sequence,
         targets=clean[sequence, row],
         weights=weights[masked],
-        own_keys=clean_stream,
         context=context,
         device=device,
     )
@@ -75,7 +74,6 @@ def next_tokens(batch: Batch, *, device: torch.device, context: Context = (0, 1)
         head_rows=row * len(clean) + sequence,
         targets=following[sequence, row],
         weights=torch.ones(len(row)),
-        own_keys=True,
         context=context,
         device=device,
     )
@@ -101,7 +99,6 @@ def _inputs(
     head_rows: Tensor,
     targets: Tensor,
     weights: Tensor,
-    own_keys: bool,
     context: Context,
     device: torch.device,
 ) -> ModelInputs:
@@ -110,7 +107,8 @@ def _inputs(
     noisy_pairs = count_pairs(spans[:, :, places], num_noisy=num_noisy, clean_queries=False)
     clean_pairs = count_pairs(spans[:, :, places], num_noisy=0, clean_queries=True) if has_clean else 0
     if context[1] > 1:
-        spans = take_ranges(spans, zigzag_ranges(spans.shape[2], *context), own_keys=own_keys)
+        # Without a clean stream the noisy keys of all ranks are gathered.
+        spans = take_ranges(spans, zigzag_ranges(spans.shape[2], *context), own_keys=has_clean)
     tokens, positions, spans, head_rows, targets, weights = (
         tensor.to(device, non_blocking=True)
         for tensor in (tokens, batch.positions[:, places], spans, head_rows, targets, weights)
