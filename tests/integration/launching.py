@@ -34,7 +34,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_ranks(target: Callable[..., None], world_size: int, *args: object, logs: Path, timeout: float = 40) -> None:
+def run_ranks(target: Callable[..., None], world_size: int, *args: object, logs: Path, timeout: float = 90) -> None:
     """Run `target(*args)` on `world_size` ranks and fail with the output of those that failed, the first one first."""
     _start_server()
     logs.mkdir(parents=True, exist_ok=True)
