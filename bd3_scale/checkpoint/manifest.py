@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.schema import ImportedRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.files import file_hash
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+
+
+class FileRecord(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    xxh3: str
 
 
 class CheckpointManifest(BaseModel):
@@ -19,25 +28,31 @@ class CheckpointManifest(BaseModel):
 
     Attributes:
         step: optimiser steps done, from which schedules, data position and noise follow.
-        data_hash: hash of the data manifest (tokeniser, sequences) that the position counts in.
+        recipe: of the run, or what is known of an imported model.
+        data_hash: hash of the data manifest (tokeniser, sequences) that the position counts in; empty if imported.
         world_size: ranks that wrote it; any number may read it.
-        states: fp32 tensors kept of every parameter.
+        states: tensors kept of every parameter, in fp32 but for imported masters, which stay as they came.
         attention_tiles: tiles of the attention kernels, which a bitwise resume needs; empty where none are used.
-        files: size of every file in bytes.
+        files: size in bytes and XXH3-128 of every file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     step: int
-    recipe: Recipe
+    recipe: Recipe | ImportedRecipe
     recipe_hash: str
     vocabulary: Vocabulary
     data_hash: str
     world_size: int
     states: tuple[str, ...]
     attention_tiles: dict[str, list[int]] = {}
-    files: dict[str, int] = {}
+    files: dict[str, FileRecord] = {}
+
+    @property
+    def weights_state(self) -> str:
+        """Whose values are the model's weights outside training: the moving average's where kept, else the masters'."""
+        return "ema" if "ema" in self.states else "master"
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
@@ -56,11 +71,28 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         manifest = CheckpointManifest.model_validate_json(path.read_text())
     except ValidationError as error:
         raise ValueError(f"{path} cannot be read: {error}; use another checkpoint of the run") from error
-    for name, size in manifest.files.items():
+    for name, record in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
+        if found != record.bytes:
             state = "is missing" if found is None else f"has {found} bytes"
             raise ValueError(
-                f"checkpoint {folder} is damaged: {name} {state}, {size} were written; use an earlier checkpoint"
+                f"checkpoint {folder} is damaged: {name} {state}, {record.bytes} were written; use an earlier one"
             )
     return manifest
+
+
+def damaged_files(folder: Path, manifest: CheckpointManifest) -> list[str]:
+    """Files of a checkpoint whose bytes are not those that were written; reads all of them."""
+    return [name for name, record in manifest.files.items() if file_hash(folder / name) != record.xxh3]
+
+
+def write_manifest(folder: Path, manifest: CheckpointManifest, hashes: Mapping[str, str]) -> None:
+    """Complete a folder whose other files are written; `hashes` of those that need not be read again."""
+    files = {
+        str(path.relative_to(folder)): FileRecord(
+            bytes=path.stat().st_size, xxh3=hashes.get(path.name) or file_hash(path)
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=2))

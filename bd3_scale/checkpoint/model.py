@@ -34,7 +34,7 @@ def open_model(
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     parallel = ParallelRecipe(tensor=1 if alone else manifest.recipe.parallel.tensor)
     recipe = manifest.recipe.model_copy(update={"parallel": parallel})
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     with process_groups(recipe.parallel) as groups:
         (model,) = build_model(recipe, manifest.vocabulary, groups, dtype=dtype, device=local_device(), seed=None)
         load_weights(checkpoint, manifest, parameter_layouts([model]))

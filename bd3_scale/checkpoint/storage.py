@@ -27,11 +27,26 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from bd3_scale.resilience.files import file_hash
+
 INDEX = "index.json"
 
 
+def box_name(key: str, offset: Iterable[int]) -> str:
+    """Name in its file of the box of tensor `key` at `offset`."""
+    return f"{key}@{','.join(map(str, offset))}"
+
+
+def index_entry(
+    dtype: torch.dtype, shape: Iterable[int], boxes: Iterable[tuple[Iterable[int], Iterable[int], str]]
+) -> dict[str, Any]:
+    """What the index says of a tensor; boxes are (offset, shape, file)."""
+    listed = [{"offset": list(offset), "shape": list(size), "file": file} for offset, size, file in boxes]
+    return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "boxes": listed}
+
+
 def _name(index: MetadataIndex) -> str:
-    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+    return box_name(index.fqn, index.offset or ())
 
 
 def _on_host(data: Any) -> torch.Tensor:
@@ -46,11 +61,15 @@ def _done(value: Any) -> Future[Any]:
 
 
 class SafetensorsWriter(StorageWriter):
-    """Writes into `folder`, which must exist. Files are not yet synced to disk: the commit does that."""
+    """Writes into `folder`, which must exist. Files are not yet synced to disk: the commit does that.
+
+    hashes: XXH3-128 of the file that this rank wrote, if any.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder
         self._file = f"rank-{rank:05d}.safetensors"
+        self.hashes: dict[str, str] = {}
 
     def reset(self, checkpoint_id: object = None) -> None:
         """Nothing is kept between saves."""
@@ -68,6 +87,7 @@ class SafetensorsWriter(StorageWriter):
         tensors = {_name(item.index): _on_host(planner.resolve_data(item)) for item in plan.items}
         if tensors:
             save_file(tensors, self._folder / self._file)
+            self.hashes[self._file] = file_hash(self._folder / self._file)
         return _done([WriteResult(item.index, tensors[_name(item.index)].nbytes, self._file) for item in plan.items])
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -75,12 +95,8 @@ class SafetensorsWriter(StorageWriter):
         index = {}
         for key, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)
-            boxes = [
-                {"offset": list(c.offsets), "shape": list(c.sizes), "file": files[_name(MetadataIndex(key, c.offsets))]}
-                for c in tensor.chunks
-            ]
-            dtype = str(tensor.properties.dtype).removeprefix("torch.")
-            index[key] = {"dtype": dtype, "shape": list(tensor.size), "boxes": boxes}
+            boxes = [(c.offsets, c.sizes, files[box_name(key, c.offsets)]) for c in tensor.chunks]
+            index[key] = index_entry(tensor.properties.dtype, tensor.size, boxes)
         (self._folder / INDEX).write_text(json.dumps(index))
 
     @classmethod

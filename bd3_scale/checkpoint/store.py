@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bd3_scale.checkpoint.boxes import Box, boxes_of
-from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, CheckpointManifest
+from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, CheckpointManifest, write_manifest
 from bd3_scale.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
 from bd3_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from bd3_scale.model.layout import ParameterLayout
-from bd3_scale.parallel.collective import on_rank_zero
+from bd3_scale.parallel.collective import gather_objects, on_rank_zero
 from bd3_scale.parallel.zero import ZeroState
 from bd3_scale.resilience.files import sync
 
@@ -75,12 +75,10 @@ def save_checkpoint(
     partial = folder / f"{_PARTIAL}{target.name}"
     try:
         on_rank_zero(lambda: _prepare(partial, tokenizer))
-        save(
-            {},
-            storage_writer=SafetensorsWriter(partial, dist.get_rank()),
-            planner=BoxSavePlanner(_state_boxes(zero, layouts, writers_only=True)),
-        )
-        on_rank_zero(lambda: _commit(partial, target, manifest))
+        writer = SafetensorsWriter(partial, dist.get_rank())
+        save({}, storage_writer=writer, planner=BoxSavePlanner(_state_boxes(zero, layouts, writers_only=True)))
+        hashes = {name: value for rank in gather_objects(writer.hashes) for name, value in rank.items()}
+        on_rank_zero(lambda: _commit(partial, target, manifest, hashes))
     except (CheckpointException, OSError) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -113,9 +111,25 @@ def load_weights(checkpoint: Path, manifest: CheckpointManifest, layouts: Sequen
     """Load a model without its optimiser (collective): the moving average where kept, else the masters, in the
     model's dtype.
     """
-    state = "ema" if "ema" in manifest.states else "master"
+    state = manifest.weights_state
     boxes = [b for layout in layouts for b in boxes_of(layout.pieces, 0, {state: layout.parameter.data.view(-1)})]
     _load(checkpoint, boxes)
+
+
+def load_initial_weights(
+    checkpoint: Path, manifest: CheckpointManifest, zero: ZeroState, layouts: Sequence[ParameterLayout]
+) -> None:
+    """Begin a training with the weights of a checkpoint, of any topology (collective); the optimiser begins anew."""
+    by_parameter = {id(layout.parameter): layout for layout in layouts}
+    boxes: list[Box] = []
+    for fragment in zero.fragments():
+        pieces = by_parameter[id(fragment.parameter)].pieces
+        boxes += boxes_of(pieces, fragment.start, {manifest.weights_state: fragment.states["master"]})
+    _load(checkpoint, boxes)
+    for fragment in zero.fragments():
+        if "ema" in fragment.states:
+            fragment.states["ema"].copy_(fragment.states["master"])
+    zero.loaded(0)
 
 
 def _state_boxes(zero: ZeroState, layouts: Sequence[ParameterLayout], *, writers_only: bool) -> list[Box]:
@@ -147,9 +161,8 @@ def _prepare(partial: Path, tokenizer: Path) -> None:
     shutil.copytree(tokenizer, partial / TOKENIZER)
 
 
-def _commit(partial: Path, target: Path, manifest: CheckpointManifest) -> None:
-    files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-    (partial / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=2))
+def _commit(partial: Path, target: Path, manifest: CheckpointManifest, hashes: dict[str, str]) -> None:
+    write_manifest(partial, manifest, hashes)
     for path in [*partial.rglob("*"), partial]:
         sync(path)
     if target.exists():

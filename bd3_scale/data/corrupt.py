@@ -15,8 +15,8 @@ from torch import Tensor
 from bd3_scale.attention.spans import count_pairs, make_spans, take_ranges, zigzag_ranges
 from bd3_scale.data.batch import Batch
 from bd3_scale.diffusion.nelbo import loss_weight
-from bd3_scale.diffusion.noise import Noise
-from bd3_scale.model.rows import ModelInputs
+from bd3_scale.diffusion.noise import Noise, draw_embedding_noise
+from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs
 
 # Rank and number of the ranks that split the positions of a sequence.
 Context = tuple[int, int]
@@ -63,9 +63,7 @@ def next_tokens(batch: Batch, *, device: torch.device, context: Context = (0, 1)
     positions = _positions(seq_len, context)
     clean = batch.tokens[:, positions]
     following = batch.tokens.roll(-1, 1)[:, positions]
-    within = batch.document_start.roll(-1, 1) == batch.document_start
-    within[:, -1] = False
-    sequence, row = within[:, positions].nonzero().T
+    sequence, row = _has_next(batch)[:, positions].nonzero().T
     return _inputs(
         batch,
         clean,
@@ -77,6 +75,30 @@ def next_tokens(batch: Batch, *, device: torch.device, context: Context = (0, 1)
         context=context,
         device=device,
     )
+
+
+def next_token_places(batch: Batch, context: Context = (0, 1)) -> tuple[Tensor, Tensor]:
+    """Sequence and position [M] of the token that each row of the head predicts in what `next_tokens` makes."""
+    positions = _positions(batch.tokens.shape[1], context)
+    sequence, row = _has_next(batch)[:, positions].nonzero().T
+    return sequence, positions[row] + 1
+
+
+def _has_next(batch: Batch) -> Tensor:
+    """bool [B, L]: the next token belongs to the same document."""
+    within = batch.document_start.roll(-1, 1) == batch.document_start
+    within[:, -1] = False
+    return within
+
+
+def mask_noise(
+    batch: Batch, std: float, *, copies: int, seed: int, device: torch.device, context: Context = (0, 1)
+) -> MaskNoise:
+    """Noise on the mask embeddings of `copies` noisy copies of this rank's positions."""
+    seq_len = batch.tokens.shape[1]
+    rows = draw_embedding_noise(batch.ids, seq_len, seed=seed, epoch=batch.epoch, copies=copies, rows=NOISE_ROWS)
+    rows = torch.cat(list(rows[:, :, _positions(seq_len, context)]), 1)
+    return MaskNoise(rows.to(device, non_blocking=True), std)
 
 
 def masked_places(noise: Noise, context: Context) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from bd3_scale.data._files import new_folder
 from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, Split, SplitName
 from bd3_scale.data.packing import PackedSequence, Packer
 from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.files import new_folder
 
 CHUNK_CHARACTERS = 1 << 20
 SHARD_BYTES = 1 << 26

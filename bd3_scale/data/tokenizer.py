@@ -11,9 +11,9 @@ from typing import Any
 import tokenizers  # type: ignore[import-untyped]
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bd3_scale.data._files import new_folder
 from bd3_scale.data.sources import DocumentReader
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.files import new_folder
 
 EOS = "<|endoftext|>"
 MASK = "[MASK]"

@@ -36,6 +36,7 @@ class _Purpose(IntEnum):
     BLOCK_LEVEL = 2
     BATCH_ORDER = 3
     BATCH_LEVEL = 4
+    EMBEDDING = 5
 
 
 def draw_noise(
@@ -103,6 +104,15 @@ def draw_copies(block_start: Tensor, *, copies: int, low: float, high: float, **
         noise = draw_noise(block_start, low=low, high=high, **how)
         return [noise, Noise(~noise.masked, 1.0 - noise.mask_rate)]
     return [draw_noise(block_start, low=low, high=high, draw=i, num_draws=copies, **how) for i in range(copies)]
+
+
+def draw_embedding_noise(sample_ids: Tensor, seq_len: int, *, seed: int, epoch: int, copies: int, rows: int) -> Tensor:
+    """int64 [copies, B, L] in [1, rows): which noise vector each position takes where it is masked."""
+    drawn = [
+        [_uniform(seq_len, (seed, epoch), sample, _Purpose.EMBEDDING, copy) for sample in sample_ids.tolist()]
+        for copy in range(copies)
+    ]
+    return torch.from_numpy(1 + (np.array(drawn) * (rows - 1)).astype(np.int64))
 
 
 def _levels(count: int, key: tuple[int, int], sample_id: int, order: _Purpose, level: _Purpose) -> NDArray[np.float64]:

@@ -7,22 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bd3_scale.checkpoint.manifest import TOKENIZER
+from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.manifest import check_tokenizer, load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.nelbo import evaluate_nelbo
+from bd3_scale.evaluate.nelbo import evaluate_nelbo, is_exact
 from bd3_scale.evaluate.unigram import unigram_perplexity
-from bd3_scale.recipe.checks import check_recipe
-from bd3_scale.recipe.schema import ParallelRecipe
+from bd3_scale.recipe.checks import check_block_size
+from bd3_scale.recipe.schema import DataRecipe, Recipe
 
 EVALUATION_BATCH = 16
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`nelbo` and its standard errors in nats a token; `exact`: block size 1, where it is the likelihood and no bound.
+    """`nelbo` and its standard errors in nats a token; `exact`: it is the likelihood and no bound, see `is_exact`.
 
     `bits_per_byte` is None where only a part of the split was measured.
     """
@@ -63,13 +63,11 @@ def evaluate_checkpoint(
     if draws < 1 or (sequences is not None and sequences < 1):
         raise ValueError(f"draws is {draws} and sequences {sequences}: give at least 1")
     with open_model(checkpoint) as (model, manifest, groups):
-        recipe = manifest.recipe.data
-        if data_path is not None:
-            recipe = recipe.model_copy(update={"path": data_path, "remote": None, "cache_limit": None})
+        recipe = _data_recipe(manifest, data_path)
         data = load_manifest(recipe.path, recipe.remote)
         check_tokenizer(data, load_tokenizer(checkpoint / TOKENIZER))
-        alone = manifest.recipe.model_copy(update={"data": recipe, "parallel": ParallelRecipe()})
-        check_recipe(alone, world_size=1, document_multiple=data.document_multiple)
+        diffusion = manifest.recipe.diffusion
+        check_block_size(diffusion.block_size, recipe, data.document_multiple)
         if data.validation is None:
             raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")
         total = min(sequences or data.validation.sequences, data.validation.sequences)
@@ -81,12 +79,11 @@ def evaluate_checkpoint(
             finished += count
             progress(finished, -(-total // groups.dp.size()))
 
-        block_size = manifest.recipe.diffusion.block_size
         estimate = evaluate_nelbo(
             [model],
             held_out_batches(recipe, data, batch_size=EVALUATION_BATCH, **share),
             groups,
-            block_size=block_size,
+            diffusion=diffusion,
             draws=draws,
             progress=advance,
         )
@@ -100,8 +97,8 @@ def evaluate_checkpoint(
     return Evaluation(
         checkpoint=str(checkpoint),
         step=manifest.step,
-        block_size=block_size,
-        exact=block_size == 1,
+        block_size=diffusion.block_size,
+        exact=is_exact(diffusion),
         sequences=total,
         tokens=estimate.num_tokens,
         draws=estimate.num_draws,
@@ -112,3 +109,15 @@ def evaluate_checkpoint(
         bits_per_byte=bits_per_byte,
         unigram_perplexity=unigram,
     )
+
+
+def _data_recipe(manifest: CheckpointManifest, data_path: str | None) -> DataRecipe:
+    """Where the held-out split lies: what the run was trained on, or other prepared data."""
+    trained_on = manifest.recipe.data if isinstance(manifest.recipe, Recipe) else None
+    if data_path is None:
+        if trained_on is None:
+            raise ValueError("an imported model was trained on no data here: name some that are prepared, with --data")
+        return trained_on
+    if trained_on is not None:
+        return trained_on.model_copy(update={"path": data_path, "remote": None, "cache_limit": None})
+    return DataRecipe(path=data_path, seq_len=load_manifest(data_path).seq_len)

@@ -15,14 +15,14 @@ from bd3_scale.attention.backends import choose_backend
 from bd3_scale.model.config import transformer_config
 from bd3_scale.model.init import initialise_weights
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.schema import ModelSections
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 Chunks = list[BlockDiffusionTransformer]
 
 
 def build_model(
-    recipe: Recipe,
+    recipe: ModelSections,
     vocabulary: Vocabulary,
     groups: ProcessGroupCollection,
     *,
@@ -53,7 +53,7 @@ def build_model(
     return chunks
 
 
-def attention_backend(recipe: Recipe, *, dtype: torch.dtype, device: torch.device) -> str:
+def attention_backend(recipe: ModelSections, *, dtype: torch.dtype, device: torch.device) -> str:
     """The backend that attends for `recipe` on `device`; ValueError: the recipe names one that cannot."""
     return choose_backend(recipe.attention_backend, device, dtype, recipe.model.head_size)
 

@@ -8,18 +8,34 @@ Legend: S streams, R positions, B sequences, H heads, D dimensions a head.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bd3_scale.recipe.schema import ModelRecipe, RopeScaling
 
-def rotary_table(positions_BR: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+
+def rotary_table(positions_BR: Tensor, model: ModelRecipe, dtype: torch.dtype) -> Tensor:
     """cos and sin of the rotary angles, [2, R, B, 1, D] in `dtype` (computed in fp32), for integer positions [B, R]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BR.device) / head_dim
-    angles = positions_BR.t().float()[..., None] * theta**-exponents
+    exponents = torch.arange(0, model.head_size, 2, dtype=torch.float32, device=positions_BR.device) / model.head_size
+    frequencies = model.rope_theta**-exponents
+    if model.rope_scaling is not None:
+        frequencies = _stretch(frequencies, model.rope_scaling)
+    angles = positions_BR.t().float()[..., None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)[:, :, None]
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
+
+def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3's: waves longer than the trained context / low_freq_factor turn `factor` times slower, those shorter
+    than it / high_freq_factor as before, and those between by an interpolation.
+    """
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:

@@ -12,6 +12,22 @@ from torch import Tensor
 
 from bd3_scale.model.kv_cache import KVCache
 
+# Noise on mask embeddings is one of so many vectors; the first is zero, for rows that have none.
+NOISE_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class MaskNoise:
+    """Gaussian noise that is added to the embeddings of masked tokens.
+
+    Attributes:
+        rows: int64 [B, C·R] in [1, NOISE_ROWS), which of the noise vectors each noisy row takes.
+        std: its standard deviation.
+    """
+
+    rows: Tensor
+    std: float
+
 
 @dataclass(frozen=True)
 class ModelInputs:
@@ -26,6 +42,7 @@ class ModelInputs:
         targets: int64 [M], the tokens to predict there.
         weights: float32 [M], what multiplies each negative log-likelihood in the loss.
         noisy_pairs, clean_pairs: query-key pairs that the mask lets through, by kind of query, for one head.
+        mask_noise: what is added to the embeddings of masked tokens.
     """
 
     tokens: Tensor
@@ -37,6 +54,7 @@ class ModelInputs:
     weights: Tensor
     noisy_pairs: int
     clean_pairs: int
+    mask_noise: MaskNoise | None = None
 
     @property
     def num_streams(self) -> int:

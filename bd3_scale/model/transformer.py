@@ -6,8 +6,11 @@ X hidden size.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,8 +28,8 @@ from bd3_scale.model.decoder import Decoder, decoder_spec
 from bd3_scale.model.head import OutputLayer
 from bd3_scale.model.kv_cache import KVCache
 from bd3_scale.model.rotary import rotary_table
-from bd3_scale.model.rows import ModelInputs, RowContext, by_rank, by_stream
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowContext, by_rank, by_stream
+from bd3_scale.recipe.schema import ModelSections
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -43,7 +46,7 @@ class BlockDiffusionTransformer(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        recipe: Recipe,
+        recipe: ModelSections,
         vocabulary: Vocabulary,
         groups: ProcessGroupCollection,
         *,
@@ -69,7 +72,7 @@ class BlockDiffusionTransformer(MegatronModule):
                 position_embedding_type="rope",
                 tp_group=groups.tp,
             )
-        recompute = recipe.train.recompute
+        recompute, recompute_layers = recipe.recomputation
         self.decoder = Decoder(
             config,
             decoder_spec(
@@ -82,7 +85,7 @@ class BlockDiffusionTransformer(MegatronModule):
             post_process=self.post_process,
             pg_collection=groups,
             vp_stage=self.vp_stage,
-            recompute_layers=(recipe.train.recompute_layers or chunks[chunk]) if recompute == "full" else 0,
+            recompute_layers=(recompute_layers or chunks[chunk]) if recompute == "full" else 0,
         )
         if self.post_process:
             self.output_layer = OutputLayer(
@@ -112,7 +115,9 @@ class BlockDiffusionTransformer(MegatronModule):
         """The rows for the next chunk, [N, B, X]; of the last chunk the weighted sum of the negative log-likelihoods at
         the head's rows, a scalar in nats, and each of them, fp32 [M], without gradient.
         """
-        hidden_NBX = self._decode(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans)
+        hidden_NBX = self._decode(
+            inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans, mask_noise=inputs.mask_noise
+        )
         if not self.post_process:
             return hidden_NBX
         if self.config.sequence_parallel:
@@ -169,19 +174,33 @@ class BlockDiffusionTransformer(MegatronModule):
         num_noisy: int,
         spans: Tensor | None,
         cache: KVCache | None = None,
+        mask_noise: MaskNoise | None = None,
     ) -> Tensor:
         num_streams = tokens_BN.shape[1] // positions_BR.shape[1]
-        table = rotary_table(positions_BR, self.recipe.head_size, self.recipe.rope_theta, self.config.params_dtype)
+        table = rotary_table(positions_BR, self.recipe, self.config.params_dtype)
         rows = RowContext(num_streams, num_noisy, spans, table, cache)
-        return self.decoder(self._embed(tokens_BN, num_streams) if self.pre_process else None, rows)
+        return self.decoder(self._embed(tokens_BN, num_streams, mask_noise) if self.pre_process else None, rows)
 
-    def _embed(self, tokens_BN: Tensor, num_streams: int) -> Tensor:
+    def _embed(self, tokens_BN: Tensor, num_streams: int, mask_noise: MaskNoise | None) -> Tensor:
         """[N, B, X]; under sequence parallelism this rank's part of the positions, in every stream."""
         words = self.embedding.word_embeddings
         if not self.config.sequence_parallel:
-            return words(tokens_BN.t())
-        # The layer splits rows as they come, and turns [B, N] round itself.
-        return words(by_rank(tokens_BN.t(), num_streams, self.tp_group.size()).t())
+            hidden = words(tokens_BN.t())
+        else:
+            # The layer splits rows as they come, and turns [B, N] round itself.
+            hidden = words(by_rank(tokens_BN.t(), num_streams, self.tp_group.size()).t())
+        return hidden if mask_noise is None else hidden + self._mask_noise(tokens_BN, num_streams, mask_noise)
+
+    def _mask_noise(self, tokens_BN: Tensor, num_streams: int, noise: MaskNoise) -> Tensor:
+        """Gaussian noise [N, B, X] for the rows of `_embed` that are masked, zero for the others."""
+        rows = F.pad(noise.rows, (0, tokens_BN.shape[1] - noise.rows.shape[1]))
+        rows = rows.masked_fill(tokens_BN != self.vocabulary.mask_id, 0).t()
+        if self.config.sequence_parallel:
+            ranks = self.tp_group.size()
+            rows = by_rank(rows, num_streams, ranks).chunk(ranks)[self.tp_group.rank()]
+        return noise.std * F.embedding(
+            rows, _noise_table(self.config.hidden_size, tokens_BN.device, self.config.params_dtype)
+        )
 
     def _head_weight(self) -> Tensor | None:
         tied_here = self.recipe.tie_embeddings and self.pre_process
@@ -190,3 +209,10 @@ class BlockDiffusionTransformer(MegatronModule):
     def _all_logits(self, hidden_NBX: Tensor) -> Tensor:
         logits = self.output_layer(hidden_NBX, self._head_weight())
         return gather_from_tensor_model_parallel_region(logits, self.tp_group).transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _noise_table(hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    table = torch.randn(NOISE_ROWS, hidden_size, generator=torch.Generator().manual_seed(0))
+    table[0] = 0
+    return table.to(device, dtype)

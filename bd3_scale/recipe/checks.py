@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from bd3_scale.recipe.schema import ModelRecipe, OptimizerRecipe, Recipe, RecipeError
+from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
 
 
@@ -38,12 +38,21 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         *_model_problems(recipe.model),
         *_tensor_parallel_problems(recipe.model, recipe.parallel.tensor),
         *_pipeline_problems(recipe),
-        *_sequence_problems(recipe),
         *_batch_problems(recipe, world_size),
-        *_diffusion_problems(recipe),
-        *_block_size_problems(recipe, document_multiple),
+        *_interval_problems(recipe),
+        *_block_size_schedule_problems(recipe),
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
     ]
+    # Each problem once, however many block sizes have it.
+    problems += dict.fromkeys(
+        problem
+        for block_size in dict.fromkeys(recipe.diffusion.block_sizes)
+        for problem in (
+            *_sequence_problems(recipe, block_size),
+            *_noise_problems(recipe, block_size),
+            *_block_size_problems(block_size, recipe.data, document_multiple),
+        )
+    )
     if recipe.data.cache_limit is not None and recipe.data.remote is None:
         problems.append(
             f"data.cache_limit={recipe.data.cache_limit} bounds the cache of a remote, and data.remote is not set: "
@@ -131,8 +140,8 @@ def _pipeline_problems(recipe: Recipe) -> Iterator[str]:
             )
 
 
-def _sequence_problems(recipe: Recipe) -> Iterator[str]:
-    parallel, length, block = recipe.parallel, recipe.data.seq_len, recipe.diffusion.block_size
+def _sequence_problems(recipe: Recipe, block: int) -> Iterator[str]:
+    parallel, length = recipe.parallel, recipe.data.seq_len
     if parallel.sequence and parallel.tensor == 1:
         yield (
             "parallel.sequence=true splits rows over tensor-parallel ranks, and parallel.tensor is 1: "
@@ -188,37 +197,71 @@ def _batch_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
         )
 
 
-def _diffusion_problems(recipe: Recipe) -> Iterator[str]:
+def _block_size_schedule_problems(recipe: Recipe) -> Iterator[str]:
     diffusion = recipe.diffusion
-    if diffusion.noisy_copies > 1 and diffusion.block_size >= recipe.data.seq_len:
+    steps = sum(phase.steps for phase in diffusion.block_size_schedule)
+    if steps and steps >= recipe.train.steps:
+        yield (
+            f"diffusion.block_size_schedule takes {steps} steps of train.steps={recipe.train.steps}, and none would be "
+            f"left for diffusion.block_size={diffusion.block_size}: shorten it or train longer"
+        )
+    if bool(diffusion.mask_noise_std) != bool(diffusion.mask_noise_steps):
+        yield (
+            f"diffusion.mask_noise_std={diffusion.mask_noise_std} and mask_noise_steps={diffusion.mask_noise_steps} "
+            "belong together: set both, or neither"
+        )
+    if diffusion.objective == "next_token":
+        without = ("block_size_schedule", "noisy_copies", "mask_noise_std", "mask_rate_low", "mask_rate_high")
+        changed = [key for key in without if getattr(diffusion, key) != type(diffusion).model_fields[key].default]
+        if changed or diffusion.block_size != 1:
+            yield (
+                f"diffusion.objective=next_token masks nothing: set diffusion.block_size=1, and leave "
+                f"{', '.join(changed) or 'the rest'} out"
+            )
+
+
+def _noise_problems(recipe: Recipe, block: int) -> Iterator[str]:
+    diffusion = recipe.diffusion
+    if diffusion.noisy_copies > 1 and block >= recipe.data.seq_len:
         yield (
             f"diffusion.noisy_copies={diffusion.noisy_copies} share one clean stream, and block_size="
-            f"{diffusion.block_size} of seq_len={recipe.data.seq_len} has none: set diffusion.noisy_copies=1"
+            f"{block} of seq_len={recipe.data.seq_len} has none: set diffusion.noisy_copies=1"
         )
+    low, high = diffusion.mask_rate_low, diffusion.mask_rate_high
+    if low == high and (low < 1 or block > 1):
+        yield (
+            f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} with block_size={block} train at a "
+            "single mask rate, which is exact only for blocks of one token at rate 1: widen the interval, such as 0 to "
+            "1"
+        )
+
+
+def _interval_problems(recipe: Recipe) -> Iterator[str]:
+    diffusion = recipe.diffusion
     low, high = diffusion.mask_rate_low, diffusion.mask_rate_high
     if diffusion.noisy_copies > 1 and low == high == 1:
         yield (
             f"diffusion.noisy_copies={diffusion.noisy_copies} at mask rate 1 are equal, with every token masked: "
             "set diffusion.noisy_copies=1"
         )
-    interval = f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high}"
     if low > high:
-        yield f"{interval} are the wrong way round: swap them"
-    elif low == high and (low < 1 or diffusion.block_size > 1):
-        yield (
-            f"{interval} with block_size={diffusion.block_size} train at a single mask rate, which is exact only for "
-            "blocks of one token at rate 1: widen the interval, such as 0 to 1"
-        )
+        yield (f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} are the wrong way round: swap them")
 
 
-def _block_size_problems(recipe: Recipe, document_multiple: int | None) -> Iterator[str]:
-    block, length = recipe.diffusion.block_size, recipe.data.seq_len
+def check_block_size(block: int, data: DataRecipe, document_multiple: int) -> None:
+    """RecipeError: blocks of so many tokens do not fit into the sequences or the documents of `data`."""
+    if problems := list(_block_size_problems(block, data, document_multiple)):
+        raise RecipeError(problems)
+
+
+def _block_size_problems(block: int, data: DataRecipe, document_multiple: int | None) -> Iterator[str]:
+    length = data.seq_len
     if length % block:
         yield (
             f"data.seq_len={length} does not divide into blocks of diffusion.block_size={block}: "
             f"take block_size {_nearest_divisors(length, block)}"
         )
-    elif recipe.data.isolate_documents and document_multiple is not None and document_multiple % block:
+    elif data.isolate_documents and document_multiple is not None and document_multiple % block:
         yield (
             f"diffusion.block_size={block} does not divide document_multiple={document_multiple}, to which the data's "
             f"documents are padded: take block_size {_nearest_divisors(document_multiple, block)}, prepare the data "

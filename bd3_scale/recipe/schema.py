@@ -16,6 +16,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Recompute = Literal["none", "selective", "full"]
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -32,6 +33,15 @@ class Section(BaseModel):
     """A frozen part of the recipe; an unknown key is an error, and so is a value that would need a conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RopeScaling(Section):
+    """Llama 3's stretch of the slow rotary frequencies (Grattafiori et al., 2024; `rope_type: llama3`)."""
+
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat
+    high_freq_factor: PositiveFloat
+    original_max_position_embeddings: PositiveInt
 
 
 class ModelRecipe(Section):
@@ -53,6 +63,7 @@ class ModelRecipe(Section):
     head_bias: bool = False
     tie_embeddings: bool = False
     rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: RopeScaling | None = None
     init_std: PositiveFloat = 0.02
 
     @property
@@ -66,16 +77,49 @@ class ModelRecipe(Section):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
+class BlockSizePhase(Section):
+    block_size: PositiveInt
+    steps: PositiveInt
+
+
 class DiffusionRecipe(Section):
     """Block diffusion objective (Arriola et al., ICLR 2025)."""
 
     block_size: PositiveInt = Field(description="L', tokens a block; 1 is autoregressive, seq_len is MDLM")
+    block_size_schedule: Annotated[tuple[BlockSizePhase, ...], Field(strict=False)] = Field(
+        (), description="block sizes of the steps before `block_size`, one after the other"
+    )
+    objective: Literal["block_diffusion", "next_token"] = Field(
+        "block_diffusion",
+        description="next_token: plain AR, where a row predicts the token after it and no mask is seen",
+    )
     mask_rate_low: Share = Field(0.0, description="beta, the lower end of the clipped mask-rate interval in training")
     mask_rate_high: Share = Field(1.0, description="omega, its upper end")
     noisy_copies: Literal[1, 2] = Field(
         1,
         description="noisy copies on one clean stream; two are complementary where beta + omega = 1, else independent",
     )
+    mask_noise_std: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="standard deviation of Gaussian noise on the embedding of masked tokens, falling to 0 ..."
+    )
+    mask_noise_steps: NonNegativeInt = Field(0, description="... over so many first steps")
+
+    def block_size_at(self, step: int) -> int:
+        """Block size of the optimiser step that follows `step` finished ones."""
+        for phase in self.block_size_schedule:
+            if step < phase.steps:
+                return phase.block_size
+            step -= phase.steps
+        return self.block_size
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Every block size of a training, in order."""
+        return (*(phase.block_size for phase in self.block_size_schedule), self.block_size)
+
+    def mask_noise_at(self, step: int) -> float:
+        """Standard deviation of the noise on mask embeddings in the step that follows `step` finished ones."""
+        return self.mask_noise_std * max(0.0, 1 - step / self.mask_noise_steps) if self.mask_noise_steps else 0.0
 
 
 class DataRecipe(Section):
@@ -116,7 +160,7 @@ class TrainRecipe(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where the hardware is quick at it"
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Recompute = Field(
         "none",
         description="activations computed again in backward: selective, of each attention without its projections; "
         "full, of whole layers",
@@ -195,20 +239,41 @@ class LaunchRecipe(Section):
     threads: PositiveInt | None = Field(None, description="CPU threads a process; default: cores / processes")
 
 
-class Recipe(Section):
+class ModelSections(Section):
+    """The sections of a recipe that a model is built from."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    run_dir: str | None = Field(None, description="default: runs/<name>")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     deterministic: bool = True
     attention_backend: Literal["auto", "reference", "cpu", "triton", "flex"] = Field(
         "auto", description="auto: the quickest that runs here; $BD3_SCALE_ATTENTION goes before it"
     )
     model: ModelRecipe
     diffusion: DiffusionRecipe
+    parallel: ParallelRecipe = ParallelRecipe()
+
+    @property
+    def recomputation(self) -> tuple[Recompute, int | None]:
+        """What is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
+        return "none", None
+
+
+class ImportedRecipe(ModelSections):
+    """What is known of a model that was not trained here."""
+
+    imported_from: str
+    precision: Literal["bf16", "fp32"]
+    max_position_embeddings: PositiveInt = Field(description="longest sequence that it was trained on")
+
+
+class Recipe(ModelSections):
+    run_dir: str | None = Field(None, description="default: runs/<name>")
+    init_from: str | None = Field(
+        None, description="checkpoint or run directory whose weights training begins with; the optimiser begins anew"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     data: DataRecipe
     optimizer: OptimizerRecipe = OptimizerRecipe()
     train: TrainRecipe
-    parallel: ParallelRecipe = ParallelRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     logging: LoggingRecipe = LoggingRecipe()
@@ -218,3 +283,17 @@ class Recipe(Section):
     def run_path(self) -> Path:
         """Folder of everything that the run writes."""
         return Path(self.run_dir or f"runs/{self.name}")
+
+    @property
+    def precision(self) -> Literal["auto", "bf16", "fp32"]:
+        """Precision of the forward; `auto` is decided where training starts."""
+        return self.train.precision
+
+    @property
+    def recomputation(self) -> tuple[Recompute, int | None]:
+        return self.train.recompute, self.train.recompute_layers
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest sequence that it trains on."""
+        return self.data.seq_len

@@ -10,13 +10,17 @@ PADDING_MULTIPLE = 128
 
 
 class Vocabulary(BaseModel):
-    """Special ids and the number of ids in use, the mask id included."""
+    """Special ids and the number of ids in use, the mask id included.
+
+    rows: rows of the embedding that an imported model brought; no text uses those from `size` on.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     size: Annotated[int, Field(ge=2)]
     eos_id: Annotated[int, Field(ge=0)]
     mask_id: Annotated[int, Field(ge=0)]
+    rows: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _ids_are_distinct_and_in_range(self) -> Self:
@@ -29,5 +33,5 @@ class Vocabulary(BaseModel):
 
     @property
     def padded_size(self) -> int:
-        """Rows of the embedding and the head: `size` rounded up to a multiple of 128, the same for every topology."""
-        return -(-self.size // PADDING_MULTIPLE) * PADDING_MULTIPLE
+        """Rows of the embedding and the head, rounded up to a multiple of 128, the same for every topology."""
+        return -(-max(self.size, self.rows) // PADDING_MULTIPLE) * PADDING_MULTIPLE

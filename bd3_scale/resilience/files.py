@@ -6,7 +6,11 @@ import errno
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import xxhash
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -34,6 +38,37 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill aside; it is flushed to disk and renamed to `out` at the end, or removed if the block raises.
+
+    Raises FileExistsError if `out` exists.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; remove it or choose another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    aside.mkdir()
+    try:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            sync(path)
+        aside.rename(out)
+    except BaseException:
+        shutil.rmtree(aside)
+        raise
+    sync(out.parent)
+
+
+def file_hash(path: Path) -> str:
+    """XXH3-128 of a file's bytes, in hexadecimal: quick, and sure against damage, though not against intent."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_writable(folder: Path, needed_bytes: int = 0) -> None:

@@ -7,18 +7,19 @@ import math
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bd3_scale.attention.kernels.tiles import choices
 from bd3_scale.attention.spans import make_spans
-from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
-from bd3_scale.checkpoint.store import list_checkpoints, load_training_state, remove_partial, save_checkpoint
+from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
+from bd3_scale.checkpoint.store import remove_partial, save_checkpoint
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt
+from bd3_scale.data.corrupt import corrupt, mask_noise, next_tokens
 from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
 from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
@@ -40,7 +41,7 @@ from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.signals import StopRequest, ended_by_signals
 from bd3_scale.train.learning_rate import learning_rate
 from bd3_scale.train.report import Report
-from bd3_scale.train.resume import check_resumable
+from bd3_scale.train.resume import find_start
 from bd3_scale.train.tiles import settle_tiles
 
 
@@ -81,23 +82,21 @@ def train(recipe: Recipe) -> None:
         _check(run)
         backend = attention_backend(recipe, dtype=_dtype(recipe), device=local_device())
         on_rank_zero(lambda: _lock_run_directory(run, stack))
-        checkpoint = _newest_checkpoint(run)
+        start = find_start(recipe, run.checkpoints, data, run.data_hash)
         on_rank_zero(lambda: _describe_run(run))
-        settle_tiles(recipe, backend, _dtype(recipe), checkpoint[1] if checkpoint else None)
+        settle_tiles(recipe, backend, _dtype(recipe), start.manifest if start and start.resumes else None)
 
-        chunks = build_model(
-            recipe, data.vocabulary, groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed
-        )
+        vocabulary = start.manifest.vocabulary if start else data.vocabulary
+        chunks = build_model(recipe, vocabulary, groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed)
         layouts = parameter_layouts(chunks)
         engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
         size = _checkpoint_bytes(layouts, engine)
         on_rank_zero(lambda: check_writable(run.checkpoints, size))
-        start = 0
-        if checkpoint is not None:
-            load_training_state(*checkpoint, engine.zero, layouts)
-            start = checkpoint[1].step
+        if start is not None:
+            start.load(engine.zero, layouts)
+        done = start.step if start else 0
         report = stack.enter_context(
-            Report(run.folder, recipe, start, attention_backend=backend, optimizer=engine.optimizer_name)
+            Report(run.folder, recipe, done, attention_backend=backend, optimizer=engine.optimizer_name)
         )
         stream = TrainingStream(
             recipe.data,
@@ -106,9 +105,9 @@ def train(recipe: Recipe) -> None:
             dp_rank=groups.dp.rank(),
             dp_size=groups.dp.size(),
             seed=recipe.seed,
-            step=start,
+            step=done,
         )
-        for step in range(start + 1, recipe.train.steps + 1):
+        for step in range(done + 1, recipe.train.steps + 1):
             began = time.monotonic()
             result = _take_step(run, engine, next(stream), step)
             report.trained(step, result, time.monotonic() - began)
@@ -205,21 +204,15 @@ def _checkpoint_bytes(layouts: list[ParameterLayout], engine: TrainingEngine) ->
     return 4 * sum(full.values()) * len(engine.zero.names)
 
 
-def _newest_checkpoint(run: Run) -> tuple[Path, CheckpointManifest] | None:
-    """What to go on from, checked before any work is done."""
-    checkpoints = list_checkpoints(run.checkpoints)
-    if not checkpoints:
-        return None
-    manifest = read_manifest(checkpoints[-1])
-    check_resumable(checkpoints[-1], manifest, run.recipe, run.data_hash)
-    return checkpoints[-1], manifest
-
-
 def _corrupt(run: Run, micro: Batch, step: int) -> ModelInputs:
     """Noise of the optimiser step that follows `step` finished ones."""
     diffusion = run.recipe.diffusion
+    placed: dict[str, Any] = {"device": local_device(), "context": (run.groups.cp.rank(), run.groups.cp.size())}
+    if diffusion.objective == "next_token":
+        return next_tokens(micro, **placed)
+    block_size = diffusion.block_size_at(step)
     noises = draw_copies(
-        make_spans(micro.document_start, diffusion.block_size)[1],
+        make_spans(micro.document_start, block_size)[1],
         copies=diffusion.noisy_copies,
         seed=run.recipe.seed,
         epoch=micro.epoch,
@@ -230,14 +223,11 @@ def _corrupt(run: Run, micro: Batch, step: int) -> ModelInputs:
         slots=micro.slots,
         global_batch_size=run.recipe.train.global_batch_size,
     )
-    return corrupt(
-        micro,
-        noises,
-        diffusion.block_size,
-        mask_id=run.data.vocabulary.mask_id,
-        device=local_device(),
-        context=(run.groups.cp.rank(), run.groups.cp.size()),
-    )
+    inputs = corrupt(micro, noises, block_size, mask_id=run.data.vocabulary.mask_id, **placed)
+    if std := diffusion.mask_noise_at(step):
+        noise = mask_noise(micro, std, copies=diffusion.noisy_copies, seed=run.recipe.seed, **placed)
+        inputs = replace(inputs, mask_noise=noise)
+    return inputs
 
 
 def _evaluate(run: Run, engine: TrainingEngine) -> NelboEstimate:
@@ -256,7 +246,7 @@ def _evaluate(run: Run, engine: TrainingEngine) -> NelboEstimate:
             engine.chunks,
             batches,
             run.groups,
-            block_size=recipe.diffusion.block_size,
+            diffusion=recipe.diffusion,
             draws=recipe.evaluation.draws,
         )
 
@@ -267,7 +257,7 @@ def _save(run: Run, engine: TrainingEngine, layouts: list[ParameterLayout], step
         step=step,
         recipe=run.recipe,
         recipe_hash=recipe_hash(run.recipe),
-        vocabulary=run.data.vocabulary,
+        vocabulary=engine.chunks[0].vocabulary,
         data_hash=run.data_hash,
         world_size=dist.get_world_size(),
         states=engine.zero.names,

@@ -49,7 +49,10 @@ class Report:
             if self._start == self._recipe.train.steps:
                 self._say(f"nothing to do: {self._folder} has done its {self._start} steps; train.steps=… goes further")
             else:
-                self._say(f"resumed after step {self._start}" if self._start else f"a new run in {self._folder}")
+                new = f"a new run in {self._folder}"
+                if self._recipe.init_from is not None:
+                    new += f", from the weights of {self._recipe.init_from}"
+                self._say(f"resumed after step {self._start}" if self._start else new)
                 # The one backend whose backward depends on the recipe.
                 backward = "deterministic" if self._recipe.deterministic else "fused"
                 backward = f", {backward} backward" * (self._attention == "triton")

@@ -1,13 +1,25 @@
-"""Where a run goes on from, and whether it may."""
+"""Where a run begins or goes on from, and whether it may."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.checkpoint.manifest import CheckpointManifest
+from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
+from bd3_scale.checkpoint.store import (
+    list_checkpoints,
+    load_initial_weights,
+    load_training_state,
+    resolve_checkpoint,
+)
+from bd3_scale.data.manifest import Manifest, check_tokenizer
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.model.layout import ParameterLayout
+from bd3_scale.parallel.zero import ZeroState
 from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.vocabulary import Vocabulary
 
 # What may not change within a run: weights, noise and data position would mean something else.
 _FIXED = (
@@ -22,12 +34,72 @@ _FIXED = (
 )
 
 
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint of this run to go on from, or of another one whose weights it begins with."""
+
+    checkpoint: Path
+    manifest: CheckpointManifest
+    resumes: bool
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step if self.resumes else 0
+
+    def load(self, zero: ZeroState, layouts: Sequence[ParameterLayout]) -> None:
+        """Load what is taken over, in place (collective)."""
+        load = load_training_state if self.resumes else load_initial_weights
+        load(self.checkpoint, self.manifest, zero, layouts)
+
+
+def find_start(recipe: Recipe, checkpoints: Path, data: Manifest, data_hash: str) -> Start | None:
+    """The newest checkpoint of the run, else what `init_from` names, checked before any work is done.
+
+    Raises:
+        ValueError: it is damaged, or recipe or data do not fit it.
+    """
+    if own := list_checkpoints(checkpoints):
+        manifest = read_manifest(own[-1])
+        check_resumable(own[-1], manifest, recipe, data_hash)
+        return Start(own[-1], manifest, resumes=True)
+    if recipe.init_from is None:
+        return None
+    checkpoint = resolve_checkpoint(Path(recipe.init_from))
+    manifest = read_manifest(checkpoint)
+    check_initial(checkpoint, manifest, recipe, data)
+    return Start(checkpoint, manifest, resumes=False)
+
+
+def check_initial(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe, data: Manifest) -> None:
+    """Whether a training of `recipe` on `data` can begin with the weights of a checkpoint.
+
+    Raises:
+        ValueError: model, vocabulary or tokeniser differ; every difference is named.
+    """
+    old, new = (r.model.model_dump(mode="json", exclude={"init_std"}) for r in (manifest.recipe, recipe))
+    differences = [
+        f"{key} is {_show(b)}, the checkpoint has {_show(a)}" for key, a, b in _differences("model", old, new)
+    ]
+    # An imported embedding may have more rows than the tokeniser has ids.
+    vocabulary = Vocabulary(**manifest.vocabulary.model_dump(exclude={"rows"}))
+    if vocabulary != data.vocabulary:
+        differences.append(f"the data's vocabulary is {data.vocabulary}, the checkpoint's {vocabulary}")
+    if differences:
+        raise ValueError(
+            f"init_from={checkpoint} does not fit:\n  - " + "\n  - ".join(differences) + "\ntake the model section of "
+            "the checkpoint's manifest.json, and data prepared with its tokenizer folder"
+        )
+    if (checkpoint / TOKENIZER).is_dir():
+        check_tokenizer(data, load_tokenizer(checkpoint / TOKENIZER))
+
+
 def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe, data_hash: str) -> None:
     """Whether a run of `recipe` can continue from a checkpoint.
 
     Raises:
         ValueError: the recipe or the data differ in what a run may not change; every difference is named.
     """
+    assert isinstance(manifest.recipe, Recipe), "no run writes an imported checkpoint into its own folder"
     differences = [
         f"{key} is {_show(new)}, the checkpoint has {_show(old)}"
         for path in _FIXED

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.data._files import new_folder
+from bd3_scale.resilience.files import new_folder
 
 
 def test_appears_complete(tmp_path: Path) -> None:

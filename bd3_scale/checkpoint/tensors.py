@@ -1,0 +1,109 @@
+"""The tensors of a checkpoint one at a time, read and written without a model, for conversion and inspection."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bd3_scale.checkpoint.boxes import Box, Shape
+from bd3_scale.checkpoint.storage import INDEX, box_name, index_entry
+from bd3_scale.resilience.files import file_hash
+
+
+class TensorReader:
+    """Reads any box of any tensor of a checkpoint. A context manager: files stay mapped inside.
+
+    Attributes:
+        shapes, dtypes: of every tensor, named `<state>.<key>`.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+        self._index = json.loads((checkpoint / INDEX).read_text())
+        self._files: dict[str, safe_open] = {}
+        self.shapes: Mapping[str, Shape] = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
+        self.dtypes: Mapping[str, torch.dtype] = {
+            name: getattr(torch, entry["dtype"]) for name, entry in self._index.items()
+        }
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._files.clear()
+
+    def read(self, name: str, offset: Shape, shape: Shape) -> Tensor:
+        """The box of `shape` at `offset`, in the stored dtype.
+
+        ValueError: the checkpoint has no such tensor, or a file of it cannot be read.
+        """
+        if name not in self._index:
+            raise ValueError(f"checkpoint {self._checkpoint} holds no tensor {name}")
+        result = torch.empty(shape, dtype=self.dtypes[name])
+        read = 0
+        for box in self._index[name]["boxes"]:
+            low = [max(a, b) for a, b in zip(offset, box["offset"], strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, box["offset"], box["shape"], strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            source = self._slice(box["file"], box_name(name, box["offset"]), low, high, box["offset"])
+            result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))] = source
+            read += source.numel()
+        assert read == result.numel(), f"the boxes of {name} leave a gap"
+        return result
+
+    def _slice(self, file: str, name: str, low: list[int], high: list[int], offset: list[int]) -> Tensor:
+        if file not in self._files:
+            self._files[file] = safe_open(self._checkpoint / file, framework="pt")
+        return self._files[file].get_slice(name)[
+            tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
+        ]
+
+
+class TensorWriter:
+    """Writes boxes into files of about `file_bytes` in `folder`, and their index at the end.
+
+    Attributes:
+        hashes: XXH3-128 of the files written so far.
+    """
+
+    def __init__(self, folder: Path, file_bytes: int = 1 << 30) -> None:
+        self._folder, self._file_bytes = folder, file_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._boxes: dict[str, list[tuple[Shape, Shape, str]]] = {}
+        self._tensors: dict[str, tuple[torch.dtype, Shape]] = {}
+        self.hashes: dict[str, str] = {}
+
+    def add(self, box: Box) -> None:
+        """Write a box, whose data is copied, now or with the next ones."""
+        self._tensors[box.key] = (box.data.dtype, box.full_shape)
+        self._boxes.setdefault(box.key, []).append((box.offset, tuple(box.data.shape), self._file))
+        self._pending[box_name(box.key, box.offset)] = box.data.clone(memory_format=torch.contiguous_format)
+        self._bytes += box.data.nbytes
+        if self._bytes >= self._file_bytes:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is pending, and the index."""
+        self._flush()
+        index = {key: index_entry(*self._tensors[key], boxes) for key, boxes in self._boxes.items()}
+        (self._folder / INDEX).write_text(json.dumps(index))
+
+    @property
+    def _file(self) -> str:
+        return f"part-{len(self.hashes):05d}.safetensors"
+
+    def _flush(self) -> None:
+        if self._pending:
+            file = self._file
+            save_file(self._pending, self._folder / file)
+            self.hashes[file] = file_hash(self._folder / file)
+            self._pending, self._bytes = {}, 0
