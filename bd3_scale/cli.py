@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from bd3_scale.convert.commands import app as convert_app
+from bd3_scale.observe.progress import Bar
 from bd3_scale.observe.warnings import quieten_libraries
 
 app = typer.Typer(
@@ -24,37 +26,12 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Tokenise text and write it as shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(convert_app, name="convert")
 
 Sources = Annotated[
     list[Path], typer.Argument(help=".txt and .jsonl files (field `text`), also .gz or .zst, and folders of them.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-
-
-class _Bar:
-    """A progress bar on stderr for work whose extent is known as it goes, and nothing where stderr is no terminal."""
-
-    def __init__(self, what: str) -> None:
-        self._progress = Progress(
-            TextColumn(what),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
-        self._task = self._progress.add_task("", total=None)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
 
 
 def _is_rank_zero() -> bool:
@@ -140,11 +117,49 @@ def train(
 
     Starts `launch.processes` processes on this machine, or joins a run where torchrun or SLURM set RANK and WORLD_SIZE.
     """
+    _train(recipe, overrides or ())
+
+
+@app.command(
+    epilog="Example: bd3-scale adapt models/Qwen3-0.6B recipes/adapt-qwen3.yaml --text corpus/ run_dir=runs/qwen3-bd3"
+)
+def adapt(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder of the model to begin with.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file without a model section: the model is the source's.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Files or folders to train on, where data.path is not prepared yet.")
+    ] = None,
+    validation: Annotated[list[Path] | None, typer.Option(help="Held-out files or folders of text.")] = None,
+    mask_token: Annotated[
+        str | None, typer.Option(help="An unused token that becomes the mask.", show_default="a new one")
+    ] = None,
+) -> None:
+    """Make a block diffusion model of an autoregressive one: import it, prepare text with its tokeniser, train on.
+
+    What is there already is not done again: repeat the command to go on.
+    """
+    from bd3_scale.convert.adapt import prepare_adaptation
+
+    with Bar("importing", unit="bytes") as bar:
+        adapted = prepare_adaptation(
+            source,
+            recipe,
+            overrides or (),
+            text=text or (),
+            validation=validation or (),
+            mask_token=mask_token,
+            progress=bar.show,
+        )
+    _train(adapted, ())
+
+
+def _train(recipe: Path, overrides: Sequence[str]) -> None:
     from bd3_scale.data.manifest import load_manifest
     from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
     from bd3_scale.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides)
     joins = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     world_size = int(os.environ["WORLD_SIZE"]) if joins else world_size_for_launch(loaded)
     # Twice, so that a broken rule is reported even where the data is not there yet.
@@ -157,7 +172,7 @@ def train(
         return
     from bd3_scale.launch.local import launch
 
-    argv = [sys.executable, "-m", "bd3_scale.train", str(recipe), *(overrides or ())]
+    argv = [sys.executable, "-m", "bd3_scale.train", str(recipe), *overrides]
     threads = loaded.launch.threads or max(1, len(os.sched_getaffinity(0)) // world_size)
     raise typer.Exit(launch(argv, world_size, threads, loaded.run_path / "logs"))
 
@@ -177,7 +192,7 @@ def evaluate(
     from bd3_scale.checkpoint.store import resolve_checkpoint
     from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
 
-    with _Bar("evaluating") as bar:
+    with Bar("evaluating") as bar:
         result = evaluate_checkpoint(
             resolve_checkpoint(checkpoint), data_path=data, sequences=sequences, draws=draws, progress=bar.show
         )
@@ -229,7 +244,7 @@ def generate(
     folder = resolve_checkpoint(checkpoint)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     ids = tokenizer.encode(prompt)
-    with _Bar("generating") as bar, open_model(folder) as (model, manifest, _):
+    with Bar("generating") as bar, open_model(folder) as (model, manifest, _):
         began = time.monotonic()
         result = sample(
             model,

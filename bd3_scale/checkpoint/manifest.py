@@ -14,6 +14,8 @@ from bd3_scale.resilience.files import file_hash
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+# Files of the checkpoint that this one was imported from, for an export to the same format.
+IMPORTED = "imported"
 
 
 class FileRecord(BaseModel):

@@ -68,6 +68,10 @@ class Tokenizer:
         kept = [i for i in ids if not (skip_eos and i == self.vocabulary.eos_id)]
         return self._backend.decode(kept, skip_special_tokens=False)
 
+    def name_of(self, token_id: int) -> str | None:
+        """The token of an id, or None where it has none."""
+        return self._backend.id_to_token(token_id)
+
     @property
     def hash(self) -> str:
         """SHA-256 (hex) of everything that decides which ids a text becomes."""
@@ -90,12 +94,13 @@ class Tokenizer:
         }
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
+def load_tokenizer(source: str | Path, mask: str | None = None) -> Tokenizer:
     """The tokeniser `source` names: `bytes`, a `tokenizer.json`, or a folder that holds one (a Hugging Face model, a
     trained tokeniser, prepared data).
 
     A `tokenizer_config.json` beside it must declare `eos_token` and may declare `mask_token`; without one, the end of
-    document is `<|endoftext|>`. `bytes` has ids 0 to 255 for the bytes, 256 for the end of document, 257 for the mask.
+    document is `<|endoftext|>`. `mask` goes before a declared one. `bytes` has ids 0 to 255 for the bytes, 256 for the
+    end of document, 257 for the mask.
     Raises FileNotFoundError if there is no such file, ValueError if it cannot serve.
     """
     if str(source) == "bytes":
@@ -110,7 +115,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise ValueError(f"{path} is not a tokeniser that `tokenizers` can read: {error}") from error
     config_path = path.with_name(TOKENIZER_FILES[1])
     config = _read_config(config_path) if config_path.is_file() else {"eos_token": EOS}
-    eos, mask = _token(config.get("eos_token")), _token(config.get("mask_token"))
+    eos, mask = _token(config.get("eos_token")), mask or _token(config.get("mask_token"))
     if eos is None:
         raise ValueError(f'{config_path} declares no end-of-document token; add "eos_token" to it')
     try:

@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     if draws < 1 or (sequences is not None and sequences < 1):
         raise ValueError(f"draws is {draws} and sequences {sequences}: give at least 1")
     with open_model(checkpoint) as (model, manifest, groups):
-        recipe = _data_recipe(manifest, data_path)
+        recipe = data_recipe(manifest, data_path)
         data = load_manifest(recipe.path, recipe.remote)
         check_tokenizer(data, load_tokenizer(checkpoint / TOKENIZER))
         diffusion = manifest.recipe.diffusion
@@ -111,8 +111,8 @@ def evaluate_checkpoint(
     )
 
 
-def _data_recipe(manifest: CheckpointManifest, data_path: str | None) -> DataRecipe:
-    """Where the held-out split lies: what the run was trained on, or other prepared data."""
+def data_recipe(manifest: CheckpointManifest, data_path: str | None) -> DataRecipe:
+    """What the run was trained on, or other prepared data. ValueError: there is neither."""
     trained_on = manifest.recipe.data if isinstance(manifest.recipe, Recipe) else None
     if data_path is None:
         if trained_on is None:

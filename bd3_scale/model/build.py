@@ -50,6 +50,8 @@ def build_model(
         _mark_split_weights(chunk)
         if seed is not None:
             initialise_weights(chunk, num_layers=recipe.model.num_layers, init_std=recipe.model.init_std, seed=seed)
+            if chunk.post_process and not recipe.model.tie_embeddings:
+                chunk.output_layer.zero_forbidden_rows()
     return chunks
 
 

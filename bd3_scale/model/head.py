@@ -30,6 +30,12 @@ class OutputLayer(ColumnParallelLinear):
         self.first_id = self.tp_group.rank() * len(ids)
         self.register_buffer("forbidden_V", forbidden, persistent=False)
 
+    @torch.no_grad()
+    def zero_forbidden_rows(self) -> None:
+        """Rows that no gradient reaches: an engine that does not know what is forbidden meets a logit of zero there."""
+        assert self.weight is not None
+        self.weight[self.forbidden_V] = 0
+
     def forward(
         self,
         hidden: Tensor,

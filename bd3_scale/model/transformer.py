@@ -130,6 +130,11 @@ class BlockDiffusionTransformer(MegatronModule):
         total, nll_M = self.output_layer(hidden_MX, self._head_weight(), inputs.targets, inputs.weights)
         return total, nll_M
 
+    def embed(self, inputs: ModelInputs) -> tuple[Tensor, RowContext]:
+        """What the first layer takes: embeddings [N, B, X] and what every layer needs to know of the rows."""
+        rows = self._rows(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans, None)
+        return self._embed(inputs.tokens, rows.num_streams, inputs.mask_noise), rows
+
     def clean_logits(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor) -> Tensor:
         """Clean-only forward: logits fp32 [B, L, padded vocabulary]."""
         return self._all_logits(self._decode(clean_BL, positions_BL, 0, spans))
@@ -176,10 +181,14 @@ class BlockDiffusionTransformer(MegatronModule):
         cache: KVCache | None = None,
         mask_noise: MaskNoise | None = None,
     ) -> Tensor:
-        num_streams = tokens_BN.shape[1] // positions_BR.shape[1]
+        rows = self._rows(tokens_BN, positions_BR, num_noisy, spans, cache)
+        return self.decoder(self._embed(tokens_BN, rows.num_streams, mask_noise) if self.pre_process else None, rows)
+
+    def _rows(
+        self, tokens_BN: Tensor, positions_BR: Tensor, num_noisy: int, spans: Tensor | None, cache: KVCache | None
+    ) -> RowContext:
         table = rotary_table(positions_BR, self.recipe, self.config.params_dtype)
-        rows = RowContext(num_streams, num_noisy, spans, table, cache)
-        return self.decoder(self._embed(tokens_BN, num_streams, mask_noise) if self.pre_process else None, rows)
+        return RowContext(tokens_BN.shape[1] // positions_BR.shape[1], num_noisy, spans, table, cache)
 
     def _embed(self, tokens_BN: Tensor, num_streams: int, mask_noise: MaskNoise | None) -> Tensor:
         """[N, B, X]; under sequence parallelism this rank's part of the positions, in every stream."""
@@ -199,7 +208,7 @@ class BlockDiffusionTransformer(MegatronModule):
             ranks = self.tp_group.size()
             rows = by_rank(rows, num_streams, ranks).chunk(ranks)[self.tp_group.rank()]
         return noise.std * F.embedding(
-            rows, _noise_table(self.config.hidden_size, tokens_BN.device, self.config.params_dtype)
+            rows, noise_table(self.config.hidden_size, tokens_BN.device, self.config.params_dtype)
         )
 
     def _head_weight(self) -> Tensor | None:
@@ -212,7 +221,8 @@ class BlockDiffusionTransformer(MegatronModule):
 
 
 @functools.lru_cache(maxsize=1)
-def _noise_table(hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def noise_table(hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[NOISE_ROWS, X]: zeros, then standard normal vectors, the same on every rank of every run."""
     table = torch.randn(NOISE_ROWS, hidden_size, generator=torch.Generator().manual_seed(0))
     table[0] = 0
     return table.to(device, dtype)

@@ -1,13 +1,53 @@
-"""Progress of a training on the console: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress on the console: a bar on a terminal, and elsewhere, of a training, a plain line now and then."""
 
 from __future__ import annotations
 
+import sys
 import time
 from datetime import timedelta
 from types import TracebackType
+from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+
+class Bar:
+    """A bar on stderr for work whose extent is known as it goes, and nothing where stderr is no terminal.
+
+    unit: what is counted, of which bytes are shown as such.
+    """
+
+    def __init__(self, what: str, unit: Literal["items", "bytes"] = "items") -> None:
+        amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+        self._progress = Progress(
+            TextColumn(what),
+            BarColumn(),
+            *amount,
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
 
 
 class TrainingProgress:

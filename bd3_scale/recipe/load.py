@@ -13,14 +13,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bd3_scale.recipe.schema import Recipe, RecipeError
+from bd3_scale.recipe.schema import ImportedRecipe, Recipe, RecipeError
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None) -> Recipe:
     """Reads a recipe, what it `extends` (relative to the file), and overrides such as `optimizer.lr=1e-3`.
 
     Mappings merge key by key, the extending file over the extended one and the overrides over both; any other value
-    replaces. Scalars follow YAML 1.2's core schema, so that `1e-3` is a number and `no` is text.
+    replaces. `sections` go over all of that: what is decided elsewhere, such as the model of an import. Scalars follow
+    YAML 1.2's core schema, so that `1e-3` is a number and `no` is text.
 
     Raises:
         RecipeError: a file that cannot be read or parsed, a circle of `extends`, an unknown key, a value of the wrong
@@ -29,13 +30,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     merged = _read_extended(path, ())
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
+    merged |= sections or {}
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
         raise RecipeError([_explain(detail) for detail in error.errors()], str(path)) from None
 
 
-def resolved_yaml(recipe: Recipe) -> str:
+def resolved_yaml(recipe: Recipe | ImportedRecipe) -> str:
     """The whole recipe as YAML, defaults included; loading it gives an equal recipe."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 

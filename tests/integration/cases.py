@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bd3_scale.diffusion.noise import draw_embedding_noise
+from bd3_scale.model.rows import NOISE_ROWS
+from bd3_scale.model.transformer import noise_table
 from bd3_scale.recipe.schema import (
     DataRecipe,
     DiffusionRecipe,
@@ -51,6 +54,8 @@ class Case:
     documents: list[int]
     copies: int = 1
     complementary: bool = False
+    mask_noise_std: float = 0.0
+    objective: str = "block_diffusion"
 
 
 CASES = {
@@ -62,6 +67,8 @@ CASES = {
     "autoregressive": Case(QWEN, 1, [LENGTH]),
     "mdlm": Case(QWEN, LENGTH, ALIGNED),
     "two-copies": Case(QWEN, 8, ALIGNED, copies=2),
+    "next-token": Case(QWEN, 1, RAGGED, objective="next_token"),
+    "mask-noise": Case(QWEN, 8, ALIGNED, copies=2, mask_noise_std=0.3),
     "complementary": Case(QWEN, 8, ALIGNED, copies=2, complementary=True),
 }
 
@@ -98,6 +105,8 @@ def _layouts() -> dict[str, Layout]:
         "one mdlm": Layout(1, "mdlm"),
         "one two-copies": Layout(1, "two-copies"),
         "one complementary": Layout(1, "complementary"),
+        "one next-token": Layout(1, "next-token"),
+        "one mask-noise": Layout(1, "mask-noise"),
         "one recompute-full": Layout(1, "ragged", train=full),
         "one recompute-selective": Layout(1, "ragged", train=selective),
         "one recompute-full-2": Layout(1, "ragged", train={**full, "recompute_layers": 2}),
@@ -106,13 +115,18 @@ def _layouts() -> dict[str, Layout]:
         "tp2 sp": Layout(2, "official", sp2, core=True),
         "tp2 sp mdlm": Layout(2, "mdlm", sp2),
         "tp2 sp two-copies": Layout(2, "two-copies", sp2, selective),
+        "tp2 sp mask-noise": Layout(2, "mask-noise", sp2, core=True),
+        "tp2 sp next-token": Layout(2, "next-token", sp2),
         "pp2": Layout(2, "ragged", pp2),
+        "pp2 vpp2 next-token": Layout(2, "next-token", vp2),
         "pp2 uneven": Layout(2, parallel={**pp2, "layers_per_chunk": [1, 3]}),
         "pp2 tied": Layout(2, "tied", pp2, core=True),
         "pp2 vpp2": Layout(2, "ragged", vp2, core=True),
         "pp2 vpp2 tied": Layout(2, "tied", vp2),
         "cp2": Layout(2, parallel=cp2, core=True),
         "cp2 autoregressive": Layout(2, "autoregressive", cp2),
+        "cp2 next-token": Layout(2, "next-token", cp2, core=True),
+        "cp2 mask-noise": Layout(2, "mask-noise", cp2),
         "cp2 mdlm": Layout(2, "mdlm", cp2, core=True),
         "cp2 two-copies": Layout(2, "two-copies", cp2),
         "dp2 zero0": Layout(2, "ragged", {"zero_stage": 0}, core=True),
@@ -155,7 +169,7 @@ def recipe(layout: Layout) -> Recipe:
     return Recipe(
         name="parity",
         model=case.model,
-        diffusion=DiffusionRecipe(block_size=case.block_size, noisy_copies=case.copies),
+        diffusion=DiffusionRecipe(block_size=case.block_size, noisy_copies=case.copies, objective=case.objective),
         data=DataRecipe(path="unused", seq_len=LENGTH),
         train=TrainRecipe(
             steps=STEPS, global_batch_size=BATCH, precision="fp32", **{"micro_batch_size": 1, **layout.train}
@@ -179,7 +193,14 @@ def batch(case: Case, seed: int) -> dict[str, torch.Tensor]:
     masked[:, -2:] = False
     if case.complementary:
         masked, rate = torch.stack([masked[0], ~masked[0]]), torch.stack([rate[0], 1 - rate[0]])
-    return {
+    noise = {}
+    if case.mask_noise_std:
+        # Drawn as a training draws it: which vectors, from their table.
+        ids = torch.arange(BATCH)
+        rows = draw_embedding_noise(ids, LENGTH, seed=seed, epoch=0, copies=case.copies, rows=NOISE_ROWS)
+        table = noise_table(case.model.hidden_size, torch.device("cpu"), torch.float32)
+        noise = {"mask_noise": case.mask_noise_std * table[rows]}
+    return noise | {
         "clean": clean,
         "masked": masked,
         "mask_rate": rate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cases
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from bd3_scale.checkpoint.boxes import boxes_of
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt
+from bd3_scale.data.corrupt import corrupt, mask_noise, next_tokens
 from bd3_scale.diffusion.noise import Noise
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
@@ -42,9 +43,16 @@ def micro_batches(case: cases.Case, seed: int, groups, size: int = 1) -> list:
             positions=batch["positions"][one],
             counted=torch.ones(size, cases.LENGTH, dtype=torch.bool),
         )
+        placed = {"device": torch.device("cpu"), "context": context}
+        if case.objective == "next_token":
+            inputs.append(next_tokens(sequences, **placed))
+            continue
         noises = [Noise(batch["masked"][c, one], batch["mask_rate"][c, one]) for c in range(case.copies)]
-        how = {"mask_id": cases.VOCABULARY.mask_id, "device": torch.device("cpu"), "context": context}
-        inputs.append(corrupt(sequences, noises, case.block_size, **how))
+        made = corrupt(sequences, noises, case.block_size, mask_id=cases.VOCABULARY.mask_id, **placed)
+        if case.mask_noise_std:
+            noise = mask_noise(sequences, case.mask_noise_std, copies=case.copies, seed=seed, **placed)
+            made = replace(made, mask_noise=noise)
+        inputs.append(made)
     return inputs
 
 

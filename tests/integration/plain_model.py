@@ -76,8 +76,8 @@ def mlp(x, w, recipe):
     return linear("linear_fc2", F.gelu(hidden, approximate="tanh" if recipe.activation == "gelu_tanh" else "none"))
 
 
-def hidden_states(weights, recipe, tokens, positions, mask):
-    x = weights["embedding.word_embeddings.weight"][tokens]
+def hidden_states(weights, recipe, tokens, positions, mask, extra=0.0):
+    x = weights["embedding.word_embeddings.weight"][tokens] + extra
     for layer in range(recipe.num_layers):
         prefix = "decoder.layers."
         w = {k.removeprefix(prefix): v[layer] for k, v in weights.items() if k.startswith(prefix)}
@@ -94,19 +94,32 @@ def log_probs(weights, recipe, vocabulary, hidden):
     return logits.masked_fill(~allowed, float("-inf")).log_softmax(-1)
 
 
+def next_token_loss(weights, recipe, vocabulary, batch):
+    """Sum of −log p of every token given those before it in its document, but for its first."""
+    mask = torch.stack([dense_mask(row.tolist(), 1) for row in batch["doc_ids"]])
+    length = batch["clean"].shape[1]
+    hidden = hidden_states(weights, recipe, batch["clean"], batch["positions"], mask[:, length:, length:])
+    picked = log_probs(weights, recipe, vocabulary, hidden[:, :-1]).gather(-1, batch["clean"][:, 1:, None])[..., 0]
+    return -picked[batch["doc_ids"][:, 1:] == batch["doc_ids"][:, :-1]].sum()
+
+
 def loss(weights, recipe, vocabulary, batch, block_size):
     """Mean over noisy copies of the sum over masked tokens of −log p / mask rate.
 
-    `batch` has clean, masked and mask_rate [copies, …], doc_ids, positions.
+    `batch` has clean, masked and mask_rate [copies, …], doc_ids, positions, and may have mask_noise [copies, B, L, X],
+    which is added to the embeddings of masked tokens.
     """
     length = batch["clean"].shape[1]
     mask = torch.stack([dense_mask(row.tolist(), block_size) for row in batch["doc_ids"]])
     positions = batch["positions"].repeat(1, 2)
     total = 0.0
-    for masked, rate in zip(batch["masked"], batch["mask_rate"], strict=True):
+    for copy, (masked, rate) in enumerate(zip(batch["masked"], batch["mask_rate"], strict=True)):
         noisy = torch.where(masked, vocabulary.mask_id, batch["clean"])
         tokens = torch.cat([noisy, batch["clean"]], 1)
-        hidden = hidden_states(weights, recipe, tokens, positions, mask)[:, :length]
+        extra = 0.0
+        if "mask_noise" in batch:
+            extra = F.pad(batch["mask_noise"][copy] * masked[..., None], (0, 0, 0, length))
+        hidden = hidden_states(weights, recipe, tokens, positions, mask, extra)[:, :length]
         picked = log_probs(weights, recipe, vocabulary, hidden).gather(-1, batch["clean"][..., None])[..., 0]
         total = total - torch.where(masked, picked / rate, 0.0).sum()
     return total / len(batch["masked"])

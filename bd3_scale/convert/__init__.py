@@ -1,0 +1,1 @@
+"""Checkpoints in and out: import, export for serving, smaller formats."""

@@ -1,0 +1,68 @@
+"""From an autoregressive model of other software to a run that adapts it to block diffusion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, read_manifest
+from bd3_scale.convert.importer import plan_import, run_import
+from bd3_scale.data.manifest import MANIFEST_FILE
+from bd3_scale.data.prepare import prepare
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
+from bd3_scale.recipe.load import load_recipe, resolved_yaml
+from bd3_scale.resilience.files import write_atomically
+
+INITIAL = "initial"
+RECIPE = "adapt.yaml"
+DOCUMENT_MULTIPLE = 32
+
+
+def prepare_adaptation(
+    source: Path,
+    recipe_file: Path,
+    overrides: Sequence[str],
+    *,
+    text: Sequence[Path],
+    validation: Sequence[Path],
+    mask_token: str | None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Path:
+    """Import `source` into the run directory, prepare the text with its tokeniser where data.path has none, and write
+    the whole recipe, whose path is returned.
+
+    Raises:
+        ValueError, FileNotFoundError: the source cannot be imported or is no next-token model, the recipe is wrong, or
+            there is neither prepared data nor text.
+    """
+    plan = plan_import(source, mask_token=mask_token)
+    if plan.diffusion.objective != "next_token" or plan.tokenizer is None:
+        raise ValueError(
+            f"{source} is {plan.architecture}, no autoregressive model with a tokeniser: train from an import"
+        )
+    sections = {"model": plan.model.model_dump(mode="json")}
+    recipe = load_recipe(recipe_file, overrides, sections)
+    check_recipe(recipe, world_size_for_launch(recipe))
+    initial = recipe.run_path / INITIAL
+    recipe = recipe.model_copy(update={"init_from": str(initial)})
+    data = Path(recipe.data.path)
+    if not text and not (data / MANIFEST_FILE).is_file():
+        raise ValueError(f"data.path={data} holds no prepared data: give the text to train on with --text")
+    if not (initial / MANIFEST).is_file():
+        run_import(plan, initial, progress)
+    elif read_manifest(initial).recipe.model != plan.model:
+        raise ValueError(f"{initial} is an import of another model than {source}: choose another run_dir=FOLDER")
+    if not (data / MANIFEST_FILE).is_file():
+        blocks = recipe.diffusion.block_sizes if recipe.data.isolate_documents else ()
+        prepare(
+            text,
+            data,
+            load_tokenizer(initial / TOKENIZER),
+            recipe.data.seq_len,
+            document_multiple=math.lcm(DOCUMENT_MULTIPLE, *blocks),
+            validation=validation,
+        )
+    write_atomically(recipe.run_path / RECIPE, resolved_yaml(recipe))
+    return recipe.run_path / RECIPE

@@ -1,0 +1,299 @@
+"""config.json of the supported Hugging Face architectures, read into a model's recipe and written from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, RopeScaling
+
+Config = Mapping[str, Any]
+Format = Literal["sdar", "bd3", "qwen3", "qwen2", "llama"]
+
+_ACTIVATIONS = {"swiglu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_BLOCK_DIFFUSION = {"SDARForCausalLM": "sdar", "Bd3ForCausalLM": "bd3"}
+_NEXT_TOKEN = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+}
+ARCHITECTURES: Mapping[str, str] = _BLOCK_DIFFUSION | _NEXT_TOKEN
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What config.json says of a model.
+
+    Attributes:
+        tied: the checkpoint has no head of its own.
+        mask_id: None of a model that knows no mask.
+    """
+
+    name: str
+    model: ModelRecipe
+    diffusion: DiffusionRecipe
+    tied: bool
+    vocab_rows: int
+    eos_id: int | None
+    mask_id: int | None
+    max_position_embeddings: int
+
+
+def read_architecture(config: Config, block_size: int | None = None) -> Architecture:
+    """The model that a config.json describes.
+
+    Args:
+        block_size: in place of the one in a block diffusion model's config.
+
+    Raises:
+        ValueError: an architecture, or a feature of it, that this package has no equal of.
+    """
+    names = config.get("architectures") or []
+    name = names[0] if names else None
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"architecture {name or config.get('model_type')!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
+            ", and the checkpoints of the official bd3lms code"
+        )
+    _refuse_unknown_features(name, config)
+    block_diffusion = name in _BLOCK_DIFFUSION
+    if block_size is not None and not block_diffusion:
+        raise ValueError(
+            f"block_size={block_size} belongs to block diffusion models, and {name} predicts the next token: leave it "
+            "out here, and give the recipe of the adaptation its diffusion.block_size"
+        )
+    block_size = (block_size or _required(config, "block_size")) if block_diffusion else 1
+    eos = config.get("eos_token_id")
+    return Architecture(
+        name=name,
+        model=_model(name, config),
+        diffusion=DiffusionRecipe(
+            block_size=block_size, objective="block_diffusion" if block_diffusion else "next_token"
+        ),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        vocab_rows=_required(config, "vocab_size"),
+        eos_id=eos[0] if isinstance(eos, list) else eos,
+        mask_id=_required(config, "mask_token_id") if block_diffusion else None,
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
+    )
+
+
+def _model(name: str, config: Config) -> ModelRecipe:
+    own = name == "Bd3ForCausalLM"
+    heads, hidden = _required(config, "num_attention_heads"), _required(config, "hidden_size")
+    activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()} if own else {"silu": "swiglu"}
+    act = config.get("hidden_act", "silu")
+    if act not in activations:
+        raise ValueError(f"hidden_act={act!r} of {name} is not supported; {', '.join(activations)} is")
+    head_dim = config.get("head_dim") or hidden // heads
+    return ModelRecipe.model_validate(
+        {
+            "num_layers": _required(config, "num_hidden_layers"),
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_query_groups": config.get("num_key_value_heads") or heads,
+            "head_dim": head_dim,
+            "ffn_hidden_size": _required(config, "intermediate_size"),
+            "activation": activations[act],
+            "normalization": config.get("normalization", "rmsnorm") if own else "rmsnorm",
+            "norm_bias": config.get("norm_bias", False) if own else False,
+            "norm_eps": config.get("rms_norm_eps", 1e-6),
+            "qk_norm": config.get("qk_norm", True) if own else name in ("SDARForCausalLM", "Qwen3ForCausalLM"),
+            "mlp_bias": bool(config.get("mlp_bias", False)),
+            "attention_bias": bool(config.get("attention_bias", False)) if own else name == "Qwen2ForCausalLM",
+            "head_bias": config.get("head_bias", False) if own else False,
+            "tie_embeddings": bool(config.get("tie_word_embeddings") or config.get("trained_with_tied_embeddings")),
+            "rope_theta": float(_rope(config).get("rope_theta", 10_000.0)),
+            "rope_scaling": _rope_scaling(config),
+        }
+    )
+
+
+def _required(config: Config, key: str) -> Any:
+    if config.get(key) is None:
+        raise ValueError(f"config.json has no {key!r}, which {config['architectures'][0]} needs")
+    return config[key]
+
+
+def _rope(config: Config) -> Config:
+    """transformers 5 writes `rope_parameters` in place of `rope_theta` and `rope_scaling`."""
+    return config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10_000.0)}
+
+
+def _rope_scaling(config: Config) -> RopeScaling | None:
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if scaling is None or kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling of type {kind!r} is not supported; none and llama3 are")
+    return RopeScaling(
+        factor=float(scaling["factor"]),
+        low_freq_factor=float(scaling["low_freq_factor"]),
+        high_freq_factor=float(scaling["high_freq_factor"]),
+        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
+    )
+
+
+def _refuse_unknown_features(name: str, config: Config) -> None:
+    uses_window = config.get("use_sliding_window", name == "MistralForCausalLM")
+    window = config.get("sliding_window") is not None and uses_window
+    window |= any(kind != "full_attention" for kind in config.get("layer_types") or ())
+    if window:
+        raise ValueError(
+            f"{name} with sliding_window={config.get('sliding_window')}: sliding windows are not supported"
+        )
+    if config.get("attention_bias") and name != "Bd3ForCausalLM":
+        raise ValueError(f"{name} with attention_bias=true has a bias on its output projection, which is not supported")
+    if config.get("quantization_config"):
+        raise ValueError("the checkpoint is quantised: import the weights that it was made from")
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """An architecture that models are exported to. `obstacle`: why a model cannot be one; None where it can."""
+
+    name: Format
+    architecture: str
+    obstacle: Callable[[ModelRecipe, DiffusionRecipe], str | None]
+
+
+def export_obstacles(model: ModelRecipe, diffusion: DiffusionRecipe) -> dict[Format, str | None]:
+    """Why a model cannot be exported to each format, or None where it can."""
+    return {f.name: f.obstacle(model, diffusion) for f in EXPORT_FORMATS.values()}
+
+
+def _sdar_obstacle(model: ModelRecipe, diffusion: DiffusionRecipe) -> str | None:
+    if diffusion.objective == "next_token":
+        return "it was trained to predict the next token; adapt it to block diffusion first"
+    if not model.qk_norm:
+        return "it has no q/k norm, and a norm of unit weights is not the identity; train with model.qk_norm=true"
+    return _unlike_qwen(model) or (
+        "its rotary frequencies are scaled, which engines do not expect of SDAR" if model.rope_scaling else None
+    )
+
+
+def _bd3_obstacle(model: ModelRecipe, diffusion: DiffusionRecipe) -> str | None:
+    return (
+        "it was trained to predict the next token; adapt it to block diffusion first"
+        if diffusion.objective == "next_token"
+        else None
+    )
+
+
+def _next_token_obstacle(
+    model: ModelRecipe, diffusion: DiffusionRecipe, *, qk_norm: bool, attention_bias: bool
+) -> str | None:
+    if diffusion.objective != "next_token":
+        return "a block diffusion model reads a [MASK] row at the position it predicts, at block_size 1 as well"
+    if model.qk_norm != qk_norm:
+        return f"it has {'' if model.qk_norm else 'no '}q/k norm"
+    if model.attention_bias != attention_bias:
+        return f"its query/key/value projection has {'a' if model.attention_bias else 'no'} bias"
+    return _unlike_qwen(model.model_copy(update={"attention_bias": False}))
+
+
+def _unlike_qwen(model: ModelRecipe) -> str | None:
+    for differs, what in (
+        (model.normalization != "rmsnorm", "its norm is a LayerNorm"),
+        (model.activation != "swiglu", f"its activation is {model.activation}, not swiglu"),
+        (model.mlp_bias or model.attention_bias or model.head_bias, "its projections have biases"),
+    ):
+        if differs:
+            return what
+    return None
+
+
+EXPORT_FORMATS: Mapping[Format, ExportFormat] = {
+    f.name: f
+    for f in (
+        ExportFormat("sdar", "SDARForCausalLM", _sdar_obstacle),
+        ExportFormat("bd3", "Bd3ForCausalLM", _bd3_obstacle),
+        ExportFormat(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            lambda m, d: _next_token_obstacle(m, d, qk_norm=True, attention_bias=False),
+        ),
+        ExportFormat(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            lambda m, d: _next_token_obstacle(m, d, qk_norm=False, attention_bias=True),
+        ),
+        ExportFormat(
+            "llama",
+            "LlamaForCausalLM",
+            lambda m, d: _next_token_obstacle(m, d, qk_norm=False, attention_bias=False),
+        ),
+    )
+}
+
+
+def config_json(
+    kind: Format,
+    model: ModelRecipe,
+    *,
+    block_size: int,
+    vocab_rows: int,
+    eos_id: int,
+    mask_id: int,
+    max_position_embeddings: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """config.json of an export; written by hand, since transformers drops or renames keys that engines read."""
+    block_diffusion = kind in _BLOCK_DIFFUSION.values()
+    scaling = model.rope_scaling
+    config: dict[str, Any] = {
+        "architectures": [EXPORT_FORMATS[kind].architecture],
+        "model_type": kind,
+        "vocab_size": vocab_rows,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.head_size,
+        "hidden_act": _ACTIVATIONS[model.activation],
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **scaling.model_dump()},
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "max_window_layers": model.num_layers,
+        "max_position_embeddings": max_position_embeddings,
+        "attention_bias": kind == "bd3" and model.attention_bias,
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_std,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": eos_id,
+        "tie_word_embeddings": model.tie_embeddings and not block_diffusion,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if kind == "llama":
+        config["mlp_bias"] = model.mlp_bias
+    if block_diffusion:
+        module, prefix = kind, {"sdar": "SDAR", "bd3": "Bd3"}[kind]
+        config |= {
+            "auto_map": {
+                "AutoConfig": f"configuration_{module}.{prefix}Config",
+                "AutoModel": f"modeling_{module}.{prefix}Model",
+                "AutoModelForCausalLM": f"modeling_{module}.{prefix}ForCausalLM",
+            },
+            "block_size": block_size,
+            "mask_token_id": mask_id,
+            "fuse_cross_entropy": True,
+            "trained_with_tied_embeddings": model.tie_embeddings,
+        }
+    if kind == "bd3":
+        config |= {
+            "gated_mlp": model.activation == "swiglu",
+            "normalization": model.normalization,
+            "norm_bias": model.norm_bias,
+            "qk_norm": model.qk_norm,
+            "mlp_bias": model.mlp_bias,
+            "head_bias": model.head_bias,
+        }
+    return config

@@ -1,0 +1,103 @@
+"""What the linear layers of a model meet in block diffusion: the inputs that a quantiser is calibrated on.
+
+A calibration on text alone, as for autoregressive models, would see no masked row; here noise levels are drawn from the
+whole of [0, 1], and noisy and clean rows pass through every layer as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from bd3_scale.attention.spans import make_spans
+from bd3_scale.convert.quantizer import HessianSum
+from bd3_scale.data.batch import Batch
+from bd3_scale.data.corrupt import corrupt, next_tokens
+from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.stream import TrainingStream
+from bd3_scale.diffusion.noise import draw_noise
+from bd3_scale.model.rows import ModelInputs, RowContext
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe
+
+# The input of each of these is multiplied by the weights that are quantised.
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+SEED = 0
+MICRO_BATCH = 4
+
+
+class Calibration:
+    """Rows of calibration sequences on their way through a model, layer by layer, each with the layers before it as
+    they are by then.
+
+    Args:
+        sequences: so many of the training split of `data`, whose held-out split stays unseen.
+    """
+
+    def __init__(
+        self, model: BlockDiffusionTransformer, data: DataRecipe, diffusion: DiffusionRecipe, sequences: int
+    ) -> None:
+        self._model = model
+        device = next(model.parameters()).device
+        mask_id = model.vocabulary.mask_id
+        inputs = (_inputs(batch, diffusion, mask_id, device) for batch in _batches(data, sequences))
+        with torch.no_grad():
+            self._rows: list[tuple[Tensor, RowContext]] = [model.embed(micro) for micro in inputs]
+
+    @torch.no_grad()
+    def hessians(self, layer: int) -> dict[str, HessianSum]:
+        """Σ x xᵀ over the rows that each linear of `layer` multiplies."""
+        module = self._model.decoder.layers[layer]
+        sums = {name: HessianSum(module.get_submodule(name).weight.shape[1]) for name in LINEARS}
+        hooks = [module.get_submodule(name).register_forward_pre_hook(_adder(sums[name])) for name in LINEARS]
+        try:
+            for hidden, rows in self._rows:
+                module(hidden, rows)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return sums
+
+    @torch.no_grad()
+    def advance(self, layer: int) -> None:
+        """Pass the rows through `layer`, with the weights that it has now."""
+        module = self._model.decoder.layers[layer]
+        self._rows = [(module(hidden, rows), rows) for hidden, rows in self._rows]
+
+
+def _adder(total: HessianSum) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        total.add(args[0].flatten(0, -2))
+
+    return add
+
+
+def _batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
+    size = min(MICRO_BATCH, sequences)
+    stream = TrainingStream(
+        data.model_copy(update={"num_workers": 0}),
+        load_manifest(data.path, data.remote),
+        global_batch_size=size,
+        dp_rank=0,
+        dp_size=1,
+        seed=SEED,
+        step=0,
+    )
+    return islice(stream, -(-sequences // size))
+
+
+def _inputs(batch: Batch, diffusion: DiffusionRecipe, mask_id: int, device: torch.device) -> ModelInputs:
+    if diffusion.objective == "next_token":
+        return next_tokens(batch, device=device)
+    noise = draw_noise(
+        make_spans(batch.document_start, diffusion.block_size)[1],
+        seed=SEED,
+        epoch=batch.epoch,
+        sample_ids=batch.ids,
+        low=0.0,
+        high=1.0,
+    )
+    return corrupt(batch, [noise], diffusion.block_size, mask_id=mask_id, device=device)

@@ -1,0 +1,267 @@
+"""`bd3-scale convert …`; what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from bd3_scale.observe.progress import Bar
+
+if TYPE_CHECKING:
+    from bd3_scale.convert.inspect import Inspection
+    from bd3_scale.convert.quantize import QuantizationReport
+
+app = typer.Typer(help="Checkpoints in and out: import, export, smaller formats.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be written.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")]
+
+
+@app.command("import", epilog="Example: bd3-scale convert import models/Qwen3-0.6B --out checkpoints/qwen3")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a checkpoint of the official bd3lms code.")],
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer.json or its folder.", show_default="beside the weights")
+    ] = None,
+    mask_token: Annotated[
+        str | None,
+        typer.Option(
+            help="An unused token that becomes the mask, or the name of a new one.", show_default="declared, or [MASK]"
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Of a block diffusion model that does not say its own.")
+    ] = None,
+    eos_id: Annotated[int | None, typer.Option(min=0, help="End of document, where there is no tokeniser.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint of this package, for any topology, from one of other software.
+
+    Qwen3, Qwen2, Llama and Mistral models come with a mask token added, ready to be adapted; SDAR models and the
+    official bd3lms ones come as they are.
+    """
+    from bd3_scale.convert.importer import plan_import, run_import
+
+    plan = plan_import(source, tokenizer=tokenizer, mask_token=mask_token, block_size=block_size, eos_id=eos_id)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; remove it or choose another folder")
+    if not dry_run:
+        with Bar("importing", unit="bytes") as bar:
+            run_import(plan, out, bar.show)
+    vocabulary = plan.vocabulary
+    mask = f"{vocabulary.mask_id}, " + ("new" if plan.new_mask else "the model's own")
+    _report(
+        f"{'would write' if dry_run else 'wrote and verified'} {out}",
+        {
+            "source": f"{plan.source}, {plan.architecture}",
+            "tensors": len(plan.tensors),
+            "bytes": plan.num_bytes,
+            "embedding rows": f"{plan.vocab_rows}, padded to {vocabulary.padded_size}",
+            "mask id": mask,
+            "end of document": vocabulary.eos_id,
+            "tokeniser": "none: text commands need one" if plan.tokenizer is None else plan.tokenizer.hash[:12],
+            "objective": plan.diffusion.objective,
+            "block size": plan.diffusion.block_size,
+        },
+        as_json,
+    )
+
+
+@app.command(epilog="Example: bd3-scale convert export runs/quickstart --out served/quickstart")
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    kind: Annotated[
+        Literal["sdar", "bd3", "qwen3", "qwen2", "llama"] | None,
+        typer.Option(
+            "--format",
+            help="sdar runs in engines; bd3 is our own for transformers; the others are for next-token models.",
+            show_default="the first that the model can become",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Of the weights.", show_default="that of the training"),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a Hugging Face folder that transformers and serving engines load."""
+    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.convert.export import plan_export, run_export
+    from bd3_scale.convert.serving import engines
+
+    plan = plan_export(resolve_checkpoint(checkpoint), kind, dtype)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; remove it or choose another folder")
+    if not dry_run:
+        with Bar("exporting", unit="bytes") as bar:
+            run_export(plan, out, bar.show)
+    _report(
+        f"{'would write' if dry_run else 'wrote and verified'} {out}",
+        {
+            "format": plan.config["architectures"][0],
+            "weights": f"{plan.manifest.weights_state} of step {plan.manifest.step}, {plan.config['torch_dtype']}",
+            "tensors": len(plan.tensors),
+            "bytes": plan.num_bytes,
+        }
+        | {
+            e.name: f"{'runs it' if e.runs else 'does not run it'}: {e.reason}"
+            for e in engines(plan.kind, plan.manifest.vocabulary)
+        },
+        as_json,
+    )
+
+
+@app.command(epilog="Example: bd3-scale convert quantize runs/quickstart --bits 4 --out served/quickstart-int4")
+def quantize(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    bits: Annotated[Literal["4", "8"], typer.Option(help="Bits a weight.")] = "4",
+    method: Annotated[
+        Literal["rtn", "gptq"] | None,
+        typer.Option(
+            help="Round to nearest, or GPTQ, calibrated on block diffusion inputs at all mask rates.",
+            show_default="gptq for 4 bits, rtn for 8",
+        ),
+    ] = None,
+    group_size: Annotated[int, typer.Option(min=1, help="Input features that share a scale.")] = 128,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Prepared data to calibrate and measure on.", show_default="what the run trained on"),
+    ] = None,
+    calibration_sequences: Annotated[int, typer.Option(min=1, help="Training sequences to calibrate on.")] = 128,
+    sequences: Annotated[int, typer.Option(min=1, help="Held-out sequences to measure on, before and after.")] = 256,
+    draws: Annotated[int, typer.Option(min=1, help="Noise draws a held-out sequence.")] = 4,
+    dtype: Annotated[
+        Literal["bfloat16", "float16"], typer.Option(help="Of what is not quantised, and of the scales.")
+    ] = "bfloat16",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a Hugging Face folder with the layers' weights in 4 or 8 bits, as compressed-tensors packs them.
+
+    Embedding, norms and head are kept. The report says what each weight and the held-out perplexity lose.
+    """
+    import dataclasses
+    import json
+
+    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.convert.export import plan_export
+    from bd3_scale.convert.quantize import check_quantizable, is_quantized, run_quantize
+    from bd3_scale.convert.quantizer import Scheme
+    from bd3_scale.evaluate.checkpoint import data_recipe
+
+    plan = plan_export(resolve_checkpoint(checkpoint), None, dtype)
+    scheme = Scheme(bits=4 if bits == "4" else 8, group_size=group_size)
+    chosen = method or ("gptq" if scheme.bits == 4 else "rtn")
+    check_quantizable(plan, scheme)
+    prepared = data_recipe(plan.manifest, data)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; remove it or choose another folder")
+    if dry_run:
+        numels = {True: 0, False: 0}
+        for tensor in plan.tensors:
+            numels[is_quantized(tensor)] += tensor.numel
+        entries: dict[str, object] = {"method": chosen, "bits": scheme.bits, "group size": group_size}
+        entries |= {"weights that are quantised": numels[True], "weights that are kept": numels[False]}
+        _report(f"would write {out}", entries, as_json)
+        return
+    with Bar("quantising") as bar:
+        report = run_quantize(
+            plan,
+            out,
+            scheme,
+            chosen,
+            prepared,
+            calibration_sequences=calibration_sequences,
+            evaluation_sequences=sequences,
+            draws=draws,
+            progress=bar.show,
+        )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report)))
+        return
+    _show_quantization(report, out)
+
+
+def _show_quantization(report: QuantizationReport, out: Path) -> None:
+    title = f"wrote and verified {out}: int{report.bits}, groups of {report.group_size}, {report.method}"
+    table = Table("", "before", "after", title=title)
+    table.add_row("size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB")
+    for name, key in (
+        ("held-out NELBO, nats a token", "nelbo"),
+        ("standard error over noise draws", "noise_standard_error"),
+        ("standard error over text", "text_standard_error"),
+    ):
+        row = (getattr(measured, key) for measured in (report.before, report.after))
+        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in row))
+    errors = Table("weight", "relative output error", title="per layer, worst first")
+    for name, error in sorted(report.errors.items(), key=lambda item: -item[1]):
+        errors.add_row(name, f"{error:.2e}")
+    Console().print(errors, table)
+
+
+@app.command("inspect", epilog="Example: bd3-scale convert inspect runs/quickstart --verify")
+def inspect_(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, a run directory, a Hugging Face folder, or a bd3lms file.")
+    ],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and check its hash.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint is and which exports are open to it, without loading it."""
+    import dataclasses
+    import json
+
+    from bd3_scale.convert.inspect import inspect
+
+    found = inspect(checkpoint, verify=verify)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found)))
+    else:
+        _show(found)
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+def _show(found: Inspection) -> None:
+    console = Console(highlight=False)
+    tree = Tree(f"[bold]{found.path}[/bold], {found.kind}")
+    branches: dict[str, Tree] = {}
+    for tensor in found.tensors:
+        *parents, leaf = tensor.name.split(".")
+        branch = tree
+        for depth in range(1, len(parents) + 1):
+            key = ".".join(parents[:depth])
+            branch = branches.get(key) or branches.setdefault(key, branch.add(parents[depth - 1]))
+        branch.add(f"{leaf}  [dim]{tensor.dtype} {list(tensor.shape)}[/dim]")
+    table = Table("", "", show_header=False)
+    table.add_row("parameters", f"{found.parameters:,}")
+    table.add_row("size", f"{found.bytes / 1e9:.3f} GB")
+    table.add_row("health", found.health)
+    for key, value in found.details.items():
+        table.add_row(key, str(value))
+    for name, obstacle in found.exports.items():
+        table.add_row(f"export to {name}", "yes" if obstacle is None else f"no: {obstacle}")
+    console.print(tree, table)
+
+
+def _report(title: str, entries: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({"result": title} | entries))
+        return
+    table = Table("", "", title=title, show_header=False)
+    for key, value in entries.items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)

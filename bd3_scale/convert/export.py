@@ -1,0 +1,197 @@
+"""From a checkpoint of any topology to a Hugging Face folder, a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, read_manifest
+from bd3_scale.checkpoint.tensors import TensorReader
+from bd3_scale.convert.architectures import (
+    EXPORT_FORMATS,
+    Format,
+    config_json,
+    export_obstacles,
+)
+from bd3_scale.convert.folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, open_weights, read_json
+from bd3_scale.convert.names import HEAD, NamedTensor, named_tensors
+from bd3_scale.convert.remote_code_files import remote_code
+from bd3_scale.convert.serving import SGLANG_CONFIG, model_card, sglang_config
+from bd3_scale.resilience.files import check_writable, new_folder
+
+Progress = Callable[[int, int], object]
+Dtype = Literal["bfloat16", "float16", "float32"]
+SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """All that an export will write. `tensors` come from `state` of the checkpoint, cast to `dtype`."""
+
+    checkpoint: Path
+    manifest: CheckpointManifest
+    kind: Format
+    dtype: torch.dtype
+    config: dict[str, Any]
+    tensors: tuple[NamedTensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors) * self.dtype.itemsize
+
+    def read(self, reader: TensorReader, tensor: NamedTensor) -> Tensor:
+        """The values of a tensor as they are written."""
+        name = f"{self.manifest.weights_state}.{tensor.key}"
+        values = tensor.join([reader.read(name, *box) for box in tensor.boxes]).to(self.dtype)
+        if tensor.name == HEAD and self.manifest.recipe.model.tie_embeddings:
+            # Engines may draw what has the highest logit, the mask's included: a tied row would be its embedding.
+            values[self.manifest.vocabulary.mask_id] = 0
+        return values
+
+
+def choose_format(manifest: CheckpointManifest, kind: Format | None) -> Format:
+    """`kind` if the model can become it, else the first that it can. ValueError: it cannot, with the reason."""
+    obstacles = export_obstacles(manifest.recipe.model, manifest.recipe.diffusion)
+    possible = [name for name, obstacle in obstacles.items() if obstacle is None]
+    if kind is None and not possible:
+        reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())
+        raise ValueError(f"no format takes this model: {reasons}")
+    if kind is not None and obstacles[kind] is not None:
+        others = f"; it can become {' or '.join(possible)}" if possible else ""
+        raise ValueError(f"this model cannot become {EXPORT_FORMATS[kind].architecture}: {obstacles[kind]}{others}")
+    return kind or possible[0]
+
+
+def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | None = None) -> ExportPlan:
+    """Check a checkpoint and decide what an export of it holds.
+
+    Args:
+        kind: format; default: the first that the model can become.
+        dtype: default: the precision of its training, or of an import as it came.
+
+    Raises:
+        ValueError: a damaged checkpoint, or a format that the model cannot become.
+    """
+    manifest = read_manifest(checkpoint)
+    kind = choose_format(manifest, kind)
+    recipe, vocabulary = manifest.recipe, manifest.vocabulary
+    target = getattr(torch, dtype) if dtype else _stored_dtype(checkpoint, manifest)
+    block_diffusion = kind in ("sdar", "bd3")
+    rows = max(vocabulary.size, vocabulary.rows) if block_diffusion else vocabulary.rows or vocabulary.size
+    config = config_json(
+        kind,
+        recipe.model,
+        block_size=recipe.diffusion.block_size,
+        vocab_rows=rows,
+        eos_id=vocabulary.eos_id,
+        mask_id=vocabulary.mask_id,
+        max_position_embeddings=recipe.max_position_embeddings,
+        dtype=str(target).removeprefix("torch."),
+    )
+    tensors = named_tensors(
+        recipe.model, vocab_rows=rows, padded_rows=vocabulary.padded_size, tied=config["tie_word_embeddings"]
+    )
+    original = _source_config(checkpoint)
+    if original.get("architectures") == config["architectures"]:
+        # What the engines of that format read beyond our own keys.
+        config |= original | {key: config[key] for key in ("torch_dtype", "block_size") if key in config}
+    return ExportPlan(checkpoint, manifest, kind, target, config, tuple(tensors))
+
+
+def run_export(plan: ExportPlan, out: Path, progress: Progress = lambda done, total: None) -> None:
+    """Write the folder `out`, read it again and compare every value before it appears.
+
+    Raises:
+        FileExistsError: `out` exists; OSError: it cannot be written; ValueError: what was written differs.
+    """
+    check_writable(out.parent, plan.num_bytes)
+    total = 2 * plan.num_bytes
+    with new_folder(out) as folder, TensorReader(plan.checkpoint) as reader:
+        tensors = ((t.name, plan.read(reader, t)) for t in plan.tensors)
+        sizes = {t.name: t.numel * plan.dtype.itemsize for t in plan.tensors}
+        write_shards(folder, tensors, sizes, lambda done: progress(done, total))
+        write_companions(folder, plan)
+        written = open_weights(folder)
+        done = plan.num_bytes
+        for tensor in plan.tensors:
+            if not torch.equal(written.read(tensor.name), plan.read(reader, tensor)):
+                raise ValueError(f"{tensor.name} was not written as it was read: is the disk sound?")
+            done += sizes[tensor.name]
+            progress(done, total)
+
+
+def write_shards(
+    folder: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    sizes: Mapping[str, int],
+    progress: Callable[[int], object] = lambda done: None,
+) -> None:
+    """Write tensors as model.safetensors, or as shards with an index; `sizes`: bytes of each, in their order."""
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    files = [WEIGHTS] if len(shards) == 1 else [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]  # fmt: skip
+    done = 0
+    for file, names in zip(files, shards, strict=True):
+        shard = {}
+        for name in names:
+            given, tensor = next(tensors)
+            assert given == name
+            shard[name] = tensor.contiguous()
+            done += sizes[name]
+            progress(done)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2))
+
+
+def write_companions(
+    folder: Path, plan: ExportPlan, extra_config: Mapping[str, Any] | None = None, quantization: str | None = None
+) -> None:
+    """Everything but the weights: configuration, tokeniser, code, model card and what engines need."""
+    (folder / CONFIG).write_text(json.dumps(plan.config | dict(extra_config or {}), indent=2) + "\n")
+    _write_generation_config(folder, plan)
+    if (plan.checkpoint / TOKENIZER).is_dir():
+        shutil.copytree(plan.checkpoint / TOKENIZER, folder, dirs_exist_ok=True)
+    if plan.kind in ("sdar", "bd3"):
+        for name, source in remote_code(plan.kind).items():
+            (folder / name).write_text(source, encoding="utf-8")
+    if plan.kind == "sdar":
+        (folder / SGLANG_CONFIG).write_text(sglang_config(plan.config["block_size"]))
+    card = model_card(plan.kind, plan.config["architectures"][0], plan.manifest, quantization)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_generation_config(folder: Path, plan: ExportPlan) -> None:
+    content = {key: plan.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in plan.config}
+    imported = plan.checkpoint / IMPORTED / "generation_config.json"
+    if imported.is_file() and _source_config(plan.checkpoint).get("architectures") == plan.config["architectures"]:
+        content = read_json(imported)
+    (folder / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _source_config(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / IMPORTED / CONFIG
+    return read_json(path) if path.is_file() else {}
+
+
+def _stored_dtype(checkpoint: Path, manifest: CheckpointManifest) -> torch.dtype:
+    """An import's as it came; a training's masters are fp32, its weights of the precision that it computed in."""
+    if manifest.recipe.precision == "bf16":
+        return torch.bfloat16
+    with TensorReader(checkpoint) as reader:
+        return reader.dtypes[f"{manifest.weights_state}.embedding.word_embeddings.weight"]

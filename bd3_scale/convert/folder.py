@@ -1,0 +1,114 @@
+"""A Hugging Face folder: its config.json and its safetensors files, sharded or not, read a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bd3_scale.convert.weights import Weights
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+# safetensors' names of the types that weights have.
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_PACKED_DTYPES: Mapping[str, torch.dtype] = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """ValueError: not a JSON object; FileNotFoundError: no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: a Hugging Face model folder has one") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def open_weights(folder: Path, *, quantised: bool = False) -> Weights:
+    """The tensors of a folder with `model.safetensors`, or with shards and their index; of packed ones if `quantised`.
+
+    Raises:
+        FileNotFoundError: there are no safetensors files, or one that the index names is missing.
+        ValueError: a file is truncated or corrupt, the index names a tensor that its file does not hold, or a tensor
+            is of a type that is no weight's.
+    """
+    file_of: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    known = {**DTYPES, **_PACKED_DTYPES} if quantised else DTYPES
+    for path in _files(folder):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+                view = file.get_slice(name)
+                if view.get_dtype() not in known:
+                    raise ValueError(
+                        f"{path}: {name} is of type {view.get_dtype()}, and weights are of {', '.join(DTYPES)}: import "
+                        "the weights that a quantised checkpoint was made from"
+                    )
+                file_of[name], shapes[name], dtypes[name] = path, tuple(view.get_shape()), known[view.get_dtype()]
+    _check_index(folder, file_of)
+    return Weights(shapes, dtypes, partial(_read, file_of))
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        if not (folder / WEIGHTS).is_file():
+            pickles = sorted(path.name for path in folder.glob("*.bin"))
+            hint = f"; it has {', '.join(pickles[:3])}: save it again with safe_serialization=True" if pickles else ""
+            raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{hint}")
+        return [folder / WEIGHTS]
+    names = sorted(set(_weight_map(index).values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {WEIGHTS_INDEX} names: download it again")
+    return [folder / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(Path(str(n)).name == n for n in weight_map.values()):
+        raise ValueError(f"{index} must hold a `weight_map` from tensors to files beside it")
+    return weight_map
+
+
+def _check_index(folder: Path, file_of: Mapping[str, Path]) -> None:
+    index = folder / WEIGHTS_INDEX
+    if index.is_file():
+        named = _weight_map(index)
+        wrong = [
+            n for n in sorted(named.keys() | file_of.keys()) if n not in file_of or named.get(n) != file_of[n].name
+        ]
+        if wrong:
+            raise ValueError(
+                f"{index} and the files disagree about {len(wrong)} tensors, such as {', '.join(wrong[:3])}: "
+                "download the folder again"
+            )
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}): download it again") from error
+
+
+def _read(file_of: Mapping[str, Path], name: str) -> Tensor:
+    with _open(file_of[name]) as file:
+        return file.get_tensor(name)

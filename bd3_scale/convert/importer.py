@@ -1,0 +1,300 @@
+"""From a checkpoint of other software to one of this package, for any topology, a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bd3_scale.checkpoint.boxes import Box
+from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, write_manifest
+from bd3_scale.checkpoint.tensors import TensorReader, TensorWriter
+from bd3_scale.convert.architectures import read_architecture
+from bd3_scale.convert.folder import CONFIG, open_weights, read_json
+from bd3_scale.convert.names import EMBEDDING, HEAD, NamedTensor, named_tensors
+from bd3_scale.convert.official import is_official, open_official
+from bd3_scale.convert.weights import Weights
+from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from bd3_scale.recipe.schema import DiffusionRecipe, ImportedRecipe, ModelRecipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.files import check_writable, new_folder
+
+Progress = Callable[[int, int], object]
+# Buffers and switches that checkpoints carry beside their weights.
+_NO_WEIGHTS = re.compile(r".*rotary_emb\.inv_freq")
+GPT2_EOS, GPT2_SIZE = 50256, 50257
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """All that an import will do, known from the headers of the files alone.
+
+    Attributes:
+        vocab_rows: rows of the embedding in the source.
+        new_mask: the mask token is new, and its embedding is made here.
+    """
+
+    source: Path
+    architecture: str
+    model: ModelRecipe
+    diffusion: DiffusionRecipe
+    max_position_embeddings: int
+    vocab_rows: int
+    vocabulary: Vocabulary
+    tokenizer: Tokenizer | None
+    new_mask: bool
+    weights: Weights
+
+    @property
+    def tensors(self) -> list[NamedTensor]:
+        """Those that are written; a head tied to the embedding is not."""
+        return list(
+            named_tensors(
+                self.model,
+                vocab_rows=self.vocab_rows,
+                padded_rows=self.vocabulary.padded_size,
+                tied=self.model.tie_embeddings,
+            )
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel * self.weights.dtypes[tensor.name].itemsize for tensor in self.tensors)
+
+    @property
+    def precision(self) -> Literal["bf16", "fp32"]:
+        return "bf16" if self.weights.dtypes[EMBEDDING] == torch.bfloat16 else "fp32"
+
+
+def plan_import(
+    source: Path,
+    *,
+    tokenizer: str | None = None,
+    mask_token: str | None = None,
+    block_size: int | None = None,
+    eos_id: int | None = None,
+) -> ImportPlan:
+    """Read and check everything but the weights themselves.
+
+    Args:
+        source: a Hugging Face folder, or a file or folder of the official bd3lms code.
+        tokenizer: in place of the one in `source`.
+        mask_token: an unused token of the tokeniser that becomes the mask, or the name of a new one; a model that
+            predicts the next token needs a mask for its adaptation.
+        block_size: where the source does not say it.
+        eos_id: end of document where there is no tokeniser.
+
+    Raises:
+        ValueError, FileNotFoundError: an unsupported architecture, damaged files, missing or extra tensors, a tokeniser
+            that does not fit.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist")
+    found = _tokenizer_source(source, tokenizer)
+    if is_official(source):
+        official = open_official(source)
+        size = block_size or official.block_size
+        if size is None:
+            raise ValueError(f"{source} does not say its block size: give it with --block-size")
+        if eos_id is None and official.vocab_size == GPT2_SIZE + 1:
+            eos_id = GPT2_EOS
+        vocabulary, loaded = _vocabulary(found, mask_token, official.vocab_size, eos_id, official.mask_id)
+        plan = ImportPlan(
+            source, f"bd3lms DiT ({official.source})", official.model, DiffusionRecipe(block_size=size),
+            official.max_position_embeddings, official.vocab_size, vocabulary, loaded, False, official.weights,
+        )  # fmt: skip
+    else:
+        architecture = read_architecture(read_json(source / CONFIG), block_size)
+        weights = open_weights(source)
+        eos_id = architecture.eos_id if eos_id is None else eos_id
+        rows, mask_id = architecture.vocab_rows, architecture.mask_id
+        vocabulary, loaded = _vocabulary(found, mask_token, rows, eos_id, mask_id)
+        plan = ImportPlan(
+            source, architecture.name, architecture.model, architecture.diffusion,
+            architecture.max_position_embeddings, rows, vocabulary, loaded, mask_id is None, weights,
+        )  # fmt: skip
+    _check_tensors(plan)
+    return plan
+
+
+def run_import(plan: ImportPlan, out: Path, progress: Progress = lambda done, total: None) -> None:
+    """Write the checkpoint `out`, read it again and compare every value before it appears.
+
+    Raises:
+        FileExistsError: `out` exists; OSError: it cannot be written; ValueError: the head of a model that ties it to
+            the embedding differs from it, or what was written differs from what was read.
+    """
+    check_writable(out.parent, plan.num_bytes)
+    with new_folder(out) as folder:
+        _check_tied_head(plan)
+        writer = TensorWriter(folder)
+        total, done = 2 * plan.num_bytes, 0
+        for tensor in plan.tensors:
+            for box in _native_boxes(plan, tensor):
+                writer.add(box)
+            done += tensor.numel * plan.weights.dtypes[tensor.name].itemsize
+            progress(done, total)
+        writer.finish()
+        if plan.tokenizer is not None:
+            _save_tokenizer(plan.tokenizer, plan.source, folder / TOKENIZER)
+        _keep_source_files(plan.source, folder / IMPORTED)
+        write_manifest(folder, _manifest(plan), writer.hashes)
+        with TensorReader(folder) as reader:
+            for tensor in plan.tensors:
+                for box in _native_boxes(plan, tensor):
+                    written = reader.read(box.key, box.offset, tuple(box.data.shape))
+                    if not torch.equal(written.view(torch.uint8), box.data.contiguous().view(torch.uint8)):
+                        raise ValueError(f"{box.key} was not written as {tensor.name} was read: is the disk sound?")
+                done += tensor.numel * plan.weights.dtypes[tensor.name].itemsize
+                progress(done, total)
+
+
+def _manifest(plan: ImportPlan) -> CheckpointManifest:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plan.source.resolve().name).lstrip("._-") or "imported"
+    recipe = ImportedRecipe(
+        name=name,
+        imported_from=f"{plan.architecture}, {plan.source.name}",
+        model=plan.model,
+        diffusion=plan.diffusion,
+        precision=plan.precision,
+        max_position_embeddings=plan.max_position_embeddings,
+    )
+    return CheckpointManifest(
+        step=0,
+        recipe=recipe,
+        recipe_hash="",
+        vocabulary=plan.vocabulary,
+        data_hash="",
+        world_size=1,
+        states=("master",),
+    )
+
+
+def _tokenizer_source(source: Path, tokenizer: str | None) -> str | None:
+    if tokenizer is not None:
+        return tokenizer
+    folder = source if source.is_dir() else source.parent
+    return str(folder) if (folder / TOKENIZER_FILES[0]).is_file() else None
+
+
+def _vocabulary(
+    tokenizer: str | None, mask_token: str | None, rows: int, eos_id: int | None, mask_id: int | None
+) -> tuple[Vocabulary, Tokenizer | None]:
+    """The ids that text, model and mask agree on; mask_id: of a model that has one."""
+    if tokenizer is None:
+        if mask_id is None:
+            raise ValueError(
+                "there is no tokenizer.json beside the weights, and the mask needs an id: give --tokenizer"
+            )
+        if eos_id is None:
+            raise ValueError("there is no tokenizer.json beside the weights: give --tokenizer, or --eos-id")
+        return Vocabulary(size=rows, eos_id=eos_id, mask_id=mask_id, rows=rows), None
+    loaded = load_tokenizer(tokenizer, mask_token)
+    own = loaded.vocabulary
+    # A mask that the tokeniser did not know is its last id, and may lie one behind the embedding.
+    text_ids = own.size - (own.mask_id == own.size - 1)
+    if text_ids > rows:
+        raise ValueError(
+            f"the tokeniser {tokenizer} has ids up to {text_ids - 1}, and the embedding has {rows} rows: give the "
+            "tokeniser that the model was trained with, with --tokenizer"
+        )
+    if mask_id is not None and own.mask_id != mask_id:
+        taken = loaded.name_of(mask_id)
+        says = f"that id is its token {taken!r}" if taken is not None else f"its mask has the id {own.mask_id}"
+        raise ValueError(
+            f"the model's mask has the id {mask_id}, and in the tokeniser {tokenizer} {says}: give the model's own "
+            "tokeniser with --tokenizer, or name its mask with --mask-token"
+        )
+    return Vocabulary(**own.model_dump(exclude={"rows"}), rows=rows), loaded
+
+
+def _check_tensors(plan: ImportPlan) -> None:
+    """Every tensor is there in its shape, and no other one."""
+    expected = {tensor.name: tensor.shape for tensor in plan.tensors}
+    shapes = dict(plan.weights.shapes)
+    if plan.model.tie_embeddings and shapes.get(HEAD) == expected[EMBEDDING]:
+        del shapes[HEAD]
+    missing = [name for name in expected if name not in shapes]
+    extra = [name for name in shapes if name not in expected and not _NO_WEIGHTS.fullmatch(name)]
+    differ = [f"{n} {shapes[n]}, not {s}" for n, s in expected.items() if n in shapes and shapes[n] != s]
+    problems = [
+        f"{kind}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"
+        for kind, names in (("missing", missing), ("not part of the model", extra), ("of another shape", differ))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{plan.source} does not hold the tensors of {plan.architecture}:\n  - "
+            + "\n  - ".join(problems)
+            + "\nis config.json the model's own?"
+        )
+
+
+def _check_tied_head(plan: ImportPlan) -> None:
+    if plan.model.tie_embeddings and HEAD in plan.weights.shapes:
+        head, embedding = plan.weights.read(HEAD), plan.weights.read(EMBEDDING)
+        # An export for engines zeroes the mask's row in the head, which is never predicted.
+        differs = (head != embedding).any(1)
+        differs[plan.vocabulary.mask_id : plan.vocabulary.mask_id + 1] = False
+        if differs.any():
+            raise ValueError(
+                f"config.json of {plan.source} ties the head to the embedding, and {HEAD} differs from {EMBEDDING}: "
+                "set tie_word_embeddings=false there"
+            )
+
+
+def _native_boxes(plan: ImportPlan, tensor: NamedTensor) -> Iterator[Box]:
+    values = plan.weights.read(tensor.name)
+    mask_id = plan.vocabulary.mask_id
+    per_row = tensor.name in (EMBEDDING, HEAD, "lm_head.bias")
+    if tensor.name == EMBEDDING and plan.new_mask and mask_id < plan.vocab_rows:
+        values = values.clone()
+        values[mask_id] = _mask_embedding(plan, values)
+    elif tensor.name == HEAD and plan.new_mask and mask_id < plan.vocab_rows:
+        # Never predicted here; an engine, which may draw what has the highest logit, meets zero.
+        values = values.clone()
+        values[mask_id] = 0
+    for offset, data in tensor.split(values):
+        yield Box(f"master.{tensor.key}", data, offset, tensor.full_shape)
+    if per_row and plan.vocab_rows < plan.vocabulary.padded_size:
+        rest = values.new_zeros(plan.vocabulary.padded_size - plan.vocab_rows, *tensor.shape[1:])
+        if tensor.name == EMBEDDING and plan.new_mask and mask_id >= plan.vocab_rows:
+            rest[mask_id - plan.vocab_rows] = _mask_embedding(plan, values)
+        offset = (plan.vocab_rows, *(0,) * (len(tensor.shape) - 1))
+        yield Box(f"master.{tensor.key}", rest, offset, tensor.full_shape)
+
+
+def _mask_embedding(plan: ImportPlan, embedding: Tensor) -> Tensor:
+    """An embedding as long as the others are: their mean and, in every channel, noise of their standard deviation."""
+    known = embedding[: min(plan.vocab_rows, plan.vocabulary.size)]
+    known = torch.cat([known[: plan.vocabulary.mask_id], known[plan.vocabulary.mask_id + 1 :]]).float()
+    noise = torch.randn(known.shape[1], generator=torch.Generator().manual_seed(0))
+    return (known.mean(0) + known.std(0) * noise).to(embedding.dtype)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
+    """The tokeniser with its mask, and what its own configuration says beyond that, such as a chat template."""
+    tokenizer.save(folder)
+    own = folder / TOKENIZER_FILES[1]
+    original = (source if source.is_dir() else source.parent) / TOKENIZER_FILES[1]
+    if original.is_file():
+        # transformers takes the added tokens from tokenizer.json, where the mask is among them.
+        kept = {key: value for key, value in read_json(original).items() if key != "added_tokens_decoder"}
+        own.write_text(json.dumps(kept | read_json(own), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for template in original.parent.glob("chat_template.*"):
+        shutil.copy2(template, folder)
+
+
+def _keep_source_files(source: Path, folder: Path) -> None:
+    """What an export of the same architecture writes again."""
+    for name in (CONFIG, "generation_config.json"):
+        if source.is_dir() and (source / name).is_file():
+            folder.mkdir(exist_ok=True)
+            shutil.copy2(source / name, folder)

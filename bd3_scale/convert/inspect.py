@@ -1,0 +1,172 @@
+"""What a checkpoint is, read from its manifest and the headers of its files, without loading a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, damaged_files, read_manifest
+from bd3_scale.checkpoint.store import resolve_checkpoint
+from bd3_scale.checkpoint.tensors import TensorReader
+from bd3_scale.convert.architectures import ARCHITECTURES, export_obstacles, read_architecture
+from bd3_scale.convert.folder import CONFIG, open_weights, read_json
+from bd3_scale.convert.official import is_official, open_official
+from bd3_scale.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from bd3_scale.recipe.load import resolved_yaml
+from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, Recipe
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of a checkpoint.
+
+    Attributes:
+        kind: `bd3_scale`, or the architecture of other software.
+        parameters: of the model, whatever optimiser states there are.
+        bytes: of all tensors.
+        health: what was checked and found.
+        exports: why a format is closed to it, None where it is open.
+        details: recipe, step, topology and tokeniser, as far as the format has them.
+    """
+
+    path: str
+    kind: str
+    parameters: int
+    bytes: int
+    health: str
+    sound: bool
+    exports: Mapping[str, str | None]
+    details: Mapping[str, object]
+    tensors: tuple[TensorInfo, ...]
+
+
+def inspect(path: Path, *, verify: bool = False) -> Inspection:
+    """Describe a checkpoint or run directory of this package, a Hugging Face folder or an official bd3lms file.
+
+    Args:
+        verify: read every file and compare its hash with the one in the manifest.
+
+    Raises:
+        ValueError, FileNotFoundError: it is none of these, or damaged in what must be read.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if is_official(path):
+        return _inspect_official(path)
+    if (path / CONFIG).is_file():
+        return _inspect_huggingface(path)
+    return _inspect_native(resolve_checkpoint(path), verify)
+
+
+def _inspect_native(path: Path, verify: bool) -> Inspection:
+    manifest = read_manifest(path)
+    with TensorReader(path) as reader:
+        tensors = _infos(reader.shapes, {n: str(d).removeprefix("torch.") for n, d in reader.dtypes.items()})
+        size = sum(math.prod(s) * reader.dtypes[n].itemsize for n, s in reader.shapes.items())
+    damaged = damaged_files(path, manifest) if verify else []
+    if not verify:
+        health = f"all {len(manifest.files)} files have their size; --verify reads them"
+    else:
+        health = f"damaged: {', '.join(damaged)}" if damaged else f"all {len(manifest.files)} files have their hash"
+    recipe = manifest.recipe
+    details: dict[str, object] = {"step": manifest.step}
+    if isinstance(recipe, Recipe):
+        parallel = recipe.parallel
+        details["written by"] = (
+            f"{manifest.world_size} ranks (tensor {parallel.tensor}, pipeline {parallel.pipeline}, context "
+            f"{parallel.context}, ZeRO {parallel.zero_stage}); any number can read it"
+        )
+    else:
+        details["imported from"] = recipe.imported_from
+    details |= {
+        "states": ", ".join(manifest.states),
+        "objective": recipe.diffusion.objective,
+        "block size": recipe.diffusion.block_size,
+        "precision": recipe.precision,
+        "vocabulary": manifest.vocabulary.model_dump(),
+        "tokeniser": _tokenizer(path / TOKENIZER),
+        "recipe": resolved_yaml(recipe),
+    }
+    weights = [t for t in tensors if t.name.startswith(f"{manifest.weights_state}.")]
+    return Inspection(
+        path=str(path),
+        kind=f"bd3_scale {MANIFEST} format {manifest.format}",
+        parameters=sum(math.prod(t.shape) for t in weights),
+        bytes=size,
+        health=health,
+        sound=not damaged,
+        exports=export_obstacles(recipe.model, recipe.diffusion),
+        details=details,
+        tensors=tensors,
+    )
+
+
+def _inspect_huggingface(path: Path) -> Inspection:
+    config = read_json(path / CONFIG)
+    quantised = bool(config.get("quantization_config"))
+    weights = open_weights(path, quantised=quantised)
+    name = (config.get("architectures") or ["?"])[0]
+    details: dict[str, object] = {"tokeniser": _tokenizer(path)}
+    exports: Mapping[str, str | None] = {}
+    if quantised:
+        details["quantised"] = config["quantization_config"].get("format", "yes")
+    if name in ARCHITECTURES and not quantised:
+        architecture = read_architecture(config)
+        details |= _model_details(architecture.model, architecture.diffusion)
+        exports = export_obstacles(architecture.model, architecture.diffusion)
+    return Inspection(
+        path=str(path),
+        kind=name if name in ARCHITECTURES else f"{name}, which cannot be imported; {', '.join(ARCHITECTURES)} can",
+        parameters=sum(math.prod(shape) for shape in weights.shapes.values()),
+        bytes=sum(math.prod(s) * weights.dtypes[n].itemsize for n, s in weights.shapes.items()),
+        health="all files open; the format keeps no hashes",
+        sound=True,
+        exports=exports,
+        details=details,
+        tensors=_infos(weights.shapes, {n: str(d).removeprefix("torch.") for n, d in weights.dtypes.items()}),
+    )
+
+
+def _inspect_official(path: Path) -> Inspection:
+    official = open_official(path)
+    diffusion = DiffusionRecipe(block_size=official.block_size or 1)
+    weights = official.weights
+    return Inspection(
+        path=str(path),
+        kind=f"official bd3lms DiT ({official.source})",
+        parameters=sum(math.prod(shape) for shape in weights.shapes.values()),
+        bytes=sum(math.prod(s) * weights.dtypes[n].itemsize for n, s in weights.shapes.items()),
+        health="all files open; the format keeps no hashes",
+        sound=True,
+        exports=export_obstacles(official.model, diffusion),
+        details=_model_details(official.model, diffusion) | {"block size": official.block_size or "unknown"},
+        tensors=_infos(weights.shapes, {n: str(d).removeprefix("torch.") for n, d in weights.dtypes.items()}),
+    )
+
+
+def _model_details(model: ModelRecipe, diffusion: DiffusionRecipe) -> dict[str, object]:
+    return {
+        "objective": diffusion.objective,
+        "block size": diffusion.block_size,
+        "model": model.model_dump(mode="json", exclude_none=True),
+    }
+
+
+def _tokenizer(folder: Path) -> str:
+    if not (folder / TOKENIZER_FILES[0]).is_file():
+        return "none"
+    tokenizer = load_tokenizer(folder)
+    return f"{tokenizer.vocabulary.size} ids with the mask, hash {tokenizer.hash[:12]}"
+
+
+def _infos(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> tuple[TensorInfo, ...]:
+    return tuple(TensorInfo(name, dtypes[name], tuple(shape)) for name, shape in shapes.items())

@@ -1,0 +1,235 @@
+"""Weights in fewer bits: a Hugging Face folder in the format of compressed-tensors, with a report of what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bd3_scale.checkpoint.model import open_model
+from bd3_scale.checkpoint.tensors import TensorReader
+from bd3_scale.convert.calibration import Calibration
+from bd3_scale.convert.compressed import packed_tensors, quantization_config, unpacked_weight
+from bd3_scale.convert.export import ExportPlan, write_companions, write_shards
+from bd3_scale.convert.folder import open_weights
+from bd3_scale.convert.names import NamedTensor
+from bd3_scale.convert.quantizer import QuantizedWeight, Scheme, gptq, output_error, round_to_nearest
+from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.stream import held_out_batches
+from bd3_scale.diffusion.nelbo import NelboEstimate
+from bd3_scale.evaluate.nelbo import evaluate_nelbo
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.parallel.groups import ProcessGroups
+from bd3_scale.recipe.schema import DataRecipe
+from bd3_scale.resilience.files import check_writable, new_folder
+
+Method = Literal["rtn", "gptq"]
+Progress = Callable[[int, int], object]
+REPORT = "quantization_report.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Held-out NELBO in nats a token, and its standard errors."""
+
+    nelbo: float
+    noise_standard_error: float | None
+    text_standard_error: float | None
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What a smaller format costs.
+
+    Attributes:
+        errors: of each weight, ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs X.
+        before: with the weights in `dtype`; after: with the quantised ones.
+    """
+
+    bits: int
+    group_size: int
+    method: Method
+    dtype: str
+    bytes_before: int
+    bytes_after: int
+    calibration_sequences: int
+    evaluation_sequences: int
+    errors: Mapping[str, float]
+    before: Measured
+    after: Measured
+
+
+def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
+    """ValueError: a weight's input features do not divide into groups."""
+    bad = {t.shape[1]: t.name for t in plan.tensors if is_quantized(t) and t.shape[1] % scheme.group_size}
+    if bad:
+        named = "; ".join(f"{name} has {features}" for features, name in bad.items())
+        raise ValueError(
+            f"input features must divide into groups of {scheme.group_size}: {named}; take a --group-size that divides "
+            "them, or train a model whose hidden and feed-forward sizes are multiples of 128"
+        )
+
+
+def is_quantized(tensor: NamedTensor) -> bool:
+    """The projections of the layers; embedding, norms, biases and head are kept."""
+    return ".layers." in tensor.name and tensor.name.endswith("_proj.weight")
+
+
+def run_quantize(
+    plan: ExportPlan,
+    out: Path,
+    scheme: Scheme,
+    method: Method,
+    data: DataRecipe,
+    *,
+    calibration_sequences: int,
+    evaluation_sequences: int,
+    draws: int,
+    progress: Progress = lambda done, total: None,
+) -> QuantizationReport:
+    """Quantise layer by layer, write the folder `out`, read it again and compare, and measure what was lost.
+
+    Raises:
+        ValueError: weights that do not divide into groups, or what was written differs; FileExistsError: `out` exists.
+    """
+    check_quantizable(plan, scheme)
+    check_writable(out.parent, plan.num_bytes)
+    with new_folder(out) as folder, open_model(plan.checkpoint) as (model, manifest, groups):
+        quantizer = _Quantizer(plan, model, scheme, method, progress)
+        quantizer.cast()
+        measure = _Measure(model, groups, data, manifest.recipe.diffusion, evaluation_sequences, draws)
+        before = measure()
+        calibration = Calibration(model, data, manifest.recipe.diffusion, calibration_sequences)
+        sizes = {name: size for t in plan.tensors for name, size in quantizer.sizes(t).items()}
+        with TensorReader(plan.checkpoint) as reader:
+            write_shards(folder, quantizer.tensors(reader, calibration), sizes)
+        ignored = ["lm_head"]
+        config = {"quantization_config": quantization_config(scheme, ignored)}
+        description = f"int{scheme.bits} in groups of {scheme.group_size} ({method}), compressed-tensors"
+        write_companions(folder, plan, config, description)
+        quantizer.verify(folder)
+        report = QuantizationReport(
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            method=method,
+            dtype=str(plan.dtype).removeprefix("torch."),
+            bytes_before=plan.num_bytes,
+            bytes_after=sum(sizes.values()),
+            calibration_sequences=calibration_sequences,
+            evaluation_sequences=measure.sequences,
+            errors=quantizer.errors,
+            before=before,
+            after=measure(),
+        )
+        (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    return report
+
+
+class _Measure:
+    """Held-out NELBO of the model as it is at each call, on the same sequences under the same masks."""
+
+    def __init__(
+        self,
+        model: BlockDiffusionTransformer,
+        groups: ProcessGroups,
+        data: DataRecipe,
+        diffusion: Any,
+        sequences: int,
+        draws: int,
+    ) -> None:
+        self._model, self._groups, self._data, self._diffusion, self._draws = model, groups, data, diffusion, draws
+        self._manifest = load_manifest(data.path, data.remote)
+        if self._manifest.validation is None:
+            raise ValueError(f"{data.path} has no held-out split to measure on: prepare it with --holdout above 0")
+        self.sequences = min(sequences, self._manifest.validation.sequences)
+
+    def __call__(self) -> Measured:
+        batches = held_out_batches(
+            self._data, self._manifest, batch_size=16, dp_rank=0, dp_size=1, sequences=self.sequences
+        )
+        found: NelboEstimate = evaluate_nelbo(
+            [self._model], batches, self._groups, diffusion=self._diffusion, draws=self._draws
+        )
+        return Measured(found.nelbo, found.noise_standard_error, found.text_standard_error)
+
+
+class _Quantizer:
+    """Quantises the model's weights in place, and gives what is written of them, in the order of the export."""
+
+    def __init__(
+        self, plan: ExportPlan, model: BlockDiffusionTransformer, scheme: Scheme, method: Method, progress: Progress
+    ) -> None:
+        self._plan, self._model, self._scheme, self._method, self._progress = plan, model, scheme, method, progress
+        self._parameters = dict(model.named_parameters())
+        self.errors: dict[str, float] = {}
+
+    def sizes(self, tensor: NamedTensor) -> dict[str, int]:
+        """Bytes of each tensor that is written for one of the model, by name."""
+        if not is_quantized(tensor):
+            return {tensor.name: tensor.numel * self._plan.dtype.itemsize}
+        out, features = tensor.shape
+        empty = QuantizedWeight(
+            torch.zeros(out, features, dtype=torch.int8),
+            torch.ones(out, features // self._scheme.group_size, dtype=self._plan.dtype),
+        )
+        packed = packed_tensors(tensor.name.removesuffix(".weight"), empty, self._scheme)
+        return {name: part.nbytes for name, part in packed.items()}
+
+    @torch.no_grad()
+    def cast(self) -> None:
+        """Round the weights to the type that an export without quantisation has."""
+        for parameter in self._parameters.values():
+            parameter.copy_(parameter.to(self._plan.dtype))
+
+    def tensors(self, reader: TensorReader, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
+        """Everything that is written; a layer is calibrated when its first weight comes, behind quantised layers."""
+        layer, hessians = -1, {}
+        for index, tensor in enumerate(self._plan.tensors):
+            self._progress(index, len(self._plan.tensors))
+            if not is_quantized(tensor):
+                yield tensor.name, self._plan.read(reader, tensor)
+                continue
+            if tensor.boxes[0][0][0] != layer:
+                if layer >= 0:
+                    calibration.advance(layer)
+                layer = tensor.boxes[0][0][0]
+                hessians = calibration.hessians(layer)
+            linear = tensor.key.removeprefix("decoder.layers.").removesuffix(".weight")
+            yield from self._quantize(tensor, hessians[linear].hessian).items()
+
+    @torch.no_grad()
+    def _quantize(self, tensor: NamedTensor, hessian: Tensor) -> dict[str, Tensor]:
+        weight = tensor.join([self._box(tensor, *box) for box in tensor.boxes]).float()
+        if self._method == "gptq":
+            quantized = gptq(weight, hessian, self._scheme, self._plan.dtype)
+        else:
+            quantized = round_to_nearest(weight, self._scheme, self._plan.dtype)
+        self.errors[tensor.name] = output_error(weight, quantized, hessian)
+        values = quantized.dequantize(self._plan.dtype)
+        for (offset, _), data in zip(tensor.boxes, (part for _, part in tensor.split(values)), strict=True):
+            self._box(tensor, offset, tuple(data.shape)).copy_(data.squeeze(0))
+        return packed_tensors(tensor.name.removesuffix(".weight"), quantized, self._scheme)
+
+    def _box(self, tensor: NamedTensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The rows of a layer's parameter that a box of the stacked tensor is."""
+        name = tensor.key.replace("decoder.layers.", f"decoder.layers.{offset[0]}.")
+        return self._parameters[name].data[offset[1] : offset[1] + shape[1]]
+
+    def verify(self, folder: Path) -> None:
+        """Unpack what was written and compare it with the weights that are measured."""
+        written = open_weights(folder, quantised=True)
+        for tensor in self._plan.tensors:
+            if is_quantized(tensor):
+                name = tensor.name.removesuffix(".weight")
+                unpacked = unpacked_weight(
+                    {n: written.read(n) for n in self.sizes(tensor)}, name, self._scheme, self._plan.dtype
+                )
+                mine = tensor.join([self._box(tensor, *box) for box in tensor.boxes])
+                if not torch.equal(unpacked.to(mine.dtype), mine):
+                    raise ValueError(f"{name} was not written as it was quantised: is the disk sound?")

@@ -1,0 +1,129 @@
+"""What engines need beside the weights: launch lines, SGLang's algorithm file, the model card, and who can run what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bd3_scale.checkpoint.manifest import CheckpointManifest
+from bd3_scale.convert.architectures import Format
+from bd3_scale.recipe.load import resolved_yaml
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+ENGINE_MASK_ID = 151669  # of Qwen3's tokeniser; SGLang and LMDeploy know no other for SDAR
+SGLANG_CONFIG = "sglang.yaml"
+THRESHOLD = 0.9
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Whether an engine runs an export, and why not."""
+
+    name: str
+    runs: bool
+    reason: str
+
+
+def engines(kind: Format, vocabulary: Vocabulary) -> tuple[Engine, ...]:
+    """Which engines run an export of `kind`; the reasons are for people."""
+    transformers = Engine("transformers", True, "4.5x and 5.x")
+    if kind not in ("sdar", "bd3"):
+        anyone = Engine("SGLang, vLLM, LMDeploy, llama.cpp", True, "an autoregressive model like any other")
+        return transformers, anyone
+    transformers = Engine("transformers", True, "4.5x and 5.x, with trust_remote_code")
+    llama_cpp = Engine("llama.cpp", False, "it has no block-causal attention")
+    if kind == "bd3":
+        reason = "they know SDARForCausalLM alone, which needs q/k norm, RMSNorm and SwiGLU"
+        return transformers, Engine("SGLang, LMDeploy, JetEngine, Diffulex", False, reason), llama_cpp
+    fits = vocabulary.mask_id == ENGINE_MASK_ID
+    reason = (
+        f"the mask has the id {ENGINE_MASK_ID} that they expect"
+        if fits
+        else f"they take {ENGINE_MASK_ID} (Qwen3's tokeniser) for the mask, and here it has the id {vocabulary.mask_id}"
+    )
+    return (
+        transformers,
+        Engine("SGLang, LMDeploy", fits, reason),
+        Engine("JetEngine, Diffulex", True, "they read mask_token_id"),
+        llama_cpp,
+    )
+
+
+def launch_lines(block_size: int) -> str:
+    """How to serve an SDAR export, from inside its folder."""
+    return (
+        f"python -m sglang.launch_server --model-path . --trust-remote-code \\\n"
+        f"    --dllm-algorithm LowConfidence --dllm-algorithm-config {SGLANG_CONFIG}\n"
+        f"lmdeploy serve api_server . --backend pytorch --dllm-block-length {block_size} \\\n"
+        f"    --dllm-denoising-steps {block_size} --dllm-unmasking-strategy low_confidence_dynamic \\\n"
+        f"    --dllm-confidence-threshold {THRESHOLD}\n"
+    )
+
+
+def sglang_config(block_size: int) -> str:
+    """SGLang's algorithm file: the block size is not read from the model's config."""
+    return f"block_size: {block_size}\nthreshold: {THRESHOLD}\n"
+
+
+def model_card(kind: Format, architecture: str, manifest: CheckpointManifest, quantization: str | None = None) -> str:
+    """README.md of an export: what it is, how it was trained, how it is run."""
+    recipe, vocabulary = manifest.recipe, manifest.vocabulary
+    block_size = recipe.diffusion.block_size
+    block_diffusion = kind in ("sdar", "bd3")
+    tags = ["block-diffusion", "bd3_scale"] if block_diffusion else ["bd3_scale"]
+    what = (
+        f"A block diffusion language model (BD3-LM) with blocks of {block_size} tokens: blocks are written left to "
+        "right, and inside a block masked diffusion fills tokens in parallel."
+        if block_diffusion
+        else "An autoregressive language model."
+    )
+    weights = f"Its weights are in a smaller format: {quantization}.\n" if quantization else ""
+    rows = "\n".join(f"| {e.name} | {'yes' if e.runs else 'no'} | {e.reason} |" for e in engines(kind, vocabulary))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{", ".join(tags)}]
+---
+# {recipe.name}
+
+{what} Format: `{architecture}`, after {manifest.step:,} steps of training by bd3_scale. {weights}
+## Run
+
+```python
+{_example(block_diffusion)}```
+
+| engine | runs it | |
+|---|---|---|
+{rows}
+{_serving(kind, block_size)}
+## Training
+
+{_training(manifest)}"""
+
+
+def _example(block_diffusion: bool) -> str:
+    trust = ", trust_remote_code=True" if block_diffusion else ""
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained("."{trust})
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))
+"""
+
+
+def _serving(kind: Format, block_size: int) -> str:
+    if kind != "sdar":
+        return ""
+    return f"""
+```
+{launch_lines(block_size)}```
+
+Blocks are aligned to position 0, the prompt included. Logits are of the same position, without a shift.
+"""
+
+
+def _training(manifest: CheckpointManifest) -> str:
+    if isinstance(manifest.recipe, Recipe):
+        return f"```yaml\n{resolved_yaml(manifest.recipe)}```\n"
+    return f"Not trained by bd3_scale: imported from {manifest.recipe.imported_from}.\n"
