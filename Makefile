@@ -1,6 +1,8 @@
 # `make quickstart` and `make test` are all a newcomer needs; both set up .venv once.
 PYTHON ?= python3
 BIN := .venv/bin
+# A second transformers, in a folder of its own, with which the tests load exported models, too.
+TRANSFORMERS_5 := transformers==5.24.0 huggingface-hub==1.33.0 tokenizers==0.23.3
 INSTALLED := .venv/.installed
 
 .PHONY: help install quickstart test test-all parity format clean
@@ -17,12 +19,13 @@ help:
 install: $(INSTALLED)
 
 # torch and torchvision come first and together: a later dependency would pull a torchvision that brings another torch.
-$(INSTALLED): setup.py pyproject.toml constraints.txt
+$(INSTALLED): setup.py pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, not " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	@echo "Setting up .venv, once; this takes a few minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/transformers-5 $(TRANSFORMERS_5)
 	@touch $@
 
 quickstart: $(INSTALLED)

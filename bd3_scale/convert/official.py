@@ -1,0 +1,310 @@
+"""The models of the official bd3lms code (github.com/kuleshov-group/bd3lms), folded into a plain pre-norm transformer.
+
+Their DiT modulates every norm, x(1 + scale) + shift, and gates every branch by adaLN (Peebles & Xie, 2023). Without
+time conditioning the noise level that it is given is zero always, so scales, shifts and gates are constants: the first
+two become the norm's weight and bias, gates scale the rows of the projection before them. The outputs are the same.
+
+Files do not say whether a model is time-conditioned, causal or parameterised otherwise; configurations do. One is read
+from config.json beside the weights, or from a Lightning checkpoint's hyperparameters. Where there is none, the model is
+taken for one of `algo=bd3lm` or `algo=mdlm`, which are the code's block diffusion models and have no time conditioning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bd3_scale.convert.folder import CONFIG, DTYPES, WEIGHTS, WEIGHTS_INDEX, open_weights, read_json
+from bd3_scale.convert.official_fold import fold, parameters
+from bd3_scale.convert.official_pickle import load_pickle, plain
+from bd3_scale.convert.weights import Weights
+from bd3_scale.recipe.schema import ModelRecipe
+
+ROPE_THETA = 10_000.0
+NORM_EPS = 1e-5  # of F.layer_norm, which the code calls without one
+DEFAULT_LENGTH = 1024  # model.length of the published models
+
+_MODEL_TYPES = ("bd3lm", "mdlm")
+_PICKLED = "pytorch_model.bin"
+# The mask is a new last id, except that BERT's uncased vocabulary (LM1B) brings its own.
+_OWN_MASK = {30522: 103}
+_PREFIX = re.compile(r"(?:(?:backbone|_orig_mod|module)\.)+")
+_INV_FREQ = "rotary_emb.inv_freq"
+# The searched mask-rate interval, the noise schedule's buffers and the attention mask.
+_NO_WEIGHTS = re.compile(r"sampling_eps_(min|max)|noise\..*|(block_diff_|cross_attn_)?mask")
+
+
+@dataclass(frozen=True)
+class OfficialModel:
+    """An official model as a plain one.
+
+    Attributes:
+        block_size: None where no configuration says it; the whole length of a model without a clean stream (MDLM).
+        mask_id: the last row of the vocabulary, or BERT's own mask.
+        max_position_embeddings: tokens of a training sequence; that of the published models where nothing says it.
+        source: which weights were taken, the moving average's where there is one.
+        weights: named as Qwen3's, in the dtype of the file.
+    """
+
+    model: ModelRecipe
+    block_size: int | None
+    mask_id: int
+    vocab_size: int
+    max_position_embeddings: int
+    source: Literal["weights", "ema"]
+    weights: Weights
+
+
+def is_official(path: Path) -> bool:
+    """Whether `path` is to be read by `open_official`: a single file, or a folder whose config.json is of that code."""
+    return path.is_file() or (path.is_dir() and bool(_config_in(path)))
+
+
+def open_official(path: Path) -> OfficialModel:
+    """Read and check a checkpoint; its weights are folded when they are read.
+
+    Args:
+        path: a state dict from `torch.save`, a Lightning checkpoint, a safetensors file, or a folder of
+            `save_pretrained` or `push_to_hub`.
+
+    Raises:
+        ValueError: another model or a variant that does not fold, missing or extra tensors, a damaged file, a pickle
+            that could run code.
+        FileNotFoundError: the folder has no weights.
+    """
+    tensors, shadow, config = _open(path)
+    said = _flatten(config)
+    _refuse_variants(path, said)
+    expected = _check_tensors(path, tensors, said)
+    averaged = _averaged(path, shadow, expected) if shadow else None
+    model = _recipe(path, tensors, expected, said)
+    vocab_size = expected["vocab_embed.embedding"][0]
+    _check_sizes(path, said, model, vocab_size)
+    length = _integer(said, "model_length")
+    return OfficialModel(
+        model=model,
+        block_size=_integer(said, "block_size") if said.get("cross_attn", True) else length,
+        mask_id=_OWN_MASK.get(vocab_size, vocab_size - 1),
+        vocab_size=vocab_size,
+        max_position_embeddings=length or DEFAULT_LENGTH,
+        source="ema" if averaged else "weights",
+        weights=fold(averaged or tensors, model.num_layers),
+    )
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
+    """config.json if the official code wrote it: as a transformers model, or as a Hugging Face mixin of its DiT."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    nested = config.get("config")
+    hydra = isinstance(nested, Mapping) and "model" in nested
+    return config if hydra or config.get("model_type") in _MODEL_TYPES else {}
+
+
+def _open(path: Path) -> tuple[Weights, list[Tensor], Mapping[str, Any]]:
+    """Tensors, those of the moving average without names, and the configuration."""
+    if path.is_dir():
+        safe = any((path / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+        if safe or not (path / _PICKLED).is_file():
+            return _without_prefix(path, open_weights(path)), [], _config_in(path)
+        path = path / _PICKLED
+    if _is_safetensors(path):
+        return _without_prefix(path, _open_safetensors(path)), [], _config_in(path.parent)
+    content = load_pickle(path)
+    state, ema = content.get("state_dict", content), content.get("ema") or {}
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        names = ", ".join(map(str, list(content)[:8]))
+        raise ValueError(f"{path} holds {names}: neither a state dict nor a Lightning checkpoint with one")
+    shadow = ema.get("shadow_params", []) if isinstance(ema, Mapping) else []
+    config = plain(content.get("hyper_parameters")) if state is not content else None
+    return _without_prefix(path, _of_tensors(state)), shadow, config or _config_in(path.parent)
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _open_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
+            # Any type that is no weight's; it is refused by name if a weight has it.
+            dtypes = {name: DTYPES.get(view.get_dtype(), torch.uint8) for name, view in views.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no safetensors file, or truncated ({error}): download it again") from error
+    return Weights(shapes, dtypes, partial(_read_safetensors, path))
+
+
+def _read_safetensors(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _of_tensors(tensors: Mapping[str, Tensor]) -> Weights:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    return Weights(shapes, dtypes, lambda name: tensors[name].detach())
+
+
+def _without_prefix(path: Path, weights: Weights) -> Weights:
+    """Named as in the DiT itself, not as in what wraps it: Lightning, transformers, torch.compile, DDP."""
+    origin: dict[str, str] = {}
+    for name in weights.shapes:
+        short = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
+        if short in origin and not _NO_WEIGHTS.fullmatch(short):
+            raise ValueError(f"{path} holds two models: both {origin[short]} and {name}; save one of them alone")
+        origin[short] = name
+    return Weights(
+        shapes={short: weights.shapes[name] for short, name in origin.items()},
+        dtypes={short: weights.dtypes[name] for short, name in origin.items()},
+        read=lambda short: weights.read(origin[short]),
+    )
+
+
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration under the names of the transformers one (models/hf/configuration_bd3lm.py)."""
+    hydra = config.get("config")
+    if not isinstance(hydra, Mapping):
+        return {"cross_attn": config.get("model_type") != "mdlm", **config}
+    algo, model = hydra.get("algo") or hydra, hydra.get("model") or {}  # the MDLM code has no `algo`
+    said = {
+        "block_size": hydra.get("block_size"),
+        "model_length": model.get("length"),
+        "hidden_dim": model.get("hidden_size"),
+        "n_blocks": model.get("n_blocks"),
+        "n_heads": model.get("n_heads"),
+        "vocab_size": config.get("vocab_size"),
+        "time_conditioning": algo.get("time_conditioning"),
+        "causal": model.get("causal_attention", algo.get("causal_attention")),
+        "cross_attn": algo.get("cross_attn", False),
+        "parameterization": algo.get("parameterization"),
+        "backbone": algo.get("backbone"),
+    }
+    if said["block_size"] == "${model.length}":
+        said["block_size"] = said["model_length"]
+    return said
+
+
+def _integer(said: Mapping[str, Any], name: str) -> int | None:
+    value = said.get(name)
+    return value if type(value) is int and value > 0 else None
+
+
+def _refuse_variants(path: Path, said: Mapping[str, Any]) -> None:
+    if said.get("causal") or said.get("parameterization") == "ar":
+        raise ValueError(_AUTOREGRESSIVE.format(path=path))
+    if (parameterization := said.get("parameterization")) not in (None, "subs"):
+        raise ValueError(
+            f"{path} is of parameterization={parameterization}, and only `subs` gives the logits of clean tokens: "
+            "take a model of algo=bd3lm or algo=mdlm"
+        )
+    if said.get("time_conditioning"):
+        raise ValueError(
+            f"{path} is time-conditioned (time_conditioning=true): its modulations change with the noise level, and no "
+            "constants can take their place in the weights; take a model that was trained with time_conditioning=false"
+        )
+    if (backbone := said.get("backbone")) not in (None, "dit", "hf_dit"):
+        raise ValueError(f"{path} has backbone={backbone}, and only the DiT (dit, hf_dit) can be imported")
+
+
+_AUTOREGRESSIVE = (
+    "{path} is the causal next-token (AR) model of the official code, not a diffusion model: take a model of "
+    "algo=bd3lm or algo=mdlm, or begin from a next-token model of a supported Hugging Face architecture"
+)
+
+
+def _check_tensors(path: Path, tensors: Weights, said: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the backbone's parameters in their order, once every one of them is there."""
+    shapes = tensors.shapes
+    if len(shapes.get("vocab_embed.embedding", ())) != 2:
+        found = ", ".join(list(shapes)[:4]) or "no tensors"
+        raise ValueError(f"{path} is no DiT of bd3lms: it has no matrix vocab_embed.embedding; it has {found}")
+    if "blocks.0.attn_qkv.weight" in shapes and not any("adaLN_modulation" in name for name in shapes):
+        raise ValueError(_AUTOREGRESSIVE.format(path=path))
+    expected = parameters(shapes, _integer(said, "n_blocks"))
+    known = {*expected, _INV_FREQ}
+    groups = {
+        "missing": [name for name in expected if name not in shapes],
+        "not part of the model": [name for name in shapes if name not in known and not _NO_WEIGHTS.fullmatch(name)],
+        "of another shape": [f"{n} {shapes[n]}, not {s}" for n, s in expected.items() if shapes.get(n, s) != s],
+        "no floating-point numbers": [n for n in expected if n in shapes and not tensors.dtypes[n].is_floating_point],
+    }
+    if any(groups.values()):
+        raise ValueError(f"{path} is no DiT of bd3lms, or not all of one:\n  - " + "\n  - ".join(_listed(groups)))
+    return expected
+
+
+def _listed(groups: Mapping[str, list[str]]) -> Iterator[str]:
+    for kind, names in groups.items():
+        if names:
+            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+            yield f"{kind}: {', '.join(names[:6])}{more}"
+
+
+def _averaged(path: Path, shadow: list[Tensor], expected: Mapping[str, tuple[int, ...]]) -> Weights:
+    """The moving average, which the code keeps as a list in the order of the backbone's parameters (models/ema.py)."""
+    found = [tuple(tensor.shape) if isinstance(tensor, Tensor) else None for tensor in shadow]
+    if found != list(expected.values()):
+        wrong = [f"{n} {f}, not {s}" for f, (n, s) in zip(found, expected.items(), strict=False) if f != s]
+        raise ValueError(
+            f"the moving average in {path} is of another model: it has {len(found)} tensors, the model {len(expected)}"
+            + f"; {', '.join(wrong[:3])}" * bool(wrong)
+            + "; remove `ema` from the file to import the weights of the last step"
+        )
+    return _of_tensors(dict(zip(expected, shadow, strict=True)))
+
+
+def _recipe(
+    path: Path, tensors: Weights, expected: Mapping[str, tuple[int, ...]], said: Mapping[str, Any]
+) -> ModelRecipe:
+    hidden = expected["vocab_embed.embedding"][1]
+    return ModelRecipe(
+        num_layers=sum(name.endswith(".attn_qkv.weight") for name in expected),
+        hidden_size=hidden,
+        num_attention_heads=_heads(path, tensors, hidden, said),
+        ffn_hidden_size=expected["blocks.0.mlp.0.weight"][0],
+        activation="gelu_tanh",
+        normalization="layernorm",
+        norm_bias=True,
+        norm_eps=NORM_EPS,
+        qk_norm=False,
+        mlp_bias=True,
+        attention_bias=False,
+        head_bias=True,
+        tie_embeddings=False,
+        rope_theta=ROPE_THETA,
+    )
+
+
+def _heads(path: Path, tensors: Weights, hidden: int, said: Mapping[str, Any]) -> int:
+    if _INV_FREQ not in tensors.shapes:
+        if (heads := _integer(said, "n_heads")) is None:
+            raise ValueError(f"{path} lacks {_INV_FREQ}, and no config.json says n_heads: how many heads is unknown")
+        return heads
+    found = tensors.read(_INV_FREQ).double()
+    count = found.numel()
+    if found.dim() != 1 or not count or hidden % (2 * count):
+        raise ValueError(f"{path}: {_INV_FREQ} {tuple(found.shape)} does not fit a hidden size of {hidden}")
+    # bf16 keeps two to three digits.
+    if not torch.allclose(found, ROPE_THETA ** -(torch.arange(count).double() / count), rtol=1e-2):
+        raise ValueError(f"{path}: {_INV_FREQ} is not that of base {ROPE_THETA:.0f}, the only one that bd3lms has")
+    return hidden // (2 * count)
+
+
+def _check_sizes(path: Path, said: Mapping[str, Any], model: ModelRecipe, vocab_size: int) -> None:
+    sizes = {"hidden_dim": model.hidden_size, "n_heads": model.num_attention_heads, "vocab_size": vocab_size}
+    for name, size in sizes.items():
+        if _integer(said, name) not in (None, size):
+            raise ValueError(
+                f"the configuration of {path} says {name}={said[name]}, and its tensors say {size}: it is of another "
+                "model; put the right config.json there, or none"
+            )

@@ -1,0 +1,129 @@
+"""Files of `torch.save`, read without running what they say.
+
+A pickle names classes and functions to call. torch's `weights_only` reader knows those of tensors and refuses others,
+but every Lightning checkpoint of the official code has its Hydra configuration and its tokeniser pickled beside the
+weights. Objects of those packages are read as stand-ins, which hold what was pickled: neither the packages are
+imported nor is anything of theirs called. What is named beyond that is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STOOD_IN_FOR = re.compile(
+    r"(omegaconf|transformers|tokenizers)\..+|typing\.Any|builtins\.(dict|list|tuple|int|float|str|bool)"
+)
+_DEFAULTDICT = "collections.defaultdict"
+# What torch's reader lets through of a damaged or hostile pickle.
+_UNREADABLE = (
+    RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, EOFError, OSError,
+    pickle.UnpicklingError, struct.error, OverflowError,
+)  # fmt: skip
+_DEEPEST = 16
+
+
+class _StandIn:
+    """An object of a class that is not imported; `state` is what was pickled of it."""
+
+    state: object = None
+
+    def __new__(cls, *args: object) -> _StandIn:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+def _empty_dict(*args: object) -> dict[object, object]:
+    return {}
+
+
+def load_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary in a file of `torch.save`; tensors stay in the file until they are used.
+
+    Raises:
+        ValueError: truncated, corrupt, no such file, no dictionary, or the pickle names what is no tensor's.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} {_what_it_is(path)}")
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} is no file of torch.save, or corrupt: {error}") from error
+    if unsafe := sorted(name for name in named if name != _DEFAULTDICT and not _STOOD_IN_FOR.fullmatch(name)):
+        raise ValueError(_unsafe_message(path, unsafe))
+    stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (_empty_dict if name == _DEFAULTDICT else _StandIn, name) for name in named
+    ]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            f"download it again, or save its tensors alone:\n  {_save_again(path)}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, and a state dict or a Lightning checkpoint is expected"
+        )
+    return content
+
+
+def plain(value: object, depth: int = 0) -> Any:
+    """Dictionaries, lists and scalars of a Hydra (OmegaConf) configuration; None in place of all else."""
+    if depth > _DEEPEST:
+        return None
+    if isinstance(value, _StandIn):
+        state = value.state if isinstance(value.state, Mapping) else {}
+        return plain(state.get("_content", state.get("_val")), depth + 1)
+    if isinstance(value, dict):
+        return {key: plain(item, depth + 1) for key, item in value.items() if isinstance(key, str)}
+    if isinstance(value, list):
+        return [plain(item, depth + 1) for item in value]
+    return value if isinstance(value, str | int | float) else None
+
+
+def _what_it_is(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(32)
+    if head.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the weights: run `git lfs pull` in its folder"
+    if head.startswith(b"PK"):
+        return "is truncated: download or copy it again"
+    if head.startswith(b"\x80"):
+        return (
+            "has the format that torch.save had before torch 1.6: load it with the torch that wrote it, and save it "
+            "again with a newer one"
+        )
+    if not head:
+        return "is empty: download or copy it again"
+    return "is neither a file of torch.save nor a safetensors file"
+
+
+def _unsafe_message(path: Path, names: list[str]) -> str:
+    listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return (
+        f"{path} is not loaded: its pickle calls {listed}, which is no part of tensors and could run any code. If you "
+        f"trust whoever wrote it, save its tensors alone, where the code that it needs is installed:\n"
+        f"  {_save_again(path)}"
+    )
+
+
+def _save_again(path: Path) -> str:
+    keep = "{k: v for k, v in c.items() if k in ('state_dict', 'ema') or torch.is_tensor(v)}"
+    return (
+        f"python -c \"import torch; c = torch.load({str(path)!r}, weights_only=False, map_location='cpu'); "
+        f"torch.save({keep}, 'weights.ckpt')\""
+    )

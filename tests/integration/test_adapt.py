@@ -1,0 +1,164 @@
+"""From a folder of transformers to a served block diffusion model, through the command line alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc_data.topics
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
+from models import config, save_folder, tensors, transformers_model
+
+BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
+STEPS = 10
+RECIPE = {
+    "name": "adapt",
+    "diffusion": {
+        "block_size": 8,
+        "block_size_schedule": [{"block_size": 1, "steps": 3}, {"block_size": 16, "steps": 4}],
+        "mask_rate_low": 0.2,
+        "mask_rate_high": 0.8,
+        "noisy_copies": 2,
+        "mask_noise_std": 0.1,
+        "mask_noise_steps": 4,
+    },
+    "data": {"path": "data", "seq_len": 64},
+    "optimizer": {"lr": 1e-3, "ema_decay": 0.9},
+    "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+    "parallel": {"tensor": 2},
+    "evaluation": {"every_steps": 5, "sequences": 8},
+    "checkpoint": {"every_steps": 5},
+    "logging": {"wandb": {"mode": "disabled"}},
+}
+
+
+def command(folder: Path, *arguments: object, returncode: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([BD3_SCALE, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=250)
+    assert done.returncode == returncode, done.stdout + done.stderr
+    return done
+
+
+def losses(run: Path) -> dict[int, tuple[float, float]]:
+    path = run / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return {r["step"]: (r["train_loss"], r["grad_norm"]) for r in records if "train_loss" in r}
+
+
+def adapt(run: str) -> list[str]:
+    return ["adapt", "model", "adapt.yaml", "--text", "text", f"run_dir={run}"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text, a model of transformers, a recipe, and the finished run `whole`."""
+    folder = tmp_path_factory.mktemp("adapt")
+    (folder / "text").mkdir()
+    for name, text in list(pydoc_data.topics.topics.items())[:24]:
+        (folder / "text" / f"{name.replace('/', '-')}.txt").write_text(text)
+    shape = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2}
+    save_folder(folder / "model", transformers_model("Qwen3", vocab_size=257, num_key_value_heads=2, **shape))
+    (folder / "adapt.yaml").write_text(yaml.safe_dump(RECIPE))
+    command(folder, *adapt("whole"))
+    return folder
+
+
+def test_the_run_began_with_the_import(workplace: Path) -> None:
+    recipe = yaml.safe_load((workplace / "whole" / "adapt.yaml").read_text())
+    assert recipe["init_from"] == "whole/initial"
+    assert recipe["model"]["hidden_size"] == 128
+    assert sorted(losses(workplace / "whole")) == list(range(1, STEPS + 1))
+    log = (workplace / "whole" / "logs" / "rank0.log") if (workplace / "whole" / "logs").is_dir() else None
+    assert log is None or not log.exists() or "from the weights of whole/initial" in log.read_text()
+    manifest = json.loads((workplace / "data" / "manifest.json").read_text())
+    assert manifest["document_multiple"] % 16 == 0
+    assert manifest["vocabulary"] == {"size": 258, "eos_id": 256, "mask_id": 257, "rows": 0}
+
+
+def test_killed_and_repeated_it_goes_on_bitwise(workplace: Path) -> None:
+    process = subprocess.Popen(
+        [BD3_SCALE, *adapt("killed")], cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while max(losses(workplace / "killed"), default=0) < 7:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+    assert "resumed after step 5" in command(workplace, *adapt("killed")).stdout
+    assert losses(workplace / "killed") == losses(workplace / "whole")
+
+
+def test_it_is_exported_inspected_and_measured(workplace: Path) -> None:
+    done = command(workplace, "convert", "export", "whole", "--out", "served", "--dry-run", "--json")
+    assert json.loads(done.stdout)["result"] == "would write served"
+    assert not (workplace / "served").exists()
+    said = json.loads(command(workplace, "convert", "export", "whole", "--out", "served", "--json").stdout)
+    assert said["format"] == "SDARForCausalLM"
+    assert said["SGLang, LMDeploy"].startswith("does not run it: they take 151669")
+    assert config(workplace / "served")["block_size"] == 8
+    found = command(workplace, "convert", "inspect", "whole", "--verify", "--json")
+    assert json.loads(found.stdout)["sound"]
+    evaluated = json.loads(command(workplace, "evaluate", "whole", "--sequences", 8, "--json").stdout)
+    command(workplace, "convert", "import", "served", "--out", "again")
+    again = json.loads(command(workplace, "evaluate", "again", "--data", "data", "--sequences", 8, "--json").stdout)
+    assert again["nelbo"] == pytest.approx(evaluated["nelbo"], rel=1e-6)
+    written = json.loads(
+        command(workplace, "generate", "again", "--prompt", "The", "--max-new-tokens", 9, "--json").stdout
+    )
+    assert written["nfe"] >= len(written["tokens"])
+    refused = command(workplace, "convert", "export", "whole", "--out", "served", returncode=2)
+    assert "error: served exists; remove it or choose another folder" in refused.stderr
+    refused = command(workplace, "evaluate", "again", returncode=2)
+    assert "name some that are prepared, with --data" in refused.stderr
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_is_quantised(bits: int, workplace: Path) -> None:
+    numbers = ["--calibration-sequences", 8, "--sequences", 8, "--draws", 2, "--json"]
+    out = f"int{bits}"
+    report = json.loads(
+        command(workplace, "convert", "quantize", "whole", "--bits", bits, "--out", out, *numbers).stdout
+    )
+    assert report["method"] == {4: "gptq", 8: "rtn"}[bits]
+    assert len(report["errors"]) == 2 * 7
+    assert max(report["errors"].values()) < {4: 0.05, 8: 1e-3}[bits]
+    found = tensors(workplace / out)
+    assert report["bytes_after"] == sum(tensor.nbytes for tensor in found.values())
+    packed = found["model.layers.0.mlp.up_proj.weight_packed"]
+    assert packed.dtype == torch.int32
+    assert packed.shape == (128, 128 * bits // 32)
+    assert report["after"]["nelbo"] == pytest.approx(report["before"]["nelbo"], rel={4: 0.05, 8: 0.01}[bits])
+    assert report["after"]["nelbo"] != report["before"]["nelbo"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapt", "again-missing", "adapt.yaml", "--text", "text"], "again-missing does not exist"),
+        (["adapt", "model", "adapt.yaml", "data.path=nothing"], "holds no prepared data: give the text to train on"),
+        (
+            ["adapt", "model", "adapt.yaml", "--text", "text", "train.steps=5"],
+            "diffusion.block_size_schedule takes 7 steps of train.steps=5",
+        ),
+        (["convert", "inspect", "text"], "is neither a checkpoint nor a run directory"),
+        (["convert", "quantize", "whole", "--out", "x", "--group-size", "96"], "must divide into groups of 96"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(arguments: list[str], message: str, workplace: Path) -> None:
+    before = sorted(path.name for path in workplace.iterdir())
+    done = command(workplace, *arguments, returncode=2)
+    assert message in " ".join(done.stderr.split())
+    assert sorted(path.name for path in workplace.iterdir()) == before

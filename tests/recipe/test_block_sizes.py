@@ -1,0 +1,78 @@
+"""Block sizes that change during training: what each step trains with, and what a recipe may not ask for."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.schema import DiffusionRecipe, Recipe, RecipeError
+
+phases = st.lists(st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 5)), max_size=5)
+
+
+@given(phases, st.sampled_from([1, 4, 32]))
+def test_every_step_has_the_block_size_of_its_phase(schedule: list[tuple[int, int]], last: int) -> None:
+    diffusion = DiffusionRecipe.model_validate(
+        {"block_size": last, "block_size_schedule": [{"block_size": b, "steps": n} for b, n in schedule]}
+    )
+    expected = [size for size, steps in schedule for _ in range(steps)] + [last] * 3
+    assert [diffusion.block_size_at(step) for step in range(len(expected))] == expected
+    assert diffusion.block_sizes == (*(size for size, _ in schedule), last)
+
+
+def test_noise_on_the_mask_falls_to_zero() -> None:
+    diffusion = DiffusionRecipe(block_size=4, mask_noise_std=0.5, mask_noise_steps=4)
+    assert [diffusion.mask_noise_at(step) for step in range(6)] == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
+    assert DiffusionRecipe(block_size=4).mask_noise_at(0) == 0.0
+
+
+def recipe(steps: int = 20, **diffusion: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "r",
+            "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
+            "diffusion": {"block_size": 8} | diffusion,
+            "data": {"path": "d", "seq_len": 64},
+            "train": {"steps": steps, "global_batch_size": 2, "micro_batch_size": 1},
+        }
+    )
+
+
+UP = [{"block_size": 1, "steps": 5}, {"block_size": 16, "steps": 10}]
+
+
+def test_a_sound_schedule_passes() -> None:
+    check_recipe(recipe(block_size_schedule=UP), 1, 32)
+    check_recipe(recipe(block_size=1, objective="next_token"), 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"block_size_schedule": UP, "steps": 15}, "takes 15 steps of train.steps=15, and none would be left for"),
+        ({"block_size_schedule": [{"block_size": 24, "steps": 1}]}, "blocks of diffusion.block_size=24"),
+        (
+            {"block_size_schedule": [{"block_size": 64, "steps": 1}]},
+            "block_size=64 does not divide document_multiple=32",
+        ),
+        (
+            {"block_size_schedule": [{"block_size": 64, "steps": 1}], "noisy_copies": 2},
+            "share one clean stream, and block_size=64 of seq_len=64 has none",
+        ),
+        ({"mask_noise_std": 0.1}, "mask_noise_std=0.1 and mask_noise_steps=0 belong together"),
+        ({"objective": "next_token"}, "objective=next_token masks nothing: set diffusion.block_size=1"),
+        ({"objective": "next_token", "block_size": 1, "noisy_copies": 2}, "leave noisy_copies out"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(changes: dict, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        check_recipe(recipe(**changes), 1, 32)
+
+
+def test_a_problem_of_several_block_sizes_is_named_once() -> None:
+    schedule = [{"block_size": 64, "steps": 1}, {"block_size": 16, "steps": 1}, {"block_size": 64, "steps": 1}]
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(recipe(block_size_schedule=schedule), 1, 32)
+    assert len(caught.value.problems) == 1
