@@ -82,7 +82,7 @@ def _inspect_native(path: Path, verify: bool) -> Inspection:
     if isinstance(recipe, Recipe):
         parallel = recipe.parallel
         details["written by"] = (
-            f"{manifest.world_size} ranks (tensor {parallel.tensor}, pipeline {parallel.pipeline}, context "
+            f"{manifest.world_size} rank{'s' * (manifest.world_size > 1)} (tensor {parallel.tensor}, pipeline {parallel.pipeline}, context "
             f"{parallel.context}, ZeRO {parallel.zero_stage}); any number can read it"
         )
     else:

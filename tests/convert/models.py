@@ -54,7 +54,8 @@ def transformers_model(name: str, **config):
     with without_broken_torchvision():
         import transformers
 
-        classes = [getattr(transformers, f"{name}{part}") for part in ("ForCausalLM", "Config")]
+        head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+        classes = [getattr(transformers, f"{name}{part}") for part in (head, "Config")]
 
     torch.manual_seed(0)
     model = classes[0](classes[1](**SHAPE | config))

@@ -146,7 +146,9 @@ def test_missing_and_extra_tensors_are_named(folder: Path) -> None:
         del all_tensors["model.layers.2.mlp.up_proj.weight"]
 
     edit_tensors(folder, edit)
-    named = r"missing: model\.layers\.2\.mlp\.up_proj\.weight\n.*part of the model: model\.layers\.0\.self_attn\.extra\n"
+    named = (
+        r"missing: model\.layers\.2\.mlp\.up_proj\.weight\n.*part of the model: model\.layers\.0\.self_attn\.extra\n"
+    )
     with pytest.raises(ValueError, match=named):
         plan_import(folder)
 
