@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -227,6 +227,14 @@ def generate(
             show_default="4, and 0 for vocabularies of bytes",
         ),
     ] = None,
+    unmasking: Annotated[
+        Literal["first-hitting", "static", "dynamic"],
+        typer.Option(help="One token a pass, or the most confident ones: so many, or also all above a threshold."),
+    ] = "first-hitting",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Passes a block, static and dynamic.", show_default="one a token")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Dynamic: probability above.", show_default="0.9")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -253,6 +261,9 @@ def generate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             min_entropy=min_entropy,
+            unmasking=unmasking,
+            steps=steps,
+            threshold=threshold,
             seed=seed,
             progress=bar.show,
         )

@@ -29,6 +29,7 @@ class Architecture:
     Attributes:
         tied: the checkpoint has no head of its own.
         mask_id: None of a model that knows no mask.
+        num_token_ids: ids in use, where the embedding has more rows.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Architecture:
     vocab_rows: int
     eos_id: int | None
     mask_id: int | None
+    num_token_ids: int | None
     max_position_embeddings: int
 
 
@@ -52,7 +54,7 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
     """
     names = config.get("architectures") or []
     name = names[0] if names else None
-    if name not in ARCHITECTURES:
+    if name is None or name not in ARCHITECTURES:
         raise ValueError(
             f"architecture {name or config.get('model_type')!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
             ", and the checkpoints of the official bd3lms code"
@@ -76,6 +78,7 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
         vocab_rows=_required(config, "vocab_size"),
         eos_id=eos[0] if isinstance(eos, list) else eos,
         mask_id=_required(config, "mask_token_id") if block_diffusion else None,
+        num_token_ids=config.get("num_token_ids"),
         max_position_embeddings=config.get("max_position_embeddings", 2048),
     )
 

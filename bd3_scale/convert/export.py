@@ -96,6 +96,8 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
         max_position_embeddings=recipe.max_position_embeddings,
         dtype=str(target).removeprefix("torch."),
     )
+    if block_diffusion and rows > vocabulary.size:
+        config["num_token_ids"] = vocabulary.size
     tensors = named_tensors(
         recipe.model, vocab_rows=rows, padded_rows=vocabulary.padded_size, tied=config["tie_word_embeddings"]
     )
@@ -177,7 +179,9 @@ def write_companions(
 
 
 def _write_generation_config(folder: Path, plan: ExportPlan) -> None:
-    content = {key: plan.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in plan.config}
+    content: dict[str, Any] = {
+        key: plan.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in plan.config
+    }
     imported = plan.checkpoint / IMPORTED / "generation_config.json"
     if imported.is_file() and _source_config(plan.checkpoint).get("architectures") == plan.config["architectures"]:
         content = read_json(imported)

@@ -115,7 +115,7 @@ def plan_import(
         weights = open_weights(source)
         eos_id = architecture.eos_id if eos_id is None else eos_id
         rows, mask_id = architecture.vocab_rows, architecture.mask_id
-        vocabulary, loaded = _vocabulary(found, mask_token, rows, eos_id, mask_id)
+        vocabulary, loaded = _vocabulary(found, mask_token, rows, eos_id, mask_id, architecture.num_token_ids)
         plan = ImportPlan(
             source, architecture.name, architecture.model, architecture.diffusion,
             architecture.max_position_embeddings, rows, vocabulary, loaded, mask_id is None, weights,
@@ -185,7 +185,12 @@ def _tokenizer_source(source: Path, tokenizer: str | None) -> str | None:
 
 
 def _vocabulary(
-    tokenizer: str | None, mask_token: str | None, rows: int, eos_id: int | None, mask_id: int | None
+    tokenizer: str | None,
+    mask_token: str | None,
+    rows: int,
+    eos_id: int | None,
+    mask_id: int | None,
+    num_token_ids: int | None = None,
 ) -> tuple[Vocabulary, Tokenizer | None]:
     """The ids that text, model and mask agree on; mask_id: of a model that has one."""
     if tokenizer is None:
@@ -195,7 +200,7 @@ def _vocabulary(
             )
         if eos_id is None:
             raise ValueError("there is no tokenizer.json beside the weights: give --tokenizer, or --eos-id")
-        return Vocabulary(size=rows, eos_id=eos_id, mask_id=mask_id, rows=rows), None
+        return Vocabulary(size=num_token_ids or rows, eos_id=eos_id, mask_id=mask_id, rows=rows), None
     loaded = load_tokenizer(tokenizer, mask_token)
     own = loaded.vocabulary
     # A mask that the tokeniser did not know is its last id, and may lie one behind the embedding.

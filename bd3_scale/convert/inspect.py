@@ -10,7 +10,7 @@ from pathlib import Path
 from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, damaged_files, read_manifest
 from bd3_scale.checkpoint.store import resolve_checkpoint
 from bd3_scale.checkpoint.tensors import TensorReader
-from bd3_scale.convert.architectures import ARCHITECTURES, export_obstacles, read_architecture
+from bd3_scale.convert.architectures import ARCHITECTURES, Format, export_obstacles, read_architecture
 from bd3_scale.convert.folder import CONFIG, open_weights, read_json
 from bd3_scale.convert.official import is_official, open_official
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -44,7 +44,7 @@ class Inspection:
     bytes: int
     health: str
     sound: bool
-    exports: Mapping[str, str | None]
+    exports: Mapping[Format, str | None]
     details: Mapping[str, object]
     tensors: tuple[TensorInfo, ...]
 
@@ -81,10 +81,9 @@ def _inspect_native(path: Path, verify: bool) -> Inspection:
     details: dict[str, object] = {"step": manifest.step}
     if isinstance(recipe, Recipe):
         parallel = recipe.parallel
-        details["written by"] = (
-            f"{manifest.world_size} rank{'s' * (manifest.world_size > 1)} (tensor {parallel.tensor}, pipeline {parallel.pipeline}, context "
-            f"{parallel.context}, ZeRO {parallel.zero_stage}); any number can read it"
-        )
+        ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size > 1)}"
+        layout = f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"
+        details["written by"] = f"{ranks} ({layout}, ZeRO {parallel.zero_stage}); any number can read it"
     else:
         details["imported from"] = recipe.imported_from
     details |= {
@@ -116,7 +115,7 @@ def _inspect_huggingface(path: Path) -> Inspection:
     weights = open_weights(path, quantised=quantised)
     name = (config.get("architectures") or ["?"])[0]
     details: dict[str, object] = {"tokeniser": _tokenizer(path)}
-    exports: Mapping[str, str | None] = {}
+    exports: Mapping[Format, str | None] = {}
     if quantised:
         details["quantised"] = config["quantization_config"].get("format", "yes")
     if name in ARCHITECTURES and not quantised:

@@ -211,7 +211,7 @@ class _Quantizer:
         else:
             quantized = round_to_nearest(weight, self._scheme, self._plan.dtype)
         self.errors[tensor.name] = output_error(weight, quantized, hessian)
-        values = quantized.dequantize(self._plan.dtype)
+        values = quantized.dequantize()
         for (offset, _), data in zip(tensor.boxes, (part for _, part in tensor.split(values)), strict=True):
             self._box(tensor, offset, tuple(data.shape)).copy_(data.squeeze(0))
         return packed_tensors(tensor.name.removesuffix(".weight"), quantized, self._scheme)
@@ -227,9 +227,7 @@ class _Quantizer:
         for tensor in self._plan.tensors:
             if is_quantized(tensor):
                 name = tensor.name.removesuffix(".weight")
-                unpacked = unpacked_weight(
-                    {n: written.read(n) for n in self.sizes(tensor)}, name, self._scheme, self._plan.dtype
-                )
+                unpacked = unpacked_weight({n: written.read(n) for n in self.sizes(tensor)}, name, self._scheme)
                 mine = tensor.join([self._box(tensor, *box) for box in tensor.boxes])
                 if not torch.equal(unpacked.to(mine.dtype), mine):
                     raise ValueError(f"{name} was not written as it was quantised: is the disk sound?")

@@ -1,4 +1,4 @@
-"""Block by block with a KV cache of the clean prefix; inside a block, first-hitting ancestral sampling.
+"""Block by block with a KV cache of the clean prefix; inside a block, by one of the rules of `unmasking`.
 
 Blocks are aligned to position 0 including the prompt, whose tail is clean tokens of the first generated block.
 
@@ -7,6 +7,7 @@ Shapes: B samples, L' tokens a block, V vocabulary entries.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bd3_scale.attention.spans import make_spans
+from bd3_scale.generate.unmasking import Rule, Unmasking
 from bd3_scale.model.kv_cache import KVCache
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 
@@ -44,21 +46,27 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     min_entropy: float | None = None,
+    unmasking: Rule = "first-hitting",
+    steps: int | None = None,
+    threshold: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], object] = lambda done, limit: None,
 ) -> Sample:
     """Continue `prompt` by up to `max_new_tokens` tokens; all tensor-parallel ranks call it alike (collective).
 
-    A denoising pass unmasks one token of the block, at a place drawn uniformly among the masked ones: the reverse
-    process of masked diffusion simulated exactly (first hitting; Zheng et al., ICLR 2025), in as many passes as there
-    are masked tokens. Sampling stops after the block that holds EOS, or when the entropy of the last 256 tokens falls
+    A denoising pass unmasks one token of the block at a place drawn uniformly (`first-hitting`), or the most confident
+    ones, in `steps` passes (`static`) or also all above `threshold` (`dynamic`); see `bd3_scale.generate.unmasking`.
+    At temperature 0 the most likely tokens are taken, and their confidence is their probability at 1. Sampling stops
+    after the block that holds EOS, or when the entropy of the last 256 tokens falls
     below `min_entropy` nats: by default 4 (the paper's rule), and 0 for vocabularies of bytes or characters, whose text
     never reaches 4. `progress` is told after each block how many tokens there are, and the limit.
 
     Raises:
-        ValueError: a prompt with ids outside the clean vocabulary, or a limit below 1.
+        ValueError: a prompt with ids outside the clean vocabulary, a limit below 1, or options of another rule.
     """
     _check(model, prompt, max_new_tokens, temperature)
+    how = Unmasking.make(unmasking, block_size, steps, threshold)
+    denoise = _first_hitting if how.rule == "first-hitting" else functools.partial(_by_confidence, how=how)
     model.eval()
     eos, mask_id = model.vocabulary.eos_id, model.vocabulary.mask_id
     device = next(model.parameters()).device
@@ -80,7 +88,7 @@ def generate(
         given = (prompt + generated)[start:]
         block = torch.tensor([given + [mask_id] * (block_size - len(given))], device=device)
         positions = torch.arange(start, start + block_size, device=device)[None]
-        nfe += _denoise(model, block, positions, cache, random, temperature)
+        nfe += denoise(model, block, positions, cache, random, temperature)
         generated = (generated + block[0, len(given) :].tolist())[:max_new_tokens]
         progress(len(generated), max_new_tokens)
         if eos in generated:
@@ -106,7 +114,7 @@ def _check(model: BlockDiffusionTransformer, prompt: list[int], max_new_tokens: 
         raise ValueError(f"temperature is {temperature}: give 0 (most likely token) or above")
 
 
-def _denoise(
+def _first_hitting(
     model: BlockDiffusionTransformer,
     block: Tensor,
     positions: Tensor,
@@ -121,6 +129,30 @@ def _denoise(
         logits_V = model.decode(block, positions, cache)[0, place]
         block[0, place] = _draw_token(logits_V, random.random(), temperature)
     return len(order)
+
+
+def _by_confidence(
+    model: BlockDiffusionTransformer,
+    block: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    random: np.random.Generator,
+    temperature: float,
+    *,
+    how: Unmasking,
+) -> int:
+    """Fill the masked tokens of `block` [1, L'] in place; returns the number of passes."""
+    passes = 0
+    while (masked := block[0] == model.vocabulary.mask_id).any():
+        logits_LV = model.decode(block, positions, cache)[0]
+        uniforms = random.random(len(masked))
+        tokens = [_draw_token(logits, u, temperature) for logits, u in zip(logits_LV, uniforms, strict=True)]
+        drawn = torch.tensor(tokens, device=block.device)
+        probabilities = (logits_LV / (temperature or 1.0)).softmax(-1)
+        chosen = how.choose(probabilities.gather(1, drawn[:, None])[:, 0], masked, passes)
+        block[0] = torch.where(chosen, drawn, block[0])
+        passes += 1
+    return passes
 
 
 def _draw_token(logits_V: Tensor, uniform: float, temperature: float) -> int:

@@ -86,7 +86,7 @@ def test_a_fresh_process_of_transformers_computes_the_same(
     for name, checkpoint in native.items():
         torch.save(native_results(checkpoint, ids) | {"folder": str(exported[name])}, tmp_path / f"{name}.pt")
     other = REPOSITORY / ".venv" / "transformers-5"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
     if version == "5":
         assert other.is_dir(), "`make install` puts transformers 5 there"
         environment["PYTHONPATH"] = str(other)

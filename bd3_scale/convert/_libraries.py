@@ -1,0 +1,27 @@
+"""Libraries that break beside a torchvision that was built for another PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def without_broken_torchvision() -> Iterator[None]:
+    """Inside, a torchvision that does not load counts as not installed: transformers, which would import it for image
+    models, then leaves it out. Without it, importing any model of transformers fails.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, OSError, RuntimeError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del sys.modules["torchvision"]
+    else:
+        yield

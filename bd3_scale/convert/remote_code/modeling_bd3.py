@@ -1,0 +1,388 @@
+"""A block diffusion language model (BD3-LM, Arriola et al., ICLR 2025) for transformers.
+
+The logits at a position predict the token of that position, not of the next one. A token sees its own block, in both
+directions, and all blocks before it. Blocks count from position 0, so that a prompt may end inside one.
+
+Runs on transformers 4 (4.51 or newer) and 5, and needs nothing else but PyTorch.
+
+Legend: B sequences, S new tokens, T tokens with those in the cache, X hidden size, H query heads, G key/value heads,
+D dimensions a head, K tokens a block, V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_bd3 import Bd3Config
+from .generation_bd3 import Unmasking, padded_after_stop
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def rotary_table(positions_S: Tensor, config: Bd3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each [S, 1, D/2], computed in fp32 (Su et al., 2021).
+
+    Made from the config in every forward pass: transformers builds a model without memory for its tensors, so that a
+    buffer that no checkpoint holds would be left uninitialised.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions_S.device) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    if config.rope_scaling is not None:
+        frequencies = _stretch(frequencies, config.rope_scaling)
+    angles = (positions_S.float()[:, None] * frequencies)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _stretch(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Llama 3's: waves longer than the trained context / low_freq_factor turn `factor` times slower, those shorter
+    than it / high_freq_factor as before, and those between by an interpolation.
+    """
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling["factor"])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [B, S, heads, D], turned by `rotary_table` in pairs (i, i + D/2)."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat(
+        [torch.addcmul(low * cos, high, sin, value=-1), torch.addcmul(high * cos, low, sin)],
+        dim=-1,
+    )
+
+
+def block_causal_mask(start: int, end: int, block_size: int, device: torch.device) -> Tensor | None:
+    """[S, T], true where a token of positions start…end−1 sees one of 0…end−1; None where each sees all of them."""
+    if start // block_size == (end - 1) // block_size:
+        return None
+    blocks = torch.arange(end, device=device) // block_size
+    return blocks <= blocks[start:, None]
+
+
+def hidden_norm(config: Bd3Config) -> nn.Module:
+    if config.normalization == "rmsnorm":
+        return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=config.norm_bias)
+
+
+class Bd3Attention(nn.Module):
+    """Grouped-query attention with rotary positions and, by `config.qk_norm`, RMSNorm over each query and key."""
+
+    def __init__(self, config: Bd3Config, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None
+    ) -> Tensor:
+        """hidden [B, S, X] → [B, S, X]; keys and values are appended to the cache."""
+        q_BSHD, k_BSGD, v_BSGD = (
+            projection(hidden).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BSHD, k_BSGD = rotate(self.q_norm(q_BSHD), *rotary), rotate(self.k_norm(k_BSGD), *rotary)
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        if mask is not None:
+            # PyTorch's fused kernels take a mask, or fewer key than query heads, but not both.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=mask is None)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class Bd3MLP(nn.Module):
+    def __init__(self, config: Bd3Config) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.gated = config.gated_mlp
+        if self.gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class Bd3DecoderLayer(nn.Module):
+    def __init__(self, config: Bd3Config, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = hidden_norm(config)
+        self.self_attn = Bd3Attention(config, layer)
+        self.post_attention_layernorm = hidden_norm(config)
+        self.mlp = Bd3MLP(config)
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None
+    ) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, mask, cache)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Bd3PreTrainedModel(PreTrainedModel):
+    config_class = Bd3Config
+    base_model_prefix = "model"
+    _no_split_modules = ["Bd3DecoderLayer"]  # noqa: RUF012  (transformers reads a plain class attribute)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def _cache(self, given: DynamicCache | None, use_cache: bool | None) -> DynamicCache | None:
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        return DynamicCache() if given is None and use_cache else given
+
+
+class Bd3Model(Bd3PreTrainedModel):
+    """The transformer without its head."""
+
+    def __init__(self, config: Bd3Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Bd3DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = hidden_norm(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        store_kv: bool = True,
+        block_size: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Hidden states of `input_ids` [B, S], whose positions follow those in the cache.
+
+        Args:
+            attention_mask: all ones, or None: sequences of a batch are of one length.
+            position_ids: those positions, or None.
+            past_key_values: keys and values of whole blocks, which all S tokens see.
+            use_cache: make a cache where none is given, `config.use_cache` by default; one that is given is used.
+            store_kv: append the S tokens to the cache. A denoising pass does not, since its masked tokens will change;
+                a pass over the finished block does.
+            block_size: in place of `config.block_size`.
+
+        Raises:
+            ValueError: another attention mask, other positions, another kind of cache, or one that ends inside a block.
+        """
+        block_size = self.config.block_size if block_size is None else block_size
+        cache = self._cache(past_key_values, use_cache)
+        start = _cached_tokens(cache, block_size)
+        end = start + input_ids.shape[1]
+        positions = torch.arange(start, end, device=input_ids.device)
+        _check_mask_and_positions(attention_mask, position_ids, positions)
+        hidden = self.embed_tokens(input_ids)
+        rotary = rotary_table(positions, self.config, hidden.dtype)
+        mask = block_causal_mask(start, end, block_size, input_ids.device)
+        states = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, rotary, mask, cache)
+            states.append(hidden)
+        states[-1] = hidden = self.norm(hidden)
+        if cache is not None and not store_kv:
+            # A negative count of tokens to take off: the one form that transformers 4 and 5 share.
+            cache.crop(-input_ids.shape[1])
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        # By position: transformers 5 has another name for the field of the cache.
+        output = BaseModelOutputWithPast(hidden, cache, tuple(states) if keep else None)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _cached_tokens(cache: Any, block_size: int) -> int:
+    if cache is None:
+        return 0
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(f"past_key_values must be a DynamicCache, not a {type(cache).__name__}")
+    length = int(cache.get_seq_length())
+    if length % block_size:
+        raise ValueError(
+            f"the cache holds {length} tokens, which are not whole blocks of {block_size}: its last tokens have not "
+            "seen the rest of their block; store a block only when it is complete"
+        )
+    return length
+
+
+def _check_mask_and_positions(mask: Tensor | None, position_ids: Tensor | None, positions_S: Tensor) -> None:
+    if mask is not None and (mask.dim() != 2 or not bool((mask == 1).all())):
+        raise ValueError(
+            "attention_mask must be [B, T] and all ones, as padding is not supported: give prompts of one length, or "
+            "one at a time. The block-causal mask is made here"
+        )
+    if position_ids is not None and not bool((position_ids == positions_S.expand_as(position_ids)).all()):
+        raise ValueError("position_ids must count from 0 and go on where the cache ends: leave them out")
+
+
+class Bd3ForCausalLM(Bd3PreTrainedModel, GenerationMixin):
+    """The transformer, its head, and generation block by block."""
+
+    def __init__(self, config: Bd3Config) -> None:
+        super().__init__(config)
+        self.model = Bd3Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        store_kv: bool = True,
+        block_size: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """fp32 logits [B, S, V], each of the token at its own position; the arguments are `Bd3Model`'s.
+
+        Raises:
+            ValueError: `labels`, beside what `Bd3Model` refuses.
+        """
+        if labels is not None:
+            raise ValueError(
+                "labels are not supported: a loss needs a noisy and a clean copy of the text in one pass, which this "
+                "model, made for inference, does not run"
+            )
+        cache = self._cache(past_key_values, use_cache)
+        base = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values=cache,
+            use_cache=False,
+            store_kv=store_kv,
+            block_size=block_size,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        output = CausalLMOutputWithPast(None, self.lm_head(base[0]).float(), cache, base.hidden_states)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        block_size: int | None = None,
+        steps: int | None = None,
+        unmasking: str = "dynamic",
+        threshold: float = 0.9,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue prompts [B, P] block by block: [B, P + the longest continuation], at most `max_new_tokens` longer.
+
+        The mask token is never drawn, and the prompt never changed. A sequence ends at its first stop token after the
+        prompt, and is padded from there.
+
+        Args:
+            attention_mask: all ones, or None: prompts of a batch are of one length.
+            block_size: in place of `config.block_size`.
+            steps: denoising passes a block at the most, `block_size` by default; a pass settles at least its share of
+                the block, `block_size // steps` tokens, and one more in the first passes where that leaves a rest.
+            unmasking: "static" settles just that many, the most confident first; "dynamic" settles every token whose
+                confidence exceeds `threshold` where these are more. Confidence is the probability of the drawn
+                token under softmax(logits / temperature), before `top_k` and `top_p`.
+            temperature: 0 takes the most likely token, with its probability at temperature 1.
+            top_k, top_p: draw among the k most likely tokens, then among the fewest whose share is at least p.
+            eos_token_id: one or several, or [] never to stop; `generation_config.eos_token_id` by default.
+            pad_token_id: `generation_config.pad_token_id` by default, else the first stop token.
+
+        Raises:
+            ValueError: an argument outside its range, a padded batch, or a prompt that holds the mask token.
+        """
+        size = self.config.block_size if block_size is None else block_size
+        rule = Unmasking(size, size if steps is None else steps, unmasking, threshold, temperature, top_k, top_p)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if bool((input_ids == self.config.mask_token_id).any()):
+            raise ValueError(f"the prompt holds the mask token, id {self.config.mask_token_id}: give clean tokens")
+        batch, prompt = input_ids.shape
+        positions = torch.arange(prompt, device=input_ids.device)
+        _check_mask_and_positions(attention_mask, None, positions)
+        stop_ids, pad = self._stop_and_pad(eos_token_id, pad_token_id)
+        stops = input_ids.new_tensor(stop_ids)
+        total = prompt + max_new_tokens
+        whole, end = prompt // size * size, -(-total // size) * size
+        tokens = input_ids.new_full((batch, end), self.config.mask_token_id)
+        tokens[:, :prompt] = input_ids
+        cache = DynamicCache()
+        if whole:
+            self.model(tokens[:, :whole], past_key_values=cache, block_size=size)
+        stopped = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+        for start in range(whole, end, size):
+            block = tokens[:, start : start + size]
+            new = torch.arange(start, start + size, device=tokens.device) >= prompt
+            block[stopped] = pad
+            self._denoise(block, new & ~stopped[:, None], cache, rule, generator)
+            stopped |= (torch.isin(block, stops) & new).any(dim=1)
+            if stopped.all() or start + size == end:
+                break
+            self.model(block, past_key_values=cache, block_size=size)
+        return padded_after_stop(tokens[:, :total], prompt, stops, pad)
+
+    def _stop_and_pad(self, eos: int | list[int] | None, pad: int | None) -> tuple[list[int], int]:
+        """What ends a sequence, and what fills it up: as asked, else as the generation config or the config has it."""
+        sources = (self.generation_config, self.config)
+        eos = _first_known(eos, *(source.eos_token_id for source in sources), [])
+        stops = eos if isinstance(eos, list) else [eos]
+        return stops, _first_known(pad, *(source.pad_token_id for source in sources), *stops, 0)
+
+    def _denoise(
+        self,
+        block_BK: Tensor,
+        masked_BK: Tensor,
+        cache: DynamicCache,
+        rule: Unmasking,
+        generator: torch.Generator | None,
+    ) -> None:
+        """Fill the masked places of a block in place, in at most `rule.steps` passes that leave the cache as it is."""
+        for step in range(rule.steps):
+            if not masked_BK.any():
+                return
+            hidden = self.model(block_BK, past_key_values=cache, store_kv=False, block_size=rule.block_size)[0]
+            logits = self.lm_head(hidden).float()
+            logits[..., self.config.mask_token_id] = float("-inf")
+            logits[..., self.config.num_token_ids or self.config.vocab_size :] = float("-inf")
+            drawn_BK, confidence_BK = rule.draw(logits, generator)
+            settled_BK = rule.choose(confidence_BK, masked_BK, step)
+            block_BK.copy_(torch.where(settled_BK, drawn_BK, block_BK))
+            masked_BK = masked_BK & ~settled_BK
+
+
+def _first_known(*values: Any) -> Any:
+    return next(value for value in values if value is not None)

@@ -1,0 +1,396 @@
+"""Run by test_remote_code.py in a process of its own: exported code, loaded as anyone would load it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+try:
+    import torchvision  # noqa: F401
+except (ImportError, RuntimeError):  # a CUDA build beside a torch for CPU; transformers takes None for "not installed"
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+import pytest
+import torch
+import transformers
+from plain_model import dense_mask, hidden_states
+from safetensors.torch import save_file
+from torch.testing import assert_close
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
+
+from bd3_scale.convert.remote_code_files import remote_code
+from bd3_scale.recipe.schema import ModelRecipe
+
+HIDDEN, HEADS, GROUPS, HEAD, FFN, LAYERS, VOCABULARY = 24, 4, 2, 8, 20, 2, 23
+MASK, PAD, FIRST_UNUSED = 19, 0, 21
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SDAR = {"hidden_act": "silu", "attn_implementation": "flex_attention", "sliding_window": None, "rope_scaling": None}
+LAYERNORM = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "gated_mlp": False,
+    "normalization": "layernorm",
+    "norm_bias": True,
+    "qk_norm": False,
+    "mlp_bias": True,
+    "attention_bias": True,
+    "head_bias": True,
+}
+GELU = {"hidden_act": "gelu", "gated_mlp": False, "num_key_value_heads": HEADS, "num_token_ids": FIRST_UNUSED}
+LLAMA = {"qk_norm": False, "rope_scaling": LLAMA3}
+
+
+def write_folder(folder: Path, kind: str, changes: dict, block_size: int = 4) -> Path:
+    """A random model as an export writes it; every weight, norms and biases too, is far from what it would begin as."""
+    prefix = {"sdar": "SDAR", "bd3": "Bd3"}[kind]
+    config = {
+        "architectures": [f"{prefix}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"configuration_{kind}.{prefix}Config",
+            "AutoModel": f"modeling_{kind}.{prefix}Model",
+            "AutoModelForCausalLM": f"modeling_{kind}.{prefix}ForCausalLM",
+        },
+        "model_type": kind,
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": GROUPS,
+        "head_dim": HEAD,
+        "rms_norm_eps": 1e-3,
+        "rope_theta": 777.0,
+        "block_size": block_size,
+        "mask_token_id": MASK,
+        "pad_token_id": PAD,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        **changes,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(random_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
+    for name, source in remote_code(kind).items():
+        (folder / name).write_text(source)
+    return folder
+
+
+def random_weights(config: dict) -> dict[str, torch.Tensor]:
+    heads = {"q": HEADS, "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
+    shapes = {"model.embed_tokens": (VOCABULARY, HIDDEN), "lm_head": (VOCABULARY, HIDDEN), "model.norm": (HIDDEN,)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        shapes |= {f"{layer}{name}": (HIDDEN,) for name in ("input_layernorm", "post_attention_layernorm")}
+        shapes |= {f"{layer}self_attn.{x}_proj": (count * HEAD, HIDDEN) for x, count in heads.items()}
+        shapes[f"{layer}self_attn.o_proj"] = (HIDDEN, HEADS * HEAD)
+        if config.get("qk_norm", True):
+            shapes |= {f"{layer}self_attn.{x}_norm": (HEAD,) for x in "qk"}
+        first = ("gate_proj", "up_proj") if config.get("gated_mlp", True) else ("up_proj",)
+        shapes |= {f"{layer}mlp.{name}": (FFN, HIDDEN) for name in first} | {f"{layer}mlp.down_proj": (HIDDEN, FFN)}
+    random = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in shapes.items():
+        spread = 1.0 if len(shape) == 1 or name == "model.embed_tokens" else 2.5 / shape[-1] ** 0.5
+        weights[f"{name}.weight"] = torch.randn(shape, generator=random) * spread
+        if config.get(bias_key(name), False):
+            weights[f"{name}.bias"] = torch.randn(shape[0], generator=random)
+    return weights
+
+
+def bias_key(name: str) -> str:
+    last = name.rpartition(".")[2]
+    if last.endswith("norm"):
+        return "no bias" if last in ("q_norm", "k_norm") else "norm_bias"
+    if ".self_attn." in name:
+        return "no bias" if last == "o_proj" else "attention_bias"
+    return {"lm_head": "head_bias", "embed_tokens": "no bias"}.get(last, "mlp_bias")
+
+
+def load(folder: Path):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert model.dtype == torch.float32
+    return model.eval()
+
+
+def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, MASK, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_logits(model, tokens: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Of the twin in plain PyTorch, which has other names, and one matrix for query, key and value."""
+    config, state = model.config, model.state_dict()
+    recipe = ModelRecipe(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_query_groups=config.num_key_value_heads,
+        head_dim=HEAD,
+        ffn_hidden_size=FFN,
+        activation={"silu": "swiglu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}[config.hidden_act],
+        normalization=config.normalization,
+        norm_bias=config.norm_bias,
+        norm_eps=config.rms_norm_eps,
+        qk_norm=config.qk_norm,
+        mlp_bias=config.mlp_bias,
+        attention_bias=config.attention_bias,
+        rope_theta=config.rope_theta,
+    )
+    weights = {"embedding.word_embeddings.weight": state["model.embed_tokens.weight"]}
+    for part in ("weight", "bias"):
+
+        def every_layer(name: str, part: str = part) -> torch.Tensor:
+            return torch.stack([state[f"model.layers.{i}.{name}.{part}"] for i in range(LAYERS)])
+
+        def put(key: str, names: list[str], groups: int = 1, part: str = part) -> None:
+            if f"model.layers.0.{names[0]}.{part}" in state:
+                parts = [every_layer(name).unflatten(1, (groups, -1)) for name in names]
+                weights[f"decoder.layers.{key}.{part}"] = torch.cat(parts, 2).flatten(1, 2)
+
+        qkv = [f"self_attn.{x}_proj" for x in "qkv"]
+        put("self_attention.linear_qkv", qkv, config.num_key_value_heads)
+        put("self_attention.linear_proj", ["self_attn.o_proj"])
+        put("self_attention.q_layernorm", ["self_attn.q_norm"])
+        put("self_attention.k_layernorm", ["self_attn.k_norm"])
+        put("input_layernorm", ["input_layernorm"])
+        put("pre_mlp_layernorm", ["post_attention_layernorm"])
+        put("mlp.linear_fc1", ["mlp.gate_proj", "mlp.up_proj"] if config.gated_mlp else ["mlp.up_proj"])
+        put("mlp.linear_fc2", ["mlp.down_proj"])
+        if f"model.norm.{part}" in state:
+            weights[f"decoder.final_layernorm.{part}"] = state[f"model.norm.{part}"]
+    length = tokens.shape[1]
+    mask = dense_mask([0] * length, block_size)[length:, length:].expand(len(tokens), -1, -1)
+    hidden = hidden_states(weights, recipe, tokens, torch.arange(length).expand(len(tokens), -1), mask)
+    return hidden @ state["lm_head.weight"].t() + state.get("lm_head.bias", 0)
+
+
+@torch.no_grad()
+def check_forward(model) -> None:
+    """Against the twin, with and without a cache, at other block sizes, as AutoModel and in bf16."""
+    tokens = random_tokens(2, 11)
+    size = model.config.block_size
+    out = model(tokens, use_cache=False, attention_mask=torch.ones_like(tokens), output_hidden_states=True)
+    assert out.logits.dtype == torch.float32
+    assert len(out.hidden_states) == LAYERS + 1
+    assert "past_key_values" not in out
+    if model.config.rope_scaling is None:
+        for other in (1, size, 3, 11):
+            assert_close(
+                model(tokens, block_size=other).logits, plain_logits(model, tokens, other), rtol=1e-5, atol=1e-5
+            )
+    head, cache = 2 * size, DynamicCache()
+    first = model(tokens[:, :head], past_key_values=cache)
+    passing = model(tokens[:, head:], past_key_values=cache, store_kv=False)
+    assert cache.get_seq_length() == head
+    rest = model(tokens[:, head:], past_key_values=cache, position_ids=torch.arange(head, 11)[None])
+    assert cache.get_seq_length() == 11
+    assert torch.equal(passing.logits, rest.logits)
+    assert_close(torch.cat([first.logits, rest.logits], 1), out.logits, rtol=1e-5, atol=1e-5)
+    logits, returned = model(tokens, return_dict=False, use_cache=True)
+    assert torch.equal(logits, out.logits)
+    assert returned.get_seq_length() == 11
+    base = AutoModel.from_pretrained(model.name_or_path, trust_remote_code=True).eval()
+    assert torch.equal(base(tokens)[0], out.hidden_states[-1])
+    half = AutoModelForCausalLM.from_pretrained(model.name_or_path, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    difference = half(tokens).logits - out.logits
+    assert difference.norm() / out.logits.norm() < 0.1
+
+
+@torch.no_grad()
+def check_next_token_twin(model, twin, more: dict) -> None:
+    """At block size 1, transformers' own model of the same weights; positions beyond the length that scaling knows."""
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+    )
+    config = {name: getattr(model.config, name) for name in [*names.split(), "rms_norm_eps", "rope_theta"]}
+    config_class = {"Qwen3ForCausalLM": Qwen3Config, "LlamaForCausalLM": LlamaConfig}[twin.__name__]
+    other = twin(config_class(**config, **more, tie_word_embeddings=False)).eval()
+    other.load_state_dict(model.state_dict())
+    tokens = random_tokens(2, 70)
+    assert_close(model(tokens, block_size=1).logits, other(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def naive_generate(model, prompt: list[int], new: int, size: int, steps: int, threshold: float | None) -> list[int]:
+    """Greedy, one sequence, without a cache, in Python's numbers; never stops. threshold: of the dynamic rule."""
+    tokens, total = list(prompt), len(prompt) + new
+    while len(tokens) < total:
+        tokens += [MASK] * (size - len(tokens) % size)
+        for step in range(steps):
+            masked = [i for i, token in enumerate(tokens) if token == MASK]
+            logits = model(torch.tensor([tokens]), block_size=size, use_cache=False).logits[0]
+            logits[:, [MASK, *range(FIRST_UNUSED, VOCABULARY)]] = float("-inf")
+            confidence, best = (x.tolist() for x in logits.softmax(-1).max(-1))
+            at_least = size // steps + (step < size % steps)
+            sure = [i for i in masked if threshold is not None and confidence[i] > threshold]
+            ranked = sorted(masked, key=lambda i: (-confidence[i], i))
+            for i in sure if len(sure) >= at_least else ranked[:at_least]:
+                tokens[i] = best[i]
+    return tokens[:total]
+
+
+@torch.no_grad()
+def check_generation(model) -> None:
+    """Against the naive one; the most likely tokens of this model are the mask and ids that pad the vocabulary."""
+    assert model.config.num_token_ids == FIRST_UNUSED
+    never = {"eos_token_id": []}
+    for length in (0, 3, 6, 8):
+        prompt = random_tokens(1, length, seed=length)
+        for size, steps in ((4, 4), (4, 3), (4, 1), (3, 2), (1, 1), (5, 5)):
+            for threshold in (None, 0.3):
+                rule = {"unmasking": "static"} if threshold is None else {"threshold": threshold}
+                got = model.generate(prompt, max_new_tokens=7, block_size=size, steps=steps, **rule, **never)
+                wanted = naive_generate(model, prompt[0].tolist(), 7, size, steps, threshold)
+                assert got.tolist() == [wanted], (length, size, steps, threshold)
+    passes = []
+    hook = model.model.register_forward_hook(lambda *_: passes.append(1))
+    prompt, counts = random_tokens(2, 6), {}
+    for rule in ({"unmasking": "static"}, {"threshold": 0.3}):
+        together = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=9, **rule, **never)
+        counts[str(rule)] = len(passes)
+        alone = [model.generate(row[None], max_new_tokens=9, **rule, **never) for row in prompt]
+        assert torch.equal(together, torch.cat(alone))
+        assert not torch.isin(together, torch.tensor([MASK, *range(FIRST_UNUSED, VOCABULARY)])).any()
+        passes.clear()
+    hook.remove()
+    # One pass over the prompt's whole block, 2 + 4 + 4 denoising passes, 2 that store a finished block.
+    static, dynamic = counts.values()
+    assert dynamic < static == 13
+    check_stopping(model, prompt)
+    check_sampling(model, prompt)
+
+
+def check_stopping(model, prompt: torch.Tensor) -> None:
+    free = model.generate(prompt, max_new_tokens=9, eos_token_id=[])
+    first, second = free[:, 6:].tolist()
+    only_first = next(i for i, token in enumerate(first) if token not in second and i < 8)
+    stop = first[only_first]
+    end = first.index(stop)
+    stopped = model.generate(prompt, max_new_tokens=9, eos_token_id=stop, pad_token_id=17)
+    assert stopped[0, 6:].tolist() == first[: end + 1] + [17] * (8 - end)
+    assert torch.equal(stopped[1], free[1])
+    alone = model.generate(prompt[:1], max_new_tokens=9, eos_token_id=[20, stop])
+    assert alone[0].tolist() == free[0, : 6 + end + 1].tolist()
+    model.generation_config.eos_token_id = stop
+    padded = model.generate(prompt, max_new_tokens=9)
+    assert padded[0, 6:].tolist() == first[: end + 1] + [PAD] * (8 - end)
+    model.generation_config.eos_token_id = None
+    # In the prompt's part of the first block, and not in the two tokens that this block adds.
+    row, given = next((r, t) for r in (0, 1) for t in prompt[r, 4:].tolist() if t not in free[r, 6:8])
+    end = [*free[row, 6:].tolist(), given].index(given)
+    past_prompt = model.generate(prompt[row : row + 1], max_new_tokens=9, eos_token_id=given)
+    assert past_prompt.tolist() == free[row : row + 1, : 6 + end + 1].tolist()
+
+
+def check_sampling(model, prompt: torch.Tensor) -> None:
+    def sample(seed: int, **options) -> list[list[int]]:
+        random = torch.Generator().manual_seed(seed)
+        return model.generate(prompt, max_new_tokens=9, generator=random, eos_token_id=[], **options).tolist()
+
+    assert sample(0, temperature=1.5) == sample(0, temperature=1.5) != sample(1, temperature=1.5)
+    assert sample(0, temperature=1.0, top_k=1) == sample(1)  # greedy
+    module = sys.modules[type(model).__module__.replace("modeling", "generation")]
+    rule = module.Unmasking(4, 4, "dynamic", 0.9, temperature=2.0, top_k=4, top_p=0.7)
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0, float("-inf"), 2.0])
+    shares = (logits / 2).softmax(0)
+    drawn, confidence = rule.draw(logits.expand(1, 40_000, 6), torch.Generator().manual_seed(0))
+    assert torch.equal(confidence, shares[drawn])
+    # Of ids 1, 3, 5 and 2 the first two hold 0.65 of the four's share, the first three 0.84.
+    kept = torch.where(torch.tensor([False, True, False, True, False, True]), shares, 0)
+    frequency = torch.bincount(drawn[0], minlength=6) / drawn.numel()
+    assert_close(frequency, kept / kept.sum(), rtol=0, atol=0.01)
+    equal = torch.full((1, 4), 0.5)
+    assert rule.choose(equal, torch.tensor([[False, True, True, True]]), 0).tolist() == [[False, True, False, False]]
+
+
+def check_refusals(model) -> None:
+    tokens = random_tokens(2, 6)
+    padded = torch.ones_like(tokens)
+    padded[0, 0] = 0
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+    for words, options in {
+        "attention_mask": {"attention_mask": padded},
+        "attention_mask must": {"attention_mask": torch.ones(2, 1, 6, 6)},
+        "position_ids": {"position_ids": torch.arange(1, 7)[None]},
+        "labels": {"labels": tokens},
+        "whole blocks": {"past_key_values": cache},
+        "DynamicCache": {"past_key_values": ((tokens, tokens),)},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            model(tokens, **options)
+    for words, options in {
+        "attention_mask": {"attention_mask": padded},
+        "max_new_tokens=0": {"max_new_tokens": 0},
+        "steps=5": {"steps": 5},
+        "block_size=0": {"block_size": 0},
+        "unmasking='all'": {"unmasking": "all"},
+        "threshold": {"threshold": 1.5},
+        "temperature": {"temperature": -1.0},
+        "top_k": {"top_k": 0},
+        "top_p": {"top_p": 0.0},
+        "mask token": {"input_ids": tokens.masked_fill(tokens == tokens[0, 0], MASK)},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            model.generate(**{"input_ids": tokens, "max_new_tokens": 2, **options})
+    with pytest.raises(TypeError, match="num_beams"):
+        model.generate(tokens, max_new_tokens=2, num_beams=2)
+    for key, value in {
+        "hidden_act": "relu",
+        "normalization": "batchnorm",
+        "norm_bias": True,
+        "num_key_value_heads": 3,
+        "head_dim": 7,
+        "block_size": 0,
+        "mask_token_id": VOCABULARY,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }.items():
+        with pytest.raises(ValueError, match=key):
+            type(model.config)(**{**model.config.to_dict(), key: value})
+
+
+@torch.no_grad()
+def check_saved(model, folder: Path) -> None:
+    """What transformers saves is a folder like ours, its code included."""
+    again = load(folder)
+    tokens = random_tokens(2, 70)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    written, original = (json.loads((Path(f) / "config.json").read_text()) for f in (folder, model.name_or_path))
+    # transformers calls it dtype, and names no implementation of attention.
+    for key in original.keys() - {"torch_dtype", "attn_implementation"}:
+        assert written.get(key) == original[key] or key == "auto_map", key
+    assert again.config.rope_parameters == model.config.rope_parameters
+
+
+def main(folder: Path, version: str, saved_elsewhere: Path | None) -> None:
+    assert transformers.__version__.startswith(f"{version}."), transformers.__version__
+    torch.set_num_threads(1)
+    sdar = load(write_folder(folder / "sdar", "sdar", SDAR))
+    llama = load(write_folder(folder / "llama", "bd3", LLAMA))
+    layernorm = load(write_folder(folder / "layernorm", "bd3", LAYERNORM, block_size=3))
+    gelu = load(write_folder(folder / "gelu", "bd3", GELU))
+    for model in (sdar, llama, layernorm, gelu):
+        check_forward(model)
+    check_next_token_twin(sdar, transformers.Qwen3ForCausalLM, {})
+    check_next_token_twin(llama, transformers.LlamaForCausalLM, {"rope_scaling": LLAMA3})
+    with torch.no_grad():
+        gelu.lm_head.weight[MASK] = gelu.lm_head.weight[FIRST_UNUSED] = 3 * gelu.lm_head.weight[7]
+    check_generation(gelu)
+    check_refusals(gelu)
+    for model, name in ((sdar, "sdar-saved"), (llama, "llama-saved")):
+        model.save_pretrained(folder / name)
+        for place in filter(None, (folder, saved_elsewhere)):
+            check_saved(model, place / name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -1,0 +1,81 @@
+"""The packed format: unpacked by plain arithmetic, by the library, and by transformers on a whole model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import save_folder, tensors, transformers_model
+from safetensors.torch import save_file
+
+from bd3_scale.convert.compressed import packed_tensors, quantization_config, unpacked_weight
+from bd3_scale.convert.quantizer import Scheme, round_to_nearest
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_hold_the_values_from_the_lowest_bits_up(bits: int) -> None:
+    scheme = Scheme(bits, 32)
+    quantised = round_to_nearest(torch.randn(5, 96), scheme, torch.bfloat16)
+    packed = packed_tensors("x", quantised, scheme)
+    assert packed.keys() == {"x.weight_packed", "x.weight_scale", "x.weight_shape"}
+    assert packed["x.weight_shape"].tolist() == [5, 96]
+    words = packed["x.weight_packed"].numpy().view(np.uint32)
+    each = 32 // bits
+    assert words.shape == (5, 96 // each)
+    values = [
+        [(int(w) >> bits * i & (1 << bits) - 1) - (1 << bits - 1) for w in row for i in range(each)] for row in words
+    ]
+    assert np.array_equal(np.array(values), quantised.values.numpy())
+    assert torch.equal(unpacked_weight(packed, "x", scheme), quantised.dequantize())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transformers_computes_with_the_dequantised_weights(bits: int, tmp_path: Path) -> None:
+    """In a process of its own, through transformers' integration of compressed-tensors."""
+    scheme = Scheme(bits, 16)
+    model = transformers_model("Qwen3", vocab_size=257, dtype=torch.float32)
+    save_folder(tmp_path / "packed", model, tokenizer=None)
+    all_tensors = tensors(tmp_path / "packed")
+    written, plain = {}, dict(all_tensors)
+    for name, tensor in all_tensors.items():
+        if name.endswith("_proj.weight"):
+            quantised = round_to_nearest(tensor, scheme, torch.float32)
+            written |= packed_tensors(name.removesuffix(".weight"), quantised, scheme)
+            plain[name] = quantised.dequantize()
+        else:
+            written[name] = tensor
+    save_file(written, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    config["quantization_config"] = quantization_config(scheme, ["lm_head"])
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    ids = torch.randint(0, 257, (2, 20))
+    model.load_state_dict(plain)
+    with torch.no_grad():
+        torch.save({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
+    program = Path(__file__).parent / "load_packed.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", program, tmp_path / "packed", tmp_path / "expected.pt"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "equal" in done.stdout
+
+
+def test_the_configuration_says_what_engines_ask() -> None:
+    config = quantization_config(Scheme(4), ["lm_head"])
+    assert config["quant_method"] == "compressed-tensors"
+    assert config["format"] == "pack-quantized"
+    assert config["quantization_status"] == "compressed"
+    assert config["ignore"] == ["lm_head"]
+    (group,) = config["config_groups"].values()
+    assert group["targets"] == ["Linear"]
+    expected = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    assert expected.items() <= group["weights"].items()
+    json.dumps(config)

@@ -1,0 +1,74 @@
+"""The modelling code of exports: what it may hold, and what it computes on the two major versions of transformers."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bd3_scale.convert.remote_code_files import remote_code
+
+REPOSITORY = Path(__file__).parents[2]
+TRANSFORMERS_5 = REPOSITORY / ".venv/transformers-5"
+
+
+def run_checks(folder: Path, version: str, *more: Path) -> None:
+    """remote_code_checks.py in a fresh process, which shares no cache of modules with any other."""
+    folder.mkdir()
+    paths = [REPOSITORY / "tests/integration", *([TRANSFORMERS_5] if version == "5" else [])]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "HF_HOME": str(folder / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("HF_MODULES_CACHE", None)
+    script = Path(__file__).with_name("remote_code_checks.py")
+    done = subprocess.run(
+        [sys.executable, script, folder, version, *more],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.fixture(scope="module")
+def saved_by_5(tmp_path_factory) -> Path:
+    assert (TRANSFORMERS_5 / "transformers").is_dir(), f"{TRANSFORMERS_5} is missing: run `make install`"
+    folder = tmp_path_factory.mktemp("transformers") / "5"
+    run_checks(folder, "5")
+    return folder
+
+
+def test_on_transformers_5(saved_by_5):
+    """remote_code_checks.py holds the checks."""
+    assert (saved_by_5 / "sdar-saved/config.json").is_file()
+
+
+def test_on_transformers_4_which_reads_what_5_saved(tmp_path, saved_by_5):
+    run_checks(tmp_path / "4", "4", saved_by_5)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("sdar", "SDAR"), ("bd3", "Bd3")])
+def test_a_folder_needs_torch_and_transformers_alone(kind, prefix):
+    sources = remote_code(kind)
+    assert f"class {prefix}ForCausalLM(" in sources[f"modeling_{kind}.py"]
+    assert f'model_type = "{kind}"' in sources[f"configuration_{kind}.py"]
+    for name, source in sources.items():
+        for node in ast.walk(ast.parse(source, name)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert f"{node.module}.py" in sources
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+                roots = {module.partition(".")[0] for module in modules}
+                assert roots <= {"torch", "transformers", *sys.stdlib_module_names}, name
+        assert "bd3_scale" not in source
+        assert "sdar_scale" not in source
+        assert kind == "bd3" or "bd3" not in source.replace("BD3-LM", "").lower()
