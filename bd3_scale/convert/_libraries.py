@@ -19,6 +19,9 @@ def without_broken_torchvision() -> Iterator[None]:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         sys.modules["torchvision"] = None  # type: ignore[assignment]
+        # It asks once, when it is first imported, as megatron-core and others do.
+        if (asked := sys.modules.get("transformers.utils.import_utils")) is not None:
+            asked._torchvision_available = False  # type: ignore[attr-defined]
         try:
             yield
         finally:

@@ -2,7 +2,7 @@
 
 Blocks are aligned to position 0 including the prompt, whose tail is clean tokens of the first generated block.
 
-Shapes: B samples, L' tokens a block, V vocabulary entries.
+Shapes: B samples, L' tokens a block, M of them, V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3_scale.attention.spans import make_spans
@@ -55,14 +56,16 @@ def generate(
     """Continue `prompt` by up to `max_new_tokens` tokens; all tensor-parallel ranks call it alike (collective).
 
     A denoising pass unmasks one token of the block at a place drawn uniformly (`first-hitting`), or the most confident
-    ones, in `steps` passes (`static`) or also all above `threshold` (`dynamic`); see `bd3_scale.generate.unmasking`.
-    At temperature 0 the most likely tokens are taken, and their confidence is their probability at 1. Sampling stops
-    after the block that holds EOS, or when the entropy of the last 256 tokens falls
-    below `min_entropy` nats: by default 4 (the paper's rule), and 0 for vocabularies of bytes or characters, whose text
-    never reaches 4. `progress` is told after each block how many tokens there are, and the limit.
+    ones, in at most `steps` passes a block (`static`; by default one a token), and all above `threshold` with them
+    (`dynamic`; by default 0.9); see `bd3_scale.generate.unmasking`. At temperature 0 the most likely tokens are taken.
+
+    Sampling stops after the block that holds EOS, or when the entropy of the last 256 tokens falls below `min_entropy`
+    nats: by default 4 (the paper's rule), and 0 for vocabularies of bytes or characters, whose text never reaches 4.
+    `progress` is told after each block how many tokens there are, and the limit.
 
     Raises:
-        ValueError: a prompt with ids outside the clean vocabulary, a limit below 1, or options of another rule.
+        ValueError: a prompt with ids outside the clean vocabulary, a limit below 1, an unknown rule, or options that it
+            does not take or that are out of their range.
     """
     _check(model, prompt, max_new_tokens, temperature)
     how = Unmasking.make(unmasking, block_size, steps, threshold)
@@ -127,7 +130,7 @@ def _first_hitting(
     random.shuffle(order)
     for place in order:
         logits_V = model.decode(block, positions, cache)[0, place]
-        block[0, place] = _draw_token(logits_V, random.random(), temperature)
+        block[0, place] = _draw_tokens(logits_V[None], random.random(1), temperature)[0][0]
     return len(order)
 
 
@@ -145,24 +148,27 @@ def _by_confidence(
     passes = 0
     while (masked := block[0] == model.vocabulary.mask_id).any():
         logits_LV = model.decode(block, positions, cache)[0]
-        uniforms = random.random(len(masked))
-        tokens = [_draw_token(logits, u, temperature) for logits, u in zip(logits_LV, uniforms, strict=True)]
-        drawn = torch.tensor(tokens, device=block.device)
-        probabilities = (logits_LV / (temperature or 1.0)).softmax(-1)
-        chosen = how.choose(probabilities.gather(1, drawn[:, None])[:, 0], masked, passes)
-        block[0] = torch.where(chosen, drawn, block[0])
+        drawn, confidence = _draw_tokens(logits_LV, random.random(len(masked)), temperature)
+        block[0] = torch.where(how.choose(confidence, masked, passes), drawn, block[0])
         passes += 1
     return passes
 
 
-def _draw_token(logits_V: Tensor, uniform: float, temperature: float) -> int:
-    """Inverse-transform sampling from softmax(logits / temperature), in float64; the most likely token at 0."""
+def _draw_tokens(logits_MV: Tensor, uniforms_M: NDArray[np.float64], temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw from softmax(logits / temperature) by inverse transform, in float64: tokens [M] and their probabilities [M].
+
+    At temperature 0 the most likely tokens, and their probabilities at temperature 1.
+    """
+    probabilities = (logits_MV.double() / (temperature or 1.0)).softmax(-1)
     if temperature == 0:
-        return int(logits_V.argmax())
-    cumulative = (logits_V.double() / temperature).softmax(0).cumsum(0)
-    # Where forbidden ids end the vocabulary their cumulative sum repeats the last allowed one's, which the search
-    # never passes.
-    return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+        tokens = logits_MV.argmax(-1, keepdim=True)
+    else:
+        cumulative = probabilities.cumsum(-1)
+        # Where forbidden ids end the vocabulary their cumulative sum repeats the last allowed one's, which the search
+        # never passes.
+        target = torch.from_numpy(uniforms_M).to(cumulative.device)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True)
+    return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0]
 
 
 def _entropy(tokens: list[int]) -> float:

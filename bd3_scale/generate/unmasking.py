@@ -24,7 +24,7 @@ class Unmasking:
     """How a block is unmasked.
 
     Attributes:
-        counts: of each pass, how many tokens the confidence rules take at least.
+        counts: how many tokens each pass takes, by dynamic confidence at least; their sum is the block size.
         threshold: of dynamic confidence; None for the others.
     """
 
@@ -43,10 +43,13 @@ class Unmasking:
             raise ValueError(f"unmasking={rule!r} is not known: take {', '.join(get_args(Rule))}")
         if rule == "first-hitting" and steps is not None:
             raise ValueError(
-                f"steps={steps} belongs to static and dynamic unmasking: first-hitting takes a token a pass"
+                f"steps={steps} belongs to static and dynamic unmasking, first-hitting takes a token a pass: "
+                "choose one of them or leave steps out"
             )
         if rule != "dynamic" and threshold is not None:
-            raise ValueError(f"threshold={threshold} belongs to dynamic unmasking, not to {rule}: leave it out")
+            raise ValueError(
+                f"threshold={threshold} belongs to dynamic unmasking, not to {rule}: choose that or leave threshold out"
+            )
         steps = block_size if steps is None else steps
         if not 1 <= steps <= block_size:
             raise ValueError(f"steps is {steps}: give 1 to {block_size}, the tokens of a block")
@@ -58,16 +61,14 @@ class Unmasking:
         return cls(rule, tuple(few + (step < more) for step in range(steps)), threshold)
 
     def choose(self, confidence: Tensor, masked: Tensor, step: int) -> Tensor:
-        """bool [L']: what pass `step`, counted from 0, unmasks of the `masked` places (bool [L']).
+        """bool [..., L']: what pass `step`, counted from 0, unmasks of the `masked` places (bool [..., L']).
 
-        confidence: [L'], probability of the token that was drawn at each place. Equal ones go to the earlier place.
+        confidence: [..., L'], probability of the token that was drawn at each place. Equal ones go to the earlier
+        place. Where fewer places are masked than the pass may take, it takes those.
         """
-        count = min(self.counts[min(step, len(self.counts) - 1)], int(masked.sum()))
-        confidence = confidence.masked_fill(~masked, -1.0)
-        if self.threshold is not None:
-            sure = confidence > self.threshold
-            if int(sure.sum()) >= count:
-                return sure
-        chosen = torch.zeros_like(masked)
-        chosen[confidence.sort(descending=True, stable=True).indices[:count]] = True
-        return chosen
+        order = confidence.masked_fill(~masked, -1.0).sort(dim=-1, descending=True, stable=True).indices
+        best = masked & (order.argsort(dim=-1) < self.counts[step])
+        if self.threshold is None:
+            return best
+        sure = masked & (confidence > self.threshold)
+        return torch.where(sure.sum(-1, keepdim=True) >= best.sum(-1, keepdim=True), sure, best)

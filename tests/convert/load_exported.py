@@ -32,7 +32,7 @@ for file in files:
         found = model.generate(prompt, max_new_tokens=13, **sample["rule"])[0, sample["length"] :].tolist()
         found = found[: found.index(expected["eos"])] if expected["eos"] in found else found
         assert found == sample["tokens"], (folder, sample, found)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert tokenizer("Once").input_ids == list(b"Once")
     assert (tokenizer.mask_token_id, tokenizer.eos_token_id) == (257, 256)
     print(folder, "equal", difference)

@@ -125,7 +125,7 @@ def test_gptq_is_the_least_squares_solution_column_by_column() -> None:
 
 def test_no_rounding_of_three_columns_beats_the_best_and_gptq_is_near() -> None:
     scheme = Scheme(4, 3)
-    ratios = []
+    best_errors, own_errors, nearest_errors = [], [], []
     for seed in range(20):
         rows, weight = random(50, 3, seed=seed) @ random(3, 3, seed=seed + 100), random(1, 3, seed=seed + 200)
         hessian = hessian_of(rows)
@@ -134,11 +134,12 @@ def test_no_rounding_of_three_columns_beats_the_best_and_gptq_is_near() -> None:
             output_error(weight, QuantizedWeight(torch.tensor([levels], dtype=torch.int8), found.scales), hessian)
             for levels in itertools.product(range(-8, 8), repeat=3)
         )
-        own = output_error(weight, found, hessian)
-        assert own >= best - 1e-9
-        ratios.append(own / max(best, 1e-12))
-        assert own <= output_error(weight, round_to_nearest(weight, scheme, torch.float32), hessian) * 4
-    assert sorted(ratios)[10] < 4
+        best_errors.append(best)
+        own_errors.append(output_error(weight, found, hessian))
+        nearest_errors.append(output_error(weight, round_to_nearest(weight, scheme, torch.float32), hessian))
+    assert all(own >= best - 1e-9 for own, best in zip(own_errors, best_errors, strict=True))
+    # Greedy, it may lose on a single weight; over many it lies between the best and rounding to nearest.
+    assert sum(best_errors) < sum(own_errors) < sum(nearest_errors)
 
 
 def test_gptq_loses_less_than_rounding_where_inputs_are_correlated() -> None:
