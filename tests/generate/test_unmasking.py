@@ -304,19 +304,22 @@ def masked_block_logits(model, prompt):
 
 
 def test_tokens_are_drawn_from_what_the_model_says(model):
-    """A block in one pass: the places are independent, each one's counts compared with the model by chi-square."""
-    prompt, draws, temperature = [2, 9, 4, 7], 200, 1.3
-    expected = draws * (masked_block_logits(model, prompt) / temperature).softmax(-1)[:, : VOCABULARY.size]
-    counts = torch.zeros_like(expected)
+    """A block in one pass: each place's counts compared with the model by chi-square, and the places independent."""
+    prompt, draws, temperature = [2, 9, 4, 7], 300, 1.3
+    shares = (masked_block_logits(model, prompt) / temperature).softmax(-1)[:, : VOCABULARY.size]
     how = {"block_size": K, "max_new_tokens": K, "temperature": temperature, "unmasking": "static", "steps": 1}
-    for seed in range(draws):
-        tokens = generate(model, prompt, **how, seed=seed).tokens
-        counts[range(K), tokens] += 1
-    for place in range(K):
-        rare = expected[place] < 5
-        pooled = [torch.cat([of[place, ~rare], of[place, rare].sum()[None]]) for of in (counts, expected)]
+    drawn = torch.tensor([generate(model, prompt, **how, seed=seed).tokens for seed in range(draws)])
+    for place, share in enumerate(shares):
+        expected, counts = draws * share, torch.bincount(drawn[:, place], minlength=VOCABULARY.size)
+        rare = expected < 5
+        pooled = [torch.cat([of[~rare], of[rare].sum()[None]]) for of in (counts, expected)]
         chi_square = float(((pooled[0] - pooled[1]) ** 2 / pooled[1].clamp(min=1)).sum())
         assert chi_square < 29.6  # at most 10 degrees of freedom, one in a thousand
+    likeliest = drawn == shares.argmax(-1)
+    for one, other in itertools.combinations(range(K), 2):
+        both = float(shares[one].max() * shares[other].max())
+        count = int((likeliest[:, one] & likeliest[:, other]).sum())
+        assert abs(count - draws * both) < 4 * (draws * both * (1 - both)) ** 0.5
 
 
 @pytest.mark.parametrize(
