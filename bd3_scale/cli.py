@@ -229,12 +229,14 @@ def generate(
     ] = None,
     unmasking: Annotated[
         Literal["first-hitting", "static", "dynamic"],
-        typer.Option(help="One token a pass, or the most confident ones: so many, or also all above a threshold."),
+        typer.Option(help="One token a pass at random, the most confident ones, or also all above a threshold."),
     ] = "first-hitting",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Passes a block, static and dynamic.", show_default="one a token")
+        int | None, typer.Option(min=1, help="Static, dynamic: passes a block.", show_default="one a token")
     ] = None,
-    threshold: Annotated[float | None, typer.Option(help="Dynamic: probability above.", show_default="0.9")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Dynamic: take every token more probable than this.", show_default="0.9")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
     as_json: AsJson = False,
 ) -> None:

@@ -71,4 +71,4 @@ class Unmasking:
         if self.threshold is None:
             return best
         sure = masked & (confidence > self.threshold)
-        return torch.where(sure.sum(-1, keepdim=True) >= best.sum(-1, keepdim=True), sure, best)
+        return torch.where(sure.sum(-1, keepdim=True) >= self.counts[step], sure, best)
