@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, RopeScaling
 
 Config = Mapping[str, Any]
@@ -27,7 +29,6 @@ class Architecture:
     """What config.json says of a model.
 
     Attributes:
-        tied: the checkpoint has no head of its own.
         mask_id: None of a model that knows no mask.
         num_token_ids: ids in use, where the embedding has more rows.
     """
@@ -35,7 +36,6 @@ class Architecture:
     name: str
     model: ModelRecipe
     diffusion: DiffusionRecipe
-    tied: bool
     vocab_rows: int
     eos_id: int | None
     mask_id: int | None
@@ -66,7 +66,7 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
             f"block_size={block_size} belongs to block diffusion models, and {name} predicts the next token: leave it "
             "out here, and give the recipe of the adaptation its diffusion.block_size"
         )
-    block_size = (block_size or _required(config, "block_size")) if block_diffusion else 1
+    block_size = (block_size or _integer(config, "block_size")) if block_diffusion else 1
     eos = config.get("eos_token_id")
     return Architecture(
         name=name,
@@ -74,50 +74,55 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
         diffusion=DiffusionRecipe(
             block_size=block_size, objective="block_diffusion" if block_diffusion else "next_token"
         ),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        vocab_rows=_required(config, "vocab_size"),
+        vocab_rows=_integer(config, "vocab_size"),
         eos_id=eos[0] if isinstance(eos, list) else eos,
-        mask_id=_required(config, "mask_token_id") if block_diffusion else None,
-        num_token_ids=config.get("num_token_ids"),
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        mask_id=_integer(config, "mask_token_id") if block_diffusion else None,
+        num_token_ids=_integer(config, "num_token_ids", 0) or None,
+        max_position_embeddings=_integer(config, "max_position_embeddings", 2048),
     )
 
 
 def _model(name: str, config: Config) -> ModelRecipe:
     own = name == "Bd3ForCausalLM"
-    heads, hidden = _required(config, "num_attention_heads"), _required(config, "hidden_size")
+    heads, hidden = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()} if own else {"silu": "swiglu"}
     act = config.get("hidden_act", "silu")
     if act not in activations:
         raise ValueError(f"hidden_act={act!r} of {name} is not supported; {', '.join(activations)} is")
-    head_dim = config.get("head_dim") or hidden // heads
-    return ModelRecipe.model_validate(
-        {
-            "num_layers": _required(config, "num_hidden_layers"),
-            "hidden_size": hidden,
-            "num_attention_heads": heads,
-            "num_query_groups": config.get("num_key_value_heads") or heads,
-            "head_dim": head_dim,
-            "ffn_hidden_size": _required(config, "intermediate_size"),
-            "activation": activations[act],
-            "normalization": config.get("normalization", "rmsnorm") if own else "rmsnorm",
-            "norm_bias": config.get("norm_bias", False) if own else False,
-            "norm_eps": config.get("rms_norm_eps", 1e-6),
-            "qk_norm": config.get("qk_norm", True) if own else name in ("SDARForCausalLM", "Qwen3ForCausalLM"),
-            "mlp_bias": bool(config.get("mlp_bias", False)),
-            "attention_bias": bool(config.get("attention_bias", False)) if own else name == "Qwen2ForCausalLM",
-            "head_bias": config.get("head_bias", False) if own else False,
-            "tie_embeddings": bool(config.get("tie_word_embeddings") or config.get("trained_with_tied_embeddings")),
-            "rope_theta": float(_rope(config).get("rope_theta", 10_000.0)),
-            "rope_scaling": _rope_scaling(config),
-        }
-    )
+    sections = {
+        "num_layers": _integer(config, "num_hidden_layers"),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": _integer(config, "num_key_value_heads", heads),
+        "head_dim": _integer(config, "head_dim", hidden // max(1, heads)),
+        "ffn_hidden_size": _integer(config, "intermediate_size"),
+        "activation": activations[act],
+        "normalization": config.get("normalization", "rmsnorm") if own else "rmsnorm",
+        "norm_bias": config.get("norm_bias", False) if own else False,
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "qk_norm": config.get("qk_norm", True) if own else name in ("SDARForCausalLM", "Qwen3ForCausalLM"),
+        "mlp_bias": config.get("mlp_bias", False),
+        "attention_bias": config.get("attention_bias", False) if own else name == "Qwen2ForCausalLM",
+        "head_bias": config.get("head_bias", False) if own else False,
+        "tie_embeddings": bool(config.get("tie_word_embeddings") or config.get("trained_with_tied_embeddings")),
+        "rope_theta": _rope(config).get("rope_theta", 10_000.0),
+        "rope_scaling": _rope_scaling(config),
+    }
+    try:
+        return ModelRecipe.model_validate(sections)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}, not {p['input']!r}" for p in error.errors())
+        raise ValueError(f"config.json of {name} describes no model: {problems}") from error
 
 
-def _required(config: Config, key: str) -> Any:
-    if config.get(key) is None:
-        raise ValueError(f"config.json has no {key!r}, which {config['architectures'][0]} needs")
-    return config[key]
+def _integer(config: Config, key: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
+    name = config["architectures"][0]
+    if value is None:
+        raise ValueError(f"config.json has no {key!r}, which {name} needs")
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key}={value!r} in config.json is no count: {name} needs a whole number")
+    return value
 
 
 def _rope(config: Config) -> Config:
@@ -125,19 +130,14 @@ def _rope(config: Config) -> Config:
     return config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10_000.0)}
 
 
-def _rope_scaling(config: Config) -> RopeScaling | None:
+def _rope_scaling(config: Config) -> dict[str, Any] | None:
     scaling = config.get("rope_parameters") or config.get("rope_scaling")
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
     if scaling is None or kind == "default":
         return None
     if kind != "llama3":
         raise ValueError(f"rope_scaling of type {kind!r} is not supported; none and llama3 are")
-    return RopeScaling(
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
-        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
-    )
+    return {key: scaling[key] for key in RopeScaling.model_fields if key in scaling}
 
 
 def _refuse_unknown_features(name: str, config: Config) -> None:

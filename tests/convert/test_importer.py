@@ -130,6 +130,10 @@ def test_bf16_stays_bf16(folder: Path) -> None:
         ({"num_hidden_layers": 5}, r"missing: model\.layers\.4\.input_layernorm\.weight"),
         ({"intermediate_size": 65}, r"of another shape: .*gate_proj\.weight \(64, 48\), not \(65, 48\)"),
         ({"vocab_size": None}, r"has no 'vocab_size', which Qwen3ForCausalLM needs"),
+        ({"hidden_size": "48"}, r"hidden_size='48' in config.json is no count"),
+        ({"rms_norm_eps": "small"}, r"describes no model: norm_eps: .*, not 'small'"),
+        ({"num_attention_heads": 0}, r"num_attention_heads: .* not 0"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, r"rope_scaling.low_freq_factor: Field required"),
         ({"quantization_config": {"bits": 4}}, r"is quantised"),
     ],
 )
