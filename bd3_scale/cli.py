@@ -134,11 +134,19 @@ def adapt(
     mask_token: Annotated[
         str | None, typer.Option(help="An unused token that becomes the mask.", show_default="a new one")
     ] = None,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Import and prepare; `bd3-scale train RUN_DIR/adapt.yaml` goes on.")
+    ] = False,
 ) -> None:
     """Make a block diffusion model of an autoregressive one: import it, prepare text with its tokeniser, train on.
 
     What is there already is not done again: repeat the command to go on.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "adapt imports and prepares in one process: run it without a launcher and with --prepare-only, then start "
+            "all processes on `bd3-scale train RUN_DIR/adapt.yaml`"
+        )
     from bd3_scale.convert.adapt import prepare_adaptation
 
     with Bar("importing", unit="bytes") as bar:
@@ -151,6 +159,9 @@ def adapt(
             mask_token=mask_token,
             progress=bar.show,
         )
+    if prepare_only:
+        typer.echo(f"prepared; go on with: bd3-scale train {adapted}")
+        return
     _train(adapted, ())
 
 
@@ -245,13 +256,18 @@ def generate(
     import json
     import time
 
-    from bd3_scale.checkpoint.manifest import TOKENIZER
+    from bd3_scale.checkpoint.manifest import TOKENIZER, read_manifest
     from bd3_scale.checkpoint.model import open_model
     from bd3_scale.checkpoint.store import resolve_checkpoint
     from bd3_scale.data.tokenizer import load_tokenizer
     from bd3_scale.generate.sampler import generate as sample
 
     folder = resolve_checkpoint(checkpoint)
+    if read_manifest(folder).recipe.diffusion.objective == "next_token":
+        raise ValueError(
+            f"{folder} predicts the next token, and generation here is block diffusion: adapt it with `bd3-scale "
+            "adapt`, or write it for transformers with `bd3-scale convert export`"
+        )
     tokenizer = load_tokenizer(folder / TOKENIZER)
     ids = tokenizer.encode(prompt)
     with Bar("generating") as bar, open_model(folder) as (model, manifest, _):

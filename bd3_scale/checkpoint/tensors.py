@@ -8,13 +8,20 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Box, Shape
 from bd3_scale.checkpoint.storage import INDEX, box_name, index_entry
 from bd3_scale.resilience.files import file_hash
+
+
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Both hold the same bits, NaN included."""
+    return first.dtype == second.dtype and torch.equal(
+        *(tensor.contiguous().view(torch.uint8) for tensor in (first, second))
+    )
 
 
 class TensorReader:
@@ -26,7 +33,10 @@ class TensorReader:
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
-        self._index = json.loads((checkpoint / INDEX).read_text())
+        try:
+            self._index = json.loads((checkpoint / INDEX).read_text())
+        except ValueError as error:
+            raise ValueError(f"{checkpoint / INDEX} is damaged ({error}); use an earlier checkpoint") from error
         self._files: dict[str, safe_open] = {}
         self.shapes: Mapping[str, Shape] = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
         self.dtypes: Mapping[str, torch.dtype] = {
@@ -60,11 +70,13 @@ class TensorReader:
         return result
 
     def _slice(self, file: str, name: str, low: list[int], high: list[int], offset: list[int]) -> Tensor:
-        if file not in self._files:
-            self._files[file] = safe_open(self._checkpoint / file, framework="pt")
-        return self._files[file].get_slice(name)[
-            tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
-        ]
+        try:
+            if file not in self._files:
+                self._files[file] = safe_open(self._checkpoint / file, framework="pt")
+            within = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
+            return self._files[file].get_slice(name)[within]
+        except SafetensorError as error:
+            raise ValueError(f"{self._checkpoint / file} is damaged ({error}); use an earlier checkpoint") from error
 
 
 class TensorWriter:

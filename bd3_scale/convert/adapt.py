@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, read_manifest
-from bd3_scale.convert.importer import plan_import, run_import
+from bd3_scale.convert.importer import ImportPlan, plan_import, run_import
 from bd3_scale.data.manifest import MANIFEST_FILE
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
 from bd3_scale.recipe.load import load_recipe, resolved_yaml
+from bd3_scale.recipe.schema import ImportedRecipe
 from bd3_scale.resilience.files import write_atomically
 
 INITIAL = "initial"
@@ -42,27 +43,43 @@ def prepare_adaptation(
         raise ValueError(
             f"{source} is {plan.architecture}, no autoregressive model with a tokeniser: train from an import"
         )
-    sections = {"model": plan.model.model_dump(mode="json")}
-    recipe = load_recipe(recipe_file, overrides, sections)
+    recipe = load_recipe(recipe_file, overrides, {"model": plan.model.model_dump(mode="json"), "init_from": None})
     check_recipe(recipe, world_size_for_launch(recipe))
-    initial = recipe.run_path / INITIAL
-    recipe = recipe.model_copy(update={"init_from": str(initial)})
-    data = Path(recipe.data.path)
-    if not text and not (data / MANIFEST_FILE).is_file():
+    initial, data = recipe.run_path / INITIAL, Path(recipe.data.path)
+    prepared = recipe.data.remote is not None or (data / MANIFEST_FILE).is_file()
+    if not prepared and not text:
         raise ValueError(f"data.path={data} holds no prepared data: give the text to train on with --text")
+    if missing := [str(path) for path in (*text, *validation) if not path.exists()]:
+        raise FileNotFoundError(f"{', '.join(missing)} does not exist")
     if not (initial / MANIFEST).is_file():
         run_import(plan, initial, progress)
-    elif read_manifest(initial).recipe.model != plan.model:
-        raise ValueError(f"{initial} is an import of another model than {source}: choose another run_dir=FOLDER")
-    if not (data / MANIFEST_FILE).is_file():
+    _check_same_import(initial, plan)
+    recipe = recipe.model_copy(update={"init_from": str(initial)})
+    if not prepared:
         blocks = recipe.diffusion.block_sizes if recipe.data.isolate_documents else ()
+        multiple = math.lcm(DOCUMENT_MULTIPLE, *blocks)
+        if recipe.data.seq_len % multiple:
+            multiple = math.lcm(*blocks)
         prepare(
             text,
             data,
             load_tokenizer(initial / TOKENIZER),
             recipe.data.seq_len,
-            document_multiple=math.lcm(DOCUMENT_MULTIPLE, *blocks),
+            document_multiple=multiple,
             validation=validation,
         )
     write_atomically(recipe.run_path / RECIPE, resolved_yaml(recipe))
     return recipe.run_path / RECIPE
+
+
+def _check_same_import(initial: Path, plan: ImportPlan) -> None:
+    """ValueError: the run began with another model, or with other ids."""
+    manifest = read_manifest(initial)
+    assert isinstance(manifest.recipe, ImportedRecipe)
+    same_weights = manifest.recipe.source_fingerprint == plan.fingerprint
+    if not same_weights or manifest.recipe.model != plan.model or manifest.vocabulary != plan.vocabulary:
+        raise ValueError(
+            f"{initial} was imported from {manifest.recipe.imported_from}, with mask id {manifest.vocabulary.mask_id}, "
+            f"and {plan.source} has changed since or is another model: choose another run_dir=FOLDER, or remove "
+            f"{initial}"
+        )

@@ -52,6 +52,7 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
     Raises:
         ValueError: an architecture, or a feature of it, that this package has no equal of.
     """
+    _check_kinds(config)
     names = config.get("architectures") or []
     name = names[0] if names else None
     if name is None or name not in ARCHITECTURES:
@@ -75,7 +76,7 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
             block_size=block_size, objective="block_diffusion" if block_diffusion else "next_token"
         ),
         vocab_rows=_integer(config, "vocab_size"),
-        eos_id=eos[0] if isinstance(eos, list) else eos,
+        eos_id=next(iter(eos), None) if isinstance(eos, list) else eos,
         mask_id=_integer(config, "mask_token_id") if block_diffusion else None,
         num_token_ids=_integer(config, "num_token_ids", 0) or None,
         max_position_embeddings=_integer(config, "max_position_embeddings", 2048),
@@ -105,7 +106,7 @@ def _model(name: str, config: Config) -> ModelRecipe:
         "attention_bias": config.get("attention_bias", False) if own else name == "Qwen2ForCausalLM",
         "head_bias": config.get("head_bias", False) if own else False,
         "tie_embeddings": bool(config.get("tie_word_embeddings") or config.get("trained_with_tied_embeddings")),
-        "rope_theta": _rope(config).get("rope_theta", 10_000.0),
+        "rope_theta": _rope(config)["rope_theta"],
         "rope_scaling": _rope_scaling(config),
     }
     try:
@@ -113,6 +114,23 @@ def _model(name: str, config: Config) -> ModelRecipe:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}, not {p['input']!r}" for p in error.errors())
         raise ValueError(f"config.json of {name} describes no model: {problems}") from error
+
+
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "architectures": list,
+    "eos_token_id": (int, list),
+    "layer_types": list,
+    "quantization_config": dict,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+}
+
+
+def _check_kinds(config: Config) -> None:
+    for key, kinds in _KINDS.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(f"{key}={value!r} in config.json is not of the kind that transformers writes")
 
 
 def _integer(config: Config, key: str, default: int | None = None) -> int:
@@ -127,17 +145,18 @@ def _integer(config: Config, key: str, default: int | None = None) -> int:
 
 def _rope(config: Config) -> Config:
     """transformers 5 writes `rope_parameters` in place of `rope_theta` and `rope_scaling`."""
-    return config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10_000.0)}
+    found = {"rope_theta": config.get("rope_theta") or 10_000.0, **(config.get("rope_scaling") or {})}
+    return found | (config.get("rope_parameters") or {})
 
 
 def _rope_scaling(config: Config) -> dict[str, Any] | None:
-    scaling = config.get("rope_parameters") or config.get("rope_scaling")
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-    if scaling is None or kind == "default":
+    rope = _rope(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
         return None
     if kind != "llama3":
         raise ValueError(f"rope_scaling of type {kind!r} is not supported; none and llama3 are")
-    return {key: scaling[key] for key in RopeScaling.model_fields if key in scaling}
+    return {key: rope[key] for key in RopeScaling.model_fields if key in rope}
 
 
 def _refuse_unknown_features(name: str, config: Config) -> None:
@@ -187,7 +206,7 @@ def _bd3_obstacle(model: ModelRecipe, diffusion: DiffusionRecipe) -> str | None:
 
 
 def _next_token_obstacle(
-    model: ModelRecipe, diffusion: DiffusionRecipe, *, qk_norm: bool, attention_bias: bool
+    model: ModelRecipe, diffusion: DiffusionRecipe, *, qk_norm: bool, attention_bias: bool, mlp_bias: bool = False
 ) -> str | None:
     if diffusion.objective != "next_token":
         return "a block diffusion model reads a [MASK] row at the position it predicts, at block_size 1 as well"
@@ -195,7 +214,7 @@ def _next_token_obstacle(
         return f"it has {'' if model.qk_norm else 'no '}q/k norm"
     if model.attention_bias != attention_bias:
         return f"its query/key/value projection has {'a' if model.attention_bias else 'no'} bias"
-    return _unlike_qwen(model.model_copy(update={"attention_bias": False}))
+    return _unlike_qwen(model.model_copy(update={"attention_bias": False, "mlp_bias": model.mlp_bias and not mlp_bias}))
 
 
 def _unlike_qwen(model: ModelRecipe) -> str | None:
@@ -227,7 +246,7 @@ EXPORT_FORMATS: Mapping[Format, ExportFormat] = {
         ExportFormat(
             "llama",
             "LlamaForCausalLM",
-            lambda m, d: _next_token_obstacle(m, d, qk_norm=False, attention_bias=False),
+            lambda m, d: _next_token_obstacle(m, d, qk_norm=False, attention_bias=False, mlp_bias=True),
         ),
     )
 }

@@ -51,7 +51,8 @@ class Calibration:
     def hessians(self, layer: int) -> dict[str, HessianSum]:
         """Σ x xᵀ over the rows that each linear of `layer` multiplies."""
         module = self._model.decoder.layers[layer]
-        sums = {name: HessianSum(module.get_submodule(name).weight.shape[1]) for name in LINEARS}
+        weights = {name: module.get_submodule(name).weight for name in LINEARS}
+        sums = {name: HessianSum(weight.shape[1], weight.device) for name, weight in weights.items()}
         hooks = [module.get_submodule(name).register_forward_pre_hook(_adder(sums[name])) for name in LINEARS]
         try:
             for hidden, rows in self._rows:
@@ -65,7 +66,8 @@ class Calibration:
     def advance(self, layer: int) -> None:
         """Pass the rows through `layer`, with the weights that it has now."""
         module = self._model.decoder.layers[layer]
-        self._rows = [(module(hidden, rows), rows) for hidden, rows in self._rows]
+        for index, (hidden, rows) in enumerate(self._rows):
+            self._rows[index] = module(hidden, rows), rows
 
 
 def _adder(total: HessianSum) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

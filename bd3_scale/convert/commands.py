@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,8 +19,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Checkpoints in and out: import, export, smaller formats.", no_args_is_help=True)
 
+
+@app.callback()
+def _alone() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("conversions run in one process: start them without torchrun or srun")
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be written.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check what is given and say what would be written.")]
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")]
 
 
@@ -156,7 +164,7 @@ def quantize(
 
     from bd3_scale.checkpoint.store import resolve_checkpoint
     from bd3_scale.convert.export import plan_export
-    from bd3_scale.convert.quantize import check_quantizable, is_quantized, run_quantize
+    from bd3_scale.convert.quantize import check_data, check_quantizable, is_quantized, run_quantize
     from bd3_scale.convert.quantizer import Scheme
     from bd3_scale.evaluate.checkpoint import data_recipe
 
@@ -165,6 +173,7 @@ def quantize(
     chosen = method or ("gptq" if scheme.bits == 4 else "rtn")
     check_quantizable(plan, scheme)
     prepared = data_recipe(plan.manifest, data)
+    check_data(plan, prepared)
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
     if dry_run:

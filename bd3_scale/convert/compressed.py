@@ -22,13 +22,34 @@ with without_broken_torchvision():
         QuantizationType,
     )
 
+MARLIN_GROUP_SIZES = (32, 64, 128)
+MARLIN_DIVISORS = (64, 128)  # of output and of input features
+
 
 def packed_tensors(name: str, quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """What takes the place of `<name>.weight`: packed values, int32 [O, I·bits/32], scales [O, G] and shape."""
+    """What takes the place of `<name>.weight`: packed values, int32 [O, I·bits/32], scales [O, G] and shape.
+
+    ValueError: a row does not fill whole words, which engines take for granted.
+    """
+    features, each = quantized.values.shape[1], 32 // scheme.bits
+    if features % each:
+        raise ValueError(
+            f"{name} has {features} input features, which do not fill whole words of {each}: take a --group-size that "
+            f"is a multiple of {each}"
+        )
     return {
         f"{name}.weight_packed": pack_to_int32(quantized.values, scheme.bits),
         f"{name}.weight_scale": quantized.scales,
         f"{name}.weight_shape": torch.tensor(quantized.values.shape),
+    }
+
+
+def packed_sizes(name: str, packed_bytes: int, scale_bytes: int) -> dict[str, int]:
+    """Bytes of each of `packed_tensors`."""
+    return {
+        f"{name}.weight_packed": packed_bytes,
+        f"{name}.weight_scale": scale_bytes,
+        f"{name}.weight_shape": 2 * torch.int64.itemsize,
     }
 
 
@@ -37,6 +58,21 @@ def unpacked_weight(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) ->
     shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
     values = unpack_from_int32(tensors[f"{name}.weight_packed"], scheme.bits, shape)
     return QuantizedWeight(values, tensors[f"{name}.weight_scale"]).dequantize()
+
+
+def engine_notes(shape: tuple[int, int], scheme: Scheme) -> list[str]:
+    """What keeps Marlin, the CUDA kernel of SGLang for these weights and one of vLLM's, from a layer; empty if nothing.
+
+    `shape` is the layer's [O, I] on one rank as an engine joins weights: q, k and v are one layer, gate and up another.
+    Its conditions are those of `verify_marlin_supports_shape` and `MARLIN_SUPPORTED_GROUP_SIZES` in SGLang.
+    """
+    notes = []
+    if scheme.group_size not in MARLIN_GROUP_SIZES:
+        notes.append(f"groups of {scheme.group_size}: Marlin runs those of {', '.join(map(str, MARLIN_GROUP_SIZES))}")
+    for features, divisor, kind in zip(shape, MARLIN_DIVISORS, ("output", "input"), strict=True):
+        if features % divisor:
+            notes.append(f"{features} {kind} features on a rank: Marlin runs multiples of {divisor}")
+    return notes
 
 
 def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, read_manifest
-from bd3_scale.checkpoint.tensors import TensorReader
+from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, damaged_files, read_manifest
+from bd3_scale.checkpoint.tensors import TensorReader, same_bytes
 from bd3_scale.convert.architectures import (
     EXPORT_FORMATS,
     Format,
@@ -22,9 +22,10 @@ from bd3_scale.convert.architectures import (
     export_obstacles,
 )
 from bd3_scale.convert.folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, open_weights, read_json
-from bd3_scale.convert.names import HEAD, NamedTensor, named_tensors
+from bd3_scale.convert.names import HEAD, NATIVE_EMBEDDING, NamedTensor, named_tensors
 from bd3_scale.convert.remote_code_files import remote_code
 from bd3_scale.convert.serving import SGLANG_CONFIG, model_card, sglang_config
+from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.files import check_writable, new_folder
 
 Progress = Callable[[int, int], object]
@@ -34,23 +35,35 @@ SHARD_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """All that an export will write. `tensors` come from `state` of the checkpoint, cast to `dtype`."""
+    """All that an export will write. `dtype`: what every tensor is cast to; None: as each is stored."""
 
     checkpoint: Path
     manifest: CheckpointManifest
     kind: Format
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    stored: Mapping[str, torch.dtype]
     config: dict[str, Any]
     tensors: tuple[NamedTensor, ...]
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel for tensor in self.tensors) * self.dtype.itemsize
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every tensor that is written."""
+        return {tensor.name: tensor.numel * self._dtype_of(tensor).itemsize for tensor in self.tensors}
+
+    def _dtype_of(self, tensor: NamedTensor) -> torch.dtype:
+        return self.dtype or self.stored[self._stored_name(tensor)]
+
+    def _stored_name(self, tensor: NamedTensor) -> str:
+        return f"{self.manifest.weights_state}.{tensor.key}"
 
     def read(self, reader: TensorReader, tensor: NamedTensor) -> Tensor:
         """The values of a tensor as they are written."""
-        name = f"{self.manifest.weights_state}.{tensor.key}"
-        values = tensor.join([reader.read(name, *box) for box in tensor.boxes]).to(self.dtype)
+        boxes = [reader.read(self._stored_name(tensor), *box) for box in tensor.boxes]
+        values = tensor.join(boxes).to(self._dtype_of(tensor))
         if tensor.name == HEAD and self.manifest.recipe.model.tie_embeddings:
             # Engines may draw what has the highest logit, the mask's included: a tied row would be its embedding.
             values[self.manifest.vocabulary.mask_id] = 0
@@ -83,7 +96,9 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
     manifest = read_manifest(checkpoint)
     kind = choose_format(manifest, kind)
     recipe, vocabulary = manifest.recipe, manifest.vocabulary
-    target = getattr(torch, dtype) if dtype else _stored_dtype(checkpoint, manifest)
+    with TensorReader(checkpoint) as reader:
+        stored = reader.dtypes
+    target = getattr(torch, dtype) if dtype else _default_dtype(manifest)
     block_diffusion = kind in ("sdar", "bd3")
     rows = max(vocabulary.size, vocabulary.rows) if block_diffusion else vocabulary.rows or vocabulary.size
     config = config_json(
@@ -94,7 +109,7 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
         eos_id=vocabulary.eos_id,
         mask_id=vocabulary.mask_id,
         max_position_embeddings=recipe.max_position_embeddings,
-        dtype=str(target).removeprefix("torch."),
+        dtype=str(target or stored[f"{manifest.weights_state}.{NATIVE_EMBEDDING}"]).removeprefix("torch."),
     )
     if block_diffusion and rows > vocabulary.size:
         config["num_token_ids"] = vocabulary.size
@@ -103,9 +118,11 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
     )
     original = _source_config(checkpoint)
     if original.get("architectures") == config["architectures"]:
-        # What the engines of that format read beyond our own keys.
-        config |= original | {key: config[key] for key in ("torch_dtype", "block_size") if key in config}
-    return ExportPlan(checkpoint, manifest, kind, target, config, tuple(tensors))
+        # What the engines of that format read beyond our own keys; transformers also calls torch_dtype dtype.
+        ours = ("torch_dtype", "block_size", "vocab_size", "tie_word_embeddings")
+        original.pop("dtype", None)
+        config |= original | {key: config[key] for key in ours if key in config}
+    return ExportPlan(checkpoint, manifest, kind, target, stored, config, tuple(tensors))
 
 
 def run_export(plan: ExportPlan, out: Path, progress: Progress = lambda done, total: None) -> None:
@@ -114,20 +131,27 @@ def run_export(plan: ExportPlan, out: Path, progress: Progress = lambda done, to
     Raises:
         FileExistsError: `out` exists; OSError: it cannot be written; ValueError: what was written differs.
     """
+    check_undamaged(plan)
     check_writable(out.parent, plan.num_bytes)
+    sizes = plan.sizes
     total = 2 * plan.num_bytes
     with new_folder(out) as folder, TensorReader(plan.checkpoint) as reader:
         tensors = ((t.name, plan.read(reader, t)) for t in plan.tensors)
-        sizes = {t.name: t.numel * plan.dtype.itemsize for t in plan.tensors}
         write_shards(folder, tensors, sizes, lambda done: progress(done, total))
         write_companions(folder, plan)
         written = open_weights(folder)
         done = plan.num_bytes
         for tensor in plan.tensors:
-            if not torch.equal(written.read(tensor.name), plan.read(reader, tensor)):
+            if not same_bytes(written.read(tensor.name), plan.read(reader, tensor)):
                 raise ValueError(f"{tensor.name} was not written as it was read: is the disk sound?")
             done += sizes[tensor.name]
             progress(done, total)
+
+
+def check_undamaged(plan: ExportPlan) -> None:
+    """ValueError: a file of the checkpoint is not what was written, by its hash."""
+    if damaged := damaged_files(plan.checkpoint, plan.manifest):
+        raise ValueError(f"checkpoint {plan.checkpoint} is damaged: {', '.join(damaged)}; use an earlier one")
 
 
 def write_shards(
@@ -193,9 +217,9 @@ def _source_config(checkpoint: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _stored_dtype(checkpoint: Path, manifest: CheckpointManifest) -> torch.dtype:
-    """An import's as it came; a training's masters are fp32, its weights of the precision that it computed in."""
-    if manifest.recipe.precision == "bf16":
-        return torch.bfloat16
-    with TensorReader(checkpoint) as reader:
-        return reader.dtypes[f"{manifest.weights_state}.embedding.word_embeddings.weight"]
+def _default_dtype(manifest: CheckpointManifest) -> torch.dtype | None:
+    """A training's masters are fp32, and its weights of the precision that it computed in; an import's stay as they
+    came.
+    """
+    trained = isinstance(manifest.recipe, Recipe)
+    return torch.bfloat16 if trained and manifest.recipe.precision == "bf16" else None

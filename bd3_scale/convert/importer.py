@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import xxhash
+from pydantic import ValidationError
 from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Box
 from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, write_manifest
-from bd3_scale.checkpoint.tensors import TensorReader, TensorWriter
+from bd3_scale.checkpoint.tensors import TensorReader, TensorWriter, same_bytes
 from bd3_scale.convert.architectures import read_architecture
 from bd3_scale.convert.folder import CONFIG, open_weights, read_json
 from bd3_scale.convert.names import EMBEDDING, HEAD, NamedTensor, named_tensors
@@ -49,6 +51,7 @@ class ImportPlan:
     vocab_rows: int
     vocabulary: Vocabulary
     tokenizer: Tokenizer | None
+    tokenizer_source: str | None
     new_mask: bool
     weights: Weights
 
@@ -67,6 +70,16 @@ class ImportPlan:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.numel * self.weights.dtypes[tensor.name].itemsize for tensor in self.tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        """Which weights these are, by the names, sizes and times of the files that may hold them."""
+        folder = self.source.resolve()
+        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+        seen = [
+            (file.name, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()) and file.is_file()
+        ]
+        return xxhash.xxh3_128_hexdigest(json.dumps([str(folder), seen]))
 
     @property
     def precision(self) -> Literal["bf16", "fp32"]:
@@ -97,7 +110,11 @@ def plan_import(
     """
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
+    if source.is_file() and (source.parent / CONFIG).is_file() and "architectures" in read_json(source.parent / CONFIG):
+        raise ValueError(f"{source} is a part of a Hugging Face folder: give the folder, {source.parent}")
     found = _tokenizer_source(source, tokenizer)
+    if found is not None and eos_id is not None:
+        raise ValueError(f"eos_id={eos_id} is for models without a tokeniser, and {found} has one: leave it out")
     if is_official(source):
         official = open_official(source)
         size = block_size or official.block_size
@@ -108,7 +125,7 @@ def plan_import(
         vocabulary, loaded = _vocabulary(found, mask_token, official.vocab_size, eos_id, official.mask_id)
         plan = ImportPlan(
             source, f"bd3lms DiT ({official.source})", official.model, DiffusionRecipe(block_size=size),
-            official.max_position_embeddings, official.vocab_size, vocabulary, loaded, False, official.weights,
+            official.max_position_embeddings, official.vocab_size, vocabulary, loaded, found, False, official.weights,
         )  # fmt: skip
     else:
         architecture = read_architecture(read_json(source / CONFIG), block_size)
@@ -118,7 +135,7 @@ def plan_import(
         vocabulary, loaded = _vocabulary(found, mask_token, rows, eos_id, mask_id, architecture.num_token_ids)
         plan = ImportPlan(
             source, architecture.name, architecture.model, architecture.diffusion,
-            architecture.max_position_embeddings, rows, vocabulary, loaded, mask_id is None, weights,
+            architecture.max_position_embeddings, rows, vocabulary, loaded, found, mask_id is None, weights,
         )  # fmt: skip
     _check_tensors(plan)
     return plan
@@ -143,14 +160,15 @@ def run_import(plan: ImportPlan, out: Path, progress: Progress = lambda done, to
             progress(done, total)
         writer.finish()
         if plan.tokenizer is not None:
-            _save_tokenizer(plan.tokenizer, plan.source, folder / TOKENIZER)
+            assert plan.tokenizer_source is not None
+            _save_tokenizer(plan.tokenizer, Path(plan.tokenizer_source), folder / TOKENIZER)
         _keep_source_files(plan.source, folder / IMPORTED)
         write_manifest(folder, _manifest(plan), writer.hashes)
         with TensorReader(folder) as reader:
             for tensor in plan.tensors:
                 for box in _native_boxes(plan, tensor):
                     written = reader.read(box.key, box.offset, tuple(box.data.shape))
-                    if not torch.equal(written.view(torch.uint8), box.data.contiguous().view(torch.uint8)):
+                    if not same_bytes(written, box.data):
                         raise ValueError(f"{box.key} was not written as {tensor.name} was read: is the disk sound?")
                 done += tensor.numel * plan.weights.dtypes[tensor.name].itemsize
                 progress(done, total)
@@ -161,6 +179,7 @@ def _manifest(plan: ImportPlan) -> CheckpointManifest:
     recipe = ImportedRecipe(
         name=name,
         imported_from=f"{plan.architecture}, {plan.source.name}",
+        source_fingerprint=plan.fingerprint,
         model=plan.model,
         diffusion=plan.diffusion,
         precision=plan.precision,
@@ -194,13 +213,15 @@ def _vocabulary(
 ) -> tuple[Vocabulary, Tokenizer | None]:
     """The ids that text, model and mask agree on; mask_id: of a model that has one."""
     if tokenizer is None:
+        if mask_token is not None:
+            raise ValueError(f"mask_token={mask_token!r} names a token, and there is no tokeniser: give --tokenizer")
         if mask_id is None:
             raise ValueError(
                 "there is no tokenizer.json beside the weights, and the mask needs an id: give --tokenizer"
             )
         if eos_id is None:
             raise ValueError("there is no tokenizer.json beside the weights: give --tokenizer, or --eos-id")
-        return Vocabulary(size=num_token_ids or rows, eos_id=eos_id, mask_id=mask_id, rows=rows), None
+        return _checked(size=num_token_ids or rows, eos_id=eos_id, mask_id=mask_id, rows=rows), None
     loaded = load_tokenizer(tokenizer, mask_token)
     own = loaded.vocabulary
     # A mask that the tokeniser did not know is its last id, and may lie one behind the embedding.
@@ -217,7 +238,14 @@ def _vocabulary(
             f"the model's mask has the id {mask_id}, and in the tokeniser {tokenizer} {says}: give the model's own "
             "tokeniser with --tokenizer, or name its mask with --mask-token"
         )
-    return Vocabulary(**own.model_dump(exclude={"rows"}), rows=rows), loaded
+    return _checked(**own.model_dump(exclude={"rows"}), rows=rows), loaded
+
+
+def _checked(**ids: int) -> Vocabulary:
+    try:
+        return Vocabulary(**ids)
+    except ValidationError as error:
+        raise ValueError("; ".join(p["msg"].removeprefix("Value error, ") for p in error.errors())) from error
 
 
 def _check_tensors(plan: ImportPlan) -> None:
@@ -251,7 +279,7 @@ def _check_tied_head(plan: ImportPlan) -> None:
         if differs.any():
             raise ValueError(
                 f"config.json of {plan.source} ties the head to the embedding, and {HEAD} differs from {EMBEDDING}: "
-                "set tie_word_embeddings=false there"
+                "set tie_word_embeddings and trained_with_tied_embeddings to false there"
             )
 
 
@@ -289,12 +317,12 @@ def _save_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
     tokenizer.save(folder)
     own = folder / TOKENIZER_FILES[1]
     original = (source if source.is_dir() else source.parent) / TOKENIZER_FILES[1]
-    if original.is_file():
+    if source.exists() and original.is_file():
         # transformers takes the added tokens from tokenizer.json, where the mask is among them.
         kept = {key: value for key, value in read_json(original).items() if key != "added_tokens_decoder"}
         own.write_text(json.dumps(kept | read_json(own), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for template in original.parent.glob("chat_template.*"):
-        shutil.copy2(template, folder)
+        for template in original.parent.glob("chat_template.*"):
+            shutil.copy2(template, folder)
 
 
 def _keep_source_files(source: Path, folder: Path) -> None:

@@ -119,9 +119,13 @@ def _inspect_huggingface(path: Path) -> Inspection:
     if quantised:
         details["quantised"] = config["quantization_config"].get("format", "yes")
     if name in ARCHITECTURES and not quantised:
-        architecture = read_architecture(config)
-        details |= _model_details(architecture.model, architecture.diffusion)
-        exports = export_obstacles(architecture.model, architecture.diffusion)
+        try:
+            architecture = read_architecture(config)
+        except ValueError as error:
+            details["import"] = f"no: {error}"
+        else:
+            details |= _model_details(architecture.model, architecture.diffusion)
+            exports = export_obstacles(architecture.model, architecture.diffusion)
     return Inspection(
         path=str(path),
         kind=name if name in ARCHITECTURES else f"{name}, which cannot be imported; {', '.join(ARCHITECTURES)} can",
@@ -163,7 +167,10 @@ def _model_details(model: ModelRecipe, diffusion: DiffusionRecipe) -> dict[str, 
 def _tokenizer(folder: Path) -> str:
     if not (folder / TOKENIZER_FILES[0]).is_file():
         return "none"
-    tokenizer = load_tokenizer(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        return f"unusable: {error}"
     return f"{tokenizer.vocabulary.size} ids with the mask, hash {tokenizer.hash[:12]}"
 
 

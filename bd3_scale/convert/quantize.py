@@ -12,20 +12,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.calibration import Calibration
-from bd3_scale.convert.compressed import packed_tensors, quantization_config, unpacked_weight
-from bd3_scale.convert.export import ExportPlan, write_companions, write_shards
+from bd3_scale.convert.compressed import packed_sizes, packed_tensors, quantization_config, unpacked_weight
+from bd3_scale.convert.export import ExportPlan, check_undamaged, write_companions, write_shards
 from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.names import NamedTensor
-from bd3_scale.convert.quantizer import QuantizedWeight, Scheme, gptq, output_error, round_to_nearest
-from bd3_scale.data.manifest import load_manifest
+from bd3_scale.convert.quantizer import Scheme, gptq, output_error, round_to_nearest
+from bd3_scale.data.manifest import check_tokenizer, load_manifest
 from bd3_scale.data.stream import held_out_batches
+from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.nelbo import NelboEstimate
 from bd3_scale.evaluate.nelbo import evaluate_nelbo
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.parallel.groups import ProcessGroups
+from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.files import check_writable, new_folder
 
@@ -76,6 +79,19 @@ def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
         )
 
 
+def check_data(plan: ExportPlan, data: DataRecipe) -> None:
+    """ValueError: `data` was prepared with another tokeniser, lacks a split, or its documents do not divide into the
+    model's blocks.
+    """
+    prepared = load_manifest(data.path, data.remote)
+    check_tokenizer(prepared, load_tokenizer(plan.checkpoint / TOKENIZER))
+    check_block_size(plan.manifest.recipe.diffusion.block_size, data, prepared.document_multiple)
+    if prepared.validation is None or prepared.train is None:
+        raise ValueError(
+            f"{data.path} needs sequences to calibrate on and a held-out split to measure on: prepare it with --holdout"
+        )
+
+
 def is_quantized(tensor: NamedTensor) -> bool:
     """The projections of the layers; embedding, norms, biases and head are kept."""
     return ".layers." in tensor.name and tensor.name.endswith("_proj.weight")
@@ -99,6 +115,8 @@ def run_quantize(
         ValueError: weights that do not divide into groups, or what was written differs; FileExistsError: `out` exists.
     """
     check_quantizable(plan, scheme)
+    check_data(plan, data)
+    check_undamaged(plan)
     check_writable(out.parent, plan.num_bytes)
     with new_folder(out) as folder, open_model(plan.checkpoint) as (model, manifest, groups):
         quantizer = _Quantizer(plan, model, scheme, method, progress)
@@ -145,8 +163,7 @@ class _Measure:
     ) -> None:
         self._model, self._groups, self._data, self._diffusion, self._draws = model, groups, data, diffusion, draws
         self._manifest = load_manifest(data.path, data.remote)
-        if self._manifest.validation is None:
-            raise ValueError(f"{data.path} has no held-out split to measure on: prepare it with --holdout above 0")
+        assert self._manifest.validation is not None, "see check_data"
         self.sequences = min(sequences, self._manifest.validation.sequences)
 
     def __call__(self) -> Measured:
@@ -166,26 +183,25 @@ class _Quantizer:
         self, plan: ExportPlan, model: BlockDiffusionTransformer, scheme: Scheme, method: Method, progress: Progress
     ) -> None:
         self._plan, self._model, self._scheme, self._method, self._progress = plan, model, scheme, method, progress
+        assert plan.dtype is not None, "scales need a type of their own"
+        self._dtype = plan.dtype
         self._parameters = dict(model.named_parameters())
         self.errors: dict[str, float] = {}
 
     def sizes(self, tensor: NamedTensor) -> dict[str, int]:
         """Bytes of each tensor that is written for one of the model, by name."""
         if not is_quantized(tensor):
-            return {tensor.name: tensor.numel * self._plan.dtype.itemsize}
-        out, features = tensor.shape
-        empty = QuantizedWeight(
-            torch.zeros(out, features, dtype=torch.int8),
-            torch.ones(out, features // self._scheme.group_size, dtype=self._plan.dtype),
+            return {tensor.name: tensor.numel * self._dtype.itemsize}
+        groups = tensor.numel // self._scheme.group_size
+        return packed_sizes(
+            tensor.name.removesuffix(".weight"), tensor.numel * self._scheme.bits // 8, groups * self._dtype.itemsize
         )
-        packed = packed_tensors(tensor.name.removesuffix(".weight"), empty, self._scheme)
-        return {name: part.nbytes for name, part in packed.items()}
 
     @torch.no_grad()
     def cast(self) -> None:
         """Round the weights to the type that an export without quantisation has."""
         for parameter in self._parameters.values():
-            parameter.copy_(parameter.to(self._plan.dtype))
+            parameter.copy_(parameter.to(self._dtype))
 
     def tensors(self, reader: TensorReader, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
         """Everything that is written; a layer is calibrated when its first weight comes, behind quantised layers."""
@@ -207,9 +223,9 @@ class _Quantizer:
     def _quantize(self, tensor: NamedTensor, hessian: Tensor) -> dict[str, Tensor]:
         weight = tensor.join([self._box(tensor, *box) for box in tensor.boxes]).float()
         if self._method == "gptq":
-            quantized = gptq(weight, hessian, self._scheme, self._plan.dtype)
+            quantized = gptq(weight, hessian, self._scheme, self._dtype)
         else:
-            quantized = round_to_nearest(weight, self._scheme, self._plan.dtype)
+            quantized = round_to_nearest(weight, self._scheme, self._dtype)
         self.errors[tensor.name] = output_error(weight, quantized, hessian)
         values = quantized.dequantize()
         for (offset, _), data in zip(tensor.boxes, (part for _, part in tensor.split(values)), strict=True):
@@ -229,5 +245,5 @@ class _Quantizer:
                 name = tensor.name.removesuffix(".weight")
                 unpacked = unpacked_weight({n: written.read(n) for n in self.sizes(tensor)}, name, self._scheme)
                 mine = tensor.join([self._box(tensor, *box) for box in tensor.boxes])
-                if not torch.equal(unpacked.to(mine.dtype), mine):
+                if not torch.equal(unpacked.to(mine.dtype), mine.cpu()):
                     raise ValueError(f"{name} was not written as it was quantised: is the disk sound?")

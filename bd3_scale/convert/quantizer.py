@@ -11,6 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+BLOCK = 128  # columns after which GPTQ makes up for their errors in all that are still to come
+CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)
+SMALLEST_SCALE = 2.0**-24  # the least that float16 holds
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -38,8 +42,7 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """[O, I] in the type of the scales: what an engine multiplies with."""
         group_size = self.values.shape[1] // self.scales.shape[1]
-        values = self.values.to(self.scales.dtype).unflatten(1, (-1, group_size))
-        return (values * self.scales[:, :, None]).flatten(1)
+        return _multiply(self.values.unflatten(1, (-1, group_size)), self.scales[..., None]).flatten(1)
 
 
 class HessianSum:
@@ -59,7 +62,7 @@ class HessianSum:
 def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
     """Each weight [O, I] at the nearest multiple of its group's scale.
 
-    ValueError: the input features do not divide into groups.
+    ValueError: the input features do not divide into groups, or a weight is not finite.
     """
     _check(weight, scheme)
     grouped = weight.float().unflatten(1, (-1, scheme.group_size))
@@ -73,33 +76,37 @@ def gptq(
     """Column after column at the nearest multiple, its error made up for by the columns that are still to come.
 
     The error of a column is spread as the closed form of optimal brain surgeon says, by the inverse of `hessian`
-    [I, I] among the columns to come, which its Cholesky factor holds (paper, section 3.3). A group's scale is fixed
-    when its first column comes. Columns stay in their order, as engines read them.
+    [I, I] among the columns to come, which its Cholesky factor holds (paper, section 3.3). The columns with the largest
+    inputs come first. Scales are those of `round_to_nearest`, so that every column keeps its place and its group, as
+    engines read them.
 
     Args:
         damping: share of the mean diagonal that is added to the diagonal, so that it can be inverted. A feature that
             was never met has no part in the error, and is rounded to nearest.
 
-    ValueError: the input features do not divide into groups.
+    ValueError: the input features do not divide into groups, or a weight or the Hessian is not finite.
     """
     _check(weight, scheme)
-    rest = weight.float().clone()
-    factor = _inverse_factor(hessian, damping)
-    size = scheme.group_size
-    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(len(weight), weight.shape[1] // size, dtype=scale_dtype, device=weight.device)
-    for group, start in enumerate(range(0, weight.shape[1], size)):
-        here = slice(start, start + size)
-        columns, corner = rest[:, here], factor[here, here]
-        scales[:, group] = _scales(columns, scheme, scale_dtype)
+    if not hessian.isfinite().all():
+        raise ValueError("the calibration inputs are not finite: is the checkpoint sound, and is float32 wide enough?")
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(hessian[order][:, order], damping)
+    scales = _scales(weight.float().unflatten(1, (-1, scheme.group_size)), scheme, scale_dtype)
+    # Transposed, a column of the weight is contiguous.
+    rest = weight.float().t()[order]
+    steps = scales.t()[order // scheme.group_size]
+    values = torch.empty(rest.shape, dtype=torch.int8, device=weight.device)
+    for start in range(0, len(rest), BLOCK):
+        here = slice(start, start + BLOCK)
+        columns, corner = rest[here], factor[here, here]
         errors = torch.empty_like(columns)
-        for i in range(size):
-            rounded = _round(columns[:, i], scales[:, group], scheme)
-            values[:, start + i] = rounded
-            errors[:, i] = (columns[:, i] - rounded.float() * scales[:, group].float()) / corner[i, i]
-            columns[:, i + 1 :] -= errors[:, i, None] * corner[i, i + 1 :]
-        rest[:, start + size :] -= errors @ factor[here, start + size :]
-    return QuantizedWeight(values, scales)
+        for i in range(len(columns)):
+            level = _round(columns[i], steps[start + i], scheme)
+            values[start + i] = level
+            errors[i] = (columns[i] - _multiply(level, steps[start + i]).float()) / corner[i, i]
+            columns[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
+        rest[start + BLOCK :].addmm_(factor[here, start + BLOCK :].t(), errors, alpha=-1)
+    return QuantizedWeight(values[order.argsort()].t().contiguous(), scales)
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
@@ -116,17 +123,33 @@ def _check(weight: Tensor, scheme: Scheme) -> None:
             f"{weight.shape[1]} input features do not divide into groups of {scheme.group_size}: take a group size "
             "that divides them"
         )
+    if not weight.isfinite().all():
+        raise ValueError("a weight is not finite, and no integer stands for it: quantise a checkpoint that is sound")
 
 
 def _scales(grouped: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """Of groups [..., size]: the largest magnitude is in the middle of the last step, as in compressed-tensors."""
-    scales = grouped.abs().amax(-1) / ((scheme.highest - scheme.lowest) / 2)
+    """Of groups [..., size]. At the widest the largest magnitude is in the middle of the last step, as in
+    compressed-tensors; clipping a few weights may cost less than coarse steps for all. The least squared error wins.
+    """
+    widest = grouped.abs().amax(-1) / ((scheme.highest - scheme.lowest) / 2)
     # A group of zeros needs a scale all the same, and one that the type can hold.
-    return scales.clamp(min=torch.finfo(dtype).tiny).to(dtype)
+    candidates = [(widest * share).clamp(min=SMALLEST_SCALE).to(dtype) for share in CLIPPING]
+    errors = torch.stack([_squared_error(grouped, scales[..., None], scheme) for scales in candidates])
+    return torch.stack(candidates).gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def _squared_error(grouped: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    rounded = _multiply(_round(grouped, scales, scheme), scales)
+    return (rounded.float() - grouped).square().sum(-1)
 
 
 def _round(weights: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
     return (weights / scales.float()).round().clamp(scheme.lowest, scheme.highest).to(torch.int8)
+
+
+def _multiply(values: Tensor, scales: Tensor) -> Tensor:
+    """In the type of the scales, to which engines round the product: of 8 bits in bfloat16 by up to half a step."""
+    return values.to(scales.dtype) * scales
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

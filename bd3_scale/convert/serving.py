@@ -24,12 +24,20 @@ class Engine:
     reason: str
 
 
-def engines(kind: Format, vocabulary: Vocabulary) -> tuple[Engine, ...]:
+def engines(kind: Format, vocabulary: Vocabulary, *, quantised: bool = False) -> tuple[Engine, ...]:
     """Which engines run an export of `kind`; the reasons are for people."""
+    found = _engines(kind, vocabulary)
+    # SGLang and vLLM's family, and transformers, read compressed-tensors.
+    readers = ("transformers", "SGLang", "vLLM")
+    unread = "it is not known to read compressed-tensors"
+    return tuple(Engine(e.name, False, unread) if quantised and not e.name.startswith(readers) else e for e in found)
+
+
+def _engines(kind: Format, vocabulary: Vocabulary) -> tuple[Engine, ...]:
     transformers = Engine("transformers", True, "4.5x and 5.x")
     if kind not in ("sdar", "bd3"):
-        anyone = Engine("SGLang, vLLM, LMDeploy, llama.cpp", True, "an autoregressive model like any other")
-        return transformers, anyone
+        reason = "an autoregressive model like any other"
+        return transformers, Engine("SGLang, vLLM", True, reason), Engine("LMDeploy, llama.cpp", True, reason)
     transformers = Engine("transformers", True, "4.5x and 5.x, with trust_remote_code")
     llama_cpp = Engine("llama.cpp", False, "it has no block-causal attention")
     if kind == "bd3":
@@ -43,7 +51,8 @@ def engines(kind: Format, vocabulary: Vocabulary) -> tuple[Engine, ...]:
     )
     return (
         transformers,
-        Engine("SGLang, LMDeploy", fits, reason),
+        Engine("SGLang", fits, reason),
+        Engine("LMDeploy", fits, reason),
         Engine("JetEngine, Diffulex", True, "they read mask_token_id"),
         llama_cpp,
     )
@@ -78,7 +87,10 @@ def model_card(kind: Format, architecture: str, manifest: CheckpointManifest, qu
         else "An autoregressive language model."
     )
     weights = f"Its weights are in a smaller format: {quantization}.\n" if quantization else ""
-    rows = "\n".join(f"| {e.name} | {'yes' if e.runs else 'no'} | {e.reason} |" for e in engines(kind, vocabulary))
+    rows = "\n".join(
+        f"| {e.name} | {'yes' if e.runs else 'no'} | {e.reason} |"
+        for e in engines(kind, vocabulary, quantised=quantization is not None)
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

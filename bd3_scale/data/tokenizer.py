@@ -33,7 +33,15 @@ class Tokenizer:
             raise ValueError(f"the end-of-document token {eos!r} is not in the vocabulary")
         backend.no_truncation()
         backend.no_padding()
+        taken = set(backend.get_vocab(with_added_tokens=True).values())
+        is_new = backend.token_to_id(mask) is None
         backend.add_special_tokens([eos, mask])
+        if is_new and backend.token_to_id(mask) in taken:
+            # The library numbers a new token by their count, which is an id in use where others are not.
+            raise ValueError(
+                f"the vocabulary leaves ids out, and the new token {mask!r} would take the id "
+                f"{backend.token_to_id(mask)} of another one; name an unused token of the vocabulary as the mask"
+            )
         backend.encode_special_tokens = True
         self._backend, self._eos, self._mask = backend, eos, mask
         ids = set(backend.get_vocab(with_added_tokens=True).values())

@@ -12,7 +12,7 @@ from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.manifest import check_tokenizer, load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.nelbo import evaluate_nelbo, is_exact
+from bd3_scale.evaluate.nelbo import counted_tokens, evaluate_nelbo, is_exact
 from bd3_scale.evaluate.unigram import unigram_perplexity
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe, Recipe
@@ -24,7 +24,7 @@ EVALUATION_BATCH = 16
 class Evaluation:
     """`nelbo` and its standard errors in nats a token; `exact`: it is the likelihood and no bound, see `is_exact`.
 
-    `bits_per_byte` is None where only a part of the split was measured.
+    `bits_per_byte` is None where only a part of the split was measured, or not its documents' first tokens.
     """
 
     checkpoint: str
@@ -88,11 +88,10 @@ def evaluate_checkpoint(
             progress=advance,
         )
         whole = {"dp_rank": 0, "dp_size": 1, "sequences": total}
-        unigram = unigram_perplexity(
-            held_out_batches(recipe, data, batch_size=EVALUATION_BATCH, **whole), data.vocabulary.size
-        )
+        batches = held_out_batches(recipe, data, batch_size=EVALUATION_BATCH, **whole)
+        unigram = unigram_perplexity((counted_tokens(batch, diffusion) for batch in batches), data.vocabulary.size)
     bits_per_byte = None
-    if total == data.validation.sequences:
+    if total == data.validation.sequences and diffusion.objective == "block_diffusion":
         bits_per_byte = estimate.nelbo * estimate.num_tokens / math.log(2) / data.validation.text_bytes
     return Evaluation(
         checkpoint=str(checkpoint),

@@ -47,8 +47,8 @@ def evaluate_nelbo(
     sums, counted = [], []
     for batch in batches:
         real = batch.ids >= 0
+        batch = counted_tokens(batch, diffusion)
         if diffusion.objective == "next_token":
-            batch = replace(batch, counted=batch.counted & _has_previous(batch))
             batch_sums = _next_token_sums(chunks, batch, groups)
         else:
             noises = [_draw(batch, diffusion.block_size, draw, draws) for draw in range(draws)]
@@ -108,8 +108,11 @@ def _next_token_sums(chunks: Chunks, batch: Batch, groups: ProcessGroups) -> Ten
     return _summed((nll * batch.counted).sum(1)[None], groups, device)
 
 
-def _has_previous(batch: Batch) -> Tensor:
-    return torch.arange(batch.tokens.shape[1]) > batch.document_start
+def counted_tokens(batch: Batch, diffusion: DiffusionRecipe) -> Batch:
+    """The batch, of which a next-token model's count has no first token of a document: none is predicted."""
+    if diffusion.objective != "next_token":
+        return batch
+    return replace(batch, counted=batch.counted & (torch.arange(batch.tokens.shape[1]) > batch.document_start))
 
 
 def _summed(sums: Tensor, groups: ProcessGroups, device: torch.device) -> Tensor:

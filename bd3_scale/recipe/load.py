@@ -20,8 +20,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), sections: Mapping[str
     """Reads a recipe, what it `extends` (relative to the file), and overrides such as `optimizer.lr=1e-3`.
 
     Mappings merge key by key, the extending file over the extended one and the overrides over both; any other value
-    replaces. `sections` go over all of that: what is decided elsewhere, such as the model of an import. Scalars follow
-    YAML 1.2's core schema, so that `1e-3` is a number and `no` is text.
+    replaces. `sections` are what is decided elsewhere, the model of an import. Scalars follow YAML 1.2's core schema,
+    so that `1e-3` is a number and `no` is text.
 
     Raises:
         RecipeError: a file that cannot be read or parsed, a circle of `extends`, an unknown key, a value of the wrong
@@ -30,6 +30,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), sections: Mapping[str
     merged = _read_extended(path, ())
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
+    if decided := sorted(merged.keys() & (sections or {}).keys()):
+        raise RecipeError(
+            [f"{key}: is decided by the model that is adapted; leave it out" for key in decided], str(path)
+        )
     merged |= sections or {}
     try:
         return Recipe.model_validate(merged)

@@ -261,6 +261,7 @@ class ImportedRecipe(ModelSections):
     """What is known of a model that was not trained here."""
 
     imported_from: str
+    source_fingerprint: str = Field("", description="which files its weights came from")
     precision: Literal["bf16", "fp32"]
     max_position_embeddings: PositiveInt = Field(description="longest sequence that it was trained on")
 

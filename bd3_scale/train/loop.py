@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.signals import StopRequest, ended_by_signals
 from bd3_scale.train.learning_rate import learning_rate
 from bd3_scale.train.report import Report
-from bd3_scale.train.resume import find_start
+from bd3_scale.train.resume import Start, find_start
 from bd3_scale.train.tiles import settle_tiles
 
 
@@ -83,7 +84,7 @@ def train(recipe: Recipe) -> None:
         backend = attention_backend(recipe, dtype=_dtype(recipe), device=local_device())
         on_rank_zero(lambda: _lock_run_directory(run, stack))
         start = find_start(recipe, run.checkpoints, data, run.data_hash)
-        on_rank_zero(lambda: _describe_run(run))
+        on_rank_zero(lambda: _describe_run(run, start))
         settle_tiles(recipe, backend, _dtype(recipe), start.manifest if start and start.resumes else None)
 
         vocabulary = start.manifest.vocabulary if start else data.vocabulary
@@ -189,12 +190,17 @@ def _lock_run_directory(run: Run, stack: ExitStack) -> None:
     remove_partial(run.checkpoints)
 
 
-def _describe_run(run: Run) -> None:
+def _describe_run(run: Run, start: Start | None) -> None:
     write_atomically(run.folder / "recipe.yaml", resolved_yaml(run.recipe))
     write_atomically(run.folder / "recipe.sha256", recipe_hash(run.recipe) + "\n")
     tokenizer = load_tokenizer(run.recipe.data.path)
     check_tokenizer(run.data, tokenizer)
-    tokenizer.save(run.folder / TOKENIZER)
+    shutil.rmtree(run.folder / TOKENIZER, ignore_errors=True)
+    if start is not None and (start.checkpoint / TOKENIZER).is_dir():
+        # The same tokeniser, with what an imported one has beside it, such as a chat template.
+        shutil.copytree(start.checkpoint / TOKENIZER, run.folder / TOKENIZER)
+    else:
+        tokenizer.save(run.folder / TOKENIZER)
 
 
 def _checkpoint_bytes(layouts: list[ParameterLayout], engine: TrainingEngine) -> int:

@@ -17,8 +17,9 @@ from bd3_scale.checkpoint.store import (
 from bd3_scale.data.manifest import Manifest, check_tokenizer
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.layout import ParameterLayout
+from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.parallel.zero import ZeroState
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.schema import ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 # What may not change within a run: weights, noise and data position would mean something else.
@@ -64,7 +65,9 @@ def find_start(recipe: Recipe, checkpoints: Path, data: Manifest, data_hash: str
         return Start(own[-1], manifest, resumes=True)
     if recipe.init_from is None:
         return None
-    checkpoint = resolve_checkpoint(Path(recipe.init_from))
+    # On one rank: a run that is still saving may have a newer one for the next that looks.
+    initial = Path(recipe.init_from)
+    checkpoint = on_rank_zero(lambda: resolve_checkpoint(initial))
     manifest = read_manifest(checkpoint)
     check_initial(checkpoint, manifest, recipe, data)
     return Start(checkpoint, manifest, resumes=False)
@@ -76,7 +79,7 @@ def check_initial(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe
     Raises:
         ValueError: model, vocabulary or tokeniser differ; every difference is named.
     """
-    old, new = (r.model.model_dump(mode="json", exclude={"init_std"}) for r in (manifest.recipe, recipe))
+    old, new = (_shape(r.model) for r in (manifest.recipe, recipe))
     differences = [
         f"{key} is {_show(b)}, the checkpoint has {_show(a)}" for key, a, b in _differences("model", old, new)
     ]
@@ -93,13 +96,20 @@ def check_initial(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe
         check_tokenizer(data, load_tokenizer(checkpoint / TOKENIZER))
 
 
+def _shape(model: ModelRecipe) -> dict[str, Any]:
+    """What two models must share to have the same weights, with defaults spelt out."""
+    explicit = {"head_dim": model.head_size, "num_query_groups": model.query_groups}
+    return model.model_dump(mode="json", exclude={"init_std"}) | explicit
+
+
 def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe, data_hash: str) -> None:
     """Whether a run of `recipe` can continue from a checkpoint.
 
     Raises:
         ValueError: the recipe or the data differ in what a run may not change; every difference is named.
     """
-    assert isinstance(manifest.recipe, Recipe), "no run writes an imported checkpoint into its own folder"
+    if not isinstance(manifest.recipe, Recipe):
+        raise ValueError(f"{checkpoint} is an import, and no run goes on from one: name it with init_from={checkpoint}")
     differences = [
         f"{key} is {_show(new)}, the checkpoint has {_show(old)}"
         for path in _FIXED

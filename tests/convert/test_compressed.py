@@ -13,8 +13,20 @@ import torch
 from models import save_folder, tensors, transformers_model
 from safetensors.torch import save_file
 
-from bd3_scale.convert.compressed import packed_tensors, quantization_config, unpacked_weight
+from bd3_scale.convert import _libraries, quantizer
+from bd3_scale.convert._libraries import without_broken_torchvision
+from bd3_scale.convert.compressed import engine_notes, packed_tensors, quantization_config, unpacked_weight
 from bd3_scale.convert.quantizer import Scheme, round_to_nearest
+
+with without_broken_torchvision():
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+
+def library_scheme(scheme: Scheme) -> QuantizationScheme:
+    return QuantizationScheme(**quantization_config(scheme, [])["config_groups"]["group_0"])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -32,6 +44,57 @@ def test_words_hold_the_values_from_the_lowest_bits_up(bits: int) -> None:
     ]
     assert np.array_equal(np.array(values), quantised.values.numpy())
     assert torch.equal(unpacked_weight(packed, "x", scheme), quantised.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_library_decompresses_to_the_same_bits(bits: int, dtype: torch.dtype) -> None:
+    scheme = Scheme(bits, 32)
+    quantised = round_to_nearest(torch.randn(6, 96), scheme, dtype)
+    packed = {name.removeprefix("x."): tensor for name, tensor in packed_tensors("x", quantised, scheme).items()}
+    found = PackedQuantizationCompressor.decompress(packed, library_scheme(scheme))["weight"]
+    assert found.dtype == dtype
+    assert torch.equal(found, quantised.dequantize())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_unclipped_levels_are_those_of_the_library(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizer, "CLIPPING", (1.0,))
+    scheme, weight = Scheme(bits, 32), torch.randn(6, 96)
+    found = round_to_nearest(weight, scheme, torch.float32)
+    grouped = weight.unflatten(1, (-1, 32))
+    arguments = library_scheme(scheme).weights
+    scales, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), arguments)
+    assert torch.equal(found.scales, scales)
+    assert torch.equal(found.values, quantize(weight, scales, None, arguments, dtype=torch.int8))
+
+
+def test_rows_that_do_not_fill_words_are_refused() -> None:
+    scheme = Scheme(4, 3)
+    with pytest.raises(ValueError, match="x has 12 input features, which do not fill whole words of 8"):
+        packed_tensors("x", round_to_nearest(torch.randn(2, 12), scheme, torch.bfloat16), scheme)
+
+
+def test_layers_that_marlin_does_not_run_are_named() -> None:
+    assert engine_notes((192, 4096), Scheme(4)) == []
+    assert engine_notes((96, 192), Scheme(8, 16)) == [
+        "groups of 16: Marlin runs those of 32, 64, 128",
+        "96 output features on a rank: Marlin runs multiples of 64",
+        "192 input features on a rank: Marlin runs multiples of 128",
+    ]
+
+
+def test_torchvision_is_hidden_inside_alone_and_inside_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(_libraries.importlib, "import_module", fail)
+    with without_broken_torchvision():
+        with without_broken_torchvision():
+            assert sys.modules["torchvision"] is None
+        assert sys.modules["torchvision"] is None
+    assert "torchvision" not in sys.modules
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.checkpoint.manifest import read_manifest
 from bd3_scale.checkpoint.model import open_model
-from bd3_scale.checkpoint.tensors import TensorReader
+from bd3_scale.checkpoint.tensors import TensorReader, same_bytes
+from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.data.tokenizer import load_tokenizer
 
@@ -133,6 +134,9 @@ def test_bf16_stays_bf16(folder: Path) -> None:
         ({"hidden_size": "48"}, r"hidden_size='48' in config.json is no count"),
         ({"rms_norm_eps": "small"}, r"describes no model: norm_eps: .*, not 'small'"),
         ({"num_attention_heads": 0}, r"num_attention_heads: .* not 0"),
+        ({"rope_scaling": "llama3"}, r"rope_scaling='llama3' in config.json is not of the kind"),
+        ({"architectures": "Qwen3ForCausalLM"}, r"architectures='Qwen3ForCausalLM' .* is not of the kind"),
+        ({"max_position_embeddings": "long"}, r"max_position_embeddings='long' in config.json is no count"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, r"rope_scaling.low_freq_factor: Field required"),
         ({"quantization_config": {"bits": 4}}, r"is quantised"),
     ],
@@ -286,3 +290,59 @@ def test_what_is_written_is_compared(folder: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="was not written as"):
         run_import(plan, folder.parent / "out")
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_transformers_5_says_rope_in_other_words(folder: Path) -> None:
+    edit_config(folder, rope_theta=1e6, rope_parameters={"rope_type": "default"})
+    assert plan_import(folder).model.rope_theta == 1e6
+    edit_config(folder, rope_theta=None, rope_parameters={"rope_theta": 5e5, **LLAMA3_ROPE})
+    model = plan_import(folder).model
+    assert model.rope_theta == 5e5
+    assert model.rope_scaling.factor == 8.0
+    assert model.rope_scaling.original_max_position_embeddings == 32
+
+
+def test_options_that_would_be_ignored_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="eos_id=3 is for models without a tokeniser"):
+        plan_import(folder, eos_id=3)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="mask_token='x' names a token, and there is no tokeniser"):
+        plan_import(folder, mask_token="x")
+    with pytest.raises(ValueError, match="is a part of a Hugging Face folder: give the folder"):
+        plan_import(folder / "model.safetensors.index.json")
+
+
+def test_the_configuration_beside_another_tokeniser_is_the_one_kept(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "of the source"}))
+    run_import(plan_import(folder, tokenizer="bytes"), folder.parent / "out")
+    assert "chat_template" not in (folder.parent / "out" / "tokenizer" / "tokenizer_config.json").read_text()
+
+
+def test_each_tensor_keeps_its_own_type_and_every_bit(folder: Path) -> None:
+    """Projections in bf16 beside norms in fp32, and a weight that is not a number."""
+
+    def cast(all_tensors: dict) -> None:
+        all_tensors.update({n: t.bfloat16() for n, t in all_tensors.items() if n.endswith("_proj.weight")})
+        all_tensors["model.norm.weight"][3] = float("nan")
+
+    edit_tensors(folder, cast)
+    run_import(plan_import(folder), folder.parent / "native")
+    run_export(plan_export(folder.parent / "native"), folder.parent / "back")
+    before, after = tensors(folder), tensors(folder.parent / "back")
+    assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
+    assert all(same_bytes(before[n], after[n]) for n in before)
+
+
+def test_a_flipped_bit_of_the_checkpoint_is_not_exported(folder: Path) -> None:
+    run_import(plan_import(folder), folder.parent / "native")
+    file = next((folder.parent / "native").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"is damaged: {file.name}; use an earlier one"):
+        run_export(plan_export(folder.parent / "native"), folder.parent / "back")
+    assert not (folder.parent / "back").exists()
+    file.write_bytes(b"\xff" * len(content))
+    with TensorReader(folder.parent / "native") as reader, pytest.raises(ValueError, match="is damaged"):
+        reader.read("master.decoder.final_layernorm.weight", (0,), (48,))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bd3_scale.convert import quantizer
 from bd3_scale.convert.quantizer import HessianSum, QuantizedWeight, Scheme, gptq, output_error, round_to_nearest
 
 INT4, INT8 = Scheme(4, 32), Scheme(8, 32)
@@ -45,20 +46,45 @@ def test_rounding_is_the_nearest_multiple_of_the_stored_scale(scheme: Scheme, se
         nearest = (candidates - weight[row, column]).abs().min()
         chosen = (found.values[row, column] * found.scales[row, column // 32].float() - weight[row, column]).abs()
         assert chosen <= nearest + 1e-6 * weight.abs().max()
-    # The scale's own rounding moves the ends of the range by a share of it.
-    half_step = found.scales.float().repeat_interleave(32, 1) * (0.5 + (0.01 if dtype == torch.float32 else 0.55))
-    exact = found.values.float() * found.scales.float().repeat_interleave(32, 1)
-    assert ((exact - weight).abs() <= half_step).all()
+    # Only what is clipped is further from its level than half a step.
+    steps = found.scales.float().repeat_interleave(32, 1)
+    inside = (found.values > scheme.lowest) & (found.values < scheme.highest)
+    assert ((found.values * steps - weight).abs() <= 0.5001 * steps)[inside].all()
 
 
-def test_a_quantised_weight_is_quantised_to_itself() -> None:
-    """The largest magnitude of a group at the lowest level, −8 or −128, makes the scale again."""
-    weight = random(4, 64)
-    weight[:, ::32] = -weight.abs().amax(1, keepdim=True) * 2
-    first = round_to_nearest(weight, INT8, torch.float32)
-    again = round_to_nearest(first.dequantize(), INT8, torch.float32)
-    assert (first.values - again.values).abs().max() <= 1
-    assert (first.dequantize() - again.dequantize()).abs().max() <= first.scales.max()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", [INT4, INT8])
+def test_a_quantised_weight_falls_on_its_own_levels(scheme: Scheme, dtype: torch.dtype) -> None:
+    found = round_to_nearest(random(4, 64), scheme, dtype)
+    levels = found.dequantize().float() / found.scales.float().repeat_interleave(32, 1)
+    assert found.dequantize().dtype == dtype
+    assert torch.equal(levels.round(), found.values.float())
+
+
+def squared_error(weight: torch.Tensor, found: QuantizedWeight) -> float:
+    return float((found.dequantize().float() - weight).square().sum())
+
+
+def test_clipping_never_costs_and_pays_in_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random(64, 256)
+    clipped = {scheme: round_to_nearest(weight, scheme, torch.bfloat16) for scheme in (Scheme(4), Scheme(8))}
+    monkeypatch.setattr(quantizer, "CLIPPING", (1.0,))
+    widest = {scheme: round_to_nearest(weight, scheme, torch.bfloat16) for scheme in clipped}
+    for scheme, found in clipped.items():
+        for row in range(64):
+            one, other = (
+                QuantizedWeight(w.values[row : row + 1], w.scales[row : row + 1]) for w in (found, widest[scheme])
+            )
+            assert squared_error(weight[row], one) <= squared_error(weight[row], other)
+    assert squared_error(weight, clipped[Scheme(4)]) < 0.95 * squared_error(weight, widest[Scheme(4)])
+
+
+def test_small_weights_are_as_precise_in_float16_as_in_float32() -> None:
+    """Their scales are below the least normal number."""
+    weight = random(8, 64) * 1e-3
+    narrow, wide = (round_to_nearest(weight, INT8, dtype) for dtype in (torch.float16, torch.float32))
+    assert narrow.scales.max() < torch.finfo(torch.float16).tiny
+    assert squared_error(weight, narrow) < 1.1 * squared_error(weight, wide)
 
 
 def test_zeros_and_tiny_groups_have_a_scale() -> None:
@@ -77,7 +103,7 @@ def test_features_without_correlation_are_rounded_to_nearest() -> None:
     assert torch.equal(found.scales, nearest.scales)
 
 
-def test_a_features_that_is_never_met_is_rounded_to_nearest_and_disturbs_nothing() -> None:
+def test_a_feature_that_is_never_met_is_rounded_to_nearest_and_disturbs_nothing() -> None:
     rows, weight = correlated(200, 64), random(4, 64)
     rows[:, [3, 40]] = 0
     found = gptq(weight, hessian_of(rows), INT4, torch.float32)
@@ -87,37 +113,60 @@ def test_a_features_that_is_never_met_is_rounded_to_nearest_and_disturbs_nothing
     assert torch.equal(found.values[:, [3, 40]].float(), expected[:, [3, 40]])
 
 
-def naive(weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, damping: float) -> torch.Tensor:
-    """Column by column: after each, all others that are left are solved for by least squares on the damped inputs."""
+def test_a_weight_whose_inputs_are_all_zero_is_rounded_to_nearest() -> None:
+    weight, nothing = random(4, 64), torch.zeros(64, 64)
+    found = gptq(weight, nothing, INT4, torch.float32)
+    assert torch.equal(found.values, round_to_nearest(weight, INT4, torch.float32).values)
+    assert output_error(weight, found, nothing) == 0
+
+
+def naive(
+    weight: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor, scheme: Scheme, damping: float
+) -> torch.Tensor:
+    """Column by column, that of the largest inputs first: after each, all others that are left are solved for by least
+    squares on the damped inputs.
+    """
     damped = hessian.double() + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
-    target, rest = weight.double(), weight.double().clone()
-    fixed = torch.zeros_like(target)
-    scales = torch.zeros(len(weight), weight.shape[1] // scheme.group_size, dtype=torch.float64)
-    for column in range(weight.shape[1]):
-        group, within = divmod(column, scheme.group_size)
-        if within == 0:
-            columns = rest[:, column : column + scheme.group_size]
-            scales[:, group] = columns.abs().amax(1).float().double() / ((scheme.highest - scheme.lowest) / 2)
-        level = (rest[:, column] / scales[:, group]).round().clamp(scheme.lowest, scheme.highest)
-        fixed[:, column] = level * scales[:, group]
-        left = slice(column + 1, None)
+    target, fixed, rest = weight.double(), torch.zeros_like(weight).double(), weight.double().clone()
+    order = sorted(range(len(hessian)), key=lambda column: -float(hessian[column, column]))
+    for index, column in enumerate(order):
+        scale = scales[:, column // scheme.group_size].double()
+        fixed[:, column] = (rest[:, column] / scale).round().clamp(scheme.lowest, scheme.highest) * scale
+        done, left = order[: index + 1], order[index + 1 :]
         # Minimise (target − fixed − rest) H (…)ᵀ over the columns that are left.
-        error = (target - fixed)[:, : column + 1]
-        rest[:, left] = (
-            target[:, left] + torch.linalg.solve(damped[left, left], (error @ damped[: column + 1, left]).T).T
-        )
+        pull = (target - fixed)[:, done] @ damped[done][:, left]
+        rest[:, left] = target[:, left] + torch.linalg.solve(damped[left][:, left], pull.T).T
     return fixed
+
+
+@pytest.mark.parametrize("block", [16, 48, 128])
+def test_blocks_do_not_change_what_gptq_finds(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, weight = correlated(300, 96).round(), random(6, 96)
+    expected = gptq(weight, hessian_of(rows), INT4, torch.float32)
+    monkeypatch.setattr(quantizer, "BLOCK", block)
+    found = gptq(weight, hessian_of(rows), INT4, torch.float32)
+    assert (found.values == expected.values).all(1).sum() >= 5
+
+
+def test_gptq_makes_up_for_the_rounding_of_products() -> None:
+    """In 8 bits and bfloat16 that is as large as the rounding to a level."""
+    rows, weight = correlated(1000, 128), random(64, 128)
+    hessian = hessian_of(rows)
+    exact, product = (output_error(weight, gptq(weight, hessian, Scheme(8), dtype), hessian)
+                      for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
+    assert product < 1.2 * exact
 
 
 def test_gptq_is_the_least_squares_solution_column_by_column() -> None:
     rows, weight = correlated(300, 64), random(6, 64)
     hessian = hessian_of(rows)
-    found = gptq(weight, hessian, INT4, torch.float32, damping=0.01).dequantize()
-    expected = naive(weight, hessian, INT4, 0.01).float()
+    quantised = gptq(weight, hessian, INT4, torch.float32, damping=0.01)
+    assert torch.equal(quantised.scales, round_to_nearest(weight, INT4, torch.float32).scales)
+    found, expected = quantised.dequantize(), naive(weight, hessian, quantised.scales, INT4, 0.01).float()
     # In fp32 a weight between two levels may fall to the other one, after which the rest of its row differs.
     same_rows = ((found - expected).abs() < 1e-4).all(1)
     assert same_rows.sum() >= 5
-    assert output_error(weight, gptq(weight, hessian, INT4, torch.float32), hessian) == pytest.approx(
+    assert output_error(weight, quantised, hessian) == pytest.approx(
         float((((weight - expected) @ hessian) * (weight - expected)).sum() / ((weight @ hessian) * weight).sum()),
         rel=0.1,
     )
@@ -125,21 +174,21 @@ def test_gptq_is_the_least_squares_solution_column_by_column() -> None:
 
 def test_no_rounding_of_three_columns_beats_the_best_and_gptq_is_near() -> None:
     scheme = Scheme(4, 3)
-    best_errors, own_errors, nearest_errors = [], [], []
-    for seed in range(20):
-        rows, weight = random(50, 3, seed=seed) @ random(3, 3, seed=seed + 100), random(1, 3, seed=seed + 200)
+    levels = torch.tensor(list(itertools.product(range(-8, 8), repeat=3)))
+    cases = []
+    for seed in range(200):
+        rows, weight = random(50, 3, seed=seed) @ random(3, 3, seed=seed + 1000), random(1, 3, seed=seed + 2000)
         hessian = hessian_of(rows)
+        nearest = round_to_nearest(weight, scheme, torch.float32)
         found = gptq(weight, hessian, scheme, torch.float32, damping=1e-6)
-        best = min(
-            output_error(weight, QuantizedWeight(torch.tensor([levels], dtype=torch.int8), found.scales), hessian)
-            for levels in itertools.product(range(-8, 8), repeat=3)
-        )
-        best_errors.append(best)
-        own_errors.append(output_error(weight, found, hessian))
-        nearest_errors.append(output_error(weight, round_to_nearest(weight, scheme, torch.float32), hessian))
-    assert all(own >= best - 1e-9 for own, best in zip(own_errors, best_errors, strict=True))
-    # Greedy, it may lose on a single weight; over many it lies between the best and rounding to nearest.
-    assert sum(best_errors) < sum(own_errors) < sum(nearest_errors)
+        all_errors = ((levels * found.scales - weight) @ rows.T).square().sum(1) / (weight @ rows.T).square().sum()
+        cases.append([float(all_errors.min()), *(output_error(weight, q, hessian) for q in (found, nearest))])
+    best, own, near = torch.tensor(cases).T
+    assert (own >= 0.999 * best).all()
+    assert (own <= 1.001 * best).float().mean() > 0.6
+    # Greedy, it may lose on a single weight, and a few that are ill-conditioned would outweigh all others in a sum.
+    assert (own <= 1.001 * near).float().mean() > 0.9
+    assert best.log().mean() < own.log().mean() < near.log().mean() - 0.2
 
 
 def test_gptq_loses_less_than_rounding_where_inputs_are_correlated() -> None:
@@ -158,3 +207,17 @@ def test_groups_must_divide_the_features() -> None:
                      lambda: gptq(random(2, 48), torch.eye(48), INT4, torch.float32)):  # fmt: skip
         with pytest.raises(ValueError, match="48 input features do not divide into groups of 32"):
             quantise()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    weight, hessian = random(2, 32), torch.eye(32)
+    broken = weight.clone()
+    broken[1, 3] = bad
+    for quantise in (lambda: round_to_nearest(broken, INT4, torch.float32),
+                     lambda: gptq(broken, hessian, INT4, torch.float32)):  # fmt: skip
+        with pytest.raises(ValueError, match="a weight is not finite"):
+            quantise()
+    hessian[0, 0] = bad
+    with pytest.raises(ValueError, match="the calibration inputs are not finite"):
+        gptq(weight, hessian, INT4, torch.float32)

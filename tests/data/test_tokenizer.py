@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from bd3_scale.data.tokenizer import EOS, Tokenizer, load_tokenizer, train_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3 + "naïve café 日本語 [MASK] <|endoftext|>\r\n\t\0"
 BYTES = load_tokenizer("bytes")
@@ -161,3 +161,14 @@ def test_training_needs_room_and_text(tmp_path: Path) -> None:
 def test_hash_tells_tokenisers_apart(trained_folder: Path) -> None:
     assert load_tokenizer(trained_folder).hash != BYTES.hash
     assert isinstance(BYTES, Tokenizer)
+
+
+def test_a_vocabulary_with_holes_gets_no_mask_in_the_place_of_a_token() -> None:
+    """The library numbers a new token by the count of tokens, an id that is taken where another one is not."""
+    vocabulary = {character: i for i, character in enumerate("abcdefg")} | {"h": 8, EOS: 7}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    assert Tokenizer(backend).vocabulary.mask_id == 9
+    holed = {character: i for i, character in enumerate("abcdefg")} | {"h": 9, EOS: 7}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=holed, merges=[]))
+    with pytest.raises(ValueError, match=r"leaves ids out, and the new token .* would take the id 9 of another one"):
+        Tokenizer(backend)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pydoc_data.topics
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 from models import config, save_folder, tensors, transformers_model
 
 from bd3_scale.cli import app
+from bd3_scale.data.prepare import prepare
+from bd3_scale.data.tokenizer import load_tokenizer
 
 BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 STEPS = 10
@@ -79,6 +82,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "text" / f"{name.replace('/', '-')}.txt").write_text(text)
     shape = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2}
     save_folder(folder / "model", transformers_model("Qwen3", vocab_size=257, num_key_value_heads=2, **shape))
+    shutil.copytree(folder / "model", folder / "other")
+    load_tokenizer("bytes").save(folder / "tokenizer")
+    edited = (folder / "tokenizer" / "tokenizer.json").read_text().replace("<|endoftext|>", "<|end|>")
+    (folder / "tokenizer" / "tokenizer.json").write_text(edited)
+    config_file = folder / "tokenizer" / "tokenizer_config.json"
+    config_file.write_text(config_file.read_text().replace("<|endoftext|>", "<|end|>"))
+    prepare([folder / "text"], folder / "otherdata", load_tokenizer(folder / "tokenizer"), 64, progress=False)
     (folder / "adapt.yaml").write_text(yaml.safe_dump(RECIPE))
     start(folder, *adapt("whole"))
     return folder
@@ -120,7 +130,7 @@ def test_it_is_exported_inspected_and_measured(workplace: Path) -> None:
     assert not (workplace / "served").exists()
     said = command(workplace, "convert", "export", "whole", "--out", "served")
     assert said["format"] == "SDARForCausalLM"
-    assert said["SGLang, LMDeploy"].startswith("does not run it: they take 151669")
+    assert said["SGLang"].startswith("does not run it: they take 151669")
     assert config(workplace / "served")["block_size"] == 8
     assert command(workplace, "convert", "inspect", "whole", "--verify")["sound"]
     evaluated = command(workplace, "evaluate", "whole", "--sequences", 8)
@@ -160,6 +170,17 @@ def test_it_is_quantised(bits: int, workplace: Path) -> None:
         (
             ["adapt", "model", "adapt.yaml", "--text", "text", "train.steps=5"],
             "diffusion.block_size_schedule takes 7 steps of train.steps=5",
+        ),
+        (
+            ["adapt", "model", "adapt.yaml", "--text", "text", "model.num_layers=3"],
+            "model: is decided by the model that is",
+        ),
+        (["adapt", "model", "adapt.yaml", "--text", "elsewhere", "data.path=d"], "elsewhere does not exist"),
+        (["adapt", "other", "adapt.yaml", "run_dir=whole"], "was imported from Qwen3ForCausalLM, model"),
+        (["generate", "whole/initial"], "predicts the next token, and generation here is block diffusion"),
+        (
+            ["convert", "quantize", "whole", "--out", "x", "--data", "otherdata"],
+            "is not the one that the data was prepared",
         ),
         (["convert", "inspect", "text"], "is neither a checkpoint nor a run directory"),
         (["convert", "quantize", "whole", "--out", "x", "--group-size", "96"], "must divide into groups of 96"),
