@@ -216,7 +216,7 @@ def _show_quantization(report: QuantizationReport, out: Path) -> None:
     errors = Table("weight", "relative output error", title="per layer, worst first")
     for name, error in sorted(report.errors.items(), key=lambda item: -item[1]):
         errors.add_row(name, f"{error:.2e}")
-    Console().print(errors, table)
+    Console().print(errors, table, *(f"engines: {note}" for note in report.notes), sep="\n")
 
 
 @app.command("inspect", epilog="Example: bd3-scale convert inspect runs/quickstart --verify")

@@ -16,7 +16,13 @@ from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.calibration import Calibration
-from bd3_scale.convert.compressed import packed_sizes, packed_tensors, quantization_config, unpacked_weight
+from bd3_scale.convert.compressed import (
+    engine_notes,
+    packed_sizes,
+    packed_tensors,
+    quantization_config,
+    unpacked_weight,
+)
 from bd3_scale.convert.export import ExportPlan, check_undamaged, write_companions, write_shards
 from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.names import NamedTensor
@@ -53,6 +59,7 @@ class QuantizationReport:
     Attributes:
         errors: of each weight, ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs X.
         before: with the weights in `dtype`; after: with the quantised ones.
+        notes: what keeps engines' kernels from it, see `kernel_notes`.
     """
 
     bits: int
@@ -66,10 +73,16 @@ class QuantizationReport:
     errors: Mapping[str, float]
     before: Measured
     after: Measured
+    notes: tuple[str, ...]
 
 
 def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
-    """ValueError: a weight's input features do not divide into groups."""
+    """ValueError: a weight's input features do not divide into groups, or a group does not fill whole words."""
+    each = 32 // scheme.bits
+    if scheme.group_size % each:
+        raise ValueError(
+            f"group_size={scheme.group_size} does not fill whole words of {each} values: take a multiple of {each}"
+        )
     bad = {t.shape[1]: t.name for t in plan.tensors if is_quantized(t) and t.shape[1] % scheme.group_size}
     if bad:
         named = "; ".join(f"{name} has {features}" for features, name in bad.items())
@@ -77,6 +90,19 @@ def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
             f"input features must divide into groups of {scheme.group_size}: {named}; take a --group-size that divides "
             "them, or train a model whose hidden and feed-forward sizes are multiples of 128"
         )
+
+
+def kernel_notes(plan: ExportPlan, scheme: Scheme) -> tuple[str, ...]:
+    """What keeps engines' kernels from the layers as they join them on one rank; empty if nothing."""
+    model = plan.manifest.recipe.model
+    heads, hidden, ffn = model.num_attention_heads * model.head_size, model.hidden_size, model.ffn_hidden_size
+    joined = {
+        "query/key/value": (heads + 2 * model.query_groups * model.head_size, hidden),
+        "attention output": (hidden, heads),
+        "gate/up": (2 * ffn if model.activation == "swiglu" else ffn, hidden),
+        "down": (hidden, ffn),
+    }
+    return tuple(f"{name}: {note}" for name, shape in joined.items() for note in engine_notes(shape, scheme))
 
 
 def check_data(plan: ExportPlan, data: DataRecipe) -> None:
@@ -144,6 +170,7 @@ def run_quantize(
             errors=quantizer.errors,
             before=before,
             after=measure(),
+            notes=kernel_notes(plan, scheme),
         )
         (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     return report

@@ -153,6 +153,7 @@ def test_it_is_quantised(bits: int, workplace: Path) -> None:
     assert report["method"] == {4: "gptq", 8: "rtn"}[bits]
     assert len(report["errors"]) == 2 * 7
     assert max(report["errors"].values()) < {4: 0.05, 8: 1e-3}[bits]
+    assert report["notes"] == []
     found = tensors(workplace / out)
     assert report["bytes_after"] == sum(tensor.nbytes for tensor in found.values())
     packed = found["model.layers.0.mlp.up_proj.weight_packed"]
@@ -184,6 +185,7 @@ def test_it_is_quantised(bits: int, workplace: Path) -> None:
         ),
         (["convert", "inspect", "text"], "is neither a checkpoint nor a run directory"),
         (["convert", "quantize", "whole", "--out", "x", "--group-size", "96"], "must divide into groups of 96"),
+        (["convert", "quantize", "whole", "--out", "x", "--group-size", "4"], "does not fill whole words of 8 values"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(arguments: list[str], message: str, workplace: Path) -> None:
