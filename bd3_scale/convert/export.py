@@ -30,7 +30,7 @@ from bd3_scale.resilience.files import check_writable, new_folder
 
 Progress = Callable[[int, int], object]
 Dtype = Literal["bfloat16", "float16", "float32"]
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)

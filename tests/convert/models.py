@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from bd3_scale.convert._libraries import without_broken_torchvision
 from safetensors.torch import load_file, save_file
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.checkpoint.store import save_checkpoint
+from bd3_scale.convert._libraries import without_broken_torchvision
 from bd3_scale.convert.remote_code_files import remote_code
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
