@@ -158,6 +158,7 @@ def adapt(
             validation=validation or (),
             mask_token=mask_token,
             progress=bar.show,
+            note=lambda text: typer.echo(f"note: {text}", err=True),
         )
     if prepare_only:
         typer.echo(f"prepared; go on with: bd3-scale train {adapted}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, read_manifest
+from bd3_scale.convert.architectures import export_obstacles
 from bd3_scale.convert.importer import ImportPlan, plan_import, run_import
 from bd3_scale.data.manifest import MANIFEST_FILE
 from bd3_scale.data.prepare import prepare
@@ -30,9 +31,12 @@ def prepare_adaptation(
     validation: Sequence[Path],
     mask_token: str | None,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    note: Callable[[str], object] = lambda text: None,
 ) -> Path:
     """Import `source` into the run directory, prepare the text with its tokeniser where data.path has none, and write
     the whole recipe, whose path is returned.
+
+    `note` is told what the adapted model cannot become.
 
     Raises:
         ValueError, FileNotFoundError: the source cannot be imported or is no next-token model, the recipe is wrong, or
@@ -45,6 +49,8 @@ def prepare_adaptation(
         )
     recipe = load_recipe(recipe_file, overrides, {"model": plan.model.model_dump(mode="json"), "init_from": None})
     check_recipe(recipe, world_size_for_launch(recipe))
+    if obstacle := export_obstacles(plan.model, recipe.diffusion)["sdar"]:
+        note(f"the adapted model will not run in SGLang or LMDeploy, but in transformers: {obstacle}")
     initial, data = recipe.run_path / INITIAL, Path(recipe.data.path)
     prepared = recipe.data.remote is not None or (data / MANIFEST_FILE).is_file()
     if not prepared and not text:

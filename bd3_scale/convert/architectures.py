@@ -188,13 +188,11 @@ def export_obstacles(model: ModelRecipe, diffusion: DiffusionRecipe) -> dict[For
 
 
 def _sdar_obstacle(model: ModelRecipe, diffusion: DiffusionRecipe) -> str | None:
-    if diffusion.objective == "next_token":
-        return "it was trained to predict the next token; adapt it to block diffusion first"
+    # What no training changes comes first, so that it is known before an adaptation.
     if not model.qk_norm:
         return "it has no q/k norm, and a norm of unit weights is not the identity; train with model.qk_norm=true"
-    return _unlike_qwen(model) or (
-        "its rotary frequencies are scaled, which engines do not expect of SDAR" if model.rope_scaling else None
-    )
+    scaled = "its rotary frequencies are scaled, which engines do not expect of SDAR" if model.rope_scaling else None
+    return _unlike_qwen(model) or scaled or _bd3_obstacle(model, diffusion)
 
 
 def _bd3_obstacle(model: ModelRecipe, diffusion: DiffusionRecipe) -> str | None:
