@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import file_hash
 
 MANIFEST = "manifest.json"
+FORMAT: Literal[2] = 2
 TOKENIZER = "tokenizer"
 # Files of the checkpoint that this one was imported from, for an export to the same format.
 IMPORTED = "imported"
@@ -40,7 +42,7 @@ class CheckpointManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[2] = 2
+    format: Literal[2] = FORMAT
     step: int
     recipe: Recipe | ImportedRecipe
     recipe_hash: str
@@ -69,9 +71,14 @@ def read_manifest(folder: Path) -> CheckpointManifest:
             f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last; "
             "give a folder like RUN/checkpoints/step-00000100, or remove a half-written one"
         )
+    text = path.read_text()
     try:
-        manifest = CheckpointManifest.model_validate_json(path.read_text())
+        manifest = CheckpointManifest.model_validate_json(text)
     except ValidationError as error:
+        if (written := re.search(r'"format":\s*(\d+)', text)) and int(written[1]) != FORMAT:
+            raise ValueError(
+                f"{path} is of format {written[1]}, and this version reads format {FORMAT}: use the version that wrote it"
+            ) from error
         raise ValueError(f"{path} cannot be read: {error}; use another checkpoint of the run") from error
     for name, record in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None

@@ -162,3 +162,11 @@ def test_another_shape_is_named(trained, folder, groups):
     (model,) = build_model(wider, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
     with pytest.raises(ValueError, match=r"mlp.linear_fc1.weight has shape \(2, 48, 16\) in the checkpoint"):
         load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts([model]))
+
+
+def test_another_format_is_named(trained, folder):
+    checkpoint = trained.save(folder)
+    manifest = checkpoint / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ValueError, match=r"is of format 1, and this version reads format 2"):
+        read_manifest(checkpoint)
