@@ -77,7 +77,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     except ValidationError as error:
         if (written := re.search(r'"format":\s*(\d+)', text)) and int(written[1]) != FORMAT:
             raise ValueError(
-                f"{path} is of format {written[1]}, and this version reads format {FORMAT}: use the version that wrote it"
+                f"{path} is of format {written[1]}, and format {FORMAT} is read here: use the version that wrote it"
             ) from error
         raise ValueError(f"{path} cannot be read: {error}; use another checkpoint of the run") from error
     for name, record in manifest.files.items():

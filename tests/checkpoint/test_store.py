@@ -168,5 +168,5 @@ def test_another_format_is_named(trained, folder):
     checkpoint = trained.save(folder)
     manifest = checkpoint / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(ValueError, match=r"is of format 1, and this version reads format 2"):
+    with pytest.raises(ValueError, match=r"is of format 1, and format 2 is read here"):
         read_manifest(checkpoint)
