@@ -39,4 +39,6 @@ def bf16_accumulates_in_fp32(parallel: dict) -> None:
             if parallel.get("zero_stage") != 3:
                 weights = fragment.parameter.detach().flatten()[fragment.start : fragment.start + fragment.numel]
                 assert torch.equal(weights, fragment.states["master"].bfloat16()), "weights are the cast masters"
-                assert not torch.equal(weights.float(), fragment.states["master"]), "masters know more than bf16"
+                # The second half of the head pads the vocabulary, and is zero.
+                more = not torch.equal(weights.float(), fragment.states["master"]) or not weights.any()
+                assert more, "masters know more than bf16"
