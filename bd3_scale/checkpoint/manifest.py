@@ -85,7 +85,8 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         if found != record.bytes:
             state = "is missing" if found is None else f"has {found} bytes"
             raise ValueError(
-                f"checkpoint {folder} is damaged: {name} {state}, {record.bytes} were written; use an earlier one"
+                f"checkpoint {folder} is damaged: {name} {state}, {record.bytes} were written; use an earlier "
+                "checkpoint"
             )
     return manifest
 
