@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.cli import app, data_app
+from bd3_scale.cli import app, convert_app, data_app
 
 COMMAND = Path(sys.executable).with_name("bd3-scale")
 COMMANDS = [
     [*group, command.name or command.callback.__name__]
-    for group, typer_app in (([], app), (["data"], data_app))
+    for group, typer_app in (([], app), (["data"], data_app), (["convert"], convert_app))
     for command in typer_app.registered_commands
     if command.callback is not None
 ]

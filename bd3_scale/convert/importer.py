@@ -31,6 +31,7 @@ from bd3_scale.resilience.files import check_writable, new_folder
 Progress = Callable[[int, int], object]
 # Buffers and switches that checkpoints carry beside their weights.
 _NO_WEIGHTS = re.compile(r".*rotary_emb\.inv_freq")
+_SOURCE_FILES = {".safetensors", ".bin", ".ckpt", ".pt", ".json"}
 GPT2_EOS, GPT2_SIZE = 50256, 50257
 
 
@@ -73,13 +74,11 @@ class ImportPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Which weights these are, by the names, sizes and times of the files that may hold them."""
-        folder = self.source.resolve()
-        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-        seen = [
-            (file.name, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()) and file.is_file()
-        ]
-        return xxhash.xxh3_128_hexdigest(json.dumps([str(folder), seen]))
+        """Which weights these are, by the names, sizes and times of the files that hold them and describe them."""
+        source = self.source.resolve()
+        files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.suffix in _SOURCE_FILES)
+        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return xxhash.xxh3_128_hexdigest(json.dumps([str(source), seen]))
 
     @property
     def precision(self) -> Literal["bf16", "fp32"]:

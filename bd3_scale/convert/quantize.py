@@ -145,9 +145,17 @@ def run_quantize(
     check_undamaged(plan)
     check_writable(out.parent, plan.num_bytes)
     with new_folder(out) as folder, open_model(plan.checkpoint) as (model, manifest, groups):
-        quantizer = _Quantizer(plan, model, scheme, method, progress)
-        quantizer.cast()
         measure = _Measure(model, groups, data, manifest.recipe.diffusion, evaluation_sequences, draws)
+        done, total = 0, 2 * measure.sequences + len(plan.tensors)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        measure.progress = advance
+        quantizer = _Quantizer(plan, model, scheme, method, advance)
+        quantizer.cast()
         before = measure()
         calibration = Calibration(model, data, manifest.recipe.diffusion, calibration_sequences)
         sizes = {name: size for t in plan.tensors for name, size in quantizer.sizes(t).items()}
@@ -192,13 +200,19 @@ class _Measure:
         self._manifest = load_manifest(data.path, data.remote)
         assert self._manifest.validation is not None, "see check_data"
         self.sequences = min(sequences, self._manifest.validation.sequences)
+        self.progress: Callable[[int], object] = lambda sequences: None
 
     def __call__(self) -> Measured:
         batches = held_out_batches(
             self._data, self._manifest, batch_size=16, dp_rank=0, dp_size=1, sequences=self.sequences
         )
         found: NelboEstimate = evaluate_nelbo(
-            [self._model], batches, self._groups, diffusion=self._diffusion, draws=self._draws
+            [self._model],
+            batches,
+            self._groups,
+            diffusion=self._diffusion,
+            draws=self._draws,
+            progress=self.progress,
         )
         return Measured(found.nelbo, found.noise_standard_error, found.text_standard_error)
 
@@ -207,9 +221,14 @@ class _Quantizer:
     """Quantises the model's weights in place, and gives what is written of them, in the order of the export."""
 
     def __init__(
-        self, plan: ExportPlan, model: BlockDiffusionTransformer, scheme: Scheme, method: Method, progress: Progress
+        self,
+        plan: ExportPlan,
+        model: BlockDiffusionTransformer,
+        scheme: Scheme,
+        method: Method,
+        progress: Callable[[int], object],
     ) -> None:
-        self._plan, self._model, self._scheme, self._method, self._progress = plan, model, scheme, method, progress
+        self._plan, self._scheme, self._method, self._progress = plan, scheme, method, progress
         assert plan.dtype is not None, "scales need a type of their own"
         self._dtype = plan.dtype
         self._parameters = dict(model.named_parameters())
@@ -233,8 +252,8 @@ class _Quantizer:
     def tensors(self, reader: TensorReader, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
         """Everything that is written; a layer is calibrated when its first weight comes, behind quantised layers."""
         layer, hessians = -1, {}
-        for index, tensor in enumerate(self._plan.tensors):
-            self._progress(index, len(self._plan.tensors))
+        for tensor in self._plan.tensors:
+            self._progress(1)
             if not is_quantized(tensor):
                 yield tensor.name, self._plan.read(reader, tensor)
                 continue

@@ -16,17 +16,26 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 from models import config, save_folder, tensors, transformers_model
 
+from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.cli import app
+from bd3_scale.convert.compressed import unpacked_weight
+from bd3_scale.convert.quantizer import Scheme
+from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.prepare import prepare
+from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.parallel.groups import process_groups
+from bd3_scale.recipe.schema import DataRecipe, ParallelRecipe
 
 BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 STEPS = 10
+MODEL = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2}
 RECIPE = {
     "name": "adapt",
     "diffusion": {
@@ -80,8 +89,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").mkdir()
     for name, text in list(pydoc_data.topics.topics.items())[:24]:
         (folder / "text" / f"{name.replace('/', '-')}.txt").write_text(text)
-    shape = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2}
-    save_folder(folder / "model", transformers_model("Qwen3", vocab_size=257, num_key_value_heads=2, **shape))
+    save_folder(folder / "model", transformers_model("Qwen3", vocab_size=257, num_key_value_heads=2, **MODEL))
     shutil.copytree(folder / "model", folder / "other")
     load_tokenizer("bytes").save(folder / "tokenizer")
     edited = (folder / "tokenizer" / "tokenizer.json").read_text().replace("<|endoftext|>", "<|end|>")
@@ -89,6 +97,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config_file = folder / "tokenizer" / "tokenizer_config.json"
     config_file.write_text(config_file.read_text().replace("<|endoftext|>", "<|end|>"))
     prepare([folder / "text"], folder / "otherdata", load_tokenizer(folder / "tokenizer"), 64, progress=False)
+    own = folder / "model" / "tokenizer_config.json"
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"chat_template": "{{ messages }}"}))
     (folder / "adapt.yaml").write_text(yaml.safe_dump(RECIPE))
     start(folder, *adapt("whole"))
     return folder
@@ -104,6 +114,35 @@ def test_the_run_began_with_the_import(workplace: Path) -> None:
     manifest = json.loads((workplace / "data" / "manifest.json").read_text())
     assert manifest["document_multiple"] % 16 == 0
     assert manifest["vocabulary"] == {"size": 258, "eos_id": 256, "mask_id": 257, "rows": 0}
+
+
+def test_its_weights_are_those_of_the_model_a_little_further(workplace: Path) -> None:
+    checkpoint = workplace / "whole" / "checkpoints" / "step-00000010"
+    with TensorReader(workplace / "whole" / "initial") as before, TensorReader(checkpoint) as after:
+        for key in ("decoder.layers.mlp.linear_fc1.weight", "embedding.word_embeddings.weight"):
+            name, shape = f"master.{key}", before.shapes[f"master.{key}"]
+            old, new = (reader.read(name, (0,) * len(shape), shape) for reader in (before, after))
+            assert 0 < (new - old).norm() / old.norm() < 0.2
+
+
+def test_an_import_has_the_likelihood_that_transformers_gives(workplace: Path) -> None:
+    """Document by document, the first token of each left out, as nothing predicts it."""
+    found = command(workplace, "evaluate", "whole/initial", "--data", "data", "--sequences", 6)
+    assert found["exact"]
+    model = transformers_model("Qwen3", vocab_size=257, num_key_value_heads=2, **MODEL)
+    total, count = 0.0, 0
+    with process_groups(ParallelRecipe()), torch.no_grad():
+        data = DataRecipe(path=str(workplace / "data"), seq_len=64)
+        for batch in held_out_batches(data, load_manifest(data.path), batch_size=6, dp_rank=0, dp_size=1, sequences=6):
+            for tokens, starts, counted in zip(batch.tokens, batch.document_start, batch.counted, strict=True):
+                for start in starts.unique():
+                    here = starts == start
+                    ids = tokens[here]
+                    nll = -model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+                    total += float((nll * counted[here][1:]).sum())
+                    count += int(counted[here][1:].sum())
+    assert found["tokens"] == count
+    assert found["nelbo"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_killed_and_repeated_it_goes_on_bitwise(workplace: Path) -> None:
@@ -132,6 +171,7 @@ def test_it_is_exported_inspected_and_measured(workplace: Path) -> None:
     assert said["format"] == "SDARForCausalLM"
     assert said["SGLang"].startswith("does not run it: they take 151669")
     assert config(workplace / "served")["block_size"] == 8
+    assert json.loads((workplace / "served" / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
     assert command(workplace, "convert", "inspect", "whole", "--verify")["sound"]
     evaluated = command(workplace, "evaluate", "whole", "--sequences", 8)
     command(workplace, "convert", "import", "served", "--out", "again")
@@ -161,6 +201,29 @@ def test_it_is_quantised(bits: int, workplace: Path) -> None:
     assert packed.shape == (128, 128 * bits // 32)
     assert report["after"]["nelbo"] == pytest.approx(report["before"]["nelbo"], rel={4: 0.05, 8: 0.01}[bits])
     assert report["after"]["nelbo"] != report["before"]["nelbo"]
+
+
+def test_transformers_runs_the_quantised_export(workplace: Path, tmp_path: Path) -> None:
+    """The dequantised weights in a folder without quantisation are what the packed folder computes with."""
+    packed, plain = workplace / "int4", shutil.copytree(workplace / "int4", tmp_path / "plain")
+    scheme, found = Scheme(4), tensors(packed)
+    names = [name.removesuffix("_packed") for name in found if name.endswith("_packed")]
+    kept = {n: t for n, t in found.items() if "weight_" not in n}
+    unpacked = {n: unpacked_weight(found, n.removesuffix(".weight"), scheme) for n in names}
+    save_file(kept | unpacked, plain / "model.safetensors", metadata={"format": "pt"})
+    (plain / "config.json").write_text(
+        json.dumps({k: v for k, v in config(packed).items() if k != "quantization_config"})
+    )
+    program = Path(__file__).parents[1] / "convert" / "same_logits.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", program, packed, plain],
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "equal" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -193,3 +256,18 @@ def test_bad_input_is_refused_before_any_work(arguments: list[str], message: str
     with contextlib.chdir(workplace), pytest.raises((ValueError, OSError), match=message):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert sorted(path.name for path in workplace.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapt", "model", "adapt.yaml"], "run it without a launcher and with --prepare-only"),
+        (["convert", "inspect", "whole"], "conversions run in one process"),
+    ],
+)
+def test_what_runs_in_one_process_refuses_a_launcher(
+    arguments: list[str], message: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with contextlib.chdir(workplace), pytest.raises(ValueError, match=message):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
