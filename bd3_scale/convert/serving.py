@@ -45,9 +45,10 @@ def _engines(kind: Format, vocabulary: Vocabulary) -> tuple[Engine, ...]:
         return transformers, Engine("SGLang, LMDeploy, JetEngine, Diffulex", False, reason), llama_cpp
     fits = vocabulary.mask_id == ENGINE_MASK_ID
     reason = (
-        f"the mask has the id {ENGINE_MASK_ID} that they expect"
+        f"the mask has the id {ENGINE_MASK_ID} that it expects"
         if fits
-        else f"they take {ENGINE_MASK_ID} (Qwen3's tokeniser) for the mask, and here it has the id {vocabulary.mask_id}"
+        else f"it takes {ENGINE_MASK_ID} (Qwen3's tokeniser) for the mask, and here the mask has the id "
+        f"{vocabulary.mask_id}"
     )
     return (
         transformers,

@@ -183,8 +183,8 @@ def test_which_engines_run_it() -> None:
     assert {e.name: e.runs for e in engines("sdar", qwen)}["SGLang"]
     by_name = {e.name: e for e in engines("sdar", BYTES)}
     assert not by_name["SGLang"].runs
-    assert "they take 151669" in by_name["SGLang"].reason
-    assert "here it has the id 257" in by_name["SGLang"].reason
+    assert "it takes 151669" in by_name["SGLang"].reason
+    assert "here the mask has the id 257" in by_name["SGLang"].reason
     assert by_name["JetEngine, Diffulex"].runs
     assert not by_name["llama.cpp"].runs
 

@@ -1,0 +1,110 @@
+"""Calibration: the sums are those of what a whole forward multiplies, under masks of every rate."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+
+import pytest
+import torch
+
+from bd3_scale.convert.calibration import LINEARS, Calibration, _batches, _inputs
+from bd3_scale.data.prepare import prepare
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.model.build import build_model
+from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+SEQUENCES = 16
+DIFFUSION = DiffusionRecipe(block_size=8, mask_rate_low=0.4, mask_rate_high=0.6)
+BYTES = Vocabulary(size=258, eos_id=256, mask_id=257)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataRecipe:
+    folder = tmp_path_factory.mktemp("calibration")
+    (folder / "text").mkdir()
+    for i, text in enumerate(list(pydoc_data.topics.topics.values())[:24]):
+        (folder / "text" / f"{i}.txt").write_text(text)
+    prepare([folder / "text"], folder / "data", load_tokenizer("bytes"), 64, holdout=0.1, progress=False)
+    return DataRecipe(path=str(folder / "data"), seq_len=64)
+
+
+@pytest.fixture
+def model(groups, data: DataRecipe):
+    recipe = Recipe(
+        name="r",
+        model=ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, init_std=0.2),
+        diffusion=DIFFUSION,
+        data=data,
+        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
+    )
+    (built,) = build_model(recipe, BYTES, groups, dtype=torch.float32, device=CPU, seed=1)
+    return built.eval()
+
+
+def whole_forward(model, inputs) -> dict[tuple[int, str], torch.Tensor]:
+    """Σ x xᵀ in float64 of the inputs of every linear, from complete forwards."""
+    sums: dict[tuple[int, str], torch.Tensor] = {}
+    hooks = []
+    for layer, module in enumerate(model.decoder.layers):
+        for name in LINEARS:
+
+            def add(_, args, key=(layer, name)) -> None:
+                rows = args[0].flatten(0, -2).double()
+                sums[key] = sums.get(key, 0) + rows.T @ rows
+
+            hooks.append(module.get_submodule(name).register_forward_pre_hook(add))
+    with torch.no_grad():
+        for micro in inputs:
+            model(micro)
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+def compare(calibration: Calibration, expected: dict[tuple[int, str], torch.Tensor], layer: int) -> None:
+    found = calibration.hessians(layer)
+    assert found.keys() == set(LINEARS)
+    for name, total in found.items():
+        difference = (total.hessian - expected[layer, name]).norm() / expected[layer, name].norm()
+        assert difference < 1e-5, name
+
+
+def test_the_sums_are_those_of_whole_forwards(model, data: DataRecipe) -> None:
+    inputs = [_inputs(batch, DIFFUSION, BYTES.mask_id, CPU) for batch in _batches(data, SEQUENCES)]
+    expected = whole_forward(model, inputs)
+    calibration = Calibration(model, data, DIFFUSION, SEQUENCES)
+    for layer in range(2):
+        compare(calibration, expected, layer)
+        calibration.advance(layer)
+
+
+def test_a_layer_sees_the_layers_before_it_as_they_have_become(model, data: DataRecipe) -> None:
+    calibration = Calibration(model, data, DIFFUSION, SEQUENCES)
+    calibration.hessians(0)
+    with torch.no_grad():
+        model.decoder.layers[0].mlp.linear_fc2.weight.mul_(2)
+    calibration.advance(0)
+    inputs = [_inputs(batch, DIFFUSION, BYTES.mask_id, CPU) for batch in _batches(data, SEQUENCES)]
+    compare(calibration, whole_forward(model, inputs), 1)
+
+
+def test_masks_of_all_rates_and_clean_rows_are_met(data: DataRecipe) -> None:
+    """Whatever interval the model was trained on, and twice the rows: the noisy ones and the clean ones."""
+    batches = list(_batches(data, SEQUENCES))
+    assert sum(len(batch.ids) for batch in batches) == SEQUENCES
+    shares = []
+    for batch in batches:
+        tokens = _inputs(batch, DIFFUSION, BYTES.mask_id, CPU).tokens
+        noisy, clean = tokens.chunk(2, 1)
+        assert torch.equal(clean, batch.tokens)
+        shares += (noisy == BYTES.mask_id).unflatten(1, (-1, 8)).float().mean(2).flatten().tolist()
+    assert sum(share < 0.25 for share in shares) > 0.1 * len(shares)
+    assert sum(share > 0.75 for share in shares) > 0.1 * len(shares)
+
+
+def test_a_next_token_model_is_calibrated_on_clean_rows(data: DataRecipe) -> None:
+    batch = next(_batches(data, 4))
+    inputs = _inputs(batch, DiffusionRecipe(block_size=1, objective="next_token"), BYTES.mask_id, CPU)
+    assert torch.equal(inputs.tokens, batch.tokens)
