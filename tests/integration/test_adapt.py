@@ -22,9 +22,14 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 from models import config, save_folder, tensors, transformers_model
 
+from bd3_scale.checkpoint.model import open_model
+from bd3_scale.checkpoint.store import resolve_checkpoint
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.cli import app
+from bd3_scale.convert.calibration import Calibration
 from bd3_scale.convert.compressed import unpacked_weight
+from bd3_scale.convert.names import named_tensors
+from bd3_scale.convert.quantize import REPORT, is_quantized
 from bd3_scale.convert.quantizer import Scheme
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.prepare import prepare
@@ -202,6 +207,34 @@ def test_it_is_quantised(bits: int, workplace: Path) -> None:
     assert packed.shape == (128, 128 * bits // 32)
     assert report["after"]["nelbo"] == pytest.approx(report["before"]["nelbo"], rel={4: 0.05, 8: 0.01}[bits])
     assert report["after"]["nelbo"] != report["before"]["nelbo"]
+
+
+def test_gptq_loses_less_and_goes_layer_by_layer(workplace: Path) -> None:
+    """The reported error of a weight in the second layer is that on inputs behind the first one as it was written."""
+    numbers = ["--calibration-sequences", 8, "--sequences", 8, "--draws", 2]
+    command(workplace, "convert", "quantize", "whole", "--method", "rtn", "--out", "rtn", *numbers)
+    gptq, rtn = (json.loads((workplace / out / REPORT).read_text())["errors"] for out in ("int4", "rtn"))
+    assert sum(gptq.values()) < 0.8 * sum(rtn.values())
+
+    found, scheme, down = tensors(workplace / "int4"), Scheme(4), "model.layers.1.mlp.down_proj"
+    with contextlib.chdir(workplace), open_model(resolve_checkpoint(Path("whole"))) as (model, manifest, _):
+        recipe = manifest.recipe
+        parameters = dict(model.named_parameters())
+        for parameter in parameters.values():
+            parameter.data = parameter.data.bfloat16().float()
+        weight = parameters["decoder.layers.1.mlp.linear_fc2.weight"].data.clone()
+        for tensor in named_tensors(recipe.model, vocab_rows=258, padded_rows=384, tied=False):
+            if is_quantized(tensor) and ".layers.0." in tensor.name:
+                written = unpacked_weight(found, tensor.name.removesuffix(".weight"), scheme).float()
+                target = parameters[tensor.key.replace("decoder.layers.", "decoder.layers.0.")].data
+                for (_, row, _), rows in tensor.split(written):
+                    target[row : row + rows.shape[1]] = rows[0]
+        calibration = Calibration(model, recipe.data, recipe.diffusion, 8)
+        calibration.advance(0)
+        hessian = calibration.hessians(1)["mlp.linear_fc2"].hessian
+    difference = weight - unpacked_weight(found, down, scheme).float()
+    error = ((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum()
+    assert float(error) == pytest.approx(gptq[f"{down}.weight"], rel=1e-3)
 
 
 def test_transformers_runs_the_quantised_export(workplace: Path, tmp_path: Path) -> None:
