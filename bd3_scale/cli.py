@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bd3_scale.convert.commands import app as convert_app
+from bd3_scale.launch.commands import app as launch_app
+from bd3_scale.launch.commands import follow_run
 from bd3_scale.observe.progress import Bar
 from bd3_scale.observe.warnings import quieten_libraries
 
@@ -27,6 +29,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Tokenise text and write it as shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
+app.add_typer(launch_app)
 
 Sources = Annotated[
     list[Path], typer.Argument(help=".txt and .jsonl files (field `text`), also .gz or .zst, and folders of them.")
@@ -187,6 +190,62 @@ def _train(recipe: Path, overrides: Sequence[str]) -> None:
     argv = [sys.executable, "-m", "bd3_scale.train", str(recipe), *overrides]
     threads = loaded.launch.threads or max(1, len(os.sched_getaffinity(0)) // world_size)
     raise typer.Exit(launch(argv, world_size, threads, loaded.run_path / "logs"))
+
+
+@app.command(
+    epilog="Example: bd3-scale submit recipes/paper-110m.yaml --profile mysite --nodes 2 run_dir=/shared/runs/paper"
+)
+def submit(
+    recipe: Annotated[Path, typer.Argument(help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
+    profile: Annotated[str, typer.Option(help="A site in cluster/profiles, or a YAML file.")] = "default",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the site.")] = 1,
+    time_limit: Annotated[
+        str | None, typer.Option("--time", help="Such as 1-00:00:00.", show_default="the profile's")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and do nothing.")] = False,
+    test_only: Annotated[bool, typer.Option("--test-only", help="Ask SLURM whether and when it would start.")] = False,
+    chain: Annotated[int, typer.Option(min=0, help="Jobs one after the other, where a site forbids requeueing.")] = 0,
+    dependency: Annotated[str | None, typer.Option(help="As sbatch takes it, such as afterok:123.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="A node to leave out; may be repeated.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show what the run says until it ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a run to SLURM; it resumes by itself after time limits, pre-emption, crashes and hangs."""
+    import json
+
+    from bd3_scale.data.manifest import load_manifest
+    from bd3_scale.launch.job import check_job, script
+    from bd3_scale.launch.submit import ask_slurm, make_job
+    from bd3_scale.launch.submit import submit as submit_job
+
+    job = make_job(
+        recipe,
+        overrides or (),
+        profile=profile,
+        nodes=nodes,
+        time_limit=time_limit,
+        chain=chain,
+        dependency=dependency,
+        exclude=exclude or (),
+    )
+    if dry_run:
+        typer.echo(script(job), nl=False)
+        return
+    # Again, now that the data must be there.
+    multiple = load_manifest(job.recipe.data.path, job.recipe.data.remote).document_multiple
+    check_job(job.recipe, job.profile, nodes, multiple, job.run_dir)
+    if test_only:
+        typer.echo(ask_slurm(job))
+        return
+    jobs = submit_job(job)
+    if as_json:
+        typer.echo(json.dumps({"jobs": jobs, "run_dir": str(job.run_dir), "script": str(job.folder / "job.sh")}))
+    else:
+        typer.echo(f"submitted as job {', '.join(jobs)}: {nodes} nodes x {job.profile.processes} ranks, {job.run_dir}")
+        typer.echo(f"bd3-scale status {job.run_dir}")
+    if follow:
+        follow_run(job.run_dir)
 
 
 @app.command(epilog="Example: bd3-scale evaluate runs/quickstart --draws 4 --json")

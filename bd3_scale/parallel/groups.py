@@ -39,7 +39,7 @@ def process_groups(
 
     Raises:
         ValueError: the layout does not divide the world, ranks do not agree, or the launcher set only a part of the
-        variables; OSError: the ranks do not meet within `timeout`.
+        variables; ConnectionError: the ranks do not meet within `timeout`.
     """
     _check_environment()
     device = local_device()
@@ -50,7 +50,7 @@ def process_groups(
     try:
         _init_distributed("nccl" if device.type == "cuda" else "gloo", timeout)
     except RuntimeError as error:
-        raise OSError(
+        raise ConnectionError(
             f"rank {os.environ.get('RANK', '0')} did not meet the others at {os.environ.get('MASTER_ADDR', 'itself')}: "
             f"{error}\nAre all started, and can they reach that address? Where a host's name stands for a loopback "
             "address, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to its network interface"

@@ -8,12 +8,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from bd3_scale.recipe.schema import ImportedRecipe, Recipe, RecipeError
+
+T = TypeVar("T", bound=BaseModel)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None) -> Recipe:
@@ -34,11 +36,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), sections: Mapping[str
         raise RecipeError(
             [f"{key}: is decided by the model that is adapted; leave it out" for key in decided], str(path)
         )
-    merged |= sections or {}
-    try:
-        return Recipe.model_validate(merged)
-    except ValidationError as error:
-        raise RecipeError([_explain(detail) for detail in error.errors()], str(path)) from None
+    return _validate({**merged, **(sections or {})}, Recipe, path)
+
+
+def load_section(path: Path, section: type[T]) -> T:
+    """Reads a YAML file of other keys than a recipe's by the same rules. RecipeError as of `load_recipe`."""
+    return _validate(_read_extended(path, ()), section, path)
+
+
+def recipe_files(path: Path) -> list[Path]:
+    """A recipe and the files that it extends, absolute. Raises RecipeError as `load_recipe` does."""
+    files: list[Path] = []
+    _read_extended(path, (), files)
+    return files
 
 
 def resolved_yaml(recipe: Recipe | ImportedRecipe) -> str:
@@ -89,8 +99,11 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
-def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+def _read_extended(path: Path, extending: tuple[Path, ...], files: list[Path] | None = None) -> dict[str, Any]:
+    """The merged content; every file that was read is appended to `files`."""
     chain = (*extending, path.resolve())
+    if files is not None:
+        files.append(chain[-1])
     if chain[-1] in extending:
         raise RecipeError([f"`extends` runs in a circle: {' -> '.join(map(str, chain))}"], str(path))
     by = f", which {extending[-1]} extends" if extending else ""
@@ -107,7 +120,14 @@ def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     base = content.pop("extends")
     if not isinstance(base, str):
         raise RecipeError([f"extends: must name one file, relative to this one, not {base!r}"], str(path))
-    return _merge(_read_extended(path.parent / base, chain), content)
+    return _merge(_read_extended(path.parent / base, chain, files), content)
+
+
+def _validate(content: Mapping[str, Any], section: type[T], path: Path) -> T:
+    try:
+        return section.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError([_explain(detail, section) for detail in error.errors()], str(path)) from None
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -131,10 +151,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(detail: Mapping[str, Any]) -> str:
+def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
     key = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {_suggestion(key)}"
+        return f"{key}: unknown key; {_suggestion(key, section)}"
     if detail["type"] == "missing":
         return f"{key}: is missing and has no default"
     if detail["type"] == "model_type":
@@ -147,10 +167,10 @@ def _as_yaml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _suggestion(key: str) -> str:
+def _suggestion(key: str, section: type[BaseModel]) -> str:
     parent, _, name = key.rpartition(".")
     keys_by_name: dict[str, list[str]] = {}
-    for known in _dotted_keys(Recipe, ""):
+    for known in _dotted_keys(section, ""):
         keys_by_name.setdefault(known.rpartition(".")[2], []).append(known)
     siblings = {n: k for n, keys in keys_by_name.items() for k in keys if k.rpartition(".")[0] == parent}
     if near := difflib.get_close_matches(name, siblings, 1):

@@ -34,6 +34,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
+        # Blocked by a launcher that holds them back until now; see `launch.supervise`.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)
         return self
 
     def __exit__(

@@ -38,6 +38,7 @@ from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.load import recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.files import check_writable, write_atomically
+from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.signals import StopRequest, ended_by_signals
 from bd3_scale.train.learning_rate import learning_rate
@@ -61,7 +62,7 @@ class Run:
         return self.folder / "checkpoints"
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
     """Train, or go on training, the run of `recipe` on all ranks of the launcher (collective).
 
     A run directory with a checkpoint is resumed from its newest one. SIGTERM, SIGUSR1 and SIGINT make all ranks save
@@ -76,7 +77,7 @@ def train(recipe: Recipe) -> None:
     with ExitStack() as stack:
         # Nothing could be saved before ranks have met, and while they wait for each other they hear no handler.
         with ended_by_signals():
-            groups = stack.enter_context(process_groups(recipe.parallel, agree=recipe_hash(recipe)))
+            groups = stack.enter_context(process_groups(recipe.parallel, agree=_agreed(recipe)))
         stop = stack.enter_context(StopRequest())
         data = load_manifest(recipe.data.path, recipe.data.remote)
         run = Run(recipe, data, _hash(data), groups, recipe.run_path)
@@ -96,6 +97,7 @@ def train(recipe: Recipe) -> None:
         if start is not None:
             start.load(engine.zero, layouts)
         done = start.step if start else 0
+        heartbeat.resumed(done)
         report = stack.enter_context(
             Report(run.folder, recipe, done, attention_backend=backend, optimizer=engine.optimizer_name)
         )
@@ -112,15 +114,21 @@ def train(recipe: Recipe) -> None:
             began = time.monotonic()
             result = _take_step(run, engine, next(stream), step)
             report.trained(step, result, time.monotonic() - began)
+            heartbeat.finished(step)
             stopping = any_rank(stop.signal is not None)
             last = step == recipe.train.steps
             if stopping or last or _due(step, recipe.checkpoint.every_steps):
-                report.saved(step, _save(run, engine, layouts, step))
+                with heartbeat.during("checkpoint"):
+                    report.saved(step, _save(run, engine, layouts, step))
+                heartbeat.saved(step)
             if data.validation is not None and (last or _due(step, recipe.evaluation.every_steps)):
-                report.evaluated(step, _evaluate(run, engine))
-            if stopping:
+                with heartbeat.during("evaluation"):
+                    report.evaluated(step, _evaluate(run, engine))
+            if stopping and not last:
                 report.stopped(step, stop.signal)
-                break
+                heartbeat.end("stopped")
+                return
+        heartbeat.end("done")
 
 
 def _take_step(run: Run, engine: TrainingEngine, batch: Batch, step: int) -> StepResult:
@@ -142,6 +150,13 @@ def _take_step(run: Run, engine: TrainingEngine, batch: Batch, step: int) -> Ste
 
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
+
+
+def _agreed(recipe: Recipe) -> str:
+    """What must be the same on all ranks: all but where a node keeps its cache of remote data."""
+    if recipe.data.remote is None:
+        return recipe_hash(recipe)
+    return recipe_hash(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": "cache"})}))
 
 
 def _with_precision(recipe: Recipe) -> Recipe:

@@ -1,0 +1,195 @@
+"""From a recipe and a site to a job: what sbatch and the supervisor are told, as plain values."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bd3_scale.launch import supervise
+from bd3_scale.launch.profile import Profile
+from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.schema import Recipe, RecipeError
+
+SLURM_FOLDER = "slurm"
+CACHE = "{cache}"  # the supervisor puts the node's own folder here
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run on a site. Paths are absolute. `script` and `supervision` are functions of it alone."""
+
+    recipe: Recipe
+    profile: Profile
+    nodes: int
+    folder: Path
+    recipe_files: dict[str, str]
+    commit: str
+    python: str = sys.executable
+    supervisor: str = supervise.__file__
+    submission: str = ""
+    chain: int = 0
+    dependency: str | None = None
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder.parent
+
+    @property
+    def name(self) -> str:
+        """One for each run directory: `--dependency=singleton` keeps jobs of one name apart in time."""
+        return f"{self.recipe.name}-{hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:6]}"
+
+
+def new_submission() -> str:
+    """An id by which the supervisor knows jobs that were submitted together."""
+    return secrets.token_hex(4)
+
+
+def check_job(recipe: Recipe, profile: Profile, nodes: int, document_multiple: int | None, run_dir: Path) -> None:
+    """Whether recipe, site and nodes fit together.
+
+    Raises:
+        RecipeError: they do not; layouts and node counts that would fit are named. ValueError: nodes would not see
+        the run directory.
+    """
+    world = nodes * profile.processes
+    try:
+        check_recipe(recipe, world, document_multiple)
+    except RecipeError as error:
+        fitting = list(_fitting(recipe, profile, nodes, document_multiple))
+        hint = f"these would fit: {'; '.join(fitting[:6])}" if fitting else "no other layout of these nodes would fit"
+        counted = f"{nodes} nodes x {profile.processes} processes = {world} ranks"
+        raise RecipeError([*error.problems, f"{counted}; {hint}"]) from None
+    shared = [Path(folder) for folder in profile.shared_storage]
+    if shared and not any(run_dir.is_relative_to(folder) for folder in shared):
+        raise ValueError(
+            f"run_dir {run_dir} is not on shared storage ({', '.join(map(str, shared))} in the profile): other nodes "
+            "would not see it; set run_dir=FOLDER there"
+        )
+
+
+def _fitting(recipe: Recipe, profile: Profile, nodes: int, document_multiple: int | None) -> Iterator[str]:
+    """Other layouts on these nodes, then this layout on other numbers of nodes."""
+    for tensor in (1, 2, 4, 8):
+        for pipeline in (1, 2, 4, 8):
+            split = {"tensor": tensor, "pipeline": pipeline, "layers_per_chunk": None, "virtual_pipeline": 1}
+            split["sequence"] = recipe.parallel.sequence and tensor > 1
+            other = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=split)})
+            if tensor <= profile.processes and _fits(other, nodes * profile.processes, document_multiple):
+                yield f"parallel.tensor={tensor} parallel.pipeline={pipeline}"
+    for count in range(1, 2 * nodes + 1):
+        if count != nodes and _fits(recipe, count * profile.processes, document_multiple):
+            yield f"--nodes {count}"
+
+
+def _fits(recipe: Recipe, world_size: int, document_multiple: int | None) -> bool:
+    try:
+        check_recipe(recipe, world_size, document_multiple)
+    except RecipeError:
+        return False
+    return True
+
+
+def script(job: Job) -> str:
+    """The batch script, a pure function of the job."""
+    lines = ["#!/bin/bash", *(f"#SBATCH --{directive}" for directive in _directives(job))]
+    lines += [
+        "",
+        f"# {job.recipe.name}, bd3_scale at commit {job.commit}; job.json beside this file says the rest.",
+        "",
+    ]
+    lines += ["set -euo pipefail"]
+    lines += [f"module load {shlex.join(job.profile.modules)}"] if job.profile.modules else []
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in _environment(job)]
+    command = [job.python, "-u", job.supervisor, "job", str(job.folder / "job.json")]
+    return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
+
+
+def _directives(job: Job) -> Iterator[str]:
+    profile = job.profile
+    yield f"job-name={job.name}"
+    yield f"nodes={job.nodes}"
+    yield f"ntasks-per-node={profile.processes}"
+    yield f"cpus-per-task={profile.cpus_per_process}"
+    if profile.gpus_per_node:
+        yield f"gpus-per-node={profile.gpus_per_node}"
+    optional = {"mem": profile.memory, "partition": profile.partition, "account": profile.account}
+    optional |= {"qos": profile.qos, "constraint": profile.constraint}
+    optional |= {"exclude": ",".join(job.exclude) or None, "dependency": _dependency(job)}
+    yield from (f"{name}={value}" for name, value in optional.items() if value is not None)
+    if profile.exclusive:
+        yield "exclusive"
+    yield f"time={profile.time_limit}"
+    yield f"signal=B:USR1@{profile.warning_seconds}"
+    yield "requeue" if profile.requeue and not job.chain else "no-requeue"
+    yield "open-mode=append"
+    yield f"output={job.run_dir}/logs/job-%j.log"
+
+
+def _dependency(job: Job) -> str | None:
+    wanted = [*([job.dependency] if job.dependency else []), *(["singleton"] if job.chain else [])]
+    return ",".join(wanted) or None
+
+
+def _environment(job: Job) -> Iterator[tuple[str, str]]:
+    yield "OMP_NUM_THREADS", str(job.profile.cpus_per_process)
+    if job.profile.interface is not None:
+        yield "GLOO_SOCKET_IFNAME", job.profile.interface
+        yield "NCCL_SOCKET_IFNAME", job.profile.interface
+    yield from job.profile.environment.items()
+
+
+def supervision(job: Job) -> dict[str, Any]:
+    """What `launch.supervise` reads from job.json, a pure function of the job."""
+    profile = job.profile
+    python = profile.container.python if profile.container else job.python
+    caches = job.recipe.data.remote is not None and profile.scratch is not None
+    command = [python, "-m", "bd3_scale.train", str(job.folder / "recipe.yaml")]
+    return {
+        "name": job.name,
+        "submission": job.submission,
+        "run_dir": str(job.run_dir),
+        "commit": job.commit,
+        "recipe_files": job.recipe_files,
+        "nodes": job.nodes,
+        "ntasks": job.nodes * profile.processes,
+        "ntasks_per_node": profile.processes,
+        "srun": [f"--cpus-per-task={profile.cpus_per_process}"],
+        "container": _container(profile),
+        "rank_python": python,
+        "command": [*command, f"data.path={CACHE}"] if caches else command,
+        "cache": f"{profile.scratch}/bd3_scale" if caches else None,
+        "preflight": _preflight(job, python),
+        "deadlines": profile.deadlines.model_dump(),
+        "warning_seconds": profile.warning_seconds,
+        "grace_seconds": 0.75 * profile.warning_seconds,
+        "max_failures": profile.max_failures,
+        "chain": job.chain,
+        "exclude": list(job.exclude),
+        "steps": job.recipe.train.steps,
+    }
+
+
+def _container(profile: Profile) -> list[str]:
+    if profile.container is None:
+        return []
+    mounts = [f"--container-mounts={','.join(profile.container.mounts)}"] if profile.container.mounts else []
+    return [f"--container-image={profile.container.image}", *mounts]
+
+
+def _preflight(job: Job, python: str) -> list[str] | None:
+    asked = job.profile.preflight
+    if asked is None:
+        return None
+    options = {"gpus": job.profile.gpus_per_node, "scratch": job.profile.scratch or str(job.run_dir)}
+    options |= {"min-free-gb": asked.min_free_gb, "min-allreduce-gbps": asked.min_allreduce_gbps}
+    options |= {"max-clock-skew": asked.max_clock_skew, "timeout": asked.timeout}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [python, "-m", "bd3_scale.launch.preflight", *flags]

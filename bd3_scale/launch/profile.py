@@ -1,0 +1,93 @@
+"""What a site's SLURM is like: the part of a job that recipes do not know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from bd3_scale.recipe.load import load_section
+from bd3_scale.recipe.schema import NonNegativeInt, PositiveFloat, PositiveInt, RecipeError, Section
+
+FOLDER = Path("cluster/profiles")
+
+
+class Deadlines(Section):
+    """Seconds without progress after which ranks are taken for hung."""
+
+    start: PositiveFloat = Field(1800, description="until the first step is done: imports, loading, tuning, compiling")
+    step: PositiveFloat = 600
+    checkpoint: PositiveFloat = 1800
+    evaluation: PositiveFloat = 3600
+
+
+class Container(Section):
+    """pyxis and enroot: srun's `--container-*` options."""
+
+    image: str
+    mounts: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="SOURCE:TARGET[:FLAGS]")
+    python: str = Field("python3", description="in the image; the supervisor runs outside, with the site's own")
+
+
+class Preflight(Section):
+    """What every node must show before ranks start there; a node that does not is excluded from the run."""
+
+    min_free_gb: Annotated[float, Field(ge=0)] = Field(0, description="of `scratch`; 0: not asked")
+    min_allreduce_gbps: Annotated[float, Field(ge=0)] = Field(0, description="bus bandwidth, GB/s; 0: only measured")
+    max_clock_skew: PositiveFloat = Field(5, description="seconds")
+    timeout: PositiveFloat = Field(300, description="seconds for all of it")
+
+
+class Profile(Section):
+    """A site, or one partition of it, as `cluster/profiles/*.yaml` describe it."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpus_per_node: NonNegativeInt = 0
+    processes_per_node: PositiveInt | None = Field(None, description="default: gpus_per_node")
+    cpus_per_process: PositiveInt = 1
+    memory: str | None = Field(None, description="a node's, such as 200G; 0 takes all")
+    exclusive: bool = False
+    time_limit: str = Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$", description="as sbatch reads it, such as 1-00:00:00")
+    requeue: bool = Field(True, description="false where the site forbids it: then submit with --chain")
+    warning_seconds: Annotated[int, Field(ge=20)] = Field(
+        300, description="before the time limit, when ranks are asked to save; three quarters of it are theirs"
+    )
+    max_failures: PositiveInt = Field(3, description="crashes and hangs in a row that leave no newer checkpoint")
+    deadlines: Deadlines = Deadlines()
+    modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    environment: dict[str, str] = Field({}, description="variables of every rank")
+    interface: str | None = Field(None, description="network interface of gloo and NCCL's bootstrap")
+    scratch: str | None = Field(None, description="node-local folder: the cache of data.remote lies there")
+    shared_storage: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="folders that all nodes see; a run directory elsewhere is refused"
+    )
+    container: Container | None = None
+    preflight: Preflight | None = None
+
+    @property
+    def processes(self) -> int:
+        """Ranks a node."""
+        return self.processes_per_node or self.gpus_per_node
+
+
+def load_profile(name: str) -> Profile:
+    """A profile by its name in `cluster/profiles`, or by the path of a YAML file.
+
+    Raises:
+        ValueError: there is none (those that there are are named), or it is wrong (every wrong key is named).
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml"))) or "none, and no such folder"
+        raise ValueError(
+            f"no profile {name!r}: {path} is missing. In {FOLDER} there are: {known}. Copy one and describe your site, "
+            "or give the path of a YAML file"
+        )
+    profile = load_section(path, Profile)
+    if not profile.processes:
+        raise RecipeError(["set gpus_per_node, or processes_per_node where there are no GPUs"], str(path))
+    return profile

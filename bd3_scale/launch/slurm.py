@@ -1,0 +1,47 @@
+"""SLURM's commands, with errors for people."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
+
+
+def slurm(*command: str, check: bool = True) -> str:
+    """Runs a command and gives what it prints.
+
+    Raises:
+        ValueError: there is no SLURM here, or the command refuses (in its own words).
+    """
+    if shutil.which(command[0]) is None:
+        raise ValueError(
+            f"{command[0]} is not on this machine: run this on a login node of the cluster, see the script with "
+            "`bd3-scale submit … --dry-run`, or start a SLURM on this machine with `cluster/dev-slurm up`"
+        )
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{' '.join(command)} did not answer within 60 s: is the controller up? try `scontrol ping`"
+        ) from None
+    if done.returncode and check:
+        raise ValueError(f"{command[0]} refuses: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout if not done.returncode else ""
+
+
+def job_states(jobs: Sequence[str]) -> dict[str, str]:
+    """The state of each job that SLURM still knows, such as RUNNING or PENDING."""
+    if not jobs:
+        return {}
+    # Asked with a list of ids, squeue fails as soon as one of them is forgotten.
+    printed = [
+        slurm("squeue", "--noheader", "--states=all", "--format=%i %T", f"--jobs={job}", check=False) for job in jobs
+    ]
+    return dict(line.split(maxsplit=1) for text in printed for line in text.splitlines() if line.strip())
+
+
+def partitions() -> str:
+    """The names of the partitions, for a message."""
+    return " ".join(slurm("sinfo", "--noheader", "--format=%R", check=False).split())

@@ -1,0 +1,131 @@
+"""What became of a submitted run, from its own files, squeue and, where there is accounting, sacct."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bd3_scale.launch.submit import SUBMITTED, active_jobs, stored
+from bd3_scale.launch.supervise import read_attempts, read_json
+from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as it stands. Times in seconds; `goodput` is the share of all attempts' wall time that took steps which
+    still count (steps that were taken twice count once), None before the first step.
+    """
+
+    run_dir: str
+    state: str
+    jobs: dict[str, str]
+    step: int
+    steps: int
+    saved: int
+    tokens_per_second: float | None
+    goodput: float | None
+    eta_seconds: float | None
+    attempts: list[dict[str, Any]]
+    ranks: dict[str, int]
+
+
+def read_status(run_dir: Path) -> RunStatus:
+    """ValueError: the run was not submitted, or there is no SLURM here."""
+    folder = stored(run_dir)
+    job, attempts, current = read_json(folder / "job.json"), read_attempts(folder), read_json(folder / "current.json")
+    jobs = active_jobs(run_dir)
+    beats = [read_json(path) for path in (folder / "heartbeats").glob("rank*.json")] if current else []
+    phases = [beat["phase"] for beat in beats if beat]
+    steps = [beat["step"] for beat in beats if beat] or [a["step"] for a in attempts[-1:]]
+    rates = _rates(run_dir)
+    step = min(steps, default=0)
+    wall = sum(a["ended"] - a["started"] for a in attempts) + (time.time() - current["started"] if current else 0.0)
+    useful = sum(seconds for at, seconds in rates.items() if at <= step)
+    recent = [seconds for _, seconds in sorted(rates.items())[-20:]]
+    pace = sorted(recent)[len(recent) // 2] if recent else None
+    return RunStatus(
+        run_dir=str(run_dir),
+        state=_state(jobs, attempts, bool(current), folder),
+        jobs=jobs,
+        step=step,
+        steps=job["steps"],
+        saved=max([beat["saved"] for beat in beats if beat] or [a["saved"] for a in attempts[-1:]], default=0),
+        tokens_per_second=_last_rate(run_dir),
+        goodput=useful / wall if useful and wall else None,
+        eta_seconds=pace * (job["steps"] - step) if pace is not None else None,
+        attempts=attempts,
+        ranks={phase: phases.count(phase) for phase in sorted(set(phases))},
+    )
+
+
+def _state(jobs: dict[str, str], attempts: list[dict[str, Any]], current: bool, folder: Path) -> str:
+    if "RUNNING" in jobs.values():
+        return "running" if current else "starting"
+    if jobs:
+        return next(iter(jobs.values())).lower()
+    if attempts and not current:
+        return str(attempts[-1]["outcome"])
+    known = read_json(folder / SUBMITTED).get("jobs", [])
+    return _accounted(known[-1]) if known else "not submitted"
+
+
+def _accounted(job: str) -> str:
+    """The last word of sacct on a job that left no line of its own."""
+    if shutil.which("sacct"):
+        done = subprocess.run(
+            ["sacct", "--noheader", "--allocations", "--format=State%30", f"--jobs={job}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if words := done.stdout.split():
+            return words[0].lower()
+    return "ended without a word"
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / METRICS_FILE
+    return [record for record in read_metrics(path) if "tokens_per_second" in record] if path.exists() else []
+
+
+def _last_rate(run_dir: Path) -> float | None:
+    records = _records(run_dir)
+    return records[-1]["tokens_per_second"] if records else None
+
+
+def _rates(run_dir: Path) -> dict[int, float]:
+    """Seconds of every step, those between two logged ones taken for as long as the later one."""
+    seconds: dict[int, float] = {}
+    before, tokens_before = 0, 0
+    for record in _records(run_dir):
+        step, tokens = record["step"], record["tokens"]
+        each = (tokens - tokens_before) / (step - before) / record["tokens_per_second"]
+        seconds |= dict.fromkeys(range(before + 1, step + 1), each)
+        before, tokens_before = step, tokens
+    return seconds
+
+
+def newest_logs(run_dir: Path, rank: int | None, attempt: int | None) -> Path:
+    """The log of a rank, or of the supervisor where `rank` is None; of the newest attempt by default.
+
+    FileNotFoundError: there is none.
+    """
+    logs = run_dir / "logs"
+    if rank is None:
+        found = sorted(logs.glob("job-*.log"), key=lambda path: path.stat().st_mtime)
+    else:
+        wanted = f"attempt-{'*' if attempt is None else attempt}"
+        found = sorted(logs.glob(f"{wanted}/rank{rank}.log"), key=lambda path: int(path.parent.name.split("-")[1]))
+    if not found:
+        raise FileNotFoundError(f"no such log in {logs} yet; `bd3-scale status {run_dir}` says how far the run is")
+    return found[-1]
+
+
+def as_json(status: RunStatus) -> str:
+    return json.dumps(status.__dict__)

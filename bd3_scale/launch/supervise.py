@@ -1,0 +1,461 @@
+"""The batch process of a SLURM job, with the standard library alone: starts the ranks, watches them, decides what next.
+
+    python supervise.py job JOB.json      exec'ed by the batch script, so that SLURM's signals reach it
+    python supervise.py rank JOB.json     each task of its `srun`: SLURM's variables become torchrun's
+
+An attempt is one life of the ranks. What becomes of the job after it:
+
+| the ranks                                            | the job                                                  |
+|------------------------------------------------------|----------------------------------------------------------|
+| took all steps                                       | ends well                                                |
+| saved and stopped before the time limit or when      | goes back into the queue; costs nothing                  |
+| pre-empted                                           |                                                          |
+| crashed, or hung until a deadline                    | goes back, while fewer than `max_failures` attempts in a |
+|                                                      | row have brought no newer checkpoint; else it fails      |
+| said that a person must mend something (exit code 2) | fails                                                    |
+| were stopped by `bd3-scale stop`, or by scancel      | stays stopped                                            |
+
+Every attempt is a line of `attempts.jsonl`. What ranks tell is in `heartbeats/` (see `resilience.heartbeat`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.5
+LOCK_SECONDS = 120.0
+DUMP_SECONDS = 2.0
+PERSON_MUST_MEND = 2  # the exit code of a rank whose recipe, data or machine is wrong
+FINAL = ("done", "failed", "stopped", "cancelled")
+_TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (?:Exited with exit code (\d+)|(\w.*))")
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}", flush=True)
+
+
+def slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    """A SLURM command; one that hangs on a dead controller is given up after 30 seconds."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", "timed out")
+
+
+def job_field(name: str) -> str:
+    shown = slurm("scontrol", "show", "job", os.environ["SLURM_JOB_ID"], "--oneliner").stdout
+    found = re.search(rf"(?:^|\s){name}=(\S+)", shown)
+    return found.group(1) if found else "unknown"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(json.dumps(content))
+    aside.replace(path)
+
+
+def read_attempts(folder: Path) -> list[dict[str, Any]]:
+    """The ended attempts of a run, in order."""
+    path = folder / "attempts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def failures_without_progress(attempts: list[dict[str, Any]]) -> int:
+    """Crashes and hangs since an attempt that left a newer checkpoint than it found; planned stops do not count."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt["saved"] > attempt["from_step"]:
+            return count + (attempt["outcome"] == "requeued" and attempt["failure"])
+        count += attempt["failure"]
+    return count
+
+
+def cache_folder(job: dict[str, Any]) -> str:
+    """This node's cache of remote data: its own even where a test's nodes share a disk."""
+    return f"{job['cache']}-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURMD_NODENAME']}"
+
+
+class Ranks:
+    """The job step of one attempt and what its ranks tell."""
+
+    def __init__(self, job: dict[str, Any], folder: Path, attempt: int) -> None:
+        self.job, self.folder, self.heartbeats = job, folder, folder / "heartbeats"
+        self.logs = Path(job["run_dir"], "logs", f"attempt-{attempt}")
+        self.first_end: tuple[int, str] | None = None  # task and how it ended
+        self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
+        self._beats: dict[int, tuple[int, float]] = {}
+
+    def start(self) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.heartbeats.mkdir(exist_ok=True)
+        for old in self.heartbeats.iterdir():
+            old.unlink()
+        self.began = time.monotonic()
+        # A task that fails takes the others along; tasks that end early wait for the last.
+        step = ["srun", "--kill-on-bad-exit=1", "--wait=0", f"--output={self.logs}/rank%t.log", "--open-mode=append"]
+        step += [
+            *self.job["srun"],
+            *self.job["container"],
+            self.job["rank_python"],
+            os.path.abspath(__file__),
+            "rank",
+            str(self.folder / "job.json"),
+        ]
+        self.process = subprocess.Popen(step, stderr=subprocess.PIPE, text=True)
+        self._reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._reader.start()
+
+    def _read_errors(self) -> None:
+        """Passes on what srun says and keeps who ended first: the others end because of it."""
+        for line in self.process.stderr or ():
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            if self.first_end is None and (found := _TASK_ENDED.match(line)):
+                task = int(re.split("[,-]", found.group(2))[0])
+                self.first_end = task, f"exit code {found.group(3)}" if found.group(3) else found.group(4).strip()
+
+    def wait(self) -> int:
+        code = self.process.wait()
+        self._reader.join(5)
+        return code
+
+    def signal(self, name: str) -> None:
+        slurm("scancel", f"--signal={name}", f"{os.environ['SLURM_JOB_ID']}.{self._step()}")
+
+    def _step(self) -> str:
+        steps = slurm("squeue", "--steps", "--noheader", "--format=%i", "--job", os.environ["SLURM_JOB_ID"]).stdout
+        numbers = [step.partition(".")[2] for step in steps.split()]
+        return max((n for n in numbers if n.isdigit()), key=int, default="0")
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """The newest heartbeat of every rank that has told something."""
+        found = {}
+        for path in self.heartbeats.glob("rank*.json"):
+            if state := read_json(path):
+                found[int(path.stem.removeprefix("rank"))] = state
+        return found
+
+    def overdue(self, deadlines: dict[str, float]) -> str | None:
+        """Why the ranks must be taken for hung, or None. By this process's clock: those of nodes may differ."""
+        now = time.monotonic()
+        states = self.read()
+        late: list[str] = []
+        for rank in range(self.job["ntasks"]):
+            state = states.get(rank, {"phase": "start", "step": 0, "beat": 0})
+            if state["phase"] in ("stopped", "done", "failed"):
+                continue
+            here = (state["phase"], state["step"])
+            if rank not in self._seen or self._seen[rank][0] != here:
+                self._seen[rank] = here, now if rank in self._seen else self.began
+            if rank not in self._beats or self._beats[rank][0] != state["beat"]:
+                self._beats[rank] = state["beat"], now
+            if now - self._seen[rank][1] > deadlines[state["phase"]]:
+                late.append(state["phase"])
+        if not late:
+            return None
+        return f"hang in phase {late[0]!r} after {deadlines[late[0]]:g} s: {self._culprits(states, now)}"
+
+    def _culprits(self, states: dict[int, dict[str, Any]], now: float) -> str:
+        silent = [rank for rank, (_, at) in sorted(self._beats.items()) if now - at > 5]
+        if missing := [rank for rank in range(self.job["ntasks"]) if rank not in states]:
+            return f"ranks {missing} never told that they live"
+        low = min(state["step"] for state in states.values())
+        lowest = [rank for rank, state in sorted(states.items()) if state["step"] == low]
+        text = f"lowest step {low} at ranks {lowest}"
+        return text + (f"; ranks {silent} do not run (stopped, or their node is gone)" if silent else "")
+
+    def dump_and_kill(self) -> None:
+        """Stacks of all ranks into their logs, then the end. A stopped process prints its own once it goes on."""
+        self.signal("USR2")
+        self.signal("CONT")
+        time.sleep(DUMP_SECONDS)
+        self.signal("KILL")
+
+    def explain_failure(self) -> tuple[str, int | None]:
+        """The first failing rank with the end of its log, and its exit code where it had one."""
+        states = self.read()
+        failed = {rank: s for rank, s in states.items() if s["phase"] == "failed"}
+        rank, how = self.first_end or (0, "ended")
+        if failed and how.startswith("exit code"):
+            # Errors spread within milliseconds; whoever raised first is the cause.
+            rank = min(failed, key=lambda r: failed[r]["time"])
+        code = int(how.rpartition(" ")[2]) if how.startswith("exit code") else None
+        log = self.logs / f"rank{rank}.log"
+        tail = log.read_text(errors="replace").splitlines()[-25:] if log.exists() else []
+        reason = f"rank {rank}: {how}"
+        if rank in failed:
+            reason += f", {failed[rank]['error']}"
+        say("\n  ".join([f"first to fail: {reason}; the end of {log}:", *tail]))
+        return reason, code
+
+
+class Supervisor:
+    """One attempt of a job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.job = folder, read_json(folder / "job.json")
+        self.signals: list[str] = []
+        self.attempts = read_attempts(folder)
+
+    def run(self) -> int:
+        """Runs the attempt and gives the exit code of the job."""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda n, _: self.signals.append(signal.Signals(n).name))
+        self._close_lost_attempt()
+        if self.attempts and self.attempts[-1]["outcome"] in FINAL and not self._is_new_submission():
+            say(f"nothing to do: the run is {self.attempts[-1]['outcome']} ({self.attempts[-1]['reason']})")
+            return 0
+        self._begin()
+        if problem := self._preflight():
+            return self._end("preflight", problem, failure=True)
+        self.ranks.start()
+        planned, hung = self._watch()
+        code = self.ranks.wait()
+        self._clean_caches()
+        return self._decide(code, planned, hung)
+
+    def _is_new_submission(self) -> bool:
+        return bool(self.attempts[-1]["submission"] != self.job["submission"])
+
+    def _begin(self) -> None:
+        environment = os.environ
+        nodes = slurm("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).stdout.split()
+        address = re.search(r"NodeAddr=(\S+)", slurm("scontrol", "show", "node", nodes[0], "--oneliner").stdout)
+        environment["MASTER_ADDR"] = address.group(1) if address else nodes[0]
+        self.number = len(self.attempts)
+        environment["MASTER_PORT"] = str(20000 + (int(environment["SLURM_JOB_ID"]) * 7 + self.number) % 10000)
+        saved = self.attempts[-1]["saved"] if self.attempts else 0
+        self.record: dict[str, Any] = {
+            "attempt": self.number,
+            "submission": self.job["submission"],
+            "job_id": environment["SLURM_JOB_ID"],
+            "nodes": nodes,
+            "started": time.time(),
+            "from_step": saved,
+        }
+        self._wait_for_the_run()
+        write_json(self.folder / "current.json", self.record)
+        self.ranks = Ranks(self.job, self.folder, self.number)
+        say(f"attempt {self.number} of {self.job['name']} on {' '.join(nodes)}, after step {saved}")
+        for path, digest in self.job["recipe_files"].items():
+            if not Path(path).exists() or hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest:
+                say(f"note: {path} changed after it was submitted; the stored {self.folder / 'recipe.yaml'} counts")
+
+    def _close_lost_attempt(self) -> None:
+        """An attempt whose batch process died with its node could not write its line."""
+        if lost := read_json(self.folder / "current.json"):
+            states = Ranks(self.job, self.folder, lost["attempt"]).read()
+            self._append(lost, "lost", "the batch process ended without a word: its node died", states, failure=False)
+
+    def _wait_for_the_run(self) -> None:
+        """Ranks of a former attempt, on a node that SLURM has lost, may still hold the run directory."""
+        lock, until = Path(self.job["run_dir"], ".lock"), time.monotonic() + LOCK_SECONDS
+        while lock.exists():
+            with lock.open("a+") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except OSError:
+                    if time.monotonic() > until:
+                        say(f"{lock} is still held; starting all the same, the ranks will refuse")
+                        return
+            time.sleep(1)
+
+    def _preflight(self) -> str | None:
+        """Checks the nodes; a bad one goes on the run's exclude list. None where all is well or nothing is asked."""
+        if not (command := self.job["preflight"]):
+            return None
+        out = self.folder / "preflight"
+        out.mkdir(exist_ok=True)
+        for old in out.glob("*.json"):
+            old.unlink()
+        nodes = len(self.record["nodes"])
+        step = ["srun", f"--ntasks={nodes}", "--ntasks-per-node=1", "--wait=0", *self.job["container"], *command]
+        step += ["--out", str(out)]
+        code = subprocess.run(step, check=False).returncode
+        reports = [read_json(path) for path in sorted(out.glob("*.json"))]
+        bad = [report for report in reports if not report.get("ok")]
+        if not code and not bad:
+            return None
+        with (self.folder / "exclude.txt").open("a") as file:
+            file.writelines(f"{report['node']}\n" for report in bad)
+        return "; ".join(f"{r['node']}: {', '.join(r['problems'])}" for r in bad) or f"srun ended with {code}"
+
+    def _watch(self) -> tuple[str | None, str | None]:
+        """Until the step ends: why it was asked to stop, and how it hung, where it was and did."""
+        planned, hung, asked_at = None, None, 0.0
+        while self.ranks.process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if self.signals and planned is None:
+                planned, asked_at = self._why_asked(), time.monotonic()
+                say(f"{self.signals[0]}: {planned}; the ranks save and stop")
+                self.ranks.signal("USR1")
+            if planned and not hung and time.monotonic() - asked_at > self.job["grace_seconds"]:
+                hung = f"not saved {self.job['grace_seconds']:g} s after it was asked to ({planned})"
+            if not planned and not hung:
+                hung = self.ranks.overdue(self.job["deadlines"])
+            if hung and self.ranks.process.poll() is None:
+                say(f"{hung}; stacks of all ranks are in {self.ranks.logs}")
+                self.ranks.dump_and_kill()
+                break
+            if read_json(self.folder / "current.json").get("started") != self.record["started"]:
+                say("another attempt has taken over: this node was cut off")
+                self.ranks.signal("KILL")
+                self.ranks.process.kill()
+                os._exit(1)
+        return planned, hung
+
+    def _clean_caches(self) -> None:
+        if self.job["cache"]:
+            nodes = len(self.record["nodes"])
+            step = ["srun", f"--ntasks={nodes}", "--ntasks-per-node=1", "--wait=0", sys.executable]
+            slurm(*step, os.path.abspath(__file__), "clean", str(self.folder / "job.json"))
+
+    def _why_asked(self) -> str:
+        if (self.folder / "stop").exists():
+            return "bd3-scale stop"
+        if self.signals[0] != "SIGUSR1":
+            return "pre-empted or cancelled"
+        with contextlib.suppress(ValueError):
+            end = time.mktime(time.strptime(job_field("EndTime"), "%Y-%m-%dT%H:%M:%S"))
+            # SLURM may warn up to a minute early.
+            if end - time.time() > self.job["warning_seconds"] + 90:
+                return "bd3-scale requeue"
+        return "time limit"
+
+    def _decide(self, code: int, planned: str | None, hung: str | None) -> int:
+        states = self.ranks.read()
+        phases = {state["phase"] for state in states.values()}
+        if code == 0 and phases == {"done"}:
+            return self._end("done", "all steps are taken", failure=False)
+        stopped = code == 0 and "stopped" in phases
+        state = job_field("JobState")
+        if state != "RUNNING":
+            # Somebody else has decided already, and a requeue from here would undo a person's scancel.
+            by_slurm = state in ("PENDING", "REQUEUED", "PREEMPTED", "NODE_FAIL")
+            reason = "SLURM queued it again: a dead node or pre-emption" if by_slurm else f"scancel or limit ({state})"
+            return self._end("requeued" if by_slurm else "cancelled", reason, failure=False)
+        if (self.folder / "stop").exists():
+            return self._end("stopped", "bd3-scale stop", failure=False)
+        if stopped or planned:
+            return self._end("requeue", planned or "pre-empted", failure=bool(hung))
+        if hung:
+            return self._end("requeue", hung, failure=True)
+        reason, rank_code = self.ranks.explain_failure()
+        if "Terminated" in reason:
+            return self._end("requeue", f"{reason}: pre-empted before it could save", failure=False)
+        return self._end("failed" if rank_code == PERSON_MUST_MEND else "requeue", reason, failure=True)
+
+    def _end(self, verdict: str, reason: str, *, failure: bool) -> int:
+        """Writes the attempt's line and sends the job back into the queue where the verdict says so."""
+        again = verdict in ("requeue", "preflight")
+        outcome = "requeued" if again else verdict
+        states = self.ranks.read()
+        line = self._append(self.record, outcome, reason, states, failure=failure, write=False)
+        failures = failures_without_progress([*self.attempts, line])
+        if again and failures >= self.job["max_failures"]:
+            again, line["outcome"] = False, "failed"
+            line["reason"] += f" ({failures} attempts failed without a newer checkpoint)"
+        self._write(line)
+        say(f"attempt {self.number} {line['outcome']} at step {line['step']}: {line['reason']}")
+        if not again:
+            return 0 if line["outcome"] in ("done", "stopped", "requeued") else 1
+        return self._requeue()
+
+    def _requeue(self) -> int:
+        if self.job["chain"]:
+            return 0  # the next job of the chain goes on
+        # The requeue ends this process with SIGTERM; it must live long enough to name the bad nodes.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        asked = slurm("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+        if asked.returncode:
+            say(f"SLURM does not requeue: {asked.stderr.strip()}; `bd3-scale requeue {self.job['run_dir']}` goes on")
+            return 1
+        exclude = self.folder / "exclude.txt"
+        if exclude.exists():
+            names = ",".join(sorted({*exclude.read_text().split(), *self.job["exclude"]}))
+            slurm("scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", f"ExcNodeList={names}")
+        return 0
+
+    def _append(
+        self,
+        record: dict[str, Any],
+        outcome: str,
+        reason: str,
+        states: dict[int, dict[str, Any]],
+        *,
+        failure: bool,
+        write: bool = True,
+    ) -> dict[str, Any]:
+        line = record | {
+            "ended": time.time(),
+            "outcome": outcome,
+            "reason": reason,
+            "failure": failure,
+            "step": max((s["step"] for s in states.values()), default=record["from_step"]),
+            "saved": max((s["saved"] for s in states.values()), default=record["from_step"]),
+            "signals": self.signals,
+        }
+        if write:
+            self._write(line)
+        return line
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with (self.folder / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.attempts.append(line)
+        (self.folder / "current.json").unlink(missing_ok=True)
+
+
+def run_rank(folder: Path) -> None:
+    """Becomes the rank of this task."""
+    job, environment = read_json(folder / "job.json"), os.environ
+    environment |= {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_NTASKS"],
+        "LOCAL_WORLD_SIZE": str(job["ntasks_per_node"]),
+        "BD3_SCALE_HEARTBEATS": str(folder / "heartbeats"),
+    }
+    # What comes before the rank can save waits until it can.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+    command = [word.replace("{cache}", cache_folder(job)) for word in job["command"]]
+    os.execvp(command[0], command)
+
+
+def main(mode: str, job: str) -> int:
+    folder = Path(job).parent
+    modes: dict[str, Callable[[], int | None]] = {
+        "job": lambda: Supervisor(folder).run(),
+        "rank": lambda: run_rank(folder),
+        "clean": lambda: shutil.rmtree(cache_folder(read_json(folder / "job.json")), ignore_errors=True),
+    }
+    return modes[mode]() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

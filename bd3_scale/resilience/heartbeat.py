@@ -1,0 +1,95 @@
+"""What a rank is doing, told once a second to the supervisor of its job."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+INTERVAL_SECONDS = 1.0
+FOLDER_VARIABLE = "BD3_SCALE_HEARTBEATS"
+Phase = Literal["start", "step", "checkpoint", "evaluation", "stopped", "done", "failed"]
+
+
+class Heartbeat:
+    """Keeps `rank<k>.json` in the folder of $BD3_SCALE_HEARTBEATS; does nothing where that is not set.
+
+    A context manager. The file holds `phase`, `step` (finished), `saved` (step of the newest checkpoint), `beat`, which
+    counts up for as long as the process lives and is not stopped, and at the end `error` and `time` (seconds since the
+    epoch). A thread writes it, so that training waits for no file. `bd3_scale.launch.supervise` reads it. Inside,
+    SIGUSR2 prints the stacks of all threads to stderr.
+    """
+
+    def __init__(self) -> None:
+        folder = os.environ.get(FOLDER_VARIABLE)
+        self._path = Path(folder, f"rank{os.environ.get('RANK', '0')}.json") if folder else None
+        self._state: dict[str, str | int | float | None] = {"phase": "start", "step": 0, "saved": 0, "beat": 0}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        if self._path is not None:
+            faulthandler.register(signal.SIGUSR2, all_threads=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._path is None:
+            return
+        if error is not None:
+            self._state |= {"phase": "failed", "error": f"{type(error).__name__}: {error}", "time": time.time()}
+        self._ended.set()
+        self._thread.join()
+        self._write()
+
+    def resumed(self, step: int) -> None:
+        """A checkpoint of `step` was loaded, or none (0)."""
+        self._state |= {"step": step, "saved": step}
+
+    def finished(self, step: int) -> None:
+        """`step` is done. Before the first one a rank is at its start, which may compile and download."""
+        self._state |= {"phase": "step", "step": step}
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of `step` is complete."""
+        self._state["saved"] = step
+
+    def end(self, phase: Literal["stopped", "done"]) -> None:
+        """The run was asked to stop and is saved, or has taken all its steps."""
+        self._state["phase"] = phase
+
+    @contextmanager
+    def during(self, phase: Literal["checkpoint", "evaluation"]) -> Iterator[None]:
+        """Work between steps that has a deadline of its own."""
+        before = self._state["phase"]
+        self._state["phase"] = phase
+        yield
+        self._state["phase"] = before
+
+    def _beat(self) -> None:
+        while not self._ended.wait(INTERVAL_SECONDS if self._state["beat"] else 0):
+            self._write()
+
+    def _write(self) -> None:
+        assert self._path is not None
+        with self._lock:
+            self._state["beat"] = int(self._state["beat"] or 0) + 1
+            aside = self._path.with_suffix(".new")
+            try:
+                aside.write_text(json.dumps(self._state))
+                aside.replace(self._path)
+            except OSError:
+                # A full or hanging file system is the training's to report: its checkpoints go to the same place.
+                return
