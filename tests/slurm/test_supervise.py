@@ -1,0 +1,195 @@
+"""The supervisor on a real SLURM, with ranks that speak its heartbeat and train nothing. All jobs run at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from jobs import BD3_SCALE, attempts, logs, small_job, write_workplace
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("supervised")
+    write_workplace(folder)
+    return folder
+
+
+class Run:
+    """A submitted job of small ranks."""
+
+    def __init__(self, cluster, workplace, name, *arguments, sbatch=(), **options):
+        self.cluster, self.folder = cluster, workplace / name
+        self.job = small_job(workplace, name, *arguments, **options)
+        self.ids = [self.sbatch(*sbatch) for _ in range(max(1, self.job.chain))]
+        (self.job.folder / "submitted.json").write_text(json.dumps({"jobs": self.ids}))
+
+    def sbatch(self, *options):
+        done = self.cluster.run("sbatch", "--parsable", *options, self.job.folder / "job.sh")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def step(self, rank=0):
+        path = self.job.folder / "heartbeats" / f"rank{rank}.json"
+        return json.loads(path.read_text())["step"] if path.exists() else -1
+
+    def wait_for(self, condition, what, seconds=60):
+        try:
+            self.cluster.wait(condition, seconds, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{attempts(self.folder)}\n{logs(self.folder)}") from None
+
+    def wait_for_step(self, step, rank=0):
+        self.wait_for(lambda: self.step(rank) >= step, f"step {step}")
+
+    def outcomes(self, count=None, seconds=90):
+        """The outcomes of all attempts, once there are `count`, or one is final."""
+        final = ("done", "failed", "stopped", "cancelled")
+        self.wait_for(
+            lambda: len(attempts(self.folder)) == count or any(a["outcome"] in final for a in attempts(self.folder)),
+            "an end",
+            seconds,
+        )
+        return [a["outcome"] for a in attempts(self.folder)]
+
+    def state(self):
+        return (
+            self.cluster.run("scontrol", "show", "job", self.ids[-1], "--oneliner")
+            .stdout.split("JobState=")[1]
+            .split()[0]
+        )
+
+
+def bd3_scale(cluster, *arguments):
+    return subprocess.run(
+        [BD3_SCALE, *map(str, arguments)], env=cluster.env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_crash_goes_on_from_the_last_checkpoint(cluster, workplace):
+    run = Run(cluster, workplace, "crash", 12, 0.1, "crash:1:8")
+    assert run.outcomes() == ["requeued", "done"]
+    first, second = attempts(run.folder)
+    assert first["failure"]
+    assert first["reason"].startswith("rank 1: exit code 1, RuntimeError: injected")
+    # The rank that is left has no peer that it would miss, and saves when srun ends it.
+    assert first["from_step"] == 0
+    assert second["step"] == 12 > second["from_step"] == first["saved"] >= 5
+    said = logs(run.folder)
+    assert 'raise RuntimeError("injected crash")' in (run.folder / "logs" / f"job-{run.ids[0]}.log").read_text(), said
+
+
+def test_crashes_without_a_newer_checkpoint_give_up(cluster, workplace):
+    run = Run(cluster, workplace, "hopeless", 9, 0.05, "crash-always:1:3", max_failures=2)
+    assert run.outcomes() == ["requeued", "failed"]
+    assert "2 attempts failed without a newer checkpoint" in attempts(run.folder)[-1]["reason"]
+    run.wait_for(lambda: run.state() == "FAILED", "the job to fail")
+
+
+def test_a_mistake_of_a_person_is_not_tried_again(cluster, workplace):
+    run = Run(cluster, workplace, "mistake", 9, 0.05, "mistake:1:3")
+    assert run.outcomes() == ["failed"]
+    assert "rank 1: exit code 2" in attempts(run.folder)[0]["reason"]
+
+
+def test_scancel_is_final_and_requeue_takes_the_run_up_again(cluster, workplace):
+    run = Run(cluster, workplace, "cancelled", 60, 0.2)
+    run.wait_for_step(3)
+    status = json.loads(bd3_scale(cluster, "status", run.folder, "--json").stdout)
+    assert (status["state"], status["ranks"]) == ("running", {"step": 2})
+    refused = bd3_scale(cluster, "requeue", run.folder.parent)
+    assert refused.returncode == 2
+    assert "was not submitted" in refused.stderr
+    cluster.run("scancel", run.ids[0])
+    assert run.outcomes() == ["cancelled"]
+    run.wait_for(lambda: run.state() == "CANCELLED", "CANCELLED")
+    reached = attempts(run.folder)[0]["saved"]
+    assert "submitted again as job" in bd3_scale(cluster, "requeue", run.folder).stdout
+    run.wait_for(lambda: (run.job.folder / "current.json").exists() and run.step() > reached, "going on")
+    refused = bd3_scale(
+        cluster,
+        "submit",
+        workplace / "recipe.yaml",
+        "--profile",
+        workplace / "cancelled.site.yaml",
+        "--nodes",
+        2,
+        "parallel.tensor=1",
+        f"run_dir={run.folder}",
+        f"data.path={workplace / 'data'}",
+    )
+    assert refused.returncode == 2
+    assert "has a job already" in refused.stderr
+    # Asked to stop, it saves and stays stopped.
+    assert "saves and stops" in bd3_scale(cluster, "stop", run.folder).stdout
+    run.wait_for(lambda: len(attempts(run.folder)) == 2, "a stop")
+    last = attempts(run.folder)[-1]
+    assert (last["outcome"], last["reason"], last["saved"]) == ("stopped", "bd3-scale stop", last["step"])
+
+
+def test_usr1_before_the_ranks_are_ready_is_not_lost(cluster, workplace):
+    run = Run(cluster, workplace, "early", 12, 0.1, "slow-start:0:0")
+    run.wait_for(lambda: run.step() == 0, "a start")
+    cluster.run("scancel", "--batch", "--signal=USR1", run.ids[0])
+    assert run.outcomes() == ["requeued", "done"]
+    first = attempts(run.folder)[0]
+    assert (first["saved"], first["failure"], first["signals"]) == (1, False, ["SIGUSR1"])
+
+
+def test_preemption_saves_and_goes_on_later(cluster, workplace):
+    run = Run(cluster, workplace, "preempted", 40, 0.2, nodes=4, exclusive=True)
+    run.wait_for_step(3)
+    urgent = cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=4", "--output=/dev/null", "--wrap=sleep 3"
+    ).stdout.strip()
+    assert urgent
+    assert run.outcomes() == ["requeued", "done"]
+    first, second = attempts(run.folder)
+    assert not first["failure"]
+    assert first["saved"] == first["step"] == second["from_step"] >= 3
+
+
+def test_a_chain_goes_on_where_requeueing_is_forbidden(cluster, workplace):
+    run = Run(cluster, workplace, "chain", 30, 0.1, chain=3)
+    run.wait_for_step(3)
+    assert "#SBATCH --no-requeue" in (run.job.folder / "job.sh").read_text()
+    cluster.run("scancel", "--batch", "--signal=USR1", run.ids[0])
+    assert run.outcomes() == ["requeued", "done"]
+    assert [a["job_id"] for a in attempts(run.folder)] == run.ids[:2]
+    log = run.folder / "logs" / f"job-{run.ids[2]}.log"
+    run.wait_for(lambda: log.exists() and "nothing to do: the run is done" in log.read_text(), "the last of the chain")
+
+
+def test_a_hang_is_named_dumped_and_requeued(cluster, workplace):
+    deadlines = {"start": 20, "step": 6, "checkpoint": 20, "evaluation": 20}
+    run = Run(cluster, workplace, "hang", 60, 0.1, deadlines=deadlines)
+    run.wait_for_step(6, rank=1)
+    os.kill(int((run.folder / "pid1").read_text()), signal.SIGSTOP)
+    assert run.outcomes() == ["requeued", "done"]
+    reason = attempts(run.folder)[0]["reason"]
+    assert reason.startswith("hang in phase 'step' after 6 s: lowest step ")
+    assert "at ranks [1]" in reason
+    assert "ranks [1] do not run" in reason
+
+
+def test_a_dead_slurmd_moves_the_job_to_other_nodes(cluster, workplace):
+    run = Run(cluster, workplace, "dead-node", 200, 0.2)
+    run.wait_for_step(6)
+    nodes = json.loads((run.job.folder / "current.json").read_text())["nodes"]
+    number = int(nodes[1].lstrip("n"))
+    cluster.kill_node(number)
+    try:
+        assert run.outcomes(seconds=120)[-1] == "done"
+        assert nodes[1] not in attempts(run.folder)[-1]["nodes"]
+        assert not any(a["failure"] for a in attempts(run.folder))
+    finally:
+        cluster.start_node(number)
