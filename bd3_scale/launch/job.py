@@ -105,7 +105,7 @@ def script(job: Job) -> str:
         f"# {job.recipe.name}, bd3_scale at commit {job.commit}; job.json beside this file says the rest.",
         "",
     ]
-    lines += ["set -euo pipefail"]
+    lines += ["set -eo pipefail"]
     lines += [f"module load {shlex.join(job.profile.modules)}"] if job.profile.modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in _environment(job)]
     command = [job.python, "-u", job.supervisor, "job", str(job.folder / "job.json")]

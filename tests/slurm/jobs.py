@@ -16,7 +16,7 @@ from bd3_scale.launch.submit import make_job
 
 BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 SMALL_RANK = Path(__file__).with_name("small_rank.py")
-STEPS = 12
+STEPS = 30
 RECIPE = {
     "name": "tiny",
     "model": {
@@ -29,10 +29,10 @@ RECIPE = {
     "diffusion": {"block_size": 8, "mask_rate_low": 0.3, "mask_rate_high": 0.8},
     "data": {"path": "data", "seq_len": 64, "num_workers": 0},
     "optimizer": {"lr": 1e-3, "ema_decay": 0.9, "eps": 1e-4},
-    "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+    "train": {"steps": STEPS, "global_batch_size": 64, "micro_batch_size": 4, "precision": "fp32"},
     "parallel": {"tensor": 2},
     "evaluation": {"every_steps": 0, "sequences": 8},
-    "checkpoint": {"every_steps": 4, "keep_last": 3},
+    "checkpoint": {"every_steps": 10, "keep_last": 3},
     "logging": {"wandb": {"mode": "disabled"}},
 }
 PROFILE = {

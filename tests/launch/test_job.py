@@ -1,0 +1,151 @@
+"""From a recipe and a site to a batch script: golden files, and what is refused before anything is submitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bd3_scale.launch.job import Job, check_job, script, supervision
+from bd3_scale.launch.profile import Profile, load_profile
+from bd3_scale.recipe.schema import Recipe, RecipeError
+
+GOLDEN = Path(__file__).parent / "golden"
+PROFILES = Path(__file__).parents[2] / "cluster/profiles"
+BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
+RECIPE = Recipe.model_validate(
+    {
+        "name": "books",
+        "run_dir": "/shared/runs/books",
+        "model": {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128},
+        "diffusion": {"block_size": 8},
+        "data": {"path": "/shared/data", "seq_len": 64},
+        "train": {"steps": 10, "global_batch_size": 32, "micro_batch_size": 2},
+        "parallel": {"tensor": 2},
+    }
+)
+GPU_SITE = {
+    "partition": "gpu",
+    "account": "lab",
+    "qos": "long",
+    "constraint": "h100",
+    "gpus_per_node": 8,
+    "cpus_per_process": 12,
+    "memory": "0",
+    "exclusive": True,
+    "time_limit": "1-00:00:00",
+    "modules": ["cuda/12.8", "nccl"],
+    "environment": {"NCCL_DEBUG": "WARN", "NOTE": "two words"},
+    "interface": "ib0",
+    "scratch": "/scratch",
+    "shared_storage": ["/shared"],
+    "container": {"image": "/images/bd3.sqsh", "mounts": ["/shared:/shared"]},
+    "preflight": {"min_free_gb": 100, "min_allreduce_gbps": 50},
+}
+CPU_SITE = {"processes_per_node": 2, "time_limit": "10:00", "requeue": False}
+
+
+def job(site: dict, **more) -> Job:
+    fixed = {"recipe_files": {"/home/me/books.yaml": "00ff"}, "commit": "0123456789ab"}
+    fixed |= {"python": "/opt/bd3/bin/python", "supervisor": "/opt/bd3/supervise.py", "submission": "5eed"}
+    more = {"recipe": RECIPE, "nodes": 2, "folder": Path("/shared/runs/books/slurm"), **fixed, **more}
+    return Job(profile=Profile.model_validate(site), **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("gpu", job(GPU_SITE, nodes=4, exclude=("n7", "n9"))),
+        ("chain", job(CPU_SITE, chain=3, dependency="afterok:12")),
+    ],
+)
+def test_script_and_supervision_are_the_golden_files(name: str, made: Job) -> None:
+    """To renew them after a change that is meant: write what the assertion shows."""
+    assert script(made) == (GOLDEN / f"{name}.sh").read_text()
+    assert supervision(made) == json.loads((GOLDEN / f"{name}.json").read_text())
+    done = subprocess.run(["bash", "-n"], input=script(made), text=True, capture_output=True, timeout=10, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cache_is_the_job_s_own_on_each_node() -> None:
+    remote = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"remote": "s3://bucket/data"})})
+    told = supervision(job(GPU_SITE, recipe=remote))
+    assert told["cache"] == "/scratch/bd3_scale"
+    assert told["command"][-1] == "data.path={cache}"
+
+
+def test_two_runs_of_a_recipe_have_jobs_of_two_names() -> None:
+    one, other = job(CPU_SITE), job(CPU_SITE, folder=Path("/shared/runs/other/slurm"))
+    assert one.name != other.name
+    assert one.name.startswith("books-")
+
+
+def test_a_layout_that_does_not_fit_is_refused_with_those_that_would() -> None:
+    wide = RECIPE.model_copy(update={"parallel": RECIPE.parallel.model_copy(update={"pipeline": 4})})
+    with pytest.raises(RecipeError) as error:
+        check_job(wide, Profile.model_validate(CPU_SITE), 3, None, Path("/runs"))
+    assert "3 nodes x 2 processes = 6 ranks; these would fit: " in str(error.value)
+    assert "--nodes 4" in str(error.value)
+
+
+def test_a_run_directory_that_other_nodes_do_not_see_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"/home/x is not on shared storage \(/shared in the profile\)"):
+        check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, None, Path("/home/x"))
+    check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, None, Path("/shared/x"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"partion": "gpu", "time_limit": "1:00", "gpus_per_node": 1}, "partion: unknown key; did you mean partition?"),
+        ({"time_limit": "1:00"}, "set gpus_per_node, or processes_per_node"),
+        ({"gpus_per_node": 8}, "time_limit: is missing"),
+        ({"gpus_per_node": 8, "time_limit": "a day"}, "time_limit: "),
+        ({"gpus_per_node": 8, "time_limit": "1:00", "deadlines": {"steps": 3}}, "did you mean deadlines.step"),
+    ],
+)
+def test_a_wrong_profile_is_refused(content: dict, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match=words.replace("?", r"\?")):
+        load_profile(str(path))
+
+
+def test_an_unknown_profile_names_the_known_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.raises(ValueError, match=r"no profile 'mysite'.*dev-slurm"):
+        load_profile("mysite")
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_loads(path: Path) -> None:
+    assert dataclasses.is_dataclass(job(load_profile(str(path)).model_dump()))
+
+
+def test_a_dry_run_needs_no_slurm_and_a_submission_says_that_there_is_none(tmp_path: Path) -> None:
+    recipe, site = tmp_path / "recipe.yaml", tmp_path / "site.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE.model_dump(mode="json", exclude={"run_dir"})))
+    site.write_text(yaml.safe_dump(CPU_SITE))
+
+    def submit(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [BD3_SCALE, "submit", recipe, "--profile", site, "--nodes", "2", *options]
+        nowhere = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+        return subprocess.run(
+            command, env=nowhere, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    dry = submit("--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert f"#SBATCH --output={tmp_path}/runs/books/logs/job-%j.log" in dry.stdout
+    assert not (tmp_path / "runs").exists()
+    for command in (("status",), ("stop",), ("requeue",), ("logs",)):
+        done = subprocess.run(
+            [BD3_SCALE, *command, "runs/books"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 2
+        assert "was not submitted" in done.stderr or "no such log" in done.stderr
