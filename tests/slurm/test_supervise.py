@@ -186,10 +186,10 @@ def test_a_dead_slurmd_moves_the_job_to_other_nodes(cluster, workplace):
     run.wait_for_step(6)
     nodes = json.loads((run.job.folder / "current.json").read_text())["nodes"]
     number = int(nodes[1].lstrip("n"))
-    cluster.kill_node(number)
+    cluster.dev("kill-node", number)
     try:
         assert run.outcomes(seconds=120)[-1] == "done"
         assert nodes[1] not in attempts(run.folder)[-1]["nodes"]
         assert not any(a["failure"] for a in attempts(run.folder))
     finally:
-        cluster.start_node(number)
+        cluster.dev("start-node", number)

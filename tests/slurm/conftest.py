@@ -1,0 +1,67 @@
+"""A real SLURM for the tests: `cluster/dev-slurm`, on ports and in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+DEV_SLURM = Path(__file__).parents[2] / "cluster" / "dev-slurm"
+DAEMONS = ("slurmctld", "slurmd", "munged")
+
+
+class Cluster:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        self.env["SLURM_CONF"] = str(folder / "slurm.conf")
+
+    def run(self, *argv: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        command = [str(word) for word in argv]
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout, check=False)
+
+    def dev(self, *argv: object) -> str:
+        done = self.run(DEV_SLURM, "--dir", self.folder, *argv)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def wait(self, condition: Callable[[], object], seconds: float, what: str) -> None:
+        until = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < until, f"waited {seconds:g} s for {what}"
+            time.sleep(0.1)
+
+
+def started(*options: str) -> Iterator[Cluster]:
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
+    if missing := [name for name in DAEMONS if shutil.which(name, path=path) is None]:
+        reason = f"needs a SLURM to start: {', '.join(missing)} missing (apt-get install slurm-wlm munge)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="bd3-slurm-") as folder:  # a socket's path must be short
+        cluster = Cluster(Path(folder))
+        cluster.dev("up", *options)
+        try:
+            yield cluster
+        finally:
+            cluster.dev("down")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    yield from started()
+
+
+@pytest.fixture
+def namespaced() -> Iterator[Cluster]:
+    """Three nodes with networks of their own."""
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    yield from started("--namespaces", "--nodes", "3")

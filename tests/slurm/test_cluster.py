@@ -1,0 +1,109 @@
+"""What a site may refuse, invented GPUs, and nodes that are cut off."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from jobs import BD3_SCALE, PROFILE, attempts, logs, small_job, write_workplace
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refused")
+    write_workplace(folder)
+    return folder
+
+
+def submit(cluster, workplace, *options, **profile):
+    site = workplace / "changed.yaml"
+    site.write_text(yaml.safe_dump({**PROFILE, **profile}))
+    command = [BD3_SCALE, "submit", "recipe.yaml", "run_dir=refused", "--profile", site, *options]
+    return subprocess.run(
+        command, cwd=workplace, env=cluster.env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "profile", "words"),
+    [
+        (("--nodes", "2"), {"partition": "nowhere"}, ("invalid partition", "partitions here: high main")),
+        (("--nodes", "40"), {}, ("SLURM refuses the job",)),
+        (("--nodes", "2"), {"memory": "900G"}, ("SLURM refuses the job",)),
+        (("--nodes", "2"), {"gpus_per_node": 64}, ("SLURM refuses the job",)),
+        (("--nodes", "2", "parallel.tensor=8"), {}, ("2 nodes x 2 processes = 4 ranks", "these would fit: ")),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(cluster, workplace, options, profile, words):
+    recipe = ("train.global_batch_size=640",) if "40" in options else ()
+    refused = submit(cluster, workplace, *options, *recipe, **profile)
+    assert refused.returncode == 2, refused.stdout
+    for word in words:
+        assert word in " ".join(refused.stderr.split())
+    assert not (workplace / "refused/slurm/job.sh").exists()
+    assert cluster.run("squeue", "--noheader").stdout.count("refused") == 0
+
+
+def test_slurm_says_when_it_would_start(cluster, workplace):
+    asked = submit(cluster, workplace, "--nodes", "2", "--test-only")
+    assert asked.returncode == 0, asked.stderr
+    assert "to start at" in asked.stdout
+
+
+def test_gpu_directives_are_accepted_and_ranks_see_the_node_s_gpus(cluster, workplace):
+    job = small_job(workplace, "gpus", 1, 0.1, gpus_per_node=2, processes_per_node=2)
+    told = json.loads((job.folder / "job.json").read_text())
+    show = "import os; print('sees', os.environ['RANK'], os.environ['LOCAL_RANK'], os.environ['CUDA_VISIBLE_DEVICES'])"
+    told["command"] = [sys.executable, "-c", show]
+    (job.folder / "job.json").write_text(json.dumps(told))
+    submitted = cluster.run("sbatch", "--parsable", job.folder / "job.sh")
+    assert submitted.returncode == 0, submitted.stderr
+    logs_of_ranks = [job.run_dir / f"logs/attempt-0/rank{rank}.log" for rank in range(4)]
+    cluster.wait(lambda: all(path.exists() and path.read_text() for path in logs_of_ranks), 30, "four ranks")
+    assert [path.read_text().split() for path in logs_of_ranks] == [
+        ["sees", str(rank), str(rank % 2), "0,1"] for rank in range(4)
+    ]
+
+
+def test_a_node_that_is_cut_off_loses_the_job_and_not_the_run(namespaced, workplace):
+    """Each node has a network of its own; the run goes on without the node whose cable was pulled."""
+    job = small_job(workplace, "cut", 150, 0.2, interface="eth0")
+    submitted = namespaced.run("sbatch", "--parsable", job.folder / "job.sh")
+    assert submitted.returncode == 0, submitted.stderr
+    heartbeat = job.folder / "heartbeats/rank1.json"
+    namespaced.wait(lambda: heartbeat.exists() and json.loads(heartbeat.read_text())["step"] >= 6, 40, "step 6")
+    nodes = json.loads((job.folder / "current.json").read_text())["nodes"]
+    namespaced.dev("cut", nodes[1].lstrip("n"))
+    try:
+        namespaced.wait(
+            lambda: attempts(job.run_dir) and attempts(job.run_dir)[-1]["outcome"] in ("done", "failed", "cancelled"),
+            120,
+            f"the end; {attempts(job.run_dir)}",
+        )
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{logs(job.run_dir)}") from None
+    assert attempts(job.run_dir)[-1]["outcome"] == "done", logs(job.run_dir)
+    assert nodes[1] not in attempts(job.run_dir)[-1]["nodes"]
+    assert attempts(job.run_dir)[-1]["from_step"] > 0
+
+
+def test_a_cluster_is_started_once_in_a_folder_and_ends_whole(cluster, tmp_path):
+    own = type(cluster)(Path(f"/tmp/bd3-{tmp_path.name[:20]}-{id(tmp_path)}"))
+    own.dev("up", "--nodes", "2")
+    try:
+        assert cluster.run(Path(__file__).parents[2] / "cluster/dev-slurm", "--dir", own.folder, "up").returncode == 1
+        ran = own.run("srun", "--nodes=2", "--ntasks-per-node=1", "bash", "-c", "echo $SLURMD_NODENAME")
+        assert sorted(ran.stdout.split()) == ["n1", "n2"], ran.stderr
+        pids = [int(path.read_text()) for path in (own.folder / "run").glob("*.pid")]
+        assert len(pids) == 4
+    finally:
+        own.dev("down")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
