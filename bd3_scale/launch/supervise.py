@@ -41,6 +41,7 @@ LOCK_SECONDS = 120.0
 DUMP_SECONDS = 2.0
 PERSON_MUST_MEND = 2  # the exit code of a rank whose recipe, data or machine is wrong
 FINAL = ("done", "failed", "stopped", "cancelled")
+_ENDED_BY_SLURM = re.compile(r"(Node failure|DUE TO (?:NODE FAILURE|PREEMPTION|TIME LIMIT|JOB REQUEUE))", re.IGNORECASE)
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (?:Exited with exit code (\d+)|(\w.*))")
 
 
@@ -104,6 +105,7 @@ class Ranks:
         self.job, self.folder, self.heartbeats = job, folder, folder / "heartbeats"
         self.logs = Path(job["run_dir"], "logs", f"attempt-{attempt}")
         self.first_end: tuple[int, str] | None = None  # task and how it ended
+        self.ended_by_slurm: str | None = None
         self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
         self._beats: dict[int, tuple[int, float]] = {}
 
@@ -132,6 +134,8 @@ class Ranks:
         for line in self.process.stderr or ():
             sys.stderr.write(line)
             sys.stderr.flush()
+            if found := _ENDED_BY_SLURM.search(line):
+                self.ended_by_slurm = found.group(1).lower()
             if self.first_end is None and (found := _TASK_ENDED.match(line)):
                 task = int(re.split("[,-]", found.group(2))[0])
                 self.first_end = task, f"exit code {found.group(3)}" if found.group(3) else found.group(4).strip()
@@ -224,7 +228,7 @@ class Supervisor:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda n, _: self.signals.append(signal.Signals(n).name))
         self._close_lost_attempt()
-        if self.attempts and self.attempts[-1]["outcome"] in FINAL and not self._is_new_submission():
+        if self._is_final():
             say(f"nothing to do: the run is {self.attempts[-1]['outcome']} ({self.attempts[-1]['reason']})")
             return 0
         self._begin()
@@ -236,8 +240,12 @@ class Supervisor:
         self._clean_caches()
         return self._decide(code, planned, hung)
 
-    def _is_new_submission(self) -> bool:
-        return bool(self.attempts[-1]["submission"] != self.job["submission"])
+    def _is_final(self) -> bool:
+        """Whether an earlier job of this submission has decided; one that SLURM starts again was not cancelled."""
+        last = self.attempts[-1] if self.attempts else {"submission": None}
+        if last["submission"] != self.job["submission"] or last["outcome"] not in FINAL:
+            return False
+        return last["outcome"] != "cancelled" or last["job_id"] != os.environ["SLURM_JOB_ID"]
 
     def _begin(self) -> None:
         environment = os.environ
@@ -354,8 +362,9 @@ class Supervisor:
         state = job_field("JobState")
         if state != "RUNNING":
             # Somebody else has decided already, and a requeue from here would undo a person's scancel.
-            by_slurm = state in ("PENDING", "REQUEUED", "PREEMPTED", "NODE_FAIL")
-            reason = "SLURM queued it again: a dead node or pre-emption" if by_slurm else f"scancel or limit ({state})"
+            why = self.ranks.ended_by_slurm
+            by_slurm = why is not None or state in ("PENDING", "REQUEUED", "PREEMPTED", "NODE_FAIL")
+            reason = f"SLURM ended it: {why or state.lower()}" if by_slurm else f"scancel ({state.lower()})"
             return self._end("requeued" if by_slurm else "cancelled", reason, failure=False)
         if (self.folder / "stop").exists():
             return self._end("stopped", "bd3-scale stop", failure=False)

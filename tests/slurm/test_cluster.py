@@ -35,7 +35,7 @@ def submit(cluster, workplace, *options, **profile):
 @pytest.mark.parametrize(
     ("options", "profile", "words"),
     [
-        (("--nodes", "2"), {"partition": "nowhere"}, ("invalid partition", "partitions here: high main")),
+        (("--nodes", "2"), {"partition": "nowhere"}, ("invalid partition", "partitions here: main high")),
         (("--nodes", "40"), {}, ("SLURM refuses the job",)),
         (("--nodes", "2"), {"memory": "900G"}, ("SLURM refuses the job",)),
         (("--nodes", "2"), {"gpus_per_node": 64}, ("SLURM refuses the job",)),
@@ -106,4 +106,6 @@ def test_a_cluster_is_started_once_in_a_folder_and_ends_whole(cluster, tmp_path)
         assert len(pids) == 4
     finally:
         own.dev("down")
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    # One that nobody reaps has no command line any more.
+    alive = [path for pid in pids if (path := Path(f"/proc/{pid}/cmdline")).exists() and path.read_bytes()]
+    assert not alive

@@ -16,7 +16,7 @@ from jobs import BD3_SCALE, STEPS, attempts, logs, losses, write_workplace
 
 from bd3_scale.launch.supervise import read_json
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]  # four ranks import for half a minute, five times
 
 
 @pytest.fixture(scope="module")
