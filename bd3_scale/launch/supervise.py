@@ -304,12 +304,13 @@ class Supervisor:
         step += ["--out", str(out)]
         code = subprocess.run(step, check=False).returncode
         reports = [read_json(path) for path in sorted(out.glob("*.json"))]
-        bad = [report for report in reports if not report.get("ok")]
-        if not code and not bad:
-            return None
-        with (self.folder / "exclude.txt").open("a") as file:
-            file.writelines(f"{report['node']}\n" for report in bad)
-        return "; ".join(f"{r['node']}: {', '.join(r['problems'])}" for r in bad) or f"srun ended with {code}"
+        bad = [report for report in reports if report["problems"]]
+        if bad:
+            with (self.folder / "exclude.txt").open("a") as file:
+                file.writelines(f"{report['node']}\n" for report in bad)
+            return "preflight: " + "; ".join(f"{r['node']}: {', '.join(r['problems'])}" for r in bad)
+        together = sorted({problem for report in reports for problem in report["together"]})
+        return f"preflight: {'; '.join(together) or f'srun ended with {code}'}" if code else None
 
     def _watch(self) -> tuple[str | None, str | None]:
         """Until the step ends: why it was asked to stop, and how it hung, where it was and did."""

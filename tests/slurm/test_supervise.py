@@ -27,14 +27,18 @@ def workplace(tmp_path_factory):
 class Run:
     """A submitted job of small ranks."""
 
-    def __init__(self, cluster, workplace, name, *arguments, sbatch=(), **options):
+    def __init__(self, cluster, workplace, name, *arguments, hold=False, **options):
         self.cluster, self.folder = cluster, workplace / name
         self.job = small_job(workplace, name, *arguments, **options)
-        self.ids = [self.sbatch(*sbatch) for _ in range(max(1, self.job.chain))]
+        if not hold:
+            self.submit()
+
+    def submit(self):
+        self.ids = [self.sbatch() for _ in range(max(1, self.job.chain))]
         (self.job.folder / "submitted.json").write_text(json.dumps({"jobs": self.ids}))
 
-    def sbatch(self, *options):
-        done = self.cluster.run("sbatch", "--parsable", *options, self.job.folder / "job.sh")
+    def sbatch(self):
+        done = self.cluster.run("sbatch", "--parsable", self.job.folder / "job.sh")
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -167,6 +171,24 @@ def test_a_chain_goes_on_where_requeueing_is_forbidden(cluster, workplace):
     assert [a["job_id"] for a in attempts(run.folder)] == run.ids[:2]
     log = run.folder / "logs" / f"job-{run.ids[2]}.log"
     run.wait_for(lambda: log.exists() and "nothing to do: the run is done" in log.read_text(), "the last of the chain")
+
+
+def test_a_bad_node_is_excluded_by_preflight(cluster, workplace):
+    """n1 lacks its scratch folder; the run goes to other nodes and n1 stays on its list."""
+    for node in (2, 3, 4):
+        (workplace / f"scratch-n{node}").mkdir()
+    check = 'exec "$0" -m bd3_scale.launch.preflight --scratch "$1-$SLURMD_NODENAME" "${@:2}"'
+    run = Run(cluster, workplace, "preflight", 6, 0.1, hold=True)
+    told = json.loads((run.job.folder / "job.json").read_text())
+    told["preflight"] = ["bash", "-c", check, sys.executable, str(workplace / "scratch")]
+    (run.job.folder / "job.json").write_text(json.dumps(told))
+    run.submit()
+    assert run.outcomes() == ["requeued", "done"]
+    first, second = attempts(run.folder)
+    assert "preflight: n1: " in first["reason"]
+    assert "n1" in first["nodes"]
+    assert "n1" not in second["nodes"]
+    assert (run.job.folder / "exclude.txt").read_text() == "n1\n"
 
 
 def test_a_hang_is_named_dumped_and_requeued(cluster, workplace):

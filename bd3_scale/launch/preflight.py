@@ -1,0 +1,374 @@
+"""Checks of a job's nodes before its ranks start there: `python -m bd3_scale.launch.preflight`, one task a node.
+
+Every node looks at its GPUs and its scratch folder alone, writes that down, and meets the others for the clocks and
+the interconnect. DIR/<node>.json says what it found:
+
+    {"node": "n3", "ok": false, "problems": ["..."], "job_problems": [], "measured": {"allreduce_gbps": 41.7}}
+
+`problems` are this node's and make it not ok; `job_problems` are those that no single node can be blamed for. Exit
+codes: 0 all is well with this node, 3 it has a problem, 1 the job has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bd3_scale.resilience.files import check_writable, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+NODE_PROBLEM, JOB_PROBLEM = 3, 1
+GPU_REDUCE_BYTES, CPU_REDUCE_BYTES, LINK_BYTES = 64 << 20, 16 << 20, 16 << 20
+REPEATS = 5
+SMI_SECONDS = 30.0
+
+
+@dataclass
+class Report:
+    """What a node found. `doing` names the local check in progress, and is None while it waits for others."""
+
+    path: Path
+    node: str
+    problems: list[str] = field(default_factory=list)
+    job_problems: list[str] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+    doing: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return NODE_PROBLEM if self.problems else JOB_PROBLEM if self.job_problems else 0
+
+    def write(self) -> None:
+        """OSError: the folder cannot be written."""
+        found = {"problems": self.problems, "job_problems": self.job_problems, "measured": self.measured}
+        write_atomically(self.path, json.dumps({"node": self.node, "ok": not self.problems, **found}, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Checks this node, writes its report and gives the exit code."""
+    options = _parse(arguments)
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    report = Report(options.out / f"{node}.json", node)
+    until = time.monotonic() + options.timeout
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with _end_in_time(report, options.timeout):
+            try:
+                check_node(report, options)
+                report.write()  # before others are waited for: they may never come
+                check_together(report, options, until)
+            except ImportError as error:
+                report.job_problems.append(f"{error}: install bd3_scale's requirements for {sys.executable}")
+            report.write()
+    except OSError as error:
+        report.job_problems.append(f"{error}: --out must be a folder that this node can write")
+    _tell(report)
+    return report.exit_code
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="preflight", description="Check the nodes of a job; srun starts it once on each."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="shared folder of the reports")
+    parser.add_argument("--gpus", type=int, default=0, help="that a node must have; 0: it works on its CPUs")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder that must exist and be writable")
+    parser.add_argument("--min-free-gb", type=float, default=0.0, help="10^9 bytes in the scratch folder; 0: not asked")
+    parser.add_argument("--min-allreduce-gbps", type=float, default=0.0, help="bus bandwidth, GB/s; 0: only measured")
+    parser.add_argument("--max-clock-skew", type=float, default=5.0, help="seconds from the median clock")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for all of it")
+    return parser.parse_args(arguments)
+
+
+def _tell(report: Report) -> None:
+    for problem in [*report.problems, *report.job_problems]:
+        print(f"preflight: {report.node}: {problem}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _end_in_time(report: Report, seconds: float) -> Iterator[None]:
+    """Ends the process after `seconds`: drivers and NCCL hang where no exception reaches."""
+    timer = threading.Timer(seconds, _give_up, (report, seconds))
+    timer.daemon = True
+    timer.start()
+    # Needs no interpreter lock, for a driver that hangs while torch holds it.
+    faulthandler.dump_traceback_later(seconds + 5, exit=True)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _give_up(report: Report, seconds: float) -> None:
+    try:
+        if report.doing:
+            report.problems.append(f"{report.doing} hung: not done {seconds:g} s after the start (--timeout)")
+        else:
+            report.job_problems.append(_lost_the_others(f"not done {seconds:g} s after the start (--timeout)"))
+        _tell(report)
+        report.write()
+    finally:
+        os._exit(report.exit_code)
+
+
+def _lost_the_others(why: str) -> str:
+    return (
+        f"did not meet, or lost, the other nodes at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
+        f"{why}. Look for nodes without a report, and set the profile's `interface` where a node's name stands for a "
+        "loopback address"
+    )
+
+
+def check_node(report: Report, options: argparse.Namespace) -> None:
+    """What a node can find out alone."""
+    # The tool first: it runs in a process of its own, and hangs where the driver would hang this one.
+    if options.gpus:
+        report.doing = "nvidia-smi"
+        _check_ecc(report)
+    report.doing = None  # a slow import is the shared storage's fault, not this node's
+    import torch
+
+    report.doing = "matrix product"
+    _check_processors(report, torch, options.gpus)
+    report.doing = f"writing to {options.scratch}"
+    _check_scratch(report, options.scratch, options.min_free_gb)
+    report.doing = None
+
+
+def _check_ecc(report: Report) -> None:
+    query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
+    except FileNotFoundError:
+        report.measured["ecc"] = "not read: nvidia-smi is missing"
+        return
+    except subprocess.TimeoutExpired:
+        report.problems.append(f"nvidia-smi gave no answer within {SMI_SECONDS:g} s: the driver hangs")
+        return
+    if done.returncode:
+        report.measured["ecc"] = f"not read: {(done.stdout + done.stderr).strip()[:200]}"
+        return
+    errors = uncorrected_errors(done.stdout)
+    report.measured["ecc_uncorrected"] = sum(errors.values())
+    report.problems += [f"GPU {gpu} has {n} uncorrected ECC errors: reset or replace it" for gpu, n in errors.items()]
+
+
+def uncorrected_errors(table: str) -> dict[str, int]:
+    """GPU index -> count, where it is not 0; cards without ECC say [N/A]."""
+    rows = (line.partition(",") for line in table.splitlines())
+    counts = {gpu.strip(): int(count) for gpu, _, count in rows if count.strip().isdigit()}
+    return {gpu: count for gpu, count in counts.items() if count}
+
+
+def _check_processors(report: Report, torch: Any, gpus: int) -> None:
+    visible = torch.cuda.device_count()
+    report.measured["gpus"] = visible
+    if visible < gpus:
+        report.problems.append(f"{visible} GPUs are visible and {gpus} are needed: is one lost (nvidia-smi -L)?")
+    for device in [f"cuda:{i}" for i in range(min(visible, gpus))] or ["cpu"]:
+        try:
+            right = _multiplies(torch, device)
+        except RuntimeError as error:
+            report.problems.append(f"{device} fails at a matrix product: {str(error).splitlines()[0]}")
+        else:
+            if not right:
+                report.problems.append(f"{device} gives a wrong matrix product: take the node out of service")
+
+
+def _multiplies(torch: Any, device: str) -> bool:
+    """Whether a product is right to the last bit: such whole numbers are exact in fp32, and in TF32, in any order."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-8, 9, (512, 512), generator=generator) for _ in range(2))
+    product = a.to(device, torch.float32) @ b.to(device, torch.float32)
+    return bool((product.cpu().long() == a @ b).all())
+
+
+def _check_scratch(report: Report, scratch: Path, min_free_gb: float) -> None:
+    # Not made where it is missing: that would fill the root disk where a mount has failed.
+    if not scratch.is_dir():
+        report.problems.append(f"scratch folder {scratch} is missing: mount it, or name another in the profile")
+        return
+    try:
+        check_writable(scratch, int(min_free_gb * 1e9))
+    except OSError as error:
+        report.problems.append(f"scratch folder: {error}")
+    disk = os.statvfs(scratch)
+    report.measured["free_gb"] = round(disk.f_bavail * disk.f_frsize / 1e9, 2)
+
+
+def check_together(report: Report, options: argparse.Namespace, until: float) -> None:
+    """What nodes find out together; nothing where there is one alone. `until`: on the monotonic clock."""
+    rank, nodes = int(os.environ.get("SLURM_PROCID", "0")), int(os.environ.get("SLURM_NTASKS", "1"))
+    if nodes == 1:
+        return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        report.job_problems.append(f"{' and '.join(missing)} not set: export where the {nodes} nodes meet")
+        return
+    import torch.distributed as dist
+
+    # A second less than the process has, so that torch can say who is missing.
+    timeout = timedelta(seconds=max(1.0, until - time.monotonic() - 1))
+    address = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=nodes, timeout=timeout)
+        _check_clocks(report, options.max_clock_skew)
+        if (device := _agree_on_device(report, options.gpus)) is not None:
+            _check_interconnect(report, device, options.min_allreduce_gbps, timeout)
+        dist.destroy_process_group()
+    except RuntimeError as error:  # torch's errors of network, store and NCCL are of this kind
+        report.job_problems.append(_lost_the_others(str(error).splitlines()[0]))
+
+
+def _gather(value: float) -> list[float]:
+    """The value of every rank; returns when all have come."""
+    import torch
+    import torch.distributed as dist
+
+    everyone = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, torch.tensor([value], dtype=torch.float64))
+    return [float(each) for each in everyone]
+
+
+def _check_clocks(report: Report, limit: float) -> None:
+    import torch.distributed as dist
+
+    _gather(0)  # so that all look at their clocks at the same moment
+    offsets, wrong = wrong_clocks(_gather(time.time()), limit)
+    mine = offsets[dist.get_rank()]
+    report.measured["clock_offset_s"] = round(mine, 3)
+    if not wrong and max(map(abs, offsets)) > limit:
+        report.job_problems.append(
+            f"clocks differ by {max(offsets) - min(offsets):.3g} s, more than {limit:g} s, and no majority agrees: "
+            "synchronise them (chronyc tracking)"
+        )
+    if dist.get_rank() in wrong:
+        report.problems.append(
+            f"its clock is {mine:+.3g} s off the median, more than {limit:g} s: synchronise it (chronyc tracking)"
+        )
+
+
+def wrong_clocks(times: Sequence[float], limit: float) -> tuple[list[float], list[int]]:
+    """Seconds of each rank's clock from the median, and the ranks off by more than `limit`.
+
+    None is named unless most ranks agree: of two clocks nobody knows which is wrong.
+    """
+    median = statistics.median_low(times)
+    offsets = [t - median for t in times]
+    wrong = [rank for rank, offset in enumerate(offsets) if abs(offset) > limit]
+    return offsets, wrong if 2 * len(wrong) < len(times) else []
+
+
+def _agree_on_device(report: Report, gpus: int) -> torch.device | None:
+    """Where all nodes exchange data; None where one has not the GPUs for it, which would let the others wait."""
+    import torch
+
+    wanted = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    everyone = _gather(-1 if gpus and report.problems else gpus)
+    if min(everyone) < 0 or min(everyone) != max(everyone):
+        report.measured["interconnect"] = "not measured: not every node has its GPUs in order"
+        return None
+    return wanted
+
+
+def _check_interconnect(report: Report, device: torch.device, floor: float, timeout: timedelta) -> None:
+    """All-reduce over all nodes, a GPU of each, and over single links where that is slower than `floor` (GB/s)."""
+    import torch
+    import torch.distributed as dist
+
+    group = None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        group = dist.new_group(backend="nccl", timeout=timeout)
+    nodes, rank = dist.get_world_size(), dist.get_rank()
+    data = torch.zeros((GPU_REDUCE_BYTES if group else CPU_REDUCE_BYTES) // 4, device=device)
+    # The slowest rank's figure counts: all must come to the same verdict, or they would part ways here.
+    seconds = max(_gather(_time(lambda: dist.all_reduce(data, group=group), device)))
+    bandwidth = 2 * (nodes - 1) / nodes * data.nbytes / seconds / 1e9
+    report.measured["allreduce_gbps"] = round(bandwidth, 3)
+    if bandwidth >= floor:
+        return
+    links = _measure_links(device, group) if nodes > 2 else []
+    report.measured["links_gbps"] = [round(link, 3) for link in links]
+    slow = slow_nodes(links, floor)
+    what = f"all-reduce runs at {bandwidth:.3g} GB/s, {floor:g} GB/s are needed"
+    if not slow:
+        report.job_problems.append(f"{what}; no node stands out: look at the fabric, or lower min_allreduce_gbps")
+    elif rank in slow:
+        mine = f"{links[rank - 1]:.3g} and {links[rank]:.3g} GB/s"
+        report.problems.append(f"{what}; this node's links to both neighbours are slow ({mine}): check its adapter")
+
+
+def _time(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one `work`, after a first that sets connections up."""
+    import torch
+
+    work()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(REPEATS):
+        work()
+    wait()
+    return (time.perf_counter() - start) / REPEATS
+
+
+def _measure_links(device: torch.device, group: dist.ProcessGroup | None) -> list[float]:
+    """GB/s each way between ranks i and i + 1, the last with the first; links of one rank are measured one by one."""
+    import torch
+    import torch.distributed as dist
+
+    nodes, rank = dist.get_world_size(), dist.get_rank()
+    out, back = (torch.zeros(LINK_BYTES // 4, device=device) for _ in range(2))
+    links = [0.0] * nodes
+    # Even links, odd ones, and the link that closes a ring of odd length, whose ends are both even.
+    rounds = [range(0, nodes - 1, 2), range(1, nodes - nodes % 2, 2), range(nodes - 1, nodes - 1 + nodes % 2)]
+    for links_now in rounds:
+        seconds = 0.0
+        for link in links_now:
+            ends = (link, (link + 1) % nodes)
+            if rank in ends:
+                other = ends[1 - ends.index(rank)]
+                seconds = _time(lambda other=other: _swap(out, back, other, group), device)  # type: ignore[misc]
+        everyone = _gather(seconds)
+        for link in links_now:
+            links[link] = LINK_BYTES / everyone[link] / 1e9
+    return links
+
+
+def _swap(out: torch.Tensor, back: torch.Tensor, other: int, group: dist.ProcessGroup | None) -> None:
+    import torch.distributed as dist
+
+    operations = [dist.P2POp(dist.isend, out, other, group), dist.P2POp(dist.irecv, back, other, group)]
+    for request in dist.batch_isend_irecv(operations):
+        request.wait()
+
+
+def slow_nodes(links: Sequence[float], floor: float) -> list[int]:
+    """Ranks that explain the slow links of a ring: `links[i]` in GB/s joins rank i and the next.
+
+    Such a rank has two slow links between fast ones; in a longer row of slow links nobody can tell whose they are.
+    """
+    n, slow = len(links), [link < floor for link in links]
+    return [i for i in range(n) if slow[i - 1] and slow[i] and not slow[i - 2] and not slow[(i + 1) % n]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
