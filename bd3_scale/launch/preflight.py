@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bd3_scale.resilience.files import check_writable, write_atomically
 
@@ -50,6 +50,7 @@ class Report:
     job_problems: list[str] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     doing: str | None = None
+    computes: bool = True  # whether its processors may take part in an exchange
 
     @property
     def exit_code(self) -> int:
@@ -61,7 +62,14 @@ class Report:
         write_atomically(self.path, json.dumps({"node": self.node, "ok": not self.problems, **found}, indent=1) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> NoReturn:
+    """Checks this node by the command line and ends the process with the exit code."""
+    code = preflight()
+    sys.stderr.flush()
+    os._exit(code)  # torch's farewell to nodes that are gone can hang or abort
+
+
+def preflight(arguments: Sequence[str] | None = None) -> int:
     """Checks this node, writes its report and gives the exit code."""
     options = _parse(arguments)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -157,8 +165,8 @@ def _check_ecc(report: Report) -> None:
     query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
-    except FileNotFoundError:
-        report.measured["ecc"] = "not read: nvidia-smi is missing"
+    except OSError as error:
+        report.measured["ecc"] = f"not read: {error}"
         return
     except subprocess.TimeoutExpired:
         report.problems.append(f"nvidia-smi gave no answer within {SMI_SECONDS:g} s: the driver hangs")
@@ -181,16 +189,22 @@ def uncorrected_errors(table: str) -> dict[str, int]:
 def _check_processors(report: Report, torch: Any, gpus: int) -> None:
     visible = torch.cuda.device_count()
     report.measured["gpus"] = visible
+    problems = []
     if visible < gpus:
-        report.problems.append(f"{visible} GPUs are visible and {gpus} are needed: is one lost (nvidia-smi -L)?")
+        problems.append(f"{visible} GPUs are visible and {gpus} are needed: is one lost (nvidia-smi -L)?")
     for device in [f"cuda:{i}" for i in range(min(visible, gpus))] or ["cpu"]:
         try:
-            right = _multiplies(torch, device)
+            if not _multiplies(torch, device):
+                problems.append(f"{device} gives a wrong matrix product: take the node out of service")
         except RuntimeError as error:
-            report.problems.append(f"{device} fails at a matrix product: {str(error).splitlines()[0]}")
-        else:
-            if not right:
-                report.problems.append(f"{device} gives a wrong matrix product: take the node out of service")
+            problems.append(f"{device} fails at a matrix product: {_first_line(error)}")
+    report.computes = not problems
+    report.problems += problems
+
+
+def _first_line(error: Exception) -> str:
+    """Without the stack that torch's errors carry."""
+    return str(error).partition("\n")[0]
 
 
 def _multiplies(torch: Any, device: str) -> bool:
@@ -202,16 +216,15 @@ def _multiplies(torch: Any, device: str) -> bool:
 
 
 def _check_scratch(report: Report, scratch: Path, min_free_gb: float) -> None:
-    # Not made where it is missing: that would fill the root disk where a mount has failed.
-    if not scratch.is_dir():
-        report.problems.append(f"scratch folder {scratch} is missing: mount it, or name another in the profile")
-        return
     try:
+        # Not made where it is missing: that would fill the root disk where a mount has failed.
+        disk = os.statvfs(scratch)
+        report.measured["free_gb"] = round(disk.f_bavail * disk.f_frsize / 1e9, 2)
         check_writable(scratch, int(min_free_gb * 1e9))
+    except FileNotFoundError:
+        report.problems.append(f"scratch folder {scratch} is missing: mount it, or name another in the profile")
     except OSError as error:
         report.problems.append(f"scratch folder: {error}")
-    disk = os.statvfs(scratch)
-    report.measured["free_gb"] = round(disk.f_bavail * disk.f_frsize / 1e9, 2)
 
 
 def check_together(report: Report, options: argparse.Namespace, until: float) -> None:
@@ -234,7 +247,7 @@ def check_together(report: Report, options: argparse.Namespace, until: float) ->
             _check_interconnect(report, device, options.min_allreduce_gbps, timeout)
         dist.destroy_process_group()
     except RuntimeError as error:  # torch's errors of network, store and NCCL are of this kind
-        report.job_problems.append(_lost_the_others(str(error).splitlines()[0]))
+        report.job_problems.append(_lost_the_others(_first_line(error)))
 
 
 def _gather(value: float) -> list[float]:
@@ -281,9 +294,9 @@ def _agree_on_device(report: Report, gpus: int) -> torch.device | None:
     import torch
 
     wanted = torch.device("cuda", 0) if gpus else torch.device("cpu")
-    everyone = _gather(-1 if gpus and report.problems else gpus)
+    everyone = _gather(gpus if report.computes else -1)
     if min(everyone) < 0 or min(everyone) != max(everyone):
-        report.measured["interconnect"] = "not measured: not every node has its GPUs in order"
+        report.measured["interconnect"] = "not measured: not every node's processors are in order"
         return None
     return wanted
 
@@ -371,4 +384,4 @@ def slow_nodes(links: Sequence[float], floor: float) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -309,8 +309,8 @@ class Supervisor:
             with (self.folder / "exclude.txt").open("a") as file:
                 file.writelines(f"{report['node']}\n" for report in bad)
             return "preflight: " + "; ".join(f"{r['node']}: {', '.join(r['problems'])}" for r in bad)
-        together = sorted({problem for report in reports for problem in report["together"]})
-        return f"preflight: {'; '.join(together) or f'srun ended with {code}'}" if code else None
+        shared = sorted({problem for report in reports for problem in report.get("job_problems", [])})
+        return f"preflight: {'; '.join(shared) or f'srun ended with {code}'}" if code else None
 
     def _watch(self) -> tuple[str | None, str | None]:
         """Until the step ends: why it was asked to stop, and how it hung, where it was and did."""
