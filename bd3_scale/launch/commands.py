@@ -44,17 +44,15 @@ def status(run: RunDir, as_json: AsJson = False) -> None:
 
 
 def _attempts(attempts: list[dict]) -> Table:
-    table = Table("attempt", "began", "took", "job", "nodes", "steps", "outcome", "reason", title="Attempts")
+    table = Table("", "began", "took", "steps", "outcome", "reason", title="Attempts")
     for attempt in attempts[-10:]:
         table.add_row(
             str(attempt["attempt"]),
             time.strftime("%m-%d %H:%M:%S", time.localtime(attempt["started"])),
             str(timedelta(seconds=round(attempt["ended"] - attempt["started"]))),
-            str(attempt["job_id"]),
-            " ".join(attempt["nodes"]),
             f"{attempt['from_step']}–{attempt['step']}, saved {attempt['saved']}",
             attempt["outcome"],
-            attempt["reason"],
+            f"{attempt['reason']} (job {attempt['job_id']} on {' '.join(attempt['nodes'])})",
         )
     return table
 

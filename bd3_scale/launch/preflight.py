@@ -42,7 +42,7 @@ SMI_SECONDS = 30.0
 
 @dataclass
 class Report:
-    """What a node found. `doing` names the local check in progress, and is None while it waits for others."""
+    """What a node found. `doing` names the local check in progress since `since`; None while it waits for others."""
 
     path: Path
     node: str
@@ -50,11 +50,15 @@ class Report:
     job_problems: list[str] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     doing: str | None = None
+    since: float = 0.0  # on the monotonic clock
     computes: bool = True  # whether its processors may take part in an exchange
 
     @property
     def exit_code(self) -> int:
         return NODE_PROBLEM if self.problems else JOB_PROBLEM if self.job_problems else 0
+
+    def begin(self, check: str | None) -> None:
+        self.doing, self.since = check, time.monotonic()
 
     def write(self) -> None:
         """OSError: the folder cannot be written."""
@@ -127,10 +131,13 @@ def _end_in_time(report: Report, seconds: float) -> Iterator[None]:
 
 def _give_up(report: Report, seconds: float) -> None:
     try:
-        if report.doing:
-            report.problems.append(f"{report.doing} hung: not done {seconds:g} s after the start (--timeout)")
-        else:
-            report.job_problems.append(_lost_the_others(f"not done {seconds:g} s after the start (--timeout)"))
+        late = f"not done {seconds:g} s after the start (--timeout)"
+        if not report.doing:
+            report.job_problems.append(_lost_the_others(late))
+        elif time.monotonic() - report.since > seconds / 2:
+            report.problems.append(f"{report.doing} hung: {late}")
+        else:  # what came before took the time: imports from a slow shared folder
+            report.job_problems.append(f"{report.doing} was {late}, and began late: give it more time")
         _tell(report)
         report.write()
     finally:
@@ -149,16 +156,16 @@ def check_node(report: Report, options: argparse.Namespace) -> None:
     """What a node can find out alone."""
     # The tool first: it runs in a process of its own, and hangs where the driver would hang this one.
     if options.gpus:
-        report.doing = "nvidia-smi"
+        report.begin("nvidia-smi")
         _check_ecc(report)
-    report.doing = None  # a slow import is the shared storage's fault, not this node's
+    report.begin(None)  # a slow import is the shared storage's fault, not this node's
     import torch
 
-    report.doing = "matrix product"
+    report.begin("matrix product")
     _check_processors(report, torch, options.gpus)
-    report.doing = f"writing to {options.scratch}"
+    report.begin(f"writing to {options.scratch}")
     _check_scratch(report, options.scratch, options.min_free_gb)
-    report.doing = None
+    report.begin(None)
 
 
 def _check_ecc(report: Report) -> None:
@@ -204,7 +211,7 @@ def _check_processors(report: Report, torch: Any, gpus: int) -> None:
 
 def _first_line(error: Exception) -> str:
     """Without the stack that torch's errors carry."""
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def _multiplies(torch: Any, device: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from bd3_scale.launch.job import SLURM_FOLDER, Job, check_job, new_submission, script, supervision
 from bd3_scale.launch.profile import load_profile
 from bd3_scale.launch.slurm import ACTIVE, job_states, partitions, slurm
-from bd3_scale.launch.supervise import read_json
+from bd3_scale.launch.supervise import excluded_nodes, read_json
 from bd3_scale.recipe.load import load_recipe, recipe_files, resolved_yaml
 from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.runlock import lock_run
@@ -120,7 +120,10 @@ def submit_again(run_dir: Path) -> list[str]:
 def _sbatch(run_dir: Path, count: int) -> list[str]:
     folder = run_dir / SLURM_FOLDER
     (folder / "stop").unlink(missing_ok=True)
-    jobs = [slurm("sbatch", "--parsable", str(folder / "job.sh")).strip().partition(";")[0] for _ in range(count)]
+    exclude = [f"--exclude={names}"] if (names := excluded_nodes(folder)) else []
+    jobs = [
+        slurm("sbatch", "--parsable", *exclude, str(folder / "job.sh")).strip().partition(";")[0] for _ in range(count)
+    ]
     write_atomically(folder / SUBMITTED, json.dumps({"jobs": jobs}))
     return jobs
 

@@ -39,6 +39,7 @@ from typing import Any
 POLL_SECONDS = 0.5
 LOCK_SECONDS = 120.0
 DUMP_SECONDS = 2.0
+END_SECONDS = 60.0
 PERSON_MUST_MEND = 2  # the exit code of a rank whose recipe, data or machine is wrong
 FINAL = ("done", "failed", "stopped", "cancelled")
 _ENDED_BY_SLURM = re.compile(r"(Node failure|DUE TO (?:NODE FAILURE|PREEMPTION|TIME LIMIT|JOB REQUEUE))", re.IGNORECASE)
@@ -84,13 +85,23 @@ def read_attempts(folder: Path) -> list[dict[str, Any]]:
 
 
 def failures_without_progress(attempts: list[dict[str, Any]]) -> int:
-    """Crashes and hangs since an attempt that left a newer checkpoint than it found; planned stops do not count."""
+    """Crashes and hangs since an attempt that left a newer checkpoint than it found; planned stops do not count.
+
+    Those of an earlier submission do not count either: a person has decided to try again.
+    """
     count = 0
     for attempt in reversed(attempts):
-        if attempt["saved"] > attempt["from_step"]:
-            return count + (attempt["outcome"] == "requeued" and attempt["failure"])
+        if attempt["saved"] > attempt["from_step"] or attempt["submission"] != attempts[-1]["submission"]:
+            break
         count += attempt["failure"]
     return count
+
+
+def excluded_nodes(folder: Path) -> str:
+    """Nodes that the submission left out and those that a preflight found bad, as SLURM reads them."""
+    bad = folder / "exclude.txt"
+    found = bad.read_text().split() if bad.exists() else []
+    return ",".join(sorted({*found, *read_json(folder / "job.json")["exclude"]}))
 
 
 def cache_folder(job: dict[str, Any]) -> str:
@@ -106,6 +117,7 @@ class Ranks:
         self.logs = Path(job["run_dir"], "logs", f"attempt-{attempt}")
         self.first_end: tuple[int, str] | None = None  # task and how it ended
         self.ended_by_slurm: str | None = None
+        self.killed = False
         self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
         self._beats: dict[int, tuple[int, float]] = {}
 
@@ -141,7 +153,12 @@ class Ranks:
                 self.first_end = task, f"exit code {found.group(3)}" if found.group(3) else found.group(4).strip()
 
     def wait(self) -> int:
-        code = self.process.wait()
+        try:
+            code = self.process.wait(END_SECONDS if self.killed else None)
+        except subprocess.TimeoutExpired:
+            # A node that is gone keeps srun waiting for its tasks.
+            self.process.kill()
+            code = self.process.wait()
         self._reader.join(5)
         return code
 
@@ -196,6 +213,7 @@ class Ranks:
         self.signal("CONT")
         time.sleep(DUMP_SECONDS)
         self.signal("KILL")
+        self.killed = True
 
     def explain_failure(self) -> tuple[str, int | None]:
         """The first failing rank with the end of its log, and its exit code where it had one."""
@@ -369,8 +387,8 @@ class Supervisor:
             return self._end("requeued" if by_slurm else "cancelled", reason, failure=False)
         if (self.folder / "stop").exists():
             return self._end("stopped", "bd3-scale stop", failure=False)
-        if stopped or planned:
-            return self._end("requeue", planned or "pre-empted", failure=bool(hung))
+        if stopped:
+            return self._end("requeue", planned or "pre-empted", failure=False)
         if hung:
             return self._end("requeue", hung, failure=True)
         reason, rank_code = self.ranks.explain_failure()
@@ -395,18 +413,19 @@ class Supervisor:
         return self._requeue()
 
     def _requeue(self) -> int:
-        if self.job["chain"]:
-            return 0  # the next job of the chain goes on
-        # The requeue ends this process with SIGTERM; it must live long enough to name the bad nodes.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        asked = slurm("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
-        if asked.returncode:
-            say(f"SLURM does not requeue: {asked.stderr.strip()}; `bd3-scale requeue {self.job['run_dir']}` goes on")
-            return 1
-        exclude = self.folder / "exclude.txt"
-        if exclude.exists():
-            names = ",".join(sorted({*exclude.read_text().split(), *self.job["exclude"]}))
-            slurm("scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", f"ExcNodeList={names}")
+        jobs = [os.environ["SLURM_JOB_ID"]]
+        if self.job["chain"]:  # its next job goes on
+            jobs = read_json(self.folder / "submitted.json").get("jobs", [])
+        else:
+            # The requeue ends this process with SIGTERM; it must live long enough to name the bad nodes.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            asked = slurm("scontrol", "requeue", jobs[0])
+            if asked.returncode:
+                say(f"SLURM does not requeue: {asked.stderr.strip()}; `bd3-scale requeue {self.job['run_dir']}` does")
+                return 1
+        if names := excluded_nodes(self.folder):
+            for job in jobs:
+                slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}")
         return 0
 
     def _append(

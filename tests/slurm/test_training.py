@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from jobs import BD3_SCALE, STEPS, attempts, logs, losses, write_workplace
+from jobs import BD3_SCALE, PROFILE, STEPS, attempts, logs, losses, write_workplace
 
 from bd3_scale.launch.supervise import read_json
 
@@ -36,7 +37,9 @@ def whole(cluster, workplace):
 
 
 def submit(cluster, workplace, name, *overrides, steps=STEPS):
-    options = [f"run_dir={name}", f"train.steps={steps}", "--profile", "site.yaml", "--nodes", "2", "--json"]
+    options = [f"run_dir={name}", f"train.steps={steps}", "--nodes", "2", "--json"]
+    if "--profile" not in overrides:
+        options += ["--profile", "site.yaml"]
     done = subprocess.run(
         [BD3_SCALE, "submit", "recipe.yaml", *options, *overrides],
         cwd=workplace,
@@ -101,6 +104,25 @@ def test_two_nodes_take_the_steps_of_one_process(workplace, whole):
     # Every rank has a log of its own, and the run keeps what was submitted.
     assert sorted(path.name for path in (whole / "logs/attempt-0").iterdir()) == [f"rank{k}.log" for k in range(4)]
     assert json.loads((whole / "slurm/job.json").read_text())["commit"]
+
+
+def test_nodes_keep_a_part_of_remote_data_and_leave_nothing(cluster, workplace, whole):
+    """A folder stands for the object store; each node fetches what it reads into its scratch, bounded, for one job."""
+    scratch = workplace / "scratch"
+    scratch.mkdir()
+    site = workplace / "cached.yaml"
+    site.write_text(yaml.safe_dump({**PROFILE, "scratch": str(scratch)}))
+    options = [f"data.remote={workplace}/data", "data.path=nowhere", "data.cache_limit=2mb", "--profile", str(site)]
+    run = submit(cluster, workplace, "cached", *options)
+    seen = set()
+    wait(cluster, run, lambda: seen.update(p.parent.name for p in scratch.glob("*/train/*")) or done(run))
+    job = json.loads((run / "slurm/submitted.json").read_text())["jobs"][0]
+    nodes = attempts(run)[0]["nodes"]
+    folders = {path.name for path in scratch.iterdir()}
+    assert attempts(run)[0]["outcome"] == "done", logs(run)
+    assert seen == {"train"}
+    assert folders == set(), f"left of job {job} on {nodes}"
+    assert losses(run) == losses(whole)
 
 
 def test_usr1_kill_and_stop_all_go_on_bitwise(cluster, workplace, whole):
