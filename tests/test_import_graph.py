@@ -17,8 +17,8 @@ PACKAGE = REPOSITORY / "bd3_scale"
 
 FLOORS = [
     {"recipe", "diffusion", "attention", "resilience"},
-    {"model", "observe", "launch"},
-    {"parallel"},
+    {"model", "observe"},
+    {"parallel", "launch"},
     {"data", "checkpoint", "generate"},
     {"evaluate"},
     {"train", "convert"},
