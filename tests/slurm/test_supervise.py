@@ -149,6 +149,16 @@ def test_usr1_before_the_ranks_are_ready_is_not_lost(cluster, workplace):
     assert (first["saved"], first["failure"], first["signals"]) == (1, False, ["SIGUSR1"])
 
 
+def test_the_time_limit_is_met_saved(cluster, workplace):
+    """SLURM's own warning before a limit of a minute: two attempts take what one had no time for."""
+    run = Run(cluster, workplace, "limit", 250, 0.2, nodes=1, time_limit="1:00", warning_seconds=20)
+    assert run.outcomes(1, seconds=100) == ["requeued"]
+    first = attempts(run.folder)[0]
+    assert (first["reason"], first["failure"], first["signals"]) == ("time limit", False, ["SIGUSR1"])
+    assert first["saved"] == first["step"] > 0
+    cluster.run("scancel", run.ids[0])
+
+
 def test_preemption_saves_and_goes_on_later(cluster, workplace):
     run = Run(cluster, workplace, "preempted", 40, 0.2, nodes=4, exclusive=True)
     run.wait_for_step(3)
