@@ -94,7 +94,7 @@ def _check_environment() -> None:
     if missing and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise ValueError(
             f"RANK and WORLD_SIZE are set, {', '.join(missing)} not: use torchrun, or export them before "
-            "(under srun, LOCAL_RANK is SLURM_LOCALID and LOCAL_WORLD_SIZE is SLURM_NTASKS_PER_NODE)"
+            "(under SLURM, `bd3-scale submit` does it)"
         )
 
 
