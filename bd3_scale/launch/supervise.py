@@ -137,7 +137,7 @@ class Ranks:
             "rank",
             str(self.folder / "job.json"),
         ]
-        self.process = subprocess.Popen(step, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(step, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
         self._reader.start()
 

@@ -26,10 +26,22 @@ class Cluster:
         command = [str(word) for word in argv]
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout, check=False)
 
+    def command(self, *argv: object) -> list[object]:
+        return [DEV_SLURM, "--dir", self.folder, *argv]
+
     def dev(self, *argv: object) -> str:
-        done = self.run(DEV_SLURM, "--dir", self.folder, *argv)
+        done = self.run(*self.command(*argv))
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def kill_node(self, node: int) -> None:
+        self.dev("kill-node", node)
+
+    def start_node(self, node: int) -> None:
+        self.dev("start-node", node)
+
+    def state(self, node: int) -> str:
+        return self.run("sinfo", "--noheader", "--partition=main", f"--nodes=n{node}", "--format=%T").stdout.strip()
 
     def wait(self, condition: Callable[[], object], seconds: float, what: str) -> None:
         until = time.monotonic() + seconds
@@ -59,7 +71,7 @@ def cluster() -> Iterator[Cluster]:
     yield from started()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def namespaced() -> Iterator[Cluster]:
     """Three nodes with networks of their own."""
     if os.geteuid() != 0:

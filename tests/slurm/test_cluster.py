@@ -93,19 +93,3 @@ def test_a_node_that_is_cut_off_loses_the_job_and_not_the_run(namespaced, workpl
     assert attempts(job.run_dir)[-1]["outcome"] == "done", logs(job.run_dir)
     assert nodes[1] not in attempts(job.run_dir)[-1]["nodes"]
     assert attempts(job.run_dir)[-1]["from_step"] > 0
-
-
-def test_a_cluster_is_started_once_in_a_folder_and_ends_whole(cluster, tmp_path):
-    own = type(cluster)(Path(f"/tmp/bd3-{tmp_path.name[:20]}-{id(tmp_path)}"))
-    own.dev("up", "--nodes", "2")
-    try:
-        assert cluster.run(Path(__file__).parents[2] / "cluster/dev-slurm", "--dir", own.folder, "up").returncode == 1
-        ran = own.run("srun", "--nodes=2", "--ntasks-per-node=1", "bash", "-c", "echo $SLURMD_NODENAME")
-        assert sorted(ran.stdout.split()) == ["n1", "n2"], ran.stderr
-        pids = [int(path.read_text()) for path in (own.folder / "run").glob("*.pid")]
-        assert len(pids) == 4
-    finally:
-        own.dev("down")
-    # One that nobody reaps has no command line any more.
-    alive = [path for pid in pids if (path := Path(f"/proc/{pid}/cmdline")).exists() and path.read_bytes()]
-    assert not alive

@@ -125,8 +125,6 @@ def test_nodes_keep_a_part_of_remote_data_and_leave_nothing(cluster, workplace, 
     assert losses(run) == losses(whole)
 
 
-# In one of two runs ranks were killed by something unknown, on a loaded machine; see why before it joins every run.
-@pytest.mark.slow
 def test_usr1_kill_and_stop_all_go_on_bitwise(cluster, workplace, whole):
     """One run goes through all three: asked to save, a rank killed in mid-step, a rank stopped until the deadline."""
     run = submit(cluster, workplace, "disturbed")
