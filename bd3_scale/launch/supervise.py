@@ -170,6 +170,10 @@ class Ranks:
         numbers = [step.partition(".")[2] for step in steps.split()]
         return max((n for n in numbers if n.isdigit()), key=int, default="0")
 
+    def all_hold_signals(self) -> bool:
+        """Whether every task lets a signal wait until its rank can save; before, one would end it."""
+        return all((self.heartbeats / f"rank{rank}.holds").exists() for rank in range(self.job["ntasks"]))
+
     def read(self) -> dict[int, dict[str, Any]]:
         """The newest heartbeat of every rank that has told something."""
         found = {}
@@ -332,13 +336,15 @@ class Supervisor:
 
     def _watch(self) -> tuple[str | None, str | None]:
         """Until the step ends: why it was asked to stop, and how it hung, where it was and did."""
-        planned, hung, asked_at = None, None, 0.0
+        planned, hung, asked, asked_at = None, None, False, 0.0
         while self.ranks.process.poll() is None:
             time.sleep(POLL_SECONDS)
             if self.signals and planned is None:
                 planned, asked_at = self._why_asked(), time.monotonic()
                 say(f"{self.signals[0]}: {planned}; the ranks save and stop")
+            if planned and not asked and self.ranks.all_hold_signals():
                 self.ranks.signal("USR1")
+                asked = True
             if planned and not hung and time.monotonic() - asked_at > self.job["grace_seconds"]:
                 hung = f"not saved {self.job['grace_seconds']:g} s after it was asked to ({planned})"
             if not planned and not hung:
@@ -472,6 +478,7 @@ def run_rank(folder: Path) -> None:
     }
     # What comes before the rank can save waits until it can.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+    (folder / "heartbeats" / f"rank{environment['RANK']}.holds").touch()
     command = [word.replace("{cache}", cache_folder(job)) for word in job["command"]]
     os.execvp(command[0], command)
 

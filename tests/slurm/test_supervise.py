@@ -141,8 +141,15 @@ def test_scancel_is_final_and_requeue_takes_the_run_up_again(cluster, workplace)
 
 
 def test_usr1_before_the_ranks_are_ready_is_not_lost(cluster, workplace):
-    run = Run(cluster, workplace, "early", 12, 0.1, "slow-start:0:0")
-    run.wait_for(lambda: run.step() == 0, "a start")
+    run = Run(cluster, workplace, "early", 12, 0.1, "slow-start:0:0", hold=True)
+    # A loaded node is slow to start Python, and nothing of ours can hold a signal until it has.
+    slow = workplace / "slow-python"
+    slow.write_text(f'#!/bin/bash\ntouch {run.folder}/started\nsleep 3\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    told = json.loads((run.job.folder / "job.json").read_text())
+    (run.job.folder / "job.json").write_text(json.dumps(told | {"rank_python": str(slow)}))
+    run.submit()
+    run.wait_for(lambda: (run.folder / "started").exists(), "a task")
     cluster.run("scancel", "--batch", "--signal=USR1", run.ids[0])
     assert run.outcomes() == ["requeued", "done"]
     first = attempts(run.folder)[0]
