@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt, next_tokens
+from bd3_scale.data.corrupt import corrupt, next_tokens, training_schedule
 from bd3_scale.diffusion.noise import draw_copies
 from bd3_scale.model.build import attention_backend, build_model
 from bd3_scale.model.rows import ModelInputs
@@ -124,8 +124,7 @@ def makers(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups) -> dic
                 seed=1,
                 epoch=0,
                 sample_ids=micro.ids,
-                low=diffusion.mask_rate_low,
-                high=diffusion.mask_rate_high,
+                schedule=training_schedule(diffusion),
             )
             inputs.append(corrupt(micro, noises, diffusion.block_size, mask_id=vocabulary.mask_id, **placed))
         return inputs

@@ -19,6 +19,7 @@ from bd3_scale.data.corrupt import corrupt, next_tokens
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.diffusion.noise import draw_noise
+from bd3_scale.diffusion.schedule import LINEAR
 from bd3_scale.model.rows import ModelInputs, RowContext
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe
@@ -99,7 +100,6 @@ def _inputs(batch: Batch, diffusion: DiffusionRecipe, mask_id: int, device: torc
         seed=SEED,
         epoch=batch.epoch,
         sample_ids=batch.ids,
-        low=0.0,
-        high=1.0,
+        schedule=LINEAR,
     )
     return corrupt(batch, [noise], diffusion.block_size, mask_id=mask_id, device=device)

@@ -16,10 +16,24 @@ from bd3_scale.attention.spans import count_pairs, make_spans, take_ranges, zigz
 from bd3_scale.data.batch import Batch
 from bd3_scale.diffusion.nelbo import loss_weight
 from bd3_scale.diffusion.noise import Noise, draw_embedding_noise
+from bd3_scale.diffusion.schedule import Schedule
 from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs
+from bd3_scale.recipe.schema import DiffusionRecipe
 
 # Rank and number of the ranks that split the positions of a sequence.
 Context = tuple[int, int]
+
+
+def training_schedule(diffusion: DiffusionRecipe) -> Schedule:
+    """What a recipe's training draws masks with; evaluation has the whole of [0, 1]. ValueError: see `Schedule`."""
+    return Schedule(
+        name=diffusion.noise_schedule,
+        low=diffusion.mask_rate_low,
+        high=diffusion.mask_rate_high,
+        num_steps=diffusion.noise_steps,
+        weights=diffusion.loss_weights,
+        clip_masked_share=diffusion.clip_masked_share,
+    )
 
 
 def corrupt(

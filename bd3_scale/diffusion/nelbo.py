@@ -1,8 +1,8 @@
 """The negative evidence lower bound (NELBO) of block diffusion, as a loss and as a measured number.
 
 For one block at noise level t the bound is the integral over t of -α'/(1-α) times the negative log-likelihood (nll)
-of the masked tokens; with the linear schedule the factor is 1/t, one over the mask rate (Arriola et al., ICLR 2025,
-section 3; Sahoo et al., NeurIPS 2024). Under a clipped interval of mask rates the sum is a training loss and
+of the masked tokens; `schedule` has the factor of each noise schedule, 1/t for the linear one (Arriola et al., ICLR
+2025, section 3; Sahoo et al., NeurIPS 2024). Under a clipped interval of mask rates the sum is a training loss and
 no bound.
 """
 
@@ -18,15 +18,15 @@ from bd3_scale.diffusion.noise import Noise
 
 
 def loss_weight(noise: Noise) -> Tensor:
-    """float32 [B, L]: what multiplies each token's nll, 1 / mask_rate where masked and 0 elsewhere."""
-    return torch.where(noise.masked, noise.mask_rate.reciprocal(), 0.0)
+    """float32 [B, L], on the host: what multiplies each token's nll; 0 where it is not masked."""
+    return torch.where(noise.masked, torch.from_numpy(noise.schedule.weight(noise.mask_rate.numpy())), 0.0)
 
 
 def sequence_nelbo(token_nll: Tensor, places: tuple[Tensor, Tensor], noise: Noise, counted: Tensor) -> Tensor:
     """One draw's estimate of each sequence's NELBO in nats, float64 [B]; its mean over draws is unbiased.
 
     token_nll: [number of masked tokens], nats; places: sequence and position of each, int64; counted: bool [B, L], the
-    tokens that perplexity counts. All on one device. Context-parallel ranks have parts of the tokens, and of the sum.
+    tokens that perplexity counts. All on the host. Context-parallel ranks have parts of the tokens, and of the sum.
     """
     nll = torch.zeros(noise.masked.shape, dtype=torch.float64, device=token_nll.device)
     nll[places] = token_nll.double()

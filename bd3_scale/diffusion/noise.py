@@ -8,7 +8,7 @@ micro-batches and workers there are, a sample meets the same noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bd3_scale.diffusion.schedule import mask_rate
+from bd3_scale.diffusion.schedule import LINEAR, Schedule
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Noise:
 
     masked: Tensor
     mask_rate: Tensor
+    schedule: Schedule = LINEAR
 
 
 class _Purpose(IntEnum):
@@ -37,6 +38,7 @@ class _Purpose(IntEnum):
     BATCH_ORDER = 3
     BATCH_LEVEL = 4
     EMBEDDING = 5
+    MASK_COUNT = 6
 
 
 def draw_noise(
@@ -45,8 +47,7 @@ def draw_noise(
     seed: int,
     epoch: int,
     sample_ids: Tensor,
-    low: float,
-    high: float,
+    schedule: Schedule,
     step: int | None = None,
     slots: Tensor | None = None,
     global_batch_size: int | None = None,
@@ -56,7 +57,7 @@ def draw_noise(
     """Masks of a batch on the host, the same however the global batch is split.
 
     block_start: int [B, L], second row of the spans; sample_ids: int [B], each sequence's number in the data set;
-    low, high: interval of mask rates (0 and 1 in evaluation).
+    schedule: of the mask rates.
 
     A sequence of K blocks takes one noise level from each K-th of [0, 1], in an order of its own:
     t_b = (π(b) + u_b) / K. In training, a sequence that is a single block does so among its global batch: `step`,
@@ -64,7 +65,7 @@ def draw_noise(
     them, in evaluation, its level is its own. Draw d of `num_draws` rotates every level by d / num_draws within
     [0, 1), which stratifies a block's levels over the draws and leaves each uniform (Cranley & Patterson, 1976).
 
-    ValueError: mask rates outside [0, 1], or `draw` outside [0, num_draws).
+    ValueError: `draw` outside [0, num_draws).
     """
     if not 0 <= draw < num_draws:
         raise ValueError(f"draw {draw} of {num_draws}: give 0 <= draw < num_draws")
@@ -85,25 +86,65 @@ def draw_noise(
             levels = batch_levels[row, None]
         else:
             levels = _levels(num_blocks, (seed, epoch), sample_id, _Purpose.BLOCK_ORDER, _Purpose.BLOCK_LEVEL)
-        rates[row] = mask_rate((levels + draw / num_draws) % 1.0, low, high)[block[row]]
+        block_rates = schedule.mask_rate((levels + draw / num_draws) % 1.0)
+        rates[row] = block_rates[block[row]]
         uniform = _uniform(seq_len, (seed, epoch), sample_id, _Purpose.MASK, draw)
         # Compared in float64: a token is masked with exactly the float32 rate that the loss divides by.
         masked[row] = uniform < rates[row].astype(np.float64)
-    return Noise(torch.from_numpy(masked), torch.from_numpy(rates))
+        if schedule.clip_masked_share:
+            count_uniform = _uniform(num_blocks, (seed, epoch), sample_id, _Purpose.MASK_COUNT, draw)
+            masked[row] = _clip_shares(masked[row], block[row], uniform, block_rates, count_uniform, schedule)
+    return Noise(torch.from_numpy(masked), torch.from_numpy(rates), schedule)
 
 
-def draw_copies(block_start: Tensor, *, copies: int, low: float, high: float, **how: Any) -> list[Noise]:
+def _clip_shares(
+    masked: NDArray[np.bool_],
+    block: NDArray[np.int64],
+    uniform: NDArray[np.float64],
+    block_rates: NDArray[np.float32],
+    count_uniform: NDArray[np.float64],
+    schedule: Schedule,
+) -> NDArray[np.bool_]:
+    """Masks of one sequence, each block's number drawn from its truncated binomial by inversion, then a subset.
+
+    masked, block, uniform [L]: the plain draw, each token's block, and what orders the tokens of a block;
+    block_rates, count_uniform [K].
+    """
+    lengths = np.bincount(block)
+    counts = np.arange(lengths.max() + 1)
+    probability = _binomial(counts, lengths[:, None], block_rates.astype(np.float64)[:, None])
+    cumulative = np.cumsum(np.where(schedule.admits(lengths[:, None], counts), probability, 0.0), axis=1)
+    possible = cumulative[:, -1] > 0
+    share = cumulative / np.where(possible, cumulative[:, -1], 1.0)[:, None]
+    drawn = (share <= count_uniform[:, None]).sum(1)
+    rank = np.empty(len(block), dtype=np.int64)
+    rank[np.lexsort((uniform, block))] = np.arange(len(block)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.where(possible[block], rank < drawn[block], masked)
+
+
+def _binomial(counts: NDArray[np.int64], lengths: NDArray[np.int64], rate: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[K, max + 1]: probability of each count of masks among a block's tokens; 0 above its length."""
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, lengths.max() + 1)))])
+    rest = np.maximum(lengths - counts, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_masked = np.where(counts > 0, counts * np.log(rate), 0.0)
+        log_shown = np.where(rest > 0, rest * np.log1p(-rate), 0.0)
+    log_ways = log_factorial[lengths] - log_factorial[counts] - log_factorial[rest]
+    return np.where(counts <= lengths, np.exp(log_ways + log_masked + log_shown), 0.0)
+
+
+def draw_copies(block_start: Tensor, *, copies: int, **how: Any) -> list[Noise]:
     """Noise of each of `copies` noisy copies that share a clean one; further arguments as for `draw_noise`, but
     the draws are the copies.
 
-    Two copies are complementary where low + high is 1: what one masks with probability p the other shows, and masks the
-    rest with probability 1 − p, from the same interval; each token is learnt once. Else they are independent draws
-    whose levels differ by half of [0, 1).
+    Two copies are complementary where the schedule is mirrored (linear, low + high is 1): what one masks with
+    probability p the other shows, and masks the rest with probability 1 − p, from the same interval; each token is
+    learnt once. Else they are independent draws whose levels differ by half of [0, 1).
     """
-    if copies == 2 and low + high == 1.0:
-        noise = draw_noise(block_start, low=low, high=high, **how)
-        return [noise, Noise(~noise.masked, 1.0 - noise.mask_rate)]
-    return [draw_noise(block_start, low=low, high=high, draw=i, num_draws=copies, **how) for i in range(copies)]
+    if copies == 2 and how["schedule"].is_mirrored:
+        noise = draw_noise(block_start, **how)
+        return [noise, replace(noise, masked=~noise.masked, mask_rate=1.0 - noise.mask_rate)]
+    return [draw_noise(block_start, draw=i, num_draws=copies, **how) for i in range(copies)]
 
 
 def draw_embedding_noise(sample_ids: Tensor, seq_len: int, *, seed: int, epoch: int, copies: int, rows: int) -> Tensor:

@@ -1,17 +1,136 @@
-"""Noise schedule: from the noise level t in [0, 1] to the mask rate p."""
+"""Noise schedules: from the noise level t in [0, 1] to the mask rate p(t) = 1 − α(t), and what a masked token weighs.
+
+| name          | p(t)             | p'(t) = −α'(t)      | weight p'/p as a function of p |
+|---------------|------------------|---------------------|--------------------------------|
+| `linear`      | t                | 1                   | 1 / p                          |
+| `cosine`      | 1 − cos(π t / 2) | π/2 · sin(π t / 2)  | π/2 · √((2 − p) / p)           |
+| `square`      | t²               | 2 t                 | 2 / √p                         |
+| `square_root` | √t               | 1 / (2 √t)          | 1 / (2 p²)                     |
+| `log`         | log₂(1 + t)      | 1 / (ln 2 · (1 + t))| 1 / (ln 2 · 2^p · p)           |
+
+All begin at p(0) = 0 and end at p(1) = 1, so that the NELBO of a model is the same under each: the integral of
+p'/p · f(p) over t is that of f(p)/p over p. They differ in variance alone. The expected square of a token's weight is
+the integral of p'²/p over t: 4 for `square` and π²/4 + π/2 = 4.04 for `cosine`, while it has no bound near t = 0 for
+the others (Arriola et al., ICLR 2025, section 5 and table 8; Sahoo et al., NeurIPS 2024).
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+ScheduleName = Literal["linear", "cosine", "square", "square_root", "log"]
+WeightPolicy = Literal["nelbo", "unit_when_heavy"]
 
-def mask_rate(noise_level: NDArray[np.float64], low: float, high: float) -> NDArray[np.float32]:
-    """Mask rate of the linear schedule, p(t) = t, with t mapped affinely onto the clipped interval [low, high].
+_Array = NDArray[np.float64]
 
-    BD3-LM (Arriola et al., ICLR 2025), section 5. float32, because that is what the loss divides by: masks are to
-    be drawn with the rounded rate. ValueError: an interval outside 0 <= low <= high <= 1, or one that never masks.
+
+class _Curve(NamedTuple):
+    rate: Callable[[_Array], _Array]
+    slope: Callable[[_Array], _Array]  # p' at t
+    level: Callable[[_Array], _Array]  # t of p
+
+
+_CURVES: dict[str, _Curve] = {
+    "linear": _Curve(lambda t: t, np.ones_like, lambda p: p),
+    "cosine": _Curve(
+        # 1 − cos x, without its cancellation near 0.
+        lambda t: 2 * np.sin(t * math.pi / 4) ** 2,
+        lambda t: math.pi / 2 * np.sin(t * math.pi / 2),
+        lambda p: 4 / math.pi * np.arcsin(np.sqrt(p / 2)),
+    ),
+    "square": _Curve(np.square, lambda t: 2 * t, np.sqrt),
+    "square_root": _Curve(np.sqrt, lambda t: 0.5 / np.sqrt(t), np.square),
+    "log": _Curve(
+        lambda t: np.log1p(t) / math.log(2), lambda t: 1 / (math.log(2) * (1 + t)), lambda p: np.expm1(p * math.log(2))
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How noise levels become masks, and masks a loss.
+
+    low, high: the clipped interval [β, ω] of mask rates, onto which `linear` maps t affinely. A clipped loss keeps the
+    weight 1/p and is no bound. num_steps: T of the absorbing D3PM (Austin et al., NeurIPS 2021): t takes the
+    values 1/T … 1, and a masked token weighs T (p(t) − p(t − 1/T)) / p(t); its NELBO falls to the continuous one as T
+    grows. None: continuous time.
+    weights: `nelbo`, those above; `unit_when_heavy`: 1 for every masked token where β > 0.5, as the official code
+    trains (there 1/p is between 1 and 2; without it a block counts by its masks).
+    clip_masked_share: the number of masks of a block is drawn from the binomial distribution truncated to shares
+    inside [β, ω], then which tokens they are; where a block is too short for any such number the untruncated draw
+    stays. The weight remains that of the rate, and the mean share of masks is no longer exactly the rate.
+
+    ValueError: an unknown name, an interval outside 0 <= low <= high <= 1 or one that never masks, a clipped interval
+    of another schedule than linear in continuous time, or T < 1.
     """
-    if not 0.0 <= low <= high <= 1.0 or high == 0.0:
-        raise ValueError(f"mask rates [{low}, {high}]: 0 <= low <= high <= 1 and high > 0 are needed")
-    return np.clip(low + (high - low) * noise_level, low, high).astype(np.float32)
+
+    name: ScheduleName = "linear"
+    low: float = 0.0
+    high: float = 1.0
+    num_steps: int | None = None
+    weights: WeightPolicy = "nelbo"
+    clip_masked_share: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in _CURVES:
+            raise ValueError(f"no schedule is called {self.name!r}: take one of {', '.join(get_args(ScheduleName))}")
+        if self.weights not in get_args(WeightPolicy):
+            raise ValueError(
+                f"no weight policy is called {self.weights!r}: take one of {', '.join(get_args(WeightPolicy))}"
+            )
+        if not 0.0 <= self.low <= self.high <= 1.0 or self.high == 0.0:
+            raise ValueError(f"mask rates [{self.low}, {self.high}]: 0 <= low <= high <= 1 and high > 0 are needed")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"T is {self.num_steps}: give at least 1 step, or leave it out for continuous time")
+        clipped = (self.low, self.high) != (0.0, 1.0)
+        if clipped and (self.name != "linear" or self.num_steps is not None):
+            kind = self.name if self.num_steps is None else f"finite-T {self.name}"
+            raise ValueError(
+                f"mask rates [{self.low}, {self.high}] clip the linear schedule in continuous time, and this one is "
+                f"{kind}: leave the interval at 0 to 1"
+            )
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether 1 − p is distributed as p is."""
+        return self.name == "linear" and self.num_steps is None and self.low + self.high == 1.0
+
+    def mask_rate(self, noise_level: NDArray[np.float64]) -> NDArray[np.float32]:
+        """p(t) of levels in [0, 1); float32, because that is what the loss divides by and masks are drawn with."""
+        level = noise_level
+        if self.num_steps is not None:
+            level = (np.floor(level * self.num_steps) + 1) / self.num_steps
+        rate = self.low + (self.high - self.low) * _CURVES[self.name].rate(level)
+        return np.clip(rate, self.low, self.high).astype(np.float32)
+
+    def weight(self, mask_rate: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the nll of a token masked at this rate is multiplied by; finite where the rate is above 0."""
+        if self.weights == "unit_when_heavy" and self.low > 0.5:
+            return np.ones_like(mask_rate)
+        with np.errstate(divide="ignore", invalid="ignore"):  # rate 0 masks nothing
+            if self.name == "linear" and self.num_steps is None:
+                return np.reciprocal(mask_rate)
+            rate = mask_rate.astype(np.float64)
+            curve = _CURVES[self.name]
+            level = curve.level(rate)
+            if self.num_steps is None:
+                weight: NDArray[Any] = curve.slope(level) / rate
+            else:
+                before = curve.rate((np.round(level * self.num_steps) - 1) / self.num_steps)
+                weight = self.num_steps * (rate - before) / rate
+        return weight.astype(np.float32)
+
+    def admits(self, block_length: NDArray[np.int64], masks: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether so many masks of a block's tokens are a share inside [low, high]; rounding does not count."""
+        slack = 1e-9
+        inside = (masks >= self.low * block_length - slack) & (masks <= self.high * block_length + slack)
+        return inside & (masks <= block_length)
+
+
+LINEAR = Schedule()

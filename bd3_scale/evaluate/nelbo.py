@@ -14,6 +14,7 @@ from bd3_scale.data.batch import Batch
 from bd3_scale.data.corrupt import Context, corrupt, masked_places, next_token_places, next_tokens
 from bd3_scale.diffusion.nelbo import NelboEstimate, estimate_nelbo, sequence_nelbo
 from bd3_scale.diffusion.noise import Noise, draw_noise
+from bd3_scale.diffusion.schedule import Schedule
 from bd3_scale.model.build import Chunks
 from bd3_scale.parallel.collective import gather_objects
 from bd3_scale.parallel.groups import ProcessGroups
@@ -74,8 +75,7 @@ def _draw(batch: Batch, block_size: int, draw: int, draws: int) -> Noise:
         seed=NOISE_SEED,
         epoch=0,
         sample_ids=batch.ids.clamp(min=0),
-        low=1.0 if block_size == 1 else 0.0,
-        high=1.0,
+        schedule=Schedule(low=1.0 if block_size == 1 else 0.0),
         draw=draw,
         num_draws=draws,
     )

@@ -211,8 +211,9 @@ def _block_size_schedule_problems(recipe: Recipe) -> Iterator[str]:
             "belong together: set both, or neither"
         )
     if diffusion.objective == "next_token":
-        without = ("block_size_schedule", "noisy_copies", "mask_noise_std", "mask_rate_low", "mask_rate_high")
-        changed = [key for key in without if getattr(diffusion, key) != type(diffusion).model_fields[key].default]
+        fields = type(diffusion).model_fields
+        without = fields.keys() - {"objective", "block_size", "mask_noise_steps"}
+        changed = [key for key in fields if key in without and getattr(diffusion, key) != fields[key].default]
         if changed or diffusion.block_size != 1:
             yield (
                 f"diffusion.objective=next_token masks nothing: set diffusion.block_size=1, and leave "
@@ -246,6 +247,14 @@ def _interval_problems(recipe: Recipe) -> Iterator[str]:
         )
     if low > high:
         yield (f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} are the wrong way round: swap them")
+    if (low, high) == (0, 1):
+        return
+    if diffusion.noise_schedule != "linear" or diffusion.noise_steps is not None:
+        yield (
+            f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} clip the linear schedule in continuous "
+            f"time, and noise_schedule={diffusion.noise_schedule} with noise_steps={diffusion.noise_steps} is another: "
+            "leave the interval at 0 to 1, or noise_schedule and noise_steps out"
+        )
 
 
 def check_block_size(block: int, data: DataRecipe, document_multiple: int) -> None:

@@ -95,6 +95,18 @@ class DiffusionRecipe(Section):
     )
     mask_rate_low: Share = Field(0.0, description="beta, the lower end of the clipped mask-rate interval in training")
     mask_rate_high: Share = Field(1.0, description="omega, its upper end")
+    noise_schedule: Literal["linear", "cosine", "square", "square_root", "log"] = Field(
+        "linear", description="mask rate p(t) of the noise level; a clipped interval belongs to linear"
+    )
+    noise_steps: PositiveInt | None = Field(
+        None, description="T of finite-time diffusion (absorbing D3PM); default: continuous time"
+    )
+    loss_weights: Literal["nelbo", "unit_when_heavy"] = Field(
+        "nelbo", description="nelbo: p'/p; unit_when_heavy: 1 where beta > 0.5, as the paper's code trains"
+    )
+    clip_masked_share: bool = Field(
+        False, description="the masked share of each block, too, lies in [beta, omega] where its length allows"
+    )
     noisy_copies: Literal[1, 2] = Field(
         1,
         description="noisy copies on one clean stream; two are complementary where beta + omega = 1, else independent",

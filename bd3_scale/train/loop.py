@@ -20,7 +20,7 @@ from bd3_scale.attention.spans import make_spans
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.store import remove_partial, save_checkpoint
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt, mask_noise, next_tokens
+from bd3_scale.data.corrupt import corrupt, mask_noise, next_tokens, training_schedule
 from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
 from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
@@ -238,8 +238,7 @@ def _corrupt(run: Run, micro: Batch, step: int) -> ModelInputs:
         seed=run.recipe.seed,
         epoch=micro.epoch,
         sample_ids=micro.ids,
-        low=diffusion.mask_rate_low,
-        high=diffusion.mask_rate_high,
+        schedule=training_schedule(diffusion),
         step=step,
         slots=micro.slots,
         global_batch_size=run.recipe.train.global_batch_size,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bd3_scale.diffusion.nelbo import NelboEstimate, estimate_nelbo, loss_weight, sequence_nelbo
 from bd3_scale.diffusion.noise import Noise, draw_noise
+from bd3_scale.diffusion.schedule import LINEAR, Schedule
 
 BLOCK = 3
 
@@ -36,10 +37,10 @@ def exact_nelbo(nll: Tensor) -> float:
     return total
 
 
-def draw(sample_ids: Tensor, block_size: int, **changes: object) -> Noise:
+def draw(sample_ids: Tensor, block_size: int, schedule: Schedule = LINEAR, **changes: object) -> Noise:
     position = torch.arange(BLOCK)
     starts = (position - position % block_size).expand(len(sample_ids), -1)
-    arguments = {"seed": 5, "epoch": 0, "sample_ids": sample_ids, "low": 0.0, "high": 1.0}
+    arguments = {"seed": 5, "epoch": 0, "sample_ids": sample_ids, "schedule": schedule}
     return draw_noise(starts, **(arguments | changes))
 
 
@@ -73,7 +74,7 @@ def test_estimate_over_many_draws_agrees_with_enumeration() -> None:
 
 def test_clipped_weights_integrate_the_interval() -> None:
     # Under U[low, high] each token's expected weight is 1: masked with probability p, weighted 1/p.
-    noise = draw(torch.arange(20_000), BLOCK, low=0.3, high=0.8)
+    noise = draw(torch.arange(20_000), BLOCK, Schedule(low=0.3, high=0.8))
     weight = loss_weight(noise)
     assert weight.dtype == torch.float32
     assert torch.equal(weight > 0, noise.masked)
@@ -86,7 +87,7 @@ def test_block_size_one_all_masked_is_exact_and_the_mean_of_random_masks() -> No
     # At block size 1 a token sees the clean past alone: its nll cannot depend on the mask.
     nll = torch.tensor([0.7, 2.1, 0.4], dtype=torch.float64)
     ids = torch.arange(10_000)
-    all_masked = draw(ids, 1, low=1.0, high=1.0)
+    all_masked = draw(ids, 1, Schedule(low=1.0))
     exact = sequence_nelbo(nll.repeat(len(ids)), places(all_masked), all_masked, torch.ones_like(all_masked.masked))
     assert torch.equal(exact, nll.sum().expand(len(ids)))
     noise = draw(ids, 1)
@@ -96,7 +97,7 @@ def test_block_size_one_all_masked_is_exact_and_the_mean_of_random_masks() -> No
 
 
 def test_only_counted_tokens_add_to_the_sum() -> None:
-    noise = draw(torch.arange(2), BLOCK, low=1.0, high=1.0)
+    noise = draw(torch.arange(2), BLOCK, Schedule(low=1.0))
     counted = torch.tensor([[True, True, False], [False, False, False]])
     assert sequence_nelbo(torch.arange(6.0), places(noise), noise, counted).tolist() == [1.0, 0.0]
 

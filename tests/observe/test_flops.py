@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.corrupt import corrupt, next_tokens
 from bd3_scale.diffusion.noise import draw_copies
+from bd3_scale.diffusion.schedule import LINEAR
 from bd3_scale.model.build import build_model
 from bd3_scale.observe.flops import model_flops, peak_flops
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
@@ -37,7 +38,7 @@ def sequences(count: int, length: int) -> Batch:
 def noisy(batch: Batch, block_size: int, copies: int = 1):
     position = torch.arange(batch.tokens.shape[1])
     starts = (position - position % block_size).expand(len(batch.ids), -1)
-    noises = draw_copies(starts, copies=copies, low=0.0, high=1.0, seed=1, epoch=0, sample_ids=batch.ids)
+    noises = draw_copies(starts, copies=copies, schedule=LINEAR, seed=1, epoch=0, sample_ids=batch.ids)
     return corrupt(batch, noises, block_size, mask_id=59, device=CPU)
 
 

@@ -77,6 +77,8 @@ def test_a_sound_recipe_passes_at_every_layout_that_fits() -> None:
         ({"train__global_batch_size": 1}, 1, ["global batch of 2"]),
         ({"diffusion__mask_rate_low": 0.8, "diffusion__mask_rate_high": 0.3}, 1, ["0.8", "0.3", "swap"]),
         ({"diffusion__mask_rate_low": 0.5, "diffusion__mask_rate_high": 0.5}, 1, ["0.5", "widen"]),
+        ({"diffusion__mask_rate_low": 0.5, "diffusion__noise_schedule": "cosine"}, 1, ["0.5", "cosine", "0 to 1"]),
+        ({"diffusion__mask_rate_high": 0.5, "diffusion__noise_steps": 8}, 1, ["0.5", "noise_steps=8", "0 to 1"]),
         ({"diffusion__mask_rate_low": 1.0}, 1, ["block_size=8", "one token"]),
         ({"diffusion__mask_rate_low": 0.5, "diffusion__mask_rate_high": 0.5, "diffusion__block_size": 1}, 1, ["widen"]),
         ({"diffusion__block_size": 24}, 1, ["seq_len=64", "block_size=24", "16 or 32"]),

@@ -1,0 +1,210 @@
+"""Noise schedules against closed forms and exact enumeration; masked shares against their truncated binomial."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from bd3_scale.diffusion.nelbo import loss_weight
+from bd3_scale.diffusion.noise import draw_copies, draw_noise
+from bd3_scale.diffusion.schedule import Schedule, ScheduleName
+
+NAMES = get_args(ScheduleName)
+BLOCK = 3
+TIMES = np.array([0.01, 0.1, 0.25, 0.5, 0.8, 0.999])
+
+
+def integral(function, degree=200):
+    """Over t in (0, 1), with nodes that crowd near 0, where square roots have no derivative: t = s^4."""
+    nodes, weights = np.polynomial.legendre.leggauss(degree)
+    s = (nodes + 1) / 2
+    return float((weights / 2 * 4 * s**3 * function(s**4)).sum())
+
+
+def pattern_nll(monotone: bool = False) -> dict[tuple[int, ...], float]:
+    """nll of the masked tokens, for each pattern of masks: any numbers, or such as grow with what is hidden."""
+    generator = np.random.default_rng(0)
+    base = generator.uniform(0.5, 3, BLOCK)
+    return {
+        pattern: sum(pattern * base) * (1 + 0.3 * sum(pattern) if monotone else generator.uniform(0.5, 2))
+        for pattern in itertools.product([0, 1], repeat=BLOCK)
+    }
+
+
+def expected(rate, nll):
+    """Mean nll of the masked tokens where each is masked at `rate` [N]."""
+    rate = np.asarray(rate, dtype=np.float64)
+    return sum(value * rate ** sum(p) * (1 - rate) ** (BLOCK - sum(p)) for p, value in nll.items())
+
+
+def exact(nll):
+    """∫ over p of 1/p · the mean nll: Beta functions."""
+    beta = {k: math.gamma(k) * math.gamma(BLOCK - k + 1) / math.gamma(BLOCK + 1) for k in range(1, BLOCK + 1)}
+    return sum(value * beta[sum(p)] for p, value in nll.items() if sum(p))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_run_from_zero_to_one_and_the_weight_is_their_logarithm_s_slope(name):
+    schedule = Schedule(name)
+    assert schedule.mask_rate(np.array([0.0, 1.0])).tolist() == [0.0, 1.0]
+    step = 1e-3 * TIMES
+    rates = [schedule.mask_rate(np.array(TIMES + sign * step)).astype(np.float64) for sign in (-1, 1)]
+    slope = (np.log(rates[1]) - np.log(rates[0])) / (2 * step)
+    # float32 rates leave about 1e-7 / 1e-3 of the difference, at t = 0.01 relative to 2 / t and less.
+    np.testing.assert_allclose(schedule.weight(schedule.mask_rate(TIMES)), slope, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "weight"),
+    [
+        ("linear", 0.25, 4.0),
+        ("cosine", 1 - math.sqrt(0.5), math.pi / 2 * math.sqrt(0.5) / (1 - math.sqrt(0.5))),  # t = 1/2
+        ("square", 0.25, 4.0),
+        ("square_root", 0.5, 2.0),
+        ("log", 0.5, 1 / (math.log(2) * math.sqrt(2) * 0.5)),
+    ],
+)
+def test_closed_forms(name, rate, weight):
+    assert Schedule(name).weight(np.float32([rate])).item() == pytest.approx(weight, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_schedule_has_the_enumerated_bound(name):
+    schedule, nll = Schedule(name), pattern_nll()
+
+    def loss(t):
+        rate = schedule.mask_rate(t)
+        return schedule.weight(rate) * expected(rate, nll)
+
+    assert integral(loss) == pytest.approx(exact(nll), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drawn_masks_have_it_too(name):
+    count, nll = 20_000, pattern_nll()
+    starts = torch.zeros(count, BLOCK, dtype=torch.int64)
+    noise = draw_noise(
+        starts,
+        seed=3,
+        epoch=0,
+        sample_ids=torch.arange(count),
+        schedule=Schedule(name),
+        step=0,
+        slots=torch.arange(count),
+        global_batch_size=count,
+    )
+    values = np.array([nll[tuple(row)] for row in noise.masked.int().tolist()])
+    estimate = values * loss_weight(noise).amax(1).double().numpy()
+    assert abs(estimate.mean() - exact(nll)) < 4 * estimate.std() / math.sqrt(count)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_finite_time_comes_down_to_the_continuous_bound(name):
+    nll = pattern_nll(monotone=True)
+    bounds = []
+    for steps in (1, 2, 4, 16, 64, 512, 4096):
+        schedule = Schedule(name, num_steps=steps)
+        rates = schedule.mask_rate((np.arange(steps) + 0.5) / steps)
+        bounds.append(float((schedule.weight(rates).astype(np.float64) * expected(rates, nll)).mean()))
+    # One step masks all and reads every token at once.
+    assert bounds[0] == pytest.approx(nll[1, 1, 1], rel=1e-6)
+    assert all(before > after for before, after in itertools.pairwise(bounds))
+    assert bounds[-1] > exact(nll) * (1 - 1e-6)
+    assert bounds[-1] == pytest.approx(exact(nll), rel=1e-2 if name == "square_root" else 1e-3)
+
+
+def test_finite_time_draws_its_steps_alone():
+    noise = draw_noise(
+        torch.arange(64).expand(50, -1), seed=1, epoch=0, sample_ids=torch.arange(50), schedule=Schedule(num_steps=4)
+    )
+    values, counts = noise.mask_rate.unique(return_counts=True)
+    assert values.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert counts.tolist() == [800] * 4  # stratified
+
+
+def test_unit_weights_begin_above_a_half():
+    rates = np.float32([0.5, 0.6, 0.9])
+    assert Schedule(low=0.55, weights="unit_when_heavy").weight(rates).tolist() == [1.0, 1.0, 1.0]
+    kept = Schedule(low=0.5, weights="unit_when_heavy").weight(rates)
+    assert kept.tolist() == Schedule(low=0.5).weight(rates).tolist() == (1 / rates).tolist()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.8), (0.0, 0.5), (0.45, 0.95), (0.9, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_the_number_of_masks_is_the_truncated_binomial(low, high, block_size):
+    """Chi-square of the numbers of masks against the sum over blocks of each one's own distribution."""
+    count, seq_len = 4000, 32
+    position = torch.arange(seq_len)
+    noise = draw_noise(
+        (position - position % block_size).expand(count, -1),
+        seed=2,
+        epoch=0,
+        sample_ids=torch.arange(count),
+        schedule=Schedule(low=low, high=high, clip_masked_share=True),
+    )
+    masks = noise.masked.unflatten(1, (-1, block_size)).sum(2).flatten().numpy()
+    rates = noise.mask_rate[:, ::block_size].flatten().double().numpy()
+    admissible = [k for k in range(block_size + 1) if low - 1e-9 <= k / block_size <= high + 1e-9]
+    each = np.array([math.comb(block_size, k) * rates**k * (1 - rates) ** (block_size - k) for k in admissible])
+    law = (each / each.sum(0)).sum(1)
+    seen = np.array([(masks == k).sum() for k in admissible])
+    assert seen.sum() == len(masks)
+    likely = law >= 5
+    statistic = ((seen - law)[likely] ** 2 / law[likely]).sum()
+    degrees = max(likely.sum() - 1, 1)
+    assert statistic < degrees + 4 * math.sqrt(2 * degrees)
+    # Which tokens they are does not depend on their place.
+    by_place = noise.masked.unflatten(1, (-1, block_size)).double().mean((0, 1))
+    assert by_place.std() < 4 * math.sqrt(0.25 / len(masks))
+
+
+def test_blocks_without_an_admissible_number_keep_their_draw():
+    """One masked token of two, or none, is no share in [0.6, 0.9]; three of a ragged last block's four is one."""
+    starts = torch.tensor([0, 0, 2, 2, 4, 4, 4, 4]).expand(500, -1)
+    how = {"seed": 4, "epoch": 0, "sample_ids": torch.arange(500)}
+    plain = draw_noise(starts, schedule=Schedule(low=0.6, high=0.9), **how)
+    clipped = draw_noise(starts, schedule=Schedule(low=0.6, high=0.9, clip_masked_share=True), **how)
+    assert torch.equal(clipped.masked[:, :4], plain.masked[:, :4])
+    assert set(clipped.masked[:, 4:].sum(1).tolist()) == {3}
+    assert torch.equal(clipped.mask_rate, plain.mask_rate)
+    alone = draw_noise(starts[:1], schedule=clipped.schedule, **how | {"sample_ids": torch.tensor([7])})
+    assert torch.equal(alone.masked[0], clipped.masked[7])
+
+
+def test_copies_are_complementary_only_under_a_mirrored_schedule():
+    starts = torch.zeros(8, 64, dtype=torch.int64)
+    for schedule, mirrored in (
+        (Schedule(), True),
+        (Schedule(low=0.2, high=0.8, clip_masked_share=True), True),
+        (Schedule("cosine"), False),
+        (Schedule(num_steps=8), False),
+        (Schedule(low=0.2, high=0.9), False),
+    ):
+        first, second = draw_copies(starts, copies=2, schedule=schedule, seed=1, epoch=0, sample_ids=torch.arange(8))
+        assert torch.equal(first.masked, ~second.masked) == mirrored, schedule
+        assert second.schedule == schedule
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "sine"}, "'sine'.*linear, cosine, square, square_root, log"),
+        ({"weights": "flat"}, "'flat'.*nelbo, unit_when_heavy"),
+        ({"low": -0.1}, "0 <= low <= high <= 1"),
+        ({"high": 1.1}, "0 <= low <= high <= 1"),
+        ({"low": 0.8, "high": 0.3}, "0 <= low <= high <= 1"),
+        ({"high": 0.0}, "high > 0"),
+        ({"low": math.nan}, "0 <= low <= high <= 1"),
+        ({"num_steps": 0}, "T is 0"),
+        ({"name": "cosine", "low": 0.3}, "clip the linear schedule.*cosine"),
+        ({"num_steps": 4, "high": 0.9}, "finite-T linear"),
+    ],
+)
+def test_impossible_schedules_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Schedule(**options)
