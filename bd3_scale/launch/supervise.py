@@ -40,6 +40,8 @@ POLL_SECONDS = 0.5
 LOCK_SECONDS = 120.0
 DUMP_SECONDS = 2.0
 END_SECONDS = 60.0
+STEPS_OF_A_LIFE = 3  # of a job until it is requeued: preflight, ranks, cleaning of caches
+LIVES_APART = 4
 PERSON_MUST_MEND = 2  # the exit code of a rank whose recipe, data or machine is wrong
 FINAL = ("done", "failed", "stopped", "cancelled")
 _ENDED_BY_SLURM = re.compile(r"(Node failure|DUE TO (?:NODE FAILURE|PREEMPTION|TIME LIMIT|JOB REQUEUE))", re.IGNORECASE)
@@ -254,6 +256,7 @@ class Supervisor:
             say(f"nothing to do: the run is {self.attempts[-1]['outcome']} ({self.attempts[-1]['reason']})")
             return 0
         self._begin()
+        self._skip_former_step_numbers()
         if problem := self._preflight():
             return self._end("preflight", problem, failure=True)
         self.ranks.start()
@@ -292,6 +295,16 @@ class Supervisor:
         for path, digest in self.job["recipe_files"].items():
             if not Path(path).exists() or hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest:
                 say(f"note: {path} changed after it was submitted; the stored {self.folder / 'recipe.yaml'} counts")
+
+    def _skip_former_step_numbers(self) -> None:
+        """Takes other step numbers than the job's former lives.
+
+        A requeued job numbers its steps from 0 again, and slurmctld repeats the kill of a step a minute after a node
+        was too slow to answer it: it would hit the ranks of this attempt (seen with SLURM 22.05 on a loaded machine).
+        """
+        lives = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        for _ in range(STEPS_OF_A_LIFE * (lives % LIVES_APART)):
+            slurm("srun", "--nodes=1", "--ntasks=1", "true")
 
     def _close_lost_attempt(self) -> None:
         """An attempt whose batch process died with its node could not write its line."""

@@ -71,6 +71,7 @@ def test_gpu_directives_are_accepted_and_ranks_see_the_node_s_gpus(cluster, work
     assert [path.read_text().split() for path in logs_of_ranks] == [
         ["sees", str(rank), str(rank % 2), "0,1"] for rank in range(4)
     ]
+    cluster.run("scancel", submitted.stdout.strip())  # its ranks tell nothing, and would be tried again
 
 
 def test_a_node_that_is_cut_off_loses_the_job_and_not_the_run(namespaced, workplace):

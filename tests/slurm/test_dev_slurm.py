@@ -36,7 +36,7 @@ def folder():
 
 
 def test_all_nodes_come_up_and_one_step_runs_on_two(cluster):
-    assert [cluster.state(node) for node in range(1, 5)] == ["idle"] * 4
+    cluster.wait(lambda: all(cluster.state(node) == "idle" for node in range(1, 5)), 20, "four idle nodes")
     ran = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "bash", "-c", "echo $SLURMD_NODENAME")
     assert len(set(ran.stdout.split())) == 2, ran.stderr
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,24 @@ def test_a_crash_goes_on_from_the_last_checkpoint(cluster, workplace):
     assert second["step"] == 12 > second["from_step"] == first["saved"] >= 5
     said = logs(run.folder)
     assert 'raise RuntimeError("injected crash")' in (run.folder / "logs" / f"job-{run.ids[0]}.log").read_text(), said
+
+
+def test_a_kill_that_slurm_repeats_hits_no_later_attempt(cluster, workplace):
+    """A node too slow to answer a kill is sent it again after a minute, when the job has long been requeued."""
+    run = Run(cluster, workplace, "repeated", 150, 0.5, "crash:1:8")
+    run.wait_for_step(6)
+    node = json.loads((run.job.folder / "current.json").read_text())["nodes"][0]
+    slurmd = int((cluster.folder / f"run/slurmd-{node}.pid").read_text())
+    controller = cluster.folder / "log/slurmctld.log"
+    before = controller.read_text().count("timed out")
+    os.kill(slurmd, signal.SIGSTOP)
+    try:
+        run.wait_for(lambda: controller.read_text().count("timed out") > before, "a kill that was not answered", 20)
+    finally:
+        os.kill(slurmd, signal.SIGCONT)
+    asked = time.time()
+    assert run.outcomes() == ["requeued", "done"]
+    assert attempts(run.folder)[1]["ended"] > asked + 62
 
 
 def test_crashes_without_a_newer_checkpoint_give_up(cluster, workplace):
