@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -41,7 +42,9 @@ class Cluster:
         self.dev("start-node", node)
 
     def state(self, node: int) -> str:
-        return self.run("sinfo", "--noheader", "--partition=main", f"--nodes=n{node}", "--format=%T").stdout.strip()
+        # `sinfo` goes on saying "mixed" after a job has left, until somebody asks in another way (SLURM 22.05).
+        shown = self.run("scontrol", "show", "node", f"n{node}", "--oneliner").stdout
+        return re.search(r" State=(\S+)", shown)[1].lower()
 
     def wait(self, condition: Callable[[], object], seconds: float, what: str) -> None:
         until = time.monotonic() + seconds
