@@ -34,15 +34,11 @@ app.add_typer(launch_app)
 Sources = Annotated[
     list[Path], typer.Argument(help=".txt and .jsonl files (field `text`), also .gz or .zst, and folders of them.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def _is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def main() -> None:
@@ -248,40 +244,87 @@ def submit(
         follow_run(job.run_dir)
 
 
-@app.command(epilog="Example: bd3-scale evaluate runs/quickstart --draws 4 --json")
+@app.command(epilog="Example: bd3-scale evaluate runs/books --text ptb=ptb-test.txt --text notes.jsonl --block-size 4")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
     data: Annotated[str | None, typer.Option(help="Prepared data.", show_default="what the run trained on")] = None,
-    sequences: Annotated[int | None, typer.Option(help="Held-out sequences.", show_default="all")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text in place of held-out data, once or more: PATH as it stands, or SET=PATH, see above."),
+    ] = None,
+    block_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Once or more.", show_default="that of the training")
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(help="The first so many.", show_default="all")] = None,
     draws: Annotated[int, typer.Option(help="Noise draws a sequence; block size 1 is exact and takes one.")] = 4,
+    intervals: Annotated[
+        bool, typer.Option("--intervals", help="Also the training loss's variance under clipped mask-rate intervals.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity on held-out text: a bound from the NELBO, exact at block size 1."""
+    """Measure perplexity on held-out or other text: a bound from the NELBO, exact at block size 1.
+
+    A sequence has as many tokens as in training and begins without context.
+    Documents do not see each other; their end counts, what pads them does not.
+
+    SET is ptb, wikitext2, lm1b, lambada, ag_news, pubmed or arxiv: a tokenised
+    corpus that is put back into plain text, whose bytes are counted.
+    """
     import dataclasses
     import json
 
     from bd3_scale.checkpoint.store import resolve_checkpoint
     from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
+    from bd3_scale.evaluate.sets import NamedText
+    from bd3_scale.evaluate.tables import show_evaluations
 
+    texts = [NamedText.parse(argument) for argument in text or ()]
     with Bar("evaluating") as bar:
-        result = evaluate_checkpoint(
-            resolve_checkpoint(checkpoint), data_path=data, sequences=sequences, draws=draws, progress=bar.show
+        found = evaluate_checkpoint(
+            resolve_checkpoint(checkpoint),
+            data_path=data,
+            texts=texts,
+            block_sizes=block_size or (),
+            sequences=sequences,
+            draws=draws,
+            intervals=intervals,
+            progress=bar.show,
         )
     if not _is_rank_zero():
         return
+    for name, count in {(result.text, result.trained_on) for result in found if result.text != "held-out"}:
+        if count is None:
+            typer.echo(f"{name}: no hashes of the training documents are at hand to tell an overlap by", err=True)
+        elif count:
+            typer.echo(f"warning: the training had {count} documents of {name}, too: it measures memory", err=True)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(result)))
+        typer.echo(json.dumps([dataclasses.asdict(result) for result in found]))
         return
-    table = Table("", "", title=f"{result.checkpoint}, block size {result.block_size}", show_header=False)
-    bound = "" if result.exact else "at most "
-    table.add_row("perplexity", f"{bound}{result.perplexity:.2f}")
-    table.add_row("NELBO", f"{result.nelbo:.4f} nats a token")
-    table.add_row("standard error over noise draws", _number(result.noise_standard_error))
-    table.add_row("standard error over text", _number(result.text_standard_error))
-    table.add_row("bits per byte", _number(result.bits_per_byte))
-    table.add_row("unigram perplexity, same tokens", f"{result.unigram_perplexity:.2f}")
-    table.add_row("measured on", f"{result.tokens:,} tokens, {result.sequences:,} sequences, {result.draws} draws")
-    Console().print(table)
+    show_evaluations(found)
+
+
+@app.command(epilog="Example: bd3-scale harness runs/mine --tasks hellaswag,lambada_openai --limit 200")
+def harness(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
+    tasks: Annotated[str, typer.Option(help="Names of tasks, with commas between; `lm_eval ls tasks` lists them.")],
+    include: Annotated[str | None, typer.Option(help="Folder with YAML files of further tasks.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents a task, for a first look.", show_default="all")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Noise draws a continuation; block size 1 takes one.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness: choices by the NELBO, text by greedy generation."""
+    import json
+
+    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.evaluate.harness import evaluate_tasks, show_results
+
+    found = evaluate_tasks(resolve_checkpoint(checkpoint), tasks.split(","), folder=include, limit=limit, draws=draws)
+    if as_json:
+        typer.echo(json.dumps(found["results"]))
+    else:
+        show_results(found)
 
 
 @app.command(epilog="Example: bd3-scale generate runs/quickstart --prompt 'def main(' --temperature 0.7")

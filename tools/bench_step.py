@@ -32,8 +32,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt, next_tokens, training_schedule
-from bd3_scale.diffusion.noise import draw_copies
+from bd3_scale.data.corrupt import next_tokens
 from bd3_scale.model.build import attention_backend, build_model
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.observe.environment import has_fast_bf16
@@ -45,6 +44,7 @@ from bd3_scale.parallel.groups import ProcessGroups, local_device, process_group
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.train.inputs import step_inputs
 from bd3_scale.train.tiles import settle_tiles
 from tools.plain_step import PlainStep
 
@@ -112,22 +112,10 @@ def synthetic(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, ste
 def makers(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups) -> dict[str, MakeInputs]:
     """How each objective makes a step's micro-batches."""
     placed: dict[str, Any] = {"device": local_device(), "context": (groups.cp.rank(), groups.cp.size())}
-    diffusion = recipe.diffusion
 
     def block_diffusion(step: int) -> list[ModelInputs]:
-        inputs = []
-        for micro in synthetic(recipe, vocabulary, groups, step):
-            position = torch.arange(recipe.data.seq_len)
-            noises = draw_copies(
-                (position - position % diffusion.block_size).expand(len(micro.ids), -1),
-                copies=diffusion.noisy_copies,
-                seed=1,
-                epoch=0,
-                sample_ids=micro.ids,
-                schedule=training_schedule(diffusion),
-            )
-            inputs.append(corrupt(micro, noises, diffusion.block_size, mask_id=vocabulary.mask_id, **placed))
-        return inputs
+        how = {"intervals": {}, "mask_id": vocabulary.mask_id, **placed}
+        return [step_inputs(recipe, micro, step, **how) for micro in synthetic(recipe, vocabulary, groups, step)]
 
     def autoregressive(step: int) -> list[ModelInputs]:
         return [next_tokens(micro, **placed) for micro in synthetic(recipe, vocabulary, groups, step)]

@@ -42,7 +42,7 @@ def write_recipe(path: Path, content: dict[str, Any]) -> Path:
 
 
 def held_out(checkpoint: Path, data: Path) -> dict[str, Any]:
-    return json.loads(run("evaluate", checkpoint, "--data", data, "--sequences", 256, "--draws", 4, "--json"))
+    return json.loads(run("evaluate", checkpoint, "--data", data, "--sequences", 256, "--draws", 4, "--json"))[0]
 
 
 def main(

@@ -48,7 +48,7 @@ def main() -> None:
     run("train", RECIPE)
     exact = say_whether_exact(first)
     heading(5, "Held-out perplexity")
-    evaluation = json.loads(run("evaluate", RUN, "--draws", 2, "--json", capture=True))
+    evaluation = json.loads(run("evaluate", RUN, "--draws", 2, "--json", capture=True))[0]
     say_perplexity(evaluation)
     heading(6, "Text from a prompt, block by block with a KV cache")
     run("generate", RUN, "--prompt", PROMPT, "--max-new-tokens", 120, "--temperature", 0.7, "--seed", 1)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 
-def make_spans(document_start: Tensor, block_size: int) -> Tensor:
+def make_spans(document_start: Tensor, block_size: int | Tensor) -> Tensor:
     """Spans of packed sequences; blocks count from their document's own start and its end cuts the last one short.
 
-    document_start: integers [B, L], for each position the position at which its document starts (zeros: one document).
+    document_start: integers [B, L], for each position the position at which its document starts (zeros: one document);
+    block_size: of all sequences, or integers [B] of each.
     Returns int32 [3, B, L]: doc_start, block_start, block_end.
     ValueError: a `document_start` that does not describe documents side by side, or a block size below 1.
     """
@@ -29,13 +30,14 @@ def make_spans(document_start: Tensor, block_size: int) -> Tensor:
             f"document_start has shape {tuple(document_start.shape)} and dtype {document_start.dtype}: "
             "give integers of shape [batch, seq_len]"
         )
-    if block_size < 1:
+    sizes = torch.as_tensor(block_size, device=document_start.device).reshape(-1, 1)
+    if bool((sizes < 1).any()):
         raise ValueError(f"block_size is {block_size}: give at least 1")
     document_start = document_start.contiguous()
     document_end = torch.searchsorted(document_start, document_start, right=True)
     position = torch.arange(document_start.shape[1], device=document_start.device)
-    block_start = position - (position - document_start) % block_size
-    block_end = torch.minimum(block_start + block_size, document_end)
+    block_start = position - (position - document_start) % sizes
+    block_end = torch.minimum(block_start + sizes, document_end)
     spans = torch.stack([document_start, block_start, block_end]).to(torch.int32)
     check_spans(spans)
     return spans

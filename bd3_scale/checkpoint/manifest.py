@@ -37,6 +37,7 @@ class CheckpointManifest(BaseModel):
         world_size: ranks that wrote it; any number may read it.
         states: tensors kept of every parameter, in fp32 but for imported masters, which stay as they came.
         attention_tiles: tiles of the attention kernels, which a bitwise resume needs; empty where none are used.
+        intervals: the clipped interval of mask rates of every block size whose search has found one.
         files: size in bytes and XXH3-128 of every file.
     """
 
@@ -51,6 +52,7 @@ class CheckpointManifest(BaseModel):
     world_size: int
     states: tuple[str, ...]
     attention_tiles: dict[str, list[int]] = {}
+    intervals: dict[int, tuple[float, float]] = {}
     files: dict[str, FileRecord] = {}
 
     @property

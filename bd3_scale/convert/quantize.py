@@ -30,7 +30,6 @@ from bd3_scale.convert.quantizer import Scheme, gptq, output_error, round_to_nea
 from bd3_scale.data.manifest import check_tokenizer, load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.diffusion.nelbo import NelboEstimate
 from bd3_scale.evaluate.nelbo import evaluate_nelbo
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.parallel.groups import ProcessGroups
@@ -206,14 +205,14 @@ class _Measure:
         batches = held_out_batches(
             self._data, self._manifest, batch_size=16, dp_rank=0, dp_size=1, sequences=self.sequences
         )
-        found: NelboEstimate = evaluate_nelbo(
+        found = evaluate_nelbo(
             [self._model],
             batches,
             self._groups,
             diffusion=self._diffusion,
             draws=self._draws,
             progress=self.progress,
-        )
+        ).nelbo
         return Measured(found.nelbo, found.noise_standard_error, found.text_standard_error)
 
 

@@ -16,30 +16,16 @@ from bd3_scale.attention.spans import count_pairs, make_spans, take_ranges, zigz
 from bd3_scale.data.batch import Batch
 from bd3_scale.diffusion.nelbo import loss_weight
 from bd3_scale.diffusion.noise import Noise, draw_embedding_noise
-from bd3_scale.diffusion.schedule import Schedule
 from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs
-from bd3_scale.recipe.schema import DiffusionRecipe
 
 # Rank and number of the ranks that split the positions of a sequence.
 Context = tuple[int, int]
 
 
-def training_schedule(diffusion: DiffusionRecipe) -> Schedule:
-    """What a recipe's training draws masks with; evaluation has the whole of [0, 1]. ValueError: see `Schedule`."""
-    return Schedule(
-        name=diffusion.noise_schedule,
-        low=diffusion.mask_rate_low,
-        high=diffusion.mask_rate_high,
-        num_steps=diffusion.noise_steps,
-        weights=diffusion.loss_weights,
-        clip_masked_share=diffusion.clip_masked_share,
-    )
-
-
 def corrupt(
     batch: Batch,
     noises: Sequence[Noise],
-    block_size: int,
+    block_size: int | Tensor,
     *,
     mask_id: int,
     device: torch.device,
@@ -47,11 +33,12 @@ def corrupt(
 ) -> ModelInputs:
     """Noisy copies of this rank's positions beside the clean tokens, whose loss is the mean over the copies.
 
-    Where a block is the whole sequence no row would see a clean one, and there are none.
+    block_size: of all sequences, or int64 [B] of each. Where one block is the whole sequence no row would see a clean
+    one, and there are none; sequences of several block sizes always have them.
     ValueError: documents whose blocks the ranks' ranges would cut.
     """
     seq_len = batch.tokens.shape[1]
-    clean_stream = block_size < seq_len
+    clean_stream = isinstance(block_size, Tensor) or block_size < seq_len
     positions = _positions(seq_len, context)
     clean = batch.tokens[:, positions]
     masked = torch.stack([noise.masked[:, positions] for noise in noises])

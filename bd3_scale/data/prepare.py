@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, Split, SplitName
+from bd3_scale.data.overlap import document_hash, write_hashes
 from bd3_scale.data.packing import PackedSequence, Packer
 from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.tokenizer import Tokenizer
@@ -43,7 +45,7 @@ def prepare(
     progress: bool = True,
 ) -> Manifest:
     """Tokenise the documents of `sources` into the new folder `out`: the MDS shards of `train/` and `validation/`, the
-    tokeniser and the manifest.
+    tokeniser, the hashes of training documents and the manifest.
 
     A sample holds `tokens` [seq_len] (uint16; uint32 for a vocabulary above 65,536), `document_lengths` and
     `counted_lengths` (int32, see `PackedSequence`). Documents keep their order: training shuffles the sequences. The
@@ -62,6 +64,7 @@ def prepare(
         shares[DocumentReader(validation)] = 1.0
     with new_folder(Path(out)) as folder:
         writers: dict[SplitName, _SplitWriter] = {}
+        hashes = array("Q")
         if min(shares.values()) < 1:
             writers["train"] = _SplitWriter(folder / "train", tokenizer.vocabulary, seq_len, document_multiple)
         if max(shares.values()) > 0:
@@ -74,9 +77,12 @@ def prepare(
                 for documents, position in _encoded_chunks(reader, _Encoder(tokenizer, share, seed), workers):
                     for document in documents:
                         writers[document.split].add(document)
+                        if document.split == "train":
+                            hashes.append(document.hash)
                     bar.update(task, completed=position)
         _check_documents(writers, shares)
         tokenizer.save(folder)
+        write_hashes(folder, hashes)
         files = [file for reader in shares for file in reader.files]
         manifest = Manifest(
             vocabulary=tokenizer.vocabulary,
@@ -129,6 +135,7 @@ class _EncodedDocument:
     ids: NDArray[np.unsignedinteger]
     num_bytes: int
     split: SplitName
+    hash: int
 
 
 class _Encoder:
@@ -145,7 +152,7 @@ class _Encoder:
         data = text.encode("utf-8")
         draw = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=self._key).digest(), "big")
         split: SplitName = "validation" if draw < self._threshold else "train"
-        return _EncodedDocument(np.array(ids, self._dtype), len(data), split)
+        return _EncodedDocument(np.array(ids, self._dtype), len(data), split, document_hash(text))
 
 
 def _encoded_chunks(

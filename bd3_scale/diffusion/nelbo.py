@@ -19,18 +19,16 @@ from bd3_scale.diffusion.noise import Noise
 
 def loss_weight(noise: Noise) -> Tensor:
     """float32 [B, L], on the host: what multiplies each token's nll; 0 where it is not masked."""
-    return torch.where(noise.masked, torch.from_numpy(noise.schedule.weight(noise.mask_rate.numpy())), 0.0)
+    return torch.where(noise.masked, noise.weight, 0.0)
 
 
-def sequence_nelbo(token_nll: Tensor, places: tuple[Tensor, Tensor], noise: Noise, counted: Tensor) -> Tensor:
+def sequence_nelbo(token_nll: Tensor, noise: Noise, counted: Tensor) -> Tensor:
     """One draw's estimate of each sequence's NELBO in nats, float64 [B]; its mean over draws is unbiased.
 
-    token_nll: [number of masked tokens], nats; places: sequence and position of each, int64; counted: bool [B, L], the
-    tokens that perplexity counts. All on the host. Context-parallel ranks have parts of the tokens, and of the sum.
+    token_nll: float64 [B, L], nats of the masked tokens; counted: bool [B, L], the tokens that perplexity counts. All
+    on the host.
     """
-    nll = torch.zeros(noise.masked.shape, dtype=torch.float64, device=token_nll.device)
-    nll[places] = token_nll.double()
-    return (nll * loss_weight(noise) * counted).sum(1)
+    return (token_nll * loss_weight(noise) * counted).sum(1)
 
 
 @dataclass(frozen=True)

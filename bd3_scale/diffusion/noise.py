@@ -8,7 +8,7 @@ micro-batches and workers there are, a sample meets the same noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -17,16 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bd3_scale.diffusion.schedule import LINEAR, Schedule
+from bd3_scale.diffusion.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Noise:
-    """masked: bool [B, L]; mask_rate: float32 [B, L], the probability with which each token's block was masked."""
+    """masked: bool [B, L]; mask_rate: float32 [B, L], the probability with which each token's block was masked;
+    weight: float32 [B, L], what a masked token there weighs in the loss, anything where none is.
+    """
 
     masked: Tensor
     mask_rate: Tensor
-    schedule: Schedule = LINEAR
+    weight: Tensor
 
 
 class _Purpose(IntEnum):
@@ -39,6 +41,7 @@ class _Purpose(IntEnum):
     BATCH_LEVEL = 4
     EMBEDDING = 5
     MASK_COUNT = 6
+    BLOCK_SIZE = 7
 
 
 def draw_noise(
@@ -94,7 +97,7 @@ def draw_noise(
         if schedule.clip_masked_share:
             count_uniform = _uniform(num_blocks, (seed, epoch), sample_id, _Purpose.MASK_COUNT, draw)
             masked[row] = _clip_shares(masked[row], block[row], uniform, block_rates, count_uniform, schedule)
-    return Noise(torch.from_numpy(masked), torch.from_numpy(rates), schedule)
+    return Noise(torch.from_numpy(masked), torch.from_numpy(rates), torch.from_numpy(schedule.weight(rates)))
 
 
 def _clip_shares(
@@ -133,7 +136,7 @@ def _binomial(counts: NDArray[np.int64], lengths: NDArray[np.int64], rate: NDArr
     return np.where(counts <= lengths, np.exp(log_ways + log_masked + log_shown), 0.0)
 
 
-def draw_copies(block_start: Tensor, *, copies: int, **how: Any) -> list[Noise]:
+def draw_copies(block_start: Tensor, *, copies: int, schedule: Schedule, **how: Any) -> list[Noise]:
     """Noise of each of `copies` noisy copies that share a clean one; further arguments as for `draw_noise`, but
     the draws are the copies.
 
@@ -141,10 +144,17 @@ def draw_copies(block_start: Tensor, *, copies: int, **how: Any) -> list[Noise]:
     probability p the other shows, and masks the rest with probability 1 − p, from the same interval; each token is
     learnt once. Else they are independent draws whose levels differ by half of [0, 1).
     """
-    if copies == 2 and how["schedule"].is_mirrored:
-        noise = draw_noise(block_start, **how)
-        return [noise, replace(noise, masked=~noise.masked, mask_rate=1.0 - noise.mask_rate)]
-    return [draw_noise(block_start, draw=i, num_draws=copies, **how) for i in range(copies)]
+    if copies == 2 and schedule.is_mirrored:
+        noise = draw_noise(block_start, schedule=schedule, **how)
+        rate = 1.0 - noise.mask_rate
+        return [noise, Noise(~noise.masked, rate, torch.from_numpy(schedule.weight(rate.numpy())))]
+    return [draw_noise(block_start, draw=i, num_draws=copies, schedule=schedule, **how) for i in range(copies)]
+
+
+def draw_block_sizes(sample_ids: Tensor, choices: int, *, seed: int, epoch: int) -> Tensor:
+    """int64 [B] in [0, choices): which block size each sequence takes, all equally likely."""
+    drawn = [_uniform(1, (seed, epoch), sample, _Purpose.BLOCK_SIZE)[0] for sample in sample_ids.tolist()]
+    return torch.from_numpy((np.array(drawn) * choices).astype(np.int64))
 
 
 def draw_embedding_noise(sample_ids: Tensor, seq_len: int, *, seed: int, epoch: int, copies: int, rows: int) -> Tensor:

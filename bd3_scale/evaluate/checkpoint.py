@@ -1,36 +1,54 @@
-"""A checkpoint measured on the held-out split of its data."""
+"""A checkpoint measured on the held-out split of its data, or on other text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.model import open_model
-from bd3_scale.data.manifest import check_tokenizer, load_manifest
+from bd3_scale.data.batch import Batch
+from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
+from bd3_scale.data.overlap import count_known, read_hashes
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.diffusion.interval import IntervalVariance
 from bd3_scale.evaluate.nelbo import counted_tokens, evaluate_nelbo, is_exact
+from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.evaluate.unigram import unigram_perplexity
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.parallel.collective import on_rank_zero
+from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.recipe.checks import check_block_size
-from bd3_scale.recipe.schema import DataRecipe, Recipe
+from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, Recipe
 
 EVALUATION_BATCH = 16
+# Of an imported model, where text is measured: what it may take can be far more than anybody measures with.
+LONGEST_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """`nelbo` and its standard errors in nats a token; `exact`: it is the likelihood and no bound, see `is_exact`.
 
-    `bits_per_byte` is None where only a part of the split was measured, or not its documents' first tokens.
+    text: `held-out`, or the name of another text. context: tokens of a sequence, which begins without any before it.
+    bits_per_byte: None where only a part of the text was measured, or not its documents' first tokens.
+    trained_on: how many documents of another text the training had, too; None where nothing tells.
+    intervals: the loss's variance under every clipped interval, where it was asked for.
     """
 
     checkpoint: str
     step: int
+    text: str
     block_size: int
     exact: bool
+    context: int
     sequences: int
     tokens: int
     draws: int
@@ -40,64 +58,118 @@ class Evaluation:
     perplexity: float
     bits_per_byte: float | None
     unigram_perplexity: float
+    trained_on: int | None = None
+    intervals: tuple[IntervalVariance, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Text that is prepared."""
+
+    name: str
+    recipe: DataRecipe
+    data: Manifest
+    trained_on: int | None = None
 
 
 def evaluate_checkpoint(
     checkpoint: Path,
     *,
     data_path: str | None = None,
+    texts: Sequence[NamedText] = (),
+    block_sizes: Sequence[int] = (),
     sequences: int | None = None,
     draws: int = 4,
+    intervals: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
-) -> Evaluation:
-    """NELBO perplexity of the held-out split, over `draws` of the noise, beside the unigram model's.
+) -> list[Evaluation]:
+    """NELBO perplexity of the held-out split or of `texts`, over `draws` of the noise, beside the unigram model's.
 
     Args:
         data_path: prepared data with the checkpoint's tokeniser; default: what the run was trained on.
+        texts: other text in place of held-out data; the machine's ranks share its temporary folder.
+        block_sizes: default: the one that was trained.
         sequences: only the first so many.
+        intervals: search the clipped interval of mask rates, too.
         progress: told after each batch how many sequences of how many are done on this rank.
 
     Raises:
-        ValueError: a damaged checkpoint, data without a held-out split, another tokeniser, or counts below 1.
+        ValueError: a damaged checkpoint, data without a held-out split, another tokeniser, text shorter than a block,
+            counts below 1, or a search with too little text or of a next-token model.
     """
     if draws < 1 or (sequences is not None and sequences < 1):
         raise ValueError(f"draws is {draws} and sequences {sequences}: give at least 1")
-    with open_model(checkpoint) as (model, manifest, groups):
-        recipe = data_recipe(manifest, data_path)
-        data = load_manifest(recipe.path, recipe.remote)
-        check_tokenizer(data, load_tokenizer(checkpoint / TOKENIZER))
-        diffusion = manifest.recipe.diffusion
-        check_block_size(diffusion.block_size, recipe, data.document_multiple)
-        if data.validation is None:
-            raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")
-        total = min(sequences or data.validation.sequences, data.validation.sequences)
-        share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size(), "sequences": total}
-        finished = 0
+    if texts and data_path is not None:
+        raise ValueError("texts are measured in place of held-out data: give one of --text and --data")
+    with ExitStack() as stack:
+        model, manifest, groups = stack.enter_context(open_model(checkpoint))
+        sizes = [
+            manifest.recipe.diffusion.model_copy(update={"block_size": size})
+            for size in block_sizes or (manifest.recipe.diffusion.block_size,)
+        ]
+        if texts:
+            measured = _prepared(checkpoint, manifest, texts, [diffusion.block_size for diffusion in sizes], stack)
+        else:
+            measured = [_held_out(checkpoint, manifest, data_path)]
+        for diffusion in sizes:
+            if diffusion.objective == "next_token" and diffusion.block_size != 1:
+                raise ValueError(f"a next-token model has no blocks of {diffusion.block_size}: leave --block-size out")
+            for text in measured:
+                check_block_size(diffusion.block_size, text.recipe, text.data.document_multiple)
+        counts = [min(sequences or _sequences(text), _sequences(text)) for text in measured]
+        whole, finished = sum(-(-count // groups.dp.size()) for count in counts) * len(sizes), 0
 
         def advance(count: int) -> None:
             nonlocal finished
             finished += count
-            progress(finished, -(-total // groups.dp.size()))
+            progress(finished, whole)
 
-        estimate = evaluate_nelbo(
-            [model],
-            held_out_batches(recipe, data, batch_size=EVALUATION_BATCH, **share),
-            groups,
-            diffusion=diffusion,
-            draws=draws,
-            progress=advance,
-        )
-        whole = {"dp_rank": 0, "dp_size": 1, "sequences": total}
-        batches = held_out_batches(recipe, data, batch_size=EVALUATION_BATCH, **whole)
-        unigram = unigram_perplexity((counted_tokens(batch, diffusion) for batch in batches), data.vocabulary.size)
+        found = [
+            _evaluate(checkpoint, model, manifest, groups, text, diffusion, count, draws, intervals, advance)
+            for text, count in zip(measured, counts, strict=True)
+            for diffusion in sizes
+        ]
+        dist.barrier()  # rank 0 removes the folder that all read
+    return found
+
+
+def _evaluate(
+    checkpoint: Path,
+    model: BlockDiffusionTransformer,
+    manifest: CheckpointManifest,
+    groups: ProcessGroups,
+    text: _Measured,
+    diffusion: DiffusionRecipe,
+    total: int,
+    draws: int,
+    intervals: bool,
+    progress: Callable[[int], object],
+) -> Evaluation:
+    def batches(rank: int, size: int) -> Iterator[Batch]:
+        share = {"dp_rank": rank, "dp_size": size, "sequences": total}
+        return held_out_batches(text.recipe, text.data, batch_size=EVALUATION_BATCH, **share)
+
+    held_out = evaluate_nelbo(
+        [model],
+        batches(groups.dp.rank(), groups.dp.size()),
+        groups,
+        diffusion=diffusion,
+        draws=draws,
+        progress=progress,
+    )
+    estimate = held_out.nelbo
+    unigram = unigram_perplexity((counted_tokens(b, diffusion) for b in batches(0, 1)), text.data.vocabulary.size)
     bits_per_byte = None
-    if total == data.validation.sequences and diffusion.objective == "block_diffusion":
-        bits_per_byte = estimate.nelbo * estimate.num_tokens / math.log(2) / data.validation.text_bytes
+    if total == _sequences(text) and diffusion.objective != "next_token":
+        assert text.data.validation is not None
+        bits_per_byte = estimate.nelbo * estimate.num_tokens / math.log(2) / text.data.validation.text_bytes
     return Evaluation(
         checkpoint=str(checkpoint),
         step=manifest.step,
+        text=text.name,
         block_size=diffusion.block_size,
         exact=is_exact(diffusion),
+        context=text.recipe.seq_len,
         sequences=total,
         tokens=estimate.num_tokens,
         draws=estimate.num_draws,
@@ -107,7 +179,52 @@ def evaluate_checkpoint(
         perplexity=estimate.perplexity,
         bits_per_byte=bits_per_byte,
         unigram_perplexity=unigram,
+        trained_on=text.trained_on,
+        intervals=held_out.intervals().found if intervals else None,
     )
+
+
+def _sequences(text: _Measured) -> int:
+    assert text.data.validation is not None
+    return text.data.validation.sequences
+
+
+def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | None) -> _Measured:
+    recipe = data_recipe(manifest, data_path)
+    data = load_manifest(recipe.path, recipe.remote)
+    check_tokenizer(data, load_tokenizer(checkpoint / TOKENIZER))
+    if data.validation is None:
+        raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")
+    return _Measured("held-out", recipe, data)
+
+
+def _prepared(
+    checkpoint: Path,
+    manifest: CheckpointManifest,
+    texts: Sequence[NamedText],
+    block_sizes: Sequence[int],
+    stack: ExitStack,
+) -> list[_Measured]:
+    """The texts in a temporary folder, made by rank 0."""
+    trained = manifest.recipe if isinstance(manifest.recipe, Recipe) else None
+    seq_len = min(manifest.recipe.max_position_embeddings, LONGEST_CONTEXT) if trained is None else trained.data.seq_len
+    known = None if trained is None else read_hashes(Path(trained.data.path))
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+
+    def prepare() -> list[tuple[str, int | None]]:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bd3_scale-")))
+        found = []
+        for number, text in enumerate(texts):
+            out = folder / str(number)
+            text.prepare(out, tokenizer, seq_len=seq_len, block_sizes=block_sizes)
+            documents = (document.text for document in text.documents())
+            found.append((str(out), None if known is None else count_known(known, documents)))
+        return found
+
+    return [
+        _Measured(text.name, DataRecipe(path=path, seq_len=seq_len), load_manifest(path), trained_on)
+        for text, (path, trained_on) in zip(texts, on_rank_zero(prepare), strict=True)
+    ]
 
 
 def data_recipe(manifest: CheckpointManifest, data_path: str | None) -> DataRecipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.corrupt import Context, corrupt, masked_places, next_token_places, next_tokens
+from bd3_scale.diffusion.interval import IntervalSearch, block_moments, search_intervals
 from bd3_scale.diffusion.nelbo import NelboEstimate, estimate_nelbo, sequence_nelbo
 from bd3_scale.diffusion.noise import Noise, draw_noise
 from bd3_scale.diffusion.schedule import Schedule
@@ -25,6 +26,24 @@ from bd3_scale.recipe.schema import DiffusionRecipe
 NOISE_SEED = 0
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out text says: the NELBO, and what a search of the clipped interval needs of it.
+
+    moments: of `block_moments`, for all ranks' sequences in the order of their ids; None for a next-token model.
+    """
+
+    nelbo: NelboEstimate
+    block_size: int
+    moments: Tensor | None
+
+    def intervals(self) -> IntervalSearch:
+        """The loss's variance under every clipped interval. ValueError: too little text, or a next-token model."""
+        if self.moments is None:
+            raise ValueError("a next-token model masks nothing: it has no interval of mask rates to search")
+        return search_intervals(self.moments, self.block_size)
+
+
 @torch.no_grad()
 def evaluate_nelbo(
     chunks: Chunks,
@@ -34,7 +53,7 @@ def evaluate_nelbo(
     diffusion: DiffusionRecipe,
     draws: int,
     progress: Callable[[int], object] = lambda sequences: None,
-) -> NelboEstimate:
+) -> HeldOut:
     """NELBO in nats a counted token over all data-parallel ranks' `batches` (collective).
 
     At block size 1 every token is masked, once: an exact negative log-likelihood, left to right. So is that of a
@@ -42,31 +61,42 @@ def evaluate_nelbo(
     have as many batches, of one shape; a sequence of id −1 only fills one up. `progress` is told the number of
     sequences finished after each batch.
     """
-    draws = 1 if is_exact(diffusion) else draws
+    draws = 1 if diffusion.block_size == 1 else draws
+    blocks = diffusion.objective != "next_token"
     for chunk in chunks:
         chunk.eval()
-    sums, counted = [], []
+    sums, counted, moments = [torch.empty(draws, 0).double()], [torch.empty(2, 0).long()], []
     for batch in batches:
         real = batch.ids >= 0
         batch = counted_tokens(batch, diffusion)
-        if diffusion.objective == "next_token":
-            batch_sums = _next_token_sums(chunks, batch, groups)
-        else:
+        if blocks:
             noises = [_draw(batch, diffusion.block_size, draw, draws) for draw in range(draws)]
-            batch_sums = _sequence_sums(chunks, batch, noises, groups, diffusion.block_size)
-        counted.append(batch.counted.sum(1)[real])
-        sums.append(batch_sums[:, real])
+            nll = masked_nll(chunks, batch, noises, groups, diffusion.block_size)
+            sums.append(torch.stack([sequence_nelbo(*one, batch.counted) for one in zip(nll, noises, strict=True)]))
+            moments.append(_moments(nll, noises, diffusion.block_size)[:, real])
+        else:
+            sums.append((_next_token_nll(chunks, batch, groups) * batch.counted).sum(2))
+        sums[-1] = sums[-1][:, real]
+        counted.append(torch.stack([batch.ids, batch.counted.sum(1)])[:, real])
         progress(int(real.sum()))
-    local = (
-        (torch.cat(sums, 1), torch.cat(counted)) if sums else (torch.empty(draws, 0).double(), torch.empty(0).long())
-    )
-    ranks = gather_objects(local, groups.dp)
-    return estimate_nelbo(torch.cat([s for s, _ in ranks], 1), torch.cat([c for _, c in ranks]))
+    ranks = gather_objects((torch.cat(sums, 1), torch.cat(counted, 1), moments), groups.dp)
+    ids, tokens = torch.cat([c for _, c, _ in ranks], 1)
+    order = ids.argsort()  # whatever rank had them
+    estimate = estimate_nelbo(torch.cat([s for s, _, _ in ranks], 1)[:, order], tokens[order])
+    everywhere = [part for *_, parts in ranks for part in parts]
+    return HeldOut(estimate, diffusion.block_size, torch.cat(everywhere, 1)[:, order] if everywhere else None)
+
+
+def _moments(nll: Tensor, noises: list[Noise], block_size: int) -> Tensor:
+    rates = torch.stack([noise.mask_rate for noise in noises])
+    return block_moments(nll.unflatten(2, (-1, block_size)).sum(3), rates[:, :, ::block_size], block_size)
 
 
 def is_exact(diffusion: DiffusionRecipe) -> bool:
     """What `evaluate_nelbo` measures is the likelihood, and no bound of it."""
-    return diffusion.block_size == 1 or diffusion.objective == "next_token"
+    return diffusion.objective == "next_token" or (
+        diffusion.block_size == 1 and diffusion.objective == "block_diffusion"
+    )
 
 
 def _draw(batch: Batch, block_size: int, draw: int, draws: int) -> Noise:
@@ -81,8 +111,8 @@ def _draw(batch: Batch, block_size: int, draw: int, draws: int) -> Noise:
     )
 
 
-def _sequence_sums(chunks: Chunks, batch: Batch, noises: list[Noise], groups: ProcessGroups, block_size: int) -> Tensor:
-    """Each draw's NELBO of each sequence, float64 [draws, B], on every rank that holds a part of them."""
+def masked_nll(chunks: Chunks, batch: Batch, noises: list[Noise], groups: ProcessGroups, block_size: int) -> Tensor:
+    """Each draw's nll of every masked token, float64 [draws, B, L] in nats, 0 elsewhere; on every rank."""
     device = next(chunks[0].parameters()).device
     context: Context = (groups.cp.rank(), groups.cp.size())
     mask_id = chunks[0].vocabulary.mask_id
@@ -90,22 +120,22 @@ def _sequence_sums(chunks: Chunks, batch: Batch, noises: list[Noise], groups: Pr
     # The interleaved schedule takes micro-batches in groups of the number of stages.
     filled = inputs + inputs[-1:] * (-len(inputs) % groups.pp.size() if len(chunks) > 1 else 0)
     losses = token_losses(chunks, filled, groups)[: len(noises)]
-    sums = torch.zeros(len(noises), len(batch.ids), dtype=torch.float64)
-    for draw, (nll, noise) in enumerate(zip(losses, noises, strict=False)):
-        sums[draw] = sequence_nelbo(nll.cpu(), masked_places(noise, context), noise, batch.counted)
-    return _summed(sums, groups, device)
+    nll = torch.zeros(len(noises), *batch.tokens.shape, dtype=torch.float64)
+    for draw, (loss, noise) in enumerate(zip(losses, noises, strict=False)):
+        nll[draw][masked_places(noise, context)] = loss.double().cpu()
+    return _summed(nll, groups, device)
 
 
-def _next_token_sums(chunks: Chunks, batch: Batch, groups: ProcessGroups) -> Tensor:
-    """Each sequence's negative log-likelihood, float64 [1, B], on every rank that holds a part of it."""
+def _next_token_nll(chunks: Chunks, batch: Batch, groups: ProcessGroups) -> Tensor:
+    """The nll of every token but documents' first, float64 [1, B, L] in nats; on every rank."""
     device = next(chunks[0].parameters()).device
     context: Context = (groups.cp.rank(), groups.cp.size())
     inputs = next_tokens(batch, device=device, context=context)
     losses = token_losses(chunks, [inputs] * (groups.pp.size() if len(chunks) > 1 else 1), groups)[:1]
-    nll = torch.zeros(batch.tokens.shape, dtype=torch.float64)
+    nll = torch.zeros(1, *batch.tokens.shape, dtype=torch.float64)
     for loss in losses:
-        nll[next_token_places(batch, context)] = loss.double().cpu()
-    return _summed((nll * batch.counted).sum(1)[None], groups, device)
+        nll[0][next_token_places(batch, context)] = loss.double().cpu()
+    return _summed(nll, groups, device)
 
 
 def counted_tokens(batch: Batch, diffusion: DiffusionRecipe) -> Batch:
@@ -115,9 +145,9 @@ def counted_tokens(batch: Batch, diffusion: DiffusionRecipe) -> Batch:
     return replace(batch, counted=batch.counted & (torch.arange(batch.tokens.shape[1]) > batch.document_start))
 
 
-def _summed(sums: Tensor, groups: ProcessGroups, device: torch.device) -> Tensor:
-    """The sum over context-parallel ranks and stages, of which only the last one has any."""
-    sums = sums.to(device)
-    dist.all_reduce(sums, group=groups.cp)
-    dist.all_reduce(sums, group=groups.pp)
-    return sums.cpu()
+def _summed(nll: Tensor, groups: ProcessGroups, device: torch.device) -> Tensor:
+    """All context-parallel ranks' positions, which only the last stage has, on every rank."""
+    nll = nll.to(device)
+    dist.all_reduce(nll, group=groups.cp)
+    dist.all_reduce(nll, group=groups.pp)
+    return nll.cpu()

@@ -5,6 +5,7 @@ Legend: M rows, X hidden size, V vocabulary entries of this tensor-parallel rank
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ PIECE_ELEMENTS = 1 << 26
 class OutputLayer(ColumnParallelLinear):
     """Logits in fp32, with −∞ where a clean token cannot be: the mask's id and those that pad the vocabulary."""
 
-    def __init__(self, *args: Any, vocabulary: Vocabulary, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, vocabulary: Vocabulary, score_entropy: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # A score is the exponential of its logit over the number of clean tokens; all are about 1 / that at first.
+        self.score_offset = math.log(vocabulary.size - 1) if score_entropy else None
         ids = torch.arange(vocabulary.padded_size).chunk(self.tp_group.size())[self.tp_group.rank()]
         forbidden = (ids == vocabulary.mask_id) | (ids >= vocabulary.size)
         self.first_id = self.tp_group.rank() * len(ids)
@@ -45,6 +48,9 @@ class OutputLayer(ColumnParallelLinear):
     ) -> Any:
         """Logits of `hidden` [..., X] as [..., V]; or with `targets` and `row_weights` [M] for rows [M, X], the
         weighted sum of their negative log-likelihoods in nats, a scalar, and each of them, [M] fp32 without gradient.
+        With `score_entropy` it is SEDD's loss (Lou et al., ICML 2024, definition 3.1 for absorbing noise) in their
+        place: scores u that need not sum to 1 lose Σ u − 1 − log u of the target, which bounds the likelihood with the
+        same weights and is least where u is the probability.
 
         hidden is whole on every tensor-parallel rank; its gradient is this rank's part of the sum over them.
         """
@@ -83,7 +89,11 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_M), piece):
             rows = slice(start, start + piece)
             logits = F.linear(hidden_MX[rows], weight_VX, bias_V).float().masked_fill_(forbidden_V, float("-inf"))
-            nll_M[rows], softmax, missing, place = _piece_nll(logits, targets_M[rows], layer)
+            nll_M[rows], softmax, missing, place, log_total = _piece_nll(logits, targets_M[rows], layer)
+            if layer.score_offset is not None:
+                log_total = log_total - layer.score_offset
+                nll_M[rows] += torch.expm1(log_total) - log_total
+                softmax *= log_total.exp()[:, None]
             if training:
                 operands = VocabParallelCrossEntropy.prepare_gradient_calculation_operands(softmax, missing)
                 grad_2d, arange, update, grad_logits = operands
@@ -109,8 +119,10 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_loss, (grad_weight * grad_loss).to(weight_dtype), grad_bias, *(None,) * 5
 
 
-def _piece_nll(logits: Tensor, targets: Tensor, layer: OutputLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll, this rank's softmax (in the memory of `logits`), which targets other ranks hold, and their places."""
+def _piece_nll(logits: Tensor, targets: Tensor, layer: OutputLayer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """nll, this rank's softmax (in the memory of `logits`), which targets other ranks hold, their places, and the
+    logarithm of the sum of all exponentials.
+    """
     group = layer.tp_group
     logits, highest = VocabParallelCrossEntropy.calculate_logits_max(logits)
     if group.size() > 1:
@@ -124,4 +136,4 @@ def _piece_nll(logits: Tensor, targets: Tensor, layer: OutputLayer) -> tuple[Ten
         dist.all_reduce(sums, group=group)
         predicted, total = sums
     softmax, nll = VocabParallelCrossEntropy.calculate_cross_entropy_loss(exponentials, predicted, total)
-    return nll, softmax, missing, place
+    return nll, softmax, missing, place, highest + total.log()

@@ -43,6 +43,7 @@ class ModelInputs:
         weights: float32 [M], what multiplies each negative log-likelihood in the loss.
         noisy_pairs, clean_pairs: query-key pairs that the mask lets through, by kind of query, for one head.
         mask_noise: what is added to the embeddings of masked tokens.
+        kinds: int64 [B], which of the block sizes of a step each sequence has; None: all have the first.
     """
 
     tokens: Tensor
@@ -55,6 +56,7 @@ class ModelInputs:
     noisy_pairs: int
     clean_pairs: int
     mask_noise: MaskNoise | None = None
+    kinds: Tensor | None = None
 
     @property
     def num_streams(self) -> int:

@@ -97,6 +97,7 @@ class BlockDiffusionTransformer(MegatronModule):
                 skip_weight_param_allocation=model.tie_embeddings and self.pre_process,
                 tp_group=groups.tp,
                 vocabulary=vocabulary,
+                score_entropy=recipe.diffusion.objective == "score_entropy",
             )
 
     @property

@@ -41,6 +41,38 @@ def loss_curve(metrics: Path, out: Path) -> None:
     figure.savefig(out, format="png", dpi=150)
 
 
+def interval_curve(metrics: Path, out: Path) -> None:
+    """Draw the searched intervals of `metrics.jsonl` over steps as a PNG, and below the variance of a block's loss.
+
+    A panel each: mask rates; variance (nats a token, squared) inside the interval and in all of [0, 1].
+    """
+    records = read_metrics(metrics)
+    sizes = sorted({int(key.rpartition("_")[2]) for r in records for key in r if key.startswith("mask_rate_low_block")})
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    rates, variances = figure.subplots(2, sharex=True)
+    for number, size in enumerate(sizes):
+        keys = [f"{key}_block_{size}" for key in ("mask_rate_low", "mask_rate_high", "loss_variance")]
+        found = [r for r in records if keys[0] in r]
+        steps = [r["step"] for r in found]
+        low, high, variance = ([r[key] if r[key] is not None else float("nan") for r in found] for key in keys)
+        whole = [r[f"loss_variance_unclipped_block_{size}"] or float("nan") for r in found]
+        color = f"C{number}"
+        # An interval counts until the next evaluation.
+        rates.fill_between(steps, low, high, step="post", color=color, alpha=0.25)
+        rates.step(steps, np.transpose([low, high]), where="post", color=color, label=[f"blocks of {size}", None])
+        variances.plot(steps, variance, "o-", color=color, label=f"blocks of {size}")
+        variances.plot(steps, whole, "--", color=color, alpha=0.6)
+    rates.set(ylabel="mask rates in training", ylim=(0, 1))
+    variances.set(xlabel="step", ylabel="variance of a block's loss\n(dashed: mask rates 0 to 1)", yscale="log")
+    for axes in (rates, variances):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(out, format="png", dpi=150)
+
+
 def _running_median(values: Sequence[float]) -> list[float]:
     """Median of the latest fiftieth of the run at each step; fewer at its start."""
     window = max(1, len(values) // 50)

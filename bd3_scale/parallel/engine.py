@@ -30,13 +30,15 @@ WHOLE_BELOW = 100_000
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: the global loss of the step, in nats a token; `grad_norm`: the global gradient norm before clipping;
-    `lr`: the learning rate; `flops`: what the step needed, over all ranks (see `model_flops`).
+    """`loss`: the global loss of the step, in nats a token; `losses`: of the sequences of each kind, where there were
+    some; `grad_norm`: the global gradient norm before clipping; `lr`: the learning rate; `flops`: what the step needed,
+    over all ranks (see `model_flops`).
 
     Where the norm is not finite, DeepSpeed has left the weights alone.
     """
 
     loss: float
+    losses: tuple[float | None, ...]
     grad_norm: float
     lr: float
     flops: float
@@ -65,28 +67,35 @@ class TrainingEngine:
         """Whose AdamW it is, for people."""
         return describe(self._engine.basic_optimizer)
 
-    def step(self, micro_batches: Sequence[ModelInputs], *, tokens: int, lr: float) -> StepResult:
+    def step(self, micro_batches: Sequence[ModelInputs], *, tokens: int, lr: float, kinds: int = 1) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update with learning rate `lr`.
 
-        `tokens` is the number of data tokens of the global batch, over all ranks.
+        `tokens` is the number of data tokens of the global batch, over all ranks; `kinds` that of its block sizes.
         """
-        loss = self.gradients(micro_batches, tokens=tokens)
+        losses = self.gradients(micro_batches, tokens=tokens, kinds=kinds)
         grad_norm = self.update(lr)
-        totals = torch.stack([loss, torch.full_like(loss, self._flops(micro_batches))])
+        counts = [float(count) for count in _tokens_by_kind(micro_batches, kinds)]
+        totals = torch.cat([losses, losses.new_tensor([*counts, self._flops(micro_batches)])])
         dist.all_reduce(totals, group=self.groups.dp_cp)
-        loss, flops = totals.unbind()
-        dist.all_reduce(loss, group=self.groups.pp)
-        return StepResult(float(loss) / tokens, grad_norm, lr, float(flops))
+        losses = totals[:kinds]
+        dist.all_reduce(losses, group=self.groups.pp)
+        *losses_of, flops = totals.tolist()
+        by_kind = tuple(
+            loss / count if count else None for loss, count in zip(losses_of[:kinds], losses_of[kinds:], strict=True)
+        )
+        return StepResult(float(losses.sum()) / tokens, by_kind, grad_norm, lr, flops)
 
-    def gradients(self, micro_batches: Sequence[ModelInputs], *, tokens: int) -> Tensor:
-        """Forward and backward of all micro-batches, and ZeRO's reduction; returns this rank's loss sum, float64."""
+    def gradients(self, micro_batches: Sequence[ModelInputs], *, tokens: int, kinds: int = 1) -> Tensor:
+        """Forward and backward of all micro-batches, and ZeRO's reduction; returns this rank's loss sum of each kind of
+        sequence, float64 [kinds].
+        """
         self._engine.train()
         with self._engine.coalesce_grad_reduction():
             # DeepSpeed averages over the ranks that hold the same weights.
             scale = self.groups.dp_cp.size() / tokens
-            loss = forward_backward(self.chunks, micro_batches, self.groups, scale)
+            losses = forward_backward(self.chunks, micro_batches, self.groups, scale, kinds=kinds)
             self._sum_partial_gradients()
-        return loss
+        return losses
 
     def update(self, lr: float) -> float:
         """Clip and update with the gradients that `gradients` left; returns their global norm before."""
@@ -123,6 +132,16 @@ class TrainingEngine:
         if self._reduces_gradients:
             size = self.groups.dp_cp.size()
             _all_reduce_gradients(parameters, self.groups.dp_cp, divisor=size)
+
+
+def _tokens_by_kind(micro_batches: Sequence[ModelInputs], kinds: int) -> list[int]:
+    """Data tokens of this rank's positions, by the kind of their sequence."""
+    counts = [0] * kinds
+    for inputs in micro_batches:
+        sequences, places = inputs.positions.shape
+        for kind in [0] * sequences if inputs.kinds is None else inputs.kinds.tolist():
+            counts[kind] += places
+    return counts
 
 
 def _all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, *, divisor: int = 1) -> None:

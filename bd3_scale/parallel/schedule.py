@@ -16,16 +16,29 @@ from bd3_scale.parallel.groups import ProcessGroups
 
 
 def forward_backward(
-    chunks: Chunks, micro_batches: Sequence[ModelInputs], groups: ProcessGroups, scale: float
+    chunks: Chunks, micro_batches: Sequence[ModelInputs], groups: ProcessGroups, scale: float, *, kinds: int = 1
 ) -> Tensor:
     """Gradients of the sum of all micro-batches' losses, times `scale`, in the weights' `grad`.
 
-    Returns that sum without `scale`, float64: this rank's part, and zero but on the last stage.
+    Returns that sum without `scale`, by the `kinds` of sequences, float64 [kinds]: this rank's part, and zero but on
+    the last stage.
     """
     # megatron divides by the number of micro-batches and multiplies by the context-parallel ranks, in place.
     scale = scale * len(micro_batches) / groups.cp.size()
-    losses = _run(chunks, micro_batches, groups, lambda total, _: (total * scale, total.detach().double().clone()))
-    return torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64, device=_device(chunks))
+
+    def result(inputs: ModelInputs, total: Tensor, nll: Tensor) -> tuple[Tensor, Tensor]:
+        # megatron scales the loss in place.
+        return total * scale, _by_kind(inputs, total.detach().double().clone(), nll, kinds)
+
+    losses = _run(chunks, micro_batches, groups, result)
+    return torch.stack(losses).sum(0) if losses else torch.zeros(kinds, dtype=torch.float64, device=_device(chunks))
+
+
+def _by_kind(inputs: ModelInputs, total: Tensor, nll: Tensor, kinds: int) -> Tensor:
+    if inputs.kinds is None:
+        return torch.cat([total[None], total.new_zeros(kinds - 1)])
+    kind = inputs.kinds[inputs.head_rows % len(inputs.kinds)]
+    return total.new_zeros(kinds).index_add_(0, kind, (nll * inputs.weights).double())
 
 
 @torch.no_grad()
@@ -34,14 +47,14 @@ def token_losses(chunks: Chunks, micro_batches: Sequence[ModelInputs], groups: P
 
     All ranks of a pipeline give as many micro-batches of one shape, in groups of the stages' number where interleaved.
     """
-    return _run(chunks, micro_batches, groups, lambda total, nll: (total, nll), forward_only=True)
+    return _run(chunks, micro_batches, groups, lambda _, total, nll: (total, nll), forward_only=True)
 
 
 def _run(
     chunks: Chunks,
     micro_batches: Sequence[ModelInputs],
     groups: ProcessGroups,
-    result: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    result: Callable[[ModelInputs, Tensor, Tensor], tuple[Tensor, Tensor]],
     *,
     forward_only: bool = False,
 ) -> list[Tensor]:
@@ -51,11 +64,12 @@ def _run(
     assert all(inputs.tokens.shape == first.tokens.shape for inputs in micro_batches), "stages exchange equal shapes"
 
     def forward_step(batches: Iterator[ModelInputs], chunk: BlockDiffusionTransformer) -> tuple[Tensor, Any]:
-        output = chunk(next(batches))
+        inputs = next(batches)
+        output = chunk(inputs)
         if isinstance(output, Tensor):
             return output, None
         total, nll = output
-        return total, lambda total: result(total, nll)
+        return total, lambda total: result(inputs, total, nll)
 
     results = get_forward_backward_func()(
         forward_step_func=forward_step,

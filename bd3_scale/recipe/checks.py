@@ -46,7 +46,7 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
     # Each problem once, however many block sizes have it.
     problems += dict.fromkeys(
         problem
-        for block_size in dict.fromkeys(recipe.diffusion.block_sizes)
+        for block_size in recipe.diffusion.block_sizes
         for problem in (
             *_sequence_problems(recipe, block_size),
             *_noise_problems(recipe, block_size),
@@ -240,6 +240,10 @@ def _noise_problems(recipe: Recipe, block: int) -> Iterator[str]:
 def _interval_problems(recipe: Recipe) -> Iterator[str]:
     diffusion = recipe.diffusion
     low, high = diffusion.mask_rate_low, diffusion.mask_rate_high
+    if diffusion.search_interval and not recipe.evaluation.every_steps:
+        yield "diffusion.search_interval searches at every evaluation, and evaluation.every_steps=0: set it"
+    if diffusion.search_interval and diffusion.objective == "score_entropy":
+        yield "diffusion.search_interval searches for the cross-entropy: leave it out with objective=score_entropy"
     if diffusion.noisy_copies > 1 and low == high == 1:
         yield (
             f"diffusion.noisy_copies={diffusion.noisy_copies} at mask rate 1 are equal, with every token masked: "
@@ -247,13 +251,13 @@ def _interval_problems(recipe: Recipe) -> Iterator[str]:
         )
     if low > high:
         yield (f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} are the wrong way round: swap them")
-    if (low, high) == (0, 1):
+    if (low, high) == (0, 1) and not diffusion.search_interval:
         return
     if diffusion.noise_schedule != "linear" or diffusion.noise_steps is not None:
         yield (
             f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} clip the linear schedule in continuous "
             f"time, and noise_schedule={diffusion.noise_schedule} with noise_steps={diffusion.noise_steps} is another: "
-            "leave the interval at 0 to 1, or noise_schedule and noise_steps out"
+            "leave the interval at 0 to 1 and search_interval out, or noise_schedule and noise_steps"
         )
 
 

@@ -89,12 +89,19 @@ class DiffusionRecipe(Section):
     block_size_schedule: Annotated[tuple[BlockSizePhase, ...], Field(strict=False)] = Field(
         (), description="block sizes of the steps before `block_size`, one after the other"
     )
-    objective: Literal["block_diffusion", "next_token"] = Field(
+    block_size_choices: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = Field(
+        (), description="each sequence draws its block size among these, in the steps of `block_size`, which evaluates"
+    )
+    objective: Literal["block_diffusion", "next_token", "score_entropy"] = Field(
         "block_diffusion",
-        description="next_token: plain AR, where a row predicts the token after it and no mask is seen",
+        description="next_token: plain AR, where a row predicts the token after it and no mask is seen; "
+        "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy",
     )
     mask_rate_low: Share = Field(0.0, description="beta, the lower end of the clipped mask-rate interval in training")
     mask_rate_high: Share = Field(1.0, description="omega, its upper end")
+    search_interval: bool = Field(
+        False, description="every evaluation searches the interval of least variance, and training follows"
+    )
     noise_schedule: Literal["linear", "cosine", "square", "square_root", "log"] = Field(
         "linear", description="mask rate p(t) of the noise level; a clipped interval belongs to linear"
     )
@@ -116,18 +123,19 @@ class DiffusionRecipe(Section):
     )
     mask_noise_steps: NonNegativeInt = Field(0, description="... over so many first steps")
 
-    def block_size_at(self, step: int) -> int:
-        """Block size of the optimiser step that follows `step` finished ones."""
+    def block_sizes_at(self, step: int) -> tuple[int, ...]:
+        """Block sizes of the optimiser step that follows `step` finished ones; each sequence takes one of them."""
         for phase in self.block_size_schedule:
             if step < phase.steps:
-                return phase.block_size
+                return (phase.block_size,)
             step -= phase.steps
-        return self.block_size
+        return self.block_size_choices or (self.block_size,)
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """Every block size of a training, in order."""
-        return (*(phase.block_size for phase in self.block_size_schedule), self.block_size)
+        """Every block size of a training and its evaluations, once."""
+        phases = (phase.block_size for phase in self.block_size_schedule)
+        return tuple(dict.fromkeys((*phases, *self.block_size_choices, self.block_size)))
 
     def mask_noise_at(self, step: int) -> float:
         """Standard deviation of the noise on mask embeddings in the step that follows `step` finished ones."""

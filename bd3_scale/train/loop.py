@@ -8,28 +8,23 @@ import os
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bd3_scale.attention.kernels.tiles import choices
-from bd3_scale.attention.spans import make_spans
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.store import remove_partial, save_checkpoint
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt, mask_noise, next_tokens, training_schedule
 from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
 from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.diffusion.nelbo import NelboEstimate
-from bd3_scale.diffusion.noise import draw_copies
-from bd3_scale.evaluate.nelbo import evaluate_nelbo
+from bd3_scale.diffusion.interval import LEAST_SEQUENCES, Interval
+from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.model.build import attention_backend, build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
-from bd3_scale.model.rows import ModelInputs
 from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
 from bd3_scale.parallel.engine import StepResult, TrainingEngine
@@ -41,6 +36,7 @@ from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.signals import StopRequest, ended_by_signals
+from bd3_scale.train.inputs import step_inputs
 from bd3_scale.train.learning_rate import learning_rate
 from bd3_scale.train.report import Report
 from bd3_scale.train.resume import Start, find_start
@@ -56,6 +52,8 @@ class Run:
     data_hash: str
     groups: ProcessGroups
     folder: Path
+    # Of each block size whose interval was searched; evaluations put it here.
+    intervals: dict[int, Interval]
 
     @property
     def checkpoints(self) -> Path:
@@ -80,7 +78,7 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
             groups = stack.enter_context(process_groups(recipe.parallel, agree=_agreed(recipe)))
         stop = stack.enter_context(StopRequest())
         data = load_manifest(recipe.data.path, recipe.data.remote)
-        run = Run(recipe, data, _hash(data), groups, recipe.run_path)
+        run = Run(recipe, data, _hash(data), groups, recipe.run_path, {})
         _check(run)
         backend = attention_backend(recipe, dtype=_dtype(recipe), device=local_device())
         on_rank_zero(lambda: _lock_run_directory(run, stack))
@@ -96,6 +94,7 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
         on_rank_zero(lambda: check_writable(run.checkpoints, size))
         if start is not None:
             start.load(engine.zero, layouts)
+            run.intervals.update(start.manifest.intervals if start.resumes else {})
         done = start.step if start else 0
         heartbeat.resumed(done)
         report = stack.enter_context(
@@ -111,6 +110,9 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
             step=done,
         )
         for step in range(done + 1, recipe.train.steps + 1):
+            # Before the next step and not after its own, so that a resumed run meets what a checkpoint came before of.
+            if _due(step - 1, recipe.evaluation.every_steps):
+                _evaluate(run, engine, step - 1, heartbeat, report)
             began = time.monotonic()
             result = _take_step(run, engine, next(stream), step)
             report.trained(step, result, time.monotonic() - began)
@@ -121,24 +123,35 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
                 with heartbeat.during("checkpoint"):
                     report.saved(step, _save(run, engine, layouts, step))
                 heartbeat.saved(step)
-            if data.validation is not None and (last or _due(step, recipe.evaluation.every_steps)):
-                with heartbeat.during("evaluation"):
-                    report.evaluated(step, _evaluate(run, engine))
             if stopping and not last:
                 report.stopped(step, stop.signal)
                 heartbeat.end("stopped")
                 return
+        if done < recipe.train.steps and data.validation is not None:
+            _evaluate(run, engine, recipe.train.steps, heartbeat, report)
         heartbeat.end("done")
 
 
 def _take_step(run: Run, engine: TrainingEngine, batch: Batch, step: int) -> StepResult:
     """Noise, forward, backward and update of optimiser step `step`, counted from 1."""
     recipe = run.recipe
-    micro_batches = [_corrupt(run, micro, step - 1) for micro in batch.split(recipe.train.micro_batch_size)]
+    micro_batches = [
+        step_inputs(
+            recipe,
+            micro,
+            step - 1,
+            intervals=run.intervals,
+            mask_id=run.data.vocabulary.mask_id,
+            device=local_device(),
+            context=(run.groups.cp.rank(), run.groups.cp.size()),
+        )
+        for micro in batch.split(recipe.train.micro_batch_size)
+    ]
     result = engine.step(
         micro_batches,
         tokens=recipe.train.global_batch_size * recipe.data.seq_len,
         lr=learning_rate(step - 1, recipe.train.steps, recipe.optimizer),
+        kinds=len(recipe.diffusion.block_sizes_at(step - 1)),
     )
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise FloatingPointError(
@@ -149,7 +162,7 @@ def _take_step(run: Run, engine: TrainingEngine, batch: Batch, step: int) -> Ste
 
 
 def _due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0
+    return bool(step and every) and step % every == 0
 
 
 def _agreed(recipe: Recipe) -> str:
@@ -192,6 +205,12 @@ def _check(run: Run) -> None:
             f"evaluation.every_steps is {recipe.evaluation.every_steps}, {recipe.data.path} has no held-out split: "
             "set it to 0, or prepare the data with --holdout"
         )
+    held_out = min(recipe.evaluation.sequences, data.validation.sequences if data.validation is not None else 0)
+    if recipe.diffusion.search_interval and held_out < LEAST_SEQUENCES:
+        raise ValueError(
+            f"diffusion.search_interval needs {LEAST_SEQUENCES} held-out sequences and has {held_out}: raise "
+            "evaluation.sequences, or prepare the data with a larger --holdout"
+        )
     seen = gather_objects(run.data_hash)
     different = [rank for rank, data_hash in enumerate(seen) if data_hash != seen[0]]
     if different:
@@ -225,33 +244,25 @@ def _checkpoint_bytes(layouts: list[ParameterLayout], engine: TrainingEngine) ->
     return 4 * sum(full.values()) * len(engine.zero.names)
 
 
-def _corrupt(run: Run, micro: Batch, step: int) -> ModelInputs:
-    """Noise of the optimiser step that follows `step` finished ones."""
+def _evaluate(run: Run, engine: TrainingEngine, step: int, heartbeat: Heartbeat, report: Report) -> None:
+    """NELBO of held-out sequences at every block size in use, with the averaged weights where an average is kept.
+
+    Where the recipe says so, the intervals follow what was found.
+    """
     diffusion = run.recipe.diffusion
-    placed: dict[str, Any] = {"device": local_device(), "context": (run.groups.cp.rank(), run.groups.cp.size())}
-    if diffusion.objective == "next_token":
-        return next_tokens(micro, **placed)
-    block_size = diffusion.block_size_at(step)
-    noises = draw_copies(
-        make_spans(micro.document_start, block_size)[1],
-        copies=diffusion.noisy_copies,
-        seed=run.recipe.seed,
-        epoch=micro.epoch,
-        sample_ids=micro.ids,
-        schedule=training_schedule(diffusion),
-        step=step,
-        slots=micro.slots,
-        global_batch_size=run.recipe.train.global_batch_size,
-    )
-    inputs = corrupt(micro, noises, block_size, mask_id=run.data.vocabulary.mask_id, **placed)
-    if std := diffusion.mask_noise_at(step):
-        noise = mask_noise(micro, std, copies=diffusion.noisy_copies, seed=run.recipe.seed, **placed)
-        inputs = replace(inputs, mask_noise=noise)
-    return inputs
+    with heartbeat.during("evaluation"), engine.zero.evaluation_weights():
+        found = [
+            _held_out(run, engine, block_size)
+            for block_size in dict.fromkeys((diffusion.block_size, *diffusion.block_sizes_at(step)))
+        ]
+    searches = [held_out.intervals() for held_out in found] if diffusion.search_interval else []
+    for search in searches:
+        current = run.intervals.get(search.block_size, (diffusion.mask_rate_low, diffusion.mask_rate_high))
+        run.intervals[search.block_size] = search.follow(current)
+    report.evaluated(step, found, searches, run.intervals)
 
 
-def _evaluate(run: Run, engine: TrainingEngine) -> NelboEstimate:
-    """NELBO of held-out sequences, with the averaged weights where an average is kept."""
+def _held_out(run: Run, engine: TrainingEngine, block_size: int) -> HeldOut:
     recipe = run.recipe
     batches = held_out_batches(
         recipe.data,
@@ -261,14 +272,13 @@ def _evaluate(run: Run, engine: TrainingEngine) -> NelboEstimate:
         dp_size=run.groups.dp.size(),
         sequences=recipe.evaluation.sequences,
     )
-    with engine.zero.evaluation_weights():
-        return evaluate_nelbo(
-            engine.chunks,
-            batches,
-            run.groups,
-            diffusion=recipe.diffusion,
-            draws=recipe.evaluation.draws,
-        )
+    return evaluate_nelbo(
+        engine.chunks,
+        batches,
+        run.groups,
+        diffusion=recipe.diffusion.model_copy(update={"block_size": block_size}),
+        draws=recipe.evaluation.draws,
+    )
 
 
 def _save(run: Run, engine: TrainingEngine, layouts: list[ParameterLayout], step: int) -> Path:
@@ -282,6 +292,7 @@ def _save(run: Run, engine: TrainingEngine, layouts: list[ParameterLayout], step
         world_size=dist.get_world_size(),
         states=engine.zero.names,
         attention_tiles=choices(),
+        intervals=run.intervals,
     )
     return save_checkpoint(
         run.checkpoints,

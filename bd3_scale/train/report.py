@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -10,11 +11,12 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from bd3_scale.diffusion.nelbo import NelboEstimate
+from bd3_scale.diffusion.interval import Interval, IntervalSearch
+from bd3_scale.evaluate.nelbo import HeldOut
 from bd3_scale.observe.flops import peak_flops
 from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.metrics import METRICS_FILE, MetricsWriter
-from bd3_scale.observe.plot import loss_curve
+from bd3_scale.observe.plot import interval_curve, loss_curve
 from bd3_scale.observe.progress import TrainingProgress
 from bd3_scale.parallel.engine import StepResult
 from bd3_scale.recipe.schema import Recipe
@@ -38,7 +40,7 @@ class Report:
                 MetricsWriter(
                     self._folder,
                     self._recipe.logging.wandb,
-                    after_step=self._start,
+                    after_step=None if self._start == self._recipe.train.steps else self._start,
                     name=self._recipe.name,
                     config=self._recipe.model_dump(mode="json"),
                 )
@@ -65,6 +67,8 @@ class Report:
         self._stack.__exit__(kind, error, trace)
         if self._metrics is not None and error is None and self._drawable:
             loss_curve(self._folder / METRICS_FILE, self._folder / "loss.png")
+            if self._recipe.diffusion.search_interval:
+                interval_curve(self._folder / METRICS_FILE, self._folder / "intervals.png")
 
     def trained(self, step: int, result: StepResult, seconds: float) -> None:
         """After an optimiser step that took `seconds`."""
@@ -75,6 +79,9 @@ class Report:
             self._drawable = True
             cuda = peak_cuda_bytes()
             more: dict[str, float] = {} if cuda is None else {"peak_cuda_bytes": cuda}
+            if len(sizes := self._recipe.diffusion.block_sizes_at(step - 1)) > 1:
+                losses = zip(sizes, result.losses, strict=True)
+                more |= {f"train_loss_block_{size}": loss for size, loss in losses if loss is not None}
             if self._peak is not None:
                 more["mfu"] = result.flops / seconds / self._peak / dist.get_world_size()
             self._metrics.write(
@@ -89,21 +96,44 @@ class Report:
             )
         self._progress.step(step, train_loss=result.loss, tokens_per_second=tokens / seconds)
 
-    def evaluated(self, step: int, estimate: NelboEstimate) -> None:
-        """After an evaluation on held-out sequences."""
+    def evaluated(
+        self,
+        step: int,
+        found: Sequence[HeldOut],
+        searches: Sequence[IntervalSearch],
+        intervals: Mapping[int, Interval],
+    ) -> None:
+        """After an evaluation on held-out sequences: at the recipe's block size, then at others that are in use.
+
+        intervals: what training goes on with, after `searches` of the same block sizes.
+        """
         if self._metrics is None or self._progress is None:
             return
+        estimate = found[0].nelbo
+        more: dict[str, float] = {}
+        if len(found) > 1:
+            more |= {f"nelbo_block_{held_out.block_size}": held_out.nelbo.nelbo for held_out in found}
+        for search in searches:
+            low, high = intervals[search.block_size]
+            now = next((i for i in search.found if (i.low, i.high) == (low, high)), search.best)
+            values = {"mask_rate_low": low, "mask_rate_high": high, "loss_variance": now.variance}
+            values |= {"loss_variance_unclipped": search.found[0].variance}
+            more |= {f"{key}_block_{search.block_size}": value for key, value in values.items()}
         self._metrics.write(
             step,
             nelbo=estimate.nelbo,
             nelbo_text_standard_error=estimate.text_standard_error,
             nelbo_noise_standard_error=estimate.noise_standard_error,
             perplexity=estimate.perplexity,
+            **more,
         )
         self._progress.evaluated(estimate.nelbo)
         self._say(
             f"step {step}: held-out NELBO {estimate.nelbo:.4f} nats a token, perplexity {estimate.perplexity:.2f}"
         )
+        for search in searches:
+            low, high = intervals[search.block_size]
+            self._say(f"step {step}: blocks of {search.block_size} go on with mask rates {low:.2f} to {high:.2f}")
 
     def saved(self, step: int, checkpoint: Path) -> None:
         """After a checkpoint."""

@@ -44,7 +44,7 @@ def noise_of(batch: Batch, seed: int) -> Noise:
     """Any masks and rates: of the noise, nothing else is used."""
     generator = torch.Generator().manual_seed(seed)
     rate = 0.1 + 0.9 * torch.rand(batch.tokens.shape, generator=generator)
-    return Noise(torch.rand(batch.tokens.shape, generator=generator) < 0.5, rate)
+    return Noise(torch.rand(batch.tokens.shape, generator=generator) < 0.5, rate, 1 / rate)
 
 
 def places_of(rank: int, size: int) -> list[int]:

@@ -68,6 +68,7 @@ CASES = {
     "mdlm": Case(QWEN, LENGTH, ALIGNED),
     "two-copies": Case(QWEN, 8, ALIGNED, copies=2),
     "next-token": Case(QWEN, 1, RAGGED, objective="next_token"),
+    "score-entropy": Case(WIDE, 8, ALIGNED, objective="score_entropy"),
     "mask-noise": Case(QWEN, 8, ALIGNED, copies=2, mask_noise_std=0.3),
     "complementary": Case(QWEN, 8, ALIGNED, copies=2, complementary=True),
 }
@@ -106,6 +107,7 @@ def _layouts() -> dict[str, Layout]:
         "one two-copies": Layout(1, "two-copies"),
         "one complementary": Layout(1, "complementary"),
         "one next-token": Layout(1, "next-token"),
+        "one score-entropy": Layout(1, "score-entropy"),
         "one mask-noise": Layout(1, "mask-noise"),
         "one recompute-full": Layout(1, "ragged", train=full),
         "one recompute-selective": Layout(1, "ragged", train=selective),
@@ -117,6 +119,7 @@ def _layouts() -> dict[str, Layout]:
         "tp2 sp two-copies": Layout(2, "two-copies", sp2, selective),
         "tp2 sp mask-noise": Layout(2, "mask-noise", sp2, core=True),
         "tp2 sp next-token": Layout(2, "next-token", sp2),
+        "tp2 sp score-entropy": Layout(2, "score-entropy", sp2, core=True),
         "pp2": Layout(2, "ragged", pp2),
         "pp2 vpp2 next-token": Layout(2, "next-token", vp2),
         "pp2 uneven": Layout(2, parallel={**pp2, "layers_per_chunk": [1, 3]}),

@@ -22,7 +22,7 @@ def three_steps(case: Case, initial: dict[str, torch.Tensor]) -> dict:
         if case.objective == "next_token":
             loss = plain_model.next_token_loss(weights, case.model, VOCABULARY, batch(case, step))
         else:
-            loss = plain_model.loss(weights, case.model, VOCABULARY, batch(case, step), case.block_size)
+            loss = plain_model.loss(weights, case.model, VOCABULARY, batch(case, step), case.block_size, case.objective)
         loss = loss / (BATCH * LENGTH)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(weights.values(), 0.5)))

@@ -47,7 +47,8 @@ def micro_batches(case: cases.Case, seed: int, groups, size: int = 1) -> list:
         if case.objective == "next_token":
             inputs.append(next_tokens(sequences, **placed))
             continue
-        noises = [Noise(batch["masked"][c, one], batch["mask_rate"][c, one]) for c in range(case.copies)]
+        rates = batch["mask_rate"][:, one]
+        noises = [Noise(batch["masked"][c, one], rates[c], 1 / rates[c]) for c in range(case.copies)]
         made = corrupt(sequences, noises, case.block_size, mask_id=cases.VOCABULARY.mask_id, **placed)
         if case.mask_noise_std:
             noise = mask_noise(sequences, case.mask_noise_std, copies=case.copies, seed=seed, **placed)

@@ -86,12 +86,24 @@ def hidden_states(weights, recipe, tokens, positions, mask, extra=0.0):
     return norm(x, weights, "decoder.final_layernorm.", recipe)
 
 
-def log_probs(weights, recipe, vocabulary, hidden):
+def logits(weights, recipe, vocabulary, hidden):
     head = weights["embedding.word_embeddings.weight" if recipe.tie_embeddings else "output_layer.weight"]
-    logits = hidden @ head.t() + (weights["output_layer.bias"] if recipe.head_bias else 0)
-    allowed = torch.arange(logits.shape[-1]) < vocabulary.size
+    found = hidden @ head.t() + (weights["output_layer.bias"] if recipe.head_bias else 0)
+    allowed = torch.arange(found.shape[-1]) < vocabulary.size
     allowed[vocabulary.mask_id] = False
-    return logits.masked_fill(~allowed, float("-inf")).log_softmax(-1)
+    return found.masked_fill(~allowed, float("-inf"))
+
+
+def log_probs(weights, recipe, vocabulary, hidden):
+    return logits(weights, recipe, vocabulary, hidden).log_softmax(-1)
+
+
+def token_loss(weights, recipe, vocabulary, hidden, targets, objective):
+    """−log p of each target, or its score entropy, whose scores are exponentials over the number of clean tokens."""
+    if objective == "score_entropy":
+        log_scores = logits(weights, recipe, vocabulary, hidden) - math.log(vocabulary.size - 1)
+        return log_scores.exp().sum(-1) - 1 - log_scores.gather(-1, targets[..., None])[..., 0]
+    return -log_probs(weights, recipe, vocabulary, hidden).gather(-1, targets[..., None])[..., 0]
 
 
 def next_token_loss(weights, recipe, vocabulary, batch):
@@ -99,12 +111,12 @@ def next_token_loss(weights, recipe, vocabulary, batch):
     mask = torch.stack([dense_mask(row.tolist(), 1) for row in batch["doc_ids"]])
     length = batch["clean"].shape[1]
     hidden = hidden_states(weights, recipe, batch["clean"], batch["positions"], mask[:, length:, length:])
-    picked = log_probs(weights, recipe, vocabulary, hidden[:, :-1]).gather(-1, batch["clean"][:, 1:, None])[..., 0]
-    return -picked[batch["doc_ids"][:, 1:] == batch["doc_ids"][:, :-1]].sum()
+    found = token_loss(weights, recipe, vocabulary, hidden[:, :-1], batch["clean"][:, 1:], "next_token")
+    return found[batch["doc_ids"][:, 1:] == batch["doc_ids"][:, :-1]].sum()
 
 
-def loss(weights, recipe, vocabulary, batch, block_size):
-    """Mean over noisy copies of the sum over masked tokens of −log p / mask rate.
+def loss(weights, recipe, vocabulary, batch, block_size, objective="block_diffusion"):
+    """Mean over noisy copies of the sum over masked tokens of −log p / mask rate, or of their score entropy.
 
     `batch` has clean, masked and mask_rate [copies, …], doc_ids, positions, and may have mask_noise [copies, B, L, X],
     which is added to the embeddings of masked tokens.
@@ -120,6 +132,6 @@ def loss(weights, recipe, vocabulary, batch, block_size):
         if "mask_noise" in batch:
             extra = F.pad(batch["mask_noise"][copy] * masked[..., None], (0, 0, 0, length))
         hidden = hidden_states(weights, recipe, tokens, positions, mask, extra)[:, :length]
-        picked = log_probs(weights, recipe, vocabulary, hidden).gather(-1, batch["clean"][..., None])[..., 0]
-        total = total - torch.where(masked, picked / rate, 0.0).sum()
+        found = token_loss(weights, recipe, vocabulary, hidden, batch["clean"], objective)
+        total = total + torch.where(masked, found / rate, 0.0).sum()
     return total / len(batch["masked"])

@@ -132,7 +132,7 @@ def test_its_weights_are_those_of_the_model_a_little_further(workplace: Path) ->
 
 def test_an_import_has_the_likelihood_that_transformers_gives(workplace: Path) -> None:
     """Document by document, the first token of each left out, as nothing predicts it."""
-    found = command(workplace, "evaluate", "whole/initial", "--data", "data", "--sequences", 6)
+    (found,) = command(workplace, "evaluate", "whole/initial", "--data", "data", "--sequences", 6)
     assert found["exact"]
     model = transformers_model("Qwen3", vocab_size=257, num_key_value_heads=2, **MODEL)
     total, count = 0.0, 0
@@ -178,9 +178,9 @@ def test_it_is_exported_inspected_and_measured(workplace: Path) -> None:
     assert config(workplace / "served")["block_size"] == 8
     assert json.loads((workplace / "served" / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
     assert command(workplace, "convert", "inspect", "whole", "--verify")["sound"]
-    evaluated = command(workplace, "evaluate", "whole", "--sequences", 8)
+    (evaluated,) = command(workplace, "evaluate", "whole", "--sequences", 8)
     command(workplace, "convert", "import", "served", "--out", "again")
-    again = command(workplace, "evaluate", "again", "--data", "data", "--sequences", 8)
+    (again,) = command(workplace, "evaluate", "again", "--data", "data", "--sequences", 8)
     assert again["nelbo"] == pytest.approx(evaluated["nelbo"], rel=1e-6)
     written = command(workplace, "generate", "again", "--prompt", "The", "--max-new-tokens", 9)
     assert written["nfe"] >= len(written["tokens"])

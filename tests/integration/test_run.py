@@ -18,6 +18,7 @@ import yaml
 
 BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 STEPS = 12
+SEARCH = ["evaluation.sequences=24", "evaluation.draws=2"]
 RECIPE = {
     "name": "tiny",
     "model": {
@@ -160,7 +161,7 @@ def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
             assert norm == pytest.approx(expected[step][1], rel=1e-4)
         assert sorted(losses(run)) == list(range(start + 1, STEPS + 1))
         assert nelbos(run)[STEPS] == pytest.approx(nelbos(workplace / "whole")[STEPS], rel=1e-5)
-    of_pipeline = json.loads(command(workplace, "evaluate", "pipeline", "--sequences", "8", "--json").stdout)
+    of_pipeline = json.loads(command(workplace, "evaluate", "pipeline", "--sequences", "8", "--json").stdout)[0]
     assert of_pipeline["step"] == STEPS
 
 
@@ -169,11 +170,14 @@ def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
     [
         ["diffusion.block_size=64", "data.isolate_documents=false", "train.precision=bf16", "model.qk_norm=false"],
         ["diffusion.block_size=1", "diffusion.mask_rate_low=1.0", "diffusion.mask_rate_high=1.0"],
+        ["diffusion.block_size_choices=[1,4,8]", "diffusion.search_interval=true", *SEARCH],
+        ["diffusion.objective=score_entropy", "diffusion.clip_masked_share=true"],
+        ["diffusion.noise_schedule=cosine", "diffusion.mask_rate_low=0.0", "diffusion.mask_rate_high=1.0"],
     ],
-    ids=["mdlm-bf16", "autoregressive"],
+    ids=["mdlm-bf16", "autoregressive", "searched", "sedd", "cosine"],
 )
-def test_the_ends_of_the_interpolation_on_data_parallel_ranks(workplace, overrides, tmp_path):
-    """MDLM and L'=1 through the same code, without a moving average, resumed bitwise on DP2."""
+def test_every_objective_resumes_bitwise_on_data_parallel_ranks(workplace, overrides, tmp_path):
+    """Through the same code, without a moving average, on DP2; an evaluation at the checkpoint's step is repeated."""
     common = ["optimizer.ema_decay=0.0", "parallel.tensor=1", "launch.processes=2", "train.steps=8"]
     runs = [tmp_path / name for name in ("first", "second")]
     train(workplace, runs[0], *common, *overrides)
@@ -183,6 +187,32 @@ def test_the_ends_of_the_interpolation_on_data_parallel_ranks(workplace, overrid
     assert second == {step: first[step] for step in (5, 6, 7, 8)}
     assert tensors(runs[0], 8) == tensors(runs[1], 8)
     assert nelbos(runs[0])[8] == nelbos(runs[1])[8] < 5.7
+    evaluated = [[r for r in records(run) if "nelbo" in r] for run in runs]
+    assert evaluated[0] == evaluated[1]
+    if "diffusion.search_interval=true" in overrides:
+        last = evaluated[0][-1]
+        assert {f"{key}_block_{n}" for key in ("nelbo", "mask_rate_low", "loss_variance") for n in (1, 4, 8)} < set(
+            last
+        )
+        assert (last["mask_rate_low_block_1"], last["mask_rate_high_block_1"]) == (1.0, 1.0)
+        manifest = json.loads((runs[1] / "checkpoints/step-00000008/manifest.json").read_text())
+        assert manifest["intervals"]["1"] == [1.0, 1.0]
+        assert (runs[1] / "intervals.png").read_bytes().startswith(b"\x89PNG")
+        check_search(workplace, runs[1])
+
+
+def check_search(workplace, run):
+    """What `evaluate --intervals` finds is the same on any number of ranks, and names text that is too short."""
+    options = ["evaluate", run, "--draws", "2", "--sequences", "24", "--intervals", "--json"]
+    alone = command(workplace, *options).stdout
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    both = subprocess.run([*torchrun, BD3_SCALE, *options], cwd=workplace, capture_output=True, text=True, timeout=200)
+    assert both.stdout == alone, both.stderr
+    intervals = json.loads(alone)[0]["intervals"]
+    assert len(intervals) == 36
+    assert min(i["variance"] for i in intervals) < intervals[0]["variance"] / 2
+    refused = command(workplace, *options[:4], "--sequences", "9", "--intervals", returncode=2)
+    assert "has 9 sequences and needs 16" in refused.stderr
 
 
 def test_the_attention_is_chosen_by_the_recipe_and_over_it_by_the_environment(workplace, monkeypatch):
@@ -208,7 +238,7 @@ def test_the_attention_is_chosen_by_the_recipe_and_over_it_by_the_environment(wo
 
 def test_evaluate_and_generate(workplace):
     options = ["--draws", "1", "--sequences", "8", "--json"]
-    found = json.loads(command(workplace, "evaluate", "whole", *options).stdout)
+    (found,) = json.loads(command(workplace, "evaluate", "whole", *options).stdout)
     assert found["nelbo"] == pytest.approx(nelbos(workplace / "whole")[12], rel=1e-5)
     checkpoint = workplace / "whole" / "checkpoints" / "step-00000012"
     prompt = ["--prompt", "The [MASK] é", "--max-new-tokens", "20", "--seed", "3", "--json"]

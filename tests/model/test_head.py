@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +27,7 @@ def build(groups):
         model, ParallelRecipe(), dtype=torch.float32, device=torch.device("cpu"), deterministic=True
     )
 
-    def make(*, bias=True, tied=False):
+    def make(*, bias=True, tied=False, score_entropy=False):
         layer = OutputLayer(
             HIDDEN,
             VOCABULARY.padded_size,
@@ -35,6 +37,7 @@ def build(groups):
             skip_weight_param_allocation=tied,
             tp_group=groups.tp,
             vocabulary=VOCABULARY,
+            score_entropy=score_entropy,
         )
         generator = torch.Generator().manual_seed(0)
         for parameter in layer.parameters():
@@ -150,3 +153,49 @@ def test_without_gradients_nothing_is_kept(monkeypatch, build):
     assert nll.grad_fn is None
     assert max(during.elements) == 1000 < layer.weight.numel() < hidden.numel()
     torch.testing.assert_close(total, layer(hidden, None, targets, weights)[0].detach())
+
+
+def test_score_entropy_is_that_of_the_paper(build, monkeypatch) -> None:
+    """SEDD's loss of absorbing noise as its definition says it, over ratios of probabilities, and its gradients.
+
+    Lou et al., ICML 2024, definition 3.1: the sum over y of w (s(y) - r log s(y) + K(r)), K(r) = r (log r - 1), where
+    r = p(y) / p(mask) given the clean token is ratio for it and 0 for others; w dt is sigma' dt.
+    """
+    monkeypatch.setattr(head, "PIECE_ELEMENTS", 3 * 384)
+    layer = build(score_entropy=True)
+    hidden, targets, _ = rows_of(10)
+    rate = torch.linspace(0.1, 0.95, 10)
+    sigma_slope, ratio = 1 / (1 - rate), (1 - rate) / rate  # of log-linear noise: sigma = -log(1 - t)
+    logits = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
+    allowed = [i for i in range(300) if i != 57]
+    scores = ratio[:, None] * logits[:, allowed].exp() / len(allowed)
+    at = torch.tensor([allowed.index(t) for t in targets.tolist()])
+    own = scores.gather(1, at[:, None])[:, 0]
+    expected = sigma_slope * (scores.sum(1) - ratio * own.log() + ratio * (ratio.log() - 1))
+    wanted = torch.autograd.grad(expected.sum(), [hidden, layer.weight, layer.bias])
+    total, each = layer(hidden, None, targets, sigma_slope * ratio)
+    found = torch.autograd.grad(total, [hidden, layer.weight, layer.bias])
+    torch.testing.assert_close(each * sigma_slope * ratio, expected.detach(), rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_score_entropy_is_least_at_the_probabilities(build) -> None:
+    """Over the distribution of targets it is least where scores are probabilities, and there it is their entropy."""
+    layer = build(score_entropy=True, bias=True)
+    layer.weight.data.zero_()
+    allowed = [i for i in range(300) if i != 57]
+    law = torch.rand(len(allowed), generator=torch.Generator().manual_seed(3)).double() + 0.01
+    law /= law.sum()
+    entropy = -(law * law.log()).sum().item()
+    targets, hidden = torch.tensor(allowed), torch.zeros(len(allowed), HIDDEN)
+
+    def expected(scores):
+        layer.bias.data[allowed] = (scores * len(allowed)).log().float()
+        return (layer(hidden, None, targets, torch.ones(len(allowed)))[1].double() * law).sum().item()
+
+    assert expected(law) == pytest.approx(entropy, rel=1e-5)
+    assert expected(law * 1.3) == pytest.approx(entropy + 0.3 - math.log(1.3), rel=1e-5)
+    assert expected(torch.full_like(law, 1 / len(law))) > entropy + 0.05
+    # The cross-entropy would not see the scale.
+    assert expected(law * 0.7) > entropy + 0.05

@@ -17,9 +17,13 @@ def test_every_step_has_the_block_size_of_its_phase(schedule: list[tuple[int, in
     diffusion = DiffusionRecipe.model_validate(
         {"block_size": last, "block_size_schedule": [{"block_size": b, "steps": n} for b, n in schedule]}
     )
-    expected = [size for size, steps in schedule for _ in range(steps)] + [last] * 3
-    assert [diffusion.block_size_at(step) for step in range(len(expected))] == expected
-    assert diffusion.block_sizes == (*(size for size, _ in schedule), last)
+    expected = [(size,) for size, steps in schedule for _ in range(steps)] + [(last,)] * 3
+    assert [diffusion.block_sizes_at(step) for step in range(len(expected))] == expected
+    assert set(diffusion.block_sizes) == {size for (size,) in expected}
+    several = diffusion.model_copy(update={"block_size_choices": (2, 64)})
+    assert [several.block_sizes_at(step) for step in range(len(expected))] == expected[:-3] + [(2, 64)] * 3
+    assert set(several.block_sizes) == {*diffusion.block_sizes, 2, 64}
+    assert len(set(several.block_sizes)) == len(several.block_sizes)
 
 
 def test_noise_on_the_mask_falls_to_zero() -> None:

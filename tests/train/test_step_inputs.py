@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -10,24 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import Manifest
 from bd3_scale.recipe.schema import Recipe
-from bd3_scale.recipe.vocabulary import Vocabulary
-from bd3_scale.train.loop import Run, _corrupt
+from bd3_scale.train.inputs import step_inputs
 
 LENGTH = 32
-DATA = Manifest(
-    vocabulary=Vocabulary(size=258, eos_id=256, mask_id=257),
-    tokenizer_hash="",
-    seq_len=LENGTH,
-    document_multiple=32,
-    holdout=0.0,
-    seed=1,
-    empty_documents=0,
-    sources=(),
-    train=None,
-    validation=None,
-)
+CPU = torch.device("cpu")
 BATCH = Batch(
     ids=torch.arange(2),
     slots=torch.arange(2),
@@ -40,18 +28,18 @@ BATCH = Batch(
 
 
 @pytest.fixture(scope="module")
-def inputs_of(groups):
-    def make(step: int, **diffusion: object):
+def inputs_of():
+    def make(step: int, intervals=MappingProxyType({}), **diffusion: object):
         recipe = Recipe.model_validate(
             {
                 "name": "r",
                 "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
                 "diffusion": {"block_size": 8} | diffusion,
                 "data": {"path": "d", "seq_len": LENGTH},
-                "train": {"steps": 20, "global_batch_size": 2, "micro_batch_size": 2},
+                "train": {"steps": 20, "global_batch_size": 600, "micro_batch_size": 2},
             }
         )
-        return _corrupt(Run(recipe, DATA, "", groups, Path()), BATCH, step)
+        return step_inputs(recipe, BATCH, step, intervals=intervals, mask_id=257, device=CPU, context=(0, 1))
 
     return make
 
@@ -83,3 +71,49 @@ def test_next_token_prediction_sees_no_mask(inputs_of) -> None:
     assert torch.equal(inputs.tokens, BATCH.tokens)
     assert inputs.num_noisy == 0
     assert inputs.targets.tolist() == [t for row in BATCH.tokens.tolist() for t in row[1:]]
+
+
+def many(sequences: int, first: int = 0) -> Batch:
+    """Copies of one sequence under other ids."""
+    ids = torch.arange(first, first + sequences)
+    return Batch(
+        ids=ids,
+        slots=torch.arange(sequences),
+        epoch=0,
+        tokens=BATCH.tokens[:1].expand(sequences, -1),
+        document_start=BATCH.document_start[:1].expand(sequences, -1),
+        positions=BATCH.positions[:1].expand(sequences, -1),
+        counted=BATCH.counted[:1].expand(sequences, -1),
+    )
+
+
+def test_each_sequence_draws_a_block_size_that_follows_it(monkeypatch, inputs_of) -> None:
+    """Equally often, and whatever micro-batch a sequence is in."""
+    sizes = (1, 8, LENGTH)
+    monkeypatch.setattr(sys.modules[__name__], "BATCH", many(600))
+    whole = inputs_of(0, block_size_choices=list(sizes))
+    drawn = (whole.spans[2] - whole.spans[1])[:, 0]
+    assert torch.equal(drawn, torch.tensor(sizes)[whole.kinds])
+    counts = torch.bincount(whole.kinds).tolist()
+    assert all(abs(count - 200) < 4 * (600 * 2 / 9) ** 0.5 for count in counts), counts
+    monkeypatch.setattr(sys.modules[__name__], "BATCH", many(7, first=100))
+    part = inputs_of(0, block_size_choices=list(sizes))
+    assert torch.equal(part.spans, whole.spans[:, 100:107])
+    rows = {"masked": part.tokens[:, :LENGTH] == 257, "expected": whole.tokens[100:107, :LENGTH] == 257}
+    several = part.kinds < 2  # levels of single blocks are stratified over the global batch
+    assert torch.equal(rows["masked"][several], rows["expected"][several])
+    assert part.num_streams == 2, "sequences that are one block keep clean rows beside the others"
+
+
+def test_each_block_size_has_the_interval_that_was_found_for_it(monkeypatch, inputs_of) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "BATCH", many(400))
+    found = {1: (0.9, 1.0), 8: (0.3, 0.4)}
+    inputs = inputs_of(0, intervals=found, block_size_choices=[1, 8, 16], mask_rate_low=0.5, mask_rate_high=0.6)
+    masked = (inputs.tokens[:, :LENGTH] == 257).float().mean(1)
+    rate = 1 / inputs.weights
+    of_row = inputs.kinds[inputs.head_rows % 400]
+    for kind, (low, high) in enumerate([(0.9, 1.0), (0.3, 0.4), (0.5, 0.6)]):
+        assert abs(masked[inputs.kinds == kind].mean() - (low + high) / 2) < 0.02
+        seen = rate[of_row == kind]
+        assert low - 1e-6 < seen.min() < low + 0.01
+        assert high - 0.01 < seen.max() < high + 1e-6

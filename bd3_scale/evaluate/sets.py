@@ -1,0 +1,109 @@
+"""Texts to measure perplexity on: the zero-shot sets of the literature by name, and files as they stand.
+
+A file is read as training data is: a `.txt` is one document, a `.jsonl` has one a line. Tokenised corpora are put back
+into plain text first, as MDLM and BD3-LM do (Sahoo et al., NeurIPS 2024; Arriola et al., ICLR 2025, section 6), since
+a model trained on text has never seen `@-@` or ` n't`; the rules are our own, regular and few.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bd3_scale.data.prepare import prepare
+from bd3_scale.data.sources import DocumentReader
+from bd3_scale.data.tokenizer import Tokenizer
+
+Rules = tuple[tuple[str, str], ...]
+
+_CONTRACTIONS: Rules = ((r" (n't|'(?:s|t|re|ve|ll|d|m))\b", r"\1"), (r"(?<=s) ' ", "' "))
+_PUNCTUATION: Rules = (
+    (r" ([.,:;!?%])(?=\s|$)", r"\1"),
+    (r"([(\[{]) ", r"\1"),
+    (r" ([)\]}])", r"\1"),
+    (r'" ([^"\n]*) "', r'"\1"'),
+    (r"' ([^'\n]*) '(?!\w)", r"'\1'"),
+    (r"([$£]) (?=\d)", r"\1"),
+)
+_WIKITEXT: Rules = (
+    (r" @([-,.])@ ", r"\1"),
+    *_CONTRACTIONS,
+    *_PUNCTUATION,
+    (r"(?<==) (?==)", ""),  # = = Heading = =
+)
+_PTB: Rules = (*_CONTRACTIONS, (r"\\/", "/"), (r"(?<!\S)N(?!\S)", "1"), (r"([$#]) (?=1)", r"\1"), (r"<unk>", "?"))
+_NEWS_CRAWL: Rules = ((r"\b(https?) : / / ", r"\1://"), (r" / ", "/"), *_CONTRACTIONS, *_PUNCTUATION)
+_QUOTES: Rules = ((r"[“”]|``|''", '"'), (r"[‘’]", "'"))
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """`title`: of the corpus and its source; `rules`: what turns its text into plain text, in order."""
+
+    title: str
+    rules: Rules = ()
+
+    def plain(self, text: str) -> str:
+        """The text as a person would have written it."""
+        for pattern, replacement in self.rules:
+            text = re.sub(pattern, replacement, text)
+        return text
+
+
+SETS = {
+    "ptb": TextSet("Penn Treebank (Marcus et al., 1993), lower case with <unk> and N", _PTB),
+    "wikitext2": TextSet("WikiText-2 (Merity et al., 2017)", _WIKITEXT),
+    "lm1b": TextSet("One Billion Words (Chelba et al., 2014)", _NEWS_CRAWL),
+    "lambada": TextSet("LAMBADA (Paperno et al., 2016)", _QUOTES),
+    "ag_news": TextSet("AG News (Zhang et al., 2015)"),
+    "pubmed": TextSet("PubMed articles (Cohan et al., 2018)", (*_WIKITEXT, *_NEWS_CRAWL)),
+    "arxiv": TextSet("arXiv articles (Cohan et al., 2018)", (*_WIKITEXT, *_NEWS_CRAWL)),
+}
+
+
+@dataclass(frozen=True)
+class NamedText:
+    """A text to measure: `name` of the set, or of the file without its suffix, and the `path` of its file or folder."""
+
+    name: str
+    path: Path
+
+    @classmethod
+    def parse(cls, argument: str) -> NamedText:
+        """From `NAME=PATH`, or `PATH` of text that is measured as it stands. ValueError: an unknown name."""
+        name, separator, path = argument.partition("=")
+        if not separator:
+            return cls(Path(argument).name.partition(".")[0], Path(argument))
+        if name not in SETS:
+            raise ValueError(
+                f"there is no set {name!r}: known are {', '.join(SETS)}; give the path alone to measure "
+                "text as it stands"
+            )
+        return cls(name, Path(path))
+
+    def documents(self) -> DocumentReader:
+        """FileNotFoundError, ValueError: see `DocumentReader`."""
+        return DocumentReader([self.path])
+
+    def prepare(self, folder: Path, tokenizer: Tokenizer, *, seq_len: int, block_sizes: Sequence[int]) -> None:
+        """Held-out data in the new folder `folder`, whose documents fill whole blocks of the largest of `block_sizes`.
+
+        ValueError: text that cannot be read, or shorter than such a block.
+        """
+        plain = folder.with_suffix(".jsonl")
+        rules = SETS.get(self.name, TextSet(self.name))
+        with plain.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": rules.plain(d.text)}) + "\n" for d in self.documents())
+        block_size = max(block_sizes)
+        manifest = prepare(
+            [plain], folder, tokenizer, seq_len, document_multiple=block_size, holdout=1.0, progress=False
+        )
+        assert manifest.validation is not None
+        if manifest.validation.counted_tokens < block_size:
+            raise ValueError(
+                f"{self.path} has {manifest.validation.counted_tokens} tokens, less than one block of {block_size}: "
+                "give more text, or take a model of smaller blocks"
+            )

@@ -1,0 +1,60 @@
+"""Evaluations as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from bd3_scale.evaluate.checkpoint import Evaluation
+
+
+def show_evaluations(found: Sequence[Evaluation]) -> None:
+    """One row each, beside the perplexity of the unigram model.
+
+    Then, where intervals were searched, the best of each and the whole of [0, 1].
+    """
+    first = found[0]
+    console = Console()
+    unigram = {result.text: f"{result.text} {result.unigram_perplexity:.2f}" for result in found}
+    table = Table(
+        title=f"{first.checkpoint}: nats a token, in sequences of {first.context}",
+        caption=f"Perplexity of the unigram model of the same tokens: {', '.join(unigram.values())}",
+        box=SIMPLE,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("text", overflow="fold")
+    for name in ("block", "perplexity", "nats", "± noise", "± text", "bits/byte", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in found:
+        table.add_row(
+            result.text,
+            str(result.block_size),
+            f"{'' if result.exact else '≤ '}{result.perplexity:.2f}",
+            f"{result.nelbo:.4f}",
+            *map(_number, (result.noise_standard_error, result.text_standard_error, result.bits_per_byte)),
+            f"{result.tokens:,}",
+        )
+    console.print(table)
+    for result in found:
+        if result.intervals is not None:
+            console.print(_intervals(result))
+
+
+def _intervals(result: Evaluation) -> Table:
+    assert result.intervals is not None
+    shown = sorted(result.intervals, key=lambda interval: interval.variance)
+    shown = shown[:8] + [interval for interval in shown[8:] if (interval.low, interval.high) == (0.0, 1.0)]
+    title = f"{result.text}, blocks of {result.block_size}"
+    table = Table("mask rates", "variance of a block's loss", "standard error", title=title)
+    for interval in shown:
+        rates = f"{interval.low:.2f} to {interval.high:.2f}"
+        table.add_row(rates, f"{interval.variance:.4f}", f"{interval.standard_error:.4f}")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
