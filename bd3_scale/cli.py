@@ -270,13 +270,10 @@ def evaluate(
     SET is ptb, wikitext2, lm1b, lambada, ag_news, pubmed or arxiv: a tokenised
     corpus that is put back into plain text, whose bytes are counted.
     """
-    import dataclasses
-    import json
-
     from bd3_scale.checkpoint.store import resolve_checkpoint
     from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
     from bd3_scale.evaluate.sets import NamedText
-    from bd3_scale.evaluate.tables import show_evaluations
+    from bd3_scale.evaluate.tables import as_json_text, show_evaluations
 
     texts = [NamedText.parse(argument) for argument in text or ()]
     with Bar("evaluating") as bar:
@@ -292,13 +289,13 @@ def evaluate(
         )
     if not _is_rank_zero():
         return
-    for name, count in {(result.text, result.trained_on) for result in found if result.text != "held-out"}:
+    for name, count in {(result.text, result.trained_on) for result in found if not result.own}:
         if count is None:
             typer.echo(f"{name}: no hashes of the training documents are at hand to tell an overlap by", err=True)
         elif count:
             typer.echo(f"warning: the training had {count} documents of {name}, too: it measures memory", err=True)
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(result) for result in found]))
+        typer.echo(as_json_text(found))
         return
     show_evaluations(found)
 
@@ -327,81 +324,95 @@ def harness(
         show_results(found)
 
 
-@app.command(epilog="Example: bd3-scale generate runs/quickstart --prompt 'def main(' --temperature 0.7")
+@app.command(epilog="Example: bd3-scale generate runs/quickstart --prompt 'def main(' --temperature 0.7 --watch")
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at the most; EOS ends the text before.")] = 128,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from, once or more.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="One a line, or a .jsonl with `prompt`.")] = None,
+    infill: Annotated[bool, typer.Option("--infill", help="Each [MASK] of a prompt is a gap of one token.")] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens at the most; EOS ends the text before. 0: only fill gaps.")
+    ] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.", show_default="all")] = None,
+    top_p: Annotated[float, typer.Option(help="Only the nucleus: the fewest tokens that make this share.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text, once or more.")] = None,
     min_entropy: Annotated[
         float | None,
         typer.Option(
             min=0,
             help="Stop where the last 256 tokens have fewer nats.",
-            show_default="4, and 0 for vocabularies of bytes",
+            show_default="4; for bytes 0.75 of the held-out median",
         ),
     ] = None,
     unmasking: Annotated[
-        Literal["first-hitting", "static", "dynamic"],
-        typer.Option(help="One token a pass at random, the most confident ones, or also all above a threshold."),
+        Literal["first-hitting", "ancestral", "static", "dynamic", "entropy"],
+        typer.Option(
+            help="What a pass unmasks: one token; each by chance; the most confident; also all above a threshold; "
+            "the surest up to a sum of entropies."
+        ),
     ] = "first-hitting",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Static, dynamic: passes a block.", show_default="one a token")
+        int | None, typer.Option(min=1, help="Ancestral, static, dynamic: passes a block.", show_default="one a token")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Dynamic: take every token more probable than this.", show_default="0.9")
+        float | None,
+        typer.Option(help="Dynamic: a probability; entropy: nats.", show_default="0.9; 0.1"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
-    as_json: AsJson = False,
+    seed: Annotated[int, typer.Option(min=0, help="Text i depends on seed + i and its prompt alone.")] = 0,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the text as it loses its masks.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> None:
-    """Generate text block by block."""
+    """Generate text block by block.
+
+    Where a text grows beyond the sequences of the training, a block sees the
+    last of them: a sliding window, told with the result.
+    """
     import dataclasses
     import json
-    import time
 
-    from bd3_scale.checkpoint.manifest import TOKENIZER, read_manifest
-    from bd3_scale.checkpoint.model import open_model
     from bd3_scale.checkpoint.store import resolve_checkpoint
-    from bd3_scale.data.tokenizer import load_tokenizer
-    from bd3_scale.generate.sampler import generate as sample
+    from bd3_scale.evaluate.writing import read_prompts, write_texts
+    from bd3_scale.observe.denoising import DenoisingView
 
-    folder = resolve_checkpoint(checkpoint)
-    if read_manifest(folder).recipe.diffusion.objective == "next_token":
-        raise ValueError(
-            f"{folder} predicts the next token, and generation here is block diffusion: adapt it with `bd3-scale "
-            "adapt`, or write it for transformers with `bd3-scale convert export`"
+    prompts = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])] or [""]
+    with Bar("generating") as bar, DenoisingView(watch and _is_rank_zero()) as view:
+        written = list(
+            write_texts(
+                resolve_checkpoint(checkpoint),
+                prompts,
+                infill=infill,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                stop=stop or (),
+                min_entropy=min_entropy,
+                unmasking=unmasking,
+                steps=steps,
+                threshold=threshold,
+                seed=seed,
+                progress=bar.show,
+                watch=view.show if watch else None,
+            )
         )
-    tokenizer = load_tokenizer(folder / TOKENIZER)
-    ids = tokenizer.encode(prompt)
-    with Bar("generating") as bar, open_model(folder) as (model, manifest, _):
-        began = time.monotonic()
-        result = sample(
-            model,
-            ids,
-            block_size=manifest.recipe.diffusion.block_size,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            min_entropy=min_entropy,
-            unmasking=unmasking,
-            steps=steps,
-            threshold=threshold,
-            seed=seed,
-            progress=bar.show,
-        )
-        seconds = time.monotonic() - began
     if not _is_rank_zero():
         return
-    text = tokenizer.decode(result.tokens)
     if as_json:
-        typer.echo(json.dumps({"prompt": prompt, "text": text, "seconds": seconds} | dataclasses.asdict(result)))
+        for text in written:
+            typer.echo(json.dumps(dataclasses.asdict(text)))
         return
     console = Console(highlight=False)
-    console.print(Text(prompt, style="bold"), Text(text), sep="")
-    console.print(
-        f"{len(result.tokens)} tokens, {len(result.tokens) / seconds:.0f} tokens/s, {result.nfe} denoising and "
-        f"{result.cache_passes} cache passes, ended by {result.stopped_by}",
-        style="dim",
-    )
+    for text in written:
+        console.print(Text("" if infill else text.prompt, style="bold"), Text(text.text), sep="")
+        window = f"; a block sees {text.window} tokens" if text.window else ""
+        console.print(
+            f"{len(text.tokens)} tokens, {text.nfe} denoising and {text.cache_passes} cache passes, ended by "
+            f"{text.stopped_by}{window}",
+            style="dim",
+        )
+    tokens, seconds = sum(len(text.tokens) for text in written), {text.seconds for text in written}
+    console.print(f"{tokens / sum(seconds):.0f} tokens/s", style="dim")
 
 
 @app.command(epilog="Example: bd3-scale doctor --json")

@@ -96,7 +96,7 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
 
 
 def compare(checkpoint: Path, draws: int) -> list[Variances]:
-    """Every interval of the search's grid but those that mask nothing of a block of one token."""
+    """Every interval of the search's grid."""
     with open_model(resolve_checkpoint(checkpoint)) as (model, manifest, _):
         recipe = manifest.recipe
         if not isinstance(recipe, Recipe) or recipe.diffusion.objective != "block_diffusion":

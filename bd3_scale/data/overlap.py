@@ -1,4 +1,4 @@
-"""Whether a model was trained on a document: the hashes of all training documents lie beside the prepared data."""
+"""Whether a model was trained on a document: the hashes of all documents lie beside the prepared data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-HASHES_FILE = "documents.u64"
+from bd3_scale.data.manifest import SplitName
 
 
 def document_hash(text: str) -> int:
@@ -17,18 +17,27 @@ def document_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
 
 
-def write_hashes(folder: Path, hashes: Iterable[int]) -> None:
-    """The sorted hashes of training documents, uint64 little-endian, eight bytes a document."""
-    np.unique(np.fromiter(hashes, dtype="<u8")).tofile(folder / HASHES_FILE)
+def hashes_file(split: SplitName) -> str:
+    """Name of the file in the folder of prepared data."""
+    return f"{split}-documents.u64"
 
 
-def read_hashes(folder: Path) -> NDArray[np.uint64] | None:
+def write_hashes(folder: Path, split: SplitName, hashes: Iterable[int]) -> None:
+    """The sorted hashes of a split's documents, uint64 little-endian, eight bytes a document."""
+    np.unique(np.fromiter(hashes, dtype="<u8")).tofile(folder / hashes_file(split))
+
+
+def read_hashes(folder: Path, split: SplitName) -> NDArray[np.uint64] | None:
     """None: data prepared elsewhere, or before hashes were kept."""
-    path = folder / HASHES_FILE
+    path = folder / hashes_file(split)
     return np.fromfile(path, dtype="<u8") if path.is_file() else None
 
 
-def count_known(known: NDArray[np.uint64], texts: Iterable[str]) -> int:
-    """How many of `texts` are among the documents whose hashes are `known`."""
-    found = np.fromiter((document_hash(text) for text in texts), dtype="<u8")
+def count_known(known: NDArray[np.uint64], found: NDArray[np.uint64]) -> int:
+    """How many of the documents of hashes `found` are among those of hashes `known`."""
     return int(np.isin(found, known).sum())
+
+
+def hashes_of(texts: Iterable[str]) -> NDArray[np.uint64]:
+    """Of each text."""
+    return np.fromiter((document_hash(text) for text in texts), dtype="<u8")

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def prepare(
     progress: bool = True,
 ) -> Manifest:
     """Tokenise the documents of `sources` into the new folder `out`: the MDS shards of `train/` and `validation/`, the
-    tokeniser, the hashes of training documents and the manifest.
+    tokeniser, the hashes of documents and the manifest.
 
     A sample holds `tokens` [seq_len] (uint16; uint32 for a vocabulary above 65,536), `document_lengths` and
     `counted_lengths` (int32, see `PackedSequence`). Documents keep their order: training shuffles the sequences. The
@@ -64,7 +64,7 @@ def prepare(
         shares[DocumentReader(validation)] = 1.0
     with new_folder(Path(out)) as folder:
         writers: dict[SplitName, _SplitWriter] = {}
-        hashes = array("Q")
+        hashes: dict[SplitName, array[int]] = defaultdict(lambda: array("Q"))
         if min(shares.values()) < 1:
             writers["train"] = _SplitWriter(folder / "train", tokenizer.vocabulary, seq_len, document_multiple)
         if max(shares.values()) > 0:
@@ -77,12 +77,12 @@ def prepare(
                 for documents, position in _encoded_chunks(reader, _Encoder(tokenizer, share, seed), workers):
                     for document in documents:
                         writers[document.split].add(document)
-                        if document.split == "train":
-                            hashes.append(document.hash)
+                        hashes[document.split].append(document.hash)
                     bar.update(task, completed=position)
         _check_documents(writers, shares)
         tokenizer.save(folder)
-        write_hashes(folder, hashes)
+        for split in writers:
+            write_hashes(folder, split, hashes[split])
         files = [file for reader in shares for file in reader.files]
         manifest = Manifest(
             vocabulary=tokenizer.vocabulary,

@@ -76,26 +76,31 @@ class IntervalSearch:
         if at is None and current in candidates(self.block_size):
             return current
         if at is not None and math.isfinite(self.found[at].variance):
-            gain = np.log(self._folds[at] / self._folds[best])
-            if gain.mean() <= HYSTERESIS * gain.std(ddof=1) / math.sqrt(FOLDS):
+            with np.errstate(invalid="ignore", divide="ignore"):
+                gain = np.log(self._folds[at] / self._folds[best])
+                # An unbiased variance of little text may be below 0, and tells nothing then.
+                clear = gain.mean() > HYSTERESIS * gain.std(ddof=1) / math.sqrt(FOLDS)
+            if not clear:
                 return current
         return self.best.low, self.best.high
 
 
-def block_moments(block_nll: Tensor, block_rate: Tensor, block_size: int) -> Tensor:
+def block_moments(block_nll: Tensor, block_rate: Tensor, block_size: int, counted: Tensor | None = None) -> Tensor:
     """float64 [intervals, sequences, 3]: number, sum of X and sum of X² of the blocks inside each candidate.
 
     block_nll: float64 [draws, sequences, blocks], nats of the masked tokens of a block; block_rate: the rate with which
-    it was masked, of the same shape. At block size 1 all rates are 1: a token's nll m/p under any interval has the
+    it was masked, of the same shape; counted: bool [sequences, blocks], those that hold text (default: all). At block
+    size 1 all rates are 1: a token's nll m/p under any interval has the
     mean nll and the mean square nll² E[1/p], which is exact.
     """
+    text = torch.ones_like(block_nll) if counted is None else counted.double().expand_as(block_nll)
     moments = []
     for low, high in candidates(block_size):
         if block_size == 1:
-            inside, loss = torch.ones_like(block_nll), block_nll
-            square = loss.square() * _mean_reciprocal(low, high)
+            inside, loss = text, block_nll * text
+            square = torch.where(loss > 0, loss.square() * _mean_reciprocal(low, high), 0.0)
         else:
-            inside = ((block_rate >= low) & (block_rate <= high) & (block_rate > 0)).double()
+            inside = ((block_rate >= low) & (block_rate <= high) & (block_rate > 0)).double() * text
             loss = torch.where(inside > 0, block_nll / (block_rate.double() * block_size), 0.0)
             square = loss.square()
         moments.append(torch.stack([part.sum((0, 2)) for part in (inside, loss, square)], 1))

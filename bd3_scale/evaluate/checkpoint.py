@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
-from bd3_scale.data.overlap import count_known, read_hashes
+from bd3_scale.data.overlap import count_known, hashes_of, read_hashes
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.diffusion.interval import IntervalVariance
+from bd3_scale.diffusion.interval import LEAST_SEQUENCES, IntervalVariance
 from bd3_scale.evaluate.nelbo import counted_tokens, evaluate_nelbo, is_exact
 from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.evaluate.unigram import unigram_perplexity
@@ -39,7 +42,8 @@ class Evaluation:
 
     text: `held-out`, or the name of another text. context: tokens of a sequence, which begins without any before it.
     bits_per_byte: None where only a part of the text was measured, or not its documents' first tokens.
-    trained_on: how many documents of another text the training had, too; None where nothing tells.
+    trained_on: how many of its documents the training had, too; None where nothing tells, and of the run's own split.
+    own: it is the held-out split of the run's own data.
     intervals: the loss's variance under every clipped interval, where it was asked for.
     """
 
@@ -58,6 +62,7 @@ class Evaluation:
     perplexity: float
     bits_per_byte: float | None
     unigram_perplexity: float
+    own: bool
     trained_on: int | None = None
     intervals: tuple[IntervalVariance, ...] | None = None
 
@@ -69,6 +74,7 @@ class _Measured:
     name: str
     recipe: DataRecipe
     data: Manifest
+    own: bool = False
     trained_on: int | None = None
 
 
@@ -107,16 +113,23 @@ def evaluate_checkpoint(
             manifest.recipe.diffusion.model_copy(update={"block_size": size})
             for size in block_sizes or (manifest.recipe.diffusion.block_size,)
         ]
+        for diffusion in sizes:
+            if diffusion.objective == "next_token" and (diffusion.block_size != 1 or intervals):
+                raise ValueError(
+                    "a next-token model has neither blocks nor mask rates: leave --block-size and --intervals"
+                )
         if texts:
             measured = _prepared(checkpoint, manifest, texts, [diffusion.block_size for diffusion in sizes], stack)
         else:
             measured = [_held_out(checkpoint, manifest, data_path)]
         for diffusion in sizes:
-            if diffusion.objective == "next_token" and diffusion.block_size != 1:
-                raise ValueError(f"a next-token model has no blocks of {diffusion.block_size}: leave --block-size out")
             for text in measured:
                 check_block_size(diffusion.block_size, text.recipe, text.data.document_multiple)
         counts = [min(sequences or _sequences(text), _sequences(text)) for text in measured]
+        if intervals and min(counts) < LEAST_SEQUENCES:
+            raise ValueError(
+                f"the interval search has {min(counts)} sequences and needs {LEAST_SEQUENCES}: take more held-out text"
+            )
         whole, finished = sum(-(-count // groups.dp.size()) for count in counts) * len(sizes), 0
 
         def advance(count: int) -> None:
@@ -179,6 +192,7 @@ def _evaluate(
         perplexity=estimate.perplexity,
         bits_per_byte=bits_per_byte,
         unigram_perplexity=unigram,
+        own=text.own,
         trained_on=text.trained_on,
         intervals=held_out.intervals().found if intervals else None,
     )
@@ -195,7 +209,16 @@ def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | N
     check_tokenizer(data, load_tokenizer(checkpoint / TOKENIZER))
     if data.validation is None:
         raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")
-    return _Measured("held-out", recipe, data)
+    own = isinstance(manifest.recipe, Recipe) and recipe.path == manifest.recipe.data.path
+    found = None if own else read_hashes(Path(recipe.path), "validation")
+    known = _trained_hashes(manifest)
+    trained_on = None if known is None or found is None else count_known(known, found)
+    return _Measured("held-out", recipe, data, own, trained_on)
+
+
+def _trained_hashes(manifest: CheckpointManifest) -> NDArray[np.uint64] | None:
+    trained = manifest.recipe if isinstance(manifest.recipe, Recipe) else None
+    return None if trained is None else read_hashes(Path(trained.data.path), "train")
 
 
 def _prepared(
@@ -206,9 +229,22 @@ def _prepared(
     stack: ExitStack,
 ) -> list[_Measured]:
     """The texts in a temporary folder, made by rank 0."""
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
+        raise ValueError(
+            "--text prepares its text on one machine: start all processes on one, or prepare it for --data"
+        )
     trained = manifest.recipe if isinstance(manifest.recipe, Recipe) else None
     seq_len = min(manifest.recipe.max_position_embeddings, LONGEST_CONTEXT) if trained is None else trained.data.seq_len
-    known = None if trained is None else read_hashes(Path(trained.data.path))
+    isolate = trained is None or trained.data.isolate_documents
+    multiple = math.lcm(*block_sizes) if isolate else 1
+    for block_size in block_sizes:
+        check_block_size(block_size, DataRecipe(path="", seq_len=seq_len), block_size)
+    if seq_len % multiple:
+        raise ValueError(
+            f"no padding of documents suits blocks of {block_sizes} tokens at once: measure them one by one"
+        )
+    names = [text.name for text in texts]
+    known = _trained_hashes(manifest)
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
 
     def prepare() -> list[tuple[str, int | None]]:
@@ -216,13 +252,19 @@ def _prepared(
         found = []
         for number, text in enumerate(texts):
             out = folder / str(number)
-            text.prepare(out, tokenizer, seq_len=seq_len, block_sizes=block_sizes)
-            documents = (document.text for document in text.documents())
+            data = text.prepare(out, tokenizer, seq_len=seq_len, document_multiple=multiple)
+            text.check_length(data, max(block_sizes))
+            documents = hashes_of(document.text for document in text.documents())
             found.append((str(out), None if known is None else count_known(known, documents)))
         return found
 
     return [
-        _Measured(text.name, DataRecipe(path=path, seq_len=seq_len), load_manifest(path), trained_on)
+        _Measured(
+            text.name if names.count(text.name) == 1 else str(text.path),
+            DataRecipe(path=path, seq_len=seq_len, isolate_documents=isolate),
+            load_manifest(path),
+            trained_on=trained_on,
+        )
         for text, (path, trained_on) in zip(texts, on_rank_zero(prepare), strict=True)
     ]
 

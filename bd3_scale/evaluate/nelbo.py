@@ -71,9 +71,11 @@ def evaluate_nelbo(
         batch = counted_tokens(batch, diffusion)
         if blocks:
             noises = [_draw(batch, diffusion.block_size, draw, draws) for draw in range(draws)]
+            # What pads a document tells nothing of its end: it is masked always, and does not count.
+            noises = [replace(noise, masked=noise.masked | ~batch.counted) for noise in noises]
             nll = masked_nll(chunks, batch, noises, groups, diffusion.block_size)
             sums.append(torch.stack([sequence_nelbo(*one, batch.counted) for one in zip(nll, noises, strict=True)]))
-            moments.append(_moments(nll, noises, diffusion.block_size)[:, real])
+            moments.append(_moments(nll, noises, batch.counted, diffusion.block_size)[:, real])
         else:
             sums.append((_next_token_nll(chunks, batch, groups) * batch.counted).sum(2))
         sums[-1] = sums[-1][:, real]
@@ -87,9 +89,11 @@ def evaluate_nelbo(
     return HeldOut(estimate, diffusion.block_size, torch.cat(everywhere, 1)[:, order] if everywhere else None)
 
 
-def _moments(nll: Tensor, noises: list[Noise], block_size: int) -> Tensor:
-    rates = torch.stack([noise.mask_rate for noise in noises])
-    return block_moments(nll.unflatten(2, (-1, block_size)).sum(3), rates[:, :, ::block_size], block_size)
+def _moments(nll: Tensor, noises: list[Noise], counted: Tensor, block_size: int) -> Tensor:
+    """Of the blocks that hold text; what pads a document is not searched for."""
+    rates = torch.stack([noise.mask_rate for noise in noises])[:, :, ::block_size]
+    blocks = (nll * counted).unflatten(2, (-1, block_size)).sum(3)
+    return block_moments(blocks, rates, block_size, counted.unflatten(1, (-1, block_size)).any(2))
 
 
 def is_exact(diffusion: DiffusionRecipe) -> bool:

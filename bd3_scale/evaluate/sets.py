@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bd3_scale.data.manifest import Manifest
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.tokenizer import Tokenizer
 
 Rules = tuple[tuple[str, str], ...]
 
-_CONTRACTIONS: Rules = ((r" (n't|'(?:s|t|re|ve|ll|d|m))\b", r"\1"), (r"(?<=s) ' ", "' "))
+_CONTRACTIONS: Rules = ((r" (n't|'(?:s|t|re|ve|ll|d|m))\b", r"\1"),)
 _PUNCTUATION: Rules = (
     (r" ([.,:;!?%])(?=\s|$)", r"\1"),
     (r"([(\[{]) ", r"\1"),
@@ -34,7 +34,15 @@ _WIKITEXT: Rules = (
     *_PUNCTUATION,
     (r"(?<==) (?==)", ""),  # = = Heading = =
 )
-_PTB: Rules = (*_CONTRACTIONS, (r"\\/", "/"), (r"(?<!\S)N(?!\S)", "1"), (r"([$#]) (?=1)", r"\1"), (r"<unk>", "?"))
+# Single quotes are possessives there, elsewhere they may open a quotation.
+_PTB: Rules = (
+    *_CONTRACTIONS,
+    (r"(?<=s) ' ", "' "),
+    (r"\\/", "/"),
+    (r"(?<!\S)N(?!\S)", "1"),
+    (r"([$#]) (?=1)", r"\1"),
+    (r"<unk>", "?"),
+)
 _NEWS_CRAWL: Rules = ((r"\b(https?) : / / ", r"\1://"), (r" / ", "/"), *_CONTRACTIONS, *_PUNCTUATION)
 _QUOTES: Rules = ((r"[“”]|``|''", '"'), (r"[‘’]", "'"))
 
@@ -66,41 +74,43 @@ SETS = {
 
 @dataclass(frozen=True)
 class NamedText:
-    """A text to measure: `name` of the set, or of the file without its suffix, and the `path` of its file or folder."""
+    """A text to measure: its `path`, the `name` that results bear, and the `rules` that make plain text of it."""
 
     name: str
     path: Path
+    rules: TextSet
 
     @classmethod
     def parse(cls, argument: str) -> NamedText:
         """From `NAME=PATH`, or `PATH` of text that is measured as it stands. ValueError: an unknown name."""
         name, separator, path = argument.partition("=")
-        if not separator:
-            return cls(Path(argument).name.partition(".")[0], Path(argument))
+        if not separator or Path(argument).exists():
+            return cls(Path(argument).name.partition(".")[0], Path(argument), TextSet("as it stands"))
         if name not in SETS:
             raise ValueError(
                 f"there is no set {name!r}: known are {', '.join(SETS)}; give the path alone to measure "
                 "text as it stands"
             )
-        return cls(name, Path(path))
+        return cls(name, Path(path), SETS[name])
 
     def documents(self) -> DocumentReader:
         """FileNotFoundError, ValueError: see `DocumentReader`."""
         return DocumentReader([self.path])
 
-    def prepare(self, folder: Path, tokenizer: Tokenizer, *, seq_len: int, block_sizes: Sequence[int]) -> None:
-        """Held-out data in the new folder `folder`, whose documents fill whole blocks of the largest of `block_sizes`.
+    def prepare(self, folder: Path, tokenizer: Tokenizer, *, seq_len: int, document_multiple: int) -> Manifest:
+        """Held-out data in the new folder `folder`, with documents padded to whole blocks of `document_multiple`.
 
         ValueError: text that cannot be read, or shorter than such a block.
         """
         plain = folder.with_suffix(".jsonl")
-        rules = SETS.get(self.name, TextSet(self.name))
         with plain.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": rules.plain(d.text)}) + "\n" for d in self.documents())
-        block_size = max(block_sizes)
-        manifest = prepare(
-            [plain], folder, tokenizer, seq_len, document_multiple=block_size, holdout=1.0, progress=False
+            file.writelines(json.dumps({"text": self.rules.plain(d.text)}) + "\n" for d in self.documents())
+        return prepare(
+            [plain], folder, tokenizer, seq_len, document_multiple=document_multiple, holdout=1.0, progress=False
         )
+
+    def check_length(self, manifest: Manifest, block_size: int) -> None:
+        """ValueError: what was prepared is shorter than a block."""
         assert manifest.validation is not None
         if manifest.validation.counted_tokens < block_size:
             raise ValueError(

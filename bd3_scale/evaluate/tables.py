@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -42,6 +46,19 @@ def show_evaluations(found: Sequence[Evaluation]) -> None:
     for result in found:
         if result.intervals is not None:
             console.print(_intervals(result))
+
+
+def as_json_text(found: Sequence[Evaluation]) -> str:
+    """A list of objects; what is not finite, which JSON cannot say, is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps([finite(asdict(result)) for result in found])
 
 
 def _intervals(result: Evaluation) -> Table:

@@ -1,15 +1,16 @@
 """Block by block with a KV cache of the clean prefix; inside a block, by one of the rules of `unmasking`.
 
-Blocks are aligned to position 0 including the prompt, whose tail is clean tokens of the first generated block.
+Blocks are aligned to position 0 including the prompt, whose tail is clean tokens of the first generated block. Texts of
+a batch are at blocks of their own: a pass denoises some and puts the finished blocks of others into the cache.
 
-Shapes: B samples, L' tokens a block, M of them, V vocabulary entries.
+Shapes: B texts, L' tokens a block, M masked tokens, V vocabulary entries.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3_scale.attention.spans import make_spans
+from bd3_scale.generate.draw import Drawing
 from bd3_scale.generate.unmasking import Rule, Unmasking
 from bd3_scale.model.kv_cache import KVCache
 from bd3_scale.model.transformer import BlockDiffusionTransformer
@@ -24,151 +26,268 @@ from bd3_scale.model.transformer import BlockDiffusionTransformer
 ENTROPY_WINDOW = 256
 SUBWORD_ENTROPY = 4.0
 SMALLEST_SUBWORD_VOCABULARY = 1024
+_ORDER, _TOKENS, _CHANCE = range(3)  # last words of the random counters
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`tokens`: generated ids, without the prompt and without EOS; `nfe`: denoising passes; `cache_passes`: apart
-    from them.
+    """`tokens`: generated ids, without the prompt and without EOS; `prompt`: with its gaps filled; `nfe`: denoising
+    passes; `cache_passes`: apart from them.
     """
 
     tokens: list[int]
+    prompt: list[int]
     stopped_by: str
     nfe: int
     cache_passes: int
 
 
+@dataclass
+class _Text:
+    """A text that grows. tokens: of whole blocks, and at the end of the prompt before them; block: [L'], with masks."""
+
+    index: int
+    prompt: list[int]
+    seed: int
+    tokens: list[int]
+    step: int = 0
+    nfe: int = 0
+    cache_passes: int = 0
+    block: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def uniforms(self, purpose: int, count: int) -> NDArray[np.float64]:
+        """float64 [count] in [0, 1) of this block, and but for the order of its places of this step."""
+        step = 0 if purpose == _ORDER else self.step
+        counter = np.array([0, step, len(self.tokens), purpose], dtype=np.uint64)
+        bits = np.random.Philox(key=np.array([self.seed, 0], dtype=np.uint64), counter=counter).random_raw(count)
+        return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def generate(model: BlockDiffusionTransformer, prompt: list[int], *, seed: int = 0, **how: Any) -> Sample:
+    """Continue one prompt; see `generate_batch`."""
+    return generate_batch(model, [prompt], seeds=[seed], **how)[0]
+
+
 @torch.no_grad()
-def generate(
+def generate_batch(
     model: BlockDiffusionTransformer,
-    prompt: list[int],
+    prompts: Sequence[list[int]],
     *,
+    seeds: Sequence[int],
     block_size: int,
     max_new_tokens: int,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     min_entropy: float | None = None,
     unmasking: Rule = "first-hitting",
     steps: int | None = None,
     threshold: float | None = None,
-    seed: int = 0,
+    window: int | None = None,
+    ends: Callable[[list[int]], int | None] = lambda tokens: None,
     progress: Callable[[int, int], object] = lambda done, limit: None,
-) -> Sample:
-    """Continue `prompt` by up to `max_new_tokens` tokens; all tensor-parallel ranks call it alike (collective).
+    watch: Callable[[int, list[int]], object] = lambda index, tokens: None,
+) -> list[Sample]:
+    """Continue every prompt by up to `max_new_tokens` tokens; all tensor-parallel ranks call it alike (collective).
 
-    A denoising pass unmasks one token of the block at a place drawn uniformly (`first-hitting`), or the most confident
-    ones, in at most `steps` passes a block (`static`; by default one a token), and all above `threshold` with them
-    (`dynamic`; by default 0.9); see `bd3_scale.generate.unmasking`. At temperature 0 the most likely tokens are taken.
+    A text depends on its own prompt and seed, whatever the batch around it (but for the last bits of the logits). Masks
+    in a prompt are gaps, which are filled in place, block by block; what follows a gap in later blocks is not seen.
 
-    Sampling stops after the block that holds EOS, or when the entropy of the last 256 tokens falls below `min_entropy`
-    nats: by default 4 (the paper's rule), and 0 for vocabularies of bytes or characters, whose text never reaches 4.
-    `progress` is told after each block how many tokens there are, and the limit.
+    Args:
+        temperature, top_k, top_p: see `Drawing`.
+        unmasking, steps, threshold: see `bd3_scale.generate.unmasking`.
+        min_entropy: nats, below which the last 256 tokens end the text; by default 4 (the paper's rule), and 0 for
+            vocabularies of bytes or characters, whose text never reaches 4.
+        window: how many tokens a block sees, itself among them, whole blocks; default: all.
+        ends: told the generated tokens after each block, how many of them to keep where the text ends there, else None.
+        progress: told after each block how many tokens there are, and the limit, over all texts.
+        watch: told after each pass a text's number and all its tokens, masks among them.
 
     Raises:
-        ValueError: a prompt with ids outside the clean vocabulary, a limit below 1, an unknown rule, or options that it
-            does not take or that are out of their range.
+        ValueError: no prompt, ids outside the vocabulary, a limit below 1 without a gap to fill, a window that is not
+            of whole blocks or holds fewer than two, an unknown rule, or options out of their range.
     """
-    _check(model, prompt, max_new_tokens, temperature)
+    drawing = Drawing(temperature, top_k, top_p)
     how = Unmasking.make(unmasking, block_size, steps, threshold)
-    denoise = _first_hitting if how.rule == "first-hitting" else functools.partial(_by_confidence, how=how)
-    model.eval()
-    eos, mask_id = model.vocabulary.eos_id, model.vocabulary.mask_id
-    device = next(model.parameters()).device
-    random = np.random.Generator(np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)))
-    whole = len(prompt) // block_size * block_size
-    cache = model.new_cache(1, -(-(len(prompt) + max_new_tokens) // block_size) * block_size)
-    cache_passes = 0
-    if whole:
-        clean = torch.tensor([prompt[:whole]], device=device)
-        spans = make_spans(torch.zeros_like(clean, dtype=torch.int32), block_size)
-        model.prefill(clean, torch.arange(whole, device=device)[None], spans, cache)
-        cache_passes += 1
+    _check(model, prompts, max_new_tokens, window, block_size)
     if min_entropy is None:
         min_entropy = SUBWORD_ENTROPY if model.vocabulary.size >= SMALLEST_SUBWORD_VOCABULARY else 0.0
-    generated: list[int] = []
-    nfe = 0
+    model.eval()
+    mask_id, eos_id = model.vocabulary.mask_id, model.vocabulary.eos_id
+    texts = [
+        _Text(index, list(prompt), seed, list(prompt[: _whole(prompt, block_size, mask_id)]))
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+    cache = _prefilled(model, texts, block_size, max_new_tokens, window)
+    for text in texts:
+        _open_block(text, block_size, mask_id)
+    samples: dict[int, Sample] = {}
     while True:
-        start = cache.length
-        given = (prompt + generated)[start:]
-        block = torch.tensor([given + [mask_id] * (block_size - len(given))], device=device)
-        positions = torch.arange(start, start + block_size, device=device)[None]
-        nfe += denoise(model, block, positions, cache, random, temperature)
-        generated = (generated + block[0, len(given) :].tolist())[:max_new_tokens]
-        progress(len(generated), max_new_tokens)
-        if eos in generated:
-            return Sample(generated[: generated.index(eos)], "eos", nfe, cache_passes)
-        if len(generated) == max_new_tokens:
-            return Sample(generated, "length", nfe, cache_passes)
-        if _entropy(generated) < min_entropy:
-            return Sample(generated, "entropy", nfe, cache_passes)
-        model.prefill(block, positions, None, cache)
-        cache_passes += 1
+        for text in texts:
+            if not bool((text.block == mask_id).any()):
+                sample = _ended(text, max_new_tokens, eos_id, ends, min_entropy)
+                if sample is not None:
+                    samples[text.index] = sample
+        kept = [place for place, text in enumerate(texts) if text.index not in samples]
+        going = [texts[place] for place in kept]
+        done = sum(max(0, len(text.tokens) - len(text.prompt)) for text in going)
+        progress(done + sum(len(sample.tokens) for sample in samples.values()), max_new_tokens * len(prompts))
+        if not going:
+            return [samples[index] for index in range(len(prompts))]
+        if len(going) < len(texts):
+            cache.keep(kept)
+        texts = going
+        _pass(model, cache, texts, how, drawing, window)
+        for text in texts:
+            watch(text.index, text.tokens + text.block.tolist())
 
 
-def _check(model: BlockDiffusionTransformer, prompt: list[int], max_new_tokens: int, temperature: float) -> None:
-    vocabulary = model.vocabulary
-    bad = [i for i in prompt if not 0 <= i < vocabulary.size or i == vocabulary.mask_id]
-    if bad:
-        raise ValueError(
-            f"the prompt holds ids {bad[:5]} that are no clean tokens of this vocabulary of {vocabulary.size}"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: give at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}: give 0 (most likely token) or above")
-
-
-def _first_hitting(
+def _pass(
     model: BlockDiffusionTransformer,
-    block: Tensor,
-    positions: Tensor,
     cache: KVCache,
-    random: np.random.Generator,
-    temperature: float,
-) -> int:
-    """Fill the masked tokens of `block` [1, L'] in place, one a pass; returns the number of passes."""
-    order = (block[0] == model.vocabulary.mask_id).nonzero()[:, 0].tolist()
-    random.shuffle(order)
-    for place in order:
-        logits_V = model.decode(block, positions, cache)[0, place]
-        block[0, place] = _draw_tokens(logits_V[None], random.random(1), temperature)[0][0]
-    return len(order)
-
-
-def _by_confidence(
-    model: BlockDiffusionTransformer,
-    block: Tensor,
-    positions: Tensor,
-    cache: KVCache,
-    random: np.random.Generator,
-    temperature: float,
-    *,
+    texts: Sequence[_Text],
     how: Unmasking,
-) -> int:
-    """Fill the masked tokens of `block` [1, L'] in place; returns the number of passes."""
-    passes = 0
-    while (masked := block[0] == model.vocabulary.mask_id).any():
-        logits_LV = model.decode(block, positions, cache)[0]
-        drawn, confidence = _draw_tokens(logits_LV, random.random(len(masked)), temperature)
-        block[0] = torch.where(how.choose(confidence, masked, passes), drawn, block[0])
-        passes += 1
-    return passes
-
-
-def _draw_tokens(logits_MV: Tensor, uniforms_M: NDArray[np.float64], temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw from softmax(logits / temperature) by inverse transform, in float64: tokens [M] and their probabilities [M].
-
-    At temperature 0 the most likely tokens, and their probabilities at temperature 1.
-    """
-    probabilities = (logits_MV.double() / (temperature or 1.0)).softmax(-1)
-    if temperature == 0:
-        tokens = logits_MV.argmax(-1, keepdim=True)
+    drawing: Drawing,
+    window: int | None,
+) -> None:
+    """One forward: texts with masks have some unmasked, finished blocks of others go into the cache."""
+    mask_id = model.vocabulary.mask_id
+    blocks = torch.stack([text.block for text in texts])
+    size = blocks.shape[1]
+    masked = blocks == mask_id
+    open_texts = masked.any(1).tolist()
+    # Before the forward: which places do not depend on it.
+    blind = None if how.sees_logits else _blind_places(texts, masked, how)
+    device = next(model.parameters()).device
+    starts = torch.tensor([len(text.tokens) for text in texts])
+    positions = (starts[:, None] + torch.arange(size)).to(device)
+    if not any(open_texts):
+        model.prefill(blocks.to(device), positions, None, cache)
     else:
-        cumulative = probabilities.cumsum(-1)
-        # Where forbidden ids end the vocabulary their cumulative sum repeats the last allowed one's, which the search
-        # never passes.
-        target = torch.from_numpy(uniforms_M).to(cumulative.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True)
-    return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0]
+        logits = model.decode(blocks.to(device), positions, cache)
+        cache.commit([0 if is_open else size for is_open in open_texts])
+        places = masked if blind is None else blind
+        uniforms = np.stack([text.uniforms(_TOKENS, size) for text in texts])
+        at = places.to(device)
+        drawn, confidence, entropy = drawing.draw(logits[at], torch.from_numpy(uniforms[places.numpy()]))
+        if blind is None:
+            steps = torch.tensor([text.step for text in texts])
+            steps = steps.clamp(max=len(how.counts) - 1).to(device)
+            spread = (torch.zeros(places.shape, dtype=torch.float64, device=device) for _ in range(2))
+            sure, doubt = (s.masked_scatter(at, x) for s, x in zip(spread, (confidence, entropy), strict=True))
+            chosen = how.choose(sure, doubt, at, steps)
+            drawn = drawn[chosen[at]]
+            places = chosen.cpu()
+        blocks[places] = drawn.cpu()
+    for place, text in enumerate(texts):
+        if open_texts[place]:
+            text.block = blocks[place]
+            text.step += 1
+            text.nfe += 1
+            continue
+        text.cache_passes += 1
+        text.tokens = text.tokens + text.block.tolist()
+        _open_block(text, size, mask_id)
+        if window is not None and (over := cache.lengths[place] + size - window) > 0:
+            cache.forget(place, over)
+
+
+def _blind_places(texts: Sequence[_Text], masked: Tensor, how: Unmasking) -> Tensor:
+    """bool [B, L']; idle steps, which unmask nothing, are passed over without a forward."""
+    found = np.zeros(masked.shape, dtype=np.bool_)
+    for place, text in enumerate(texts):
+        here = masked[place].numpy()
+        while here.any():
+            size = len(here)
+            found[place] = how.choose_blindly(
+                here, text.uniforms(_ORDER, size), text.uniforms(_CHANCE, size), text.step
+            )
+            if found[place].any():
+                break
+            text.step += 1
+    return torch.from_numpy(found)
+
+
+def _open_block(text: _Text, size: int, mask_id: int) -> None:
+    """The next block: what the prompt has of it, else masks."""
+    given = text.prompt[len(text.tokens) : len(text.tokens) + size]
+    text.block = torch.tensor(given + [mask_id] * (size - len(given)))
+    text.step = 0
+
+
+def _whole(prompt: Sequence[int], size: int, mask_id: int) -> int:
+    """Tokens of the whole blocks of a prompt before its first gap."""
+    clean = prompt.index(mask_id) if mask_id in prompt else len(prompt)
+    return clean // size * size
+
+
+def _prefilled(
+    model: BlockDiffusionTransformer, texts: Sequence[_Text], size: int, max_new_tokens: int, window: int | None
+) -> KVCache:
+    """The cache of the prompts' whole blocks, of which a window sees the last."""
+    device = next(model.parameters()).device
+    longest = max(-(-(len(text.prompt) + max_new_tokens) // size) * size for text in texts)
+    cache = model.new_cache(len(texts), min(longest, window or longest))
+    seen = [text.tokens[max(0, len(text.tokens) - (window - size)) :] if window else text.tokens for text in texts]
+    length = max(map(len, seen))
+    if length == 0:
+        return cache
+    eos = model.vocabulary.eos_id
+    clean = torch.tensor([part + [eos] * (length - len(part)) for part in seen], device=device)
+    # What fills a row up is a document of its own, and is not kept.
+    ends = torch.tensor([len(part) for part in seen], device=device)[:, None]
+    place = torch.arange(length, device=device)
+    spans = make_spans(torch.where(place < ends, 0, ends.expand(-1, length)).to(torch.int32), size)
+    starts = torch.tensor([len(text.tokens) - len(part) for text, part in zip(texts, seen, strict=True)], device=device)
+    model.prefill(clean, starts[:, None] + place, spans, cache, [len(part) for part in seen])
+    for text, part in zip(texts, seen, strict=True):
+        text.cache_passes += bool(part)
+    return cache
+
+
+def _ended(
+    text: _Text,
+    max_new_tokens: int,
+    eos_id: int,
+    ends: Callable[[list[int]], int | None],
+    min_entropy: float,
+) -> Sample | None:
+    """The sample, if the finished block ends it."""
+    everything = text.tokens + text.block.tolist()
+    given = len(text.prompt)
+    if len(everything) < given:
+        return None
+    generated = everything[given : given + max_new_tokens]
+
+    def sample(count: int, stopped_by: str) -> Sample:
+        return Sample(generated[:count], everything[:given], stopped_by, text.nfe, text.cache_passes)
+
+    if eos_id in generated:
+        return sample(generated.index(eos_id), "eos")
+    if (count := ends(generated)) is not None:
+        return sample(count, "stop string")
+    if len(everything) >= given + max_new_tokens:
+        return sample(max_new_tokens, "length")
+    return sample(len(generated), "entropy") if _entropy(generated) < min_entropy else None
+
+
+def _check(
+    model: BlockDiffusionTransformer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    window: int | None,
+    block_size: int,
+) -> None:
+    vocabulary = model.vocabulary
+    if not prompts:
+        raise ValueError("there is no prompt: give at least one, which may be empty")
+    for prompt in prompts:
+        if bad := [i for i in prompt if not 0 <= i < vocabulary.size]:
+            raise ValueError(f"a prompt holds ids {bad[:5]} that are not in this vocabulary of {vocabulary.size}")
+        if max_new_tokens < (0 if vocabulary.mask_id in prompt else 1):
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: give at least 1, or a prompt with gaps and 0")
+    if window is not None and (window % block_size or window < 2 * block_size):
+        raise ValueError(f"window is {window}: give a multiple of the block size {block_size}, twice that or more")
 
 
 def _entropy(tokens: list[int]) -> float:

@@ -75,10 +75,11 @@ class CoreAttention(nn.Module):
         q, k, v = (x.transpose(0, 1) for x in (q_NBHD, k_NBGD, v_NBGD))
         if rows.spans is None:
             assert rows.cache is not None
-            out = decode_attention(q, *rows.cache.write(self.layer, k, v), backend=self.backend)
+            keys, values, lengths = rows.cache.write(self.layer, k, v)
+            out = decode_attention(q, keys, values, lengths=lengths, backend=self.backend)
         else:
             if rows.cache is not None:
-                assert rows.cache.length == 0
+                assert not any(rows.cache.lengths)
                 assert rows.num_noisy == 0
                 rows.cache.write(self.layer, k, v)
             # Noisy keys gathered from all ranks stand where clean keys would.

@@ -7,6 +7,7 @@ X hidden size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -140,14 +141,21 @@ class BlockDiffusionTransformer(MegatronModule):
         """Clean-only forward: logits fp32 [B, L, padded vocabulary]."""
         return self._all_logits(self._decode(clean_BL, positions_BL, 0, spans))
 
-    def prefill(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor | None, cache: KVCache) -> None:
-        """Append clean rows to the cached prefix.
+    def prefill(
+        self,
+        clean_BL: Tensor,
+        positions_BL: Tensor,
+        spans: Tensor | None,
+        cache: KVCache,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Append clean rows to the cached prefixes; `rows`: only the first so many of each sequence's.
 
         With `spans` (int32 [3, B, L]) they are whole blocks and the cache is empty; without, they are one block that
         sees the prefix and itself.
         """
         self._decode(clean_BL, positions_BL, 0, spans, cache)
-        cache.commit(clean_BL.shape[1])
+        cache.commit(rows or [clean_BL.shape[1]] * len(clean_BL))
 
     def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache) -> Tensor:
         """Logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself; the prefix

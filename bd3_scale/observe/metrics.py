@@ -46,13 +46,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Drop the records of steps after `step` and an unfinished last line, atomically. ValueError as `read_metrics`.
+def has_evaluation(path: Path, step: int) -> bool:
+    """Whether an evaluation at `step` is recorded."""
+    return path.exists() and any(r.get("step") == step and "nelbo" in r for r in read_metrics(path))
 
-    An evaluation at `step` goes, too: training begins with it again.
+
+def truncate_after(path: Path, step: int, *, evaluates_again: bool = False) -> None:
+    """Drop the records of steps after `step` and an unfinished last line, atomically; with `evaluates_again` also an
+    evaluation at `step`. ValueError as `read_metrics`.
     """
-    kept = (record for record in read_metrics(path) if record.get("step", 0) <= step)
-    records = [record for record in kept if record.get("step") != step or "nelbo" not in record]
+    records = [record for record in read_metrics(path) if record.get("step", 0) <= step]
+    if evaluates_again:
+        records = [record for record in records if record.get("step") != step or "nelbo" not in record]
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -60,19 +65,26 @@ class MetricsWriter:
     """Appends records to `run_dir/metrics.jsonl` and logs them to Weights & Biases; for one process of a run.
 
     after_step: the step that training goes on from; what an earlier attempt recorded after it is dropped, since those
-    steps are taken again; None where none are. name and config: what Weights & Biases shows; the run's id is kept in
-    `run_dir/wandb_id`, so that a resumed run stays one. Offline, the choice of "auto" without a key, it writes to
-    `run_dir/wandb` for `wandb sync`. If it fails, it warns once and the run goes on without.
+    steps are taken again; evaluates_again: and so is an evaluation at that step. name and config: what Weights & Biases
+    shows; the run's id is kept in `run_dir/wandb_id`, so that a resumed run stays one. Offline, the choice of "auto"
+    without a key, it writes to `run_dir/wandb` for `wandb sync`. If it fails, it warns once and the run goes on.
 
     OSError: the file cannot be written. ValueError: a spoilt metrics file, see `read_metrics`.
     """
 
     def __init__(
-        self, run_dir: Path, recipe: WandbRecipe, *, after_step: int | None, name: str, config: Mapping[str, Any]
+        self,
+        run_dir: Path,
+        recipe: WandbRecipe,
+        *,
+        after_step: int,
+        name: str,
+        config: Mapping[str, Any],
+        evaluates_again: bool = False,
     ) -> None:
         path = run_dir / METRICS_FILE
-        if path.exists() and after_step is not None:
-            truncate_after(path, after_step)
+        if path.exists():
+            truncate_after(path, after_step, evaluates_again=evaluates_again)
         self._file = path.open("a")
         self._wandb: wandb.Run | None = None
         if (mode := _wandb_mode(recipe.mode)) != "disabled":

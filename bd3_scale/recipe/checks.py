@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
 
+# Above, the weights of a step, differences of float32 rates, are off by more than a percent.
+MOST_NOISE_STEPS = 100_000
+
 
 def world_size_for_launch(recipe: Recipe) -> int:
     """Processes to start on this machine: `launch.processes`, else one a GPU, else the fewest the layout needs."""
@@ -147,7 +150,8 @@ def _sequence_problems(recipe: Recipe, block: int) -> Iterator[str]:
             "parallel.sequence=true splits rows over tensor-parallel ranks, and parallel.tensor is 1: "
             "set parallel.sequence=false, or tensor 2 or more"
         )
-    mdlm = block >= length
+    # Beside sequences of smaller blocks there are clean rows, and noisy keys are not gathered.
+    mdlm = block >= length and block not in recipe.diffusion.block_size_choices
     # A rank holds two ranges, early and late; noisy keys stay with their rank, so that no block may be cut.
     of_ranges = 2 * parallel.context * (1 if mdlm else block) if parallel.context > 1 else 1
     of_rows = parallel.context * parallel.tensor if parallel.sequence else 1
@@ -249,6 +253,32 @@ def _interval_problems(recipe: Recipe) -> Iterator[str]:
             f"diffusion.noisy_copies={diffusion.noisy_copies} at mask rate 1 are equal, with every token masked: "
             "set diffusion.noisy_copies=1"
         )
+    if diffusion.search_interval and diffusion.noisy_copies > 1 and 1 in diffusion.block_sizes:
+        yield (
+            f"diffusion.search_interval finds mask rate 1 for blocks of one token, where diffusion.noisy_copies="
+            f"{diffusion.noisy_copies} are equal: set diffusion.noisy_copies=1"
+        )
+    if diffusion.search_interval and (diffusion.clip_masked_share or diffusion.loss_weights != "nelbo"):
+        yield (
+            "diffusion.search_interval searches for the plain loss: leave clip_masked_share and loss_weights out, or it"
+        )
+    if (diffusion.noise_steps or 1) > MOST_NOISE_STEPS:
+        yield (
+            f"diffusion.noise_steps={diffusion.noise_steps} are steps of a rate that float32 does not resolve: take at "
+            f"most {MOST_NOISE_STEPS}, or leave it out for continuous time"
+        )
+    if diffusion.clip_masked_share and (low, high) == (0, 1):
+        yield (
+            "diffusion.clip_masked_share keeps shares inside diffusion.mask_rate_low=0.0 to mask_rate_high=1.0, which "
+            "all are: narrow the interval, or leave it out"
+        )
+    if diffusion.loss_weights == "unit_when_heavy" and low <= 0.5:
+        yield (
+            f"diffusion.loss_weights=unit_when_heavy changes nothing at diffusion.mask_rate_low={low}: raise it above "
+            "0.5, or leave loss_weights out"
+        )
+    if len(set(diffusion.block_size_choices)) < len(diffusion.block_size_choices):
+        yield f"diffusion.block_size_choices={list(diffusion.block_size_choices)} has one twice: name each once"
     if low > high:
         yield (f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} are the wrong way round: swap them")
     if (low, high) == (0, 1) and not diffusion.search_interval:

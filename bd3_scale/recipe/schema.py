@@ -300,6 +300,10 @@ class Recipe(ModelSections):
     logging: LoggingRecipe = LoggingRecipe()
     launch: LaunchRecipe = LaunchRecipe()
 
+    def evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation is due between `step` finished steps and the next."""
+        return bool(step and self.evaluation.every_steps) and step % self.evaluation.every_steps == 0
+
     @property
     def run_path(self) -> Path:
         """Folder of everything that the run writes."""

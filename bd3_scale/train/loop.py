@@ -26,6 +26,7 @@ from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.model.build import attention_backend, build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
 from bd3_scale.observe.environment import has_fast_bf16
+from bd3_scale.observe.metrics import METRICS_FILE, has_evaluation
 from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
 from bd3_scale.parallel.engine import StepResult, TrainingEngine
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
@@ -111,24 +112,26 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
         )
         for step in range(done + 1, recipe.train.steps + 1):
             # Before the next step and not after its own, so that a resumed run meets what a checkpoint came before of.
-            if _due(step - 1, recipe.evaluation.every_steps):
+            if recipe.evaluates_at(step - 1):
                 _evaluate(run, engine, step - 1, heartbeat, report)
             began = time.monotonic()
             result = _take_step(run, engine, next(stream), step)
             report.trained(step, result, time.monotonic() - began)
             heartbeat.finished(step)
             stopping = any_rank(stop.signal is not None)
-            last = step == recipe.train.steps
-            if stopping or last or _due(step, recipe.checkpoint.every_steps):
+            last_one = step == recipe.train.steps
+            if stopping or last_one or _due(step, recipe.checkpoint.every_steps):
                 with heartbeat.during("checkpoint"):
                     report.saved(step, _save(run, engine, layouts, step))
                 heartbeat.saved(step)
-            if stopping and not last:
+            if stopping and not last_one:
                 report.stopped(step, stop.signal)
                 heartbeat.end("stopped")
                 return
-        if done < recipe.train.steps and data.validation is not None:
-            _evaluate(run, engine, recipe.train.steps, heartbeat, report)
+        metrics, last = run.folder / METRICS_FILE, recipe.train.steps
+        # A run that was ended between its last checkpoint and this comes back for it.
+        if data.validation is not None and not on_rank_zero(lambda: has_evaluation(metrics, last)):
+            _evaluate(run, engine, last, heartbeat, report)
         heartbeat.end("done")
 
 
@@ -162,7 +165,7 @@ def _take_step(run: Run, engine: TrainingEngine, batch: Batch, step: int) -> Ste
 
 
 def _due(step: int, every: int) -> bool:
-    return bool(step and every) and step % every == 0
+    return bool(every) and step % every == 0
 
 
 def _agreed(recipe: Recipe) -> str:
@@ -256,9 +259,12 @@ def _evaluate(run: Run, engine: TrainingEngine, step: int, heartbeat: Heartbeat,
             for block_size in dict.fromkeys((diffusion.block_size, *diffusion.block_sizes_at(step)))
         ]
     searches = [held_out.intervals() for held_out in found] if diffusion.search_interval else []
-    for search in searches:
-        current = run.intervals.get(search.block_size, (diffusion.mask_rate_low, diffusion.mask_rate_high))
-        run.intervals[search.block_size] = search.follow(current)
+    default = (diffusion.mask_rate_low, diffusion.mask_rate_high)
+    # Rank 0 decides: ranks of one model must mask alike, whatever their processors make of a last bit.
+    followed = on_rank_zero(
+        lambda: {s.block_size: s.follow(run.intervals.get(s.block_size, default)) for s in searches}
+    )
+    run.intervals.update(followed)
     report.evaluated(step, found, searches, run.intervals)
 
 

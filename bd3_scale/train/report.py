@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -40,7 +41,8 @@ class Report:
                 MetricsWriter(
                     self._folder,
                     self._recipe.logging.wandb,
-                    after_step=None if self._start == self._recipe.train.steps else self._start,
+                    after_step=self._start,
+                    evaluates_again=self._start < self._recipe.train.steps and self._recipe.evaluates_at(self._start),
                     name=self._recipe.name,
                     config=self._recipe.model_dump(mode="json"),
                 )
@@ -115,8 +117,8 @@ class Report:
             more |= {f"nelbo_block_{held_out.block_size}": held_out.nelbo.nelbo for held_out in found}
         for search in searches:
             low, high = intervals[search.block_size]
-            now = next((i for i in search.found if (i.low, i.high) == (low, high)), search.best)
-            values = {"mask_rate_low": low, "mask_rate_high": high, "loss_variance": now.variance}
+            told = (i.variance for i in search.found if (i.low, i.high) == (low, high))
+            values = {"mask_rate_low": low, "mask_rate_high": high, "loss_variance": next(told, math.nan)}
             values |= {"loss_variance_unclipped": search.found[0].variance}
             more |= {f"{key}_block_{search.block_size}": value for key, value in values.items()}
         self._metrics.write(

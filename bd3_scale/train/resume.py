@@ -22,7 +22,8 @@ from bd3_scale.parallel.zero import ZeroState
 from bd3_scale.recipe.schema import ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-# What may not change within a run: weights, noise and data position would mean something else.
+# What may not change within a run: weights, noise and data position would mean something else; nor may evaluation where
+# it searches the interval of the noise.
 _FIXED = (
     "seed",
     "model",
@@ -112,7 +113,7 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
         raise ValueError(f"{checkpoint} is an import, and no run goes on from one: name it with init_from={checkpoint}")
     differences = [
         f"{key} is {_show(new)}, the checkpoint has {_show(old)}"
-        for path in _FIXED
+        for path in (*_FIXED, *(("evaluation",) if recipe.diffusion.search_interval else ()))
         for key, old, new in _differences(path, _at(manifest.recipe, path), _at(recipe, path))
     ]
     if bool(manifest.recipe.optimizer.ema_decay) != bool(recipe.optimizer.ema_decay):

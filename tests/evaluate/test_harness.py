@@ -77,7 +77,6 @@ def test_inside_a_block_it_is_the_enumerated_bound(adapter, model):
         block = [MASK if i in hidden else ids[i] for i in range(4, 7)] + [MASK]
         found = log_probs(model, ids[:4], block)
         expected += sum(0.5 * found[i - 4, ids[i]].item() for i in hidden)
-    bounds = [adapter(draws=64).loglikelihood(asked(("abcde", "XY")) * 1)[0][0]]
     # Documents of other numbers meet other noise.
     requests = [Instance("loglikelihood", {}, ("abcde", "XY"), n, ("task", n, 1)) for n in range(200)]
     bounds = torch.tensor([bound for bound, _ in adapter(draws=8).loglikelihood(requests)])

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bd3_scale.data.manifest import load_manifest
-from bd3_scale.data.overlap import HASHES_FILE, count_known, document_hash, read_hashes
+from bd3_scale.data.overlap import count_known, document_hash, hashes_file, hashes_of, read_hashes
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.sets import SETS, NamedText
@@ -18,7 +18,7 @@ from bd3_scale.evaluate.sets import SETS, NamedText
     [
         ("wikitext2", "in the 1 @.@ 5 @-@ inch , 3 @,@ 000 km range .", "in the 1.5-inch, 3,000 km range."),
         ("wikitext2", " = = Early life = = \n He ( then 20 ) didn 't", " == Early life == \n He (then 20) didn't"),
-        ("wikitext2", 'He said " no , never " ; the boys \' club', 'He said "no, never"; the boys\' club'),
+        ("wikitext2", 'He said " no , never " ; such as \' this', 'He said "no, never"; such as \' this'),
         ("ptb", " mr. <unk> did n't buy N shares at $ N \n", " mr. ? didn't buy 1 shares at $1 \n"),
         ("ptb", " it 's a N\\/N split of the investors ' u.s. stake", " it's a N/N split of the investors' u.s. stake"),
         ("lm1b", 'See http : / / www.x.com : " It is so , " she said .', 'See http://www.x.com: "It is so," she said.'),
@@ -45,8 +45,14 @@ def test_plain_text_stays(name: str) -> None:
 
 def test_the_sets_of_the_paper_are_known_by_name(tmp_path) -> None:
     assert list(SETS) == ["ptb", "wikitext2", "lm1b", "lambada", "ag_news", "pubmed", "arxiv"]
-    assert NamedText.parse("ptb=a/b=c.txt") == NamedText("ptb", type(tmp_path)("a/b=c.txt"))
+    assert NamedText.parse("ptb=a/b=c.txt") == NamedText("ptb", type(tmp_path)("a/b=c.txt"), SETS["ptb"])
     assert NamedText.parse("notes/day.jsonl.zst").name == "day"
+    plain = tmp_path / "ptb.txt"
+    plain.write_text("N <unk>")
+    assert NamedText.parse(str(plain)).rules.plain("N <unk>") == "N <unk>", "a path is measured as it stands"
+    odd = tmp_path / "c4=x.txt"
+    odd.write_text("x")
+    assert NamedText.parse(str(odd)).path == odd
     with pytest.raises(ValueError, match=r"no set 'c4': known are ptb, wikitext2, lm1b.*give the path alone"):
         NamedText.parse("c4=text.txt")
 
@@ -56,7 +62,7 @@ def test_a_text_is_prepared_whole_in_plain_words(tmp_path) -> None:
     texts = [" it 's N of N \n" * 9, " no n't "]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     text = NamedText.parse(f"ptb={tmp_path / 'set.jsonl'}")
-    text.prepare(tmp_path / "data", load_tokenizer("bytes"), seq_len=32, block_sizes=[4, 8])
+    text.prepare(tmp_path / "data", load_tokenizer("bytes"), seq_len=32, document_multiple=8)
     manifest = load_manifest(tmp_path / "data")
     size = sum(len(SETS["ptb"].plain(text)) for text in texts)
     assert (manifest.train, manifest.document_multiple) == (None, 8)
@@ -66,11 +72,12 @@ def test_a_text_is_prepared_whole_in_plain_words(tmp_path) -> None:
 def test_text_shorter_than_a_block_is_refused(tmp_path) -> None:
     (tmp_path / "short.txt").write_text("hello")
     text = NamedText.parse(str(tmp_path / "short.txt"))
+    prepared = text.prepare(tmp_path / "data", load_tokenizer("bytes"), seq_len=32, document_multiple=8)
     with pytest.raises(ValueError, match=r"short.txt has 6 tokens, less than one block of 8: give more text"):
-        text.prepare(tmp_path / "data", load_tokenizer("bytes"), seq_len=32, block_sizes=[8])
-    text.prepare(tmp_path / "other", load_tokenizer("bytes"), seq_len=32, block_sizes=[4])
+        text.check_length(prepared, 8)
+    text.check_length(prepared, 4)
     with pytest.raises(FileNotFoundError, match=r"gone.txt does not exist"):
-        NamedText.parse("gone.txt").prepare(tmp_path / "gone", load_tokenizer("bytes"), seq_len=32, block_sizes=[4])
+        NamedText.parse("gone.txt").prepare(tmp_path / "gone", load_tokenizer("bytes"), seq_len=32, document_multiple=4)
 
 
 def test_training_documents_are_known_again_whatever_their_white_space(tmp_path) -> None:
@@ -80,11 +87,12 @@ def test_training_documents_are_known_again_whatever_their_white_space(tmp_path)
         out = tmp_path / str(workers)
         options = {"holdout": 0.3, "progress": False, "document_multiple": 8, "workers": workers}
         manifest = prepare([tmp_path / "text.jsonl"], out, load_tokenizer("bytes"), 32, **options)
-        known = read_hashes(out)
+        known = read_hashes(out, "train")
         assert len(known) == manifest.train.documents < 20, "those held out are not trained on"
-        assert count_known(known, texts) == manifest.train.documents
-    assert count_known(known, [text.replace("\n", "  ") for text in texts]) == manifest.train.documents
-    assert count_known(known, [text + "!" for text in texts]) == 0
+        assert count_known(known, hashes_of(texts)) == manifest.train.documents
+    assert count_known(known, hashes_of(text.replace("\n", "  ") for text in texts)) == manifest.train.documents
+    assert count_known(known, hashes_of(text + "!" for text in texts)) == 0
     assert document_hash("a b") != document_hash("ab")
-    (out / HASHES_FILE).unlink()
-    assert read_hashes(out) is None
+    assert len(read_hashes(out, "validation")) == 20 - len(known)
+    (out / hashes_file("train")).unlink()
+    assert read_hashes(out, "train") is None

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from bd3_scale.attention.spans import make_spans
-from bd3_scale.generate.sampler import generate
+from bd3_scale.generate.draw import Drawing
+from bd3_scale.generate.sampler import generate, generate_batch
 from bd3_scale.model.build import build_model
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 MASK = 1
+FLAT = 8.0  # temperature at which this model's laws have no outcome that is too rare for a chi-square
 VOCABULARY = Vocabulary(size=5, eos_id=0, mask_id=MASK)  # the mask in the midst of the clean ids 2, 3, 4
 
 
@@ -31,7 +33,7 @@ def model(groups):
     )
     (built,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=2)
     built.requires_grad_(False)
-    built.output_layer.bias[VOCABULARY.eos_id] = -30.0  # texts do not end by chance
+    built.output_layer.bias[VOCABULARY.eos_id] = -300.0  # texts do not end by chance
     return built
 
 
@@ -72,7 +74,7 @@ def test_stops_after_the_block_that_holds_eos(model):
     try:
         sample = generate(model, [2, 3, 4], block_size=4, max_new_tokens=100)
     finally:
-        model.output_layer.bias[VOCABULARY.eos_id] = -30.0
+        model.output_layer.bias[VOCABULARY.eos_id] = -300.0
     assert (sample.tokens, sample.stopped_by, sample.nfe) == ([], "eos", 1)
 
 
@@ -93,24 +95,46 @@ def test_no_prompt(model):
     assert (len(sample.tokens), sample.nfe, sample.cache_passes) == (8, 8, 1)
 
 
-def test_first_hitting_draws_from_the_enumerated_distribution(model):
-    """A block of 2 tokens: every order and outcome enumerated, compared with 500 samples by chi-square."""
-    prompt = [2, 4]
+def pair_law(model, prompt, orders):
+    """Probability of what two tokens of a block become: `orders` weighs the two, and () that both come at once."""
     expected = dict.fromkeys(itertools.product((2, 3, 4), repeat=2), 0.0)
-    for order in ((0, 1), (1, 0)):
-        for outcome in expected:
-            probability, block = 0.5, [MASK, MASK]
-            for place in order:
+    for outcome in expected:
+        for order, weight in orders.items():
+            probability, block = weight, [MASK, MASK]
+            for place in order or (0, 1):
                 probability *= math.exp(log_probability(model, prompt, block, place, outcome[place]))
-                block[place] = outcome[place]
+                if order:
+                    block[place] = outcome[place]
             expected[outcome] += probability
     assert sum(expected.values()) == pytest.approx(1, abs=1e-6)
-    draws = 500
+    return expected
+
+
+def chi_square(samples, expected):
+    draws = len(samples)
+    assert min(expected.values()) * draws > 5, "too rare"
     counts = dict.fromkeys(expected, 0)
-    for seed in range(draws):
-        counts[tuple(generate(model, prompt, block_size=2, max_new_tokens=2, seed=seed).tokens)] += 1
-    chi_square = sum((counts[o] - draws * p) ** 2 / (draws * p) for o, p in expected.items())
-    assert chi_square < 26.1  # 8 degrees of freedom, one in a thousand
+    for sample in samples:
+        counts[tuple(sample.tokens)] += 1
+    return sum((counts[o] - draws * p) ** 2 / (draws * p) for o, p in expected.items())
+
+
+@pytest.mark.parametrize("steps", [None, 1, 2, 4])
+def test_text_is_drawn_from_the_enumerated_distribution(model, steps):
+    """First hitting: both orders of a block of two. Ancestral: each token comes at a step of its own, all alike,
+    so that in 1 of T cases both come at once, unseen by each other; as T grows it is first hitting.
+    """
+    together = 1 / steps if steps else 0.0
+    expected = pair_law(model, [2, 4], {(0, 1): (1 - together) / 2, (1, 0): (1 - together) / 2, (): together})
+    how = {"block_size": 2, "max_new_tokens": 2, "temperature": FLAT}
+    how |= {"unmasking": "ancestral", "steps": steps} if steps else {}
+    samples = generate_batch(model, [[2, 4]] * 2000, seeds=range(2000), **how)
+    assert chi_square(samples, expected) < 26.1  # 8 degrees of freedom, one in a thousand
+    once = sum(sample.nfe == 1 for sample in samples)  # idle steps cost no pass
+    assert abs(once - 2000 * together) <= 4 * (2000 * together) ** 0.5
+    other = pair_law(model, [2, 4], {(0, 1): 0.5, (1, 0): 0.5} if together else {(): 1.0})
+    if together in (0.0, 1.0):
+        assert chi_square(samples, other) > 26.1, "the two laws can be told apart"
 
 
 def test_every_place_of_a_block_is_unmasked_first_equally_often(model, monkeypatch):
@@ -138,14 +162,19 @@ def log_probability(model, prompt, block, place, token):
     clean = torch.tensor([prompt])
     model.prefill(clean, torch.arange(2)[None], make_spans(torch.zeros_like(clean, dtype=torch.int32), 2), cache)
     logits = model.decode(torch.tensor([block]), torch.tensor([[2, 3]]), cache)
-    return float(logits[0, place].double().log_softmax(0)[token])
+    return float((logits[0, place].double() / FLAT).log_softmax(0)[token])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": [MASK]}, "no clean tokens"),
-        ({"prompt": [5]}, "no clean tokens"),
+        ({"prompt": [5]}, r"ids \[5\] that are not in this vocabulary of 5"),
+        ({"prompt": [-1]}, "not in this vocabulary"),
+        ({"prompt": [2], "top_k": 0}, "top_k is 0"),
+        ({"prompt": [2], "top_p": 0.0}, "top_p is 0.0"),
+        ({"prompt": [2], "top_p": 1.1}, "top_p is 1.1"),
+        ({"prompt": [2], "window": 4}, "window is 4: give a multiple of the block size 4, twice that or more"),
+        ({"prompt": [2], "window": 9}, "window is 9"),
         ({"prompt": [2], "max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"prompt": [2], "temperature": -1.0}, "temperature is -1.0"),
     ],
@@ -153,3 +182,122 @@ def log_probability(model, prompt, block, place, token):
 def test_bad_input(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **{"block_size": 4, "max_new_tokens": 4} | arguments)
+
+
+RULES = {
+    "first-hitting": {},
+    "ancestral": {"unmasking": "ancestral", "steps": 3},
+    "static": {"unmasking": "static", "steps": 2},
+    "dynamic": {"unmasking": "dynamic", "threshold": 0.5},
+    "entropy": {"unmasking": "entropy", "threshold": 0.8},
+}
+PROMPTS = [[], [2], [2, 3, 4, 2], [3, 3, 3, 3, 3, 3], [4, 2, 3, 4, 2, 3, 4, 2, 3]]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_batch_gives_what_its_members_give_alone(model, rule):
+    """Prompts and ends of their own: some stop at EOS early, and leave the batch."""
+    how = {"block_size": 4, "max_new_tokens": 18, "top_p": 0.95, "temperature": 1.3, **RULES[rule]}
+    model.output_layer.bias[VOCABULARY.eos_id] = 2.0
+    try:
+        together = generate_batch(model, PROMPTS * 2, seeds=range(10), **how)
+        alone = [generate(model, prompt, seed=seed, **how) for seed, prompt in enumerate(PROMPTS * 2)]
+    finally:
+        model.output_layer.bias[VOCABULARY.eos_id] = -300.0
+    assert together == alone
+    assert len({sample.stopped_by for sample in together}) == 2
+    assert len({len(sample.tokens) for sample in together}) > 1
+
+
+def test_the_nucleus_and_the_most_likely_are_those_of_brute_force():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
+    logits[:, 4] = float("-inf")
+    for top_k, top_p in itertools.product((None, 1, 3), (1.0, 0.9, 0.5, 1e-9)):
+        found = Drawing(0.7, top_k, top_p).distribution(logits)
+        for row, values in zip(found, (logits.double() / 0.7).softmax(-1), strict=True):
+            ranked = sorted(range(9), key=lambda i: (-values[i], i))[:top_k]
+            total, kept = sum(values[ranked]), []
+            for token in ranked:
+                kept.append(token)
+                if sum(values[kept]) / total >= top_p:
+                    break
+            expected = torch.zeros(9).double()
+            expected[kept] = values[kept] / sum(values[kept])
+            torch.testing.assert_close(row, expected)
+    assert Drawing(0.0, None, 0.5).draw(logits, torch.zeros(50))[0].tolist() == logits.argmax(-1).tolist()
+
+
+def test_gaps_are_filled_in_place_and_nothing_else_changes(model):
+    """The last gap's block sees what stands behind it there; a limit of 0 fills gaps alone."""
+    prompt = [2, 3, 4, 2, 3, MASK, MASK, 4, 2, MASK, 3]
+    for rule in RULES.values():
+        filled = generate(model, prompt, block_size=4, max_new_tokens=0, **rule)
+        assert (filled.tokens, filled.stopped_by, len(filled.prompt)) == ([], "length", len(prompt))
+        assert MASK not in filled.prompt
+        assert [a for a, b in zip(filled.prompt, prompt, strict=True) if b != MASK] == [t for t in prompt if t != MASK]
+        on = generate(model, prompt, block_size=4, max_new_tokens=5, **rule)
+        assert on.prompt[:8] == filled.prompt[:8]
+        assert len(on.tokens) == 5
+    clean = generate(model, [2, 3, 4, 2, 3], block_size=4, max_new_tokens=3, seed=4)
+    assert clean.prompt == [2, 3, 4, 2, 3]
+    with pytest.raises(ValueError, match="max_new_tokens is 0: give at least 1, or a prompt with gaps"):
+        generate(model, [2], block_size=4, max_new_tokens=0)
+
+
+def test_a_gap_sees_its_whole_block(model):
+    """One token between two others: drawn from the law of the masked block that the model gives."""
+    log_law = [log_probability(model, [2, 4], [MASK, 3], 0, token) for token in (2, 3, 4)]
+    draws = 300
+    how = {"block_size": 2, "max_new_tokens": 0, "temperature": FLAT}
+    samples = generate_batch(model, [[2, 4, MASK, 3]] * draws, seeds=range(draws), **how)
+    counts = [sum(sample.prompt[2] == token for sample in samples) for token in (2, 3, 4)]
+    expected = [draws * math.exp(value) for value in log_law]
+    assert sum(expected) == pytest.approx(draws, rel=1e-5)
+    assert sum((c - e) ** 2 / e for c, e in zip(counts, expected, strict=True)) < 13.9  # 2 degrees of freedom
+
+
+@pytest.mark.parametrize("prompt", [[2, 3], [2, 3, 4, 2, 3, 4, 2, 3, 4, 3, 3, 2, 4, 4]])
+def test_a_window_is_all_that_a_block_sees(model, prompt):
+    """Against a twin that forgets: greedy, one layer, whose keys depend on nothing before them."""
+    how = {"block_size": 4, "temperature": 0, "unmasking": "static"}
+    found = generate(model, prompt, max_new_tokens=30, window=12, **how)
+    text = list(prompt)
+    while len(text) < len(prompt) + 30:
+        whole = len(text) // 4 * 4
+        start = max(0, whole - 8)
+        rest = generate(model, text[start:], max_new_tokens=4 - len(text) % 4, **how)
+        text += rest.tokens
+    assert found.tokens == text[len(prompt) :][:30]
+    assert found.tokens != generate(model, prompt, max_new_tokens=30, **how).tokens
+    wide = generate(model, prompt, max_new_tokens=30, window=64, **how)
+    assert wide.tokens == generate(model, prompt, max_new_tokens=30, **how).tokens
+
+
+def test_texts_end_where_they_are_told_to(model):
+    """At the second 3 of each, told after a block."""
+
+    def ends(tokens):
+        places = [i for i, token in enumerate(tokens) if token == 3]
+        return places[1] if len(places) > 1 else None
+
+    how = {"block_size": 4, "max_new_tokens": 40}
+    samples = generate_batch(model, PROMPTS, seeds=range(5), ends=ends, **how)
+    whole = generate_batch(model, PROMPTS, seeds=range(5), **how)
+    assert {sample.stopped_by for sample in samples} == {"stop string"}
+    for sample, text in zip(samples, whole, strict=True):
+        assert sample.tokens == text.tokens[: ends(text.tokens)]
+
+
+def test_what_is_watched_goes_from_masks_to_the_text(model):
+    seen, told = [], []
+    how = {"block_size": 4, "max_new_tokens": 7}
+    watch = lambda index, tokens: seen.append((index, tokens))  # noqa: E731
+    samples = generate_batch(model, [[2], [3, 4]], seeds=[1, 2], watch=watch, progress=lambda *a: told.append(a), **how)
+    for index, sample in enumerate(samples):
+        texts = [tokens for i, tokens in seen if i == index]
+        assert texts[0][: len(sample.prompt)] == sample.prompt
+        assert texts[-1][len(sample.prompt) :][:7] == sample.tokens
+        for before, after in itertools.pairwise(texts):
+            assert all(b in (a, MASK) for a, b in zip(after, before, strict=False))
+    assert told[-1] == (14, 14)
+    assert told == sorted(told)

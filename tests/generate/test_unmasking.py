@@ -62,13 +62,19 @@ def unmaskings(draw):
     return block_size, steps, torch.tensor(masked), draw(st.integers(0, 2**32 - 1))
 
 
+def taken(how, confidence, masked, step):
+    """What `choose` takes of one block."""
+    nothing = torch.zeros(1, len(masked))
+    return how.choose(confidence[None], nothing, masked[None], torch.tensor([step]))[0]
+
+
 def unmask(how, masked, seed):
     """What each pass takes of a block for which a random model is ever differently sure; coarse, so that ties occur."""
     random = torch.Generator().manual_seed(seed)
     passes = []
     while masked.any():
         confidence = torch.randint(0, 9, masked.shape, generator=random) / 8
-        chosen = how.choose(confidence, masked, len(passes))
+        chosen = taken(how, confidence, masked, len(passes))
         passes.append((confidence, masked, chosen))
         masked = masked & ~chosen
     return passes
@@ -107,7 +113,7 @@ def test_dynamic_takes_all_above_the_threshold_and_no_fewer_than_static(case, th
     assert len(passes) <= passes_allowed(block_size, steps, int(masked.sum()))
     for step, (confidence, before, chosen) in enumerate(passes):
         sure = before & (confidence > threshold)
-        least = static.choose(confidence, before, step)
+        least = taken(static, confidence, before, step)
         assert not (chosen & ~before).any()
         assert chosen.sum() >= least.sum()
         assert torch.equal(chosen, sure if sure.sum() >= least.sum() else least)
@@ -120,7 +126,7 @@ def test_a_lower_threshold_takes_no_less(case, one, other):
     confidence = torch.rand(block_size, generator=torch.Generator().manual_seed(seed))
     for step in range(steps):
         bold, careful = (
-            Unmasking.make("dynamic", block_size, steps, threshold).choose(confidence, masked, step)
+            taken(Unmasking.make("dynamic", block_size, steps, threshold), confidence, masked, step)
             for threshold in sorted((one, other))
         )
         assert not (careful & ~bold).any()
@@ -136,16 +142,28 @@ def test_passes_share_a_block_evenly_the_larger_first(case):
     assert list(counts) == sorted(counts, reverse=True)
 
 
+@settings(deadline=None)
+@given(unmaskings(), st.floats(0, 3))
+def test_entropy_takes_the_surest_while_all_but_the_last_stay_below_the_bound(case, bound):
+    size, _, masked, seed = case
+    entropy = torch.rand(size, generator=torch.Generator().manual_seed(seed))
+    how = Unmasking.make("entropy", size, None, bound)
+    chosen = how.choose(torch.zeros(1, size), entropy[None], masked[None], torch.tensor([0]))[0]
+    places = sorted(masked.nonzero()[:, 0].tolist(), key=lambda place: float(entropy[place]))
+    most = max((n for n in range(1, len(places) + 1) if sum(entropy[places[: n - 1]]) <= bound), default=0)
+    assert chosen.nonzero()[:, 0].tolist() == sorted(places[:most])
+
+
 def test_equally_confident_places_are_taken_from_the_left():
     masked = torch.tensor([False, True, True, True, False, True])
     how = Unmasking.make("static", 6, 3, None)
-    assert how.choose(torch.full((6,), 0.5), masked, 0).tolist() == [False, True, True, False, False, False]
+    assert taken(how, torch.full((6,), 0.5), masked, 0).tolist() == [False, True, True, False, False, False]
 
 
 def test_a_confidence_at_the_threshold_does_not_exceed_it():
     how = Unmasking.make("dynamic", 4, 4, 0.5)
     confidence = torch.tensor([0.5, 0.5, 0.75, 0.5])
-    assert how.choose(confidence, torch.ones(4, dtype=torch.bool), 0).tolist() == [False, False, True, False]
+    assert taken(how, confidence, torch.ones(4, dtype=torch.bool), 0).tolist() == [False, False, True, False]
 
 
 class Twin:
@@ -289,7 +307,7 @@ def test_confidence_is_the_probability_of_the_drawn_token(model, monkeypatch, te
     """Under softmax(logits / T), and at T = 0 under softmax(logits)."""
     seen = []
     choose = Unmasking.choose
-    monkeypatch.setattr(Unmasking, "choose", lambda *a: seen.append(a[1]) or choose(*a))
+    monkeypatch.setattr(Unmasking, "choose", lambda *a: seen.append(a[1][0]) or choose(*a))
     how = {"block_size": K, "max_new_tokens": K, "unmasking": "static", "steps": 1}
     tokens = generate(model, [2, 9, 4, 7], **how, temperature=temperature).tokens
     shares = (masked_block_logits(model, [2, 9, 4, 7]) / (temperature or 1)).softmax(-1)
@@ -325,15 +343,27 @@ def test_tokens_are_drawn_from_what_the_model_says(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"unmasking": "entropy"}, "unmasking='entropy' is not known: take first-hitting, static, dynamic"),
+        (
+            {"unmasking": "beam"},
+            "unmasking='beam' is not known: take first-hitting, ancestral, static, dynamic, entropy",
+        ),
+        ({"unmasking": "entropy", "threshold": -0.1}, "threshold is -0.1: give nats"),
+        ({"unmasking": "entropy", "steps": 2}, "steps=2 belongs to ancestral, static, dynamic unmasking"),
+        ({"unmasking": "ancestral", "steps": 0}, "steps is 0: give 1"),
         ({"unmasking": "static", "steps": 5}, "steps is 5: give 1 to 4, the tokens of a block"),
         ({"unmasking": "dynamic", "steps": 0}, "steps is 0: give 1 to 4"),
         ({"unmasking": "dynamic", "threshold": 0.0}, "threshold is 0.0: give a probability above 0, up to 1"),
         ({"unmasking": "dynamic", "threshold": 1.5}, "threshold is 1.5: give a probability"),
         ({"unmasking": "dynamic", "threshold": float("nan")}, "threshold is nan: give a probability"),
-        ({"steps": 2}, "steps=2 belongs to static and dynamic unmasking.*leave steps out"),
-        ({"threshold": 0.9}, "threshold=0.9 belongs to dynamic unmasking, not to first-hitting.*leave threshold out"),
-        ({"unmasking": "static", "threshold": 0.9}, "threshold=0.9 belongs to dynamic unmasking, not to static"),
+        ({"steps": 2}, "steps=2 belongs to ancestral, static, dynamic unmasking.*leave steps out"),
+        (
+            {"threshold": 0.9},
+            "threshold=0.9 belongs to dynamic and entropy unmasking, not to first-hitting.*leave threshold out",
+        ),
+        (
+            {"unmasking": "static", "threshold": 0.9},
+            "threshold=0.9 belongs to dynamic and entropy unmasking, not to static",
+        ),
     ],
 )
 def test_bad_input(model, options, message):

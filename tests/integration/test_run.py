@@ -139,6 +139,22 @@ def test_asked_to_stop_it_saves_and_goes_on_bitwise(workplace):
     assert "nothing to do" in train(workplace, "asked").stdout
 
 
+def test_a_last_evaluation_that_was_cut_off_is_made_up_for(workplace):
+    """Ended between the last checkpoint and it; one more run does it, and takes no step."""
+    run = workplace / "cut-off"
+    shutil.copytree(workplace / "whole", run)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert sorted(nelbos(run)) == [4, 8]
+    assert "nothing to do" in train(workplace, "cut-off").stdout
+    assert nelbos(run) == nelbos(workplace / "whole")
+    assert losses(run) == losses(workplace / "whole")
+    # Going further, what was measured at the former end stays.
+    train(workplace, "cut-off", "train.steps=13", "evaluation.every_steps=5")
+    assert nelbos(run)[12] == nelbos(workplace / "whole")[12]
+    assert sorted(nelbos(run)) == [4, 8, 12, 13]
+
+
 def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
     """From TP2 to DP2 with ZeRO 3, started by torchrun, its data fetched from a remote; from there to others."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]

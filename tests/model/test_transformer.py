@@ -72,7 +72,7 @@ def test_cached_blocks_give_the_two_stream_likelihoods(token_nll, model, clean, 
         expected = two_stream[:, block][masked[:, block]]
         torch.testing.assert_close(nll[masked[:, block]], expected, rtol=1e-5, atol=1e-5)
         model.prefill(clean[:, block], positions, None, cache)
-    assert cache.length == LENGTH
+    assert cache.lengths == [LENGTH] * 2
 
 
 def test_prefill_at_once_and_block_by_block_give_the_clean_only_forward(model, clean):

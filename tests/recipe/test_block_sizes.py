@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bd3_scale.recipe.checks import check_recipe
-from bd3_scale.recipe.schema import DiffusionRecipe, Recipe, RecipeError
+from bd3_scale.recipe.schema import DiffusionRecipe, ParallelRecipe, Recipe, RecipeError
 
 phases = st.lists(st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 5)), max_size=5)
 
@@ -66,6 +66,15 @@ def test_a_sound_schedule_passes() -> None:
             "share one clean stream, and block_size=64 of seq_len=64 has none",
         ),
         ({"mask_noise_std": 0.1}, "mask_noise_std=0.1 and mask_noise_steps=0 belong together"),
+        ({"block_size_choices": [4, 4]}, r"block_size_choices=\[4, 4\] has one twice"),
+        ({"noise_steps": 100_001}, "float32 does not resolve"),
+        ({"clip_masked_share": True}, "which all are: narrow the interval"),
+        ({"loss_weights": "unit_when_heavy"}, "changes nothing at diffusion.mask_rate_low=0.0"),
+        ({"search_interval": True}, "evaluation.every_steps=0: set it"),
+        ({"search_interval": True, "block_size": 1, "noisy_copies": 2}, "noisy_copies=2 are equal"),
+        ({"search_interval": True, "loss_weights": "unit_when_heavy"}, "searches for the plain loss"),
+        ({"search_interval": True, "objective": "score_entropy"}, "searches for the cross-entropy"),
+        ({"search_interval": True, "noise_schedule": "cosine"}, "leave the interval at 0 to 1 and search_interval out"),
         ({"objective": "next_token"}, "objective=next_token masks nothing: set diffusion.block_size=1"),
         ({"objective": "next_token", "block_size": 1, "noisy_copies": 2}, "leave noisy_copies out"),
     ],
@@ -80,3 +89,13 @@ def test_a_problem_of_several_block_sizes_is_named_once() -> None:
     with pytest.raises(RecipeError) as caught:
         check_recipe(recipe(block_size_schedule=schedule), 1, 32)
     assert len(caught.value.problems) == 1
+
+
+def test_context_ranks_cannot_cut_a_sequence_that_is_one_block_beside_smaller_ones() -> None:
+    """Alone its noisy keys are gathered; in a batch with clean rows they stay with their rank."""
+    parallel = ParallelRecipe(context=2)
+    alone = recipe(block_size=64).model_copy(update={"parallel": parallel})
+    check_recipe(alone, 2, 64)
+    mixed = recipe(block_size=8, block_size_choices=[8, 64]).model_copy(update={"parallel": parallel})
+    with pytest.raises(RecipeError, match=r"does not divide into 2 ranges of whole blocks of diffusion.block_size=64"):
+        check_recipe(mixed, 2, 64)

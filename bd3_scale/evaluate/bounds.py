@@ -1,0 +1,97 @@
+"""Lower bounds of the log-likelihood of continuations, by the NELBO with the context clean.
+
+A continuation's tokens alone are masked, at rates over the whole of [0, 1]; the context stays clean inside their block,
+too, and what would follow the continuation in its last block is always masked, so that nothing tells where it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bd3_scale.attention.spans import make_spans
+from bd3_scale.data.batch import Batch
+from bd3_scale.diffusion.nelbo import sequence_nelbo
+from bd3_scale.diffusion.noise import Noise, draw_noise
+from bd3_scale.diffusion.schedule import Schedule
+from bd3_scale.evaluate.nelbo import NOISE_SEED, masked_nll
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.parallel.groups import ProcessGroups
+
+BATCH = 16
+Pair = tuple[list[int], list[int]]
+
+
+class ContinuationBounds:
+    """Of one model. max_length: tokens of context and continuation at the most; draws: of the noise of each."""
+
+    def __init__(
+        self,
+        model: BlockDiffusionTransformer,
+        groups: ProcessGroups,
+        *,
+        block_size: int,
+        max_length: int,
+        draws: int,
+    ) -> None:
+        self._model, self._groups, self._block_size = model, groups, block_size
+        # At block size 1 every token is masked, once.
+        self._draws = 1 if block_size == 1 else draws
+        # Of the longest text, whatever a text's length: a place then has one noise for all choices of a question.
+        length = -(-max_length // block_size) * block_size
+        self._block_start = make_spans(torch.zeros(1, length, dtype=torch.int32), block_size)[1]
+
+    @torch.no_grad()
+    def of(self, pairs: Sequence[Pair], documents: Sequence[int]) -> list[float]:
+        """The bound in nats of each continuation after its context; equal `documents` meet equal noise."""
+        # By length, so that rows of a batch are alike; a row's noise depends on nothing but itself.
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+        bounds = [0.0] * len(pairs)
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            found = self._batch_bounds([pairs[i] for i in rows], [documents[i] for i in rows])
+            for i, bound in zip(rows, found, strict=True):
+                bounds[i] = bound
+        return bounds
+
+    def _batch_bounds(self, pairs: Sequence[Pair], documents: Sequence[int]) -> list[float]:
+        longest = max(len(given) + len(scored) for given, scored in pairs)
+        length = -(-longest // self._block_size) * self._block_size
+        tokens = torch.full((len(pairs), length), self._model.vocabulary.eos_id)
+        counted = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, (given, scored) in enumerate(pairs):
+            tokens[row, : len(given) + len(scored)] = torch.tensor(given + scored, dtype=torch.int64)
+            counted[row, len(given) : len(given) + len(scored)] = True
+        start = torch.zeros(tokens.shape, dtype=torch.int32)
+        ids = torch.tensor(documents)
+        batch = Batch(ids, ids, 0, tokens, start, torch.arange(length).expand_as(tokens), counted)
+        noises = [self._noise(pairs, documents, length, draw) for draw in range(self._draws)]
+        nll = masked_nll([self._model], batch, noises, self._groups, self._block_size)
+        sums = torch.stack([sequence_nelbo(*one, counted) for one in zip(nll, noises, strict=True)])
+        return [-float(bound) for bound in sums.mean(0)]
+
+    def _noise(self, pairs: Sequence[Pair], documents: Sequence[int], length: int, draw: int) -> Noise:
+        """Of each row as if it were alone; the context is never masked, and all behind the continuation is."""
+        masked = torch.ones(len(pairs), length, dtype=torch.bool)
+        rate = torch.ones(len(pairs), length)
+        for row, ((given, scored), document) in enumerate(zip(pairs, documents, strict=True)):
+            end = len(given) + len(scored)
+            noise = draw_noise(
+                self._block_start,
+                seed=NOISE_SEED,
+                epoch=0,
+                sample_ids=torch.tensor([document]),
+                schedule=Schedule(low=1.0 if self._block_size == 1 else 0.0),
+                draw=draw,
+                num_draws=self._draws,
+            )
+            masked[row, :end], rate[row, :end] = noise.masked[0, :end], noise.mask_rate[0, :end]
+            masked[row, : len(given)] = False
+        return Noise(masked, rate, _reciprocal(rate))
+
+
+def _reciprocal(rate: Tensor) -> Tensor:
+    # Nothing is masked at rate 0.
+    return torch.where(rate > 0, 1 / rate, 0.0)

@@ -1,0 +1,77 @@
+"""Text in and out of the sampler: prompts, gaps, stop strings, and when a text is taken for stuck."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.evaluate.writing import _encoded, _kept, read_prompts
+
+BYTES = load_tokenizer("bytes")
+
+
+def test_prompts_are_read_a_line_each(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\ntwo \n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a\nb", "")))
+    assert read_prompts(tmp_path / "p.txt") == ["one", "", "two "]
+    assert read_prompts(tmp_path / "p.jsonl") == ["a\nb", ""]
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r'bad.jsonl, line 2 is no JSON object with a string "prompt"'):
+        read_prompts(tmp_path / "bad.jsonl")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="has no prompts"):
+        read_prompts(tmp_path / "empty.txt")
+
+
+def test_the_mask_is_text_unless_gaps_are_asked_for():
+    text = "a[MASK][MASK]b[MASK]"
+    assert BYTES.vocabulary.mask_id not in _encoded(BYTES, text, infill=False)
+    mask = BYTES.vocabulary.mask_id
+    assert _encoded(BYTES, text, infill=True) == [97, mask, mask, 98, mask]
+    with pytest.raises(ValueError, match=r"--infill fills the \[MASK\] of a prompt, and there is none in 'abc'"):
+        _encoded(BYTES, "abc", infill=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "kept"),
+    [("a stop. b", ["stop"], 6), ("aéb", ["é"], 3), ("abc", ["x"], None), ("xx", ["x", "xx"], 1), ("abc", [], None)],
+)
+def test_a_stop_string_keeps_the_fewest_tokens_that_hold_it(text, stop, kept):
+    assert _kept(BYTES, list(text.encode()), stop) == kept
+
+
+def test_a_byte_model_is_stuck_below_three_quarters_of_the_median_of_its_held_out_text(tmp_path, monkeypatch):
+    from bd3_scale.checkpoint.manifest import CheckpointManifest
+    from bd3_scale.data.prepare import prepare
+    from bd3_scale.evaluate.writing import default_min_entropy
+    from bd3_scale.recipe.schema import Recipe
+
+    (tmp_path / "t.txt").write_text("abcdefg" * 400)  # 255 letters and EOS at the end, all alike elsewhere
+    options = {"document_multiple": 8, "workers": 1, "progress": False, "holdout": 1.0}
+    prepare([tmp_path / "t.txt"], tmp_path / "data", BYTES, 64, **options)
+    recipe = Recipe.model_validate(
+        {
+            "name": "r",
+            "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
+            "diffusion": {"block_size": 8},
+            "data": {"path": str(tmp_path / "data"), "seq_len": 64},
+            "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+        }
+    )
+    manifest = CheckpointManifest(
+        step=1,
+        recipe=recipe,
+        recipe_hash="",
+        vocabulary=BYTES.vocabulary,
+        data_hash="",
+        world_size=1,
+        states=(),
+    )
+    assert default_min_entropy(manifest) == pytest.approx(0.75 * math.log(7), rel=1e-3)
+    gone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(tmp_path / "gone")})})
+    assert default_min_entropy(manifest.model_copy(update={"recipe": gone})) == 0.0
+    words = BYTES.vocabulary.model_copy(update={"size": 5000})
+    assert default_min_entropy(manifest.model_copy(update={"vocabulary": words})) == 4.0
