@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from bd3_scale.attention.dispatch import block_attention, decode_attention
+from bd3_scale.attention.dispatch import block_attention
 from bd3_scale.model.rotary import apply_rotary
 from bd3_scale.model.rows import RowContext, by_rank, by_stream
 
@@ -70,22 +70,17 @@ class CoreAttention(nn.Module):
 
     def forward(self, q_NBHD: Tensor, k_NBGD: Tensor, v_NBGD: Tensor, rows: RowContext) -> Tensor:
         """Attention output [query rows, B, H·D]; clean keys are written to the cache of `rows`, if there is one."""
-        if rows.spans is not None and self.context_group.size() > 1:
+        if self.context_group.size() > 1:
             k_NBGD, v_NBGD = gather_keys(k_NBGD, v_NBGD, rows, self.context_group)
         q, k, v = (x.transpose(0, 1) for x in (q_NBHD, k_NBGD, v_NBGD))
-        if rows.spans is None:
-            assert rows.cache is not None
-            keys, values, lengths = rows.cache.write(self.layer, k, v)
-            out = decode_attention(q, keys, values, lengths=lengths, backend=self.backend)
-        else:
-            if rows.cache is not None:
-                assert not any(rows.cache.lengths)
-                assert rows.num_noisy == 0
-                rows.cache.write(self.layer, k, v)
-            # Noisy keys gathered from all ranks stand where clean keys would.
-            gathered = self.context_group.size() > 1 and not rows.has_clean
-            num_noisy = 0 if gathered else rows.num_noisy
-            out = block_attention(q, k, v, rows.spans, num_noisy=num_noisy, backend=self.backend)
+        if rows.cache is not None:
+            assert not any(rows.cache.lengths)
+            assert rows.num_noisy == 0
+            rows.cache.write(self.layer, k, v)
+        # Noisy keys gathered from all ranks stand where clean keys would.
+        gathered = self.context_group.size() > 1 and not rows.has_clean
+        num_noisy = 0 if gathered else rows.num_noisy
+        out = block_attention(q, k, v, rows.spans, num_noisy=num_noisy, backend=self.backend)
         return out.transpose(0, 1).flatten(2)
 
 

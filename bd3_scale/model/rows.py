@@ -69,14 +69,14 @@ class RowContext:
 
     Attributes:
         num_streams, num_noisy: S and C.
-        spans: None while a block is decoded, which sees the whole cache and itself.
+        spans: see `ModelInputs`.
         rotary: cos and sin of the rows' positions, [2, R, B, 1, D], see `rotary_table`.
-        cache: where clean keys go in generation.
+        cache: where the clean keys of a prompt go, in generation.
     """
 
     num_streams: int
     num_noisy: int
-    spans: Tensor | None
+    spans: Tensor
     rotary: Tensor
     cache: KVCache | None = None
 

@@ -25,6 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from bd3_scale.model.decode import decode_block
 from bd3_scale.model.decoder import Decoder, decoder_spec
 from bd3_scale.model.head import OutputLayer
 from bd3_scale.model.kv_cache import KVCache
@@ -154,14 +155,17 @@ class BlockDiffusionTransformer(MegatronModule):
         With `spans` (int32 [3, B, L]) they are whole blocks and the cache is empty; without, they are one block that
         sees the prefix and itself.
         """
-        self._decode(clean_BL, positions_BL, 0, spans, cache)
+        if spans is None:
+            self._decode_block(clean_BL, positions_BL, cache)
+        else:
+            self._decode(clean_BL, positions_BL, 0, spans, cache)
         cache.commit(rows or [clean_BL.shape[1]] * len(clean_BL))
 
     def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache) -> Tensor:
         """Logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself; the prefix
         stays.
         """
-        return self._all_logits(self._decode(block_BL, positions_BL, 0, None, cache))
+        return self._all_logits(self._decode_block(block_BL, positions_BL, cache).transpose(0, 1))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` positions."""
@@ -186,15 +190,20 @@ class BlockDiffusionTransformer(MegatronModule):
         tokens_BN: Tensor,
         positions_BR: Tensor,
         num_noisy: int,
-        spans: Tensor | None,
+        spans: Tensor,
         cache: KVCache | None = None,
         mask_noise: MaskNoise | None = None,
     ) -> Tensor:
         rows = self._rows(tokens_BN, positions_BR, num_noisy, spans, cache)
         return self.decoder(self._embed(tokens_BN, rows.num_streams, mask_noise) if self.pre_process else None, rows)
 
+    def _decode_block(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache) -> Tensor:
+        """[B, L, X]"""
+        rotary = rotary_table(positions_BL, self.recipe, self.config.params_dtype).transpose(1, 2)
+        return decode_block(self.decoder, self.embedding.word_embeddings(block_BL), rotary, cache, self.tp_group)
+
     def _rows(
-        self, tokens_BN: Tensor, positions_BR: Tensor, num_noisy: int, spans: Tensor | None, cache: KVCache | None
+        self, tokens_BN: Tensor, positions_BR: Tensor, num_noisy: int, spans: Tensor, cache: KVCache | None
     ) -> RowContext:
         table = rotary_table(positions_BR, self.recipe, self.config.params_dtype)
         return RowContext(tokens_BN.shape[1] // positions_BR.shape[1], num_noisy, spans, table, cache)
