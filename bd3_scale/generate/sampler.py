@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass
 class _Text:
-    """A text that grows. tokens: of whole blocks, and at the end of the prompt before them; block: [L'], with masks."""
+    """A text that grows. tokens: of its finished blocks; block: [L'], with masks; order: [L'], its places' uniforms."""
 
     index: int
     prompt: list[int]
@@ -54,11 +54,11 @@ class _Text:
     nfe: int = 0
     cache_passes: int = 0
     block: Tensor = field(default_factory=lambda: torch.empty(0))
+    order: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     def uniforms(self, purpose: int, count: int) -> NDArray[np.float64]:
-        """float64 [count] in [0, 1) of this block, and but for the order of its places of this step."""
-        step = 0 if purpose == _ORDER else self.step
-        counter = np.array([0, step, len(self.tokens), purpose], dtype=np.uint64)
+        """float64 [count] in [0, 1) of this block and step."""
+        counter = np.array([0, self.step, len(self.tokens), purpose], dtype=np.uint64)
         bits = np.random.Philox(key=np.array([self.seed, 0], dtype=np.uint64), counter=counter).random_raw(count)
         return (bits >> np.uint64(11)) * 2.0**-53
 
@@ -198,10 +198,8 @@ def _blind_places(texts: Sequence[_Text], masked: Tensor, how: Unmasking) -> Ten
     for place, text in enumerate(texts):
         here = masked[place].numpy()
         while here.any():
-            size = len(here)
-            found[place] = how.choose_blindly(
-                here, text.uniforms(_ORDER, size), text.uniforms(_CHANCE, size), text.step
-            )
+            chance = text.uniforms(_CHANCE, len(here)) if how.rule == "ancestral" else text.order
+            found[place] = how.choose_blindly(here, text.order, chance, text.step)
             if found[place].any():
                 break
             text.step += 1
@@ -213,6 +211,7 @@ def _open_block(text: _Text, size: int, mask_id: int) -> None:
     given = text.prompt[len(text.tokens) : len(text.tokens) + size]
     text.block = torch.tensor(given + [mask_id] * (size - len(given)))
     text.step = 0
+    text.order = text.uniforms(_ORDER, size)
 
 
 def _whole(prompt: Sequence[int], size: int, mask_id: int) -> int:

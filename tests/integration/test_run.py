@@ -262,6 +262,21 @@ def test_evaluate_and_generate(workplace):
     assert texts[0]["tokens"] == texts[1]["tokens"]
     assert 0 < len(texts[0]["tokens"]) <= 20
     assert max(texts[0]["tokens"]) < 256  # bytes, never EOS or the mask
+    (workplace / "prompts.txt").write_text("The [MASK] é\nOne\n")
+    several = ["--prompts-file", "prompts.txt", "--max-new-tokens", "20", "--seed", "3", "--json"]
+    lines = command(workplace, "generate", "whole", *several).stdout.splitlines()
+    written = [json.loads(line) for line in lines]
+    assert [text["prompt"] for text in written] == ["The [MASK] é", "One"]
+    assert written[0]["tokens"] == texts[0]["tokens"], "the batch around it changes nothing"
+    gaps = ["--infill", "--prompt", "The [MASK][MASK] of", "--max-new-tokens", "0", "--json"]
+    filled = json.loads(command(workplace, "generate", "whole", *gaps).stdout)
+    assert (filled["tokens"], filled["nfe"] > 0) == ([], True)
+    assert filled["text"].startswith("The ")
+    assert filled["text"].endswith(" of")
+    unknown = command(workplace, "generate", "whole", "--unmasking", "beam", returncode=2)
+    assert "'beam' is not one of" in unknown.stderr
+    longer = ["--prompt", "x" * 90, "--max-new-tokens", "30", "--temperature", "0", "--unmasking", "static", "--json"]
+    assert json.loads(command(workplace, "generate", "whole", *longer).stdout)["window"] == 64
 
 
 def test_two_trainings_in_one_run_directory(workplace):
