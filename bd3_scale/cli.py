@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bd3_scale.convert.commands import app as convert_app
+from bd3_scale.evaluate.commands import app as evaluate_app
 from bd3_scale.launch.commands import app as launch_app
 from bd3_scale.launch.commands import follow_run
 from bd3_scale.observe.progress import Bar
@@ -29,16 +30,13 @@ app = typer.Typer(
 data_app = typer.Typer(help="Tokenise text and write it as shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
+app.add_typer(evaluate_app)
 app.add_typer(launch_app)
 
 Sources = Annotated[
     list[Path], typer.Argument(help=".txt and .jsonl files (field `text`), also .gz or .zst, and folders of them.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-def _is_rank_zero() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def main() -> None:
@@ -242,177 +240,6 @@ def submit(
         typer.echo(f"bd3-scale status {job.run_dir}")
     if follow:
         follow_run(job.run_dir)
-
-
-@app.command(epilog="Example: bd3-scale evaluate runs/books --text ptb=ptb-test.txt --text notes.jsonl --block-size 4")
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
-    data: Annotated[str | None, typer.Option(help="Prepared data.", show_default="what the run trained on")] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="Text in place of held-out data, once or more: PATH as it stands, or SET=PATH, see above."),
-    ] = None,
-    block_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Once or more.", show_default="that of the training")
-    ] = None,
-    sequences: Annotated[int | None, typer.Option(help="The first so many.", show_default="all")] = None,
-    draws: Annotated[int, typer.Option(help="Noise draws a sequence; block size 1 is exact and takes one.")] = 4,
-    intervals: Annotated[
-        bool, typer.Option("--intervals", help="Also the training loss's variance under clipped mask-rate intervals.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure perplexity on held-out or other text: a bound from the NELBO, exact at block size 1.
-
-    A sequence has as many tokens as in training and begins without context.
-    Documents do not see each other; their end counts, what pads them does not.
-
-    SET is ptb, wikitext2, lm1b, lambada, ag_news, pubmed or arxiv: a tokenised
-    corpus that is put back into plain text, whose bytes are counted.
-    """
-    from bd3_scale.checkpoint.store import resolve_checkpoint
-    from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
-    from bd3_scale.evaluate.sets import NamedText
-    from bd3_scale.evaluate.tables import as_json_text, show_evaluations
-
-    texts = [NamedText.parse(argument) for argument in text or ()]
-    with Bar("evaluating") as bar:
-        found = evaluate_checkpoint(
-            resolve_checkpoint(checkpoint),
-            data_path=data,
-            texts=texts,
-            block_sizes=block_size or (),
-            sequences=sequences,
-            draws=draws,
-            intervals=intervals,
-            progress=bar.show,
-        )
-    if not _is_rank_zero():
-        return
-    for name, count in {(result.text, result.trained_on) for result in found if not result.own}:
-        if count is None:
-            typer.echo(f"{name}: no hashes of the training documents are at hand to tell an overlap by", err=True)
-        elif count:
-            typer.echo(f"warning: the training had {count} documents of {name}, too: it measures memory", err=True)
-    if as_json:
-        typer.echo(as_json_text(found))
-        return
-    show_evaluations(found)
-
-
-@app.command(epilog="Example: bd3-scale harness runs/mine --tasks hellaswag,lambada_openai --limit 200")
-def harness(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
-    tasks: Annotated[str, typer.Option(help="Names of tasks, with commas between; `lm_eval ls tasks` lists them.")],
-    include: Annotated[str | None, typer.Option(help="Folder with YAML files of further tasks.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents a task, for a first look.", show_default="all")
-    ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Noise draws a continuation; block size 1 takes one.")] = 8,
-    as_json: AsJson = False,
-) -> None:
-    """Run tasks of lm-evaluation-harness: choices by the NELBO, text by greedy generation."""
-    import json
-
-    from bd3_scale.checkpoint.store import resolve_checkpoint
-    from bd3_scale.evaluate.harness import evaluate_tasks, show_results
-
-    found = evaluate_tasks(resolve_checkpoint(checkpoint), tasks.split(","), folder=include, limit=limit, draws=draws)
-    if as_json:
-        typer.echo(json.dumps(found["results"]))
-    else:
-        show_results(found)
-
-
-@app.command(epilog="Example: bd3-scale generate runs/quickstart --prompt 'def main(' --temperature 0.7 --watch")
-def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from, once or more.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="One a line, or a .jsonl with `prompt`.")] = None,
-    infill: Annotated[bool, typer.Option("--infill", help="Each [MASK] of a prompt is a gap of one token.")] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens at the most; EOS ends the text before. 0: only fill gaps.")
-    ] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.", show_default="all")] = None,
-    top_p: Annotated[float, typer.Option(help="Only the nucleus: the fewest tokens that make this share.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text, once or more.")] = None,
-    min_entropy: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Stop where the last 256 tokens have fewer nats.",
-            show_default="4; for bytes 0.75 of the held-out median",
-        ),
-    ] = None,
-    unmasking: Annotated[
-        Literal["first-hitting", "ancestral", "static", "dynamic", "entropy"],
-        typer.Option(
-            help="What a pass unmasks: one token; each by chance; the most confident; also all above a threshold; "
-            "the surest up to a sum of entropies."
-        ),
-    ] = "first-hitting",
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Ancestral, static, dynamic: passes a block.", show_default="one a token")
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Dynamic: a probability; entropy: nats.", show_default="0.9; 0.1"),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Text i depends on seed + i and its prompt alone.")] = 0,
-    watch: Annotated[bool, typer.Option("--watch", help="Show the text as it loses its masks.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
-) -> None:
-    """Generate text block by block.
-
-    Where a text grows beyond the sequences of the training, a block sees the
-    last of them: a sliding window, told with the result.
-    """
-    import dataclasses
-    import json
-
-    from bd3_scale.checkpoint.store import resolve_checkpoint
-    from bd3_scale.evaluate.writing import read_prompts, write_texts
-    from bd3_scale.observe.denoising import DenoisingView
-
-    prompts = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])] or [""]
-    with Bar("generating") as bar, DenoisingView(watch and _is_rank_zero()) as view:
-        written = list(
-            write_texts(
-                resolve_checkpoint(checkpoint),
-                prompts,
-                infill=infill,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                stop=stop or (),
-                min_entropy=min_entropy,
-                unmasking=unmasking,
-                steps=steps,
-                threshold=threshold,
-                seed=seed,
-                progress=bar.show,
-                watch=view.show if watch else None,
-            )
-        )
-    if not _is_rank_zero():
-        return
-    if as_json:
-        for text in written:
-            typer.echo(json.dumps(dataclasses.asdict(text)))
-        return
-    console = Console(highlight=False)
-    for text in written:
-        console.print(Text("" if infill else text.prompt, style="bold"), Text(text.text), sep="")
-        window = f"; a block sees {text.window} tokens" if text.window else ""
-        console.print(
-            f"{len(text.tokens)} tokens, {text.nfe} denoising and {text.cache_passes} cache passes, ended by "
-            f"{text.stopped_by}{window}",
-            style="dim",
-        )
-    tokens, seconds = sum(len(text.tokens) for text in written), {text.seconds for text in written}
-    console.print(f"{tokens / sum(seconds):.0f} tokens/s", style="dim")
 
 
 @app.command(epilog="Example: bd3-scale doctor --json")

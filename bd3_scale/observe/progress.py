@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from datetime import timedelta
@@ -18,6 +19,11 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for all of a launcher's."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Bar:
