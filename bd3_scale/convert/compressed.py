@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_scale.convert._libraries import without_broken_torchvision
 from bd3_scale.convert.quantizer import QuantizedWeight, Scheme
+from bd3_scale.observe.libraries import without_broken_torchvision
 
 with without_broken_torchvision():
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32

@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from bd3_scale.observe.progress import Bar, is_rank_zero
 
 app = typer.Typer()
 
+Unmasking = Literal["first-hitting", "ancestral", "static", "dynamic", "entropy"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -96,6 +98,62 @@ def harness(
         show_results(found)
 
 
+@app.command(epilog="Example: bd3-scale generative runs/mine --judge models/gpt2 --samples 64 --top-p 0.9")
+def generative(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
+    judge: Annotated[Path, typer.Option(help="Folder of a causal Hugging Face model that scores the samples.")],
+    samples: Annotated[int, typer.Option(min=1, help="Texts, each without a prompt.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each at the most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.", show_default="all")] = None,
+    top_p: Annotated[float, typer.Option(help="Only the nucleus: the fewest tokens that make this share.")] = 1.0,
+    unmasking: Annotated[Unmasking, typer.Option(help="What a pass unmasks, see `generate`.")] = "first-hitting",
+    steps: Annotated[int | None, typer.Option(min=1, help="See `generate`.", show_default="one a token")] = None,
+    threshold: Annotated[float | None, typer.Option(help="See `generate`.", show_default="0.9; 0.1")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same samples.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure samples: generative perplexity under another model, entropy, repetition, distinct n-grams.
+
+    A low perplexity alone can be had by repeating oneself: read it beside the others.
+    """
+    import dataclasses
+    import json
+
+    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.evaluate.generative import evaluate_generative
+
+    with Bar("generating") as bar:
+        found = evaluate_generative(
+            resolve_checkpoint(checkpoint),
+            judge,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            unmasking=unmasking,
+            steps=steps,
+            threshold=threshold,
+            progress=bar.show,
+        )
+    if not is_rank_zero():
+        return
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found)))
+        return
+    perplexity = "nothing to judge" if found.perplexity is None else f"{found.perplexity:.2f}"
+    table = Table("", "", title=f"{found.samples} samples of {found.checkpoint}", show_header=False)
+    table.add_row(f"perplexity under {found.judge}", f"{perplexity} ({found.judged_tokens:,} of its tokens)")
+    table.add_row("entropy of a text's tokens", f"{found.entropy:.3f} nats")
+    table.add_row("repeated 4-grams", f"{found.repetition:.1%}")
+    table.add_row("distinct tokens, pairs", f"{found.distinct_1:.3f}, {found.distinct_2:.3f}")
+    table.add_row("denoising passes a token", f"{found.nfe_per_token:.2f}")
+    table.add_row("ended by", ", ".join(f"{name} {count}" for name, count in found.stopped_by.items()))
+    Console().print(table)
+
+
 @app.command(epilog="Example: bd3-scale generate runs/quickstart --prompt 'def main(' --temperature 0.7 --watch")
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
@@ -118,7 +176,7 @@ def generate(
         ),
     ] = None,
     unmasking: Annotated[
-        Literal["first-hitting", "ancestral", "static", "dynamic", "entropy"],
+        Unmasking,
         typer.Option(
             help="What a pass unmasks: one token; each by chance; the most confident; also all above a threshold; "
             "the surest up to a sum of entropies."

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.checkpoint.store import save_checkpoint
-from bd3_scale.convert._libraries import without_broken_torchvision
 from bd3_scale.convert.remote_code_files import remote_code
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
+from bd3_scale.observe.libraries import without_broken_torchvision
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import (

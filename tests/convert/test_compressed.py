@@ -13,10 +13,11 @@ import torch
 from models import save_folder, tensors, transformers_model
 from safetensors.torch import save_file
 
-from bd3_scale.convert import _libraries, quantizer
-from bd3_scale.convert._libraries import without_broken_torchvision
+from bd3_scale.convert import quantizer
 from bd3_scale.convert.compressed import engine_notes, packed_tensors, quantization_config, unpacked_weight
 from bd3_scale.convert.quantizer import Scheme, round_to_nearest
+from bd3_scale.observe import libraries
+from bd3_scale.observe.libraries import without_broken_torchvision
 
 with without_broken_torchvision():
     from compressed_tensors.compressors import PackedQuantizationCompressor
@@ -89,7 +90,7 @@ def test_torchvision_is_hidden_inside_alone_and_inside_another(monkeypatch: pyte
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    monkeypatch.setattr(_libraries.importlib, "import_module", fail)
+    monkeypatch.setattr(libraries.importlib, "import_module", fail)
     with without_broken_torchvision():
         with without_broken_torchvision():
             assert sys.modules["torchvision"] is None

@@ -1,0 +1,147 @@
+"""How good a checkpoint's samples are: the perplexity that another model gives them, beside what that alone would hide.
+
+Text that repeats itself has a low generative perplexity, so that entropy, repetition and distinct n-grams stand beside
+it (Zheng et al., ICLR 2025; Holtzman et al., ICLR 2020; Li et al., NAACL 2016).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bd3_scale.evaluate.writing import Written, write_texts
+from bd3_scale.observe.libraries import without_broken_torchvision
+
+REPEATED = 4
+
+
+@dataclass(frozen=True)
+class Generative:
+    """Of `samples` texts.
+
+    perplexity: exp of the judge's mean nats a token of its own; None where no text is long enough to judge. entropy:
+    nats, of a text's token frequencies, mean. repetition: share of its 4-grams that it had before, mean. distinct_1,
+    distinct_2: different n-grams over all n-grams, of all texts together. nfe_per_token: denoising passes.
+    stopped_by: how many texts ended how.
+    """
+
+    checkpoint: str
+    judge: str
+    samples: int
+    tokens: int
+    judged_tokens: int
+    perplexity: float | None
+    entropy: float
+    repetition: float
+    distinct_1: float
+    distinct_2: float
+    nfe_per_token: float
+    stopped_by: dict[str, int]
+
+
+def evaluate_generative(
+    checkpoint: Path,
+    judge: Path,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+    progress: Callable[[int, int], object] = lambda done, limit: None,
+    **sampling: Any,
+) -> Generative:
+    """Draw `samples` texts without a prompt and let a causal model of Hugging Face, in a local folder, judge them.
+
+    ValueError: a folder that is none, no sample, or what `write_texts` refuses.
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}: give at least 1")
+    score = _Judge(judge)
+    texts = list(
+        write_texts(checkpoint, [""] * samples, max_new_tokens=max_new_tokens, seed=seed, progress=progress, **sampling)
+    )
+    nats, judged = 0.0, 0
+    for text in texts:
+        more, count = score(text.text)
+        nats, judged = nats + more, judged + count
+    tokens = [text.tokens for text in texts]
+    written = sum(map(len, tokens))
+    return Generative(
+        checkpoint=str(checkpoint),
+        judge=str(judge),
+        samples=samples,
+        tokens=written,
+        judged_tokens=judged,
+        perplexity=math.exp(nats / judged) if judged else None,
+        entropy=float(np.mean([entropy(t) for t in tokens])),
+        repetition=float(np.mean([repetition(t) for t in tokens])),
+        distinct_1=distinct(tokens, 1),
+        distinct_2=distinct(tokens, 2),
+        nfe_per_token=sum(text.nfe for text in texts) / max(1, written),
+        stopped_by=_counts(texts),
+    )
+
+
+def entropy(tokens: Sequence[int]) -> float:
+    """Nats, of the frequencies of a text's tokens; 0 of an empty one."""
+    share = np.unique(tokens, return_counts=True)[1] / max(1, len(tokens))
+    return float(-(share * np.log(share)).sum())
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of a text's 4-grams that stood in it before."""
+    grams = _grams(tokens, REPEATED)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(texts: Sequence[Sequence[int]], size: int) -> float:
+    """Different n-grams of `size` over all of them, in all texts together."""
+    grams = [gram for tokens in texts for gram in _grams(tokens, size)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _grams(tokens: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+
+
+def _counts(texts: Sequence[Written]) -> dict[str, int]:
+    ends = [text.stopped_by for text in texts]
+    return {end: ends.count(end) for end in sorted(set(ends))}
+
+
+class _Judge:
+    """Nats and number of the tokens of a text under a causal model, each given those before it."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} is no folder of a Hugging Face model: it has no config.json")
+        with without_broken_torchvision():
+            import transformers
+
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        self._model = model.eval()
+        limit = getattr(model.config, "max_position_embeddings", None)
+        self._limit = 2048 if limit is None else min(2048, limit)
+
+    @torch.no_grad()
+    def __call__(self, text: str) -> tuple[float, int]:
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        first = self._tokenizer.bos_token_id
+        nats, count = 0.0, 0
+        # A window begins with the token that begins text, or else with one that it does not judge.
+        room = self._limit - (first is not None)
+        for start in range(0, len(ids), room):
+            window = ([] if first is None else [first]) + ids[start : start + room]
+            if len(window) < 2:
+                continue
+            row = torch.tensor([window], device=self._model.device)
+            law = self._model(row).logits[0, :-1].float().log_softmax(-1)
+            nats -= float(law.gather(-1, row[0, 1:, None]).sum())
+            count += len(window) - 1
+        return nats, count
