@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -206,7 +207,8 @@ def generate(
     from bd3_scale.observe.denoising import DenoisingView
 
     prompts = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])] or [""]
-    with Bar("generating") as bar, DenoisingView(watch and is_rank_zero()) as view:
+    # One of them: both would draw on the same lines.
+    with nullcontext() if watch else Bar("generating") as bar, DenoisingView(watch and is_rank_zero()) as view:
         written = list(
             write_texts(
                 resolve_checkpoint(checkpoint),
@@ -222,7 +224,7 @@ def generate(
                 steps=steps,
                 threshold=threshold,
                 seed=seed,
-                progress=bar.show,
+                progress=(lambda done, limit: None) if bar is None else bar.show,
                 watch=view.show if watch else None,
             )
         )
