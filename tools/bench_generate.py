@@ -163,6 +163,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.checkpoint is None and (options.tokens + 1) % BLOCK:
+        whole = max(BLOCK, options.tokens // BLOCK * BLOCK)
+        parser.error(
+            f"--tokens is {options.tokens}: give whole blocks of {BLOCK} less the prompt's token, such as {whole - 1}"
+        )
     quieten_libraries()
     torch.set_num_threads(1)
     result: dict[str, Any] = {}
