@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.bench_generate import BLOCK, Twin
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_batches_and_the_twin_are_timed_in_one_run():
