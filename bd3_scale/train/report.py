@@ -81,8 +81,8 @@ class Report:
             self._drawable = True
             cuda = peak_cuda_bytes()
             more: dict[str, float] = {} if cuda is None else {"peak_cuda_bytes": cuda}
-            if len(sizes := self._recipe.diffusion.block_sizes_at(step - 1)) > 1:
-                losses = zip(sizes, result.losses, strict=True)
+            if len(self._recipe.diffusion.block_sizes) > 1:
+                losses = zip(self._recipe.diffusion.block_sizes_at(step - 1), result.losses, strict=True)
                 more |= {f"train_loss_block_{size}": loss for size, loss in losses if loss is not None}
             if self._peak is not None:
                 more["mfu"] = result.flops / seconds / self._peak / dist.get_world_size()

@@ -18,6 +18,7 @@ import yaml
 
 BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 STEPS = 12
+PHASES = "diffusion.block_size_schedule=[{block_size: 4, steps: 5}]"
 SEARCH = ["evaluation.sequences=24", "evaluation.draws=2"]
 RECIPE = {
     "name": "tiny",
@@ -188,7 +189,7 @@ def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
         ["diffusion.block_size=1", "diffusion.mask_rate_low=1.0", "diffusion.mask_rate_high=1.0"],
         ["diffusion.block_size_choices=[1,4,8]", "diffusion.search_interval=true", *SEARCH],
         ["diffusion.objective=score_entropy", "diffusion.clip_masked_share=true"],
-        ["diffusion.noise_schedule=cosine", "diffusion.mask_rate_low=0.0", "diffusion.mask_rate_high=1.0"],
+        ["diffusion.noise_schedule=cosine", "diffusion.mask_rate_low=0.0", "diffusion.mask_rate_high=1.0", PHASES],
     ],
     ids=["mdlm-bf16", "autoregressive", "searched", "sedd", "cosine"],
 )
@@ -205,7 +206,15 @@ def test_every_objective_resumes_bitwise_on_data_parallel_ranks(workplace, overr
     assert nelbos(runs[0])[8] == nelbos(runs[1])[8] < 5.7
     evaluated = [[r for r in records(run) if "nelbo" in r] for run in runs]
     assert evaluated[0] == evaluated[1]
+    if PHASES in overrides:
+        for record in (r for r in records(runs[0]) if "train_loss" in r):
+            assert record[f"train_loss_block_{4 if record['step'] <= 5 else 8}"] == record["train_loss"]
+        assert [set(r) & {"nelbo_block_4", "nelbo_block_8"} for r in evaluated[0]] == [
+            {"nelbo_block_4", "nelbo_block_8"},
+            set(),
+        ]
     if "diffusion.search_interval=true" in overrides:
+        assert any("train_loss_block_4" in r and "train_loss_block_1" in r for r in records(runs[0]))
         last = evaluated[0][-1]
         assert {f"{key}_block_{n}" for key in ("nelbo", "mask_rate_low", "loss_variance") for n in (1, 4, 8)} < set(
             last
