@@ -164,12 +164,12 @@ def _pass(
     if not any(open_texts):
         model.prefill(blocks.to(device), positions, None, cache)
     else:
-        logits = model.decode(blocks.to(device), positions, cache)
-        cache.commit([0 if is_open else size for is_open in open_texts])
         places = masked if blind is None else blind
-        uniforms = np.stack([text.uniforms(_TOKENS, size) for text in texts])
         at = places.to(device)
-        drawn, confidence, entropy = drawing.draw(logits[at], torch.from_numpy(uniforms[places.numpy()]))
+        logits = model.decode(blocks.to(device), positions, cache, at)
+        cache.commit([0 if is_open else size for is_open in open_texts])
+        uniforms = np.stack([text.uniforms(_TOKENS, size) for text in texts])
+        drawn, confidence, entropy = drawing.draw(logits, torch.from_numpy(uniforms[places.numpy()]))
         if blind is None:
             steps = torch.tensor([text.step for text in texts])
             steps = steps.clamp(max=len(how.counts) - 1).to(device)

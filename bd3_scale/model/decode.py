@@ -20,9 +20,12 @@ from bd3_scale.model.kv_cache import KVCache
 
 
 @torch.no_grad()
-def decode_block(decoder: Any, hidden_BLX: Tensor, rotary: Tensor, cache: KVCache, group: dist.ProcessGroup) -> Tensor:
-    """What `decoder` makes of the embeddings of a block that sees the cached prefix and itself, [B, L, X]; its keys are
-    written behind the prefix.
+def decode_block(
+    decoder: Any, hidden_BLX: Tensor, rotary: Tensor, cache: KVCache, group: dist.ProcessGroup, wanted_BL: Tensor | None
+) -> Tensor:
+    """What `decoder` makes of the embeddings of a block that sees the cached prefix and itself, [B, L, X], or [M, X] of
+    the places `wanted_BL` alone, past whose keys the last layer has nothing to compute for others. The keys are written
+    behind the prefix.
 
     rotary: cos and sin [2, B, L, 1, D]; group: of the ranks that split the matrices.
     """
@@ -52,7 +55,10 @@ def decode_block(decoder: Any, hidden_BLX: Tensor, rotary: Tensor, cache: KVCach
         keys, values, lengths = cache.write(number, rotate(key), value)
         backend = attention.core_attention.backend
         out = decode_attention(rotate(query), keys, values, lengths=lengths, backend=backend)
-        hidden_BLX = hidden_BLX + summed(F.linear(out.flatten(2), attention.linear_proj.weight))
+        out = out.flatten(2)
+        if wanted_BL is not None and number == len(decoder.layers) - 1:
+            hidden_BLX, out = hidden_BLX[wanted_BL], out[wanted_BL]
+        hidden_BLX = hidden_BLX + summed(F.linear(out, attention.linear_proj.weight))
         wide = F.linear(layer.pre_mlp_layernorm.forward(hidden_BLX), mlp.linear_fc1.weight, mlp.linear_fc1.bias)
         if config.gated_linear_unit:
             gate, wide = wide.chunk(2, -1)

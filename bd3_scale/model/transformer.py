@@ -156,16 +156,18 @@ class BlockDiffusionTransformer(MegatronModule):
         sees the prefix and itself.
         """
         if spans is None:
-            self._decode_block(clean_BL, positions_BL, cache)
+            self._decode_block(clean_BL, positions_BL, cache, torch.zeros_like(clean_BL, dtype=torch.bool))
         else:
             self._decode(clean_BL, positions_BL, 0, spans, cache)
         cache.commit(rows or [clean_BL.shape[1]] * len(clean_BL))
 
-    def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache) -> Tensor:
+    def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None = None) -> Tensor:
         """Logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself; the prefix
-        stays.
+        stays. With `wanted_BL`, bool, those of its M places alone: [M, padded vocabulary].
         """
-        return self._all_logits(self._decode_block(block_BL, positions_BL, cache).transpose(0, 1))
+        hidden = self._decode_block(block_BL, positions_BL, cache, wanted_BL)
+        logits = self.output_layer(hidden, self._head_weight())
+        return cast(Tensor, gather_from_tensor_model_parallel_region(logits, self.tp_group))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` positions."""
@@ -197,10 +199,12 @@ class BlockDiffusionTransformer(MegatronModule):
         rows = self._rows(tokens_BN, positions_BR, num_noisy, spans, cache)
         return self.decoder(self._embed(tokens_BN, rows.num_streams, mask_noise) if self.pre_process else None, rows)
 
-    def _decode_block(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache) -> Tensor:
-        """[B, L, X]"""
+    def _decode_block(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None) -> Tensor:
+        """[B, L, X], or [M, X]."""
         rotary = rotary_table(positions_BL, self.recipe, self.config.params_dtype).transpose(1, 2)
-        return decode_block(self.decoder, self.embedding.word_embeddings(block_BL), rotary, cache, self.tp_group)
+        return decode_block(
+            self.decoder, self.embedding.word_embeddings(block_BL), rotary, cache, self.tp_group, wanted_BL
+        )
 
     def _rows(
         self, tokens_BN: Tensor, positions_BR: Tensor, num_noisy: int, spans: Tensor, cache: KVCache | None

@@ -142,9 +142,9 @@ def test_every_place_of_a_block_is_unmasked_first_equally_often(model, monkeypat
     shown = []
     decode = model.decode
 
-    def observed(block, positions, cache):
+    def observed(block, positions, cache, wanted):
         shown.append(block[0].tolist())
-        return decode(block, positions, cache)
+        return decode(block, positions, cache, wanted)
 
     monkeypatch.setattr(model, "decode", observed)
     draws, firsts = 400, [0, 0, 0, 0]

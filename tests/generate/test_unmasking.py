@@ -45,9 +45,9 @@ def shown(model, monkeypatch):
     blocks = []
     decode = model.decode
 
-    def observed(block, positions, cache):
+    def observed(block, positions, cache, wanted):
         blocks.append(block[0].tolist())
-        return decode(block, positions, cache)
+        return decode(block, positions, cache, wanted)
 
     monkeypatch.setattr(model, "decode", observed)
     return blocks

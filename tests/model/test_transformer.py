@@ -69,6 +69,8 @@ def test_cached_blocks_give_the_two_stream_likelihoods(token_nll, model, clean, 
         positions = positions_of(clean)[:, block]
         logits = model.decode(noisy[:, block], positions, cache)
         nll = -logits.log_softmax(-1).gather(-1, clean[:, block, None])[..., 0]
+        some = model.decode(noisy[:, block], positions, cache, masked[:, block])
+        torch.testing.assert_close(some, logits[masked[:, block]], rtol=1e-5, atol=1e-5)
         expected = two_stream[:, block][masked[:, block]]
         torch.testing.assert_close(nll[masked[:, block]], expected, rtol=1e-5, atol=1e-5)
         model.prefill(clean[:, block], positions, None, cache)
