@@ -117,6 +117,7 @@ class Ranks:
     def __init__(self, job: dict[str, Any], folder: Path, attempt: int) -> None:
         self.job, self.folder, self.heartbeats = job, folder, folder / "heartbeats"
         self.logs = Path(job["run_dir"], "logs", f"attempt-{attempt}")
+        self._own_heartbeats = folder / f"heartbeats-{attempt}"
         self.first_end: tuple[int, str] | None = None  # task and how it ended
         self.ended_by_slurm: str | None = None
         self.killed = False
@@ -125,9 +126,13 @@ class Ranks:
 
     def start(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.heartbeats.mkdir(exist_ok=True)
-        for old in self.heartbeats.iterdir():
-            old.unlink()
+        # A folder of their own: ranks of a former attempt, on a node that SLURM has lost, may still tell theirs.
+        for old in self.folder.glob("heartbeats-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        self._own_heartbeats.mkdir(exist_ok=True)
+        link = self.folder / ".heartbeats.new"
+        link.symlink_to(self._own_heartbeats.name)
+        link.replace(self.heartbeats)
         self.began = time.monotonic()
         # A task that fails takes the others along; tasks that end early wait for the last.
         step = ["srun", "--kill-on-bad-exit=1", "--wait=0", f"--output={self.logs}/rank%t.log", "--open-mode=append"]
@@ -481,17 +486,17 @@ class Supervisor:
 
 def run_rank(folder: Path) -> None:
     """Becomes the rank of this task."""
-    job, environment = read_json(folder / "job.json"), os.environ
+    job, environment, heartbeats = read_json(folder / "job.json"), os.environ, (folder / "heartbeats").resolve()
     environment |= {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": environment["SLURM_NTASKS"],
         "LOCAL_WORLD_SIZE": str(job["ntasks_per_node"]),
-        "BD3_SCALE_HEARTBEATS": str(folder / "heartbeats"),
+        "BD3_SCALE_HEARTBEATS": str(heartbeats),
     }
     # What comes before the rank can save waits until it can.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
-    (folder / "heartbeats" / f"rank{environment['RANK']}.holds").touch()
+    (heartbeats / f"rank{environment['RANK']}.holds").touch()
     command = [word.replace("{cache}", cache_folder(job)) for word in job["command"]]
     os.execvp(command[0], command)
 

@@ -248,6 +248,6 @@ def test_a_dead_slurmd_moves_the_job_to_other_nodes(cluster, workplace):
     try:
         assert run.outcomes(seconds=120)[-1] == "done"
         assert nodes[1] not in attempts(run.folder)[-1]["nodes"]
-        assert not any(a["failure"] for a in attempts(run.folder))
+        assert not any(a["failure"] for a in attempts(run.folder)), f"{attempts(run.folder)}\n{logs(run.folder)}"
     finally:
         cluster.dev("start-node", number)

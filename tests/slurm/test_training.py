@@ -80,7 +80,7 @@ def done(run):
 
 def rank_process(run, rank):
     """The process id of a rank of this run, by its environment."""
-    heartbeats = f"BD3_SCALE_HEARTBEATS={run}/slurm/heartbeats".encode()
+    heartbeats = f"BD3_SCALE_HEARTBEATS={(run / 'slurm/heartbeats').resolve()}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             environment = (process / "environ").read_bytes().split(b"\0")
