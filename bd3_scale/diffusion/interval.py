@@ -89,16 +89,16 @@ def block_moments(block_nll: Tensor, block_rate: Tensor, block_size: int, counte
     """float64 [intervals, sequences, 3]: number, sum of X and sum of X² of the blocks inside each candidate.
 
     block_nll: float64 [draws, sequences, blocks], nats of the masked tokens of a block; block_rate: the rate with which
-    it was masked, of the same shape; counted: bool [sequences, blocks], those that hold text (default: all). At block
-    size 1 all rates are 1: a token's nll m/p under any interval has the
-    mean nll and the mean square nll² E[1/p], which is exact.
+    it was masked, of the same shape; counted: bool [sequences, blocks], those that hold text (default: all).
+    At block size 1 all rates are 1: a token's nll m/p under any interval has the mean nll and the mean square
+    nll² E[1/p], which is exact.
     """
     text = torch.ones_like(block_nll) if counted is None else counted.double().expand_as(block_nll)
     moments = []
     for low, high in candidates(block_size):
         if block_size == 1:
             inside, loss = text, block_nll * text
-            square = torch.where(loss > 0, loss.square() * _mean_reciprocal(low, high), 0.0)
+            square = torch.where(loss != 0, loss.square() * _mean_reciprocal(low, high), 0.0)
         else:
             inside = ((block_rate >= low) & (block_rate <= high) & (block_rate > 0)).double() * text
             loss = torch.where(inside > 0, block_nll / (block_rate.double() * block_size), 0.0)

@@ -1,4 +1,4 @@
-"""`bd3-scale evaluate`, `harness` and `generate`; what a command needs is imported when it runs."""
+"""`bd3-scale evaluate`, `harness`, `generative` and `generate`; what a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def evaluate(
     """Measure perplexity on held-out or other text: a bound from the NELBO, exact at block size 1.
 
     A sequence has as many tokens as in training and begins without context.
-    Documents do not see each other; their end counts, what pads them does not.
+    Documents see each other where they did in training, else not; their end
+    counts, what pads them does not.
 
     SET is ptb, wikitext2, lm1b, lambada, ag_news, pubmed or arxiv: a tokenised
     corpus that is put back into plain text, whose bytes are counted.

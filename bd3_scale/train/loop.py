@@ -119,20 +119,24 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
             report.trained(step, result, time.monotonic() - began)
             heartbeat.finished(step)
             stopping = any_rank(stop.signal is not None)
-            last_one = step == recipe.train.steps
-            if stopping or last_one or _due(step, recipe.checkpoint.every_steps):
+            last = step == recipe.train.steps
+            if stopping or last or _due(step, recipe.checkpoint.every_steps):
                 with heartbeat.during("checkpoint"):
                     report.saved(step, _save(run, engine, layouts, step))
                 heartbeat.saved(step)
-            if stopping and not last_one:
+            if stopping and not last:
                 report.stopped(step, stop.signal)
                 heartbeat.end("stopped")
                 return
-        metrics, last = run.folder / METRICS_FILE, recipe.train.steps
         # A run that was ended between its last checkpoint and this comes back for it.
-        if data.validation is not None and not on_rank_zero(lambda: has_evaluation(metrics, last)):
-            _evaluate(run, engine, last, heartbeat, report)
+        if data.validation is not None and not _is_evaluated(run):
+            _evaluate(run, engine, recipe.train.steps, heartbeat, report)
         heartbeat.end("done")
+
+
+def _is_evaluated(run: Run) -> bool:
+    """Whether the last evaluation is recorded."""
+    return on_rank_zero(lambda: has_evaluation(run.folder / METRICS_FILE, run.recipe.train.steps))
 
 
 def _take_step(run: Run, engine: TrainingEngine, batch: Batch, step: int) -> StepResult:

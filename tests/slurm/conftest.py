@@ -53,13 +53,17 @@ class Cluster:
             time.sleep(0.1)
 
 
+def unavailable(reason: str) -> None:
+    """A skip that is none where every check has to run."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def started(*options: str) -> Iterator[Cluster]:
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
     if missing := [name for name in DAEMONS if shutil.which(name, path=path) is None]:
-        reason = f"needs a SLURM to start: {', '.join(missing)} missing (apt-get install slurm-wlm munge)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        unavailable(f"needs a SLURM to start: {', '.join(missing)} missing (apt-get install slurm-wlm munge)")
     with tempfile.TemporaryDirectory(prefix="bd3-slurm-") as folder:  # a socket's path must be short
         cluster = Cluster(Path(folder))
         cluster.dev("up", *options)
@@ -74,9 +78,14 @@ def cluster() -> Iterator[Cluster]:
     yield from started()
 
 
-@pytest.fixture(scope="module")
-def namespaced() -> Iterator[Cluster]:
-    """Three nodes with networks of their own."""
+@pytest.fixture(scope="session")
+def as_root() -> None:
+    """What network namespaces need."""
     if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
+        unavailable("network namespaces need root")
+
+
+@pytest.fixture(scope="module")
+def namespaced(as_root: None) -> Iterator[Cluster]:
+    """Three nodes with networks of their own."""
     yield from started("--namespaces", "--nodes", "3")
