@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.launch.records import read_attempts, read_json
 from bd3_scale.launch.submit import SUBMITTED, active_jobs, stored
-from bd3_scale.launch.supervise import read_attempts, read_json
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 
 

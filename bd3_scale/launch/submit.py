@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bd3_scale.launch.job import SLURM_FOLDER, Job, check_job, new_submission, script, supervision
 from bd3_scale.launch.profile import load_profile
+from bd3_scale.launch.records import excluded_nodes, read_json
 from bd3_scale.launch.slurm import ACTIVE, job_states, partitions, slurm
-from bd3_scale.launch.supervise import excluded_nodes, read_json
 from bd3_scale.recipe.load import load_recipe, recipe_files, resolved_yaml
 from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.runlock import lock_run

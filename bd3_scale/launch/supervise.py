@@ -30,218 +30,34 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    # Started by its path with a site's own Python, where bd3_scale need not be installed.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bd3_scale.launch.ranks import Ranks
+from bd3_scale.launch.records import (
+    cache_folder,
+    excluded_nodes,
+    failures_without_progress,
+    job_field,
+    read_attempts,
+    read_json,
+    say,
+    slurm,
+    write_json,
+)
+
 POLL_SECONDS = 0.5
 LOCK_SECONDS = 120.0
-DUMP_SECONDS = 2.0
-END_SECONDS = 60.0
 STEPS_OF_A_LIFE = 3  # of a job until it is requeued: preflight, ranks, cleaning of caches
 LIVES_APART = 4
 PERSON_MUST_MEND = 2  # the exit code of a rank whose recipe, data or machine is wrong
 FINAL = ("done", "failed", "stopped", "cancelled")
-_ENDED_BY_SLURM = re.compile(r"(Node failure|DUE TO (?:NODE FAILURE|PREEMPTION|TIME LIMIT|JOB REQUEUE))", re.IGNORECASE)
-_TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (?:Exited with exit code (\d+)|(\w.*))")
-
-
-def say(text: str) -> None:
-    print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}", flush=True)
-
-
-def slurm(*command: str) -> subprocess.CompletedProcess[str]:
-    """A SLURM command; one that hangs on a dead controller is given up after 30 seconds."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", "timed out")
-
-
-def job_field(name: str) -> str:
-    shown = slurm("scontrol", "show", "job", os.environ["SLURM_JOB_ID"], "--oneliner").stdout
-    found = re.search(rf"(?:^|\s){name}=(\S+)", shown)
-    return found.group(1) if found else "unknown"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text(json.dumps(content))
-    aside.replace(path)
-
-
-def read_attempts(folder: Path) -> list[dict[str, Any]]:
-    """The ended attempts of a run, in order."""
-    path = folder / "attempts.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def failures_without_progress(attempts: list[dict[str, Any]]) -> int:
-    """Crashes and hangs since an attempt that left a newer checkpoint than it found; planned stops do not count.
-
-    Those of an earlier submission do not count either: a person has decided to try again.
-    """
-    count = 0
-    for attempt in reversed(attempts):
-        if attempt["saved"] > attempt["from_step"] or attempt["submission"] != attempts[-1]["submission"]:
-            break
-        count += attempt["failure"]
-    return count
-
-
-def excluded_nodes(folder: Path) -> str:
-    """Nodes that the submission left out and those that a preflight found bad, as SLURM reads them."""
-    bad = folder / "exclude.txt"
-    found = bad.read_text().split() if bad.exists() else []
-    return ",".join(sorted({*found, *read_json(folder / "job.json")["exclude"]}))
-
-
-def cache_folder(job: dict[str, Any]) -> str:
-    """This node's cache of remote data: its own even where a test's nodes share a disk."""
-    return f"{job['cache']}-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURMD_NODENAME']}"
-
-
-class Ranks:
-    """The job step of one attempt and what its ranks tell."""
-
-    def __init__(self, job: dict[str, Any], folder: Path, attempt: int) -> None:
-        self.job, self.folder, self.heartbeats = job, folder, folder / "heartbeats"
-        self.logs = Path(job["run_dir"], "logs", f"attempt-{attempt}")
-        self._own_heartbeats = folder / f"heartbeats-{attempt}"
-        self.first_end: tuple[int, str] | None = None  # task and how it ended
-        self.ended_by_slurm: str | None = None
-        self.killed = False
-        self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
-        self._beats: dict[int, tuple[int, float]] = {}
-
-    def start(self) -> None:
-        self.logs.mkdir(parents=True, exist_ok=True)
-        # A folder of their own: ranks of a former attempt, on a node that SLURM has lost, may still tell theirs.
-        for old in self.folder.glob("heartbeats-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        self._own_heartbeats.mkdir(exist_ok=True)
-        link = self.folder / ".heartbeats.new"
-        link.symlink_to(self._own_heartbeats.name)
-        link.replace(self.heartbeats)
-        self.began = time.monotonic()
-        # A task that fails takes the others along; tasks that end early wait for the last.
-        step = ["srun", "--kill-on-bad-exit=1", "--wait=0", f"--output={self.logs}/rank%t.log", "--open-mode=append"]
-        step += [
-            *self.job["srun"],
-            *self.job["container"],
-            self.job["rank_python"],
-            os.path.abspath(__file__),
-            "rank",
-            str(self.folder / "job.json"),
-        ]
-        self.process = subprocess.Popen(step, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        self._reader = threading.Thread(target=self._read_errors, daemon=True)
-        self._reader.start()
-
-    def _read_errors(self) -> None:
-        """Passes on what srun says and keeps who ended first: the others end because of it."""
-        for line in self.process.stderr or ():
-            sys.stderr.write(line)
-            sys.stderr.flush()
-            if found := _ENDED_BY_SLURM.search(line):
-                self.ended_by_slurm = found.group(1).lower()
-            if self.first_end is None and (found := _TASK_ENDED.match(line)):
-                task = int(re.split("[,-]", found.group(2))[0])
-                self.first_end = task, f"exit code {found.group(3)}" if found.group(3) else found.group(4).strip()
-
-    def wait(self) -> int:
-        try:
-            code = self.process.wait(END_SECONDS if self.killed else None)
-        except subprocess.TimeoutExpired:
-            # A node that is gone keeps srun waiting for its tasks.
-            self.process.kill()
-            code = self.process.wait()
-        self._reader.join(5)
-        return code
-
-    def signal(self, name: str) -> None:
-        slurm("scancel", f"--signal={name}", f"{os.environ['SLURM_JOB_ID']}.{self._step()}")
-
-    def _step(self) -> str:
-        steps = slurm("squeue", "--steps", "--noheader", "--format=%i", "--job", os.environ["SLURM_JOB_ID"]).stdout
-        numbers = [step.partition(".")[2] for step in steps.split()]
-        return max((n for n in numbers if n.isdigit()), key=int, default="0")
-
-    def all_hold_signals(self) -> bool:
-        """Whether every task lets a signal wait until its rank can save; before, one would end it."""
-        return all((self.heartbeats / f"rank{rank}.holds").exists() for rank in range(self.job["ntasks"]))
-
-    def read(self) -> dict[int, dict[str, Any]]:
-        """The newest heartbeat of every rank that has told something."""
-        found = {}
-        for path in self.heartbeats.glob("rank*.json"):
-            if state := read_json(path):
-                found[int(path.stem.removeprefix("rank"))] = state
-        return found
-
-    def overdue(self, deadlines: dict[str, float]) -> str | None:
-        """Why the ranks must be taken for hung, or None. By this process's clock: those of nodes may differ."""
-        now = time.monotonic()
-        states = self.read()
-        late: list[str] = []
-        for rank in range(self.job["ntasks"]):
-            state = states.get(rank, {"phase": "start", "step": 0, "beat": 0})
-            if state["phase"] in ("stopped", "done", "failed"):
-                continue
-            here = (state["phase"], state["step"])
-            if rank not in self._seen or self._seen[rank][0] != here:
-                self._seen[rank] = here, now if rank in self._seen else self.began
-            if rank not in self._beats or self._beats[rank][0] != state["beat"]:
-                self._beats[rank] = state["beat"], now
-            if now - self._seen[rank][1] > deadlines[state["phase"]]:
-                late.append(state["phase"])
-        if not late:
-            return None
-        return f"hang in phase {late[0]!r} after {deadlines[late[0]]:g} s: {self._culprits(states, now)}"
-
-    def _culprits(self, states: dict[int, dict[str, Any]], now: float) -> str:
-        silent = [rank for rank, (_, at) in sorted(self._beats.items()) if now - at > 5]
-        if missing := [rank for rank in range(self.job["ntasks"]) if rank not in states]:
-            return f"ranks {missing} never told that they live"
-        low = min(state["step"] for state in states.values())
-        lowest = [rank for rank, state in sorted(states.items()) if state["step"] == low]
-        text = f"lowest step {low} at ranks {lowest}"
-        return text + (f"; ranks {silent} do not run (stopped, or their node is gone)" if silent else "")
-
-    def dump_and_kill(self) -> None:
-        """Stacks of all ranks into their logs, then the end. A stopped process prints its own once it goes on."""
-        self.signal("USR2")
-        self.signal("CONT")
-        time.sleep(DUMP_SECONDS)
-        self.signal("KILL")
-        self.killed = True
-
-    def explain_failure(self) -> tuple[str, int | None]:
-        """The first failing rank with the end of its log, and its exit code where it had one."""
-        states = self.read()
-        failed = {rank: s for rank, s in states.items() if s["phase"] == "failed"}
-        rank, how = self.first_end or (0, "ended")
-        if failed and how.startswith("exit code"):
-            # Errors spread within milliseconds; whoever raised first is the cause.
-            rank = min(failed, key=lambda r: failed[r]["time"])
-        code = int(how.rpartition(" ")[2]) if how.startswith("exit code") else None
-        log = self.logs / f"rank{rank}.log"
-        tail = log.read_text(errors="replace").splitlines()[-25:] if log.exists() else []
-        reason = f"rank {rank}: {how}"
-        if rank in failed:
-            reason += f", {failed[rank]['error']}"
-        say("\n  ".join([f"first to fail: {reason}; the end of {log}:", *tail]))
-        return reason, code
 
 
 class Supervisor:

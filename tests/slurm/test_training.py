@@ -15,7 +15,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 from jobs import BD3_SCALE, PROFILE, STEPS, attempts, logs, losses, write_workplace
 
-from bd3_scale.launch.supervise import read_json
+from bd3_scale.launch.records import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]  # four ranks import for half a minute, five times
 
