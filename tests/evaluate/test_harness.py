@@ -84,6 +84,18 @@ def test_inside_a_block_it_is_the_enumerated_bound(adapter, model):
     assert abs(bounds.mean() - expected) < 4 * bounds.std() / 200**0.5
 
 
+def test_context_is_never_masked_and_what_follows_always_is(adapter):
+    """Whatever the rates: in the block that holds the end of one and the beginning of the other, too."""
+    bounds = adapter(draws=4)._bounds
+    pairs = [([7] * 5, [8] * 2), ([], [8] * 9), ([7] * 8, [8])]
+    masked = torch.stack([bounds._noise(pairs, [3, 4, 5], 12, draw).masked for draw in range(4)])
+    for row, (given, scored) in enumerate(pairs):
+        end = len(given) + len(scored)
+        assert not masked[:, row, : len(given)].any()
+        assert masked[:, row, end:].all()
+    assert 0 < masked[:, 1, :9].float().mean() < 1
+
+
 def test_a_bound_depends_on_its_own_request_alone(adapter):
     pairs = [("Hello", " world"), ("", "a"), ("x" * 30, "yz"), ("Hello", " there, you all")]
     together = adapter().loglikelihood(asked(*pairs))
