@@ -39,6 +39,7 @@ class NelboEstimate:
     noise_standard_error: float | None
     text_standard_error: float | None
     num_tokens: int
+    num_sequences: int
     num_draws: int
 
     @property
@@ -71,4 +72,4 @@ def estimate_nelbo(sequence_sums: Tensor, num_tokens: Tensor) -> NelboEstimate:
     noise_error, text_error = (
         None if variance is None else math.sqrt(variance) / total for variance in (noise_variance, text_variance)
     )
-    return NelboEstimate(nelbo, noise_error, text_error, total, num_draws)
+    return NelboEstimate(nelbo, noise_error, text_error, total, num_sequences, num_draws)

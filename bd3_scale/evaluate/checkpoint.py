@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +17,15 @@ from numpy.typing import NDArray
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
+from bd3_scale.data.manifest import Manifest, Split, check_tokenizer, load_manifest
 from bd3_scale.data.overlap import count_known, hashes_of, read_hashes
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, IntervalVariance
-from bd3_scale.evaluate.nelbo import counted_tokens, evaluate_nelbo, is_exact
+from bd3_scale.evaluate.nelbo import HeldOut, counted_tokens, evaluate_nelbo, is_exact
 from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.evaluate.unigram import unigram_perplexity
-from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.parallel.collective import on_rank_zero
-from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, Recipe
 
@@ -77,6 +75,15 @@ class _Measured:
     own: bool = False
     trained_on: int | None = None
 
+    @property
+    def split(self) -> Split:
+        assert self.data.validation is not None
+        return self.data.validation
+
+    def batches(self, sequences: int, *, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
+        share = {"dp_rank": dp_rank, "dp_size": dp_size, "sequences": sequences}
+        return held_out_batches(self.recipe, self.data, batch_size=EVALUATION_BATCH, **share)
+
 
 def evaluate_checkpoint(
     checkpoint: Path,
@@ -125,7 +132,7 @@ def evaluate_checkpoint(
         for diffusion in sizes:
             for text in measured:
                 check_block_size(diffusion.block_size, text.recipe, text.data.document_multiple)
-        counts = [min(sequences or _sequences(text), _sequences(text)) for text in measured]
+        counts = [min(sequences or text.split.sequences, text.split.sequences) for text in measured]
         if intervals and min(counts) < LEAST_SEQUENCES:
             raise ValueError(
                 f"the interval search has {min(counts)} sequences and needs {LEAST_SEQUENCES}: take more held-out text"
@@ -137,53 +144,41 @@ def evaluate_checkpoint(
             finished += count
             progress(finished, whole)
 
-        found = [
-            _evaluate(checkpoint, model, manifest, groups, text, diffusion, count, draws, intervals, advance)
-            for text, count in zip(measured, counts, strict=True)
-            for diffusion in sizes
-        ]
+        found = []
+        for text, count in zip(measured, counts, strict=True):
+            tokens = (counted_tokens(batch, sizes[0]) for batch in text.batches(count))
+            unigram = unigram_perplexity(tokens, text.data.vocabulary.size)
+            for diffusion in sizes:
+                share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
+                held_out = evaluate_nelbo(
+                    [model],
+                    text.batches(count, **share),
+                    groups,
+                    diffusion=diffusion,
+                    draws=draws,
+                    progress=advance,
+                )
+                result = _evaluation(checkpoint, manifest.step, text, diffusion, held_out, unigram)
+                found.append(replace(result, intervals=held_out.intervals().found) if intervals else result)
         dist.barrier()  # rank 0 removes the folder that all read
     return found
 
 
-def _evaluate(
-    checkpoint: Path,
-    model: BlockDiffusionTransformer,
-    manifest: CheckpointManifest,
-    groups: ProcessGroups,
-    text: _Measured,
-    diffusion: DiffusionRecipe,
-    total: int,
-    draws: int,
-    intervals: bool,
-    progress: Callable[[int], object],
+def _evaluation(
+    checkpoint: Path, step: int, text: _Measured, diffusion: DiffusionRecipe, held_out: HeldOut, unigram: float
 ) -> Evaluation:
-    def batches(rank: int, size: int) -> Iterator[Batch]:
-        share = {"dp_rank": rank, "dp_size": size, "sequences": total}
-        return held_out_batches(text.recipe, text.data, batch_size=EVALUATION_BATCH, **share)
-
-    held_out = evaluate_nelbo(
-        [model],
-        batches(groups.dp.rank(), groups.dp.size()),
-        groups,
-        diffusion=diffusion,
-        draws=draws,
-        progress=progress,
-    )
     estimate = held_out.nelbo
-    unigram = unigram_perplexity((counted_tokens(b, diffusion) for b in batches(0, 1)), text.data.vocabulary.size)
     bits_per_byte = None
-    if total == _sequences(text) and diffusion.objective != "next_token":
-        assert text.data.validation is not None
-        bits_per_byte = estimate.nelbo * estimate.num_tokens / math.log(2) / text.data.validation.text_bytes
+    if estimate.num_sequences == text.split.sequences and diffusion.objective != "next_token":
+        bits_per_byte = estimate.nelbo * estimate.num_tokens / math.log(2) / text.split.text_bytes
     return Evaluation(
         checkpoint=str(checkpoint),
-        step=manifest.step,
+        step=step,
         text=text.name,
         block_size=diffusion.block_size,
         exact=is_exact(diffusion),
         context=text.recipe.seq_len,
-        sequences=total,
+        sequences=estimate.num_sequences,
         tokens=estimate.num_tokens,
         draws=estimate.num_draws,
         nelbo=estimate.nelbo,
@@ -194,13 +189,7 @@ def _evaluate(
         unigram_perplexity=unigram,
         own=text.own,
         trained_on=text.trained_on,
-        intervals=held_out.intervals().found if intervals else None,
     )
-
-
-def _sequences(text: _Measured) -> int:
-    assert text.data.validation is not None
-    return text.data.validation.sequences
 
 
 def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | None) -> _Measured:

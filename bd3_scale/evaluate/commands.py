@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from bd3_scale.observe.progress import Bar, is_rank_zero
 
@@ -124,6 +121,7 @@ def generative(
 
     from bd3_scale.checkpoint.store import resolve_checkpoint
     from bd3_scale.evaluate.generative import evaluate_generative
+    from bd3_scale.evaluate.tables import show_generative
 
     with Bar("generating") as bar:
         found = evaluate_generative(
@@ -145,15 +143,7 @@ def generative(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found)))
         return
-    perplexity = "nothing to judge" if found.perplexity is None else f"{found.perplexity:.2f}"
-    table = Table("", "", title=f"{found.samples} samples of {found.checkpoint}", show_header=False)
-    table.add_row(f"perplexity under {found.judge}", f"{perplexity} ({found.judged_tokens:,} of its tokens)")
-    table.add_row("entropy of a text's tokens", f"{found.entropy:.3f} nats")
-    table.add_row("repeated 4-grams", f"{found.repetition:.1%}")
-    table.add_row("distinct tokens, pairs", f"{found.distinct_1:.3f}, {found.distinct_2:.3f}")
-    table.add_row("denoising passes a token", f"{found.nfe_per_token:.2f}")
-    table.add_row("ended by", ", ".join(f"{name} {count}" for name, count in found.stopped_by.items()))
-    Console().print(table)
+    show_generative(found)
 
 
 @app.command(epilog="Example: bd3-scale generate runs/quickstart --prompt 'def main(' --temperature 0.7 --watch")
@@ -204,6 +194,7 @@ def generate(
     import json
 
     from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.evaluate.tables import show_written
     from bd3_scale.evaluate.writing import read_prompts, write_texts
     from bd3_scale.observe.denoising import DenoisingView
 
@@ -235,14 +226,4 @@ def generate(
         for text in written:
             typer.echo(json.dumps(dataclasses.asdict(text)))
         return
-    console = Console(highlight=False)
-    for text in written:
-        console.print(Text("" if infill else text.prompt, style="bold"), Text(text.text), sep="")
-        window = f"; a block sees {text.window} tokens" if text.window else ""
-        console.print(
-            f"{len(text.tokens)} tokens, {text.nfe} denoising and {text.cache_passes} cache passes, ended by "
-            f"{text.stopped_by}{window}",
-            style="dim",
-        )
-    tokens, seconds = sum(len(text.tokens) for text in written), {text.seconds for text in written}
-    console.print(f"{tokens / sum(seconds):.0f} tokens/s", style="dim")
+    show_written(written, whole=infill)

@@ -1,4 +1,4 @@
-"""Evaluations as people read them."""
+"""Evaluations and texts as people read them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bd3_scale.evaluate.checkpoint import Evaluation
+from bd3_scale.evaluate.generative import Generative
+from bd3_scale.evaluate.writing import Written
 
 
 def show_evaluations(found: Sequence[Evaluation]) -> None:
@@ -75,3 +78,31 @@ def _intervals(result: Evaluation) -> Table:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def show_generative(found: Generative) -> None:
+    """One figure a row."""
+    perplexity = "nothing to judge" if found.perplexity is None else f"{found.perplexity:.2f}"
+    table = Table("", "", title=f"{found.samples} samples of {found.checkpoint}", show_header=False)
+    table.add_row(f"perplexity under {found.judge}", f"{perplexity} ({found.judged_tokens:,} of its tokens)")
+    table.add_row("entropy of a text's tokens", f"{found.entropy:.3f} nats")
+    table.add_row("repeated 4-grams", f"{found.repetition:.1%}")
+    table.add_row("distinct tokens, pairs", f"{found.distinct_1:.3f}, {found.distinct_2:.3f}")
+    table.add_row("denoising passes a token", f"{found.nfe_per_token:.2f}")
+    table.add_row("ended by", ", ".join(f"{name} {count}" for name, count in found.stopped_by.items()))
+    Console().print(table)
+
+
+def show_written(written: Sequence[Written], *, whole: bool) -> None:
+    """Each text behind its prompt, or the `whole` of it where gaps were filled, and how it came about."""
+    console = Console(highlight=False)
+    for text in written:
+        console.print(Text("" if whole else text.prompt, style="bold"), Text(text.text), sep="")
+        window = f"; a block sees {text.window} tokens" if text.window else ""
+        console.print(
+            f"{len(text.tokens)} tokens, {text.nfe} denoising and {text.cache_passes} cache passes, ended by "
+            f"{text.stopped_by}{window}",
+            style="dim",
+        )
+    tokens, seconds = sum(len(text.tokens) for text in written), {text.seconds for text in written}
+    console.print(f"{tokens / sum(seconds):.0f} tokens/s", style="dim")

@@ -246,8 +246,6 @@ def _interval_problems(recipe: Recipe) -> Iterator[str]:
     low, high = diffusion.mask_rate_low, diffusion.mask_rate_high
     if diffusion.search_interval and not recipe.evaluation.every_steps:
         yield "diffusion.search_interval searches at every evaluation, and evaluation.every_steps=0: set it"
-    if diffusion.search_interval and diffusion.objective == "score_entropy":
-        yield "diffusion.search_interval searches for the cross-entropy: leave it out with objective=score_entropy"
     if diffusion.noisy_copies > 1 and low == high == 1:
         yield (
             f"diffusion.noisy_copies={diffusion.noisy_copies} at mask rate 1 are equal, with every token masked: "

@@ -107,6 +107,7 @@ def test_standard_errors_of_a_worked_example() -> None:
         noise_standard_error=pytest.approx(math.sqrt((8 + 8) / 2) / 30),
         text_standard_error=pytest.approx(0.0, abs=1e-12),
         num_tokens=30,
+        num_sequences=2,
         num_draws=2,
     )
     assert estimate.perplexity == pytest.approx(math.exp(1.2))

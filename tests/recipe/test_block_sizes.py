@@ -73,7 +73,6 @@ def test_a_sound_schedule_passes() -> None:
         ({"search_interval": True}, "evaluation.every_steps=0: set it"),
         ({"search_interval": True, "block_size": 1, "noisy_copies": 2}, "noisy_copies=2 are equal"),
         ({"search_interval": True, "loss_weights": "unit_when_heavy"}, "searches for the plain loss"),
-        ({"search_interval": True, "objective": "score_entropy"}, "searches for the cross-entropy"),
         ({"search_interval": True, "noise_schedule": "cosine"}, "leave the interval at 0 to 1 and search_interval out"),
         ({"objective": "next_token"}, "objective=next_token masks nothing: set diffusion.block_size=1"),
         ({"objective": "next_token", "block_size": 1, "noisy_copies": 2}, "leave noisy_copies out"),
