@@ -86,19 +86,21 @@ def backward(
 
 def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
     """`decode_attention`: one call where all sequences see as many keys, else one for each, without a mask."""
-    out = torch.zeros_like(q)
     q, k, v = (_dense(x) for x in (q, k, v))
     seen = [k.shape[1]] if lengths is None else lengths.clamp(max=k.shape[1]).tolist()
-    parts = [(slice(None), seen[0])] if len(set(seen)) == 1 else [(slice(i, i + 1), n) for i, n in enumerate(seen)]
-    for sequences, length in parts:
-        if length == 0:
-            continue
-        # Query heads of a group are rows of one head, so that no key is read twice.
-        q_BGND = q[sequences].unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        keys, values = (x[sequences, :length].transpose(1, 2) for x in (k, v))
-        out_BGND, _ = _flash(q_BGND, keys, values, scale=scale)
-        out[sequences] = out_BGND.unflatten(2, (-1, q.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return out
+    if len(set(seen)) == 1:
+        return _decode(q, k[:, : seen[0]], v[:, : seen[0]], scale)
+    parts = [_decode(q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n], scale) for i, n in enumerate(seen)]
+    return torch.cat(parts)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if k.shape[1] == 0:
+        return torch.zeros_like(q)
+    # Query heads of a group are rows of one head, so that no key is read twice.
+    q_BGND = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out_BGND, _ = _flash(q_BGND, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out_BGND.unflatten(2, (-1, q.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class _Call(NamedTuple):

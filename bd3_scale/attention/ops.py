@@ -5,7 +5,7 @@
 log-sum-exp of the scaled scores, float32 [B, H, rows], kept for the backend's own backward in the base that it takes.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,18 +56,21 @@ def block_attention_backward(
     return _backend(backend).backward(grad_out, q, k, v, out, lse, spans, num_noisy, scale, deterministic)
 
 
-@torch.library.custom_op("bd3_scale::decode_attention", mutates_args=())
-def decode_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lengths: torch.Tensor | None,
-    scale: float,
-    backend: str,
-) -> torch.Tensor:
+# Defined without `custom_op`, whose layers (autograd, checks of aliases) cost a small block more than its attention.
+torch.library.define(
+    "bd3_scale::decode_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, str backend) -> Tensor",
+)
+
+
+@torch.library.impl("bd3_scale::decode_attention", ["CPU", "CUDA"])
+def _decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, backend: str) -> Tensor:
     if q.numel() == 0:
-        return _like(q)
-    return _backend(backend).decode(q, k, v, lengths, scale)
+        return q.new_empty(q.shape)
+    return cast(Tensor, _backend(backend).decode(q, k, v, lengths, scale).contiguous())
+
+
+decode_attention = torch.ops.bd3_scale.decode_attention.default
 
 
 def _like(x: Tensor) -> Tensor:
@@ -89,9 +92,9 @@ def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tenso
     return _like(q), _like(k), _like(v)
 
 
-@decode_attention.register_fake
+@torch.library.register_fake("bd3_scale::decode_attention")
 def _(q: Tensor, *_: Any) -> Tensor:
-    return _like(q)
+    return q.new_empty(q.shape)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

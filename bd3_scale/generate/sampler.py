@@ -27,6 +27,7 @@ ENTROPY_WINDOW = 256
 SUBWORD_ENTROPY = 4.0
 SMALLEST_SUBWORD_VOCABULARY = 1024
 _ORDER, _TOKENS, _CHANCE = range(3)  # last words of the random counters
+_STEPS = 16  # of a block whose uniforms one counter serves
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,18 @@ class _Text:
     cache_passes: int = 0
     block: Tensor = field(default_factory=lambda: torch.empty(0))
     order: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    _drawn: dict[int, tuple[tuple[int, ...], NDArray[np.float64]]] = field(default_factory=dict)
 
     def uniforms(self, purpose: int, count: int) -> NDArray[np.float64]:
-        """float64 [count] in [0, 1) of this block and step."""
-        counter = np.array([0, self.step, len(self.tokens), purpose], dtype=np.uint64)
-        bits = np.random.Philox(key=np.array([self.seed, 0], dtype=np.uint64), counter=counter).random_raw(count)
-        return (bits >> np.uint64(11)) * 2.0**-53
+        """float64 [count] in [0, 1) of this block and step; a generator is made for 16 steps at once, since that takes
+        longer than they do.
+        """
+        counter = (0, self.step // _STEPS, len(self.tokens), purpose)
+        if purpose not in self._drawn or self._drawn[purpose][0] != counter:
+            key = np.array([self.seed, 0], dtype=np.uint64)
+            bits = np.random.Philox(key=key, counter=np.array(counter, dtype=np.uint64)).random_raw(_STEPS * count)
+            self._drawn[purpose] = counter, ((bits >> np.uint64(11)) * 2.0**-53).reshape(_STEPS, count)
+        return self._drawn[purpose][1][self.step % _STEPS]
 
 
 def generate(model: BlockDiffusionTransformer, prompt: list[int], *, seed: int = 0, **how: Any) -> Sample:

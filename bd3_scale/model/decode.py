@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from bd3_scale.attention.dispatch import decode_attention
@@ -23,49 +22,35 @@ from bd3_scale.model.kv_cache import KVCache
 def decode_block(
     decoder: Any, hidden_BLX: Tensor, rotary: Tensor, cache: KVCache, group: dist.ProcessGroup, wanted_BL: Tensor | None
 ) -> Tensor:
-    """What `decoder` makes of the embeddings of a block that sees the cached prefix and itself, [B, L, X], or [M, X] of
-    the places `wanted_BL` alone, past whose keys the last layer has nothing to compute for others. The keys are written
-    behind the prefix.
+    """What the cache's layers and the norm of `decoder` make of the embeddings of a block that sees the cached prefix
+    and itself, [B, L, X], or [M, X] of the places `wanted_BL` alone, past whose keys the last layer has nothing to
+    compute for others. The keys are written behind the prefix.
 
     rotary: cos and sin [2, B, L, 1, D]; group: of the ranks that split the matrices.
     """
-    config = decoder.config
-    assert not config.sequence_parallel
-    cos, sin = rotary
+    cos, sin = rotary[:, :, :, None]
     half = cos.shape[-1] // 2
     sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-
-    def rotate(x: Tensor) -> Tensor:
-        return x * cos + x.roll(half, -1) * sin
 
     def summed(x: Tensor) -> Tensor:
         if group.size() > 1:
             dist.all_reduce(x, group=group)
         return x
 
-    for number, layer in enumerate(decoder.layers):
-        attention, mlp = layer.self_attention, layer.mlp
-        projection = attention.linear_qkv
-        qkv = F.linear(layer.input_layernorm.forward(hidden_BLX), projection.weight, projection.bias)
-        groups, size = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-        qkv = qkv.unflatten(2, (groups, -1, size))
-        query, key, value = qkv[:, :, :, :-2].flatten(2, 3), qkv[:, :, :, -2], qkv[:, :, :, -1]
-        if attention.q_layernorm is not None:
-            query, key = attention.q_layernorm.forward(query), attention.k_layernorm.forward(key)
-        keys, values, lengths = cache.write(number, rotate(key), value)
-        backend = attention.core_attention.backend
-        out = decode_attention(rotate(query), keys, values, lengths=lengths, backend=backend)
-        out = out.flatten(2)
-        if wanted_BL is not None and number == len(decoder.layers) - 1:
+    for number, layer in enumerate(cache.layers):
+        qkv = layer.qkv(layer.norms[0](hidden_BLX)).unflatten(2, (layer.groups, -1, cos.shape[-1]))
+        unturned, value = qkv[:, :, :, :-1], qkv[:, :, :, -1]
+        if layer.head_norms is not None:
+            query_norm, key_norm = layer.head_norms
+            unturned = torch.cat([query_norm(unturned[:, :, :, :-1]), key_norm(unturned[:, :, :, -1:])], 3)
+        turned = torch.addcmul(unturned * cos, unturned.roll(half, -1), sin)
+        query, key = turned[:, :, :, :-1].flatten(2, 3), turned[:, :, :, -1]
+        keys, values, lengths = cache.write(number, key, value)
+        out = decode_attention(query, keys, values, lengths=lengths, backend=layer.backend).flatten(2)
+        if wanted_BL is not None and number == len(cache.layers) - 1:
             hidden_BLX, out = hidden_BLX[wanted_BL], out[wanted_BL]
-        hidden_BLX = hidden_BLX + summed(F.linear(out, attention.linear_proj.weight))
-        wide = F.linear(layer.pre_mlp_layernorm.forward(hidden_BLX), mlp.linear_fc1.weight, mlp.linear_fc1.bias)
-        if config.gated_linear_unit:
-            gate, wide = wide.chunk(2, -1)
-            wide = config.activation_func(gate) * wide
-        else:
-            wide = config.activation_func(wide)
-        narrow = summed(F.linear(wide, mlp.linear_fc2.weight))
-        hidden_BLX = hidden_BLX + (narrow if mlp.linear_fc2.bias is None else narrow + mlp.linear_fc2.bias)
+        hidden_BLX = hidden_BLX + summed(layer.out(out))
+        narrow = summed(layer.narrow(layer.wide(layer.norms[1](hidden_BLX))))
+        hidden_BLX = hidden_BLX + (narrow if layer.narrow_bias is None else narrow + layer.narrow_bias)
     normed: Tensor = decoder.final_layernorm.forward(hidden_BLX)
     return normed

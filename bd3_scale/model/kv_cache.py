@@ -7,24 +7,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bd3_scale.model.block_layer import BlockLayer
+
 
 class KVCache:
     """Preallocated keys and values of every layer, in the order of positions; sequences have lengths of their own.
 
     A denoising pass writes its blocks' keys behind the finished prefixes and leaves `lengths` alone, so that the next
     pass overwrites them; `commit` makes them part of the prefixes. Nothing is copied when a block attends to prefix and
-    itself.
+    itself. It belongs to the weights that it was made with: after a step of training, make another.
+
+    layers: of the decoder, as `decode_block` takes them; rotary: the last positions decoded, and their angles.
 
     Shapes: B sequences, S rows, G key/value heads of this rank, D dimensions a head.
     """
 
     def __init__(
-        self, num_layers: int, shape_BSGD: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
-    ):
+        self,
+        layers: Sequence[BlockLayer],
+        shape_BSGD: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layers = layers
+        self.rotary: tuple[Tensor, Tensor] | None = None
         self.capacity = shape_BSGD[1]
         self.lengths = [0] * shape_BSGD[0]
-        self._keys = [torch.empty(shape_BSGD, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._values = [torch.empty(shape_BSGD, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._keys = [torch.empty(shape_BSGD, dtype=dtype, device=device) for _ in layers]
+        self._values = [torch.empty(shape_BSGD, dtype=dtype, device=device) for _ in layers]
         self._seen: tuple[list[int], Tensor] | None = None
 
     def write(self, layer: int, key_BSGD: Tensor, value_BSGD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -25,6 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from bd3_scale.model.block_layer import BlockLayer
 from bd3_scale.model.decode import decode_block
 from bd3_scale.model.decoder import Decoder, decoder_spec
 from bd3_scale.model.head import OutputLayer
@@ -170,11 +171,14 @@ class BlockDiffusionTransformer(MegatronModule):
         return cast(Tensor, gather_from_tensor_model_parallel_region(logits, self.tp_group))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for `capacity` positions."""
+        """An empty cache for `capacity` positions, of the model as it is now."""
+        assert not self.config.sequence_parallel
         weight = self.embedding.word_embeddings.weight
         groups = self.recipe.query_groups // self.tp_group.size()
         shape = (batch_size, capacity, groups, self.recipe.head_size)
-        return KVCache(self.config.num_layers, shape, weight.dtype, weight.device)
+        activation, activate = self.recipe.activation, self.config.activation_func
+        layers = [BlockLayer.of(layer, activation, activate) for layer in self.decoder.layers]
+        return KVCache(layers, shape, weight.dtype, weight.device)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -201,10 +205,12 @@ class BlockDiffusionTransformer(MegatronModule):
 
     def _decode_block(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None) -> Tensor:
         """[B, L, X], or [M, X]."""
-        rotary = rotary_table(positions_BL, self.recipe, self.config.params_dtype).transpose(1, 2)
-        return decode_block(
-            self.decoder, self.embedding.word_embeddings(block_BL), rotary, cache, self.tp_group, wanted_BL
-        )
+        # A block's passes share its angles.
+        if cache.rotary is None or not torch.equal(cache.rotary[0], positions_BL):
+            table = rotary_table(positions_BL, self.recipe, self.config.params_dtype).transpose(1, 2)
+            cache.rotary = positions_BL, table
+        hidden = self.embedding.word_embeddings(block_BL)
+        return decode_block(self.decoder, hidden, cache.rotary[1], cache, self.tp_group, wanted_BL)
 
     def _rows(
         self, tokens_BN: Tensor, positions_BR: Tensor, num_noisy: int, spans: Tensor, cache: KVCache | None
