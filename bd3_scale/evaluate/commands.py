@@ -102,6 +102,9 @@ def generative(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
     judge: Annotated[Path, typer.Option(help="Folder of a causal Hugging Face model that scores the samples.")],
     samples: Annotated[int, typer.Option(min=1, help="Texts, each without a prompt.")] = 64,
+    mauve: Annotated[
+        Path | None, typer.Option(help="People's text, .txt or .jsonl: also MAUVE against as many pieces of it.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each at the most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.", show_default="all")] = None,
@@ -130,6 +133,7 @@ def generative(
             samples=samples,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            people=mauve,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -1,7 +1,7 @@
 """How good a checkpoint's samples are: the perplexity that another model gives them, beside what that alone would hide.
 
 Text that repeats itself has a low generative perplexity, so that entropy, repetition and distinct n-grams stand beside
-it (Zheng et al., ICLR 2025; Holtzman et al., ICLR 2020; Li et al., NAACL 2016).
+it (Zheng et al., ICLR 2025; Holtzman et al., ICLR 2020; Li et al., NAACL 2016), and MAUVE, which sees both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from bd3_scale.checkpoint.manifest import TOKENIZER
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.evaluate.mauve import SMALLEST_SAMPLE, mauve, people_s_texts
 from bd3_scale.evaluate.writing import Written, write_texts
 from bd3_scale.observe.libraries import without_broken_torchvision
 
@@ -28,7 +32,7 @@ class Generative:
     perplexity: exp of the judge's mean nats a token of its own; None where no text is long enough to judge. entropy:
     nats, of a text's token frequencies, mean. repetition: share of its 4-grams that it had before, mean. distinct_1,
     distinct_2: different n-grams over all n-grams, of all texts together. nfe_per_token: denoising passes.
-    stopped_by: how many texts ended how.
+    mauve: against people's text, where some was given. stopped_by: how many texts ended how.
     """
 
     checkpoint: str
@@ -42,6 +46,7 @@ class Generative:
     distinct_1: float
     distinct_2: float
     nfe_per_token: float
+    mauve: float | None
     stopped_by: dict[str, int]
 
 
@@ -52,22 +57,29 @@ def evaluate_generative(
     samples: int,
     max_new_tokens: int,
     seed: int,
+    people: Path | None = None,
     progress: Callable[[int, int], object] = lambda done, limit: None,
     **sampling: Any,
 ) -> Generative:
     """Draw `samples` texts without a prompt and let a causal model of Hugging Face, in a local folder, judge them.
 
-    ValueError: a folder that is none, no sample, or what `write_texts` refuses.
+    people: text of people, for MAUVE: as many pieces of `max_new_tokens` tokens.
+
+    ValueError: a folder that is none, no sample, or what `write_texts` and `people_s_texts` refuse.
     """
-    if samples < 1:
-        raise ValueError(f"samples is {samples}: give at least 1")
+    if samples < (1 if people is None else SMALLEST_SAMPLE):
+        raise ValueError(f"samples is {samples}: give at least 1, and {SMALLEST_SAMPLE} for MAUVE")
     score = _Judge(judge)
+    theirs: list[str] = []
+    if people is not None:
+        tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+        theirs = people_s_texts(people, tokenizer, count=samples, length=max_new_tokens)
     texts = list(
         write_texts(checkpoint, [""] * samples, max_new_tokens=max_new_tokens, seed=seed, progress=progress, **sampling)
     )
     nats, judged = 0.0, 0
     for text in texts:
-        more, count = score(text.text)
+        more, count = score.nats(text.text)
         nats, judged = nats + more, judged + count
     tokens = [text.tokens for text in texts]
     written = sum(map(len, tokens))
@@ -83,6 +95,7 @@ def evaluate_generative(
         distinct_1=distinct(tokens, 1),
         distinct_2=distinct(tokens, 2),
         nfe_per_token=sum(text.nfe for text in texts) / max(1, written),
+        mauve=_mauve(score, [text.text for text in texts], theirs, seed) if theirs else None,
         stopped_by=_counts(texts),
     )
 
@@ -109,13 +122,18 @@ def _grams(tokens: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
 
 
+def _mauve(judge: _Judge, ours: Sequence[str], theirs: Sequence[str], seed: int) -> float:
+    people, samples = (np.stack([judge.vector(text) for text in texts]) for texts in (theirs, ours))
+    return mauve(people, samples, seed)
+
+
 def _counts(texts: Sequence[Written]) -> dict[str, int]:
     ends = [text.stopped_by for text in texts]
     return {end: ends.count(end) for end in sorted(set(ends))}
 
 
 class _Judge:
-    """Nats and number of the tokens of a text under a causal model, each given those before it."""
+    """A causal model of Hugging Face that reads texts."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").is_file():
@@ -130,7 +148,19 @@ class _Judge:
         self._limit = 2048 if limit is None else min(2048, limit)
 
     @torch.no_grad()
-    def __call__(self, text: str) -> tuple[float, int]:
+    def vector(self, text: str) -> NDArray[np.float64]:
+        """What its last layer makes of the last token, of as many as it takes; zeros of an empty text."""
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"][: self._limit]
+        if not ids:
+            return np.zeros(self._model.config.hidden_size)
+        row = torch.tensor([ids], device=self._model.device)
+        hidden = self._model(row, output_hidden_states=True).hidden_states[-1][0, -1]
+        vector: NDArray[np.float64] = hidden.double().cpu().numpy()
+        return vector
+
+    @torch.no_grad()
+    def nats(self, text: str) -> tuple[float, int]:
+        """Of its tokens, each given those before it, and their number."""
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         first = self._tokenizer.bos_token_id
         nats, count = 0.0, 0

@@ -32,7 +32,7 @@ def judge(tmp_path_factory):
 def test_a_text_costs_what_transformers_says_in_windows(judge, length):
     model, folder = judge
     text = "The quick brown fox jumps over the lazy dog. " * 9
-    nats, count = _Judge(folder)(text[:length])
+    nats, count = _Judge(folder).nats(text[:length])
     ids = list(text[:length].encode())
     windows = [ids[start : start + 128] for start in range(0, length, 128)]
     # This tokeniser has no token that begins text: a window's first one is not judged.
@@ -44,7 +44,7 @@ def test_a_text_costs_what_transformers_says_in_windows(judge, length):
 
 
 def test_a_text_of_one_token_tells_nothing(judge):
-    assert _Judge(judge[1])("a") == (0.0, 0)
+    assert _Judge(judge[1]).nats("a") == (0.0, 0)
     with pytest.raises(ValueError, match="is no folder of a Hugging Face model"):
         _Judge(judge[1] / "nowhere")
 
