@@ -29,9 +29,10 @@ REPEATED = 4
 class Generative:
     """Of `samples` texts.
 
-    perplexity: exp of the judge's mean nats a token of its own; None where no text is long enough to judge. entropy:
-    nats, of a text's token frequencies, mean. repetition: share of its 4-grams that it had before, mean. distinct_1,
-    distinct_2: different n-grams over all n-grams, of all texts together. nfe_per_token: denoising passes.
+    length_median, length_max: tokens of a text. perplexity: exp of the judge's mean nats a token of its own; None where
+    no text is long enough to judge. entropy: nats, of a text's token frequencies, mean. repetition: share of its
+    4-grams that it had before, mean. distinct_1, distinct_2: different n-grams over all n-grams, of all texts together.
+    nfe_per_token: denoising passes.
     mauve: against people's text, where some was given. stopped_by: how many texts ended how.
     """
 
@@ -39,6 +40,8 @@ class Generative:
     judge: str
     samples: int
     tokens: int
+    length_median: float
+    length_max: int
     judged_tokens: int
     perplexity: float | None
     entropy: float
@@ -69,33 +72,42 @@ def evaluate_generative(
     """
     if samples < (1 if people is None else SMALLEST_SAMPLE):
         raise ValueError(f"samples is {samples}: give at least 1, and {SMALLEST_SAMPLE} for MAUVE")
-    score = _Judge(judge)
+    reader = Judge(judge)
     theirs: list[str] = []
     if people is not None:
         tokenizer = load_tokenizer(checkpoint / TOKENIZER)
         theirs = people_s_texts(people, tokenizer, count=samples, length=max_new_tokens)
-    texts = list(
-        write_texts(checkpoint, [""] * samples, max_new_tokens=max_new_tokens, seed=seed, progress=progress, **sampling)
+    texts = write_texts(
+        checkpoint, [""] * samples, max_new_tokens=max_new_tokens, seed=seed, progress=progress, **sampling
     )
-    nats, judged = 0.0, 0
+    return judged(checkpoint, list(texts), reader, theirs, seed=seed)
+
+
+def judged(
+    checkpoint: Path, texts: Sequence[Written], judge: Judge, theirs: Sequence[str] = (), *, seed: int = 0
+) -> Generative:
+    """What `judge` says of the `texts` that `checkpoint` wrote; `theirs`: people's, for MAUVE."""
+    nats, count = 0.0, 0
     for text in texts:
-        more, count = score.nats(text.text)
-        nats, judged = nats + more, judged + count
+        more, tokens_read = judge.nats(text.text)
+        nats, count = nats + more, count + tokens_read
     tokens = [text.tokens for text in texts]
-    written = sum(map(len, tokens))
+    lengths = [len(t) for t in tokens]
     return Generative(
         checkpoint=str(checkpoint),
-        judge=str(judge),
-        samples=samples,
-        tokens=written,
-        judged_tokens=judged,
-        perplexity=math.exp(nats / judged) if judged else None,
+        judge=str(judge.folder),
+        samples=len(texts),
+        tokens=sum(lengths),
+        length_median=float(np.median(lengths)),
+        length_max=max(lengths),
+        judged_tokens=count,
+        perplexity=math.exp(nats / count) if count else None,
         entropy=float(np.mean([entropy(t) for t in tokens])),
         repetition=float(np.mean([repetition(t) for t in tokens])),
         distinct_1=distinct(tokens, 1),
         distinct_2=distinct(tokens, 2),
-        nfe_per_token=sum(text.nfe for text in texts) / max(1, written),
-        mauve=_mauve(score, [text.text for text in texts], theirs, seed) if theirs else None,
+        nfe_per_token=sum(text.nfe for text in texts) / max(1, sum(lengths)),
+        mauve=_mauve(judge, [text.text for text in texts], theirs, seed) if theirs else None,
         stopped_by=_counts(texts),
     )
 
@@ -122,7 +134,7 @@ def _grams(tokens: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
 
 
-def _mauve(judge: _Judge, ours: Sequence[str], theirs: Sequence[str], seed: int) -> float:
+def _mauve(judge: Judge, ours: Sequence[str], theirs: Sequence[str], seed: int) -> float:
     people, samples = (np.stack([judge.vector(text) for text in texts]) for texts in (theirs, ours))
     return mauve(people, samples, seed)
 
@@ -132,7 +144,7 @@ def _counts(texts: Sequence[Written]) -> dict[str, int]:
     return {end: ends.count(end) for end in sorted(set(ends))}
 
 
-class _Judge:
+class Judge:
     """A causal model of Hugging Face that reads texts."""
 
     def __init__(self, folder: Path) -> None:
@@ -143,6 +155,7 @@ class _Judge:
 
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        self.folder = folder
         self._model = model.eval()
         limit = getattr(model.config, "max_position_embeddings", None)
         self._limit = 2048 if limit is None else min(2048, limit)

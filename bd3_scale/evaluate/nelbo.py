@@ -77,7 +77,7 @@ def evaluate_nelbo(
             sums.append(torch.stack([sequence_nelbo(*one, batch.counted) for one in zip(nll, noises, strict=True)]))
             moments.append(_moments(nll, noises, batch.counted, diffusion.block_size)[:, real])
         else:
-            sums.append((_next_token_nll(chunks, batch, groups) * batch.counted).sum(2))
+            sums.append((next_token_nll(chunks, batch, groups) * batch.counted).sum(2))
         sums[-1] = sums[-1][:, real]
         counted.append(torch.stack([batch.ids, batch.counted.sum(1)])[:, real])
         progress(int(real.sum()))
@@ -130,7 +130,7 @@ def masked_nll(chunks: Chunks, batch: Batch, noises: list[Noise], groups: Proces
     return _summed(nll, groups, device)
 
 
-def _next_token_nll(chunks: Chunks, batch: Batch, groups: ProcessGroups) -> Tensor:
+def next_token_nll(chunks: Chunks, batch: Batch, groups: ProcessGroups) -> Tensor:
     """The nll of every token but documents' first, float64 [1, B, L] in nats; on every rank."""
     device = next(chunks[0].parameters()).device
     context: Context = (groups.cp.rank(), groups.cp.size())

@@ -44,10 +44,13 @@ def loss_curve(metrics: Path, out: Path) -> None:
 def interval_curve(metrics: Path, out: Path) -> None:
     """Draw the searched intervals of `metrics.jsonl` over steps as a PNG, and below the variance of a block's loss.
 
-    A panel each: mask rates; variance (nats a token, squared) inside the interval and in all of [0, 1].
+    A panel each: mask rates; variance (nats a token, squared) inside the interval and in all of [0, 1]. Before the
+    first search there is nothing to draw.
     """
     records = read_metrics(metrics)
     sizes = sorted({int(key.rpartition("_")[2]) for r in records for key in r if key.startswith("mask_rate_low_block")})
+    if not sizes:
+        return
 
     from matplotlib.figure import Figure
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.generative import _Judge, distinct, entropy, repetition
+from bd3_scale.evaluate.generative import Judge, distinct, entropy, repetition
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 from models import SHAPE, transformers_model
@@ -32,7 +32,7 @@ def judge(tmp_path_factory):
 def test_a_text_costs_what_transformers_says_in_windows(judge, length):
     model, folder = judge
     text = "The quick brown fox jumps over the lazy dog. " * 9
-    nats, count = _Judge(folder).nats(text[:length])
+    nats, count = Judge(folder).nats(text[:length])
     ids = list(text[:length].encode())
     windows = [ids[start : start + 128] for start in range(0, length, 128)]
     # This tokeniser has no token that begins text: a window's first one is not judged.
@@ -44,9 +44,9 @@ def test_a_text_costs_what_transformers_says_in_windows(judge, length):
 
 
 def test_a_text_of_one_token_tells_nothing(judge):
-    assert _Judge(judge[1]).nats("a") == (0.0, 0)
+    assert Judge(judge[1]).nats("a") == (0.0, 0)
     with pytest.raises(ValueError, match="is no folder of a Hugging Face model"):
-        _Judge(judge[1] / "nowhere")
+        Judge(judge[1] / "nowhere")
 
 
 def test_repetition_and_entropy_see_what_perplexity_does_not():

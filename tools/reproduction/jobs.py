@@ -1,0 +1,184 @@
+"""What has to be done: data once, then a job for each row and seed without a record, several at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bd3_scale.data.sources import DocumentReader
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.evaluate.sets import NamedText
+from bd3_scale.recipe.load import load_recipe, recipe_hash
+from tools.reproduction.records import read_records
+from tools.reproduction.rows import Row, Scale, rows
+
+COMMAND = Path(sys.executable).with_name("bd3-scale")
+ROOT = Path(__file__).parents[2]
+GRACE_SECONDS = 120.0  # for a training that is asked to save and end
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a reproduction lies: `folder` has data and runs, which may be lost; `records` what was found."""
+
+    scale: Scale
+    folder: Path
+    records: Path
+    train: Path
+    validation: Path | None
+    texts: dict[str, str]
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    def overrides(self, row: Row, seed: int) -> list[str]:
+        """Of the scale's recipe."""
+        own = {"name": f"{self.scale.name}-{row.name}", "seed": seed, "data.path": self.data}
+        own |= {"run_dir": self.run(row, seed)} | row.overrides
+        return [f"{key}={value}" for key, value in own.items()]
+
+    def run(self, row: Row, seed: int) -> Path:
+        return self.folder / "runs" / f"{row.name}-{seed}"
+
+    def prepare(self, tokenizer: str) -> None:
+        """Training and held-out data, and the other texts, if they are not there."""
+        if not self.data.exists():
+            sources = self._cut(self.train, self.scale.text_bytes, "train")
+            held_out = [] if self.validation is None else ["--validation", self._cut(self.validation, 10**12, "valid")]
+            length = str(self.scale.length)
+            line = [COMMAND, "data", "prepare", sources, *held_out, "--out", self.data, "--seq-len", length]
+            subprocess.run([*map(str, line), "--tokenizer", tokenizer, "--document-multiple", "1"], check=True)
+        for name, argument in self.texts.items():
+            out = self.folder / "texts" / name
+            if not out.exists():
+                out.parent.mkdir(exist_ok=True)
+                NamedText.parse(argument).prepare(
+                    out, load_tokenizer(tokenizer), seq_len=self.scale.length, document_multiple=1
+                )
+
+    def _cut(self, source: Path, size: int, name: str) -> Path:
+        """About `size` characters of the text, the same number of every document."""
+        documents = [document.text for document in DocumentReader([source])]
+        share = max(1, size // len(documents))
+        out = self.folder / f"{name}.jsonl"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text[:share]}) + "\n" for text in documents)
+        return out
+
+    def missing(self) -> list[tuple[Row, int]]:
+        """Rows and seeds without a record of their recipe, in order."""
+        there = read_records(self.records)
+        wanted = [(row, seed) for row in rows(self.scale) for seed in row.seeds or self.scale.seeds]
+        return [(row, seed) for row, seed in wanted if not self._is_done(row, seed, there)]
+
+    def recipe_hash(self, row: Row, seed: int) -> str:
+        """Of what is trained, wherever its data and its run lie."""
+        return recipe_hash(load_recipe(self.scale.path, [*self.overrides(row, seed), "data.path=any", "run_dir=any"]))
+
+    def _is_done(self, row: Row, seed: int, there: dict[tuple[str, int], dict[str, Any]]) -> bool:
+        if (row.name, seed) not in there:
+            return False
+        if row.name == "judge" and self._waiting_for_judge(there) and not self.judge.exists():
+            return False
+        return bool(there[row.name, seed]["recipe_hash"] == self.recipe_hash(row, seed))
+
+    def _waiting_for_judge(self, there: dict[tuple[str, int], dict[str, Any]]) -> bool:
+        return any(
+            row.writes and (row.name, seed) not in there for row in rows(self.scale) for seed in self.scale.seeds
+        )
+
+    @property
+    def judge(self) -> Path:
+        return self.folder / "judge"
+
+    def job(self, row: Row, seed: int) -> dict[str, Any]:
+        held_out = {"held-out": str(self.data)}
+        return {
+            "row": row.name,
+            "seed": seed,
+            "recipe": str(self.scale.path),
+            "recipe_hash": self.recipe_hash(row, seed),
+            "overrides": self.overrides(row, seed),
+            "run_dir": str(self.run(row, seed)),
+            "record": str(self.records / f"{row.name}-{seed}.json"),
+            "texts": held_out | ({n: str(self.folder / "texts" / n) for n in self.texts} if row.writes else {}),
+            "block_sizes": row.block_sizes,
+            "sequences": self.scale.sequences,
+            "draws": self.scale.draws,
+            "length": self.scale.length,
+            "writes": row.writes,
+            "exports": row.name in ("judge", "ar"),
+            "judge": str(self.judge),
+            "samples": self.scale.samples,
+        }
+
+
+def run_jobs(work: Work, at_once: int, told: Callable[[list[str]], object]) -> list[str]:
+    """Run what is missing, `at_once` jobs at a time, the judge before who is judged; returns the rows that failed.
+
+    told: now and then, a line for each job that runs. Interrupted, the trainings save and end.
+    """
+    waiting, running, failed = work.missing(), {}, []
+    try:
+        while waiting or running:
+            ready = [one for one in waiting if work.judge.exists() or not one[0].writes or one[0].name == "ar"]
+            while ready and len(running) < at_once:
+                row, seed = ready.pop(0)
+                waiting.remove((row, seed))
+                running[row.name, seed] = _start(work, row, seed), time.monotonic()
+            if not running:
+                failed += [f"{row.name}, seed {seed}: there is no judge" for row, seed in waiting]
+                break
+            time.sleep(1)
+            for key, (process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[key]
+                told(
+                    [
+                        f"{key[0]}, seed {key[1]}: {'done' if not process.returncode else 'FAILED'} "
+                        f"in {time.monotonic() - began:.0f} s, {len(waiting)} waiting"
+                    ]
+                )
+                if process.returncode:
+                    failed.append(f"{key[0]}, seed {key[1]}: see {work.folder / 'jobs' / f'{key[0]}-{key[1]}.txt'}")
+    finally:
+        _end([process for process, _ in running.values()])
+    return failed
+
+
+def _start(work: Work, row: Row, seed: int) -> subprocess.Popen[bytes]:
+    folder = work.folder / "jobs"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{row.name}-{seed}.json"
+    path.write_text(json.dumps(work.job(row, seed)))
+    with path.with_suffix(".txt").open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tools.reproduction.worker", str(path)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,124 @@
+"""The rows of the tables: what each trains otherwise than its scale's recipe, and what is measured of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bd3_scale.recipe.load import load_recipe
+from bd3_scale.recipe.schema import Recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "paper-small"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size at which all is done.
+
+    text_bytes: of training text, the same share of every document; sequences, draws: held-out ones that are measured,
+    and of their noise; samples: texts a sampler writes; clipped: block sizes besides L with fixed intervals.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    text_bytes: int
+    sequences: int
+    draws: int
+    samples: int
+    clipped: tuple[int, ...]
+
+    @property
+    def path(self) -> Path:
+        return RECIPES / f"{self.name}.yaml"
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.path)
+
+    @property
+    def length(self) -> int:
+        """L, tokens of a sequence."""
+        return self.recipe.data.seq_len
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.train.steps
+
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale("quick", seeds=(1,), text_bytes=400_000, sequences=64, draws=2, samples=2, clipped=()),
+        Scale("small", seeds=(1, 2), text_bytes=8_000_000, sequences=1024, draws=4, samples=64, clipped=(4, 16)),
+        Scale("paper", seeds=(1,), text_bytes=10**12, sequences=1024, draws=4, samples=300, clipped=(4, 16)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training. overrides: of the scale's recipe, as the command line takes them; block_sizes: it is measured at;
+    writes: it is also measured by what it writes; seeds: default: the scale's.
+    """
+
+    name: str
+    title: str
+    overrides: dict[str, Any]
+    block_sizes: tuple[int, ...]
+    writes: bool = False
+    seeds: tuple[int, ...] = field(default=())
+
+
+NO_SEARCH = {"diffusion.search_interval": "false"}
+NEXT_TOKEN = NO_SEARCH | {"diffusion.objective": "next_token", "diffusion.block_size": 1}
+BLOCKS = (4, 8, 16)
+INTERVALS = ((0.0, 0.5), (0.3, 0.8), (0.5, 1.0), (0.0, 1.0))
+BASE_SHARE = 0.85  # of a finetuned row's steps, as in the paper (850 K of 1 M)
+
+
+def rows(scale: Scale) -> list[Row]:
+    """All, in the order in which they are trained; the judge of the samples first."""
+    length, steps = scale.length, scale.steps
+    judge = Row("judge", "AR, twice the steps", NEXT_TOKEN | {"train.steps": 2 * steps}, (1,), seeds=(99,))
+    return [
+        judge,
+        Row("ar", "AR", NEXT_TOKEN, (1,), writes=True),
+        *(
+            Row(f"l{size}", f"BD3-LM, L'={size}", {"diffusion.block_size": size}, (size,), writes=True)
+            for size in BLOCKS
+        ),
+        Row("mdlm", "MDLM", {"diffusion.block_size": length}, (length,), writes=True),
+        *_block_size_one(),
+        *(_finetuned(size, length, steps) for size in (4, 16)),
+        _one_for_many(),
+        *(_clipped(size, *interval, steps // 2) for size in (*scale.clipped, length) for interval in INTERVALS),
+    ]
+
+
+def _block_size_one() -> list[Row]:
+    at_one = NO_SEARCH | {"diffusion.block_size": 1}
+    return [
+        Row("l1-uniform", "L'=1, mask rates U[0, 1]", at_one, (1,)),
+        Row("l1-masked", "L'=1, all masked", at_one | {"diffusion.mask_rate_low": 1.0}, (1,)),
+    ]
+
+
+def _finetuned(size: int, length: int, steps: int) -> Row:
+    base = round(BASE_SHARE * steps)
+    schedule = f"[{{block_size: {length}, steps: {base}}}]"
+    overrides = {"diffusion.block_size": size, "diffusion.block_size_schedule": schedule}
+    return Row(f"l{size}-finetuned", f"L'={size} from an L'={length} base", overrides, (size,))
+
+
+def _one_for_many() -> Row:
+    overrides = {"diffusion.block_size": BLOCKS[-1], "diffusion.block_size_choices": str([1, *BLOCKS])}
+    return Row("any", "one model for L'=1, 4, 8, 16", overrides, (1, *BLOCKS))
+
+
+def _clipped(size: int, low: float, high: float, steps: int) -> Row:
+    """With half the tokens of the others."""
+    overrides = NO_SEARCH | {"diffusion.block_size": size, "train.steps": steps, "optimizer.decay_steps": steps // 3}
+    overrides |= {"diffusion.mask_rate_low": low, "diffusion.mask_rate_high": high}
+    return Row(f"l{size}-{low}-{high}", f"L'={size}, U[{low:g}, {high:g}]", overrides, (size,), seeds=(1,))

@@ -1,0 +1,208 @@
+"""One training and its measurements, in a process of its own: `python -m tools.reproduction.worker JOB.json`.
+
+What is measured becomes a record, a JSON file that appears when all of it is done. A job that was interrupted goes on
+from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bd3_scale.attention.spans import make_spans
+from bd3_scale.checkpoint.model import open_model
+from bd3_scale.checkpoint.store import resolve_checkpoint
+from bd3_scale.data.batch import Batch
+from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.stream import held_out_batches
+from bd3_scale.diffusion.nelbo import sequence_nelbo
+from bd3_scale.diffusion.noise import draw_noise
+from bd3_scale.diffusion.schedule import Schedule
+from bd3_scale.evaluate.generative import Judge, judged
+from bd3_scale.evaluate.nelbo import NOISE_SEED, evaluate_nelbo, masked_nll, next_token_nll
+from bd3_scale.evaluate.writing import write_texts
+from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
+from bd3_scale.observe.warnings import quieten_libraries
+from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe
+from tools.reproduction.autoregressive import export, write_autoregressively
+from tools.reproduction.records import write_record
+
+COMMAND = Path(sys.executable).with_name("bd3-scale")
+BATCH = 64
+NUCLEUS = 0.9
+LONG = "first-hitting, 8 L"
+# By which L'=16 also writes, beside first hitting.
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "ancestral, 16 steps": {"unmasking": "ancestral", "steps": 16},
+    "ancestral, 64 steps": {"unmasking": "ancestral", "steps": 64},
+    "static, 8 passes": {"unmasking": "static", "steps": 8},
+    "static, 4 passes": {"unmasking": "static", "steps": 4},
+    "dynamic, above 0.9": {"unmasking": "dynamic"},
+    "dynamic, above 0.6": {"unmasking": "dynamic", "threshold": 0.6},
+    "entropy, 0.1 nats": {"unmasking": "entropy"},
+    "entropy, 1 nat": {"unmasking": "entropy", "threshold": 1.0},
+}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    quieten_libraries()
+    torch.set_num_threads(1)
+    run = Path(job["run_dir"])
+    seconds = train(job, run)
+    checkpoint = resolve_checkpoint(run)
+    record = {
+        "row": job["row"],
+        "seed": job["seed"],
+        "recipe_hash": job["recipe_hash"],
+        "seconds": seconds,
+        "training": training(run),
+        "texts": measure(checkpoint, job),
+    }
+    if job["exports"]:
+        export(checkpoint, Path(job["judge"]) if job["row"] == "judge" else run / "exported")
+    if job["writes"]:
+        record["samples"] = samples(checkpoint, run, job)
+    write_record(Path(job["record"]), record)
+
+
+def train(job: dict[str, Any], run: Path) -> float:
+    """Wall seconds. Goes on from the newest checkpoint; a finished run is left alone."""
+    began = time.monotonic()
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "output.txt").open("a") as output:
+        subprocess.run(
+            [COMMAND, "train", job["recipe"], *job["overrides"]],
+            check=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"COLUMNS": "120"},
+        )
+    return time.monotonic() - began
+
+
+def training(run: Path) -> dict[str, Any]:
+    """Of the metrics: tokens, their speed, and by step the loss and what the searches found."""
+    metrics = read_metrics(run / METRICS_FILE)
+    steps = {record["step"]: record for record in metrics if "train_loss" in record}
+    last = steps[max(steps)]
+    speeds = sorted(record["tokens_per_second"] for record in steps.values())
+    kept = ("mask_rate_low_block_", "mask_rate_high_block_", "loss_variance_")
+    return {
+        "tokens": last["tokens"],
+        "tokens_per_second": speeds[len(speeds) // 2],
+        "losses": [round(steps[step]["train_loss"], 5) for step in sorted(steps)],
+        "grad_norms": [round(steps[step]["grad_norm"], 5) for step in sorted(steps)],
+        "searches": [
+            {"step": record["step"]} | {key: value for key, value in record.items() if key.startswith(kept)}
+            for record in metrics
+            if any(key.startswith(kept[0]) for key in record)
+        ],
+    }
+
+
+def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Of each text and block size: every sequence's NELBO given its first token, and the tokens that counted.
+
+    An autoregressive model does not predict a sequence's first token, so that no row is asked for it: it is never
+    masked. Held-out text also has the loss's variance by clipped interval.
+    """
+    found: dict[str, Any] = {}
+    with open_model(checkpoint) as (model, manifest, groups):
+        diffusion = manifest.recipe.diffusion
+        for text, path in job["texts"].items():
+            count = job["sequences"]
+            for size in job["block_sizes"]:
+                own = diffusion.model_copy(update={"block_size": size})
+                draws = 1 if size == 1 else job["draws"]
+                nats, tokens = [], []
+                for batch in batches(path, manifest.recipe.data.seq_len, count):
+                    more = sequence_nats(model, groups, batch, own, draws)
+                    nats += more[0]
+                    tokens += more[1]
+                found[f"{text}, L'={size}"] = {"nats": nats, "tokens": tokens}
+                if text == "held-out" and diffusion.objective == "block_diffusion":
+                    held_out = evaluate_nelbo(
+                        [model],
+                        batches(path, manifest.recipe.data.seq_len, count),
+                        groups,
+                        diffusion=own,
+                        draws=draws,
+                    )
+                    found[f"{text}, L'={size}"]["intervals"] = [asdict(one) for one in held_out.intervals().found]
+    return found
+
+
+def batches(path: str, seq_len: int, sequences: int | None) -> Iterator[Batch]:
+    recipe = DataRecipe(path=path, seq_len=seq_len, isolate_documents=False)
+    return held_out_batches(recipe, load_manifest(path), batch_size=BATCH, dp_rank=0, dp_size=1, sequences=sequences)
+
+
+@torch.no_grad()
+def sequence_nats(
+    model: Any, groups: Any, batch: Batch, diffusion: DiffusionRecipe, draws: int
+) -> tuple[list[float], list[int]]:
+    """NELBO in nats and counted tokens of the real sequences, given the first token of each."""
+    real = batch.ids >= 0
+    later = torch.arange(batch.tokens.shape[1]) > 0
+    batch = replace(batch, counted=batch.counted & later)
+    if diffusion.objective == "next_token":
+        sums = (next_token_nll([model], batch, groups)[0] * batch.counted).sum(1)
+    else:
+        noises = [
+            draw_noise(
+                make_spans(batch.document_start, diffusion.block_size)[1],
+                seed=NOISE_SEED,
+                epoch=0,
+                sample_ids=batch.ids.clamp(min=0),
+                schedule=Schedule(low=1.0 if diffusion.block_size == 1 else 0.0),
+                draw=draw,
+                num_draws=draws,
+            )
+            for draw in range(draws)
+        ]
+        # Padding is masked throughout, as in every evaluation; the first token is given.
+        noises = [replace(noise, masked=(noise.masked | ~batch.counted) & later) for noise in noises]
+        nll = masked_nll([model], batch, noises, groups, diffusion.block_size)
+        sums = torch.stack([sequence_nelbo(*one, batch.counted) for one in zip(nll, noises, strict=True)]).mean(0)
+    return [round(float(s), 4) for s in sums[real]], batch.counted.sum(1)[real].tolist()
+
+
+def samples(checkpoint: Path, run: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """What the judge says of texts written without a prompt, nucleus 0.9, by sampler."""
+    judge = Judge(Path(job["judge"]))
+    length, size = job["length"], max(job["block_sizes"])
+    if job["row"] == "ar":
+        texts = write_autoregressively(run / "exported", job["samples"], length, seed=job["seed"], top_p=NUCLEUS)
+        return {"one by one": asdict(judged(checkpoint, texts, judge))}
+    samplers: dict[str, dict[str, Any]] = {"first-hitting": {}} | (SAMPLERS if job["row"] == "l16" else {})
+    # MDLM writes its one block and no more.
+    samplers |= {LONG: {}} if size < length else {}
+    found = {}
+    for name, how in samplers.items():
+        texts = list(
+            write_texts(
+                checkpoint,
+                [""] * job["samples"],
+                max_new_tokens=8 * length if name == LONG else length,
+                seed=job["seed"] * 10_000,
+                top_p=NUCLEUS,
+                batch_size=job["samples"],
+                **how,
+            )
+        )
+        found[name] = asdict(judged(checkpoint, texts, judge)) | {"seconds": texts[0].seconds}
+    return found
+
+
+if __name__ == "__main__":
+    main()
