@@ -54,7 +54,11 @@ class Work:
         """Training and held-out data, and the other texts, if they are not there."""
         if not self.data.exists():
             sources = self._cut(self.train, self.scale.text_bytes, "train")
-            held_out = [] if self.validation is None else ["--validation", self._cut(self.validation, 10**12, "valid")]
+            held_out: list[object] = []
+            if self.validation is not None:
+                # A little more than is measured, of all documents.
+                size = 5 * self.scale.sequences * self.scale.length // 4
+                held_out = ["--validation", self._cut(self.validation, size, "valid")]
             length = str(self.scale.length)
             line = [COMMAND, "data", "prepare", sources, *held_out, "--out", self.data, "--seq-len", length]
             subprocess.run([*map(str, line), "--tokenizer", tokenizer, "--document-multiple", "1"], check=True)
