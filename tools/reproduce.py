@@ -9,45 +9,95 @@ What has a record already (docs/reproduction/) is not done again: an interrupted
 
 from __future__ import annotations
 
+import json
+import pydoc_data.topics
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
+import torch
 import typer
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
 
 from bd3_scale.evaluate.sets import NamedText
+from bd3_scale.observe.progress import Bar
+from tools.reproduction import efficiency
+from tools.reproduction.findings import HELD_OUT
 from tools.reproduction.jobs import Work, run_jobs
+from tools.reproduction.page import write_page
+from tools.reproduction.records import read_records, write_record
 from tools.reproduction.rows import SCALES
 
 console = Console(highlight=False)
 
 
 def main(
-    train: Annotated[Path, typer.Option(help="Text to train on.")],
-    validation: Annotated[Path | None, typer.Option(help="Held-out text; default: a share of the documents.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Text to train on.", show_default="none; --quick has its own")
+    ] = None,
+    validation: Annotated[Path | None, typer.Option(help="Held-out text.", show_default="a share of --train")] = None,
     text: Annotated[list[str] | None, typer.Option(help="SET=PATH or PATH of other text to measure.")] = None,
-    scale: Annotated[str, typer.Option(help=f"One of {', '.join(SCALES)}.")] = "small",
-    out: Annotated[Path, typer.Option(help="Folder of records and plots; the page is beside it.")] = Path(
-        "docs/reproduction"
-    ),
+    scale: Annotated[str, typer.Option(help=f"One of {', '.join(SCALES)}; paper needs a GPU.")] = "small",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only prove that all of it works, on Python's own text.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of records and pictures; the page is beside it.", show_default="docs/reproduction"),
+    ] = None,
     work: Annotated[Path, typer.Option(help="Folder of data and runs.")] = Path("runs/reproduction"),
+    tokenizer: Annotated[str, typer.Option(help="`bytes`, or a tokeniser's folder.")] = "bytes",
     jobs: Annotated[int, typer.Option(min=1, help="Rows that train at once, each on one thread.")] = 2,
+    page_only: Annotated[bool, typer.Option("--page", help="Only write the page again.")] = False,
 ) -> None:
     """Reproduce the paper's tables in small."""
+    chosen = SCALES["quick" if quick else scale] if quick or scale in SCALES else None
+    if chosen is None:
+        fail(f"scale is {scale!r}: take one of {', '.join(SCALES)}")
+    out = out or (work / "quick-page" if chosen.name == "quick" else Path("docs/reproduction"))
     texts = {NamedText.parse(argument).name: argument for argument in text or ()}
-    todo = Work(SCALES[scale], work.absolute() / scale, out / "records", train, validation, texts)
-    # As an interrupt does: what runs is asked to save and end.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    todo.prepare("bytes")
-    failed = run_jobs(todo, jobs, lambda lines: console.print(*lines, sep="\n"))
-    if failed:
-        console.print("[red]failed:", *failed, sep="\n")
-        raise typer.Exit(1)
+    if not page_only:
+        if train is None and chosen.name != "quick":
+            fail("there is no text to train on: give it with --train, or try --quick")
+        todo = Work(chosen, work.absolute() / chosen.name, out / "records", train or own_text(work), validation, texts)
+        todo.prepare(tokenizer)
+        with Bar("rows") as bar:
+            failed = run_jobs(todo, jobs, bar.show)
+        if failed:
+            fail("failed: " + "; ".join(failed))
+        measure_efficiency(out / "records")
+    measured = {
+        key.rpartition(", L'=")[0] for r in read_records(out / "records").values() for key in r.get("texts", {})
+    }
+    console.print(f"wrote {write_page(chosen, out, tuple(sorted(measured - {HELD_OUT})))}")
+
+
+def fail(message: str) -> NoReturn:
+    console.print(f"[red]error:[/red] {message}")
+    raise typer.Exit(1)
+
+
+def own_text(work: Path) -> Path:
+    """Python's help topics, a document each."""
+    path = work / "topics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    topics = [text for text in pydoc_data.topics.topics.values() if text.strip()]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in topics))
+    return path
+
+
+def measure_efficiency(records: Path) -> None:
+    """After everything else, so that nothing runs beside it."""
+    if (records / "efficiency-0.json").exists():
+        return
+    torch.set_num_threads(1)
+    write_record(records / "efficiency-0.json", {"row": "efficiency", "seed": 0} | efficiency.measure())
 
 
 if __name__ == "__main__":
+    # As an interrupt does: what runs is asked to save and end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     typer.run(main)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 120.0  # for a training that is asked to save and end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
     """Where a reproduction lies: `folder` has data and runs, which may be lost; `records` what was found."""
 
@@ -49,6 +49,9 @@ class Work:
 
     def run(self, row: Row, seed: int) -> Path:
         return self.folder / "runs" / f"{row.name}-{seed}"
+
+    def log(self, row: Row, seed: int) -> Path:
+        return self.folder / "jobs" / f"{row.name}-{seed}.txt"
 
     def prepare(self, tokenizer: str) -> None:
         """Training and held-out data, and the other texts, if they are not there."""
@@ -128,46 +131,41 @@ class Work:
         }
 
 
-def run_jobs(work: Work, at_once: int, told: Callable[[list[str]], object]) -> list[str]:
+def run_jobs(work: Work, at_once: int, progress: Callable[[int, int], object]) -> list[str]:
     """Run what is missing, `at_once` jobs at a time, the judge before who is judged; returns the rows that failed.
 
-    told: now and then, a line for each job that runs. Interrupted, the trainings save and end.
+    progress: told the jobs that are done, and all. Interrupted, the trainings save and end.
     """
     waiting, running, failed = work.missing(), {}, []
+    total = len(waiting)
     try:
         while waiting or running:
-            ready = [one for one in waiting if work.judge.exists() or not one[0].writes or one[0].name == "ar"]
+            ready = [one for one in waiting if work.judge.exists() or not one[0].writes]
             while ready and len(running) < at_once:
                 row, seed = ready.pop(0)
                 waiting.remove((row, seed))
-                running[row.name, seed] = _start(work, row, seed), time.monotonic()
+                running[row, seed] = _start(work, row, seed)
             if not running:
-                failed += [f"{row.name}, seed {seed}: there is no judge" for row, seed in waiting]
-                break
+                return [*failed, *(f"{row.name}, seed {seed}: there is no judge" for row, seed in waiting)]
             time.sleep(1)
-            for key, (process, began) in list(running.items()):
+            for (row, seed), process in list(running.items()):
                 if process.poll() is None:
                     continue
-                del running[key]
-                told(
-                    [
-                        f"{key[0]}, seed {key[1]}: {'done' if not process.returncode else 'FAILED'} "
-                        f"in {time.monotonic() - began:.0f} s, {len(waiting)} waiting"
-                    ]
-                )
+                del running[row, seed]
+                progress(total - len(waiting) - len(running), total)
                 if process.returncode:
-                    failed.append(f"{key[0]}, seed {key[1]}: see {work.folder / 'jobs' / f'{key[0]}-{key[1]}.txt'}")
+                    failed.append(f"{row.name}, seed {seed}: see {work.log(row, seed)}")
     finally:
-        _end([process for process, _ in running.values()])
+        _end(list(running.values()))
     return failed
 
 
 def _start(work: Work, row: Row, seed: int) -> subprocess.Popen[bytes]:
-    folder = work.folder / "jobs"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{row.name}-{seed}.json"
+    log = work.log(row, seed)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    path = log.with_suffix(".json")
     path.write_text(json.dumps(work.job(row, seed)))
-    with path.with_suffix(".txt").open("wb") as output:
+    with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tools.reproduction.worker", str(path)],
             stdout=output,

@@ -11,7 +11,7 @@ from typing import Any
 
 from bd3_scale.observe.environment import read_environment
 
-_FOLDER = Path(__file__).parent
+_ROOT = Path(__file__).parents[2]
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
@@ -48,5 +48,5 @@ def read_records(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=_FOLDER, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -57,7 +57,7 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A training. overrides: of the scale's recipe, as the command line takes them; block_sizes: it is measured at;
     writes: it is also measured by what it writes; seeds: default: the scale's.

@@ -1,0 +1,133 @@
+"""Sections 1, 2, 5, 6 and 9: perplexities and their differences."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tools.reproduction import paper
+from tools.reproduction.findings import HELD_OUT, MAIN, Findings, table
+from tools.reproduction.rows import BLOCKS
+from tools.reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, fluctuation, together
+
+HEADER = ["", "nats a byte", "perplexity a byte", "bits a byte"]
+
+
+def perplexity(found: Findings) -> str:
+    lines = [[found.row(name).title, *found.cells(found.measured(name)), *paper.PERPLEXITY[name]] for name in MAIN]
+    pairs = list(zip(MAIN[1:], MAIN[:-1], strict=True))
+    differences = [found.compare(*pair) for pair in pairs]
+    verdicts = [difference.verdict() for difference in differences]
+    steps = table(
+        ["costs more than", "by nats a byte", "holds?"],
+        [
+            [f"{found.row(more).title} than {found.row(less).title}", difference, verdict]
+            for (more, less), difference, verdict in zip(pairs, differences, verdicts, strict=True)
+        ],
+    )
+    return "\n\n".join(
+        [
+            table([*HEADER, "paper: LM1B", "paper: OWT"], lines),
+            "![perplexity](reproduction/perplexity.png)",
+            f"The paper: perplexity grows from AR over L'=4, 8, 16 to MDLM. **Here: {together(verdicts)}.**",
+            steps,
+        ]
+    )
+
+
+def block_size_one(found: Findings) -> str:
+    names = ("ar", "l1-masked", "l1-uniform")
+    spread = {
+        name: float(np.mean([fluctuation(record["training"]["losses"]) for record in found.of(name)])) for name in names
+    }
+    lines = [
+        [found.row(name).title, *found.cells(found.measured(name)), f"{spread[name]:.5f}", paper.BLOCK_SIZE_ONE[name]]
+        for name in names
+    ]
+    gap, closed = found.compare("l1-uniform", "ar"), found.compare("l1-masked", "ar")
+    between = found.compare("l1-uniform", "l1-masked")
+    steps = len(found.of("ar")[0]["training"]["losses"]) // 2
+    # Of a ratio of variances of differences of independent losses, whose fourth moments are the normal law's.
+    factor = math.exp(1.96 * math.sqrt(2 * 3 / (steps * len(found.of("ar")))))
+    ratio = spread["l1-uniform"] / spread["l1-masked"]
+    variance = HOLDS if ratio > factor else FAILS if ratio < 1 / factor else UNDECIDED
+    uniform, masked = paper.BLOCK_SIZE_ONE_VARIANCE
+    return "\n\n".join(
+        [
+            table([*HEADER, "variance of the training loss", "paper: LM1B"], lines),
+            "The paper: with uniform mask rates L'=1 costs more than AR, although both have the same expected loss. "
+            f"**Here: {gap.verdict()}** ({gap} nats a byte).",
+            "The paper: with everything masked it is AR's perplexity. **Here: "
+            f"{_equal(closed, between)}** (all masked − AR {closed}, uniform − all masked {between}).",
+            f"The paper: what uniform rates cost is variance ({uniform} against {masked}). **Here: {variance}**: the "
+            f"training loss varies {ratio:.2f} times as much from step to step (95%: a factor of {factor:.2f}).",
+        ]
+    )
+
+
+def _equal(closed: Difference, gap: Difference) -> str:
+    """Whether the gap is closed: none is seen, and what may be left is less than half of what was closed."""
+    if abs(closed.value) > closed.margin:
+        return FAILS
+    return HOLDS if abs(closed.value) + closed.margin < gap.value / 2 else UNDECIDED
+
+
+def finetuned(found: Findings) -> str:
+    sizes = (4, 16)
+    lines, sentences = [], []
+    for size in sizes:
+        for name in (f"l{size}", f"l{size}-finetuned"):
+            seconds = np.mean([record["seconds"] for record in found.of(name)])
+            lines.append([found.row(name).title, *found.cells(found.measured(name)), f"{seconds / 60:.1f}"])
+        difference = found.compare(f"l{size}-finetuned", f"l{size}")
+        sentences.append(
+            f"The authors expect training at L'={size} from the start to be the better one. **Here: "
+            f"{difference.verdict()}** (from the base − from scratch {difference} nats a byte)."
+        )
+    return "\n\n".join(
+        [
+            table([*HEADER, "minutes"], lines),
+            "The paper trains 85% of the steps at L'=L, for speed, and gives no figures for training from scratch; its "
+            "authors say what they expect in issue 39 of their repository.",
+            *sentences,
+        ]
+    )
+
+
+def zero_shot(found: Findings) -> str:
+    """Perplexity a byte of texts of other kinds; the claims are of the two that the paper has, too."""
+    lines = []
+    for name in MAIN:
+        cells = [f"{math.exp(found.measured(name, text).mean):.3f}" for text in found.texts]
+        lines.append([found.row(name).title, *cells, *paper.ZERO_SHOT.get(name, ("", ""))])
+    parts = [table(["perplexity a byte", *found.texts, "paper: PTB", "paper: WikiText"], lines)]
+    claims = {
+        "wikitext2": (("l4", "ar", True), ("l4", "mdlm", False)),
+        "ptb": (("l4", "ar", True), ("l4", "mdlm", True)),
+    }
+    for text in found.texts:
+        for first, second, more in claims.get(text, ()):
+            difference = found.compare(first, second, text)
+            parts.append(
+                f"{text}. The paper: {found.row(first).title} costs {'more' if more else 'less'} than "
+                f"{found.row(second).title}. **Here: {difference.verdict(more)}** ({difference} nats a byte)."
+            )
+    return "\n\n".join(parts)
+
+
+def one_for_many(found: Findings) -> str:
+    lines = []
+    for size, name in zip((1, *BLOCKS), ("l1-masked", *(f"l{size}" for size in BLOCKS)), strict=True):
+        own, shared = found.measured(name), found.measured("any", HELD_OUT, size)
+        difference = Difference.between(shared, own, found.seeds)
+        lines.append([f"L'={size}", found.cells(own)[0], found.cells(shared)[0], difference, difference.verdict()])
+    return "\n\n".join(
+        [
+            table(
+                ["", "a model each", "one model", "one − each", "costs more?"],
+                lines,
+            ),
+            "The paper trains a model for each block size. One model sees a quarter of the tokens at each of four.",
+        ]
+    )

@@ -1,0 +1,124 @@
+"""docs/reproduction.md, of run records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tools.reproduction import likelihood, plots, sections
+from tools.reproduction.findings import MAIN, Findings, table
+from tools.reproduction.records import read_records
+from tools.reproduction.rows import BLOCKS, INTERVALS, Scale, rows
+
+Section = tuple[str, tuple[str, ...], Callable[[Findings], str], Callable[[Findings, Path], None] | None, str]
+
+
+def write_page(scale: Scale, folder: Path, texts: tuple[str, ...]) -> Path:
+    """The page beside `folder`, and its pictures inside; a section without all its records says which are wanting."""
+    records = read_records(folder / "records")
+    found = Findings(scale, records, _measured_texts(records, texts))
+    parts = [_head(found)]
+    for number, (title, needed, text, picture, name) in enumerate(_sections(found), 1):
+        wanting = [row for row in needed if not found.has(row)]
+        parts.append(f"## {number}. {title}")
+        if wanting or (number == 8 and ("efficiency", 0) not in records):
+            parts.append(
+                f"Not measured yet: {', '.join(wanting) or 'efficiency'} (`python tools/reproduce.py` goes on)."
+            )
+            continue
+        parts.append(text(found))
+        if picture is not None:
+            picture(found, folder / name)
+    parts += ["## Runs", _runs(found)]
+    page = folder.with_suffix(".md")
+    page.write_text("\n\n".join(parts).replace("](reproduction/", f"]({folder.name}/") + "\n", encoding="utf-8")
+    return page
+
+
+def _measured_texts(records: dict[tuple[str, int], dict[str, Any]], texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that every record of the main rows has."""
+    main = [record for (row, _), record in records.items() if row in MAIN]
+    return tuple(t for t in texts if all(any(key.startswith(f"{t}, ") for key in r["texts"]) for r in main))
+
+
+def _sections(found: Findings) -> list[Section]:
+    clipped = [sections.clipped_name(size, i) for size in sections.clipped_sizes(found) for i in INTERVALS]
+    searched = (*(f"l{size}" for size in BLOCKS), "mdlm")
+    return [
+        ("Perplexity", MAIN, likelihood.perplexity, plots.perplexity, "perplexity.png"),
+        ("Block size 1", ("ar", "l1-uniform", "l1-masked"), likelihood.block_size_one, None, ""),
+        ("Clipped mask rates", tuple(clipped), sections.clipped, plots.intervals, "intervals.png"),
+        ("The searched interval", searched, sections.searched, plots.searched, "searched.png"),
+        (
+            "From an L'=L base, or from scratch",
+            ("l4", "l16", "l4-finetuned", "l16-finetuned"),
+            likelihood.finetuned,
+            None,
+            "",
+        ),
+        ("Other text", MAIN, likelihood.zero_shot, None, ""),
+        ("Samples", ("judge", *MAIN), sections.samples, plots.samples, "samples.png"),
+        ("Training efficiency", (), lambda f: sections.efficiency(f, f.records["efficiency", 0]), None, ""),
+        ("One model for many block sizes", ("l1-masked", *searched[:-1], "any"), likelihood.one_for_many, None, ""),
+    ]
+
+
+def _head(found: Findings) -> str:
+    scale = found.scale
+    tokens = scale.steps * scale.recipe.train.global_batch_size * scale.length
+    model = scale.recipe.model
+    warning = (
+        "**Quick form: it proves that the script works. Its numbers mean nothing.**\n\n"
+        if scale.name == "quick"
+        else ""
+    )
+    return (
+        "# The paper's tables in small\n\n"
+        f"{warning}"
+        "Written by `python tools/reproduce.py` from the records of its runs; nothing here is written by hand. Every "
+        f"row is the same model ({model.num_layers} layers of {model.hidden_size}, [recipe]({_recipe_link(scale)})) on "
+        f"the same text, {tokens:,} tokens in {scale.steps} steps, {len(scale.seeds)} seeds, unless it says otherwise. "
+        f"Sequences have {scale.length} tokens, which are bytes. Held-out text is {scale.sequences:,} sequences of "
+        "documents that no row trained on, of which every row is given the first token, since AR predicts none; NELBOs "
+        f"are over mask rates of [0, 1], {scale.draws} draws, and exact at L'=1.\n\n"
+        f"Intervals of 95% are over text and seeds, whose spread ({found.seeds.deviation:.4f} nats a byte, "
+        f"{found.seeds.freedom} degrees of freedom) is pooled over rows; differences are between the same sequences. A "
+        "claim *holds* or *does not hold* where its difference is outside its interval, and is *undecided* otherwise."
+    )
+
+
+def _recipe_link(scale: Scale) -> str:
+    return f"../recipes/paper-small/{scale.name}.yaml"
+
+
+def _runs(found: Findings) -> str:
+    lines = []
+    for row in rows(found.scale):
+        for record in found.of(row.name):
+            made = record["made"]
+            commit = made["commit"] + ("+" if made["uncommitted"] else "")
+            speed = f"{record['training']['tokens_per_second']:,.0f}"
+            lines.append(
+                [
+                    row.name,
+                    record["seed"],
+                    f"{record['training']['tokens']:,}",
+                    speed,
+                    f"{record['seconds'] / 60:.1f}",
+                    record["recipe_hash"],
+                    commit,
+                    made["date"],
+                ]
+            )
+    done = [record for record in found.records.values() if "training" in record]
+    machines = sorted({", ".join(record["made"]["hardware"]) for record in done})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in record["made"]["versions"].items()) for record in done})
+    hours = sum(record["seconds"] for record in done) / 3600
+    return "\n\n".join(
+        [
+            f"Training took {hours:.1f} hours of one thread. Machine: {'; '.join(machines)}. Versions: "
+            f"{'; '.join(versions)}. A commit with + had uncommitted changes.",
+            table(["row", "seed", "tokens", "tokens/s", "minutes", "recipe", "commit", "date"], lines),
+        ]
+    )

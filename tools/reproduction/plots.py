@@ -1,0 +1,84 @@
+"""The page's pictures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.reproduction.findings import MAIN, Findings
+from tools.reproduction.rows import BLOCKS, INTERVALS
+from tools.reproduction.sections import LONG, chosen, clipped_name, clipped_sizes, loss_variance
+from tools.reproduction.statistics import interval
+
+
+def perplexity(found: Findings, out: Path) -> None:
+    figure, axes = _figure(1)
+    values = [found.measured(name) for name in MAIN]
+    titles = [found.row(name).title for name in MAIN]
+    margins = [interval(value, found.seeds) for value in values]
+    axes[0].errorbar(titles, [value.mean for value in values], margins, fmt="o", capsize=4, label="mean, 95% interval")
+    for place, value in enumerate(values):
+        axes[0].plot([place] * len(value.by_seed), value.by_seed, "x", color="C1", label=None if place else "seeds")
+    axes[0].set(ylabel="nats a byte, held-out")
+    _save(figure, axes, out)
+
+
+def intervals(found: Findings, out: Path) -> None:
+    figure, axes = _figure(len(clipped_sizes(found)))
+    for panel, size in zip(axes, clipped_sizes(found), strict=True):
+        for low, high in INTERVALS:
+            nats = found.measured(clipped_name(size, (low, high))).mean
+            panel.plot(loss_variance(found, size, (low, high)), nats, "o", label=f"U[{low:g}, {high:g}]")
+        panel.set(title=f"L'={size}", xlabel="variance of a block's loss", ylabel="nats a byte, held-out", xscale="log")
+    _save(figure, axes, out)
+
+
+def searched(found: Findings, out: Path) -> None:
+    rows = {**{size: f"l{size}" for size in BLOCKS}, found.scale.length: "mdlm"}
+    figure, axes = _figure(len(rows))
+    for panel, (size, name) in zip(axes, rows.items(), strict=True):
+        for number, record in enumerate(found.of(name)):
+            steps, low, high = (list(values) for values in zip(*chosen(record, size), strict=True))
+            # An interval counts until the next search.
+            panel.step(steps, low, where="post", color=f"C{number}", label=f"seed {record['seed']}")
+            panel.step(steps, high, where="post", color=f"C{number}")
+            panel.fill_between(steps, low, high, step="post", color=f"C{number}", alpha=0.15)
+        panel.set(title=f"L'={size}", xlabel="step", ylabel="mask rates in training", ylim=(-0.05, 1.05))
+    _save(figure, axes, out)
+
+
+def samples(found: Findings, out: Path) -> None:
+    figure, axes = _figure(1)
+    for number, name in enumerate(MAIN):
+        for sampler in found.of(name)[0]["samples"]:
+            if sampler == LONG:
+                continue
+            parts: list[dict[str, Any]] = [record["samples"][sampler] for record in found.of(name)]
+            x = float(np.mean([part["nfe_per_token"] for part in parts]))
+            y = math.exp(float(np.mean([math.log(part["perplexity"]) for part in parts])))
+            plain = sampler in ("first-hitting", "one by one")
+            axes[0].plot(
+                x, y, "o" if plain else ".", color=f"C{number}", label=found.row(name).title if plain else None
+            )
+            if not plain:
+                axes[0].annotate(sampler, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes[0].set(xlabel="denoising passes a token", ylabel="generative perplexity a byte")
+    _save(figure, axes, out)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    # The object interface needs no display and leaves pyplot's global state alone.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 if panels == 1 else 4 * panels, 4), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _save(figure: Any, axes: Any, out: Path) -> None:
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize=8)
+    figure.savefig(out, format="png", dpi=110)
