@@ -43,7 +43,9 @@ BLOCK = 16
 PUBLISHED = 16.1
 RULES: dict[str, dict[str, Any]] = {
     "first-hitting": {},
+    "static, 8 passes a block": {"unmasking": "static", "steps": 8},
     "static, 4 passes a block": {"unmasking": "static", "steps": 4},
+    "static, 2 passes a block": {"unmasking": "static", "steps": 2},
     "dynamic, above 0.9": {"unmasking": "dynamic"},
     "dynamic, above 0.5": {"unmasking": "dynamic", "threshold": 0.5},
     "entropy, 0.1 nats": {"unmasking": "entropy"},

@@ -1,0 +1,197 @@
+"""The reproduction as a whole in its quick form, interrupted and taken up again; its measure and its statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bd3_scale.data.batch import Batch
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.model.build import build_model
+from bd3_scale.recipe.schema import DiffusionRecipe, ImportedRecipe, ModelRecipe
+from tools.reproduction.statistics import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    Difference,
+    Measured,
+    Seeds,
+    fluctuation,
+    interval,
+    together,
+)
+from tools.reproduction.worker import sequence_nats
+
+ROOT = Path(__file__).parents[2]
+BYTES = load_tokenizer("bytes")
+ROWS = 15  # of the quick form
+COMMAND = [sys.executable, str(ROOT / "tools" / "reproduce.py"), "--quick"]
+
+
+@pytest.mark.timeout(900)
+def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
+    work, page = tmp_path / "work", tmp_path / "work" / "quick-page.md"
+    records = work / "quick-page" / "records"
+    ptb = tmp_path / "ptb.txt"
+    ptb.write_text("the <unk> rose N points \n" * 200)
+    command = [*COMMAND, "--work", str(work), "--text", f"ptb={ptb}"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 300
+    while len(list(records.glob("*.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=180)
+    there = {path.name: path.stat().st_mtime_ns for path in records.glob("*.json")}
+    assert 3 <= len(there) < ROWS, output
+    assert not page.exists()
+    assert not list(records.glob("*.partial"))
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    now = {path.name: path.stat().st_mtime_ns for path in records.glob("*.json")}
+    assert now.items() >= there.items()
+    assert len(now) == ROWS + 1  # efficiency
+    text = page.read_text()
+    assert "Its numbers mean nothing" in text
+    assert "Not measured yet" not in text
+    assert text.count("\n## ") == 10
+    assert "| perplexity a byte | ptb |" in text
+    for name in ("perplexity", "intervals", "searched", "samples"):
+        assert (work / "quick-page" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"](quick-page/{name}.png)" in text
+    record = json.loads((records / "ar-1.json").read_text())
+    measured = record["texts"]["held-out, L'=1"]
+    assert f"| AR | {sum(measured['nats']) / sum(measured['tokens']):.4f} ± " in text
+    assert record["recipe_hash"] in text
+    assert record["made"]["commit"] in text
+
+    (records / "l4-1.json").unlink()
+    again = subprocess.run([*command, "--page"], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True)
+    assert "wrote" in again.stdout
+    assert page.read_text().count("Not measured yet: l4 (") == 6
+    (records / "l4-1.json").write_text("{")
+    bad = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert bad.returncode
+    assert "is no run record" in bad.stdout + bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "there is no text to train on"), (["--scale", "huge"], "take one of quick, small, paper")],
+)
+def test_what_it_cannot_do_it_says(tmp_path, arguments, message):
+    line = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *arguments]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert message in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def model(groups):
+    recipe = ImportedRecipe(
+        name="random",
+        model=ModelRecipe(num_layers=2, hidden_size=32, num_attention_heads=2, ffn_hidden_size=32, init_std=0.3),
+        diffusion=DiffusionRecipe(block_size=4),
+        precision="fp32",
+        imported_from="nowhere",
+        max_position_embeddings=64,
+    )
+    (built,) = build_model(recipe, BYTES.vocabulary, groups, dtype=torch.float32, device=torch.device("cpu"), seed=1)
+    return built.requires_grad_(False).eval()
+
+
+def batch_of(tokens):
+    count, length = tokens.shape
+    ids, start = torch.arange(count), torch.zeros(count, length, dtype=torch.int32)
+    positions = torch.arange(length).expand(count, -1)
+    return Batch(ids, ids, 0, tokens, start, positions, torch.ones(count, length, dtype=torch.bool))
+
+
+def nll(model, block):
+    """Nats of every token of a block without any before it; [masked copies, L'] of the masks in `block`."""
+    cache = model.new_cache(len(block), block.shape[1])
+    return -model.decode(block, torch.arange(block.shape[1]).expand_as(block), cache).double().log_softmax(-1)
+
+
+def test_a_sequence_costs_its_bound_given_the_first_token(groups, model):
+    """At L'=1 each token after those before it; a block of 4 by all 7 masks of the other 3, at all rates."""
+    tokens = torch.randint(0, 256, (1, 4), generator=torch.Generator().manual_seed(3))
+    text = batch_of(tokens.expand(256, -1))
+    mask = BYTES.vocabulary.mask_id
+    nats, counts = sequence_nats(model, groups, batch_of(tokens), DiffusionRecipe(block_size=1), 1)
+    cache = model.new_cache(1, 4)
+    expected = 0.0
+    for place in range(4):
+        position = torch.tensor([[place]])
+        logits = model.decode(torch.tensor([[mask]]), position, cache).double().log_softmax(-1)
+        expected -= float(logits[0, 0, tokens[0, place]]) if place else 0.0
+        model.prefill(tokens[:, place : place + 1], position, None, cache)
+    assert counts == [3]
+    assert nats == pytest.approx([expected], abs=1e-3)
+
+    masks = torch.tensor([[0, *(number >> bit & 1 for bit in range(3))] for number in range(1, 8)], dtype=torch.bool)
+    laws = nll(model, tokens.masked_fill(masks, mask))
+    costs = (laws.gather(-1, tokens.expand(7, -1)[..., None])[..., 0] * masks).sum(1)
+    # ∫ p^(m-1) (1-p)^(3-m) dp of m masked tokens.
+    sizes = masks.sum(1).tolist()
+    exact = sum(
+        math.factorial(m - 1) * math.factorial(3 - m) / math.factorial(3) * float(cost)
+        for m, cost in zip(sizes, costs, strict=True)
+    )
+    drawn, _ = sequence_nats(model, groups, text, DiffusionRecipe(block_size=4), 32)
+    error = float(np.std(drawn)) / 16
+    assert error < 0.02 * exact
+    assert abs(np.mean(drawn) - exact) < 4 * error
+
+
+def measured(nats):
+    nats = np.asarray(nats, dtype=float)
+    return Measured(nats, np.full(nats.shape[1], 10.0))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Rows that differ by 0.02 nats a token: a seed's shift of 0.01, sequences that are hard for both, and noise."""
+    generator = np.random.default_rng(0)
+    hits = margin_hits = 0
+    for _ in range(400):
+        hard = generator.normal(0, 3, 200)
+
+        def row(mean, hard=hard):
+            shifts = generator.normal(0, 0.01, (2, 1))
+            return measured((mean + shifts) * 10 + hard + generator.normal(0, 1, (2, 200)))
+
+        rows = [row(1.5) for _ in range(5)] + [row(1.52)]
+        seeds = Seeds.pooled(rows)
+        assert seeds.freedom == 6
+        difference = Difference.between(rows[-1], rows[0], seeds)
+        hits += abs(difference.value - 0.02) <= difference.margin
+        margin_hits += abs(rows[0].mean - 1.5) <= interval(rows[0], seeds)
+    assert 0.92 < hits / 400 <= 1
+    assert 0.92 < margin_hits / 400 <= 1
+
+
+def test_verdicts():
+    assert [Difference(d, 0.1).verdict() for d in (0.2, -0.2, 0.05)] == [HOLDS, FAILS, UNDECIDED]
+    assert Difference(0.2, 0.1).verdict(more=False) == FAILS
+    assert together([HOLDS, HOLDS]) == HOLDS
+    assert together([HOLDS, UNDECIDED]) == UNDECIDED
+    assert together([UNDECIDED, FAILS]) == FAILS
+    lone = Seeds.pooled([measured([[1.0, 2.0, 3.0]])])
+    assert (lone.deviation, lone.freedom) == (0.0, 0)
+    assert lone.quantile == pytest.approx(1.96, abs=1e-3)
+
+
+def test_fluctuation_is_the_variance_around_a_slow_fall():
+    noise = np.random.default_rng(1).normal(0, 0.3, 20_000)
+    losses = list(3 - np.linspace(0, 1, 20_000) + noise)
+    assert math.sqrt(fluctuation(losses)) == pytest.approx(0.3, rel=0.02)
