@@ -10,6 +10,7 @@ What has a record already (docs/reproduction/) is not done again: an interrupted
 from __future__ import annotations
 
 import json
+import os
 import pydoc_data.topics
 import signal
 import sys
@@ -50,7 +51,10 @@ def main(
     ] = None,
     work: Annotated[Path, typer.Option(help="Folder of data and runs.")] = Path("runs/reproduction"),
     tokenizer: Annotated[str, typer.Option(help="`bytes`, or a tokeniser's folder.")] = "bytes",
-    jobs: Annotated[int, typer.Option(min=1, help="Rows that train at once, each on one thread.")] = 2,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows that train at once, each on one thread.", show_default="cores; 1 on a GPU"),
+    ] = None,
     page_only: Annotated[bool, typer.Option("--page", help="Only write the page again.")] = False,
 ) -> None:
     """Reproduce the paper's tables in small."""
@@ -64,8 +68,9 @@ def main(
             fail("there is no text to train on: give it with --train, or try --quick")
         todo = Work(chosen, work.absolute() / chosen.name, out / "records", train or own_text(work), validation, texts)
         todo.prepare(tokenizer)
+        at_once = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
         with Bar("rows") as bar:
-            failed = run_jobs(todo, jobs, bar.show)
+            failed = run_jobs(todo, at_once, bar.show)
         if failed:
             fail("failed: " + "; ".join(failed))
         measure_efficiency(out / "records")
