@@ -71,7 +71,7 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     record = json.loads((records / "ar-1.json").read_text())
     measured = record["texts"]["held-out, L'=1"]
     assert f"| AR | {sum(measured['nats']) / sum(measured['tokens']):.4f} ± " in text
-    assert record["recipe_hash"] in text
+    assert record["asked"]["recipe"] in text
     assert record["made"]["commit"] in text
 
     (records / "l4-1.json").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.sets import NamedText
@@ -89,16 +91,31 @@ class Work:
         wanted = [(row, seed) for row in rows(self.scale) for seed in row.seeds or self.scale.seeds]
         return [(row, seed) for row, seed in wanted if not self._is_done(row, seed, there)]
 
-    def recipe_hash(self, row: Row, seed: int) -> str:
-        """Of what is trained, wherever its data and its run lie."""
-        return recipe_hash(load_recipe(self.scale.path, [*self.overrides(row, seed), "data.path=any", "run_dir=any"]))
+    @property
+    def data_hash(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the documents, their split and their tokeniser."""
+        digest = hashlib.sha256(load_manifest(self.data).tokenizer_hash.encode())
+        for split in ("train", "validation"):
+            digest.update((self.data / f"{split}-documents.u64").read_bytes())
+        return digest.hexdigest()[:16]
+
+    def asked(self, row: Row, seed: int) -> dict[str, Any]:
+        """What decides a record: a row whose record answers something else is done again."""
+        recipe = load_recipe(self.scale.path, [*self.overrides(row, seed), "data.path=any", "run_dir=any"])
+        return {
+            "recipe": recipe_hash(recipe),
+            "data": self.data_hash,
+            "sequences": self.scale.sequences,
+            "draws": self.scale.draws,
+            "samples": self.scale.samples if row.writes else 0,
+        }
 
     def _is_done(self, row: Row, seed: int, there: dict[tuple[str, int], dict[str, Any]]) -> bool:
         if (row.name, seed) not in there:
             return False
         if row.name == "judge" and self._waiting_for_judge(there) and not self.judge.exists():
             return False
-        return bool(there[row.name, seed]["recipe_hash"] == self.recipe_hash(row, seed))
+        return bool(there[row.name, seed]["asked"] == self.asked(row, seed))
 
     def _waiting_for_judge(self, there: dict[tuple[str, int], dict[str, Any]]) -> bool:
         return any(
@@ -115,19 +132,16 @@ class Work:
             "row": row.name,
             "seed": seed,
             "recipe": str(self.scale.path),
-            "recipe_hash": self.recipe_hash(row, seed),
+            "asked": self.asked(row, seed),
             "overrides": self.overrides(row, seed),
             "run_dir": str(self.run(row, seed)),
             "record": str(self.records / f"{row.name}-{seed}.json"),
             "texts": held_out | ({n: str(self.folder / "texts" / n) for n in self.texts} if row.writes else {}),
             "block_sizes": row.block_sizes,
-            "sequences": self.scale.sequences,
-            "draws": self.scale.draws,
             "length": self.scale.length,
             "writes": row.writes,
             "exports": row.name in ("judge", "ar"),
             "judge": str(self.judge),
-            "samples": self.scale.samples,
         }
 
 

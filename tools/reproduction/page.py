@@ -106,7 +106,7 @@ def _runs(found: Findings) -> str:
                     f"{record['training']['tokens']:,}",
                     speed,
                     f"{record['seconds'] / 60:.1f}",
-                    record["recipe_hash"],
+                    record["asked"]["recipe"],
                     commit,
                     made["date"],
                 ]

@@ -63,7 +63,7 @@ def main() -> None:
     record = {
         "row": job["row"],
         "seed": job["seed"],
-        "recipe_hash": job["recipe_hash"],
+        "asked": job["asked"],
         "seconds": seconds,
         "training": training(run),
         "texts": measure(checkpoint, job),
@@ -120,10 +120,10 @@ def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
     with open_model(checkpoint) as (model, manifest, groups):
         diffusion = manifest.recipe.diffusion
         for text, path in job["texts"].items():
-            count = job["sequences"]
+            count = job["asked"]["sequences"]
             for size in job["block_sizes"]:
                 own = diffusion.model_copy(update={"block_size": size})
-                draws = 1 if size == 1 else job["draws"]
+                draws = 1 if size == 1 else job["asked"]["draws"]
                 nats, tokens = [], []
                 for batch in batches(path, manifest.recipe.data.seq_len, count):
                     more = sequence_nats(model, groups, batch, own, draws)
@@ -182,7 +182,9 @@ def samples(checkpoint: Path, run: Path, job: dict[str, Any]) -> dict[str, Any]:
     judge = Judge(Path(job["judge"]))
     length, size = job["length"], max(job["block_sizes"])
     if job["row"] == "ar":
-        texts = write_autoregressively(run / "exported", job["samples"], length, seed=job["seed"], top_p=NUCLEUS)
+        texts = write_autoregressively(
+            run / "exported", job["asked"]["samples"], length, seed=job["seed"], top_p=NUCLEUS
+        )
         return {"one by one": asdict(judged(checkpoint, texts, judge))}
     samplers: dict[str, dict[str, Any]] = {"first-hitting": {}} | (SAMPLERS if job["row"] == "l16" else {})
     # MDLM writes its one block and no more.
@@ -192,11 +194,11 @@ def samples(checkpoint: Path, run: Path, job: dict[str, Any]) -> dict[str, Any]:
         texts = list(
             write_texts(
                 checkpoint,
-                [""] * job["samples"],
+                [""] * job["asked"]["samples"],
                 max_new_tokens=8 * length if name == LONG else length,
                 seed=job["seed"] * 10_000,
                 top_p=NUCLEUS,
-                batch_size=job["samples"],
+                batch_size=job["asked"]["samples"],
                 **how,
             )
         )
