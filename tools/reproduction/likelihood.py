@@ -78,7 +78,7 @@ def finetuned(found: Findings) -> str:
     lines, sentences = [], []
     for size in sizes:
         for name in (f"l{size}", f"l{size}-finetuned"):
-            seconds = np.mean([record["seconds"] for record in found.of(name)])
+            seconds = np.mean([record["training"]["seconds"] for record in found.of(name)])
             lines.append([found.row(name).title, *found.cells(found.measured(name)), f"{seconds / 60:.1f}"])
         difference = found.compare(f"l{size}-finetuned", f"l{size}")
         sentences.append(

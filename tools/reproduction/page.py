@@ -98,14 +98,14 @@ def _runs(found: Findings) -> str:
         for record in found.of(row.name):
             made = record["made"]
             commit = made["commit"] + ("+" if made["uncommitted"] else "")
-            speed = f"{record['training']['tokens_per_second']:,.0f}"
+            training = record["training"]
             lines.append(
                 [
                     row.name,
                     record["seed"],
-                    f"{record['training']['tokens']:,}",
-                    speed,
-                    f"{record['seconds'] / 60:.1f}",
+                    f"{training['tokens']:,}",
+                    f"{training['tokens'] / training['seconds']:,.0f}",
+                    f"{training['seconds'] / 60:.1f}",
                     record["asked"]["recipe"],
                     commit,
                     made["date"],
@@ -114,7 +114,7 @@ def _runs(found: Findings) -> str:
     done = [record for record in found.records.values() if "training" in record]
     machines = sorted({", ".join(record["made"]["hardware"]) for record in done})
     versions = sorted({", ".join(f"{k} {v}" for k, v in record["made"]["versions"].items()) for record in done})
-    hours = sum(record["seconds"] for record in done) / 3600
+    hours = sum(record["training"]["seconds"] for record in done) / 3600
     return "\n\n".join(
         [
             f"Training took {hours:.1f} hours of one thread. Machine: {'; '.join(machines)}. Versions: "

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -58,13 +57,12 @@ def main() -> None:
     quieten_libraries()
     torch.set_num_threads(1)
     run = Path(job["run_dir"])
-    seconds = train(job, run)
+    train(job, run)
     checkpoint = resolve_checkpoint(run)
     record = {
         "row": job["row"],
         "seed": job["seed"],
         "asked": job["asked"],
-        "seconds": seconds,
         "training": training(run),
         "texts": measure(checkpoint, job),
     }
@@ -75,9 +73,8 @@ def main() -> None:
     write_record(Path(job["record"]), record)
 
 
-def train(job: dict[str, Any], run: Path) -> float:
-    """Wall seconds. Goes on from the newest checkpoint; a finished run is left alone."""
-    began = time.monotonic()
+def train(job: dict[str, Any], run: Path) -> None:
+    """From the newest checkpoint on; a finished run is left alone."""
     run.mkdir(parents=True, exist_ok=True)
     with (run / "output.txt").open("a") as output:
         subprocess.run(
@@ -87,21 +84,21 @@ def train(job: dict[str, Any], run: Path) -> float:
             stderr=subprocess.STDOUT,
             env=os.environ | {"COLUMNS": "120"},
         )
-    return time.monotonic() - began
 
 
 def training(run: Path) -> dict[str, Any]:
-    """Of the metrics: tokens, their speed, and by step the loss and what the searches found."""
+    """Of the metrics: tokens, the seconds of all steps, and by step the loss and what the searches found."""
     metrics = read_metrics(run / METRICS_FILE)
-    steps = {record["step"]: record for record in metrics if "train_loss" in record}
-    last = steps[max(steps)]
-    speeds = sorted(record["tokens_per_second"] for record in steps.values())
+    found = {record["step"]: record for record in metrics if "train_loss" in record}
+    steps = {step: found[step] for step in sorted(found)}
+    before = [0, *(record["tokens"] for record in steps.values())]
+    seconds = sum((r["tokens"] - b) / r["tokens_per_second"] for r, b in zip(steps.values(), before, strict=False))
     kept = ("mask_rate_low_block_", "mask_rate_high_block_", "loss_variance_")
     return {
-        "tokens": last["tokens"],
-        "tokens_per_second": speeds[len(speeds) // 2],
-        "losses": [round(steps[step]["train_loss"], 5) for step in sorted(steps)],
-        "grad_norms": [round(steps[step]["grad_norm"], 5) for step in sorted(steps)],
+        "tokens": before[-1],
+        "seconds": seconds,
+        "losses": [round(record["train_loss"], 5) for record in steps.values()],
+        "grad_norms": [round(record["grad_norm"], 5) for record in steps.values()],
         "searches": [
             {"step": record["step"]} | {key: value for key, value in record.items() if key.startswith(kept)}
             for record in metrics
