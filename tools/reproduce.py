@@ -73,7 +73,7 @@ def main(
             failed = run_jobs(todo, at_once, bar.show)
         if failed:
             fail("failed: " + "; ".join(failed))
-        measure_efficiency(out / "records")
+        measure_efficiency(out / "records", quick)
     measured = {
         key.rpartition(", L'=")[0] for r in read_records(out / "records").values() for key in r.get("texts", {})
     }
@@ -94,12 +94,12 @@ def own_text(work: Path) -> Path:
     return path
 
 
-def measure_efficiency(records: Path) -> None:
+def measure_efficiency(records: Path, quick: bool) -> None:
     """After everything else, so that nothing runs beside it."""
     if (records / "efficiency-0.json").exists():
         return
     torch.set_num_threads(1)
-    write_record(records / "efficiency-0.json", {"row": "efficiency", "seed": 0} | efficiency.measure())
+    write_record(records / "efficiency-0.json", {"row": "efficiency", "seed": 0} | efficiency.measure(quick))
 
 
 if __name__ == "__main__":

@@ -66,10 +66,14 @@ class Twin:
         return x + F.linear(F.silu(F.linear(F.rms_norm(x, x.shape[-1:]), weights[2])), weights[3])
 
 
-def measure() -> dict[str, Any]:
-    """Milliseconds, medians of laps taken in turns, forward and backward."""
+def measure(quick: bool) -> dict[str, Any]:
+    """Milliseconds, medians of laps taken in turns, forward and backward; `quick`: of the smallest size alone."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {"device": device.type, "block_size": BLOCK, "sizes": [_size(*size, device) for size in SIZES]}
+    return {
+        "device": device.type,
+        "block_size": BLOCK,
+        "sizes": [_size(*size, device) for size in SIZES[: 1 if quick else None]],
+    }
 
 
 def _size(batch: int, length: int, hidden: int, layers: int, heads: int, device: torch.device) -> dict[str, Any]:
