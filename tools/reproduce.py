@@ -13,6 +13,7 @@ import json
 import os
 import pydoc_data.topics
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -26,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is no
 from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.observe.progress import Bar
 from tools.reproduction import efficiency
-from tools.reproduction.findings import HELD_OUT
 from tools.reproduction.jobs import Work, run_jobs
 from tools.reproduction.page import write_page
-from tools.reproduction.records import read_records, write_record
+from tools.reproduction.records import write_record
 from tools.reproduction.rows import SCALES
 
 console = Console(highlight=False)
@@ -57,27 +57,34 @@ def main(
     ] = None,
     page_only: Annotated[bool, typer.Option("--page", help="Only write the page again.")] = False,
 ) -> None:
-    """Reproduce the paper's tables in small."""
+    """Reproduce the paper's tables in small.
+
+    Interrupted, the rows that train save and end, and the same command goes on.
+    """
     chosen = SCALES["quick" if quick else scale] if quick or scale in SCALES else None
     if chosen is None:
         fail(f"scale is {scale!r}: take one of {', '.join(SCALES)}")
     out = out or (work / "quick-page" if chosen.name == "quick" else Path("docs/reproduction"))
-    texts = {NamedText.parse(argument).name: argument for argument in text or ()}
-    if not page_only:
-        if train is None and chosen.name != "quick":
-            fail("there is no text to train on: give it with --train, or try --quick")
-        todo = Work(chosen, work.absolute() / chosen.name, out / "records", train or own_text(work), validation, texts)
-        todo.prepare(tokenizer)
-        at_once = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-        with Bar("rows") as bar:
-            failed = run_jobs(todo, at_once, bar.show)
-        if failed:
-            fail("failed: " + "; ".join(failed))
-        measure_efficiency(out / "records", quick)
-    measured = {
-        key.rpartition(", L'=")[0] for r in read_records(out / "records").values() for key in r.get("texts", {})
-    }
-    console.print(f"wrote {write_page(chosen, out, tuple(sorted(measured - {HELD_OUT})))}")
+    if train is None and chosen.name != "quick" and not page_only:
+        fail("there is no text to train on: give it with --train, or try --quick")
+    try:
+        if not page_only:
+            texts = {NamedText.parse(argument).name: argument for argument in text or ()}
+            source = train or own_text(work)
+            todo = Work(chosen, work.absolute() / chosen.name, out / "records", source, validation, texts)
+            todo.prepare(tokenizer)
+            do(todo, jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1))
+            measure_efficiency(out / "records", quick)
+        console.print(f"wrote {write_page(chosen, out)}")
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        fail(str(error))
+
+
+def do(todo: Work, at_once: int) -> None:
+    with Bar("rows") as bar:
+        failed = run_jobs(todo, at_once, bar.show)
+    if failed:
+        fail("failed: " + "; ".join(failed))
 
 
 def fail(message: str) -> NoReturn:

@@ -86,13 +86,19 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "there is no text to train on"), (["--scale", "huge"], "take one of quick, small, paper")],
+    [
+        ([], "there is no text to train on"),
+        (["--scale", "huge"], "take one of quick, small, paper"),
+        (["--train", "nowhere.txt"], "nowhere.txt"),
+        (["--train", "nowhere.txt", "--text", "wiki=nowhere.txt"], "there is no set 'wiki'"),
+    ],
 )
 def test_what_it_cannot_do_it_says(tmp_path, arguments, message):
     line = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *arguments]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1
     assert message in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from tools.reproduction import likelihood, plots, sections
-from tools.reproduction.findings import MAIN, Findings, table
+from tools.reproduction.findings import HELD_OUT, MAIN, Findings, table
 from tools.reproduction.records import read_records
 from tools.reproduction.rows import BLOCKS, INTERVALS, Scale, rows
 
 Section = tuple[str, tuple[str, ...], Callable[[Findings], str], Callable[[Findings, Path], None] | None, str]
 
 
-def write_page(scale: Scale, folder: Path, texts: tuple[str, ...]) -> Path:
+def write_page(scale: Scale, folder: Path) -> Path:
     """The page beside `folder`, and its pictures inside; a section without all its records says which are wanting."""
     records = read_records(folder / "records")
-    found = Findings(scale, records, _measured_texts(records, texts))
+    found = Findings(scale, records, _texts(records))
     parts = [_head(found)]
     for number, (title, needed, text, picture, name) in enumerate(_sections(found), 1):
         wanting = [row for row in needed if not found.has(row)]
@@ -36,10 +36,10 @@ def write_page(scale: Scale, folder: Path, texts: tuple[str, ...]) -> Path:
     return page
 
 
-def _measured_texts(records: dict[tuple[str, int], dict[str, Any]], texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Those that every record of the main rows has."""
-    main = [record for (row, _), record in records.items() if row in MAIN]
-    return tuple(t for t in texts if all(any(key.startswith(f"{t}, ") for key in r["texts"]) for r in main))
+def _texts(records: dict[tuple[str, int], dict[str, Any]]) -> tuple[str, ...]:
+    """Beside held-out text, those that every record of the main rows has."""
+    each = [{key.rpartition(", L'=")[0] for key in r["texts"]} for (row, _), r in records.items() if row in MAIN]
+    return tuple(sorted(set.intersection(*each) - {HELD_OUT})) if each else ()
 
 
 def _sections(found: Findings) -> list[Section]:
