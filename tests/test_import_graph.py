@@ -38,7 +38,7 @@ RESERVED = {
     "tests": set(),
 }
 # Used where a machine has them: triton comes with a CUDA torch, NVIDIA's apex is built from source.
-OPTIONAL = {"lm_eval", "triton", "amp_C", "apex"}
+OPTIONAL = {"lm_eval", "sklearn", "triton", "amp_C", "apex"}
 STANDARD_LIBRARY_ALONE = {"launch/local.py", "launch/ranks.py", "launch/records.py", "launch/supervise.py"}
 
 
