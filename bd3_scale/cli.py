@@ -182,8 +182,18 @@ def _train(recipe: Path, overrides: Sequence[str]) -> None:
     from bd3_scale.launch.local import launch
 
     argv = [sys.executable, "-m", "bd3_scale.train", str(recipe), *overrides]
-    threads = loaded.launch.threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+    threads = loaded.launch.threads or _default_threads(world_size)
     raise typer.Exit(launch(argv, world_size, threads, loaded.run_path / "logs"))
+
+
+def _default_threads(processes: int) -> int:
+    """Of a process: $OMP_NUM_THREADS, so that trainings can share a machine, else its share of the cores."""
+    inherited = os.environ.get("OMP_NUM_THREADS", "")
+    return (
+        int(inherited)
+        if inherited.isdecimal() and int(inherited)
+        else max(1, len(os.sched_getaffinity(0)) // processes)
+    )
 
 
 @app.command(

@@ -50,7 +50,9 @@ def main(
         typer.Option(help="Folder of records and pictures; the page is beside it.", show_default="docs/reproduction"),
     ] = None,
     work: Annotated[Path, typer.Option(help="Folder of data and runs.")] = Path("runs/reproduction"),
-    tokenizer: Annotated[str, typer.Option(help="`bytes`, or a tokeniser's folder.")] = "bytes",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokeniser's folder, for the scale paper.", show_default="bytes")
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Rows that train at once, each on one thread.", show_default="cores; 1 on a GPU"),
@@ -67,13 +69,18 @@ def main(
     out = out or (work / "quick-page" if chosen.name == "quick" else Path("docs/reproduction"))
     if train is None and chosen.name != "quick" and not page_only:
         fail("there is no text to train on: give it with --train, or try --quick")
+    if tokenizer and chosen.tokenizer:
+        fail(f"the scale {chosen.name} has its tokeniser, {chosen.tokenizer}: leave --tokenizer out")
+    vocabulary = tokenizer or chosen.tokenizer
     try:
         if not page_only:
+            if vocabulary is None:
+                fail(f"the scale {chosen.name} needs a tokeniser of words: give its folder with --tokenizer")
             texts = {NamedText.parse(argument).name: argument for argument in text or ()}
             source = train or own_text(work)
             todo = Work(chosen, work.absolute() / chosen.name, out / "records", source, validation, texts)
-            todo.prepare(tokenizer)
-            do(todo, jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1))
+            todo.prepare(vocabulary)
+            do(todo, jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))))
             measure_efficiency(out / "records", quick)
         console.print(f"wrote {write_page(chosen, out)}")
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
@@ -82,7 +89,13 @@ def main(
 
 def do(todo: Work, at_once: int) -> None:
     with Bar("rows") as bar:
-        failed = run_jobs(todo, at_once, bar.show)
+
+        def show(done: int, total: int, row: str) -> None:
+            bar.show(done, total)
+            if not sys.stderr.isatty():
+                console.print(f"{done} of {total} rows: {row}")
+
+        failed = run_jobs(todo, at_once, show)
     if failed:
         fail("failed: " + "; ".join(failed))
 
@@ -95,6 +108,8 @@ def fail(message: str) -> NoReturn:
 def own_text(work: Path) -> Path:
     """Python's help topics, a document each."""
     path = work / "topics.jsonl"
+    if path.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     topics = [text for text in pydoc_data.topics.topics.values() if text.strip()]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in topics))

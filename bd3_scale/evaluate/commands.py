@@ -103,7 +103,7 @@ def generative(
     judge: Annotated[Path, typer.Option(help="Folder of a causal Hugging Face model that scores the samples.")],
     samples: Annotated[int, typer.Option(min=1, help="Texts, each without a prompt.")] = 64,
     mauve: Annotated[
-        Path | None, typer.Option(help="People's text, .txt or .jsonl: also MAUVE against as many pieces of it.")
+        Path | None, typer.Option(help="Human text, .txt or .jsonl: also MAUVE against as many pieces of it.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each at the most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
@@ -133,7 +133,7 @@ def generative(
             samples=samples,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            people=mauve,
+            human=mauve,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

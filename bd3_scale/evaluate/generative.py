@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.mauve import SMALLEST_SAMPLE, mauve, people_s_texts
+from bd3_scale.evaluate.mauve import SMALLEST_SAMPLE, human_texts, mauve
 from bd3_scale.evaluate.writing import Written, write_texts
 from bd3_scale.observe.libraries import without_broken_torchvision
 
@@ -32,8 +32,8 @@ class Generative:
     length_median, length_max: tokens of a text. perplexity: exp of the judge's mean nats a token of its own; None where
     no text is long enough to judge. entropy: nats, of a text's token frequencies, mean. repetition: share of its
     4-grams that it had before, mean. distinct_1, distinct_2: different n-grams over all n-grams, of all texts together.
-    nfe_per_token: denoising passes.
-    mauve: against people's text, where some was given. stopped_by: how many texts ended how.
+    nfe_per_token: denoising passes. mauve: against human text, where some was given. stopped_by: how many texts ended
+    how.
     """
 
     checkpoint: str
@@ -60,33 +60,33 @@ def evaluate_generative(
     samples: int,
     max_new_tokens: int,
     seed: int,
-    people: Path | None = None,
+    human: Path | None = None,
     progress: Callable[[int, int], object] = lambda done, limit: None,
     **sampling: Any,
 ) -> Generative:
     """Draw `samples` texts without a prompt and let a causal model of Hugging Face, in a local folder, judge them.
 
-    people: text of people, for MAUVE: as many pieces of `max_new_tokens` tokens.
+    human: human text, for MAUVE: as many pieces of `max_new_tokens` tokens.
 
-    ValueError: a folder that is none, no sample, or what `write_texts` and `people_s_texts` refuse.
+    ValueError: a folder that is none, no sample, or what `write_texts` and `human_texts` refuse.
     """
-    if samples < (1 if people is None else SMALLEST_SAMPLE):
+    if samples < (1 if human is None else SMALLEST_SAMPLE):
         raise ValueError(f"samples is {samples}: give at least 1, and {SMALLEST_SAMPLE} for MAUVE")
     reader = Judge(judge)
-    theirs: list[str] = []
-    if people is not None:
+    references: list[str] = []
+    if human is not None:
         tokenizer = load_tokenizer(checkpoint / TOKENIZER)
-        theirs = people_s_texts(people, tokenizer, count=samples, length=max_new_tokens)
+        references = human_texts(human, tokenizer, count=samples, length=max_new_tokens)
     texts = write_texts(
         checkpoint, [""] * samples, max_new_tokens=max_new_tokens, seed=seed, progress=progress, **sampling
     )
-    return judged(checkpoint, list(texts), reader, theirs, seed=seed)
+    return judged(checkpoint, list(texts), reader, references, seed=seed)
 
 
 def judged(
-    checkpoint: Path, texts: Sequence[Written], judge: Judge, theirs: Sequence[str] = (), *, seed: int = 0
+    checkpoint: Path, texts: Sequence[Written], judge: Judge, references: Sequence[str] = (), *, seed: int = 0
 ) -> Generative:
-    """What `judge` says of the `texts` that `checkpoint` wrote; `theirs`: people's, for MAUVE."""
+    """What `judge` says of the `texts` that `checkpoint` wrote; `references`: human ones, for MAUVE."""
     nats, count = 0.0, 0
     for text in texts:
         more, tokens_read = judge.nats(text.text)
@@ -107,7 +107,7 @@ def judged(
         distinct_1=distinct(tokens, 1),
         distinct_2=distinct(tokens, 2),
         nfe_per_token=sum(text.nfe for text in texts) / max(1, sum(lengths)),
-        mauve=_mauve(judge, [text.text for text in texts], theirs, seed) if theirs else None,
+        mauve=_mauve(judge, [text.text for text in texts], references, seed) if references else None,
         stopped_by=_counts(texts),
     )
 
@@ -134,9 +134,9 @@ def _grams(tokens: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
 
 
-def _mauve(judge: Judge, ours: Sequence[str], theirs: Sequence[str], seed: int) -> float:
-    people, samples = (np.stack([judge.vector(text) for text in texts]) for texts in (theirs, ours))
-    return mauve(people, samples, seed)
+def _mauve(judge: Judge, texts: Sequence[str], references: Sequence[str], seed: int) -> float:
+    human, samples = (np.stack([judge.vector(text) for text in part]) for part in (references, texts))
+    return mauve(human, samples, seed)
 
 
 def _counts(texts: Sequence[Written]) -> dict[str, int]:

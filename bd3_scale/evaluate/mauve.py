@@ -1,4 +1,4 @@
-"""MAUVE: how far samples are from people's text, both ways (Pillutla et al., NeurIPS 2021).
+"""MAUVE: how far samples are from human text, both ways (Pillutla et al., NeurIPS 2021).
 
 Texts become vectors of a judge, vectors become clusters, and the two histograms are compared by the area under their
 divergence curve: 1 where they are the same, near 0 where they share no cluster.
@@ -22,7 +22,7 @@ _KEPT_VARIANCE = 0.9
 SMALLEST_SAMPLE = 2 * _TEXTS_PER_CLUSTER
 
 
-def people_s_texts(source: Path, tokenizer: Tokenizer, *, count: int, length: int) -> list[str]:
+def human_texts(source: Path, tokenizer: Tokenizer, *, count: int, length: int) -> list[str]:
     """`count` pieces of `length` tokens, evenly over the documents of a `.txt` or `.jsonl` file or a folder of them.
 
     ValueError: there are fewer.

@@ -70,7 +70,7 @@ def evaluate_nelbo(
         real = batch.ids >= 0
         batch = counted_tokens(batch, diffusion)
         if blocks:
-            noises = [_draw(batch, diffusion.block_size, draw, draws) for draw in range(draws)]
+            noises = [evaluation_noise(batch, diffusion.block_size, draw, draws) for draw in range(draws)]
             # What pads a document tells nothing of its end: it is masked always, and does not count.
             noises = [replace(noise, masked=noise.masked | ~batch.counted) for noise in noises]
             nll = masked_nll(chunks, batch, noises, groups, diffusion.block_size)
@@ -103,7 +103,8 @@ def is_exact(diffusion: DiffusionRecipe) -> bool:
     )
 
 
-def _draw(batch: Batch, block_size: int, draw: int, draws: int) -> Noise:
+def evaluation_noise(batch: Batch, block_size: int, draw: int, draws: int) -> Noise:
+    """Over mask rates U[0, 1]; at block size 1 everything is masked."""
     return draw_noise(
         make_spans(batch.document_start, block_size)[1],
         seed=NOISE_SEED,

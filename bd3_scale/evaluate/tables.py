@@ -89,7 +89,7 @@ def show_generative(found: Generative) -> None:
     table.add_row("repeated 4-grams", f"{found.repetition:.1%}")
     table.add_row("distinct tokens, pairs", f"{found.distinct_1:.3f}, {found.distinct_2:.3f}")
     if found.mauve is not None:
-        table.add_row("MAUVE against people's text", f"{found.mauve:.3f}")
+        table.add_row("MAUVE against human text", f"{found.mauve:.3f}")
     table.add_row("tokens of a text: median, longest", f"{found.length_median:g}, {found.length_max}")
     table.add_row("denoising passes a token", f"{found.nfe_per_token:.2f}")
     table.add_row("ended by", ", ".join(f"{name} {count}" for name, count in found.stopped_by.items()))

@@ -31,11 +31,11 @@ Events = SimpleQueue["signal.Signals | Rank"]
 def launch(argv: Sequence[str], processes: int, threads: int, log_dir: Path) -> int:
     """Runs `argv` in several processes under torchrun's environment protocol and waits for all of them.
 
-    Each gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and OMP_NUM_THREADS unless it
-    is set. Rank 0 writes to this process's stdout and stderr, rank k > 0 appends both to `log_dir/rank<k>.log`.
-    SIGTERM, SIGUSR1 and SIGINT are passed on to every rank, once each. When a rank fails, the others get SIGTERM and,
-    after `GRACE_SECONDS`, SIGKILL. No rank outlives this process, however it ends (Linux: PR_SET_PDEATHSIG). Must be
-    called from the main thread.
+    Each gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS. Rank 0
+    writes to this process's stdout and stderr, rank k > 0 appends both to `log_dir/rank<k>.log`. SIGTERM, SIGUSR1 and
+    SIGINT are passed on to every rank, once each. When a rank fails, the others get SIGTERM and, after `GRACE_SECONDS`,
+    SIGKILL. No rank outlives this process, however it ends (Linux: PR_SET_PDEATHSIG). Must be called from the main
+    thread.
 
     Args:
         processes: ranks to start.
@@ -88,14 +88,14 @@ def _log_path(log_dir: Path, rank: int) -> Path | None:
 
 
 def _start(argv: Sequence[str], rank: int, processes: int, threads: int, port: int, log: Path | None) -> Rank:
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    environment |= {
+    environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
     }
     with contextlib.nullcontext() if log is None else log.open("ab") as output:
         return subprocess.Popen(

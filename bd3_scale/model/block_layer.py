@@ -16,7 +16,7 @@ _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 @dataclass(frozen=True)
 class BlockLayer:
-    """A layer's weights, as long as they do not change.
+    """A layer's weights, as long as they do not change; on CPU the products have copies of their own.
 
     `groups`: G; `qkv`, `out`, `wide`, `narrow`: the products, `wide` with the activation (half as wide where it is
     gated); `norms`: before attention and MLP; `head_norms`: of queries and keys.

@@ -256,7 +256,9 @@ class LaunchRecipe(Section):
     processes: PositiveInt | None = Field(
         None, description="default: the GPUs of this machine, or without one the fewest that the layout needs"
     )
-    threads: PositiveInt | None = Field(None, description="CPU threads a process; default: cores / processes")
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads a process; default: $OMP_NUM_THREADS, or cores / processes"
+    )
 
 
 class ModelSections(Section):

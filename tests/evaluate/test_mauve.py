@@ -1,4 +1,4 @@
-"""MAUVE against closed forms, and of real texts: people's own above text that repeats itself."""
+"""MAUVE against closed forms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.mauve import area_under_divergence_curve, mauve, people_s_texts
+from bd3_scale.evaluate.mauve import area_under_divergence_curve, human_texts, mauve
 
 BYTES = load_tokenizer("bytes")
 
@@ -22,20 +22,20 @@ def test_the_area_in_closed_form():
 
 def test_nearer_laws_have_more():
     draw = np.random.default_rng(0).normal
-    people = draw(size=(400, 12))
-    found = [mauve(people, draw(size=(400, 12)) + shift, seed=1) for shift in (0, 0.5, 1, 3)]
+    human = draw(size=(400, 12))
+    found = [mauve(human, draw(size=(400, 12)) + shift, seed=1) for shift in (0, 0.5, 1, 3)]
     assert found == sorted(found, reverse=True)
     assert found[0] > 0.9
     assert found[-1] < 0.02
-    assert mauve(people, people, seed=1) == pytest.approx(1)
+    assert mauve(human, human, seed=1) == pytest.approx(1)
 
 
-def test_pieces_are_people_s_own_words(tmp_path):
-    source = tmp_path / "people.jsonl"
+def test_pieces_are_evenly_over_the_documents(tmp_path):
+    source = tmp_path / "human.jsonl"
     source.write_text("".join(f'{{"text": "{digit * 10}"}}\n' for digit in "0123456789"))
-    assert people_s_texts(source, BYTES, count=5, length=4) == ["0000", "2222", "4444", "6666", "8888"]
+    assert human_texts(source, BYTES, count=5, length=4) == ["0000", "2222", "4444", "6666", "8888"]
     with pytest.raises(ValueError, match="has 20 pieces of 4 tokens, and MAUVE compares 21 samples"):
-        people_s_texts(source, BYTES, count=21, length=4)
+        human_texts(source, BYTES, count=21, length=4)
 
 
 def test_a_few_texts_tell_nothing():

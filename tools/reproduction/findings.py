@@ -38,23 +38,28 @@ class Findings:
         size = block_size or self.row(name).block_sizes[0]
         return Measured.of(self.of(name), f"{text}, L'={size}")
 
-    @property
-    def seeds(self) -> Seeds:
-        """The spread over seeds of held-out text, pooled over every row with more than one."""
-        several = [row.name for row in rows(self.scale) if len(row.seeds or self.scale.seeds) > 1]
-        return Seeds.pooled([self.measured(name) for name in several if self.has(name)])
+    def seeds(self, text: str = HELD_OUT) -> Seeds:
+        """The spread over seeds, pooled over every row with more than one that was measured on `text`."""
+        several = [row for row in rows(self.scale) if len(row.seeds or self.scale.seeds) > 1]
+        if text != HELD_OUT:
+            several = [row for row in several if row.writes]
+        return Seeds.pooled([self.measured(row.name, text) for row in several if self.has(row.name)])
 
     def compare(self, first: str, second: str, text: str = HELD_OUT) -> Difference:
-        return Difference.between(self.measured(first, text), self.measured(second, text), self.seeds)
+        return Difference.between(self.measured(first, text), self.measured(second, text), self.seeds(text))
 
     def cells(self, measured: Measured) -> list[str]:
-        """Nats a byte with its 95% interval, perplexity, bits a byte."""
+        """Of held-out text: nats with their 95% interval, and perplexity, a token of the scale; bits a byte if it is a
+        byte."""
         nats = measured.mean
-        return [
-            f"{nats:.4f} ± {interval(measured, self.seeds):.4f}",
-            f"{math.exp(nats):.3f}",
-            f"{nats / math.log(2):.3f}",
-        ]
+        cells = [f"{nats:.4f} ± {interval(measured, self.seeds()):.4f}", f"{math.exp(nats):.3f}"]
+        return cells + ([f"{nats / math.log(2):.3f}"] if self.scale.unit == "byte" else [])
+
+    @property
+    def header(self) -> list[str]:
+        """Of a row's name and `cells`."""
+        unit = self.scale.unit
+        return ["", f"nats a {unit}", f"perplexity a {unit}", *(["bits a byte"] if unit == "byte" else [])]
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:

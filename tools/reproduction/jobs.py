@@ -19,7 +19,7 @@ from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.sets import NamedText
-from bd3_scale.recipe.load import load_recipe, recipe_hash
+from bd3_scale.recipe.load import load_recipe
 from tools.reproduction.records import read_records
 from tools.reproduction.rows import Row, Scale, rows
 
@@ -50,13 +50,25 @@ class Work:
         return [f"{key}={value}" for key, value in own.items()]
 
     def run(self, row: Row, seed: int) -> Path:
-        return self.folder / "runs" / f"{row.name}-{seed}"
+        """A folder for each recipe: another one does not go on where this one stopped."""
+        return self.folder / "runs" / f"{row.name}-{seed}-{self.recipe_hash(row, seed)}"
+
+    def recipe_hash(self, row: Row, seed: int) -> str:
+        """16 hexadecimal digits of all that is set otherwise than by default: a new option does not change it."""
+        own = {"seed": seed, "data.path": "any"} | row.overrides
+        recipe = load_recipe(self.scale.path, [f"{key}={value}" for key, value in own.items()])
+        settings = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def log(self, row: Row, seed: int) -> Path:
         return self.folder / "jobs" / f"{row.name}-{seed}.txt"
 
     def prepare(self, tokenizer: str) -> None:
-        """Training and held-out data, and the other texts, if they are not there."""
+        """Training and held-out data, and the other texts, if they are not there.
+
+        ValueError: what is there was made of other sources.
+        """
+        self._stamp("data", {"train": _file(self.train), "validation": _file(self.validation), "tokenizer": tokenizer})
         if not self.data.exists():
             sources = self._cut(self.train, self.scale.text_bytes, "train")
             held_out: list[object] = []
@@ -69,11 +81,23 @@ class Work:
             subprocess.run([*map(str, line), "--tokenizer", tokenizer, "--document-multiple", "1"], check=True)
         for name, argument in self.texts.items():
             out = self.folder / "texts" / name
+            text = NamedText.parse(argument)
+            self._stamp(f"texts/{name}", {"text": _file(text.path), "tokenizer": tokenizer})
             if not out.exists():
-                out.parent.mkdir(exist_ok=True)
-                NamedText.parse(argument).prepare(
-                    out, load_tokenizer(tokenizer), seq_len=self.scale.length, document_multiple=1
-                )
+                text.prepare(out, load_tokenizer(tokenizer), seq_len=self.scale.length, document_multiple=1)
+
+    def _stamp(self, made: str, sources: dict[str, Any]) -> None:
+        """Remember what `made` is of. ValueError: it is of something else."""
+        path = self.folder / f"{made}.sources.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(sources))
+        there = json.loads(path.read_text())
+        if there != json.loads(json.dumps(sources)):
+            raise ValueError(
+                f"{self.folder / made} was made of {there}, and now it is to be {sources}: give another --work, or "
+                f"remove {self.folder / made} and {path}"
+            )
 
     def _cut(self, source: Path, size: int, name: str) -> Path:
         """About `size` characters of the text, the same number of every document."""
@@ -88,8 +112,16 @@ class Work:
     def missing(self) -> list[tuple[Row, int]]:
         """Rows and seeds without a record of their recipe, in order."""
         there = read_records(self.records)
-        wanted = [(row, seed) for row in rows(self.scale) for seed in row.seeds or self.scale.seeds]
-        return [(row, seed) for row, seed in wanted if not self._is_done(row, seed, there)]
+        missing = [
+            (row, seed)
+            for row in rows(self.scale)
+            for seed in row.seeds or self.scale.seeds
+            if (row.name, seed) not in there or there[row.name, seed]["asked"] != self.asked(row, seed)
+        ]
+        without_judge = any(row.writes for row, _ in missing) and not self.judge.exists()
+        if without_judge and all(row.name != "judge" for row, _ in missing):
+            return [self.judging, *missing]
+        return missing
 
     @property
     def data_hash(self) -> str:
@@ -101,30 +133,25 @@ class Work:
 
     def asked(self, row: Row, seed: int) -> dict[str, Any]:
         """What decides a record: a row whose record answers something else is done again."""
-        recipe = load_recipe(self.scale.path, [*self.overrides(row, seed), "data.path=any", "run_dir=any"])
-        return {
-            "recipe": recipe_hash(recipe),
+        asked = {
+            "recipe": self.recipe_hash(row, seed),
             "data": self.data_hash,
             "sequences": self.scale.sequences,
             "draws": self.scale.draws,
             "samples": self.scale.samples if row.writes else 0,
         }
+        return asked | ({"judge": self.recipe_hash(*self.judging)} if row.writes else {})
 
-    def _is_done(self, row: Row, seed: int, there: dict[tuple[str, int], dict[str, Any]]) -> bool:
-        if (row.name, seed) not in there:
-            return False
-        if row.name == "judge" and self._waiting_for_judge(there) and not self.judge.exists():
-            return False
-        return bool(there[row.name, seed]["asked"] == self.asked(row, seed))
-
-    def _waiting_for_judge(self, there: dict[tuple[str, int], dict[str, Any]]) -> bool:
-        return any(
-            row.writes and (row.name, seed) not in there for row in rows(self.scale) for seed in self.scale.seeds
-        )
+    @property
+    def judging(self) -> tuple[Row, int]:
+        """The judge's row and seed."""
+        row = next(row for row in rows(self.scale) if row.name == "judge")
+        return row, row.seeds[0]
 
     @property
     def judge(self) -> Path:
-        return self.folder / "judge"
+        """The folder of the judge, which `transformers` can read."""
+        return self.folder / f"judge-{self.recipe_hash(*self.judging)}"
 
     def job(self, row: Row, seed: int) -> dict[str, Any]:
         held_out = {"held-out": str(self.data)}
@@ -145,10 +172,10 @@ class Work:
         }
 
 
-def run_jobs(work: Work, at_once: int, progress: Callable[[int, int], object]) -> list[str]:
+def run_jobs(work: Work, at_once: int, progress: Callable[[int, int, str], object]) -> list[str]:
     """Run what is missing, `at_once` jobs at a time, the judge before who is judged; returns the rows that failed.
 
-    progress: told the jobs that are done, and all. Interrupted, the trainings save and end.
+    progress: told the jobs that are done, all, and which one just ended. Interrupted, the trainings save and end.
     """
     waiting, running, failed = work.missing(), {}, []
     total = len(waiting)
@@ -166,12 +193,17 @@ def run_jobs(work: Work, at_once: int, progress: Callable[[int, int], object]) -
                 if process.poll() is None:
                     continue
                 del running[row, seed]
-                progress(total - len(waiting) - len(running), total)
+                progress(total - len(waiting) - len(running), total, f"{row.name}, seed {seed}")
                 if process.returncode:
                     failed.append(f"{row.name}, seed {seed}: see {work.log(row, seed)}")
     finally:
         _end(list(running.values()))
     return failed
+
+
+def _file(path: Path | None) -> list[Any] | None:
+    """By what a file or folder is known again."""
+    return None if path is None else [str(path.absolute()), path.stat().st_size, path.stat().st_mtime]
 
 
 def _start(work: Work, row: Row, seed: int) -> subprocess.Popen[bytes]:

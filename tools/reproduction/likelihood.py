@@ -11,8 +11,6 @@ from tools.reproduction.findings import HELD_OUT, MAIN, Findings, table
 from tools.reproduction.rows import BLOCKS
 from tools.reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, fluctuation, together
 
-HEADER = ["", "nats a byte", "perplexity a byte", "bits a byte"]
-
 
 def perplexity(found: Findings) -> str:
     lines = [[found.row(name).title, *found.cells(found.measured(name)), *paper.PERPLEXITY[name]] for name in MAIN]
@@ -20,7 +18,7 @@ def perplexity(found: Findings) -> str:
     differences = [found.compare(*pair) for pair in pairs]
     verdicts = [difference.verdict() for difference in differences]
     steps = table(
-        ["costs more than", "by nats a byte", "holds?"],
+        ["costs more than", f"by nats a {found.scale.unit}", "holds?"],
         [
             [f"{found.row(more).title} than {found.row(less).title}", difference, verdict]
             for (more, less), difference, verdict in zip(pairs, differences, verdicts, strict=True)
@@ -28,8 +26,7 @@ def perplexity(found: Findings) -> str:
     )
     return "\n\n".join(
         [
-            table([*HEADER, "paper: LM1B", "paper: OWT"], lines),
-            "![perplexity](reproduction/perplexity.png)",
+            table([*found.header, "paper: LM1B", "paper: OWT"], lines),
             f"The paper: perplexity grows from AR over L'=4, 8, 16 to MDLM. **Here: {together(verdicts)}.**",
             steps,
         ]
@@ -55,9 +52,9 @@ def block_size_one(found: Findings) -> str:
     uniform, masked = paper.BLOCK_SIZE_ONE_VARIANCE
     return "\n\n".join(
         [
-            table([*HEADER, "variance of the training loss", "paper: LM1B"], lines),
+            table([*found.header, "variance of the training loss", "paper: LM1B"], lines),
             "The paper: with uniform mask rates L'=1 costs more than AR, although both have the same expected loss. "
-            f"**Here: {gap.verdict()}** ({gap} nats a byte).",
+            f"**Here: {gap.verdict()}** ({gap} nats a {found.scale.unit}).",
             "The paper: with everything masked it is AR's perplexity. **Here: "
             f"{_equal(closed, between)}** (all masked − AR {closed}, uniform − all masked {between}).",
             f"The paper: what uniform rates cost is variance ({uniform} against {masked}). **Here: {variance}**: the "
@@ -83,11 +80,11 @@ def finetuned(found: Findings) -> str:
         difference = found.compare(f"l{size}-finetuned", f"l{size}")
         sentences.append(
             f"The authors expect training at L'={size} from the start to be the better one. **Here: "
-            f"{difference.verdict()}** (from the base − from scratch {difference} nats a byte)."
+            f"{difference.verdict()}** (from the base − from scratch {difference} nats a {found.scale.unit})."
         )
     return "\n\n".join(
         [
-            table([*HEADER, "minutes"], lines),
+            table([*found.header, "minutes"], lines),
             "The paper trains 85% of the steps at L'=L, for speed, and gives no figures for training from scratch; its "
             "authors say what they expect in issue 39 of their repository.",
             *sentences,
@@ -96,12 +93,12 @@ def finetuned(found: Findings) -> str:
 
 
 def zero_shot(found: Findings) -> str:
-    """Perplexity a byte of texts of other kinds; the claims are of the two that the paper has, too."""
+    """Perplexity of texts of other kinds; the claims are of the two that the paper has, too."""
     lines = []
     for name in MAIN:
         cells = [f"{math.exp(found.measured(name, text).mean):.3f}" for text in found.texts]
         lines.append([found.row(name).title, *cells, *paper.ZERO_SHOT.get(name, ("", ""))])
-    parts = [table(["perplexity a byte", *found.texts, "paper: PTB", "paper: WikiText"], lines)]
+    parts = [table([f"perplexity a {found.scale.unit}", *found.texts, "paper: PTB", "paper: WikiText"], lines)]
     claims = {
         "wikitext2": (("l4", "ar", True), ("l4", "mdlm", False)),
         "ptb": (("l4", "ar", True), ("l4", "mdlm", True)),
@@ -111,7 +108,8 @@ def zero_shot(found: Findings) -> str:
             difference = found.compare(first, second, text)
             parts.append(
                 f"{text}. The paper: {found.row(first).title} costs {'more' if more else 'less'} than "
-                f"{found.row(second).title}. **Here: {difference.verdict(more)}** ({difference} nats a byte)."
+                f"{found.row(second).title}. **Here: {difference.verdict(more)}** ({difference} nats a "
+                f"{found.scale.unit})."
             )
     return "\n\n".join(parts)
 
@@ -120,7 +118,7 @@ def one_for_many(found: Findings) -> str:
     lines = []
     for size, name in zip((1, *BLOCKS), ("l1-masked", *(f"l{size}" for size in BLOCKS)), strict=True):
         own, shared = found.measured(name), found.measured("any", HELD_OUT, size)
-        difference = Difference.between(shared, own, found.seeds)
+        difference = Difference.between(shared, own, found.seeds())
         lines.append([f"L'={size}", found.cells(own)[0], found.cells(shared)[0], difference, difference.verdict()])
     return "\n\n".join(
         [

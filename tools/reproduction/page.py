@@ -30,9 +30,10 @@ def write_page(scale: Scale, folder: Path) -> Path:
         parts.append(text(found))
         if picture is not None:
             picture(found, folder / name)
+            parts.append(f"![{title}]({folder.name}/{name})")
     parts += ["## Runs", _runs(found)]
     page = folder.with_suffix(".md")
-    page.write_text("\n\n".join(parts).replace("](reproduction/", f"]({folder.name}/") + "\n", encoding="utf-8")
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
 
 
@@ -65,7 +66,8 @@ def _sections(found: Findings) -> list[Section]:
 
 
 def _head(found: Findings) -> str:
-    scale = found.scale
+    scale, unit, spread = found.scale, found.scale.unit, found.seeds()
+    bytes_of_text = ", which are bytes" if unit == "byte" else ""
     tokens = scale.steps * scale.recipe.train.global_batch_size * scale.length
     model = scale.recipe.model
     warning = (
@@ -79,11 +81,11 @@ def _head(found: Findings) -> str:
         "Written by `python tools/reproduce.py` from the records of its runs; nothing here is written by hand. Every "
         f"row is the same model ({model.num_layers} layers of {model.hidden_size}, [recipe]({_recipe_link(scale)})) on "
         f"the same text, {tokens:,} tokens in {scale.steps} steps, {len(scale.seeds)} seeds, unless it says otherwise. "
-        f"Sequences have {scale.length} tokens, which are bytes. Held-out text is {scale.sequences:,} sequences of "
+        f"Sequences have {scale.length} tokens{bytes_of_text}. Held-out text is {scale.sequences:,} sequences of "
         "documents that no row trained on, of which every row is given the first token, since AR predicts none; NELBOs "
         f"are over mask rates of [0, 1], {scale.draws} draws, and exact at L'=1.\n\n"
-        f"Intervals of 95% are over text and seeds, whose spread ({found.seeds.deviation:.4f} nats a byte, "
-        f"{found.seeds.freedom} degrees of freedom) is pooled over rows; differences are between the same sequences. A "
+        f"Intervals of 95% are over text and seeds, whose spread ({spread.deviation:.4f} nats a {unit}, "
+        f"{spread.freedom} degrees of freedom) is pooled over rows; differences are between the same sequences. A "
         "claim *holds* or *does not hold* where its difference is outside its interval, and is *undecided* otherwise."
     )
 

@@ -18,11 +18,11 @@ def perplexity(found: Findings, out: Path) -> None:
     figure, axes = _figure(1)
     values = [found.measured(name) for name in MAIN]
     titles = [found.row(name).title for name in MAIN]
-    margins = [interval(value, found.seeds) for value in values]
+    margins = [interval(value, found.seeds()) for value in values]
     axes[0].errorbar(titles, [value.mean for value in values], margins, fmt="o", capsize=4, label="mean, 95% interval")
     for place, value in enumerate(values):
         axes[0].plot([place] * len(value.by_seed), value.by_seed, "x", color="C1", label=None if place else "seeds")
-    axes[0].set(ylabel="nats a byte, held-out")
+    axes[0].set(ylabel=f"nats a {found.scale.unit}, held-out")
     _save(figure, axes, out)
 
 
@@ -32,7 +32,12 @@ def intervals(found: Findings, out: Path) -> None:
         for low, high in INTERVALS:
             nats = found.measured(clipped_name(size, (low, high))).mean
             panel.plot(loss_variance(found, size, (low, high)), nats, "o", label=f"U[{low:g}, {high:g}]")
-        panel.set(title=f"L'={size}", xlabel="variance of a block's loss", ylabel="nats a byte, held-out", xscale="log")
+        panel.set(
+            title=f"L'={size}",
+            xlabel="variance of a block's loss",
+            ylabel=f"nats a {found.scale.unit}, held-out",
+            xscale="log",
+        )
     _save(figure, axes, out)
 
 
@@ -65,7 +70,7 @@ def samples(found: Findings, out: Path) -> None:
             )
             if not plain:
                 axes[0].annotate(sampler, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes[0].set(xlabel="denoising passes a token", ylabel="generative perplexity a byte")
+    axes[0].set(xlabel="denoising passes a token", ylabel=f"generative perplexity a {found.scale.unit}")
     _save(figure, axes, out)
 
 

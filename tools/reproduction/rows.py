@@ -17,11 +17,13 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "paper-small"
 class Scale:
     """A size at which all is done.
 
-    text_bytes: of training text, the same share of every document; sequences, draws: held-out ones that are measured,
+    tokenizer: `bytes`, or None where it must be given; text_bytes: of training text, the same share of every document;
+    sequences, draws: held-out ones that are measured,
     and of their noise; samples: texts a sampler writes; clipped: block sizes besides L with fixed intervals.
     """
 
     name: str
+    tokenizer: str | None
     seeds: tuple[int, ...]
     text_bytes: int
     sequences: int
@@ -38,6 +40,11 @@ class Scale:
         return load_recipe(self.path)
 
     @property
+    def unit(self) -> str:
+        """What a token is, for people."""
+        return "byte" if self.tokenizer == "bytes" else "token"
+
+    @property
     def length(self) -> int:
         """L, tokens of a sequence."""
         return self.recipe.data.seq_len
@@ -50,9 +57,11 @@ class Scale:
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("quick", seeds=(1,), text_bytes=400_000, sequences=64, draws=2, samples=2, clipped=()),
-        Scale("small", seeds=(1, 2), text_bytes=8_000_000, sequences=1024, draws=4, samples=64, clipped=(4, 16)),
-        Scale("paper", seeds=(1,), text_bytes=10**12, sequences=1024, draws=4, samples=300, clipped=(4, 16)),
+        Scale("quick", "bytes", seeds=(1,), text_bytes=400_000, sequences=64, draws=2, samples=2, clipped=()),
+        Scale(
+            "small", "bytes", seeds=(1, 2), text_bytes=8_000_000, sequences=1024, draws=4, samples=64, clipped=(4, 16)
+        ),
+        Scale("paper", None, seeds=(1,), text_bytes=10**12, sequences=1024, draws=4, samples=300, clipped=(4, 16)),
     )
 }
 
@@ -75,6 +84,7 @@ NO_SEARCH = {"diffusion.search_interval": "false"}
 NEXT_TOKEN = NO_SEARCH | {"diffusion.objective": "next_token", "diffusion.block_size": 1}
 BLOCKS = (4, 8, 16)
 INTERVALS = ((0.0, 0.5), (0.3, 0.8), (0.5, 1.0), (0.0, 1.0))
+LONG = "first-hitting, 8 L"  # the sampler that writes beyond the length of training
 BASE_SHARE = 0.85  # of a finetuned row's steps, as in the paper (850 K of 1 M)
 
 

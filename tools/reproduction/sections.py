@@ -10,11 +10,8 @@ import numpy as np
 
 from tools.reproduction import paper
 from tools.reproduction.findings import HELD_OUT, MAIN, Findings, table
-from tools.reproduction.likelihood import HEADER
-from tools.reproduction.rows import BLOCKS, INTERVALS
+from tools.reproduction.rows import BLOCKS, INTERVALS, LONG
 from tools.reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, Seeds, together
-
-LONG = "first-hitting, 8 L"
 
 
 def clipped_sizes(found: Findings) -> tuple[int, ...]:
@@ -50,13 +47,12 @@ def clipped(found: Findings) -> str:
         difference = found.compare(clipped_name(size, (0.0, 1.0)), clipped_name(size, best))
         verdicts.append(difference.verdict())
         parts.append(
-            f"L'={size}: U[{best[0]:g}, {best[1]:g}] has the least variance; U[0, 1] costs {difference} nats a byte "
-            f"more: {difference.verdict()}."
+            f"L'={size}: U[{best[0]:g}, {best[1]:g}] has the least variance; U[0, 1] costs {difference} nats a "
+            f"{found.scale.unit} more: {difference.verdict()}."
         )
     return "\n\n".join(
         [
-            table([*HEADER, "variance of a block's loss", "paper: perplexity / variance"], lines),
-            "![variance and perplexity](reproduction/intervals.png)",
+            table([*found.header, "variance of a block's loss", "paper: perplexity / variance"], lines),
             "The paper: at every L' an interval narrower than [0, 1] has less variance, and the model that trains with "
             f"the one of least variance is the better one. **Here: {together(verdicts)}.** Half of section 1's tokens, "
             "one seed.",
@@ -91,7 +87,6 @@ def searched(found: Findings) -> str:
     return "\n\n".join(
         [
             table(["", "interval at the end, by seed", "paper"], lines),
-            "![searched intervals](reproduction/searched.png)",
             f"The paper: the smaller the blocks, the heavier the masking that the search chooses. **Here: {verdict}.**",
         ]
     )
@@ -114,9 +109,8 @@ def samples(found: Findings) -> str:
     return "\n\n".join(
         [
             table([*header, "length: median, longest", "ended by"], lines),
-            "![generative perplexity](reproduction/samples.png)",
             f"Nucleus 0.9, judged by a model trained here ({found.row('judge').title}); perplexities and entropies are "
-            "of bytes.",
+            f"of {found.scale.unit}s. AR's texts begin after the end of a document.",
             f"The paper: generative perplexity grows from AR over L'=4, 8, 16 to MDLM ({published}; GPT-2 large). "
             f"**Here: {together(verdicts)}** (step by step: {', '.join(verdicts)}).",
             f"The paper: blocks write beyond the length of training (up to {paper.LONGEST} tokens, a model of fixed "

@@ -17,28 +17,25 @@ from typing import Any
 
 import torch
 
-from bd3_scale.attention.spans import make_spans
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.store import resolve_checkpoint
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.diffusion.nelbo import sequence_nelbo
-from bd3_scale.diffusion.noise import draw_noise
-from bd3_scale.diffusion.schedule import Schedule
 from bd3_scale.evaluate.generative import Judge, judged
-from bd3_scale.evaluate.nelbo import NOISE_SEED, evaluate_nelbo, masked_nll, next_token_nll
-from bd3_scale.evaluate.writing import write_texts
+from bd3_scale.evaluate.nelbo import evaluate_nelbo, evaluation_noise, masked_nll, next_token_nll
+from bd3_scale.evaluate.writing import Written, write_texts
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe
 from tools.reproduction.autoregressive import export, write_autoregressively
 from tools.reproduction.records import write_record
+from tools.reproduction.rows import LONG
 
 COMMAND = Path(sys.executable).with_name("bd3-scale")
 BATCH = 64
 NUCLEUS = 0.9
-LONG = "first-hitting, 8 L"
 # By which L'=16 also writes, beside first hitting.
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ancestral, 16 steps": {"unmasking": "ancestral", "steps": 16},
@@ -155,18 +152,7 @@ def sequence_nats(
     if diffusion.objective == "next_token":
         sums = (next_token_nll([model], batch, groups)[0] * batch.counted).sum(1)
     else:
-        noises = [
-            draw_noise(
-                make_spans(batch.document_start, diffusion.block_size)[1],
-                seed=NOISE_SEED,
-                epoch=0,
-                sample_ids=batch.ids.clamp(min=0),
-                schedule=Schedule(low=1.0 if diffusion.block_size == 1 else 0.0),
-                draw=draw,
-                num_draws=draws,
-            )
-            for draw in range(draws)
-        ]
+        noises = [evaluation_noise(batch, diffusion.block_size, draw, draws) for draw in range(draws)]
         # Padding is masked throughout, as in every evaluation; the first token is given.
         noises = [replace(noise, masked=(noise.masked | ~batch.counted) & later) for noise in noises]
         nll = masked_nll([model], batch, noises, groups, diffusion.block_size)
@@ -182,7 +168,7 @@ def samples(checkpoint: Path, run: Path, job: dict[str, Any]) -> dict[str, Any]:
         texts = write_autoregressively(
             run / "exported", job["asked"]["samples"], length, seed=job["seed"], top_p=NUCLEUS
         )
-        return {"one by one": asdict(judged(checkpoint, texts, judge))}
+        return {"one by one": judgement(checkpoint, texts, judge)}
     samplers: dict[str, dict[str, Any]] = {"first-hitting": {}} | (SAMPLERS if job["row"] == "l16" else {})
     # MDLM writes its one block and no more.
     samplers |= {LONG: {}} if size < length else {}
@@ -199,8 +185,13 @@ def samples(checkpoint: Path, run: Path, job: dict[str, Any]) -> dict[str, Any]:
                 **how,
             )
         )
-        found[name] = asdict(judged(checkpoint, texts, judge)) | {"seconds": texts[0].seconds}
+        found[name] = judgement(checkpoint, texts, judge) | {"seconds": texts[0].seconds}
     return found
+
+
+def judgement(checkpoint: Path, texts: list[Written], judge: Judge) -> dict[str, Any]:
+    """Without the paths of this machine."""
+    return {k: v for k, v in asdict(judged(checkpoint, texts, judge)).items() if k not in ("checkpoint", "judge")}
 
 
 if __name__ == "__main__":
