@@ -109,12 +109,19 @@ def prepare(
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
+    inject: Annotated[
+        str,
+        typer.Option(
+            help="For game days: faults that happen on purpose, such as 'kill@step:step=5,rank=1; full@save.write'.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
     """Train a model; where the run directory holds a checkpoint, go on from it.
 
     Starts `launch.processes` processes on this machine, or joins a run where torchrun or SLURM set RANK and WORLD_SIZE.
     """
-    _train(recipe, overrides or ())
+    _train(recipe, overrides or (), inject)
 
 
 @app.command(
@@ -163,11 +170,13 @@ def adapt(
     _train(adapted, ())
 
 
-def _train(recipe: Path, overrides: Sequence[str]) -> None:
+def _train(recipe: Path, overrides: Sequence[str], inject: str = "") -> None:
     from bd3_scale.data.manifest import load_manifest
     from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
     from bd3_scale.recipe.load import load_recipe
+    from bd3_scale.resilience import faults
 
+    faults.parse_faults(inject)
     loaded = load_recipe(recipe, overrides)
     joins = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     world_size = int(os.environ["WORLD_SIZE"]) if joins else world_size_for_launch(loaded)
@@ -183,7 +192,9 @@ def _train(recipe: Path, overrides: Sequence[str]) -> None:
 
     argv = [sys.executable, "-m", "bd3_scale.train", str(recipe), *overrides]
     threads = loaded.launch.threads or _default_threads(world_size)
-    raise typer.Exit(launch(argv, world_size, threads, loaded.run_path / "logs"))
+    logs, deadlines = loaded.run_path / "logs", loaded.launch.deadlines.model_dump()
+    more = {faults.VARIABLE: inject} if inject else {}
+    raise typer.Exit(launch(argv, world_size, threads, logs, deadlines=deadlines, environment=more))
 
 
 def _default_threads(processes: int) -> int:

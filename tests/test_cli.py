@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from bd3_scale.cli import app, convert_app, data_app
 
@@ -114,6 +115,36 @@ def test_a_process_of_a_launched_run_checks_against_the_world_it_is_told_of(tmp_
     done = bd3_scale("train", "r.yaml", cwd=tmp_path, RANK="0", WORLD_SIZE="4")
     assert done.returncode == 2
     assert "4 data-parallel ranks" in done.stderr
+
+
+def test_threads_are_the_recipe_s_or_the_environment_s_or_a_share_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("a few words of text " * 100)
+    data = ["data", "prepare", "text.txt", "--tokenizer", "bytes", "--seq-len", 64, "--workers", 1, "--out", "shards"]
+    assert bd3_scale(*data, cwd=tmp_path).returncode == 0
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    started: list[int] = []
+    monkeypatch.setattr(
+        "bd3_scale.launch.local.launch", lambda argv, ranks, threads, *rest, **more: started.append(threads)
+    )
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.chdir(tmp_path)
+
+    def threads(*overrides: str, **environment: str) -> int:
+        with monkeypatch.context() as patch:
+            patch.delenv("OMP_NUM_THREADS", raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert CliRunner().invoke(app, ["train", "r.yaml", "data.path=shards", *overrides]).exit_code == 0
+        return started[-1]
+
+    two = "launch.processes=2"
+    assert threads() == 8
+    assert threads(two) == 4
+    assert threads(two, OMP_NUM_THREADS="3") == 3
+    assert threads(two, OMP_NUM_THREADS="1,2") == 4
+    assert threads(two, "launch.threads=2", OMP_NUM_THREADS="3") == 2
 
 
 def test_doctor_reports_what_is_installed() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bd3_scale.recipe.schema import ImportedRecipe, Recipe
@@ -14,7 +15,7 @@ from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import file_hash
 
 MANIFEST = "manifest.json"
-FORMAT: Literal[2] = 2
+FORMAT: Literal[3] = 3
 TOKENIZER = "tokenizer"
 # Files of the checkpoint that this one was imported from, for an export to the same format.
 IMPORTED = "imported"
@@ -31,20 +32,23 @@ class CheckpointManifest(BaseModel):
     """Self-description of a checkpoint.
 
     Attributes:
-        step: optimiser steps done, from which schedules, data position and noise follow.
+        step: steps done, from which schedules, data position and noise follow.
+        skipped: those of them whose gradients were not finite, and which left the optimiser as it was.
         recipe: of the run, or what is known of an imported model.
         data_hash: hash of the data manifest (tokeniser, sequences) that the position counts in; empty if imported.
         world_size: ranks that wrote it; any number may read it.
         states: tensors kept of every parameter, in fp32 but for imported masters, which stay as they came.
         attention_tiles: tiles of the attention kernels, which a bitwise resume needs; empty where none are used.
         intervals: the clipped interval of mask rates of every block size whose search has found one.
-        files: size in bytes and XXH3-128 of every file.
+        files: size in bytes and XXH3-128 of every other file.
+        checksum: XXH3-128 of the manifest's own text, with this left empty.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     step: int
+    skipped: int = 0
     recipe: Recipe | ImportedRecipe
     recipe_hash: str
     vocabulary: Vocabulary
@@ -54,6 +58,7 @@ class CheckpointManifest(BaseModel):
     attention_tiles: dict[str, list[int]] = {}
     intervals: dict[int, tuple[float, float]] = {}
     files: dict[str, FileRecord] = {}
+    checksum: str = ""
 
     @property
     def weights_state(self) -> str:
@@ -73,7 +78,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
             f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last; "
             "give a folder like RUN/checkpoints/step-00000100, or remove a half-written one"
         )
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
         manifest = CheckpointManifest.model_validate_json(text)
     except ValidationError as error:
@@ -82,6 +87,8 @@ def read_manifest(folder: Path) -> CheckpointManifest:
                 f"{path} is of format {written[1]}, and format {FORMAT} is read here: use the version that wrote it"
             ) from error
         raise ValueError(f"{path} cannot be read: {error}; use another checkpoint of the run") from error
+    if _digest(text.replace(_seal(manifest.checksum), _seal(""))) != manifest.checksum:
+        raise ValueError(f"{path} is damaged: it is not what was written; use another checkpoint of the run")
     for name, record in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != record.bytes:
@@ -93,9 +100,10 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     return manifest
 
 
-def damaged_files(folder: Path, manifest: CheckpointManifest) -> list[str]:
-    """Files of a checkpoint whose bytes are not those that were written; reads all of them."""
-    return [name for name, record in manifest.files.items() if file_hash(folder / name) != record.xxh3]
+def damaged_files(folder: Path, manifest: CheckpointManifest, share: slice = slice(None)) -> list[str]:
+    """Files of a checkpoint, all or a `share` of them, whose bytes are not those that were written; reads them."""
+    files = list(manifest.files.items())[share]
+    return [name for name, record in files if file_hash(folder / name) != record.xxh3]
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest, hashes: Mapping[str, str]) -> None:
@@ -107,4 +115,15 @@ def write_manifest(folder: Path, manifest: CheckpointManifest, hashes: Mapping[s
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=2))
+    text = manifest.model_copy(update={"files": files, "checksum": ""}).model_dump_json(indent=2)
+    sealed = text.replace(_seal(""), _seal(_digest(text)))
+    assert sealed != text
+    (folder / MANIFEST).write_text(sealed)
+
+
+def _seal(checksum: str) -> str:
+    return f'"checksum": "{checksum}"'
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh3_128(text.encode()).hexdigest()

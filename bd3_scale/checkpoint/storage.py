@@ -7,14 +7,15 @@ and takes from it only the part of a box that it needs.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     ChunkStorageMetadata,
@@ -27,9 +28,41 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from bd3_scale.resilience.files import file_hash
+from bd3_scale.resilience import faults
 
 INDEX = "index.json"
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_CHUNK_BYTES = 1 << 24
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write contiguous floating-point tensors of host memory as a safetensors file, flushed to disk.
+
+    Returns the XXH3-128 of its bytes. The library's own writer holds Python's lock for most of the time, so that
+    training would wait for a save beside it, and what it wrote would have to be read again for the hash.
+
+    OSError: it cannot be written.
+    """
+    # Wide types first, so that each tensor is aligned.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header, end = {}, 0
+    for name, tensor in ordered:
+        offsets = [end, end + tensor.nbytes]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh3_128()
+    with path.open("wb", buffering=0) as file:
+        flat = [memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data) for _, tensor in ordered]
+        for part in (memoryview(len(text).to_bytes(8, "little") + text), *flat):
+            for start in range(0, len(part), _CHUNK_BYTES):
+                chunk = part[start : start + _CHUNK_BYTES]
+                digest.update(chunk)
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def box_name(key: str, offset: Iterable[int]) -> str:
@@ -61,13 +94,13 @@ def _done(value: Any) -> Future[Any]:
 
 
 class SafetensorsWriter(StorageWriter):
-    """Writes into `folder`, which must exist. Files are not yet synced to disk: the commit does that.
+    """Writes into `folder`, which must exist.
 
     hashes: XXH3-128 of the file that this rank wrote, if any.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, rank: int, step: int) -> None:
+        self._folder, self._step = folder, step
         self._file = f"rank-{rank:05d}.safetensors"
         self.hashes: dict[str, str] = {}
 
@@ -85,9 +118,9 @@ class SafetensorsWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         tensors = {_name(item.index): _on_host(planner.resolve_data(item)) for item in plan.items}
+        faults.reach("save.write", step=self._step, folder=self._folder)
         if tensors:
-            save_file(tensors, self._folder / self._file)
-            self.hashes[self._file] = file_hash(self._folder / self._file)
+            self.hashes[self._file] = write_tensors(self._folder / self._file, tensors)
         return _done([WriteResult(item.index, tensors[_name(item.index)].nbytes, self._file) for item in plan.items])
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -1,7 +1,8 @@
 """Saving, finding and loading the checkpoints of a run.
 
 A checkpoint is a folder `step-<n>`: safetensors files, an index, the tokeniser and a manifest. It is written aside
-under a name that starts with a dot, synced and renamed, so that a folder without the dot is complete.
+under a name that starts with a dot, synced and renamed, so that a folder without the dot is complete. The file
+`latest` names the newest one, for people and scripts.
 """
 
 from __future__ import annotations
@@ -19,20 +20,29 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from bd3_scale.checkpoint.boxes import Box, boxes_of
 from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, CheckpointManifest, write_manifest
 from bd3_scale.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
+from bd3_scale.checkpoint.retention import surplus
 from bd3_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from bd3_scale.model.layout import ParameterLayout
 from bd3_scale.parallel.collective import gather_objects, on_rank_zero
 from bd3_scale.parallel.zero import ZeroState
-from bd3_scale.resilience.files import sync
+from bd3_scale.recipe.schema import CheckpointRecipe
+from bd3_scale.resilience import faults
+from bd3_scale.resilience.files import sync, write_atomically
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial-"
+LATEST = "latest"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named by, or None where it has another name."""
+    return int(found[1]) if (found := _STEP.fullmatch(folder.name)) else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run's checkpoint folder, oldest first."""
     found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=lambda path: step_of(path) or 0)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -57,6 +67,15 @@ def remove_partial(folder: Path) -> list[Path]:
     return left
 
 
+def name_latest(folder: Path) -> None:
+    """Write the name of the newest checkpoint of `folder` to the file `latest`; without one there is no file."""
+    if checkpoints := list_checkpoints(folder):
+        write_atomically(folder / LATEST, checkpoints[-1].name + "\n")
+    else:
+        (folder / LATEST).unlink(missing_ok=True)
+        sync(folder)
+
+
 def save_checkpoint(
     folder: Path,
     manifest: CheckpointManifest,
@@ -64,9 +83,27 @@ def save_checkpoint(
     layouts: Sequence[ParameterLayout],
     *,
     tokenizer: Path,
-    keep_last: int,
+    keep: CheckpointRecipe,
 ) -> Path:
-    """Save the optimiser's state on all ranks (collective), then drop all but the newest `keep_last` checkpoints.
+    """Save the optimiser's state, as it is now, on all ranks (collective); see `save_boxes`."""
+    return save_boxes(folder, manifest, boxes_to_save(zero, layouts), tokenizer=tokenizer, keep=keep)
+
+
+def boxes_to_save(zero: ZeroState, layouts: Sequence[ParameterLayout]) -> list[Box]:
+    """This rank's part of a checkpoint: views of the optimiser's states."""
+    return _state_boxes(zero, layouts, writers_only=True)
+
+
+def save_boxes(
+    folder: Path,
+    manifest: CheckpointManifest,
+    boxes: Sequence[Box],
+    *,
+    tokenizer: Path,
+    keep: CheckpointRecipe,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write the boxes of all ranks as one checkpoint, then drop those that `keep` does not (collective over `group`).
 
     Raises:
         OSError: it could not be written; older checkpoints are untouched.
@@ -74,11 +111,11 @@ def save_checkpoint(
     target = folder / f"step-{manifest.step:08d}"
     partial = folder / f"{_PARTIAL}{target.name}"
     try:
-        on_rank_zero(lambda: _prepare(partial, tokenizer))
-        writer = SafetensorsWriter(partial, dist.get_rank())
-        save({}, storage_writer=writer, planner=BoxSavePlanner(_state_boxes(zero, layouts, writers_only=True)))
-        hashes = {name: value for rank in gather_objects(writer.hashes) for name, value in rank.items()}
-        on_rank_zero(lambda: _commit(partial, target, manifest, hashes))
+        on_rank_zero(lambda: _prepare(partial, tokenizer, manifest.step), group)
+        writer = SafetensorsWriter(partial, dist.get_rank(), manifest.step)
+        save({}, storage_writer=writer, planner=BoxSavePlanner(boxes), process_group=group)
+        hashes = {name: value for rank in gather_objects(writer.hashes, group) for name, value in rank.items()}
+        on_rank_zero(lambda: _commit(partial, target, manifest, hashes), group)
     except (CheckpointException, OSError) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -86,7 +123,7 @@ def save_checkpoint(
             f"the checkpoint of step {manifest.step} could not be written to {folder}: {_reasons(error)}; "
             "older ones are whole"
         ) from error
-    on_rank_zero(lambda: _remove(list_checkpoints(folder)[:-keep_last]))
+    on_rank_zero(lambda: _tidy(folder, keep, manifest.step), group)
     return target
 
 
@@ -104,7 +141,7 @@ def load_training_state(
             f"{checkpoint} holds no {', '.join(sorted(missing))}: set optimizer.ema_decay as the run that wrote it"
         )
     _load(checkpoint, _state_boxes(zero, layouts, writers_only=False))
-    zero.loaded(manifest.step)
+    zero.loaded(manifest.step - manifest.skipped)
 
 
 def load_weights(checkpoint: Path, manifest: CheckpointManifest, layouts: Sequence[ParameterLayout]) -> None:
@@ -156,21 +193,35 @@ def _reasons(error: BaseException) -> str:
     return "; ".join(sorted({str(reason[0]) for reason in error.failures.values()}))
 
 
-def _prepare(partial: Path, tokenizer: Path) -> None:
+def _prepare(partial: Path, tokenizer: Path, step: int) -> None:
+    faults.reach("save.begin", step=step)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(tokenizer, partial / TOKENIZER)
 
 
 def _commit(partial: Path, target: Path, manifest: CheckpointManifest, hashes: dict[str, str]) -> None:
+    faults.reach("save.commit", step=manifest.step, folder=partial)
     write_manifest(partial, manifest, hashes)
     for path in [*partial.rglob("*"), partial]:
         sync(path)
+    faults.reach("save.rename", step=manifest.step, folder=partial)
     if target.exists():
-        shutil.rmtree(target)
+        _remove(target)
     partial.rename(target)
     sync(target.parent)
 
 
-def _remove(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder)
+def _tidy(folder: Path, keep: CheckpointRecipe, step: int) -> None:
+    faults.reach("save.link", step=step)
+    name_latest(folder)
+    faults.reach("save.remove", step=step)
+    by_step = {number: path for path in list_checkpoints(folder) if (number := step_of(path)) is not None}
+    for path in surplus(by_step, keep, folder.parent):
+        _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: one that is half removed must not look like a checkpoint."""
+    aside = checkpoint.with_name(f"{_PARTIAL}removed-{checkpoint.name}")
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)

@@ -9,12 +9,10 @@ from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Box, Shape
-from bd3_scale.checkpoint.storage import INDEX, box_name, index_entry
-from bd3_scale.resilience.files import file_hash
+from bd3_scale.checkpoint.storage import INDEX, box_name, index_entry, write_tensors
 
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:
@@ -116,6 +114,5 @@ class TensorWriter:
     def _flush(self) -> None:
         if self._pending:
             file = self._file
-            save_file(self._pending, self._folder / file)
-            self.hashes[file] = file_hash(self._folder / file)
+            self.hashes[file] = write_tensors(self._folder / file, self._pending)
             self._pending, self._bytes = {}, 0

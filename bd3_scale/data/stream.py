@@ -58,7 +58,7 @@ class TrainingStream(Iterator[Batch]):
                 f"global_batch_size={global_batch_size} exceeds the {len(shards)} training sequences of {data.path}; "
                 f"choose a smaller one or prepare more text"
             )
-        steps = _Steps(shards, data, global_batch_size, dp_rank, dp_size, seed, step)
+        self._steps = steps = _Steps(shards, data, global_batch_size, dp_rank, dp_size, seed, step)
         loader = DataLoader(
             steps,
             batch_size=None,
@@ -68,6 +68,11 @@ class TrainingStream(Iterator[Batch]):
             generator=torch.Generator(),  # or the loader would draw from the generator that training uses
         )
         self._batches: Iterator[Batch | Exception] = iter(loader)
+
+    def batch_at(self, step: int) -> tuple[int, list[int]]:
+        """Epoch and sample ids, by slot, of the whole global batch that follows `step` finished steps."""
+        epoch, first = divmod(step, self.steps_per_epoch)
+        return epoch, self._steps.order(epoch)[first].tolist()
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
@@ -110,15 +115,18 @@ class _Steps(IterableDataset["Batch | Exception"]):
         self._shards, self._data, self._global_batch_size = shards, data, global_batch_size
         self._seed, self._step = seed, step
 
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """See `epoch_order`."""
+        counts = self._shards.samples_per_shard
+        return epoch_order(counts, self._global_batch_size, self._seed, epoch, self._data.shuffle)
+
     def __iter__(self) -> Iterator[Batch | Exception]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         step = self._step + worker
         while True:
             epoch, first = divmod(step, len(self._shards) // self._global_batch_size)
-            order = epoch_order(
-                self._shards.samples_per_shard, self._global_batch_size, self._seed, epoch, self._data.shuffle
-            )
+            order = self.order(epoch)
             mine = order[first::num_workers, self._slots]
             del order
             for ids in mine:

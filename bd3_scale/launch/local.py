@@ -5,22 +5,31 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
+from bd3_scale.launch.watch import Watch
+from bd3_scale.resilience.heartbeat import FOLDER_VARIABLE
+
 # What the ranks of a failed run get between SIGTERM and SIGKILL; nothing they could still save would be consistent.
 GRACE_SECONDS = 10.0
+# The exit code of a run whose ranks hung: it may well go on from its last checkpoint (sysexits.h, EX_TEMPFAIL).
+HANG = 75
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_WATCH_SECONDS = 1.0
+_STACK_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -28,7 +37,15 @@ Rank = subprocess.Popen[bytes]
 Events = SimpleQueue["signal.Signals | Rank"]
 
 
-def launch(argv: Sequence[str], processes: int, threads: int, log_dir: Path) -> int:
+def launch(
+    argv: Sequence[str],
+    processes: int,
+    threads: int,
+    log_dir: Path,
+    *,
+    deadlines: Mapping[str, float] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> int:
     """Runs `argv` in several processes under torchrun's environment protocol and waits for all of them.
 
     Each gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS. Rank 0
@@ -40,25 +57,32 @@ def launch(argv: Sequence[str], processes: int, threads: int, log_dir: Path) -> 
     Args:
         processes: ranks to start.
         threads: CPU threads of each rank.
+        deadlines: seconds without progress, by phase, after which ranks are taken for hung: they print the stacks of
+            their threads, whoever is behind is named, and all are killed. None: they are not watched.
+        environment: variables of every rank.
 
     Returns:
-        0, or the exit code of the rank that failed first (128 + n where signal n killed it).
+        0, or the exit code of the rank that failed first (128 + n where signal n killed it), or `HANG`.
 
     Raises:
         OSError: `argv` cannot be started or a log cannot be written; no rank is left running.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
+    heartbeats = log_dir / "heartbeats"
+    shutil.rmtree(heartbeats, ignore_errors=True)
     events: Events = SimpleQueue()
     previous = {s: signal.signal(s, lambda number, _: events.put(signal.Signals(number))) for s in _FORWARDED}
     ranks: list[Rank] = []
     logs = [_Log.now(_log_path(log_dir, rank)) for rank in range(processes)]
     try:
         port = _free_port()
+        more = {**(environment or {}), FOLDER_VARIABLE: str(heartbeats.absolute())}
         for rank in range(processes):
-            ranks.append(_start(argv, rank, processes, threads, port, _log_path(log_dir, rank)))
+            ranks.append(_start(argv, rank, processes, threads, port, _log_path(log_dir, rank), more))
         for process in ranks:
             threading.Thread(target=_report_end, args=(process, events), daemon=True).start()
-        return _supervise(ranks, events, logs)
+        watch = Watch(heartbeats, processes) if deadlines else None
+        return _supervise(ranks, events, logs, lambda: watch.overdue(deadlines or {}) if watch else None)
     finally:
         for process in ranks:
             process.kill()
@@ -87,8 +111,18 @@ def _log_path(log_dir: Path, rank: int) -> Path | None:
     return log_dir / f"rank{rank}.log" if rank else None
 
 
-def _start(argv: Sequence[str], rank: int, processes: int, threads: int, port: int, log: Path | None) -> Rank:
-    environment = os.environ | {
+def _start(
+    argv: Sequence[str],
+    rank: int,
+    processes: int,
+    threads: int,
+    port: int,
+    log: Path | None,
+    more: Mapping[str, str],
+) -> Rank:
+    environment = {
+        **os.environ,
+        **more,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
@@ -123,16 +157,20 @@ def _report_end(process: Rank, events: Events) -> None:
     events.put(process)
 
 
-def _supervise(ranks: list[Rank], events: Events, logs: list[_Log]) -> int:
+def _supervise(ranks: list[Rank], events: Events, logs: list[_Log], overdue: Callable[[], str | None]) -> int:
     running = list(ranks)
     exit_code = 0
-    deadline: float | None = None
+    deadline = math.inf
     while running:
         try:
-            event = events.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            event = events.get(timeout=min(_WATCH_SECONDS, max(0.0, deadline - time.monotonic())))
         except Empty:
-            _send(signal.SIGKILL, running)
-            deadline = None
+            if time.monotonic() >= deadline:
+                _send(signal.SIGKILL, running)
+                deadline = math.inf
+            elif not exit_code and (hung := overdue()):
+                exit_code = HANG
+                _show_stacks(hung, running, logs)
             continue
         if isinstance(event, signal.Signals):
             _send(event, running)
@@ -145,6 +183,16 @@ def _supervise(ranks: list[Rank], events: Events, logs: list[_Log]) -> int:
             _send(signal.SIGTERM, running)
             deadline = time.monotonic() + GRACE_SECONDS
     return exit_code
+
+
+def _show_stacks(hung: str, running: list[Rank], logs: list[_Log]) -> None:
+    """Of all ranks, and their end. A stopped process prints its own once it goes on."""
+    places = ", ".join(["this output", *(str(log.path) for log in logs if log.path)])
+    print(f"{hung}; the stacks of all ranks are in {places}", file=sys.stderr, flush=True)
+    _send(signal.SIGUSR2, running)
+    _send(signal.SIGCONT, running)
+    time.sleep(_STACK_SECONDS)
+    _send(signal.SIGKILL, running)
 
 
 def _send(number: signal.Signals, ranks: list[Rank]) -> None:

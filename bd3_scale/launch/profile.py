@@ -8,18 +8,9 @@ from typing import Annotated
 from pydantic import Field
 
 from bd3_scale.recipe.load import load_section
-from bd3_scale.recipe.schema import NonNegativeInt, PositiveFloat, PositiveInt, RecipeError, Section
+from bd3_scale.recipe.schema import Deadlines, NonNegativeInt, PositiveFloat, PositiveInt, RecipeError, Section
 
 FOLDER = Path("cluster/profiles")
-
-
-class Deadlines(Section):
-    """Seconds without progress after which ranks are taken for hung."""
-
-    start: PositiveFloat = Field(1800, description="until the first step is done: imports, loading, tuning, compiling")
-    step: PositiveFloat = 600
-    checkpoint: PositiveFloat = 1800
-    evaluation: PositiveFloat = 3600
 
 
 class Container(Section):

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.launch.records import read_json, say, slurm
+from bd3_scale.launch.records import say, slurm
+from bd3_scale.launch.watch import Watch
 
 DUMP_SECONDS = 2.0
 END_SECONDS = 60.0
@@ -30,8 +31,7 @@ class Ranks:
         self.first_end: tuple[int, str] | None = None  # task and how it ended
         self.ended_by_slurm: str | None = None
         self.killed = False
-        self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
-        self._beats: dict[int, tuple[int, float]] = {}
+        self.watch = Watch(self.heartbeats, job["ntasks"])
 
     def start(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ class Ranks:
         link = self.folder / ".heartbeats.new"
         link.symlink_to(self._own_heartbeats.name)
         link.replace(self.heartbeats)
-        self.began = time.monotonic()
+        self.watch = Watch(self.heartbeats, self.job["ntasks"])
         # A task that fails takes the others along; tasks that end early wait for the last.
         step = ["srun", "--kill-on-bad-exit=1", "--wait=0", f"--output={self.logs}/rank%t.log", "--open-mode=append"]
         step += [
@@ -92,40 +92,7 @@ class Ranks:
 
     def read(self) -> dict[int, dict[str, Any]]:
         """The newest heartbeat of every rank that has told something."""
-        found = {}
-        for path in self.heartbeats.glob("rank*.json"):
-            if state := read_json(path):
-                found[int(path.stem.removeprefix("rank"))] = state
-        return found
-
-    def overdue(self, deadlines: dict[str, float]) -> str | None:
-        """Why the ranks must be taken for hung, or None. By this process's clock: those of nodes may differ."""
-        now = time.monotonic()
-        states = self.read()
-        late: list[str] = []
-        for rank in range(self.job["ntasks"]):
-            state = states.get(rank, {"phase": "start", "step": 0, "beat": 0})
-            if state["phase"] in ("stopped", "done", "failed"):
-                continue
-            here = (state["phase"], state["step"])
-            if rank not in self._seen or self._seen[rank][0] != here:
-                self._seen[rank] = here, now if rank in self._seen else self.began
-            if rank not in self._beats or self._beats[rank][0] != state["beat"]:
-                self._beats[rank] = state["beat"], now
-            if now - self._seen[rank][1] > deadlines[state["phase"]]:
-                late.append(state["phase"])
-        if not late:
-            return None
-        return f"hang in phase {late[0]!r} after {deadlines[late[0]]:g} s: {self._culprits(states, now)}"
-
-    def _culprits(self, states: dict[int, dict[str, Any]], now: float) -> str:
-        silent = [rank for rank, (_, at) in sorted(self._beats.items()) if now - at > 5]
-        if missing := [rank for rank in range(self.job["ntasks"]) if rank not in states]:
-            return f"ranks {missing} never told that they live"
-        low = min(state["step"] for state in states.values())
-        lowest = [rank for rank, state in sorted(states.items()) if state["step"] == low]
-        text = f"lowest step {low} at ranks {lowest}"
-        return text + (f"; ranks {silent} do not run (stopped, or their node is gone)" if silent else "")
+        return self.watch.read()
 
     def dump_and_kill(self) -> None:
         """Stacks of all ranks into their logs, then the end. A stopped process prints its own once it goes on."""

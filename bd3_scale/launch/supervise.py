@@ -182,7 +182,7 @@ class Supervisor:
             if planned and not hung and time.monotonic() - asked_at > self.job["grace_seconds"]:
                 hung = f"not saved {self.job['grace_seconds']:g} s after it was asked to ({planned})"
             if not planned and not hung:
-                hung = self.ranks.overdue(self.job["deadlines"])
+                hung = self.ranks.watch.overdue(self.job["deadlines"])
             if hung and self.ranks.process.poll() is None:
                 say(f"{hung}; stacks of all ranks are in {self.ranks.logs}")
                 self.ranks.dump_and_kill()

@@ -13,8 +13,10 @@ from bd3_scale.parallel.groups import local_device
 T = TypeVar("T")
 
 
-def on_rank_zero(action: Callable[[], T]) -> T:
+def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on rank 0 and give its result, which must be picklable, to all ranks (collective).
+
+    group: of all ranks; by default the one that training uses.
 
     Raises:
         ValueError, OSError: on every rank, where `action` raised one on rank 0; nobody is left waiting.
@@ -25,7 +27,7 @@ def on_rank_zero(action: Callable[[], T]) -> T:
             outcome[0] = action()
         except (ValueError, OSError) as error:
             outcome[0] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if isinstance(outcome[0], ValueError | OSError):
         raise outcome[0]
     return outcome[0]  # type: ignore[return-value]

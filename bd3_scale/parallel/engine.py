@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,8 @@ WHOLE_BELOW = 100_000
 class StepResult:
     """`loss`: the global loss of the step, in nats a token; `losses`: of the sequences of each kind, where there were
     some; `grad_norm`: the global gradient norm before clipping; `lr`: the learning rate; `flops`: what the step needed,
-    over all ranks (see `model_flops`).
-
-    Where the norm is not finite, DeepSpeed has left the weights alone.
+    over all ranks (see `model_flops`); `applied`: false where a gradient of any rank was not finite, so that on all
+    ranks weights and optimiser are what they were before.
     """
 
     loss: float
@@ -42,6 +42,7 @@ class StepResult:
     grad_norm: float
     lr: float
     flops: float
+    applied: bool = True
 
 
 class TrainingEngine:
@@ -73,7 +74,7 @@ class TrainingEngine:
         `tokens` is the number of data tokens of the global batch, over all ranks; `kinds` that of its block sizes.
         """
         losses = self.gradients(micro_batches, tokens=tokens, kinds=kinds)
-        grad_norm = self.update(lr)
+        grad_norm, applied = self.update(lr)
         counts = [float(count) for count in _tokens_by_kind(micro_batches, kinds)]
         totals = torch.cat([losses, losses.new_tensor([*counts, self._flops(micro_batches)])])
         dist.all_reduce(totals, group=self.groups.dp_cp)
@@ -83,7 +84,7 @@ class TrainingEngine:
         by_kind = tuple(
             loss / count if count else None for loss, count in zip(losses_of[:kinds], losses_of[kinds:], strict=True)
         )
-        return StepResult(float(losses.sum()) / tokens, by_kind, grad_norm, lr, flops)
+        return StepResult(float(losses.sum()) / tokens, by_kind, grad_norm, lr, flops, applied)
 
     def gradients(self, micro_batches: Sequence[ModelInputs], *, tokens: int, kinds: int = 1) -> Tensor:
         """Forward and backward of all micro-batches, and ZeRO's reduction; returns this rank's loss sum of each kind of
@@ -97,14 +98,17 @@ class TrainingEngine:
             self._sum_partial_gradients()
         return losses
 
-    def update(self, lr: float) -> float:
-        """Clip and update with the gradients that `gradients` left; returns their global norm before."""
+    def update(self, lr: float) -> tuple[float, bool]:
+        """Clip and update with the gradients that `gradients` left, unless one is not finite; returns their global norm
+        before, and whether they were applied.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        if not self._engine.optimizer.overflow:
-            self.zero.update_ema()
-        return float(self._engine.get_global_grad_norm())
+        if self._engine.optimizer.overflow:
+            return math.inf, False
+        self.zero.update_ema()
+        return float(self._engine.get_global_grad_norm()), True
 
     def _flops(self, micro_batches: Sequence[ModelInputs]) -> int:
         """Of the whole model on this rank's positions, whatever part of it is here."""

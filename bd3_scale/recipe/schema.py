@@ -235,6 +235,24 @@ class EvaluationRecipe(Section):
 class CheckpointRecipe(Section):
     every_steps: NonNegativeInt = Field(0, description="0: only at the end and at SIGTERM or SIGUSR1")
     keep_last: PositiveInt = 2
+    keep_every_steps: NonNegativeInt = Field(0, description="also those of multiples of so many steps; 0: none")
+    keep_best: NonNegativeInt = Field(0, description="also so many of the lowest held-out NELBO")
+    verify: Literal["full", "fast"] = Field(
+        "full", description="before a run goes on from one: full compares every file's hash, fast its size"
+    )
+
+
+class GuardRecipe(Section):
+    """What is done about steps that go wrong."""
+
+    skip_steps: NonNegativeInt = Field(
+        3,
+        description="steps in a row with gradients that are not finite whose update is left out; one more ends the run",
+    )
+    spike_deviations: Annotated[float, Field(ge=0)] = Field(
+        10.0, description="a loss so many standard deviations above the last ones is recorded with its data; 0: none"
+    )
+    replicas_every_steps: NonNegativeInt = Field(100, description="ranks compare the weights that they share; 0: never")
 
 
 class WandbRecipe(Section):
@@ -250,6 +268,15 @@ class LoggingRecipe(Section):
     wandb: WandbRecipe = WandbRecipe()
 
 
+class Deadlines(Section):
+    """Seconds without progress after which ranks are taken for hung."""
+
+    start: PositiveFloat = Field(1800, description="until the first step is done: imports, loading, tuning, compiling")
+    step: PositiveFloat = 600
+    checkpoint: PositiveFloat = 1800
+    evaluation: PositiveFloat = 3600
+
+
 class LaunchRecipe(Section):
     """Used only where no launcher (torchrun, SLURM) has set RANK and WORLD_SIZE."""
 
@@ -259,6 +286,7 @@ class LaunchRecipe(Section):
     threads: PositiveInt | None = Field(
         None, description="CPU threads a process; default: $OMP_NUM_THREADS, or cores / processes"
     )
+    deadlines: Deadlines = Deadlines()
 
 
 class ModelSections(Section):
@@ -299,6 +327,7 @@ class Recipe(ModelSections):
     train: TrainRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
+    guard: GuardRecipe = GuardRecipe()
     logging: LoggingRecipe = LoggingRecipe()
     launch: LaunchRecipe = LaunchRecipe()
 

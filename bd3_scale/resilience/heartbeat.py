@@ -6,6 +6,7 @@ import faulthandler
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Literal
 
 INTERVAL_SECONDS = 1.0
+_PACKAGE = Path(__file__).parents[1]
 FOLDER_VARIABLE = "BD3_SCALE_HEARTBEATS"
 Phase = Literal["start", "step", "checkpoint", "evaluation", "stopped", "done", "failed"]
 
@@ -23,9 +25,9 @@ class Heartbeat:
     """Keeps `rank<k>.json` in the folder of $BD3_SCALE_HEARTBEATS; does nothing where that is not set.
 
     A context manager. The file holds `phase`, `step` (finished), `saved` (step of the newest checkpoint), `beat`, which
-    counts up for as long as the process lives and is not stopped, and at the end `error` and `time` (seconds since the
-    epoch). A thread writes it, so that training waits for no file. `bd3_scale.launch.supervise` reads it. Inside,
-    SIGUSR2 prints the stacks of all threads to stderr.
+    counts up for as long as the process lives and is not stopped, `at`, where the main thread is, and at the end
+    `error` and `time` (seconds since the epoch). A thread writes it, so that training waits for no file.
+    `launch.watch` reads it. Inside, SIGUSR2 prints the stacks of all threads to stderr.
     """
 
     def __init__(self) -> None:
@@ -85,7 +87,7 @@ class Heartbeat:
     def _write(self) -> None:
         assert self._path is not None
         with self._lock:
-            self._state["beat"] = int(self._state["beat"] or 0) + 1
+            self._state |= {"beat": int(self._state["beat"] or 0) + 1, "at": _whereabouts()}
             aside = self._path.with_suffix(".new")
             try:
                 aside.write_text(json.dumps(self._state))
@@ -93,3 +95,17 @@ class Heartbeat:
             except OSError:
                 # A full or hanging file system is the training's to report: its checkpoints go to the same place.
                 return
+
+
+def _whereabouts() -> str:
+    """Where the main thread is: the collective that it waits in, if any, and the innermost place of this package."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    collective = ""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if "distributed" in path.parts[-3:-1] or path.name == "distributed_c10d.py":
+            collective = f"{frame.f_code.co_name} of "
+        if _PACKAGE in path.parents:
+            return f"{collective}{path.relative_to(_PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return collective

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import signal
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
 
+from bd3_scale.checkpoint.saver import Saved
 from bd3_scale.diffusion.interval import Interval, IntervalSearch
 from bd3_scale.evaluate.nelbo import HeldOut
 from bd3_scale.observe.flops import peak_flops
@@ -34,6 +37,8 @@ class Report:
         self._metrics: MetricsWriter | None = None
         self._progress: TrainingProgress | None = None
         self._drawable = False
+        # Of the last steps, without and beside a save.
+        self._seconds: dict[bool, deque[float]] = {saving: deque(maxlen=64) for saving in (False, True)}
 
     def __enter__(self) -> Report:
         if dist.get_rank() == 0:
@@ -72,8 +77,9 @@ class Report:
             if self._recipe.diffusion.search_interval:
                 interval_curve(self._folder / METRICS_FILE, self._folder / "intervals.png")
 
-    def trained(self, step: int, result: StepResult, seconds: float) -> None:
-        """After an optimiser step that took `seconds`."""
+    def trained(self, step: int, result: StepResult, seconds: float, *, saving: bool) -> None:
+        """After an optimiser step that took `seconds`; `saving`: beside a checkpoint that was being written."""
+        self._seconds[saving].append(seconds)
         if self._metrics is None or self._progress is None:
             return
         tokens = self._recipe.train.global_batch_size * self._recipe.data.seq_len
@@ -137,9 +143,30 @@ class Report:
             low, high = intervals[search.block_size]
             self._say(f"step {step}: blocks of {search.block_size} go on with mask rates {low:.2f} to {high:.2f}")
 
-    def saved(self, step: int, checkpoint: Path) -> None:
-        """After a checkpoint."""
-        self._say(f"step {step}: saved {checkpoint}")
+    def saved(self, saved: Saved) -> None:
+        """After a save has ended, well or not."""
+        if self._metrics is None:
+            return
+        beside, alone = self._seconds[True], self._seconds[False]
+        slowdown = median(beside) / median(alone) - 1 if beside and alone else None
+        beside.clear()
+        if saved.checkpoint is None:
+            self._say(f"step {saved.step}: NOT SAVED after {saved.tries} tries: {saved.error}; training goes on")
+        else:
+            again = f" at try {saved.tries}" * (saved.tries > 1)
+            self._say(f"step {saved.step}: saved {saved.checkpoint}{again}")
+        self._metrics.write(
+            saved.step,
+            checkpoint_tries=saved.tries,
+            checkpoint_failed=int(saved.checkpoint is None),
+            checkpoint_blocked_seconds=saved.blocked,
+            checkpoint_seconds=saved.seconds,
+            checkpoint_slowdown=slowdown,
+        )
+
+    def warned(self, text: str) -> None:
+        """Of a step that stands out."""
+        self._say(text)
 
     def stopped(self, step: int, by: signal.Signals | None) -> None:
         """After the checkpoint of a run that was asked to stop."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.store import (
-    list_checkpoints,
     load_initial_weights,
     load_training_state,
     resolve_checkpoint,
 )
+from bd3_scale.checkpoint.verify import newest_sound
 from bd3_scale.data.manifest import Manifest, check_tokenizer
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.layout import ParameterLayout
@@ -55,15 +55,14 @@ class Start:
 
 
 def find_start(recipe: Recipe, checkpoints: Path, data: Manifest, data_hash: str) -> Start | None:
-    """The newest checkpoint of the run, else what `init_from` names, checked before any work is done.
+    """The newest sound checkpoint of the run, else what `init_from` names, checked before any work (collective).
 
     Raises:
-        ValueError: it is damaged, or recipe or data do not fit it.
+        ValueError: none is sound, or recipe or data do not fit it.
     """
-    if own := list_checkpoints(checkpoints):
-        manifest = read_manifest(own[-1])
-        check_resumable(own[-1], manifest, recipe, data_hash)
-        return Start(own[-1], manifest, resumes=True)
+    if own := newest_sound(checkpoints, recipe.checkpoint.verify):
+        check_resumable(*own, recipe, data_hash)
+        return Start(*own, resumes=True)
     if recipe.init_from is None:
         return None
     # On one rank: a run that is still saving may have a newer one for the next that looks.

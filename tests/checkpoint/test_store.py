@@ -22,7 +22,15 @@ from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.parallel.engine import TrainingEngine
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, OptimizerRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import (
+    CheckpointRecipe,
+    DataRecipe,
+    DiffusionRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    Recipe,
+    TrainRecipe,
+)
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=59)
@@ -71,7 +79,12 @@ class Training:
             states=self.engine.zero.names,
         )
         return save_checkpoint(
-            folder, manifest, self.engine.zero, self.layouts, tokenizer=tokenizer, keep_last=keep_last
+            folder,
+            manifest,
+            self.engine.zero,
+            self.layouts,
+            tokenizer=tokenizer,
+            keep=CheckpointRecipe(keep_last=keep_last),
         )
 
     def state(self):
@@ -127,6 +140,7 @@ def test_keeps_the_last_ones(trained, folder):
         trained.save(folder, step=step, keep_last=2)
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000010", "step-100000000"]
     assert resolve_checkpoint(folder.parent) == folder / "step-100000000"
+    assert (folder / "latest").read_text() == "step-100000000\n"
 
 
 def test_a_failing_write_leaves_the_older_checkpoint_and_nothing_else(trained, folder):
@@ -142,7 +156,8 @@ def test_a_failing_write_leaves_the_older_checkpoint_and_nothing_else(trained, f
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert list(folder.iterdir()) == [first]
+    assert sorted(folder.iterdir()) == [folder / "latest", first]
+    assert (folder / "latest").read_text() == "step-00000001\n"
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
 
 
@@ -167,6 +182,6 @@ def test_another_shape_is_named(trained, folder, groups):
 def test_another_format_is_named(trained, folder):
     checkpoint = trained.save(folder)
     manifest = checkpoint / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(ValueError, match=r"is of format 1, and format 2 is read here"):
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
+    with pytest.raises(ValueError, match=r"is of format 1, and format 3 is read here"):
         read_manifest(checkpoint)

@@ -18,6 +18,7 @@ from bd3_scale.observe.libraries import without_broken_torchvision
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import (
+    CheckpointRecipe,
     DataRecipe,
     DiffusionRecipe,
     ModelRecipe,
@@ -147,7 +148,9 @@ def native_checkpoint(
             states=engine.zero.names,
         )
         tokenizer = folder.parent / "tokenizer"
-        return save_checkpoint(folder, manifest, engine.zero, layouts, tokenizer=tokenizer, keep_last=1)
+        return save_checkpoint(
+            folder, manifest, engine.zero, layouts, tokenizer=tokenizer, keep=CheckpointRecipe(keep_last=1)
+        )
 
 
 QWEN_SHAPE = ModelRecipe(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pydoc_data.topics
 import sys
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.generative import Judge, distinct, entropy, repetition
+from bd3_scale.evaluate.generative import Judge, distinct, entropy, judged, repetition
+from bd3_scale.evaluate.mauve import human_texts
+from bd3_scale.evaluate.writing import Written
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 from models import SHAPE, transformers_model
@@ -47,6 +51,33 @@ def test_a_text_of_one_token_tells_nothing(judge):
     assert Judge(judge[1]).nats("a") == (0.0, 0)
     with pytest.raises(ValueError, match="is no folder of a Hugging Face model"):
         Judge(judge[1] / "nowhere")
+
+
+@pytest.mark.parametrize("length", [1, 60, 128, 300])
+def test_a_vector_is_the_last_layer_at_the_last_token_that_fits(judge, length):
+    model, folder = judge
+    text = ("The quick brown fox jumps over the lazy dog. " * 9)[:length]
+    with torch.no_grad():
+        expected = model.model(torch.tensor([list(text.encode())[:128]])).last_hidden_state[0, -1]
+    assert Judge(folder).vector(text) == pytest.approx(expected.double().numpy(), abs=1e-5)
+    assert not Judge(folder).vector("").any()
+
+
+def test_mauve_puts_human_text_above_text_that_repeats_itself(judge, tmp_path):
+    source = tmp_path / "human.jsonl"
+    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in pydoc_data.topics.topics.values()))
+    pieces = human_texts(source, BYTES, count=400, length=100)
+    ours, references = pieces[::2], pieces[1::2]
+
+    def score(texts):
+        written = [Written("", text, list(text.encode()), "length", 1, 1, 0.0, None, 0.0) for text in texts]
+        return judged(tmp_path, written, Judge(judge[1]), references, seed=1)
+
+    human, repeated = score(ours), score(["the " * 25] * 100 + ["ab" * 50] * 100)
+    assert human.mauve > 0.9
+    assert repeated.mauve < 0.1
+    assert repeated.repetition > 0.9 > human.repetition
+    assert score(ours).mauve == human.mauve
 
 
 def test_repetition_and_entropy_see_what_perplexity_does_not():

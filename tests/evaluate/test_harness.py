@@ -12,8 +12,6 @@ from lm_eval.api.instance import Instance
 
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.harness import BlockDiffusionLM, _windows
-from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import DiffusionRecipe, ImportedRecipe, ModelRecipe
 
 CPU = torch.device("cpu")
 BYTES = load_tokenizer("bytes")
@@ -21,17 +19,8 @@ MASK = BYTES.vocabulary.mask_id
 
 
 @pytest.fixture(scope="module")
-def model(groups):
-    recipe = ImportedRecipe(
-        name="random",
-        model=ModelRecipe(num_layers=2, hidden_size=32, num_attention_heads=2, ffn_hidden_size=32, init_std=0.3),
-        diffusion=DiffusionRecipe(block_size=4),
-        precision="fp32",
-        imported_from="nowhere",
-        max_position_embeddings=64,
-    )
-    (model,) = build_model(recipe, BYTES.vocabulary, groups, dtype=torch.float32, device=CPU, seed=1)
-    return model.eval()
+def model(random_model):
+    return random_model(BYTES.vocabulary)
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import torch
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.evaluate.nelbo import evaluate_nelbo
-from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import DiffusionRecipe, ImportedRecipe, ModelRecipe
+from bd3_scale.recipe.schema import DiffusionRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 LENGTH, TEXT = 16, 9
@@ -18,18 +17,8 @@ VOCABULARY = Vocabulary(size=12, eos_id=0, mask_id=11)
 
 
 @pytest.fixture(scope="module")
-def model(groups):
-    recipe = ImportedRecipe(
-        name="random",
-        model=ModelRecipe(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, init_std=0.5),
-        diffusion=DiffusionRecipe(block_size=8),
-        precision="fp32",
-        imported_from="nowhere",
-        max_position_embeddings=LENGTH,
-    )
-    cpu = torch.device("cpu")
-    (built,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=cpu, seed=3)
-    return built
+def model(random_model):
+    return random_model(VOCABULARY, block_size=8, length=LENGTH, seed=3, num_layers=1, hidden_size=16, init_std=0.5)
 
 
 def batch(padding: int) -> Batch:

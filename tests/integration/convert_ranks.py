@@ -14,7 +14,7 @@ from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
-from bd3_scale.recipe.schema import DataRecipe, OptimizerRecipe, ParallelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import CheckpointRecipe, DataRecipe, OptimizerRecipe, ParallelRecipe, Recipe, TrainRecipe
 
 
 def logits_and_training_checkpoint(checkpoint: Path, parallel: dict, ids: torch.Tensor, out: Path) -> None:
@@ -51,7 +51,9 @@ def logits_and_training_checkpoint(checkpoint: Path, parallel: dict, ids: torch.
             world_size=dist.get_world_size(),
             states=engine.zero.names,
         )
-        save_checkpoint(out, saved, engine.zero, layouts, tokenizer=checkpoint / TOKENIZER, keep_last=1)
+        save_checkpoint(
+            out, saved, engine.zero, layouts, tokenizer=checkpoint / TOKENIZER, keep=CheckpointRecipe(keep_last=1)
+        )
 
 
 def clean_logits(model, ids: torch.Tensor, block_size: int, groups) -> torch.Tensor | None:

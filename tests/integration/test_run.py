@@ -103,7 +103,11 @@ def test_a_run_leaves_what_it_promises(workplace):
     run = workplace / "whole"
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
     assert sorted(nelbos(run)) == [4, 8, 12]
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"step-{s:08d}" for s in (4, 8, 12)]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "latest",
+        *(f"step-{s:08d}" for s in (4, 8, 12)),
+    ]
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000012\n"
     manifest = json.loads((run / "checkpoints" / "step-00000012" / "manifest.json").read_text())
     assert manifest["recipe"] == yaml.safe_load((run / "recipe.yaml").read_text())
     assert manifest["recipe_hash"] == (run / "recipe.sha256").read_text().strip()
@@ -341,11 +345,16 @@ def test_damaged_checkpoints_are_named(workplace):
     checkpoint = run / "checkpoints" / "step-00000012"
     shutil.copytree(whole, checkpoint)
     os.truncate(checkpoint / "rank-00001.safetensors", 1000)
-    for arguments in (["generate", checkpoint], ["train", "recipe.yaml", "run_dir=damaged"]):
-        refused = command(workplace, *arguments, returncode=2)
-        assert "rank-00001.safetensors has 1000 bytes" in refused.stderr
-        assert "earlier checkpoint" in refused.stderr
-    (checkpoint / "manifest.json").unlink()
+    refused = command(workplace, "generate", checkpoint, returncode=2)
+    assert "rank-00001.safetensors has 1000 bytes" in refused.stderr
+    assert "earlier checkpoint" in refused.stderr
+    alone = train(workplace, "damaged", returncode=2).stderr
+    assert "rank-00001.safetensors has 1000 bytes" in alone
+    assert "none of the checkpoints in damaged/checkpoints is sound" in alone
+    aside = checkpoint.with_name("damaged-step-00000012")
+    assert list(checkpoint.parent.iterdir()) == [aside]
+    (aside / "manifest.json").unlink()
+    shutil.copytree(aside, checkpoint)
     assert "no complete checkpoint" in command(workplace, "evaluate", "damaged", returncode=2).stderr
 
 

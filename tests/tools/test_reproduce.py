@@ -16,8 +16,7 @@ import torch
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import DiffusionRecipe, ImportedRecipe, ModelRecipe
+from bd3_scale.recipe.schema import DiffusionRecipe
 from tools.reproduction.statistics import (
     FAILS,
     HOLDS,
@@ -103,17 +102,8 @@ def test_what_it_cannot_do_it_says(tmp_path, arguments, message):
 
 
 @pytest.fixture(scope="module")
-def model(groups):
-    recipe = ImportedRecipe(
-        name="random",
-        model=ModelRecipe(num_layers=2, hidden_size=32, num_attention_heads=2, ffn_hidden_size=32, init_std=0.3),
-        diffusion=DiffusionRecipe(block_size=4),
-        precision="fp32",
-        imported_from="nowhere",
-        max_position_embeddings=64,
-    )
-    (built,) = build_model(recipe, BYTES.vocabulary, groups, dtype=torch.float32, device=torch.device("cpu"), seed=1)
-    return built.requires_grad_(False).eval()
+def model(random_model):
+    return random_model(BYTES.vocabulary)
 
 
 def batch_of(tokens):

@@ -1,0 +1,31 @@
+"""Which checkpoints of a run are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bd3_scale.checkpoint.manifest import read_manifest
+from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
+from bd3_scale.recipe.schema import CheckpointRecipe
+
+
+def surplus(checkpoints: Mapping[int, Path], recipe: CheckpointRecipe, run: Path) -> Sequence[Path]:
+    """Those that may go, of the `checkpoints` of the folder `run` by step; never the newest that is complete."""
+    steps = sorted(checkpoints)
+    kept = set(steps[-recipe.keep_last :])
+    if recipe.keep_every_steps:
+        kept |= {step for step in steps if step % recipe.keep_every_steps == 0}
+    if recipe.keep_best and (run / METRICS_FILE).exists():
+        found = {record["step"]: record["nelbo"] for record in read_metrics(run / METRICS_FILE) if "nelbo" in record}
+        kept |= set(sorted(found.keys() & checkpoints.keys(), key=lambda step: (found[step], step))[: recipe.keep_best])
+    newest = next((step for step in reversed(steps) if _is_complete(checkpoints[step])), None)
+    return [checkpoints[step] for step in steps if step not in kept and step != newest]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except (ValueError, OSError):
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""What is done about steps that go wrong: gradients that are not finite, losses that stand out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch.distributed as dist
+
+from bd3_scale.observe.metrics import METRICS_FILE, read_metrics, truncate_after
+from bd3_scale.parallel.engine import StepResult
+from bd3_scale.recipe.schema import GuardRecipe
+
+Keys = Callable[[], dict[str, Any]]
+EVENTS_FILE = "events.jsonl"
+_WINDOW = 128
+_FEWEST = 32
+# Of a normal law, standard deviations a median absolute deviation.
+_DEVIATION = 1.4826
+
+
+class Guard:
+    """Counts the steps that left the optimiser as it was, and keeps a record of every step that stood out.
+
+    Attributes:
+        skipped: steps so far whose gradients were not finite, so that their update was left out on all ranks.
+    """
+
+    def __init__(self, folder: Path, recipe: GuardRecipe, *, step: int, skipped: int) -> None:
+        self.skipped = skipped
+        self._folder, self._recipe = folder, recipe
+        self._in_a_row = 0
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        if dist.get_rank() == 0:
+            if (folder / EVENTS_FILE).exists():
+                truncate_after(folder / EVENTS_FILE, step)
+            if (folder / METRICS_FILE).exists():
+                found = [r["train_loss"] for r in read_metrics(folder / METRICS_FILE) if "train_loss" in r]
+                self._losses.extend(loss for loss in found if loss is not None and math.isfinite(loss))
+
+    def judge(self, step: int, result: StepResult, keys: Keys) -> str | None:
+        """After a step: what people should know of it. `keys`: what its sequences and noise are drawn from.
+
+        FloatingPointError, on all ranks: too many steps in a row were left out, or the loss is not finite although the
+        gradients are.
+        """
+        if result.applied:
+            self._in_a_row = 0
+            if not math.isfinite(result.loss):
+                raise FloatingPointError(f"step {step} has loss {result.loss} with finite gradients: {_ADVICE}")
+            return self._spike(step, result, keys)
+        self.skipped += 1
+        self._in_a_row += 1
+        self._note("non_finite", step, result, keys)
+        if self._in_a_row > self._recipe.skip_steps:
+            raise FloatingPointError(
+                f"{self._in_a_row} steps in a row had gradients that are not finite, the last one step {step} with "
+                f"loss {result.loss:g}; the weights are those before. {_ADVICE}"
+            )
+        return f"step {step}: gradients that are not finite (loss {result.loss:g}), so its update is left out"
+
+    def _spike(self, step: int, result: StepResult, keys: Keys) -> str | None:
+        found = None
+        if self._recipe.spike_deviations and len(self._losses) >= _FEWEST:
+            middle = median(self._losses)
+            deviation = max(_DEVIATION * median(abs(loss - middle) for loss in self._losses), 1e-3 * abs(middle))
+            if result.loss > middle + self._recipe.spike_deviations * deviation:
+                self._note("loss_spike", step, result, keys, median=middle, deviation=deviation)
+                found = f"step {step}: loss {result.loss:.4f} stands out of {middle:.4f} ± {deviation:.4f}"
+        self._losses.append(result.loss)
+        return found
+
+    def _note(self, kind: str, step: int, result: StepResult, keys: Keys, **more: float) -> None:
+        if dist.get_rank() != 0:
+            return
+        event = {"step": step, "kind": kind, "loss": str(result.loss), "grad_norm": str(result.grad_norm), **more}
+        event |= keys()
+        with (self._folder / EVENTS_FILE).open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+_ADVICE = (
+    f"RUN/{EVENTS_FILE} has its sequences, `bd3-scale replay RUN` computes it again; lower optimizer.lr or lengthen "
+    "optimizer.warmup_steps, and run again to go on from the last checkpoint"
+)

@@ -1,0 +1,188 @@
+"""What a training consists of before its first step."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bd3_scale.checkpoint.manifest import TOKENIZER
+from bd3_scale.checkpoint.store import remove_partial
+from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
+from bd3_scale.data.stream import TrainingStream
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.diffusion.interval import LEAST_SEQUENCES, Interval
+from bd3_scale.model.build import attention_backend, build_model
+from bd3_scale.model.layout import ParameterLayout, parameter_layouts
+from bd3_scale.observe.environment import has_fast_bf16
+from bd3_scale.parallel.collective import gather_objects
+from bd3_scale.parallel.engine import TrainingEngine
+from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
+from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.load import recipe_hash, resolved_yaml
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.resilience.files import check_writable, write_atomically
+from bd3_scale.resilience.runlock import lock_run
+from bd3_scale.resilience.signals import ended_by_signals
+from bd3_scale.train.resume import Start
+from bd3_scale.train.tiles import settle_tiles
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of one training share on a rank."""
+
+    recipe: Recipe
+    data: Manifest
+    data_hash: str
+    groups: ProcessGroups
+    folder: Path
+    # Of each block size whose interval was searched; evaluations put it here.
+    intervals: dict[int, Interval]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run's model with its optimiser and its data, after `done` steps of which `skipped` were left out."""
+
+    run: Run
+    engine: TrainingEngine
+    layouts: list[ParameterLayout]
+    stream: TrainingStream
+    done: int
+    skipped: int
+
+    def keys_of(self, step: int) -> dict[str, Any]:
+        """What the sequences of step `step` and their noise are drawn from."""
+        epoch, ids = self.stream.batch_at(step - 1)
+        return {"seed": self.run.recipe.seed, "epoch": epoch, "sample_ids": ids, "intervals": dict(self.run.intervals)}
+
+
+def open_run(recipe: Recipe, stack: ExitStack) -> Run:
+    """Meet the other ranks, agree with them on recipe and data, and check that these fit together (collective).
+
+    Raises:
+        ValueError, OSError: they do not, or the data cannot be read.
+    """
+    recipe = _with_precision(recipe)
+    _set_deterministic(recipe.deterministic)
+    # Nothing could be saved before ranks have met, and while they wait for each other they hear no handler.
+    with ended_by_signals():
+        groups = stack.enter_context(process_groups(recipe.parallel, agree=_agreed(recipe)))
+    data = load_manifest(recipe.data.path, recipe.data.remote)
+    run = Run(recipe, data, _hash(data), groups, recipe.run_path, {})
+    _check(run)
+    return run
+
+
+def open_training(run: Run, start: Start | None) -> Training:
+    """The model, its optimiser and the stream of its data, from `start` on or from the seed (collective)."""
+    recipe, vocabulary = run.recipe, start.manifest.vocabulary if start else run.data.vocabulary
+    settle_tiles(recipe, backend_of(run), _dtype(recipe), start.manifest if start and start.resumes else None)
+    chunks = build_model(recipe, vocabulary, run.groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed)
+    layouts = parameter_layouts(chunks)
+    engine = TrainingEngine(chunks, run.groups, recipe.optimizer, recipe.parallel)
+    if start is not None:
+        start.load(engine.zero, layouts)
+        run.intervals.update(start.manifest.intervals if start.resumes else {})
+    done = start.step if start else 0
+    stream = TrainingStream(
+        recipe.data,
+        run.data,
+        global_batch_size=recipe.train.global_batch_size,
+        dp_rank=run.groups.dp.rank(),
+        dp_size=run.groups.dp.size(),
+        seed=recipe.seed,
+        step=done,
+    )
+    return Training(run, engine, layouts, stream, done, start.manifest.skipped if start and start.resumes else 0)
+
+
+def backend_of(run: Run) -> str:
+    """The attention that this run takes here. ValueError: it cannot run."""
+    return attention_backend(run.recipe, dtype=_dtype(run.recipe), device=local_device())
+
+
+def lock_run_directory(run: Run, stack: ExitStack) -> None:
+    """On rank 0: nobody else trains in the run directory until `stack` closes; what a killed save left is removed."""
+    check_writable(run.folder)
+    stack.enter_context(lock_run(run.folder))
+    run.checkpoints.mkdir(exist_ok=True)
+    remove_partial(run.checkpoints)
+
+
+def describe_run(run: Run, start: Start | None) -> None:
+    """On rank 0: recipe and tokeniser into the run directory."""
+    write_atomically(run.folder / "recipe.yaml", resolved_yaml(run.recipe))
+    write_atomically(run.folder / "recipe.sha256", recipe_hash(run.recipe) + "\n")
+    tokenizer = load_tokenizer(run.recipe.data.path)
+    check_tokenizer(run.data, tokenizer)
+    shutil.rmtree(run.folder / TOKENIZER, ignore_errors=True)
+    if start is not None and (start.checkpoint / TOKENIZER).is_dir():
+        # The same tokeniser, with what an imported one has beside it, such as a chat template.
+        shutil.copytree(start.checkpoint / TOKENIZER, run.folder / TOKENIZER)
+    else:
+        tokenizer.save(run.folder / TOKENIZER)
+
+
+def _agreed(recipe: Recipe) -> str:
+    """What must be the same on all ranks: all but where a node keeps its cache of remote data."""
+    if recipe.data.remote is None:
+        return recipe_hash(recipe)
+    return recipe_hash(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": "cache"})}))
+
+
+def _with_precision(recipe: Recipe) -> Recipe:
+    """The recipe with `auto` decided: what is stored says how the run was computed."""
+    if recipe.train.precision != "auto":
+        return recipe
+    precision = "bf16" if has_fast_bf16() else "fp32"
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+
+
+def _set_deterministic(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # It would fill every new tensor with NaN, to make reads of uninitialised memory repeatable.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _hash(data: Manifest) -> str:
+    return hashlib.sha256(data.model_dump_json().encode()).hexdigest()[:16]
+
+
+def _check(run: Run) -> None:
+    """All ranks agree on recipe and data, and these fit together."""
+    recipe, data = run.recipe, run.data
+    check_recipe(recipe, dist.get_world_size(), data.document_multiple)
+    if recipe.evaluation.every_steps and data.validation is None:
+        raise ValueError(
+            f"evaluation.every_steps is {recipe.evaluation.every_steps}, {recipe.data.path} has no held-out split: "
+            "set it to 0, or prepare the data with --holdout"
+        )
+    held_out = min(recipe.evaluation.sequences, data.validation.sequences if data.validation is not None else 0)
+    if recipe.diffusion.search_interval and held_out < LEAST_SEQUENCES:
+        raise ValueError(
+            f"diffusion.search_interval needs {LEAST_SEQUENCES} held-out sequences and has {held_out}: raise "
+            "evaluation.sequences, or prepare the data with a larger --holdout"
+        )
+    seen = gather_objects(run.data_hash)
+    different = [rank for rank, data_hash in enumerate(seen) if data_hash != seen[0]]
+    if different:
+        raise ValueError(f"ranks {different} see other data in {recipe.data.path} than rank 0")

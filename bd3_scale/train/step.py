@@ -1,0 +1,50 @@
+"""One optimiser step of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bd3_scale.parallel.engine import StepResult, TrainingEngine
+from bd3_scale.parallel.groups import local_device
+from bd3_scale.resilience import faults
+from bd3_scale.train.inputs import step_inputs
+from bd3_scale.train.learning_rate import learning_rate
+from bd3_scale.train.setup import Training
+
+
+def take_step(training: Training, step: int) -> StepResult:
+    """Noise, forward, backward and update of step `step`, counted from 1, on the next batch of the stream."""
+    recipe, run, batch = training.run.recipe, training.run, next(training.stream)
+    faults.reach("step", step=step)
+    micro_batches = [
+        step_inputs(
+            recipe,
+            micro,
+            step - 1,
+            intervals=run.intervals,
+            mask_id=run.data.vocabulary.mask_id,
+            device=local_device(),
+            context=(run.groups.cp.rank(), run.groups.cp.size()),
+        )
+        for micro in batch.split(recipe.train.micro_batch_size)
+    ]
+    with _poisoned(training.engine, step):
+        return training.engine.step(
+            micro_batches,
+            tokens=recipe.train.global_batch_size * recipe.data.seq_len,
+            lr=learning_rate(step - 1, recipe.train.steps, recipe.optimizer),
+            kinds=len(recipe.diffusion.block_sizes_at(step - 1)),
+        )
+
+
+@contextmanager
+def _poisoned(engine: TrainingEngine, step: int) -> Iterator[None]:
+    """A gradient of this rank is NaN inside, where that was asked for."""
+    if not faults.is_poisoned(step):
+        yield
+        return
+    handle = next(engine.chunks[0].parameters()).register_hook(lambda gradient: gradient * math.nan)
+    yield
+    handle.remove()
