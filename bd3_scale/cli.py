@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bd3_scale.checkpoint.commands import app as checkpoint_app
 from bd3_scale.convert.commands import app as convert_app
 from bd3_scale.evaluate.commands import app as evaluate_app
 from bd3_scale.launch.commands import app as launch_app
@@ -30,6 +32,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Tokenise text and write it as shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(evaluate_app)
 app.add_typer(launch_app)
 
@@ -170,7 +173,30 @@ def adapt(
     _train(adapted, ())
 
 
-def _train(recipe: Path, overrides: Sequence[str], inject: str = "") -> None:
+@app.command(epilog="Example: bd3-scale replay runs/mine --step 1200")
+def replay(
+    run: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Counted from 1.", show_default="the last that stood out")
+    ] = None,
+) -> None:
+    """Compute one step again from the checkpoint before it; nothing is written.
+
+    Steps whose loss stood out or whose gradients were not finite are in RUN/events.jsonl with their sequences. Prints
+    one JSON object; `same` says whether loss and gradient norm are bitwise those that the run recorded.
+    """
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():
+        raise ValueError(f"{run} is no run directory: it has no recipe.yaml")
+    if step is None:
+        from bd3_scale.train.replay import last_event
+
+        step = last_event(run)
+    _train(recipe, [f"run_dir={run}", *(overrides or ())], options=[f"--replay={step}"])
+
+
+def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Sequence[str] = ()) -> None:
     from bd3_scale.data.manifest import load_manifest
     from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
     from bd3_scale.recipe.load import load_recipe
@@ -184,15 +210,19 @@ def _train(recipe: Path, overrides: Sequence[str], inject: str = "") -> None:
     check_recipe(loaded, world_size)
     check_recipe(loaded, world_size, load_manifest(loaded.data.path, loaded.data.remote).document_multiple)
     if joins:
+        if options:
+            raise ValueError("replay starts its processes itself: run it without a launcher")
         from bd3_scale.train.main import main as train_here
 
         train_here(loaded)
         return
     from bd3_scale.launch.local import launch
 
-    argv = [sys.executable, "-m", "bd3_scale.train", str(recipe), *overrides]
+    argv = [sys.executable, "-m", "bd3_scale.train", *options, str(recipe), *overrides]
     threads = loaded.launch.threads or _default_threads(world_size)
-    logs, deadlines = loaded.run_path / "logs", loaded.launch.deadlines.model_dump()
+    # A replay leaves the run directory alone.
+    logs = Path(tempfile.mkdtemp(prefix="bd3_scale-replay-")) if options else loaded.run_path / "logs"
+    deadlines = loaded.launch.deadlines.model_dump()
     more = {faults.VARIABLE: inject} if inject else {}
     raise typer.Exit(launch(argv, world_size, threads, logs, deadlines=deadlines, environment=more))
 

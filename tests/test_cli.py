@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bd3_scale.cli import app, convert_app, data_app
+from bd3_scale.cli import app, checkpoint_app, convert_app, data_app
 
 COMMAND = Path(sys.executable).with_name("bd3-scale")
 COMMANDS = [
     [*group, command.name or command.callback.__name__]
-    for group, typer_app in (([], app), (["data"], data_app), (["convert"], convert_app))
+    for group, typer_app in (
+        ([], app),
+        (["data"], data_app),
+        (["convert"], convert_app),
+        (["checkpoint"], checkpoint_app),
+    )
     for command in typer_app.registered_commands
     if command.callback is not None
 ]

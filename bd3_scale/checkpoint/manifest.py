@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bd3_scale.recipe.schema import ImportedRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -19,6 +19,10 @@ FORMAT: Literal[3] = 3
 TOKENIZER = "tokenizer"
 # Files of the checkpoint that this one was imported from, for an export to the same format.
 IMPORTED = "imported"
+
+
+# A path within the checkpoint: none of its parts begins with a dot.
+_INSIDE = r"^[^./\\][^/\\]*(/[^./\\][^/\\]*)*$"
 
 
 class FileRecord(BaseModel):
@@ -57,7 +61,7 @@ class CheckpointManifest(BaseModel):
     states: tuple[str, ...]
     attention_tiles: dict[str, list[int]] = {}
     intervals: dict[int, tuple[float, float]] = {}
-    files: dict[str, FileRecord] = {}
+    files: dict[Annotated[str, Field(pattern=_INSIDE)], FileRecord] = {}
     checksum: str = ""
 
     @property

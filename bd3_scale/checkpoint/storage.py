@@ -7,14 +7,16 @@ and takes from it only the part of a box that it needs.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import xxhash
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
@@ -63,6 +65,54 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+class IndexedBox(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    offset: list[NonNegativeInt]
+    shape: list[NonNegativeInt]
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the checkpoint's own folder")]
+
+
+class IndexedTensor(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    dtype: Literal["float32", "float16", "bfloat16"]
+    shape: list[NonNegativeInt]
+    boxes: list[IndexedBox]
+
+
+_INDEX = TypeAdapter(dict[str, IndexedTensor])
+
+
+def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
+    """Which file of a checkpoint holds which box of which tensor.
+
+    ValueError: it is damaged, names something outside the checkpoint, or boxes that cannot be in its files.
+    """
+    path = checkpoint / INDEX
+    try:
+        index = _INDEX.validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        outside = ": that is no file of the checkpoint" if first["loc"][-1:] == ("file",) else ""
+        raise ValueError(f"{path} is damaged ({place}: {first['msg']}{outside}); use an earlier checkpoint") from error
+    sizes: dict[str, int] = defaultdict(int)
+    for name, tensor in index.items():
+        for box in tensor.boxes:
+            ends = [offset + size for offset, size in zip(box.offset, box.shape, strict=False)]
+            fits = len(box.offset) == len(box.shape) == len(tensor.shape)
+            if not fits or any(end > size for end, size in zip(ends, tensor.shape, strict=False)):
+                raise ValueError(f"{path} is damaged: a box of {name} is not within it; use an earlier checkpoint")
+            sizes[box.file] += math.prod(box.shape) * getattr(torch, tensor.dtype).itemsize
+        if sum(math.prod(box.shape) for box in tensor.boxes) != math.prod(tensor.shape):
+            raise ValueError(f"{path} is damaged: the boxes of {name} do not make it up; use an earlier checkpoint")
+    for file, size in sizes.items():
+        if not (checkpoint / file).is_file() or (checkpoint / file).stat().st_size < size:
+            raise ValueError(f"{checkpoint / file} does not hold what {INDEX} says; use an earlier checkpoint")
+    return index
 
 
 def box_name(key: str, offset: Iterable[int]) -> str:
@@ -150,11 +200,11 @@ class SafetensorsReader(StorageReader):
     def read_metadata(self) -> Metadata:
         tensors: dict[str, STORAGE_TYPES] = {}
         files: dict[MetadataIndex, str] = {}
-        for key, entry in json.loads((self._folder / INDEX).read_text()).items():
-            chunks = [ChunkStorageMetadata(torch.Size(b["offset"]), torch.Size(b["shape"])) for b in entry["boxes"]]
-            files |= {MetadataIndex(key, b["offset"]): b["file"] for b in entry["boxes"]}
-            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
-            tensors[key] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+        for key, entry in read_index(self._folder).items():
+            chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for box in entry.boxes]
+            files |= {MetadataIndex(key, box.offset): box.file for box in entry.boxes}
+            properties = TensorProperties(dtype=getattr(torch, entry.dtype))
+            tensors[key] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
         return Metadata(state_dict_metadata=tensors, storage_data=files)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Box, Shape
-from bd3_scale.checkpoint.storage import INDEX, box_name, index_entry, write_tensors
+from bd3_scale.checkpoint.storage import INDEX, IndexedBox, box_name, index_entry, read_index, write_tensors
 
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:
@@ -31,14 +31,11 @@ class TensorReader:
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
-        try:
-            self._index = json.loads((checkpoint / INDEX).read_text())
-        except ValueError as error:
-            raise ValueError(f"{checkpoint / INDEX} is damaged ({error}); use an earlier checkpoint") from error
+        self._index = read_index(checkpoint)
         self._files: dict[str, safe_open] = {}
-        self.shapes: Mapping[str, Shape] = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
+        self.shapes: Mapping[str, Shape] = {name: tuple(entry.shape) for name, entry in self._index.items()}
         self.dtypes: Mapping[str, torch.dtype] = {
-            name: getattr(torch, entry["dtype"]) for name, entry in self._index.items()
+            name: getattr(torch, entry.dtype) for name, entry in self._index.items()
         }
 
     def __enter__(self) -> TensorReader:
@@ -56,23 +53,28 @@ class TensorReader:
             raise ValueError(f"checkpoint {self._checkpoint} holds no tensor {name}")
         result = torch.empty(shape, dtype=self.dtypes[name])
         read = 0
-        for box in self._index[name]["boxes"]:
-            low = [max(a, b) for a, b in zip(offset, box["offset"], strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, box["offset"], box["shape"], strict=True)]
+        for box in self._index[name].boxes:
+            low = [max(a, b) for a, b in zip(offset, box.offset, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, box.offset, box.shape, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            source = self._slice(box["file"], box_name(name, box["offset"]), low, high, box["offset"])
+            source = self._slice(box, box_name(name, box.offset), low, high)
             result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))] = source
             read += source.numel()
-        assert read == result.numel(), f"the boxes of {name} leave a gap"
+        if read != result.numel():
+            raise ValueError(f"checkpoint {self._checkpoint} is damaged: the boxes of {name} leave a gap")
         return result
 
-    def _slice(self, file: str, name: str, low: list[int], high: list[int], offset: list[int]) -> Tensor:
+    def _slice(self, box: IndexedBox, name: str, low: list[int], high: list[int]) -> Tensor:
+        file, offset = box.file, box.offset
         try:
             if file not in self._files:
                 self._files[file] = safe_open(self._checkpoint / file, framework="pt")
             within = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
-            return self._files[file].get_slice(name)[within]
+            stored = self._files[file].get_slice(name)
+            if stored.get_shape() != box.shape:
+                raise ValueError(f"{self._checkpoint / file} is damaged: {name} has shape {stored.get_shape()}")
+            return stored[within]
         except SafetensorError as error:
             raise ValueError(f"{self._checkpoint / file} is damaged ({error}); use an earlier checkpoint") from error
 

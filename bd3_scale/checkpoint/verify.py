@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest, damaged_files, read_manifest
 from bd3_scale.checkpoint.store import list_checkpoints, name_latest, step_of
+from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.parallel.collective import gather_objects, on_rank_zero
 
 _LOG = logging.getLogger(__name__)
@@ -74,3 +75,19 @@ def _moving_aside(folder: Path, problem: str) -> Callable[[], Path]:
         return aside
 
     return move
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, and the NELBO that its run recorded at its step. ValueError: it is damaged."""
+    manifest = read_manifest(folder)
+    metrics = folder.parents[1] / METRICS_FILE
+    found = {r["step"]: r["nelbo"] for r in read_metrics(metrics) if "nelbo" in r} if metrics.exists() else {}
+    return {
+        "name": folder.name,
+        "step": manifest.step,
+        "bytes": sum(record.bytes for record in manifest.files.values()),
+        "ranks": manifest.world_size,
+        "states": manifest.states,
+        "skipped": manifest.skipped,
+        "nelbo": found.get(manifest.step),
+    }

@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bd3_scale.data._streaming import Stream, StreamingDataset, get_hash
+from bd3_scale.data.index import check_index
 from bd3_scale.data.manifest import Manifest, SplitName
 from bd3_scale.recipe.schema import DataRecipe
 
@@ -98,6 +99,17 @@ class Shards(StreamingDataset):
 
 class _Stream(Stream):
     """Unpacks so that runs which share a folder do not disturb each other, and throws damaged downloads away."""
+
+    def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
+        index = Path(self.local, self.split or "", "index.json")
+        try:
+            found: list[Any] = super().get_shards(world, allow_unsafe_types)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError) as error:
+            if index.exists():
+                check_index(index)
+            raise ValueError(f"{index} cannot be read ({error!r}); copy the data again") from error
+        check_index(index)
+        return found
 
     def _decompress_shard_part(
         self, zip_info: Any, zip_filename: str, raw_filename: str, compression: str | None

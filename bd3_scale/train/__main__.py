@@ -1,4 +1,4 @@
-"""`python -m bd3_scale.train RECIPE [key=value …]`: one rank of a run, as the launchers start it."""
+"""`python -m bd3_scale.train [--replay=STEP] RECIPE [key=value …]`: one rank of a run, as the launchers start it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from bd3_scale.recipe.load import load_recipe
 
 if __name__ == "__main__":
     quieten_libraries()
-    from bd3_scale.train.main import main
+    from bd3_scale.train.main import main, main_of_replay
 
-    main(load_recipe(Path(sys.argv[1]), sys.argv[2:]))
+    arguments = sys.argv[1:]
+    if arguments[0].startswith("--replay="):
+        step = int(arguments.pop(0).partition("=")[2])
+        main_of_replay(load_recipe(Path(arguments[0]), arguments[1:]), step)
+    else:
+        main(load_recipe(Path(arguments[0]), arguments[1:]))

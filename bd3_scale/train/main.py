@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.train.loop import train
+from bd3_scale.train.replay import replay
 
 
 def main(recipe: Recipe) -> None:
@@ -15,9 +20,23 @@ def main(recipe: Recipe) -> None:
 
     The exit code is 2 where another try cannot help, 1 where ranks did not meet, which the network may mend.
     """
+    with _errors_for_people(), Heartbeat() as heartbeat:
+        train(recipe, heartbeat)
+
+
+def main_of_replay(recipe: Recipe, step: int) -> None:
+    """Compute a step again; rank 0 prints a line of JSON."""
+    with _errors_for_people(), Heartbeat() as heartbeat:
+        found = replay(recipe, step)
+        heartbeat.end("done")
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(asdict(found) | {"same": found.same}), flush=True)
+
+
+@contextmanager
+def _errors_for_people() -> Iterator[None]:
     try:
-        with Heartbeat() as heartbeat:
-            train(recipe, heartbeat)
+        yield
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("BD3_DEBUG"):
             raise

@@ -1,0 +1,65 @@
+"""The index of a split's shards, as `prepare` has streaming write it, checked before what it names is opened."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+Count = Annotated[int, Field(ge=0)]
+# A file of the split's own folder.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+_TOKENS = re.compile(r"ndarray:uint(16|32):(\d{1,9})")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _File(_Strict):
+    basename: Name
+    bytes: Count
+    hashes: dict[Literal["xxh64"], Annotated[str, Field(pattern="^[0-9a-f]{16}$")]]
+
+
+class _Shard(_Strict):
+    column_encodings: list[str]
+    column_names: list[str]
+    column_sizes: list[Count | None]
+    compression: Literal["zstd"] | None
+    format: Literal["mds"]
+    hashes: list[Literal["xxh64"]]
+    raw_data: _File
+    samples: Count
+    size_limit: Count
+    version: Literal[2]
+    zip_data: _File | None
+
+
+class _Index(_Strict):
+    shards: list[_Shard]
+    version: Literal[2]
+
+
+_ADAPTER = TypeAdapter(_Index)
+
+
+def check_index(path: Path) -> None:
+    """ValueError: it is not an index that `prepare` made; what is wrong is named."""
+    try:
+        index = _ADAPTER.validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is damaged ({place or 'it'}: {first['msg']}); copy the data again") from error
+    for number, shard in enumerate(index.shards):
+        columns = dict(
+            zip(shard.column_names, zip(shard.column_encodings, shard.column_sizes, strict=False), strict=False)
+        )
+        tokens, size = columns.get("tokens", ("", None))
+        found = _TOKENS.fullmatch(tokens)
+        others = {columns.get(name) for name in ("counted_lengths", "document_lengths")}
+        if not found or size != int(found[1]) // 8 * int(found[2]) or others != {("ndarray:int32", None)}:
+            raise ValueError(f"{path} is damaged: shard {number} has columns {columns}; copy the data again")

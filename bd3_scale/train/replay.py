@@ -1,0 +1,94 @@
+"""One step of a run computed again, from the checkpoint before it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bd3_scale.checkpoint.store import list_checkpoints, step_of
+from bd3_scale.checkpoint.verify import check_checkpoint
+from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
+from bd3_scale.parallel.collective import on_rank_zero
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.train.evaluation import evaluate
+from bd3_scale.train.guard import EVENTS_FILE
+from bd3_scale.train.resume import Start, check_resumable, find_start
+from bd3_scale.train.setup import open_run, open_training
+from bd3_scale.train.step import take_step
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step as it was computed again, from `began` finished ones; `recorded`: loss and gradient norm of the run, where
+    it has them; `keys`: what its sequences and noise were drawn from.
+    """
+
+    step: int
+    began: int
+    loss: float
+    grad_norm: float
+    applied: bool
+    recorded: tuple[float | None, float | None] | None
+    keys: dict[str, Any]
+
+    @property
+    def same(self) -> bool | None:
+        """Whether it is bitwise what the run recorded; None where it recorded nothing."""
+        if self.recorded is None:
+            return None
+        # Metrics hold null for what is not finite.
+        found = (self.loss if abs(self.loss) < float("inf") else None, self.grad_norm if self.applied else None)
+        return found == self.recorded
+
+
+def last_event(run: Path) -> int:
+    """Step of the last one that stood out. ValueError: there is none."""
+    path = run / EVENTS_FILE
+    events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not events:
+        raise ValueError(f"{run} has no step that stood out ({EVENTS_FILE}): name one with --step")
+    return int(events[-1]["step"])
+
+
+def replay(recipe: Recipe, step: int) -> Replayed:
+    """Go from the newest checkpoint before `step`, or from the beginning, through that step (collective).
+
+    Nothing is written: the run directory stays as it is. The result is bitwise the run's on the same layout and
+    hardware.
+
+    Raises:
+        ValueError: the run has no such step, or its checkpoints do not fit the recipe.
+    """
+    with ExitStack() as stack:
+        run = open_run(recipe, stack)
+        if not 1 <= step <= run.recipe.train.steps:
+            raise ValueError(f"step {step} is none of the run's {run.recipe.train.steps}")
+        folder = on_rank_zero(
+            lambda: next(
+                (path for path in reversed(list_checkpoints(run.checkpoints)) if (step_of(path) or 0) < step), None
+            )
+        )
+        if folder is None:
+            start = find_start(run.recipe, run.folder / "no checkpoints", run.data, run.data_hash)
+        else:
+            manifest = check_checkpoint(folder, "fast")
+            check_resumable(folder, manifest, run.recipe, run.data_hash)
+            start = Start(folder, manifest, resumes=True)
+        training = open_training(run, start)
+        for number in range(training.done + 1, step + 1):
+            if run.recipe.evaluates_at(number - 1) and run.recipe.diffusion.search_interval:
+                evaluate(training, number - 1)
+            keys = training.keys_of(number) if number == step else {}
+            result = take_step(training, number)
+        recorded = on_rank_zero(lambda: _recorded(run.folder, step))
+        return Replayed(step, training.done, result.loss, result.grad_norm, result.applied, recorded, keys)
+
+
+def _recorded(folder: Path, step: int) -> tuple[float | None, float | None] | None:
+    if not (folder / METRICS_FILE).exists():
+        return None
+    records = read_metrics(folder / METRICS_FILE)
+    return next(((r["train_loss"], r["grad_norm"]) for r in records if r["step"] == step and "train_loss" in r), None)

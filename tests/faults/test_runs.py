@@ -1,0 +1,214 @@
+"""Real runs with faults: killed, stopped, poisoned, out of disk; they go on bitwise, or end and say why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from tools.fault_campaign import BD3_SCALE, STEPS, Site, _rank, differences, newest, run_campaign, steps_of
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return Site(tmp_path_factory.mktemp("faults") / "site")
+
+
+def run(site, name, layout, *overrides, inject="", code=0):
+    more = ["--inject", inject] if inject else []
+    command = [*site.command(name, layout, *more), *overrides]
+    done = subprocess.run(command, cwd=site.folder, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(folder, step):
+    found = {}
+    for path in (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
+        found |= {name: value.tobytes() for name, value in load_file(path).items()}
+    return found
+
+
+def test_killed_six_times_every_step_is_bitwise_the_undisturbed_one(site):
+    found = run_campaign(site, 6, seed=3)
+    assert len(found["kills"]) == 6
+    assert {run["layout"] for run in found["runs"]} == {"1 process", "TP2"}
+    assert all(not run["different"] for run in found["runs"]), found
+
+
+def test_a_save_that_fails_is_tried_again_and_one_that_keeps_failing_does_not_end_the_run(site):
+    inject = "full@save.write:step=3,rank=1"
+    inject += "; full@save.begin:step=6; fail@save.write:step=6,rank=1; readonly@save.commit:step=6"
+    output = run(site, "full", "DP2, ZeRO-1", inject=inject)
+    assert "No space left on device (injected)" in output
+    assert "it is tried again in 2 s" in output
+    assert "step 3: saved full/checkpoints/step-00000003 at try 2" in output
+    assert "step 6: NOT SAVED after 3 tries" in output
+    assert "Read-only file system (injected)" in output
+    saves = {r["step"]: r for r in records(site.folder / "full") if "checkpoint_tries" in r}
+    assert {step: (r["checkpoint_tries"], r["checkpoint_failed"]) for step, r in saves.items()} == {
+        3: (2, 0),
+        6: (3, 1),
+        9: (1, 0),
+        12: (1, 0),
+    }
+    assert all(0 <= r["checkpoint_blocked_seconds"] <= r["checkpoint_seconds"] for r in saves.values())
+    assert not differences(site.folder / "full", site.undisturbed("DP2, ZeRO-1"))
+
+
+def test_a_last_save_that_keeps_failing_is_an_error(site):
+    inject = "; ".join(f"fail@save.{part}:step={STEPS}" for part in ("begin", "commit", "rename"))
+    output = run(site, "last", "1 process", inject=inject, code=2)
+    assert f"error: the checkpoint of step {STEPS} could not be written to last/checkpoints" in output
+    assert "older ones are whole" in output
+    assert newest(site.folder / "last") == STEPS - 3
+    run(site, "last", "1 process")
+    assert not differences(site.folder / "last", site.undisturbed("1 process"))
+
+
+def test_a_byte_that_flipped_on_disk_costs_one_checkpoint(site):
+    run(site, "flipped", "1 process", inject=f"flip@save.rename:step={STEPS}")
+    verify = [BD3_SCALE, "checkpoint", "verify", "flipped"]
+    done = subprocess.run(verify, cwd=site.folder, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert "step-00000009: sound" in done.stdout
+    assert "rank-00000.safetensors is not what was written" in done.stdout
+    fast = subprocess.run([*verify, "--fast", "--json"], cwd=site.folder, capture_output=True, text=True, check=True)
+    assert json.loads(fast.stdout) == {"step-00000009": None, "step-00000012": None}
+    output = run(site, "flipped", "1 process")
+    assert "it is moved to damaged-step-00000012, and an older one is taken" in output
+    assert "resumed after step 9" in output
+    assert not differences(site.folder / "flipped", site.undisturbed("1 process"))
+    listed = subprocess.run(
+        [BD3_SCALE, "checkpoint", "list", "flipped", "--json"],
+        cwd=site.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [(one["step"], one["nelbo"] is not None) for one in json.loads(listed.stdout)] == [(9, False), (12, True)]
+
+
+def test_a_rank_that_stops_is_named_with_the_stacks_of_all(site):
+    began = time.monotonic()
+    output = run(site, "hung", "TP2", "launch.deadlines.step=6", inject="stop@collective:step=5,rank=1", code=75)
+    seconds = time.monotonic() - began
+    assert "hang in phase 'step' after 6 s: lowest step 5" in output
+    assert "ranks [1] do not run (stopped, or their node is gone)" in output
+    assert "ranks [0] in all_reduce of parallel/collective.py" in output
+    log = (site.folder / "hung" / "logs" / "rank1.log").read_text()
+    assert "_take_steps" in output
+    assert "_take_steps" in log
+    stopped = time.time() - (site.folder / "hung" / "metrics.jsonl").stat().st_mtime
+    assert stopped < 6 + 10, seconds
+    run(site, "hung", "TP2")
+    assert not differences(site.folder / "hung", site.undisturbed("TP2"))
+
+
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2, ZeRO-1", "DP2, ZeRO-3"])
+def test_one_rank_s_nan_is_skipped_by_all_and_leaves_every_state_as_it_was(site, layout):
+    name = f"nan {layout}"
+    every = ["checkpoint.every_steps=1", "checkpoint.keep_last=20", "evaluation.every_steps=0"]
+    every += ["diffusion.search_interval=false", "train.steps=6"]
+    output = run(site, name, layout, *every, inject="nan@gradient:step=3,rank=1")
+    assert "step 3: gradients that are not finite" in output
+    states = [tensors(site.folder / name, step) for step in (2, 3, 4)]
+    assert states[0] == states[1]
+    assert states[1].keys() == states[2].keys()
+    assert sum(states[1][key] != states[2][key] for key in states[1]) > len(states[1]) / 2
+    manifest = json.loads((site.folder / name / "checkpoints" / "step-00000006" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["skipped"]) == (6, 1)
+    (event,) = [json.loads(line) for line in (site.folder / name / "events.jsonl").read_text().splitlines()]
+    assert (event["step"], event["kind"], len(event["sample_ids"])) == (3, "non_finite", 8)
+    shutil.rmtree(site.folder / name / "checkpoints" / "step-00000006")
+    shutil.rmtree(site.folder / name / "checkpoints" / "step-00000005")
+    before = steps_of(site.folder / name)
+    assert "resumed after step 4" in run(site, name, layout, *every)
+    after = steps_of(site.folder / name)
+    assert [after[step][:2] for step in (5, 6)] == [before[step][:2] for step in (5, 6)]
+
+
+def test_too_many_steps_of_nan_end_the_run_and_replay_computes_one_again(site):
+    inject = "nan@gradient:step=7,rank=1; nan@gradient:step=8,rank=1"
+    output = run(site, "nans", "TP2", "guard.skip_steps=1", inject=inject, code=2)
+    assert "2 steps in a row had gradients that are not finite, the last one step 8" in output
+    assert newest(site.folder / "nans") == 6
+    before = {path: path.stat().st_mtime_ns for path in (site.folder / "nans").rglob("*")}
+
+    def replay(*options):
+        command = [BD3_SCALE, "replay", *options]
+        done = subprocess.run(command, cwd=site.folder, capture_output=True, text=True, timeout=100, check=False)
+        return done.stdout + done.stderr if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+    again = replay("nans")
+    assert (again["step"], again["began"], again["applied"], again["same"]) == (8, 6, True, False)
+    assert before == {path: path.stat().st_mtime_ns for path in (site.folder / "nans").rglob("*")}
+    events = [json.loads(line) for line in (site.folder / "nans" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events] == [7, 8]
+    assert again["keys"]["sample_ids"] == events[1]["sample_ids"]
+    site.undisturbed("TP2")
+    same = replay("whole TP2", "--step", "11")
+    assert (same["began"], same["same"]) == (9, True)
+    assert "whole TP2 has no step that stood out (events.jsonl): name one with --step" in replay("whole TP2")
+
+
+def test_a_signal_to_one_rank_alone_stops_all_at_one_step(site):
+    command = [*site.command("asked", "DP2, ZeRO-1"), "train.steps=100000", "evaluation.every_steps=0"]
+    command += ["diffusion.search_interval=false"]
+    process = subprocess.Popen(command, cwd=site.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 100
+    while max(steps_of(site.folder / "asked"), default=0) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(_rank(process.pid, 1), signal.SIGUSR1)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    last = max(steps_of(site.folder / "asked"))
+    assert f"stopped after step {last} by a signal to another rank" in output
+    assert newest(site.folder / "asked") == last
+
+
+def test_what_a_killed_run_left_in_shared_memory_is_removed_by_the_next(site):
+    command = [*site.command("left", "1 process"), "train.steps=100000"]
+    process = subprocess.Popen(command, cwd=site.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = set(SHARED_MEMORY.iterdir())
+    deadline = time.monotonic() + 100
+    while max(steps_of(site.folder / "left"), default=0) < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    left = set(SHARED_MEMORY.iterdir()) - before
+    assert any(path.name.endswith("_bd3_scale.lock") for path in left)
+    os.kill(_rank(process.pid, 0), signal.SIGKILL)
+    assert process.wait(60) == 128 + signal.SIGKILL
+    time.sleep(6)  # its loader workers see that it is gone
+    assert {path for path in left if path.exists()}, "the kernel does not clean up"
+    run(site, "left", "1 process", "train.steps=4")
+    assert not {path for path in left if path.exists()}
+
+
+@pytest.mark.parametrize(
+    ("inject", "message"),
+    [
+        ("kill", "fault 'kill' is not ACTION@POINT"),
+        ("kill@moon", "a point among start, step"),
+        ("nan@step", "nan belongs to the point gradient"),
+        ("kill@step:step=x", "'step=x' is none of step=N"),
+    ],
+)
+def test_a_fault_that_makes_no_sense_is_refused(site, inject, message):
+    assert message in run(site, "nonsense", "1 process", inject=inject, code=2)
+    assert not (site.folder / "nonsense").exists()

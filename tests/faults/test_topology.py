@@ -1,0 +1,152 @@
+"""A run that goes on on another layout takes the same samples with the same masks, and the same losses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bd3_scale.checkpoint.tensors import TensorReader, same_bytes
+from bd3_scale.recipe.load import load_recipe
+from tools.fault_campaign import BD3_SCALE, RECIPE
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+from launching import run_ranks
+from topology_ranks import go
+
+CUT, LAST = 4, 9
+
+
+@dataclass(frozen=True)
+class Layout:
+    processes: int
+    parallel: dict[str, int] = field(default_factory=dict)
+    workers: int = 1
+
+
+LAYOUTS = {
+    "1": Layout(1),
+    "1 without loader workers": Layout(1, workers=0),
+    "TP2": Layout(2, {"tensor": 2}),
+    "TP4": Layout(4, {"tensor": 4}),
+    "PP2": Layout(2, {"pipeline": 2}),
+    "PP2 VPP2": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "CP2": Layout(2, {"context": 2}),
+    "DP2": Layout(2, workers=3),
+    "DP2 ZeRO-0": Layout(2, {"zero_stage": 0}),
+    "DP2 ZeRO-2": Layout(2, {"zero_stage": 2}),
+    "DP2 ZeRO-3": Layout(2, {"zero_stage": 3}),
+    "DP3 ZeRO-3": Layout(3, {"zero_stage": 3}),
+    "DP4": Layout(4, workers=2),
+    "TP2 PP2": Layout(4, {"tensor": 2, "pipeline": 2}),
+    "TP2 DP2 ZeRO-3": Layout(4, {"tensor": 2, "zero_stage": 3}),
+}
+CORE = [("TP2", "PP2 VPP2"), ("PP2 VPP2", "TP2"), ("DP2", "1"), ("DP2 ZeRO-3", "CP2")]
+OTHERS = [
+    ("1", "TP2"),
+    ("TP2", "1"),
+    ("1", "PP2"),
+    ("PP2", "1"),
+    ("1 without loader workers", "DP2"),
+    ("DP2", "DP3 ZeRO-3"),
+    ("DP3 ZeRO-3", "DP4"),
+    ("DP4", "1"),
+    ("DP2 ZeRO-0", "DP2"),
+    ("DP2", "DP2 ZeRO-2"),
+    ("DP2 ZeRO-2", "DP2 ZeRO-3"),
+    ("DP2 ZeRO-3", "DP2 ZeRO-0"),
+    ("CP2", "1"),
+    ("1", "CP2"),
+    ("TP4", "TP2 PP2"),
+    ("TP2 PP2", "TP2 DP2 ZeRO-3"),
+    ("TP2 DP2 ZeRO-3", "TP4"),
+    ("1", "DP2 ZeRO-3"),
+]
+
+
+class Place:
+    """A folder with data of less than five steps of 24 sequences an epoch, and what was computed there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        text = "".join(f"{number} times {number} is {number * number}, and so on. " for number in range(240))
+        (folder / "text.txt").write_text(text)
+        data = [
+            "--tokenizer",
+            "bytes",
+            "--seq-len",
+            "64",
+            "--document-multiple",
+            "16",
+            "--holdout",
+            "0",
+            "--out",
+            "data",
+        ]
+        command = [BD3_SCALE, "data", "prepare", "text.txt", *data]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        sequences = json.loads((folder / "data" / "manifest.json").read_text())["train"]["sequences"]
+        assert 1 <= sequences // 24 < LAST, "a run crosses the end of an epoch"
+        self._made: dict[str, Path] = {}
+
+    def run(self, name: str, layout: Layout, last: int, begin: Path | None = None) -> Path:
+        """The run directory of `layout` through step `last`, from the checkpoint of `begin` on."""
+        run = self.folder / name
+        if begin is not None:
+            shutil.copytree(begin / "checkpoints", run / "checkpoints")
+        recipe = RECIPE | {
+            "model": RECIPE["model"] | {"num_layers": 4, "num_query_groups": 4},
+            "diffusion": {"block_size": 8, "mask_rate_low": 0.3, "mask_rate_high": 0.9},
+            "data": {"path": str(self.folder / "data"), "seq_len": 64, "num_workers": layout.workers},
+            "train": {"steps": 20, "global_batch_size": 24, "micro_batch_size": 2, "precision": "fp32"},
+            "evaluation": {"every_steps": 0},
+            "parallel": layout.parallel,
+            "run_dir": str(run),
+        }
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        run_ranks(go, layout.processes, load_recipe(path), last, run / "found", logs=run / "logs", timeout=120)
+        return run
+
+    def begun(self, name: str) -> Path:
+        """A run of layout `name` up to where it is cut, taken once."""
+        if name not in self._made:
+            self._made[name] = self.run(f"begun {name}", LAYOUTS[name], CUT)
+        return self._made[name]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("topology"))
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """What a run of one process finds that nobody cuts."""
+    return torch.load(place.run("whole", Layout(1), LAST) / "found")
+
+
+@pytest.mark.parametrize(("first", "then"), [*CORE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)])
+def test_on_another_layout_it_goes_on_as_if_nothing_had_been(place, whole, first, then):
+    begun = place.begun(first)
+    run = place.run(f"{first} then {then}", LAYOUTS[then], LAST, begun)
+    before, after = torch.load(begun / "found"), torch.load(run / "found")
+    assert (before["done"], after["done"]) == (0, CUT)
+    assert {epoch for _, epoch, _ in whole["seen"]} >= {0, 1}
+    assert before["seen"] | after["seen"] == whole["seen"]
+    found = before["losses"] + after["losses"]
+    assert found == pytest.approx(whole["losses"], abs=1e-6)
+    step = f"step-{CUT:08d}"
+    with TensorReader(begun / "checkpoints" / step) as old, TensorReader(run / "found.again" / step) as new:
+        assert old.shapes == new.shapes
+        for name, shape in old.shapes.items():
+            origin = (0,) * len(shape)
+            assert same_bytes(old.read(name, origin, shape), new.read(name, origin, shape)), name

@@ -1,0 +1,95 @@
+"""Ranks that take steps of a run on one layout, and tell what they saw: the samples, their masks, and every state."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bd3_scale.checkpoint.manifest import CheckpointManifest
+from bd3_scale.checkpoint.store import save_checkpoint
+from bd3_scale.data.corrupt import _positions
+from bd3_scale.parallel import engine as engine_module
+from bd3_scale.parallel.collective import gather_objects, on_rank_zero
+from bd3_scale.recipe.load import recipe_hash
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.train import step as step_module
+from bd3_scale.train.resume import find_start
+from bd3_scale.train.setup import Training, open_run, open_training
+
+# Some of the tiny weights are divided by ZeRO-3, as large ones are.
+engine_module.WHOLE_BELOW = 1500
+
+
+def go(recipe: Recipe, last: int, out: Path) -> None:
+    """From the run's newest checkpoint through step `last`, then save; before, save again what was loaded."""
+    with ExitStack() as stack:
+        run = open_run(recipe, stack)
+        on_rank_zero(lambda: run.checkpoints.mkdir(parents=True, exist_ok=True))
+        start = find_start(run.recipe, run.checkpoints, run.data, run.data_hash)
+        training = open_training(run, start)
+        if start is not None:
+            save(training, start.step, out.with_suffix(".again"))
+        losses, seen = [], {}
+        with recording(training, seen):
+            for step in range(training.done + 1, last + 1):
+                losses.append(step_module.take_step(training, step).loss)
+        save(training, last, run.checkpoints)
+        everyone = gather_objects(seen)
+        if dist.get_rank() == 0:
+            torch.save({"losses": losses, "seen": together(everyone), "done": training.done}, out)
+
+
+def save(training: Training, step: int, folder: Path) -> None:
+    tokenizer = folder.parent / f"tokenizer of {folder.name}"
+    on_rank_zero(lambda: (folder.mkdir(parents=True, exist_ok=True), tokenizer.mkdir(exist_ok=True))[1])
+    manifest = CheckpointManifest(
+        step=step,
+        recipe=training.run.recipe,
+        recipe_hash=recipe_hash(training.run.recipe),
+        vocabulary=training.engine.chunks[0].vocabulary,
+        data_hash=training.run.data_hash,
+        world_size=dist.get_world_size(),
+        states=training.engine.zero.names,
+        intervals=training.run.intervals,
+    )
+    keep = training.run.recipe.checkpoint
+    save_checkpoint(folder, manifest, training.engine.zero, training.layouts, tokenizer=tokenizer, keep=keep)
+
+
+class recording:
+    """Notes the samples that `take_step` makes inputs of, and what became of them on this rank."""
+
+    def __init__(self, training: Training, seen: dict) -> None:
+        self._training, self._seen, self._made = training, seen, step_module.step_inputs
+
+    def __enter__(self) -> None:
+        def note(recipe, micro, step, **how):
+            made = self._made(recipe, micro, step, **how)
+            # The noisy copy, at whatever places this rank of a context-parallel group has.
+            places = _positions(recipe.data.seq_len, how["context"]).tolist()
+            for row, sample in enumerate(micro.ids.tolist()):
+                noisy = zip(places, made.tokens[row, : len(places)].tolist(), strict=True)
+                self._seen.setdefault((step, micro.epoch, sample), {}).update(noisy)
+            return made
+
+        step_module.step_inputs = note
+
+    def __exit__(self, *_: object) -> None:
+        step_module.step_inputs = self._made
+
+
+def together(everyone: list[dict]) -> dict:
+    """Of all ranks: by step, epoch and sample a hash of its noisy tokens; ranks that share it must agree."""
+    whole: dict = {}
+    for seen in everyone:
+        for key, noisy in seen.items():
+            here = whole.setdefault(key, {})
+            assert all(here.get(place, token) == token for place, token in noisy.items()), (
+                f"ranks mask {key} differently"
+            )
+            here.update(noisy)
+    return {key: hashlib.sha256(str(sorted(noisy.items())).encode()).hexdigest() for key, noisy in whole.items()}
