@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import deque
@@ -20,6 +21,7 @@ Keys = Callable[[], dict[str, Any]]
 EVENTS_FILE = "events.jsonl"
 _WINDOW = 128
 _FEWEST = 32
+_RECENT = 16
 # Of a normal law, standard deviations a median absolute deviation.
 _DEVIATION = 1.4826
 
@@ -67,8 +69,10 @@ class Guard:
     def _spike(self, step: int, result: StepResult, keys: Keys) -> str | None:
         found = None
         if self._recipe.spike_deviations and len(self._losses) >= _FEWEST:
-            middle = median(self._losses)
-            deviation = max(_DEVIATION * median(abs(loss - middle) for loss in self._losses), 1e-3 * abs(middle))
+            middle = median(list(self._losses)[-_RECENT:])
+            # From step to step, so that a loss that falls is no spread.
+            moves = [abs(later - earlier) for earlier, later in itertools.pairwise(self._losses)]
+            deviation = max(_DEVIATION * median(moves) / math.sqrt(2), 1e-3 * abs(middle))
             if result.loss > middle + self._recipe.spike_deviations * deviation:
                 self._note("loss_spike", step, result, keys, median=middle, deviation=deviation)
                 found = f"step {step}: loss {result.loss:.4f} stands out of {middle:.4f} ± {deviation:.4f}"

@@ -1,0 +1,165 @@
+"""What a checkpoint costs a run: the seconds that training waits, the steps beside it, the save and the load.
+
+OMP_NUM_THREADS=1 python tools/bench_checkpoint.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
+
+from bd3_scale.observe.environment import read_environment
+
+STEPS_BETWEEN = 6
+
+
+def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any]:
+    """On every rank of a data-parallel group: steps, and saves beside them (collective)."""
+    import torch
+    import torch.distributed as dist
+
+    from bd3_scale.checkpoint.manifest import CheckpointManifest
+    from bd3_scale.checkpoint.saver import CheckpointSaver
+    from bd3_scale.checkpoint.store import boxes_to_save, load_training_state
+    from bd3_scale.checkpoint.verify import newest_sound
+    from bd3_scale.model.build import build_model
+    from bd3_scale.model.layout import parameter_layouts
+    from bd3_scale.observe.memory import peak_rss_bytes
+    from bd3_scale.parallel.engine import TrainingEngine
+    from bd3_scale.parallel.groups import process_groups
+    from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+    from bd3_scale.recipe.vocabulary import Vocabulary
+    from tools.bench_step import makers
+
+    recipe = Recipe(
+        name="bench",
+        model=ModelRecipe(num_layers=layers, hidden_size=hidden, num_attention_heads=8, ffn_hidden_size=3 * hidden),
+        diffusion=DiffusionRecipe(block_size=8),
+        data=DataRecipe(path="unused", seq_len=64),
+        train=TrainRecipe(steps=1, global_batch_size=2, micro_batch_size=1, precision="fp32"),
+    )
+    vocabulary = Vocabulary(size=258, eos_id=256, mask_id=257)
+    device = torch.device("cpu")
+    with ExitStack() as stack:
+        groups = stack.enter_context(process_groups(recipe.parallel))
+        chunks = build_model(recipe, vocabulary, groups, dtype=torch.float32, device=device, seed=1)
+        layouts = parameter_layouts(chunks)
+        engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
+        tokenizer = folder / "tokenizer"
+        tokenizer.mkdir(exist_ok=True)
+        saver = stack.enter_context(CheckpointSaver(folder / "checkpoints", tokenizer, recipe.checkpoint))
+        inputs = makers(recipe, vocabulary, groups)["bd3"](0)
+        alone, beside, ended = [], [], []
+        engine.step(inputs, tokens=128, lr=1e-4)
+        step, before = 1, peak_rss_bytes()
+        for _ in range(saves):
+            for _ in range(STEPS_BETWEEN):
+                alone.append(_seconds(lambda: engine.step(inputs, tokens=128, lr=1e-4)))
+                step += 1
+            manifest = CheckpointManifest(
+                step=step,
+                recipe=recipe,
+                recipe_hash="0",
+                vocabulary=vocabulary,
+                data_hash="0",
+                world_size=dist.get_world_size(),
+                states=engine.zero.names,
+            )
+            saver.begin(manifest, boxes_to_save(engine.zero, layouts))
+            while saver.in_flight:
+                beside.append(_seconds(lambda: engine.step(inputs, tokens=128, lr=1e-4)))
+                step += 1
+            ended += saver.ended(wait=True)
+        dist.barrier()
+        verified = _seconds(lambda: newest_sound(folder / "checkpoints", "full"))
+        found = newest_sound(folder / "checkpoints", "fast")
+        assert found is not None
+        loaded = _seconds(lambda: load_training_state(*found, engine.zero, layouts))
+        return {
+            "parameters": sum(p.numel() for chunk in chunks for p in chunk.parameters()),
+            "gigabytes": sum(record.bytes for record in found[1].files.values()) / 1e9,
+            "blocked": [one.blocked for one in ended],
+            "save": [one.seconds for one in ended],
+            "alone": median(alone),
+            "beside": median(beside) if beside else None,
+            "verify": verified,
+            "load": loaded,
+            "extra_bytes": peak_rss_bytes() - before,
+        }
+
+
+def _seconds(action: Any) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def main(
+    layers: Annotated[int, typer.Option(help="Of the model.")] = 12,
+    hidden: Annotated[int, typer.Option(help="Its width.")] = 640,
+    saves: Annotated[int, typer.Option(min=1)] = 5,
+    out: Annotated[Path | None, typer.Option(help="Write the table there, too, in Markdown.")] = None,
+    rank_of: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure saves and loads on two data-parallel processes."""
+    if rank_of is not None:
+        found = measure(rank_of, layers, hidden, saves)
+        if os.environ["RANK"] == "0":
+            (rank_of / "found.json").write_text(json.dumps(found))
+        return
+    from bd3_scale.launch.local import launch
+
+    with tempfile.TemporaryDirectory(prefix="bd3_scale-bench-", dir=".") as place:
+        folder = Path(place).absolute()
+        (folder / "checkpoints").mkdir()
+        sizes = ["--layers", str(layers), "--hidden", str(hidden), "--saves", str(saves)]
+        argv = [sys.executable, __file__, "--rank-of", str(folder), *sizes]
+        if code := launch(argv, 2, 1, folder / "logs"):
+            raise typer.Exit(code)
+        text = as_markdown(json.loads((folder / "found.json").read_text()))
+    if out is not None:
+        out.write_text(text + "\n")
+    typer.echo(text)
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """The table, with its conditions."""
+    here = read_environment()
+    slowdown = "no step ran beside one" if found["beside"] is None else f"{found['beside'] / found['alone'] - 1:+.1%}"
+    rows = {
+        "training waits for its beginning": f"{median(found['blocked']):.3f} s (at most {max(found['blocked']):.3f})",
+        "steps beside it": f"{slowdown} (of {found['alone']:.3f} s)",
+        "until it is complete": f"{median(found['save']):.2f} s",
+        "verification by hash": f"{found['verify']:.2f} s",
+        "load": f"{found['load']:.2f} s",
+        "memory of a rank beyond training's": f"{found['extra_bytes'] / 1e6:.0f} MB",
+    }
+    return "\n".join(
+        [
+            f"{found['parameters'] / 1e6:.1f} M parameters, {found['gigabytes']:.2f} GB, two data-parallel processes.",
+            "",
+            f"- hardware: {here.cpu}, {here.cpu_cores} cores, one thread a process",
+            f"- versions: python {platform.python_version()}, torch {here.versions['torch']}",
+            "- command: OMP_NUM_THREADS=1 python tools/bench_checkpoint.py",
+            "",
+            "| a checkpoint | median |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
