@@ -318,7 +318,8 @@ def test_a_run_cannot_become_another(workplace):
 
 def everything(run):
     """The contents of all files of a run but the ranks' logs and the lock."""
-    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock" and path.parent.name != "logs"]
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [path for path in files if "logs" not in path.relative_to(run).parts]
     return {path: path.read_bytes() for path in files}
 
 
