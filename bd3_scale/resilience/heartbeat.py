@@ -103,7 +103,7 @@ def _whereabouts() -> str:
     collective = ""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if "distributed" in path.parts[-3:-1] or path.name == "distributed_c10d.py":
+        if not collective and path.parent.name == "distributed":
             collective = f"{frame.f_code.co_name} of "
         if _PACKAGE in path.parents:
             return f"{collective}{path.relative_to(_PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
