@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -220,11 +221,13 @@ def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Se
 
     argv = [sys.executable, "-m", "bd3_scale.train", *options, str(recipe), *overrides]
     threads = loaded.launch.threads or _default_threads(world_size)
-    # A replay leaves the run directory alone.
-    logs = Path(tempfile.mkdtemp(prefix="bd3_scale-replay-")) if options else loaded.run_path / "logs"
     deadlines = loaded.launch.deadlines.model_dump()
     more = {faults.VARIABLE: inject} if inject else {}
-    raise typer.Exit(launch(argv, world_size, threads, logs, deadlines=deadlines, environment=more))
+    with tempfile.TemporaryDirectory(prefix="bd3_scale-replay-") if options else nullcontext() as aside:
+        # A replay leaves the run directory alone.
+        logs = Path(aside) if aside else loaded.run_path / "logs"
+        code = launch(argv, world_size, threads, logs, deadlines=deadlines, environment=more)
+    raise typer.Exit(code)
 
 
 def _default_threads(processes: int) -> int:

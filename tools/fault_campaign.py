@@ -299,7 +299,13 @@ def main(
 ) -> None:
     """Kill ranks of small real runs at random; exit code 1 where a run is not the undisturbed one."""
     with tempfile.TemporaryDirectory(prefix="bd3_scale-faults-") as folder, Bar("kills") as bar:
-        found = run_campaign(Site(Path(folder) / "site"), kills, seed, bar.show)
+
+        def show(done: int, total: int) -> None:
+            bar.show(done, total)
+            if done % 10 == 0 and not sys.stderr.isatty():
+                typer.echo(f"{done} of {total} kills", err=True)
+
+        found = run_campaign(Site(Path(folder) / "site"), kills, seed, show)
     text = as_markdown(found)
     if out is not None:
         write_atomically(out, text + "\n")

@@ -17,7 +17,8 @@ def surplus(checkpoints: Mapping[int, Path], recipe: CheckpointRecipe, run: Path
     if recipe.keep_every_steps:
         kept |= {step for step in steps if step % recipe.keep_every_steps == 0}
     if recipe.keep_best and (run / METRICS_FILE).exists():
-        found = {record["step"]: record["nelbo"] for record in read_metrics(run / METRICS_FILE) if "nelbo" in record}
+        records = read_metrics(run / METRICS_FILE)
+        found = {record["step"]: record["nelbo"] for record in records if record.get("nelbo") is not None}
         kept |= set(sorted(found.keys() & checkpoints.keys(), key=lambda step: (found[step], step))[: recipe.keep_best])
     newest = next((step for step in reversed(steps) if _is_complete(checkpoints[step])), None)
     return [checkpoints[step] for step in steps if step not in kept and step != newest]

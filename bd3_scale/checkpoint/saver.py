@@ -46,11 +46,12 @@ class CheckpointSaver:
 
     def __init__(self, folder: Path, tokenizer: Path, recipe: CheckpointRecipe) -> None:
         self._folder, self._tokenizer, self._recipe = folder, tokenizer, recipe
-        # Ranks without shared threads of collectives cannot mistake training's messages for those of a save.
+        # Training's collectives go on meanwhile: messages of one group cannot be mistaken for those of another.
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[Saved] | None = None
         self._ended: list[Saved] = []
+        self._began, self._told = 0.0, False
 
     def __enter__(self) -> CheckpointSaver:
         return self
@@ -58,12 +59,20 @@ class CheckpointSaver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error other ranks may never come to the collectives of a save.
-        self._thread.shutdown(wait=error is None)
+        # After an error that not all ranks share, others may never come to the collectives of a save.
+        self._thread.shutdown(wait=error is None or isinstance(error, FloatingPointError))
 
     @property
     def in_flight(self) -> bool:
         return self._running is not None and not self._running.done()
+
+    def overdue(self) -> float | None:
+        """Seconds since the beginning of a save that takes longer than the recipe thinks; told once of each save."""
+        seconds = time.monotonic() - self._began
+        if not self.in_flight or self._told or seconds < self._recipe.slow_seconds:
+            return None
+        self._told = True
+        return seconds
 
     def begin(self, manifest: CheckpointManifest, boxes: Sequence[Box]) -> None:
         """Save what `boxes` hold now. Waits for the save before it, if that is not complete."""
@@ -71,6 +80,7 @@ class CheckpointSaver:
         self._settle()
         copies = [replace(box, data=box.data.detach().to("cpu", copy=True).contiguous()) for box in boxes]
         blocked = time.monotonic() - began
+        self._began, self._told = began, False
         self._running = self._thread.submit(self._save, manifest, copies, began, blocked)
 
     def ended(self, *, wait: bool = False) -> list[Saved]:

@@ -45,6 +45,7 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         *_interval_problems(recipe),
         *_block_size_schedule_problems(recipe),
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
+        *_retention_problems(recipe),
     ]
     # Each problem once, however many block sizes have it.
     problems += dict.fromkeys(
@@ -63,6 +64,16 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         )
     if problems:
         raise RecipeError(problems)
+
+
+def _retention_problems(recipe: Recipe) -> Iterator[str]:
+    saves, evaluates = recipe.checkpoint.every_steps, recipe.evaluation.every_steps
+    if recipe.checkpoint.keep_best and not (saves and evaluates and math.lcm(saves, evaluates) <= recipe.train.steps):
+        yield (
+            f"checkpoint.keep_best={recipe.checkpoint.keep_best} needs checkpoints that are evaluated, and with "
+            f"checkpoint.every_steps={saves} and evaluation.every_steps={evaluates} none is: make one a multiple of "
+            "the other"
+        )
 
 
 def _model_problems(model: ModelRecipe) -> Iterator[str]:

@@ -237,6 +237,7 @@ class CheckpointRecipe(Section):
     keep_last: PositiveInt = 2
     keep_every_steps: NonNegativeInt = Field(0, description="also those of multiples of so many steps; 0: none")
     keep_best: NonNegativeInt = Field(0, description="also so many of the lowest held-out NELBO")
+    slow_seconds: PositiveFloat = Field(300.0, description="a save that takes longer is told while it lasts")
     verify: Literal["full", "fast"] = Field(
         "full", description="before a run goes on from one: full compares every file's hash, fast its size"
     )

@@ -104,6 +104,8 @@ def _take_steps(
                     heartbeat.saved(saved.step)
                 elif final and saved.step == step:
                     raise saved.error
+        if seconds := saver.overdue():
+            report.warned(f"step {step}: the last checkpoint is being written since {seconds:.0f} s")
         if stopping and step < steps:
             report.stopped(step, stop.signal)
             return True

@@ -70,6 +70,17 @@ def test_a_save_that_fails_is_tried_again_and_one_that_keeps_failing_does_not_en
     assert not differences(site.folder / "full", site.undisturbed("DP2, ZeRO-1"))
 
 
+def test_a_slow_save_is_told_and_the_next_waits_for_it(site):
+    slow = ["checkpoint.slow_seconds=0.2", "train.steps=400", "checkpoint.every_steps=300", "evaluation.every_steps=0"]
+    slow += ["diffusion.search_interval=false"]
+    output = run(site, "slow", "1 process", *slow, inject="delay@save.write:step=300,seconds=3")
+    assert len(re.findall(r"step 3\d\d: the last checkpoint is being written since \d s", output)) == 1
+    first, last = (r for r in records(site.folder / "slow") if "checkpoint_tries" in r)
+    assert (first["step"], last["step"]) == (300, 400)
+    assert first["checkpoint_seconds"] > 3 > first["checkpoint_blocked_seconds"]
+    assert [r["step"] for r in records(site.folder / "slow") if "train_loss" in r] == list(range(1, 401))
+
+
 def test_a_last_save_that_keeps_failing_is_an_error(site):
     inject = "; ".join(f"fail@save.{part}:step={STEPS}" for part in ("begin", "commit", "rename"))
     output = run(site, "last", "1 process", inject=inject, code=2)

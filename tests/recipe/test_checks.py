@@ -302,3 +302,13 @@ def test_world_size_without_a_gpu_is_what_the_layout_needs() -> None:
     torch = pytest.importorskip("torch")
     expected = torch.cuda.device_count() or 12
     assert world_size_for_launch(recipe(parallel__tensor=2, parallel__pipeline=2, parallel__context=3)) == expected
+
+
+@pytest.mark.parametrize(("saves", "evaluates", "fits"), [(2, 5, True), (4, 3, False), (0, 5, False), (2, 0, False)])
+def test_the_best_checkpoints_are_among_those_that_are_evaluated(saves: int, evaluates: int, fits: bool) -> None:
+    sections = {"checkpoint": {"every_steps": saves, "keep_best": 1}, "evaluation": {"every_steps": evaluates}}
+    found = problems(Recipe.model_validate(recipe().model_dump(mode="json") | sections))
+    assert (found == ()) == fits
+    if not fits:
+        (problem,) = found
+        assert "checkpoint.keep_best=1 needs checkpoints that are evaluated" in problem
