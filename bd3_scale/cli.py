@@ -215,6 +215,8 @@ def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Se
             raise ValueError("replay starts its processes itself: run it without a launcher")
         from bd3_scale.train.main import main as train_here
 
+        if inject:
+            os.environ[faults.VARIABLE] = inject
         train_here(loaded)
         return
     from bd3_scale.launch.local import launch

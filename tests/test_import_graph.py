@@ -39,7 +39,10 @@ RESERVED = {
 }
 # Used where a machine has them: triton comes with a CUDA torch, NVIDIA's apex is built from source.
 OPTIONAL = {"lm_eval", "sklearn", "triton", "amp_C", "apex"}
-STANDARD_LIBRARY_ALONE = {"launch/local.py", "launch/ranks.py", "launch/records.py", "launch/supervise.py"}
+STANDARD_LIBRARY_ALONE = {
+    *(f"launch/{name}.py" for name in ("local", "ranks", "records", "supervise", "watch")),
+    "resilience/heartbeat.py",
+}
 
 
 def imported_names(path: Path, package: Path) -> Iterator[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bd3_scale.observe.progress import Bar
 
@@ -23,12 +24,20 @@ def list_command(path: Where, as_json: AsJson = False) -> None:
     """Steps, sizes and held-out NELBO of the checkpoints of a run, oldest first."""
     from bd3_scale.checkpoint.verify import describe
 
-    found = [describe(folder) for folder in _folders(path)]
+    found: list[dict[str, Any]] = []
+    for folder in _folders(path):
+        try:
+            found.append(describe(folder))
+        except (ValueError, OSError) as error:
+            found.append({"name": folder.name, "problem": str(error)})
     if as_json:
         typer.echo(json.dumps(found))
         return
     table = Table("checkpoint", "step", "GB", "ranks", "states", "NELBO", "skipped steps", title=str(path))
     for one in found:
+        if "problem" in one:
+            table.add_row(one["name"], Text(one["problem"], style="red"))
+            continue
         nelbo = "" if one["nelbo"] is None else f"{one['nelbo']:.4f}"
         size, states = f"{one['bytes'] / 1e9:.3f}", ", ".join(one["states"])
         table.add_row(one["name"], str(one["step"]), size, str(one["ranks"]), states, nelbo, str(one["skipped"]))
@@ -58,7 +67,7 @@ def verify(
         typer.echo(json.dumps(problems))
     else:
         for name, problem in problems.items():
-            Console(soft_wrap=True).print(f"{name}: {'sound' if problem is None else f'[red]{problem}[/red]'}")
+            Console(soft_wrap=True).print(Text(f"{name}: ") + Text(problem or "sound", style="red" if problem else ""))
     if any(problems.values()):
         raise typer.Exit(1)
 

@@ -25,6 +25,9 @@ IMPORTED = "imported"
 _INSIDE = r"^[^./\\][^/\\]*(/[^./\\][^/\\]*)*$"
 
 
+_SEALED = re.compile(r'"checksum": "([0-9a-f]{32})"\s*\}\s*\Z')
+
+
 class FileRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,38 +73,50 @@ class CheckpointManifest(BaseModel):
         return "ema" if "ema" in self.states else "master"
 
 
+class CheckpointDamagedError(ValueError):
+    """A checkpoint is not what was written."""
+
+
 def read_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a complete checkpoint.
 
     Raises:
-        ValueError: the folder is no checkpoint, was left half written, or has lost or truncated a file.
+        CheckpointDamagedError: the folder was left half written, has lost or truncated a file, or another manifest.
+        ValueError: another version wrote it.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(
+        raise CheckpointDamagedError(
             f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last; "
             "give a folder like RUN/checkpoints/step-00000100, or remove a half-written one"
         )
     text = path.read_text(encoding="utf-8", errors="replace")
+    _check_seal(path, text)
     try:
         manifest = CheckpointManifest.model_validate_json(text)
     except ValidationError as error:
-        if (written := re.search(r'"format":\s*(\d+)', text)) and int(written[1]) != FORMAT:
-            raise ValueError(
-                f"{path} is of format {written[1]}, and format {FORMAT} is read here: use the version that wrote it"
-            ) from error
-        raise ValueError(f"{path} cannot be read: {error}; use another checkpoint of the run") from error
-    if _digest(text.replace(_seal(manifest.checksum), _seal(""))) != manifest.checksum:
-        raise ValueError(f"{path} is damaged: it is not what was written; use another checkpoint of the run")
+        raise ValueError(f"{path} cannot be read by this version: {error}") from error
     for name, record in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != record.bytes:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(
+            raise CheckpointDamagedError(
                 f"checkpoint {folder} is damaged: {name} {state}, {record.bytes} were written; use an earlier "
                 "checkpoint"
             )
     return manifest
+
+
+def _check_seal(path: Path, text: str) -> None:
+    """Whether the text is what was written, whatever it means."""
+    if sealed := _SEALED.search(text):
+        if _digest(text[: sealed.start(1)] + text[sealed.end(1) :]) == sealed[1]:
+            return
+    elif (written := re.search(r'"format":\s*(\d+)', text)) and int(written[1]) != FORMAT:
+        raise ValueError(
+            f"{path} is of format {written[1]}, and format {FORMAT} is read here: use the version that wrote it"
+        )
+    raise CheckpointDamagedError(f"{path} is damaged: it is not what was written; use an earlier checkpoint")
 
 
 def damaged_files(folder: Path, manifest: CheckpointManifest, share: slice = slice(None)) -> list[str]:

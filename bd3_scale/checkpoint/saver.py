@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 
 import torch.distributed as dist
 
@@ -40,31 +40,23 @@ class Saved:
 class CheckpointSaver:
     """Copies a rank's boxes and writes them in a thread, over a process group of its own; one save at a time.
 
-    A context manager, which waits for the last save, and collective: every rank saves at the same steps. A save that
-    fails is tried again, twice.
+    Collective: every rank saves at the same steps. A save that fails is tried again, twice. The thread does not keep a
+    process that ends: what it leaves is no checkpoint.
     """
 
     def __init__(self, folder: Path, tokenizer: Path, recipe: CheckpointRecipe) -> None:
         self._folder, self._tokenizer, self._recipe = folder, tokenizer, recipe
-        # Training's collectives go on meanwhile: messages of one group cannot be mistaken for those of another.
-        self._group = dist.new_group(backend="gloo")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: Future[Saved] | None = None
+        # Training's collectives go on meanwhile: messages of one group cannot be mistaken for those of another. A rank
+        # that writes for hours keeps the others waiting, who must not take it for dead.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self._thread: threading.Thread | None = None
+        self._outcome: Saved | BaseException | None = None
         self._ended: list[Saved] = []
         self._began, self._told = 0.0, False
 
-    def __enter__(self) -> CheckpointSaver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an error that not all ranks share, others may never come to the collectives of a save.
-        self._thread.shutdown(wait=error is None or isinstance(error, FloatingPointError))
-
     @property
     def in_flight(self) -> bool:
-        return self._running is not None and not self._running.done()
+        return self._thread is not None and self._thread.is_alive()
 
     def overdue(self) -> float | None:
         """Seconds since the beginning of a save that takes longer than the recipe thinks; told once of each save."""
@@ -81,7 +73,8 @@ class CheckpointSaver:
         copies = [replace(box, data=box.data.detach().to("cpu", copy=True).contiguous()) for box in boxes]
         blocked = time.monotonic() - began
         self._began, self._told = began, False
-        self._running = self._thread.submit(self._save, manifest, copies, began, blocked)
+        self._thread = threading.Thread(target=self._save, args=(manifest, copies, began, blocked), daemon=True)
+        self._thread.start()
 
     def ended(self, *, wait: bool = False) -> list[Saved]:
         """Saves that ended since the last call; `wait`: the one in flight among them."""
@@ -91,11 +84,23 @@ class CheckpointSaver:
         return ended
 
     def _settle(self) -> None:
-        if self._running is not None:
-            self._ended.append(self._running.result())
-            self._running = None
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        assert self._outcome is not None
+        self._ended.append(self._outcome)
 
-    def _save(self, manifest: CheckpointManifest, boxes: Sequence[Box], began: float, blocked: float) -> Saved:
+    def _save(self, manifest: CheckpointManifest, boxes: Sequence[Box], began: float, blocked: float) -> None:
+        try:
+            path, error, tries = self._try(manifest, boxes)
+            self._outcome = Saved(manifest.step, path, error, tries, blocked, time.monotonic() - began)
+        except BaseException as unexpected:  # noqa: BLE001 - training's thread raises it
+            self._outcome = unexpected
+
+    def _try(self, manifest: CheckpointManifest, boxes: Sequence[Box]) -> tuple[Path | None, OSError | None, int]:
         for tries, pause in enumerate((*_PAUSES, None), 1):
             try:
                 path = save_boxes(
@@ -103,10 +108,10 @@ class CheckpointSaver:
                 )
             except OSError as error:
                 if pause is None:
-                    return Saved(manifest.step, None, error, tries, blocked, time.monotonic() - began)
+                    return None, error, tries
                 if dist.get_rank() == 0:
                     _LOG.warning("%s; it is tried again in %g s", error, pause)
                 time.sleep(pause)
             else:
-                return Saved(manifest.step, path, None, tries, blocked, time.monotonic() - began)
+                return path, None, tries
         raise AssertionError("the last try returns")

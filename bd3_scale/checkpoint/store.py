@@ -7,6 +7,7 @@ under a name that starts with a dot, synced and renamed, so that a folder withou
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bd3_scale.checkpoint.boxes import Box, boxes_of
-from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, CheckpointManifest, write_manifest
+from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, CheckpointManifest, read_manifest, write_manifest
 from bd3_scale.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
 from bd3_scale.checkpoint.retention import surplus
 from bd3_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter
@@ -27,10 +28,11 @@ from bd3_scale.parallel.collective import gather_objects, on_rank_zero
 from bd3_scale.parallel.zero import ZeroState
 from bd3_scale.recipe.schema import CheckpointRecipe
 from bd3_scale.resilience import faults
-from bd3_scale.resilience.files import sync, write_atomically
+from bd3_scale.resilience.files import remove_aside, sync, write_atomically
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial-"
+_LOG = logging.getLogger(__name__)
 LATEST = "latest"
 
 
@@ -60,10 +62,14 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def remove_partial(folder: Path) -> list[Path]:
-    """Remove what a killed save left behind; returns what it removed."""
+    """Remove what a killed save left behind; returns what it removed. What is still in use stays, with a warning."""
     left = sorted(folder.glob(f"{_PARTIAL}*")) if folder.is_dir() else []
     for path in left:
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            _LOG.warning("%s is left over and cannot be removed: %s", path, error)
+    remove_aside(folder)
     return left
 
 
@@ -74,19 +80,6 @@ def name_latest(folder: Path) -> None:
     else:
         (folder / LATEST).unlink(missing_ok=True)
         sync(folder)
-
-
-def save_checkpoint(
-    folder: Path,
-    manifest: CheckpointManifest,
-    zero: ZeroState,
-    layouts: Sequence[ParameterLayout],
-    *,
-    tokenizer: Path,
-    keep: CheckpointRecipe,
-) -> Path:
-    """Save the optimiser's state, as it is now, on all ranks (collective); see `save_boxes`."""
-    return save_boxes(folder, manifest, boxes_to_save(zero, layouts), tokenizer=tokenizer, keep=keep)
 
 
 def boxes_to_save(zero: ZeroState, layouts: Sequence[ParameterLayout]) -> list[Box]:
@@ -123,6 +116,7 @@ def save_boxes(
             f"the checkpoint of step {manifest.step} could not be written to {folder}: {_reasons(error)}; "
             "older ones are whole"
         ) from error
+    # It is complete: whatever else fails does not make it less.
     on_rank_zero(lambda: _tidy(folder, keep, manifest.step), group)
     return target
 
@@ -196,12 +190,14 @@ def _reasons(error: BaseException) -> str:
 def _prepare(partial: Path, tokenizer: Path, step: int) -> None:
     faults.reach("save.begin", step=step)
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(tokenizer, partial / TOKENIZER)
+    shutil.copytree(tokenizer, partial / TOKENIZER, ignore=shutil.ignore_patterns(".*"))
 
 
 def _commit(partial: Path, target: Path, manifest: CheckpointManifest, hashes: dict[str, str]) -> None:
     faults.reach("save.commit", step=manifest.step, folder=partial)
     write_manifest(partial, manifest, hashes)
+    # Nothing that cannot be read gets a name.
+    read_manifest(partial)
     for path in [*partial.rglob("*"), partial]:
         sync(path)
     faults.reach("save.rename", step=manifest.step, folder=partial)
@@ -212,12 +208,21 @@ def _commit(partial: Path, target: Path, manifest: CheckpointManifest, hashes: d
 
 
 def _tidy(folder: Path, keep: CheckpointRecipe, step: int) -> None:
-    faults.reach("save.link", step=step)
-    name_latest(folder)
-    faults.reach("save.remove", step=step)
-    by_step = {number: path for path in list_checkpoints(folder) if (number := step_of(path)) is not None}
-    for path in surplus(by_step, keep, folder.parent):
-        _remove(path)
+    try:
+        faults.reach("save.link", step=step)
+        name_latest(folder)
+    except OSError as error:
+        _LOG.warning("%s does not name step %d: %s", folder / LATEST, step, error)
+    try:
+        faults.reach("save.remove", step=step)
+        by_step = {number: path for path in list_checkpoints(folder) if (number := step_of(path)) is not None}
+        named = (folder / LATEST).read_text().strip() if (folder / LATEST).is_file() else ""
+        for path in surplus(by_step, keep, folder.parent):
+            # Where `latest` could not be written, what it names stays.
+            if path.name != named:
+                _remove(path)
+    except (OSError, ValueError) as error:
+        _LOG.warning("checkpoints of %s that may go are still there: %s", folder, error)
 
 
 def _remove(checkpoint: Path) -> None:

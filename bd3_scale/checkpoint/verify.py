@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
 
-from bd3_scale.checkpoint.manifest import CheckpointManifest, damaged_files, read_manifest
+from bd3_scale.checkpoint.manifest import CheckpointDamagedError, CheckpointManifest, damaged_files, read_manifest
 from bd3_scale.checkpoint.store import list_checkpoints, name_latest, step_of
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.parallel.collective import gather_objects, on_rank_zero
@@ -22,65 +22,93 @@ Mode = Literal["full", "fast"]
 def check_checkpoint(folder: Path, mode: Mode, share: slice = slice(None)) -> CheckpointManifest:
     """The manifest of a sound checkpoint: `fast` compares sizes, `full` also the hash of each file of `share`.
 
-    ValueError: it is incomplete or damaged; what is damaged is named.
+    Raises:
+        CheckpointDamagedError: it is not what was written; what is damaged is named.
+        ValueError: it was written by another version.
     """
     manifest = read_manifest(folder)
     step = step_of(folder)
     if step is not None and manifest.step != step:
-        raise ValueError(f"checkpoint {folder} is damaged: its manifest is of step {manifest.step}")
+        raise CheckpointDamagedError(f"checkpoint {folder} is damaged: its manifest is of step {manifest.step}")
     if mode == "full" and (damaged := damaged_files(folder, manifest, share)):
-        raise ValueError(f"checkpoint {folder} is damaged: {', '.join(damaged)} is not what was written")
+        raise CheckpointDamagedError(
+            f"checkpoint {folder} is damaged: {', '.join(damaged)} is not what was written; use an earlier checkpoint"
+        )
     return manifest
+
+
+def check_together(folder: Path, mode: Mode) -> str | None:
+    """What is damaged of a checkpoint, of which each rank reads a share, or None (collective).
+
+    ValueError, OSError, on all ranks: a rank cannot read it, or sees another state of it than rank 0.
+    """
+    world = dist.get_world_size()
+    found = gather_objects(_problem(folder, mode, dist.get_rank(), world))
+    for rank, (kind, text) in enumerate(found):
+        if kind == "unreadable":
+            raise ValueError(f"rank {rank} cannot read a checkpoint: {text}")
+    bad = [rank for rank, (kind, _) in enumerate(found) if kind == "damaged"]
+    if not bad:
+        return None
+    seen = on_rank_zero(lambda: [_problem(folder, mode, rank, world) for rank in bad])
+    for rank, (kind, text) in zip(bad, seen, strict=True):
+        if kind == "damaged":
+            return text
+        raise ValueError(
+            f"rank {rank} finds what rank 0 does not: {found[rank][1]}; does its node see the run directory as it is?"
+        )
+    return None
 
 
 def newest_sound(checkpoints: Path, mode: Mode) -> tuple[Path, CheckpointManifest] | None:
     """The newest checkpoint of a run's folder that is sound, or None where there is none at all (collective).
 
-    A damaged one is moved aside, under a name that begins with `damaged-`, with a warning; each rank reads its share.
+    Damaged ones that are newer are moved aside, under a name that begins with `damaged-`, with a warning.
 
-    ValueError: there are checkpoints, and none is sound.
+    ValueError, with nothing moved: there are checkpoints, and none is sound, or as `check_together`.
     """
-    moved = []
-    while folder := on_rank_zero(lambda: next(iter(reversed(list_checkpoints(checkpoints))), None)):
-        problems = [problem for problem in gather_objects(_problem(folder, mode)) if problem]
-        if not problems:
+    problems: list[tuple[Path, str]] = []
+    for folder in on_rank_zero(lambda: list_checkpoints(checkpoints))[::-1]:
+        problem = check_together(folder, mode)
+        if problem is None:
+            on_rank_zero(lambda: _move_aside(problems))
             return folder, read_manifest(folder)
-        moved.append(on_rank_zero(_moving_aside(folder, problems[0])))
-    if moved:
+        problems.append((folder, problem))
+    if problems:
         raise ValueError(
-            f"none of the checkpoints in {checkpoints} is sound, and all are moved aside: put back one of "
-            f"{', '.join(path.name for path in moved)} that you have mended, or begin anew with run_dir=FOLDER"
+            f"none of the checkpoints in {checkpoints} is sound: {'; '.join(problem for _, problem in problems)}; mend "
+            "one, or begin anew with run_dir=FOLDER"
         )
     return None
 
 
-def _problem(folder: Path, mode: Mode) -> str | None:
+def _problem(folder: Path, mode: Mode, rank: int, world: int) -> tuple[Literal["", "damaged", "unreadable"], str]:
     try:
-        check_checkpoint(folder, mode, slice(dist.get_rank(), None, dist.get_world_size()))
+        check_checkpoint(folder, mode, slice(rank, None, world))
+    except CheckpointDamagedError as error:
+        return "damaged", str(error)
     except (ValueError, OSError) as error:
-        return str(error)
-    return None
+        return "unreadable", str(error)
+    return "", ""
 
 
-def _moving_aside(folder: Path, problem: str) -> Callable[[], Path]:
-    def move() -> Path:
+def _move_aside(problems: Sequence[tuple[Path, str]]) -> None:
+    for folder, problem in problems:
         aside = folder.with_name(DAMAGED + folder.name)
         number = 1
         while aside.exists():
             number += 1
             aside = folder.with_name(f"{DAMAGED}{folder.name}-{number}")
         folder.rename(aside)
-        name_latest(folder.parent)
         _LOG.warning("%s; it is moved to %s, and an older one is taken", problem, aside.name)
-        return aside
-
-    return move
+    if problems:
+        name_latest(problems[0][0].parent)
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself, and the NELBO that its run recorded at its step. ValueError: it is damaged."""
     manifest = read_manifest(folder)
-    metrics = folder.parents[1] / METRICS_FILE
+    metrics = folder.absolute().parents[1] / METRICS_FILE
     found = {r["step"]: r["nelbo"] for r in read_metrics(metrics) if "nelbo" in r} if metrics.exists() else {}
     return {
         "name": folder.name,

@@ -67,12 +67,16 @@ class TrainingStream(Iterator[Batch]):
             worker_init_fn=_leave_signals_to_the_rank,
             generator=torch.Generator(),  # or the loader would draw from the generator that training uses
         )
+        # Of the last epoch that was asked for: it takes seconds where there are many sequences.
+        self._order: tuple[int, NDArray[np.int64]] | None = None
         self._batches: Iterator[Batch | Exception] = iter(loader)
 
     def batch_at(self, step: int) -> tuple[int, list[int]]:
         """Epoch and sample ids, by slot, of the whole global batch that follows `step` finished steps."""
         epoch, first = divmod(step, self.steps_per_epoch)
-        return epoch, self._steps.order(epoch)[first].tolist()
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._steps.order(epoch)
+        return epoch, self._order[1][first].tolist()
 
     def __next__(self) -> Batch:
         batch = next(self._batches)

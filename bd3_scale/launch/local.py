@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,8 +69,8 @@ def launch(
         OSError: `argv` cannot be started or a log cannot be written; no rank is left running.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    heartbeats = log_dir / "heartbeats"
-    shutil.rmtree(heartbeats, ignore_errors=True)
+    # Of this machine alone, and of this launch: storage that hangs must not keep anybody from saying so.
+    heartbeats = Path(tempfile.mkdtemp(prefix="bd3_scale-heartbeats-"))
     events: Events = SimpleQueue()
     previous = {s: signal.signal(s, lambda number, _: events.put(signal.Signals(number))) for s in _FORWARDED}
     ranks: list[Rank] = []
@@ -89,6 +90,7 @@ def launch(
             process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
+        shutil.rmtree(heartbeats, ignore_errors=True)
 
 
 class _Log(NamedTuple):

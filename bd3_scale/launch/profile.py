@@ -45,7 +45,9 @@ class Profile(Section):
     time_limit: str = Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$", description="as sbatch reads it, such as 1-00:00:00")
     requeue: bool = Field(True, description="false where the site forbids it: then submit with --chain")
     warning_seconds: Annotated[int, Field(ge=20)] = Field(
-        300, description="before the time limit, when ranks are asked to save; three quarters of it are theirs"
+        300,
+        description="before the time limit, when ranks are asked to save; three quarters of it are theirs, which must "
+        "be enough for two saves, since one may be under way",
     )
     max_failures: PositiveInt = Field(3, description="crashes and hangs in a row that leave no newer checkpoint")
     deadlines: Deadlines = Deadlines()

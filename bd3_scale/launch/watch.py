@@ -13,6 +13,11 @@ from bd3_scale.launch.records import read_json
 _SILENT_SECONDS = 5.0
 
 
+def _counted(phase: str) -> str:
+    """By which deadline: a process that has come to its end may still write."""
+    return "checkpoint" if phase in ("stopped", "done", "failed") else phase
+
+
 class Watch:
     """Reads the heartbeats of `ranks` ranks in `folder` (see `resilience.heartbeat`)."""
 
@@ -40,18 +45,16 @@ class Watch:
         late: list[str] = []
         for rank in range(self._ranks):
             state = states.get(rank, {"phase": "start", "step": 0, "beat": 0})
-            if state["phase"] in ("stopped", "done", "failed"):
-                continue
             here = (state["phase"], state["step"])
             if rank not in self._seen or self._seen[rank][0] != here:
                 self._seen[rank] = here, now if rank in self._seen else self._began
             if rank not in self._beats or self._beats[rank][0] != state["beat"]:
                 self._beats[rank] = state["beat"], now
-            if now - self._seen[rank][1] > deadlines[state["phase"]]:
+            if now - self._seen[rank][1] > deadlines[_counted(state["phase"])]:
                 late.append(state["phase"])
         if not late:
             return None
-        return f"hang in phase {late[0]!r} after {deadlines[late[0]]:g} s: {self._culprits(states, now)}"
+        return f"hang in phase {late[0]!r} after {deadlines[_counted(late[0])]:g} s: {self._culprits(states, now)}"
 
     def _culprits(self, states: Mapping[int, Mapping[str, Any]], now: float) -> str:
         """The ranks that are behind, those that do not run at all, and where each one was."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
 from bd3_scale.recipe.schema import WandbRecipe
-from bd3_scale.resilience.files import write_atomically
+from bd3_scale.resilience.files import Lines, write_atomically
 
 if TYPE_CHECKING:
     import wandb
@@ -67,7 +67,7 @@ class MetricsWriter:
     after_step: the step that training goes on from; what an earlier attempt recorded after it is dropped, since those
     steps are taken again; evaluates_again: and so is an evaluation at that step. name and config: what Weights & Biases
     shows; the run's id is kept in `run_dir/wandb_id`, so that a resumed run stays one. Offline, the choice of "auto"
-    without a key, it writes to `run_dir/wandb` for `wandb sync`. If it fails, it warns once and the run goes on.
+    without a key, it writes to `run_dir/wandb` for `wandb sync`. If either fails, it warns once and the run goes on.
 
     OSError: the file cannot be written. ValueError: a spoilt metrics file, see `read_metrics`.
     """
@@ -85,7 +85,7 @@ class MetricsWriter:
         path = run_dir / METRICS_FILE
         if path.exists():
             truncate_after(path, after_step, evaluates_again=evaluates_again)
-        self._file = path.open("a")
+        self._file = Lines(path)
         self._wandb: wandb.Run | None = None
         if (mode := _wandb_mode(recipe.mode)) != "disabled":
             self._wandb = _unless_wandb_fails(lambda: _start_wandb(run_dir, recipe, mode, name, config))
@@ -106,8 +106,7 @@ class MetricsWriter:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(record))
         if (run := self._wandb) is not None:
             self._wandb = _unless_wandb_fails(lambda: _log(run, {"step": step, **values}))
 

@@ -1,7 +1,8 @@
 """Whether weights that several ranks hold are the same on all of them.
 
 A bit that flips in one rank's memory, or a collective that lost something, makes replicas drift apart; training goes on
-and is wrong.
+and is wrong. ZeRO 1 and 2 hand data-parallel ranks their weights anew after each step: what differs there came since,
+or in that handing out, and a flipped bit of the one master that there is reaches all of them and is not seen.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ _CHUNK = 1 << 22
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
+class ReplicasDifferError(ValueError):
+    """Ranks hold different values of a weight that they share."""
+
+
 def fingerprint(tensor: Tensor) -> Tensor:
     """64 bits of a tensor, int64 []: Σ bits[i]·(2i·φ + 1) mod 2^64, which a change of any one element changes."""
     flat = tensor.detach().reshape(-1)
@@ -40,7 +45,7 @@ def check_replicas(
     """Compare the weights that ranks share (collective): over data- and context-parallel ranks unless ZeRO-3 divides
     them, over tensor-parallel ranks where these hold a weight whole, and over the stages that tie embeddings.
 
-    ValueError, on all ranks: the parameter, and the ranks whose copy is not that of most.
+    ReplicasDifferError, on all ranks: the parameter, and the ranks whose copy is not that of most.
     """
     prints = torch.stack([fingerprint(_held(layout.parameter)) for layout in layouts])
     of_parameter = {id(layout.parameter): place for place, layout in enumerate(layouts)}
@@ -51,7 +56,7 @@ def check_replicas(
     shared += [(tied, groups.embd)] if tied else []
     differ = [place for places, group in shared for place in _different(prints, places, group)]
     if any_rank(bool(differ)):
-        raise ValueError(
+        raise ReplicasDifferError(
             f"after step {step} ranks that share weights hold different ones: {_describe(layouts, prints, differ)}. "
             "A processor, memory or network fails, or a collective is wrong: look for a bad node, and go on from a "
             "checkpoint before it"

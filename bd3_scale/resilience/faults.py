@@ -1,4 +1,4 @@
-"""Faults on demand, for tests and game days: at named points of a run, each once in a run directory.
+"""Faults on demand, for tests and game days: at named points of a run, once on each rank of a run directory.
 
     bd3-scale train recipe.yaml --inject 'kill@step:step=5,rank=1; full@save.write:step=8; nan@gradient:step=3'
 
@@ -13,12 +13,14 @@
 | save.rename, save.link, save.remove       | written, it gets its name, `latest` is set, old checkpoints are removed  |
 
 Actions: kill (SIGKILL), stop (SIGSTOP), delay (`seconds=`), nan (in a gradient), flip (a byte of the save's largest
-file), and the errors full (ENOSPC), fail (EIO) and readonly (EROFS). Without `step=` or `rank=` any will do.
+file), and the errors full (ENOSPC), fail (EIO) and readonly (EROFS). Without `step=` or `rank=` any will do:
+a fault without `rank=` happens on all of them.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import signal
@@ -37,6 +39,8 @@ POINTS = (
     *(f"save.{part}" for part in ("begin", "write", "commit", "rename", "link", "remove")),
 )
 _ERRORS = {"full": errno.ENOSPC, "fail": errno.EIO, "readonly": errno.EROFS}
+# A save's files are there, and their hashes known.
+_FLIPS = ("save.commit", "save.rename")
 ACTIONS = ("kill", "stop", "delay", "nan", "flip", *_ERRORS)
 
 
@@ -64,8 +68,8 @@ def _parse(text: str) -> Fault:
             f"fault {text!r} is not ACTION@POINT or ACTION@POINT:step=N,rank=K,seconds=S with an action among "
             f"{', '.join(ACTIONS)} and a point among {', '.join(POINTS)}"
         )
-    if (found[1] == "nan") != (found[2] == "gradient") or (found[1] == "flip" and not found[2].startswith("save.")):
-        raise ValueError(f"fault {text!r}: nan belongs to the point gradient, and flip to a save's")
+    if (found[1] == "nan") != (found[2] == "gradient") or (found[1] == "flip" and found[2] not in _FLIPS):
+        raise ValueError(f"fault {text!r}: nan belongs to the point gradient, and flip to {' and '.join(_FLIPS)}")
     options: dict[str, float] = {}
     for option in filter(None, (found[3] or "").split(",")):
         name, _, value = option.partition("=")
@@ -74,6 +78,8 @@ def _parse(text: str) -> Fault:
             if name not in ("step", "rank", "seconds"):
                 raise ValueError
             options[name] = number(value)
+            if not 0 <= options[name] < math.inf:
+                raise ValueError
         except ValueError:
             raise ValueError(f"fault {text!r}: {option!r} is none of step=N, rank=K, seconds=S") from None
     return Fault(found[1], found[2], **options)  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -11,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
+
+_LOG = logging.getLogger(__name__)
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -29,6 +34,40 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+class Lines:
+    """Lines appended to a file. What cannot be written, as on a full disk, is told once and waits for the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+        self._told = False
+
+    def write(self, line: str) -> None:
+        """Append a line and all that wait."""
+        self._pending += line.encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._told:
+                _LOG.warning("%s cannot be written: %s; its lines wait until it can", self._path, error)
+            self._told = True
+
+    def close(self) -> None:
+        """Lines that still wait are lost, with a warning."""
+        if self._pending:
+            _LOG.warning("%s lacks its last %d lines", self._path, self._pending.count(b"\n"))
+        self._file.close()
+
+
+def remove_aside(folder: Path) -> None:
+    """Remove what `write_atomically` leaves in a folder if it is killed. Nobody else may write there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _ASIDE.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import torch.distributed as dist
 
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics, truncate_after
+from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.parallel.engine import StepResult
 from bd3_scale.recipe.schema import GuardRecipe
+from bd3_scale.resilience.files import Lines
 
 Keys = Callable[[], dict[str, Any]]
 EVENTS_FILE = "events.jsonl"
@@ -38,12 +40,8 @@ class Guard:
         self._folder, self._recipe = folder, recipe
         self._in_a_row = 0
         self._losses: deque[float] = deque(maxlen=_WINDOW)
-        if dist.get_rank() == 0:
-            if (folder / EVENTS_FILE).exists():
-                truncate_after(folder / EVENTS_FILE, step)
-            if (folder / METRICS_FILE).exists():
-                found = [r["train_loss"] for r in read_metrics(folder / METRICS_FILE) if "train_loss" in r]
-                self._losses.extend(loss for loss in found if loss is not None and math.isfinite(loss))
+        self._events: Lines | None = None
+        self._losses.extend(on_rank_zero(lambda: _losses_so_far(folder, step)))
 
     def judge(self, step: int, result: StepResult, keys: Keys) -> str | None:
         """After a step: what people should know of it. `keys`: what its sequences and noise are drawn from.
@@ -84,8 +82,18 @@ class Guard:
             return
         event = {"step": step, "kind": kind, "loss": str(result.loss), "grad_norm": str(result.grad_norm), **more}
         event |= keys()
-        with (self._folder / EVENTS_FILE).open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        self._events = self._events or Lines(self._folder / EVENTS_FILE)
+        self._events.write(json.dumps(event))
+
+
+def _losses_so_far(folder: Path, step: int) -> list[float]:
+    """The last ones that the run recorded; events after `step`, which is taken again, are dropped."""
+    if (folder / EVENTS_FILE).exists():
+        truncate_after(folder / EVENTS_FILE, step)
+    if not (folder / METRICS_FILE).exists():
+        return []
+    found = [r["train_loss"] for r in read_metrics(folder / METRICS_FILE) if r.get("train_loss") is not None]
+    return found[-_WINDOW:]
 
 
 _ADVICE = (

@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from bd3_scale.attention.kernels.tiles import choices
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
-from bd3_scale.checkpoint.saver import CheckpointSaver
+from bd3_scale.checkpoint.saver import CheckpointSaver, Saved
 from bd3_scale.checkpoint.store import boxes_to_save
 from bd3_scale.observe.metrics import METRICS_FILE, has_evaluation
 from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
-from bd3_scale.parallel.replicas import check_replicas
+from bd3_scale.parallel.replicas import ReplicasDifferError, check_replicas
 from bd3_scale.recipe.load import recipe_hash
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience import faults
@@ -63,8 +63,13 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
             )
         )
         guard = Guard(run.folder, run.recipe.guard, step=training.done, skipped=training.skipped)
-        saver = stack.enter_context(CheckpointSaver(run.checkpoints, run.folder / TOKENIZER, run.recipe.checkpoint))
-        stopped = _take_steps(training, stop, guard, saver, heartbeat, report)
+        saver = CheckpointSaver(run.checkpoints, run.folder / TOKENIZER, run.recipe.checkpoint)
+        try:
+            stopped = _take_steps(training, stop, guard, saver, heartbeat, report)
+        except (FloatingPointError, ReplicasDifferError):
+            # All ranks raise these: the save that they are in comes to its end.
+            _settle(saver, heartbeat, report, wait=True)
+            raise
         # A run that was ended between its last checkpoint and this comes back for it.
         if not stopped and run.data.validation is not None and not _is_evaluated(run):
             report.evaluated(run.recipe.train.steps, *_evaluate(training, run.recipe.train.steps, heartbeat))
@@ -87,29 +92,38 @@ def _take_steps(
         if found := guard.judge(step, result, partial(training.keys_of, step)):
             report.warned(found)
         heartbeat.finished(step)
-        if _due(step, run.recipe.guard.replicas_every_steps):
-            check_replicas(training.engine.chunks, training.layouts, run.groups, step)
         faults.reach("collective", step=step)
         stopping = any_rank(stop.signal is not None)
         final = stopping or step == steps
-        if final or _due(step, run.recipe.checkpoint.every_steps):
+        saves = final or _due(step, run.recipe.checkpoint.every_steps)
+        # Before a save, too: what drifted must not take the place of what did not.
+        if (compares := run.recipe.guard.replicas_every_steps) and (saves or _due(step, compares)):
+            check_replicas(training.engine.chunks, training.layouts, run.groups, step)
+        if saves:
             with heartbeat.during("checkpoint"):
                 saver.begin(
                     _manifest(training, step, guard.skipped), boxes_to_save(training.engine.zero, training.layouts)
                 )
         with heartbeat.during("checkpoint") if final else nullcontext():
-            for saved in saver.ended(wait=final):
-                report.saved(saved)
-                if saved.error is None:
-                    heartbeat.saved(saved.step)
-                elif final and saved.step == step:
-                    raise saved.error
+            last = _settle(saver, heartbeat, report, wait=final)
+        if final and last is not None and last.error is not None:
+            raise last.error
         if seconds := saver.overdue():
             report.warned(f"step {step}: the last checkpoint is being written since {seconds:.0f} s")
         if stopping and step < steps:
             report.stopped(step, stop.signal)
             return True
     return False
+
+
+def _settle(saver: CheckpointSaver, heartbeat: Heartbeat, report: Report, *, wait: bool) -> Saved | None:
+    """Tell what became of saves that have ended; returns the last of them."""
+    last = None
+    for last in saver.ended(wait=wait):
+        report.saved(last)
+        if last.error is None:
+            heartbeat.saved(last.step)
+    return last
 
 
 def _is_evaluated(run: Run) -> bool:

@@ -27,7 +27,7 @@ def main(recipe: Recipe) -> None:
 def main_of_replay(recipe: Recipe, step: int) -> None:
     """Compute a step again; rank 0 prints a line of JSON."""
     with _errors_for_people(), Heartbeat() as heartbeat:
-        found = replay(recipe, step)
+        found = replay(recipe, step, heartbeat)
         heartbeat.end("done")
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(asdict(found) | {"same": found.same}), flush=True)

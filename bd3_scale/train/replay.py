@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from bd3_scale.checkpoint.verify import check_checkpoint
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.schema import Recipe
+from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.train.evaluation import evaluate
 from bd3_scale.train.guard import EVENTS_FILE
-from bd3_scale.train.resume import Start, check_resumable, find_start
+from bd3_scale.train.resume import Start, check_resumable, find_initial
 from bd3_scale.train.setup import open_run, open_training
 from bd3_scale.train.step import take_step
 
@@ -47,13 +47,13 @@ class Replayed:
 def last_event(run: Path) -> int:
     """Step of the last one that stood out. ValueError: there is none."""
     path = run / EVENTS_FILE
-    events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    events = read_metrics(path) if path.exists() else []
     if not events:
         raise ValueError(f"{run} has no step that stood out ({EVENTS_FILE}): name one with --step")
     return int(events[-1]["step"])
 
 
-def replay(recipe: Recipe, step: int) -> Replayed:
+def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
     """Go from the newest checkpoint before `step`, or from the beginning, through that step (collective).
 
     Nothing is written: the run directory stays as it is. The result is bitwise the run's on the same layout and
@@ -72,17 +72,20 @@ def replay(recipe: Recipe, step: int) -> Replayed:
             )
         )
         if folder is None:
-            start = find_start(run.recipe, run.folder / "no checkpoints", run.data, run.data_hash)
+            start = find_initial(run.recipe, run.data)
         else:
             manifest = check_checkpoint(folder, "fast")
             check_resumable(folder, manifest, run.recipe, run.data_hash)
             start = Start(folder, manifest, resumes=True)
         training = open_training(run, start)
+        heartbeat.resumed(training.done)
         for number in range(training.done + 1, step + 1):
             if run.recipe.evaluates_at(number - 1) and run.recipe.diffusion.search_interval:
-                evaluate(training, number - 1)
+                with heartbeat.during("evaluation"):
+                    evaluate(training, number - 1)
             keys = training.keys_of(number) if number == step else {}
             result = take_step(training, number)
+            heartbeat.finished(number)
         recorded = on_rank_zero(lambda: _recorded(run.folder, step))
         return Replayed(step, training.done, result.loss, result.grad_norm, result.applied, recorded, keys)
 

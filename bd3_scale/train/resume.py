@@ -13,7 +13,7 @@ from bd3_scale.checkpoint.store import (
     load_training_state,
     resolve_checkpoint,
 )
-from bd3_scale.checkpoint.verify import newest_sound
+from bd3_scale.checkpoint.verify import check_together, newest_sound
 from bd3_scale.data.manifest import Manifest, check_tokenizer
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.layout import ParameterLayout
@@ -63,11 +63,18 @@ def find_start(recipe: Recipe, checkpoints: Path, data: Manifest, data_hash: str
     if own := newest_sound(checkpoints, recipe.checkpoint.verify):
         check_resumable(*own, recipe, data_hash)
         return Start(*own, resumes=True)
+    return find_initial(recipe, data)
+
+
+def find_initial(recipe: Recipe, data: Manifest) -> Start | None:
+    """What `init_from` names, checked as a run's own checkpoint is (collective). ValueError: it does not fit."""
     if recipe.init_from is None:
         return None
     # On one rank: a run that is still saving may have a newer one for the next that looks.
     initial = Path(recipe.init_from)
     checkpoint = on_rank_zero(lambda: resolve_checkpoint(initial))
+    if problem := check_together(checkpoint, recipe.checkpoint.verify):
+        raise ValueError(problem)
     manifest = read_manifest(checkpoint)
     check_initial(checkpoint, manifest, recipe, data)
     return Start(checkpoint, manifest, resumes=False)

@@ -28,7 +28,7 @@ from bd3_scale.parallel.groups import ProcessGroups, local_device, process_group
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.load import recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe
-from bd3_scale.resilience.files import check_writable, write_atomically
+from bd3_scale.resilience.files import check_writable, remove_aside, write_atomically
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.signals import ended_by_signals
 from bd3_scale.train.resume import Start
@@ -120,6 +120,7 @@ def lock_run_directory(run: Run, stack: ExitStack) -> None:
     stack.enter_context(lock_run(run.folder))
     run.checkpoints.mkdir(exist_ok=True)
     remove_partial(run.checkpoints)
+    remove_aside(run.folder)
 
 
 def describe_run(run: Run, start: Start | None) -> None:

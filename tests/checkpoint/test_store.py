@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import signal
@@ -11,12 +12,13 @@ import torch
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.store import (
+    boxes_to_save,
     list_checkpoints,
     load_training_state,
     load_weights,
     remove_partial,
     resolve_checkpoint,
-    save_checkpoint,
+    save_boxes,
 )
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
@@ -78,11 +80,10 @@ class Training:
             world_size=1,
             states=self.engine.zero.names,
         )
-        return save_checkpoint(
+        return save_boxes(
             folder,
             manifest,
-            self.engine.zero,
-            self.layouts,
+            boxes_to_save(self.engine.zero, self.layouts),
             tokenizer=tokenizer,
             keep=CheckpointRecipe(keep_last=keep_last),
         )
@@ -182,6 +183,33 @@ def test_another_shape_is_named(trained, folder, groups):
 def test_another_format_is_named(trained, folder):
     checkpoint = trained.save(folder)
     manifest = checkpoint / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
+    manifest.write_text('{"format": 1, "step": 2}')
     with pytest.raises(ValueError, match=r"is of format 1, and format 3 is read here"):
         read_manifest(checkpoint)
+
+
+def test_hidden_files_of_a_tokeniser_are_left_out(trained, folder):
+    hidden = folder.parent / "tokenizer" / ".DS_Store"
+    hidden.parent.mkdir()
+    hidden.write_text("x")
+    checkpoint = trained.save(folder)
+    assert set(read_manifest(checkpoint).files) == {"index.json", "rank-00000.safetensors", "tokenizer/tokenizer.json"}
+
+
+def test_a_checkpoint_is_saved_even_where_tidying_up_fails(trained, folder, monkeypatch, caplog):
+    """`latest` is a folder, and the older checkpoint is in use."""
+    trained.save(folder, step=1)
+    (folder / "latest").unlink()
+    (folder / "latest").mkdir()
+
+    def in_use(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    monkeypatch.setattr("shutil.rmtree", in_use)
+    checkpoint = trained.save(folder, step=2, keep_last=1)
+    monkeypatch.undo()
+    assert read_manifest(checkpoint).step == 2
+    assert "latest does not name step 2" in caplog.text
+    assert "that may go are still there" in caplog.text
+    assert [path.name for path in remove_partial(folder)] == [".partial-removed-step-00000001"]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
-from bd3_scale.checkpoint.store import save_checkpoint
+from bd3_scale.checkpoint.store import boxes_to_save, save_boxes
 from bd3_scale.convert.remote_code_files import remote_code
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
@@ -148,8 +148,12 @@ def native_checkpoint(
             states=engine.zero.names,
         )
         tokenizer = folder.parent / "tokenizer"
-        return save_checkpoint(
-            folder, manifest, engine.zero, layouts, tokenizer=tokenizer, keep=CheckpointRecipe(keep_last=1)
+        return save_boxes(
+            folder,
+            manifest,
+            boxes_to_save(engine.zero, layouts),
+            tokenizer=tokenizer,
+            keep=CheckpointRecipe(keep_last=1),
         )
 
 

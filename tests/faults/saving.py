@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import xxhash
 
 from bd3_scale.checkpoint.boxes import Box
 from bd3_scale.checkpoint.manifest import CheckpointManifest
@@ -53,6 +54,12 @@ def save(folder: Path, step: int) -> Path:
     )
     boxes = [Box(f"master.{name}", torch.full((300,), float(step)), (0,), (300,)) for name in ("a", "b")]
     return save_boxes(folder, manifest, boxes, tokenizer=tokenizer, keep=CheckpointRecipe(keep_last=1))
+
+
+def sealed(checkpoint, **changes):
+    """A manifest with changes, as whoever wrote them would have sealed it."""
+    text = json.dumps(json.loads((checkpoint / "manifest.json").read_text()) | changes | {"checksum": ""}, indent=2)
+    return text.replace('"checksum": ""', f'"checksum": "{xxhash.xxh3_128(text.encode()).hexdigest()}"')
 
 
 def in_child(action, *arguments) -> int:
@@ -113,7 +120,7 @@ def main() -> None:
         latest = (folder / LATEST).read_text().strip()
         outcome["latest"] = check_checkpoint(folder / latest, "full").step
         remove_partial(folder)
-        names = {path.name for path in folder.iterdir() if not path.name.startswith(".latest.")}
+        names = {path.name for path in folder.iterdir()}
         outcome["left"] = sorted(names - {LATEST} - {f"step-{step:08d}" for step in outcome["sound"]})
         outcomes.append(outcome)
     print(json.dumps(outcomes))

@@ -16,7 +16,7 @@ from bd3_scale.checkpoint.store import list_checkpoints
 from bd3_scale.checkpoint.verify import check_checkpoint, newest_sound
 
 sys.path.insert(0, str(Path(__file__).parent))
-from saving import save
+from saving import save, sealed
 
 HERE = Path(__file__).parent
 
@@ -118,6 +118,24 @@ def test_a_damaged_checkpoint_steps_back_and_is_moved_aside(two, caplog):
     assert list_checkpoints(older.parent) == [older]
     assert (older.parent / "latest").read_text() == "step-00000001\n"
     (older / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"none of the checkpoints .* put back one of damaged-step-00000001 "):
-        newest_sound(older.parent, "fast")
-    assert newest_sound(older.parent, "full") is None
+    for mode in ("fast", "full"):
+        with pytest.raises(ValueError, match=r"none of the checkpoints .* is sound: .* it has no manifest.json"):
+            newest_sound(older.parent, mode)
+    assert list_checkpoints(older.parent) == [older], "nothing is moved where nothing is sound"
+
+
+def test_what_cannot_be_read_is_not_taken_for_damage(two, monkeypatch):
+    """Another version's, or one on storage that fails at the moment, stays where it is."""
+    older, newer = two
+    for content, message in (
+        ('{"format": 2, "step": 2}', "is of format 2, and format 3 is read here"),
+        (sealed(newer, recipe={"name": "tiny", "colour": "blue"}), "cannot be read by this version"),
+    ):
+        (newer / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            newest_sound(older.parent, "full")
+        assert list_checkpoints(older.parent) == [older, newer]
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(ValueError, match=r"rank 0 cannot read a checkpoint: .* Input/output error"):
+        newest_sound(older.parent, "full")
+    assert list_checkpoints(older.parent) == [older, newer]

@@ -25,7 +25,7 @@ from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.faults import parse_faults
 
 sys.path.insert(0, str(Path(__file__).parent))
-from saving import save
+from saving import save, sealed
 
 FUZZ = settings(
     max_examples=150,
@@ -162,10 +162,10 @@ def test_no_path_of_a_checkpoint_leads_out_of_it(path, checkpoint):
     (checkpoint / "index.json").write_text(json.dumps(index))
     assert "that is no file of the checkpoint" in message(read_all, checkpoint)
     if path != "a/b":
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        manifest["files"] = {path: next(iter(manifest["files"].values()))}
-        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-        assert "cannot be read" in message(check_checkpoint, checkpoint, "full")
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        text = sealed(checkpoint, files={path: next(iter(files.values()))})
+        (checkpoint / "manifest.json").write_text(text)
+        assert "cannot be read by this version" in message(check_checkpoint, checkpoint, "full")
 
 
 @pytest.fixture(scope="module")

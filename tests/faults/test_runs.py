@@ -46,7 +46,6 @@ def tensors(folder, step):
 def test_killed_six_times_every_step_is_bitwise_the_undisturbed_one(site):
     found = run_campaign(site, 6, seed=3)
     assert len(found["kills"]) == 6
-    assert {run["layout"] for run in found["runs"]} == {"1 process", "TP2"}
     assert all(not run["different"] for run in found["runs"]), found
 
 
@@ -116,7 +115,7 @@ def test_a_byte_that_flipped_on_disk_costs_one_checkpoint(site):
 
 def test_a_rank_that_stops_is_named_with_the_stacks_of_all(site):
     began = time.monotonic()
-    output = run(site, "hung", "TP2", "launch.deadlines.step=6", inject="stop@collective:step=5,rank=1", code=75)
+    output = run(site, "hung", "TP2", "launch.deadlines.step=12", inject="stop@collective:step=5,rank=1", code=75)
     seconds = time.monotonic() - began
     # What it last told may be a second old.
     assert re.search(r"hang in phase '(start|step)' after \d+ s: lowest step [0-5] at ranks \[(0, )?1\]", output)
@@ -126,7 +125,7 @@ def test_a_rank_that_stops_is_named_with_the_stacks_of_all(site):
     assert "_take_steps" in output
     assert "_take_steps" in log
     stopped = time.time() - (site.folder / "hung" / "metrics.jsonl").stat().st_mtime
-    assert stopped < 6 + 10, seconds
+    assert stopped < 12 + 10, seconds
     run(site, "hung", "TP2")
     assert not differences(site.folder / "hung", site.undisturbed("TP2"))
 
@@ -197,14 +196,15 @@ def test_a_signal_to_one_rank_alone_stops_all_at_one_step(site):
 
 def test_what_a_killed_run_left_in_shared_memory_is_removed_by_the_next(site):
     command = [*site.command("left", "1 process"), "train.steps=100000"]
+    before = set(SHARED_MEMORY.glob("*_bd3_scale.lock"))
     process = subprocess.Popen(command, cwd=site.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    before = set(SHARED_MEMORY.iterdir())
     deadline = time.monotonic() + 100
     while max(steps_of(site.folder / "left"), default=0) < 1:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    left = set(SHARED_MEMORY.iterdir()) - before
-    assert any(path.name.endswith("_bd3_scale.lock") for path in left)
+    prefixes = [path.name.split("_")[0] for path in set(SHARED_MEMORY.glob("*_bd3_scale.lock")) - before]
+    left = {path for prefix in prefixes for path in SHARED_MEMORY.glob(f"{prefix}_*")}
+    assert len(left) > 3
     os.kill(_rank(process.pid, 0), signal.SIGKILL)
     assert process.wait(60) == 128 + signal.SIGKILL
     time.sleep(6)  # its loader workers see that it is gone
@@ -220,6 +220,8 @@ def test_what_a_killed_run_left_in_shared_memory_is_removed_by_the_next(site):
         ("kill@moon", "a point among start, step"),
         ("nan@step", "nan belongs to the point gradient"),
         ("kill@step:step=x", "'step=x' is none of step=N"),
+        ("flip@save.link", "flip to save.commit and save.rename"),
+        ("delay@step:seconds=-1", "'seconds=-1' is none of step=N"),
     ],
 )
 def test_a_fault_that_makes_no_sense_is_refused(site, inject, message):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
-from bd3_scale.checkpoint.store import save_checkpoint
+from bd3_scale.checkpoint.store import boxes_to_save, save_boxes
 from bd3_scale.data.corrupt import _positions
 from bd3_scale.parallel import engine as engine_module
 from bd3_scale.parallel.collective import gather_objects, on_rank_zero
@@ -57,7 +57,7 @@ def save(training: Training, step: int, folder: Path) -> None:
         intervals=training.run.intervals,
     )
     keep = training.run.recipe.checkpoint
-    save_checkpoint(folder, manifest, training.engine.zero, training.layouts, tokenizer=tokenizer, keep=keep)
+    save_boxes(folder, manifest, boxes_to_save(training.engine.zero, training.layouts), tokenizer=tokenizer, keep=keep)
 
 
 class recording:

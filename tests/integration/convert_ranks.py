@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
-from bd3_scale.checkpoint.store import load_initial_weights, load_weights, save_checkpoint
+from bd3_scale.checkpoint.store import boxes_to_save, load_initial_weights, load_weights, save_boxes
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel.engine import TrainingEngine
@@ -51,8 +51,12 @@ def logits_and_training_checkpoint(checkpoint: Path, parallel: dict, ids: torch.
             world_size=dist.get_world_size(),
             states=engine.zero.names,
         )
-        save_checkpoint(
-            out, saved, engine.zero, layouts, tokenizer=checkpoint / TOKENIZER, keep=CheckpointRecipe(keep_last=1)
+        save_boxes(
+            out,
+            saved,
+            boxes_to_save(engine.zero, layouts),
+            tokenizer=checkpoint / TOKENIZER,
+            keep=CheckpointRecipe(keep_last=1),
         )
 
 

@@ -318,8 +318,7 @@ def test_a_run_cannot_become_another(workplace):
 
 def everything(run):
     """The contents of all files of a run but the ranks' logs and the lock."""
-    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
-    files = [path for path in files if "logs" not in path.relative_to(run).parts]
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock" and path.parent.name != "logs"]
     return {path: path.read_bytes() for path in files}
 
 

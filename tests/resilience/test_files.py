@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.resilience.files import check_writable, write_atomically
+from bd3_scale.resilience.files import Lines, check_writable, remove_aside, write_atomically
 
 
 @pytest.mark.parametrize(("data", "stored"), [("p̂ = 1\n", "p̂ = 1\n".encode()), (b"\x00\xff", b"\x00\xff")])
@@ -96,3 +96,32 @@ def test_a_folder_without_write_permission(tmp_path: Path) -> None:
             os._exit(0 if str(folder) in str(error) and "make it writable" in str(error) else 2)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_lines_wait_on_a_full_disk(tmp_path, caplog):
+    """The file-size limit of the process stands in for it: the kernel fails the write half-way through a line."""
+    path = tmp_path / "lines"
+    lines = Lines(path)
+    lines.write("first")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        lines.write("second")
+        lines.write("third")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_text() == "first\nseco"
+    assert caplog.text.count("cannot be written: [Errno 27] File too large; its lines wait until it can") == 1
+    lines.write("fourth")
+    assert path.read_text() == "first\nsecond\nthird\nfourth\n"
+    lines.close()
+
+
+def test_what_a_killed_write_left_aside_is_removed_and_nothing_else(tmp_path):
+    for name in (".latest.0123abcd", ".recipe.yaml.89abcdef", ".lock", "step-00000001", ".hidden", "x.0123abcd"):
+        (tmp_path / name).touch()
+    remove_aside(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-00000001", ".hidden", "x.0123abcd"}
+    remove_aside(tmp_path / "nowhere")
