@@ -181,7 +181,9 @@ def _load(checkpoint: Path, boxes: Sequence[Box]) -> None:
 
 
 def _reasons(error: BaseException) -> str:
-    """The messages of a failed collective save or load, each once."""
+    """The messages of a failed collective save or load, or copy of a folder, each once."""
+    if isinstance(error, shutil.Error):
+        return "; ".join(sorted({str(why) for _, _, why in error.args[0]}))
     if not isinstance(error, CheckpointException):
         return str(error)
     return "; ".join(sorted({str(reason[0]) for reason in error.failures.values()}))

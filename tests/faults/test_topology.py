@@ -69,6 +69,9 @@ OTHERS = [
     ("TP2 PP2", "TP2 DP2 ZeRO-3"),
     ("TP2 DP2 ZeRO-3", "TP4"),
     ("1", "DP2 ZeRO-3"),
+    ("DP2", "DP2 ZeRO-0"),
+    ("DP2 ZeRO-2", "DP2"),
+    ("DP2 ZeRO-3", "DP2 ZeRO-2"),
 ]
 
 
@@ -150,3 +153,14 @@ def test_on_another_layout_it_goes_on_as_if_nothing_had_been(place, whole, first
         for name, shape in old.shapes.items():
             origin = (0,) * len(shape)
             assert same_bytes(old.read(name, origin, shape), new.read(name, origin, shape)), name
+
+
+@pytest.mark.slow
+def test_from_four_processes_to_one_and_on_to_two(place, whole):
+    one = place.run("four then one", LAYOUTS["1"], CUT + 2, place.begun("DP4"))
+    two = place.run("four, one, two", LAYOUTS["DP2"], LAST, one)
+    found = [torch.load(run / "found") for run in (place.begun("DP4"), one, two)]
+    assert [part["done"] for part in found] == [0, CUT, CUT + 2]
+    assert found[0]["seen"] | found[1]["seen"] | found[2]["seen"] == whole["seen"]
+    losses = [loss for part in found for loss in part["losses"]]
+    assert losses == pytest.approx(whole["losses"], abs=1e-6)
