@@ -95,6 +95,12 @@ def test_every_damage_to_every_file_is_found(two):
     assert check_checkpoint(newer, "full").step == 2
 
 
+def test_a_checkpoint_under_another_step_s_name_is_none(two):
+    _, newer = two
+    renamed = newer.rename(newer.with_name("step-00000003"))
+    assert "its manifest is of step 2" in _damage(renamed)
+
+
 def _damage(checkpoint):
     """What a full check says of it."""
     try:
