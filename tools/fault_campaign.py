@@ -162,7 +162,7 @@ def attempt(site: Site, run: str, command: list[str], kill_after: tuple[int, flo
         process = subprocess.Popen(
             command, cwd=site.folder, stdout=output, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
         )
-        pid = _rank(process.pid, kill_after[0]) if kill_after else None
+        pid = rank_pid(process.pid, kill_after[0]) if kill_after else None
         started = time.monotonic()
         while process.poll() is None:
             if time.monotonic() - began > ATTEMPT_SECONDS:
@@ -203,7 +203,7 @@ def kill_once(site: Site, run: str, layout: str, chance: random.Random) -> tuple
     return Kill(layout, where, rank, max(steps_of(folder), default=0), newest(folder)), made
 
 
-def _rank(launcher: int, rank: int) -> int | None:
+def rank_pid(launcher: int, rank: int) -> int | None:
     """The process id of a rank, once the launcher has started it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

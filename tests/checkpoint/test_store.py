@@ -6,11 +6,13 @@ import errno
 import json
 import resource
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bd3_scale.checkpoint.manifest import CheckpointManifest, read_manifest
+from bd3_scale.checkpoint.manifest import read_manifest
 from bd3_scale.checkpoint.store import (
     boxes_to_save,
     list_checkpoints,
@@ -34,6 +36,9 @@ from bd3_scale.recipe.schema import (
     TrainRecipe,
 )
 from bd3_scale.recipe.vocabulary import Vocabulary
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+from saving import manifest_of
 
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=59)
 RECIPE = Recipe(
@@ -71,15 +76,7 @@ class Training:
         tokenizer = folder.parent / "tokenizer"
         tokenizer.mkdir(exist_ok=True)
         (tokenizer / "tokenizer.json").write_text("{}")
-        manifest = CheckpointManifest(
-            step=step,
-            recipe=RECIPE,
-            recipe_hash="0",
-            vocabulary=VOCABULARY,
-            data_hash="0",
-            world_size=1,
-            states=self.engine.zero.names,
-        )
+        manifest = manifest_of(step, RECIPE, VOCABULARY.size, self.engine.zero.names)
         return save_boxes(
             folder,
             manifest,

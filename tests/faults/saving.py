@@ -38,22 +38,28 @@ RECIPE = Recipe(
 )
 
 
+def manifest_of(
+    step: int, recipe: Recipe = RECIPE, size: int = 12, states: tuple[str, ...] = ("master",)
+) -> CheckpointManifest:
+    """Of one process; the vocabulary has `size` ids, of which the last is the mask."""
+    return CheckpointManifest(
+        step=step,
+        recipe=recipe,
+        recipe_hash="0",
+        vocabulary=Vocabulary(size=size, eos_id=0, mask_id=size - 1),
+        data_hash="0",
+        world_size=1,
+        states=states,
+    )
+
+
 def save(folder: Path, step: int) -> Path:
     """A checkpoint of two tensors that say their step; in a process group of this process alone."""
     tokenizer = folder.parent / "tokenizer"
     tokenizer.mkdir(exist_ok=True)
     (tokenizer / "tokenizer.json").write_text("{}")
-    manifest = CheckpointManifest(
-        step=step,
-        recipe=RECIPE,
-        recipe_hash="0",
-        vocabulary=Vocabulary(size=12, eos_id=0, mask_id=11),
-        data_hash="0",
-        world_size=1,
-        states=("master",),
-    )
     boxes = [Box(f"master.{name}", torch.full((300,), float(step)), (0,), (300,)) for name in ("a", "b")]
-    return save_boxes(folder, manifest, boxes, tokenizer=tokenizer, keep=CheckpointRecipe(keep_last=1))
+    return save_boxes(folder, manifest_of(step), boxes, tokenizer=tokenizer, keep=CheckpointRecipe(keep_last=1))
 
 
 def sealed(checkpoint, **changes):

@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tools.fault_campaign import BD3_SCALE, ENVIRONMENT, STEPS, Site, _rank, differences, newest, run_campaign, steps_of
+from tools.fault_campaign import (
+    BD3_SCALE,
+    ENVIRONMENT,
+    STEPS,
+    Site,
+    differences,
+    newest,
+    rank_pid,
+    run_campaign,
+    steps_of,
+)
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -190,7 +200,7 @@ def test_a_signal_to_one_rank_alone_stops_all_at_one_step(site):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(_rank(process.pid, 1), signal.SIGUSR1)
+    os.kill(rank_pid(process.pid, 1), signal.SIGUSR1)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 0, output
     last = max(steps_of(site.folder / "asked"))
@@ -211,7 +221,7 @@ def test_what_a_killed_run_left_in_shared_memory_is_removed_by_the_next(site):
     prefixes = [path.name.split("_")[0] for path in set(SHARED_MEMORY.glob("*_bd3_scale.lock")) - before]
     left = {path for prefix in prefixes for path in SHARED_MEMORY.glob(f"{prefix}_*")}
     assert len(left) > 3
-    os.kill(_rank(process.pid, 0), signal.SIGKILL)
+    os.kill(rank_pid(process.pid, 0), signal.SIGKILL)
     assert process.wait(60) == 128 + signal.SIGKILL
     time.sleep(6)  # its loader workers see that it is gone
     assert {path for path in left if path.exists()}, "the kernel does not clean up"

@@ -16,19 +16,15 @@ import pytest
 import torch
 import yaml
 
+from tools.fault_campaign import RECIPE as CAMPAIGN
+
 BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 STEPS = 12
 PHASES = "diffusion.block_size_schedule=[{block_size: 4, steps: 5}]"
 SEARCH = ["evaluation.sequences=24", "evaluation.draws=2"]
 RECIPE = {
     "name": "tiny",
-    "model": {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "ffn_hidden_size": 64,
-    },
+    "model": CAMPAIGN["model"],
     "diffusion": {"block_size": 8, "mask_rate_low": 0.3, "mask_rate_high": 0.8},
     "data": {"path": "data", "seq_len": 64},
     "optimizer": {"lr": 1e-3, "ema_decay": 0.9},

@@ -13,19 +13,14 @@ import yaml
 
 from bd3_scale.launch.job import Job, new_submission, script, supervision
 from bd3_scale.launch.submit import make_job
+from tools.fault_campaign import RECIPE as CAMPAIGN
 
 BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 SMALL_RANK = Path(__file__).with_name("small_rank.py")
 STEPS = 30
 RECIPE = {
     "name": "tiny",
-    "model": {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "ffn_hidden_size": 64,
-    },
+    "model": CAMPAIGN["model"],
     "diffusion": {"block_size": 8, "mask_rate_low": 0.3, "mask_rate_high": 0.8},
     "data": {"path": "data", "seq_len": 64, "num_workers": 0},
     "optimizer": {"lr": 1e-3, "ema_decay": 0.9, "eps": 1e-4},
