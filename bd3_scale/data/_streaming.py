@@ -1,6 +1,6 @@
 """MosaicML streaming as this package needs it; every import of it goes through here.
 
-Two things are changed. It imports where torchvision does not load, and its shared memory has an owner.
+Two things are changed. It imports without transformers and torchvision, and its shared memory has an owner.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,30 +24,17 @@ CACHE_LOCK_SECONDS = 15.0  # the loader workers of a killed run end within 5 (to
 
 
 def _import_streaming() -> None:
-    """Import streaming where torchvision is broken: for instance a CUDA build of it beside a torch for CPU.
+    """Import streaming without its ready-made data sets of text and images.
 
-    Streaming takes two names of torchvision, for image data sets. They are stood in for while it is being imported.
+    Nothing here uses them, and they import transformers and torchvision: seconds at every start, and a failure where
+    torchvision is broken, as a CUDA build of it beside a torch for CPU is.
     """
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, OSError, RuntimeError):
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        stand_ins: dict[str, dict[str, Any]] = {
-            "torchvision": {},
-            "torchvision.datasets": {"VisionDataset": type("VisionDataset", (), {})},
-            "torchvision.transforms": {},
-            "torchvision.transforms.functional": {"to_tensor": None},
-        }
-        for name, contents in stand_ins.items():
-            module = ModuleType(name)
-            module.__spec__ = ModuleSpec(name, None, is_package=True)
-            module.__path__ = []
-            vars(module).update(contents)
-            sys.modules[name] = module
-        importlib.import_module("streaming")
-        for name in stand_ins:
-            del sys.modules[name]
+    left_out = [name for name in ("multimodal", "text", "vision") if f"streaming.{name}" not in sys.modules]
+    sys.modules |= {f"streaming.{name}": ModuleType(name) for name in left_out}
+    streaming = importlib.import_module("streaming")
+    for name in left_out:
+        del sys.modules[f"streaming.{name}"]
+        vars(streaming).pop(name, None)
 
 
 _import_streaming()

@@ -97,7 +97,16 @@ def test_two_runs_do_not_share_a_cache(prepared: Path, tmp_path: Path, monkeypat
         assert len(Shards(str(cache), str(prepared), None, "train")) > 0
 
 
-def test_torchvision_is_not_left_replaced() -> None:
-    assert "streaming" in sys.modules
-    torchvision = sys.modules.get("torchvision")
-    assert torchvision is None or hasattr(torchvision, "__version__")
+def test_streaming_is_imported_without_torchvision_and_nothing_is_left_replaced(tmp_path: Path) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    program = """if True:
+        import sys
+        import bd3_scale.data._streaming
+        assert not {name for name in sys.modules if name.startswith(("torchvision", "sklearn", "streaming.text"))}
+        import streaming
+        assert not hasattr(streaming, "text")
+        import streaming.multimodal
+        assert streaming.multimodal.__file__
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path.cwd())])}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100, env=environment)
