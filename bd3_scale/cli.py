@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -191,9 +189,11 @@ def replay(
     if not recipe.is_file():
         raise ValueError(f"{run} is no run directory: it has no recipe.yaml")
     if step is None:
-        from bd3_scale.train.replay import last_event
+        from bd3_scale.observe.metrics import EVENTS_FILE, last_event
 
         step = last_event(run)
+        if step is None:
+            raise ValueError(f"{run} has no step that stood out ({EVENTS_FILE}): name one with --step")
     _train(recipe, [f"run_dir={run}", *(overrides or ())], options=[f"--replay={step}"])
 
 
@@ -205,6 +205,8 @@ def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Se
 
     faults.parse_faults(inject)
     loaded = load_recipe(recipe, overrides)
+    # Never those of a shell that was left behind.
+    os.environ[faults.VARIABLE] = inject
     joins = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     world_size = int(os.environ["WORLD_SIZE"]) if joins else world_size_for_launch(loaded)
     # Twice, so that a broken rule is reported even where the data is not there yet.
@@ -215,8 +217,6 @@ def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Se
             raise ValueError("replay starts its processes itself: run it without a launcher")
         from bd3_scale.train.main import main as train_here
 
-        if inject:
-            os.environ[faults.VARIABLE] = inject
         train_here(loaded)
         return
     from bd3_scale.launch.local import launch
@@ -224,12 +224,9 @@ def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Se
     argv = [sys.executable, "-m", "bd3_scale.train", *options, str(recipe), *overrides]
     threads = loaded.launch.threads or _default_threads(world_size)
     deadlines = loaded.launch.deadlines.model_dump()
-    more = {faults.VARIABLE: inject} if inject else {}
-    with tempfile.TemporaryDirectory(prefix="bd3_scale-replay-") if options else nullcontext() as aside:
-        # A replay leaves the run directory alone.
-        logs = Path(aside) if aside else loaded.run_path / "logs"
-        code = launch(argv, world_size, threads, logs, deadlines=deadlines, environment=more)
-    raise typer.Exit(code)
+    # A replay leaves the run directory alone.
+    logs = None if options else loaded.run_path / "logs"
+    raise typer.Exit(launch(argv, world_size, threads, logs, deadlines=deadlines))
 
 
 def _default_threads(processes: int) -> int:

@@ -59,7 +59,7 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
         engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir(exist_ok=True)
-        saver = stack.enter_context(CheckpointSaver(folder / "checkpoints", tokenizer, recipe.checkpoint))
+        saver = CheckpointSaver(folder / "checkpoints", tokenizer, recipe.checkpoint)
         inputs = makers(recipe, vocabulary, groups)["bd3"](0)
         alone, beside, ended = [], [], []
         engine.step(inputs, tokens=128, lr=1e-4)

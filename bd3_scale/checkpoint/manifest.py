@@ -35,6 +35,11 @@ class FileRecord(BaseModel):
     xxh3: str
 
 
+def file_record(path: Path) -> FileRecord:
+    """Of a file as it is now; reads it."""
+    return FileRecord(bytes=path.stat().st_size, xxh3=file_hash(path))
+
+
 class CheckpointManifest(BaseModel):
     """Self-description of a checkpoint.
 
@@ -125,15 +130,15 @@ def damaged_files(folder: Path, manifest: CheckpointManifest, share: slice = sli
     return [name for name, record in files if file_hash(folder / name) != record.xxh3]
 
 
-def write_manifest(folder: Path, manifest: CheckpointManifest, hashes: Mapping[str, str]) -> None:
-    """Complete a folder whose other files are written; `hashes` of those that need not be read again."""
-    files = {
-        str(path.relative_to(folder)): FileRecord(
-            bytes=path.stat().st_size, xxh3=hashes.get(path.name) or file_hash(path)
-        )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def write_manifest(folder: Path, manifest: CheckpointManifest, written: Mapping[str, FileRecord]) -> None:
+    """Complete a folder whose other files are there.
+
+    written: what is known of them from those who wrote them, who may be other processes on other nodes: it counts, and
+    not what this process sees.
+    """
+    seen = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    mine = {name: file_record(path) for name, path in seen.items() if name not in written}
+    files = dict(sorted({**mine, **written}.items()))
     text = manifest.model_copy(update={"files": files, "checksum": ""}).model_dump_json(indent=2)
     sealed = text.replace(_seal(""), _seal(_digest(text)))
     assert sealed != text

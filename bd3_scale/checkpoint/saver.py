@@ -20,6 +20,12 @@ from bd3_scale.recipe.schema import CheckpointRecipe
 _LOG = logging.getLogger(__name__)
 # Seconds before another try.
 _PAUSES = (2.0, 10.0)
+_THREAD = "bd3_scale.save"
+
+
+def is_saving() -> bool:
+    """Whether a thread of this process is in the midst of a save."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class CheckpointSaver:
         copies = [replace(box, data=box.data.detach().to("cpu", copy=True).contiguous()) for box in boxes]
         blocked = time.monotonic() - began
         self._began, self._told = began, False
-        self._thread = threading.Thread(target=self._save, args=(manifest, copies, began, blocked), daemon=True)
+        work = (manifest, copies, began, blocked)
+        self._thread = threading.Thread(target=self._save, args=work, name=_THREAD, daemon=True)
         self._thread.start()
 
     def ended(self, *, wait: bool = False) -> list[Saved]:

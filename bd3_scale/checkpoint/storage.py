@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from bd3_scale.checkpoint.manifest import FileRecord
 from bd3_scale.resilience import faults
 
 INDEX = "index.json"
@@ -37,11 +38,11 @@ _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _CHUNK_BYTES = 1 << 24
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
     """Write contiguous floating-point tensors of host memory as a safetensors file, flushed to disk.
 
-    Returns the XXH3-128 of its bytes. The library's own writer holds Python's lock for most of the time, so that
-    training would wait for a save beside it, and what it wrote would have to be read again for the hash.
+    Returns its size and the hash of its bytes. The library's own writer holds Python's lock for most of the time, so
+    that training would wait for a save beside it, and what it wrote would have to be read again for the hash.
 
     OSError: it cannot be written.
     """
@@ -64,7 +65,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
                 while chunk:
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return FileRecord(bytes=8 + len(text) + end, xxh3=digest.hexdigest())
 
 
 class IndexedBox(BaseModel):
@@ -146,13 +147,13 @@ def _done(value: Any) -> Future[Any]:
 class SafetensorsWriter(StorageWriter):
     """Writes into `folder`, which must exist.
 
-    hashes: XXH3-128 of the file that this rank wrote, if any.
+    written: the file that this rank wrote, if any.
     """
 
     def __init__(self, folder: Path, rank: int, step: int) -> None:
         self._folder, self._step = folder, step
         self._file = f"rank-{rank:05d}.safetensors"
-        self.hashes: dict[str, str] = {}
+        self.written: dict[str, FileRecord] = {}
 
     def reset(self, checkpoint_id: object = None) -> None:
         """Nothing is kept between saves."""
@@ -170,7 +171,7 @@ class SafetensorsWriter(StorageWriter):
         tensors = {_name(item.index): _on_host(planner.resolve_data(item)) for item in plan.items}
         faults.reach("save.write", step=self._step, folder=self._folder)
         if tensors:
-            self.hashes[self._file] = write_tensors(self._folder / self._file, tensors)
+            self.written[self._file] = write_tensors(self._folder / self._file, tensors)
         return _done([WriteResult(item.index, tensors[_name(item.index)].nbytes, self._file) for item in plan.items])
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

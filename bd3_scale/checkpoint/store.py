@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,7 +19,15 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bd3_scale.checkpoint.boxes import Box, boxes_of
-from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, CheckpointManifest, read_manifest, write_manifest
+from bd3_scale.checkpoint.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    CheckpointManifest,
+    FileRecord,
+    damaged_files,
+    read_manifest,
+    write_manifest,
+)
 from bd3_scale.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
 from bd3_scale.checkpoint.retention import surplus
 from bd3_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter
@@ -74,12 +82,11 @@ def remove_partial(folder: Path) -> list[Path]:
 
 
 def name_latest(folder: Path) -> None:
-    """Write the name of the newest checkpoint of `folder` to the file `latest`; without one there is no file."""
-    if checkpoints := list_checkpoints(folder):
-        write_atomically(folder / LATEST, checkpoints[-1].name + "\n")
-    else:
-        (folder / LATEST).unlink(missing_ok=True)
-        sync(folder)
+    """Write the name of the newest checkpoint of `folder` to the file `latest`, where it is not there yet."""
+    text = list_checkpoints(folder)[-1].name + "\n"
+    latest = folder / LATEST
+    if not latest.is_file() or latest.read_bytes() != text.encode():
+        write_atomically(latest, text)
 
 
 def boxes_to_save(zero: ZeroState, layouts: Sequence[ParameterLayout]) -> list[Box]:
@@ -107,9 +114,12 @@ def save_boxes(
         on_rank_zero(lambda: _prepare(partial, tokenizer, manifest.step), group)
         writer = SafetensorsWriter(partial, dist.get_rank(), manifest.step)
         save({}, storage_writer=writer, planner=BoxSavePlanner(boxes), process_group=group)
-        hashes = {name: value for rank in gather_objects(writer.hashes, group) for name, value in rank.items()}
-        on_rank_zero(lambda: _commit(partial, target, manifest, hashes), group)
-    except (CheckpointException, OSError) as error:
+        written = {name: record for rank in gather_objects(writer.written, group) for name, record in rank.items()}
+        on_rank_zero(lambda: _seal(partial, manifest, written), group)
+        if keep.verify == "full" and (damaged := "; ".join(filter(None, gather_objects(_read_back(partial), group)))):
+            raise OSError(f"what was written reads back as something else: {damaged}")
+        on_rank_zero(lambda: _commit(partial, target, manifest.step), group)
+    except (CheckpointException, ValueError, OSError) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -195,14 +205,26 @@ def _prepare(partial: Path, tokenizer: Path, step: int) -> None:
     shutil.copytree(tokenizer, partial / TOKENIZER, ignore=shutil.ignore_patterns(".*"))
 
 
-def _commit(partial: Path, target: Path, manifest: CheckpointManifest, hashes: dict[str, str]) -> None:
+def _seal(partial: Path, manifest: CheckpointManifest, written: Mapping[str, FileRecord]) -> None:
     faults.reach("save.commit", step=manifest.step, folder=partial)
-    write_manifest(partial, manifest, hashes)
+    write_manifest(partial, manifest, written)
     # Nothing that cannot be read gets a name.
     read_manifest(partial)
     for path in [*partial.rglob("*"), partial]:
         sync(path)
-    faults.reach("save.rename", step=manifest.step, folder=partial)
+
+
+def _read_back(partial: Path) -> str:
+    """What is wrong with this rank's share of the files: they are about to take the place of older ones."""
+    try:
+        damaged = damaged_files(partial, read_manifest(partial), slice(dist.get_rank(), None, dist.get_world_size()))
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ", ".join(damaged)
+
+
+def _commit(partial: Path, target: Path, step: int) -> None:
+    faults.reach("save.rename", step=step, folder=partial)
     if target.exists():
         _remove(target)
     partial.rename(target)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Box, Shape
+from bd3_scale.checkpoint.manifest import FileRecord
 from bd3_scale.checkpoint.storage import INDEX, IndexedBox, box_name, index_entry, read_index, write_tensors
 
 
@@ -83,7 +84,7 @@ class TensorWriter:
     """Writes boxes into files of about `file_bytes` in `folder`, and their index at the end.
 
     Attributes:
-        hashes: XXH3-128 of the files written so far.
+        written: the files written so far.
     """
 
     def __init__(self, folder: Path, file_bytes: int = 1 << 30) -> None:
@@ -92,7 +93,7 @@ class TensorWriter:
         self._bytes = 0
         self._boxes: dict[str, list[tuple[Shape, Shape, str]]] = {}
         self._tensors: dict[str, tuple[torch.dtype, Shape]] = {}
-        self.hashes: dict[str, str] = {}
+        self.written: dict[str, FileRecord] = {}
 
     def add(self, box: Box) -> None:
         """Write a box, whose data is copied, now or with the next ones."""
@@ -111,10 +112,10 @@ class TensorWriter:
 
     @property
     def _file(self) -> str:
-        return f"part-{len(self.hashes):05d}.safetensors"
+        return f"part-{len(self.written):05d}.safetensors"
 
     def _flush(self) -> None:
         if self._pending:
             file = self._file
-            self.hashes[file] = write_tensors(self._folder / file, self._pending)
+            self.written[file] = write_tensors(self._folder / file, self._pending)
             self._pending, self._bytes = {}, 0

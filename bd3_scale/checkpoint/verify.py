@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from bd3_scale.checkpoint.manifest import CheckpointDamagedError, CheckpointManifest, damaged_files, read_manifest
 from bd3_scale.checkpoint.store import list_checkpoints, name_latest, step_of
-from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
+from bd3_scale.observe.metrics import METRICS_FILE, read_nelbos
 from bd3_scale.parallel.collective import gather_objects, on_rank_zero
 
 _LOG = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def newest_sound(checkpoints: Path, mode: Mode) -> tuple[Path, CheckpointManifes
     for folder in on_rank_zero(lambda: list_checkpoints(checkpoints))[::-1]:
         problem = check_together(folder, mode)
         if problem is None:
-            on_rank_zero(lambda: _move_aside(problems))
+            on_rank_zero(partial(_take, folder, problems))
             return folder, read_manifest(folder)
         problems.append((folder, problem))
     if problems:
@@ -92,7 +93,7 @@ def _problem(folder: Path, mode: Mode, rank: int, world: int) -> tuple[Literal["
     return "", ""
 
 
-def _move_aside(problems: Sequence[tuple[Path, str]]) -> None:
+def _take(sound: Path, problems: Sequence[tuple[Path, str]]) -> None:
     for folder, problem in problems:
         aside = folder.with_name(DAMAGED + folder.name)
         number = 1
@@ -101,15 +102,13 @@ def _move_aside(problems: Sequence[tuple[Path, str]]) -> None:
             aside = folder.with_name(f"{DAMAGED}{folder.name}-{number}")
         folder.rename(aside)
         _LOG.warning("%s; it is moved to %s, and an older one is taken", problem, aside.name)
-    if problems:
-        name_latest(problems[0][0].parent)
+    # Whatever was killed since its name was due.
+    name_latest(sound.parent)
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself, and the NELBO that its run recorded at its step. ValueError: it is damaged."""
     manifest = read_manifest(folder)
-    metrics = folder.absolute().parents[1] / METRICS_FILE
-    found = {r["step"]: r["nelbo"] for r in read_metrics(metrics) if "nelbo" in r} if metrics.exists() else {}
     return {
         "name": folder.name,
         "step": manifest.step,
@@ -117,5 +116,5 @@ def describe(folder: Path) -> dict[str, Any]:
         "ranks": manifest.world_size,
         "states": manifest.states,
         "skipped": manifest.skipped,
-        "nelbo": found.get(manifest.step),
+        "nelbo": read_nelbos(folder.absolute().parents[1] / METRICS_FILE).get(manifest.step),
     }

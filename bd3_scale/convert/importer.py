@@ -162,7 +162,7 @@ def run_import(plan: ImportPlan, out: Path, progress: Progress = lambda done, to
             assert plan.tokenizer_source is not None
             _save_tokenizer(plan.tokenizer, Path(plan.tokenizer_source), folder / TOKENIZER)
         _keep_source_files(plan.source, folder / IMPORTED)
-        write_manifest(folder, _manifest(plan), writer.hashes)
+        write_manifest(folder, _manifest(plan), writer.written)
         with TensorReader(folder) as reader:
             for tensor in plan.tensors:
                 for box in _native_boxes(plan, tensor):

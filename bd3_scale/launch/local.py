@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import math
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
@@ -31,6 +32,8 @@ HANG = 75
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _WATCH_SECONDS = 1.0
 _STACK_SECONDS = 2.0
+_FOLDER = "bd3_scale-launch-"
+_YOUNG_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -42,15 +45,15 @@ def launch(
     argv: Sequence[str],
     processes: int,
     threads: int,
-    log_dir: Path,
+    log_dir: Path | None,
     *,
     deadlines: Mapping[str, float] | None = None,
-    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Runs `argv` in several processes under torchrun's environment protocol and waits for all of them.
 
     Each gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS. Rank 0
-    writes to this process's stdout and stderr, rank k > 0 appends both to `log_dir/rank<k>.log`. SIGTERM, SIGUSR1 and
+    writes to this process's stdout and stderr, rank k > 0 appends both to `log_dir/rank<k>.log`, by default in a folder
+    that is removed at the end, where the end of the log of a rank that failed has been shown. SIGTERM, SIGUSR1 and
     SIGINT are passed on to every rank, once each. When a rank fails, the others get SIGTERM and, after `GRACE_SECONDS`,
     SIGKILL. No rank outlives this process, however it ends (Linux: PR_SET_PDEATHSIG). Must be called from the main
     thread.
@@ -60,7 +63,6 @@ def launch(
         threads: CPU threads of each rank.
         deadlines: seconds without progress, by phase, after which ranks are taken for hung: they print the stacks of
             their threads, whoever is behind is named, and all are killed. None: they are not watched.
-        environment: variables of every rank.
 
     Returns:
         0, or the exit code of the rank that failed first (128 + n where signal n killed it), or `HANG`.
@@ -68,29 +70,69 @@ def launch(
     Raises:
         OSError: `argv` cannot be started or a log cannot be written; no rank is left running.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    # Of this machine alone, and of this launch: storage that hangs must not keep anybody from saying so.
-    heartbeats = Path(tempfile.mkdtemp(prefix="bd3_scale-heartbeats-"))
+    with _temporary_folder() as folder:
+        log_dir = log_dir or folder / "logs"
+        log_dir.mkdir(parents=True, exist_ok=True)
+        # On this machine: storage that hangs must not keep anybody from saying so.
+        heartbeats = folder / "heartbeats"
+        watch = Watch(heartbeats, processes) if deadlines else None
+        overdue = functools.partial(watch.overdue, deadlines or {}) if watch else lambda: None
+        return _run(argv, processes, threads, log_dir, heartbeats, overdue)
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder that is locked for as long as this process lives; what killed ones left behind is removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        with contextlib.suppress(OSError):
+            # One that is being made is not locked yet.
+            if time.time() - left.stat().st_mtime > _YOUNG_SECONDS:
+                with _locked(left):
+                    shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
+    try:
+        with _locked(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """OSError: another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _run(
+    argv: Sequence[str],
+    processes: int,
+    threads: int,
+    log_dir: Path,
+    heartbeats: Path,
+    overdue: Callable[[], str | None],
+) -> int:
     events: Events = SimpleQueue()
     previous = {s: signal.signal(s, lambda number, _: events.put(signal.Signals(number))) for s in _FORWARDED}
     ranks: list[Rank] = []
     logs = [_Log.now(_log_path(log_dir, rank)) for rank in range(processes)]
     try:
         port = _free_port()
-        more = {**(environment or {}), FOLDER_VARIABLE: str(heartbeats.absolute())}
         for rank in range(processes):
-            ranks.append(_start(argv, rank, processes, threads, port, _log_path(log_dir, rank), more))
+            ranks.append(_start(argv, rank, processes, threads, port, _log_path(log_dir, rank), heartbeats))
         for process in ranks:
             threading.Thread(target=_report_end, args=(process, events), daemon=True).start()
-        watch = Watch(heartbeats, processes) if deadlines else None
-        return _supervise(ranks, events, logs, lambda: watch.overdue(deadlines or {}) if watch else None)
+        return _supervise(ranks, events, logs, overdue)
     finally:
         for process in ranks:
             process.kill()
             process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
-        shutil.rmtree(heartbeats, ignore_errors=True)
 
 
 class _Log(NamedTuple):
@@ -120,11 +162,11 @@ def _start(
     threads: int,
     port: int,
     log: Path | None,
-    more: Mapping[str, str],
+    heartbeats: Path,
 ) -> Rank:
     environment = {
         **os.environ,
-        **more,
+        FOLDER_VARIABLE: str(heartbeats),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),

@@ -11,6 +11,7 @@ from typing import Any
 from bd3_scale.launch.records import read_json
 
 _SILENT_SECONDS = 5.0
+_PAUSE_SECONDS = 60.0
 
 
 def _counted(phase: str) -> str:
@@ -26,6 +27,7 @@ class Watch:
         self._began = time.monotonic()
         self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
         self._beats: dict[int, tuple[int, float]] = {}
+        self._looked = self._began
 
     def read(self) -> dict[int, dict[str, Any]]:
         """The newest heartbeat of every rank that has told something."""
@@ -38,9 +40,18 @@ class Watch:
     def overdue(self, deadlines: Mapping[str, float]) -> str | None:
         """Why the ranks must be taken for hung, or None. By this process's clock: those of nodes may differ.
 
-        deadlines: seconds without progress in each phase.
+        deadlines: seconds without progress in each phase. They begin anew where nobody has asked for a minute: then
+            this process was stopped, perhaps with its whole machine.
         """
         now = time.monotonic()
+        if now - self._looked > _PAUSE_SECONDS:
+            self._began = now
+            self._seen, self._beats = {}, {}
+        found = self._overdue(deadlines, now)
+        self._looked = time.monotonic()
+        return found
+
+    def _overdue(self, deadlines: Mapping[str, float], now: float) -> str | None:
         states = self.read()
         late: list[str] = []
         for rank in range(self._ranks):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import wandb
 
 METRICS_FILE = "metrics.jsonl"
+# Steps that stood out.
+EVENTS_FILE = "events.jsonl"
 Mode = Literal["online", "offline", "disabled"]
 Value = float | int | str | None
 T = TypeVar("T")
@@ -46,9 +48,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_nelbos(path: Path) -> dict[int, float]:
+    """Held-out NELBO by step, of those that are finite; none where there is no file. ValueError as `read_metrics`."""
+    records = read_metrics(path) if path.exists() else []
+    return {record["step"]: record["nelbo"] for record in records if record.get("nelbo") is not None}
+
+
 def has_evaluation(path: Path, step: int) -> bool:
     """Whether an evaluation at `step` is recorded."""
     return path.exists() and any(r.get("step") == step and "nelbo" in r for r in read_metrics(path))
+
+
+def last_event(run: Path) -> int | None:
+    """The last step of a run that stood out, if any did. ValueError as `read_metrics`."""
+    events = read_metrics(run / EVENTS_FILE) if (run / EVENTS_FILE).exists() else []
+    return int(events[-1]["step"]) if events else None
 
 
 def truncate_after(path: Path, step: int, *, evaluates_again: bool = False) -> None:

@@ -12,11 +12,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.rendezvous import rendezvous
 
 from bd3_scale.parallel import megatron_on_cpu
 from bd3_scale.recipe.schema import ParallelRecipe
+from bd3_scale.resilience.heartbeat import is_watched
 
 ProcessGroups: TypeAlias = ProcessGroupCollection
+# Beyond every deadline of a run.
+_WATCHED = timedelta(days=7)
 
 
 def local_device() -> torch.device:
@@ -36,6 +40,8 @@ def process_groups(
 
     Args:
         agree: what must be the same on all ranks before groups are made, or they would wait for each other for ever.
+        timeout: of their meeting, and of each collective unless somebody reads the ranks' heartbeats, who tells a hang
+            from a long wait, and names the culprit.
 
     Raises:
         ValueError: the layout does not divide the world, ranks do not agree, or the launcher set only a part of the
@@ -43,12 +49,13 @@ def process_groups(
     """
     _check_environment()
     device = local_device()
+    collectives = _WATCHED if is_watched() else timeout
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         megatron_on_cpu.install()
     try:
-        _init_distributed("nccl" if device.type == "cuda" else "gloo", timeout)
+        _init_distributed("nccl" if device.type == "cuda" else "gloo", timeout, collectives)
     except RuntimeError as error:
         raise ConnectionError(
             f"rank {os.environ.get('RANK', '0')} did not meet the others at {os.environ.get('MASTER_ADDR', 'itself')}: "
@@ -70,7 +77,7 @@ def process_groups(
             # Neighbours talk most: tensor-parallel ranks within a node, stages, which exchange least, farthest apart.
             order="tp-cp-ep-dp-pp",
             create_gloo_process_groups=device.type == "cuda",
-            distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+            distributed_timeout_minutes=max(1, int(collectives.total_seconds() // 60)),
         )
         yield ProcessGroupCollection.use_mpu_process_groups()
     finally:
@@ -98,13 +105,13 @@ def _check_environment() -> None:
         )
 
 
-def _init_distributed(backend: str, timeout: timedelta) -> None:
+def _init_distributed(backend: str, meeting: timedelta, collectives: timedelta) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=meeting))
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=collectives)
 
 
 class DeepSpeedTopology:

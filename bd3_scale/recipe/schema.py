@@ -239,7 +239,9 @@ class CheckpointRecipe(Section):
     keep_best: NonNegativeInt = Field(0, description="also so many of the lowest held-out NELBO")
     slow_seconds: PositiveFloat = Field(300.0, description="a save that takes longer is told while it lasts")
     verify: Literal["full", "fast"] = Field(
-        "full", description="before a run goes on from one: full compares every file's hash, fast its size"
+        "full",
+        description="before a run goes on from one, and of a new one before older ones go: full compares every file's "
+        "hash, fast its size",
     )
 
 

@@ -20,6 +20,7 @@ a fault without `rank=` happens on all of them.
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import re
@@ -29,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_LOG = logging.getLogger(__name__)
 VARIABLE = "BD3_SCALE_FAULTS"
 POINTS = (
     "start",
@@ -99,6 +101,8 @@ def arm(run_dir: Path) -> None:
     _Armed.folder = run_dir / "faults"
     if _Armed.faults:
         _Armed.folder.mkdir(parents=True, exist_ok=True)
+        if os.environ.get("RANK", "0") == "0":
+            _LOG.warning("faults will be injected: %s", "; ".join(map(str, _Armed.faults)))
 
 
 def reach(point: str, *, step: int | None = None, folder: Path | None = None) -> None:

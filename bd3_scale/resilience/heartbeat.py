@@ -21,6 +21,11 @@ FOLDER_VARIABLE = "BD3_SCALE_HEARTBEATS"
 Phase = Literal["start", "step", "checkpoint", "evaluation", "stopped", "done", "failed"]
 
 
+def is_watched() -> bool:
+    """Whether somebody reads this rank's heartbeats."""
+    return FOLDER_VARIABLE in os.environ
+
+
 class Heartbeat:
     """Keeps `rank<k>.json` in the folder of $BD3_SCALE_HEARTBEATS; does nothing where that is not set.
 

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bd3_scale.observe.metrics import METRICS_FILE, read_metrics, truncate_after
+from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics, truncate_after
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.parallel.engine import StepResult
 from bd3_scale.recipe.schema import GuardRecipe
 from bd3_scale.resilience.files import Lines
 
 Keys = Callable[[], dict[str, Any]]
-EVENTS_FILE = "events.jsonl"
 _WINDOW = 128
 _FEWEST = 32
 _RECENT = 16

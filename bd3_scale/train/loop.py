@@ -68,7 +68,8 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
             stopped = _take_steps(training, stop, guard, saver, heartbeat, report)
         except (FloatingPointError, ReplicasDifferError):
             # All ranks raise these: the save that they are in comes to its end.
-            _settle(saver, heartbeat, report, wait=True)
+            with heartbeat.during("checkpoint"):
+                _settle(saver, heartbeat, report, wait=True)
             raise
         # A run that was ended between its last checkpoint and this comes back for it.
         if not stopped and run.data.validation is not None and not _is_evaluated(run):

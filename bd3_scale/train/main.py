@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
+from bd3_scale.checkpoint.saver import is_saving
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.train.loop import train
@@ -20,7 +23,7 @@ def main(recipe: Recipe) -> None:
 
     The exit code is 2 where another try cannot help, 1 where ranks did not meet, which the network may mend.
     """
-    with _errors_for_people(), Heartbeat() as heartbeat:
+    with _even_beside_a_save(), _errors_for_people(), Heartbeat() as heartbeat:
         train(recipe, heartbeat)
 
 
@@ -30,7 +33,27 @@ def main_of_replay(recipe: Recipe, step: int) -> None:
         found = replay(recipe, step, heartbeat)
         heartbeat.end("done")
         if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(asdict(found) | {"same": found.same}), flush=True)
+            told = asdict(found) | {"same": found.same}
+            # As in the metrics: JSON knows no other numbers.
+            told |= {key: told[key] if math.isfinite(told[key]) else None for key in ("loss", "grad_norm")}
+            print(json.dumps(told), flush=True)
+
+
+@contextmanager
+def _even_beside_a_save() -> Iterator[None]:
+    """End at once where an error leaves a save behind: its thread waits for ranks that are gone, and would turn an
+    orderly end into an abort with another exit code.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_saving():
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from bd3_scale.checkpoint.store import list_checkpoints, step_of
 from bd3_scale.checkpoint.verify import check_checkpoint
@@ -14,7 +17,6 @@ from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.train.evaluation import evaluate
-from bd3_scale.train.guard import EVENTS_FILE
 from bd3_scale.train.resume import Start, check_resumable, find_initial
 from bd3_scale.train.setup import open_run, open_training
 from bd3_scale.train.step import take_step
@@ -44,15 +46,6 @@ class Replayed:
         return found == self.recorded
 
 
-def last_event(run: Path) -> int:
-    """Step of the last one that stood out. ValueError: there is none."""
-    path = run / EVENTS_FILE
-    events = read_metrics(path) if path.exists() else []
-    if not events:
-        raise ValueError(f"{run} has no step that stood out ({EVENTS_FILE}): name one with --step")
-    return int(events[-1]["step"])
-
-
 def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
     """Go from the newest checkpoint before `step`, or from the beginning, through that step (collective).
 
@@ -78,6 +71,9 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
             check_resumable(folder, manifest, run.recipe, run.data_hash)
             start = Start(folder, manifest, resumes=True)
         training = open_training(run, start)
+        if dist.get_rank() == 0:
+            origin = folder if folder is not None else "the beginning: no checkpoint before it is left"
+            print(f"computing steps {training.done + 1} to {step} from {origin}", file=sys.stderr, flush=True)
         heartbeat.resumed(training.done)
         for number in range(training.done + 1, step + 1):
             if run.recipe.evaluates_at(number - 1) and run.recipe.diffusion.search_interval:

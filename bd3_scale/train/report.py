@@ -151,7 +151,7 @@ class Report:
         slowdown = median(beside) / median(alone) - 1 if beside and alone else None
         beside.clear()
         if saved.checkpoint is None:
-            self._say(f"step {saved.step}: NOT SAVED after {saved.tries} tries: {saved.error}; training goes on")
+            self._say(f"step {saved.step}: NOT SAVED after {saved.tries} tries: {saved.error}")
         else:
             again = f" at try {saved.tries}" * (saved.tries > 1)
             self._say(f"step {saved.step}: saved {saved.checkpoint}{again}")

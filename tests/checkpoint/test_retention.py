@@ -47,6 +47,14 @@ def test_the_rules_add_up(run):
     assert kept((run[0] / "nowhere", run[1]), keep_last=1, keep_best=5) == [8]
 
 
+def test_a_replay_of_the_last_step_that_stood_out_has_its_checkpoint(run):
+    events = run[0] / "events.jsonl"
+    for step, expected in ((1, [8]), (5, [4, 8]), (8, [7, 8]), (30, [8])):
+        events.write_text(json.dumps({"step": 2}) + "\n" + json.dumps({"step": step}) + "\n")
+        assert kept(run, keep_last=1) == expected
+    events.unlink()
+
+
 def test_a_newest_one_that_is_damaged_keeps_the_one_before(run):
     index = run[1][8] / "index.json"
     whole = index.read_bytes()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bd3_scale.checkpoint import storage
 from bd3_scale.checkpoint.manifest import read_manifest
 from bd3_scale.checkpoint.store import (
     boxes_to_save,
@@ -22,6 +23,7 @@ from bd3_scale.checkpoint.store import (
     resolve_checkpoint,
     save_boxes,
 )
+from bd3_scale.checkpoint.verify import newest_sound
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.model.rows import ModelInputs
@@ -139,6 +141,37 @@ def test_keeps_the_last_ones(trained, folder):
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000010", "step-100000000"]
     assert resolve_checkpoint(folder.parent) == folder / "step-100000000"
     assert (folder / "latest").read_text() == "step-100000000\n"
+
+
+def test_what_a_writer_wrote_counts_and_not_what_rank_0_sees(trained, folder, monkeypatch):
+    """A file that storage does not show to rank 0, or that reads back as another, makes no checkpoint."""
+    first = trained.save(folder, step=1, keep_last=1)
+    real = storage.write_tensors
+
+    def hide(path, tensors):
+        record = real(path, tensors)
+        path.unlink()
+        return record
+
+    def flip(path, tensors):
+        record = real(path, tensors)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        return record
+
+    for fault, message in ((hide, "rank-00000.safetensors is missing"), (flip, "as something else: rank-00000.safet")):
+        monkeypatch.setattr(storage, "write_tensors", fault)
+        with pytest.raises(OSError, match=message):
+            trained.save(folder, step=2, keep_last=1)
+        assert list_checkpoints(folder) == [first]
+
+
+def test_latest_is_mended_where_its_writer_was_killed(trained, folder):
+    checkpoint = trained.save(folder)
+    (folder / "latest").write_text("step-00000099\n")
+    assert newest_sound(folder, "full")[0] == checkpoint
+    assert (folder / "latest").read_text() == "step-00000002\n"
 
 
 def test_a_failing_write_leaves_the_older_checkpoint_and_nothing_else(trained, folder):

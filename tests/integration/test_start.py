@@ -37,6 +37,29 @@ with pytest.raises(ValueError) as refused, process_groups(mine.parallel, agree=r
 assert str(refused.value) == message
 """
 
+# A rank, which the fork server runs: rank 1 comes later to a collective than the others wait for it.
+LATE = """
+import os, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from bd3_scale.parallel.groups import process_groups
+from bd3_scale.recipe.schema import ParallelRecipe
+
+if watched:
+    os.environ["BD3_SCALE_HEARTBEATS"] = "somewhere"
+with process_groups(ParallelRecipe(), timeout=timedelta(seconds=5)):
+    dist.barrier()
+    late = os.environ["RANK"] == "1"
+    time.sleep(8 * late)
+    try:
+        dist.all_reduce(torch.ones(1))
+        waited = True
+    except RuntimeError:
+        waited = False
+assert late or waited == watched
+"""
+
 # Rank 0 starts as always; rank 1 dies when rank 0 is in the rendezvous.
 DYING = """
 import os, signal, socket, sys, time
@@ -95,6 +118,11 @@ def other_recipe(ranks: list[int]) -> str:
 )
 def test_ranks_that_do_not_fit_together_all_say_so(recipes: list[Recipe], message: str, tmp_path: Path) -> None:
     run_ranks(exec, 3, REFUSED, {"recipes": recipes, "message": message}, logs=tmp_path)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_collective_waits_for_a_late_rank_where_somebody_else_tells_a_hang(watched: bool, tmp_path: Path) -> None:
+    run_ranks(exec, 2, LATE, {"watched": watched}, logs=tmp_path)
 
 
 def test_ranks_started_by_hand_with_other_overrides_end_with_one_line(recipe: Path, tmp_path: Path) -> None:

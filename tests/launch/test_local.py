@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bd3_scale.launch.local import launch
+from bd3_scale.launch.watch import Watch
 
 LAUNCHER = """
 import sys
@@ -204,6 +206,52 @@ def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     launcher.kill()
     launcher.wait()
     wait_for(lambda: not any(map(is_alive, pids)))
+
+
+def test_a_folder_that_a_killed_launcher_left_is_removed_and_a_living_one_s_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    folders = []
+    for name in ("killed", "living"):
+        launcher = start(RECORDER, tmp_path / name)
+        rank_pids(tmp_path / name)
+        folders += [path for path in tmp_path.glob("bd3_scale-launch-*") if path not in folders]
+        if name == "killed":
+            launcher.kill()
+            launcher.wait()
+    killed, living = folders
+    assert launch(["true"], 1, 1, None) == 0
+    assert killed.exists(), "it may be one that is just being made"
+    for folder in folders:
+        os.utime(folder, (time.time() - 100,) * 2)
+    assert launch(["true"], 1, 1, None) == 0
+    assert [path for path in folders if path.exists()] == [living]
+    launcher.terminate()
+    assert launcher.wait(timeout=10) == 0
+    assert not list(tmp_path.glob("bd3_scale-launch-*"))
+
+
+def test_ranks_are_not_taken_for_hung_where_everything_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    watch = Watch(tmp_path, 1)
+    deadlines = {"start": 100.0, "step": 100.0}
+
+    def ask_after(seconds: float) -> str | None:
+        nonlocal now
+        now += seconds
+        return watch.overdue(deadlines)
+
+    (tmp_path / "rank0.json").write_text('{"phase": "step", "step": 3, "beat": 7}')
+    assert [ask_after(seconds) for seconds in (1, 50, 500, 50)] == [None] * 4
+    found = ask_after(51)
+    assert found is not None
+    assert "hang in phase 'step' after 100 s" in found
+    assert "ranks [0] do not run" in found
 
 
 def test_what_cannot_start_leaves_nothing_running_and_no_handler_behind(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import math
 
 import pytest
 
+from bd3_scale.observe.metrics import EVENTS_FILE
 from bd3_scale.parallel.engine import StepResult
 from bd3_scale.recipe.schema import GuardRecipe
-from bd3_scale.train.guard import EVENTS_FILE, Guard
+from bd3_scale.train.guard import Guard
 
 
 def result(loss, *, applied=True):
