@@ -73,11 +73,12 @@ def launch(
     with _temporary_folder() as folder:
         log_dir = log_dir or folder / "logs"
         log_dir.mkdir(parents=True, exist_ok=True)
+        if deadlines is None:
+            return _run(argv, processes, threads, log_dir, {}, lambda: None)
         # On this machine: storage that hangs must not keep anybody from saying so.
         heartbeats = folder / "heartbeats"
-        watch = Watch(heartbeats, processes) if deadlines else None
-        overdue = functools.partial(watch.overdue, deadlines or {}) if watch else lambda: None
-        return _run(argv, processes, threads, log_dir, heartbeats, overdue)
+        overdue = functools.partial(Watch(heartbeats, processes).overdue, deadlines)
+        return _run(argv, processes, threads, log_dir, {FOLDER_VARIABLE: str(heartbeats)}, overdue)
 
 
 @contextlib.contextmanager
@@ -113,7 +114,7 @@ def _run(
     processes: int,
     threads: int,
     log_dir: Path,
-    heartbeats: Path,
+    more: Mapping[str, str],
     overdue: Callable[[], str | None],
 ) -> int:
     events: Events = SimpleQueue()
@@ -123,7 +124,7 @@ def _run(
     try:
         port = _free_port()
         for rank in range(processes):
-            ranks.append(_start(argv, rank, processes, threads, port, _log_path(log_dir, rank), heartbeats))
+            ranks.append(_start(argv, rank, processes, threads, port, _log_path(log_dir, rank), more))
         for process in ranks:
             threading.Thread(target=_report_end, args=(process, events), daemon=True).start()
         return _supervise(ranks, events, logs, overdue)
@@ -162,11 +163,11 @@ def _start(
     threads: int,
     port: int,
     log: Path | None,
-    heartbeats: Path,
+    more: Mapping[str, str],
 ) -> Rank:
     environment = {
         **os.environ,
-        FOLDER_VARIABLE: str(heartbeats),
+        **more,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
