@@ -62,6 +62,18 @@ def test_every_command_explains_itself_with_an_example_of_its_own(command: list[
     assert f"Example: bd3-scale {' '.join(command)} " in done.stdout
 
 
+@pytest.mark.parametrize(
+    "command", [["train", "recipe.yaml"], ["checkpoint", "list", "run"], ["checkpoint", "verify", "run"]]
+)
+def test_who_launches_or_looks_does_not_wait_for_torch(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "run/checkpoints/step-00000007").mkdir(parents=True)
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')")
+    done = bd3_scale(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path), BD3_DEBUG="1")
+    assert "torch is imported" not in done.stderr
+    assert "nowhere" in done.stderr or "step-00000007" in done.stdout
+
+
 def test_text_becomes_shards_that_the_commands_describe(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     for i in range(40):

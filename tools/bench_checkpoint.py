@@ -31,9 +31,9 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
     import torch.distributed as dist
 
     from bd3_scale.checkpoint.manifest import CheckpointManifest
+    from bd3_scale.checkpoint.newest import newest_sound
     from bd3_scale.checkpoint.saver import CheckpointSaver
     from bd3_scale.checkpoint.store import boxes_to_save, load_training_state
-    from bd3_scale.checkpoint.verify import newest_sound
     from bd3_scale.model.build import build_model
     from bd3_scale.model.layout import parameter_layouts
     from bd3_scale.observe.memory import peak_rss_bytes

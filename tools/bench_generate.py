@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.model import open_model
-from bd3_scale.checkpoint.store import resolve_checkpoint
 from bd3_scale.evaluate.bounds import ContinuationBounds
 from bd3_scale.generate.sampler import Sample, generate_batch
 from bd3_scale.model.build import build_model

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.model import open_model
-from bd3_scale.checkpoint.store import resolve_checkpoint
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import TrainingStream

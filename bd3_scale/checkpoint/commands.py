@@ -74,8 +74,8 @@ def verify(
 
 def _folders(path: Path) -> list[Path]:
     """ValueError: there is none."""
+    from bd3_scale.checkpoint.folder import list_checkpoints, step_of
     from bd3_scale.checkpoint.manifest import MANIFEST
-    from bd3_scale.checkpoint.store import list_checkpoints, step_of
 
     if (path / MANIFEST).is_file() or step_of(path) is not None:
         return [path]

@@ -1,14 +1,8 @@
-"""Saving, finding and loading the checkpoints of a run.
-
-A checkpoint is a folder `step-<n>`: safetensors files, an index, the tokeniser and a manifest. It is written aside
-under a name that starts with a dot, synced and renamed, so that a folder without the dot is complete. The file
-`latest` names the newest one, for people and scripts.
-"""
+"""Saving and loading the checkpoints of a run; see `checkpoint.folder` for where they lie."""
 
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +13,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bd3_scale.checkpoint.boxes import Box, boxes_of
+from bd3_scale.checkpoint.folder import LATEST, PARTIAL, list_checkpoints, name_latest, step_of
 from bd3_scale.checkpoint.manifest import (
-    MANIFEST,
     TOKENIZER,
     CheckpointManifest,
     FileRecord,
@@ -36,57 +30,9 @@ from bd3_scale.parallel.collective import gather_objects, on_rank_zero
 from bd3_scale.parallel.zero import ZeroState
 from bd3_scale.recipe.schema import CheckpointRecipe
 from bd3_scale.resilience import faults
-from bd3_scale.resilience.files import remove_aside, sync, write_atomically
+from bd3_scale.resilience.files import sync
 
-_STEP = re.compile(r"step-(\d{8,})")
-_PARTIAL = ".partial-"
 _LOG = logging.getLogger(__name__)
-LATEST = "latest"
-
-
-def step_of(folder: Path) -> int | None:
-    """The step that a checkpoint's folder is named by, or None where it has another name."""
-    return int(found[1]) if (found := _STEP.fullmatch(folder.name)) else None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run's checkpoint folder, oldest first."""
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: step_of(path) or 0)
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, or the newest one of a run directory.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if (path / MANIFEST).is_file():
-        return path
-    checkpoints = list_checkpoints(path / "checkpoints")
-    if not checkpoints:
-        raise ValueError(f"{path} is neither a checkpoint nor a run directory with one in {path / 'checkpoints'}")
-    return checkpoints[-1]
-
-
-def remove_partial(folder: Path) -> list[Path]:
-    """Remove what a killed save left behind; returns what it removed. What is still in use stays, with a warning."""
-    left = sorted(folder.glob(f"{_PARTIAL}*")) if folder.is_dir() else []
-    for path in left:
-        try:
-            shutil.rmtree(path)
-        except OSError as error:
-            _LOG.warning("%s is left over and cannot be removed: %s", path, error)
-    remove_aside(folder)
-    return left
-
-
-def name_latest(folder: Path) -> None:
-    """Write the name of the newest checkpoint of `folder` to the file `latest`, where it is not there yet."""
-    text = list_checkpoints(folder)[-1].name + "\n"
-    latest = folder / LATEST
-    if not latest.is_file() or latest.read_bytes() != text.encode():
-        write_atomically(latest, text)
 
 
 def boxes_to_save(zero: ZeroState, layouts: Sequence[ParameterLayout]) -> list[Box]:
@@ -109,7 +55,7 @@ def save_boxes(
         OSError: it could not be written; older checkpoints are untouched.
     """
     target = folder / f"step-{manifest.step:08d}"
-    partial = folder / f"{_PARTIAL}{target.name}"
+    partial = folder / f"{PARTIAL}{target.name}"
     try:
         on_rank_zero(lambda: _prepare(partial, tokenizer, manifest.step), group)
         writer = SafetensorsWriter(partial, dist.get_rank(), manifest.step)
@@ -251,6 +197,6 @@ def _tidy(folder: Path, keep: CheckpointRecipe, step: int) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Under another name first: one that is half removed must not look like a checkpoint."""
-    aside = checkpoint.with_name(f"{_PARTIAL}removed-{checkpoint.name}")
+    aside = checkpoint.with_name(f"{PARTIAL}removed-{checkpoint.name}")
     checkpoint.rename(aside)
     shutil.rmtree(aside)

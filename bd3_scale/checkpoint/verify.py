@@ -1,22 +1,14 @@
-"""Whether checkpoints are what was written, and which one a run can go on from."""
+"""Whether checkpoints are what was written."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-
+from bd3_scale.checkpoint.folder import step_of
 from bd3_scale.checkpoint.manifest import CheckpointDamagedError, CheckpointManifest, damaged_files, read_manifest
-from bd3_scale.checkpoint.store import list_checkpoints, name_latest, step_of
 from bd3_scale.observe.metrics import METRICS_FILE, read_nelbos
-from bd3_scale.parallel.collective import gather_objects, on_rank_zero
 
-_LOG = logging.getLogger(__name__)
-DAMAGED = "damaged-"
 Mode = Literal["full", "fast"]
 
 
@@ -36,74 +28,6 @@ def check_checkpoint(folder: Path, mode: Mode, share: slice = slice(None)) -> Ch
             f"checkpoint {folder} is damaged: {', '.join(damaged)} is not what was written; use an earlier checkpoint"
         )
     return manifest
-
-
-def check_together(folder: Path, mode: Mode) -> str | None:
-    """What is damaged of a checkpoint, of which each rank reads a share, or None (collective).
-
-    ValueError, OSError, on all ranks: a rank cannot read it, or sees another state of it than rank 0.
-    """
-    world = dist.get_world_size()
-    found = gather_objects(_problem(folder, mode, dist.get_rank(), world))
-    for rank, (kind, text) in enumerate(found):
-        if kind == "unreadable":
-            raise ValueError(f"rank {rank} cannot read a checkpoint: {text}")
-    bad = [rank for rank, (kind, _) in enumerate(found) if kind == "damaged"]
-    if not bad:
-        return None
-    seen = on_rank_zero(lambda: [_problem(folder, mode, rank, world) for rank in bad])
-    for rank, (kind, text) in zip(bad, seen, strict=True):
-        if kind == "damaged":
-            return text
-        raise ValueError(
-            f"rank {rank} finds what rank 0 does not: {found[rank][1]}; does its node see the run directory as it is?"
-        )
-    return None
-
-
-def newest_sound(checkpoints: Path, mode: Mode) -> tuple[Path, CheckpointManifest] | None:
-    """The newest checkpoint of a run's folder that is sound, or None where there is none at all (collective).
-
-    Damaged ones that are newer are moved aside, under a name that begins with `damaged-`, with a warning.
-
-    ValueError, with nothing moved: there are checkpoints, and none is sound, or as `check_together`.
-    """
-    problems: list[tuple[Path, str]] = []
-    for folder in on_rank_zero(lambda: list_checkpoints(checkpoints))[::-1]:
-        problem = check_together(folder, mode)
-        if problem is None:
-            on_rank_zero(partial(_take, folder, problems))
-            return folder, read_manifest(folder)
-        problems.append((folder, problem))
-    if problems:
-        raise ValueError(
-            f"none of the checkpoints in {checkpoints} is sound: {'; '.join(problem for _, problem in problems)}; mend "
-            "one, or begin anew with run_dir=FOLDER"
-        )
-    return None
-
-
-def _problem(folder: Path, mode: Mode, rank: int, world: int) -> tuple[Literal["", "damaged", "unreadable"], str]:
-    try:
-        check_checkpoint(folder, mode, slice(rank, None, world))
-    except CheckpointDamagedError as error:
-        return "damaged", str(error)
-    except (ValueError, OSError) as error:
-        return "unreadable", str(error)
-    return "", ""
-
-
-def _take(sound: Path, problems: Sequence[tuple[Path, str]]) -> None:
-    for folder, problem in problems:
-        aside = folder.with_name(DAMAGED + folder.name)
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = folder.with_name(f"{DAMAGED}{folder.name}-{number}")
-        folder.rename(aside)
-        _LOG.warning("%s; it is moved to %s, and an older one is taken", problem, aside.name)
-    # Whatever was killed since its name was due.
-    name_latest(sound.parent)
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Make a Hugging Face folder that transformers and serving engines load."""
-    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.export import plan_export, run_export
     from bd3_scale.convert.serving import engines
 
@@ -162,7 +162,7 @@ def quantize(
     import dataclasses
     import json
 
-    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.export import plan_export
     from bd3_scale.convert.quantize import check_data, check_quantizable, is_quantized, run_quantize
     from bd3_scale.convert.quantizer import Scheme

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, damaged_files, read_manifest
-from bd3_scale.checkpoint.store import resolve_checkpoint
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.architectures import ARCHITECTURES, Format, export_obstacles, read_architecture
 from bd3_scale.convert.folder import CONFIG, open_weights, read_json

@@ -43,7 +43,7 @@ def evaluate(
     SET is ptb, wikitext2, lm1b, lambada, ag_news, pubmed or arxiv: a tokenised
     corpus that is put back into plain text, whose bytes are counted.
     """
-    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
     from bd3_scale.evaluate.sets import NamedText
     from bd3_scale.evaluate.tables import as_json_text, show_evaluations
@@ -87,7 +87,7 @@ def harness(
     """Run tasks of lm-evaluation-harness: choices by the NELBO, text by greedy generation."""
     import json
 
-    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.evaluate.harness import evaluate_tasks, show_results
 
     found = evaluate_tasks(resolve_checkpoint(checkpoint), tasks.split(","), folder=include, limit=limit, draws=draws)
@@ -122,7 +122,7 @@ def generative(
     import dataclasses
     import json
 
-    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.evaluate.generative import evaluate_generative
     from bd3_scale.evaluate.tables import show_generative
 
@@ -197,7 +197,7 @@ def generate(
     import dataclasses
     import json
 
-    from bd3_scale.checkpoint.store import resolve_checkpoint
+    from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.evaluate.tables import show_written
     from bd3_scale.evaluate.writing import read_prompts, write_texts
     from bd3_scale.observe.denoising import DenoisingView

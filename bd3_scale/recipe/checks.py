@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.metadata import version
 
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
@@ -16,9 +17,16 @@ def world_size_for_launch(recipe: Recipe) -> int:
     """Processes to start on this machine: `launch.processes`, else one a GPU, else the fewest the layout needs."""
     if recipe.launch.processes is not None:
         return recipe.launch.processes
+    return _gpus() or recipe.parallel.model_size
+
+
+def _gpus() -> int:
+    """GPUs of this machine. A build of PyTorch for CPUs sees none, and importing it would take a second."""
+    if version("torch").endswith("+cpu"):
+        return 0
     import torch
 
-    return torch.cuda.device_count() or recipe.parallel.model_size
+    return torch.cuda.device_count()
 
 
 def data_parallel_size(recipe: Recipe, world_size: int) -> int:

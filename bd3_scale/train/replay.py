@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bd3_scale.checkpoint.store import list_checkpoints, step_of
+from bd3_scale.checkpoint.folder import list_checkpoints, step_of
 from bd3_scale.checkpoint.verify import check_checkpoint
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.parallel.collective import on_rank_zero

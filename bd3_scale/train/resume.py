@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
-from bd3_scale.checkpoint.store import (
-    load_initial_weights,
-    load_training_state,
-    resolve_checkpoint,
-)
-from bd3_scale.checkpoint.verify import check_together, newest_sound
+from bd3_scale.checkpoint.newest import check_together, newest_sound
+from bd3_scale.checkpoint.store import load_initial_weights, load_training_state
 from bd3_scale.data.manifest import Manifest, check_tokenizer
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.layout import ParameterLayout

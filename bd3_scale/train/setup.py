@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
-from bd3_scale.checkpoint.store import remove_partial
 from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.data.tokenizer import load_tokenizer

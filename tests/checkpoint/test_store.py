@@ -13,17 +13,10 @@ import pytest
 import torch
 
 from bd3_scale.checkpoint import storage
+from bd3_scale.checkpoint.folder import list_checkpoints, remove_partial, resolve_checkpoint
 from bd3_scale.checkpoint.manifest import read_manifest
-from bd3_scale.checkpoint.store import (
-    boxes_to_save,
-    list_checkpoints,
-    load_training_state,
-    load_weights,
-    remove_partial,
-    resolve_checkpoint,
-    save_boxes,
-)
-from bd3_scale.checkpoint.verify import newest_sound
+from bd3_scale.checkpoint.newest import newest_sound
+from bd3_scale.checkpoint.store import boxes_to_save, load_training_state, load_weights, save_boxes
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.model.rows import ModelInputs

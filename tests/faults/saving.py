@@ -14,8 +14,9 @@ import torch
 import xxhash
 
 from bd3_scale.checkpoint.boxes import Box
+from bd3_scale.checkpoint.folder import LATEST, list_checkpoints, remove_partial
 from bd3_scale.checkpoint.manifest import CheckpointManifest
-from bd3_scale.checkpoint.store import LATEST, list_checkpoints, remove_partial, save_boxes
+from bd3_scale.checkpoint.store import save_boxes
 from bd3_scale.checkpoint.verify import check_checkpoint
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import (

@@ -166,6 +166,9 @@ def test_one_rank_s_nan_is_skipped_by_all_and_leaves_every_state_as_it_was(site,
     assert (manifest["step"], manifest["skipped"]) == (6, 1)
     (event,) = [json.loads(line) for line in (site.folder / name / "events.jsonl").read_text().splitlines()]
     assert (event["step"], event["kind"], len(event["sample_ids"])) == (3, "non_finite", 8)
+    if layout != "DP2, ZeRO-3":
+        return
+    # Of the two counts of steps, a resumed run takes each where it belongs.
     shutil.rmtree(site.folder / name / "checkpoints" / "step-00000006")
     shutil.rmtree(site.folder / name / "checkpoints" / "step-00000005")
     before = steps_of(site.folder / name)

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 from models import config, save_folder, tensors, transformers_model
 
+from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.model import open_model
-from bd3_scale.checkpoint.store import resolve_checkpoint
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.cli import app
 from bd3_scale.convert.calibration import Calibration

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.model import open_model
-from bd3_scale.checkpoint.store import resolve_checkpoint
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches

@@ -1,0 +1,66 @@
+"""Where the checkpoints of a run lie.
+
+A checkpoint is a folder `step-<n>`: safetensors files, an index, the tokeniser and a manifest. It is written aside
+under a name that starts with a dot, synced and renamed, so that a folder without the dot is complete. The file
+`latest` names the newest one, for people and scripts.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from bd3_scale.checkpoint.manifest import MANIFEST
+from bd3_scale.resilience.files import remove_aside, write_atomically
+
+_STEP = re.compile(r"step-(\d{8,})")
+_LOG = logging.getLogger(__name__)
+PARTIAL = ".partial-"
+LATEST = "latest"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named by, or None where it has another name."""
+    return int(found[1]) if (found := _STEP.fullmatch(folder.name)) else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run's checkpoint folder, oldest first."""
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: step_of(path) or 0)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, or the newest one of a run directory.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if not checkpoints:
+        raise ValueError(f"{path} is neither a checkpoint nor a run directory with one in {path / 'checkpoints'}")
+    return checkpoints[-1]
+
+
+def remove_partial(folder: Path) -> list[Path]:
+    """Remove what a killed save left behind; returns what it removed. What is still in use stays, with a warning."""
+    left = sorted(folder.glob(f"{PARTIAL}*")) if folder.is_dir() else []
+    for path in left:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            _LOG.warning("%s is left over and cannot be removed: %s", path, error)
+    remove_aside(folder)
+    return left
+
+
+def name_latest(folder: Path) -> None:
+    """Write the name of the newest checkpoint of `folder` to the file `latest`, where it is not there yet."""
+    text = list_checkpoints(folder)[-1].name + "\n"
+    latest = folder / LATEST
+    if not latest.is_file() or latest.read_bytes() != text.encode():
+        write_atomically(latest, text)
