@@ -102,15 +102,6 @@ def test_a_last_save_that_keeps_failing_is_an_error(site):
     assert not differences(site.folder / "last", site.undisturbed("1 process"))
 
 
-def test_an_error_beside_a_save_ends_with_its_own_exit_code(site):
-    """One rank ends while the other still writes, and the first one's thread waits for it."""
-    inject = "delay@save.write:step=3,rank=1,seconds=30; fail@step:step=4,rank=0"
-    output = run(site, "beside", "DP2, ZeRO-1", inject=inject, code=2)
-    assert "error: [Errno 5] Input/output error (injected)" in output
-    assert "rank 0 failed with exit code 2" in output
-    assert newest(site.folder / "beside") == 0
-
-
 def test_a_byte_that_flipped_on_disk_costs_one_checkpoint(site):
     run(site, "flipped", "1 process", inject=f"flip@save.rename:step={STEPS}")
     verify = [BD3_SCALE, "checkpoint", "verify", "flipped"]
