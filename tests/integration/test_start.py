@@ -48,10 +48,10 @@ from bd3_scale.recipe.schema import ParallelRecipe
 
 if watched:
     os.environ["BD3_SCALE_HEARTBEATS"] = "somewhere"
-with process_groups(ParallelRecipe(), timeout=timedelta(seconds=5)):
+with process_groups(ParallelRecipe(), timeout=timedelta(seconds=10)):
     dist.barrier()
     late = os.environ["RANK"] == "1"
-    time.sleep(8 * late)
+    time.sleep(14 * late)
     try:
         dist.all_reduce(torch.ones(1))
         waited = True
