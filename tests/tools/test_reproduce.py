@@ -16,6 +16,8 @@ import torch
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.diffusion.interval import block_moments
+from bd3_scale.evaluate.nelbo import HeldOut
 from bd3_scale.recipe.schema import DiffusionRecipe
 from tools.reproduction.statistics import (
     FAILS,
@@ -28,7 +30,7 @@ from tools.reproduction.statistics import (
     interval,
     together,
 )
-from tools.reproduction.worker import sequence_nats
+from tools.reproduction.worker import moments_by_rate, sequence_nats
 
 ROOT = Path(__file__).parents[2]
 BYTES = load_tokenizer("bytes")
@@ -191,3 +193,18 @@ def test_fluctuation_is_the_variance_around_a_slow_fall():
     noise = np.random.default_rng(1).normal(0, 0.3, 20_000)
     losses = list(3 - np.linspace(0, 1, 20_000) + noise)
     assert math.sqrt(fluctuation(losses)) == pytest.approx(0.3, rel=0.02)
+
+
+def test_moments_by_mask_rate_are_those_of_the_blocks_counted_one_by_one():
+    generator = torch.Generator().manual_seed(3)
+    rates = torch.rand(2, 20, 8, generator=generator)
+    nll = torch.rand(2, 20, 8, generator=generator, dtype=torch.float64) * 12
+    counted = torch.rand(20, 8, generator=generator) < 0.8
+    held_out = HeldOut(None, 4, block_moments(nll, rates, 4, counted))
+    found = np.array(moments_by_rate(held_out, 4))
+    losses = (nll / (4 * rates.double())).numpy()
+    inside = counted.expand(2, 20, 8).numpy()
+    for tenth in range(10):
+        here = losses[inside & (np.floor(rates.numpy() * 10) == tenth)]
+        np.testing.assert_allclose(found[tenth], [len(here), here.sum(), np.square(here).sum()], rtol=1e-9)
+    assert moments_by_rate(HeldOut(None, 1, torch.zeros(37, 20, 3)), 1) == []

@@ -22,9 +22,10 @@ from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches
+from bd3_scale.diffusion.interval import candidates
 from bd3_scale.diffusion.nelbo import sequence_nelbo
 from bd3_scale.evaluate.generative import Judge, judged
-from bd3_scale.evaluate.nelbo import evaluate_nelbo, evaluation_noise, masked_nll, next_token_nll
+from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo, evaluation_noise, masked_nll, next_token_nll
 from bd3_scale.evaluate.writing import Written, write_texts
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.observe.warnings import quieten_libraries
@@ -108,7 +109,7 @@ def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Of each text and block size: every sequence's NELBO given its first token, and the tokens that counted.
 
     An autoregressive model does not predict a sequence's first token, so that no row is asked for it: it is never
-    masked. Held-out text also has the loss's variance by clipped interval.
+    masked. Held-out text also has the loss's variance by clipped interval, and its moments by mask rate.
     """
     found: dict[str, Any] = {}
     with open_model(checkpoint) as (model, manifest, groups):
@@ -132,8 +133,25 @@ def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
                         diffusion=own,
                         draws=draws,
                     )
-                    found[f"{text}, L'={size}"]["intervals"] = [asdict(one) for one in held_out.intervals().found]
+                    found[f"{text}, L'={size}"] |= {
+                        "intervals": [asdict(one) for one in held_out.intervals().found],
+                        "rates": moments_by_rate(held_out, size),
+                    }
     return found
+
+
+def moments_by_rate(held_out: HeldOut, block_size: int) -> list[list[float]]:
+    """Of each tenth of [0, 1] of mask rates: blocks, and the sums of their losses and of the squares.
+
+    Moments add up, so that a tenth is the difference of two candidates of the search. At block size 1 every rate is 1:
+    there are none.
+    """
+    if block_size == 1 or held_out.moments is None:
+        return []
+    known = dict(zip(candidates(block_size), held_out.moments.sum(1), strict=True))
+    lower = [known[k / 10, (k + 6) / 10] - known[(k + 1) / 10, (k + 6) / 10] for k in range(5)]
+    upper = [known[(k - 5) / 10, (k + 1) / 10] - known[(k - 5) / 10, k / 10] for k in range(5, 10)]
+    return [tenth.tolist() for tenth in (*lower, *upper)]
 
 
 def batches(path: str, seq_len: int, sequences: int | None) -> Iterator[Batch]:
