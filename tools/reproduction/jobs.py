@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -39,13 +38,13 @@ class Work:
     validation: Path | None
     texts: dict[str, str]
 
-    @property
-    def data(self) -> Path:
-        return self.folder / "data"
+    def data(self, longer: int = 1) -> Path:
+        """Tokens in sequences of so many times the scale's length."""
+        return self.folder / ("data" if longer == 1 else f"data-{longer}")
 
     def overrides(self, row: Row, seed: int) -> list[str]:
         """Of the scale's recipe."""
-        own = {"name": f"{self.scale.name}-{row.name}", "seed": seed, "data.path": self.data}
+        own = {"name": f"{self.scale.name}-{row.name}", "seed": seed, "data.path": self.data(row.longer)}
         own |= {"run_dir": self.run(row, seed)} | row.overrides
         return [f"{key}={value}" for key, value in own.items()]
 
@@ -68,23 +67,30 @@ class Work:
 
         ValueError: what is there was made of other sources.
         """
-        self._stamp("data", {"train": _file(self.train), "validation": _file(self.validation), "tokenizer": tokenizer})
-        if not self.data.exists():
-            sources = self._cut(self.train, self.scale.text_bytes, "train")
-            held_out: list[object] = []
-            if self.validation is not None:
-                # A little more than is measured, of all documents.
-                size = 5 * self.scale.sequences * self.scale.length // 4
-                held_out = ["--validation", self._cut(self.validation, size, "valid")]
-            length = str(self.scale.length)
-            line = [COMMAND, "data", "prepare", sources, *held_out, "--out", self.data, "--seq-len", length]
-            subprocess.run([*map(str, line), "--tokenizer", tokenizer, "--document-multiple", "1"], check=True)
+        of = {"train": _file(self.train), "validation": _file(self.validation), "tokenizer": tokenizer}
+        for longer in sorted({row.longer for row in rows(self.scale)}):
+            self._prepare_data(longer, of)
         for name, argument in self.texts.items():
             out = self.folder / "texts" / name
             text = NamedText.parse(argument)
             self._stamp(f"texts/{name}", {"text": _file(text.path), "tokenizer": tokenizer})
             if not out.exists():
                 text.prepare(out, load_tokenizer(tokenizer), seq_len=self.scale.length, document_multiple=1)
+
+    def _prepare_data(self, longer: int, of: dict[str, Any]) -> None:
+        out = self.data(longer)
+        self._stamp(out.name, of)
+        if out.exists():
+            return
+        sources = self._cut(self.train, self.scale.text_bytes, "train")
+        held_out: list[object] = []
+        if self.validation is not None:
+            # A little more than is measured, of all documents.
+            size = 5 * self.scale.sequences * self.scale.length // 4
+            held_out = ["--validation", self._cut(self.validation, size, "valid")]
+        length = str(longer * self.scale.length)
+        line = [COMMAND, "data", "prepare", sources, *held_out, "--out", out, "--seq-len", length]
+        subprocess.run([*map(str, line), "--tokenizer", of["tokenizer"], "--document-multiple", "1"], check=True)
 
     def _stamp(self, made: str, sources: dict[str, Any]) -> None:
         """Remember what `made` is of. ValueError: it is of something else."""
@@ -126,9 +132,9 @@ class Work:
     @property
     def data_hash(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the documents, their split and their tokeniser."""
-        digest = hashlib.sha256(load_manifest(self.data).tokenizer_hash.encode())
+        digest = hashlib.sha256(load_manifest(self.data()).tokenizer_hash.encode())
         for split in ("train", "validation"):
-            digest.update((self.data / f"{split}-documents.u64").read_bytes())
+            digest.update((self.data() / f"{split}-documents.u64").read_bytes())
         return digest.hexdigest()[:16]
 
     def asked(self, row: Row, seed: int) -> dict[str, Any]:
@@ -136,7 +142,7 @@ class Work:
         asked = {
             "recipe": self.recipe_hash(row, seed),
             "data": self.data_hash,
-            "sequences": self.scale.sequences,
+            "sequences": self.scale.sequences // row.longer,
             "draws": self.scale.draws,
             "samples": self.scale.samples if row.writes else 0,
         }
@@ -154,7 +160,7 @@ class Work:
         return self.folder / f"judge-{self.recipe_hash(*self.judging)}"
 
     def job(self, row: Row, seed: int) -> dict[str, Any]:
-        held_out = {"held-out": str(self.data)}
+        held_out = {"held-out": str(self.data(row.longer))}
         return {
             "row": row.name,
             "seed": seed,
@@ -165,7 +171,7 @@ class Work:
             "record": str(self.records / f"{row.name}-{seed}.json"),
             "texts": held_out | ({n: str(self.folder / "texts" / n) for n in self.texts} if row.writes else {}),
             "block_sizes": row.block_sizes,
-            "length": self.scale.length,
+            "length": row.longer * self.scale.length,
             "writes": row.writes,
             "exports": row.name in ("judge", "ar"),
             "judge": str(self.judge),
@@ -201,9 +207,15 @@ def run_jobs(work: Work, at_once: int, progress: Callable[[int, int, str], objec
     return failed
 
 
-def _file(path: Path | None) -> list[Any] | None:
-    """By what a file or folder is known again."""
-    return None if path is None else [str(path.absolute()), path.stat().st_size, path.stat().st_mtime]
+def _file(path: Path | None) -> list[str] | None:
+    """By what a file or folder is known again: its name, and 16 hexadecimal digits of the SHA-256 of its bytes."""
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    for part in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
+        with part.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return [path.name, digest.hexdigest()[:16]]
 
 
 def _start(work: Work, row: Row, seed: int) -> subprocess.Popen[bytes]:
@@ -222,11 +234,22 @@ def _start(work: Work, row: Row, seed: int) -> subprocess.Popen[bytes]:
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """With the trainings that they started, which save first: another command may go on from there at once."""
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        _signal_group(process, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        while time.monotonic() < deadline and _signal_group(process, 0):
+            process.poll()  # or it stays in its group
+            time.sleep(0.1)
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Whether its group still has a process."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.reproduction import likelihood, plots, sections
+from bd3_scale.diffusion.interval import FULL
+from tools.reproduction import likelihood, masking, plots, sections
 from tools.reproduction.findings import HELD_OUT, MAIN, Findings, table
 from tools.reproduction.records import read_records
 from tools.reproduction.rows import BLOCKS, INTERVALS, Scale, rows
@@ -44,13 +45,20 @@ def _texts(records: dict[tuple[str, int], dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _sections(found: Findings) -> list[Section]:
-    clipped = [sections.clipped_name(size, i) for size in sections.clipped_sizes(found) for i in INTERVALS]
+    clipped = [masking.clipped_name(size, i) for size in masking.clipped_sizes(found) for i in INTERVALS]
+    unclipped = [masking.clipped_name(size, FULL) for size in masking.clipped_sizes(found)]
     searched = (*(f"l{size}" for size in BLOCKS), "mdlm")
     return [
         ("Perplexity", MAIN, likelihood.perplexity, plots.perplexity, "perplexity.png"),
         ("Block size 1", ("ar", "l1-uniform", "l1-masked"), likelihood.block_size_one, None, ""),
-        ("Clipped mask rates", tuple(clipped), sections.clipped, plots.intervals, "intervals.png"),
-        ("The searched interval", searched, sections.searched, plots.searched, "searched.png"),
+        ("Clipped mask rates", tuple(clipped), masking.clipped, plots.intervals, "intervals.png"),
+        (
+            "The searched interval",
+            (*masking.searched_rows(found).values(), *unclipped),
+            masking.searched,
+            plots.searched,
+            "searched.png",
+        ),
         (
             "From an L'=L base, or from scratch",
             ("l4", "l16", "l4-finetuned", "l16-finetuned"),
@@ -117,10 +125,24 @@ def _runs(found: Findings) -> str:
     machines = sorted({", ".join(record["made"]["hardware"]) for record in done})
     versions = sorted({", ".join(f"{k} {v}" for k, v in record["made"]["versions"].items()) for record in done})
     hours = sum(record["training"]["seconds"] for record in done) / 3600
+    alone = sum(record["training"]["tokens"] / _speed(found, record["row"]) for record in done) / 3600
     return "\n\n".join(
         [
-            f"Training took {hours:.1f} hours of one thread. Machine: {'; '.join(machines)}. Versions: "
-            f"{'; '.join(versions)}. A commit with + had uncommitted changes.",
+            f"Training took {hours:.1f} hours of one thread on the clock, of which some had other work beside them; at "
+            f"the speed of the quickest row with the same block sizes it would be {alone:.1f} hours. "
+            f"Machine: {'; '.join(machines)}. Versions: {'; '.join(versions)}. A commit with + had "
+            "uncommitted changes.",
             table(["row", "seed", "tokens", "tokens/s", "minutes", "recipe", "commit", "date"], lines),
         ]
     )
+
+
+def _speed(found: Findings, name: str) -> float:
+    """Tokens a second of the quickest row with the same objective and block sizes."""
+
+    def kind(name: str) -> tuple[object, ...]:
+        row = found.row(name)
+        return row.overrides.get("diffusion.objective"), row.block_sizes
+
+    alike = (r["training"] for (other, _), r in found.records.items() if "training" in r and kind(other) == kind(name))
+    return max(training["tokens"] / training["seconds"] for training in alike)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 # Test perplexities on LM1B (table 3) and OpenWebText (table 4); those of diffusion are upper bounds.
 PERPLEXITY = {
     "ar": (22.83, 17.54),
@@ -24,6 +26,12 @@ CLIPPED = {
 SEARCHED = {4: (0.45, 0.95), 16: (0.3, 0.8), 128: (0.0, 0.5)}
 # Zero-shot perplexities of models of OpenWebText, table 5: PTB, WikiText.
 ZERO_SHOT = {"ar": (81.07, 25.32), "l4": (96.81, 31.31), "mdlm": (90.96, 33.22)}
+# Nats a token that MDLM costs more than L'=4 (tables 4 and 5), by the names that texts have here.
+ADVANTAGE = {
+    "held-out": math.log(PERPLEXITY["mdlm"][1] / PERPLEXITY["l4"][1]),
+    "ptb": math.log(ZERO_SHOT["mdlm"][0] / ZERO_SHOT["l4"][0]),
+    "wikitext2": math.log(ZERO_SHOT["mdlm"][1] / ZERO_SHOT["l4"][1]),
+}
 # Generative perplexity under GPT-2 large at 1,024 tokens, table 7.
 GENERATIVE = {"ar": 14.1, "l4": 25.7, "l8": 30.4, "l16": 33.4, "mdlm": 46.8}
 # Longest of 500 documents with blocks of 16, and SEDD's (table 6).

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tools.reproduction.findings import MAIN, Findings
-from tools.reproduction.rows import BLOCKS, INTERVALS
-from tools.reproduction.sections import LONG, chosen, clipped_name, clipped_sizes, loss_variance
+from tools.reproduction.masking import chosen, clipped_name, clipped_sizes, loss_variance, searched_rows, tenths
+from tools.reproduction.rows import INTERVALS, LONG
 from tools.reproduction.statistics import interval
 
 
@@ -42,9 +42,9 @@ def intervals(found: Findings, out: Path) -> None:
 
 
 def searched(found: Findings, out: Path) -> None:
-    rows = {**{size: f"l{size}" for size in BLOCKS}, found.scale.length: "mdlm"}
-    figure, axes = _figure(len(rows))
-    for panel, (size, name) in zip(axes, rows.items(), strict=True):
+    rows = searched_rows(found)
+    figure, axes = _figure(len(rows) + 1)
+    for panel, (size, name) in zip(axes, rows.items(), strict=False):
         for number, record in enumerate(found.of(name)):
             steps, low, high = (list(values) for values in zip(*chosen(record, size), strict=True))
             # An interval counts until the next search.
@@ -52,6 +52,10 @@ def searched(found: Findings, out: Path) -> None:
             panel.step(steps, high, where="post", color=f"C{number}")
             panel.fill_between(steps, low, high, step="post", color=f"C{number}", alpha=0.15)
         panel.set(title=f"L'={size}", xlabel="step", ylabel="mask rates in training", ylim=(-0.05, 1.05))
+    for size in clipped_sizes(found):
+        blocks, losses, _ = tenths(found, size).T
+        axes[-1].plot(np.arange(0.05, 1, 0.1), losses / blocks, "o-", markersize=4, label=f"L'={size}")
+    axes[-1].set(title="trained on U[0, 1]", xlabel="mask rate", ylabel=f"loss: nats a {found.scale.unit}, held-out")
     _save(figure, axes, out)
 
 

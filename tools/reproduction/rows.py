@@ -18,8 +18,8 @@ class Scale:
     """A size at which all is done.
 
     tokenizer: `bytes`, or None where it must be given; text_bytes: of training text, the same share of every document;
-    sequences, draws: held-out ones that are measured,
-    and of their noise; samples: texts a sampler writes; clipped: block sizes besides L with fixed intervals.
+    sequences, draws: held-out ones that are measured, and of their noise; samples: texts a sampler writes; clipped:
+    block sizes besides L with fixed intervals; longer: MDLM is also trained with sequences of this many times L.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Scale:
     draws: int
     samples: int
     clipped: tuple[int, ...]
+    longer: int | None = None
 
     @property
     def path(self) -> Path:
@@ -57,9 +58,18 @@ class Scale:
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("quick", "bytes", seeds=(1,), text_bytes=400_000, sequences=64, draws=2, samples=2, clipped=()),
+        Scale("quick", "bytes", seeds=(1,), text_bytes=400_000, sequences=64, draws=2, samples=2, clipped=(), longer=2),
         Scale(
-            "small", "bytes", seeds=(1, 2), text_bytes=8_000_000, sequences=1024, draws=4, samples=64, clipped=(4, 16)
+            "small",
+            "bytes",
+            seeds=(1, 2),
+            text_bytes=8_000_000,
+            sequences=1024,
+            draws=4,
+            samples=64,
+            clipped=(4, 16),
+            # Bytes of 128 of the paper's tokens.
+            longer=4,
         ),
         Scale("paper", None, seeds=(1,), text_bytes=10**12, sequences=1024, draws=4, samples=300, clipped=(4, 16)),
     )
@@ -69,7 +79,8 @@ SCALES = {
 @dataclass(frozen=True, eq=False)
 class Row:
     """A training. overrides: of the scale's recipe, as the command line takes them; block_sizes: it is measured at;
-    writes: it is also measured by what it writes; seeds: default: the scale's.
+    writes: it is also measured by what it writes; seeds: default: the scale's; longer: its sequences are so many times
+    as long as the scale's, and so many times fewer.
     """
 
     name: str
@@ -78,6 +89,7 @@ class Row:
     block_sizes: tuple[int, ...]
     writes: bool = False
     seeds: tuple[int, ...] = field(default=())
+    longer: int = 1
 
 
 NO_SEARCH = {"diffusion.search_interval": "false"}
@@ -103,6 +115,7 @@ def rows(scale: Scale) -> list[Row]:
         *_block_size_one(),
         *(_finetuned(size, length, steps) for size in (4, 16)),
         _one_for_many(),
+        *([_longer(scale)] if scale.longer else []),
         *(_clipped(size, *interval, steps // 2) for size in (*scale.clipped, length) for interval in INTERVALS),
     ]
 
@@ -125,6 +138,18 @@ def _finetuned(size: int, length: int, steps: int) -> Row:
 def _one_for_many() -> Row:
     overrides = {"diffusion.block_size": BLOCKS[-1], "diffusion.block_size_choices": str([1, *BLOCKS])}
     return Row("any", "one model for L'=1, 4, 8, 16", overrides, (1, *BLOCKS))
+
+
+def _longer(scale: Scale) -> Row:
+    times = scale.longer or 1
+    length, train = times * scale.length, scale.recipe.train
+    overrides = {
+        "diffusion.block_size": length,
+        "data.seq_len": length,
+        "train.global_batch_size": train.global_batch_size // times,
+        "train.micro_batch_size": train.micro_batch_size // times,
+    }
+    return Row("mdlm-longer", f"MDLM, L={length}", overrides, (length,), seeds=(1,), longer=times)
 
 
 def _clipped(size: int, low: float, high: float, steps: int) -> Row:

@@ -1,95 +1,16 @@
-"""Sections 3, 4, 7 and 8: intervals of mask rates, samples, efficiency."""
+"""Sections 7 and 8: samples, efficiency."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
 import numpy as np
 
 from tools.reproduction import paper
-from tools.reproduction.findings import HELD_OUT, MAIN, Findings, table
-from tools.reproduction.rows import BLOCKS, INTERVALS, LONG
+from tools.reproduction.findings import MAIN, Findings, table
+from tools.reproduction.rows import BLOCKS, LONG
 from tools.reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, Seeds, together
-
-
-def clipped_sizes(found: Findings) -> tuple[int, ...]:
-    return (*found.scale.clipped, found.scale.length)
-
-
-def clipped_name(size: int, interval: tuple[float, float]) -> str:
-    return f"l{size}-{interval[0]}-{interval[1]}"
-
-
-def loss_variance(found: Findings, size: int, interval: tuple[float, float]) -> float:
-    """Of a block's loss under the interval that the model was trained with, on held-out text."""
-    text = found.of(clipped_name(size, interval))[0]["texts"][f"{HELD_OUT}, L'={size}"]
-    return next(one["variance"] for one in text["intervals"] if (one["low"], one["high"]) == interval)
-
-
-def clipped(found: Findings) -> str:
-    parts, lines, verdicts = [], [], []
-    for size in clipped_sizes(found):
-        variances = {interval: loss_variance(found, size, interval) for interval in INTERVALS}
-        best = min(variances, key=variances.__getitem__)
-        for interval in INTERVALS:
-            published = paper.CLIPPED.get(size, {}).get(interval)
-            name = clipped_name(size, interval)
-            figures = [f"{published[0]} / {published[1]}"] if published else [""]
-            lines.append(
-                [found.row(name).title, *found.cells(found.measured(name)), f"{variances[interval]:.4f}", *figures]
-            )
-        if best == (0.0, 1.0):
-            parts.append(f"L'={size}: no interval has less variance than [0, 1].")
-            verdicts.append(FAILS)
-            continue
-        difference = found.compare(clipped_name(size, (0.0, 1.0)), clipped_name(size, best))
-        verdicts.append(difference.verdict())
-        parts.append(
-            f"L'={size}: U[{best[0]:g}, {best[1]:g}] has the least variance; U[0, 1] costs {difference} nats a "
-            f"{found.scale.unit} more: {difference.verdict()}."
-        )
-    return "\n\n".join(
-        [
-            table([*found.header, "variance of a block's loss", "paper: perplexity / variance"], lines),
-            "The paper: at every L' an interval narrower than [0, 1] has less variance, and the model that trains with "
-            f"the one of least variance is the better one. **Here: {together(verdicts)}.** Half of section 1's tokens, "
-            "one seed.",
-            *parts,
-        ]
-    )
-
-
-def chosen(record: dict[str, Any], size: int) -> list[tuple[int, float, float]]:
-    """What training followed: step, β, ω of every search."""
-    keys = [f"mask_rate_{end}_block_{size}" for end in ("low", "high")]
-    return [(one["step"], one[keys[0]], one[keys[1]]) for one in record["training"]["searches"]]
-
-
-def searched(found: Findings) -> str:
-    rows = {**{size: f"l{size}" for size in BLOCKS}, found.scale.length: "mdlm"}
-    lines, middles = [], {}
-    for size, name in rows.items():
-        ends = [chosen(record, size)[-1] for record in found.of(name)]
-        middles[size] = [(low + high) / 2 for _, low, high in ends]
-        published = paper.SEARCHED.get(size)
-        lines.append(
-            [
-                f"L'={size}",
-                ", ".join(f"[{low:g}, {high:g}]" for _, low, high in ends),
-                f"[{published[0]:g}, {published[1]:g}]" if published else "",
-            ]
-        )
-    means = [float(np.mean(values)) for values in middles.values()]
-    falling = all(later <= earlier for earlier, later in itertools.pairwise(means))
-    verdict = UNDECIDED if len(set(means)) == 1 else HOLDS if falling else FAILS
-    return "\n\n".join(
-        [
-            table(["", "interval at the end, by seed", "paper"], lines),
-            f"The paper: the smaller the blocks, the heavier the masking that the search chooses. **Here: {verdict}.**",
-        ]
-    )
 
 
 def samples(found: Findings) -> str:
