@@ -19,6 +19,9 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.interval import block_moments
 from bd3_scale.evaluate.nelbo import HeldOut
 from bd3_scale.recipe.schema import DiffusionRecipe
+from tools.reproduction.jobs import Work, _end, _file
+from tools.reproduction.masking import expected, parts_of_variance
+from tools.reproduction.rows import SCALES
 from tools.reproduction.statistics import (
     FAILS,
     HOLDS,
@@ -34,7 +37,7 @@ from tools.reproduction.worker import moments_by_rate, sequence_nats
 
 ROOT = Path(__file__).parents[2]
 BYTES = load_tokenizer("bytes")
-ROWS = 15  # of the quick form
+ROWS = 16  # of the quick form
 COMMAND = [sys.executable, str(ROOT / "tools" / "reproduce.py"), "--quick"]
 
 
@@ -208,3 +211,49 @@ def test_moments_by_mask_rate_are_those_of_the_blocks_counted_one_by_one():
         here = losses[inside & (np.floor(rates.numpy() * 10) == tenth)]
         np.testing.assert_allclose(found[tenth], [len(here), here.sum(), np.square(here).sum()], rtol=1e-9)
     assert moments_by_rate(HeldOut(None, 1, torch.zeros(37, 20, 3)), 1) == []
+
+
+def test_variance_splits_into_that_at_a_rate_and_that_from_rate_to_rate():
+    """Against the variance of all losses at once, in tenths of equal size (the law of total variance)."""
+    generator = np.random.default_rng(1)
+    losses = [generator.normal(3 + tenth**2 / 10, 10 - tenth, size=500) for tenth in range(10)]
+    rates = np.array([[len(own), own.sum(), np.square(own).sum()] for own in losses])
+    for low, high in ((0, 5), (3, 8), (0, 10)):
+        at, between = parts_of_variance(rates, (low / 10, high / 10))
+        assert at + between == pytest.approx(np.concatenate(losses[low:high]).var())
+        assert between == pytest.approx(np.var([own.mean() for own in losses[low:high]]))
+    # Short blocks: the rate of least noise decides; long ones: that of the flattest mean.
+    assert expected(rates, 1) == (0.5, 1.0)
+    assert expected(rates, 10**6) == (0.0, 0.5)
+
+
+def test_sources_are_known_again_by_their_bytes(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    work = Work(SCALES["quick"], tmp_path / "work", tmp_path / "records", text, None, {})
+    work._stamp("data", {"train": _file(text)})
+    copied = tmp_path / "copied" / "text.txt"
+    copied.parent.mkdir()
+    copied.write_text("one")
+    work._stamp("data", {"train": _file(copied)})
+    assert _file(tmp_path / "copied") != _file(text)
+    copied.write_text("two")
+    with pytest.raises(ValueError, match="give another --work"):
+        work._stamp("data", {"train": _file(copied)})
+
+
+def test_what_is_ended_is_waited_for_with_all_that_it_started(tmp_path):
+    """A worker ends at once where it is asked to, its training saves first."""
+    saving = (
+        "import signal, sys, time\n"
+        "def save(*_): time.sleep(1); print(end='saved'); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print(end='ready ', flush=True); time.sleep(60)"
+    )
+    worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {saving!r}])"
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen([sys.executable, "-c", worker], stdout=output, start_new_session=True)
+    while "ready" not in (tmp_path / "output").read_text():
+        time.sleep(0.05)
+    _end([process])
+    assert (tmp_path / "output").read_text() == "ready saved"
