@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.attention.dispatch import block_attention
 from bd3_scale.attention.spans import make_spans
@@ -72,6 +73,7 @@ def measure(quick: bool) -> dict[str, Any]:
     return {
         "device": device.type,
         "block_size": BLOCK,
+        "product_gflops": _product_gflops(device),
         "sizes": [_size(*size, device) for size in SIZES[: 1 if quick else None]],
     }
 
@@ -94,7 +96,22 @@ def _size(batch: int, length: int, hidden: int, layers: int, heads: int, device:
         kernels[backend] = lambda backend=backend: block_attention(q, k, v, spans, backend=backend).sum().backward()
     torch.testing.assert_close(_dense(q, k, v, mask), block_attention(q, k, v, spans), rtol=1e-3, atol=1e-3)
     size = {"batch": batch, "length": length, "hidden": hidden, "layers": layers, "heads": heads}
-    return size | {"passes": _in_turns(passes, device), "attention": _in_turns(kernels, device)}
+    gflop = {name: _gflop(lap) for name, lap in passes.items()}
+    return size | {"passes": _in_turns(passes, device), "gflop": gflop, "attention": _in_turns(kernels, device)}
+
+
+def _gflop(lap: Lap) -> float:
+    with FlopCounterMode(display=False) as counter:
+        lap()
+    return counter.get_total_flops() / 1e9
+
+
+def _product_gflops(device: torch.device) -> float:
+    """What the device reaches in one large product of matrices."""
+    rows, inner, columns = 4096, 512, 2048
+    a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
+    milliseconds = _in_turns({"product": lambda: a @ b}, device)["product"]
+    return 2 * rows * inner * columns / milliseconds / 1e6
 
 
 def dense_mask(length: int) -> Tensor:

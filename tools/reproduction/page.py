@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.diffusion.interval import FULL
 from tools.reproduction import likelihood, masking, plots, sections
 from tools.reproduction.findings import HELD_OUT, MAIN, Findings, table
 from tools.reproduction.records import read_records
@@ -46,7 +45,6 @@ def _texts(records: dict[tuple[str, int], dict[str, Any]]) -> tuple[str, ...]:
 
 def _sections(found: Findings) -> list[Section]:
     clipped = [masking.clipped_name(size, i) for size in masking.clipped_sizes(found) for i in INTERVALS]
-    unclipped = [masking.clipped_name(size, FULL) for size in masking.clipped_sizes(found)]
     searched = (*(f"l{size}" for size in BLOCKS), "mdlm")
     return [
         ("Perplexity", MAIN, likelihood.perplexity, plots.perplexity, "perplexity.png"),
@@ -54,7 +52,7 @@ def _sections(found: Findings) -> list[Section]:
         ("Clipped mask rates", tuple(clipped), masking.clipped, plots.intervals, "intervals.png"),
         (
             "The searched interval",
-            (*masking.searched_rows(found).values(), *unclipped),
+            (*masking.searched_rows(found).values(), *clipped),
             masking.searched,
             plots.searched,
             "searched.png",

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from tools.reproduction.findings import MAIN, Findings
-from tools.reproduction.masking import chosen, clipped_name, clipped_sizes, loss_variance, searched_rows, tenths
+from tools.reproduction.masking import (
+    best_clipped,
+    chosen,
+    clipped_name,
+    clipped_sizes,
+    loss_variance,
+    searched_rows,
+    tenths,
+)
 from tools.reproduction.rows import INTERVALS, LONG
 from tools.reproduction.statistics import interval
 
@@ -53,9 +61,12 @@ def searched(found: Findings, out: Path) -> None:
             panel.fill_between(steps, low, high, step="post", color=f"C{number}", alpha=0.15)
         panel.set(title=f"L'={size}", xlabel="step", ylabel="mask rates in training", ylim=(-0.05, 1.05))
     for size in clipped_sizes(found):
-        blocks, losses, _ = tenths(found, size).T
-        axes[-1].plot(np.arange(0.05, 1, 0.1), losses / blocks, "o-", markersize=4, label=f"L'={size}")
-    axes[-1].set(title="trained on U[0, 1]", xlabel="mask rate", ylabel=f"loss: nats a {found.scale.unit}, held-out")
+        name = best_clipped(found, size)
+        blocks, losses, _ = tenths(found, name).T
+        axes[-1].plot(np.arange(0.05, 1, 0.1), losses / blocks, "o-", markersize=4, label=found.row(name).title)
+    axes[-1].set(
+        title="section 3's best models", xlabel="mask rate", ylabel=f"loss: nats a {found.scale.unit}, held-out"
+    )
     _save(figure, axes, out)
 
 
