@@ -56,6 +56,7 @@ def clipped(found: Findings) -> str:
             f"the one of least variance is better than with [0, 1]. **Here: {together(narrower)}.**",
             f"The paper: and it is the best of all (at each L' of its table 2). **Here: {together(best)}.**",
             *parts,
+            *(["Section 1's rows follow the search: another interval may serve them better."] if FAILS in best else []),
             *_by_rate(found),
         ]
     )
@@ -219,6 +220,6 @@ def _longer(found: Findings, middles: list[float]) -> str:
     said = ", ".join(f"trained on {_named(*own)}: {_named(*other)}" for own, other in others.items())
     return (
         f"With blocks {times} times as long the first part would be {times} times smaller, and U{_named(*expects)} the "
-        f"interval of least variance (by all models of L'={length}: {said}). Measured, with {row.title}: U{_named(*least)}. With this row the paper's order "
-        f"**{_falling(middles)}**."
+        f"interval of least variance (by all models of L'={length}: {said}). Measured, with "
+        f"{row.title}: U{_named(*least)}. With this row the paper's order **{_falling(middles)}**."
     )

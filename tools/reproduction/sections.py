@@ -83,8 +83,8 @@ def efficiency(found: Findings, record: dict[str, Any]) -> str:
         gain = passes["two passes"] / passes["one pass"] - 1
         lines.append([shape, f"{passes['one pass']:.1f}", f"{passes['two passes']:.1f}", f"{gain:+.1%}"])
         work.append(
-            f"{shape}: {size['gflop']['one pass']:.1f} GFLOP in one pass and {size['gflop']['two passes']:.1f} in two, at "
-            f"{rates['one pass']:.0f} and {rates['two passes']:.0f} GFLOP/s"
+            f"{shape}: {size['gflop']['one pass']:.1f} GFLOP in one pass and {size['gflop']['two passes']:.1f} in two, "
+            f"at {rates['one pass']:.0f} and {rates['two passes']:.0f} GFLOP/s"
         )
         own = {name: ms for name, ms in attention.items() if name != "dense mask"}
         kernels = ", ".join(f"{name} {ms:.1f} ms ({attention['dense mask'] / ms:.1f}×)" for name, ms in own.items())
@@ -97,8 +97,8 @@ def efficiency(found: Findings, record: dict[str, Any]) -> str:
             table(["forward and backward, milliseconds", "one pass", "two passes", "gain"], lines),
             f"The paper: one vectorised pass over noisy and clean rows trains {paper.VECTORISED_GAIN} faster than two. "
             f"**Here, on {record['device']}: {verdict}.**",
-            f"Looked into: {'; '.join(work)}, where one large product reaches {record['product_gflops']:.0f}. The work is "
-            "the same; one pass gains where two leave the device idle between small kernels.",
+            f"Looked into: {'; '.join(work)}, where one large product reaches {record['product_gflops']:.0f}. The work "
+            "is the same; one pass gains where two leave the device idle between small kernels.",
             *parts,
             f"The paper: FlexAttention is {paper.FLEX_GAIN} faster than a dense mask, on a GPU. Here `cpu` leaves out "
             "the chunks of the mask that nobody sees"
