@@ -178,9 +178,12 @@ def test_too_many_steps_of_nan_end_the_run_and_replay_computes_one_again(site):
     def replay(*options):
         command = [BD3_SCALE, "replay", *options]
         done = subprocess.run(command, cwd=site.folder, capture_output=True, text=True, timeout=100, check=False)
-        return done.stdout + done.stderr if done.returncode else json.loads(done.stdout.splitlines()[-1])
+        if done.returncode:
+            return done.stdout + done.stderr
+        return json.loads(done.stdout.splitlines()[-1]) | {"said": done.stderr}
 
     again = replay("nans")
+    assert "computing steps 7 to 8 from nans/checkpoints/step-00000006" in again["said"]
     assert (again["step"], again["began"], again["applied"], again["same"]) == (8, 6, True, False)
     assert before == {path: path.stat().st_mtime_ns for path in (site.folder / "nans").rglob("*")}
     events = [json.loads(line) for line in (site.folder / "nans" / "events.jsonl").read_text().splitlines()]
@@ -197,8 +200,10 @@ def test_too_many_steps_of_nan_end_the_run_and_replay_computes_one_again(site):
 def test_a_signal_to_one_rank_alone_stops_all_at_one_step(site):
     command = [*site.command("asked", "DP2, ZeRO-1"), "train.steps=100000", "evaluation.every_steps=0"]
     command += ["diffusion.search_interval=false"]
+    # Only --inject arms a run, not what a shell still exports.
+    environment = {**ENVIRONMENT, "BD3_SCALE_FAULTS": "kill@step:step=2"}
     process = subprocess.Popen(
-        command, cwd=site.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+        command, cwd=site.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     deadline = time.monotonic() + 100
     while max(steps_of(site.folder / "asked"), default=0) < 3:

@@ -44,7 +44,7 @@ def intervals(found: Findings, out: Path) -> None:
             title=f"L'={size}",
             xlabel="variance of a block's loss",
             ylabel=f"nats a {found.scale.unit}, held-out",
-            xscale="log",
+            xlim=(0, None),
         )
     _save(figure, axes, out)
 
@@ -72,6 +72,7 @@ def searched(found: Findings, out: Path) -> None:
 
 def samples(found: Findings, out: Path) -> None:
     figure, axes = _figure(1)
+    below = False  # labels of neighbours lie on either side
     for number, name in enumerate(MAIN):
         for sampler in found.of(name)[0]["samples"]:
             if sampler == LONG:
@@ -84,8 +85,10 @@ def samples(found: Findings, out: Path) -> None:
                 x, y, "o" if plain else ".", color=f"C{number}", label=found.row(name).title if plain else None
             )
             if not plain:
-                axes[0].annotate(sampler, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes[0].set(xlabel="denoising passes a token", ylabel=f"generative perplexity a {found.scale.unit}")
+                below = not below
+                place = {"xytext": (-3, -9) if below else (-3, 3), "textcoords": "offset points", "ha": "right"}
+                axes[0].annotate(sampler, (x, y), fontsize=7, **place)
+    axes[0].set(xlim=(0, None), xlabel="denoising passes a token", ylabel=f"generative perplexity a {found.scale.unit}")
     _save(figure, axes, out)
 
 
