@@ -66,7 +66,11 @@ def main(
     chosen = SCALES["quick" if quick else scale] if quick or scale in SCALES else None
     if chosen is None:
         fail(f"scale is {scale!r}: take one of {', '.join(SCALES)}")
-    out = out or (work / "quick-page" if chosen.name == "quick" else Path("docs/reproduction"))
+    out = out or (
+        work / "quick-page"
+        if chosen.name == "quick"
+        else Path("docs") / ("reproduction" if chosen.name == "small" else f"reproduction-{chosen.name}")
+    )
     if train is None and chosen.name != "quick" and not page_only:
         fail("there is no text to train on: give it with --train, or try --quick")
     if tokenizer and chosen.tokenizer:
@@ -81,7 +85,7 @@ def main(
             todo = Work(chosen, work.absolute() / chosen.name, out / "records", source, validation, texts)
             todo.prepare(vocabulary)
             do(todo, jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))))
-            measure_efficiency(out / "records", quick)
+            measure_efficiency(out / "records", chosen.name == "quick")
         console.print(f"wrote {write_page(chosen, out)}")
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         fail(str(error))

@@ -18,10 +18,12 @@ from bd3_scale.data.batch import Batch
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.interval import block_moments
 from bd3_scale.evaluate.nelbo import HeldOut
+from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import DiffusionRecipe
 from tools.reproduction.jobs import Work, _end, _file
 from tools.reproduction.masking import expected, parts_of_variance
-from tools.reproduction.rows import SCALES
+from tools.reproduction.rows import SCALES, rows
 from tools.reproduction.statistics import (
     FAILS,
     HOLDS,
@@ -257,3 +259,14 @@ def test_what_is_ended_is_waited_for_with_all_that_it_started(tmp_path):
         time.sleep(0.05)
     _end([process])
     assert (tmp_path / "output").read_text() == "ready saved"
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
+def test_every_row_is_a_recipe_that_trains(scale, tmp_path):
+    """Those of the scale for a GPU, too, which nothing here trains."""
+    work = Work(scale, tmp_path, tmp_path / "records", tmp_path, None, {})
+    for row in rows(scale):
+        recipe = load_recipe(scale.path, work.overrides(row, 1))
+        check_recipe(recipe, 1)
+        assert recipe.train.steps * recipe.train.global_batch_size * recipe.data.seq_len > 0
+        assert row.block_sizes[0] in recipe.diffusion.block_sizes or recipe.diffusion.objective == "next_token"

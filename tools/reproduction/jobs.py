@@ -85,8 +85,8 @@ class Work:
         sources = self._cut(self.train, self.scale.text_bytes, "train")
         held_out: list[object] = []
         if self.validation is not None:
-            # A little more than is measured, of all documents.
-            size = 5 * self.scale.sequences * self.scale.length // 4
+            # A little more than is measured, of all documents; a token of words has about five characters.
+            size = 5 * self.scale.sequences * self.scale.length // 4 * (1 if self.scale.unit == "byte" else 6)
             held_out = ["--validation", self._cut(self.validation, size, "valid")]
         length = str(longer * self.scale.length)
         line = [COMMAND, "data", "prepare", sources, *held_out, "--out", out, "--seq-len", length]
@@ -122,12 +122,18 @@ class Work:
             (row, seed)
             for row in rows(self.scale)
             for seed in row.seeds or self.scale.seeds
-            if (row.name, seed) not in there or there[row.name, seed]["asked"] != self.asked(row, seed)
+            if not self._answers(there.get((row.name, seed)), row, seed)
         ]
         without_judge = any(row.writes for row, _ in missing) and not self.judge.exists()
         if without_judge and all(row.name != "judge" for row, _ in missing):
             return [self.judging, *missing]
         return missing
+
+    def _answers(self, record: dict[str, Any] | None, row: Row, seed: int) -> bool:
+        """It is of what is asked, and measured on every text."""
+        if record is None or record["asked"] != self.asked(row, seed):
+            return False
+        return not row.writes or set(self.texts) <= {key.rpartition(", L'=")[0] for key in record["texts"]}
 
     @property
     def data_hash(self) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tools.reproduction import likelihood, masking, plots, sections
 from tools.reproduction.findings import HELD_OUT, MAIN, Findings, table
 from tools.reproduction.records import read_records
@@ -16,7 +18,8 @@ Section = tuple[str, tuple[str, ...], Callable[[Findings], str], Callable[[Findi
 
 def write_page(scale: Scale, folder: Path) -> Path:
     """The page beside `folder`, and its pictures inside; a section without all its records says which are wanting."""
-    records = read_records(folder / "records")
+    known = {(row.name, seed) for row in rows(scale) for seed in row.seeds or scale.seeds} | {("efficiency", 0)}
+    records = {key: record for key, record in read_records(folder / "records").items() if key in known}
     found = Findings(scale, records, _texts(records))
     parts = [_head(found)]
     for number, (title, needed, text, picture, name) in enumerate(_sections(found), 1):
@@ -72,7 +75,7 @@ def _sections(found: Findings) -> list[Section]:
 
 
 def _head(found: Findings) -> str:
-    scale, unit, spread = found.scale, found.scale.unit, found.seeds()
+    scale, unit = found.scale, found.scale.unit
     bytes_of_text = ", which are bytes" if unit == "byte" else ""
     tokens = scale.steps * scale.recipe.train.global_batch_size * scale.length
     model = scale.recipe.model
@@ -90,9 +93,24 @@ def _head(found: Findings) -> str:
         f"Sequences have {scale.length} tokens{bytes_of_text}. Held-out text is {scale.sequences:,} sequences of "
         "documents that no row trained on, of which every row is given the first token, since AR predicts none; NELBOs "
         f"are over mask rates of [0, 1], {scale.draws} draws, and exact at L'=1.\n\n"
-        f"Intervals of 95% are over text and seeds, whose spread ({spread.deviation:.4f} nats a {unit}, "
-        f"{spread.freedom} degrees of freedom) is pooled over rows; differences are between the same sequences. A "
-        "claim *holds* or *does not hold* where its difference is outside its interval, and is *undecided* otherwise."
+        f"Intervals of 95% are {_seeds(found)}; differences are between the same sequences. A claim *holds* or "
+        "*does not hold* where its difference is outside its interval, and is *undecided* otherwise, unless another "
+        "rule is given."
+    )
+
+
+def _seeds(found: Findings) -> str:
+    spread = found.seeds()
+    if not spread.freedom:
+        return "over text alone, since one seed tells nothing of other trainings"
+    several = [row for row in rows(found.scale) if len(row.seeds or found.scale.seeds) > 1 and found.has(row.name)]
+    apart = {row.title: float(np.ptp(found.measured(row.name).by_seed)) for row in several}
+    widest = max(apart, key=apart.__getitem__)
+    others = max((value for title, value in apart.items() if title != widest), default=0.0)
+    return (
+        f"over text and seeds, whose spread ({spread.deviation:.4f} nats a {found.scale.unit}, {spread.freedom} "
+        f"degrees of freedom) is pooled over rows (the seeds of {widest} are {apart[widest]:.4f} apart, those of the "
+        f"others at most {others:.4f})"
     )
 
 
@@ -126,8 +144,8 @@ def _runs(found: Findings) -> str:
     alone = sum(record["training"]["tokens"] / _speed(found, record["row"]) for record in done) / 3600
     return "\n\n".join(
         [
-            f"Training took {hours:.1f} hours of one thread on the clock, of which some had other work beside them; at "
-            f"the speed of the quickest row with the same block sizes it would be {alone:.1f} hours. "
+            f"Training took {hours:.1f} hours on the clock, one thread each, some beside other work; at the speed of "
+            f"the quickest row with the same block sizes it is {alone:.1f} hours. "
             f"Machine: {'; '.join(machines)}. Versions: {'; '.join(versions)}. A commit with + had "
             "uncommitted changes.",
             table(["row", "seed", "tokens", "tokens/s", "minutes", "recipe", "commit", "date"], lines),
@@ -140,7 +158,7 @@ def _speed(found: Findings, name: str) -> float:
 
     def kind(name: str) -> tuple[object, ...]:
         row = found.row(name)
-        return row.overrides.get("diffusion.objective"), row.block_sizes
+        return *map(row.overrides.get, ("diffusion.objective", "diffusion.block_size_schedule")), row.block_sizes
 
     alike = (r["training"] for (other, _), r in found.records.items() if "training" in r and kind(other) == kind(name))
     return max(training["tokens"] / training["seconds"] for training in alike)

@@ -102,7 +102,7 @@ BASE_SHARE = 0.85  # of a finetuned row's steps, as in the paper (850 K of 1 M)
 
 def rows(scale: Scale) -> list[Row]:
     """All, in the order in which they are trained; the judge of the samples first."""
-    length, steps = scale.length, scale.steps
+    length, steps, decays = scale.length, scale.steps, scale.recipe.optimizer.schedule == "wsd"
     judge = Row("judge", "AR, twice the steps", NEXT_TOKEN | {"train.steps": 2 * steps}, (1,), seeds=(99,))
     return [
         judge,
@@ -116,7 +116,7 @@ def rows(scale: Scale) -> list[Row]:
         *(_finetuned(size, length, steps) for size in (4, 16)),
         _one_for_many(),
         *([_longer(scale)] if scale.longer else []),
-        *(_clipped(size, *interval, steps // 2) for size in (*scale.clipped, length) for interval in INTERVALS),
+        *(_clipped(size, *interval, steps // 2, decays) for size in (*scale.clipped, length) for interval in INTERVALS),
     ]
 
 
@@ -152,8 +152,10 @@ def _longer(scale: Scale) -> Row:
     return Row("mdlm-longer", f"MDLM, L={length}", overrides, (length,), seeds=(1,), longer=times)
 
 
-def _clipped(size: int, low: float, high: float, steps: int) -> Row:
+def _clipped(size: int, low: float, high: float, steps: int, decays: bool) -> Row:
     """With half the tokens of the others."""
-    overrides = NO_SEARCH | {"diffusion.block_size": size, "train.steps": steps, "optimizer.decay_steps": steps // 3}
+    overrides = NO_SEARCH | {"diffusion.block_size": size, "train.steps": steps}
+    if decays:
+        overrides |= {"optimizer.decay_steps": steps // 3}
     overrides |= {"diffusion.mask_rate_low": low, "diffusion.mask_rate_high": high}
     return Row(f"l{size}-{low}-{high}", f"L'={size}, U[{low:g}, {high:g}]", overrides, (size,), seeds=(1,))
