@@ -47,7 +47,10 @@ def main(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of records and pictures; the page is beside it.", show_default="docs/reproduction"),
+        typer.Option(
+            help="Folder of records and pictures; the page is beside it.",
+            show_default="docs/reproduction, of other scales with their name",
+        ),
     ] = None,
     work: Annotated[Path, typer.Option(help="Folder of data and runs.")] = Path("runs/reproduction"),
     tokenizer: Annotated[

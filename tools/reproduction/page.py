@@ -17,9 +17,14 @@ Section = tuple[str, tuple[str, ...], Callable[[Findings], str], Callable[[Findi
 
 
 def write_page(scale: Scale, folder: Path) -> Path:
-    """The page beside `folder`, and its pictures inside; a section without all its records says which are wanting."""
+    """The page beside `folder`, and its pictures inside; a section without all its records says which are wanting.
+
+    ValueError: there are no records.
+    """
     known = {(row.name, seed) for row in rows(scale) for seed in row.seeds or scale.seeds} | {("efficiency", 0)}
     records = {key: record for key, record in read_records(folder / "records").items() if key in known}
+    if not records:
+        raise ValueError(f"{folder / 'records'} has no record of the scale {scale.name}: train first, without --page")
     found = Findings(scale, records, _texts(records))
     parts = [_head(found)]
     for number, (title, needed, text, picture, name) in enumerate(_sections(found), 1):
