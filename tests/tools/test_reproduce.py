@@ -96,7 +96,7 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
         ([], "there is no text to train on"),
         (["--scale", "huge"], "take one of quick, small, paper"),
         (["--train", "nowhere.txt"], "nowhere.txt"),
-        (["--scale", "paper", "--page"], "has no record of the scale paper: train first"),
+        (["--scale", "paper", "--page"], "has no record"),
         (["--train", "nowhere.txt", "--text", "wiki=nowhere.txt"], "there is no set 'wiki'"),
     ],
 )
