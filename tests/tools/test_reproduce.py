@@ -22,7 +22,7 @@ from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import DiffusionRecipe
 from tools.reproduction.jobs import Work, _end, _file
-from tools.reproduction.masking import expected, parts_of_variance
+from tools.reproduction.masking import _order, expected, parts_of_variance
 from tools.reproduction.rows import SCALES, rows
 from tools.reproduction.statistics import (
     FAILS,
@@ -228,6 +228,17 @@ def test_variance_splits_into_that_at_a_rate_and_that_from_rate_to_rate():
     # Short blocks: the rate of least noise decides; long ones: that of the flattest mean.
     assert expected(rates, 1) == (0.5, 1.0)
     assert expected(rates, 10**6) == (0.0, 0.5)
+
+
+def test_the_order_of_intervals_needs_clear_moves_to_lighter_masks():
+    heavy, light = (0.5, 1.0), (0.0, 0.5)
+    short = {heavy: (1.0, 0.1), light: (5.0, 0.1)}
+    tied = {heavy: (1.0, 0.1), light: (0.9, 0.1)}
+    long = {heavy: (1.0, 0.1), light: (0.2, 0.1)}
+    assert _order([short, short]) == _order([short, tied]) == UNDECIDED
+    assert _order([short, short, long]) == HOLDS
+    assert _order([long, short]) == _order([short, long, short]) == FAILS
+    assert _order([short, {light: (0.2, 0.1)}]) == UNDECIDED
 
 
 def test_sources_are_known_again_by_their_bytes(tmp_path):

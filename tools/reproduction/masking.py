@@ -15,6 +15,8 @@ from tools.reproduction.findings import HELD_OUT, Findings, table
 from tools.reproduction.rows import BLOCKS, INTERVALS
 from tools.reproduction.statistics import FAILS, HOLDS, UNDECIDED, together
 
+Variances = dict[Interval, tuple[float, float]]
+
 
 def clipped_sizes(found: Findings) -> tuple[int, ...]:
     return (*found.scale.clipped, found.scale.length)
@@ -67,32 +69,31 @@ def clipped(found: Findings) -> str:
 def _by_rate(found: Findings) -> list[str]:
     """Where the model of least variance falls behind: at the mask rates that it has not seen, or at all of them."""
     lines, costs, behind, seeds = [], [], [], found.seeds()
-    margin = seeds.quantile * seeds.error(1, 1)
     for size in clipped_sizes(found):
         names = {interval: clipped_name(size, interval) for interval in INTERVALS}
-        lines += [[found.row(name).title, *(f"{x:.3f}" for x in _halves(found, name))] for name in names.values()]
+        lines += [[found.row(n).title, *(f"{x:.3f}" for x in _halves(found, n)[0])] for n in names.values()]
         calm = names[min(INTERVALS, key=lambda interval: loss_variance(found, size, interval))]
-        light, heavy = _halves(found, calm) - _halves(found, best_clipped(found, size))
-        costs.append(f"L'={size} {light:+.3f} and {heavy:+.3f}")
-        behind += [f"L'={size}"] if heavy > margin else []
-    also = (
-        f" By more than the spread over seeds ({margin:.3f}) it is behind at heavy masks, too, at {', '.join(behind)}: "
-        "there it does not only want for practice."
-    )
+        (ours, our_errors), (best, best_errors) = (_halves(found, n) for n in (calm, best_clipped(found, size)))
+        errors = np.sqrt(np.square(our_errors) + np.square(best_errors) + seeds.error(1, 1) ** 2)
+        light, heavy = (f"{x:+.3f} ± {seeds.quantile * e:.3f}" for x, e in zip(ours - best, errors, strict=True))
+        costs.append(f"L'={size} {light} and {heavy}")
+        behind += [f"L'={size}"] if (ours - best)[1] > seeds.quantile * errors[1] else []
+    also = f" It is behind at heavy masks, too, at {', '.join(behind)}: there it does not only want for practice."
     return [
         "Looked into: whether the model of least variance is only behind at mask rates that it does not train with. "
         f"Loss on held-out text at light and at heavy masks, nats a {found.scale.unit}:",
         table(["", "at rates [0, 0.5]", "at rates [0.5, 1]"], lines),
-        "The model of least variance costs more than the best one, at light and at heavy masks: "
-        f"{', '.join(costs)}.{also if behind else ''} Section 1's rows follow the search: another interval may serve "
-        "them better.",
+        f"The model of least variance minus the best one, at light and at heavy masks: {'; '.join(costs)}."
+        f"{also if behind else ''} Section 1's rows follow the search: another interval may serve them better.",
     ]
 
 
-def _halves(found: Findings, name: str) -> NDArray[np.float64]:
-    blocks, losses, _ = tenths(found, name).T
-    halves: NDArray[np.float64] = (losses / blocks).reshape(2, 5).mean(1)
-    return halves
+def _halves(found: Findings, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean loss at mask rates below and above 0.5, and standard errors of the noise and the text, by block."""
+    blocks, losses, squares = tenths(found, name).T
+    means = losses / blocks
+    errors = ((squares / blocks - means**2) / blocks).reshape(2, 5).sum(1)
+    return means.reshape(2, 5).mean(1), np.sqrt(errors) / 5
 
 
 def chosen(record: dict[str, Any], size: int) -> list[tuple[int, float, float]]:
@@ -108,22 +109,20 @@ def searched_rows(found: Findings) -> dict[int, str]:
 
 
 def searched(found: Findings) -> str:
-    lines, middles = [], {}
+    lines = []
     for size, name in searched_rows(found).items():
         records = found.of(name)
-        least = [least_variance(record, size) for record in records]
-        middles[name] = float(np.mean([sum(interval) / 2 for interval in least]))
         lines.append(
             [
                 f"{found.row(name).title}",
                 ", ".join(_named(low, high) for _, low, high in (chosen(record, size)[-1] for record in records)),
-                ", ".join(_named(*interval) for interval in least),
+                _named(*least_variance(variances(found, name))),
                 _course(records, f"loss_variance_block_{size}"),
                 _course(records, f"loss_variance_unclipped_block_{size}"),
                 _named(*paper.SEARCHED[size]) if size in paper.SEARCHED else "",
             ]
         )
-    longest = middles.pop("mdlm-longer", None)
+    names = [name for name in searched_rows(found).values() if name != "mdlm-longer"]
     return "\n\n".join(
         [
             table(
@@ -138,20 +137,44 @@ def searched(found: Findings) -> str:
                 lines,
             ),
             "Training leaves an interval only for one that is clearly better on the text of its evaluations; the least "
-            "variance at the end is by all of the held-out text.",
-            "The paper: the smaller the blocks, the heavier the masking that the search chooses. **Here: "
-            f"{_falling(list(middles.values()))}** with sequences of {found.scale.length} {found.scale.unit}s.",
+            "variance at the end is by all of the held-out text, its mean over seeds.",
+            "The paper: the smaller the blocks, the heavier the masking of least variance. **Here: "
+            f"{_order([variances(found, name) for name in names])}** with sequences of {found.scale.length} "
+            f"{found.scale.unit}s. From one block size to the next larger one the interval counts as another where its "
+            "variance is below that of the former, by both their errors.",
             *_look(found),
-            *([] if longest is None else [_longer(found, [*middles.values(), longest])]),
+            *([_longer(found)] if found.scale.longer else []),
         ]
     )
 
 
-def least_variance(record: dict[str, Any], size: int) -> Interval:
-    """By all of the held-out text that is measured."""
-    text = record["texts"][f"{HELD_OUT}, L'={size}"]
-    best = min(text["intervals"], key=lambda one: one["variance"])
-    return best["low"], best["high"]
+def variances(found: Findings, name: str) -> Variances:
+    """Of a block's loss at the end, by interval, on all held-out text: mean over seeds, and its standard error."""
+    texts = [r["texts"][f"{HELD_OUT}, L'={found.row(name).block_sizes[0]}"]["intervals"] for r in found.of(name)]
+    each = [{(one["low"], one["high"]): (one["variance"], one["standard_error"]) for one in text} for text in texts]
+    told = [interval for interval in each[0] if all(interval in one for one in each)]
+    seeds = {interval: np.array([one[interval] for one in each]) for interval in told}
+    return {i: (float(x[:, 0].mean()), float(np.sqrt(np.square(x[:, 1]).sum()) / len(x))) for i, x in seeds.items()}
+
+
+def least_variance(of: Variances) -> Interval:
+    return min(of, key=lambda interval: of[interval][0])
+
+
+def _gain(shorter: Variances, longer: Variances) -> tuple[float, float]:
+    """Of the longer blocks' interval of least variance over the shorter ones', for the longer ones; half its 95%."""
+    ends = [longer.get(least_variance(one), (math.nan, math.nan)) for one in (shorter, longer)]
+    return ends[0][0] - ends[1][0], 1.96 * math.hypot(ends[0][1], ends[1][1])
+
+
+def _order(rows: list[Variances]) -> str:
+    """On the claim that masks of least variance grow lighter with blocks, of rows in the order of their sizes."""
+    moves = []
+    for shorter, longer in itertools.pairwise(rows):
+        gain, margin = _gain(shorter, longer)
+        if gain > margin:
+            moves.append(sum(least_variance(longer)) < sum(least_variance(shorter)))
+    return UNDECIDED if not moves else HOLDS if all(moves) else FAILS
 
 
 def _named(low: float, high: float) -> str:
@@ -162,13 +185,6 @@ def _course(records: list[dict[str, Any]], key: str) -> str:
     """Means over seeds at the first search and at the last."""
     ends = [[record["training"]["searches"][place][key] for record in records] for place in (0, -1)]
     return " → ".join(f"{float(np.mean(values)):.3f}" for values in ends)
-
-
-def _falling(middles: list[float]) -> str:
-    """On the claim that the interval's middle falls as blocks grow."""
-    if len(set(middles)) == 1:
-        return UNDECIDED
-    return HOLDS if all(later <= earlier for earlier, later in itertools.pairwise(middles)) else FAILS
 
 
 def tenths(found: Findings, name: str) -> NDArray[np.float64]:
@@ -217,23 +233,20 @@ def _look(found: Findings) -> list[str]:
     ]
 
 
-def _longer(found: Findings, middles: list[float]) -> str:
+def _longer(found: Findings) -> str:
     times, row, length = found.scale.longer or 1, found.row("mdlm-longer"), found.scale.length
-    [record] = found.of(row.name)
-    least = least_variance(record, row.block_sizes[0])
     expects = {i: expected(tenths(found, clipped_name(length, i)), times) for i in INTERVALS}
-    best = min(INTERVALS, key=lambda interval: found.measured(clipped_name(length, interval)).mean)
-    said = ", ".join(f"{_named(*own)}: {_named(*other)}" for own, other in expects.items())
-    trained = chosen(record, row.block_sizes[0])[-1][1:]
-    known = {
-        (one["low"], one["high"]): one for one in record["texts"][f"{HELD_OUT}, L'={row.block_sizes[0]}"]["intervals"]
-    }
-    gain = known[trained]["variance"] - known[least]["variance"]
-    margin = 1.96 * math.hypot(known[trained]["standard_error"], known[least]["standard_error"])
-    verdict = UNDECIDED if gain <= margin else _falling(middles)
+    said = ", ".join(f"on {_named(*own)} {_named(*other)}" for own, other in expects.items())
+    shorter, longer = variances(found, "mdlm"), variances(found, row.name)
+    least, before = least_variance(longer), least_variance(shorter)
+    lighter = sum(sum(one) < sum(before) for one in expects.values())
+    gain, margin = _gain(shorter, longer)
+    _, *trained = chosen(found.of(row.name)[0], row.block_sizes[0])[-1]
+    rows = [variances(found, name) for name in searched_rows(found).values()]
     return (
-        f"If blocks {times} times as long had {times} times less of the first part, U{_named(*expects[best])} would "
-        f"have the least variance by the best model of L'={length} (by all of them, as they trained on {said}). "
-        f"Measured, with {row.title}, one seed: U{_named(*least)} has, {gain:.3f} ± {margin:.3f} less than "
-        f"U{_named(*trained)}, with which it trained. With this row the paper's order: **{verdict}**."
+        f"If blocks {times} times as long had {times} times less of the first part, the least variance would be, by "
+        f"section 3's models of L'={length} as they trained, {said}: {lighter} of {len(expects)} expect lighter masks "
+        f"than {_named(*before)}. Measured, with {row.title}, one seed, in training at {_named(*trained)}: "
+        f"{_named(*least)}, with {gain:.3f} ± {margin:.3f} less variance than {_named(*before)}. With this row the "
+        f"paper's order: **{_order(rows)}**."
     )

@@ -112,10 +112,11 @@ def _seeds(found: Findings) -> str:
     apart = {row.title: float(np.ptp(found.measured(row.name).by_seed)) for row in several}
     widest = max(apart, key=apart.__getitem__)
     others = max((value for title, value in apart.items() if title != widest), default=0.0)
+    doubt = "; what compares with it is less sure than its interval says" if apart[widest] > 2 * others > 0 else ""
     return (
         f"over text and seeds, whose spread ({spread.deviation:.4f} nats a {found.scale.unit}, {spread.freedom} "
         f"degrees of freedom) is pooled over rows (the seeds of {widest} are {apart[widest]:.4f} apart, those of the "
-        f"others at most {others:.4f})"
+        f"others at most {others:.4f}{doubt})"
     )
 
 

@@ -107,7 +107,7 @@ def efficiency(found: Findings, record: dict[str, Any]) -> str:
             f"The paper: one vectorised pass over noisy and clean rows trains {paper.VECTORISED_GAIN} faster than two. "
             f"**Here, on {record['device']}: {verdict}** (medians of a shared machine: a tenth is not told apart).",
             f"Looked into: {'; '.join(work)}, where one large product reaches {record['product_gflops']:.0f}. "
-            f"{'Both do the same work. ' if same else ''}Why two passes are slower elsewhere was not measured.",
+            f"{'Both do the same work. ' if same else ''}What makes two passes slower where they are was not measured.",
             *parts,
             f"The paper: FlexAttention is {paper.FLEX_GAIN} faster than a dense mask, on a GPU. Here `cpu` leaves out "
             "the chunks of the mask that nobody sees"
