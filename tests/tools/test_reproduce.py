@@ -80,6 +80,11 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     assert record["asked"]["recipe"] in text
     assert record["made"]["commit"] in text
 
+    made = Work(SCALES["quick"], work / "quick", records, work / "topics.jsonl", None, {"ptb": f"ptb={ptb}"})
+    assert made.missing() == []
+    more = Work(made.scale, made.folder, records, made.train, None, made.texts | {"more": "more.txt"})
+    assert [row.name for row, _ in more.missing()] == [row.name for row in rows(made.scale) if row.writes]
+
     (records / "l4-1.json").unlink()
     again = subprocess.run([*command, "--page"], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True)
     assert "wrote" in again.stdout
@@ -280,5 +285,6 @@ def test_every_row_is_a_recipe_that_trains(scale, tmp_path):
     for row in rows(scale):
         recipe = load_recipe(scale.path, work.overrides(row, 1))
         check_recipe(recipe, 1)
-        assert recipe.train.steps * recipe.train.global_batch_size * recipe.data.seq_len > 0
+        batch = scale.recipe.train.global_batch_size * scale.length
+        assert recipe.train.global_batch_size * recipe.data.seq_len == batch
         assert row.block_sizes[0] in recipe.diffusion.block_sizes or recipe.diffusion.objective == "next_token"

@@ -51,12 +51,12 @@ def clipped(found: Findings) -> str:
             f"L'={size}: U{_named(*least)} has the least variance. Nats a {found.scale.unit} that others cost more: "
             f"U[0, 1] {full} ({narrower[-1]}), the best of the others, U{_named(*other)}, {ahead} ({best[-1]})."
         )
+    others = ", with the spread over seeds of other rows" if found.seeds().freedom else ""
     return "\n\n".join(
         [
             table([*found.header, "variance of a block's loss", "paper: perplexity / variance"], lines),
-            "Half of section 1's tokens, one seed, with the spread over seeds of the other rows. Of an interval that "
-            "begins at 0 the true variance is infinite: the figure is that of the rates drawn, and grows with their "
-            "number.",
+            f"Half of section 1's tokens, one seed{others}. Of an interval that begins at 0 the true variance is "
+            "infinite: the figure is that of the rates drawn, and grows with their number.",
             "The paper: at every L' an interval narrower than [0, 1] has less variance, and the model that trains with "
             f"the one of least variance is better than with [0, 1]. **Here: {together(narrower)}.**",
             f"The paper: and it is the best of all (at each L' of its table 2). **Here: {together(best)}.**",
@@ -104,8 +104,8 @@ def chosen(record: dict[str, Any], size: int) -> list[tuple[int, float, float]]:
 
 def searched_rows(found: Findings) -> dict[int, str]:
     """Those whose interval is searched, by block size."""
-    longer = {found.row("mdlm-longer").block_sizes[0]: "mdlm-longer"} if found.scale.longer else {}
-    return {**{size: f"l{size}" for size in BLOCKS}, found.scale.length: "mdlm", **longer}
+    sizes = {**{size: f"l{size}" for size in BLOCKS}, found.scale.length: "mdlm"}
+    return sizes | ({found.scale.longer * found.scale.length: "mdlm-longer"} if found.scale.longer > 1 else {})
 
 
 def searched(found: Findings) -> str:
@@ -143,7 +143,7 @@ def searched(found: Findings) -> str:
             f"{found.scale.unit}s. From one block size to the next larger one the interval counts as another where its "
             "variance is below that of the former, by both their errors.",
             *_look(found),
-            *([_longer(found)] if found.scale.longer else []),
+            *([_longer(found)] if found.scale.longer > 1 else []),
         ]
     )
 
@@ -217,7 +217,7 @@ def expected(rates: NDArray[np.float64], times: int) -> Interval:
 
 def _look(found: Findings) -> list[str]:
     """Why the search chooses what it does."""
-    longer = ["mdlm-longer"] if found.scale.longer else []
+    longer = ["mdlm-longer"] if found.scale.longer > 1 else []
     lines = []
     for name in [*(best_clipped(found, size) for size in clipped_sizes(found)), *longer]:
         for interval in ((0.0, 0.5), (0.5, 1.0)):
@@ -234,7 +234,7 @@ def _look(found: Findings) -> list[str]:
 
 
 def _longer(found: Findings) -> str:
-    times, row, length = found.scale.longer or 1, found.row("mdlm-longer"), found.scale.length
+    times, row, length = found.scale.longer, found.row("mdlm-longer"), found.scale.length
     expects = {i: expected(tenths(found, clipped_name(length, i)), times) for i in INTERVALS}
     said = ", ".join(f"on {_named(*own)} {_named(*other)}" for own, other in expects.items())
     shorter, longer = variances(found, "mdlm"), variances(found, row.name)

@@ -19,7 +19,7 @@ class Scale:
 
     tokenizer: `bytes`, or None where it must be given; text_bytes: of training text, the same share of every document;
     sequences, draws: held-out ones that are measured, and of their noise; samples: texts a sampler writes; clipped:
-    block sizes besides L with fixed intervals; longer: MDLM is also trained with sequences of this many times L.
+    block sizes besides L with fixed intervals; longer: sequences of MDLM's second row are so many times L.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Scale:
     draws: int
     samples: int
     clipped: tuple[int, ...]
-    longer: int | None = None
+    longer: int = 1
 
     @property
     def path(self) -> Path:
@@ -115,7 +115,7 @@ def rows(scale: Scale) -> list[Row]:
         *_block_size_one(),
         *(_finetuned(size, length, steps) for size in (4, 16)),
         _one_for_many(),
-        *([_longer(scale)] if scale.longer else []),
+        *([_longer(scale)] if scale.longer > 1 else []),
         *(_clipped(size, *interval, steps // 2, decays) for size in (*scale.clipped, length) for interval in INTERVALS),
     ]
 
@@ -141,8 +141,8 @@ def _one_for_many() -> Row:
 
 
 def _longer(scale: Scale) -> Row:
-    times = scale.longer or 1
-    length, train = times * scale.length, scale.recipe.train
+    times, train = scale.longer, scale.recipe.train
+    length = times * scale.length
     overrides = {
         "diffusion.block_size": length,
         "data.seq_len": length,

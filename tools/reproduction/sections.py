@@ -109,8 +109,11 @@ def efficiency(found: Findings, record: dict[str, Any]) -> str:
             f"Looked into: {'; '.join(work)}, where one large product reaches {record['product_gflops']:.0f}. "
             f"{'Both do the same work. ' if same else ''}What makes two passes slower where they are was not measured.",
             *parts,
-            f"The paper: FlexAttention is {paper.FLEX_GAIN} faster than a dense mask, on a GPU. Here `cpu` leaves out "
-            "the chunks of the mask that nobody sees"
-            + ("." if record["device"] == "cpu" else "; `triton` is the fused kernel."),
+            f"The paper: FlexAttention is {paper.FLEX_GAIN} faster than a dense mask, on a GPU. Here "
+            + (
+                "`cpu` leaves out the chunks of the mask that nobody sees."
+                if record["device"] == "cpu"
+                else "`triton` is the fused kernel."
+            ),
         ]
     )
