@@ -99,6 +99,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.seconds: dict[str, float] = {}  # of the undisturbed runs
         text = folder / "text"
         text.mkdir(parents=True)
         for name, topic in list(pydoc_data.topics.topics.items())[:24]:
@@ -117,10 +118,12 @@ class Site:
         """The run of a layout that nobody disturbs, taken once."""
         run = self.folder / f"whole {layout}"
         if not run.exists():
+            began = time.monotonic()
             done = subprocess.run(
                 self.command(run.name, layout), cwd=self.folder, capture_output=True, text=True, env=ENVIRONMENT
             )
             assert done.returncode == 0, done.stdout + done.stderr
+            self.seconds[layout] = time.monotonic() - began
         return run
 
 
@@ -195,7 +198,7 @@ def kill_once(site: Site, run: str, layout: str, chance: random.Random) -> tuple
         made = attempt(site, run, site.command(run, layout, "--inject", fault))
     else:
         where = "a random moment"
-        made = attempt(site, run, site.command(run, layout), (rank, chance.uniform(0, 12)))
+        made = attempt(site, run, site.command(run, layout), (rank, chance.uniform(0, site.seconds[layout])))
     if made.code == 0:
         return None, made
     assert made.code == 128 + signal.SIGKILL, f"{layout}, {where}, rank {rank}: exit code {made.code}\n{made.output}"
@@ -204,18 +207,13 @@ def kill_once(site: Site, run: str, layout: str, chance: random.Random) -> tuple
 
 
 def rank_pid(launcher: int, rank: int) -> int | None:
-    """The process id of a rank, once the launcher has started it."""
+    """The process id of a rank, once the launcher has started it: it starts them in order, and nothing else."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         children = Path(f"/proc/{launcher}/task/{launcher}/children")
-        pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-        for pid in pids:
-            try:
-                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"RANK={rank}".encode() in environment:
-                return pid
+        pids = children.read_text().split() if children.exists() else []
+        if len(pids) > rank:
+            return int(pids[rank])
         time.sleep(0.05)
     return None
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,9 +10,7 @@ from hypothesis import strategies as st
 
 from bd3_scale.checkpoint.retention import surplus
 from bd3_scale.recipe.schema import CheckpointRecipe
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
-from saving import save
+from tests.faults.saving import save
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ import errno
 import json
 import resource
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,9 +29,7 @@ from bd3_scale.recipe.schema import (
     TrainRecipe,
 )
 from bd3_scale.recipe.vocabulary import Vocabulary
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
-from saving import manifest_of
+from tests.faults.saving import manifest_of
 
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=59)
 RECIPE = Recipe(

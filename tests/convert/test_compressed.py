@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import save_folder, tensors, transformers_model
 from safetensors.torch import save_file
 
 from bd3_scale.convert import quantizer
@@ -18,6 +17,7 @@ from bd3_scale.convert.compressed import engine_notes, packed_tensors, quantizat
 from bd3_scale.convert.quantizer import Scheme, round_to_nearest
 from bd3_scale.observe import libraries
 from bd3_scale.observe.libraries import without_broken_torchvision
+from tests.convert.models import save_folder, tensors, transformers_model
 
 with without_broken_torchvision():
     from compressed_tensors.compressors import PackedQuantizationCompressor

@@ -10,19 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import (
-    BYTES,
-    LLAMA_SHAPE,
-    OFFICIAL_SHAPE,
-    QWEN_SHAPE,
-    TIED,
-    config,
-    native_checkpoint,
-    save_folder,
-    sdar_folder,
-    tensors,
-    transformers_model,
-)
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.checkpoint.manifest import read_manifest
@@ -35,6 +22,19 @@ from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.convert.serving import engines
 from bd3_scale.generate.sampler import generate
 from bd3_scale.recipe.vocabulary import Vocabulary
+from tests.convert.models import (
+    BYTES,
+    LLAMA_SHAPE,
+    OFFICIAL_SHAPE,
+    QWEN_SHAPE,
+    TIED,
+    config,
+    native_checkpoint,
+    save_folder,
+    sdar_folder,
+    tensors,
+    transformers_model,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = {"sdar": QWEN_SHAPE, "tied": TIED, "official": OFFICIAL_SHAPE, "llama": LLAMA_SHAPE}

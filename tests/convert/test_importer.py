@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import LLAMA3_ROPE, save_folder, sdar_folder, tensors, transformers_model
 from safetensors.torch import load_file, save_file
 
 from bd3_scale.attention.spans import make_spans
@@ -23,6 +22,7 @@ from bd3_scale.checkpoint.tensors import TensorReader, same_bytes
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.data.tokenizer import load_tokenizer
+from tests.convert.models import LLAMA3_ROPE, save_folder, sdar_folder, tensors, transformers_model
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import BYTES, LLAMA_SHAPE, native_checkpoint, save_folder, sdar_folder, transformers_model
 
 from bd3_scale.convert.inspect import inspect
+from tests.convert.models import BYTES, LLAMA_SHAPE, native_checkpoint, save_folder, sdar_folder, transformers_model
 
 
 @pytest.fixture(scope="module")

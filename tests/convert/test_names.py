@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import OFFICIAL_SHAPE, QWEN_SHAPE, TIED
 
 from bd3_scale.convert.names import HEAD, named_tensors
 from bd3_scale.recipe.schema import ModelRecipe
+from tests.convert.models import OFFICIAL_SHAPE, QWEN_SHAPE, TIED
 
 
 @st.composite

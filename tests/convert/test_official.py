@@ -13,11 +13,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from official_dit import HEADS, HIDDEN, LAYERS, LENGTH, VOCAB, DiT, attention_mask, plain_logits
 from safetensors.torch import save_file
 
 from bd3_scale.convert.names import named_tensors
 from bd3_scale.convert.official import is_official, open_official
+from tests.convert.official_dit import HEADS, HIDDEN, LAYERS, LENGTH, VOCAB, DiT, attention_mask, plain_logits
 
 BLOCK = 4
 HF_CONFIG = {

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,7 @@ from hypothesis import settings
 from bd3_scale.data import prepare as prepare_module
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from documents import SEQ_LEN, random_texts, write_jsonl
+from tests.data.documents import SEQ_LEN, random_texts, write_jsonl
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")

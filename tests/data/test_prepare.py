@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from documents import SEQ_LEN, random_texts, write_jsonl
 
 from bd3_scale.data._streaming import Stream
 from bd3_scale.data.manifest import Manifest, Split, load_manifest
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.data.documents import SEQ_LEN, random_texts, write_jsonl
 
 BYTES = load_tokenizer("bytes")
 EOS = 256

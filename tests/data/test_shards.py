@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import SEQ_LEN
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.shards import Shards, open_shards
 from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.recipe.schema import DataRecipe
+from tests.data.documents import SEQ_LEN
 
 
 @pytest.fixture

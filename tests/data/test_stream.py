@@ -14,7 +14,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from documents import SEQ_LEN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import TrainingStream, epoch_order, held_out_batches
 from bd3_scale.recipe.schema import DataRecipe
+from tests.data.documents import SEQ_LEN
 
 GLOBAL_BATCH = 12
 

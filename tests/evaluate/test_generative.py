@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import pydoc_data.topics
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,7 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.generative import Judge, distinct, entropy, judged, repetition
 from bd3_scale.evaluate.mauve import human_texts
 from bd3_scale.evaluate.writing import Written
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
-from models import SHAPE, transformers_model
+from tests.convert.models import SHAPE, transformers_model
 
 BYTES = load_tokenizer("bytes")
 

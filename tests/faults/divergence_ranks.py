@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import cases
 import torch
 import torch.distributed as dist
 
@@ -13,6 +12,7 @@ from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.parallel.replicas import check_replicas
+from tests.integration import cases
 
 # World size, case, parallel, the parameter that changes, and where: it is shared by at least two ranks.
 LAYOUTS = {

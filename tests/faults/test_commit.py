@@ -15,9 +15,7 @@ import pytest
 from bd3_scale.checkpoint.folder import list_checkpoints
 from bd3_scale.checkpoint.newest import newest_sound
 from bd3_scale.checkpoint.verify import check_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-from saving import save, sealed
+from tests.faults.saving import save, sealed
 
 HERE = Path(__file__).parent
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from bd3_scale.parallel.replicas import fingerprint
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
-from divergence_ranks import LAYOUTS, drift
-from launching import run_ranks
+from tests.faults.divergence_ranks import LAYOUTS, drift
+from tests.support.forks import run_ranks
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

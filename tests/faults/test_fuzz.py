@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,9 +22,7 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.faults import parse_faults
-
-sys.path.insert(0, str(Path(__file__).parent))
-from saving import save, sealed
+from tests.faults.saving import save, sealed
 
 FUZZ = settings(
     max_examples=150,

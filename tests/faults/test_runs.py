@@ -7,57 +7,87 @@ import os
 import re
 import shutil
 import signal
-import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
 
-from tools.fault_campaign import (
-    BD3_SCALE,
-    ENVIRONMENT,
-    STEPS,
-    Site,
-    differences,
-    newest,
-    rank_pid,
-    run_campaign,
-    steps_of,
-)
+from tests.support import forks
+from tests.support.programs import BD3_SCALE
+from tests.support.recipes import write_recipe, write_topics
+from tests.support.runs import is_alive, losses, newest, rank_pid, records, tensor_files, tensors, wait_for
 
 SHARED_MEMORY = Path("/dev/shm")
+STEPS, EVERY = 12, 3
+LAYOUTS = {
+    "1 process": ["launch.processes=1"],
+    "TP2": ["launch.processes=2", "parallel.tensor=2"],
+    "PP2": ["launch.processes=2", "parallel.pipeline=2"],
+    "DP2, ZeRO-1": ["launch.processes=2", "parallel.zero_stage=1"],
+    "DP2, ZeRO-3": ["launch.processes=2", "parallel.zero_stage=3"],
+}
+
+
+class Site:
+    """A folder with data, a recipe, and a run of each layout that nobody disturbed."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        write_topics(folder / "text")
+        data = ["--tokenizer", "bytes", "--seq-len", 64, "--holdout", 0.1, "--out", "data"]
+        forks.bd3_scale("data", "prepare", "text", *data, cwd=folder)
+        write_recipe(
+            folder / "recipe.yaml",
+            diffusion={"search_interval": True},
+            train={"steps": STEPS},
+            evaluation={"every_steps": 4, "sequences": 16},
+            checkpoint={"every_steps": EVERY, "keep_last": 2},
+            guard={"replicas_every_steps": 4},
+        )
+
+    def command(self, run, layout, *more):
+        return ["train", *more, "recipe.yaml", f"run_dir={run}", *LAYOUTS[layout]]
+
+    def undisturbed(self, layout):
+        """The run of a layout that nobody disturbs, taken once."""
+        run = self.folder / f"whole {layout}"
+        if not run.exists():
+            forks.bd3_scale(*self.command(run.name, layout), cwd=self.folder)
+        return run
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    return Site(tmp_path_factory.mktemp("faults") / "site")
+    folder = tmp_path_factory.mktemp("faults")
+    return Site(folder)
 
 
 def run(site, name, layout, *overrides, inject="", code=0):
     more = ["--inject", inject] if inject else []
-    command = [*site.command(name, layout, *more), *overrides]
-    done = subprocess.run(
-        command, cwd=site.folder, capture_output=True, text=True, timeout=200, check=False, env=ENVIRONMENT
-    )
+    done = forks.run([BD3_SCALE, *site.command(name, layout, *more), *overrides], cwd=site.folder)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def differences(run, whole):
+    """What is not bitwise that of the undisturbed run."""
+    found, expected = losses(run), losses(whole)
+    files, other = tensor_files(run, STEPS), tensor_files(whole, STEPS)
+    assert other
+    return [
+        *(f"step {step}" for step in expected if found.get(step) != expected[step]),
+        *(name for name in other if files.get(name) != other[name]),
+    ]
 
 
-def tensors(folder, step):
-    found = {}
-    for path in (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
-        found |= {name: value.tobytes() for name, value in load_file(path).items()}
-    return found
-
-
-def test_killed_six_times_every_step_is_bitwise_the_undisturbed_one(site):
-    found = run_campaign(site, 6, seed=3)
+def test_killed_six_times_every_step_is_bitwise_the_undisturbed_one(tmp_path):
+    campaign = Path(__file__).parents[2] / "tools" / "fault_campaign.py"
+    done = forks.run([sys.executable, campaign, "--kills", 6, "--seed", 3, "--json"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
     assert len(found["kills"]) == 6
+    assert found["runs"]
     assert all(not run["different"] for run in found["runs"]), found
 
 
@@ -105,24 +135,18 @@ def test_a_last_save_that_keeps_failing_is_an_error(site):
 def test_a_byte_that_flipped_on_disk_costs_one_checkpoint(site):
     run(site, "flipped", "1 process", inject=f"flip@save.rename:step={STEPS}")
     verify = [BD3_SCALE, "checkpoint", "verify", "flipped"]
-    done = subprocess.run(verify, cwd=site.folder, capture_output=True, text=True, timeout=100, check=False)
+    done = forks.run(verify, cwd=site.folder)
     assert done.returncode == 1
     assert "step-00000009: sound" in done.stdout
     assert "rank-00000.safetensors is not what was written" in done.stdout
-    fast = subprocess.run([*verify, "--fast", "--json"], cwd=site.folder, capture_output=True, text=True, check=True)
-    assert json.loads(fast.stdout) == {"step-00000009": None, "step-00000012": None}
+    fast = forks.bd3_scale("checkpoint", "verify", "flipped", "--fast", "--json", cwd=site.folder)
+    assert json.loads(fast) == {"step-00000009": None, "step-00000012": None}
     output = run(site, "flipped", "1 process")
     assert "it is moved to damaged-step-00000012, and an older one is taken" in output
     assert "resumed after step 9" in output
     assert not differences(site.folder / "flipped", site.undisturbed("1 process"))
-    listed = subprocess.run(
-        [BD3_SCALE, "checkpoint", "list", "flipped", "--json"],
-        cwd=site.folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert [(one["step"], one["nelbo"] is not None) for one in json.loads(listed.stdout)] == [(9, False), (12, True)]
+    listed = forks.bd3_scale("checkpoint", "list", "flipped", "--json", cwd=site.folder)
+    assert [(one["step"], one["nelbo"] is not None) for one in json.loads(listed)] == [(9, False), (12, True)]
 
 
 def test_a_rank_that_stops_is_named_with_the_stacks_of_all(site):
@@ -162,10 +186,10 @@ def test_one_rank_s_nan_is_skipped_by_all_and_leaves_every_state_as_it_was(site,
     # Of the two counts of steps, a resumed run takes each where it belongs.
     shutil.rmtree(site.folder / name / "checkpoints" / "step-00000006")
     shutil.rmtree(site.folder / name / "checkpoints" / "step-00000005")
-    before = steps_of(site.folder / name)
+    before = losses(site.folder / name)
     assert "resumed after step 4" in run(site, name, layout, *every)
-    after = steps_of(site.folder / name)
-    assert [after[step][:2] for step in (5, 6)] == [before[step][:2] for step in (5, 6)]
+    after = losses(site.folder / name)
+    assert [after[step] for step in (5, 6)] == [before[step] for step in (5, 6)]
 
 
 def test_too_many_steps_of_nan_end_the_run_and_replay_computes_one_again(site):
@@ -176,8 +200,7 @@ def test_too_many_steps_of_nan_end_the_run_and_replay_computes_one_again(site):
     before = {path: path.stat().st_mtime_ns for path in (site.folder / "nans").rglob("*")}
 
     def replay(*options):
-        command = [BD3_SCALE, "replay", *options]
-        done = subprocess.run(command, cwd=site.folder, capture_output=True, text=True, timeout=100, check=False)
+        done = forks.run([BD3_SCALE, "replay", *options], cwd=site.folder)
         if done.returncode:
             return done.stdout + done.stderr
         return json.loads(done.stdout.splitlines()[-1]) | {"said": done.stderr}
@@ -201,39 +224,32 @@ def test_a_signal_to_one_rank_alone_stops_all_at_one_step(site):
     command = [*site.command("asked", "DP2, ZeRO-1"), "train.steps=100000", "evaluation.every_steps=0"]
     command += ["diffusion.search_interval=false"]
     # Only --inject arms a run, not what a shell still exports.
-    environment = {**ENVIRONMENT, "BD3_SCALE_FAULTS": "kill@step:step=2"}
-    process = subprocess.Popen(
-        command, cwd=site.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    deadline = time.monotonic() + 100
-    while max(steps_of(site.folder / "asked"), default=0) < 3:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    environment = os.environ | {"BD3_SCALE_FAULTS": "kill@step:step=2"}
+    process = forks.Program([BD3_SCALE, *command], cwd=site.folder, env=environment)
+    wait_for(lambda: process.poll() is not None or max(losses(site.folder / "asked"), default=0) >= 3)
     os.kill(rank_pid(process.pid, 1), signal.SIGUSR1)
-    output = process.communicate(timeout=100)[0]
+    output = "".join(process.communicate())
     assert process.returncode == 0, output
-    last = max(steps_of(site.folder / "asked"))
+    last = max(losses(site.folder / "asked"))
     assert f"stopped after step {last} by a signal to another rank" in output
     assert newest(site.folder / "asked") == last
 
 
 def test_what_a_killed_run_left_in_shared_memory_is_removed_by_the_next(site):
-    command = [*site.command("left", "1 process"), "train.steps=100000"]
+    command = [*site.command("left", "1 process"), "train.steps=100000", "data.num_workers=1"]
     before = set(SHARED_MEMORY.glob("*_bd3_scale.lock"))
-    process = subprocess.Popen(
-        command, cwd=site.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
-    )
-    deadline = time.monotonic() + 100
-    while max(steps_of(site.folder / "left"), default=0) < 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = forks.Program([BD3_SCALE, *command], cwd=site.folder)
+    wait_for(lambda: process.poll() is not None or losses(site.folder / "left"))
     prefixes = [path.name.split("_")[0] for path in set(SHARED_MEMORY.glob("*_bd3_scale.lock")) - before]
     left = {path for prefix in prefixes for path in SHARED_MEMORY.glob(f"{prefix}_*")}
     assert len(left) > 3
-    os.kill(rank_pid(process.pid, 0), signal.SIGKILL)
-    assert process.wait(60) == 128 + signal.SIGKILL
-    time.sleep(6)  # its loader workers see that it is gone
+    rank = rank_pid(process.pid, 0)
+    workers = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
+    assert workers
+    os.kill(rank, signal.SIGKILL)
+    assert process.wait() == 128 + signal.SIGKILL
+    # They see every few seconds whether their rank is there.
+    wait_for(lambda: not any(is_alive(int(worker)) for worker in workers))
     assert {path for path in left if path.exists()}, "the kernel does not clean up"
     run(site, "left", "1 process", "train.steps=4")
     assert not {path for path in left if path.exists()}

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from bd3_scale.checkpoint.tensors import TensorReader, same_bytes
 from bd3_scale.recipe.load import load_recipe
-from tools.fault_campaign import BD3_SCALE, RECIPE
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
-from launching import run_ranks
-from topology_ranks import go
+from tests.faults.topology_ranks import go
+from tests.support import forks
+from tests.support.recipes import write_recipe
 
 CUT, LAST = 4, 9
 
@@ -82,20 +76,8 @@ class Place:
         self.folder = folder
         text = "".join(f"{number} times {number} is {number * number}, and so on. " for number in range(240))
         (folder / "text.txt").write_text(text)
-        data = [
-            "--tokenizer",
-            "bytes",
-            "--seq-len",
-            "64",
-            "--document-multiple",
-            "16",
-            "--holdout",
-            "0",
-            "--out",
-            "data",
-        ]
-        command = [BD3_SCALE, "data", "prepare", "text.txt", *data]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        data = ["--tokenizer", "bytes", "--seq-len", 64, "--document-multiple", 16, "--holdout", 0, "--out", "data"]
+        forks.bd3_scale("data", "prepare", "text.txt", *data, cwd=folder)
         sequences = json.loads((folder / "data" / "manifest.json").read_text())["train"]["sequences"]
         assert 1 <= sequences // 24 < LAST, "a run crosses the end of an epoch"
         self._made: dict[str, Path] = {}
@@ -105,18 +87,18 @@ class Place:
         run = self.folder / name
         if begin is not None:
             shutil.copytree(begin / "checkpoints", run / "checkpoints")
-        recipe = RECIPE | {
-            "model": RECIPE["model"] | {"num_layers": 4, "num_query_groups": 4},
-            "diffusion": {"block_size": 8, "mask_rate_low": 0.3, "mask_rate_high": 0.9},
-            "data": {"path": str(self.folder / "data"), "seq_len": 64, "num_workers": layout.workers},
-            "train": {"steps": 20, "global_batch_size": 24, "micro_batch_size": 2, "precision": "fp32"},
-            "evaluation": {"every_steps": 0},
-            "parallel": layout.parallel,
-            "run_dir": str(run),
-        }
-        path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        run_ranks(go, layout.processes, load_recipe(path), last, run / "found", logs=run / "logs", timeout=120)
+        path = write_recipe(
+            self.folder / f"{name}.yaml",
+            model={"num_layers": 4, "num_query_groups": 4},
+            diffusion={"mask_rate_high": 0.9},
+            data={"path": str(self.folder / "data"), "num_workers": layout.workers},
+            train={"steps": 20, "global_batch_size": 24},
+            evaluation={"every_steps": 0},
+            guard={"replicas_every_steps": 4},
+            parallel=layout.parallel,
+            run_dir=str(run),
+        )
+        forks.run_ranks(go, layout.processes, load_recipe(path), last, run / "found", logs=run / "logs", timeout=120)
         return run
 
     def begun(self, name: str) -> Path:

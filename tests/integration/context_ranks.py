@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cases
 import torch
 import torch.distributed as dist
-from parity_ranks import micro_batches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3_scale.model.build import build_model
 from bd3_scale.parallel.groups import process_groups
+from tests.integration import cases
+from tests.integration.parity_ranks import micro_batches
 
 
 class Collectives(TorchDispatchMode):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import cases
 import torch
-from parity_ranks import full_states, micro_batches
 
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.parallel.schedule import token_losses
+from tests.integration import cases
+from tests.integration.parity_ranks import full_states, micro_batches
 
 
 def train(layout: cases.Layout, groups, *, evaluate: bool) -> tuple[list, dict]:

@@ -95,12 +95,12 @@ def _move_to(host: Host) -> None:
 
 def run(name: str, out: Path) -> None:
     """The steps of `parity_ranks`, where the tensor-parallel ranks must be those of one host."""
-    import cases
     import torch
     import torch.distributed as dist
-    from parity_ranks import three_steps
 
     from bd3_scale.parallel.groups import process_groups
+    from tests.integration import cases
+    from tests.integration.parity_ranks import three_steps
 
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with process_groups(cases.recipe(cases.LAYOUTS[name]).parallel) as groups:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import plain_model
 import torch
-from cases import BATCH, CASES, LENGTH, STEPS, VOCABULARY, Case, batch
+
+from tests.integration import plain_model
+from tests.integration.cases import BATCH, CASES, LENGTH, STEPS, VOCABULARY, Case, batch
 
 
 def three_steps(case: Case, initial: dict[str, torch.Tensor]) -> dict:

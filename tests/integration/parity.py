@@ -13,13 +13,14 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import cases
 import torch
-from launching import run_ranks
-from oracle import Oracle
-from parity_ranks import run_layout
 from rich.console import Console
 from rich.progress import track
+
+from tests.integration import cases
+from tests.integration.oracle import Oracle
+from tests.integration.parity_ranks import run_layout
+from tests.support.forks import run_ranks
 
 TOLERANCE = 1e-5
 

@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import cases
 import torch
 import torch.distributed as dist
 
@@ -21,6 +20,7 @@ from bd3_scale.parallel.collective import gather_objects
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.checks import check_recipe
+from tests.integration import cases
 
 # Some of the tiny weights are divided by ZeRO-3, as large ones are.
 engine_module.WHOLE_BELOW = 3000

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import cases
 import torch
-from parity_ranks import micro_batches
 
 from bd3_scale.model.build import build_model
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.parallel.schedule import forward_backward
+from tests.integration import cases
+from tests.integration.parity_ranks import micro_batches
 
 
 def gradients(engine, micros, groups) -> list[torch.Tensor | None]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pydoc_data.topics
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,6 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
-from models import config, save_folder, tensors, transformers_model
 
 from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.model import open_model
@@ -37,36 +31,29 @@ from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import DataRecipe, ParallelRecipe
+from tests.convert.models import config, save_folder, tensors, transformers_model
+from tests.support import forks
+from tests.support.programs import BD3_SCALE
+from tests.support.recipes import tiny_recipe, write_topics
+from tests.support.runs import losses, wait_for
 
-BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 STEPS = 10
 MODEL = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2}
-RECIPE = {
-    "name": "adapt",
-    "diffusion": {
-        "block_size": 8,
+RECIPE = tiny_recipe(
+    name="adapt",
+    diffusion={
         "block_size_schedule": [{"block_size": 1, "steps": 3}, {"block_size": 16, "steps": 4}],
         "mask_rate_low": 0.2,
-        "mask_rate_high": 0.8,
         "noisy_copies": 2,
         "mask_noise_std": 0.1,
         "mask_noise_steps": 4,
     },
-    "data": {"path": "data", "seq_len": 64},
-    "optimizer": {"lr": 1e-3, "ema_decay": 0.9},
-    "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
-    "parallel": {"tensor": 2},
-    "evaluation": {"every_steps": 5, "sequences": 8},
-    "checkpoint": {"every_steps": 5},
-    "logging": {"wandb": {"mode": "disabled"}},
-}
-
-
-def start(folder: Path, *arguments: object) -> str:
-    """Run a command that starts processes; its output."""
-    done = subprocess.run([BD3_SCALE, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    train={"steps": STEPS},
+    parallel={"tensor": 2},
+    evaluation={"every_steps": 5, "sequences": 8},
+    checkpoint={"every_steps": 5},
+)
+del RECIPE["model"]  # is the source's
 
 
 def command(folder: Path, *arguments: object) -> dict:
@@ -77,12 +64,6 @@ def command(folder: Path, *arguments: object) -> dict:
     return json.loads(done.stdout)
 
 
-def losses(run: Path) -> dict[int, tuple[float, float]]:
-    path = run / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-    return {r["step"]: (r["train_loss"], r["grad_norm"]) for r in records if "train_loss" in r}
-
-
 def adapt(run: str) -> list[str]:
     return ["adapt", "model", "adapt.yaml", "--text", "text", f"run_dir={run}"]
 
@@ -91,9 +72,7 @@ def adapt(run: str) -> list[str]:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, a model of transformers, a recipe, and the finished run `whole`."""
     folder = tmp_path_factory.mktemp("adapt")
-    (folder / "text").mkdir()
-    for name, text in list(pydoc_data.topics.topics.items())[:24]:
-        (folder / "text" / f"{name.replace('/', '-')}.txt").write_text(text)
+    write_topics(folder / "text")
     save_folder(folder / "model", transformers_model("Qwen3", vocab_size=257, num_key_value_heads=2, **MODEL))
     shutil.copytree(folder / "model", folder / "other")
     load_tokenizer("bytes").save(folder / "tokenizer")
@@ -105,7 +84,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = folder / "model" / "tokenizer_config.json"
     own.write_text(json.dumps(json.loads(own.read_text()) | {"chat_template": "{{ messages }}"}))
     (folder / "adapt.yaml").write_text(yaml.safe_dump(RECIPE))
-    start(folder, *adapt("whole"))
+    forks.bd3_scale(*adapt("whole"), cwd=folder)
     return folder
 
 
@@ -151,20 +130,13 @@ def test_an_import_has_the_likelihood_that_transformers_gives(workplace: Path) -
 
 
 def test_killed_and_repeated_it_goes_on_bitwise(workplace: Path) -> None:
-    process = subprocess.Popen(
-        [BD3_SCALE, *adapt("killed")], cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = forks.Program([BD3_SCALE, *adapt("killed")], cwd=workplace)
     try:
-        deadline = time.monotonic() + 200
-        while max(losses(workplace / "killed"), default=0) < 7:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+        wait_for(lambda: process.poll() is not None or max(losses(workplace / "killed"), default=0) >= 7)
+        assert process.poll() is None, process.output()
     finally:
-        process.kill()
-        process.wait(timeout=30)
-    assert "resumed after step 5" in start(workplace, *adapt("killed"))
+        process.end()
+    assert "resumed after step 5" in forks.bd3_scale(*adapt("killed"), cwd=workplace)
     assert losses(workplace / "killed") == losses(workplace / "whole")
 
 

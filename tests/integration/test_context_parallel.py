@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-from context_ranks import count_bytes
-from launching import run_ranks
+from tests.integration import cases
+from tests.integration.context_ranks import count_bytes
+from tests.support.forks import run_ranks
 
 
 @pytest.mark.parametrize("case", ["packed", "mdlm", "two-copies"])

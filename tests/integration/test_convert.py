@@ -4,21 +4,17 @@ again.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
-sys.path.insert(0, str(Path(__file__).parent))
-import convert_ranks
-from launching import run_ranks
-from models import LLAMA3_ROPE, config, save_folder, tensors, transformers_model
-
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
+from tests.convert.models import LLAMA3_ROPE, config, save_folder, tensors, transformers_model
+from tests.integration import convert_ranks
+from tests.support.forks import run_ranks
 
 LAYOUTS = {
     "one": (1, {}),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-from evaluation_ranks import evaluation_leaves_training_alone
-from launching import run_ranks
+from tests.integration import cases
+from tests.integration.evaluation_ranks import evaluation_leaves_training_alone
+from tests.support.forks import run_ranks
 
 LAYOUTS = [{"zero_stage": 1}, {"zero_stage": 3}, {"zero_stage": 3, "offload_optimizer": True}, {"pipeline": 2}]
 

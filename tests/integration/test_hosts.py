@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-from hosts import RANKS, Host, rank_by_variables, torchrun, two_hosts
-from launching import run_ranks
-from oracle import Oracle
-from parity import TOLERANCE
+from tests.integration import cases
+from tests.integration.hosts import RANKS, Host, rank_by_variables, torchrun, two_hosts
+from tests.integration.oracle import Oracle
+from tests.integration.parity import TOLERANCE
+from tests.support.forks import run_ranks
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-from oracle import Oracle
-from parity import TOLERANCE, measure
+from tests.integration import cases
+from tests.integration.oracle import Oracle
+from tests.integration.parity import TOLERANCE, measure
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from launching import run_ranks
-from precision_ranks import bf16_accumulates_in_fp32
+from tests.integration.precision_ranks import bf16_accumulates_in_fp32
+from tests.support.forks import run_ranks
 
 LAYOUTS = [
     {"zero_stage": 0},

@@ -4,53 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-import pydoc_data.topics
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tools.fault_campaign import RECIPE as CAMPAIGN
+from tests.support import forks
+from tests.support.programs import BD3_SCALE
+from tests.support.recipes import write_recipe, write_topics
+from tests.support.runs import losses, nelbos, records, tensor_files, wait_for
 
-BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 STEPS = 12
 PHASES = "diffusion.block_size_schedule=[{block_size: 4, steps: 5}]"
 SEARCH = ["evaluation.sequences=24", "evaluation.draws=2"]
-RECIPE = {
-    "name": "tiny",
-    "model": CAMPAIGN["model"],
-    "diffusion": {"block_size": 8, "mask_rate_low": 0.3, "mask_rate_high": 0.8},
-    "data": {"path": "data", "seq_len": 64},
-    "optimizer": {"lr": 1e-3, "ema_decay": 0.9},
-    "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
-    "parallel": {"tensor": 2},
-    "evaluation": {"every_steps": 4, "sequences": 8},
-    "checkpoint": {"every_steps": 4, "keep_last": 3},
-    "logging": {"wandb": {"mode": "disabled"}},
-}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with prepared data, a recipe, and the run `whole` that nothing disturbed."""
     folder = tmp_path_factory.mktemp("workplace")
-    for name, text in list(pydoc_data.topics.topics.items())[:24]:
-        (folder / f"{name.replace('/', '-')}.txt").write_text(text)
+    write_topics(folder)
     data = ["--tokenizer", "bytes", "--seq-len", "64", "--holdout", "0.1"]
     command(folder, "data", "prepare", ".", "--out", "data", *data)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    write_recipe(
+        folder / "recipe.yaml",
+        parallel={"tensor": 2},
+        evaluation={"every_steps": 4, "sequences": 8},
+        checkpoint={"every_steps": 4, "keep_last": 3},
+    )
     train(folder, "whole")
     return folder
 
 
 def command(folder, *arguments, returncode=0):
-    done = subprocess.run([BD3_SCALE, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=200)
+    done = forks.run([BD3_SCALE, *arguments], cwd=folder)
     assert done.returncode == returncode, done.stdout + done.stderr
     return done
 
@@ -61,38 +53,14 @@ def train(folder, run, *overrides, returncode=0):
 
 def started(folder, run, *overrides, step=5):
     """A training in the background that has finished `step`."""
-    process = subprocess.Popen(
-        [BD3_SCALE, "train", "recipe.yaml", f"run_dir={run}", *overrides],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 150
-    while max(losses(folder / run), default=0) < step:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process = forks.Program([BD3_SCALE, "train", "recipe.yaml", f"run_dir={run}", *overrides], cwd=folder)
+
+    def reached():
+        assert process.poll() is None, process.output()
+        return max(losses(folder / run), default=0) >= step
+
+    wait_for(reached)
     return process
-
-
-def records(run):
-    path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def losses(run):
-    return {r["step"]: (r["train_loss"], r["grad_norm"]) for r in records(run) if "train_loss" in r}
-
-
-def nelbos(run):
-    return {r["step"]: r["nelbo"] for r in records(run) if "nelbo" in r}
-
-
-def tensors(run, step=STEPS):
-    """The bytes of all tensor files of a checkpoint."""
-    return {p.name: p.read_bytes() for p in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")}
 
 
 def test_a_run_leaves_what_it_promises(workplace):
@@ -111,9 +79,9 @@ def test_a_run_leaves_what_it_promises(workplace):
 
 
 def test_killed_outright_and_resumed_is_bitwise_the_undisturbed_run(workplace):
-    process = started(workplace, "killed")
+    process = started(workplace, "killed", "data.num_workers=1")
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     # What a save that was killed half-way leaves behind must be neither taken for a checkpoint nor in the way.
     partial = workplace / "killed" / "checkpoints" / ".partial-step-00000008"
     shutil.copytree(workplace / "whole" / "checkpoints" / "step-00000008" / "tokenizer", partial / "tokenizer")
@@ -121,7 +89,7 @@ def test_killed_outright_and_resumed_is_bitwise_the_undisturbed_run(workplace):
     assert "resumed after step 4" in output
     assert losses(workplace / "killed") == losses(workplace / "whole")
     assert nelbos(workplace / "killed") == nelbos(workplace / "whole")
-    assert tensors(workplace / "killed") == tensors(workplace / "whole")
+    assert tensor_files(workplace / "killed", STEPS) == tensor_files(workplace / "whole", STEPS)
     assert not partial.exists()
 
 
@@ -130,13 +98,13 @@ def test_asked_to_stop_it_saves_and_goes_on_bitwise(workplace):
     for number, step in ((signal.SIGTERM, 2), (signal.SIGUSR1, 6)):
         process = started(workplace, "asked", step=step)
         process.send_signal(number)
-        output = process.communicate(timeout=100)[0]
+        output = "".join(process.communicate())
         assert process.returncode == 0, output
         assert f"by {number.name}: the same command goes on" in output
         assert step <= max(losses(run)) < STEPS
     train(workplace, "asked")
     assert losses(run) == losses(workplace / "whole")
-    assert tensors(run) == tensors(workplace / "whole")
+    assert tensor_files(run, STEPS) == tensor_files(workplace / "whole", STEPS)
     assert "nothing to do" in train(workplace, "asked").stdout
 
 
@@ -158,9 +126,13 @@ def test_a_last_evaluation_that_was_cut_off_is_made_up_for(workplace):
 
 def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
     """From TP2 to DP2 with ZeRO 3, started by torchrun, its data fetched from a remote; from there to others."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     layouts = {
-        "zero3": ("whole", 4, torchrun, ["parallel.zero_stage=3", "data.remote=data", "data.path=cache"]),
+        "zero3": (
+            "whole",
+            4,
+            TORCHRUN,
+            ["parallel.zero_stage=3", "data.remote=data", "data.path=cache", "data.num_workers=1"],
+        ),
         "pipeline": ("zero3", 8, [], ["parallel.pipeline=2", "train.recompute=selective"]),
         "context": ("zero3", 8, [], ["parallel.context=2", "train.micro_batch_size=8"]),
         "alone": ("zero3", 8, [], ["launch.processes=1", "parallel.zero_stage=0"]),
@@ -171,7 +143,7 @@ def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
         checkpoint = Path("checkpoints", f"step-{start:08d}")
         shutil.copytree(workplace / origin / checkpoint, run / checkpoint)
         arguments = [BD3_SCALE, "train", "recipe.yaml", f"run_dir={name}", "parallel.tensor=1", *overrides]
-        done = subprocess.run([*launcher, *arguments], cwd=workplace, capture_output=True, text=True, timeout=200)
+        done = forks.run([*launcher, *arguments], cwd=workplace)
         assert done.returncode == 0, done.stdout + done.stderr
         for step, (loss, norm) in losses(run).items():
             assert loss == pytest.approx(expected[step][0], rel=1e-5)
@@ -202,7 +174,7 @@ def test_every_objective_resumes_bitwise_on_data_parallel_ranks(workplace, overr
     train(workplace, runs[1], *common, *overrides)
     first, second = losses(runs[0]), losses(runs[1])
     assert second == {step: first[step] for step in (5, 6, 7, 8)}
-    assert tensors(runs[0], 8) == tensors(runs[1], 8)
+    assert tensor_files(runs[0], 8) == tensor_files(runs[1], 8)
     assert nelbos(runs[0])[8] == nelbos(runs[1])[8] < 5.7
     evaluated = [[r for r in records(run) if "nelbo" in r] for run in runs]
     assert evaluated[0] == evaluated[1]
@@ -230,8 +202,7 @@ def check_search(workplace, run):
     """What `evaluate --intervals` finds is the same on any number of ranks, and names text that is too short."""
     options = ["evaluate", run, "--draws", "2", "--sequences", "24", "--intervals", "--json"]
     alone = command(workplace, *options).stdout
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    both = subprocess.run([*torchrun, BD3_SCALE, *options], cwd=workplace, capture_output=True, text=True, timeout=200)
+    both = forks.run([*TORCHRUN, BD3_SCALE, *options], cwd=workplace)
     assert both.stdout == alone, both.stderr
     intervals = json.loads(alone)[0]["intervals"]
     assert len(intervals) == 36
@@ -295,8 +266,8 @@ def test_two_trainings_in_one_run_directory(workplace):
         assert "shared is in use by process" in refused.stderr
         assert "choose another run_dir" in refused.stderr
     finally:
-        process.terminate()
-        output = process.communicate(timeout=100)[0]
+        process.send_signal(signal.SIGTERM)
+        output = "".join(process.communicate())
     assert process.returncode == 0, output
 
 
@@ -326,7 +297,7 @@ def test_damaged_data_is_named(workplace, tmp_path):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    refused = train(workplace, tmp_path / "flipped", f"data.path={data}", returncode=2)
+    refused = train(workplace, tmp_path / "flipped", f"data.path={data}", "data.num_workers=1", returncode=2)
     assert "shard.00000.mds.zstd is damaged" in refused.stderr
     assert "Traceback" not in refused.stderr
     tokenizer = data / "tokenizer.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,14 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-from launching import free_port, run_ranks
-
 from bd3_scale.launch import local
 from bd3_scale.recipe.schema import ParallelRecipe, Recipe
+from tests.integration import cases
+from tests.support import forks
+from tests.support.forks import free_port, run_ranks
+from tests.support.programs import BD3_SCALE
+from tests.support.runs import wait_for
 
-BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 TP2 = cases.recipe(cases.LAYOUTS["tp2"])
 ALONE = TP2.model_copy(update={"parallel": ParallelRecipe()})
 OTHER_RATE = TP2.model_copy(update={"optimizer": TP2.optimizer.model_copy(update={"lr": 0.001})})
@@ -128,12 +127,9 @@ def test_a_collective_waits_for_a_late_rank_where_somebody_else_tells_a_hang(wat
 def test_ranks_started_by_hand_with_other_overrides_end_with_one_line(recipe: Path, tmp_path: Path) -> None:
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        subprocess.Popen(
+        forks.Program(
             [sys.executable, "-m", "bd3_scale.train", recipe, *overrides],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank, overrides in enumerate([[], ["optimizer.lr=0.001"]])
     ]
@@ -143,8 +139,7 @@ def test_ranks_started_by_hand_with_other_overrides_end_with_one_line(recipe: Pa
             assert (rank.returncode, *said) == (2, "", f"error: {other_recipe([1])}\n")
     finally:
         for rank in ranks:
-            rank.kill()
-            rank.communicate()
+            rank.end()
     assert not (tmp_path / "run").exists()
 
 
@@ -177,22 +172,15 @@ def test_a_rank_that_dies_does_not_leave_the_others_in_the_rendezvous(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_rank_that_waits_for_others_ends_at_a_signal(number: signal.Signals, recipe: Path, tmp_path: Path) -> None:
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    rank = subprocess.Popen(
-        [sys.executable, "-m", "bd3_scale.train", recipe],
-        env=os.environ | common | {"RANK": "0", "LOCAL_RANK": "0"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    rank = forks.Program(
+        [sys.executable, "-m", "bd3_scale.train", recipe], env=os.environ | common | {"RANK": "0", "LOCAL_RANK": "0"}
     )
     try:
-        deadline = time.monotonic() + 60
-        while not _listens(int(common["MASTER_PORT"])):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: _listens(int(common["MASTER_PORT"])))
         rank.send_signal(number)
         assert rank.wait(timeout=10) == -number
     finally:
-        rank.kill()
-        rank.wait()
+        rank.end()
 
 
 def _listens(port: int) -> bool:
@@ -201,9 +189,7 @@ def _listens(port: int) -> bool:
 
 
 def test_processes_that_the_layout_does_not_divide_are_not_started(recipe: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [BD3_SCALE, "train", recipe, "launch.processes=3"], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = forks.run([BD3_SCALE, "train", recipe, "launch.processes=3"])
     assert done.returncode == 2
     assert "3 processes do not divide into parallel.tensor=2: start 2 or 4 processes" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-from jobs import BD3_SCALE, PROFILE, attempts, logs, small_job, write_workplace
+from tests.slurm.jobs import BD3_SCALE, PROFILE, attempts, logs, small_job, write_workplace
 
 pytestmark = pytest.mark.slurm
 

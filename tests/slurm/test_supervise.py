@@ -8,12 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from jobs import BD3_SCALE, attempts, logs, small_job, write_workplace
+from tests.slurm.jobs import BD3_SCALE, attempts, logs, small_job, write_workplace
 
 pytestmark = pytest.mark.slurm
 

@@ -6,16 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-from jobs import BD3_SCALE, PROFILE, STEPS, attempts, logs, losses, write_workplace
-
 from bd3_scale.launch.records import read_json
+from tests.slurm.jobs import BD3_SCALE, PROFILE, STEPS, attempts, logs, losses, write_workplace
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]  # four ranks import for half a minute, five times
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.bench_generate import BLOCK, Twin
 
 ROOT = Path(__file__).parents[2]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +13,6 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.train.inputs import step_inputs
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.variance import FOLDS, draws_of, measure, rank_correlation
 
 CPU = torch.device("cpu")

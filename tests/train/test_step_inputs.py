@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import MappingProxyType
 
 import pytest
@@ -29,7 +28,7 @@ BATCH = Batch(
 
 @pytest.fixture(scope="module")
 def inputs_of():
-    def make(step: int, intervals=MappingProxyType({}), **diffusion: object):
+    def make(step: int, batch: Batch = BATCH, intervals=MappingProxyType({}), **diffusion: object):
         recipe = Recipe.model_validate(
             {
                 "name": "r",
@@ -39,7 +38,7 @@ def inputs_of():
                 "train": {"steps": 20, "global_batch_size": 600, "micro_batch_size": 2},
             }
         )
-        return step_inputs(recipe, BATCH, step, intervals=intervals, mask_id=257, device=CPU, context=(0, 1))
+        return step_inputs(recipe, batch, step, intervals=intervals, mask_id=257, device=CPU, context=(0, 1))
 
     return make
 
@@ -87,17 +86,15 @@ def many(sequences: int, first: int = 0) -> Batch:
     )
 
 
-def test_each_sequence_draws_a_block_size_that_follows_it(monkeypatch, inputs_of) -> None:
+def test_each_sequence_draws_a_block_size_that_follows_it(inputs_of) -> None:
     """Equally often, and whatever micro-batch a sequence is in."""
     sizes = (1, 8, LENGTH)
-    monkeypatch.setattr(sys.modules[__name__], "BATCH", many(600))
-    whole = inputs_of(0, block_size_choices=list(sizes))
+    whole = inputs_of(0, many(600), block_size_choices=list(sizes))
     drawn = (whole.spans[2] - whole.spans[1])[:, 0]
     assert torch.equal(drawn, torch.tensor(sizes)[whole.kinds])
     counts = torch.bincount(whole.kinds).tolist()
     assert all(abs(count - 200) < 4 * (600 * 2 / 9) ** 0.5 for count in counts), counts
-    monkeypatch.setattr(sys.modules[__name__], "BATCH", many(7, first=100))
-    part = inputs_of(0, block_size_choices=list(sizes))
+    part = inputs_of(0, many(7, first=100), block_size_choices=list(sizes))
     assert torch.equal(part.spans, whole.spans[:, 100:107])
     rows = {"masked": part.tokens[:, :LENGTH] == 257, "expected": whole.tokens[100:107, :LENGTH] == 257}
     several = part.kinds < 2  # levels of single blocks are stratified over the global batch
@@ -105,10 +102,11 @@ def test_each_sequence_draws_a_block_size_that_follows_it(monkeypatch, inputs_of
     assert part.num_streams == 2, "sequences that are one block keep clean rows beside the others"
 
 
-def test_each_block_size_has_the_interval_that_was_found_for_it(monkeypatch, inputs_of) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "BATCH", many(400))
+def test_each_block_size_has_the_interval_that_was_found_for_it(inputs_of) -> None:
     found = {1: (0.9, 1.0), 8: (0.3, 0.4)}
-    inputs = inputs_of(0, intervals=found, block_size_choices=[1, 8, 16], mask_rate_low=0.5, mask_rate_high=0.6)
+    inputs = inputs_of(
+        0, many(400), intervals=found, block_size_choices=[1, 8, 16], mask_rate_low=0.5, mask_rate_high=0.6
+    )
     masked = (inputs.tokens[:, :LENGTH] == 257).float().mean(1)
     rate = 1 / inputs.weights
     of_row = inputs.kinds[inputs.head_rows % 400]

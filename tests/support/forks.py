@@ -1,0 +1,169 @@
+"""Programs in processes of their own that have every import done: forks of one server instead of new interpreters.
+
+`run` and `start` take a command line as `subprocess` does, `run_ranks` a function. What a forked program starts in
+turn, as `bd3-scale train` starts its ranks, is forked from it. All else is real: process ids, signals, exit codes,
+output, environment. A test of how a command itself starts takes `subprocess`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.support.programs import BD3_SCALE, become, torch_threads
+
+ROOT = Path(__file__).parents[2]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
+
+
+def run(
+    command: Sequence[object],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 200,
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run(..., capture_output=True, text=True)` of `bd3-scale` or a Python program."""
+    program = Program(command, cwd=cwd, env=env)
+    try:
+        stdout, stderr = program.communicate(timeout)
+    finally:
+        program.end()
+    return subprocess.CompletedProcess(program.command, program.returncode, stdout, stderr)
+
+
+def bd3_scale(*arguments: object, cwd: Path, env: Mapping[str, str] | None = None, returncode: int = 0) -> str:
+    """Run a command and check its exit code; what it printed to stdout, or where it fails to stderr, alone."""
+    done = run([BD3_SCALE, *arguments], cwd=cwd, env=env)
+    assert done.returncode == returncode, done.stdout + done.stderr
+    return done.stderr if returncode else done.stdout
+
+
+class Program:
+    """A running program, with the interface of `subprocess.Popen` as far as tests need it; its output lies in files."""
+
+    def __init__(
+        self, command: Sequence[object], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.command = [str(word) for word in command]
+        self._folder = TemporaryDirectory(prefix="bd3_scale-output-")
+        files = [str(Path(self._folder.name, name)) for name in ("stdout", "stderr")]
+        _start_server()
+        environment = dict(os.environ if env is None else env)
+        self._process = _CONTEXT.Process(
+            target=_program, args=(self.command, str(cwd or Path.cwd()), environment, files)
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def output(self) -> str:
+        """All that it has said until now."""
+        return "".join(Path(self._folder.name, name).read_text() for name in ("stdout", "stderr"))
+
+    def wait(self, timeout: float = 100) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.command, timeout, self.output())
+        return self.returncode
+
+    def communicate(self, timeout: float = 100) -> tuple[str, str]:
+        self.wait(timeout)
+        stdout, stderr = (Path(self._folder.name, name).read_text() for name in ("stdout", "stderr"))
+        return stdout, stderr
+
+    def end(self) -> None:
+        """Kill it with all that it started, where it still runs, and forget its output."""
+        if self.returncode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.join()
+        self._folder.cleanup()
+
+
+def _program(command: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:
+    fds = [
+        os.open("/dev/null", os.O_RDONLY),
+        *(os.open(f, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for f in files),
+    ]
+    become(command, cwd=cwd, env=environment, fds=fds)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(target: Callable[..., None], world_size: int, *args: object, logs: Path, timeout: float = 90) -> None:
+    """Run `target(*args)` on `world_size` ranks and fail with the output of those that failed, the first one first."""
+    _start_server()
+    logs.mkdir(parents=True, exist_ok=True)
+    environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    files = [logs / f"rank{rank}.log" for rank in range(world_size)]
+    ranks = [
+        _CONTEXT.Process(target=_rank, args=(target, args, environment, rank, file, timeout))
+        for rank, file in enumerate(files)
+    ]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + timeout
+    try:
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            time.sleep(0.02)
+            if time.monotonic() > deadline + 5:  # the ranks show where they are, and end
+                break
+        failed = [i for i, rank in enumerate(ranks) if rank.exitcode is None or rank.exitcode]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    order = sorted(failed, key=lambda i: ranks[i].exitcode != 1)
+    assert not failed, "\n".join(f"rank {i} ({ranks[i].exitcode}):\n{files[i].read_text()[-4000:]}" for i in order)
+
+
+def _rank(
+    target: Callable[..., None], args: tuple, environment: dict[str, str], rank: int, log: Path, timeout: float
+) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    faulthandler.dump_traceback_later(timeout, exit=True)
+    torch_threads()
+    multiprocessing.set_start_method(None, force=True)  # not the server's: it would start one of its own for each rank
+    target(*args)
+
+
+def _start_server() -> None:
+    """Python 3.11's server does not take over `sys.path`, and leaves out what it then cannot import."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
