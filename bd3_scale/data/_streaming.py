@@ -24,17 +24,20 @@ CACHE_LOCK_SECONDS = 15.0  # the loader workers of a killed run end within 5 (to
 
 
 def _import_streaming() -> None:
-    """Import streaming without its ready-made data sets of text and images.
+    """Import streaming without its ready-made data sets of text and images, and without its loader.
 
     Nothing here uses them, and they import transformers and torchvision: seconds at every start, and a failure where
     torchvision is broken, as a CUDA build of it beside a torch for CPU is.
     """
-    left_out = [name for name in ("multimodal", "text", "vision") if f"streaming.{name}" not in sys.modules]
-    sys.modules |= {f"streaming.{name}": ModuleType(name) for name in left_out}
+    names = ("streaming.multimodal", "streaming.text", "streaming.vision", "streaming.base.dataloader")
+    left_out = {name: ModuleType(name) for name in names if name not in sys.modules}
+    for module in left_out.values():
+        module.StreamingDataLoader = object  # type: ignore[attr-defined] - a name that streaming passes on
+    sys.modules |= left_out
     streaming = importlib.import_module("streaming")
     for name in left_out:
-        del sys.modules[f"streaming.{name}"]
-        vars(streaming).pop(name, None)
+        del sys.modules[name]
+        vars(streaming).pop(name.rpartition(".")[2], None)
 
 
 _import_streaming()

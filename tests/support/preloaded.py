@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
+import pkgutil
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
 
-import deepspeed  # noqa: F401
-import matplotlib.figure  # noqa: F401
-import pytest  # noqa: F401 - the main module of whoever asks for a process
-from megatron.core.pipeline_parallel import schedules  # noqa: F401
+import bd3_scale
 
-import tests.support.programs  # noqa: F401
-
+LIBRARIES = (
+    "deepspeed",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.transformer.moe.experts",  # imported by the first layer that is built
+    "pytest",  # the main module of whoever asks for a process
+    "tests.support.programs",
+    "torch.distributed.run",
+    "transformers",
+)
+for name in LIBRARIES:
+    importlib.import_module(name)
+for module in pkgutil.walk_packages(bd3_scale.__path__, "bd3_scale."):
+    # Triton reads its switches once; exported code belongs to transformers; the rest are programs.
+    if not any(part in module.name for part in ("kernels", "remote_code", "__main__", "harness")):
+        importlib.import_module(module.name)
 gc.collect()
 gc.freeze()  # so that a collection in a fork does not copy all of it

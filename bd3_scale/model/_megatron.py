@@ -1,0 +1,50 @@
+"""megatron-core as this package needs it, without two seconds of imports; the rooms that use it import this first.
+
+megatron-core 0.16.1 compiles its fused functions where they are defined, which brings in the whole compiler of PyTorch
+(dynamo, inductor, sympy, Triton), and asks for Weights & Biases, with which its inference engine would log. Here each
+of those functions is compiled at its first call, and wandb counts as not installed while megatron-core is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile`, put off."""
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        # A function that calls another is compiled as one.
+        return function(*args, **options) if torch.compiler.is_compiling() else compiled()(*args, **options)
+
+    return call
+
+
+def _import_megatron() -> None:
+    wandb, compile_now = sys.modules.get("wandb"), torch.compile
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    torch.compile = _compiled_when_called  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core")
+        importlib.import_module("megatron.core.transformer.moe.experts")  # by the first layer that is built
+    finally:
+        torch.compile = compile_now
+        if wandb is None:
+            del sys.modules["wandb"]
+        else:
+            sys.modules["wandb"] = wandb
+
+
+if "megatron.core" not in sys.modules:
+    _import_megatron()
