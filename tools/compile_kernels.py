@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bd3_scale.attention.kernels.offline import SHARED_MEMORY, compile_all
+from bd3_scale.attention.kernels.offline import SHARED_MEMORY, compile_all, variants
 
 ROW = "{:8}{:58}{:>6}{:>7}{:>10}{:>6}{:>8}  {}"
 
@@ -29,7 +29,8 @@ def main() -> int:
         )
     )  # fmt: skip
     fits = True
-    for chip, variant, usage in compile_all(chips):
+    work = [(chip, variant) for chip in chips for variant in variants(chip)]
+    for (chip, variant), usage in zip(work, compile_all(work), strict=True):
         instructions = ", ".join(f"{n} {name}" for name, n in usage.instructions.items())
         tile = variant.tile
         print(

@@ -21,6 +21,8 @@ from bd3_scale.evaluate.nelbo import HeldOut
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import DiffusionRecipe
+from tests.support import forks
+from tests.support.runs import wait_for
 from tools.reproduction.jobs import Work, _end, _file
 from tools.reproduction.masking import _order, expected, parts_of_variance
 from tools.reproduction.rows import SCALES, rows
@@ -50,18 +52,17 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     ptb = tmp_path / "ptb.txt"
     ptb.write_text("the <unk> rose N points \n" * 200)
     command = [*COMMAND, "--work", str(work), "--text", f"ptb={ptb}"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 300
-    while len(list(records.glob("*.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    process = forks.Program(command, cwd=tmp_path)
+    wait_for(lambda: process.poll() is not None or len(list(records.glob("*.json"))) >= 3, 300)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=180)
+    output = "".join(process.communicate(180))
+    process.end()
     there = {path.name: path.stat().st_mtime_ns for path in records.glob("*.json")}
     assert 3 <= len(there) < ROWS, output
     assert not page.exists()
     assert not list(records.glob("*.partial"))
 
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    done = forks.run(command, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     now = {path.name: path.stat().st_mtime_ns for path in records.glob("*.json")}
     assert now.items() >= there.items()
@@ -86,11 +87,11 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     assert [row.name for row, _ in more.missing()] == [row.name for row in rows(made.scale) if row.writes]
 
     (records / "l4-1.json").unlink()
-    again = subprocess.run([*command, "--page"], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True)
+    again = forks.run([*command, "--page"], cwd=tmp_path)
     assert "wrote" in again.stdout
     assert page.read_text().count("Not measured yet: l4 (") == 6
     (records / "l4-1.json").write_text("{")
-    bad = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    bad = forks.run(command, cwd=tmp_path)
     assert bad.returncode
     assert "is no run record" in bad.stdout + bad.stderr
 
@@ -107,7 +108,7 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
 )
 def test_what_it_cannot_do_it_says(tmp_path, arguments, message):
     line = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *arguments]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    done = forks.run(line, cwd=tmp_path)
     assert done.returncode == 1
     assert message in done.stdout
     assert "Traceback" not in done.stdout + done.stderr

@@ -82,22 +82,24 @@ class Usage(NamedTuple):
 _COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "UTMAREDG", "LDGSTS", "LDL", "STL", "RED", "REDG")
 
 
-def variants(chip: int) -> Iterator[Variant]:
+def variants(chip: int) -> list[Variant]:
     """Every tile of every kernel for 64, 128 and 256 dimensions a head, as launched on `chip` (90 for sm_90).
 
     bfloat16 and float32; float16 and the other forms with the first tile of one head dimension.
     """
     capability = divmod(chip, 10)
+    found: dict[Variant, None] = {}
     for kernel, head_dim, dtype in itertools.product(_FUNCTIONS, (64, 128, 256), (torch.bfloat16, torch.float32)):
         if dtype == torch.float32 and head_dim == 256:
             continue
         tma = uses_tma(capability) and kernel in _STREAMED
         tiles = _tiles(kernel, head_dim, dtype, capability)
-        yield from (Variant(kernel, head_dim, dtype, tile, tma) for tile in tiles)
+        found |= dict.fromkeys(Variant(kernel, head_dim, dtype, tile, tma) for tile in tiles)
         if (head_dim, dtype) == (64, torch.bfloat16):
-            yield Variant(kernel, head_dim, dtype, tiles[0], tma, SMALLEST)
+            found[Variant(kernel, head_dim, dtype, tiles[0], tma, SMALLEST)] = None
         if (head_dim, dtype) == (128, torch.bfloat16):
-            yield Variant(kernel, head_dim, torch.float16, tiles[0], tma, RANK)
+            found[Variant(kernel, head_dim, torch.float16, tiles[0], tma, RANK)] = None
+    return list(found)
 
 
 def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, ...]:
@@ -110,12 +112,10 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int
     return candidates(kernel.replace("noisy_fused", "noisy_key"), head_dim, dtype, capability)
 
 
-def compile_all(chips: Sequence[int]) -> Iterator[tuple[int, Variant, Usage]]:
-    """`compile_variant` of every variant of every chip, on all processors, in order and as they are ready."""
-    work = [(variant, chip) for chip in chips for variant in dict.fromkeys(variants(chip))]
+def compile_all(work: Sequence[tuple[int, Variant]]) -> Iterator[Usage]:
+    """`compile_variant` of each chip and variant, on all processors, in order and as they are ready."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        for (variant, chip), usage in zip(work, pool.map(compile_variant, *zip(*work, strict=True)), strict=True):
-            yield chip, variant, usage
+        yield from pool.map(compile_variant, [variant for _, variant in work], [chip for chip, _ in work])
 
 
 def compile_variant(variant: Variant, chip: int) -> Usage:
