@@ -5,12 +5,21 @@ BIN := .venv/bin
 TRANSFORMERS_5 := transformers==5.24.0 huggingface-hub==1.33.0 tokenizers==0.23.3
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all parity format clean
+# Each worker's tests take about one core; those of SLURM wait for it most of the time.
+WORKERS ?= $(shell nproc)
+SLURM_WORKERS := 8
+# Reports for tools/slowest_tests.py.
+PYTEST = $(BIN)/pytest --junit-xml=build/tests/$(1).xml
+EACH = not slow and
+
+.PHONY: help install quickstart check test test-fast test-all parity format clean
 
 help:
 	@echo "make quickstart  train, evaluate and sample a small model on this machine"
-	@echo "make test        check format, lint, types and run the tests"
-	@echo "make test-all    the same, with every parallel layout"
+	@echo "make check       check format, lint and types"
+	@echo "make test-fast   the tests that start no runs, for while one works"
+	@echo "make test        make check and the tests"
+	@echo "make test-all    the same with every parallel layout, every tile of the kernels and long campaigns"
 	@echo "make parity      every parallel layout against one process, as a table"
 	@echo "make install     only set up .venv"
 	@echo "make format      format the code and mend what the linter can"
@@ -31,17 +40,25 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt Makefile
 quickstart: $(INSTALLED)
 	$(BIN)/python tools/quickstart.py
 
-test: $(INSTALLED)
+check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(PYTEST_OPTIONS)
 
-test-all: PYTEST_OPTIONS = -m "slow or not slow"
+test-fast: $(INSTALLED)
+	$(call PYTEST,fast) --numprocesses=$(WORKERS) -m "not slow and not launch and not alone"
+
+test: check
+	rm -f build/tests/*.xml
+	$(call PYTEST,together) --numprocesses=$(WORKERS) -m "$(EACH) not slurm and not alone"
+	$(call PYTEST,slurm) --numprocesses=$(SLURM_WORKERS) -m "$(EACH) slurm"
+	$(call PYTEST,alone) -m "$(EACH) alone"
+
+test-all: EACH =
 test-all: test
 
 parity: $(INSTALLED)
-	$(BIN)/python -W ignore tests/integration/parity.py
+	$(BIN)/python -W ignore -m tests.integration.parity
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -1,10 +1,15 @@
-"""One process group of one process for the tests that need a model in this process; GPU tests where there is a GPU."""
+"""Which tests run where and in what order, and what tests of several folders share."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
+
+TESTS = Path(__file__).parent
+# Their tests start runs or interpreters; the longest come first, so that no worker has one left at the end.
+LAUNCHING = ("integration", "tools", "faults", "slurm")
 
 # It would run in place of the backends that the tests compare.
 os.environ.pop("BD3_SCALE_ATTENTION", None)
@@ -67,6 +72,38 @@ def token_nll():
         return model(inputs)[1]
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data: `write_topics` as bytes, 64 a sequence; made once for all workers, and only to be read."""
+    from filelock import FileLock
+
+    from tests.support import forks
+    from tests.support.recipes import write_topics
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    data = shared / "topics" / "data"
+    with FileLock(shared / "topics.lock"):
+        if not data.exists():
+            write_topics(data.parent / "text")
+            options = ["--tokenizer", "bytes", "--seq-len", 64, "--holdout", 0.1, "--out", "data"]
+            forks.bd3_scale("data", "prepare", "text", *options, cwd=data.parent)
+    return data
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share its fixtures and so a worker, but those of SLURM, which mostly wait."""
+    folders = {item: item.path.relative_to(TESTS).parts[0] for item in items}
+    items.sort(key=lambda item: LAUNCHING.index(folders[item]) if folders[item] in LAUNCHING else len(LAUNCHING))
+    for item in items:
+        if folders[item] in LAUNCHING:
+            item.add_marker(pytest.mark.launch)
+        if not item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 def pytest_runtest_setup(item):

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from bd3_scale.cli import app, checkpoint_app, convert_app, data_app
 
+pytestmark = pytest.mark.launch
+
 COMMAND = Path(sys.executable).with_name("bd3-scale")
 COMMANDS = [
     [*group, command.name or command.callback.__name__]
@@ -46,6 +48,7 @@ def bd3_scale(*arguments: object, cwd: Path | None = None, **environment: str) -
     )
 
 
+@pytest.mark.alone
 def test_help_answers_in_half_a_second() -> None:
     seconds = []
     for _ in range(5):

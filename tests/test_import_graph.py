@@ -168,3 +168,16 @@ def test_every_library_that_the_package_imports_is_declared() -> None:
         if declared_names.isdisjoint(d.lower().replace("_", "-") for d in distributions.get(name, [name]))
     }
     assert undeclared == set()
+
+
+def test_tests_take_public_names_and_leave_the_tools_to_their_own() -> None:
+    """A test of what a module promises goes on when the module is written anew."""
+    found = []
+    for path in sorted((REPOSITORY / "tests").rglob("*.py")):
+        for name in imported_names(path, REPOSITORY / "tests"):
+            room, *inner = name.split(".")
+            if room in {PACKAGE.name, "tools"} and any(re.match("_[^_]", part) for part in inner):
+                found.append(f"{path.name} imports {name}: it is private")
+            if room == "tools" and path.parent.name != "tools":
+                found.append(f"{path.name} imports {name}: tools are run, and tested in tests/tools")
+    assert found == []

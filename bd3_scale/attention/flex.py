@@ -19,14 +19,14 @@ from bd3_scale.attention.spans import own_block
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # Every layer of a model is called with the same spans; a mask lives as long as they do.
-_block_masks = WeakIdKeyDictionary()
+known_masks = WeakIdKeyDictionary()
 
 
 def flex_block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> Tensor:
     """`block_attention` of float16, bfloat16 or float32 tensors on CUDA; on CPU forward alone."""
     if q.numel() == 0:
         return reference_attention(q, k, v, spans, num_noisy, scale)
-    block_mask = _block_mask(spans, num_noisy, q.shape[1], k.shape[1])
+    block_mask = block_mask_of(spans, num_noisy, q.shape[1], k.shape[1])
     out_BHND = _compiled(flex_attention)(
         *(x.transpose(1, 2) for x in (q, k, v)), block_mask=block_mask, scale=scale, enable_gqa=True
     )
@@ -62,10 +62,11 @@ def _key_ranges(spans: Tensor, num_noisy: int, num_rows: int) -> Tensor:
     return torch.cat(ranges, 2)[:, :, :num_rows].contiguous()
 
 
-def _block_mask(spans: Tensor, num_noisy: int, num_rows: int, num_keys: int) -> BlockMask:
+def block_mask_of(spans: Tensor, num_noisy: int, num_rows: int, num_keys: int) -> BlockMask:
+    """FlexAttention's mask of the rows and keys of `spans`, made once for as long as these live."""
     # In-place changes count as another mask; inference tensors do not count theirs.
     version = 0 if spans.is_inference() else spans._version
-    masks = _block_masks.setdefault(spans, {})
+    masks = known_masks.setdefault(spans, {})
     form = (num_noisy, num_rows, num_keys, version)
     if form not in masks:
         mask_mod = make_mask_mod(spans, num_noisy, num_rows)

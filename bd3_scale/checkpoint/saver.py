@@ -20,12 +20,12 @@ from bd3_scale.recipe.schema import CheckpointRecipe
 _LOG = logging.getLogger(__name__)
 # Seconds before another try.
 _PAUSES = (2.0, 10.0)
-_THREAD = "bd3_scale.save"
+THREAD_NAME = "bd3_scale.save"
 
 
 def is_saving() -> bool:
     """Whether a thread of this process is in the midst of a save."""
-    return any(thread.name == _THREAD for thread in threading.enumerate())
+    return any(thread.name == THREAD_NAME for thread in threading.enumerate())
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class CheckpointSaver:
         blocked = time.monotonic() - began
         self._began, self._told = began, False
         work = (manifest, copies, began, blocked)
-        self._thread = threading.Thread(target=self._save, args=work, name=_THREAD, daemon=True)
+        self._thread = threading.Thread(target=self._save, args=work, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
     def ended(self, *, wait: bool = False) -> list[Saved]:

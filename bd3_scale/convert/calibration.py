@@ -44,7 +44,9 @@ class Calibration:
         self._model = model
         device = next(model.parameters()).device
         mask_id = model.vocabulary.mask_id
-        inputs = (_inputs(batch, diffusion, mask_id, device) for batch in _batches(data, sequences))
+        inputs = (
+            calibration_inputs(batch, diffusion, mask_id, device) for batch in calibration_batches(data, sequences)
+        )
         with torch.no_grad():
             self._rows: list[tuple[Tensor, RowContext]] = [model.embed(micro) for micro in inputs]
 
@@ -78,7 +80,8 @@ def _adder(total: HessianSum) -> Callable[[nn.Module, tuple[Tensor, ...]], None]
     return add
 
 
-def _batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
+def calibration_batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
+    """At least `sequences` training sequences, in a shuffled order that is always the same."""
     size = min(MICRO_BATCH, sequences)
     stream = TrainingStream(
         data.model_copy(update={"num_workers": 0}),
@@ -92,7 +95,8 @@ def _batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
     return islice(stream, -(-sequences // size))
 
 
-def _inputs(batch: Batch, diffusion: DiffusionRecipe, mask_id: int, device: torch.device) -> ModelInputs:
+def calibration_inputs(batch: Batch, diffusion: DiffusionRecipe, mask_id: int, device: torch.device) -> ModelInputs:
+    """What the model is trained on, of a batch: its noise is always the same."""
     if diffusion.objective == "next_token":
         return next_tokens(batch, device=device)
     noise = draw_noise(

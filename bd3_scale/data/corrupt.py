@@ -39,7 +39,7 @@ def corrupt(
     """
     seq_len = batch.tokens.shape[1]
     clean_stream = isinstance(block_size, Tensor) or block_size < seq_len
-    positions = _positions(seq_len, context)
+    positions = rank_positions(seq_len, context)
     clean = batch.tokens[:, positions]
     masked = torch.stack([noise.masked[:, positions] for noise in noises])
     weights = torch.stack([loss_weight(noise)[:, positions] for noise in noises]) / len(noises)
@@ -61,7 +61,7 @@ def corrupt(
 def next_tokens(batch: Batch, *, device: torch.device, context: Context = (0, 1)) -> ModelInputs:
     """Clean rows alone, each of which sees those before it and predicts the next token of its document: AR."""
     seq_len = batch.tokens.shape[1]
-    positions = _positions(seq_len, context)
+    positions = rank_positions(seq_len, context)
     clean = batch.tokens[:, positions]
     following = batch.tokens.roll(-1, 1)[:, positions]
     sequence, row = _has_next(batch)[:, positions].nonzero().T
@@ -80,7 +80,7 @@ def next_tokens(batch: Batch, *, device: torch.device, context: Context = (0, 1)
 
 def next_token_places(batch: Batch, context: Context = (0, 1)) -> tuple[Tensor, Tensor]:
     """Sequence and position [M] of the token that each row of the head predicts in what `next_tokens` makes."""
-    positions = _positions(batch.tokens.shape[1], context)
+    positions = rank_positions(batch.tokens.shape[1], context)
     sequence, row = _has_next(batch)[:, positions].nonzero().T
     return sequence, positions[row] + 1
 
@@ -98,18 +98,19 @@ def mask_noise(
     """Noise on the mask embeddings of `copies` noisy copies of this rank's positions."""
     seq_len = batch.tokens.shape[1]
     rows = draw_embedding_noise(batch.ids, seq_len, seed=seed, epoch=batch.epoch, copies=copies, rows=NOISE_ROWS)
-    rows = torch.cat(list(rows[:, :, _positions(seq_len, context)]), 1)
+    rows = torch.cat(list(rows[:, :, rank_positions(seq_len, context)]), 1)
     return MaskNoise(rows.to(device, non_blocking=True), std)
 
 
 def masked_places(noise: Noise, context: Context) -> tuple[Tensor, Tensor]:
     """Sequence and position [M] of each row of the head in what `corrupt` makes of one noise."""
-    positions = _positions(noise.masked.shape[1], context)
+    positions = rank_positions(noise.masked.shape[1], context)
     sequence, row = noise.masked[:, positions].nonzero().T
     return sequence, positions[row]
 
 
-def _positions(seq_len: int, context: Context) -> Tensor:
+def rank_positions(seq_len: int, context: Context) -> Tensor:
+    """The places in a sequence, int64 [L/C], that a context-parallel rank has; in the order of its rows."""
     return torch.cat([torch.arange(start, end) for start, end in zigzag_ranges(seq_len, *context)])
 
 
@@ -125,7 +126,7 @@ def _inputs(
     context: Context,
     device: torch.device,
 ) -> ModelInputs:
-    places = _positions(spans.shape[2], context)
+    places = rank_positions(spans.shape[2], context)
     has_clean = tokens.shape[1] // len(places) > num_noisy
     noisy_pairs = count_pairs(spans[:, :, places], num_noisy=num_noisy, clean_queries=False)
     clean_pairs = count_pairs(spans[:, :, places], num_noisy=0, clean_queries=True) if has_clean else 0

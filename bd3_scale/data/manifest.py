@@ -87,7 +87,7 @@ def _parse(file: Path, content: bytes) -> Manifest:
 
 
 def _fetch(remote: str, folder: Path) -> None:
-    from bd3_scale.data._streaming import CloudDownloader
+    from bd3_scale.data.mosaicml import CloudDownloader
 
     for name in (MANIFEST_FILE, *TOKENIZER_FILES):
         # Every rank of a node fetches for itself, so each needs a file of its own until it is complete.

@@ -215,7 +215,7 @@ class _SplitWriter:
     """Packs the documents of one split and writes the sequences."""
 
     def __init__(self, folder: Path, vocabulary: Vocabulary, seq_len: int, document_multiple: int) -> None:
-        from bd3_scale.data._streaming import MDSWriter  # imports torch, which the workers do not need
+        from bd3_scale.data.mosaicml import MDSWriter  # imports torch, which the workers do not need
 
         dtype = _token_dtype(vocabulary)
         columns = {

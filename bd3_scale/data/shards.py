@@ -10,9 +10,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bd3_scale.data._streaming import Stream, StreamingDataset, get_hash
 from bd3_scale.data.index import check_index
 from bd3_scale.data.manifest import Manifest, SplitName
+from bd3_scale.data.mosaicml import Stream, StreamingDataset, get_hash
 from bd3_scale.recipe.schema import DataRecipe
 
 HASH = "xxh64"

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from bd3_scale.data._streaming import get_shuffle
 from bd3_scale.data.batch import Batch, collate
 from bd3_scale.data.manifest import Manifest
+from bd3_scale.data.mosaicml import get_shuffle
 from bd3_scale.data.shards import Shards, open_shards
 from bd3_scale.recipe.schema import DataRecipe
 

@@ -74,7 +74,7 @@ class BlockDiffusionLM(LM):
         totals = []
         for request in requests:
             ids = self._tokenizer.encode(request.args[0])
-            windows = list(_windows(ids, self._max_length))
+            windows = list(windows_of(ids, self._max_length))
             totals.append(sum(self._bounds.of(windows, [request.doc_id or 0] * len(windows))))
         return totals
 
@@ -125,7 +125,7 @@ class BlockDiffusionLM(LM):
         return sample.tokens
 
 
-def _windows(ids: list[int], length: int) -> Iterator[tuple[list[int], list[int]]]:
+def windows_of(ids: list[int], length: int) -> Iterator[tuple[list[int], list[int]]]:
     """Context and what is predicted, `length` together where so many tokens came before."""
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))

@@ -94,7 +94,7 @@ def write_texts(
                 "`bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
             )
         least = default_min_entropy(manifest) if min_entropy is None else min_entropy
-        ids = [_encoded(tokenizer, prompt, infill) for prompt in prompts]
+        ids = [encode_prompt(tokenizer, prompt, infill) for prompt in prompts]
         context = manifest.recipe.max_position_embeddings
         limit = max_new_tokens * len(prompts)
         for first in range(0, len(prompts), batch_size):
@@ -118,7 +118,7 @@ def write_texts(
                 max_new_tokens=max_new_tokens,
                 min_entropy=least,
                 window=window,
-                ends=lambda tokens: _kept(tokenizer, tokens, stop),
+                ends=lambda tokens: kept_tokens(tokenizer, tokens, stop),
                 progress=told,
                 watch=watched,
                 **sampling,
@@ -156,7 +156,7 @@ def default_min_entropy(manifest: CheckpointManifest) -> float:
     return SHARE_OF_MEDIAN * float(np.median([-(share * np.log(share)).sum() for share in shares]))
 
 
-def _encoded(tokenizer: Tokenizer, prompt: str, infill: bool) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, infill: bool) -> list[int]:
     """Ids of a prompt; without `infill` a `[MASK]` in it is text like any other."""
     if not infill:
         return tokenizer.encode(prompt)
@@ -166,7 +166,7 @@ def _encoded(tokenizer: Tokenizer, prompt: str, infill: bool) -> list[int]:
     return first + [i for piece in rest for i in (tokenizer.vocabulary.mask_id, *piece)]
 
 
-def _kept(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> int | None:
+def kept_tokens(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> int | None:
     """The fewest tokens whose text holds one of the strings; None: none is there."""
     if not any(word in tokenizer.decode(tokens) for word in stop):
         return None

@@ -1,3 +1,3 @@
 """The block diffusion transformer on megatron-core layers."""
 
-from bd3_scale.model import _megatron  # noqa: F401
+from bd3_scale.model import megatron_core  # noqa: F401

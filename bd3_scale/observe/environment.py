@@ -68,7 +68,7 @@ def read_environment() -> Environment:
         cpu_cores=len(os.sched_getaffinity(0)),
         cuda=torch.version.cuda,
         gpus=tuple(Gpu(p.name, round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}") for p in properties),
-        accelerations=(_bf16(), _apex(), _triton()),
+        accelerations=(_bf16(), apex_acceleration(), _triton()),
     )
 
 
@@ -102,7 +102,8 @@ def find_apex() -> Any:
         return None
 
 
-def _apex() -> Acceleration:
+def apex_acceleration() -> Acceleration:
+    """Whether NVIDIA's apex is there, and whether it is used."""
     import torch
 
     if find_apex() is not None:

@@ -100,17 +100,17 @@ def test_an_empty_micro_batch_has_empty_gradients() -> None:
 def test_a_mask_is_made_once_for_spans_and_form_and_forgotten_with_them() -> None:
     with torch.compiler.set_stance("force_eager"):
         spans = PACKED.clone()
-        first = flex._block_mask(spans, 1, 600, 600)
-        assert flex._block_mask(spans, 1, 600, 600) is first
-        assert flex._block_mask(spans, 1, 300, 600) is not first
-        assert flex._block_mask(PACKED.clone(), 1, 600, 600) is not first
+        first = flex.block_mask_of(spans, 1, 600, 600)
+        assert flex.block_mask_of(spans, 1, 600, 600) is first
+        assert flex.block_mask_of(spans, 1, 300, 600) is not first
+        assert flex.block_mask_of(PACKED.clone(), 1, 600, 600) is not first
         spans[2] += 0
-        assert flex._block_mask(spans, 1, 600, 600) is not first
+        assert flex.block_mask_of(spans, 1, 600, 600) is not first
         gc.collect()
-        before = len(flex._block_masks)
+        before = len(flex.known_masks)
         del spans
         gc.collect()
-        assert len(flex._block_masks) == before - 1
+        assert len(flex.known_masks) == before - 1
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from bd3_scale.attention import kernels
 from bd3_scale.attention.kernels.offline import SHARED_MEMORY, Usage, Variant, compile_all, compile_variant, variants
 from bd3_scale.attention.kernels.tiles import KERNELS, Tile, candidates
 
+pytestmark = pytest.mark.launch
+
 CHIPS = (80, 90, 100)
 # Bytes a thread. A few registers spilled beside the loops are cheap; a tile of products in memory takes thousands.
 STACK_BUDGET = 192

@@ -7,7 +7,7 @@ import pydoc_data.topics
 import pytest
 import torch
 
-from bd3_scale.convert.calibration import LINEARS, Calibration, _batches, _inputs
+from bd3_scale.convert.calibration import LINEARS, Calibration, calibration_batches, calibration_inputs
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
@@ -72,7 +72,9 @@ def compare(calibration: Calibration, expected: dict[tuple[int, str], torch.Tens
 
 
 def test_the_sums_are_those_of_whole_forwards(model, data: DataRecipe) -> None:
-    inputs = [_inputs(batch, DIFFUSION, BYTES.mask_id, CPU) for batch in _batches(data, SEQUENCES)]
+    inputs = [
+        calibration_inputs(batch, DIFFUSION, BYTES.mask_id, CPU) for batch in calibration_batches(data, SEQUENCES)
+    ]
     expected = whole_forward(model, inputs)
     calibration = Calibration(model, data, DIFFUSION, SEQUENCES)
     for layer in range(2):
@@ -86,17 +88,19 @@ def test_a_layer_sees_the_layers_before_it_as_they_have_become(model, data: Data
     with torch.no_grad():
         model.decoder.layers[0].mlp.linear_fc2.weight.mul_(2)
     calibration.advance(0)
-    inputs = [_inputs(batch, DIFFUSION, BYTES.mask_id, CPU) for batch in _batches(data, SEQUENCES)]
+    inputs = [
+        calibration_inputs(batch, DIFFUSION, BYTES.mask_id, CPU) for batch in calibration_batches(data, SEQUENCES)
+    ]
     compare(calibration, whole_forward(model, inputs), 1)
 
 
 def test_masks_of_all_rates_and_clean_rows_are_met(data: DataRecipe) -> None:
     """Whatever interval the model was trained on, and twice the rows: the noisy ones and the clean ones."""
-    batches = list(_batches(data, SEQUENCES))
+    batches = list(calibration_batches(data, SEQUENCES))
     assert sum(len(batch.ids) for batch in batches) == SEQUENCES
     shares = []
     for batch in batches:
-        tokens = _inputs(batch, DIFFUSION, BYTES.mask_id, CPU).tokens
+        tokens = calibration_inputs(batch, DIFFUSION, BYTES.mask_id, CPU).tokens
         noisy, clean = tokens.chunk(2, 1)
         assert torch.equal(clean, batch.tokens)
         shares += (noisy == BYTES.mask_id).unflatten(1, (-1, 8)).float().mean(2).flatten().tolist()
@@ -105,6 +109,6 @@ def test_masks_of_all_rates_and_clean_rows_are_met(data: DataRecipe) -> None:
 
 
 def test_a_next_token_model_is_calibrated_on_clean_rows(data: DataRecipe) -> None:
-    batch = next(_batches(data, 4))
-    inputs = _inputs(batch, DiffusionRecipe(block_size=1, objective="next_token"), BYTES.mask_id, CPU)
+    batch = next(calibration_batches(data, 4))
+    inputs = calibration_inputs(batch, DiffusionRecipe(block_size=1, objective="next_token"), BYTES.mask_id, CPU)
     assert torch.equal(inputs.tokens, batch.tokens)

@@ -98,6 +98,7 @@ def test_torchvision_is_hidden_inside_alone_and_inside_another(monkeypatch: pyte
     assert "torchvision" not in sys.modules
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("bits", [4, 8])
 def test_transformers_computes_with_the_dequantised_weights(bits: int, tmp_path: Path) -> None:
     """In a process of its own, through transformers' integration of compressed-tensors."""

@@ -79,6 +79,7 @@ def native_results(checkpoint: Path, ids: torch.Tensor) -> dict:
     return {"ids": ids, "logits": logits, "samples": samples, "eos": manifest.vocabulary.eos_id}
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("version", ["4", "5"])
 def test_a_fresh_process_of_transformers_computes_the_same(
     version: str, native: dict[str, Path], exported: dict[str, Path], tmp_path: Path

@@ -245,6 +245,7 @@ def test_an_existing_destination_and_a_full_disk(folder: Path, monkeypatch: pyte
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.launch
 def test_a_killed_import_leaves_nothing_that_looks_finished(qwen: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = (

@@ -12,6 +12,8 @@ import pytest
 
 from bd3_scale.convert.remote_code_files import remote_code
 
+pytestmark = pytest.mark.launch
+
 REPOSITORY = Path(__file__).parents[2]
 TRANSFORMERS_5 = REPOSITORY / ".venv/transformers-5"
 

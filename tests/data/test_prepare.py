@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bd3_scale.data._streaming import Stream
 from bd3_scale.data.manifest import Manifest, Split, load_manifest
+from bd3_scale.data.mosaicml import Stream
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.data.documents import SEQ_LEN, random_texts, write_jsonl
@@ -30,7 +30,7 @@ def run(sources: list[Path], out: Path, **options: Any) -> Manifest:
 def read(folder: Path, split: str) -> list[dict[str, Any]]:
     """The samples as streaming itself reads them."""
     index = json.loads((folder / split / "index.json").read_text())
-    from streaming.base.format import reader_from_json  # loads once _streaming has loaded
+    from streaming.base.format import reader_from_json  # loads once bd3_scale.data.mosaicml has loaded
 
     stream = Stream(local=str(folder), split=split, validate_hash="xxh64", keep_zip=True, download_retry=0)
     shards = [reader_from_json(str(folder), split, info) for info in index["shards"]]

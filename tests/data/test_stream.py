@@ -92,6 +92,7 @@ def test_batches_hold_what_was_prepared(prepared: Path, reference: list[Batch]) 
     assert first != second
 
 
+@pytest.mark.launch
 def test_every_layout_sees_the_same_global_batches(prepared: Path, reference: list[Batch], tmp_path: Path) -> None:
     steps_per_epoch = load_manifest(prepared).train.sequences // GLOBAL_BATCH
     layouts = itertools.product((0, 2), (1, 2), (3, steps_per_epoch - 2))  # the last goes on in the next epoch

@@ -12,10 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bd3_scale.data import _streaming
-from bd3_scale.data._streaming import SHARED_MEMORY
+from bd3_scale.data import mosaicml
 from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.mosaicml import SHARED_MEMORY
 from bd3_scale.data.shards import Shards
+
+pytestmark = pytest.mark.launch
 
 HOLD = Path(__file__).with_name("hold_stream.py")
 
@@ -86,7 +88,7 @@ def test_two_runs_share_an_unread_folder_and_only_what_the_killed_one_left_is_re
 
 
 def test_two_runs_do_not_share_a_cache(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_streaming, "CACHE_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(mosaicml, "CACHE_LOCK_SECONDS", 0.3)
     cache = tmp_path / "cache"
     load_manifest(cache, str(prepared))
     with live_streams(1, cache, prepared) as (process,):
@@ -101,7 +103,7 @@ def test_streaming_is_imported_without_torchvision_and_nothing_is_left_replaced(
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     program = """if True:
         import sys
-        import bd3_scale.data._streaming
+        import bd3_scale.data.mosaicml
         assert not {name for name in sys.modules if name.startswith(("torchvision", "sklearn", "streaming.text"))}
         import streaming
         assert not hasattr(streaming, "text")

@@ -11,7 +11,7 @@ import yaml
 from lm_eval.api.instance import Instance
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.harness import BlockDiffusionLM, _windows
+from bd3_scale.evaluate.harness import BlockDiffusionLM, windows_of
 
 CPU = torch.device("cpu")
 BYTES = load_tokenizer("bytes")
@@ -109,7 +109,7 @@ def test_greedy_decoding_is_recognised(adapter):
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
 def test_windows_predict_each_token_once_with_all_the_context_that_fits(count):
     ids = list(range(count))
-    windows = list(_windows(ids, 8))
+    windows = list(windows_of(ids, 8))
     assert [i for _, scored in windows for i in scored] == ids
     for given, scored in windows:
         assert given + scored == ids[max(0, scored[-1] - 7) : scored[-1] + 1]

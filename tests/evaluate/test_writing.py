@@ -8,7 +8,7 @@ import math
 import pytest
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.writing import _encoded, _kept, read_prompts
+from bd3_scale.evaluate.writing import encode_prompt, kept_tokens, read_prompts
 
 BYTES = load_tokenizer("bytes")
 
@@ -28,11 +28,11 @@ def test_prompts_are_read_a_line_each(tmp_path):
 
 def test_the_mask_is_text_unless_gaps_are_asked_for():
     text = "a[MASK][MASK]b[MASK]"
-    assert BYTES.vocabulary.mask_id not in _encoded(BYTES, text, infill=False)
+    assert BYTES.vocabulary.mask_id not in encode_prompt(BYTES, text, infill=False)
     mask = BYTES.vocabulary.mask_id
-    assert _encoded(BYTES, text, infill=True) == [97, mask, mask, 98, mask]
+    assert encode_prompt(BYTES, text, infill=True) == [97, mask, mask, 98, mask]
     with pytest.raises(ValueError, match=r"--infill fills the \[MASK\] of a prompt, and there is none in 'abc'"):
-        _encoded(BYTES, "abc", infill=True)
+        encode_prompt(BYTES, "abc", infill=True)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_the_mask_is_text_unless_gaps_are_asked_for():
     [("a stop. b", ["stop"], 6), ("aéb", ["é"], 3), ("abc", ["x"], None), ("xx", ["x", "xx"], 1), ("abc", [], None)],
 )
 def test_a_stop_string_keeps_the_fewest_tokens_that_hold_it(text, stop, kept):
-    assert _kept(BYTES, list(text.encode()), stop) == kept
+    assert kept_tokens(BYTES, list(text.encode()), stop) == kept
 
 
 def test_a_byte_model_is_stuck_below_three_quarters_of_the_median_of_its_held_out_text(tmp_path, monkeypatch):

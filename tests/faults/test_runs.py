@@ -15,8 +15,10 @@ import pytest
 
 from tests.support import forks
 from tests.support.programs import BD3_SCALE
-from tests.support.recipes import write_recipe, write_topics
+from tests.support.recipes import write_recipe
 from tests.support.runs import is_alive, losses, newest, rank_pid, records, tensor_files, tensors, wait_for
+
+pytestmark = pytest.mark.alone  # of what hangs, and of what lies in shared memory
 
 SHARED_MEMORY = Path("/dev/shm")
 STEPS, EVERY = 12, 3
@@ -32,11 +34,9 @@ LAYOUTS = {
 class Site:
     """A folder with data, a recipe, and a run of each layout that nobody disturbed."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, data):
         self.folder = folder
-        write_topics(folder / "text")
-        data = ["--tokenizer", "bytes", "--seq-len", 64, "--holdout", 0.1, "--out", "data"]
-        forks.bd3_scale("data", "prepare", "text", *data, cwd=folder)
+        shutil.copytree(data, folder / "data")
         write_recipe(
             folder / "recipe.yaml",
             diffusion={"search_interval": True},
@@ -58,9 +58,8 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    return Site(folder)
+def site(tmp_path_factory, topics):
+    return Site(tmp_path_factory.mktemp("faults"), topics)
 
 
 def run(site, name, layout, *overrides, inject="", code=0):

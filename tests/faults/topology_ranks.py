@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.checkpoint.store import boxes_to_save, save_boxes
-from bd3_scale.data.corrupt import _positions
+from bd3_scale.data.corrupt import rank_positions
 from bd3_scale.parallel import engine as engine_module
 from bd3_scale.parallel.collective import gather_objects, on_rank_zero
 from bd3_scale.recipe.load import recipe_hash
@@ -70,7 +70,7 @@ class recording:
         def note(recipe, micro, step, **how):
             made = self._made(recipe, micro, step, **how)
             # The noisy copy, at whatever places this rank of a context-parallel group has.
-            places = _positions(recipe.data.seq_len, how["context"]).tolist()
+            places = rank_positions(recipe.data.seq_len, how["context"]).tolist()
             for row, sample in enumerate(micro.ids.tolist()):
                 noisy = zip(places, made.tokens[row, : len(places)].tolist(), strict=True)
                 self._seen.setdefault((step, micro.epoch, sample), {}).update(noisy)

@@ -1,8 +1,8 @@
 """The parity matrix as a table: every layout against one process of plain PyTorch.
 
-python tests/integration/parity.py            all layouts
-python tests/integration/parity.py --core     those of every test run
-python tests/integration/parity.py 'cp2' --json
+python -m tests.integration.parity            all layouts
+python -m tests.integration.parity --core     those of every test run
+python -m tests.integration.parity 'cp2' --json
 """
 
 from __future__ import annotations

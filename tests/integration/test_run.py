@@ -15,7 +15,7 @@ import yaml
 
 from tests.support import forks
 from tests.support.programs import BD3_SCALE
-from tests.support.recipes import write_recipe, write_topics
+from tests.support.recipes import write_recipe
 from tests.support.runs import losses, nelbos, records, tensor_files, wait_for
 
 STEPS = 12
@@ -25,12 +25,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, topics):
     """A folder with prepared data, a recipe, and the run `whole` that nothing disturbed."""
     folder = tmp_path_factory.mktemp("workplace")
-    write_topics(folder)
-    data = ["--tokenizer", "bytes", "--seq-len", "64", "--holdout", "0.1"]
-    command(folder, "data", "prepare", ".", "--out", "data", *data)
+    shutil.copytree(topics, folder / "data")
     write_recipe(
         folder / "recipe.yaml",
         parallel={"tensor": 2},

@@ -27,6 +27,8 @@ sys.exit(local.launch([sys.executable, "-c", sys.argv[1]], 2, 3, Path(sys.argv[2
 RECORDER = """
 import os, signal, sys, time
 from pathlib import Path
+
+pytestmark = pytest.mark.launch
 record = Path(os.environ["LOGS"]) / ("signals" + os.environ["RANK"])
 got = []
 def note(number, frame):

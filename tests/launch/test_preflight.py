@@ -14,6 +14,8 @@ import pytest
 
 from bd3_scale.launch.preflight import slow_nodes, uncorrected_errors, wrong_clocks
 
+pytestmark = pytest.mark.launch
+
 CLUSTER = Path(__file__).parents[2] / "cluster"
 
 

@@ -14,7 +14,7 @@ from bd3_scale.observe.environment import Environment, has_fast_bf16, read_envir
 READ_APEX = """
 import dataclasses, json
 from bd3_scale.observe import environment
-print(json.dumps(dataclasses.asdict(environment._apex())))
+print(json.dumps(dataclasses.asdict(environment.apex_acceleration())))
 """
 
 

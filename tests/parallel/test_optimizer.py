@@ -48,6 +48,7 @@ def choose(path, place):
     return json.loads(done.stdout)
 
 
+@pytest.mark.launch
 def test_apex_is_taken_where_the_states_are_on_a_gpu_and_there_alone(tmp_path):
     (tmp_path / "amp_C.py").touch()
     (tmp_path / "apex").mkdir()

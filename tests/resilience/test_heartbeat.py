@@ -16,6 +16,8 @@ from bd3_scale.resilience.heartbeat import Heartbeat
 RANK = """
 import time
 from bd3_scale.resilience.heartbeat import Heartbeat
+
+pytestmark = pytest.mark.launch
 with Heartbeat() as heartbeat:
     heartbeat.resumed(4)
     heartbeat.finished(5)

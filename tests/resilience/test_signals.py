@@ -14,6 +14,8 @@ from bd3_scale.resilience.signals import StopRequest
 LOOP = """
 import time
 from bd3_scale.resilience.signals import StopRequest
+
+pytestmark = pytest.mark.launch
 with StopRequest() as stop:
     print("ready", flush=True)
     try:

@@ -66,7 +66,10 @@ def started(*options: str) -> Iterator[Cluster]:
         unavailable(f"needs a SLURM to start: {', '.join(missing)} missing (apt-get install slurm-wlm munge)")
     with tempfile.TemporaryDirectory(prefix="bd3-slurm-") as folder:  # a socket's path must be short
         cluster = Cluster(Path(folder))
-        cluster.dev("up", *options)
+        # Each worker has ports of its own: two that look for free ones at the same time may find the same.
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        port = 10000 + 1000 * worker + 100 * ("--namespaces" in options)
+        cluster.dev("up", "--port", port, *options)
         try:
             yield cluster
         finally:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import pydoc_data.topics
-import subprocess
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,23 +12,10 @@ import yaml
 
 from bd3_scale.launch.job import Job, new_submission, script, supervision
 from bd3_scale.launch.submit import make_job
-from tools.fault_campaign import RECIPE as CAMPAIGN
+from tests.support.recipes import write_recipe
 
-BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 SMALL_RANK = Path(__file__).with_name("small_rank.py")
-STEPS = 30
-RECIPE = {
-    "name": "tiny",
-    "model": CAMPAIGN["model"],
-    "diffusion": {"block_size": 8, "mask_rate_low": 0.3, "mask_rate_high": 0.8},
-    "data": {"path": "data", "seq_len": 64, "num_workers": 0},
-    "optimizer": {"lr": 1e-3, "ema_decay": 0.9, "eps": 1e-4},
-    "train": {"steps": STEPS, "global_batch_size": 64, "micro_batch_size": 4, "precision": "fp32"},
-    "parallel": {"tensor": 2},
-    "evaluation": {"every_steps": 0, "sequences": 8},
-    "checkpoint": {"every_steps": 10, "keep_last": 3},
-    "logging": {"wandb": {"mode": "disabled"}},
-}
+STEPS = 100
 PROFILE = {
     "partition": "main",
     "processes_per_node": 2,
@@ -42,12 +28,16 @@ PROFILE = {
 }
 
 
-def write_workplace(folder: Path) -> None:
-    for name, text in list(pydoc_data.topics.topics.items())[:24]:
-        (folder / f"{name.replace('/', '-')}.txt").write_text(text)
-    command = ["data", "prepare", ".", "--out", "data", "--tokenizer", "bytes", "--seq-len", "64", "--holdout", "0.1"]
-    subprocess.run([BD3_SCALE, *command], cwd=folder, check=True, capture_output=True, timeout=60)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+def write_workplace(folder: Path, data: Path) -> None:
+    shutil.copytree(data, folder / "data")
+    write_recipe(
+        folder / "recipe.yaml",
+        optimizer={"eps": 1e-4},
+        train={"steps": STEPS, "global_batch_size": 16, "micro_batch_size": 4},
+        parallel={"tensor": 2},
+        evaluation={"every_steps": 0, "sequences": 8},
+        checkpoint={"every_steps": 10, "keep_last": 3},
+    )
     (folder / "site.yaml").write_text(yaml.safe_dump(PROFILE))
 
 
@@ -74,9 +64,3 @@ def attempts(run: Path) -> list[dict]:
 def logs(run: Path) -> str:
     """What supervisors and ranks said, for the message of a failed test."""
     return "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(run.rglob("*.log")))
-
-
-def losses(run: Path) -> dict[int, tuple[float, float]]:
-    path = run / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-    return {r["step"]: (r["train_loss"], r["grad_norm"]) for r in records if "train_loss" in r}

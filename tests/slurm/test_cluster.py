@@ -9,15 +9,16 @@ import sys
 import pytest
 import yaml
 
-from tests.slurm.jobs import BD3_SCALE, PROFILE, attempts, logs, small_job, write_workplace
+from tests.slurm.jobs import PROFILE, attempts, logs, small_job, write_workplace
+from tests.support.programs import BD3_SCALE
 
 pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, topics):
     folder = tmp_path_factory.mktemp("refused")
-    write_workplace(folder)
+    write_workplace(folder, topics)
     return folder
 
 

@@ -1,4 +1,5 @@
-"""The supervisor on a real SLURM, with ranks that speak its heartbeat and train nothing. All jobs run at once."""
+"""The supervisor on a real SLURM, with ranks that speak its heartbeat and train nothing. Each test of SLURM may
+run beside the others, on a SLURM of its own."""
 
 from __future__ import annotations
 
@@ -11,15 +12,16 @@ import time
 
 import pytest
 
-from tests.slurm.jobs import BD3_SCALE, attempts, logs, small_job, write_workplace
+from tests.slurm.jobs import attempts, logs, small_job, write_workplace
+from tests.support.programs import BD3_SCALE
 
 pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, topics):
     folder = tmp_path_factory.mktemp("supervised")
-    write_workplace(folder)
+    write_workplace(folder, topics)
     return folder
 
 
@@ -123,7 +125,7 @@ def test_a_mistake_of_a_person_is_not_tried_again(cluster, workplace):
 
 
 def test_scancel_is_final_and_requeue_takes_the_run_up_again(cluster, workplace):
-    run = Run(cluster, workplace, "cancelled", 60, 0.2)
+    run = Run(cluster, workplace, "cancelled", 600, 0.2)
     run.wait_for_step(3)
     status = json.loads(bd3_scale(cluster, "status", run.folder, "--json").stdout)
     assert (status["state"], status["ranks"]) == ("running", {"step": 2})

@@ -1,7 +1,8 @@
-"""The real trainer under a real SLURM: two nodes, TP2 x DP2, real text; stopped, killed and hung, it stays the same."""
+"""The real trainer under a real SLURM: two nodes, real text; stopped, killed and hung, it stays the same."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -12,31 +13,42 @@ import pytest
 import yaml
 
 from bd3_scale.launch.records import read_json
-from tests.slurm.jobs import BD3_SCALE, PROFILE, STEPS, attempts, logs, losses, write_workplace
+from tests.slurm.jobs import PROFILE, STEPS, attempts, logs, write_workplace
+from tests.support import forks
+from tests.support.programs import BD3_SCALE
+from tests.support.runs import losses
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]  # four ranks import for half a minute, five times
+# One after the other: four ranks import for ten seconds.
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm training")]
+SITES = {"one.yaml": PROFILE | {"processes_per_node": 1}, "two.yaml": PROFILE}  # processes a node
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, topics):
     folder = tmp_path_factory.mktemp("trained")
-    write_workplace(folder)
+    write_workplace(folder, topics)
+    for name, profile in SITES.items():
+        profile = profile | {"deadlines": PROFILE["deadlines"] | {"step": 10}}
+        (folder / name).write_text(yaml.safe_dump(profile))
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(cluster, workplace):
-    """The run that nothing disturbed."""
-    run = submit(cluster, workplace, "whole")
-    wait(cluster, run, lambda: attempts(run))
-    assert attempts(run)[0]["outcome"] == "done", logs(run)
-    return run
+def undisturbed(workplace):
+    """Gives the losses of a run on this machine alone, without SLURM, in a layout."""
+
+    @functools.cache
+    def of(processes, tensor, *more):
+        name = f"here {processes} {tensor}"
+        layout = [f"launch.processes={processes}", f"parallel.tensor={tensor}", *more]
+        forks.bd3_scale("train", "recipe.yaml", f"run_dir={name}", "optimizer.lr=0.001", *layout, cwd=workplace)
+        return losses(workplace / name)
+
+    return of
 
 
 def submit(cluster, workplace, name, *overrides, steps=STEPS):
     options = [f"run_dir={name}", f"train.steps={steps}", "--nodes", "2", "--json"]
-    if "--profile" not in overrides:
-        options += ["--profile", "site.yaml"]
     done = subprocess.run(
         [BD3_SCALE, "submit", "recipe.yaml", *options, *overrides],
         cwd=workplace,
@@ -89,50 +101,20 @@ def rank_process(run, rank):
     raise AssertionError(f"rank {rank} does not run")
 
 
-def test_two_nodes_take_the_steps_of_one_process(workplace, whole):
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [BD3_SCALE, "train", "recipe.yaml", "run_dir=alone", "parallel.tensor=1", "train.micro_batch_size=8"]
-    subprocess.run(command, cwd=workplace, env=environment, check=True, capture_output=True, timeout=120)
-    alone = losses(workplace / "alone")
-    there = losses(whole)
-    assert alone.keys() == there.keys() == set(range(1, STEPS + 1))
-    for step, values in alone.items():
-        assert there[step] == pytest.approx(values, rel=1e-5), step
-    # Every rank has a log of its own, and the run keeps what was submitted.
-    assert sorted(path.name for path in (whole / "logs/attempt-0").iterdir()) == [f"rank{k}.log" for k in range(4)]
-    assert json.loads((whole / "slurm/job.json").read_text())["commit"]
-
-
-def test_nodes_keep_a_part_of_remote_data_and_leave_nothing(cluster, workplace, whole):
-    """A folder stands for the object store; each node fetches what it reads into its scratch, bounded, for one job."""
-    scratch = workplace / "scratch"
-    scratch.mkdir()
-    site = workplace / "cached.yaml"
-    site.write_text(yaml.safe_dump({**PROFILE, "scratch": str(scratch)}))
-    options = [f"data.remote={workplace}/data", "data.path=nowhere", "data.cache_limit=2mb", "--profile", str(site)]
-    run = submit(cluster, workplace, "cached", *options)
-    seen = set()
-    wait(cluster, run, lambda: seen.update(p.parent.name for p in scratch.glob("*/train/*")) or done(run))
-    job = json.loads((run / "slurm/submitted.json").read_text())["jobs"][0]
-    nodes = attempts(run)[0]["nodes"]
-    folders = {path.name for path in scratch.iterdir()}
-    assert attempts(run)[0]["outcome"] == "done", logs(run)
-    assert seen == {"train"}
-    assert folders == set(), f"left of job {job} on {nodes}"
-    assert losses(run) == losses(whole)
-
-
-def test_usr1_kill_and_stop_all_go_on_bitwise(cluster, workplace, whole):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_usr1_kill_and_stop_all_go_on_bitwise(cluster, workplace, undisturbed, processes):
     """One run goes through all three: asked to save, a rank killed in mid-step, a rank stopped until the deadline."""
-    run = submit(cluster, workplace, "disturbed")
+    expected, last = undisturbed(2 * processes, processes), 2 * processes - 1
+    site = ["--profile", list(SITES)[processes - 1], f"parallel.tensor={processes}"]
+    run = submit(cluster, workplace, f"disturbed-{processes}", "optimizer.lr=0.001", *site)
     # A recipe that changes after submission does not count.
     recipe = workplace / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.5"))
+    recipe.write_text(recipe.read_text() + "# changed\n")
     job = json.loads((run / "slurm/submitted.json").read_text())["jobs"][0]
     wait_for_step(cluster, run, 0)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_for_step(cluster, run, 1)
-    os.kill(rank_process(run, 3), signal.SIGKILL)
+    os.kill(rank_process(run, last), signal.SIGKILL)
     wait_for_step(cluster, run, 2)
     os.kill(rank_process(run, 1), signal.SIGSTOP)
     wait(cluster, run, lambda: done(run))
@@ -143,12 +125,45 @@ def test_usr1_kill_and_stop_all_go_on_bitwise(cluster, workplace, whole):
     first, second, third, _ = attempts(run)
     assert (first["failure"], first["saved"]) == (False, first["step"])
     assert second["failure"]
-    assert second["reason"].startswith("rank 3: ")
+    assert second["reason"].startswith(f"rank {last}: ")
     assert "Killed" in second["reason"]
     assert third["failure"]
     assert third["reason"].startswith("hang in phase")
     assert "ranks [1] do not run" in third["reason"]
-    dumped = [(run / f"logs/attempt-2/rank{rank}.log").read_text() for rank in range(4)]
+    dumped = [(run / f"logs/attempt-2/rank{rank}.log").read_text() for rank in range(2 * processes)]
     assert all("most recent call first" in text for text in dumped)
-    assert losses(run) == losses(whole)
+    assert losses(run) == expected
     assert "recipe.yaml changed after it was submitted" in (run / "logs" / f"job-{job}.log").read_text()
+
+
+def test_two_nodes_take_the_steps_of_one_process(cluster, workplace, undisturbed):
+    run = submit(cluster, workplace, "whole", "--profile", "two.yaml")
+    alone = undisturbed(1, 1, "train.micro_batch_size=8")
+    wait(cluster, run, lambda: attempts(run))
+    assert attempts(run)[0]["outcome"] == "done", logs(run)
+    found = losses(run)
+    assert alone.keys() == found.keys() == set(range(1, STEPS + 1))
+    for step, values in alone.items():
+        assert found[step] == pytest.approx(values, rel=1e-5), step
+    # Every rank has a log of its own, and the run keeps what was submitted.
+    assert sorted(path.name for path in (run / "logs/attempt-0").iterdir()) == [f"rank{k}.log" for k in range(4)]
+    assert json.loads((run / "slurm/job.json").read_text())["commit"]
+
+
+def test_nodes_keep_a_part_of_remote_data_and_leave_nothing(cluster, workplace, undisturbed):
+    """A folder stands for the object store; each node fetches what it reads into its scratch, bounded, for one job."""
+    scratch = workplace / "scratch"
+    scratch.mkdir()
+    site = workplace / "cached.yaml"
+    site.write_text(yaml.safe_dump({**SITES["one.yaml"], "scratch": str(scratch)}))
+    options = [f"data.remote={workplace}/data", "data.path=nowhere", "data.cache_limit=2mb", "parallel.tensor=1"]
+    run = submit(cluster, workplace, "cached", *options, "--profile", str(site))
+    seen = set()
+    wait(cluster, run, lambda: seen.update(p.parent.name for p in scratch.glob("*/train/*")) or done(run))
+    job = json.loads((run / "slurm/submitted.json").read_text())["jobs"][0]
+    nodes = attempts(run)[0]["nodes"]
+    folders = {path.name for path in scratch.iterdir()}
+    assert attempts(run)[0]["outcome"] == "done", logs(run)
+    assert seen == {"train"}
+    assert folders == set(), f"left of job {job} on {nodes}"
+    assert losses(run) == undisturbed(2, 1)

@@ -7,6 +7,7 @@ output, environment. A test of how a command itself starts takes `subprocess`.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -95,7 +96,7 @@ class Program:
 
     def end(self) -> None:
         """Kill it with all that it started, where it still runs, and forget its output."""
-        if self.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.join()
         self._folder.cleanup()

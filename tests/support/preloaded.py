@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import pkgutil
+import warnings
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
@@ -23,11 +24,13 @@ LIBRARIES = (
     "torch.distributed.run",
     "transformers",
 )
-for name in LIBRARIES:
-    importlib.import_module(name)
-for module in pkgutil.walk_packages(bd3_scale.__path__, "bd3_scale."):
-    # Triton reads its switches once; exported code belongs to transformers; the rest are programs.
-    if not any(part in module.name for part in ("kernels", "remote_code", "__main__", "harness")):
-        importlib.import_module(module.name)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of each other
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    for module in pkgutil.walk_packages(bd3_scale.__path__, "bd3_scale."):
+        # Triton reads its switches once; exported code belongs to transformers; the rest are programs.
+        if not any(part in module.name for part in ("kernels", "remote_code", "__main__", "harness")):
+            importlib.import_module(module.name)
 gc.collect()
 gc.freeze()  # so that a collection in a fork does not copy all of it

@@ -23,8 +23,8 @@ from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import DiffusionRecipe
 from tests.support import forks
 from tests.support.runs import wait_for
-from tools.reproduction.jobs import Work, _end, _file
-from tools.reproduction.masking import _order, expected, parts_of_variance
+from tools.reproduction.jobs import Work, end_all, fingerprint
+from tools.reproduction.masking import expected, order_of_intervals, parts_of_variance
 from tools.reproduction.rows import SCALES, rows
 from tools.reproduction.statistics import (
     FAILS,
@@ -241,25 +241,25 @@ def test_the_order_of_intervals_needs_clear_moves_to_lighter_masks():
     short = {heavy: (1.0, 0.1), light: (5.0, 0.1)}
     tied = {heavy: (1.0, 0.1), light: (0.9, 0.1)}
     long = {heavy: (1.0, 0.1), light: (0.2, 0.1)}
-    assert _order([short, short]) == _order([short, tied]) == UNDECIDED
-    assert _order([short, short, long]) == HOLDS
-    assert _order([long, short]) == _order([short, long, short]) == FAILS
-    assert _order([short, {light: (0.2, 0.1)}]) == UNDECIDED
+    assert order_of_intervals([short, short]) == order_of_intervals([short, tied]) == UNDECIDED
+    assert order_of_intervals([short, short, long]) == HOLDS
+    assert order_of_intervals([long, short]) == order_of_intervals([short, long, short]) == FAILS
+    assert order_of_intervals([short, {light: (0.2, 0.1)}]) == UNDECIDED
 
 
 def test_sources_are_known_again_by_their_bytes(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("one")
     work = Work(SCALES["quick"], tmp_path / "work", tmp_path / "records", text, None, {})
-    work._stamp("data", {"train": _file(text)})
+    work.stamp("data", {"train": fingerprint(text)})
     copied = tmp_path / "copied" / "text.txt"
     copied.parent.mkdir()
     copied.write_text("one")
-    work._stamp("data", {"train": _file(copied)})
-    assert _file(tmp_path / "copied") != _file(text)
+    work.stamp("data", {"train": fingerprint(copied)})
+    assert fingerprint(tmp_path / "copied") != fingerprint(text)
     copied.write_text("two")
     with pytest.raises(ValueError, match="give another --work"):
-        work._stamp("data", {"train": _file(copied)})
+        work.stamp("data", {"train": fingerprint(copied)})
 
 
 def test_what_is_ended_is_waited_for_with_all_that_it_started(tmp_path):
@@ -275,7 +275,7 @@ def test_what_is_ended_is_waited_for_with_all_that_it_started(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", worker], stdout=output, start_new_session=True)
     while "ready" not in (tmp_path / "output").read_text():
         time.sleep(0.05)
-    _end([process])
+    end_all([process])
     assert (tmp_path / "output").read_text() == "ready saved"
 
 

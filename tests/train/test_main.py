@@ -15,6 +15,8 @@ import torch.distributed as dist
 from bd3_scale.checkpoint import saver
 from bd3_scale.train import main as program
 
+pytestmark = pytest.mark.launch
+
 def fails(recipe, heartbeat):
     dist.init_process_group("gloo")
     group = dist.new_group(backend="gloo")
@@ -22,7 +24,7 @@ def fails(recipe, heartbeat):
         sys.stdin.read()
         return
     waits = lambda: dist.all_gather_object([None, None], "saved", group=group)
-    threading.Thread(target=waits, daemon=True, name=saver._THREAD).start()
+    threading.Thread(target=waits, daemon=True, name=saver.THREAD_NAME).start()
     time.sleep(1)
     try:
         raise ValueError("the shard is damaged")

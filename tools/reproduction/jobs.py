@@ -67,19 +67,19 @@ class Work:
 
         ValueError: what is there was made of other sources.
         """
-        of = {"train": _file(self.train), "validation": _file(self.validation), "tokenizer": tokenizer}
+        of = {"train": fingerprint(self.train), "validation": fingerprint(self.validation), "tokenizer": tokenizer}
         for longer in sorted({row.longer for row in rows(self.scale)}):
             self._prepare_data(longer, of)
         for name, argument in self.texts.items():
             out = self.folder / "texts" / name
             text = NamedText.parse(argument)
-            self._stamp(f"texts/{name}", {"text": _file(text.path), "tokenizer": tokenizer})
+            self.stamp(f"texts/{name}", {"text": fingerprint(text.path), "tokenizer": tokenizer})
             if not out.exists():
                 text.prepare(out, load_tokenizer(tokenizer), seq_len=self.scale.length, document_multiple=1)
 
     def _prepare_data(self, longer: int, of: dict[str, Any]) -> None:
         out = self.data(longer)
-        self._stamp(out.name, of)
+        self.stamp(out.name, of)
         if out.exists():
             return
         sources = self._cut(self.train, self.scale.text_bytes, "train")
@@ -92,7 +92,7 @@ class Work:
         line = [COMMAND, "data", "prepare", sources, *held_out, "--out", out, "--seq-len", length]
         subprocess.run([*map(str, line), "--tokenizer", of["tokenizer"], "--document-multiple", "1"], check=True)
 
-    def _stamp(self, made: str, sources: dict[str, Any]) -> None:
+    def stamp(self, made: str, sources: dict[str, Any]) -> None:
         """Remember what `made` is of. ValueError: it is of something else."""
         path = self.folder / f"{made}.sources.json"
         if not path.exists():
@@ -209,11 +209,11 @@ def run_jobs(work: Work, at_once: int, progress: Callable[[int, int, str], objec
                 if process.returncode:
                     failed.append(f"{row.name}, seed {seed}: see {work.log(row, seed)}")
     finally:
-        _end(list(running.values()))
+        end_all(list(running.values()))
     return failed
 
 
-def _file(path: Path | None) -> list[str] | None:
+def fingerprint(path: Path | None) -> list[str] | None:
     """By what a file or folder is known again: its name, and 16 hexadecimal digits of the SHA-256 of its bytes."""
     if path is None:
         return None
@@ -239,7 +239,7 @@ def _start(work: Work, row: Row, seed: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+def end_all(processes: list[subprocess.Popen[bytes]]) -> None:
     """With the trainings that they started, which save first: another command may go on from there at once."""
     for process in processes:
         _signal_group(process, signal.SIGTERM)

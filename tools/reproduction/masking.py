@@ -139,8 +139,9 @@ def searched(found: Findings) -> str:
             "Training leaves an interval only for one that is clearly better on the text of its evaluations; the least "
             "variance at the end is by all of the held-out text, its mean over seeds.",
             "The paper: the smaller the blocks, the heavier the masking of least variance. **Here: "
-            f"{_order([variances(found, name) for name in names])}** with sequences of {found.scale.length} "
-            f"{found.scale.unit}s. From one block size to the next larger one the interval counts as another where its "
+            f"{order_of_intervals([variances(found, name) for name in names])}** with sequences of "
+            f"{found.scale.length} {found.scale.unit}s. From one block size to the next larger one the interval counts as "
+            "another where its "
             "variance is below that of the former, by both their errors.",
             *_look(found),
             *([_longer(found)] if found.scale.longer > 1 else []),
@@ -167,7 +168,7 @@ def _gain(shorter: Variances, longer: Variances) -> tuple[float, float]:
     return ends[0][0] - ends[1][0], 1.96 * math.hypot(ends[0][1], ends[1][1])
 
 
-def _order(rows: list[Variances]) -> str:
+def order_of_intervals(rows: list[Variances]) -> str:
     """On the claim that masks of least variance grow lighter with blocks, of rows in the order of their sizes."""
     moves = []
     for shorter, longer in itertools.pairwise(rows):
@@ -248,5 +249,5 @@ def _longer(found: Findings) -> str:
         f"section 3's models of L'={length} as they trained, {said}: {lighter} of {len(expects)} expect lighter masks "
         f"than {_named(*before)}. Measured, with {row.title}, one seed, in training at {_named(*trained)}: "
         f"{_named(*least)}, with {gain:.3f} ± {margin:.3f} less variance than {_named(*before)}. With this row the "
-        f"paper's order: **{_order(rows)}**."
+        f"paper's order: **{order_of_intervals(rows)}**."
     )

@@ -31,8 +31,8 @@ def _import_streaming() -> None:
     """
     names = ("streaming.multimodal", "streaming.text", "streaming.vision", "streaming.base.dataloader")
     left_out = {name: ModuleType(name) for name in names if name not in sys.modules}
-    for module in left_out.values():
-        module.StreamingDataLoader = object  # type: ignore[attr-defined] - a name that streaming passes on
+    for module in left_out.values():  # a name that streaming passes on
+        module.StreamingDataLoader = object  # type: ignore[attr-defined]
     sys.modules |= left_out
     streaming = importlib.import_module("streaming")
     for name in left_out:
