@@ -18,8 +18,7 @@ from tests.support import forks
 from tests.support.programs import BD3_SCALE
 from tests.support.runs import losses
 
-# One after the other: four ranks import for ten seconds.
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm training")]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 SITES = {"one.yaml": PROFILE | {"processes_per_node": 1}, "two.yaml": PROFILE}  # processes a node
 
 
@@ -75,9 +74,13 @@ def wait_for_step(cluster, run, attempt):
     """Until the ranks of an attempt have taken a step that no checkpoint holds."""
 
     def taken():
-        state = read_json(run / "slurm/heartbeats/rank0.json")
-        running = read_json(run / "slurm/current.json").get("attempt") == attempt
-        return running and state.get("phase") == "step" and state["step"] > state["saved"]
+        heartbeats = (run / "slurm/heartbeats").resolve()  # those of the attempt before, until its ranks start
+        state = read_json(heartbeats / "rank0.json")
+        return (
+            heartbeats.name == f"heartbeats-{attempt}"
+            and state.get("phase") == "step"
+            and state["step"] > state["saved"]
+        )
 
     wait(cluster, run, taken)
 
@@ -136,6 +139,7 @@ def test_usr1_kill_and_stop_all_go_on_bitwise(cluster, workplace, undisturbed, p
     assert "recipe.yaml changed after it was submitted" in (run / "logs" / f"job-{job}.log").read_text()
 
 
+@pytest.mark.xdist_group("slurm training")  # not both at once: four ranks import for ten seconds
 def test_two_nodes_take_the_steps_of_one_process(cluster, workplace, undisturbed):
     run = submit(cluster, workplace, "whole", "--profile", "two.yaml")
     alone = undisturbed(1, 1, "train.micro_batch_size=8")
@@ -150,6 +154,7 @@ def test_two_nodes_take_the_steps_of_one_process(cluster, workplace, undisturbed
     assert json.loads((run / "slurm/job.json").read_text())["commit"]
 
 
+@pytest.mark.xdist_group("slurm training")
 def test_nodes_keep_a_part_of_remote_data_and_leave_nothing(cluster, workplace, undisturbed):
     """A folder stands for the object store; each node fetches what it reads into its scratch, bounded, for one job."""
     scratch = workplace / "scratch"

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
@@ -96,18 +97,18 @@ class Program:
 
     def end(self) -> None:
         """Kill it with all that it started, where it still runs, and forget its output."""
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
             os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.join()
         self._folder.cleanup()
 
 
 def _program(command: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:
-    fds = [
-        os.open("/dev/null", os.O_RDONLY),
-        *(os.open(f, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for f in files),
-    ]
-    become(command, cwd=cwd, env=environment, fds=fds)
+    assert "tests.support.preloaded" in sys.modules, "the server passes over what it cannot import"
+    os.setsid()
+    output = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for file in files]
+    become(command, cwd=cwd, env=environment, fds=[os.open(os.devnull, os.O_RDONLY), *output])
 
 
 def free_port() -> int:

@@ -26,11 +26,11 @@ LIBRARIES = (
 )
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of each other
-    for name in LIBRARIES:
-        importlib.import_module(name)
     for module in pkgutil.walk_packages(bd3_scale.__path__, "bd3_scale."):
         # Triton reads its switches once; exported code belongs to transformers; the rest are programs.
         if not any(part in module.name for part in ("kernels", "remote_code", "__main__", "harness")):
             importlib.import_module(module.name)
+    for name in LIBRARIES:
+        importlib.import_module(name)
 gc.collect()
 gc.freeze()  # so that a collection in a fork does not copy all of it

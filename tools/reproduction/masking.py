@@ -140,9 +140,8 @@ def searched(found: Findings) -> str:
             "variance at the end is by all of the held-out text, its mean over seeds.",
             "The paper: the smaller the blocks, the heavier the masking of least variance. **Here: "
             f"{order_of_intervals([variances(found, name) for name in names])}** with sequences of "
-            f"{found.scale.length} {found.scale.unit}s. From one block size to the next larger one the interval counts as "
-            "another where its "
-            "variance is below that of the former, by both their errors.",
+            f"{found.scale.length} {found.scale.unit}s. From one block size to the next larger one the interval counts "
+            "as another where its variance is below that of the former, by both their errors.",
             *_look(found),
             *([_longer(found)] if found.scale.longer > 1 else []),
         ]
