@@ -46,12 +46,12 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 test-fast: $(INSTALLED)
-	$(call PYTEST,fast) --numprocesses=$(WORKERS) -m "not slow and not launch and not alone"
+	$(call PYTEST,fast) --numprocesses=$(WORKERS) --dist=loadfile -m "not slow and not launch and not alone"
 
 test: check
 	rm -f build/tests/*.xml
-	$(call PYTEST,together) --numprocesses=$(WORKERS) -m "$(EACH) not slurm and not alone"
-	$(call PYTEST,slurm) --numprocesses=$(SLURM_WORKERS) -m "$(EACH) slurm"
+	$(call PYTEST,together) --numprocesses=$(WORKERS) --dist=loadfile -m "$(EACH) not slurm and not alone"
+	$(call PYTEST,slurm) --numprocesses=$(SLURM_WORKERS) --dist=loadgroup -m "$(EACH) slurm"
 	$(call PYTEST,alone) -m "$(EACH) alone"
 
 test-all: EACH =

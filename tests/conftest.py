@@ -94,16 +94,12 @@ def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share its fixtures and so a worker, but those of SLURM, which mostly wait."""
     folders = {item: item.path.relative_to(TESTS).parts[0] for item in items}
     items.sort(key=lambda item: LAUNCHING.index(folders[item]) if folders[item] in LAUNCHING else len(LAUNCHING))
     for item in items:
         if folders[item] in LAUNCHING:
             item.add_marker(pytest.mark.launch)
-        if not item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 def pytest_runtest_setup(item):

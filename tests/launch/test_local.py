@@ -15,6 +15,8 @@ import pytest
 from bd3_scale.launch.local import launch
 from bd3_scale.launch.watch import Watch
 
+pytestmark = pytest.mark.launch
+
 LAUNCHER = """
 import sys
 from pathlib import Path
@@ -27,8 +29,6 @@ sys.exit(local.launch([sys.executable, "-c", sys.argv[1]], 2, 3, Path(sys.argv[2
 RECORDER = """
 import os, signal, sys, time
 from pathlib import Path
-
-pytestmark = pytest.mark.launch
 record = Path(os.environ["LOGS"]) / ("signals" + os.environ["RANK"])
 got = []
 def note(number, frame):

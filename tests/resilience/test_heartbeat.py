@@ -13,11 +13,11 @@ import pytest
 from bd3_scale.launch.records import failures_without_progress
 from bd3_scale.resilience.heartbeat import Heartbeat
 
+pytestmark = pytest.mark.launch
+
 RANK = """
 import time
 from bd3_scale.resilience.heartbeat import Heartbeat
-
-pytestmark = pytest.mark.launch
 with Heartbeat() as heartbeat:
     heartbeat.resumed(4)
     heartbeat.finished(5)

@@ -12,12 +12,12 @@ import pytest
 
 from bd3_scale.resilience.runlock import lock_run
 
+pytestmark = pytest.mark.launch
+
 HOLD = """
 import os, sys, time
 from pathlib import Path
 from bd3_scale.resilience.runlock import lock_run
-
-pytestmark = pytest.mark.launch
 with lock_run(Path(sys.argv[1])):
     if len(sys.argv) > 2 and os.fork() == 0:
         print("child", os.getpid(), flush=True)

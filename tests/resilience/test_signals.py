@@ -11,11 +11,11 @@ import pytest
 
 from bd3_scale.resilience.signals import StopRequest
 
+pytestmark = pytest.mark.launch
+
 LOOP = """
 import time
 from bd3_scale.resilience.signals import StopRequest
-
-pytestmark = pytest.mark.launch
 with StopRequest() as stop:
     print("ready", flush=True)
     try:

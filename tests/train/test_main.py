@@ -7,6 +7,10 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.launch
+
 # Rank 1 fails while a thread of its, as a save's does, waits for rank 0: an orderly end is then an
 # abort, or none at all.
 RANK = """
@@ -14,8 +18,6 @@ import sys, threading, time
 import torch.distributed as dist
 from bd3_scale.checkpoint import saver
 from bd3_scale.train import main as program
-
-pytestmark = pytest.mark.launch
 
 def fails(recipe, heartbeat):
     dist.init_process_group("gloo")
