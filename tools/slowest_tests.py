@@ -45,7 +45,8 @@ def read_report(path: Path) -> Report:
     tests: Counter[str] = Counter()
     for case in suite.iter("testcase"):
         if case.find("skipped") is None:
-            tests[f"{case.get('classname')}::{case.get('name')}"] += float(case.get("time", 0))
+            file = str(case.get("classname")).replace(".", "/") + ".py"
+            tests[f"{file}::{case.get('name')}"] += float(case.get("time", 0))
     return Report(path.stem, float(suite.get("time", 0)), dict(tests))
 
 
@@ -61,8 +62,9 @@ def as_markdown(reports: Sequence[Report], most: int) -> str:
     counts: Counter[str] = Counter()
     for report in reports:
         for name, seconds in report.tests.items():
-            folder = name.split(".")[1] if name.count(".") > 1 else "tests"
-            tests[name.removeprefix("tests.")] += seconds
+            _, *folder_of, _ = name.partition("::")[0].split("/")
+            folder = "/".join(folder_of) or "."
+            tests[name.removeprefix("tests/")] += seconds
             folders[folder] += seconds
             counts[folder] += 1
     here = read_environment()
