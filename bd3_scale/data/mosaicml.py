@@ -22,22 +22,30 @@ SHARED_MEMORY = Path("/dev/shm")
 OWNER_SUFFIX = "_bd3_scale.lock"
 CACHE_LOCK_SECONDS = 15.0  # the loader workers of a killed run end within 5 (torch's MP_STATUS_CHECK_INTERVAL)
 
+_KINDS_OF_BATCHES = {
+    "transformers.feature_extraction_utils": "BatchFeature",
+    "transformers.tokenization_utils_base": "BatchEncoding",
+}
+
 
 def _import_streaming() -> None:
-    """Import streaming without its ready-made data sets of text and images, and without its loader.
+    """Import streaming without its ready-made data sets of text and images, and without transformers.
 
     Nothing here uses them, and they import transformers and torchvision: seconds at every start, and a failure where
-    torchvision is broken, as a CUDA build of it beside a torch for CPU is.
+    torchvision is broken, as a CUDA build of it beside a torch for CPU is. Streaming's own loader tells two kinds of
+    batches of transformers from others; where transformers was not there before, it does not know them.
     """
-    names = ("streaming.multimodal", "streaming.text", "streaming.vision", "streaming.base.dataloader")
+    names = ["streaming.multimodal", "streaming.text", "streaming.vision"]
+    if "transformers" not in sys.modules:
+        names += ["transformers", *_KINDS_OF_BATCHES]
     left_out = {name: ModuleType(name) for name in names if name not in sys.modules}
-    for module in left_out.values():  # a name that streaming passes on
-        module.StreamingDataLoader = object  # type: ignore[attr-defined]
+    for name in left_out.keys() & _KINDS_OF_BATCHES:
+        setattr(left_out[name], _KINDS_OF_BATCHES[name], type(_KINDS_OF_BATCHES[name], (), {}))
     sys.modules |= left_out
     streaming = importlib.import_module("streaming")
     for name in left_out:
         del sys.modules[name]
-        vars(streaming).pop(name.rpartition(".")[2], None)
+        vars(streaming).pop(name.removeprefix("streaming."), None)
 
 
 _import_streaming()

@@ -19,6 +19,7 @@ import triton
 from bd3_scale.attention import kernels
 from bd3_scale.attention.kernels.offline import SHARED_MEMORY, Usage, Variant, compile_all, compile_variant, variants
 from bd3_scale.attention.kernels.tiles import KERNELS, Tile, candidates
+from bd3_scale.resilience.files import write_atomically
 
 pytestmark = pytest.mark.launch
 
@@ -56,7 +57,7 @@ def compiled(work: list[tuple[int, Variant]], request: pytest.FixtureRequest) ->
         for (chip, variant), usage in zip(missing, compile_all(missing), strict=True):
             known[name_of(chip, variant)] = usage
             print(f"{name_of(chip, variant)}: {usage}")
-    kept.write_text(json.dumps(known))
+    write_atomically(kept, json.dumps(known))
     return [(chip, variant, Usage(*known[name_of(chip, variant)])) for chip, variant in work]
 
 

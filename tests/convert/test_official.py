@@ -282,6 +282,7 @@ def test_a_pickle_that_could_run_code_is_refused_and_not_run(tmp_path):
     assert not touched.exists()
 
 
+@pytest.mark.launch
 def test_the_command_in_the_refusal_saves_what_can_be_imported(tmp_path):
     content = {"state_dict": prefixed(DiT().state_dict()), "ema": averaged(DiT()), "lr": Fraction(1, 3)}
     with pytest.raises(ValueError, match=r"fractions\.Fraction") as error:

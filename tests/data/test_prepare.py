@@ -161,6 +161,7 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
         run([source], tmp_path / "out")
 
 
+@pytest.mark.launch
 def test_killed_preparation_leaves_nothing_that_looks_finished_and_no_process(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "t.jsonl", ["word " * 50_000] * 200)
     code = f"""

@@ -62,6 +62,7 @@ def memory_of(prefix: str) -> set[str]:
     return {path.name.removeprefix(prefix) for path in SHARED_MEMORY.glob(f"{prefix}_*")}
 
 
+@pytest.mark.alone  # any other start removes what the killed run left, too
 def test_two_runs_share_an_unread_folder_and_only_what_the_killed_one_left_is_removed(
     prepared: Path, tmp_path: Path
 ) -> None:
@@ -104,8 +105,12 @@ def test_streaming_is_imported_without_torchvision_and_nothing_is_left_replaced(
     program = """if True:
         import sys
         import bd3_scale.data.mosaicml
-        assert not {name for name in sys.modules if name.startswith(("torchvision", "sklearn", "streaming.text"))}
-        import streaming
+        left_out = ("torchvision", "transformers", "sklearn", "streaming.text")
+        assert not {name for name in sys.modules if name.startswith(left_out)}
+        import streaming, torch, transformers
+        assert transformers.__version__
+        loader = streaming.StreamingDataLoader(range(6), batch_size=2)
+        assert isinstance(loader, torch.utils.data.DataLoader) and len(list(loader)) == 3
         assert not hasattr(streaming, "text")
         import streaming.multimodal
         assert streaming.multimodal.__file__

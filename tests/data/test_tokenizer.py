@@ -66,6 +66,7 @@ def test_saved_reloads_equal_and_transformers_agrees(name: str, trained_folder: 
     assert theirs.encode("naïve café 日本語") == tokenizer.encode("naïve café 日本語")
 
 
+@pytest.mark.launch
 def test_training_is_deterministic_across_processes(trained_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "again"
     code = f"""

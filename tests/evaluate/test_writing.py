@@ -9,6 +9,7 @@ import pytest
 
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.writing import encode_prompt, kept_tokens, read_prompts
+from tests.support.recipes import tiny_recipe
 
 BYTES = load_tokenizer("bytes")
 
@@ -52,15 +53,7 @@ def test_a_byte_model_is_stuck_below_three_quarters_of_the_median_of_its_held_ou
     (tmp_path / "t.txt").write_text("abcdefg" * 400)  # 255 letters and EOS at the end, all alike elsewhere
     options = {"document_multiple": 8, "workers": 1, "progress": False, "holdout": 1.0}
     prepare([tmp_path / "t.txt"], tmp_path / "data", BYTES, 64, **options)
-    recipe = Recipe.model_validate(
-        {
-            "name": "r",
-            "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
-            "diffusion": {"block_size": 8},
-            "data": {"path": str(tmp_path / "data"), "seq_len": 64},
-            "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
-        }
-    )
+    recipe = Recipe.model_validate(tiny_recipe(data={"path": str(tmp_path / "data")}))
     manifest = CheckpointManifest(
         step=1,
         recipe=recipe,

@@ -57,6 +57,7 @@ def job(site: dict, **more) -> Job:
     return Job(profile=Profile.model_validate(site), **more)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("name", "made"),
     [
@@ -127,6 +128,7 @@ def test_every_profile_loads(path: Path) -> None:
     assert dataclasses.is_dataclass(job(load_profile(str(path)).model_dump()))
 
 
+@pytest.mark.launch
 def test_a_dry_run_needs_no_slurm_and_a_submission_says_that_there_is_none(tmp_path: Path) -> None:
     recipe, site = tmp_path / "recipe.yaml", tmp_path / "site.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE.model_dump(mode="json", exclude={"run_dir"})))

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bd3_scale.launch import supervise
 
 
+@pytest.mark.launch
 def test_it_runs_where_bd3_scale_is_not_installed(tmp_path: Path) -> None:
     """Its smallest task, which removes this node's cache."""
     cache = tmp_path / "cache-7-n1"

@@ -49,6 +49,7 @@ def test_fast_bf16_on_the_cpu_agrees_with_torch() -> None:
     assert has_fast_bf16() == in_hardware
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("modules", "found", "words"),
     [

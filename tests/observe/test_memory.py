@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
 
 
+@pytest.mark.launch
 def test_peak_holds_what_was_freed_and_nothing_of_the_parent() -> None:
     code = (
         "from bd3_scale.observe.memory import peak_rss_bytes as peak\n"

@@ -50,6 +50,7 @@ def test_resuming_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path:
     assert [(r["step"], r["train_loss"]) for r in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
+@pytest.mark.launch
 def test_a_run_killed_between_writes_loses_none_of_them(tmp_path: Path) -> None:
     code = """
 import os, sys

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import DiffusionRecipe, ParallelRecipe, Recipe, RecipeError
+from tests.support.recipes import tiny_recipe
 
 phases = st.lists(st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 5)), max_size=5)
 
@@ -32,15 +33,12 @@ def test_noise_on_the_mask_falls_to_zero() -> None:
     assert DiffusionRecipe(block_size=4).mask_noise_at(0) == 0.0
 
 
+WHOLE = {"mask_rate_low": 0.0, "mask_rate_high": 1.0}
+
+
 def recipe(steps: int = 20, **diffusion: object) -> Recipe:
     return Recipe.model_validate(
-        {
-            "name": "r",
-            "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
-            "diffusion": {"block_size": 8} | diffusion,
-            "data": {"path": "d", "seq_len": 64},
-            "train": {"steps": steps, "global_batch_size": 2, "micro_batch_size": 1},
-        }
+        tiny_recipe(diffusion=WHOLE | diffusion, train={"steps": steps, "global_batch_size": 2, "micro_batch_size": 1})
     )
 
 

@@ -40,6 +40,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_alone(tmp_path: Path) -
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.launch
 def test_a_reader_never_meets_half_a_file_even_when_the_writer_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "file"
     size = 200_000

@@ -66,10 +66,12 @@ def started(*options: str) -> Iterator[Cluster]:
         unavailable(f"needs a SLURM to start: {', '.join(missing)} missing (apt-get install slurm-wlm munge)")
     with tempfile.TemporaryDirectory(prefix="bd3-slurm-") as folder:  # a socket's path must be short
         cluster = Cluster(Path(folder))
-        # Each worker has ports of its own: two that look for free ones at the same time may find the same.
-        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-        port = 10000 + 1000 * worker + 100 * ("--namespaces" in options)
-        cluster.dev("up", "--port", port, *options)
+        if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+            # Two that look for free ports at the same time may find the same: each worker has some of its own, below
+            # those that dev-slurm would take.
+            port = 10000 + 400 * int(worker.removeprefix("gw")) + 200 * ("--namespaces" in options)
+            options = ("--port", str(port), *options)
+        cluster.dev("up", *options)
         try:
             yield cluster
         finally:

@@ -1,6 +1,6 @@
 """Programs in processes of their own that have every import done: forks of one server instead of new interpreters.
 
-`run` and `start` take a command line as `subprocess` does, `run_ranks` a function. What a forked program starts in
+`run` and `Program` take a command line as `subprocess` does, `run_ranks` a function. What a forked program starts in
 turn, as `bd3-scale train` starts its ranks, is forked from it. All else is real: process ids, signals, exit codes,
 output, environment. A test of how a command itself starts takes `subprocess`.
 """

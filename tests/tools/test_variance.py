@@ -13,6 +13,7 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.train.inputs import step_inputs
+from tests.support.recipes import tiny_recipe
 from tools.variance import FOLDS, draws_of, measure, rank_correlation
 
 CPU = torch.device("cpu")
@@ -24,13 +25,10 @@ def test_variances_are_those_of_the_draws(groups, tmp_path):
     options = {"document_multiple": 8, "holdout": 0.0, "workers": 1, "progress": False}
     prepare([text], tmp_path / "data", load_tokenizer("bytes"), 32, **options)
     recipe = Recipe.model_validate(
-        {
-            "name": "r",
-            "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
-            "diffusion": {"block_size": 8},
-            "data": {"path": str(tmp_path / "data"), "seq_len": 32, "num_workers": 0},
-            "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
-        }
+        tiny_recipe(
+            data={"path": str(tmp_path / "data"), "seq_len": 32},
+            train={"global_batch_size": 1, "micro_batch_size": 1},
+        )
     )
     vocabulary = load_manifest(tmp_path / "data").vocabulary
     (model,) = build_model(recipe, vocabulary, groups, dtype=torch.float32, device=CPU, seed=1)

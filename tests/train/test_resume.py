@@ -10,18 +10,12 @@ from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.train.resume import check_resumable
+from tests.support.recipes import tiny_recipe
 
 
 def recipe(search: bool, draws: int) -> Recipe:
     return Recipe.model_validate(
-        {
-            "name": "r",
-            "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
-            "diffusion": {"block_size": 8, "search_interval": search},
-            "data": {"path": "d", "seq_len": 64},
-            "train": {"steps": 9, "global_batch_size": 2, "micro_batch_size": 1},
-            "evaluation": {"every_steps": 2, "draws": draws},
-        }
+        tiny_recipe(diffusion={"search_interval": search}, evaluation={"every_steps": 2, "draws": draws})
     )
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from bd3_scale.data.batch import Batch
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.train.inputs import step_inputs
+from tests.support.recipes import tiny_recipe
 
 LENGTH = 32
 CPU = torch.device("cpu")
@@ -30,13 +31,11 @@ BATCH = Batch(
 def inputs_of():
     def make(step: int, batch: Batch = BATCH, intervals=MappingProxyType({}), **diffusion: object):
         recipe = Recipe.model_validate(
-            {
-                "name": "r",
-                "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16},
-                "diffusion": {"block_size": 8} | diffusion,
-                "data": {"path": "d", "seq_len": LENGTH},
-                "train": {"steps": 20, "global_batch_size": 600, "micro_batch_size": 2},
-            }
+            tiny_recipe(
+                diffusion={"mask_rate_low": 0.0, "mask_rate_high": 1.0} | diffusion,
+                data={"seq_len": LENGTH},
+                train={"steps": 20, "global_batch_size": 600},
+            )
         )
         return step_inputs(recipe, batch, step, intervals=intervals, mask_id=257, device=CPU, context=(0, 1))
 
