@@ -63,7 +63,7 @@ def _key_ranges(spans: Tensor, num_noisy: int, num_rows: int) -> Tensor:
 
 
 def block_mask_of(spans: Tensor, num_noisy: int, num_rows: int, num_keys: int) -> BlockMask:
-    """FlexAttention's mask of the rows and keys of `spans`, made once for as long as these live."""
+    """Return FlexAttention's mask of the rows and keys of `spans`, made once for as long as these live."""
     # In-place changes count as another mask; inference tensors do not count theirs.
     version = 0 if spans.is_inference() else spans._version
     masks = known_masks.setdefault(spans, {})

@@ -24,13 +24,13 @@ THREAD_NAME = "bd3_scale.save"
 
 
 def is_saving() -> bool:
-    """Whether a thread of this process is in the midst of a save."""
+    """Tell whether a thread of this process is in the midst of a save."""
     return any(thread.name == THREAD_NAME for thread in threading.enumerate())
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of a save: its `checkpoint`, or the `error` of the last of `tries`.
+    """Tell what became of a save: its `checkpoint`, or the `error` of the last of `tries`.
 
     blocked, seconds: that training waited for it to begin, and until it was complete.
     """

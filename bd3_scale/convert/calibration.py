@@ -81,7 +81,7 @@ def _adder(total: HessianSum) -> Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
 def calibration_batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
-    """At least `sequences` training sequences, in a shuffled order that is always the same."""
+    """Return at least `sequences` training sequences, in a shuffled order that is always the same."""
     size = min(MICRO_BATCH, sequences)
     stream = TrainingStream(
         data.model_copy(update={"num_workers": 0}),
@@ -96,7 +96,7 @@ def calibration_batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
 
 
 def calibration_inputs(batch: Batch, diffusion: DiffusionRecipe, mask_id: int, device: torch.device) -> ModelInputs:
-    """What the model is trained on, of a batch: its noise is always the same."""
+    """Return what the model is trained on, of a batch; its noise is always the same."""
     if diffusion.objective == "next_token":
         return next_tokens(batch, device=device)
     noise = draw_noise(

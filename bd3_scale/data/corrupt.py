@@ -110,7 +110,7 @@ def masked_places(noise: Noise, context: Context) -> tuple[Tensor, Tensor]:
 
 
 def rank_positions(seq_len: int, context: Context) -> Tensor:
-    """The places in a sequence, int64 [L/C], that a context-parallel rank has; in the order of its rows."""
+    """Return the places in a sequence, int64 [L/C], that a context-parallel rank has; in the order of its rows."""
     return torch.cat([torch.arange(start, end) for start, end in zigzag_ranges(seq_len, *context)])
 
 

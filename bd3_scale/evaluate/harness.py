@@ -108,7 +108,7 @@ class BlockDiffusionLM(LM):
         return not scored or self._generated(given, len(scored), 0.0) == scored
 
     def _generated(self, prompt: list[int], count: int, temperature: float) -> list[int]:
-        """Where prompt and text are longer than the model takes, a block sees the last `max_length` of them."""
+        """Return `count` tokens after the prompt; a block sees the last `max_length` of both together."""
         if count < 1:
             return []
         window = self._max_length // self._block_size * self._block_size
@@ -126,14 +126,14 @@ class BlockDiffusionLM(LM):
 
 
 def windows_of(ids: list[int], length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Context and what is predicted, `length` together where so many tokens came before."""
+    """Yield context and what is predicted, `length` together where so many tokens came before."""
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
         yield ids[max(0, end - length) : start], ids[start:end]
 
 
 def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None, limit: int | None, draws: int) -> Any:
-    """What `lm_eval.simple_evaluate` finds, in one process; `folder` holds further tasks' YAML.
+    """Return what `lm_eval.simple_evaluate` finds, in one process; `folder` holds further tasks' YAML.
 
     ValueError: an unknown task, several processes, or a next-token model.
     """

@@ -157,7 +157,7 @@ def default_min_entropy(manifest: CheckpointManifest) -> float:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, infill: bool) -> list[int]:
-    """Ids of a prompt; without `infill` a `[MASK]` in it is text like any other."""
+    """Return the ids of a prompt; without `infill` a `[MASK]` in it is text like any other."""
     if not infill:
         return tokenizer.encode(prompt)
     if MASK not in prompt:
@@ -167,7 +167,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, infill: bool) -> list[int]:
 
 
 def kept_tokens(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> int | None:
-    """The fewest tokens whose text holds one of the strings; None: none is there."""
+    """Return the fewest tokens whose text holds one of the strings; None: none is there."""
     if not any(word in tokenizer.decode(tokens) for word in stop):
         return None
     low, high = 0, len(tokens)

@@ -17,7 +17,7 @@ import torch
 
 
 def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile`, put off."""
+    """Return a function that is compiled when it is first called, in place of `torch.compile`."""
 
     @functools.cache
     def compiled() -> Callable[..., Any]:

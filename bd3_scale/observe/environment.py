@@ -73,7 +73,7 @@ def read_environment() -> Environment:
 
 
 def has_fast_bf16() -> bool:
-    """Whether bf16 matrix products run in hardware: on every GPU, or on the CPU where there is no GPU.
+    """Tell whether bf16 matrix products run in hardware: on every GPU, or on the CPU where there is no GPU.
 
     GPUs: from compute capability 8.0. CPUs: AVX512-BF16 or AMX on x86, the BF16 extension on ARM; elsewhere torch
     emulates bf16 at a loss.
@@ -94,7 +94,7 @@ def _bf16() -> Acceleration:
 
 
 def find_apex() -> Any:
-    """NVIDIA apex's FusedAdam, or None; the package called apex on PyPI is an unrelated web toolkit."""
+    """Return NVIDIA apex's FusedAdam, or None; the package called apex on PyPI is an unrelated web toolkit."""
     try:
         importlib.import_module("amp_C")
         return importlib.import_module("apex.optimizers").FusedAdam
@@ -103,7 +103,7 @@ def find_apex() -> Any:
 
 
 def apex_acceleration() -> Acceleration:
-    """Whether NVIDIA's apex is there, and whether it is used."""
+    """Tell whether NVIDIA's apex is there, and whether it is used."""
     import torch
 
     if find_apex() is not None:
@@ -136,7 +136,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_info() -> dict[str, str]:
-    """Fields of the first processor in /proc/cpuinfo."""
+    """Return the fields of the first processor in /proc/cpuinfo."""
     first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}

@@ -214,7 +214,7 @@ def run_jobs(work: Work, at_once: int, progress: Callable[[int, int, str], objec
 
 
 def fingerprint(path: Path | None) -> list[str] | None:
-    """By what a file or folder is known again: its name, and 16 hexadecimal digits of the SHA-256 of its bytes."""
+    """Return the name of a file or folder, and 16 hexadecimal digits of the SHA-256 of its bytes: it is known again."""
     if path is None:
         return None
     digest = hashlib.sha256()
@@ -240,7 +240,7 @@ def _start(work: Work, row: Row, seed: int) -> subprocess.Popen[bytes]:
 
 
 def end_all(processes: list[subprocess.Popen[bytes]]) -> None:
-    """With the trainings that they started, which save first: another command may go on from there at once."""
+    """End the processes with their trainings, which save first: another command may go on from there at once."""
     for process in processes:
         _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS

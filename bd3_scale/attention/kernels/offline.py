@@ -55,7 +55,7 @@ TRAINING, SMALLEST, RANK = "training", "sizes of 1", "a rank's rows"
 
 
 class Variant(NamedTuple):
-    """One way in which a kernel is launched."""
+    """Name one way in which a kernel is launched."""
 
     kernel: str
     head_dim: int
@@ -71,7 +71,7 @@ class Variant(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What one compiled variant takes; `instructions` counts SASS instructions by the start of their names."""
+    """Hold what one compiled variant takes; `instructions` counts SASS instructions by the start of their names."""
 
     registers: int
     stack: int
@@ -83,7 +83,7 @@ _COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "UTMAREDG", "LDGST
 
 
 def variants(chip: int) -> list[Variant]:
-    """Every tile of every kernel for 64, 128 and 256 dimensions a head, as launched on `chip` (90 for sm_90).
+    """Return every tile of every kernel for 64, 128 and 256 dimensions a head, as launched on `chip` (90 for sm_90).
 
     bfloat16 and float32; float16 and the other forms with the first tile of one head dimension.
     """
@@ -113,7 +113,7 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int
 
 
 def compile_all(work: Sequence[tuple[int, Variant]]) -> Iterator[Usage]:
-    """`compile_variant` of each chip and variant, on all processors, in order and as they are ready."""
+    """Apply `compile_variant` to each chip and variant, on all processors, in order and as they are ready."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(compile_variant, [variant for _, variant in work], [chip for chip, _ in work])
 
