@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -36,7 +36,13 @@ app.add_typer(evaluate_app)
 app.add_typer(launch_app)
 
 Sources = Annotated[
-    list[Path], typer.Argument(help=".txt and .jsonl files (field `text`), also .gz or .zst, and folders of them.")
+    list[Path], typer.Argument(help=".txt and .jsonl files, also .gz or .zst, and folders of them; links are followed.")
+]
+Field = Annotated[
+    str | None, typer.Option(help="Of a JSON line, such as document.body.", show_default="text; messages")
+]
+OnErrorOption = Annotated[
+    Literal["stop", "skip"], typer.Option(help="Of a line or file that cannot be read; skipped ones are counted.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -58,11 +64,13 @@ def tokenizer(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="New folder for the tokeniser.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and the end of document included.")] = 4096,
+    field: Field = None,
+    on_error: OnErrorOption = "stop",
 ) -> None:
     """Train a byte-level BPE tokeniser."""
     from bd3_scale.data.tokenizer import train_tokenizer
 
-    trained = train_tokenizer(sources, out, vocab_size)
+    trained = train_tokenizer(sources, out, vocab_size, field=field or "text", on_error=on_error)
     typer.echo(f"{out}: {trained.vocabulary.size} ids with the mask, hash {trained.hash[:12]}")
 
 
@@ -79,22 +87,47 @@ def prepare(
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides which documents are held out.")] = 1,
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core")] = None,
+    field: Field = None,
+    on_error: OnErrorOption = "stop",
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Documents begin with BOS.", show_default="as the tokeniser's template"),
+    ] = None,
+    parse_special: Annotated[
+        bool,
+        typer.Option("--parse-special", help="Special tokens that a document spells are these tokens, not plain text."),
+    ] = False,
+    messages: Annotated[
+        bool,
+        typer.Option("--messages", help="Lines hold conversations, lists `messages`: only answers are trained on."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tokenise and pack documents into training and validation shards."""
+    """Tokenise and pack documents into training and validation shards.
+
+    Conversations become text by the chat template beside the tokeniser; special tokens in it are parsed.
+    """
+    from bd3_scale.data.chat import ChatTemplate
     from bd3_scale.data.prepare import prepare as prepare_shards
     from bd3_scale.data.tokenizer import load_tokenizer
 
+    loaded = load_tokenizer(tokenizer)
+    if bos is not None:
+        loaded = loaded.with_bos_switch(bos)
     manifest = prepare_shards(
         sources,
         out,
-        load_tokenizer(tokenizer),
+        loaded,
         seq_len,
         document_multiple=document_multiple,
         holdout=holdout,
         validation=validation or (),
         seed=seed,
         workers=workers,
+        field=field,
+        on_error=on_error,
+        parse_special=parse_special,
+        chat=ChatTemplate(Path(tokenizer)) if messages else None,
     )
     if as_json:
         typer.echo(manifest.model_dump_json())

@@ -105,6 +105,7 @@ def synthetic(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, ste
         document_start=torch.zeros(share, length, dtype=torch.int32),
         positions=torch.arange(length).expand(share, -1),
         counted=torch.ones(share, length, dtype=torch.bool),
+        shown=torch.zeros(share, length, dtype=torch.bool),
     )
     return whole.split(recipe.train.micro_batch_size)
 

@@ -105,5 +105,6 @@ def calibration_inputs(batch: Batch, diffusion: DiffusionRecipe, mask_id: int, d
         epoch=batch.epoch,
         sample_ids=batch.ids,
         schedule=LINEAR,
+        shown=batch.shown,
     )
     return corrupt(batch, [noise], diffusion.block_size, mask_id=mask_id, device=device)

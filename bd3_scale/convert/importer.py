@@ -33,6 +33,7 @@ Progress = Callable[[int, int], object]
 _NO_WEIGHTS = re.compile(r".*rotary_emb\.inv_freq")
 _SOURCE_FILES = {".safetensors", ".bin", ".ckpt", ".pt", ".json"}
 GPT2_EOS, GPT2_SIZE = 50256, 50257
+BERT_CLS, BERT_SIZE = 101, 30522
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ def plan_import(
         if eos_id is None and official.vocab_size == GPT2_SIZE + 1:
             eos_id = GPT2_EOS
         vocabulary, loaded = _vocabulary(found, mask_token, official.vocab_size, eos_id, official.mask_id)
+        if official.begins_with_bos:
+            vocabulary, loaded = _as_official(vocabulary, loaded)
         plan = ImportPlan(
             source, f"bd3lms DiT ({official.source})", official.model, DiffusionRecipe(block_size=size),
             official.max_position_embeddings, official.vocab_size, vocabulary, loaded, found, False, official.weights,
@@ -221,7 +224,7 @@ def _vocabulary(
         if eos_id is None:
             raise ValueError("there is no tokenizer.json beside the weights: give --tokenizer, or --eos-id")
         return _checked(size=num_token_ids or rows, eos_id=eos_id, mask_id=mask_id, rows=rows), None
-    loaded = load_tokenizer(tokenizer, mask_token)
+    loaded = load_tokenizer(tokenizer, mask_token).checked_template()
     own = loaded.vocabulary
     # A mask that the tokeniser did not know is its last id, and may lie one behind the embedding.
     text_ids = own.size - (own.mask_id == own.size - 1)
@@ -240,7 +243,20 @@ def _vocabulary(
     return _checked(**own.model_dump(exclude={"rows"}), rows=rows), loaded
 
 
-def _checked(**ids: int) -> Vocabulary:
+def _as_official(vocabulary: Vocabulary, tokenizer: Tokenizer | None) -> tuple[Vocabulary, Tokenizer | None]:
+    """With the beginning of text that the official code puts before every sequence: what the tokeniser names so, else
+    its end of text, which is both for GPT-2; of BERT's uncased vocabulary `[CLS]`.
+    """
+    declared = None if tokenizer is None else tokenizer.declared_bos_id
+    known = BERT_CLS if vocabulary.rows == BERT_SIZE else vocabulary.eos_id
+    bos_id = known if declared is None else declared
+    return (
+        vocabulary.model_copy(update={"bos_id": bos_id}),
+        None if tokenizer is None else tokenizer.with_bos(bos_id),
+    )
+
+
+def _checked(**ids: int | None) -> Vocabulary:
     try:
         return Vocabulary(**ids)
     except ValidationError as error:

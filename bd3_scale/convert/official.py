@@ -50,6 +50,8 @@ class OfficialModel:
         block_size: None where no configuration says it; the whole length of a model without a clean stream (MDLM).
         mask_id: the last row of the vocabulary, or BERT's own mask.
         max_position_embeddings: tokens of a training sequence; that of the published models where nothing says it.
+        begins_with_bos: the code shows a beginning of text before every sequence (`ignore_bos`), as it does for its block
+            diffusion models unless their configuration says otherwise.
         source: which weights were taken, the moving average's where there is one.
         weights: named as Qwen3's, in the dtype of the file.
     """
@@ -59,6 +61,7 @@ class OfficialModel:
     mask_id: int
     vocab_size: int
     max_position_embeddings: int
+    begins_with_bos: bool
     source: Literal["weights", "ema"]
     weights: Weights
 
@@ -95,6 +98,7 @@ def open_official(path: Path) -> OfficialModel:
         mask_id=_OWN_MASK.get(vocab_size, vocab_size - 1),
         vocab_size=vocab_size,
         max_position_embeddings=length or DEFAULT_LENGTH,
+        begins_with_bos=said.get("ignore_bos") is not False,
         source="ema" if averaged else "weights",
         weights=fold(averaged or tensors, model.num_layers),
     )
@@ -188,6 +192,7 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
         "cross_attn": algo.get("cross_attn", False),
         "parameterization": algo.get("parameterization"),
         "backbone": algo.get("backbone"),
+        "ignore_bos": algo.get("ignore_bos"),
     }
     if said["block_size"] == "${model.length}":
         said["block_size"] = said["model_length"]

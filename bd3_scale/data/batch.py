@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ class Batch:
     ids [B] int64: sample numbers in the data set; with `epoch` they key the noise. slots [B] int64: places in the
     global batch, 0 to G−1. tokens [B, L] int64. document_start [B, L] int32: where in the sequence the document of each
     position begins. positions [B, L] int64: from 0 in every document. counted [B, L] bool: counts for perplexity.
+    shown [B, L] bool: never masked, trained on or counted, as what a document begins with, or a person's part of a
+    conversation.
     """
 
     ids: Tensor
@@ -28,11 +30,22 @@ class Batch:
     document_start: Tensor
     positions: Tensor
     counted: Tensor
+    shown: Tensor
+
+    @property
+    def padding(self) -> Tensor:
+        """bool [B, L]: pads a document behind its end."""
+        return ~self.counted & ~self.shown
+
+    def take(self, rows: Tensor) -> Batch:
+        """The sequences at `rows`, int64."""
+        tensors: dict[str, Any] = {key: value[rows] for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def split(self, micro_batch_size: int) -> list[Batch]:
         """Consecutive batches of `micro_batch_size` sequences; the last may have fewer."""
         per_sequence = (self.ids, self.slots, self.tokens, self.document_start, self.positions, self.counted)
-        parts = zip(*(tensor.split(micro_batch_size) for tensor in per_sequence), strict=True)
+        parts = zip(*(tensor.split(micro_batch_size) for tensor in (*per_sequence, self.shown)), strict=True)
         return [Batch(ids, slots, self.epoch, *rest) for ids, slots, *rest in parts]
 
 
@@ -49,6 +62,7 @@ def collate(
     start = np.stack([_per_position(_starts(sample), sample) for sample in samples])
     counted_end = np.stack([_per_position(_starts(sample) + sample["counted_lengths"], sample) for sample in samples])
     document_start = start if isolate_documents else np.zeros_like(start)
+    shown = np.stack([_shown(sample, tokens.shape[1]) for sample in samples])
     return Batch(
         ids=torch.from_numpy(ids),
         slots=torch.from_numpy(slots),
@@ -56,8 +70,17 @@ def collate(
         tokens=torch.from_numpy(tokens),
         document_start=torch.from_numpy(document_start.astype(np.int32)),
         positions=torch.from_numpy(within - document_start),
-        counted=torch.from_numpy(within < counted_end),
+        counted=torch.from_numpy((within < counted_end) & ~shown),
+        shown=torch.from_numpy(shown),
     )
+
+
+def _shown(sample: dict[str, NDArray[Any]], seq_len: int) -> NDArray[np.bool_]:
+    """bool [L]; nothing in shards without the column, as those of before it and of plain text without BOS."""
+    shown = np.zeros(seq_len, np.bool_)
+    for first, last in sample.get("shown", ()):
+        shown[first:last] = True
+    return shown
 
 
 def _starts(sample: dict[str, NDArray[Any]]) -> NDArray[np.int64]:

@@ -59,7 +59,9 @@ def corrupt(
 
 
 def next_tokens(batch: Batch, *, device: torch.device, context: Context = (0, 1)) -> ModelInputs:
-    """Clean rows alone, each of which sees those before it and predicts the next token of its document: AR."""
+    """Clean rows alone, each of which sees those before it and predicts the next token of its document, unless that is
+    shown: AR.
+    """
     seq_len = batch.tokens.shape[1]
     positions = rank_positions(seq_len, context)
     clean = batch.tokens[:, positions]
@@ -86,8 +88,8 @@ def next_token_places(batch: Batch, context: Context = (0, 1)) -> tuple[Tensor, 
 
 
 def _has_next(batch: Batch) -> Tensor:
-    """bool [B, L]: the next token belongs to the same document."""
-    within = batch.document_start.roll(-1, 1) == batch.document_start
+    """bool [B, L]: the next token belongs to the same document, and is not shown."""
+    within = (batch.document_start.roll(-1, 1) == batch.document_start) & ~batch.shown.roll(-1, 1)
     within[:, -1] = False
     return within
 
@@ -147,4 +149,5 @@ def _inputs(
         weights=weights,
         noisy_pairs=noisy_pairs,
         clean_pairs=clean_pairs,
+        trained_tokens=tuple((~batch.shown[:, places]).sum(1).tolist()),
     )

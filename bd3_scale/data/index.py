@@ -60,6 +60,6 @@ def check_index(path: Path) -> None:
         )
         tokens, size = columns.get("tokens", ("", None))
         found = _TOKENS.fullmatch(tokens)
-        others = {columns.get(name) for name in ("counted_lengths", "document_lengths")}
+        others = {columns.get(name) for name in ("counted_lengths", "document_lengths", *columns.keys() & {"shown"})}
         if not found or size != int(found[1]) // 8 * int(found[2]) or others != {("ndarray:int32", None)}:
             raise ValueError(f"{path} is damaged: shard {number} has columns {columns}; copy the data again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,11 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def _later(**constraints: Any) -> Any:
+    """A field that older manifests lack, which mean its default; it is left out there, so that hashes stay."""
+    return Field(exclude_if=lambda value: not value, **constraints)
+
+
 class Source(_Frozen):
     """A file that documents were read from, with its size in bytes as stored."""
 
@@ -34,8 +39,9 @@ class Split(_Frozen):
     documents: Count
     sequences: Annotated[int, Field(ge=1)]
     counted_tokens: Annotated[Count, Field(description="tokens of its sequences that count for perplexity")]
+    shown_tokens: Annotated[int, _later(ge=0, description="tokens of its sequences that are never masked")] = 0
     dropped_tokens: Annotated[Count, Field(description="tokens of the last, incomplete sequence, which is not kept")]
-    text_bytes: Annotated[Count, Field(description="UTF-8 bytes of its documents")]
+    text_bytes: Annotated[Count, Field(description="UTF-8 bytes of its documents, of conversations the assistant's")]
 
 
 class Manifest(_Frozen):
@@ -49,9 +55,39 @@ class Manifest(_Frozen):
     holdout: Annotated[float, Field(ge=0, le=1)]
     seed: Count
     empty_documents: Count
+    skipped_documents: Annotated[int, _later(ge=0, description="left out with --on-error skip")] = 0
+    field: Annotated[str, _later(description="of the JSON lines, where it is not `text`")] = ""
+    parse_special: Annotated[bool, _later(description="special tokens that documents spell are parsed")] = False
+    messages: Annotated[bool, _later(description="conversations, of which the assistant's part is trained on")] = False
     sources: tuple[Source, ...]
     train: Split | None
     validation: Split | None
+
+    @property
+    def shows_tokens(self) -> bool:
+        """Whether any sequence has tokens that are not trained on."""
+        return any(split is not None and split.shown_tokens > 0 for split in (self.train, self.validation))
+
+
+def differing(old: Manifest, new: Manifest) -> list[str]:
+    """What was asked for or read otherwise for two folders of prepared data, a line each."""
+    found = []
+    for key in ("seq_len", "document_multiple", "holdout", "seed", "field", "parse_special", "messages"):
+        before, now = getattr(old, key), getattr(new, key)
+        if before != now:
+            found.append(f"{key} is {now or 'unset'}, there {before or 'unset'}")
+    if old.vocabulary.bos_id != new.vocabulary.bos_id:
+        begins = ["nothing" if m.vocabulary.bos_id is None else f"the id {m.vocabulary.bos_id}" for m in (new, old)]
+        found.append(f"documents begin with {begins[0]}, there with {begins[1]}")
+    if old.tokenizer_hash != new.tokenizer_hash:
+        found.append(f"the tokeniser is {new.tokenizer_hash[:12]}, there {old.tokenizer_hash[:12]}")
+    before_by_path, now_by_path = ({source.path: source.bytes for source in m.sources} for m in (old, new))
+    for path in [*now_by_path, *(path for path in before_by_path if path not in now_by_path)]:
+        size, was = (sources.get(path) for sources in (now_by_path, before_by_path))
+        if size != was:
+            sizes = ["not read" if size is None else f"{size:,} bytes" for size in (size, was)]
+            found.append(f"{path} is {sizes[0]}, there {sizes[1]}")
+    return found
 
 
 def load_manifest(path: str | Path, remote: str | None = None) -> Manifest:

@@ -8,18 +8,39 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+Span = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class PackedSequence:
     """Token ids [L], and the pieces of documents they consist of, in order.
 
     Piece i has `document_lengths[i]` tokens (int32, they sum to L), of which the first `counted_lengths[i]` count for
-    perplexity: the text and the first end of document, but not the ends of document that pad behind it.
+    perplexity: the text and the first end of document, but not the ends of document that pad behind it. Of all these,
+    the tokens from `shown[r, 0]` up to `shown[r, 1]` of each run r (int32 [R, 2], in order) are shown: never masked,
+    trained on or counted.
     """
 
     tokens: NDArray[np.unsignedinteger]
     document_lengths: NDArray[np.int32]
     counted_lengths: NDArray[np.int32]
+    shown: NDArray[np.int32]
+
+    @property
+    def num_shown(self) -> int:
+        """Tokens that are shown."""
+        return int((self.shown[:, 1] - self.shown[:, 0]).sum())
+
+    @property
+    def num_counted(self) -> int:
+        """Tokens that count for perplexity."""
+        starts = np.cumsum(self.document_lengths) - self.document_lengths
+        counted = np.zeros(len(self.tokens), np.bool_)
+        for start, length in zip(starts, self.counted_lengths, strict=True):
+            counted[start : start + length] = True
+        for first, last in self.shown:
+            counted[first:last] = False
+        return int(counted.sum())
 
 
 class Packer:
@@ -36,21 +57,36 @@ class Packer:
         self._tokens = np.empty(seq_len, dtype)
         self._document_lengths: list[int] = []
         self._counted_lengths: list[int] = []
+        self._shown: list[tuple[int, int]] = []
 
     @property
     def num_pending(self) -> int:
         """Tokens in the sequence that is not complete yet."""
         return sum(self._document_lengths)
 
-    def add(self, ids: Sequence[int] | NDArray[np.unsignedinteger]) -> Iterator[PackedSequence]:
-        """Append a document, given without its EOS; yields the sequences that it completes."""
+    def add(
+        self,
+        ids: Sequence[int] | NDArray[np.unsignedinteger],
+        shown: Sequence[Span] = (),
+        *,
+        trains_end: bool = True,
+    ) -> Iterator[PackedSequence]:
+        """Append a document, given without its EOS; yields the sequences that it completes.
+
+        shown: runs of its tokens that are shown, in order. trains_end: its end and what pads it are trained on; else
+        they are shown, too.
+        """
         num_counted = len(ids) + 1
         num_padded = -(-num_counted // self._document_multiple) * self._document_multiple
         document = np.full(num_padded, self._eos_id, self._tokens.dtype)
         document[: len(ids)] = ids
+        runs = [*shown, *([] if trains_end else [(len(ids), num_padded)])]
         start = 0
         while start < num_padded:
             length = min(num_padded - start, self.seq_len - self.num_pending)
+            place = self.num_pending - start
+            inside = ((max(first, start), min(last, start + length)) for first, last in runs)
+            self._shown += [(first + place, last + place) for first, last in inside if first < last]
             yield from self._append(document[start : start + length], min(num_counted - start, length))
             start += length
 
@@ -65,5 +101,6 @@ class Packer:
         self._counted_lengths.append(num_counted)
         if self.num_pending == self.seq_len:
             lengths, counted = np.array(self._document_lengths, np.int32), np.array(self._counted_lengths, np.int32)
-            yield PackedSequence(self._tokens.copy(), lengths, counted)
-            self._document_lengths, self._counted_lengths = [], []
+            shown = np.array(self._shown, np.int32).reshape(-1, 2)
+            yield PackedSequence(self._tokens.copy(), lengths, counted, shown)
+            self._document_lengths, self._counted_lengths, self._shown = [], [], []

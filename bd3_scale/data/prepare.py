@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
+import json
 import os
-import signal
-import threading
 from array import array
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, Split, SplitName
-from bd3_scale.data.overlap import document_hash, write_hashes
+from bd3_scale.data.chat import ASSISTANT, CHAT_TEMPLATE, ChatTemplate
+from bd3_scale.data.encode import EncodedDocument, Encoder, encoded_chunks, token_dtype
+from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, Split, SplitName, differing, load_manifest
+from bd3_scale.data.overlap import write_hashes
 from bd3_scale.data.packing import PackedSequence, Packer
-from bd3_scale.data.sources import DocumentReader
+from bd3_scale.data.prompts import check_messages
+from bd3_scale.data.sources import DocumentReader, field_value
 from bd3_scale.data.tokenizer import Tokenizer
-from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import new_folder
 
-CHUNK_CHARACTERS = 1 << 20
 SHARD_BYTES = 1 << 26
+OnError = Literal["stop", "skip"]
 
 
 def prepare(
@@ -43,61 +41,111 @@ def prepare(
     seed: int = 1,
     workers: int | None = None,
     progress: bool = True,
+    field: str | None = None,
+    on_error: OnError = "stop",
+    parse_special: bool = False,
+    chat: ChatTemplate | None = None,
 ) -> Manifest:
     """Tokenise the documents of `sources` into the new folder `out`: the MDS shards of `train/` and `validation/`, the
     tokeniser, the hashes of documents and the manifest.
 
     A sample holds `tokens` [seq_len] (uint16; uint32 for a vocabulary above 65,536), `document_lengths` and
-    `counted_lengths` (int32, see `PackedSequence`). Documents keep their order: training shuffles the sequences. The
-    share `holdout` of the documents goes to `validation`, by a hash of text and `seed`, so that equal documents go to
-    one side; 0 holds out none, 1 all. Where the sources `validation` are given, they are held out in place of a share.
-    The last, incomplete sequence is dropped from `train`, and filled in `validation` with tokens that do not count. The
-    result does not depend on `workers` (processes; default: the usable CPUs).
+    `counted_lengths` (int32), and where any token is shown `shown` (int32), see `PackedSequence`. Documents begin with
+    `tokenizer.vocabulary.bos_id`, which is shown; `parse_special`: special tokens but the mask that a document spells
+    are these tokens. With `chat`, lines hold conversations, of which all but the assistant's part is shown. `field`
+    and `on_error`: see `DocumentReader`; default `text`, of conversations `messages`. Documents keep their order:
+    training shuffles the sequences. The share `holdout` of the documents goes to `validation`, by a hash of text and
+    `seed`, so that equal documents go to one side; 0 holds out none, 1 all. Where the sources `validation` are given,
+    they are held out in place of a share. The last, incomplete sequence is dropped from `train`, and filled in
+    `validation` with tokens that do not count. The result does not depend on `workers` (processes; default: the usable
+    CPUs).
 
-    Raises FileExistsError if `out` exists; ValueError for arguments out of range, sources that cannot be read (see
-    `DocumentReader`) and a split that would be empty. `out` exists afterwards only if all went well.
+    Raises FileExistsError if `out` exists, and says what differs there; ValueError for arguments out of range, sources
+    that cannot be read (see `DocumentReader`) and a split that would be empty, before tokenising where that can be
+    known. `out` exists afterwards only if all went well.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _check_arguments(seq_len, document_multiple, holdout, seed, workers)
-    shares = {DocumentReader(sources): 0.0 if validation else holdout}
+    encoder = Encoder(tokenizer.checked_template(), seed, parse_special=parse_special, chat=chat)
+    shares = {_reader(sources, field, on_error, chat): 0.0 if validation else holdout}
     if validation:
-        shares[DocumentReader(validation)] = 1.0
+        shares[_reader(validation, field, on_error, chat)] = 1.0
+    asked = Manifest(
+        vocabulary=encoder.tokenizer.vocabulary,
+        tokenizer_hash=encoder.tokenizer.hash,
+        seq_len=seq_len,
+        document_multiple=document_multiple,
+        holdout=0.0 if validation else holdout,
+        seed=seed,
+        empty_documents=0,
+        field=field or "",
+        parse_special=parse_special,
+        messages=chat is not None,
+        sources=tuple(Source(path=str(file), bytes=file.stat().st_size) for reader in shares for file in reader.files),
+        train=None,
+        validation=None,
+    )
+    _check_new(Path(out), asked)
+    _check_splits(shares, encoder)
     with new_folder(Path(out)) as folder:
-        writers: dict[SplitName, _SplitWriter] = {}
-        hashes: dict[SplitName, array[int]] = defaultdict(lambda: array("Q"))
-        if min(shares.values()) < 1:
-            writers["train"] = _SplitWriter(folder / "train", tokenizer.vocabulary, seq_len, document_multiple)
-        if max(shares.values()) > 0:
-            writers["validation"] = _SplitWriter(
-                folder / "validation", tokenizer.vocabulary, seq_len, document_multiple
-            )
-        with _progress_bar(progress) as bar:
-            for reader, share in shares.items():
-                task = bar.add_task("tokenising", total=reader.num_bytes)
-                for documents, position in _encoded_chunks(reader, _Encoder(tokenizer, share, seed), workers):
-                    for document in documents:
-                        writers[document.split].add(document)
-                        hashes[document.split].append(document.hash)
-                    bar.update(task, completed=position)
-        _check_documents(writers, shares)
-        tokenizer.save(folder)
-        for split in writers:
-            write_hashes(folder, split, hashes[split])
-        files = [file for reader in shares for file in reader.files]
-        manifest = Manifest(
-            vocabulary=tokenizer.vocabulary,
-            tokenizer_hash=tokenizer.hash,
-            seq_len=seq_len,
-            document_multiple=document_multiple,
-            holdout=0.0 if validation else holdout,
-            seed=seed,
-            empty_documents=sum(reader.num_empty for reader in shares),
-            sources=tuple(Source(path=str(file), bytes=file.stat().st_size) for file in files),
-            train=writers["train"].finish_dropping() if "train" in writers else None,
-            validation=writers["validation"].finish_filling() if "validation" in writers else None,
+        splits = _write_splits(folder, shares, encoder, asked, workers, progress)
+        encoder.tokenizer.save(folder)
+        if chat is not None:
+            (folder / CHAT_TEMPLATE).write_text(chat.template, encoding="utf-8")
+        manifest = asked.model_copy(
+            update={
+                "empty_documents": sum(reader.num_empty for reader in shares),
+                "skipped_documents": sum(reader.num_skipped for reader in shares),
+                **splits,
+            }
         )
         (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    for reader in shares:
+        reader.tell_left_out()
     return manifest
+
+
+def _reader(
+    sources: Sequence[str | Path], field: str | None, on_error: OnError, chat: ChatTemplate | None
+) -> DocumentReader:
+    if chat is None:
+        return DocumentReader(sources, field=field or "text", on_error=on_error)
+
+    def conversation(record: dict[str, Any], where: str) -> str:
+        way_out = "a conversation is a list of messages: name its field with --field"
+        messages = check_messages(field_value(record, field or "messages", where, way_out), where)
+        if all(message["role"] != ASSISTANT for message in messages):
+            raise ValueError(f"{where} has no message of the role {ASSISTANT!r}, and there is nothing to train on")
+        return json.dumps([where, messages], default=str)
+
+    return DocumentReader(sources, on_error=on_error, text_of=conversation)
+
+
+def _write_splits(
+    folder: Path,
+    shares: Mapping[DocumentReader, float],
+    encoder: Encoder,
+    asked: Manifest,
+    workers: int,
+    progress: bool,
+) -> dict[str, Split]:
+    """The shards and document hashes of every split; returns their counts."""
+    hashes: dict[SplitName, array[int]] = defaultdict(lambda: array("Q"))
+    names = [name for name, is_there in _splits(shares).items() if is_there]
+    writers = {name: _SplitWriter(folder / name, asked) for name in names}
+    with _progress_bar(progress) as bar:
+        for reader, share in shares.items():
+            task = bar.add_task("tokenising", total=reader.num_bytes)
+            for documents, position in encoded_chunks(reader, replace(encoder, holdout=share), workers):
+                for document in documents:
+                    writers[document.split].add(document)
+                    hashes[document.split].append(document.hash)
+                bar.update(task, completed=position)
+    found: dict[str, Split] = {}
+    for name, writer in writers.items():
+        write_hashes(folder, name, hashes[name])
+        found[name] = writer.finish_dropping() if name == "train" else writer.finish_filling()
+    return found
 
 
 def _check_arguments(seq_len: int, document_multiple: int, holdout: float, seed: int, workers: int) -> None:
@@ -111,128 +159,78 @@ def _check_arguments(seq_len: int, document_multiple: int, holdout: float, seed:
         raise ValueError(f"workers={workers} must be at least 1")
 
 
-def _check_documents(writers: dict[SplitName, _SplitWriter], shares: dict[DocumentReader, float]) -> None:
-    for reader in shares:
+def _check_new(out: Path, asked: Manifest) -> None:
+    """FileExistsError: `out` is there; of prepared data it says what differs from what is asked for."""
+    if not out.exists():
+        return
+    if not (out / MANIFEST_FILE).is_file():
+        raise FileExistsError(f"{out} exists; remove it or choose another folder")
+    differences = differing(load_manifest(out), asked)
+    if not differences:
+        raise FileExistsError(f"{out} holds these data already: it was prepared in the same way from the same files")
+    raise FileExistsError(
+        f"{out} holds other data:\n  - " + "\n  - ".join(differences) + "\nremove it or choose another folder"
+    )
+
+
+def _splits(shares: Mapping[DocumentReader, float]) -> dict[SplitName, bool]:
+    """Which splits there will be."""
+    return {"train": min(shares.values()) < 1, "validation": max(shares.values()) > 0}
+
+
+def _check_splits(shares: Mapping[DocumentReader, float], encoder: Encoder) -> None:
+    """ValueError: a split would have no document. Reads until each has one, which is soon unless that is so."""
+    for reader, share in shares.items():
+        wanted: set[SplitName] = {name for name, there in _splits({reader: share}).items() if there}
+        different: set[bytes] = set()
+        for document in reader:
+            different |= {document.text.encode()} if len(different) < 2 else set()
+            wanted.discard(replace(encoder, holdout=share).split_of(document.text))
+            if not wanted:
+                break
         if not reader.num_documents:
             files = ", ".join(map(str, reader.files[:5])) + ", …" * (len(reader.files) > 5)
-            raise ValueError(f"{files}: no document ({reader.num_empty} empty ones were skipped)")
-    for name, writer in writers.items():
-        if not writer.num_documents:
-            (share,) = shares.values()
             raise ValueError(
-                f"none of the {sum(reader.num_documents for reader in shares)} documents fell to {name} with "
-                f"holdout={share}; documents are not divided, so give more of them (one a .txt file or .jsonl line), "
-                f"name files to hold out, or change holdout or seed"
+                f"{files}: no document ({reader.num_empty} empty ones and {reader.num_skipped} with errors were "
+                "left out)"
             )
-
-
-def _token_dtype(vocabulary: Vocabulary) -> type[np.unsignedinteger]:
-    return np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
-
-
-@dataclass(frozen=True)
-class _EncodedDocument:
-    ids: NDArray[np.unsignedinteger]
-    num_bytes: int
-    split: SplitName
-    hash: int
-
-
-class _Encoder:
-    """Texts to token ids and splits: all that runs in the worker processes."""
-
-    def __init__(self, tokenizer: Tokenizer, holdout: float, seed: int) -> None:
-        self._tokenizer, self._threshold, self._key = tokenizer, holdout * 2**64, seed.to_bytes(8, "big")
-        self._dtype = _token_dtype(tokenizer.vocabulary)
-
-    def __call__(self, texts: list[str]) -> list[_EncodedDocument]:
-        return [self._document(*pair) for pair in zip(texts, self._tokenizer.encode_batch(texts), strict=True)]
-
-    def _document(self, text: str, ids: list[int]) -> _EncodedDocument:
-        data = text.encode("utf-8")
-        draw = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=self._key).digest(), "big")
-        split: SplitName = "validation" if draw < self._threshold else "train"
-        return _EncodedDocument(np.array(ids, self._dtype), len(data), split, document_hash(text))
-
-
-def _encoded_chunks(
-    reader: DocumentReader, encoder: _Encoder, workers: int
-) -> Iterator[tuple[list[_EncodedDocument], int]]:
-    """The documents in order, with the bytes of the source files they were read from so far."""
-    if workers == 1:
-        for texts, position in _chunks(reader):
-            yield encoder(texts), position
-        return
-    # Spawned, because forking a process that has threads (the progress bar, torch) can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,)) as pool:
-        pending: deque[tuple[Future[list[_EncodedDocument]], int]] = deque()
-        for texts, position in _chunks(reader):
-            pending.append((pool.submit(_encode_in_worker, texts), position))
-            if len(pending) > 2 * workers:
-                future, done = pending.popleft()
-                yield future.result(), done
-        for future, done in pending:
-            yield future.result(), done
-
-
-def _chunks(reader: DocumentReader) -> Iterator[tuple[list[str], int]]:
-    texts: list[str] = []
-    size = position = 0
-    for document in reader:
-        texts.append(document.text)
-        size, position = size + len(document.text), document.position
-        if size >= CHUNK_CHARACTERS:
-            yield texts, position
-            texts, size = [], 0
-    if texts:
-        yield texts, position
-
-
-_worker_encoder: _Encoder
-
-
-def _start_worker(encoder: _Encoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> list[_EncodedDocument]:
-    return _worker_encoder(texts)
+        if wanted:
+            (name,) = wanted
+            count = reader.num_documents
+            equal = len(different) == 1
+            which = f"all {count} documents are equal, and none" if equal else f"none of the {count} documents"
+            which = "the only document never" if count == 1 else which
+            raise ValueError(
+                f"{which} fell to {name} with holdout={share}; documents are not divided, so give more of them (one a "
+                ".txt file or .jsonl line), name files to hold out with --validation, or change holdout or seed"
+            )
 
 
 class _SplitWriter:
     """Packs the documents of one split and writes the sequences."""
 
-    def __init__(self, folder: Path, vocabulary: Vocabulary, seq_len: int, document_multiple: int) -> None:
+    def __init__(self, folder: Path, data: Manifest) -> None:
         from bd3_scale.data.mosaicml import MDSWriter  # imports torch, which the workers do not need
 
-        dtype = _token_dtype(vocabulary)
+        dtype = token_dtype(data.vocabulary)
         columns = {
-            "tokens": f"ndarray:{np.dtype(dtype).name}:{seq_len}",
+            "tokens": f"ndarray:{np.dtype(dtype).name}:{data.seq_len}",
             "document_lengths": "ndarray:int32",
             "counted_lengths": "ndarray:int32",
         }
-        self._packer = Packer(seq_len, document_multiple, vocabulary.eos_id, dtype)
+        if data.messages or data.vocabulary.bos_id is not None:
+            columns["shown"] = "ndarray:int32"
+        self._columns = tuple(columns)
+        self._packer = Packer(data.seq_len, data.document_multiple, data.vocabulary.eos_id, dtype)
         self._shards = MDSWriter(
             out=str(folder), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
         )
-        self.num_documents = self._num_sequences = self._num_counted = self._num_text_bytes = 0
+        self.num_documents = self._num_sequences = self._num_counted = self._num_shown = self._num_text_bytes = 0
 
-    def add(self, document: _EncodedDocument) -> None:
+    def add(self, document: EncodedDocument) -> None:
         self.num_documents += 1
         self._num_text_bytes += document.num_bytes
-        self._write(self._packer.add(document.ids))
+        self._write(self._packer.add(document.ids, document.shown, trains_end=document.trains_end))
 
     def finish_dropping(self) -> Split:
         """Leave the incomplete sequence out."""
@@ -251,9 +249,10 @@ class _SplitWriter:
 
     def _write(self, sequences: Iterator[PackedSequence]) -> None:
         for sequence in sequences:
-            self._shards.write(vars(sequence))
+            self._shards.write({name: getattr(sequence, name) for name in self._columns})
             self._num_sequences += 1
-            self._num_counted += int(sequence.counted_lengths.sum())
+            self._num_counted += sequence.num_counted
+            self._num_shown += sequence.num_shown
 
     def _finish(self, dropped: int) -> Split:
         self._shards.finish()
@@ -261,6 +260,7 @@ class _SplitWriter:
             documents=self.num_documents,
             sequences=self._num_sequences,
             counted_tokens=self._num_counted,
+            shown_tokens=self._num_shown,
             dropped_tokens=dropped,
             text_bytes=self._num_text_bytes,
         )

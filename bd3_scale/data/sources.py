@@ -7,15 +7,27 @@ import io
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import zstandard
 
-SUFFIXES = tuple(kind + packing for kind in (".txt", ".jsonl") for packing in ("", ".gz", ".zst"))
+from bd3_scale.data.files import JSONL_SUFFIXES, SUFFIXES, find_files, is_jsonl
+
 READ_BYTES = 1 << 17
+# A block of a zstd frame takes 4 bytes or more and unpacks to 128 KiB or less, so that this much unpacks to 32 MiB.
+ZSTD_READ_BYTES = 1 << 10
+DOCUMENT_BYTES = 1 << 30
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NUM_KEPT = 5
+NUM_SHOWN = 8
+NAME_A_FIELD = "name the field with --field"
+
+_MISSING = object()
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +41,33 @@ class Document:
 
 
 class DocumentReader:
-    """The documents of `sources` in order; a folder stands for the files below it, sorted by path.
+    """The documents of `sources` in order; see `find_files` for the files that they stand for.
 
-    Reading streams: one document is in memory at a time. Documents without a visible character are skipped;
-    `num_documents` and `num_empty` count what was met so far. Raises FileNotFoundError for a missing path; ValueError
-    for a file of another kind or where nothing can be read, and, while iterating, for a damaged file, text that is not
-    UTF-8 and a line that is not a JSON object with the string field `text`.
+    Reading streams: one document is in memory at a time. Documents without a visible character are left out.
+    `num_documents`, `num_empty` and `num_skipped` count what was met so far; `skipped` holds the first messages.
+
+    Args:
+        field: of a line's JSON object, the one that holds the text; `a.b` is the field b of the object a, unless
+            there is a field of that very name.
+        on_error: "skip" leaves out what cannot be read: a line, a `.txt` file, or the rest of a damaged file.
+        text_of: makes a document of a line's JSON object and its place, in place of `field`; it raises ValueError
+            with the place. Then `.jsonl` files alone are read.
+
+    Raises FileNotFoundError and ValueError as `find_files` does, and while iterating, with "stop", ValueError for a
+    damaged file, text that is not UTF-8, a line that is no JSON object with the text, and a document above 1 GiB.
     """
 
-    def __init__(self, sources: Sequence[str | Path]) -> None:
-        self.files = [file for source in sources for file in _files(Path(source))]
-        if not self.files:
-            raise ValueError(f"nothing to read in {[str(source) for source in sources]}; give {_expected()}")
-        self.num_documents = self.num_empty = 0
+    def __init__(
+        self,
+        sources: Sequence[str | Path],
+        field: str = "text",
+        on_error: Literal["stop", "skip"] = "stop",
+        text_of: Callable[[dict[str, Any], str], str] | None = None,
+    ) -> None:
+        self.files = find_files(sources, JSONL_SUFFIXES if text_of else SUFFIXES)
+        self._text_of = text_of or (lambda record, where: string_field(record, field, where))
+        self._on_error = on_error
+        self._reset()
 
     @property
     def num_bytes(self) -> int:
@@ -49,11 +75,11 @@ class DocumentReader:
         return sum(file.stat().st_size for file in self.files)
 
     def __iter__(self) -> Iterator[Document]:
-        self.num_documents = self.num_empty = 0
+        self._reset()
         before = 0
         for file in self.files:
             with file.open("rb") as raw:
-                for text in _texts(file, raw):
+                for text in self._texts(file, raw):
                     if text.isspace() or not text:
                         self.num_empty += 1
                     else:
@@ -61,69 +87,195 @@ class DocumentReader:
                         yield Document(text, before + raw.tell())
             before += file.stat().st_size
 
+    def tell_left_out(self) -> None:
+        """Log how many documents were empty and how much was skipped, and the first reasons."""
+        if self.num_empty:
+            logger.warning("%d documents without a visible character were left out", self.num_empty)
+        if self.num_skipped:
+            first = "".join(f"\n  - {message}" for message in self.skipped)
+            logger.warning("%d that cannot be read were skipped, the first of them:%s", self.num_skipped, first)
 
-def _files(source: Path) -> list[Path]:
-    if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist; give {_expected()}")
-    if not source.is_dir():
-        if not source.name.endswith(SUFFIXES):
-            raise ValueError(f"{source} is not a kind of file that can be read; give {_expected()}")
-        return [source]
-    found = sorted(path for path in source.rglob("*") if path.is_file())
-    ignored = [path for path in found if not path.name.endswith(SUFFIXES)]
-    if ignored:
-        some = ", ".join(str(path.relative_to(source)) for path in ignored[:5])
-        logger.warning(
-            "%s: %d files of other kinds ignored (%s%s)", source, len(ignored), some, ", …" * (len(ignored) > 5)
-        )
-    return [path for path in found if path.name.endswith(SUFFIXES)]
+    def _reset(self) -> None:
+        self.num_documents = self.num_empty = self.num_skipped = 0
+        self.skipped: list[str] = []
 
-
-def _expected() -> str:
-    return f"files that end in {', '.join(SUFFIXES)}, or folders that hold some"
-
-
-def _texts(file: Path, raw: BinaryIO) -> Iterator[str]:
-    try:
-        with _unpacked(file, raw) as stream:
-            if ".jsonl" in file.suffixes[-2:]:
-                for number, line in enumerate(stream, 1):
-                    if not line.isspace():
-                        yield _text_of_line(line, f"{file}:{number}")
+    def _texts(self, file: Path, raw: BinaryIO) -> Iterator[str]:
+        pieces = json_lines(file, raw) if is_jsonl(file) else _whole(file, raw)
+        while True:
+            try:
+                piece = next(pieces, None)
+                if piece is None:
+                    return
+                text = self._text_of_line(piece) if is_jsonl(file) else piece.text()
+            except ValueError as error:
+                if self._on_error == "stop":
+                    raise
+                self.num_skipped += 1
+                self.skipped += [str(error)] * (self.num_skipped <= NUM_KEPT)
             else:
-                yield _decoded(stream.read(), str(file))
+                yield text
+
+    def _text_of_line(self, line: Piece) -> str:
+        text = self._text_of(line.record(), line.where)
+        check_unicode(text, line.where)
+        return text
+
+
+class Piece(NamedTuple):
+    """A line of a file without its end, or the whole of it; `start` is the offset of `data` in the unpacked file."""
+
+    where: str
+    data: bytes | bytearray
+    start: int
+
+    def text(self) -> str:
+        """Return the text. Raises ValueError where it is no UTF-8 or too long."""
+        if len(self.data) > DOCUMENT_BYTES:
+            raise ValueError(
+                f"{self.where} is longer than the {DOCUMENT_BYTES:,} bytes that a document may have; divide it"
+            )
+        try:
+            return self.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte, offset = self.data[error.start], self.start + error.start
+            raise ValueError(
+                f"{self.where} is not UTF-8 text (the byte 0x{byte:02x} at offset {offset:,} of the file's text); "
+                "convert it first"
+            ) from error
+
+    def record(self) -> dict[str, Any]:
+        """Return the JSON object. Raises ValueError where there is none."""
+        text = self.text()
+        try:
+            value = _JSON.decode(text)
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data":
+                rest = text[error.pos : error.pos + 20]
+                raise ValueError(
+                    f"{self.where} holds more than one JSON value ({rest!r} follows the first); give each its own line"
+                ) from error
+            raise ValueError(f"{self.where} is not JSON ({error.msg} at character {error.pos + 1})") from error
+        except RecursionError:
+            raise ValueError(f"{self.where} is nested too deep to be read; leave out what is no text") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.where} holds {kind_of(value)}, where a JSON object must stand")
+        return value
+
+
+def lines(file: Path, raw: BinaryIO) -> Iterator[Piece]:
+    """Yield the lines of `file`, opened as `raw`.
+
+    A line ends at a newline, with or without a carriage return, and nowhere else; a byte order mark at the beginning of
+    the file is left out. Of a line that is too long a part stands for it. Raises ValueError where the file is damaged.
+    """
+    with _unpacked(file, raw) as stream:
+        start = number = 0
+        while line := stream.readline(DOCUMENT_BYTES + len(BYTE_ORDER_MARK) + 1):
+            number += 1
+            mark = _mark(line) if number == 1 else 0
+            end = 2 if line.endswith(b"\r\n") else line.endswith(b"\n")
+            yield Piece(f"{file}:{number}", line[mark : len(line) - end], start + mark)
+            start += len(line)
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(READ_BYTES)
+                start += len(line)
+
+
+def json_lines(file: Path, raw: BinaryIO) -> Iterator[Piece]:
+    """Yield the lines of `lines` that are not blank."""
+    return (line for line in lines(file, raw) if line.data.strip())
+
+
+def field_value(record: dict[str, Any], field: str, where: str, way_out: str) -> Any:
+    """Return what stands in a field. Raises ValueError, which ends with `way_out`, where there is no such field."""
+    value, around, prefix = _walk(record, field)
+    if value is not _MISSING:
+        return value
+    but = f" but {_listed(around, prefix)}" if around else " and no other"
+    raise ValueError(f'{where} has no field "{field}"{but}: {way_out}')
+
+
+def string_field(record: dict[str, Any], field: str, where: str, way_out: str = NAME_A_FIELD) -> str:
+    """Return the string in a field. Raises ValueError, which ends with `way_out`, where there is none."""
+    value = field_value(record, field, where, way_out)
+    if isinstance(value, str):
+        return value
+    _, around, prefix = _walk(record, field)
+    there = f"; the fields are {_listed(around, prefix)}" if around else ""
+    raise ValueError(f'{where} has {kind_of(value)} in the field "{field}", no string{there}: {way_out}')
+
+
+def kind_of(value: Any) -> str:
+    """Return what a JSON value is, in words."""
+    kinds = {str: "a string", int: "a number", float: "a number", Decimal: "a number", list: "a list"}
+    constants = {None: "null", True: "true", False: "false"}
+    return constants[value] if value is None or isinstance(value, bool) else kinds.get(type(value), "an object")
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Raise ValueError where a text holds half of a surrogate pair, which JSON can escape."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x} at character {error.start + 1}"
+        raise ValueError(f"{where} holds text that is not Unicode ({half} is half of a surrogate pair)") from error
+
+
+def _walk(record: dict[str, Any], field: str) -> tuple[Any, dict[str, Any], str]:
+    """Return the value of a field or `_MISSING`, the innermost object met on the way, and the prefix of its fields."""
+    value: Any = record
+    around, prefix = record, ""
+    for name in [field] if field in record else field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return _MISSING, around, prefix
+        value = value[name]
+        if isinstance(value, dict):
+            around, prefix = value, f"{prefix}{name}."
+    return value, around, prefix
+
+
+def _listed(record: dict[str, Any], prefix: str) -> str:
+    names = [name if name.isprintable() else repr(name) for name in record]
+    fields = [f"{prefix}{name} ({kind_of(value)})" for name, value in zip(names, record.values(), strict=True)]
+    return ", ".join(fields[:NUM_SHOWN]) + ", …" * (len(fields) > NUM_SHOWN)
+
+
+def _whole(file: Path, raw: BinaryIO) -> Iterator[Piece]:
+    data = bytearray()
+    with _unpacked(file, raw) as stream:
+        while len(data) <= DOCUMENT_BYTES + len(BYTE_ORDER_MARK) and (more := stream.read(READ_BYTES)):
+            data += more
+    mark = _mark(data)
+    del data[:mark]
+    yield Piece(str(file), data, mark)
+
+
+def _mark(data: bytes | bytearray) -> int:
+    return len(BYTE_ORDER_MARK) if data.startswith(BYTE_ORDER_MARK) else 0
+
+
+@contextmanager
+def _unpacked(file: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
+    name = file.name.lower()
+    stream = raw
+    if name.endswith(".gz"):
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if name.endswith(".zst"):
+        stream = io.BufferedReader(_ZstdFile(raw), READ_BYTES)
+    try:
+        yield stream
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"{file} is damaged or cut short ({error}); copy or make it again") from error
 
 
-def _unpacked(file: Path, raw: BinaryIO) -> BinaryIO:
-    if file.suffix == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if file.suffix == ".zst":
-        return io.BufferedReader(_ZstdFile(raw), READ_BYTES)
-    return raw
-
-
-def _decoded(data: bytes, where: str) -> str:
+def _integer(digits: str) -> int | Decimal:
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 text ({error}); convert it first") from error
+        return int(digits)
+    except ValueError:  # Python makes no int of more than 4,300 digits
+        return Decimal(digits)
 
 
-def _text_of_line(line: bytes, where: str) -> str:
-    try:
-        record = json.loads(_decoded(line, where))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error})") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{where} has no document; each line must be an object with a string field "text"')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
-        raise ValueError(f"{where} holds text that is not Unicode ({error})") from error
-    return text
+_JSON = json.JSONDecoder(parse_int=_integer)
 
 
 class _ZstdFile(io.RawIOBase):
@@ -143,7 +295,7 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._unpacked:
-            self._packed = self._packed or self._raw.read(READ_BYTES)
+            self._packed = self._packed or self._raw.read(ZSTD_READ_BYTES)
             if not self._packed:
                 if self._frame is not None:
                     raise EOFError("the last zstd frame is incomplete")

@@ -1,33 +1,48 @@
-"""Tokenisers: bytes, byte-level BPE trained here, and any Hugging Face `tokenizer.json`, behind one class."""
+"""Tokenisers: bytes, byte-level BPE trained here, and any Hugging Face `tokenizer.json`, behind one class.
+
+Text becomes ids in three ways. A training document is plain text: `<|endoftext|>` in it is letters like any other. A
+prompt is encoded as the tokeniser itself does it: a special token that is spelt is one id. The mask is never spelt, in
+neither. Text around gaps is one text: where it goes on behind a gap, nothing is put in front of it.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import secrets
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers  # type: ignore[import-untyped]
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bd3_scale.data.sources import DocumentReader
+from bd3_scale.data.tokenizer_json import beginning_with, template_of, without_mask, without_prefix
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import new_folder
 
 EOS = "<|endoftext|>"
 MASK = "[MASK]"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+SENTENCEPIECE_FILE = "tokenizer.model"
+# Their code in transformers puts BOS in front by a switch of tokenizer_config.json, whatever tokenizer.json says.
+_CLASSES_WITH_SWITCH = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+_INCOMPLETE = "\ufffd"
 
 
 class Tokenizer:
     """Text to token ids and back, with the end-of-document and mask ids that text never becomes.
 
     `eos` must be a token of `backend`. `mask` is added behind the last id where `backend` does not know it, so that the
-    mask lies outside the clean vocabulary. Raises ValueError where either can be spelled in text.
+    mask lies outside the clean vocabulary. `bos` names the token for `--bos` where the template of `backend` adds none.
+    `vocabulary.bos_id` is what that template puts before a text, see `with_bos`.
+    Raises ValueError where end or mask can be spelt in plain text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos: str = EOS, mask: str = MASK) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, eos: str = EOS, mask: str = MASK, bos: str | None = None) -> None:
         eos_id = backend.token_to_id(eos)
         if eos_id is None:
             raise ValueError(f"the end-of-document token {eos!r} is not in the vocabulary")
@@ -43,27 +58,94 @@ class Tokenizer:
                 f"{backend.token_to_id(mask)} of another one; name an unused token of the vocabulary as the mask"
             )
         backend.encode_special_tokens = True
-        self._backend, self._eos, self._mask = backend, eos, mask
+        self._backend, self._eos, self._mask, self._bos = backend, eos, mask, bos
         ids = set(backend.get_vocab(with_added_tokens=True).values())
         self._unused_ids = set(range(max(ids))) - ids
-        self.vocabulary = Vocabulary(size=max(ids) + 1, eos_id=eos_id, mask_id=backend.token_to_id(mask))
+        before, self._after = template_of(backend)
+        self._before = tuple(before)
+        self.vocabulary = Vocabulary(
+            size=max(ids) + 1,
+            eos_id=eos_id,
+            mask_id=backend.token_to_id(mask),
+            bos_id=before[0] if len(before) == 1 else None,
+        )
         for token in (eos, mask):
             if backend.token_to_id(token) in self.encode(token):
                 raise ValueError(
                     f"text that spells {token!r} would become that special token; choose another tokeniser"
                 )
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[tokenizers.Tokenizer, str, str]]:
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[tokenizers.Tokenizer, str, str, str | None]]:
         # A pickled backend forgets `encode_special_tokens`, and text that spells the mask would become it.
-        return Tokenizer, (self._backend, self._eos, self._mask)
+        return Tokenizer, (self._backend, self._eos, self._mask, self._bos)
+
+    @property
+    def declared_bos_id(self) -> int | None:
+        """The id of what `tokenizer_config.json` calls the beginning of text, whether a template adds it or not."""
+        found = None if self._bos is None else self._backend.token_to_id(self._bos)
+        return self.vocabulary.bos_id if found is None else int(found)
+
+    def with_bos(self, bos_id: int | None) -> Tokenizer:
+        """The tokeniser whose template puts just `bos_id` before a text, or nothing: itself where it does so already.
+
+        ValueError: an id that no token has.
+        """
+        if self._before == (() if bos_id is None else (bos_id,)) and not self._after:
+            return self
+        name = None if bos_id is None else self.name_of(bos_id)
+        if bos_id is not None and name is None:
+            raise ValueError(f"bos_id={bos_id} is no token of the tokeniser")
+        content = beginning_with(json.loads(self._backend.to_str()), name, bos_id)
+        return Tokenizer(_from_json(content), self._eos, self._mask, self._bos if name is None else name)
+
+    def with_bos_switch(self, bos: bool) -> Tokenizer:
+        """`with_bos` of what its files call the beginning of text, or of nothing. ValueError: they name none."""
+        if bos and self.declared_bos_id is None:
+            raise ValueError(f"the tokeniser names no beginning of text: add a bos_token to its {TOKENIZER_FILES[1]}")
+        return self.with_bos(self.declared_bos_id if bos else None)
+
+    def checked_template(self) -> Tokenizer:
+        """Itself with a template that adds one BOS or nothing, as data and checkpoints record it.
+
+        What a template puts behind a text is left out: where documents end is told by their own EOS.
+        ValueError: the template begins texts with several tokens.
+        """
+        if len(self._before) > 1:
+            names = " ".join(str(self.name_of(i)) for i in self._before)
+            raise ValueError(
+                f"the tokeniser begins every text with {names}, and documents begin with one token or none: decide "
+                "with --bos or --no-bos"
+            )
+        return self.with_bos(self.vocabulary.bos_id)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without any special token."""
+        """Token ids of `text` as plain text, without any special token and without BOS."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores unless TOKENIZERS_PARALLELISM=false."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
+        """`encode` of every text, or `encode_special`, on all cores unless TOKENIZERS_PARALLELISM=false."""
+        backend = self._parsing if parse_special else self._backend
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_special(self, text: str) -> list[int]:
+        """Token ids of `text`, in which special tokens but the mask may be spelt; without BOS."""
+        return self._parsing.encode(text, add_special_tokens=False).ids
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_special` of `text`, and where in it each token stands, in characters."""
+        found = self._parsing.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def encode_prompt(self, text: str, *, gaps: bool = False) -> list[int]:
+        """Token ids of a prompt: BOS where documents have it, and special tokens that are spelt; with `gaps`, each
+        `[MASK]` is a gap of one token, and the text around gaps is one text.
+        """
+        begin = [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
+        first, *rest = text.split(MASK) if gaps else [text]
+        ids = begin + self.encode_special(first)
+        for piece in rest:
+            ids += [self.vocabulary.mask_id, *self._inner.encode(piece, add_special_tokens=False).ids]
+        return ids
 
     def decode(self, ids: Iterable[int], skip_eos: bool = False) -> str:
         """Text of `ids`: the mask shows as its name, as the end of document does unless `skip_eos`; bytes that are not
@@ -76,20 +158,49 @@ class Tokenizer:
         kept = [i for i in ids if not (skip_eos and i == self.vocabulary.eos_id)]
         return self._backend.decode(kept, skip_special_tokens=False)
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Text of `ids` from its beginning: BOS is none of it."""
+        return self.decode(ids[1:] if ids and ids[0] == self.vocabulary.bos_id else ids)
+
+    def continuation(self, before: Sequence[int], new: Sequence[int], *, final: bool = True) -> str:
+        """What `new` adds to the text of `before`: the decoded whole without the decoded beginning.
+
+        Unless `final`, bytes at the end that are no whole character yet are held back; the text of more tokens then
+        begins with the text of fewer.
+        """
+        begin, whole = self.text_of(before), self.text_of([*before, *new])
+        shared = next((i for i, (a, b) in enumerate(zip(begin, whole, strict=False)) if a != b), len(begin))
+        text = whole[shared:]
+        return text if final else text.rstrip(_INCOMPLETE)
+
     def name_of(self, token_id: int) -> str | None:
         """The token of an id, or None where it has none."""
         return self._backend.id_to_token(token_id)
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """Parses special tokens, of which the mask is one that nobody can spell."""
+        backend = _from_json(without_mask(json.loads(self._backend.to_str()), self._mask, secrets.token_hex(16)))
+        if self.vocabulary.mask_id in backend.encode(self._mask, add_special_tokens=False).ids:
+            raise ValueError(f"a prompt that spells {self._mask!r} would become the mask; choose another tokeniser")
+        return backend
+
+    @cached_property
+    def _inner(self) -> tokenizers.Tokenizer:
+        """As `_parsing`, of text that goes on: nothing is put in front of it."""
+        return _from_json(without_prefix(json.loads(self._parsing.to_str())))
 
     @property
     def hash(self) -> str:
         """SHA-256 (hex) of everything that decides which ids a text becomes."""
         canonical = json.dumps([json.loads(self._backend.to_str()), self._config()], sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return sha256(canonical.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` and transformers read."""
         folder.mkdir(parents=True, exist_ok=True)
-        contents = (self._backend.to_str(pretty=True), json.dumps(self._config(), indent=2))
+        bos = {} if self.declared_bos_id is None else {"bos_token": self.name_of(self.declared_bos_id)}
+        contents = (self._backend.to_str(pretty=True), json.dumps(self._config() | bos, indent=2))
         for name, content in zip(TOKENIZER_FILES, contents, strict=True):
             (folder / name).write_text(content + "\n", encoding="utf-8")
 
@@ -102,37 +213,90 @@ class Tokenizer:
         }
 
 
+def _from_json(content: dict[str, Any]) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
 def load_tokenizer(source: str | Path, mask: str | None = None) -> Tokenizer:
     """The tokeniser `source` names: `bytes`, a `tokenizer.json`, or a folder that holds one (a Hugging Face model, a
     trained tokeniser, prepared data).
 
     A `tokenizer_config.json` beside it must declare `eos_token` and may declare `mask_token`; without one, the end of
     document is `<|endoftext|>`. `mask` goes before a declared one. `bytes` has ids 0 to 255 for the bytes, 256 for the
-    end of document, 257 for the mask.
+    end of document, 257 for the mask. A folder with `tokenizer.model` alone is converted, where transformers can.
     Raises FileNotFoundError if there is no such file, ValueError if it cannot serve.
     """
     if str(source) == "bytes":
         return _byte_tokenizer()
     path = Path(source)
     path = path / TOKENIZER_FILES[0] if path.is_dir() else path
-    if not path.is_file():
+    if path.name == SENTENCEPIECE_FILE or (not path.is_file() and path.with_name(SENTENCEPIECE_FILE).is_file()):
+        backend = converted_sentencepiece(path.with_name(SENTENCEPIECE_FILE))
+    elif not path.is_file():
         raise FileNotFoundError(f"no tokeniser at {path}; give `bytes`, a tokenizer.json or a folder that holds one")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise ValueError(f"{path} is not a tokeniser that `tokenizers` can read: {error}") from error
+    else:
+        backend = _read_backend(path)
     config_path = path.with_name(TOKENIZER_FILES[1])
     config = _read_config(config_path) if config_path.is_file() else {"eos_token": EOS}
     eos, mask = _token(config.get("eos_token")), mask or _token(config.get("mask_token"))
     if eos is None:
         raise ValueError(f'{config_path} declares no end-of-document token; add "eos_token" to it')
     try:
-        return Tokenizer(backend, eos, mask or MASK)
+        return _as_its_class_has_it(Tokenizer(backend, eos, mask or MASK, _token(config.get("bos_token"))), config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def train_tokenizer(sources: Sequence[str | Path], out: Path, vocab_size: int, *, progress: bool = True) -> Tokenizer:
+def _as_its_class_has_it(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
+    """With or without BOS by a switch of `tokenizer_config.json`, where its class in transformers has one."""
+    if str(config.get("tokenizer_class")).removesuffix("Fast") not in _CLASSES_WITH_SWITCH:
+        return tokenizer
+    return tokenizer.with_bos(tokenizer.declared_bos_id if config.get("add_bos_token", True) else None)
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(f"{path} is not a tokeniser that `tokenizers` can read: {error}") from error
+
+
+def converted_sentencepiece(path: Path) -> tokenizers.Tokenizer:
+    """What transformers makes of a `tokenizer.model` and the configuration beside it.
+
+    ValueError: a package is wanting, or transformers knows no conversion; the message says what to do.
+    """
+    from bd3_scale.observe.libraries import without_broken_torchvision
+
+    way_out = (
+        f"make a tokenizer.json of it where they are installed: python -c 'from transformers import AutoTokenizer; "
+        f'AutoTokenizer.from_pretrained("{path.parent}").save_pretrained("FOLDER")\''
+    )
+    wanting = [name for name in ("sentencepiece", "google.protobuf") if find_spec(name) is None]
+    if wanting:
+        raise ValueError(
+            f"{path} is of SentencePiece, and converting it needs {' and '.join(wanting)}: "
+            f"pip install 'bd3_scale[sentencepiece]', or {way_out}"
+        )
+    with without_broken_torchvision():
+        from transformers import AutoTokenizer
+
+        try:
+            found = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
+            return found.backend_tokenizer
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+            raise ValueError(f"transformers cannot convert {path} ({error}); {way_out}") from error
+
+
+def train_tokenizer(
+    sources: Sequence[str | Path],
+    out: Path,
+    vocab_size: int,
+    *,
+    progress: bool = True,
+    field: str = "text",
+    on_error: Literal["stop", "skip"] = "stop",
+) -> Tokenizer:
     """Train byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) on documents; save it to the new folder `out`.
 
     `vocab_size` counts the 256 bytes, the merges and `<|endoftext|>`; the mask comes on top. The same text gives the
@@ -147,7 +311,7 @@ def train_tokenizer(sources: Sequence[str | Path], out: Path, vocab_size: int, *
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=progress,
     )
-    reader = DocumentReader(sources)
+    reader = DocumentReader(sources, field, on_error)
     with new_folder(Path(out)) as folder:
         backend.train_from_iterator((document.text for document in reader), trainer)
         if backend.get_vocab_size() < vocab_size:
@@ -157,6 +321,7 @@ def train_tokenizer(sources: Sequence[str | Path], out: Path, vocab_size: int, *
             )
         tokenizer = Tokenizer(backend)
         tokenizer.save(folder)
+    reader.tell_left_out()
     return tokenizer
 
 

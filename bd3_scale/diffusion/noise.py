@@ -56,16 +56,18 @@ def draw_noise(
     global_batch_size: int | None = None,
     draw: int = 0,
     num_draws: int = 1,
+    shown: Tensor | None = None,
 ) -> Noise:
     """Masks of a batch on the host, the same however the global batch is split.
 
     block_start: int [B, L], second row of the spans; sample_ids: int [B], each sequence's number in the data set;
-    schedule: of the mask rates.
+    schedule: of the mask rates; shown: bool [B, L], tokens that are never masked, nor counted among those of their
+    block (default: none).
 
-    A sequence of K blocks takes one noise level from each K-th of [0, 1], in an order of its own:
-    t_b = (π(b) + u_b) / K. In training, a sequence that is a single block does so among its global batch: `step`,
-    `slots` (int [B], each sequence's place in the global batch) and `global_batch_size` are given together. Without
-    them, in evaluation, its level is its own. Draw d of `num_draws` rotates every level by d / num_draws within
+    A sequence of K blocks that have something to mask takes one noise level from each K-th of [0, 1], in an order of
+    its own: t_b = (π(b) + u_b) / K. In training, a sequence that is a single block does so among its global batch:
+    `step`, `slots` (int [B], each sequence's place in the global batch) and `global_batch_size` are given together.
+    Without them, in evaluation, its level is its own. Draw d of `num_draws` rotates every level by d / num_draws within
     [0, 1), which stratifies a block's levels over the draws and leaves each uniform (Cranley & Patterson, 1976).
 
     ValueError: `draw` outside [0, num_draws).
@@ -74,7 +76,8 @@ def draw_noise(
         raise ValueError(f"draw {draw} of {num_draws}: give 0 <= draw < num_draws")
     starts = block_start.numpy(force=True)
     num_sequences, seq_len = starts.shape
-    block = np.cumsum(starts == np.arange(seq_len), axis=1) - 1
+    begins = starts == np.arange(seq_len)
+    maskable = np.ones(starts.shape, np.bool_) if shown is None else ~shown.numpy(force=True)
     batch_levels = np.empty(0)
     if step is not None:
         assert slots is not None
@@ -84,20 +87,33 @@ def draw_noise(
     masked = np.empty(starts.shape, dtype=np.bool_)
     rates = np.empty(starts.shape, dtype=np.float32)
     for row, sample_id in zip(range(num_sequences), sample_ids.tolist(), strict=True):
-        num_blocks = int(block[row, -1]) + 1
-        if num_blocks == 1 and step is not None:
+        block, num_blocks = _maskable_blocks(begins[row], maskable[row])
+        if begins[row].sum() == 1 and step is not None:
             levels = batch_levels[row, None]
         else:
             levels = _levels(num_blocks, (seed, epoch), sample_id, _Purpose.BLOCK_ORDER, _Purpose.BLOCK_LEVEL)
         block_rates = schedule.mask_rate((levels + draw / num_draws) % 1.0)
-        rates[row] = block_rates[block[row]]
+        rates[row] = block_rates[block]
         uniform = _uniform(seq_len, (seed, epoch), sample_id, _Purpose.MASK, draw)
         # Compared in float64: a token is masked with exactly the float32 rate that the loss divides by.
-        masked[row] = uniform < rates[row].astype(np.float64)
-        if schedule.clip_masked_share:
+        masked[row] = (uniform < rates[row].astype(np.float64)) & maskable[row]
+        if schedule.clip_masked_share and (own := maskable[row]).any():
             count_uniform = _uniform(num_blocks, (seed, epoch), sample_id, _Purpose.MASK_COUNT, draw)
-            masked[row] = _clip_shares(masked[row], block[row], uniform, block_rates, count_uniform, schedule)
+            masked[row, own] = _clip_shares(
+                masked[row, own], block[own], uniform[own], block_rates, count_uniform, schedule
+            )
     return Noise(torch.from_numpy(masked), torch.from_numpy(rates), torch.from_numpy(schedule.weight(rates)))
+
+
+def _maskable_blocks(begins: NDArray[np.bool_], maskable: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
+    """The number of each token's block among those with something to mask, int64 [L], and how many these are.
+
+    Of a block that is shown whole the number means nothing; there is at least one.
+    """
+    block = np.cumsum(begins) - 1
+    has_any = np.zeros(block[-1] + 1, np.bool_)
+    has_any[block[maskable]] = True
+    return np.maximum(np.cumsum(has_any) - 1, 0)[block], max(1, int(has_any.sum()))
 
 
 def _clip_shares(
@@ -136,7 +152,9 @@ def _binomial(counts: NDArray[np.int64], lengths: NDArray[np.int64], rate: NDArr
     return np.where(counts <= lengths, np.exp(log_ways + log_masked + log_shown), 0.0)
 
 
-def draw_copies(block_start: Tensor, *, copies: int, schedule: Schedule, **how: Any) -> list[Noise]:
+def draw_copies(
+    block_start: Tensor, *, copies: int, schedule: Schedule, shown: Tensor | None = None, **how: Any
+) -> list[Noise]:
     """Noise of each of `copies` noisy copies that share a clean one; further arguments as for `draw_noise`, but
     the draws are the copies.
 
@@ -145,10 +163,13 @@ def draw_copies(block_start: Tensor, *, copies: int, schedule: Schedule, **how: 
     learnt once. Else they are independent draws whose levels differ by half of [0, 1).
     """
     if copies == 2 and schedule.is_mirrored:
-        noise = draw_noise(block_start, schedule=schedule, **how)
+        noise = draw_noise(block_start, schedule=schedule, shown=shown, **how)
         rate = 1.0 - noise.mask_rate
-        return [noise, Noise(~noise.masked, rate, torch.from_numpy(schedule.weight(rate.numpy())))]
-    return [draw_noise(block_start, draw=i, num_draws=copies, schedule=schedule, **how) for i in range(copies)]
+        other = ~noise.masked if shown is None else ~noise.masked & ~shown
+        return [noise, Noise(other, rate, torch.from_numpy(schedule.weight(rate.numpy())))]
+    return [
+        draw_noise(block_start, draw=i, num_draws=copies, schedule=schedule, shown=shown, **how) for i in range(copies)
+    ]
 
 
 def draw_block_sizes(sample_ids: Tensor, choices: int, *, seed: int, epoch: int) -> Tensor:

@@ -60,13 +60,14 @@ class ContinuationBounds:
         longest = max(len(given) + len(scored) for given, scored in pairs)
         length = -(-longest // self._block_size) * self._block_size
         tokens = torch.full((len(pairs), length), self._model.vocabulary.eos_id)
-        counted = torch.zeros(tokens.shape, dtype=torch.bool)
+        counted, shown = (torch.zeros(tokens.shape, dtype=torch.bool) for _ in range(2))
         for row, (given, scored) in enumerate(pairs):
             tokens[row, : len(given) + len(scored)] = torch.tensor(given + scored, dtype=torch.int64)
             counted[row, len(given) : len(given) + len(scored)] = True
+            shown[row, : len(given)] = True
         start = torch.zeros(tokens.shape, dtype=torch.int32)
         ids = torch.tensor(documents)
-        batch = Batch(ids, ids, 0, tokens, start, torch.arange(length).expand_as(tokens), counted)
+        batch = Batch(ids, ids, 0, tokens, start, torch.arange(length).expand_as(tokens), counted, shown)
         noises = [self._noise(pairs, documents, length, draw) for draw in range(self._draws)]
         nll = masked_nll([self._model], batch, noises, self._groups, self._block_size)
         sums = torch.stack([sequence_nelbo(*one, counted) for one in zip(nll, noises, strict=True)])

@@ -20,11 +20,13 @@ from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import Manifest, Split, check_tokenizer, load_manifest
 from bd3_scale.data.overlap import count_known, hashes_of, read_hashes
 from bd3_scale.data.stream import held_out_batches
-from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, IntervalVariance
 from bd3_scale.evaluate.nelbo import HeldOut, counted_tokens, evaluate_nelbo, is_exact
 from bd3_scale.evaluate.sets import NamedText
+from bd3_scale.evaluate.text_bytes import counted_bytes
 from bd3_scale.evaluate.unigram import unigram_perplexity
+from bd3_scale.evaluate.writing import checkpoint_tokenizer
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, Recipe
@@ -39,7 +41,8 @@ class Evaluation:
     """`nelbo` and its standard errors in nats a token; `exact`: it is the likelihood and no bound, see `is_exact`.
 
     text: `held-out`, or the name of another text. context: tokens of a sequence, which begins without any before it.
-    bits_per_byte: None where only a part of the text was measured, or not its documents' first tokens.
+    padded_nelbo: with what pads the last block of a document counted, see `HeldOut`; None where no block is so.
+    bits_per_byte: over the bytes of the text of the measured tokens.
     trained_on: how many of its documents the training had, too; None where nothing tells, and of the run's own split.
     own: it is the held-out split of the run's own data.
     intervals: the loss's variance under every clipped interval, where it was asked for.
@@ -55,10 +58,11 @@ class Evaluation:
     tokens: int
     draws: int
     nelbo: float
+    padded_nelbo: float | None
     noise_standard_error: float | None
     text_standard_error: float | None
     perplexity: float
-    bits_per_byte: float | None
+    bits_per_byte: float
     unigram_perplexity: float
     own: bool
     trained_on: int | None = None
@@ -72,6 +76,7 @@ class _Measured:
     name: str
     recipe: DataRecipe
     data: Manifest
+    tokenizer: Tokenizer
     own: bool = False
     trained_on: int | None = None
 
@@ -83,6 +88,10 @@ class _Measured:
     def batches(self, sequences: int, *, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
         share = {"dp_rank": dp_rank, "dp_size": dp_size, "sequences": sequences}
         return held_out_batches(self.recipe, self.data, batch_size=EVALUATION_BATCH, **share)
+
+    def counted(self, sequences: int, diffusion: DiffusionRecipe) -> Iterator[Batch]:
+        """All sequences on every rank, with what counts for a model of `diffusion`."""
+        return (counted_tokens(batch, diffusion) for batch in self.batches(sequences))
 
 
 def evaluate_checkpoint(
@@ -146,8 +155,11 @@ def evaluate_checkpoint(
 
         found = []
         for text, count in zip(measured, counts, strict=True):
-            tokens = (counted_tokens(batch, sizes[0]) for batch in text.batches(count))
-            unigram = unigram_perplexity(tokens, text.data.vocabulary.size)
+            unigram = unigram_perplexity(text.counted(count, sizes[0]), text.data.vocabulary.size)
+            whole_text = count == text.split.sequences and sizes[0].objective != "next_token" and not text.data.messages
+            num_bytes = (
+                text.split.text_bytes if whole_text else counted_bytes(text.counted(count, sizes[0]), text.tokenizer)
+            )
             for diffusion in sizes:
                 share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
                 held_out = evaluate_nelbo(
@@ -156,21 +168,26 @@ def evaluate_checkpoint(
                     groups,
                     diffusion=diffusion,
                     draws=draws,
+                    padded=True,
                     progress=advance,
                 )
-                result = _evaluation(checkpoint, manifest.step, text, diffusion, held_out, unigram)
+                result = _evaluation(checkpoint, manifest.step, text, diffusion, held_out, unigram, num_bytes)
                 found.append(replace(result, intervals=held_out.intervals().found) if intervals else result)
         dist.barrier()  # rank 0 removes the folder that all read
     return found
 
 
 def _evaluation(
-    checkpoint: Path, step: int, text: _Measured, diffusion: DiffusionRecipe, held_out: HeldOut, unigram: float
+    checkpoint: Path,
+    step: int,
+    text: _Measured,
+    diffusion: DiffusionRecipe,
+    held_out: HeldOut,
+    unigram: float,
+    num_bytes: int,
 ) -> Evaluation:
     estimate = held_out.nelbo
-    bits_per_byte = None
-    if estimate.num_sequences == text.split.sequences and diffusion.objective != "next_token":
-        bits_per_byte = estimate.nelbo * estimate.num_tokens / math.log(2) / text.split.text_bytes
+    assert held_out.padded is not None
     return Evaluation(
         checkpoint=str(checkpoint),
         step=step,
@@ -182,10 +199,11 @@ def _evaluation(
         tokens=estimate.num_tokens,
         draws=estimate.num_draws,
         nelbo=estimate.nelbo,
+        padded_nelbo=None if held_out.padded.nelbo == estimate.nelbo else held_out.padded.nelbo,
         noise_standard_error=estimate.noise_standard_error,
         text_standard_error=estimate.text_standard_error,
         perplexity=estimate.perplexity,
-        bits_per_byte=bits_per_byte,
+        bits_per_byte=estimate.nelbo * estimate.num_tokens / math.log(2) / max(1, num_bytes),
         unigram_perplexity=unigram,
         own=text.own,
         trained_on=text.trained_on,
@@ -195,14 +213,20 @@ def _evaluation(
 def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | None) -> _Measured:
     recipe = data_recipe(manifest, data_path)
     data = load_manifest(recipe.path, recipe.remote)
-    check_tokenizer(data, load_tokenizer(checkpoint / TOKENIZER))
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    check_tokenizer(data, tokenizer)
+    if data.vocabulary.bos_id != manifest.vocabulary.bos_id:
+        raise ValueError(
+            f"documents of {recipe.path} begin with {data.vocabulary.bos_id}, those of the training with "
+            f"{manifest.vocabulary.bos_id}: prepare them again with {'--no-bos' if data.vocabulary.bos_id else '--bos'}"
+        )
     if data.validation is None:
         raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")
     own = isinstance(manifest.recipe, Recipe) and recipe.path == manifest.recipe.data.path
     found = None if own else read_hashes(Path(recipe.path), "validation")
     known = _trained_hashes(manifest)
     trained_on = None if known is None or found is None else count_known(known, found)
-    return _Measured("held-out", recipe, data, own, trained_on)
+    return _Measured("held-out", recipe, data, tokenizer.with_bos(manifest.vocabulary.bos_id), own, trained_on)
 
 
 def _trained_hashes(manifest: CheckpointManifest) -> NDArray[np.uint64] | None:
@@ -234,7 +258,7 @@ def _prepared(
         )
     names = [text.name for text in texts]
     known = _trained_hashes(manifest)
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    tokenizer = checkpoint_tokenizer(checkpoint, manifest)
 
     def prepare() -> list[tuple[str, int | None]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bd3_scale-")))
@@ -252,6 +276,7 @@ def _prepared(
             text.name if names.count(text.name) == 1 else str(text.path),
             DataRecipe(path=path, seq_len=seq_len, isolate_documents=isolate),
             load_manifest(path),
+            tokenizer,
             trained_on=trained_on,
         )
         for text, (path, trained_on) in zip(texts, on_rank_zero(prepare), strict=True)

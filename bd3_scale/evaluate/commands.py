@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from bd3_scale.data.chat import Messages
 from bd3_scale.observe.progress import Bar, is_rank_zero
 
 app = typer.Typer()
@@ -155,6 +156,12 @@ def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from, once or more.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One a line, or a .jsonl with `prompt`.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Each --prompt is a message of a person, in the model's chat template.")
+    ] = False,
+    messages: Annotated[
+        Path | None, typer.Option(help="A .jsonl with conversations, lists `messages`, for the chat template.")
+    ] = None,
     infill: Annotated[bool, typer.Option("--infill", help="Each [MASK] of a prompt is a gap of one token.")] = False,
     max_new_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens at the most; EOS ends the text before. 0: only fill gaps.")
@@ -191,6 +198,9 @@ def generate(
 ) -> None:
     """Generate text block by block.
 
+    A special token that a prompt spells is that token, but for the mask. Where
+    documents of the training began with BOS, a prompt does.
+
     Where a text grows beyond the sequences of the training, a block sees the
     last of them: a sliding window, told with the result.
     """
@@ -198,17 +208,25 @@ def generate(
     import json
 
     from bd3_scale.checkpoint.folder import resolve_checkpoint
+    from bd3_scale.data.prompts import read_messages, read_prompts
     from bd3_scale.evaluate.tables import show_written
-    from bd3_scale.evaluate.writing import read_prompts, write_texts
+    from bd3_scale.evaluate.writing import write_texts
     from bd3_scale.observe.denoising import DenoisingView
 
-    prompts = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])] or [""]
+    lines = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])]
+    chat = chat or messages is not None
+    if chat and infill:
+        raise ValueError("--infill fills the gaps of a text, and --chat writes an answer: choose one of them")
+    if chat and not (lines or messages):
+        raise ValueError("--chat answers a message: give one with --prompt, or conversations with --messages")
+    conversations: list[str | Messages] = [[{"role": "user", "content": line}] for line in lines]
+    conversations += read_messages(messages) if messages else []
     # One of them: both would draw on the same lines.
     with nullcontext() if watch else Bar("generating") as bar, DenoisingView(watch and is_rank_zero()) as view:
         written = list(
             write_texts(
                 resolve_checkpoint(checkpoint),
-                prompts,
+                conversations if chat else [*lines] or [""],
                 infill=infill,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,

@@ -20,11 +20,11 @@ try:
 except ImportError as error:
     raise ValueError(f"lm-evaluation-harness is wanting ({error}): pip install 'bd3_scale[harness]'") from error
 
-from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.model import open_model
-from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.evaluate.bounds import ContinuationBounds
 from bd3_scale.evaluate.checkpoint import LONGEST_CONTEXT
+from bd3_scale.evaluate.writing import checkpoint_tokenizer, stop_ids, text_before
 from bd3_scale.generate.sampler import generate
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.parallel.groups import ProcessGroups
@@ -49,9 +49,10 @@ class BlockDiffusionLM(LM):
         block_size: int,
         max_length: int,
         draws: int = 8,
+        eos_ids: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids
         self._block_size, self._max_length = block_size, max_length
         self._bounds = ContinuationBounds(model, groups, block_size=block_size, max_length=max_length, draws=draws)
 
@@ -73,8 +74,9 @@ class BlockDiffusionLM(LM):
         """
         totals = []
         for request in requests:
-            ids = self._tokenizer.encode(request.args[0])
-            windows = list(windows_of(ids, self._max_length))
+            ids = self._tokenizer.encode_prompt(request.args[0])
+            given = 0 if self._tokenizer.vocabulary.bos_id is None else 1
+            windows = list(windows_of(ids, self._max_length, given))
             totals.append(sum(self._bounds.of(windows, [request.doc_id or 0] * len(windows))))
         return totals
 
@@ -84,18 +86,17 @@ class BlockDiffusionLM(LM):
         for request in requests:
             context, options = request.args
             count = options.get("max_gen_toks", DEFAULT_NEW_TOKENS)
-            prompt = self._tokenizer.encode(context)
+            prompt = self._tokenizer.encode_prompt(context)
             sampled = options.get("do_sample", "temperature" in options)
             temperature = options.get("temperature", 1.0) if sampled else 0.0
-            text = self._tokenizer.decode(self._generated(prompt, count, temperature))
+            text = self._tokenizer.continuation(prompt, self._generated(prompt, count, temperature))
             until = options.get("until") or []
-            ends = [text.find(stop) for stop in ([until] if isinstance(until, str) else until) if stop in text]
-            texts.append(text[: min(ends)] if ends else text)
+            texts.append(text_before(text, [until] if isinstance(until, str) else until))
         return texts
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both as one text has them, so that a token across their border counts with the continuation."""
-        both, before = self._tokenizer.encode(context + continuation), self._tokenizer.encode(context)
+        both, before = (self._tokenizer.encode_prompt(text) for text in (context + continuation, context))
         shared = next((i for i, (a, b) in enumerate(zip(both, before, strict=False)) if a != b), len(before))
         given, scored = both[:shared], both[shared:]
         if len(scored) > self._max_length:
@@ -119,17 +120,23 @@ class BlockDiffusionLM(LM):
             max_new_tokens=count,
             temperature=temperature,
             min_entropy=0.0,
+            eos_ids=self._eos_ids,
             unmasking="static",
             window=window if window >= 2 * self._block_size else None,
         )
         return sample.tokens
 
 
-def windows_of(ids: list[int], length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield context and what is predicted, `length` together where so many tokens came before."""
-    for start in range(0, len(ids), length):
-        end = min(start + length, len(ids))
+def windows_of(ids: list[int], length: int, given: int = 0) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield context and what is predicted, `length` together where so many tokens came before.
+
+    The first `given` ids are never predicted: what every text begins with.
+    """
+    start = given
+    while start < len(ids):
+        end = min(start + length - (given if start == given else 0), len(ids))
         yield ids[max(0, end - length) : start], ids[start:end]
+        start = end
 
 
 def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None, limit: int | None, draws: int) -> Any:
@@ -156,10 +163,11 @@ def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None
         adapter = BlockDiffusionLM(
             model,
             groups,
-            load_tokenizer(checkpoint / TOKENIZER),
+            checkpoint_tokenizer(checkpoint, manifest),
             block_size=recipe.diffusion.block_size,
             max_length=min(context, LONGEST_CONTEXT),
             draws=draws,
+            eos_ids=stop_ids(checkpoint, manifest),
         )
         return lm_eval.simple_evaluate(model=adapter, tasks=list(tasks), task_manager=manager, limit=limit)
 

@@ -30,12 +30,19 @@ NOISE_SEED = 0
 class HeldOut:
     """What held-out text says: the NELBO, and what a search of the clipped interval needs of it.
 
+    nelbo: of the counted tokens. What pads a document behind its end is masked throughout and does not count: where a
+    block is partly padding, this bounds the likelihood of its text when nothing behind the end is ever filled in, which
+    is not what `generate` does there.
+    padded: with what pads the last block of a document counted, too, and masked as in training, in nats a token that
+    counts. The text is then what `generate` writes up to that block's end, and this an upper bound of its negative
+    log-likelihood. None where it was not asked for; where no block is partly padding it is `nelbo`.
     moments: of `block_moments`, for all ranks' sequences in the order of their ids; None for a next-token model.
     """
 
     nelbo: NelboEstimate
     block_size: int
     moments: Tensor | None
+    padded: NelboEstimate | None = None
 
     def intervals(self) -> IntervalSearch:
         """The loss's variance under every clipped interval. ValueError: too little text, or a next-token model."""
@@ -52,6 +59,7 @@ def evaluate_nelbo(
     *,
     diffusion: DiffusionRecipe,
     draws: int,
+    padded: bool = False,
     progress: Callable[[int], object] = lambda sequences: None,
 ) -> HeldOut:
     """NELBO in nats a counted token over all data-parallel ranks' `batches` (collective).
@@ -59,34 +67,62 @@ def evaluate_nelbo(
     At block size 1 every token is masked, once: an exact negative log-likelihood, left to right. So is that of a
     next-token model, which does not predict the first token of a document: it does not count. All data-parallel ranks
     have as many batches, of one shape; a sequence of id −1 only fills one up. `progress` is told the number of
-    sequences finished after each batch.
+    sequences finished after each batch. `padded`: also what `HeldOut` calls so, for another pass over the sequences in
+    which a block is partly padding.
     """
     draws = 1 if diffusion.block_size == 1 else draws
     blocks = diffusion.objective != "next_token"
     for chunk in chunks:
         chunk.eval()
-    sums, counted, moments = [torch.empty(draws, 0).double()], [torch.empty(2, 0).long()], []
+    sums, counted, moments = [torch.empty(2, draws, 0).double()], [torch.empty(2, 0).long()], []
     for batch in batches:
         real = batch.ids >= 0
         batch = counted_tokens(batch, diffusion)
         if blocks:
             noises = [evaluation_noise(batch, diffusion.block_size, draw, draws) for draw in range(draws)]
             # What pads a document tells nothing of its end: it is masked always, and does not count.
-            noises = [replace(noise, masked=noise.masked | ~batch.counted) for noise in noises]
+            noises = [replace(noise, masked=noise.masked | batch.padding) for noise in noises]
             nll = masked_nll(chunks, batch, noises, groups, diffusion.block_size)
-            sums.append(torch.stack([sequence_nelbo(*one, batch.counted) for one in zip(nll, noises, strict=True)]))
+            found = torch.stack([sequence_nelbo(*one, batch.counted) for one in zip(nll, noises, strict=True)])
+            with_padding = _with_padding(chunks, batch, found, groups, diffusion.block_size) if padded else found
+            sums.append(torch.stack([found, with_padding])[:, :, real])
             moments.append(_moments(nll, noises, batch.counted, diffusion.block_size)[:, real])
         else:
-            sums.append((next_token_nll(chunks, batch, groups) * batch.counted).sum(2))
-        sums[-1] = sums[-1][:, real]
+            found = (next_token_nll(chunks, batch, groups) * batch.counted).sum(2)
+            sums.append(found.expand(2, -1, -1)[:, :, real])
         counted.append(torch.stack([batch.ids, batch.counted.sum(1)])[:, real])
         progress(int(real.sum()))
-    ranks = gather_objects((torch.cat(sums, 1), torch.cat(counted, 1), moments), groups.dp)
+    ranks = gather_objects((torch.cat(sums, 2), torch.cat(counted, 1), moments), groups.dp)
     ids, tokens = torch.cat([c for _, c, _ in ranks], 1)
     order = ids.argsort()  # whatever rank had them
-    estimate = estimate_nelbo(torch.cat([s for s, _, _ in ranks], 1)[:, order], tokens[order])
+    all_sums = torch.cat([s for s, _, _ in ranks], 2)[:, :, order]
+    estimate, with_padding_counted = (estimate_nelbo(each, tokens[order]) for each in all_sums)
     everywhere = [part for *_, parts in ranks for part in parts]
-    return HeldOut(estimate, diffusion.block_size, torch.cat(everywhere, 1)[:, order] if everywhere else None)
+    return HeldOut(
+        estimate,
+        diffusion.block_size,
+        torch.cat(everywhere, 1)[:, order] if everywhere else None,
+        with_padding_counted if padded else None,
+    )
+
+
+def _with_padding(chunks: Chunks, batch: Batch, sums: Tensor, groups: ProcessGroups, block_size: int) -> Tensor:
+    """`sums` [draws, B], of sequences with blocks that are partly padding anew, with that padding counted."""
+    start, end = make_spans(batch.document_start, block_size)[1:]
+    text = torch.nn.functional.pad(batch.counted.cumsum(1), (1, 0))
+    # Of each position's block: whether any token counts.
+    in_text = (text.gather(1, end.long()) - text.gather(1, start.long())) > 0
+    counts = batch.counted | (batch.padding & in_text)
+    rows = (counts != batch.counted).any(1).nonzero()[:, 0]
+    if not len(rows):
+        return sums
+    part, counts = batch.take(rows), counts[rows]
+    noises = [evaluation_noise(part, block_size, draw, len(sums)) for draw in range(len(sums))]
+    noises = [replace(noise, masked=noise.masked | (part.padding & ~counts)) for noise in noises]
+    nll = masked_nll(chunks, part, noises, groups, block_size)
+    sums = sums.clone()
+    sums[:, rows] = torch.stack([sequence_nelbo(*one, counts) for one in zip(nll, noises, strict=True)])
+    return sums
 
 
 def _moments(nll: Tensor, noises: list[Noise], counted: Tensor, block_size: int) -> Tensor:
@@ -113,6 +149,7 @@ def evaluation_noise(batch: Batch, block_size: int, draw: int, draws: int) -> No
         schedule=Schedule(low=1.0 if block_size == 1 else 0.0),
         draw=draw,
         num_draws=draws,
+        shown=batch.shown,
     )
 
 

@@ -34,7 +34,7 @@ def show_evaluations(found: Sequence[Evaluation]) -> None:
         padding=(0, 1, 0, 0),
     )
     table.add_column("text", overflow="fold")
-    for name in ("block", "perplexity", "nats", "± noise", "± text", "bits/byte", "tokens"):
+    for name in ("block", "perplexity", "nats", "padded", "± noise", "± text", "bits/byte", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in found:
         table.add_row(
@@ -42,7 +42,8 @@ def show_evaluations(found: Sequence[Evaluation]) -> None:
             str(result.block_size),
             f"{'' if result.exact else '≤ '}{result.perplexity:.2f}",
             f"{result.nelbo:.4f}",
-            *map(_number, (result.noise_standard_error, result.text_standard_error, result.bits_per_byte)),
+            *map(_number, (result.padded_nelbo, result.noise_standard_error, result.text_standard_error)),
+            f"{result.bits_per_byte:.4f}",
             f"{result.tokens:,}",
         )
     console.print(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
+from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.model import open_model
+from bd3_scale.checkpoint.source_ids import source_ids
+from bd3_scale.data.chat import ChatTemplate, Messages
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import MASK, Tokenizer, load_tokenizer
@@ -42,25 +43,29 @@ class Written:
     seconds: float
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One a line: of a `.jsonl` file its string `prompt`, else the line. ValueError: there are none, or a bad line."""
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if path.suffix != ".jsonl":
-            prompts.append(line)
-            continue
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}, line {number} is no JSON object with a string "prompt"') from error
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"{path} has no prompts: give one a line")
-    return prompts
+def checkpoint_tokenizer(checkpoint: Path, manifest: CheckpointManifest) -> Tokenizer:
+    """The tokeniser of a checkpoint, which begins texts as those of its training began.
+
+    ValueError: there is none.
+    """
+    if not (checkpoint / TOKENIZER).is_dir():
+        raise ValueError(f"{checkpoint} has no folder {TOKENIZER}: text cannot be read or written with it")
+    return load_tokenizer(checkpoint / TOKENIZER).with_bos(manifest.vocabulary.bos_id)
+
+
+def stop_ids(checkpoint: Path, manifest: CheckpointManifest) -> tuple[int, ...]:
+    """The ids that end a text: what ends documents, and every `eos_token_id` of the model that it came from."""
+    said = source_ids(checkpoint)
+    found: set[int] = {manifest.vocabulary.eos_id}
+    for part in (said.config, said.generation_config):
+        ids = part.get("eos_token_id")
+        found |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+    return tuple(sorted(i for i in found if 0 <= i < manifest.vocabulary.size))
 
 
 def write_texts(
     checkpoint: Path,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     *,
     max_new_tokens: int,
     seed: int,
@@ -75,6 +80,7 @@ def write_texts(
     """Continue every prompt; text i depends on `seed` + i and its prompt alone.
 
     Args:
+        prompts: text, or conversations that the chat template beside the checkpoint's tokeniser makes text of.
         infill: each `[MASK]` of a prompt is a gap of one token.
         stop: strings that end a text, which does not hold them.
         min_entropy: default: 4 nats, or three quarters of the median of held-out windows for small vocabularies.
@@ -82,11 +88,10 @@ def write_texts(
         sampling: see `generate_batch`.
 
     Raises:
-        ValueError: a checkpoint without a tokeniser or of a next-token model, or what `generate_batch` refuses.
+        ValueError: a checkpoint without a tokeniser, without a chat template for a conversation, or of a next-token
+            model, or what `generate_batch` refuses.
     """
-    if not (checkpoint / TOKENIZER).is_dir():
-        raise ValueError(f"{checkpoint} has no folder {TOKENIZER}: text cannot be read or written with it")
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    tokenizer = checkpoint_tokenizer(checkpoint, read_manifest(checkpoint))
     with open_model(checkpoint) as (model, manifest, _):
         if manifest.recipe.diffusion.objective == "next_token":
             raise ValueError(
@@ -94,18 +99,22 @@ def write_texts(
                 "`bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
             )
         least = default_min_entropy(manifest) if min_entropy is None else min_entropy
-        ids = [encode_prompt(tokenizer, prompt, infill) for prompt in prompts]
+        encoded = _encoded(checkpoint, tokenizer, prompts, infill)
+        eos_ids = stop_ids(checkpoint, manifest)
         context = manifest.recipe.max_position_embeddings
         limit = max_new_tokens * len(prompts)
         for first in range(0, len(prompts), batch_size):
-            batch = ids[first : first + batch_size]
+            batch = [ids for _, ids in encoded[first : first + batch_size]]
 
             def told(done: int, _: int, first: int = first) -> None:
                 progress(first * max_new_tokens + done, limit)
 
             def watched(index: int, tokens: list[int], first: int = first) -> None:
                 if watch is not None:
-                    watch(first + index, tokenizer.decode(tokens))
+                    watch(first + index, tokenizer.continuation([], tokens, final=False))
+
+            def ends(index: int, tokens: list[int], batch: Sequence[list[int]] = batch) -> int | None:
+                return kept_tokens(tokenizer, batch[index], tokens, stop)
 
             longest = max(map(len, batch)) + max_new_tokens
             window = context if longest > context and context >= 2 * manifest.recipe.diffusion.block_size else None
@@ -118,20 +127,19 @@ def write_texts(
                 max_new_tokens=max_new_tokens,
                 min_entropy=least,
                 window=window,
-                ends=lambda tokens: kept_tokens(tokenizer, tokens, stop),
+                eos_ids=eos_ids,
+                ends=ends,
                 progress=told,
                 watch=watched,
                 **sampling,
             )
             seconds = time.monotonic() - began
             for place, sample in enumerate(samples):
-                text = tokenizer.decode(sample.tokens)
-                ends = [text.index(word) for word in stop if word in text]
-                text = text[: min(ends)] if ends else text
+                text = text_before(tokenizer.continuation(sample.prompt, sample.tokens), stop)
                 if infill:
-                    text = tokenizer.decode(sample.prompt) + text
+                    text = tokenizer.text_of(sample.prompt) + text
                 counts = (sample.stopped_by, sample.nfe, sample.cache_passes)
-                yield Written(prompts[first + place], text, sample.tokens, *counts, least, window, seconds)
+                yield Written(encoded[first + place][0], text, sample.tokens, *counts, least, window, seconds)
 
 
 def default_min_entropy(manifest: CheckpointManifest) -> float:
@@ -156,23 +164,46 @@ def default_min_entropy(manifest: CheckpointManifest) -> float:
     return SHARE_OF_MEDIAN * float(np.median([-(share * np.log(share)).sum() for share in shares]))
 
 
+def _encoded(
+    checkpoint: Path, tokenizer: Tokenizer, prompts: Sequence[str | Messages], infill: bool
+) -> list[tuple[str, list[int]]]:
+    """The text of every prompt, and its ids; a chat template says itself what a text begins with."""
+    template = None if all(isinstance(prompt, str) for prompt in prompts) else ChatTemplate(checkpoint / TOKENIZER)
+    found = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            found.append((prompt, encode_prompt(tokenizer, prompt, infill)))
+        else:
+            assert template is not None
+            text = template.prompt(prompt)
+            found.append((text, tokenizer.encode_special(text)))
+    return found
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str, infill: bool) -> list[int]:
     """Return the ids of a prompt; without `infill` a `[MASK]` in it is text like any other."""
-    if not infill:
-        return tokenizer.encode(prompt)
-    if MASK not in prompt:
+    if infill and MASK not in prompt:
         raise ValueError(f"--infill fills the {MASK} of a prompt, and there is none in {prompt[:60]!r}")
-    first, *rest = (tokenizer.encode(piece) for piece in prompt.split(MASK))
-    return first + [i for piece in rest for i in (tokenizer.vocabulary.mask_id, *piece)]
+    return tokenizer.encode_prompt(prompt, gaps=infill)
 
 
-def kept_tokens(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> int | None:
-    """Return the fewest tokens whose text holds one of the strings; None: none is there."""
-    if not any(word in tokenizer.decode(tokens) for word in stop):
+def kept_tokens(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], stop: Sequence[str]) -> int | None:
+    """Return the fewest tokens behind a prompt whose text holds one of the strings; None: none is there."""
+
+    def holds(count: int) -> bool:
+        text = tokenizer.continuation(prompt, tokens[:count])
+        return any(word in text for word in stop)
+
+    if not stop or not holds(len(tokens)):
         return None
     low, high = 0, len(tokens)
     while low < high:
         middle = (low + high) // 2
-        text = tokenizer.decode(tokens[:middle])
-        low, high = (low, middle) if any(word in text for word in stop) else (middle + 1, high)
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
     return high
+
+
+def text_before(text: str, stop: Sequence[str]) -> str:
+    """Return the text up to the first of the strings."""
+    ends = [text.index(word) for word in stop if word in text]
+    return text[: min(ends)] if ends else text

@@ -1,4 +1,16 @@
-"""Tokens from logits: temperature, top-k and nucleus, by inverse transform in float64.
+"""Tokens from logits, and how sure the model is of them: one law, here and in exports.
+
+1. The model's distribution is softmax(logits / T), in float64; at temperature 0 it is that of T = 1.
+2. Confidence of a token is its probability under that distribution, and entropy is that distribution's, in nats.
+   Neither knows of top-k or top-p, as in the official SDAR code (Cheng et al., 2025): where these leave one token, the
+   model is no surer of it.
+3. Tokens are drawn from what top-k and then top-p leave of it, each followed by normalisation. They are ranked by
+   probability, equal ones by id, the smallest first. Top-k keeps the first k; top-p below 1 (the nucleus, Holtzman et
+   al., ICLR 2020) those before which the mass is less than top_p, so that the one that crosses it stays.
+4. At temperature 0 the first in rank is taken, whatever top-k and top-p are.
+
+`bd3_scale/convert/remote_code/generation_bd3.py` does the same without this package; only the random numbers differ:
+here by inverse transform from given uniforms.
 
 Shapes: M rows, V vocabulary entries.
 """
@@ -16,8 +28,7 @@ class Drawing:
     """How tokens are drawn.
 
     temperature: of the softmax; at 0 the most likely token is taken. top_k: only the k most likely tokens. top_p: the
-    nucleus, the fewest tokens whose probabilities add up to top_p or more (Holtzman et al., ICLR 2020), so that the one
-    that crosses it belongs to them; after top_k, where both are given.
+    nucleus, the fewest tokens whose probabilities add up to top_p or more; after top_k, where both are given.
 
     ValueError: a value out of its range.
     """
@@ -36,27 +47,34 @@ class Drawing:
 
     def distribution(self, logits_MV: Tensor) -> Tensor:
         """Probabilities float64 [M, V] that tokens are drawn from; at temperature 0 those of temperature 1."""
-        probabilities = (logits_MV.double() / (self.temperature or 1.0)).softmax(-1)
-        if self.top_k is None and self.top_p == 1.0:
-            return probabilities
-        ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        if self.top_k is not None:
-            ordered[:, self.top_k :] = 0
-            ordered /= ordered.sum(-1, keepdim=True)
-        ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0
-        kept = torch.zeros_like(probabilities).scatter_(-1, ids, ordered)
-        return kept / kept.sum(-1, keepdim=True)
+        return self._truncated(self._shares(logits_MV))
 
     def draw(self, logits_MV: Tensor, uniforms_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [M], their probabilities [M], and the entropy in nats [M] of the distributions they are from."""
-        probabilities = self.distribution(logits_MV)
+        """Tokens [M], their confidence [M], and the entropy in nats [M] of the model's distributions."""
+        shares = self._shares(logits_MV)
         if self.temperature == 0:
             tokens = logits_MV.argmax(-1, keepdim=True)
         else:
-            cumulative = probabilities.cumsum(-1)
+            cumulative = self._truncated(shares).cumsum(-1)
             # Where forbidden ids end the vocabulary their cumulative sum repeats the last allowed one's, which the
             # search never passes.
             target = uniforms_M.to(cumulative.device)[:, None] * cumulative[:, -1:]
             tokens = torch.searchsorted(cumulative, target, right=True)
-        entropy = torch.special.entr(probabilities).sum(-1)
-        return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0], entropy
+        return tokens[:, 0], shares.gather(-1, tokens)[:, 0], torch.special.entr(shares).sum(-1)
+
+    def _shares(self, logits_MV: Tensor) -> Tensor:
+        """The model's distribution, float64 [M, V], before top-k and top-p."""
+        return (logits_MV.double() / (self.temperature or 1.0)).softmax(-1)
+
+    def _truncated(self, shares_MV: Tensor) -> Tensor:
+        """What top-k and then top-p leave of distributions."""
+        if self.top_k is None and self.top_p == 1.0:
+            return shares_MV
+        ranked, ids = shares_MV.sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            ranked[:, self.top_k :] = 0
+            ranked /= ranked.sum(-1, keepdim=True)
+        if self.top_p < 1:
+            ranked[ranked.cumsum(-1) - ranked >= self.top_p] = 0
+            ranked /= ranked.sum(-1, keepdim=True)
+        return torch.zeros_like(shares_MV).scatter_(-1, ids, ranked)

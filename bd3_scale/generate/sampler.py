@@ -91,7 +91,8 @@ def generate_batch(
     steps: int | None = None,
     threshold: float | None = None,
     window: int | None = None,
-    ends: Callable[[list[int]], int | None] = lambda tokens: None,
+    eos_ids: Sequence[int] | None = None,
+    ends: Callable[[int, list[int]], int | None] = lambda index, tokens: None,
     progress: Callable[[int, int], object] = lambda done, limit: None,
     watch: Callable[[int, list[int]], object] = lambda index, tokens: None,
 ) -> list[Sample]:
@@ -106,7 +107,9 @@ def generate_batch(
         min_entropy: nats, below which the last 256 tokens end the text; by default 4 (the paper's rule), and 0 for
             vocabularies of bytes or characters, whose text never reaches 4.
         window: how many tokens a block sees, itself among them, whole blocks; default: all.
-        ends: told the generated tokens after each block, how many of them to keep where the text ends there, else None.
+        eos_ids: each of them ends a text; default: the vocabulary's.
+        ends: told a text's number and its generated tokens after each block, how many of them to keep where the text
+            ends there, else None.
         progress: told after each block how many tokens there are, and the limit, over all texts.
         watch: told after each pass a text's number and all its tokens, masks among them.
 
@@ -120,7 +123,8 @@ def generate_batch(
     if min_entropy is None:
         min_entropy = SUBWORD_ENTROPY if model.vocabulary.size >= SMALLEST_SUBWORD_VOCABULARY else 0.0
     model.eval()
-    mask_id, eos_id = model.vocabulary.mask_id, model.vocabulary.eos_id
+    mask_id = model.vocabulary.mask_id
+    eos_ids = (model.vocabulary.eos_id,) if eos_ids is None else eos_ids
     texts = [
         _Text(index, list(prompt), seed, list(prompt[: _whole(prompt, block_size, mask_id)]))
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
@@ -132,7 +136,7 @@ def generate_batch(
     while True:
         for text in texts:
             if not bool((text.block == mask_id).any()):
-                sample = _ended(text, max_new_tokens, eos_id, ends, min_entropy)
+                sample = _ended(text, max_new_tokens, eos_ids, ends, min_entropy)
                 if sample is not None:
                     samples[text.index] = sample
         kept = [place for place, text in enumerate(texts) if text.index not in samples]
@@ -254,8 +258,8 @@ def _prefilled(
 def _ended(
     text: _Text,
     max_new_tokens: int,
-    eos_id: int,
-    ends: Callable[[list[int]], int | None],
+    eos_ids: Sequence[int],
+    ends: Callable[[int, list[int]], int | None],
     min_entropy: float,
 ) -> Sample | None:
     """The sample, if the finished block ends it."""
@@ -268,13 +272,16 @@ def _ended(
     def sample(count: int, stopped_by: str) -> Sample:
         return Sample(generated[:count], everything[:given], stopped_by, text.nfe, text.cache_passes)
 
-    if eos_id in generated:
-        return sample(generated.index(eos_id), "eos")
-    if (count := ends(generated)) is not None:
+    if (first := next((place for place, token in enumerate(generated) if token in eos_ids), None)) is not None:
+        return sample(first, "eos")
+    if (count := ends(text.index, generated)) is not None:
         return sample(count, "stop string")
     if len(everything) >= given + max_new_tokens:
         return sample(max_new_tokens, "length")
-    return sample(len(generated), "entropy") if _entropy(generated) < min_entropy else None
+    if _entropy(generated) < min_entropy:
+        # They are what was found degenerate; the entropy is infinite where there are fewer.
+        return sample(len(generated) - ENTROPY_WINDOW, "entropy")
+    return None
 
 
 def _check(

@@ -5,12 +5,13 @@
 | `first-hitting` | one token, at a place drawn uniformly: the reverse process without its idle steps (Zheng et al., |
 |                 | ICLR 2025)                                                                                       |
 | `ancestral`     | each token by chance, so that T steps walk the mask rate from 1 to 0 (Sahoo et al., NeurIPS 2024)|
-| `static`        | a fixed number, those whose drawn token is most probable (SDAR, Cheng et al., 2025)              |
-| `dynamic`       | all whose drawn token is more probable than a threshold, and no fewer than that number           |
+| `static`        | a fixed number, those of the most confident drawn tokens (SDAR, Cheng et al., 2025)              |
+| `dynamic`       | all of a confidence above a threshold, and no fewer than that number                             |
 | `entropy`       | the surest, as long as the entropies of all but the last add up to no more than a bound          |
 |                 | (Ben-Hamu et al., 2025, EB-Sampler)                                                              |
 
-The first two choose places before they see the model's logits, the others after.
+The first two choose places before they see the model's logits, the others after: what confidence and entropy are is in
+`bd3_scale.generate.draw`.
 
 Shapes: L' tokens a block.
 """
@@ -95,9 +96,9 @@ class Unmasking:
     def choose(self, confidence: Tensor, entropy: Tensor, masked: Tensor, steps: Tensor) -> Tensor:
         """bool [B, L']: what each block's pass, `steps` [B] counted from 0, unmasks of its `masked` places [B, L'].
 
-        confidence: [B, L'], probability of the token that was drawn at each place; entropy: [B, L'], nats of the
-        distribution there. Equal ones go to the earlier place. Where fewer places are masked than the pass may take, it
-        takes those.
+        confidence: [B, L'], of the token that was drawn at each place; entropy: [B, L'], nats of the distribution there
+        (see `bd3_scale.generate.draw`). Equal ones go to the earlier place. Where fewer places are masked than the pass
+        may take, it takes those.
         """
         if self.rule == "entropy":
             assert self.threshold is not None

@@ -42,6 +42,7 @@ class ModelInputs:
         targets: int64 [M], the tokens to predict there.
         weights: float32 [M], what multiplies each negative log-likelihood in the loss.
         noisy_pairs, clean_pairs: query-key pairs that the mask lets through, by kind of query, for one head.
+        trained_tokens: of each sequence, on this rank's positions, how many are not shown.
         mask_noise: what is added to the embeddings of masked tokens.
         kinds: int64 [B], which of the block sizes of a step each sequence has; None: all have the first.
     """
@@ -55,6 +56,7 @@ class ModelInputs:
     weights: Tensor
     noisy_pairs: int
     clean_pairs: int
+    trained_tokens: tuple[int, ...] = ()
     mask_noise: MaskNoise | None = None
     kinds: Tensor | None = None
 

@@ -48,8 +48,8 @@ class StepResult:
 class TrainingEngine:
     """A rank's pipeline chunks with their ZeRO optimiser.
 
-    The loss is divided once by the global batch's number of data tokens (DESIGN §4.3), so that uneven numbers of masked
-    tokens bias nothing.
+    The loss is divided once by the global batch's number of trained data tokens (DESIGN §4.3), so that uneven numbers
+    of masked tokens bias nothing.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class TrainingEngine:
     def step(self, micro_batches: Sequence[ModelInputs], *, tokens: int, lr: float, kinds: int = 1) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update with learning rate `lr`.
 
-        `tokens` is the number of data tokens of the global batch, over all ranks; `kinds` that of its block sizes.
+        `tokens` is the number of data tokens of the global batch that are trained on, over all ranks; `kinds` that of
+        its block sizes.
         """
         losses = self.gradients(micro_batches, tokens=tokens, kinds=kinds)
         grad_norm, applied = self.update(lr)
@@ -139,12 +140,12 @@ class TrainingEngine:
 
 
 def _tokens_by_kind(micro_batches: Sequence[ModelInputs], kinds: int) -> list[int]:
-    """Data tokens of this rank's positions, by the kind of their sequence."""
+    """Tokens of this rank's positions that are trained on, by the kind of their sequence."""
     counts = [0] * kinds
     for inputs in micro_batches:
-        sequences, places = inputs.positions.shape
-        for kind in [0] * sequences if inputs.kinds is None else inputs.kinds.tolist():
-            counts[kind] += places
+        found = inputs.trained_tokens
+        for kind, count in zip([0] * len(found) if inputs.kinds is None else inputs.kinds.tolist(), found, strict=True):
+            counts[kind] += count
     return counts
 
 

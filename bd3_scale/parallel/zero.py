@@ -36,7 +36,7 @@ class ZeroState:
 
     Args:
         engine: what `deepspeed.initialize` returned.
-        ema_decay: decay a step of the moving average of the masters; 0 keeps none.
+        ema_decay: decay of the moving average of the masters, at first a lower one (see `ema_decay`); 0 keeps none.
         writer: this rank's fragments belong into a checkpoint; false where another rank holds the same ones.
     """
 
@@ -125,8 +125,11 @@ class ZeroState:
     @torch.no_grad()
     def update_ema(self) -> None:
         """Move the average towards the masters; call it after a step that was applied."""
-        for average, master in zip(self._ema, self._masters, strict=False):
-            average.lerp_(master, 1.0 - self._ema_decay)
+        if not self._ema:
+            return
+        share = 1.0 - ema_decay(self._ema_decay, self.step)
+        for average, master in zip(self._ema, self._masters, strict=True):
+            average.lerp_(master, share)
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -161,6 +164,15 @@ class ZeroState:
             parameter.ds_tensor.data.copy_(_local_master(parameter))
         if whole:
             whole[0].all_gather(whole)
+
+
+def ema_decay(decay: float, updates: int) -> float:
+    """Decay of a moving average's update number `updates`, counted from 1: below `decay` while there are few, so that
+    the average soon forgets the weights that training began with.
+
+    min(decay, (1 + n) / (10 + n)), as the official BD3-LM code has it (models/ema.py, from torch_ema).
+    """
+    return min(decay, (1 + updates) / (10 + updates))
 
 
 def _local_master(parameter: nn.Parameter) -> Tensor:

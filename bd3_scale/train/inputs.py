@@ -68,6 +68,7 @@ def step_inputs(
             sample_ids=micro.ids[own],
             step=step,
             slots=micro.slots[own],
+            shown=micro.shown[own],
             global_batch_size=recipe.train.global_batch_size,
         )
         for size, own in zip(sizes, rows, strict=True)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
+
+from bd3_scale.data.batch import Batch
 from bd3_scale.parallel.engine import StepResult, TrainingEngine
 from bd3_scale.parallel.groups import local_device
 from bd3_scale.resilience import faults
@@ -33,10 +36,21 @@ def take_step(training: Training, step: int) -> StepResult:
     with _poisoned(training.engine, step):
         return training.engine.step(
             micro_batches,
-            tokens=recipe.train.global_batch_size * recipe.data.seq_len,
+            tokens=_trained_tokens(training, batch),
             lr=learning_rate(step - 1, recipe.train.steps, recipe.optimizer),
             kinds=len(recipe.diffusion.block_sizes_at(step - 1)),
         )
+
+
+def _trained_tokens(training: Training, batch: Batch) -> int:
+    """Of the global batch, all but those that are shown; ranks tell each other where there are any (collective)."""
+    recipe, groups = training.run.recipe, training.run.groups
+    if not training.run.data.shows_tokens:
+        return recipe.train.global_batch_size * recipe.data.seq_len
+    count = (~batch.shown).sum().to(local_device())
+    dist.all_reduce(count, group=groups.dp)
+    # Of a batch without one there is no loss either.
+    return max(1, int(count))
 
 
 @contextmanager

@@ -226,7 +226,7 @@ def naive_generate(model, prompt: list[int], new: int, size: int, steps: int, th
             masked = [i for i, token in enumerate(tokens) if token == MASK]
             logits = model(torch.tensor([tokens]), block_size=size, use_cache=False).logits[0]
             logits[:, [MASK, *range(FIRST_UNUSED, VOCABULARY)]] = float("-inf")
-            confidence, best = (x.tolist() for x in logits.softmax(-1).max(-1))
+            confidence, best = (x.tolist() for x in logits.double().softmax(-1).max(-1))
             at_least = size // steps + (step < size % steps)
             sure = [i for i in masked if threshold is not None and confidence[i] > threshold]
             ranked = sorted(masked, key=lambda i: (-confidence[i], i))
@@ -298,12 +298,12 @@ def check_sampling(model, prompt: torch.Tensor) -> None:
     module = sys.modules[type(model).__module__.replace("modeling", "generation")]
     rule = module.Unmasking(4, 4, "dynamic", 0.9, temperature=2.0, top_k=4, top_p=0.7)
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0, float("-inf"), 2.0])
-    shares = (logits / 2).softmax(0)
+    shares = (logits.double() / 2).softmax(0)
     drawn, confidence = rule.draw(logits.expand(1, 40_000, 6), torch.Generator().manual_seed(0))
     assert torch.equal(confidence, shares[drawn])
     # Of ids 1, 3, 5 and 2 the first two hold 0.65 of the four's share, the first three 0.84.
     kept = torch.where(torch.tensor([False, True, False, True, False, True]), shares, 0)
-    frequency = torch.bincount(drawn[0], minlength=6) / drawn.numel()
+    frequency = torch.bincount(drawn[0], minlength=6).double() / drawn.numel()
     assert_close(frequency, kept / kept.sum(), rtol=0, atol=0.01)
     equal = torch.full((1, 4), 0.5)
     assert rule.choose(equal, torch.tensor([[False, True, True, True]]), 0).tolist() == [[False, True, False, False]]

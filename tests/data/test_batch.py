@@ -13,7 +13,10 @@ def sample(draw: st.DrawFn, seq_len: int = 12) -> dict[str, np.ndarray]:
     cuts = sorted(draw(st.sets(st.integers(1, seq_len - 1))))
     lengths = np.diff([0, *cuts, seq_len])
     counted = [draw(st.integers(0, int(length))) for length in lengths]
-    return {
+    ends = sorted(draw(st.sets(st.integers(0, seq_len), max_size=6)))
+    shown = np.array(ends[: len(ends) // 2 * 2], np.int32).reshape(-1, 2)
+    column = {} if draw(st.booleans()) and not len(shown) else {"shown": shown}
+    return column | {
         "tokens": np.arange(seq_len, dtype=np.uint16),
         "document_lengths": lengths.astype(np.int32),
         "counted_lengths": np.array(counted, np.int32),
@@ -34,7 +37,10 @@ def test_agrees_with_a_walk_over_the_pieces(samples: list[dict[str, np.ndarray]]
             for within in range(length):
                 assert batch.document_start[row, at] == (at - within if isolate_documents else 0)
                 assert batch.positions[row, at] == (within if isolate_documents else at)
-                assert batch.counted[row, at] == (within < counted)
+                is_shown = any(first <= at < last for first, last in one.get("shown", ()))
+                assert batch.shown[row, at] == is_shown
+                assert batch.counted[row, at] == (within < counted and not is_shown)
+                assert batch.padding[row, at] == (within >= counted and not is_shown)
                 assert batch.tokens[row, at] == at
                 at += 1
     dtypes = {name: value.dtype for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
@@ -45,6 +51,7 @@ def test_agrees_with_a_walk_over_the_pieces(samples: list[dict[str, np.ndarray]]
         "document_start": torch.int32,
         "positions": torch.int64,
         "counted": torch.bool,
+        "shown": torch.bool,
     }
 
 

@@ -37,6 +37,7 @@ def batch_of(sequences: list[set[int]], seed: int = 0) -> Batch:
         document_start=document_start,
         positions=torch.arange(LENGTH) - document_start,
         counted=torch.ones_like(document_start, dtype=torch.bool),
+        shown=torch.zeros_like(document_start, dtype=torch.bool),
     )
 
 

@@ -77,7 +77,7 @@ def test_every_held_out_document_and_nearly_all_of_training_come_back(prepared: 
 
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Chunks of the usual size would put all of this in one.
-    monkeypatch.setattr("bd3_scale.data.prepare.CHUNK_CHARACTERS", 500)
+    monkeypatch.setattr("bd3_scale.data.encode.CHUNK_CHARACTERS", 500)
     source = write_jsonl(tmp_path / "t.jsonl", ["[MASK]<|endoftext|>", *random_texts(100, seed=3)])
     outs = [tmp_path / "one", tmp_path / "three"]
     for out, workers in zip(outs, (1, 3), strict=True):
@@ -163,7 +163,7 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
 
 @pytest.mark.launch
 def test_killed_preparation_leaves_nothing_that_looks_finished_and_no_process(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "t.jsonl", ["word " * 50_000] * 200)
+    source = write_jsonl(tmp_path / "t.jsonl", [f"{number} " + "word " * 50_000 for number in range(200)])
     code = f"""
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer

@@ -27,7 +27,8 @@ def batch(padding: int) -> Batch:
     tokens[:, TEXT:] = padding
     place = torch.arange(LENGTH).expand(20, -1)
     start = torch.zeros(20, LENGTH, dtype=torch.int32)
-    return Batch(torch.arange(20), torch.arange(20), 0, tokens, start, place, place < TEXT)
+    shown = torch.zeros_like(tokens).bool()
+    return Batch(torch.arange(20), torch.arange(20), 0, tokens, start, place, place < TEXT, shown)
 
 
 @pytest.mark.parametrize("block_size", [1, 8])

@@ -11,7 +11,8 @@ from bd3_scale.evaluate.unigram import unigram_perplexity
 
 def batch(tokens, counted):
     tokens, nothing = torch.tensor(tokens), torch.zeros(len(tokens), dtype=torch.int64)
-    return Batch(0, nothing, nothing, tokens, torch.zeros_like(tokens).int(), tokens, torch.tensor(counted))
+    start, shown = torch.zeros_like(tokens).int(), torch.zeros_like(tokens).bool()
+    return Batch(0, nothing, nothing, tokens, start, tokens, torch.tensor(counted), shown)
 
 
 def test_counts_what_perplexity_counts():

@@ -78,15 +78,19 @@ def test_stops_after_the_block_that_holds_eos(model):
     assert (sample.tokens, sample.stopped_by, sample.nfe) == ([], "eos", 1)
 
 
-def test_stops_when_the_last_256_tokens_have_little_entropy(model):
+def test_the_last_256_tokens_end_a_text_by_little_entropy_and_are_cut(model):
     """Three tokens have at most ln 3 nats, below the 4 nats of the rule: the text ends with the block that fills the
-    window.
+    window, without the window.
     """
     sample = generate(model, [2], block_size=4, max_new_tokens=300, min_entropy=4.0)
     assert sample.stopped_by == "entropy"
-    assert len(sample.tokens) == 259  # 3 in the prompt's block, then whole blocks until there are 256
     unbounded = generate(model, [2], block_size=4, max_new_tokens=300)
     assert (len(unbounded.tokens), unbounded.stopped_by) == (300, "length")
+    # 3 in the prompt's block, then whole blocks until there are 256.
+    assert (len(sample.tokens), sample.nfe) == (3, 259)
+    assert sample.tokens == unbounded.tokens[:3]
+    whole = generate(model, [2, 3, 4, 2], block_size=4, max_new_tokens=300, min_entropy=4.0)
+    assert (whole.tokens, whole.stopped_by, whole.nfe) == ([], "entropy", 256)
 
 
 def test_no_prompt(model):
@@ -276,7 +280,8 @@ def test_a_window_is_all_that_a_block_sees(model, prompt):
 def test_texts_end_where_they_are_told_to(model):
     """At the second 3 of each, told after a block."""
 
-    def ends(tokens):
+    def ends(index, tokens):
+        assert index in range(5)
         places = [i for i, token in enumerate(tokens) if token == 3]
         return places[1] if len(places) > 1 else None
 
@@ -285,7 +290,7 @@ def test_texts_end_where_they_are_told_to(model):
     whole = generate_batch(model, PROMPTS, seeds=range(5), **how)
     assert {sample.stopped_by for sample in samples} == {"stop string"}
     for sample, text in zip(samples, whole, strict=True):
-        assert sample.tokens == text.tokens[: ends(text.tokens)]
+        assert sample.tokens == text.tokens[: ends(0, text.tokens)]
 
 
 def test_what_is_watched_goes_from_masks_to_the_text(model):

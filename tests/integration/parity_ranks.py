@@ -42,6 +42,7 @@ def micro_batches(case: cases.Case, seed: int, groups, size: int = 1) -> list:
             document_start=batch["document_start"][one].int(),
             positions=batch["positions"][one],
             counted=torch.ones(size, cases.LENGTH, dtype=torch.bool),
+            shown=torch.zeros(size, cases.LENGTH, dtype=torch.bool),
         )
         placed = {"device": torch.device("cpu"), "context": context}
         if case.objective == "next_token":

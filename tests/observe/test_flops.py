@@ -32,6 +32,7 @@ def sequences(count: int, length: int) -> Batch:
         document_start=torch.zeros(count, length, dtype=torch.int32),
         positions=torch.arange(length).expand(count, -1),
         counted=torch.ones(count, length, dtype=torch.bool),
+        shown=torch.zeros(count, length, dtype=torch.bool),
     )
 
 

@@ -124,7 +124,8 @@ def batch_of(tokens):
     count, length = tokens.shape
     ids, start = torch.arange(count), torch.zeros(count, length, dtype=torch.int32)
     positions = torch.arange(length).expand(count, -1)
-    return Batch(ids, ids, 0, tokens, start, positions, torch.ones(count, length, dtype=torch.bool))
+    counted = torch.ones(count, length, dtype=torch.bool)
+    return Batch(ids, ids, 0, tokens, start, positions, counted, ~counted)
 
 
 def nll(model, block):

@@ -24,6 +24,7 @@ BATCH = Batch(
     document_start=torch.zeros(2, LENGTH, dtype=torch.int32),
     positions=torch.arange(LENGTH).expand(2, -1),
     counted=torch.ones(2, LENGTH, dtype=torch.bool),
+    shown=torch.zeros(2, LENGTH, dtype=torch.bool),
 )
 
 
@@ -82,6 +83,7 @@ def many(sequences: int, first: int = 0) -> Batch:
         document_start=BATCH.document_start[:1].expand(sequences, -1),
         positions=BATCH.positions[:1].expand(sequences, -1),
         counted=BATCH.counted[:1].expand(sequences, -1),
+        shown=BATCH.shown[:1].expand(sequences, -1),
     )
 
 

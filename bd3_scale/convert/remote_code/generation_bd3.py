@@ -1,5 +1,10 @@
 """Drawing the tokens of a block, and choosing which of them stay.
 
+Both are the native sampler's (generate/draw.py has the law, generate/unmasking.py the rules "static" and "dynamic"), so
+that a checkpoint writes alike there and here: tokens are drawn from softmax(logits / T) after top-k and top-p; their
+confidence is their probability before these. Everything is computed in float64, but on devices that have none (mps),
+where it is float32.
+
 Legend: B sequences, S new tokens, K tokens a block, V vocabulary entries.
 """
 
@@ -37,8 +42,9 @@ class Unmasking:
                 raise ValueError(problem)
 
     def draw(self, logits_BKV: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A token for every place, and its confidence: [B, K] each. Of equal candidates the smallest id wins."""
-        shares = (logits_BKV / (self.temperature or 1.0)).softmax(dim=-1)
+        """A token for every place, and its confidence: [B, K] each. Of equal candidates the smallest id ranks first."""
+        wide = torch.float32 if logits_BKV.device.type == "mps" else torch.float64
+        shares = (logits_BKV.to(wide) / (self.temperature or 1.0)).softmax(dim=-1)
         if self.temperature == 0:
             drawn = logits_BKV.argmax(dim=-1, keepdim=True)
         else:
@@ -67,9 +73,9 @@ def truncate(shares: Tensor, top_k: int | None, top_p: float | None) -> tuple[Te
     if top_k is not None:
         ranked[..., top_k:] = 0
         ranked = ranked / ranked.sum(dim=-1, keepdim=True)
-    if top_p is not None:
-        enough = ranked.cumsum(dim=-1)[..., :-1] > top_p
-        ranked[..., 1:].masked_fill_(enough, 0)
+    if top_p is not None and top_p < 1:
+        # The mass before a token: the one that crosses top_p stays.
+        ranked[ranked.cumsum(dim=-1) - ranked >= top_p] = 0
         ranked = ranked / ranked.sum(dim=-1, keepdim=True)
     return ranked, ids
 

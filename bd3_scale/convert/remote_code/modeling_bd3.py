@@ -318,7 +318,7 @@ class Bd3ForCausalLM(Bd3PreTrainedModel, GenerationMixin):
                 confidence exceeds `threshold` where these are more. Confidence is the probability of the drawn
                 token under softmax(logits / temperature), before `top_k` and `top_p`.
             temperature: 0 takes the most likely token, with its probability at temperature 1.
-            top_k, top_p: draw among the k most likely tokens, then among the fewest whose share is at least p.
+            top_k, top_p: draw among the k most likely tokens, then among the fewest whose share of these is at least p.
             eos_token_id: one or several, or [] never to stop; `generation_config.eos_token_id` by default.
             pad_token_id: `generation_config.pad_token_id` by default, else the first stop token.
 

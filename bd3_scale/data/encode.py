@@ -1,0 +1,164 @@
+"""Documents to token ids, in worker processes: plain text, or conversations, whose answers are trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bd3_scale.data.chat import ASSISTANT, ChatTemplate
+from bd3_scale.data.manifest import SplitName
+from bd3_scale.data.overlap import document_hash
+from bd3_scale.data.packing import Span
+from bd3_scale.data.sources import DocumentReader
+from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+CHUNK_CHARACTERS = 1 << 20
+
+
+def token_dtype(vocabulary: Vocabulary) -> type[np.unsignedinteger]:
+    return np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document's tokens, without its end; `shown`: runs of them that are not trained on."""
+
+    ids: NDArray[np.unsignedinteger]
+    num_bytes: int
+    split: SplitName
+    hash: int
+    shown: tuple[Span, ...]
+    trains_end: bool
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Texts to token ids and splits: all that runs in the worker processes.
+
+    With `chat`, a text is the JSON list of a conversation's place in its file and of its messages.
+    """
+
+    tokenizer: Tokenizer
+    seed: int
+    holdout: float = 0.0
+    parse_special: bool = False
+    chat: ChatTemplate | None = None
+
+    def __call__(self, texts: list[str]) -> list[EncodedDocument]:
+        if self.chat is not None:
+            return [self._conversation(text) for text in texts]
+        encoded = self.tokenizer.encode_batch(texts, self.parse_special)
+        return [self._document(*pair) for pair in zip(texts, encoded, strict=True)]
+
+    def split_of(self, text: str) -> SplitName:
+        """By a hash of text and seed: equal documents go to one side."""
+        if self.chat is not None:
+            text = json.dumps(json.loads(text)[1])  # without its place
+        key = self.seed.to_bytes(8, "big")
+        draw = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=key).digest(), "big")
+        return "validation" if draw < self.holdout * 2**64 else "train"
+
+    def _document(self, text: str, ids: list[int]) -> EncodedDocument:
+        bos_id = self.tokenizer.vocabulary.bos_id
+        begin = [] if bos_id is None else [bos_id]
+        shown = ((0, 1),) if begin else ()
+        return self._encoded(text, [*begin, *ids], len(text.encode("utf-8")), self.split_of(text), shown, True)
+
+    def _conversation(self, source: str) -> EncodedDocument:
+        assert self.chat is not None
+        where, messages = json.loads(source)
+        try:
+            text, spans = self.chat.spans(messages)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        ids, places = self.tokenizer.encode_spans(text)
+        shown = [not any(start < last and end > first for first, last in spans) for start, end in places]
+        num_bytes = sum(len(text[first:last].encode("utf-8")) for first, last in spans)
+        # What follows a person's message is no answer, not even that there is none.
+        trains_end = messages[-1]["role"] == ASSISTANT
+        return self._encoded(text, ids, num_bytes, self.split_of(source), tuple(_runs(shown)), trains_end)
+
+    def _encoded(
+        self, text: str, ids: list[int], num_bytes: int, split: SplitName, shown: tuple[Span, ...], trains_end: bool
+    ) -> EncodedDocument:
+        tokens = np.array(ids, token_dtype(self.tokenizer.vocabulary))
+        return EncodedDocument(tokens, num_bytes, split, document_hash(text), shown, trains_end)
+
+
+def _runs(flags: Sequence[bool]) -> Iterator[Span]:
+    """Start and end of every run of true ones."""
+    place = 0
+    for flag, run in groupby(flags):
+        length = len(list(run))
+        if flag:
+            yield place, place + length
+        place += length
+
+
+def encoded_chunks(
+    reader: DocumentReader, encoder: Encoder, workers: int
+) -> Iterator[tuple[list[EncodedDocument], int]]:
+    """The documents in order, with the bytes of the source files they were read from so far."""
+    if workers == 1:
+        for texts, position in _chunks(reader):
+            yield encoder(texts), position
+        return
+    # Spawned, because forking a process that has threads (the progress bar, torch) can deadlock.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,)) as pool:
+        pending: deque[tuple[Future[list[EncodedDocument]], int]] = deque()
+        for texts, position in _chunks(reader):
+            pending.append((pool.submit(_encode_in_worker, texts), position))
+            if len(pending) > 2 * workers:
+                future, done = pending.popleft()
+                yield future.result(), done
+        for future, done in pending:
+            yield future.result(), done
+
+
+def _chunks(reader: DocumentReader) -> Iterator[tuple[list[str], int]]:
+    texts: list[str] = []
+    size = position = 0
+    for document in reader:
+        texts.append(document.text)
+        size, position = size + len(document.text), document.position
+        if size >= CHUNK_CHARACTERS:
+            yield texts, position
+            texts, size = [], 0
+    if texts:
+        yield texts, position
+
+
+_worker_encoder: Encoder
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(texts: list[str]) -> list[EncodedDocument]:
+    return _worker_encoder(texts)

@@ -1,0 +1,85 @@
+"""Reading prompts and conversations, by the rules of training text."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from bd3_scale.data.files import JSONL_SUFFIXES, find_files, is_jsonl, named
+from bd3_scale.data.sources import check_unicode, field_value, json_lines, kind_of, lines, string_field
+
+logger = logging.getLogger(__name__)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a file: the string `prompt` of each line of a `.jsonl`, the lines themselves of a `.txt`.
+
+    Blank lines of a `.txt` are left out, which is logged; an empty `prompt` of a `.jsonl` is a prompt.
+
+    Raises FileNotFoundError for a missing path; ValueError for a file of another kind, a line without a prompt, what
+    `DocumentReader` refuses, and where there are no prompts.
+    """
+    prompts: list[str] = []
+    for file in find_files([path]):
+        prompts += _prompts_of_jsonl(file) if is_jsonl(file) else _prompts_of_txt(file)
+    if not prompts:
+        raise ValueError(f"{path} has no prompts: give one a line")
+    return prompts
+
+
+def read_messages(path: Path) -> list[list[dict[str, Any]]]:
+    """Return the conversations of a `.jsonl` file: the `messages` of each line, see `check_messages`.
+
+    Raises FileNotFoundError for a missing path; ValueError for a file of another kind, a line without a conversation,
+    what `DocumentReader` refuses, and where there are no conversations.
+    """
+    conversations = []
+    for file in find_files([path], JSONL_SUFFIXES):
+        with file.open("rb") as raw:
+            conversations += [messages_of(line.record(), line.where) for line in json_lines(file, raw)]
+    if not conversations:
+        raise ValueError(f'{path} has no conversations: give a JSON object with a list "messages" a line')
+    return conversations
+
+
+def messages_of(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """Return the conversation in the field `messages` of a line's JSON object; see `check_messages`."""
+    return check_messages(field_value(record, "messages", where, 'a conversation is a list "messages"'), where)
+
+
+def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return `value` if it is a list of one or more messages: objects with strings `role` and `content`.
+
+    Messages keep their other keys. Raises ValueError, which names the message, counted from 0, for anything else.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f'{where} has {kind_of(value)} in "messages", where a list of messages must stand')
+    if not value:
+        raise ValueError(f'{where} has an empty list in "messages": give one message or more')
+    for index, message in enumerate(value):
+        place = f"{where}, messages[{index}]"
+        if not isinstance(message, dict):
+            raise ValueError(f'{place} is {kind_of(message)}, not an object with strings "role" and "content"')
+        for field in ("role", "content"):
+            text = string_field(message, field, place, 'a message has strings "role" and "content"')
+            check_unicode(text, f'{place}, "{field}"')
+    return value
+
+
+def _prompts_of_jsonl(file: Path) -> list[str]:
+    prompts = []
+    with file.open("rb") as raw:
+        for line in json_lines(file, raw):
+            prompts.append(string_field(line.record(), "prompt", line.where, 'a prompt is a string "prompt"'))
+            check_unicode(prompts[-1], line.where)
+    return prompts
+
+
+def _prompts_of_txt(file: Path) -> list[str]:
+    with file.open("rb") as raw:
+        texts = [line.text() for line in lines(file, raw)]
+    blank = [number for number, text in enumerate(texts, 1) if not text.strip()]
+    if blank:
+        logger.warning("%s: %d blank lines left out (line %s)", file, len(blank), named(blank))
+    return [text for text in texts if text.strip()]
