@@ -20,9 +20,9 @@ from bd3_scale.recipe.schema import ParallelRecipe
 
 @contextmanager
 def open_model(
-    checkpoint: Path,
+    checkpoint: Path, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[BlockDiffusionTransformer, CheckpointManifest, ProcessGroups]]:
-    """The averaged weights where kept, else the last ones, in the precision of training, and the process groups.
+    """The averaged weights where kept, else the last ones, in `dtype` or the training's, and the process groups.
 
     In one process the model is whole; under torchrun or SLURM its matrices are split over as many ranks as in training,
     and the other ranks are replicas.
@@ -34,7 +34,7 @@ def open_model(
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     parallel = ParallelRecipe(tensor=1 if alone else manifest.recipe.parallel.tensor)
     recipe = manifest.recipe.model_copy(update={"parallel": parallel})
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    dtype = dtype or (torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     with process_groups(recipe.parallel) as groups:
         (model,) = build_model(recipe, manifest.vocabulary, groups, dtype=dtype, device=local_device(), seed=None)
         load_weights(checkpoint, manifest, parameter_layouts([model]))

@@ -256,12 +256,15 @@ def config_json(
     *,
     block_size: int,
     vocab_rows: int,
-    eos_id: int,
+    special_ids: Config,
     mask_id: int,
     max_position_embeddings: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """config.json of an export; written by hand, since transformers drops or renames keys that engines read."""
+    """config.json of an export; written by hand, since transformers drops or renames keys that engines read.
+
+    special_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`.
+    """
     block_diffusion = kind in _BLOCK_DIFFUSION.values()
     scaling = model.rope_scaling
     config: dict[str, Any] = {
@@ -285,9 +288,7 @@ def config_json(
         "attention_bias": kind == "bd3" and model.attention_bias,
         "attention_dropout": 0.0,
         "initializer_range": model.init_std,
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": eos_id,
+        **special_ids,
         "tie_word_embeddings": model.tie_embeddings and not block_diffusion,
         "torch_dtype": dtype,
         "use_cache": True,

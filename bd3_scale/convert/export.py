@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, damaged_files, read_manifest
+from bd3_scale.checkpoint.model import open_model
+from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, KEYS, SOURCE_IDS, source_ids
 from bd3_scale.checkpoint.tensors import TensorReader, same_bytes
 from bd3_scale.convert.architectures import (
     EXPORT_FORMATS,
@@ -21,11 +23,16 @@ from bd3_scale.convert.architectures import (
     config_json,
     export_obstacles,
 )
+from bd3_scale.convert.check_export import check_export, expected_logits
 from bd3_scale.convert.folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, open_weights, read_json
-from bd3_scale.convert.names import HEAD, NATIVE_EMBEDDING, NamedTensor, named_tensors
+from bd3_scale.convert.importer import MASK_ROWS
+from bd3_scale.convert.names import EMBEDDING, HEAD, NATIVE_EMBEDDING, NamedTensor, named_tensors
 from bd3_scale.convert.remote_code_files import remote_code
 from bd3_scale.convert.serving import SGLANG_CONFIG, model_card, sglang_config
+from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.evaluate.writing import checkpoint_tokenizer
 from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
 
 Progress = Callable[[int, int], object]
@@ -44,6 +51,10 @@ class ExportPlan:
     stored: Mapping[str, torch.dtype]
     config: dict[str, Any]
     tensors: tuple[NamedTensor, ...]
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the training; it begins texts as that did. None where there is none."""
+        return checkpoint_tokenizer(self.checkpoint, self.manifest) if (self.checkpoint / TOKENIZER).is_dir() else None
 
     @property
     def num_bytes(self) -> int:
@@ -64,10 +75,27 @@ class ExportPlan:
         """The values of a tensor as they are written."""
         boxes = [reader.read(self._stored_name(tensor), *box) for box in tensor.boxes]
         values = tensor.join(boxes).to(self._dtype_of(tensor))
-        if tensor.name == HEAD and self.manifest.recipe.model.tie_embeddings:
-            # Engines may draw what has the highest logit, the mask's included: a tied row would be its embedding.
-            values[self.manifest.vocabulary.mask_id] = 0
+        mask_id = self.manifest.vocabulary.mask_id
+        predicts = tensor.name == HEAD or (tensor.name == EMBEDDING and not self.is_block_diffusion)
+        if not predicts or mask_id >= len(values):
+            return values
+        if not self.is_block_diffusion and tensor.name in (kept := self._source_rows()):
+            values[mask_id] = kept[tensor.name].to(values.dtype)
+        elif not self.is_block_diffusion or self.manifest.recipe.model.tie_embeddings:
+            # Whoever draws the highest logit never meets the mask: its logit is the mean of the others. A tied row
+            # would be its embedding.
+            others = torch.arange(len(values)) != mask_id
+            values[mask_id] = values[others].float().mean(0).to(values.dtype)
         return values
+
+    @property
+    def is_block_diffusion(self) -> bool:
+        return self.kind in ("sdar", "bd3")
+
+    def _source_rows(self) -> dict[str, Tensor]:
+        """The rows of the source that a new mask took, of an import."""
+        path = self.checkpoint / IMPORTED / MASK_ROWS
+        return load_file(path) if path.is_file() else {}
 
 
 def choose_format(manifest: CheckpointManifest, kind: Format | None) -> Format:
@@ -100,13 +128,17 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
         stored = reader.dtypes
     target = getattr(torch, dtype) if dtype else _default_dtype(manifest)
     block_diffusion = kind in ("sdar", "bd3")
-    rows = max(vocabulary.size, vocabulary.rows) if block_diffusion else vocabulary.rows or vocabulary.size
+    if block_diffusion:
+        rows = max(vocabulary.size, vocabulary.rows)
+    else:
+        # Of a source as it was; else without the mask's row, where that is the last.
+        rows = vocabulary.rows or vocabulary.size - (vocabulary.mask_id == vocabulary.size - 1)
     config = config_json(
         kind,
         recipe.model,
         block_size=recipe.diffusion.block_size,
         vocab_rows=rows,
-        eos_id=vocabulary.eos_id,
+        special_ids=_special_ids(checkpoint, vocabulary, block_diffusion),
         mask_id=vocabulary.mask_id,
         max_position_embeddings=recipe.max_position_embeddings,
         dtype=str(target or stored[f"{manifest.weights_state}.{NATIVE_EMBEDDING}"]).removeprefix("torch."),
@@ -125,8 +157,22 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
     return ExportPlan(checkpoint, manifest, kind, target, stored, config, tuple(tensors))
 
 
-def run_export(plan: ExportPlan, out: Path, progress: Progress = lambda done, total: None) -> None:
+def _special_ids(checkpoint: Path, vocabulary: Vocabulary, block_diffusion: bool) -> dict[str, Any]:
+    """Of beginning, end and padding, as the source's config.json has them, else those of training."""
+    own = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": vocabulary.eos_id}
+    found = own | source_ids(checkpoint).config
+    # Engines of block diffusion models need one for padding.
+    must = ("eos_token_id", "pad_token_id") if block_diffusion else ("eos_token_id",)
+    return found | {key: own[key] for key in must if found[key] is None}
+
+
+def run_export(
+    plan: ExportPlan, out: Path, progress: Progress = lambda done, total: None, *, check: bool = True
+) -> None:
     """Write the folder `out`, read it again and compare every value before it appears.
+
+    check: also load it with transformers in a fresh process, see `check_export`; it takes seconds, and the memory of
+    the model.
 
     Raises:
         FileExistsError: `out` exists; OSError: it cannot be written; ValueError: what was written differs.
@@ -146,6 +192,18 @@ def run_export(plan: ExportPlan, out: Path, progress: Progress = lambda done, to
                 raise ValueError(f"{tensor.name} was not written as it was read: is the disk sound?")
             done += sizes[tensor.name]
             progress(done, total)
+        if check:
+            _check(plan, folder)
+
+
+def _check(plan: ExportPlan, folder: Path) -> None:
+    """ValueError: transformers makes something else of it."""
+    dtype = torch.bfloat16 if plan.config["torch_dtype"] == "bfloat16" else torch.float32
+    with open_model(plan.checkpoint, dtype) as (model, manifest, _):
+        diffusion = manifest.recipe.diffusion
+        block_size = diffusion.block_size if plan.is_block_diffusion else 1
+        ids, logits = expected_logits(model, block_size, manifest.recipe.max_position_embeddings)
+    check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, dtype)
 
 
 def check_undamaged(plan: ExportPlan) -> None:
@@ -191,8 +249,10 @@ def write_companions(
     """Everything but the weights: configuration, tokeniser, code, model card and what engines need."""
     (folder / CONFIG).write_text(json.dumps(plan.config | dict(extra_config or {}), indent=2) + "\n")
     _write_generation_config(folder, plan)
-    if (plan.checkpoint / TOKENIZER).is_dir():
-        shutil.copytree(plan.checkpoint / TOKENIZER, folder, dirs_exist_ok=True)
+    if (tokenizer := plan.tokenizer()) is not None:
+        shutil.copytree(plan.checkpoint / TOKENIZER, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        (folder / SOURCE_IDS).unlink(missing_ok=True)
+        tokenizer.rewrite(folder, with_mask=plan.is_block_diffusion)
     if plan.kind in ("sdar", "bd3"):
         for name, source in remote_code(plan.kind).items():
             (folder / name).write_text(source, encoding="utf-8")
@@ -203,13 +263,9 @@ def write_companions(
 
 
 def _write_generation_config(folder: Path, plan: ExportPlan) -> None:
-    content: dict[str, Any] = {
-        key: plan.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in plan.config
-    }
-    imported = plan.checkpoint / IMPORTED / "generation_config.json"
-    if imported.is_file() and _source_config(plan.checkpoint).get("architectures") == plan.config["architectures"]:
-        content = read_json(imported)
-    (folder / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n")
+    """What the source's says, where there is one, else the special ids."""
+    content = source_ids(plan.checkpoint).generation_config or {key: plan.config[key] for key in KEYS}
+    (folder / GENERATION_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _source_config(checkpoint: Path) -> dict[str, Any]:

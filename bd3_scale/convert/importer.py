@@ -8,22 +8,24 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import xxhash
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Box
 from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, write_manifest
+from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, keep_source_ids
 from bd3_scale.checkpoint.tensors import TensorReader, TensorWriter, same_bytes
 from bd3_scale.convert.architectures import read_architecture
 from bd3_scale.convert.folder import CONFIG, open_weights, read_json
 from bd3_scale.convert.names import EMBEDDING, HEAD, NamedTensor, named_tensors
 from bd3_scale.convert.official import is_official, open_official
 from bd3_scale.convert.weights import Weights
-from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from bd3_scale.data.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from bd3_scale.recipe.schema import DiffusionRecipe, ImportedRecipe, ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
@@ -32,6 +34,8 @@ Progress = Callable[[int, int], object]
 # Buffers and switches that checkpoints carry beside their weights.
 _NO_WEIGHTS = re.compile(r".*rotary_emb\.inv_freq")
 _SOURCE_FILES = {".safetensors", ".bin", ".ckpt", ".pt", ".json"}
+# Of the source's embedding and head, at the id of a mask that is new.
+MASK_ROWS = "mask_rows.safetensors"
 GPT2_EOS, GPT2_SIZE = 50256, 50257
 BERT_CLS, BERT_SIZE = 101, 30522
 
@@ -164,7 +168,8 @@ def run_import(plan: ImportPlan, out: Path, progress: Progress = lambda done, to
         if plan.tokenizer is not None:
             assert plan.tokenizer_source is not None
             _save_tokenizer(plan.tokenizer, Path(plan.tokenizer_source), folder / TOKENIZER)
-        _keep_source_files(plan.source, folder / IMPORTED)
+            keep_source_ids(plan.source, folder / TOKENIZER)
+        _keep_source_files(plan, folder / IMPORTED)
         write_manifest(folder, _manifest(plan), writer.written)
         with TensorReader(folder) as reader:
             for tensor in plan.tensors:
@@ -202,7 +207,8 @@ def _tokenizer_source(source: Path, tokenizer: str | None) -> str | None:
     if tokenizer is not None:
         return tokenizer
     folder = source if source.is_dir() else source.parent
-    return str(folder) if (folder / TOKENIZER_FILES[0]).is_file() else None
+    names = (TOKENIZER_FILES[0], SENTENCEPIECE_FILE)
+    return str(folder) if any((folder / name).is_file() for name in names) else None
 
 
 def _vocabulary(
@@ -256,7 +262,7 @@ def _as_official(vocabulary: Vocabulary, tokenizer: Tokenizer | None) -> tuple[V
     )
 
 
-def _checked(**ids: int | None) -> Vocabulary:
+def _checked(**ids: Any) -> Vocabulary:
     try:
         return Vocabulary(**ids)
     except ValidationError as error:
@@ -334,15 +340,22 @@ def _save_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
     original = (source if source.is_dir() else source.parent) / TOKENIZER_FILES[1]
     if source.exists() and original.is_file():
         # transformers takes the added tokens from tokenizer.json, where the mask is among them.
-        kept = {key: value for key, value in read_json(original).items() if key != "added_tokens_decoder"}
+        # What texts begin and end with is told by the template there, for every class of tokenisers.
+        left_out = ("added_tokens_decoder", "add_bos_token", "add_eos_token")
+        kept = {key: value for key, value in read_json(original).items() if key not in left_out}
         own.write_text(json.dumps(kept | read_json(own), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for template in original.parent.glob("chat_template.*"):
-            shutil.copy2(template, folder)
+            shutil.copyfile(template, folder / template.name)
 
 
-def _keep_source_files(source: Path, folder: Path) -> None:
-    """What an export of the same architecture writes again."""
-    for name in (CONFIG, "generation_config.json"):
-        if source.is_dir() and (source / name).is_file():
+def _keep_source_files(plan: ImportPlan, folder: Path) -> None:
+    """What an export of the same architecture writes again, and the row that the new mask takes the place of."""
+    for name in (CONFIG, GENERATION_CONFIG):
+        if plan.source.is_dir() and (plan.source / name).is_file():
             folder.mkdir(exist_ok=True)
-            shutil.copy2(source / name, folder)
+            shutil.copyfile(plan.source / name, folder / name)
+    mask_id = plan.vocabulary.mask_id
+    if plan.new_mask and mask_id < plan.vocab_rows:
+        folder.mkdir(exist_ok=True)
+        names = [t.name for t in plan.tensors if t.name in (EMBEDDING, HEAD)]
+        save_file({name: plan.weights.read(name)[mask_id].clone() for name in names}, folder / MASK_ROWS)

@@ -50,8 +50,8 @@ class OfficialModel:
         block_size: None where no configuration says it; the whole length of a model without a clean stream (MDLM).
         mask_id: the last row of the vocabulary, or BERT's own mask.
         max_position_embeddings: tokens of a training sequence; that of the published models where nothing says it.
-        begins_with_bos: the code shows a beginning of text before every sequence (`ignore_bos`), as it does for its block
-            diffusion models unless their configuration says otherwise.
+        begins_with_bos: the code shows a beginning of text before every sequence (`ignore_bos`), as it does for its
+            block diffusion models unless their configuration says otherwise.
         source: which weights were taken, the moving average's where there is one.
         weights: named as Qwen3's, in the dtype of the file.
     """

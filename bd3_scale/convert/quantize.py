@@ -16,6 +16,7 @@ from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.calibration import Calibration
+from bd3_scale.convert.check_export import check_export, expected_logits
 from bd3_scale.convert.compressed import (
     engine_notes,
     packed_sizes,
@@ -165,6 +166,10 @@ def run_quantize(
         description = f"int{scheme.bits} in groups of {scheme.group_size} ({method}), compressed-tensors"
         write_companions(folder, plan, config, description)
         quantizer.verify(folder)
+        length = manifest.recipe.max_position_embeddings
+        ids, logits = expected_logits(model, manifest.recipe.diffusion.block_size, length)
+        dtype = next(model.parameters()).dtype
+        check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, dtype)
         report = QuantizationReport(
             bits=scheme.bits,
             group_size=scheme.group_size,

@@ -20,7 +20,7 @@ import tokenizers  # type: ignore[import-untyped]
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bd3_scale.data.sources import DocumentReader
-from bd3_scale.data.tokenizer_json import beginning_with, template_of, without_mask, without_prefix
+from bd3_scale.data.tokenizer_json import beginning_with, template_of, without_added, without_mask, without_prefix
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import new_folder
 
@@ -203,6 +203,23 @@ class Tokenizer:
         contents = (self._backend.to_str(pretty=True), json.dumps(self._config() | bos, indent=2))
         for name, content in zip(TOKENIZER_FILES, contents, strict=True):
             (folder / name).write_text(content + "\n", encoding="utf-8")
+
+    def rewrite(self, folder: Path, *, with_mask: bool) -> None:
+        """Write the two files anew where they lie, and keep what else `tokenizer_config.json` says there.
+
+        Without the mask, that token is left out, unless the vocabulary has it in the midst of others.
+        """
+        config = _read_config(folder / TOKENIZER_FILES[1])
+        self.save(folder)
+        config |= _read_config(folder / TOKENIZER_FILES[1])
+        content = json.loads(self._backend.to_str())
+        if not with_mask:
+            del config["mask_token"]
+            if self.vocabulary.mask_id == self.vocabulary.size - 1:
+                content = without_added(content, self._mask)
+        for name, value in zip(TOKENIZER_FILES, (content, config), strict=True):
+            text = json.dumps(value, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
 
     def _config(self) -> dict[str, Any]:
         return {

@@ -174,7 +174,7 @@ def generate(
         float | None,
         typer.Option(
             min=0,
-            help="Stop where the last 256 tokens have fewer nats.",
+            help="Stop where the last 256 tokens have fewer nats, and leave them out.",
             show_default="4; for bytes 0.75 of the held-out median",
         ),
     ] = None,

@@ -2,7 +2,7 @@
 
 1. The model's distribution is softmax(logits / T), in float64; at temperature 0 it is that of T = 1.
 2. Confidence of a token is its probability under that distribution, and entropy is that distribution's, in nats.
-   Neither knows of top-k or top-p, as in the official SDAR code (Cheng et al., 2025): where these leave one token, the
+   Neither knows of top-k or top-p, as in SDAR's evaluation code (Cheng et al., 2025): where these leave one token, the
    model is no surer of it.
 3. Tokens are drawn from what top-k and then top-p leave of it, each followed by normalisation. They are ranked by
    probability, equal ones by id, the smallest first. Top-k keeps the first k; top-p below 1 (the nucleus, Holtzman et

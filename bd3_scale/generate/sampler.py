@@ -104,8 +104,8 @@ def generate_batch(
     Args:
         temperature, top_k, top_p: see `Drawing`.
         unmasking, steps, threshold: see `bd3_scale.generate.unmasking`.
-        min_entropy: nats, below which the last 256 tokens end the text; by default 4 (the paper's rule), and 0 for
-            vocabularies of bytes or characters, whose text never reaches 4.
+        min_entropy: nats, below which the last 256 tokens end the text, which is left without them; by default 4 (the
+            paper's rule), and 0 for vocabularies of bytes or characters, whose text never reaches 4.
         window: how many tokens a block sees, itself among them, whole blocks; default: all.
         eos_ids: each of them ends a text; default: the vocabulary's.
         ends: told a text's number and its generated tokens after each block, how many of them to keep where the text
@@ -276,12 +276,10 @@ def _ended(
         return sample(first, "eos")
     if (count := ends(text.index, generated)) is not None:
         return sample(count, "stop string")
-    if len(everything) >= given + max_new_tokens:
-        return sample(max_new_tokens, "length")
     if _entropy(generated) < min_entropy:
         # They are what was found degenerate; the entropy is infinite where there are fewer.
         return sample(len(generated) - ENTROPY_WINDOW, "entropy")
-    return None
+    return sample(max_new_tokens, "length") if len(everything) >= given + max_new_tokens else None
 
 
 def _check(

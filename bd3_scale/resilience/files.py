@@ -83,6 +83,8 @@ def sync(path: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill aside; it is flushed to disk and renamed to `out` at the end, or removed if the block raises.
 
+    Its files get the mode that the umask gives new ones, whoever wrote them: safetensors makes them private.
+
     Raises FileExistsError if `out` exists.
     """
     if out.exists():
@@ -92,7 +94,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        mode = aside.stat().st_mode & 0o666
         for path in [*aside.rglob("*"), aside]:
+            if path.is_file():
+                path.chmod(mode)
             sync(path)
         aside.rename(out)
     except BaseException:

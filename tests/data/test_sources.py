@@ -147,7 +147,7 @@ def test_the_text_in_another_field(tmp_path: Path, field: str, record: dict[str,
         ("a.b", {"a": {"c": "x"}, "d": 1}, r'has no field "a\.b" but a\.c \(a string\): name'),
         ("a", {"a": {"c": "x"}}, r'has an object in the field "a", no string; the fields are a\.c \(a string\)'),
         ("a.b", {"a": {"b": None}}, r'has null in the field "a\.b", no string; the fields are a\.b \(null\)'),
-        ("a.b", {"a": "x"}, r'has no field "a\.b" but a \(a string\)'),
+        ("a.b", {"a": "b"}, r'has no field "a\.b" but a \(a string\)'),
         ("a.b", {"a.b": 1, "a": {"b": "x"}}, r'has a number in the field "a\.b"'),
     ],
 )

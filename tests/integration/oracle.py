@@ -29,7 +29,8 @@ def three_steps(case: Case, initial: dict[str, torch.Tensor]) -> dict:
         norms.append(float(torch.nn.utils.clip_grad_norm_(weights.values(), 0.5)))
         losses.append(loss.item())
         optimizer.step()
-        average = {key: 0.5 * average[key] + 0.5 * weights[key].detach() for key in weights}
+        decay = min(0.5, (2 + step) / (11 + step))  # of update step + 1
+        average = {key: decay * average[key] + (1 - decay) * weights[key].detach() for key in weights}
     assert min(norms) > 0.5, "the clip must act"
     states = {f"master.{key}": weight.detach() for key, weight in weights.items()}
     states |= {f"ema.{key}": value for key, value in average.items()}

@@ -1,0 +1,123 @@
+"""Whether an exported folder is what was meant, seen by transformers alone in a fresh process.
+
+`python -m bd3_scale.convert.check_export FOLDER EXPECTED` is that process; it prints what is wrong, or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bd3_scale.attention.spans import make_spans
+from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+TEXTS = (
+    "Once upon a time, there were 3,141 of them.",
+    "  two  spaces\n\n\tand lines\r\n",
+    "naïve 日本語 \U0001f600 ½",
+    "def f(x):\n    return [i**2 for i in x]\n",
+)
+LENGTH = 24
+# Of the largest logit: two implementations in one type differ by rounding alone, wrong weights by all of it.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+@torch.no_grad()
+def expected_logits(model: BlockDiffusionTransformer, block_size: int, max_length: int) -> tuple[Tensor, Tensor]:
+    """Some ids int64 [1, S], and the model's fp32 logits of them as clean text [1, S, ids in use]."""
+    vocabulary, length = model.vocabulary, min(LENGTH, max_length)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary.size - 1, (1, length), generator=generator)
+    ids = (ids + (ids >= vocabulary.mask_id)).to(next(model.parameters()).device)
+    spans = make_spans(torch.zeros(1, length, dtype=torch.int32), block_size).to(ids.device)
+    logits = model.clean_logits(ids, torch.arange(length, device=ids.device)[None], spans)
+    return ids.cpu(), logits[..., : vocabulary.size].float().cpu()
+
+
+def check_export(
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    vocabulary: Vocabulary,
+    ids: Tensor,
+    logits: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Load `folder` in a fresh process and compare.
+
+    Args:
+        tokenizer: whose ids training had; None where there is none.
+        ids, logits: see `expected_logits`.
+        dtype: that the weights are loaded in.
+
+    Raises:
+        ValueError: transformers cannot load it, the tokeniser has more ids than the model has rows or other ids for a
+            text, or the logits differ.
+    """
+    texts = [] if tokenizer is None else [*TEXTS, f"a{tokenizer.name_of(vocabulary.eos_id)}b"]
+    expected = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "mask_id": vocabulary.mask_id,
+        "texts": {text: tokenizer.encode_prompt(text) for text in texts if tokenizer is not None},
+    }
+    with TemporaryDirectory(prefix="bd3_scale-check-") as scratch:
+        Path(scratch, "expected.json").write_text(json.dumps(expected))
+        save_file({"ids": ids, "logits": logits.contiguous()}, Path(scratch, "expected.safetensors"))
+        environment = os.environ | {"HF_HOME": scratch, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-W", "ignore", "-m", "bd3_scale.convert.check_export", str(folder), scratch]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    problem = done.stdout.strip() if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if problem:
+        raise ValueError(
+            f"the export is not what was meant, and is not kept: {problem}. This is an error of bd3_scale or of the "
+            "installed transformers: please report it with the model's config.json"
+        )
+
+
+def _problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor) -> Iterator[str]:
+    """In the fresh process."""
+    from bd3_scale.observe.libraries import without_broken_torchvision
+
+    with without_broken_torchvision():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        dtype = getattr(torch, expected["dtype"])
+        trust = {"trust_remote_code": True, "local_files_only": True}  # of our own code, which lies in the folder
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **trust).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, **trust) if expected["texts"] else None
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer is not None and len(tokenizer) > rows:
+        yield f"the tokeniser has {len(tokenizer)} ids, and the embedding {rows} rows"
+    for text, right in expected["texts"].items():
+        assert tokenizer is not None
+        found = tokenizer(text).input_ids
+        if found != right:
+            yield f"{text!r} becomes {found}, and in training {right}"
+    with torch.no_grad():
+        found = model(ids).logits.float()
+    known = [i for i in range(min(logits.shape[-1], found.shape[-1])) if i != expected["mask_id"]]
+    difference = float((found[..., known] - logits[..., known]).abs().max() / logits[..., known].abs().max())
+    if not difference <= TOLERANCES[dtype]:
+        yield f"logits differ by {difference:.1%} of the largest"
+
+
+def main(folder: Path, scratch: Path) -> None:
+    """Print the first problem, if there is one."""
+    expected = json.loads((scratch / "expected.json").read_text())
+    tensors = load_file(scratch / "expected.safetensors")
+    print(next(_problems(folder, expected, tensors["ids"], tensors["logits"]), ""))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
