@@ -52,6 +52,8 @@ class CheckpointManifest(BaseModel):
         states: tensors kept of every parameter, in fp32 but for imported masters, which stay as they came.
         attention_tiles: tiles of the attention kernels, which a bitwise resume needs; empty where none are used.
         intervals: the clipped interval of mask rates of every block size whose search has found one.
+        ema_warms_up: the decay of the moving average rises from the first update on; absent in those of before, whose
+            decay was constant.
         files: size in bytes and XXH3-128 of every other file.
         checksum: XXH3-128 of the manifest's own text, with this left empty.
     """
@@ -69,6 +71,7 @@ class CheckpointManifest(BaseModel):
     states: tuple[str, ...]
     attention_tiles: dict[str, list[int]] = {}
     intervals: dict[int, tuple[float, float]] = {}
+    ema_warms_up: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     files: dict[Annotated[str, Field(pattern=_INSIDE)], FileRecord] = {}
     checksum: str = ""
 

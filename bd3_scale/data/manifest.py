@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from pathlib import Path
@@ -87,7 +88,16 @@ def differing(old: Manifest, new: Manifest) -> list[str]:
         if size != was:
             sizes = ["not read" if size is None else f"{size:,} bytes" for size in (size, was)]
             found.append(f"{path} is {sizes[0]}, there {sizes[1]}")
+    for name, then, split in (("train", old.train, new.train), ("validation", old.validation, new.validation)):
+        if then is not None and split is not None and then != split:
+            counts = [f"{s.documents:,} documents in {s.sequences:,} sequences" for s in (split, then)]
+            found.append(f"{name} has {counts[0]}, there {counts[1]}")
     return found
+
+
+def data_hash(manifest: Manifest) -> str:
+    """16 hexadecimal digits of the SHA-256 of a manifest: which data a position in them counts in."""
+    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:16]
 
 
 def load_manifest(path: str | Path, remote: str | None = None) -> Manifest:
@@ -102,7 +112,7 @@ def load_manifest(path: str | Path, remote: str | None = None) -> Manifest:
         _fetch(remote, Path(path))
     elif not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; make the data with `bd3-scale data prepare`")
-    return _parse(file, file.read_bytes())
+    return parse_manifest(file, file.read_bytes())
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
@@ -114,7 +124,8 @@ def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
         )
 
 
-def _parse(file: Path, content: bytes) -> Manifest:
+def parse_manifest(file: Path, content: bytes) -> Manifest:
+    """The manifest that `content` of `file` is. ValueError: it is none."""
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     import wandb
 
 METRICS_FILE = "metrics.jsonl"
-# Steps that stood out.
+# Steps that stood out, and resumes that changed something.
 EVENTS_FILE = "events.jsonl"
+RESUMED = "resumed"
 Mode = Literal["online", "offline", "disabled"]
 Value = float | int | str | None
 T = TypeVar("T")
@@ -62,7 +63,8 @@ def has_evaluation(path: Path, step: int) -> bool:
 def last_event(run: Path) -> int | None:
     """The last step of a run that stood out, if any did. ValueError as `read_metrics`."""
     events = read_metrics(run / EVENTS_FILE) if (run / EVENTS_FILE).exists() else []
-    return int(events[-1]["step"]) if events else None
+    steps = [int(event["step"]) for event in events if event.get("kind") != RESUMED]
+    return steps[-1] if steps else None
 
 
 def truncate_after(path: Path, step: int, *, evaluates_again: bool = False) -> None:

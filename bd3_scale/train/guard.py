@@ -6,14 +6,14 @@ import itertools
 import json
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch.distributed as dist
 
-from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics, truncate_after
+from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, RESUMED, read_metrics, truncate_after
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.parallel.engine import StepResult
 from bd3_scale.recipe.schema import GuardRecipe
@@ -63,6 +63,16 @@ class Guard:
             )
         return f"step {step}: gradients that are not finite (loss {result.loss:g}), so its update is left out"
 
+    def resumed(self, step: int, changes: Sequence[tuple[str, Any, Any]], notes: Sequence[str]) -> None:
+        """Record what a run that goes on after `step` does otherwise than before."""
+        if dist.get_rank() == 0:
+            values = {key: {"before": old, "now": new} for key, old, new in changes}
+            self._record({"step": step, "kind": RESUMED, "changes": values, "notes": list(notes)})
+
+    def _record(self, event: dict[str, Any]) -> None:
+        self._events = self._events or Lines(self._folder / EVENTS_FILE)
+        self._events.write(json.dumps(event))
+
     def _spike(self, step: int, result: StepResult, keys: Keys) -> str | None:
         found = None
         if self._recipe.spike_deviations and len(self._losses) >= _FEWEST:
@@ -80,9 +90,7 @@ class Guard:
         if dist.get_rank() != 0:
             return
         event = {"step": step, "kind": kind, "loss": str(result.loss), "grad_norm": str(result.grad_norm), **more}
-        event |= keys()
-        self._events = self._events or Lines(self._folder / EVENTS_FILE)
-        self._events.write(json.dumps(event))
+        self._record(event | keys())
 
 
 def _losses_so_far(folder: Path, step: int) -> list[float]:

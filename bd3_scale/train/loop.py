@@ -47,7 +47,7 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
         on_rank_zero(lambda: lock_run_directory(run, stack))
         faults.arm(run.folder)
         faults.reach("start")
-        start = find_start(run.recipe, run.checkpoints, run.data, run.data_hash)
+        start = find_start(run.recipe, run.checkpoints, run.data)
         on_rank_zero(lambda: describe_run(run, start))
         training = open_training(run, start)
         size = _checkpoint_bytes(training)
@@ -63,6 +63,10 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
             )
         )
         guard = Guard(run.folder, run.recipe.guard, step=training.done, skipped=training.skipped)
+        if start is not None and (notes := start.notes(run.recipe)):
+            guard.resumed(training.done, start.changes(run.recipe), notes)
+            for note in notes:
+                report.warned(f"from step {training.done} on: {note}")
         saver = CheckpointSaver(run.checkpoints, run.folder / TOKENIZER, run.recipe.checkpoint)
         try:
             stopped = _take_steps(training, stop, guard, saver, heartbeat, report)
@@ -157,6 +161,7 @@ def _manifest(training: Training, step: int, skipped: int) -> CheckpointManifest
         states=engine.zero.names,
         attention_tiles=choices(),
         intervals=dict(run.intervals),
+        ema_warms_up="ema" in engine.zero.names,
     )
 
 

@@ -68,7 +68,7 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
             start = find_initial(run.recipe, run.data)
         else:
             manifest = check_checkpoint(folder, "fast")
-            check_resumable(folder, manifest, run.recipe, run.data_hash)
+            check_resumable(folder, manifest, run.recipe, run.data)
             start = Start(folder, manifest, resumes=True)
         training = open_training(run, start)
         if dist.get_rank() == 0:

@@ -11,14 +11,16 @@ from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.newest import check_together, newest_sound
 from bd3_scale.checkpoint.store import load_initial_weights, load_training_state
-from bd3_scale.data.manifest import Manifest, check_tokenizer
+from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash, differing, parse_manifest
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.layout import ParameterLayout
 from bd3_scale.parallel.collective import on_rank_zero
-from bd3_scale.parallel.zero import ZeroState
+from bd3_scale.parallel.zero import ZeroState, ema_decay
 from bd3_scale.recipe.schema import ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
+# The data's manifest as a run had it, in the run directory.
+DATA_FILE = "data.json"
 # What may not change within a run: weights, noise and data position would mean something else; nor may evaluation where
 # it searches the interval of the noise.
 _FIXED = (
@@ -41,6 +43,24 @@ class Start:
     manifest: CheckpointManifest
     resumes: bool
 
+    def changes(self, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+        """See `changed_values`; nothing where no run is resumed."""
+        old = self.manifest.recipe
+        return changed_values(old, recipe) if self.resumes and isinstance(old, Recipe) else []
+
+    def notes(self, recipe: Recipe) -> list[str]:
+        """What people should know of a run that goes on."""
+        found = [f"{key} {_show(old)} → {_show(new)}" for key, old, new in self.changes(recipe)]
+        average = recipe.optimizer.ema_decay
+        if self.resumes and average and not self.manifest.ema_warms_up:
+            updates = self.manifest.step - self.manifest.skipped
+            if ema_decay(average, updates + 1) < average:
+                found.append(
+                    "the moving average was kept at a constant decay so far, and is warmed up from here on: it is not "
+                    "bitwise that of the version that began the run"
+                )
+        return found
+
     @property
     def step(self) -> int:
         return self.manifest.step if self.resumes else 0
@@ -51,14 +71,14 @@ class Start:
         load(self.checkpoint, self.manifest, zero, layouts)
 
 
-def find_start(recipe: Recipe, checkpoints: Path, data: Manifest, data_hash: str) -> Start | None:
+def find_start(recipe: Recipe, checkpoints: Path, data: Manifest) -> Start | None:
     """The newest sound checkpoint of the run, else what `init_from` names, checked before any work (collective).
 
     Raises:
         ValueError: none is sound, or recipe or data do not fit it.
     """
     if own := newest_sound(checkpoints, recipe.checkpoint.verify):
-        check_resumable(*own, recipe, data_hash)
+        check_resumable(*own, recipe, data)
         return Start(*own, resumes=True)
     return find_initial(recipe, data)
 
@@ -106,7 +126,7 @@ def _shape(model: ModelRecipe) -> dict[str, Any]:
     return model.model_dump(mode="json", exclude={"init_std"}) | explicit
 
 
-def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe, data_hash: str) -> None:
+def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe, data: Manifest) -> None:
     """Whether a run of `recipe` can continue from a checkpoint.
 
     Raises:
@@ -124,9 +144,11 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
         differences.append(
             f"optimizer.ema_decay is {new}, the checkpoint has {old}: a moving average is kept from the start"
         )
-    if manifest.data_hash != data_hash:
+    if manifest.data_hash != data_hash(data):
+        details = "; ".join(_data_differences(checkpoint.parent.parent / DATA_FILE, manifest.data_hash, data))
         differences.append(
-            f"the prepared data (hash {data_hash}) are not those of the checkpoint ({manifest.data_hash})"
+            f"the prepared data (hash {data_hash(data)}) are not those of the checkpoint ({manifest.data_hash})"
+            + f": {details}" * bool(details)
         )
     if manifest.step > recipe.train.steps:
         differences.append(f"train.steps is {recipe.train.steps}, the checkpoint has done {manifest.step}")
@@ -138,6 +160,23 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
         )
 
 
+def _data_differences(recorded: Path, known_hash: str, data: Manifest) -> list[str]:
+    """What differs from the data that the run had, where it kept their description."""
+    if not recorded.is_file():
+        return []
+    try:
+        old = parse_manifest(recorded, recorded.read_bytes())
+    except ValueError:  # it only helps to explain
+        return []
+    return differing(old, data) if data_hash(old) == known_hash else []
+
+
+def changed_values(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """The values of a recipe by their dotted keys, before and now, that a resumed run has otherwise."""
+    before, now = (recipe.model_dump(mode="json", exclude={"run_dir"}) for recipe in (old, new))
+    return [change for key in before for change in _differences(key, before[key], now[key])]
+
+
 def _at(recipe: Recipe, path: str) -> Any:
     value: Any = recipe.model_dump(mode="json")
     for key in path.split("."):
@@ -146,7 +185,7 @@ def _at(recipe: Recipe, path: str) -> Any:
 
 
 def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict):
+    if isinstance(old, dict) and isinstance(new, dict):
         for key in old:
             yield from _differences(f"{path}.{key}", old[key], new[key])
     elif old != new:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from contextlib import ExitStack
@@ -15,7 +14,8 @@ import torch.distributed as dist
 
 from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
-from bd3_scale.data.manifest import Manifest, check_tokenizer, load_manifest
+from bd3_scale.data.chat import CHAT_TEMPLATE
+from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash, load_manifest
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, Interval
@@ -31,7 +31,7 @@ from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.files import check_writable, remove_aside, write_atomically
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.signals import ended_by_signals
-from bd3_scale.train.resume import Start
+from bd3_scale.train.resume import DATA_FILE, Start
 from bd3_scale.train.tiles import settle_tiles
 
 
@@ -81,7 +81,7 @@ def open_run(recipe: Recipe, stack: ExitStack) -> Run:
     with ended_by_signals():
         groups = stack.enter_context(process_groups(recipe.parallel, agree=_agreed(recipe)))
     data = load_manifest(recipe.data.path, recipe.data.remote)
-    run = Run(recipe, data, _hash(data), groups, recipe.run_path, {})
+    run = Run(recipe, data, data_hash(data), groups, recipe.run_path, {})
     _check(run)
     return run
 
@@ -124,8 +124,9 @@ def lock_run_directory(run: Run, stack: ExitStack) -> None:
 
 
 def describe_run(run: Run, start: Start | None) -> None:
-    """On rank 0: recipe and tokeniser into the run directory."""
+    """On rank 0: recipe, tokeniser and what the data say of themselves into the run directory."""
     write_atomically(run.folder / "recipe.yaml", resolved_yaml(run.recipe))
+    write_atomically(run.folder / DATA_FILE, run.data.model_dump_json(indent=2) + "\n")
     write_atomically(run.folder / "recipe.sha256", recipe_hash(run.recipe) + "\n")
     tokenizer = load_tokenizer(run.recipe.data.path)
     check_tokenizer(run.data, tokenizer)
@@ -135,6 +136,9 @@ def describe_run(run: Run, start: Start | None) -> None:
         shutil.copytree(start.checkpoint / TOKENIZER, run.folder / TOKENIZER)
     else:
         tokenizer.save(run.folder / TOKENIZER)
+        template = Path(run.recipe.data.path, CHAT_TEMPLATE)
+        if template.is_file():
+            shutil.copyfile(template, run.folder / TOKENIZER / CHAT_TEMPLATE)
 
 
 def _agreed(recipe: Recipe) -> str:
@@ -164,10 +168,6 @@ def _set_deterministic(deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _hash(data: Manifest) -> str:
-    return hashlib.sha256(data.model_dump_json().encode()).hexdigest()[:16]
-
-
 def _check(run: Run) -> None:
     """All ranks agree on recipe and data, and these fit together."""
     recipe, data = run.recipe, run.data
@@ -184,6 +184,6 @@ def _check(run: Run) -> None:
             "evaluation.sequences, or prepare the data with a larger --holdout"
         )
     seen = gather_objects(run.data_hash)
-    different = [rank for rank, data_hash in enumerate(seen) if data_hash != seen[0]]
+    different = [rank for rank, its_hash in enumerate(seen) if its_hash != seen[0]]
     if different:
         raise ValueError(f"ranks {different} see other data in {recipe.data.path} than rank 0")

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.writing import encode_prompt, kept_tokens, read_prompts
+from bd3_scale.evaluate.writing import encode_prompt, kept_tokens
 from tests.support.recipes import tiny_recipe
 
 BYTES = load_tokenizer("bytes")
-
-
-def test_prompts_are_read_a_line_each(tmp_path):
-    (tmp_path / "p.txt").write_text("one\n\ntwo \n")
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a\nb", "")))
-    assert read_prompts(tmp_path / "p.txt") == ["one", "", "two "]
-    assert read_prompts(tmp_path / "p.jsonl") == ["a\nb", ""]
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(ValueError, match=r'bad.jsonl, line 2 is no JSON object with a string "prompt"'):
-        read_prompts(tmp_path / "bad.jsonl")
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="has no prompts"):
-        read_prompts(tmp_path / "empty.txt")
 
 
 def test_the_mask_is_text_unless_gaps_are_asked_for():
@@ -41,7 +27,7 @@ def test_the_mask_is_text_unless_gaps_are_asked_for():
     [("a stop. b", ["stop"], 6), ("aéb", ["é"], 3), ("abc", ["x"], None), ("xx", ["x", "xx"], 1), ("abc", [], None)],
 )
 def test_a_stop_string_keeps_the_fewest_tokens_that_hold_it(text, stop, kept):
-    assert kept_tokens(BYTES, list(text.encode()), stop) == kept
+    assert kept_tokens(BYTES, [], list(text.encode()), stop) == kept
 
 
 def test_a_byte_model_is_stuck_below_three_quarters_of_the_median_of_its_held_out_text(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def go(recipe: Recipe, last: int, out: Path) -> None:
     with ExitStack() as stack:
         run = open_run(recipe, stack)
         on_rank_zero(lambda: run.checkpoints.mkdir(parents=True, exist_ok=True))
-        start = find_start(run.recipe, run.checkpoints, run.data, run.data_hash)
+        start = find_start(run.recipe, run.checkpoints, run.data)
         training = open_training(run, start)
         if start is not None:
             save(training, start.step, out.with_suffix(".again"))
