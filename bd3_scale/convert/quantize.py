@@ -168,8 +168,8 @@ def run_quantize(
         quantizer.verify(folder)
         length = manifest.recipe.max_position_embeddings
         ids, logits = expected_logits(model, manifest.recipe.diffusion.block_size, length)
-        dtype = next(model.parameters()).dtype
-        check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, dtype)
+        assert plan.dtype is not None
+        check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, plan.dtype)
         report = QuantizationReport(
             bits=scheme.bits,
             group_size=scheme.group_size,

@@ -26,15 +26,19 @@ def show_evaluations(found: Sequence[Evaluation]) -> None:
     first = found[0]
     console = Console()
     unigram = {result.text: f"{result.text} {result.unigram_perplexity:.2f}" for result in found}
+    caption = f"Perplexity of the unigram model of the same tokens: {', '.join(unigram.values())}"
+    padded = [f"{r.text} {r.padded_nelbo:.4f} (blocks of {r.block_size})" for r in found if r.padded_nelbo is not None]
+    if padded:
+        caption += f"\nNats with what pads the last block of a document, a bound for `generate`: {', '.join(padded)}"
     table = Table(
         title=f"{first.checkpoint}: nats a token, in sequences of {first.context}",
-        caption=f"Perplexity of the unigram model of the same tokens: {', '.join(unigram.values())}",
+        caption=caption,
         box=SIMPLE,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     table.add_column("text", overflow="fold")
-    for name in ("block", "perplexity", "nats", "padded", "± noise", "± text", "bits/byte", "tokens"):
+    for name in ("block", "perplexity", "nats", "± noise", "± text", "bits/byte", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in found:
         table.add_row(
@@ -42,8 +46,7 @@ def show_evaluations(found: Sequence[Evaluation]) -> None:
             str(result.block_size),
             f"{'' if result.exact else '≤ '}{result.perplexity:.2f}",
             f"{result.nelbo:.4f}",
-            *map(_number, (result.padded_nelbo, result.noise_standard_error, result.text_standard_error)),
-            f"{result.bits_per_byte:.4f}",
+            *map(_number, (result.noise_standard_error, result.text_standard_error, result.bits_per_byte)),
             f"{result.tokens:,}",
         )
     console.print(table)
