@@ -66,12 +66,7 @@ def check_export(
         ValueError: transformers cannot load it, the tokeniser has more ids than the model has rows or other ids for a
             text, or the logits differ.
     """
-    texts = [] if tokenizer is None else [*TEXTS, f"a{tokenizer.name_of(vocabulary.eos_id)}b"]
-    expected = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "mask_id": vocabulary.mask_id,
-        "texts": {text: tokenizer.encode_prompt(text) for text in texts if tokenizer is not None},
-    }
+    expected = expectations(tokenizer, vocabulary, dtype)
     with TemporaryDirectory(prefix="bd3_scale-check-") as scratch:
         Path(scratch, "expected.json").write_text(json.dumps(expected))
         save_file({"ids": ids, "logits": logits.contiguous()}, Path(scratch, "expected.safetensors"))
@@ -86,8 +81,18 @@ def check_export(
         )
 
 
-def _problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor) -> Iterator[str]:
-    """In the fresh process."""
+def expectations(tokenizer: Tokenizer | None, vocabulary: Vocabulary, dtype: torch.dtype) -> dict[str, Any]:
+    """What an export must be like, as JSON holds it."""
+    texts = [] if tokenizer is None else [*TEXTS, f"a{tokenizer.name_of(vocabulary.eos_id)}b"]
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "mask_id": vocabulary.mask_id,
+        "texts": {text: tokenizer.encode_prompt(text) for text in texts if tokenizer is not None},
+    }
+
+
+def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor) -> Iterator[str]:
+    """What is wrong with `folder`, for the fresh process; `expected`: see `expectations`."""
     from bd3_scale.observe.libraries import without_broken_torchvision
 
     with without_broken_torchvision():
@@ -120,7 +125,7 @@ def main(folder: Path, scratch: Path) -> None:
     """Print the first problem, if there is one."""
     expected = json.loads((scratch / "expected.json").read_text())
     tensors = load_file(scratch / "expected.safetensors")
-    print(next(_problems(folder, expected, tensors["ids"], tensors["logits"]), ""))
+    print(next(problems(folder, expected, tensors["ids"], tensors["logits"]), ""))
 
 
 if __name__ == "__main__":

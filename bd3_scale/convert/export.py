@@ -250,8 +250,9 @@ def write_companions(
     (folder / CONFIG).write_text(json.dumps(plan.config | dict(extra_config or {}), indent=2) + "\n")
     _write_generation_config(folder, plan)
     if (tokenizer := plan.tokenizer()) is not None:
-        shutil.copytree(plan.checkpoint / TOKENIZER, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
-        (folder / SOURCE_IDS).unlink(missing_ok=True)
+        for file in (plan.checkpoint / TOKENIZER).iterdir():
+            if file.name != SOURCE_IDS:
+                shutil.copyfile(file, folder / file.name)
         tokenizer.rewrite(folder, with_mask=plan.is_block_diffusion)
     if plan.kind in ("sdar", "bd3"):
         for name, source in remote_code(plan.kind).items():

@@ -92,9 +92,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     aside.mkdir()
+    mode = aside.stat().st_mode & 0o666
     try:
         yield aside
-        mode = aside.stat().st_mode & 0o666
         for path in [*aside.rglob("*"), aside]:
             if path.is_file():
                 path.chmod(mode)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -171,3 +173,18 @@ def test_masked_places_follow_the_rows_of_the_head(size: int, sequences: int, se
         rows = inputs.head_rows.tolist()
         assert sequence.tolist() == [row % sequences for row in rows]
         assert position.tolist() == [places_of(rank, size)[row // sequences] for row in rows]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_token_that_is_shown_is_predicted_by_none_and_counted_by_no_rank(context):
+    plain = batch_of([set(), {3, 9}])
+    shown = torch.rand(plain.tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.3
+    batch = replace(plain, shown=shown)
+    targets, trained = [], torch.zeros(2, dtype=torch.int64)
+    for rank in range(context):
+        inputs = next_tokens(batch, device=CPU, context=(rank, context))
+        targets += inputs.targets.tolist()
+        trained += torch.tensor(inputs.trained_tokens)
+    first = batch.document_start == torch.arange(LENGTH)
+    assert sorted(targets) == sorted(batch.tokens[~shown & ~first].tolist())
+    assert trained.tolist() == (~shown).sum(1).tolist()

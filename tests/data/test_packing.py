@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,3 +75,34 @@ def test_an_exact_fit_leaves_nothing_to_fill() -> None:
     sequences, _ = pack([[1, 2, 3], [4, 5, 6, 7]], 4, 4)
     assert [sequence.tokens.tolist() for sequence in sequences] == [[1, 2, 3, EOS], [4, 5, 6, 7], [EOS] * 4]
     assert [sequence.counted_lengths.tolist() for sequence in sequences] == [[4], [4], [1]]
+
+
+@given(cases(), st.randoms(use_true_random=False))
+def test_runs_that_are_shown_stay_with_their_tokens_where_a_document_is_cut(
+    case: tuple[list[list[int]], int, int], random: Random
+) -> None:
+    documents, seq_len, multiple = case
+    packer = Packer(seq_len, multiple, EOS, np.uint16)
+    sequences, shown, counted = [], [], []
+    for document in documents:
+        flags = [random.random() < 0.4 for _ in document]
+        trains_end = random.random() < 0.5
+        places = [place for place, flag in enumerate(flags) if flag]
+        runs = [(place, place + 1) for place in places]
+        sequences += packer.add(document, runs, trains_end=trains_end)
+        padding = -(len(document) + 1) % multiple
+        shown += [*flags, *[not trains_end] * (1 + padding)]
+        counted += [*(not flag for flag in flags), trains_end, *[False] * padding]
+    sequences += packer.fill()
+    filled = len(sequences) * seq_len - len(shown)
+    shown, counted = [*shown, *[False] * filled], [*counted, *[False] * filled]
+    found = np.zeros(len(shown), np.bool_)
+    for number, sequence in enumerate(sequences):
+        assert sequence.shown.dtype == np.int32
+        for first, last in sequence.shown:
+            assert 0 <= first < last <= seq_len
+            found[number * seq_len + first : number * seq_len + last] = True
+        own = slice(number * seq_len, (number + 1) * seq_len)
+        assert sequence.num_shown == sum(shown[own])
+        assert sequence.num_counted == sum(counted[own])
+    assert found.tolist() == shown
