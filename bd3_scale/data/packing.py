@@ -17,8 +17,8 @@ class PackedSequence:
 
     Piece i has `document_lengths[i]` tokens (int32, they sum to L), of which the first `counted_lengths[i]` count for
     perplexity: the text and the first end of document, but not the ends of document that pad behind it. Of all these,
-    the tokens from `shown[r, 0]` up to `shown[r, 1]` of each run r (int32 [R, 2], in order) are shown: never masked,
-    trained on or counted.
+    the tokens from `shown[r, 0]` up to `shown[r, 1]` of each run r (int32 [R, 2], in order, R ≥ 1) are shown: never
+    masked, trained on or counted.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -101,6 +101,7 @@ class Packer:
         self._counted_lengths.append(num_counted)
         if self.num_pending == self.seq_len:
             lengths, counted = np.array(self._document_lengths, np.int32), np.array(self._counted_lengths, np.int32)
-            shown = np.array(self._shown, np.int32).reshape(-1, 2)
+            # One that is empty where there is none: MDS holds no array without elements.
+            shown = np.array(self._shown or [(0, 0)], np.int32)
             yield PackedSequence(self._tokens.copy(), lengths, counted, shown)
             self._document_lengths, self._counted_lengths, self._shown = [], [], []
