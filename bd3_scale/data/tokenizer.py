@@ -28,8 +28,15 @@ EOS = "<|endoftext|>"
 MASK = "[MASK]"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SENTENCEPIECE_FILE = "tokenizer.model"
-# Their code in transformers puts BOS in front by a switch of tokenizer_config.json, whatever tokenizer.json says.
-_CLASSES_WITH_SWITCH = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+# Their code in transformers puts BOS in front by a switch of tokenizer_config.json, whatever tokenizer.json says; what
+# the switch is where it is not there.
+_CLASSES_WITH_SWITCH = {
+    "LlamaTokenizer": True,
+    "CodeLlamaTokenizer": True,
+    "GemmaTokenizer": True,
+    "CohereTokenizer": True,
+    "GPTNeoXTokenizer": False,
+}
 _INCOMPLETE = "\ufffd"
 
 
@@ -266,9 +273,10 @@ def load_tokenizer(source: str | Path, mask: str | None = None) -> Tokenizer:
 
 def _as_its_class_has_it(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
     """With or without BOS by a switch of `tokenizer_config.json`, where its class in transformers has one."""
-    if str(config.get("tokenizer_class")).removesuffix("Fast") not in _CLASSES_WITH_SWITCH:
+    default = _CLASSES_WITH_SWITCH.get(str(config.get("tokenizer_class")).removesuffix("Fast"))
+    if default is None:
         return tokenizer
-    return tokenizer.with_bos(tokenizer.declared_bos_id if config.get("add_bos_token", True) else None)
+    return tokenizer.with_bos(tokenizer.declared_bos_id if config.get("add_bos_token", default) else None)
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:

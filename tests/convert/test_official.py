@@ -232,6 +232,23 @@ def test_bert_has_a_mask_of_its_own(tmp_path):
     assert open_official(saved(tmp_path / "lm1b.pt", state)).mask_id == 103
 
 
+def test_a_text_begins_as_the_code_begins_its_sequences(tmp_path, omega):
+    """GPT-2's end of text is its beginning, too; of BERT's vocabulary it is [CLS]; a configuration may leave it out."""
+    from bd3_scale.convert.importer import plan_import
+
+    sizes = {50258: (None, 50256), 30522: (102, 101)}
+    for size, (eos_id, bos_id) in sizes.items():
+        state = DiT().state_dict()
+        for name in ("vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias"):
+            state[name] = torch.zeros(size, *state[name].shape[1:])
+        plan = plan_import(saved(tmp_path / f"{size}.pt", state), block_size=BLOCK, eos_id=eos_id)
+        assert plan.vocabulary.bos_id == bos_id
+    for ignored, begins in ((True, True), (False, False), (None, True)):
+        changes = {} if ignored is None else {"ignore_bos": ignored}
+        path = omega(tmp_path / f"{ignored}.ckpt", {"state_dict": prefixed(DiT().state_dict())}, hydra(**changes))
+        assert open_official(path).begins_with_bos == begins
+
+
 def test_missing_and_extra_tensors_are_named(tmp_path):
     state = DiT().state_dict()
     del state["blocks.1.mlp.2.bias"]

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from bd3_scale.observe.metrics import EVENTS_FILE
+from bd3_scale.observe.metrics import EVENTS_FILE, last_event
 from bd3_scale.parallel.engine import StepResult
 from bd3_scale.recipe.schema import GuardRecipe
 from bd3_scale.train.guard import Guard
@@ -83,3 +83,16 @@ def test_a_resumed_run_forgets_what_comes_after_and_remembers_losses(guard, tmp_
     watch = guard(step=40)
     assert [event["step"] for event in events(tmp_path)] == [30]
     assert "stands out" in watch.judge(41, result(2.0), keys)
+
+
+def test_a_resume_that_changes_something_is_recorded_and_is_no_step_that_stood_out(tmp_path, groups):
+    guard = Guard(tmp_path, GuardRecipe(), step=3, skipped=0)
+    guard.resumed(3, [("optimizer.lr", 0.1, 0.2)], ["optimizer.lr 0.1 → 0.2"])
+    (event,) = events(tmp_path)
+    assert event == {
+        "step": 3,
+        "kind": "resumed",
+        "changes": {"optimizer.lr": {"before": 0.1, "now": 0.2}},
+        "notes": ["optimizer.lr 0.1 → 0.2"],
+    }
+    assert last_event(tmp_path) is None
