@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bd3_scale.data.chat import CHAT_TEMPLATE
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from bd3_scale.recipe.vocabulary import Vocabulary
 
@@ -136,7 +137,8 @@ def parse_manifest(file: Path, content: bytes) -> Manifest:
 def _fetch(remote: str, folder: Path) -> None:
     from bd3_scale.data.mosaicml import CloudDownloader
 
-    for name in (MANIFEST_FILE, *TOKENIZER_FILES):
+    names = [MANIFEST_FILE, *TOKENIZER_FILES]
+    for name in names:
         # Every rank of a node fetches for itself, so each needs a file of its own until it is complete.
         aside = folder / f".{name}.{secrets.token_hex(4)}"
         CloudDownloader.direct_download(os.path.join(remote, name), str(aside))
@@ -145,3 +147,5 @@ def _fetch(remote: str, folder: Path) -> None:
             aside.unlink()
             raise ValueError(f"{folder} caches other data than {remote} holds; empty it or choose another folder")
         aside.replace(file)
+        if name == MANIFEST_FILE and parse_manifest(file, file.read_bytes()).messages:
+            names.append(CHAT_TEMPLATE)

@@ -172,13 +172,17 @@ class Tokenizer:
     def continuation(self, before: Sequence[int], new: Sequence[int], *, final: bool = True) -> str:
         """What `new` adds to the text of `before`: the decoded whole without the decoded beginning.
 
-        Unless `final`, bytes at the end that are no whole character yet are held back; the text of more tokens then
-        begins with the text of fewer.
+        Unless `final`, bytes at the end that are no whole character yet are held back; of tokens that spell UTF-8, the
+        text of more then begins with the text of fewer.
         """
-        begin, whole = self.text_of(before), self.text_of([*before, *new])
+        ids = [*before, *new]
+        begin, whole = self.text_of(before), self.text_of(ids)
+        if not final and whole.endswith(_INCOMPLETE):
+            # A character has four bytes or fewer; some decoders take the whole characters before it for broken, too.
+            ends = range(len(ids), max(len(ids) - 4, len(before) - 1), -1)
+            whole = max((self.text_of(ids[:end]).rstrip(_INCOMPLETE) for end in ends), key=len)
         shared = next((i for i, (a, b) in enumerate(zip(begin, whole, strict=False)) if a != b), len(begin))
-        text = whole[shared:]
-        return text if final else text.rstrip(_INCOMPLETE)
+        return whole[shared:]
 
     def name_of(self, token_id: int) -> str | None:
         """The token of an id, or None where it has none."""
@@ -187,7 +191,9 @@ class Tokenizer:
     @cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
         """Parses special tokens, of which the mask is one that nobody can spell."""
-        backend = _from_json(without_mask(json.loads(self._backend.to_str()), self._mask, secrets.token_hex(16)))
+        content = without_mask(json.loads(self._backend.to_str()), self._mask, secrets.token_hex(16))
+        # What comes behind the pieces adds nothing here, and may take spaces out of where they stand.
+        backend = _from_json({**content, "post_processor": None})
         if self.vocabulary.mask_id in backend.encode(self._mask, add_special_tokens=False).ids:
             raise ValueError(f"a prompt that spells {self._mask!r} would become the mask; choose another tokeniser")
         return backend
@@ -297,7 +303,7 @@ def converted_sentencepiece(path: Path) -> tokenizers.Tokenizer:
         f"make a tokenizer.json of it where they are installed: python -c 'from transformers import AutoTokenizer; "
         f'AutoTokenizer.from_pretrained("{path.parent}").save_pretrained("FOLDER")\''
     )
-    wanting = [name for name in ("sentencepiece", "google.protobuf") if find_spec(name) is None]
+    wanting = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
     if wanting:
         raise ValueError(
             f"{path} is of SentencePiece, and converting it needs {' and '.join(wanting)}: "
@@ -311,6 +317,13 @@ def converted_sentencepiece(path: Path) -> tokenizers.Tokenizer:
             return found.backend_tokenizer
         except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
             raise ValueError(f"transformers cannot convert {path} ({error}); {way_out}") from error
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package that it is a part of
+        return False
 
 
 def train_tokenizer(

@@ -2,6 +2,10 @@
 
 A continuation's tokens alone are masked, at rates over the whole of [0, 1]; the context stays clean inside their block,
 too, and what would follow the continuation in its last block is always masked, so that nothing tells where it ends.
+
+The bound is of the likelihood under the law in which those places behind the continuation stay masked. `generate` fills
+them, too, in an order drawn over the whole block: where the last block is not full, its law is another one. At block
+size 1 no such place is left, and the number is the likelihood itself (but of a score-entropy model).
 """
 
 from __future__ import annotations

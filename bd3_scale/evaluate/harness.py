@@ -1,7 +1,8 @@
 """A checkpoint behind the interface of lm-evaluation-harness (Gao et al., 2024): likelihood by the NELBO, and text.
 
-A block diffusion model has no likelihood to read off: a continuation is given a lower bound of it (see `bounds`). At
-block size 1 this is the likelihood (but of a score-entropy model). All choices of a question meet the same noise.
+A block diffusion model has no likelihood to read off: a continuation is given a lower bound of it, under the law in
+which what is behind the continuation in its last block stays masked (see `bounds`). At block size 1 this is the
+likelihood (but of a score-entropy model). All choices of a question meet the same noise.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class BlockDiffusionLM(LM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The bound of log p(text) in nats: in windows that each predict what none before has, with the longest context
-        that fits.
+        that fits. What is behind a window's end in its last block stays masked, as behind a continuation.
         """
         totals = []
         for request in requests:

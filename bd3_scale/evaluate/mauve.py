@@ -30,13 +30,15 @@ def human_texts(source: Path, tokenizer: Tokenizer, *, count: int, length: int) 
     pieces = []
     for document in DocumentReader([source]):
         ids = tokenizer.encode(document.text)
-        pieces += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+        # With the token before it, by which a piece is known to be no beginning.
+        starts = range(0, len(ids) - length + 1, length)
+        pieces += [(ids[max(0, start - 1) : start], ids[start : start + length]) for start in starts]
     if len(pieces) < count:
         raise ValueError(
             f"{source} has {len(pieces)} pieces of {length} tokens, and MAUVE compares {count} samples with as many: "
             "give more text, or ask for fewer or shorter samples"
         )
-    return [tokenizer.decode(pieces[place * len(pieces) // count]) for place in range(count)]
+    return [tokenizer.continuation(*pieces[place * len(pieces) // count]) for place in range(count)]
 
 
 def mauve(features_p: NDArray[np.float64], features_q: NDArray[np.float64], seed: int) -> float:
