@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
+ALONE = "bd3_scale.convert.check_export"  # makes no process groups
 _PR_SET_NAME = 15
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _MAIN_PROCESS = type(multiprocessing.process.current_process())
@@ -154,13 +155,19 @@ def _run_main(command: Sequence[str]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def _can_meet_others(command: Sequence[str]) -> bool:
+    """Whether a fork can do what `command` does: gloo's loop, once there is one, has no thread in a fork."""
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return "gloo_tcp_loop\n" not in threads or ALONE in command
+
+
 class ForkingPopen(subprocess.Popen):
     """Starts a Python program as a fork of this process; anything else as ever."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):  # type: ignore[no-untyped-def]
         command = [args] if isinstance(args, str | bytes | os.PathLike) else [os.fspath(word) for word in args]
         _, _, shell, *pipes, _, _, _, _, _, new_session, group = rest
-        if shell or executable or pass_fds or not is_forkable(command):
+        if shell or executable or pass_fds or not is_forkable(command) or not _can_meet_others(command):
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         stdin, _, _, stdout, _, stderr = pipes
         sys.stdout.flush()

@@ -16,6 +16,8 @@ from tests.support.runs import is_alive, wait_for
 
 pytestmark = pytest.mark.launch
 
+MEETS = "import torch.distributed as d; d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1); "
+MEETS += "d.new_group([0]); print('met'); d.destroy_process_group()"
 PROGRAMS = {
     "arguments, place and environment": "import os, sys; print(sys.argv[1:], os.getcwd(), dict(os.environ))",
     "both outputs": "import sys; print('out'); print('err', file=sys.stderr); print('é\\udc80', file=sys.stderr)",
@@ -32,6 +34,7 @@ PROGRAMS = {
     "its name": "print(__name__, __import__('__main__').__dict__ is globals())",
     "a child": "import subprocess as s, sys; s.run([sys.executable, '-c', 'print(2)'])",
     "a child's end": "import subprocess as s, sys; print(s.call([sys.executable, '-c', 'raise SystemExit(3)']))",
+    "a child that meets others, as it did": f"{MEETS}; import subprocess as s, sys; s.run([sys.executable, '-c', {MEETS!r}])",
     "not Python": "import subprocess as s; print(s.run(['echo', 'shell'], capture_output=True).stdout)",
 }
 
