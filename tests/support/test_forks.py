@@ -34,7 +34,7 @@ PROGRAMS = {
     "its name": "print(__name__, __import__('__main__').__dict__ is globals())",
     "a child": "import subprocess as s, sys; s.run([sys.executable, '-c', 'print(2)'])",
     "a child's end": "import subprocess as s, sys; print(s.call([sys.executable, '-c', 'raise SystemExit(3)']))",
-    "a child that meets others, as it did": f"{MEETS}; import subprocess as s, sys; s.run([sys.executable, '-c', {MEETS!r}])",
+    "a child that meets others": f"{MEETS}; import subprocess as s, sys; s.run([sys.executable, '-c', {MEETS!r}])",
     "not Python": "import subprocess as s; print(s.run(['echo', 'shell'], capture_output=True).stdout)",
 }
 
