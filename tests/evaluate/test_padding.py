@@ -111,9 +111,10 @@ def test_with_its_padding_counted_the_number_bounds_what_generate_writes(groups,
     assert whole > exact
 
 
-def test_a_text_without_padding_has_one_number_and_what_is_shown_is_not_counted(groups, model):
+def test_a_text_without_padding_has_one_number_and_what_is_shown_is_seen(groups, model):
     full = replace(batch(0), counted=torch.ones(20, LENGTH, dtype=torch.bool))
-    how = {"diffusion": DiffusionRecipe(block_size=8), "draws": 2, "padded": True}
+    # One block, so that nothing but a token's own noisy copy could be seen.
+    how = {"diffusion": DiffusionRecipe(block_size=LENGTH), "draws": 2, "padded": True}
     found = evaluate_nelbo([model], [full], groups, **how)
     assert found.padded == found.nelbo
     shown = torch.zeros(20, LENGTH, dtype=torch.bool)
@@ -123,4 +124,15 @@ def test_a_text_without_padding_has_one_number_and_what_is_shown_is_not_counted(
     begins = [replace(full, tokens=t, shown=shown, counted=~shown) for t in (full.tokens, other)]
     first, second = (evaluate_nelbo([model], [one], groups, **how).nelbo for one in begins)
     assert first.num_tokens == 20 * (LENGTH - 1)
-    assert first.nelbo != second.nelbo, "it is seen"
+    assert first.nelbo != second.nelbo
+
+
+def test_padding_behind_the_last_block_with_text_is_no_part_of_either_number(groups, model):
+    """Nine tokens in blocks of four: three of the third block pad, and all of the fourth."""
+    ends, others = batch(0), batch(0)
+    others.tokens[:, 12:] = 7
+    how = {"diffusion": DiffusionRecipe(block_size=4), "draws": 2, "padded": True}
+    found, same = (evaluate_nelbo([model], [one], groups, **how) for one in (ends, others))
+    assert (found.nelbo, found.padded) == (same.nelbo, same.padded)
+    others.tokens[:, 10] = 7
+    assert evaluate_nelbo([model], [others], groups, **how).padded != found.padded
