@@ -41,6 +41,10 @@ Sources = Annotated[
 Field = Annotated[
     str | None, typer.Option(help="Of a JSON line, such as document.body.", show_default="text; messages")
 ]
+Bos = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Texts begin with BOS.", show_default="as the tokeniser's template"),
+]
 OnErrorOption = Annotated[
     Literal["stop", "skip"], typer.Option(help="Of a line or file that cannot be read; skipped ones are counted.")
 ]
@@ -89,10 +93,7 @@ def prepare(
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core")] = None,
     field: Field = None,
     on_error: OnErrorOption = "stop",
-    bos: Annotated[
-        bool | None,
-        typer.Option("--bos/--no-bos", help="Documents begin with BOS.", show_default="as the tokeniser's template"),
-    ] = None,
+    bos: Bos = None,
     parse_special: Annotated[
         bool,
         typer.Option("--parse-special", help="Special tokens that a document spells are these tokens, not plain text."),
@@ -173,6 +174,7 @@ def adapt(
     mask_token: Annotated[
         str | None, typer.Option(help="An unused token that becomes the mask.", show_default="a new one")
     ] = None,
+    bos: Bos = None,
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Import and prepare; `bd3-scale train RUN_DIR/adapt.yaml` goes on.")
     ] = False,
@@ -196,6 +198,7 @@ def adapt(
             text=text or (),
             validation=validation or (),
             mask_token=mask_token,
+            bos=bos,
             progress=bar.show,
             note=lambda text: typer.echo(f"note: {text}", err=True),
         )

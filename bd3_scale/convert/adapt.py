@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, read_manifest
+from bd3_scale.checkpoint.manifest import MANIFEST, read_manifest
 from bd3_scale.convert.architectures import export_obstacles
 from bd3_scale.convert.importer import ImportPlan, plan_import, run_import
 from bd3_scale.data.manifest import MANIFEST_FILE
 from bd3_scale.data.prepare import prepare
-from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.evaluate.writing import checkpoint_tokenizer
 from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
 from bd3_scale.recipe.load import load_recipe, resolved_yaml
 from bd3_scale.recipe.schema import ImportedRecipe
@@ -30,6 +30,7 @@ def prepare_adaptation(
     text: Sequence[Path],
     validation: Sequence[Path],
     mask_token: str | None,
+    bos: bool | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
     note: Callable[[str], object] = lambda text: None,
 ) -> Path:
@@ -42,7 +43,7 @@ def prepare_adaptation(
         ValueError, FileNotFoundError: the source cannot be imported or is no next-token model, the recipe is wrong, or
             there is neither prepared data nor text.
     """
-    plan = plan_import(source, mask_token=mask_token)
+    plan = plan_import(source, mask_token=mask_token, bos=bos)
     if plan.diffusion.objective != "next_token" or plan.tokenizer is None:
         raise ValueError(
             f"{source} is {plan.architecture}, no autoregressive model with a tokeniser: train from an import"
@@ -69,7 +70,7 @@ def prepare_adaptation(
         prepare(
             text,
             data,
-            load_tokenizer(initial / TOKENIZER),
+            checkpoint_tokenizer(initial, read_manifest(initial)),
             recipe.data.seq_len,
             document_multiple=multiple,
             validation=validation,
@@ -83,7 +84,9 @@ def _check_same_import(initial: Path, plan: ImportPlan) -> None:
     manifest = read_manifest(initial)
     assert isinstance(manifest.recipe, ImportedRecipe)
     same_weights = manifest.recipe.source_fingerprint == plan.fingerprint
-    if not same_weights or manifest.recipe.model != plan.model or manifest.vocabulary != plan.vocabulary:
+    # What texts begin with is as the run began with.
+    vocabulary = plan.vocabulary.model_copy(update={"bos_id": manifest.vocabulary.bos_id})
+    if not same_weights or manifest.recipe.model != plan.model or manifest.vocabulary != vocabulary:
         raise ValueError(
             f"{initial} was imported from {manifest.recipe.imported_from}, with mask id {manifest.vocabulary.mask_id}, "
             f"and {plan.source} has changed since or is another model: choose another run_dir=FOLDER, or remove "

@@ -1,12 +1,13 @@
 """Whether an exported folder is what was meant, seen by transformers alone in a fresh process.
 
-`python -m bd3_scale.convert.check_export FOLDER EXPECTED` is that process; it prints what is wrong, or nothing.
+`python -m bd3_scale.convert.check_export FOLDER EXPECTED` is that process, which writes what is wrong into EXPECTED.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ TEXTS = (
     "def f(x):\n    return [i**2 for i in x]\n",
 )
 LENGTH = 24
+RESULT = "result.txt"
 # Of the largest logit: two implementations in one type differ by rounding alone, wrong weights by all of it.
 TOLERANCES = {torch.float32: 1e-3}
 ROUNDED = 5e-2
@@ -70,10 +72,13 @@ def check_export(
     with TemporaryDirectory(prefix="bd3_scale-check-") as scratch:
         Path(scratch, "expected.json").write_text(json.dumps(expected))
         save_file({"ids": ids, "logits": logits.contiguous()}, Path(scratch, "expected.safetensors"))
-        environment = os.environ | {"HF_HOME": scratch, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        # No code but the folder's own may run: nothing that lies in somebody's cache.
+        caches = dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"), scratch)
+        environment = os.environ | caches | {"HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "bd3_scale.convert.check_export", str(folder), scratch]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    problem = done.stdout.strip() if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+        result = Path(scratch, RESULT)
+        problem = result.read_text() if result.is_file() else _last_words(done)
     if problem:
         raise ValueError(
             f"the export is not what was meant, and is not kept: {problem}. This is an error of bd3_scale or of the "
@@ -89,6 +94,14 @@ def expectations(tokenizer: Tokenizer | None, vocabulary: Vocabulary, dtype: tor
         "mask_id": vocabulary.mask_id,
         "texts": {text: tokenizer.encode_prompt(text) for text in texts if tokenizer is not None},
     }
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """Of a process that came to no result."""
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return f"the process that loads it was ended by {name}, as where memory is short"
+    return (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
 def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor) -> Iterator[str]:
@@ -122,10 +135,11 @@ def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor
 
 
 def main(folder: Path, scratch: Path) -> None:
-    """Print the first problem, if there is one."""
+    """Write the first problem, or nothing, into `scratch`."""
     expected = json.loads((scratch / "expected.json").read_text())
     tensors = load_file(scratch / "expected.safetensors")
-    print(next(problems(folder, expected, tensors["ids"], tensors["logits"]), ""))
+    problem = next(problems(folder, expected, tensors["ids"], tensors["logits"]), "")
+    (scratch / RESULT).write_text(problem)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,10 @@ def import_(
         int | None, typer.Option(min=1, help="Of a block diffusion model that does not say its own.")
     ] = None,
     eos_id: Annotated[int | None, typer.Option(min=0, help="End of document, where there is no tokeniser.")] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Texts begin with BOS.", show_default="as the tokeniser's template"),
+    ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,7 +62,9 @@ def import_(
     """
     from bd3_scale.convert.importer import plan_import, run_import
 
-    plan = plan_import(source, tokenizer=tokenizer, mask_token=mask_token, block_size=block_size, eos_id=eos_id)
+    plan = plan_import(
+        source, tokenizer=tokenizer, mask_token=mask_token, block_size=block_size, eos_id=eos_id, bos=bos
+    )
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
     if not dry_run:
@@ -74,6 +80,7 @@ def import_(
             "bytes": plan.num_bytes,
             "embedding rows": f"{plan.vocab_rows}, padded to {vocabulary.padded_size}",
             "mask id": mask,
+            "texts begin with": "nothing of their own" if vocabulary.bos_id is None else vocabulary.bos_id,
             "end of document": vocabulary.eos_id,
             "tokeniser": "none: text commands need one" if plan.tokenizer is None else plan.tokenizer.hash[:12],
             "objective": plan.diffusion.objective,

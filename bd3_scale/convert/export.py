@@ -199,11 +199,16 @@ def run_export(
 def _check(plan: ExportPlan, folder: Path) -> None:
     """ValueError: transformers makes something else of it."""
     dtype = torch.bfloat16 if plan.config["torch_dtype"] == "bfloat16" else torch.float32
-    with open_model(plan.checkpoint, dtype) as (model, manifest, _):
-        diffusion = manifest.recipe.diffusion
-        block_size = diffusion.block_size if plan.is_block_diffusion else 1
-        ids, logits = expected_logits(model, block_size, manifest.recipe.max_position_embeddings)
+    ids, logits = _native_logits(plan, dtype)
     check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, dtype)
+
+
+def _native_logits(plan: ExportPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `expected_logits`; the model is gone from memory then."""
+    recipe = plan.manifest.recipe
+    with open_model(plan.checkpoint, dtype) as (model, _, _):
+        block_size = recipe.diffusion.block_size if plan.is_block_diffusion else 1
+        return expected_logits(model, block_size, recipe.max_position_embeddings)
 
 
 def check_undamaged(plan: ExportPlan) -> None:

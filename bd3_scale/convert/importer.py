@@ -97,6 +97,7 @@ def plan_import(
     mask_token: str | None = None,
     block_size: int | None = None,
     eos_id: int | None = None,
+    bos: bool | None = None,
 ) -> ImportPlan:
     """Read and check everything but the weights themselves.
 
@@ -107,6 +108,7 @@ def plan_import(
             predicts the next token needs a mask for its adaptation.
         block_size: where the source does not say it.
         eos_id: end of document where there is no tokeniser.
+        bos: whether texts begin with BOS; default: as the tokeniser's template has it.
 
     Raises:
         ValueError, FileNotFoundError: an unsupported architecture, damaged files, missing or extra tensors, a tokeniser
@@ -126,8 +128,8 @@ def plan_import(
             raise ValueError(f"{source} does not say its block size: give it with --block-size")
         if eos_id is None and official.vocab_size == GPT2_SIZE + 1:
             eos_id = GPT2_EOS
-        vocabulary, loaded = _vocabulary(found, mask_token, official.vocab_size, eos_id, official.mask_id)
-        if official.begins_with_bos:
+        vocabulary, loaded = _vocabulary(found, mask_token, official.vocab_size, eos_id, official.mask_id, bos=bos)
+        if official.begins_with_bos and bos is None:
             vocabulary, loaded = _as_official(vocabulary, loaded)
         plan = ImportPlan(
             source, f"bd3lms DiT ({official.source})", official.model, DiffusionRecipe(block_size=size),
@@ -138,7 +140,7 @@ def plan_import(
         weights = open_weights(source)
         eos_id = architecture.eos_id if eos_id is None else eos_id
         rows, mask_id = architecture.vocab_rows, architecture.mask_id
-        vocabulary, loaded = _vocabulary(found, mask_token, rows, eos_id, mask_id, architecture.num_token_ids)
+        vocabulary, loaded = _vocabulary(found, mask_token, rows, eos_id, mask_id, architecture.num_token_ids, bos=bos)
         plan = ImportPlan(
             source, architecture.name, architecture.model, architecture.diffusion,
             architecture.max_position_embeddings, rows, vocabulary, loaded, found, mask_id is None, weights,
@@ -218,6 +220,8 @@ def _vocabulary(
     eos_id: int | None,
     mask_id: int | None,
     num_token_ids: int | None = None,
+    *,
+    bos: bool | None = None,
 ) -> tuple[Vocabulary, Tokenizer | None]:
     """The ids that text, model and mask agree on; mask_id: of a model that has one."""
     if tokenizer is None:
@@ -230,7 +234,8 @@ def _vocabulary(
         if eos_id is None:
             raise ValueError("there is no tokenizer.json beside the weights: give --tokenizer, or --eos-id")
         return _checked(size=num_token_ids or rows, eos_id=eos_id, mask_id=mask_id, rows=rows), None
-    loaded = load_tokenizer(tokenizer, mask_token).checked_template()
+    loaded = load_tokenizer(tokenizer, mask_token)
+    loaded = loaded.checked_template() if bos is None else loaded.with_bos_switch(bos)
     own = loaded.vocabulary
     # A mask that the tokeniser did not know is its last id, and may lie one behind the embedding.
     text_ids = own.size - (own.mask_id == own.size - 1)

@@ -77,5 +77,6 @@ class ChatTemplate:
 
         try:
             return self._render([list(messages)], chat_template=self.template, **how, **self._special_tokens)
-        except (TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"the chat template of {self.folder} refuses the conversation: {error}") from error
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the chat template of {self.folder} refuses the conversation: {reason}") from error

@@ -42,7 +42,7 @@ class Split(_Frozen):
     sequences: Annotated[int, Field(ge=1)]
     counted_tokens: Annotated[Count, Field(description="tokens of its sequences that count for perplexity")]
     shown_tokens: Annotated[int, _later(ge=0, description="tokens of its sequences that are never masked")] = 0
-    dropped_tokens: Annotated[Count, Field(description="tokens of the last, incomplete sequence, which is not kept")]
+    dropped_tokens: Annotated[Count, Field(description="tokens of sequences that were not kept: cut, or all shown")]
     text_bytes: Annotated[Count, Field(description="UTF-8 bytes of its documents, of conversations the assistant's")]
 
 
@@ -77,7 +77,7 @@ def differing(old: Manifest, new: Manifest) -> list[str]:
     for key in ("seq_len", "document_multiple", "holdout", "seed", "field", "parse_special", "messages"):
         before, now = getattr(old, key), getattr(new, key)
         if before != now:
-            found.append(f"{key} is {now or 'unset'}, there {before or 'unset'}")
+            found.append(f"{key} is {'unset' if now == '' else now}, there {'unset' if before == '' else before}")
     if old.vocabulary.bos_id != new.vocabulary.bos_id:
         begins = ["nothing" if m.vocabulary.bos_id is None else f"the id {m.vocabulary.bos_id}" for m in (new, old)]
         found.append(f"documents begin with {begins[0]}, there with {begins[1]}")
@@ -117,12 +117,23 @@ def load_manifest(path: str | Path, remote: str | None = None) -> Manifest:
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """Raise ValueError unless the data was prepared with `tokenizer`."""
-    if tokenizer.hash != manifest.tokenizer_hash:
+    """Raise ValueError unless the data was prepared with `tokenizer`; what it begins texts with may be another."""
+    if manifest.tokenizer_hash not in (tokenizer.hash, _with_bos_of(manifest, tokenizer).hash):
         raise ValueError(
             f"the tokeniser (hash {tokenizer.hash[:12]}) is not the one that the data was prepared with "
             f"(hash {manifest.tokenizer_hash[:12]}); use the one saved in the folder of the data"
         )
+
+
+def _with_bos_of(manifest: Manifest, tokenizer: Tokenizer) -> Tokenizer:
+    bos_id = manifest.vocabulary.bos_id
+    is_token = bos_id is None or tokenizer.name_of(bos_id) is not None
+    return tokenizer.with_bos(bos_id) if is_token else tokenizer
+
+
+def bos_option(vocabulary: Vocabulary) -> str:
+    """How to prepare data that begin documents as `vocabulary` says."""
+    return "--no-bos" if vocabulary.bos_id is None else "--bos"
 
 
 def parse_manifest(file: Path, content: bytes) -> Manifest:

@@ -167,7 +167,10 @@ def _check_new(out: Path, asked: Manifest) -> None:
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
     differences = differing(load_manifest(out), asked)
     if not differences:
-        raise FileExistsError(f"{out} holds these data already: it was prepared in the same way from the same files")
+        raise FileExistsError(
+            f"{out} holds these data already, prepared in the same way from files of the same names and sizes; remove "
+            "it to prepare them again"
+        )
     raise FileExistsError(
         f"{out} holds other data:\n  - " + "\n  - ".join(differences) + "\nremove it or choose another folder"
     )
@@ -226,6 +229,7 @@ class _SplitWriter:
             out=str(folder), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
         )
         self.num_documents = self._num_sequences = self._num_counted = self._num_shown = self._num_text_bytes = 0
+        self._num_dropped = 0
 
     def add(self, document: EncodedDocument) -> None:
         self.num_documents += 1
@@ -249,6 +253,10 @@ class _SplitWriter:
 
     def _write(self, sequences: Iterator[PackedSequence]) -> None:
         for sequence in sequences:
+            if sequence.num_shown == len(sequence.tokens):
+                # Nothing of it could be learnt or measured, as of a long text that a person hands in.
+                self._num_dropped += len(sequence.tokens)
+                continue
             self._shards.write({name: getattr(sequence, name) for name in self._columns})
             self._num_sequences += 1
             self._num_counted += sequence.num_counted
@@ -261,7 +269,7 @@ class _SplitWriter:
             sequences=self._num_sequences,
             counted_tokens=self._num_counted,
             shown_tokens=self._num_shown,
-            dropped_tokens=dropped,
+            dropped_tokens=dropped + self._num_dropped,
             text_bytes=self._num_text_bytes,
         )
 

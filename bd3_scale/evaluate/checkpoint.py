@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import Manifest, Split, check_tokenizer, load_manifest
+from bd3_scale.data.manifest import Manifest, Split, bos_option, check_tokenizer, load_manifest
 from bd3_scale.data.overlap import count_known, hashes_of, read_hashes
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
@@ -89,9 +89,12 @@ class _Measured:
         share = {"dp_rank": dp_rank, "dp_size": dp_size, "sequences": sequences}
         return held_out_batches(self.recipe, self.data, batch_size=EVALUATION_BATCH, **share)
 
-    def counted(self, sequences: int, diffusion: DiffusionRecipe) -> Iterator[Batch]:
-        """All sequences on every rank, with what counts for a model of `diffusion`."""
-        return (counted_tokens(batch, diffusion) for batch in self.batches(sequences))
+    def bytes(self, sequences: int, diffusion: DiffusionRecipe) -> int:
+        """UTF-8 bytes of the text of the tokens that count for a model of `diffusion`."""
+        if sequences == self.split.sequences and diffusion.objective != "next_token" and not self.data.messages:
+            return self.split.text_bytes
+        batches = self.batches(sequences)
+        return counted_bytes(batches, self.tokenizer, lambda batch: counted_tokens(batch, diffusion).counted)
 
 
 def evaluate_checkpoint(
@@ -155,11 +158,9 @@ def evaluate_checkpoint(
 
         found = []
         for text, count in zip(measured, counts, strict=True):
-            unigram = unigram_perplexity(text.counted(count, sizes[0]), text.data.vocabulary.size)
-            whole_text = count == text.split.sequences and sizes[0].objective != "next_token" and not text.data.messages
-            num_bytes = (
-                text.split.text_bytes if whole_text else counted_bytes(text.counted(count, sizes[0]), text.tokenizer)
-            )
+            tokens = (counted_tokens(batch, sizes[0]) for batch in text.batches(count))
+            unigram = unigram_perplexity(tokens, text.data.vocabulary.size)
+            num_bytes = text.bytes(count, sizes[0])
             for diffusion in sizes:
                 share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
                 held_out = evaluate_nelbo(
@@ -218,7 +219,7 @@ def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | N
     if data.vocabulary.bos_id != manifest.vocabulary.bos_id:
         raise ValueError(
             f"documents of {recipe.path} begin with {data.vocabulary.bos_id}, those of the training with "
-            f"{manifest.vocabulary.bos_id}: prepare them again with {'--no-bos' if data.vocabulary.bos_id else '--bos'}"
+            f"{manifest.vocabulary.bos_id}: prepare them again with {bos_option(manifest.vocabulary)}"
         )
     if data.validation is None:
         raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")

@@ -11,7 +11,7 @@ from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.newest import check_together, newest_sound
 from bd3_scale.checkpoint.store import load_initial_weights, load_training_state
-from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash, differing, parse_manifest
+from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, data_hash, differing, parse_manifest
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.layout import ParameterLayout
 from bd3_scale.parallel.collective import on_rank_zero
@@ -109,7 +109,12 @@ def check_initial(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe
     ]
     # An imported embedding may have more rows than the tokeniser has ids.
     vocabulary = Vocabulary(**manifest.vocabulary.model_dump(exclude={"rows"}))
-    if vocabulary != data.vocabulary:
+    if vocabulary.model_copy(update={"bos_id": data.vocabulary.bos_id}) == data.vocabulary != vocabulary:
+        differences.append(
+            f"its documents begin with {vocabulary.bos_id}, those of the data with {data.vocabulary.bos_id}: prepare "
+            f"the data again with {bos_option(vocabulary)}"
+        )
+    elif vocabulary != data.vocabulary:
         differences.append(f"the data's vocabulary is {data.vocabulary}, the checkpoint's {vocabulary}")
     if differences:
         raise ValueError(

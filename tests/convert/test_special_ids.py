@@ -126,6 +126,16 @@ def test_an_import_of_before_keeps_its_ids_and_begins_texts_with_nothing(tmp_pat
     assert checkpoint_tokenizer(tmp_path / "native", manifest).encode_prompt("a") == [257, 97]
 
 
+def test_what_texts_begin_with_can_be_chosen_at_the_import(tmp_path: Path) -> None:
+    source = with_begin(tmp_path / "model")
+    assert plan_import(source).vocabulary.bos_id == 257
+    plain = plan_import(source, bos=False)
+    assert plain.vocabulary.bos_id is None
+    assert plain.tokenizer.encode_prompt("a") == [97]
+    with pytest.raises(ValueError, match="names no beginning of text"):
+        plan_import(save_folder(tmp_path / "bytes", a_model("Llama", vocab_size=300)), bos=True)
+
+
 def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
     checkpoint = native_checkpoint(tmp_path / "native", QWEN_SHAPE, BYTES)
     before = os.umask(0o027)

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 MARKED_TEMPLATE = (
     "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n"
     "{% if turn['role'] == 'assistant' %}{% generation %}{{ turn['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ turn['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% else %}{{ turn['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 

@@ -12,6 +12,7 @@ import yaml
 
 from bd3_scale.data.tokenizer import load_tokenizer
 from tests.convert.test_special_ids import with_begin
+from tests.data.test_prepare import read
 from tests.support import forks
 from tests.support.recipes import tiny_recipe, write_recipe, write_topics
 from tests.support.runs import losses
@@ -133,20 +134,24 @@ def test_a_model_that_begins_texts_is_adapted_exported_and_writes_the_same(workp
 def test_a_chat_is_the_text_of_the_template_and_data_that_lie_there_say_what_differs(workplace: Path) -> None:
     from transformers import AutoTokenizer
 
+    for data in ("chats", "topics"):
+        run = f"said-{data}"
+        write_recipe(workplace / f"{run}.yaml", model=ONE, data={"path": data}, train={"steps": 1}, run_dir=run)
+        forks.bd3_scale("train", f"{run}.yaml", cwd=workplace)
     theirs = AutoTokenizer.from_pretrained(workplace / "model")
     message = [{"role": "user", "content": "abc"}]
     options = ["--chat", "--prompt", "abc", "--max-new-tokens", 2, "--json"]
-    written = json.loads(forks.bd3_scale("generate", "chats-one", *options, cwd=workplace))
+    written = json.loads(forks.bd3_scale("generate", "said-chats", *options, cwd=workplace))
     prompt = theirs.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     assert written["prompt"] == prompt == "<|begin|>user: abc<|endoftext|>assistant: "
-    ids = load_tokenizer(workplace / "chats-one" / "tokenizer").encode_special(prompt)
+    ids = load_tokenizer(workplace / "said-chats" / "tokenizer").encode_special(prompt)
     assert ids == theirs.apply_chat_template(message, add_generation_prompt=True)
     (workplace / "asked.jsonl").write_text(json.dumps({"messages": message}) + "\n")
     again = forks.bd3_scale(
-        "generate", "chats-one", "--messages", "asked.jsonl", "--max-new-tokens", 2, "--json", cwd=workplace
+        "generate", "said-chats", "--messages", "asked.jsonl", "--max-new-tokens", 2, "--json", cwd=workplace
     )
     assert json.loads(again)["tokens"] == written["tokens"]
-    said = forks.bd3_scale("generate", "topics-one", *options, cwd=workplace, returncode=2)
+    said = forks.bd3_scale("generate", "said-topics", *options, cwd=workplace, returncode=2)
     assert "has no chat template: put a chat_template.jinja into it" in said
     prepare = ["data", "prepare", "text", "--out", "topics", "--tokenizer", "model", "--workers", 1, "--holdout", 0.2]
     said = forks.bd3_scale(*prepare, "--seq-len", 128, "--no-bos", cwd=workplace, returncode=2)
@@ -154,3 +159,46 @@ def test_a_chat_is_the_text_of_the_template_and_data_that_lie_there_say_what_dif
     assert "documents begin with nothing, there with the id 257\n" in said
     said = forks.bd3_scale(*prepare, "--seq-len", 64, cwd=workplace, returncode=2)
     assert "topics holds these data already" in said
+
+
+def test_data_of_another_beginning_are_named_with_the_way_out(workplace: Path) -> None:
+    """An import of before has a tokeniser that begins texts, and a manifest that knows of no beginning."""
+    from bd3_scale.checkpoint.manifest import read_manifest
+    from bd3_scale.data.manifest import check_tokenizer, load_manifest
+    from bd3_scale.recipe.load import load_recipe
+    from bd3_scale.train.resume import check_initial
+
+    imported = workplace / "imported"
+    forks.bd3_scale("convert", "import", "model", "--out", "imported", cwd=workplace)
+    new = read_manifest(imported)
+    old = new.model_copy(update={"vocabulary": new.vocabulary.model_copy(update={"bos_id": None})})
+    prepare = ["data", "prepare", "text", "--tokenizer", "imported/tokenizer", "--seq-len", 64, "--workers", 1]
+    forks.bd3_scale(*prepare, "--holdout", 0, "--out", "with", cwd=workplace)
+    forks.bd3_scale(*prepare, "--holdout", 0, "--out", "without", "--no-bos", cwd=workplace)
+    begun, plain = (load_manifest(workplace / name) for name in ("with", "without"))
+    tokenizer = load_tokenizer(imported / "tokenizer")
+    check_tokenizer(begun, tokenizer)
+    check_tokenizer(plain, tokenizer)
+    model = new.recipe.model.model_dump(mode="json")
+    recipe = load_recipe(write_recipe(workplace / "initial.yaml", model=model, diffusion={"block_size": 4}))
+    check_initial(imported, new, recipe, begun)
+    check_initial(imported, old, recipe, plain)
+    with pytest.raises(ValueError, match=r"documents begin with None, those of the data with 257: .* with --no-bos"):
+        check_initial(imported, old, recipe, begun)
+    with pytest.raises(ValueError, match=r"documents begin with 257, those of the data with None: .* with --bos"):
+        check_initial(imported, new, recipe, plain)
+
+
+def test_a_sequence_that_is_shown_whole_is_not_kept(workplace: Path) -> None:
+    long = {"role": "user", "content": "x" * 300}
+    short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 40}]
+    lines = [json.dumps({"messages": [long, *short]}), json.dumps({"messages": [*short, long]})]
+    (workplace / "long.jsonl").write_text("\n".join(lines) + "\n")
+    prepare = ["data", "prepare", "long.jsonl", "--messages", "--tokenizer", "model", "--seq-len", 64, "--workers", 1]
+    forks.bd3_scale(*prepare, "--holdout", 0, "--document-multiple", 8, "--out", "long", cwd=workplace)
+    train = json.loads((workplace / "long" / "manifest.json").read_text())["train"]
+    rows = read(workplace / "long", "train")
+    kept = [64 - int((sample["shown"][:, 1] - sample["shown"][:, 0]).sum()) for sample in rows]
+    assert min(kept) > 0
+    assert train["sequences"] == len(rows) < (2 * 300) // 64
+    assert train["dropped_tokens"] >= 64 * 8
