@@ -51,7 +51,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def exported(native: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exported")
     for name, checkpoint in native.items():
-        run_export(plan_export(checkpoint), folder / name)
+        run_export(plan_export(checkpoint), folder / name, check=False)
     return {name: folder / name for name in native}
 
 
@@ -107,7 +107,7 @@ def test_a_fresh_process_of_transformers_computes_the_same(
 def test_sdar_comes_back_as_it_went_in(tmp_path: Path) -> None:
     source = sdar_folder(tmp_path / "sdar")
     run_import(plan_import(source), tmp_path / "native")
-    run_export(plan_export(tmp_path / "native"), tmp_path / "back")
+    run_export(plan_export(tmp_path / "native"), tmp_path / "back", check=False)
     before, after = tensors(source), tensors(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -143,7 +143,7 @@ def test_native_comes_back_bitwise(
 
 def test_shards_and_casts(native: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "SHARD_BYTES", 30_000)
-    run_export(plan_export(native["tied"], dtype="bfloat16"), tmp_path / "out")
+    run_export(plan_export(native["tied"], dtype="bfloat16"), tmp_path / "out", check=False)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))
     assert len(shards) > 2

@@ -329,7 +329,7 @@ def test_each_tensor_keeps_its_own_type_and_every_bit(folder: Path) -> None:
 
     edit_tensors(folder, cast)
     run_import(plan_import(folder), folder.parent / "native")
-    run_export(plan_export(folder.parent / "native"), folder.parent / "back")
+    run_export(plan_export(folder.parent / "native"), folder.parent / "back", check=False)
     before, after = tensors(folder), tensors(folder.parent / "back")
     assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
     assert all(same_bytes(before[n], after[n]) for n in before)
@@ -342,7 +342,7 @@ def test_a_flipped_bit_of_the_checkpoint_is_not_exported(folder: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"is damaged: {file.name}; use an earlier one"):
-        run_export(plan_export(folder.parent / "native"), folder.parent / "back")
+        run_export(plan_export(folder.parent / "native"), folder.parent / "back", check=False)
     assert not (folder.parent / "back").exists()
     file.write_bytes(b"\xff" * len(content))
     with TensorReader(folder.parent / "native") as reader, pytest.raises(ValueError, match="is damaged"):

@@ -210,7 +210,7 @@ def test_an_answer_that_ends_in_spaces_is_trained_on_to_its_end(tmp_path: Path) 
     assert tokenizer.decode(batch.tokens[batch.counted].tolist(), skip_eos=True) == messages[1]["content"]
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bd3_scale.data.encode.CHUNK_CHARACTERS", 500)
     tokenizer = load_tokenizer(chat_folder(tmp_path / "chat"))

@@ -62,7 +62,7 @@ def test_logits_and_round_trips(layout: str, case, tmp_path: Path) -> None:
     assert found[..., 257].isneginf().all(), "the mask is never predicted"
 
     exported = tmp_path / "exported"
-    run_export(plan_export(tmp_path / "step-00000000", dtype="float32"), exported)
+    run_export(plan_export(tmp_path / "step-00000000", dtype="float32"), exported, check=False)
     before, after = tensors(source), tensors(exported)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
