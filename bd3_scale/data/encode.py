@@ -63,12 +63,14 @@ class Encoder:
         encoded = self.tokenizer.encode_batch(texts, self.parse_special)
         return [self._document(*pair) for pair in zip(texts, encoded, strict=True)]
 
+    def key_of(self, text: str) -> str:
+        """What makes a document the same as another: its text, of a conversation without its place."""
+        return text if self.chat is None else json.dumps(json.loads(text)[1])
+
     def split_of(self, text: str) -> SplitName:
         """By a hash of text and seed: equal documents go to one side."""
-        if self.chat is not None:
-            text = json.dumps(json.loads(text)[1])  # without its place
-        key = self.seed.to_bytes(8, "big")
-        draw = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=key).digest(), "big")
+        key, data = self.seed.to_bytes(8, "big"), self.key_of(text).encode("utf-8")
+        draw = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "big")
         return "validation" if draw < self.holdout * 2**64 else "train"
 
     def _document(self, text: str, ids: list[int]) -> EncodedDocument:

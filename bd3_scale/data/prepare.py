@@ -185,10 +185,12 @@ def _check_splits(shares: Mapping[DocumentReader, float], encoder: Encoder) -> N
     """ValueError: a split would have no document. Reads until each has one, which is soon unless that is so."""
     for reader, share in shares.items():
         wanted: set[SplitName] = {name for name, there in _splits({reader: share}).items() if there}
-        different: set[bytes] = set()
+        different: set[str] = set()
+        divider = replace(encoder, holdout=share)
         for document in reader:
-            different |= {document.text.encode()} if len(different) < 2 else set()
-            wanted.discard(replace(encoder, holdout=share).split_of(document.text))
+            if len(different) < 2:
+                different.add(divider.key_of(document.text))
+            wanted.discard(divider.split_of(document.text))
             if not wanted:
                 break
         if not reader.num_documents:
@@ -249,6 +251,8 @@ class _SplitWriter:
     def finish_filling(self) -> Split:
         """Complete the incomplete sequence with tokens that do not count."""
         self._write(self._packer.fill())
+        if not self._num_sequences:
+            raise ValueError("the held-out conversations have no sequence with an answer; give more or longer ones")
         return self._finish(0)
 
     def _write(self, sequences: Iterator[PackedSequence]) -> None:

@@ -161,6 +161,39 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
         run([source], tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["one text"], "the only document never fell to"),
+        (["a text"] * 7, "all 7 documents are equal, and none fell to"),
+        (["a text", "b text"], "none of the 2 documents fell to"),
+        (["", " "], "no document \\(2 empty ones and 0 with errors were left out\\)"),
+    ],
+)
+def test_what_can_be_known_before_tokenising_is_said_before(
+    texts: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    monkeypatch.setattr(type(BYTES), "encode_batch", None)
+    with pytest.raises(ValueError, match=said):
+        prepare([source], tmp_path / "out", BYTES, 32, holdout=0.01, workers=1, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_documents_that_are_left_out_are_counted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_jsonl(tmp_path / "t.jsonl", ["a" * 90, "", "b" * 90])
+    with source.open("a") as file:
+        file.write('{"text": null}\n{"content": "x"}\n')
+    options = {"holdout": 0, "workers": 1, "progress": False}
+    with pytest.raises(ValueError, match=r"t.jsonl:4 has null in the field"):
+        prepare([source], tmp_path / "out", BYTES, 32, **options)
+    manifest = prepare([source], tmp_path / "out", BYTES, 32, **options, on_error="skip")
+    assert (manifest.train.documents, manifest.empty_documents, manifest.skipped_documents) == (2, 1, 2)
+    assert "1 documents without a visible character were left out" in caplog.text
+    assert "2 that cannot be read were skipped, the first of them:\n  - " in caplog.text
+    assert load_manifest(tmp_path / "out") == manifest
+
+
 @pytest.mark.launch
 def test_killed_preparation_leaves_nothing_that_looks_finished_and_no_process(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "t.jsonl", [f"{number} " + "word " * 50_000 for number in range(200)])
