@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER
+from bd3_scale.resilience.files import read_object
 
 # Lies beside the tokeniser, which goes from an import to a run, its checkpoints and their exports.
 SOURCE_IDS = "source_ids.json"
@@ -18,14 +19,16 @@ KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class SourceIds:
-    """config: its ids by the names of `KEYS`, as far as it has them; generation_config: all that it says."""
+    """Holds what two files of a model say. config: its ids by the names of `KEYS`, as far as it has them;
+    generation_config: all of it.
+    """
 
     config: dict[str, Any]
     generation_config: dict[str, Any]
 
 
 def source_ids(checkpoint: Path) -> SourceIds:
-    """Of the model that a checkpoint came from; nothing where it came from none.
+    """Return the ids of the model that a checkpoint came from; nothing where it came from none.
 
     ValueError: a file is no JSON object.
     """
@@ -49,12 +52,4 @@ def _from_files(folder: Path) -> SourceIds:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
+    return read_object(path) if path.is_file() else {}

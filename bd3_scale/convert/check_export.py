@@ -39,7 +39,7 @@ ROUNDED = 5e-2
 
 @torch.no_grad()
 def expected_logits(model: BlockDiffusionTransformer, block_size: int, max_length: int) -> tuple[Tensor, Tensor]:
-    """Some ids int64 [1, S], and the model's fp32 logits of them as clean text [1, S, ids in use]."""
+    """Return some ids, int64 [1, S], and the model's fp32 logits of them as clean text [1, S, ids in use]."""
     vocabulary, length = model.vocabulary, min(LENGTH, max_length)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary.size - 1, (1, length), generator=generator)
@@ -87,7 +87,7 @@ def check_export(
 
 
 def expectations(tokenizer: Tokenizer | None, vocabulary: Vocabulary, dtype: torch.dtype) -> dict[str, Any]:
-    """What an export must be like, as JSON holds it."""
+    """Return what an export must be like, as JSON holds it."""
     texts = [] if tokenizer is None else [*TEXTS, f"a{tokenizer.name_of(vocabulary.eos_id)}b"]
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -97,7 +97,7 @@ def expectations(tokenizer: Tokenizer | None, vocabulary: Vocabulary, dtype: tor
 
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """Of a process that came to no result."""
+    """Return what a process said that came to no result."""
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         return f"the process that loads it was ended by {name}, as where memory is short"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bd3_scale.convert.weights import Weights
+from bd3_scale.resilience.files import read_object
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -31,14 +31,9 @@ _PACKED_DTYPES: Mapping[str, torch.dtype] = {"I8": torch.int8, "I32": torch.int3
 def read_json(path: Path) -> dict[str, Any]:
     """ValueError: not a JSON object; FileNotFoundError: no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: a Hugging Face model folder has one") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
 
 
 def open_weights(folder: Path, *, quantised: bool = False) -> Weights:

@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.tokenizer_json import beginning_with, template_of, without_added, without_mask, without_prefix
 from bd3_scale.recipe.vocabulary import Vocabulary
-from bd3_scale.resilience.files import new_folder
+from bd3_scale.resilience.files import new_folder, read_object
 
 EOS = "<|endoftext|>"
 MASK = "[MASK]"
@@ -37,7 +37,7 @@ _CLASSES_WITH_SWITCH = {
     "CohereTokenizer": True,
     "GPTNeoXTokenizer": False,
 }
-_INCOMPLETE = "\ufffd"
+INCOMPLETE = "\ufffd"
 
 
 class Tokenizer:
@@ -177,10 +177,10 @@ class Tokenizer:
         """
         ids = [*before, *new]
         begin, whole = self.text_of(before), self.text_of(ids)
-        if not final and whole.endswith(_INCOMPLETE):
+        if not final and whole.endswith(INCOMPLETE):
             # A character has four bytes or fewer; some decoders take the whole characters before it for broken, too.
             ends = range(len(ids), max(len(ids) - 4, len(before) - 1), -1)
-            whole = max((self.text_of(ids[:end]).rstrip(_INCOMPLETE) for end in ends), key=len)
+            whole = max((self.text_of(ids[:end]).rstrip(INCOMPLETE) for end in ends), key=len)
         shared = next((i for i, (a, b) in enumerate(zip(begin, whole, strict=False)) if a != b), len(begin))
         return whole[shared:]
 
@@ -222,9 +222,9 @@ class Tokenizer:
 
         Without the mask, that token is left out, unless the vocabulary has it in the midst of others.
         """
-        config = _read_config(folder / TOKENIZER_FILES[1])
+        config = read_object(folder / TOKENIZER_FILES[1])
         self.save(folder)
-        config |= _read_config(folder / TOKENIZER_FILES[1])
+        config |= read_object(folder / TOKENIZER_FILES[1])
         content = json.loads(self._backend.to_str())
         if not with_mask:
             del config["mask_token"]
@@ -267,7 +267,7 @@ def load_tokenizer(source: str | Path, mask: str | None = None) -> Tokenizer:
     else:
         backend = _read_backend(path)
     config_path = path.with_name(TOKENIZER_FILES[1])
-    config = _read_config(config_path) if config_path.is_file() else {"eos_token": EOS}
+    config = read_object(config_path) if config_path.is_file() else {"eos_token": EOS}
     eos, mask = _token(config.get("eos_token")), mask or _token(config.get("mask_token"))
     if eos is None:
         raise ValueError(f'{config_path} declares no end-of-document token; add "eos_token" to it')
@@ -382,16 +382,6 @@ def _byte_level(backend: tokenizers.Tokenizer, use_regex: bool) -> tokenizers.To
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return config
 
 
 def _token(declared: Any) -> str | None:

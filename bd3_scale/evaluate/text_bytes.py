@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.data.tokenizer import INCOMPLETE, Tokenizer
 
-INCOMPLETE = "\ufffd"
 LONGEST_CHARACTER = 4  # bytes
 
 

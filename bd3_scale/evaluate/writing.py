@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from bd3_scale.checkpoint.source_ids import source_ids
 from bd3_scale.data.chat import ChatTemplate, Messages
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches
-from bd3_scale.data.tokenizer import MASK, Tokenizer, load_tokenizer
+from bd3_scale.data.tokenizer import INCOMPLETE, MASK, Tokenizer, load_tokenizer
 from bd3_scale.generate.sampler import ENTROPY_WINDOW, SMALLEST_SUBWORD_VOCABULARY, SUBWORD_ENTROPY, generate_batch
 from bd3_scale.recipe.schema import Recipe
 
@@ -111,7 +112,7 @@ def write_texts(
 
             def watched(index: int, tokens: list[int], first: int = first) -> None:
                 if watch is not None:
-                    watch(first + index, tokenizer.continuation([], tokens, final=False))
+                    watch(first + index, settled(tokenizer.text_of(tokens)))
 
             def ends(index: int, tokens: list[int], batch: Sequence[list[int]] = batch) -> int | None:
                 return kept_tokens(tokenizer, batch[index], tokens, stop)
@@ -201,6 +202,11 @@ def kept_tokens(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], stop
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
     return high
+
+
+def settled(text: str) -> str:
+    """Return a text with masks without the characters that lack bytes, which are still masked or to come."""
+    return re.sub(rf"{INCOMPLETE}+(?={re.escape(MASK)}|$)", "", text)
 
 
 def text_before(text: str, stop: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -104,6 +106,17 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside)
         raise
     sync(out.parent)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds. ValueError: it holds none; FileNotFoundError: there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
 
 
 def file_hash(path: Path) -> str:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.writing import encode_prompt, kept_tokens
+from bd3_scale.evaluate.writing import encode_prompt, kept_tokens, settled
 from tests.support.recipes import tiny_recipe
 
 BYTES = load_tokenizer("bytes")
@@ -54,3 +54,12 @@ def test_a_byte_model_is_stuck_below_three_quarters_of_the_median_of_its_held_ou
     assert default_min_entropy(manifest.model_copy(update={"recipe": gone})) == 0.0
     words = BYTES.vocabulary.model_copy(update={"size": 5000})
     assert default_min_entropy(manifest.model_copy(update={"vocabulary": words})) == 4.0
+
+
+def test_a_character_whose_bytes_are_masked_is_not_shown_while_it_settles():
+    content, mask = list("a日b".encode()), BYTES.vocabulary.mask_id
+    shown = []
+    for count in range(len(content) + 1):
+        shown.append(settled(BYTES.text_of(content[:count] + [mask] * (len(content) - count))))
+    assert [text.replace("[MASK]", "") for text in shown] == ["", "a", "a", "a", "a日", "a日b"]
+    assert [text.count("[MASK]") for text in shown] == [5, 4, 3, 2, 1, 0]
