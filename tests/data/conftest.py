@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from bd3_scale.data import prepare as prepare_module
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from tests.data.documents import SEQ_LEN, random_texts, write_jsonl
+from tests.data.tokenisers import Made, make
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
@@ -32,3 +34,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             progress=False,
         )
     return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """Makes a tokeniser of a kind once for a module."""
+    folder = tmp_path_factory.mktemp("kinds")
+    found: dict[str, Made] = {}
+
+    def of(name: str) -> Made:
+        if name not in found:
+            found[name] = make(folder / name, name)
+        return found[name]
+
+    return of

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from hypothesis import settings
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
@@ -252,3 +253,20 @@ KINDS = {
     "word-pieces": Kind(word_pieces, "[SEP]", ("[UNK]", "[CLS]", "[SEP]"), {"mask_token": "[MASK]"}, lossless=False),
 }
 LOSSLESS = tuple(name for name, kind in KINDS.items() if kind.lossless)
+
+
+EXAMPLES = settings(max_examples=30)
+WORDS = (
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "Nine crates",
+    " of lemons",
+    "12",
+    "    return x",
+    "é",
+    "日本",
+    "\U0001f600",
+    "a\u0301",
+)
