@@ -16,6 +16,8 @@ from typing import Any
 
 import xxhash
 
+from bd3_scale.resilience.readers import read_regular
+
 _LOG = logging.getLogger(__name__)
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{8}")
 
@@ -109,9 +111,12 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds. ValueError: it holds none; FileNotFoundError: there is no such file."""
+    """Return the JSON object that a regular file holds. ValueError: it holds none; OSError: there is no such file."""
+    data = read_regular(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(data.decode())
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be read") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
