@@ -145,7 +145,7 @@ class _Steps(IterableDataset["Batch | Exception"]):
 
 def _leave_signals_to_the_rank(worker: int) -> None:
     """A scheduler signals every process of a job; the rank decides when its workers end, after its last checkpoint."""
-    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     threading.Thread(target=_end_at_the_word_of_the_rank, args=(signals,), daemon=True).start()
 

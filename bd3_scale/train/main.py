@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from bd3_scale.checkpoint.saver import is_saving
+from bd3_scale.observe.console import put
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
+from bd3_scale.resilience.output import flush_results
+from bd3_scale.resilience.terminal import tell
 from bd3_scale.train.loop import train
 from bd3_scale.train.replay import replay
 
@@ -36,7 +39,8 @@ def main_of_replay(recipe: Recipe, step: int) -> None:
             told = asdict(found) | {"same": found.same}
             # As in the metrics: JSON knows no other numbers.
             told |= {key: told[key] if math.isfinite(told[key]) else None for key in ("loss", "grad_norm")}
-            print(json.dumps(told), flush=True)
+            put(json.dumps(told))
+            flush_results()
 
 
 @contextmanager
@@ -50,7 +54,7 @@ def _even_beside_a_save() -> Iterator[None]:
         if not is_saving():
             raise
         if not isinstance(error, SystemExit):
-            traceback.print_exception(error)
+            tell("".join(traceback.format_exception(error)))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
@@ -63,5 +67,5 @@ def _errors_for_people() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("BD3_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         raise SystemExit(1 if isinstance(error, ConnectionError) else 2) from None
