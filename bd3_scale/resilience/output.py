@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from bd3_scale.resilience.terminal import clean, tell
 
-_PATIENCE_SECONDS = 5.0
 _DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
 
@@ -25,12 +24,12 @@ def hold_descriptors() -> None:
     os.close(descriptor)
 
 
-def outlast(*names: Literal["stdout", "stderr"], log: Path | None = None) -> None:
+def outlast(*names: Literal["stdout", "stderr"], log: Path | None = None, patience: float = 5.0) -> None:
     """Make writing to these streams of this process no error, whoever reads them: what is said is no result.
 
     A stream that breaks (a pipe whose reader went away, a terminal that hung up, a full disk) goes on in `log`, which
     says so, with what libraries and child processes write to it. Where nobody reads, as behind a terminal that was
-    stopped with Ctrl-S, what is said is left out after `_PATIENCE_SECONDS`, until somebody does. Called again, it
+    stopped with Ctrl-S, what is said is left out after `patience` seconds, until somebody does. Called again, it
     changes the log.
     """
     for name in names:
@@ -42,7 +41,7 @@ def outlast(*names: Literal["stdout", "stderr"], log: Path | None = None) -> Non
             continue
         with contextlib.suppress(OSError):
             stream.flush()
-        buffer = io.BufferedWriter(_Lasting(name, log))
+        buffer = io.BufferedWriter(_Lasting(name, log, patience))
         setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True))
 
 
@@ -85,10 +84,10 @@ def _file_behind(stream: Any, name: str) -> io.FileIO | None:
 class _Lasting(io.FileIO):
     """The file behind a standard stream that others may break."""
 
-    def __init__(self, name: str, log: Path | None) -> None:
+    def __init__(self, name: str, log: Path | None, patience: float) -> None:
         super().__init__(_DESCRIPTORS[name], "w", closefd=False)
         self.log = log
-        self._stream = name
+        self._stream, self._patience = name, patience
         self._broken = self._stuck = False
         self._poll = select.poll()
         self._poll.register(self.fileno(), select.POLLOUT)
@@ -109,7 +108,7 @@ class _Lasting(io.FileIO):
             return self.write(view)
 
     def _takes_more(self) -> bool:
-        ready = bool(self._poll.poll(0 if self._stuck else 1000 * _PATIENCE_SECONDS))
+        ready = bool(self._poll.poll(0 if self._stuck else 1000 * self._patience))
         if not ready and not self._stuck:
             self._note("is not read by anybody: what is said meanwhile is left out")
         self._stuck = not ready
