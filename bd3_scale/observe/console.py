@@ -50,7 +50,7 @@ def styled(*parts: str | tuple[str, str]) -> Text:
 def say(text: str) -> None:
     """Print a line to stdout, cleaned. OSError: stdout cannot be written."""
     with results():
-        print(clean(text))
+        print(clean(text), flush=True)
 
 
 def put(text: str, end: str = "\n") -> None:
@@ -59,4 +59,4 @@ def put(text: str, end: str = "\n") -> None:
     OSError: stdout cannot be written.
     """
     with results():
-        print(clean(text) if sys.stdout.isatty() else text, end=end)
+        print(clean(text) if sys.stdout.isatty() else text, end=end, flush=True)
