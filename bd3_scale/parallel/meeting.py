@@ -83,7 +83,8 @@ def _wait_for_all(meeting: Meeting, timeout: timedelta) -> None:
         meeting.store.wait(keys, timeout)
     except RuntimeError as error:
         missing = [rank for rank, key in enumerate(keys) if not meeting.store.check([key])]
-        raise ConnectionError(f"ranks {missing} did not come within {timeout.total_seconds():g} s") from error
+        unseen = ", or do not see the same secret file" if meeting.secret is not None else ""
+        raise ConnectionError(f"ranks {missing} did not come within {timeout.total_seconds():g} s{unseen}") from error
 
 
 def show_secret(secret: bytes | None, group: dist.ProcessGroup | None = None) -> None:
