@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -47,8 +49,39 @@ def test_what_can_never_run_is_refused_at_once(cluster, workplace, options, prof
     assert refused.returncode == 2, refused.stdout
     for word in words:
         assert word in " ".join(refused.stderr.split())
-    assert not (workplace / "refused/slurm/job.sh").exists()
+    assert not (workplace / "refused").exists()
     assert cluster.run("squeue", "--noheader").stdout.count("refused") == 0
+
+
+def test_a_chain_that_is_refused_half_way_leaves_no_job_and_no_folder(cluster, workplace):
+    """What only the submission meets, such as a limit on jobs: here an sbatch that takes one job and no other."""
+    fake = workplace / "bin/sbatch"
+    fake.parent.mkdir()
+    real, taken = shutil.which("sbatch"), workplace / "taken"
+    fake.write_text(
+        f'#!/bin/bash\n[[ "$*" == *--test-only* ]] || mkdir {taken} || {{ echo "no more jobs" >&2; exit 1; }}\n'
+        f'exec {real} "$@"\n'
+    )
+    fake.chmod(0o755)
+    (workplace / "kept/logs").mkdir(parents=True)
+    options = ["recipe.yaml", "--profile", "site.yaml", "--nodes", "2", "--chain", "2"]
+    for run, kept in (("new/refused", ["."]), ("kept", [".", "logs"])):
+        refused = subprocess.run(
+            [BD3_SCALE, "submit", *options, f"run_dir={run}"],
+            cwd=workplace,
+            env=cluster.env | {"PATH": f"{fake.parent}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert refused.returncode == 2
+        assert "no more jobs" in refused.stderr
+        folder = workplace / run.partition("/")[0]
+        assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == kept[1:]
+        assert folder.exists() == (run == "kept")
+        assert cluster.run("squeue", "--noheader", "--format=%i").stdout == ""
+        taken.rmdir()
 
 
 def test_slurm_says_when_it_would_start(cluster, workplace):
