@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.launch.records import read_json
 from tests.slurm.jobs import attempts, logs, small_job, write_workplace
 from tests.support.programs import BD3_SCALE
 
@@ -147,7 +146,7 @@ def test_a_supervisor_that_is_killed_outright_is_told_and_the_run_goes_on(cluste
     first = attempts(run.folder)[0]
     assert (first["outcome"], first["reason"]) == ("requeued", "the supervisor was killed by SIGKILL")
     assert first["failure"]
-    run.wait_for(lambda: read_json(run.job.folder / "current.json").get("attempt") == 1, "another life")
+    run.wait_for(lambda: (run.job.folder / "heartbeats").resolve().name == "heartbeats-1", "another life")
     run.wait_for_step(first["saved"] + 2)
     # The batch process itself: SLURM ends the job, and the supervisor, if it lives long enough, or else whoever asks
     # next, writes its line.
