@@ -147,7 +147,7 @@ def _what_became_of(lost: dict[str, Any]) -> str:
     node = lost["nodes"][0]
     shown = slurm("scontrol", "show", "node", node, "--oneliner").stdout
     if (state := re.search(r"\sState=(\S+)", shown)) and re.search(r"DOWN|\*|FAIL|NOT_RESPONDING", state[1]):
-        return f"its node {node} is {state[1].lower()}"
+        return f"its node {node} is {re.sub('[+*]+', ', ', state[1]).strip(', ').replace('_', ' ').lower()}"
     for field, what in (("BootTime", "has booted"), ("SlurmdStartTime", "has started its slurmd")):
         with contextlib.suppress(ValueError, TypeError):
             if _time_of(shown, field) > lost["started"]:

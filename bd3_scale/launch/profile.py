@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from bd3_scale.recipe.load import load_section
 from bd3_scale.recipe.schema import Deadlines, NonNegativeInt, PositiveFloat, PositiveInt, RecipeError, Section
+from bd3_scale.resilience.readers import reader
 
 FOLDER = Path("cluster/profiles")
 TIME_LIMIT = r"^(\d+-)?\d+(:\d+){0,2}$"
@@ -91,6 +92,7 @@ class Profile(Section):
         return self.processes_per_node or self.gpus_per_node
 
 
+@reader("a profile", path="name")
 def load_profile(name: str) -> Profile:
     """A profile by its name in `cluster/profiles`, or by the path of a YAML file.
 
