@@ -43,6 +43,7 @@ OPTIONAL = {"lm_eval", "sklearn", "triton", "amp_C", "apex"}
 STANDARD_LIBRARY_ALONE = {
     *(f"launch/{name}.py" for name in ("attempts", "local", "ranks", "records", "supervise", "watch")),
     "resilience/heartbeat.py",
+    "resilience/secret.py",
 }
 
 

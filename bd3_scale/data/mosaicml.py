@@ -18,6 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch.distributed as dist
+
+from bd3_scale.parallel.collective import gather_values
+
 SHARED_MEMORY = Path("/dev/shm")
 OWNER_SUFFIX = "_bd3_scale.lock"
 CACHE_LOCK_SECONDS = 15.0  # the loader workers of a killed run end within 5 (torch's MP_STATUS_CHECK_INTERVAL)
@@ -53,7 +57,6 @@ _import_streaming()
 import streaming.base.dataset as streaming_dataset  # noqa: E402
 from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN  # noqa: E402
-from streaming.base.distributed import all_gather_object  # noqa: E402
 from streaming.base.hashing import get_hash  # noqa: E402
 from streaming.base.shuffle import get_shuffle  # noqa: E402
 from streaming.base.storage.download import CloudDownloader  # noqa: E402
@@ -70,7 +73,7 @@ def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: 
     owner, the first rank of the node, holds a lock on a file beside the memory. The kernel drops the lock when the
     owner and its loader workers are gone; whoever comes next removes what is left.
     """
-    claim: int | ValueError | OSError | None = None
+    claim, problem = -1, ""
     if world.is_local_leader:
         try:
             for folder, remote in zip(folders, remotes, strict=True):
@@ -79,11 +82,11 @@ def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: 
             _remove_left_behind()
             claim = _own_new_prefix()
         except (ValueError, OSError) as error:
-            claim = error
-    claim = all_gather_object(claim)[world.rank - world.rank_of_node]
-    if isinstance(claim, ValueError | OSError):
-        raise claim
-    assert claim is not None
+            problem = str(error)
+    if dist.is_initialized():
+        claim, problem = gather_values([claim, problem])[world.rank - world.rank_of_node]
+    if problem:
+        raise ValueError(problem)
     return claim, None
 
 

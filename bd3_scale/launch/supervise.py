@@ -30,6 +30,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -138,7 +139,7 @@ class Supervisor:
         address = re.search(r"NodeAddr=(\S+)", slurm("scontrol", "show", "node", nodes[0], "--oneliner").stdout)
         environment["MASTER_ADDR"] = address.group(1) if address else nodes[0]
         self.number = len(self.attempts)
-        environment["MASTER_PORT"] = str(20000 + (int(self.job_id) * 7 + self.number) % 10000)
+        environment["MASTER_PORT"] = str(20000 + secrets.randbelow(10000))
         saved = self.attempts[-1]["saved"] if self.attempts else 0
         self.record = {
             "attempt": self.number,
