@@ -41,7 +41,7 @@ RESERVED = {
 # Used where a machine has them: triton comes with a CUDA torch, NVIDIA's apex is built from source.
 OPTIONAL = {"lm_eval", "sklearn", "triton", "amp_C", "apex"}
 STANDARD_LIBRARY_ALONE = {
-    *(f"launch/{name}.py" for name in ("local", "ranks", "records", "supervise", "watch")),
+    *(f"launch/{name}.py" for name in ("attempts", "local", "ranks", "records", "supervise", "watch")),
     "resilience/heartbeat.py",
     "resilience/secret.py",
 }

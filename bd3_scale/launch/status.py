@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.launch.records import read_attempts, read_json
-from bd3_scale.launch.submit import SUBMITTED, active_jobs, stored
+from bd3_scale.launch.attempts import read_attempts
+from bd3_scale.launch.records import read_json
+from bd3_scale.launch.submit import SUBMITTED, active_jobs, close_run, stored
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 
 
@@ -35,10 +34,14 @@ class RunStatus:
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """ValueError: the run was not submitted, or there is no SLURM here."""
+    """Also closes an attempt whose end nobody was left to write. ValueError: the run was not submitted, or there is no
+    SLURM here.
+    """
     folder = stored(run_dir)
-    job, attempts, current = read_json(folder / "job.json"), read_attempts(folder), read_json(folder / "current.json")
     jobs = active_jobs(run_dir)
+    if not jobs:
+        close_run(run_dir)
+    job, attempts, current = read_json(folder / "job.json"), read_attempts(folder), read_json(folder / "current.json")
     beats = [read_json(path) for path in (folder / "heartbeats").glob("rank*.json")] if current else []
     phases = [beat["phase"] for beat in beats if beat]
     steps = [beat["step"] for beat in beats if beat] or [a["step"] for a in attempts[-1:]]
@@ -50,7 +53,7 @@ def read_status(run_dir: Path) -> RunStatus:
     pace = sorted(recent)[len(recent) // 2] if recent else None
     return RunStatus(
         run_dir=str(run_dir),
-        state=_state(jobs, attempts, bool(current), folder),
+        state=_state(jobs, [a for a in attempts if a["submission"] == job["submission"]], bool(current), folder),
         jobs=jobs,
         step=step,
         steps=job["steps"],
@@ -71,22 +74,7 @@ def _state(jobs: dict[str, str], attempts: list[dict[str, Any]], current: bool, 
     if attempts and not current:
         return str(attempts[-1]["outcome"])
     known = read_json(folder / SUBMITTED).get("jobs", [])
-    return _accounted(known[-1]) if known else "not submitted"
-
-
-def _accounted(job: str) -> str:
-    """The last word of sacct on a job that left no line of its own."""
-    if shutil.which("sacct"):
-        done = subprocess.run(
-            ["sacct", "--noheader", "--allocations", "--format=State%30", f"--jobs={job}"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        if words := done.stdout.split():
-            return words[0].lower()
-    return "ended without a word"
+    return f"ended without a word, and SLURM no longer knows job {known[-1]}" if known else "not submitted"
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:

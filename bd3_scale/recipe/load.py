@@ -164,7 +164,8 @@ def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
 
 
 def _as_yaml(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return shown if shown.isprintable() else json.dumps(value, default=str)
 
 
 def _suggestion(key: str, section: type[BaseModel]) -> str:
