@@ -108,6 +108,7 @@ class _SharedFile:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.fstat(descriptor).st_size < size:
                 os.posix_fallocate(descriptor, 0, size)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # the mapping keeps a copy of the descriptor
             self.buf = mmap.mmap(descriptor, size)
         except OSError as error:
             way_out = "make room there, or set TMPDIR to another folder"

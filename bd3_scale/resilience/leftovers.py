@@ -43,6 +43,19 @@ def own_folder(parent: Path, prefix: str, mode: int = 0o700) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def private_folder(path: Path) -> Path | None:
+    """Return the folder `path`, whose name others can guess, made where it is missing; None where it is no folder in
+    which this user alone can write.
+
+    Raises:
+        OSError: its parent cannot be written.
+    """
+    with suppress(FileExistsError):
+        path.mkdir(0o700)
+    found = path.lstat()
+    return path if _is_own(found, stat.S_IFDIR) and not found.st_mode & 0o022 else None
+
+
 def try_lock(descriptor: int) -> bool:
     """Take the lock of an open file (flock(2)) unless another process has it. OSError: the file system has no locks."""
     try:

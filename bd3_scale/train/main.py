@@ -16,6 +16,7 @@ from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.train.loop import train
 from bd3_scale.train.replay import replay
+from bd3_scale.train.temporary import own_temporary_files
 
 
 def main(recipe: Recipe) -> None:
@@ -23,13 +24,13 @@ def main(recipe: Recipe) -> None:
 
     The exit code is 2 where another try cannot help, 1 where ranks did not meet, which the network may mend.
     """
-    with _even_beside_a_save(), _errors_for_people(), Heartbeat() as heartbeat:
+    with _even_beside_a_save(), _errors_for_people(), own_temporary_files(), Heartbeat() as heartbeat:
         train(recipe, heartbeat)
 
 
 def main_of_replay(recipe: Recipe, step: int) -> None:
     """Compute a step again; rank 0 prints a line of JSON."""
-    with _errors_for_people(), Heartbeat() as heartbeat:
+    with _errors_for_people(), own_temporary_files(), Heartbeat() as heartbeat:
         found = replay(recipe, step, heartbeat)
         heartbeat.end("done")
         if os.environ.get("RANK", "0") == "0":
