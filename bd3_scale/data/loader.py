@@ -25,9 +25,9 @@ _JOIN_SECONDS = 10.0
 class Workers(Iterator[T], Generic[T]):
     """What `items(w, count)` yields for w = 0 to `count` − 1, in turns, w in a process of its own.
 
-    A process makes up to `ahead` items before they are asked for, and pickles them. It ends with this object, and at
-    most a second after the process that made it, however that ended. Signals that a scheduler sends to every process of
-    a job do not end it: the rank decides, after its last checkpoint.
+    A process makes up to `ahead` items before they are asked for, besides what a pipe holds (64 KiB). It ends with
+    this object, and at most a second after the process that made it, however that ended. Signals that a scheduler sends
+    to every process of a job do not end it: the rank decides, after its last checkpoint.
 
     `next` raises ValueError and OSError as `items` does, RuntimeError with the traceback for any other error, and
     ConnectionError where a process was killed, as by the kernel where memory runs out.
