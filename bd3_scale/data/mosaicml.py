@@ -13,7 +13,6 @@ import importlib
 import mmap
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,9 +20,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from bd3_scale.resilience.leftovers import own_folder, try_lock
+from bd3_scale.resilience.leftovers import temporary_folder, try_lock
 
-SHARED = "bd3_scale-data-"
 CACHE_LOCK_SECONDS = 15.0  # the loader workers of a killed run end within one
 
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -86,7 +84,7 @@ def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: 
             for folder, remote in zip(folders, remotes, strict=True):
                 if remote is not None:
                     _lock_cache(Path(folder))
-            claim = str(_PROCESS.enter_context(own_folder(Path(tempfile.gettempdir()), SHARED)))
+            claim = str(_PROCESS.enter_context(temporary_folder("data")))
         except (ValueError, OSError) as error:
             claim = error
     claim = all_gather_object(claim)[world.rank - world.rank_of_node]

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 from bd3_scale.launch.watch import Watch
 from bd3_scale.resilience.heartbeat import FOLDER_VARIABLE
-from bd3_scale.resilience.leftovers import own_folder
+from bd3_scale.resilience.leftovers import temporary_folder
 
 # What the ranks of a failed run get between SIGTERM and SIGKILL; nothing they could still save would be consistent.
 GRACE_SECONDS = 10.0
@@ -31,7 +30,6 @@ HANG = 75
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _WATCH_SECONDS = 1.0
 _STACK_SECONDS = 2.0
-_FOLDER = "bd3_scale-launch-"
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -81,7 +79,7 @@ def launch(
 
 def _temporary_folder() -> contextlib.AbstractContextManager[Path]:
     """A folder that goes with this process; what killed ones left behind is removed."""
-    return own_folder(Path(tempfile.gettempdir()), _FOLDER)
+    return temporary_folder("launch")
 
 
 def _run(

@@ -14,8 +14,9 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 LOCK = ".lock"
@@ -41,6 +42,15 @@ def own_folder(parent: Path, prefix: str, mode: int = 0o700) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         _lock_of(folder).unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def temporary_folder(kind: str) -> AbstractContextManager[Path]:
+    """An `own_folder` in the temporary one (TMPDIR) with the prefix `bd3_scale-kind-`.
+
+    Raises:
+        OSError: there is no temporary folder that can be written.
+    """
+    return own_folder(Path(tempfile.gettempdir()), f"bd3_scale-{kind}-")
 
 
 def private_folder(path: Path) -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bd3_scale.resilience.leftovers import own_folder, private_folder
+from bd3_scale.resilience.leftovers import private_folder, temporary_folder
 
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -26,7 +26,7 @@ def own_temporary_files() -> Iterator[None]:
         OSError: the temporary folder (TMPDIR) cannot be written or is full.
     """
     shared = Path(tempfile.gettempdir())
-    with own_folder(shared, "bd3_scale-rank-") as folder:
+    with temporary_folder("rank") as folder:
         own = {"TMPDIR": str(folder)}
         if torch.cuda.is_available() and COMPILED not in os.environ:
             kept = private_folder(shared / f"bd3_scale-compiled-{os.geteuid()}")

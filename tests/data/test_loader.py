@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from bd3_scale.data.loader import Workers
 from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.shards import Shards
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.recipe.schema import DataRecipe
 from tests.data.documents import SEQ_LEN
@@ -133,11 +135,15 @@ def test_workers_end_soon_after_a_rank_that_is_killed(tmp_path: Path) -> None:
     assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+only_root_can_mount = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+
+
+@only_root_can_mount
 @pytest.mark.launch
 @pytest.mark.parametrize("size", ["4k", "64k"])
 def test_batches_need_no_shared_memory(prepared: Path, size: str) -> None:
     def read() -> None:
+        Path("/dev/shm/x_bd3_scale.lock").mkdir()  # as a stranger may
         data = DataRecipe(path=str(prepared), seq_len=SEQ_LEN, num_workers=3)
         manifest = load_manifest(prepared)
         stream = TrainingStream(data, manifest, global_batch_size=12, dp_rank=0, dp_size=1, seed=7)
@@ -150,22 +156,38 @@ def test_batches_need_no_shared_memory(prepared: Path, size: str) -> None:
                 for name, value in vars(batch).items()
             )
 
-    assert in_small_shared_memory(size, read) == 0
+    assert in_small("/dev/shm", size, read) == (0, "")
 
 
-def in_small_shared_memory(size: str, action: Callable[[], None]) -> int:
-    """The exit code of a process that runs `action` where /dev/shm holds `size` (negative: of a signal)."""
+@only_root_can_mount
+@pytest.mark.launch
+def test_a_full_temporary_folder_is_named(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    code, said = in_small(str(tmp_path), "4k", lambda: Shards(str(prepared), None, None, "train"))
+    assert code == 1
+    assert "No space left on device; make room there, or set TMPDIR to another folder" in said
+    assert str(tmp_path) in said
+
+
+def in_small(mount_point: str, size: str, action: Callable[[], object]) -> tuple[int, str]:
+    """Exit code (negative: of a signal) and error of a process that runs `action` where so much fits a file system."""
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             libc = ctypes.CDLL(None, use_errno=True)
             assert libc.unshare(CLONE_NEWNS) == 0
             assert libc.mount(b"none", b"/", None, MS_REC_PRIVATE, None) == 0
-            assert libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode()) == 0
-            Path("/dev/shm/x_bd3_scale.lock").mkdir()  # as a stranger may
+            assert libc.mount(b"tmpfs", mount_point.encode(), b"tmpfs", 0, f"size={size}".encode()) == 0
             signal.alarm(60)
             action()
             os._exit(0)
+        except BaseException as error:  # noqa: BLE001
+            os.write(writer, str(error).encode())
         finally:
             os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return code, file.read()

@@ -96,22 +96,6 @@ def test_two_runs_share_an_unread_folder_and_only_what_the_killed_one_left_is_re
         assert not kept.exists()  # it takes its own along
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-def test_a_full_temporary_folder_is_named(prepared: Path, temporary: Path) -> None:
-    program = """if True:
-        import sys
-        from bd3_scale.data.shards import Shards
-        try:
-            Shards(sys.argv[1], None, None, "train")
-        except OSError as error:
-            print(error)
-    """
-    mount = f"mount -t tmpfs -o size=4k tmpfs {temporary} && exec {sys.executable} -c '{program}' {prepared}"
-    done = subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, text=True, timeout=100)
-    assert "No space left on device; make room there, or set TMPDIR to another folder" in done.stdout, done.stderr
-    assert str(temporary) in done.stdout
-
-
 def test_what_a_killed_process_was_unpacking_is_removed_by_the_next(prepared: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(prepared, data, ignore=shutil.ignore_patterns("*.mds"))

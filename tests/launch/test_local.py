@@ -230,6 +230,21 @@ def test_a_folder_that_a_killed_launcher_left_is_removed_and_a_living_one_s_is_n
     assert not list(tmp_path.glob("bd3_scale-launch-*"))
 
 
+def test_a_stranger_s_entries_in_the_temporary_folder_stop_no_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for name in ("x", "00000001", "00000001.lock", "00000002.lock"):
+        os.mkfifo(tmp_path / f"bd3_scale-launch-{name}")
+        os.utime(tmp_path / f"bd3_scale-launch-{name}", (0, 0))
+    (tmp_path / "bd3_scale-launch-00000003.lock").symlink_to("bd3_scale-launch-00000003.lock")
+    before = set(tmp_path.iterdir())
+    program = "import sys; from bd3_scale.launch.local import launch; sys.exit(launch(['true'], 1, 1, None))"
+    assert subprocess.run([sys.executable, "-c", program], timeout=20, check=False).returncode == 0
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_ranks_are_not_taken_for_hung_where_everything_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bd3_scale.resilience.files import new_folder
-from bd3_scale.resilience.leftovers import own_folder
+from bd3_scale.resilience.leftovers import own_folder, private_folder
 
 STRANGER = 65534
 PREFIX = "work-"
@@ -164,6 +164,21 @@ def test_nothing_of_another_user_is_opened_or_removed(tmp_path: Path) -> None:
     with own_folder(parent, PREFIX):
         pass
     assert content(parent) == before
+
+
+def test_a_folder_under_a_known_name_is_taken_only_if_nobody_else_can_write_there(tmp_path: Path) -> None:
+    path = tmp_path / "compiled"
+    assert private_folder(path) == private_folder(path) == path
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    path.chmod(0o777)
+    assert private_folder(path) is None
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    assert private_folder(link) is None
+    if os.geteuid() == 0:
+        path.chmod(0o700)
+        os.chown(path, STRANGER, STRANGER)
+        assert private_folder(path) is None
 
 
 @pytest.mark.parametrize("killed_after", ["", "file"])
