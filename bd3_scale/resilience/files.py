@@ -103,7 +103,12 @@ def new_folder(out: Path) -> Iterator[Path]:
             if path.is_file():
                 path.chmod(mode)
             sync(path)
-        aside.rename(out)
+        try:
+            aside.rename(out)
+        except OSError as error:
+            if not out.exists():
+                raise
+            raise FileExistsError(f"{out} was made by somebody else in the meantime, and is kept") from error
     sync(out.parent)
 
 
