@@ -20,6 +20,9 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+import torch.distributed as dist
+
+from bd3_scale.parallel.collective import gather_values
 from bd3_scale.resilience.leftovers import temporary_folder, try_lock
 
 CACHE_LOCK_SECONDS = 15.0  # the loader workers of a killed run end within one
@@ -57,7 +60,6 @@ _import_streaming()
 import streaming.base.dataset as streaming_dataset  # noqa: E402
 import streaming.base.shared.array as streaming_array  # noqa: E402
 from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
-from streaming.base.distributed import all_gather_object  # noqa: E402
 from streaming.base.hashing import get_hash  # noqa: E402
 from streaming.base.shuffle import get_shuffle  # noqa: E402
 from streaming.base.storage.download import CloudDownloader  # noqa: E402
@@ -78,7 +80,7 @@ def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: 
     the first rank of the node makes a folder of its own in the temporary one, where no other run looks, and which goes
     with that rank or, if it is killed, with whoever comes next.
     """
-    claim: str | ValueError | OSError | None = None
+    claim, problem = "", ""
     if world.is_local_leader:
         try:
             for folder, remote in zip(folders, remotes, strict=True):
@@ -86,11 +88,11 @@ def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: 
                     _lock_cache(Path(folder))
             claim = str(_PROCESS.enter_context(temporary_folder("data")))
         except (ValueError, OSError) as error:
-            claim = error
-    claim = all_gather_object(claim)[world.rank - world.rank_of_node]
-    if isinstance(claim, ValueError | OSError):
-        raise claim
-    assert claim is not None
+            problem = str(error)
+    if dist.is_initialized():
+        claim, problem = gather_values([claim, problem])[world.rank - world.rank_of_node]
+    if problem:
+        raise ValueError(problem)
     streaming_array.SharedMemory = functools.partial(_SharedFile, Path(claim))
     streaming_dataset.gettempdir = functools.partial(str, claim)
     return 0, None

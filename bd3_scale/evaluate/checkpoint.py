@@ -261,15 +261,15 @@ def _prepared(
     known = _trained_hashes(manifest)
     tokenizer = checkpoint_tokenizer(checkpoint, manifest)
 
-    def prepare() -> list[tuple[str, int | None]]:
+    def prepare() -> dict[str, int | None]:
         folder = stack.enter_context(temporary_folder("texts"))
-        found = []
+        found: dict[str, int | None] = {}
         for number, text in enumerate(texts):
             out = folder / str(number)
             data = text.prepare(out, tokenizer, seq_len=seq_len, document_multiple=multiple)
             text.check_length(data, max(block_sizes))
             documents = hashes_of(document.text for document in text.documents())
-            found.append((str(out), None if known is None else count_known(known, documents)))
+            found[str(out)] = None if known is None else count_known(known, documents)
         return found
 
     return [
@@ -280,7 +280,7 @@ def _prepared(
             tokenizer,
             trained_on=trained_on,
         )
-        for text, (path, trained_on) in zip(texts, on_rank_zero(prepare), strict=True)
+        for text, (path, trained_on) in zip(texts, on_rank_zero(prepare).items(), strict=True)
     ]
 
 
