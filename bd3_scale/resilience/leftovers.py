@@ -37,7 +37,8 @@ def own_folder(parent: Path, prefix: str, mode: int = 0o700) -> Iterator[Path]:
     _remove_left(parent, prefix)
     folder, descriptor = _make(parent, prefix, mode)
     try:
-        yield folder
+        with _spared_by_cleaners(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _lock_of(folder).unlink(missing_ok=True)
@@ -75,6 +76,18 @@ def try_lock(descriptor: int) -> bool:
             raise
         return False
     return True
+
+
+@contextmanager
+def _spared_by_cleaners(folder: Path) -> Iterator[None]:
+    """systemd-tmpfiles removes what has been in a temporary folder for days, but nothing in a folder that is locked."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # no locks here
+            try_lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _make(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bd3_scale.resilience.files import new_folder
-from bd3_scale.resilience.leftovers import own_folder, private_folder
+from bd3_scale.resilience.leftovers import own_folder, private_folder, try_lock
 
 STRANGER = 65534
 PREFIX = "work-"
@@ -74,6 +74,10 @@ def test_a_folder_of_one_s_own_is_private_and_goes_with_the_block(tmp_path: Path
     with own_folder(tmp_path, PREFIX) as folder:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert content(tmp_path) == {folder.name, f"{folder.name}.lock"}
+        # Locked, it is none that systemd-tmpfiles removes when it has been there for days.
+        descriptor = os.open(folder, os.O_RDONLY)
+        assert not try_lock(descriptor)
+        os.close(descriptor)
     assert content(tmp_path) == set()
 
 
