@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from bd3_scale.data.index import check_index
 from bd3_scale.data.manifest import Manifest, SplitName
 from bd3_scale.data.mosaicml import Stream, StreamingDataset, get_hash
 from bd3_scale.recipe.schema import DataRecipe
+from bd3_scale.resilience.leftovers import own_folder
 
 HASH = "xxh64"
 REMOTE_STATE = 1  # streaming's _ShardState.REMOTE
@@ -114,18 +114,19 @@ class _Stream(Stream):
     def _decompress_shard_part(
         self, zip_info: Any, zip_filename: str, raw_filename: str, compression: str | None
     ) -> None:
-        aside = f"{raw_filename}.{secrets.token_hex(4)}"
-        try:
-            super()._decompress_shard_part(zip_info, zip_filename, aside, compression)
-        except ValueError as error:
-            if self.remote is not None:
-                os.remove(zip_filename)
-            origin = self.remote or self.local
-            raise ValueError(
-                f"{zip_filename} is damaged: it does not match its hash in index.json ({error}); "
-                f"copy {Path(origin, self.split, zip_info.basename)} again or prepare the data anew"
-            ) from error
-        os.replace(aside, raw_filename)
+        with own_folder(Path(raw_filename).parent, ".unpacking.") as folder:
+            aside = str(folder / "shard")
+            try:
+                super()._decompress_shard_part(zip_info, zip_filename, aside, compression)
+            except ValueError as error:
+                if self.remote is not None:
+                    os.remove(zip_filename)
+                origin = self.remote or self.local
+                raise ValueError(
+                    f"{zip_filename} is damaged: it does not match its hash in index.json ({error}); "
+                    f"copy {Path(origin, self.split, zip_info.basename)} again or prepare the data anew"
+                ) from error
+            os.replace(aside, raw_filename)
 
 
 def _check_folder(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from bd3_scale.evaluate.writing import checkpoint_tokenizer
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, Recipe
+from bd3_scale.resilience.leftovers import temporary_folder
 
 EVALUATION_BATCH = 16
 # Of an imported model, where text is measured: what it may take can be far more than anybody measures with.
@@ -262,7 +262,7 @@ def _prepared(
     tokenizer = checkpoint_tokenizer(checkpoint, manifest)
 
     def prepare() -> dict[str, int | None]:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bd3_scale-")))
+        folder = stack.enter_context(temporary_folder("texts"))
         found: dict[str, int | None] = {}
         for number, text in enumerate(texts):
             out = folder / str(number)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from bd3_scale.launch.watch import Watch
 from bd3_scale.resilience.heartbeat import FOLDER_VARIABLE
+from bd3_scale.resilience.leftovers import temporary_folder
 from bd3_scale.resilience.secret import MEETING_VARIABLE
 
 # What the ranks of a failed run get between SIGTERM and SIGKILL; nothing they could still save would be consistent.
@@ -33,8 +31,6 @@ _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _WATCH_SECONDS = 1.0
 _STACK_SECONDS = 2.0
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_FOLDER = "bd3_scale-launch-"
-_YOUNG_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -84,32 +80,9 @@ def launch(
         return _run(argv, processes, threads, log_dir, meeting | {FOLDER_VARIABLE: str(heartbeats)}, overdue)
 
 
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """A folder that is locked for as long as this process lives; what killed ones left behind is removed."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
-        with contextlib.suppress(OSError):
-            # One that is being made is not locked yet.
-            if time.time() - left.stat().st_mtime > _YOUNG_SECONDS:
-                with _locked(left):
-                    shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
-    try:
-        with _locked(folder):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """OSError: another process has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+def _temporary_folder() -> contextlib.AbstractContextManager[Path]:
+    """A folder that goes with this process; what killed ones left behind is removed."""
+    return temporary_folder("launch")
 
 
 def _run(

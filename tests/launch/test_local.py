@@ -207,24 +207,34 @@ def test_a_folder_that_a_killed_launcher_left_is_removed_and_a_living_one_s_is_n
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    folders = []
-    for name in ("killed", "living"):
-        launcher = start(RECORDER, tmp_path / name)
+    launchers, folders = {}, []
+    for name in ("living", "killed"):
+        launchers[name] = start(RECORDER, tmp_path / name)
         rank_pids(tmp_path / name)
-        folders += [path for path in tmp_path.glob("bd3_scale-launch-*") if path not in folders]
-        if name == "killed":
-            launcher.kill()
-            launcher.wait()
-    killed, living = folders
+        folders += [path for path in tmp_path.glob("bd3_scale-launch-????????") if path not in folders]
+    launchers["killed"].kill()
+    launchers["killed"].wait()
+    assert all(path.exists() for path in folders)
     assert launch(["true"], 1, 1, None) == 0
-    assert killed.exists(), "it may be one that is just being made"
-    for folder in folders:
-        os.utime(folder, (time.time() - 100,) * 2)
-    assert launch(["true"], 1, 1, None) == 0
-    assert [path for path in folders if path.exists()] == [living]
-    launcher.terminate()
-    assert launcher.wait(timeout=10) == 0
+    assert [path for path in folders if path.exists()] == folders[:1]
+    launchers["living"].terminate()
+    assert launchers["living"].wait(timeout=10) == 0
     assert not list(tmp_path.glob("bd3_scale-launch-*"))
+
+
+def test_a_stranger_s_entries_in_the_temporary_folder_stop_no_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for name in ("x", "00000001", "00000001.lock", "00000002.lock"):
+        os.mkfifo(tmp_path / f"bd3_scale-launch-{name}")
+        os.utime(tmp_path / f"bd3_scale-launch-{name}", (0, 0))
+    (tmp_path / "bd3_scale-launch-00000003.lock").symlink_to("bd3_scale-launch-00000003.lock")
+    before = set(tmp_path.iterdir())
+    program = "import sys; from bd3_scale.launch.local import launch; sys.exit(launch(['true'], 1, 1, None))"
+    assert subprocess.run([sys.executable, "-c", program], timeout=20, check=False).returncode == 0
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_ranks_are_not_taken_for_hung_where_everything_was_stopped(
