@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tokenizers  # type: ignore[import-untyped]
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bd3_scale.data.sources import DocumentReader
+from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader
 from bd3_scale.data.tokenizer_json import beginning_with, template_of, without_added, without_mask, without_prefix
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import new_folder, read_object
@@ -334,6 +334,7 @@ def train_tokenizer(
     progress: bool = True,
     field: str = "text",
     on_error: Literal["stop", "skip"] = "stop",
+    max_document_bytes: int = DOCUMENT_BYTES,
 ) -> Tokenizer:
     """Train byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) on documents; save it to the new folder `out`.
 
@@ -349,7 +350,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=progress,
     )
-    reader = DocumentReader(sources, field, on_error)
+    reader = DocumentReader(sources, field, on_error, max_bytes=max_document_bytes)
     with new_folder(Path(out)) as folder:
         backend.train_from_iterator((document.text for document in reader), trainer)
         if backend.get_vocab_size() < vocab_size:
