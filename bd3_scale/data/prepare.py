@@ -55,11 +55,11 @@ def prepare(
     `tokenizer.vocabulary.bos_id`, which is shown; `parse_special`: special tokens but the mask that a document spells
     are these tokens. With `chat`, lines hold conversations, of which all but the assistant's part is shown. `field`
     (default `text`, of conversations `messages`), `on_error` and `max_document_bytes`: see `DocumentReader`. Documents
-    keep their order: training shuffles the sequences. The share `holdout` of the documents goes to `validation`, by a hash of text and
-    `seed`, so that equal documents go to one side; 0 holds out none, 1 all. Where the sources `validation` are given,
-    they are held out in place of a share. The last, incomplete sequence is dropped from `train`, and filled in
-    `validation` with tokens that do not count. The result does not depend on `workers` (processes; default: the usable
-    CPUs).
+    keep their order: training shuffles the sequences. The share `holdout` of the documents goes to `validation`, by a
+    hash of text and `seed`, so that equal documents go to one side; 0 holds out none, 1 all. Where the sources
+    `validation` are given, they are held out in place of a share. The last, incomplete sequence is dropped from
+    `train`, and filled in `validation` with tokens that do not count. The result does not depend on `workers`
+    (processes; default: the usable CPUs).
 
     Raises FileExistsError if `out` exists, and says what differs there; ValueError for arguments out of range, sources
     that cannot be read (see `DocumentReader`) and a split that would be empty, before tokenising where that can be

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
@@ -155,7 +156,7 @@ class Piece(NamedTuple):
         """Return the JSON object. Raises ValueError where there is none."""
         text = self.text()
         try:
-            value = _JSON.decode(text)
+            value = _decoded(text)
         except json.JSONDecodeError as error:
             if error.msg == "Extra data":
                 rest = text[error.pos : error.pos + 20]
@@ -288,6 +289,17 @@ def _integer(digits: str) -> int | Decimal:
 
 
 _JSON = json.JSONDecoder(parse_int=_integer)
+
+
+def _decoded(text: str) -> Any:
+    """Return the JSON value. Of millions of lists, garbage collection would look at all again and again for nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return _JSON.decode(text)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _ZstdFile(io.RawIOBase):
