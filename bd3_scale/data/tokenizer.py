@@ -67,7 +67,7 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self._backend, self._eos, self._mask, self._bos = backend, eos, mask, bos
         ids = set(backend.get_vocab(with_added_tokens=True).values())
-        self._unused_ids = set(range(max(ids))) - ids
+        self._ids = ids
         before, self._after = template_of(backend)
         self._before = tuple(before)
         self.vocabulary = Vocabulary(
@@ -160,7 +160,7 @@ class Tokenizer:
         """
         ids = [int(i) for i in ids]
         for i in ids:
-            if not 0 <= i < self.vocabulary.size or i in self._unused_ids:
+            if i not in self._ids:
                 raise ValueError(f"token id {i} is not in the vocabulary of {self.vocabulary.size} ids")
         kept = [i for i in ids if not (skip_eos and i == self.vocabulary.eos_id)]
         return self._backend.decode(kept, skip_special_tokens=False)

@@ -7,6 +7,8 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PADDING_MULTIPLE = 128
+# Sixty times as many as the largest vocabularies have: a table of more would be a mistake, or an attack.
+MOST_IDS = 1 << 24
 
 
 class Vocabulary(BaseModel):
@@ -19,10 +21,10 @@ class Vocabulary(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    size: Annotated[int, Field(ge=2)]
+    size: Annotated[int, Field(ge=2, le=MOST_IDS)]
     eos_id: Annotated[int, Field(ge=0)]
     mask_id: Annotated[int, Field(ge=0)]
-    rows: Annotated[int, Field(ge=0)] = 0
+    rows: Annotated[int, Field(ge=0, le=MOST_IDS)] = 0
     # Left out where there is none, so that what describes such data has the hash that it always had.
     bos_id: Annotated[int | None, Field(ge=0, exclude_if=lambda value: value is None)] = None
 
