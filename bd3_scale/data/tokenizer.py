@@ -21,8 +21,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader
 from bd3_scale.data.tokenizer_json import beginning_with, template_of, without_added, without_mask, without_prefix
-from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.recipe.vocabulary import MOST_IDS, Vocabulary
 from bd3_scale.resilience.files import new_folder, read_object
+from bd3_scale.resilience.readers import panics_told
 
 EOS = "<|endoftext|>"
 MASK = "[MASK]"
@@ -37,6 +38,7 @@ _CLASSES_WITH_SWITCH = {
     "CohereTokenizer": True,
     "GPTNeoXTokenizer": False,
 }
+_CANNOT_ENCODE = "the tokeniser cannot encode a text; choose another, or leave the text out"
 INCOMPLETE = "\ufffd"
 
 
@@ -53,6 +55,11 @@ class Tokenizer:
         eos_id = backend.token_to_id(eos)
         if eos_id is None:
             raise ValueError(f"the end-of-document token {eos!r} is not in the vocabulary")
+        last = max(backend.get_vocab(with_added_tokens=True).values())
+        if last >= MOST_IDS:
+            raise ValueError(
+                f"the token {backend.id_to_token(last)!r} has the id {last}, and ids end at {MOST_IDS - 1}"
+            )
         backend.no_truncation()
         backend.no_padding()
         taken = set(backend.get_vocab(with_added_tokens=True).values())
@@ -127,20 +134,23 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as plain text, without any special token and without BOS."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with panics_told(_CANNOT_ENCODE):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         """`encode` of every text, or `encode_special`, on all cores unless TOKENIZERS_PARALLELISM=false."""
         backend = self._parsing if parse_special else self._backend
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with panics_told(_CANNOT_ENCODE):
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_special(self, text: str) -> list[int]:
         """Token ids of `text`, in which special tokens but the mask may be spelt; without BOS."""
-        return self._parsing.encode(text, add_special_tokens=False).ids
+        return self.encode_spans(text)[0]
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode_special` of `text`, and where in it each token stands, in characters."""
-        found = self._parsing.encode(text, add_special_tokens=False)
+        with panics_told(_CANNOT_ENCODE):
+            found = self._parsing.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
     def encode_prompt(self, text: str, *, gaps: bool = False) -> list[int]:
@@ -151,7 +161,8 @@ class Tokenizer:
         first, *rest = text.split(MASK) if gaps else [text]
         ids = begin + self.encode_special(first)
         for piece in rest:
-            ids += [self.vocabulary.mask_id, *self._inner.encode(piece, add_special_tokens=False).ids]
+            with panics_told(_CANNOT_ENCODE):
+                ids += [self.vocabulary.mask_id, *self._inner.encode(piece, add_special_tokens=False).ids]
         return ids
 
     def decode(self, ids: Iterable[int], skip_eos: bool = False) -> str:

@@ -21,15 +21,19 @@ class Vocabulary(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    size: Annotated[int, Field(ge=2, le=MOST_IDS)]
+    size: Annotated[int, Field(ge=2)]
     eos_id: Annotated[int, Field(ge=0)]
     mask_id: Annotated[int, Field(ge=0)]
-    rows: Annotated[int, Field(ge=0, le=MOST_IDS)] = 0
+    rows: Annotated[int, Field(ge=0)] = 0
     # Left out where there is none, so that what describes such data has the hash that it always had.
     bos_id: Annotated[int | None, Field(ge=0, exclude_if=lambda value: value is None)] = None
 
     @model_validator(mode="after")
     def _ids_are_distinct_and_in_range(self) -> Self:
+        if max(self.size, self.rows) > MOST_IDS:
+            raise ValueError(
+                f"a vocabulary of {max(self.size, self.rows):,} ids has more than the {MOST_IDS:,} allowed"
+            )
         for name, value in (("eos_id", self.eos_id), ("mask_id", self.mask_id), ("bos_id", self.bos_id or 0)):
             if value >= self.size:
                 raise ValueError(f"{name}={value} is outside the vocabulary of {self.size} ids (0 to {self.size - 1})")
