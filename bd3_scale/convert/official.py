@@ -27,7 +27,6 @@ from bd3_scale.convert.official_fold import fold, parameters
 from bd3_scale.convert.official_pickle import load_pickle, plain
 from bd3_scale.convert.weights import Weights
 from bd3_scale.recipe.schema import ModelRecipe
-from bd3_scale.resilience.readers import reader
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-5  # of F.layer_norm, which the code calls without one
@@ -72,7 +71,6 @@ def is_official(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and bool(_config_in(path)))
 
 
-@reader("a checkpoint of the official bd3lms code")
 def open_official(path: Path) -> OfficialModel:
     """Read and check a checkpoint; its weights are folded when they are read.
 
