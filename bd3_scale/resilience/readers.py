@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
@@ -19,8 +19,6 @@ LIMIT_BYTES = 1 << 27
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# The functions that `reader` marks, by module and name.
-READERS: dict[str, Callable[..., Any]] = {}
 _OURS = f"{__name__.partition('.')[0]}."
 
 
@@ -86,7 +84,6 @@ def reader(what: str, path: str = "path") -> Callable[[Callable[P, T]], Callable
                     raise
                 raise ValueError(f"{place} cannot be read as {what}: {in_one_line(error)}") from error
 
-        READERS[f"{function.__module__}.{function.__qualname__}"] = read
         return read
 
     return mark
