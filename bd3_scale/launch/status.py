@@ -12,6 +12,7 @@ from bd3_scale.launch.attempts import read_attempts
 from bd3_scale.launch.records import read_json
 from bd3_scale.launch.submit import SUBMITTED, active_jobs, close_run, stored
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
+from bd3_scale.resilience.readers import reader
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class RunStatus:
     ranks: dict[str, int]
 
 
+@reader("a run", path="run_dir")
 def read_status(run_dir: Path) -> RunStatus:
     """Also closes an attempt whose end nobody was left to write. ValueError: the run was not submitted, or there is no
     SLURM here.
