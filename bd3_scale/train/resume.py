@@ -11,13 +11,22 @@ from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.newest import check_together, newest_sound
 from bd3_scale.checkpoint.store import load_initial_weights, load_training_state
-from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, data_hash, differing, parse_manifest
+from bd3_scale.data.manifest import (
+    Manifest,
+    bos_option,
+    check_tokenizer,
+    data_hash,
+    differing,
+    earlier_data_hash,
+    parse_manifest,
+)
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.layout import ParameterLayout
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.parallel.zero import ZeroState, ema_decay
 from bd3_scale.recipe.schema import ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.readers import read_regular
 
 # The data's manifest as a run had it, in the run directory.
 DATA_FILE = "data.json"
@@ -48,7 +57,7 @@ class Start:
         old = self.manifest.recipe
         return changed_values(old, recipe) if self.resumes and isinstance(old, Recipe) else []
 
-    def notes(self, recipe: Recipe) -> list[str]:
+    def notes(self, recipe: Recipe, data: Manifest) -> list[str]:
         """What people should know of a run that goes on."""
         found = [f"{key} {_show(old)} → {_show(new)}" for key, old, new in self.changes(recipe)]
         average = recipe.optimizer.ema_decay
@@ -59,6 +68,11 @@ class Start:
                     "the moving average was kept at a constant decay so far, and is warmed up from here on: it is not "
                     "bitwise that of the version that began the run"
                 )
+        if self.resumes and self.manifest.data_hash != data_hash(data):
+            found.append(
+                f"{self.checkpoint.name} knows its data by the hash of an earlier version, which covers counts and "
+                "sizes: whether the text is still the same is not known; checkpoints from here on know the contents"
+            )
         return found
 
     @property
@@ -149,7 +163,7 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
         differences.append(
             f"optimizer.ema_decay is {new}, the checkpoint has {old}: a moving average is kept from the start"
         )
-    if manifest.data_hash != data_hash(data):
+    if manifest.data_hash not in (data_hash(data), earlier_data_hash(data)):
         details = "; ".join(_data_differences(checkpoint.parent.parent / DATA_FILE, manifest.data_hash, data))
         differences.append(
             f"the prepared data (hash {data_hash(data)}) are not those of the checkpoint ({manifest.data_hash})"
@@ -167,13 +181,11 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
 
 def _data_differences(recorded: Path, known_hash: str, data: Manifest) -> list[str]:
     """What differs from the data that the run had, where it kept their description."""
-    if not recorded.is_file():
-        return []
     try:
-        old = parse_manifest(recorded, recorded.read_bytes())
-    except ValueError:  # it only helps to explain
+        old = parse_manifest(recorded, read_regular(recorded))
+    except (ValueError, OSError):  # it only helps to explain
         return []
-    return differing(old, data) if data_hash(old) == known_hash else []
+    return differing(old, data) if known_hash in (data_hash(old), earlier_data_hash(old)) else []
 
 
 def changed_values(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
