@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
@@ -28,6 +31,7 @@ from bd3_scale.recipe.schema import ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.readers import read_regular
 
+_LOG = logging.getLogger(__name__)
 # The data's manifest as a run had it, in the run directory.
 DATA_FILE = "data.json"
 # What may not change within a run: weights, noise and data position would mean something else; nor may evaluation where
@@ -88,11 +92,19 @@ class Start:
 def find_start(recipe: Recipe, checkpoints: Path, data: Manifest) -> Start | None:
     """The newest sound checkpoint of the run, else what `init_from` names, checked before any work (collective).
 
+    A checkpoint of a run of another name is told: a renamed run goes on from its own ones.
+
     Raises:
         ValueError: none is sound, or recipe or data do not fit it.
     """
     if own := newest_sound(checkpoints, recipe.checkpoint.verify):
         check_resumable(*own, recipe, data)
+        if (name := _other_name(own[1], recipe)) and dist.get_rank() == 0:
+            _LOG.warning(
+                "%s was written by a run named %r, and this one is named %r: if it is not this run's, stop here and "
+                "move it out of %s",
+                *(own[0], name, recipe.name, checkpoints),
+            )
         return Start(*own, resumes=True)
     return find_initial(recipe, data)
 
@@ -172,11 +184,19 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
     if manifest.step > recipe.train.steps:
         differences.append(f"train.steps is {recipe.train.steps}, the checkpoint has done {manifest.step}")
     if differences:
+        name = _other_name(manifest, recipe)
         raise ValueError(
-            f"{checkpoint} cannot be resumed:\n  - "
+            f"{checkpoint}{f', of a run named {name!r},' if name else ''} cannot be resumed:\n  - "
             + "\n  - ".join(differences)
-            + "\nput these values back, or start another run with run_dir=FOLDER"
+            + "\nput these values back, start another run with run_dir=FOLDER, or move the checkpoint away if it is of "
+            "another run"
         )
+
+
+def _other_name(manifest: CheckpointManifest, recipe: Recipe) -> str:
+    """The name of the run that wrote a checkpoint, empty where it is this one's."""
+    written = manifest.recipe.name if isinstance(manifest.recipe, Recipe) else ""
+    return "" if written == recipe.name else written
 
 
 def _data_differences(recorded: Path, known_hash: str, data: Manifest) -> list[str]:

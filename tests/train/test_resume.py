@@ -79,6 +79,16 @@ def test_text_of_equal_length_is_other_data_and_equal_text_of_another_place_is_n
     check_resumable(checkpoint, manifest, recipe(False, 1), data(tmp_path, "a" * 100, "elsewhere.txt", workers=2))
 
 
+def test_a_refused_checkpoint_of_another_run_is_named_with_it(tmp_path: Path) -> None:
+    prepared = data(tmp_path, "a" * 100)
+    other = recipe(False, 1).model_copy(update={"name": "some\none's", "seed": 9})
+    said = (
+        r"step-4, of a run named \"some\\none's\", cannot be resumed:\n  - seed is 1, the checkpoint has 9\n.*or move"
+    )
+    with pytest.raises(ValueError, match=said):
+        check_resumable(Path("r/c/step-4"), manifest_of(other, prepared), recipe(False, 1), prepared)
+
+
 def test_a_run_of_before_goes_on_by_its_old_hash_and_is_told(tmp_path: Path) -> None:
     prepared, changed = data(tmp_path, "a" * 100), data(tmp_path, "a" * 140)
     manifest = manifest_of(recipe(False, 1), prepared, ema_warms_up=True)
