@@ -7,11 +7,13 @@ import logging
 import math
 import netrc
 import os
+import re
 import secrets
 import shutil
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -19,7 +21,7 @@ from urllib.parse import urlsplit
 
 from bd3_scale.recipe.schema import WandbRecipe
 from bd3_scale.resilience.files import Lines, free_name, write_atomically
-from bd3_scale.resilience.readers import open_regular, reader
+from bd3_scale.resilience.readers import open_regular, read_regular, reader
 
 if TYPE_CHECKING:
     import wandb
@@ -31,6 +33,7 @@ RESUMED = "resumed"
 DAMAGED = ".damaged"
 # An event lists the sequences of a batch, of which none has so many.
 LINE_LIMIT = 1 << 24
+_WANDB_ID = re.compile(r"([A-Za-z0-9_-]{1,64})\s*")
 Mode = Literal["online", "offline", "disabled"]
 Value = float | int | None
 T = TypeVar("T")
@@ -136,7 +139,8 @@ def _no_number(name: str) -> None:
 
 
 def _what_is_damaged(path: Path, lines: set[int]) -> str:
-    return f"{path} has {len(lines)} damaged lines, the first of them line {min(lines)}"
+    how_many = "a damaged line" if len(lines) == 1 else f"{len(lines)} damaged lines"
+    return f"{path} has {how_many}, from line {min(lines)} on"
 
 
 def _warn_once(path: Path, text: str) -> None:
@@ -213,15 +217,12 @@ def _has_wandb_key() -> bool:
 def _start_wandb(run_dir: Path, recipe: WandbRecipe, mode: Mode, name: str, config: Mapping[str, Any]) -> wandb.Run:
     import wandb
 
-    id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        write_atomically(id_file, secrets.token_hex(8))
     run = wandb.init(
         mode=mode,
         project=recipe.project,
         entity=recipe.entity,
         name=name,
-        id=id_file.read_text(),
+        id=_wandb_id(run_dir / "wandb_id"),
         resume="allow" if mode == "online" else None,
         dir=run_dir,
         config=dict(config),
@@ -231,6 +232,18 @@ def _start_wandb(run_dir: Path, recipe: WandbRecipe, mode: Mode, name: str, conf
     # wandb's own counter refuses to go back, as it must where a resumed run takes steps again.
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _wandb_id(path: Path) -> str:
+    """The run's id, drawn where there is none or what lies there cannot be one."""
+    with suppress(FileNotFoundError, ValueError):
+        if found := _WANDB_ID.fullmatch(read_regular(path, 1 << 10).decode()):
+            return found[1]
+    if os.path.lexists(path):
+        _LOG.warning("%s holds no id of a run of Weights & Biases, and a new one is drawn", path)
+    new = secrets.token_hex(8)
+    write_atomically(path, new)
+    return new
 
 
 def _log(run: wandb.Run, values: dict[str, Value]) -> wandb.Run:

@@ -99,11 +99,11 @@ def test_a_damaged_line_is_set_aside_and_the_others_stay_as_they_are(tmp_path: P
     path.write_bytes(before)
     assert [record["step"] for record in read_metrics(path)] == [1, 3, 4]
     assert path.read_bytes() == before, "who looks changes nothing"
-    assert caplog.text.count(f"{path} has 1 damaged lines, the first of them line 2: left out here") == 1
+    assert caplog.text.count(f"{path} has a damaged line, from line 2 on: left out here") == 1
     truncate_after(path, 3)
     assert path.read_bytes() == b'{"step": 1, "train_loss": 1.50}\n{"step": 3, "train_loss":  2.5}\n'
     assert aside.read_bytes() == before
-    assert "line 2: dropped, and the file as it was is kept as metrics.jsonl.damaged" in caplog.text
+    assert "line 2 on: dropped, and the file as it was is kept as metrics.jsonl.damaged" in caplog.text
     with path.open("ab") as file:
         file.write(line + b"\n")
     truncate_after(path, 1)
@@ -119,7 +119,7 @@ def test_the_curve_of_a_damaged_file_is_drawn_and_it_is_told_once(tmp_path: Path
     )
     for _ in range(2):
         loss_curve(path, tmp_path / "loss.png")
-    assert caplog.text.count(f"{path} has {len(DAMAGED)} damaged lines, the first of them line 2: left out") == 1
+    assert caplog.text.count(f"{path} has {len(DAMAGED)} damaged lines, from line 2 on: left out") == 1
 
 
 def test_an_event_may_hold_what_it_likes_but_has_a_step(tmp_path: Path) -> None:
@@ -151,6 +151,16 @@ def test_what_is_no_file_is_moved_away_and_neither_waited_for_nor_followed(tmp_p
     assert f"{path} is no regular file, and is moved to metrics.jsonl.damaged" in caplog.text
     assert (tmp_path / "secret").read_text() == "my key\n"
     assert sum("my key" in p.read_text() for p in tmp_path.iterdir() if p.is_file() and not p.is_symlink()) == 1
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.write_bytes(b"../../x\xff")])
+def test_an_id_of_wandb_that_is_none_is_drawn_anew(tmp_path: Path, make) -> None:
+    make(tmp_path / "wandb_id")
+    with writer(tmp_path, recipe=WandbRecipe(mode="offline")) as metrics:
+        metrics.write(1, train_loss=1.0)
+    run_id = (tmp_path / "wandb_id").read_text()
+    assert {p.stem for p in (tmp_path / "wandb").rglob("*.wandb")} == {f"run-{run_id}"}
 
 
 @pytest.mark.timeout(120)
