@@ -42,7 +42,7 @@ RESERVED = {
 OPTIONAL = {"lm_eval", "sklearn", "triton", "amp_C", "apex"}
 STANDARD_LIBRARY_ALONE = {
     *(f"launch/{name}.py" for name in ("local", "ranks", "records", "supervise", "watch")),
-    "resilience/heartbeat.py",
+    *(f"resilience/{name}.py" for name in ("heartbeat", "leftovers", "limits", "secret")),
 }
 
 

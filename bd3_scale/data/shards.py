@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from bd3_scale.data.index import INDEX_FILE, SHARD_LIMIT, read_index
 from bd3_scale.data.manifest import Manifest, SplitName
 from bd3_scale.data.mosaicml import Stream, StreamingDataset, get_hash
 from bd3_scale.recipe.schema import DataRecipe
+from bd3_scale.resilience.leftovers import own_folder
 from bd3_scale.resilience.readers import read_regular
 
 HASH = "xxh64"
@@ -146,9 +146,9 @@ class _Stream(Stream):
                 f"{zip_filename} is damaged: {error}; copy {Path(origin, self.split, zip_info.basename)} again or "
                 f"prepare the data anew"
             ) from error
-        aside = f"{raw_filename}.{secrets.token_hex(4)}"
-        Path(aside).write_bytes(unpacked)
-        os.replace(aside, raw_filename)
+        with own_folder(Path(raw_filename).parent, ".unpacking.") as aside:
+            (aside / "shard").write_bytes(unpacked)
+            os.replace(aside / "shard", raw_filename)
         if not self.safe_keep_zip:
             os.remove(zip_filename)
 

@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -99,7 +100,7 @@ class Supervisor:
         address = re.search(r"NodeAddr=(\S+)", slurm("scontrol", "show", "node", nodes[0], "--oneliner").stdout)
         environment["MASTER_ADDR"] = address.group(1) if address else nodes[0]
         self.number = len(self.attempts)
-        environment["MASTER_PORT"] = str(20000 + (int(environment["SLURM_JOB_ID"]) * 7 + self.number) % 10000)
+        environment["MASTER_PORT"] = str(20000 + secrets.randbelow(10000))
         saved = self.attempts[-1]["saved"] if self.attempts else 0
         self.record: dict[str, Any] = {
             "attempt": self.number,

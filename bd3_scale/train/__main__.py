@@ -7,9 +7,15 @@ from pathlib import Path
 
 from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.recipe.load import load_recipe
+from bd3_scale.resilience.limits import check_limits
 
 if __name__ == "__main__":
     quieten_libraries()
+    try:
+        check_limits()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     from bd3_scale.train.main import main, main_of_replay
 
     arguments = sys.argv[1:]

@@ -115,7 +115,7 @@ def find_initial(recipe: Recipe, data: Manifest) -> Start | None:
         return None
     # On one rank: a run that is still saving may have a newer one for the next that looks.
     initial = Path(recipe.init_from)
-    checkpoint = on_rank_zero(lambda: resolve_checkpoint(initial))
+    checkpoint = Path(on_rank_zero(lambda: str(resolve_checkpoint(initial))))
     if problem := check_together(checkpoint, recipe.checkpoint.verify):
         raise ValueError(problem)
     manifest = read_manifest(checkpoint)
