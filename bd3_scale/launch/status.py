@@ -13,6 +13,7 @@ from typing import Any
 from bd3_scale.launch.records import read_attempts, read_json
 from bd3_scale.launch.submit import SUBMITTED, active_jobs, stored
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
+from bd3_scale.resilience.readers import reader
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class RunStatus:
     ranks: dict[str, int]
 
 
+@reader("a run", path="run_dir")
 def read_status(run_dir: Path) -> RunStatus:
     """ValueError: the run was not submitted, or there is no SLURM here."""
     folder = stored(run_dir)

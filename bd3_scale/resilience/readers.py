@@ -6,7 +6,8 @@ import functools
 import inspect
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 # The functions that `reader` marks, by module and name.
 READERS: dict[str, Callable[..., Any]] = {}
+_OURS = f"{__name__.partition('.')[0]}."
 
 
 def read_regular(path: Path, limit: int = LIMIT_BYTES) -> bytes:
@@ -46,11 +48,28 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether an error is a panic of a library in Rust, which is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def panics_told(what: str) -> Iterator[None]:
+    """Turn a panic of a library in Rust inside the block into a ValueError that begins with `what`."""
+    try:
+        yield
+    except BaseException as error:
+        if is_panic(error):
+            raise ValueError(f"{what}: {in_one_line(error)}") from error
+        raise
+
+
 def reader(what: str, path: str = "path") -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Mark a function that reads a file or folder of others as `what`: it raises ValueError or OSError alone.
 
     Every other error of the function becomes a ValueError of one line that names the file; so does a ValueError that
-    does not name it, such as json's and pydantic's. An AssertionError, which is a fault of ours, stays.
+    does not name it, such as json's and pydantic's. Errors of this package's own classes stay, and so does an
+    AssertionError, which is a fault of ours.
 
     Args:
         what: such as "a recipe".
@@ -66,7 +85,9 @@ def reader(what: str, path: str = "path") -> Callable[[Callable[P, T]], Callable
                 return function(*args, **kwargs)
             except (OSError, AssertionError):
                 raise
-            except Exception as error:
+            except BaseException as error:
+                if not (isinstance(error, Exception) or is_panic(error)) or type(error).__module__.startswith(_OURS):
+                    raise
                 place = str(signature.bind(*args, **kwargs).arguments.get(path, "it"))
                 if isinstance(error, ValueError) and not isinstance(error, ValidationError) and place in str(error):
                     raise
@@ -78,7 +99,7 @@ def reader(what: str, path: str = "path") -> Callable[[Callable[P, T]], Callable
     return mark
 
 
-def in_one_line(error: Exception) -> str:
+def in_one_line(error: BaseException) -> str:
     """Return what an error says, of pydantic's pages the first place and rule, and how many more there are."""
     if isinstance(error, ValidationError):
         details = error.errors(include_url=False, include_context=False, include_input=False)
