@@ -13,6 +13,7 @@ from bd3_scale.checkpoint.folder import list_checkpoints, name_latest
 from bd3_scale.checkpoint.manifest import CheckpointDamagedError, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.verify import Mode, check_checkpoint
 from bd3_scale.parallel.collective import gather_values, on_rank_zero
+from bd3_scale.resilience.files import free_name
 
 _LOG = logging.getLogger(__name__)
 DAMAGED = "damaged-"
@@ -77,11 +78,7 @@ def _problem(folder: Path, mode: Mode, rank: int, world: int) -> list[str]:
 
 def _take(sound: Path, problems: Sequence[tuple[Path, str]]) -> None:
     for folder, problem in problems:
-        aside = folder.with_name(DAMAGED + folder.name)
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = folder.with_name(f"{DAMAGED}{folder.name}-{number}")
+        aside = free_name(folder.with_name(DAMAGED + folder.name))
         folder.rename(aside)
         _LOG.warning("%s; it is moved to %s, and an older one is taken", problem, aside.name)
     # Whatever was killed since its name was due.

@@ -47,7 +47,7 @@ def read_status(run_dir: Path) -> RunStatus:
     beats = [read_json(path) for path in (folder / "heartbeats").glob("rank*.json")] if current else []
     phases = [beat["phase"] for beat in beats if beat]
     steps = [beat["step"] for beat in beats if beat] or [a["step"] for a in attempts[-1:]]
-    rates = _rates(run_dir)
+    rates = _rates(run_dir, job["steps"])
     step = min(steps, default=0)
     wall = sum(a["ended"] - a["started"] for a in attempts) + (time.time() - current["started"] if current else 0.0)
     useful = sum(seconds for at, seconds in rates.items() if at <= step)
@@ -80,8 +80,8 @@ def _state(jobs: dict[str, str], attempts: list[dict[str, Any]], current: bool, 
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / METRICS_FILE
-    return [record for record in read_metrics(path) if "tokens_per_second" in record] if path.exists() else []
+    records = read_metrics(run_dir / METRICS_FILE)
+    return [r for r in records if r.get("tokens_per_second") and r.get("tokens") is not None]
 
 
 def _last_rate(run_dir: Path) -> float | None:
@@ -89,12 +89,14 @@ def _last_rate(run_dir: Path) -> float | None:
     return records[-1]["tokens_per_second"] if records else None
 
 
-def _rates(run_dir: Path) -> dict[int, float]:
+def _rates(run_dir: Path, steps: int) -> dict[int, float]:
     """Seconds of every step, those between two logged ones taken for as long as the later one."""
     seconds: dict[int, float] = {}
     before, tokens_before = 0, 0
     for record in _records(run_dir):
         step, tokens = record["step"], record["tokens"]
+        if not before < step <= steps:
+            continue
         each = (tokens - tokens_before) / (step - before) / record["tokens_per_second"]
         seconds |= dict.fromkeys(range(before + 1, step + 1), each)
         before, tokens_before = step, tokens

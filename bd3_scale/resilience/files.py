@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -41,12 +42,20 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     sync(path.parent)
 
 
+def free_name(path: Path) -> Path:
+    """Return `path`, or where something lies there `path` with the first number behind it that is free."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
+
+
 class Lines:
     """Lines appended to a file. What cannot be written, as on a full disk, is told once and waits for the next line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        # A FIFO that nobody reads is an error and no wait, and a link is not followed.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
         self._pending = b""
         self._told = False
 

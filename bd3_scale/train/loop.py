@@ -63,7 +63,7 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
             )
         )
         guard = Guard(run.folder, run.recipe.guard, step=training.done, skipped=training.skipped)
-        if start is not None and (notes := start.notes(run.recipe)):
+        if start is not None and (notes := start.notes(run.recipe, run.data)):
             guard.resumed(training.done, start.changes(run.recipe), notes)
             for note in notes:
                 report.warned(f"from step {training.done} on: {note}")

@@ -85,7 +85,7 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
 
 
 def _recorded(folder: Path, step: int) -> list[float | None] | None:
-    if not (folder / METRICS_FILE).exists():
-        return None
     records = read_metrics(folder / METRICS_FILE)
-    return next(([r["train_loss"], r["grad_norm"]] for r in records if r["step"] == step and "train_loss" in r), None)
+    return next(
+        ([r["train_loss"], r.get("grad_norm")] for r in records if r["step"] == step and "train_loss" in r), None
+    )
