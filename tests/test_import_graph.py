@@ -42,7 +42,10 @@ RESERVED = {
 OPTIONAL = {"lm_eval", "sklearn", "triton", "amp_C", "apex"}
 STANDARD_LIBRARY_ALONE = {
     *(f"launch/{name}.py" for name in ("attempts", "local", "ranks", "records", "supervise", "watch")),
-    *(f"resilience/{name}.py" for name in ("heartbeat", "leftovers", "limits", "secret")),
+    *(
+        f"resilience/{name}.py"
+        for name in ("heartbeat", "leftovers", "limits", "output", "secret", "signals", "terminal")
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 _LOOK_SECONDS = 1.0
 _JOIN_SECONDS = 10.0
 

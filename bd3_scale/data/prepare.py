@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from bd3_scale.data.chat import ASSISTANT, CHAT_TEMPLATE, ChatTemplate
 from bd3_scale.data.encode import EncodedDocument, Encoder, encoded_chunks, token_dtype
@@ -32,6 +31,7 @@ from bd3_scale.data.packing import PackedSequence, Packer
 from bd3_scale.data.prompts import check_messages
 from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader, field_value
 from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.observe.console import Console, label
 from bd3_scale.resilience.files import new_folder
 from bd3_scale.resilience.readers import read_regular
 
@@ -292,7 +292,7 @@ class _SplitWriter:
 
 def _progress_bar(enabled: bool) -> Progress:
     columns = (
-        TextColumn("{task.description}"),
+        label("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -28,6 +28,7 @@ from bd3_scale.evaluate.checkpoint import LONGEST_CONTEXT
 from bd3_scale.evaluate.writing import checkpoint_tokenizer, stop_ids, text_before
 from bd3_scale.generate.sampler import generate
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.observe.console import say
 from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.recipe.schema import Recipe
 
@@ -175,4 +176,4 @@ def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None
 
 def show_results(found: Any) -> None:
     """The harness's own table."""
-    print(make_table(found))
+    say(make_table(found))

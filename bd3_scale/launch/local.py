@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +20,14 @@ from bd3_scale.launch.watch import Watch
 from bd3_scale.resilience.heartbeat import FOLDER_VARIABLE
 from bd3_scale.resilience.leftovers import temporary_folder
 from bd3_scale.resilience.secret import MEETING_VARIABLE
+from bd3_scale.resilience.signals import stop_signals
+from bd3_scale.resilience.terminal import tell
 
 # What the ranks of a failed run get between SIGTERM and SIGKILL; nothing they could still save would be consistent.
 GRACE_SECONDS = 10.0
 # The exit code of a run whose ranks hung: it may well go on from its last checkpoint (sysexits.h, EX_TEMPFAIL).
 HANG = 75
 
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _WATCH_SECONDS = 1.0
 _STACK_SECONDS = 2.0
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -51,10 +51,9 @@ def launch(
     Each gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and OMP_NUM_THREADS, and meets the others in a folder that
     no other user can enter, BD3_SCALE_MEETING; they listen on the loopback interface alone. Rank 0 writes to this
     process's stdout and stderr, rank k > 0 appends both to `log_dir/rank<k>.log`, by default in a folder that is
-    removed at the end, where the end of the log of a rank that failed has been shown. SIGTERM, SIGUSR1 and SIGINT
-    are passed on to every rank, once each. When a rank fails, the others get SIGTERM and, after `GRACE_SECONDS`,
-    SIGKILL. No rank outlives this process, however it ends (Linux: PR_SET_PDEATHSIG). Must be called from the main
-    thread.
+    removed at the end, where the end of the log of a rank that failed has been shown. `stop_signals` are passed on to
+    every rank, once each. When a rank fails, the others get SIGTERM and, after `GRACE_SECONDS`, SIGKILL. No rank
+    outlives this process, however it ends (Linux: PR_SET_PDEATHSIG). Must be called from the main thread.
 
     Args:
         processes: ranks to start.
@@ -94,7 +93,7 @@ def _run(
     overdue: Callable[[], str | None],
 ) -> int:
     events: Events = SimpleQueue()
-    previous = {s: signal.signal(s, lambda number, _: events.put(signal.Signals(number))) for s in _FORWARDED}
+    previous = {s: signal.signal(s, lambda number, _: events.put(signal.Signals(number))) for s in stop_signals()}
     ranks: list[Rank] = []
     logs = [_Log.now(_log_path(log_dir, rank)) for rank in range(processes)]
     try:
@@ -200,7 +199,7 @@ def _supervise(ranks: list[Rank], events: Events, logs: list[_Log], overdue: Cal
 def _show_stacks(hung: str, running: list[Rank], logs: list[_Log]) -> None:
     """Of all ranks, and their end. A stopped process prints its own once it goes on."""
     places = ", ".join(["this output", *(str(log.path) for log in logs if log.path)])
-    print(f"{hung}; the stacks of all ranks are in {places}", file=sys.stderr, flush=True)
+    tell(f"{hung}; the stacks of all ranks are in {places}")
     _send(signal.SIGUSR2, running)
     _send(signal.SIGCONT, running)
     time.sleep(_STACK_SECONDS)
@@ -215,10 +214,10 @@ def _send(number: signal.Signals, ranks: list[Rank]) -> None:
 def _explain(rank: int, code: int, log: _Log) -> None:
     how = f"failed with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
     if log.path is None:
-        print(f"rank {rank} {how}; its output is above", file=sys.stderr, flush=True)
+        tell(f"rank {rank} {how}; its output is above")
         return
     with log.path.open("rb") as output:
         output.seek(max(log.start, log.path.stat().st_size - 2**16))
         tail = output.read().decode(errors="replace").splitlines()[-20:]
     said = f"the end of {log.path}:" if tail else f"it wrote nothing to {log.path}"
-    print(f"rank {rank} {how}; {said}", *tail, sep="\n  ", file=sys.stderr, flush=True)
+    tell("\n  ".join([f"rank {rank} {how}; {said}", *tail]))

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from bd3_scale.launch.records import pattern_of, say, slurm
 from bd3_scale.launch.watch import Watch
+from bd3_scale.resilience.terminal import tell
 
 DUMP_SECONDS = 2.0
 END_SECONDS = 60.0
@@ -61,8 +61,7 @@ class Ranks:
     def _read_errors(self) -> None:
         """Passes on what srun says and keeps who ended first: the others end because of it."""
         for line in self.process.stderr or ():
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            tell(line.rstrip("\n"))
             if found := _ENDED_BY_SLURM.search(line):
                 self.ended_by_slurm = found.group(1).lower()
             if self.first_end is None and (found := _TASK_ENDED.match(line)):

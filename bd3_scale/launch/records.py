@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,11 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.resilience.terminal import clean
+
 CACHE_OVERRIDE = "data.path={cache}"  # of the command of the ranks; each node puts its own folder there
 
 
 def say(text: str) -> None:
-    print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}", flush=True)
+    """Print a line with the time to the log of the batch process; a log that cannot be written ends nothing."""
+    with contextlib.suppress(OSError):
+        print(clean(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}"), flush=True)
 
 
 def slurm(*command: str) -> subprocess.CompletedProcess[str]:

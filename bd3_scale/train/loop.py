@@ -33,8 +33,8 @@ from bd3_scale.train.step import take_step
 def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
     """Train, or go on training, the run of `recipe` on all ranks of the launcher (collective).
 
-    A run directory with a checkpoint is resumed from its newest sound one. SIGTERM, SIGUSR1 and SIGINT make all ranks
-    save at one agreed step and return.
+    A run directory with a checkpoint is resumed from its newest sound one. SIGTERM, SIGUSR1, SIGINT and SIGHUP make
+    all ranks save at one agreed step and return.
 
     Raises:
         ValueError: recipe, data and checkpoint do not fit together, or replicas differ; OSError: a file cannot be read

@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from bd3_scale.checkpoint.saver import is_saving
+from bd3_scale.observe.console import put
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.resilience.limits import exhausted
+from bd3_scale.resilience.output import flush_results
+from bd3_scale.resilience.terminal import tell
 from bd3_scale.train.loop import train
 from bd3_scale.train.replay import replay
 from bd3_scale.train.temporary import own_temporary_files
@@ -38,7 +41,8 @@ def main_of_replay(recipe: Recipe, step: int) -> None:
             told = asdict(found) | {"same": found.same}
             # As in the metrics: JSON knows no other numbers.
             told |= {key: told[key] if math.isfinite(told[key]) else None for key in ("loss", "grad_norm")}
-            print(json.dumps(told), flush=True)
+            put(json.dumps(told))
+            flush_results()
 
 
 @contextmanager
@@ -52,7 +56,7 @@ def _even_beside_a_save() -> Iterator[None]:
         if not is_saving():
             raise
         if not isinstance(error, SystemExit):
-            traceback.print_exception(error)
+            tell("".join(traceback.format_exception(error)))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
@@ -66,5 +70,5 @@ def _errors_for_people() -> Iterator[None]:
         told = exhausted(error)
         if os.environ.get("BD3_DEBUG") or not (told or isinstance(error, (ValueError, OSError, FloatingPointError))):
             raise
-        print(f"error: {told or error}", file=sys.stderr)
+        tell(f"error: {told or error}")
         raise SystemExit(1 if isinstance(error, ConnectionError) else 2) from None

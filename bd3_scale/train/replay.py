@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
+from bd3_scale.resilience.terminal import tell
 from bd3_scale.train.evaluation import evaluate
 from bd3_scale.train.resume import Start, check_resumable, find_initial
 from bd3_scale.train.setup import open_run, open_training
@@ -70,7 +70,7 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
         training = open_training(run, start)
         if dist.get_rank() == 0:
             origin = folder if folder is not None else "the beginning: no checkpoint before it is left"
-            print(f"computing steps {training.done + 1} to {step} from {origin}", file=sys.stderr, flush=True)
+            tell(f"computing steps {training.done + 1} to {step} from {origin}")
         heartbeat.resumed(training.done)
         for number in range(training.done + 1, step + 1):
             if run.recipe.evaluates_at(number - 1) and run.recipe.diffusion.search_interval:

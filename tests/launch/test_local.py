@@ -34,7 +34,7 @@ got = []
 def note(number, frame):
     got.append(signal.Signals(number).name)
     record.write_text(" ".join(got))
-for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
     signal.signal(getattr(signal, name), note)
 record.with_name("pid" + os.environ["RANK"]).write_text(str(os.getpid()))
 while "SIGTERM" not in got:
@@ -181,11 +181,38 @@ def test_signals_reach_every_rank_exactly_once(tmp_path: Path, to_group: bool) -
     launcher = start(RECORDER, logs)
     rank_pids(logs)
     send = os.killpg if to_group else os.kill
-    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
         send(launcher.pid, number)
         wait_for(lambda name=number.name: all(name in _read(logs / f"signals{k}") for k in (0, 1)))
     assert launcher.wait(timeout=10) == 0
-    assert [_read(logs / f"signals{k}") for k in (0, 1)] == ["SIGUSR1 SIGINT SIGTERM"] * 2
+    assert [_read(logs / f"signals{k}") for k in (0, 1)] == ["SIGHUP SIGUSR1 SIGINT SIGTERM"] * 2
+
+
+def test_a_hangup_that_is_ignored_is_not_passed_on(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    command = ["nohup", sys.executable, "-c", LAUNCHER, RECORDER, str(logs)]
+    environment = os.environ | {"LOGS": str(logs)}
+    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rank_pids(logs)
+    launcher.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    launcher.terminate()
+    assert launcher.wait(timeout=10) == 0
+    assert [_read(logs / f"signals{k}") for k in (0, 1)] == ["SIGTERM"] * 2
+
+
+def test_a_stderr_that_cannot_be_written_leaves_nothing_running_and_the_exit_code(tmp_path: Path) -> None:
+    program = "import os, sys, time; sys.exit(5) if os.environ['RANK'] == '1' else time.sleep(60)"
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", LAUNCHER, program, str(tmp_path)]
+        assert subprocess.run(command, stderr=full, timeout=30, check=False).returncode == 5
+
+
+def test_the_end_of_a_log_is_shown_without_what_a_terminal_would_obey(tmp_path: Path) -> None:
+    done = run("import os, sys; os.environ['RANK'] == '1' and sys.exit('\x1b[2Jgone')", tmp_path)
+    assert r"\x1b[2Jgone" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 def _read(path: Path) -> str:
