@@ -49,6 +49,7 @@ Bos = Annotated[
 OnErrorOption = Annotated[
     Literal["stop", "skip"], typer.Option(help="Of a line or file that cannot be read; skipped ones are counted.")
 ]
+MaxDocument = Annotated[int, typer.Option("--max-document-mib", min=1, help="Of one document, unpacked.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -86,11 +87,14 @@ def tokenizer(
     vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and the end of document included.")] = 4096,
     field: Field = None,
     on_error: OnErrorOption = "stop",
+    max_document: MaxDocument = 128,
 ) -> None:
     """Train a byte-level BPE tokeniser."""
     from bd3_scale.data.tokenizer import train_tokenizer
 
-    trained = train_tokenizer(sources, out, vocab_size, field=field or "text", on_error=on_error)
+    trained = train_tokenizer(
+        sources, out, vocab_size, field=field or "text", on_error=on_error, max_document_bytes=max_document << 20
+    )
     say(f"{out}: {trained.vocabulary.size} ids with the mask, hash {trained.hash[:12]}")
 
 
@@ -109,6 +113,7 @@ def prepare(
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core")] = None,
     field: Field = None,
     on_error: OnErrorOption = "stop",
+    max_document: MaxDocument = 128,
     bos: Bos = None,
     parse_special: Annotated[
         bool,
@@ -145,6 +150,7 @@ def prepare(
         on_error=on_error,
         parse_special=parse_special,
         chat=ChatTemplate(Path(tokenizer)) if messages else None,
+        max_document_bytes=max_document << 20,
     )
     if as_json:
         put(manifest.model_dump_json())

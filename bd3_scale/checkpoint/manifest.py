@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from bd3_scale.recipe.schema import ImportedRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import file_hash
+from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 
 MANIFEST = "manifest.json"
 FORMAT: Literal[3] = 3
@@ -25,6 +26,8 @@ IMPORTED = "imported"
 _INSIDE = r"^[^./\\][^/\\]*(/[^./\\][^/\\]*)*$"
 
 
+# Of pydantic's places, which of the two recipes is meant.
+_RUN, _IMPORTED = "<run>", "<imported>"
 _SEALED = re.compile(r'"checksum": "([0-9a-f]{32})"\s*\}\s*\Z')
 
 
@@ -38,6 +41,11 @@ class FileRecord(BaseModel):
 def file_record(path: Path) -> FileRecord:
     """Of a file as it is now; reads it."""
     return FileRecord(bytes=path.stat().st_size, xxh3=file_hash(path))
+
+
+def _kind_of_recipe(recipe: Any) -> str:
+    imported = "imported_from" in recipe if isinstance(recipe, Mapping) else isinstance(recipe, ImportedRecipe)
+    return _IMPORTED if imported else _RUN
 
 
 class CheckpointManifest(BaseModel):
@@ -63,7 +71,9 @@ class CheckpointManifest(BaseModel):
     format: Literal[3] = FORMAT
     step: int
     skipped: int = 0
-    recipe: Recipe | ImportedRecipe
+    recipe: Annotated[
+        Annotated[Recipe, Tag(_RUN)] | Annotated[ImportedRecipe, Tag(_IMPORTED)], Discriminator(_kind_of_recipe)
+    ]
     recipe_hash: str
     vocabulary: Vocabulary
     data_hash: str
@@ -85,6 +95,7 @@ class CheckpointDamagedError(ValueError):
     """A checkpoint is not what was written."""
 
 
+@reader("a checkpoint", path="folder")
 def read_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a complete checkpoint.
 
@@ -98,12 +109,12 @@ def read_manifest(folder: Path) -> CheckpointManifest:
             f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last; "
             "give a folder like RUN/checkpoints/step-00000100, or remove a half-written one"
         )
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_regular(path).decode(errors="replace")
     _check_seal(path, text)
     try:
         manifest = CheckpointManifest.model_validate_json(text)
     except ValidationError as error:
-        raise ValueError(f"{path} cannot be read by this version: {error}") from error
+        raise ValueError(f"{path} cannot be read by this version: {_problem(error)}") from error
     for name, record in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != record.bytes:
@@ -115,16 +126,26 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     return manifest
 
 
+def _problem(error: ValidationError) -> str:
+    unknown = [detail["loc"] for detail in error.errors() if detail["type"] == "extra_forbidden"]
+    if unknown:
+        key = ".".join(str(part) for part in unknown[0] if part not in (_RUN, _IMPORTED))
+        return f"it has the key {key}, which a newer version wrote; use that version, or an earlier checkpoint"
+    return re.sub(rf"^recipe\.({_RUN}|{_IMPORTED})", "recipe", in_one_line(error))
+
+
 def _check_seal(path: Path, text: str) -> None:
     """Whether the text is what was written, whatever it means."""
-    if sealed := _SEALED.search(text):
-        if _digest(text[: sealed.start(1)] + text[sealed.end(1) :]) == sealed[1]:
-            return
-    elif (written := re.search(r'"format":\s*(\d+)', text)) and int(written[1]) != FORMAT:
+    sealed = _SEALED.search(text)
+    damaged = CheckpointDamagedError(f"{path} is damaged: it is not what was written; use an earlier checkpoint")
+    if sealed and _digest(text[: sealed.start(1)] + text[sealed.end(1) :]) != sealed[1]:
+        raise damaged
+    if (written := re.search(r'"format":\s*(\d{1,9})', text)) and int(written[1]) != FORMAT:
         raise ValueError(
             f"{path} is of format {written[1]}, and format {FORMAT} is read here: use the version that wrote it"
         )
-    raise CheckpointDamagedError(f"{path} is damaged: it is not what was written; use an earlier checkpoint")
+    if not sealed:
+        raise damaged
 
 
 def damaged_files(folder: Path, manifest: CheckpointManifest, share: slice = slice(None)) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest, read_manifest
+from bd3_scale.checkpoint.sizes import check_sizes
 from bd3_scale.checkpoint.store import load_weights
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
@@ -31,6 +32,7 @@ def open_model(
         ValueError: the checkpoint is incomplete or damaged.
     """
     manifest = read_manifest(checkpoint)
+    check_sizes(checkpoint, manifest)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     parallel = ParallelRecipe(tensor=1 if alone else manifest.recipe.parallel.tensor)
     recipe = manifest.recipe.model_copy(update={"parallel": parallel})

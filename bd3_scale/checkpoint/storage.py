@@ -32,10 +32,13 @@ from torch.futures import Future
 
 from bd3_scale.checkpoint.manifest import FileRecord
 from bd3_scale.resilience import faults
+from bd3_scale.resilience.readers import read_regular, reader
 
 INDEX = "index.json"
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _CHUNK_BYTES = 1 << 24
+# Of an index: a hundred bytes a box, of which a thousand ranks write a thousand each.
+_LIMIT_BYTES = 1 << 30
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
@@ -87,6 +90,7 @@ class IndexedTensor(BaseModel):
 _INDEX = TypeAdapter(dict[str, IndexedTensor])
 
 
+@reader("an index of tensors", path="checkpoint")
 def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
     """Which file of a checkpoint holds which box of which tensor.
 
@@ -94,7 +98,7 @@ def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
     """
     path = checkpoint / INDEX
     try:
-        index = _INDEX.validate_json(path.read_bytes())
+        index = _INDEX.validate_json(read_regular(path, _LIMIT_BYTES))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

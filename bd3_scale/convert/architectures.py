@@ -112,7 +112,9 @@ def _model(name: str, config: Config) -> ModelRecipe:
     try:
         return ModelRecipe.model_validate(sections)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}, not {p['input']!r}" for p in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, p['loc']))}: {p['msg']}, not {repr(p['input'])[:80]}" for p in error.errors()[:5]
+        )
         raise ValueError(f"config.json of {name} describes no model: {problems}") from error
 
 
@@ -130,7 +132,7 @@ def _check_kinds(config: Config) -> None:
     for key, kinds in _KINDS.items():
         value = config.get(key)
         if value is not None and not isinstance(value, kinds):
-            raise ValueError(f"{key}={value!r} in config.json is not of the kind that transformers writes")
+            raise ValueError(f"{key}={repr(value)[:80]} in config.json is not of the kind that transformers writes")
 
 
 def _integer(config: Config, key: str, default: int | None = None) -> int:
@@ -138,8 +140,8 @@ def _integer(config: Config, key: str, default: int | None = None) -> int:
     name = config["architectures"][0]
     if value is None:
         raise ValueError(f"config.json has no {key!r}, which {name} needs")
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{key}={value!r} in config.json is no count: {name} needs a whole number")
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{key}={repr(value)[:80]} in config.json is no count: {name} needs a whole number")
     return value
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from bd3_scale.attention.spans import make_spans
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.leftovers import temporary_folder
 
 TEXTS = (
     "Once upon a time, there were 3,141 of them.",
@@ -69,7 +69,8 @@ def check_export(
             text, or the logits differ.
     """
     expected = expectations(tokenizer, vocabulary, dtype)
-    with TemporaryDirectory(prefix="bd3_scale-check-") as scratch:
+    with temporary_folder("check") as path:
+        scratch = str(path)
         Path(scratch, "expected.json").write_text(json.dumps(expected))
         save_file({"ids": ids, "logits": logits.contiguous()}, Path(scratch, "expected.safetensors"))
         # No code but the folder's own may run: nothing that lies in somebody's cache.

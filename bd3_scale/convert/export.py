@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, damaged_files, read_manifest
 from bd3_scale.checkpoint.model import open_model
+from bd3_scale.checkpoint.sizes import check_sizes
 from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, KEYS, SOURCE_IDS, source_ids
 from bd3_scale.checkpoint.tensors import TensorReader, same_bytes
 from bd3_scale.convert.architectures import (
@@ -122,6 +123,7 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
         ValueError: a damaged checkpoint, or a format that the model cannot become.
     """
     manifest = read_manifest(checkpoint)
+    check_sizes(checkpoint, manifest)
     kind = choose_format(manifest, kind)
     recipe, vocabulary = manifest.recipe, manifest.vocabulary
     with TensorReader(checkpoint) as reader:

@@ -24,6 +24,7 @@ from bd3_scale.convert.architectures import read_architecture
 from bd3_scale.convert.folder import CONFIG, open_weights, read_json
 from bd3_scale.convert.names import EMBEDDING, HEAD, NamedTensor, named_tensors
 from bd3_scale.convert.official import is_official, open_official
+from bd3_scale.convert.sizes import check_sizes
 from bd3_scale.convert.weights import Weights
 from bd3_scale.data.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from bd3_scale.recipe.schema import DiffusionRecipe, ImportedRecipe, ModelRecipe
@@ -138,6 +139,7 @@ def plan_import(
     else:
         architecture = read_architecture(read_json(source / CONFIG), block_size)
         weights = open_weights(source)
+        check_sizes(str(source), architecture.model, weights.shapes)
         eos_id = architecture.eos_id if eos_id is None else eos_id
         rows, mask_id = architecture.vocab_rows, architecture.mask_id
         vocabulary, loaded = _vocabulary(found, mask_token, rows, eos_id, mask_id, architecture.num_token_ids, bos=bos)

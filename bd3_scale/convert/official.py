@@ -154,6 +154,9 @@ def _read_safetensors(path: Path, name: str) -> Tensor:
 
 
 def _of_tensors(tensors: Mapping[str, Tensor]) -> Weights:
+    for name, tensor in tensors.items():
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name} of {tuple(tensor.shape)} repeats what is stored, as weights do not")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     return Weights(shapes, dtypes, lambda name: tensors[name].detach())

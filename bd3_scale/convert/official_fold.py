@@ -33,6 +33,8 @@ def parameters(shapes: Mapping[str, Shape], num_layers: int | None) -> dict[str,
     vocab, hidden = shapes["vocab_embed.embedding"]
     layers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
     num_layers = num_layers or max(layers, default=0) + 1
+    if num_layers > len(shapes):
+        raise ValueError(f"there are to be {num_layers:,} layers, and {len(shapes):,} tensors in all")
     ffn = shapes.get("blocks.0.mlp.0.weight", (4 * hidden,))[0]
     cond, frequencies = (*shapes.get("sigma_map.mlp.0.weight", ()), 128, 256)[:2]
     return {

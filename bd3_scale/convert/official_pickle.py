@@ -3,7 +3,8 @@
 A pickle names classes and functions to call. torch's `weights_only` reader knows those of tensors and refuses others,
 but every Lightning checkpoint of the official code has its Hydra configuration and its tokeniser pickled beside the
 weights. Objects of those packages are read as stand-ins, which hold what was pickled: neither the packages are
-imported nor is anything of theirs called. What is named beyond that is refused.
+imported nor is anything of theirs called. What is named beyond that is refused, as are those names that torch's reader
+knows and tensors have no use for: some of them make gigabytes of a number.
 """
 
 from __future__ import annotations
@@ -18,16 +19,29 @@ from typing import Any
 
 import torch
 
+from bd3_scale.convert.pickle_scan import names_called
+from bd3_scale.resilience.readers import reader
+
 _STOOD_IN_FOR = re.compile(
     r"(omegaconf|transformers|tokenizers)\..+|typing\.Any|builtins\.(dict|list|tuple|int|float|str|bool)"
 )
 _DEFAULTDICT = "collections.defaultdict"
+_OF_TENSORS = re.compile(
+    r"collections\.(OrderedDict|Counter)|builtins\.(set|complex)|_codecs\.encode|torch\.nn\.parameter\.Parameter"
+    r"|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)|torch\.(Size|device)"
+    r"|torch\.(Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
+    r"|torch\.(float|double|half|bfloat|long|int|uint|short|bool|complex|cfloat|cdouble)\d*(_e\w+)?"
+)
+# Of a pickle; those of published models have some hundred kB, and a tokeniser in one some MB.
+_LIMIT_BYTES = 1 << 26
+_PROGRAM = "data.pkl"
 # What torch's reader lets through of a damaged or hostile pickle.
 _UNREADABLE = (
     RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, EOFError, OSError,
     pickle.UnpicklingError, struct.error, OverflowError,
 )  # fmt: skip
 _DEEPEST = 16
+_MOST_VALUES = 100_000
 
 
 class _StandIn:
@@ -49,6 +63,7 @@ def _empty_dict(*args: object) -> dict[object, object]:
     return {}
 
 
+@reader("a file of torch.save")
 def load_pickle(path: Path) -> dict[str, Any]:
     """The dictionary in a file of `torch.save`; tensors stay in the file until they are used.
 
@@ -57,14 +72,11 @@ def load_pickle(path: Path) -> dict[str, Any]:
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} {_what_it_is(path)}")
-    try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except _UNREADABLE as error:
-        raise ValueError(f"{path} is no file of torch.save, or corrupt: {error}") from error
-    if unsafe := sorted(name for name in named if name != _DEFAULTDICT and not _STOOD_IN_FOR.fullmatch(name)):
+    others = [name for name in names_called(_program(path)) if not _OF_TENSORS.fullmatch(name)]
+    if unsafe := sorted(name for name in others if name != _DEFAULTDICT and not _STOOD_IN_FOR.fullmatch(name)):
         raise ValueError(_unsafe_message(path, unsafe))
     stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-        (_empty_dict if name == _DEFAULTDICT else _StandIn, name) for name in named
+        (_empty_dict if name == _DEFAULTDICT else _StandIn, name) for name in others
     ]
     try:
         with torch.serialization.safe_globals(stand_ins):
@@ -81,18 +93,44 @@ def load_pickle(path: Path) -> dict[str, Any]:
     return content
 
 
-def plain(value: object, depth: int = 0) -> Any:
-    """Dictionaries, lists and scalars of a Hydra (OmegaConf) configuration; None in place of all else."""
-    if depth > _DEEPEST:
-        return None
-    if isinstance(value, _StandIn):
-        state = value.state if isinstance(value.state, Mapping) else {}
-        return plain(state.get("_content", state.get("_val")), depth + 1)
-    if isinstance(value, dict):
-        return {key: plain(item, depth + 1) for key, item in value.items() if isinstance(key, str)}
-    if isinstance(value, list):
-        return [plain(item, depth + 1) for item in value]
-    return value if isinstance(value, str | int | float) else None
+def _program(path: Path) -> bytes:
+    """Return the pickle of a file of torch.save, which packs nothing."""
+    with zipfile.ZipFile(path) as archive:
+        files = archive.infolist()
+    if any(file.compress_type != zipfile.ZIP_STORED or file.file_size > file.compress_size for file in files):
+        raise ValueError(f"{path} is no file of torch.save: a file in it is compressed")
+    if any(file.filename.endswith(_PROGRAM) and file.file_size > _LIMIT_BYTES for file in files):
+        raise ValueError(f"{path} is not loaded: its pickle is larger than {_LIMIT_BYTES >> 20} MiB")
+    try:
+        program: bytes = torch._C.PyTorchFileReader(str(path)).get_record(_PROGRAM)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no file of torch.save, or corrupt: {str(error).splitlines()[0]}") from error
+    return program
+
+
+def plain(value: object) -> Any:
+    """Return the dictionaries, lists and scalars of a Hydra (OmegaConf) configuration; None in place of all else, and
+    of what is nested too deeply. ValueError: it is larger than any configuration.
+    """
+    left = _MOST_VALUES
+
+    def copied(value: object, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"its configuration has more than {_MOST_VALUES:,} values")
+        if depth > _DEEPEST:
+            return None
+        if isinstance(value, _StandIn):
+            state = value.state if isinstance(value.state, Mapping) else {}
+            return copied(state.get("_content", state.get("_val")), depth + 1)
+        if isinstance(value, dict):
+            return {key: copied(item, depth + 1) for key, item in value.items() if isinstance(key, str)}
+        if isinstance(value, list):
+            return [copied(item, depth + 1) for item in value]
+        return value if isinstance(value, str | int | float) else None
+
+    return copied(value, 0)
 
 
 def _what_it_is(path: Path) -> str:

@@ -16,14 +16,24 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from bd3_scale.data.chat import ASSISTANT, CHAT_TEMPLATE, ChatTemplate
 from bd3_scale.data.encode import EncodedDocument, Encoder, encoded_chunks, token_dtype
-from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, Split, SplitName, differing, load_manifest
+from bd3_scale.data.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    Source,
+    Split,
+    SplitName,
+    differing,
+    load_manifest,
+    parse_manifest,
+)
 from bd3_scale.data.overlap import write_hashes
 from bd3_scale.data.packing import PackedSequence, Packer
 from bd3_scale.data.prompts import check_messages
-from bd3_scale.data.sources import DocumentReader, field_value
+from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader, field_value
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.observe.console import Console, label
 from bd3_scale.resilience.files import new_folder
+from bd3_scale.resilience.readers import read_regular
 
 SHARD_BYTES = 1 << 26
 OnError = Literal["stop", "skip"]
@@ -45,6 +55,7 @@ def prepare(
     on_error: OnError = "stop",
     parse_special: bool = False,
     chat: ChatTemplate | None = None,
+    max_document_bytes: int = DOCUMENT_BYTES,
 ) -> Manifest:
     """Tokenise the documents of `sources` into the new folder `out`: the MDS shards of `train/` and `validation/`, the
     tokeniser, the hashes of documents and the manifest.
@@ -53,12 +64,12 @@ def prepare(
     `counted_lengths` (int32), and where any token is shown `shown` (int32), see `PackedSequence`. Documents begin with
     `tokenizer.vocabulary.bos_id`, which is shown; `parse_special`: special tokens but the mask that a document spells
     are these tokens. With `chat`, lines hold conversations, of which all but the assistant's part is shown. `field`
-    and `on_error`: see `DocumentReader`; default `text`, of conversations `messages`. Documents keep their order:
-    training shuffles the sequences. The share `holdout` of the documents goes to `validation`, by a hash of text and
-    `seed`, so that equal documents go to one side; 0 holds out none, 1 all. Where the sources `validation` are given,
-    they are held out in place of a share. The last, incomplete sequence is dropped from `train`, and filled in
-    `validation` with tokens that do not count. The result does not depend on `workers` (processes; default: the usable
-    CPUs).
+    (default `text`, of conversations `messages`), `on_error` and `max_document_bytes`: see `DocumentReader`. Documents
+    keep their order: training shuffles the sequences. The share `holdout` of the documents goes to `validation`, by a
+    hash of text and `seed`, so that equal documents go to one side; 0 holds out none, 1 all. Where the sources
+    `validation` are given, they are held out in place of a share. The last, incomplete sequence is dropped from
+    `train`, and filled in `validation` with tokens that do not count. The result does not depend on `workers`
+    (processes; default: the usable CPUs).
 
     Raises FileExistsError if `out` exists, and says what differs there; ValueError for arguments out of range, sources
     that cannot be read (see `DocumentReader`) and a split that would be empty, before tokenising where that can be
@@ -67,9 +78,9 @@ def prepare(
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _check_arguments(seq_len, document_multiple, holdout, seed, workers)
     encoder = Encoder(tokenizer.checked_template(), seed, parse_special=parse_special, chat=chat)
-    shares = {_reader(sources, field, on_error, chat): 0.0 if validation else holdout}
+    shares = {_reader(sources, field, on_error, chat, max_document_bytes): 0.0 if validation else holdout}
     if validation:
-        shares[_reader(validation, field, on_error, chat)] = 1.0
+        shares[_reader(validation, field, on_error, chat, max_document_bytes)] = 1.0
     asked = Manifest(
         vocabulary=encoder.tokenizer.vocabulary,
         tokenizer_hash=encoder.tokenizer.hash,
@@ -102,14 +113,14 @@ def prepare(
         (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     for reader in shares:
         reader.tell_left_out()
-    return manifest
+    return load_manifest(out)
 
 
 def _reader(
-    sources: Sequence[str | Path], field: str | None, on_error: OnError, chat: ChatTemplate | None
+    sources: Sequence[str | Path], field: str | None, on_error: OnError, chat: ChatTemplate | None, max_bytes: int
 ) -> DocumentReader:
     if chat is None:
-        return DocumentReader(sources, field=field or "text", on_error=on_error)
+        return DocumentReader(sources, field=field or "text", on_error=on_error, max_bytes=max_bytes)
 
     def conversation(record: dict[str, Any], where: str) -> str:
         way_out = "a conversation is a list of messages: name its field with --field"
@@ -118,7 +129,7 @@ def _reader(
             raise ValueError(f"{where} has no message of the role {ASSISTANT!r}, and there is nothing to train on")
         return json.dumps([where, messages], default=str)
 
-    return DocumentReader(sources, on_error=on_error, text_of=conversation)
+    return DocumentReader(sources, on_error=on_error, text_of=conversation, max_bytes=max_bytes)
 
 
 def _write_splits(
@@ -163,9 +174,10 @@ def _check_new(out: Path, asked: Manifest) -> None:
     """FileExistsError: `out` is there; of prepared data it says what differs from what is asked for."""
     if not out.exists():
         return
-    if not (out / MANIFEST_FILE).is_file():
+    file = out / MANIFEST_FILE
+    if not file.is_file():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
-    differences = differing(load_manifest(out), asked)
+    differences = differing(parse_manifest(file, read_regular(file)), asked)
     if not differences:
         raise FileExistsError(
             f"{out} holds these data already, prepared in the same way from files of the same names and sizes; remove "

@@ -8,10 +8,12 @@ from typing import Any
 
 from bd3_scale.data.files import JSONL_SUFFIXES, find_files, is_jsonl, named
 from bd3_scale.data.sources import check_unicode, field_value, json_lines, kind_of, lines, string_field
+from bd3_scale.resilience.readers import reader
 
 logger = logging.getLogger(__name__)
 
 
+@reader("prompts")
 def read_prompts(path: Path) -> list[str]:
     """Return the prompts of a file: the string `prompt` of each line of a `.jsonl`, the lines themselves of a `.txt`.
 
@@ -28,6 +30,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+@reader("conversations")
 def read_messages(path: Path) -> list[list[dict[str, Any]]]:
     """Return the conversations of a `.jsonl` file: the `messages` of each line, see `check_messages`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
@@ -21,7 +22,8 @@ from bd3_scale.data.files import JSONL_SUFFIXES, SUFFIXES, find_files, is_jsonl
 READ_BYTES = 1 << 17
 # A block of a zstd frame takes 4 bytes or more and unpacks to 128 KiB or less, so that this much unpacks to 32 MiB.
 ZSTD_READ_BYTES = 1 << 10
-DOCUMENT_BYTES = 1 << 30
+# A hundred bytes of memory, and more, stand for one of JSON or of text that is tokenised.
+DOCUMENT_BYTES = 1 << 27
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NUM_KEPT = 5
 NUM_SHOWN = 8
@@ -52,9 +54,10 @@ class DocumentReader:
         on_error: "skip" leaves out what cannot be read: a line, a `.txt` file, or the rest of a damaged file.
         text_of: makes a document of a line's JSON object and its place, in place of `field`; it raises ValueError
             with the place. Then `.jsonl` files alone are read.
+        max_bytes: of a document, or of its line of JSON.
 
     Raises FileNotFoundError and ValueError as `find_files` does, and while iterating, with "stop", ValueError for a
-    damaged file, text that is not UTF-8, a line that is no JSON object with the text, and a document above 1 GiB.
+    damaged file, text that is not UTF-8, a line that is no JSON object with the text, and a document above `max_bytes`.
     """
 
     def __init__(
@@ -63,10 +66,11 @@ class DocumentReader:
         field: str = "text",
         on_error: Literal["stop", "skip"] = "stop",
         text_of: Callable[[dict[str, Any], str], str] | None = None,
+        max_bytes: int = DOCUMENT_BYTES,
     ) -> None:
         self.files = find_files(sources, JSONL_SUFFIXES if text_of else SUFFIXES)
         self._text_of = text_of or (lambda record, where: string_field(record, field, where))
-        self._on_error = on_error
+        self._on_error, self._max_bytes = on_error, max_bytes
         self._reset()
 
     @property
@@ -100,7 +104,7 @@ class DocumentReader:
         self.skipped: list[str] = []
 
     def _texts(self, file: Path, raw: BinaryIO) -> Iterator[str]:
-        pieces = json_lines(file, raw) if is_jsonl(file) else _whole(file, raw)
+        pieces = json_lines(file, raw, self._max_bytes) if is_jsonl(file) else _whole(file, raw, self._max_bytes)
         while True:
             try:
                 piece = next(pieces, None)
@@ -122,17 +126,22 @@ class DocumentReader:
 
 
 class Piece(NamedTuple):
-    """A line of a file without its end, or the whole of it; `start` is the offset of `data` in the unpacked file."""
+    """A line of a file without its end, or the whole of it; `start` is the offset of `data` in the unpacked file.
+
+    Of what is longer than `max_bytes`, a part stands there.
+    """
 
     where: str
     data: bytes | bytearray
     start: int
+    max_bytes: int
 
     def text(self) -> str:
         """Return the text. Raises ValueError where it is no UTF-8 or too long."""
-        if len(self.data) > DOCUMENT_BYTES:
+        if len(self.data) > self.max_bytes:
             raise ValueError(
-                f"{self.where} is longer than the {DOCUMENT_BYTES:,} bytes that a document may have; divide it"
+                f"{self.where} is longer than the {self.max_bytes:,} bytes that a document may have; divide it, or "
+                "raise the limit with --max-document-mib of `data prepare` and `data tokenizer`"
             )
         try:
             return self.data.decode("utf-8")
@@ -147,7 +156,7 @@ class Piece(NamedTuple):
         """Return the JSON object. Raises ValueError where there is none."""
         text = self.text()
         try:
-            value = _JSON.decode(text)
+            value = _decoded(text)
         except json.JSONDecodeError as error:
             if error.msg == "Extra data":
                 rest = text[error.pos : error.pos + 20]
@@ -157,12 +166,14 @@ class Piece(NamedTuple):
             raise ValueError(f"{self.where} is not JSON ({error.msg} at character {error.pos + 1})") from error
         except RecursionError:
             raise ValueError(f"{self.where} is nested too deep to be read; leave out what is no text") from None
+        except MemoryError:
+            raise ValueError(f"{self.where} needs more memory than there is; leave out what is no text") from None
         if not isinstance(value, dict):
             raise ValueError(f"{self.where} holds {kind_of(value)}, where a JSON object must stand")
         return value
 
 
-def lines(file: Path, raw: BinaryIO) -> Iterator[Piece]:
+def lines(file: Path, raw: BinaryIO, max_bytes: int = DOCUMENT_BYTES) -> Iterator[Piece]:
     """Yield the lines of `file`, opened as `raw`.
 
     A line ends at a newline, with or without a carriage return, and nowhere else; a byte order mark at the beginning of
@@ -170,20 +181,20 @@ def lines(file: Path, raw: BinaryIO) -> Iterator[Piece]:
     """
     with _unpacked(file, raw) as stream:
         start = number = 0
-        while line := stream.readline(DOCUMENT_BYTES + len(BYTE_ORDER_MARK) + 1):
+        while line := stream.readline(max_bytes + len(BYTE_ORDER_MARK) + 1):
             number += 1
             mark = _mark(line) if number == 1 else 0
             end = 2 if line.endswith(b"\r\n") else line.endswith(b"\n")
-            yield Piece(f"{file}:{number}", line[mark : len(line) - end], start + mark)
+            yield Piece(f"{file}:{number}", line[mark : len(line) - end], start + mark, max_bytes)
             start += len(line)
             while line and not line.endswith(b"\n"):
                 line = stream.readline(READ_BYTES)
                 start += len(line)
 
 
-def json_lines(file: Path, raw: BinaryIO) -> Iterator[Piece]:
+def json_lines(file: Path, raw: BinaryIO, max_bytes: int = DOCUMENT_BYTES) -> Iterator[Piece]:
     """Yield the lines of `lines` that are not blank."""
-    return (line for line in lines(file, raw) if line.data.strip())
+    return (line for line in lines(file, raw, max_bytes) if line.data.strip())
 
 
 def field_value(record: dict[str, Any], field: str, where: str, way_out: str) -> Any:
@@ -240,14 +251,14 @@ def _listed(record: dict[str, Any], prefix: str) -> str:
     return ", ".join(fields[:NUM_SHOWN]) + ", …" * (len(fields) > NUM_SHOWN)
 
 
-def _whole(file: Path, raw: BinaryIO) -> Iterator[Piece]:
+def _whole(file: Path, raw: BinaryIO, max_bytes: int) -> Iterator[Piece]:
     data = bytearray()
     with _unpacked(file, raw) as stream:
-        while len(data) <= DOCUMENT_BYTES + len(BYTE_ORDER_MARK) and (more := stream.read(READ_BYTES)):
+        while len(data) <= max_bytes + len(BYTE_ORDER_MARK) and (more := stream.read(READ_BYTES)):
             data += more
     mark = _mark(data)
     del data[:mark]
-    yield Piece(str(file), data, mark)
+    yield Piece(str(file), data, mark, max_bytes)
 
 
 def _mark(data: bytes | bytearray) -> int:
@@ -266,6 +277,8 @@ def _unpacked(file: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
         yield stream
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"{file} is damaged or cut short ({error}); copy or make it again") from error
+    except MemoryError:
+        raise ValueError(f"{file} needs more memory than there is; give more, or divide its documents") from None
 
 
 def _integer(digits: str) -> int | Decimal:
@@ -276,6 +289,17 @@ def _integer(digits: str) -> int | Decimal:
 
 
 _JSON = json.JSONDecoder(parse_int=_integer)
+
+
+def _decoded(text: str) -> Any:
+    """Return the JSON value. Of millions of lists, garbage collection would look at all again and again for nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return _JSON.decode(text)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _ZstdFile(io.RawIOBase):

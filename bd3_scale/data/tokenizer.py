@@ -19,10 +19,11 @@ from typing import Any, Literal
 import tokenizers  # type: ignore[import-untyped]
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bd3_scale.data.sources import DocumentReader
+from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader
 from bd3_scale.data.tokenizer_json import beginning_with, template_of, without_added, without_mask, without_prefix
-from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.recipe.vocabulary import MOST_IDS, Vocabulary
 from bd3_scale.resilience.files import new_folder, read_object
+from bd3_scale.resilience.readers import panics_told
 
 EOS = "<|endoftext|>"
 MASK = "[MASK]"
@@ -37,6 +38,7 @@ _CLASSES_WITH_SWITCH = {
     "CohereTokenizer": True,
     "GPTNeoXTokenizer": False,
 }
+_CANNOT_ENCODE = "the tokeniser cannot encode a text; choose another, or leave the text out"
 INCOMPLETE = "\ufffd"
 
 
@@ -53,6 +55,11 @@ class Tokenizer:
         eos_id = backend.token_to_id(eos)
         if eos_id is None:
             raise ValueError(f"the end-of-document token {eos!r} is not in the vocabulary")
+        last = max(backend.get_vocab(with_added_tokens=True).values())
+        if last >= MOST_IDS:
+            raise ValueError(
+                f"the token {backend.id_to_token(last)!r} has the id {last}, and ids end at {MOST_IDS - 1}"
+            )
         backend.no_truncation()
         backend.no_padding()
         taken = set(backend.get_vocab(with_added_tokens=True).values())
@@ -67,7 +74,7 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self._backend, self._eos, self._mask, self._bos = backend, eos, mask, bos
         ids = set(backend.get_vocab(with_added_tokens=True).values())
-        self._unused_ids = set(range(max(ids))) - ids
+        self._ids = ids
         before, self._after = template_of(backend)
         self._before = tuple(before)
         self.vocabulary = Vocabulary(
@@ -127,20 +134,23 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as plain text, without any special token and without BOS."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with panics_told(_CANNOT_ENCODE):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         """`encode` of every text, or `encode_special`, on all cores unless TOKENIZERS_PARALLELISM=false."""
         backend = self._parsing if parse_special else self._backend
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with panics_told(_CANNOT_ENCODE):
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_special(self, text: str) -> list[int]:
         """Token ids of `text`, in which special tokens but the mask may be spelt; without BOS."""
-        return self._parsing.encode(text, add_special_tokens=False).ids
+        return self.encode_spans(text)[0]
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode_special` of `text`, and where in it each token stands, in characters."""
-        found = self._parsing.encode(text, add_special_tokens=False)
+        with panics_told(_CANNOT_ENCODE):
+            found = self._parsing.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
     def encode_prompt(self, text: str, *, gaps: bool = False) -> list[int]:
@@ -151,7 +161,8 @@ class Tokenizer:
         first, *rest = text.split(MASK) if gaps else [text]
         ids = begin + self.encode_special(first)
         for piece in rest:
-            ids += [self.vocabulary.mask_id, *self._inner.encode(piece, add_special_tokens=False).ids]
+            with panics_told(_CANNOT_ENCODE):
+                ids += [self.vocabulary.mask_id, *self._inner.encode(piece, add_special_tokens=False).ids]
         return ids
 
     def decode(self, ids: Iterable[int], skip_eos: bool = False) -> str:
@@ -160,7 +171,7 @@ class Tokenizer:
         """
         ids = [int(i) for i in ids]
         for i in ids:
-            if not 0 <= i < self.vocabulary.size or i in self._unused_ids:
+            if i not in self._ids:
                 raise ValueError(f"token id {i} is not in the vocabulary of {self.vocabulary.size} ids")
         kept = [i for i in ids if not (skip_eos and i == self.vocabulary.eos_id)]
         return self._backend.decode(kept, skip_special_tokens=False)
@@ -334,6 +345,7 @@ def train_tokenizer(
     progress: bool = True,
     field: str = "text",
     on_error: Literal["stop", "skip"] = "stop",
+    max_document_bytes: int = DOCUMENT_BYTES,
 ) -> Tokenizer:
     """Train byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) on documents; save it to the new folder `out`.
 
@@ -349,7 +361,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=progress,
     )
-    reader = DocumentReader(sources, field, on_error)
+    reader = DocumentReader(sources, field, on_error, max_bytes=max_document_bytes)
     with new_folder(Path(out)) as folder:
         backend.train_from_iterator((document.text for document in reader), trainer)
         if backend.get_vocab_size() < vocab_size:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.launch.records import say, slurm
+from bd3_scale.launch.records import pattern_of, say, slurm
 from bd3_scale.launch.watch import Watch
 from bd3_scale.resilience.terminal import tell
 
@@ -44,7 +44,8 @@ class Ranks:
         link.replace(self.heartbeats)
         self.watch = Watch(self.heartbeats, self.job["ntasks"])
         # A task that fails takes the others along; tasks that end early wait for the last.
-        step = ["srun", "--kill-on-bad-exit=1", "--wait=0", f"--output={self.logs}/rank%t.log", "--open-mode=append"]
+        step = ["srun", "--kill-on-bad-exit=1", "--wait=0", "--open-mode=append"]
+        step.append(f"--output={pattern_of(self.logs)}/rank%t.log")
         step += [
             *self.job["srun"],
             *self.job["container"],

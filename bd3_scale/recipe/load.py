@@ -10,14 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from bd3_scale.recipe.plain_yaml import LIMIT_BYTES, dump_yaml, parse_yaml
 from bd3_scale.recipe.schema import ImportedRecipe, Recipe, RecipeError
+from bd3_scale.resilience.readers import read_regular, reader
 
 T = TypeVar("T", bound=BaseModel)
+_LONGEST_CHAIN = 32
+_NUM_TOLD = 20
+_WIDTH = 200
+_NAME = re.compile(r"[\w.<-]{1,80}")
 
 
+@reader("a recipe")
 def load_recipe(path: Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None) -> Recipe:
     """Reads a recipe, what it `extends` (relative to the file), and overrides such as `optimizer.lr=1e-3`.
 
@@ -39,11 +45,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), sections: Mapping[str
     return _validate({**merged, **(sections or {})}, Recipe, path)
 
 
+@reader("YAML")
 def load_section(path: Path, section: type[T]) -> T:
     """Reads a YAML file of other keys than a recipe's by the same rules. RecipeError as of `load_recipe`."""
     return _validate(_read_extended(path, ()), section, path)
 
 
+@reader("a recipe")
 def recipe_files(path: Path) -> list[Path]:
     """A recipe and the files that it extends, absolute. Raises RecipeError as `load_recipe` does."""
     files: list[Path] = []
@@ -53,50 +61,13 @@ def recipe_files(path: Path) -> list[Path]:
 
 def resolved_yaml(recipe: Recipe | ImportedRecipe) -> str:
     """The whole recipe as YAML, defaults included; loading it gives an equal recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def recipe_hash(recipe: Recipe) -> str:
     """16 hexadecimal digits of the SHA-256 of the resolved recipe."""
     canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-class _Loader(yaml.SafeLoader):
-    """The core schema of YAML 1.2; PyYAML follows 1.1, where `1e-3` is text, `no` is false and `012` is ten.
-
-    Beyond it, digits may be grouped (`10_000`), and a key that appears twice is an error.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} appears twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"(?:~|null)?$", ["~", "n", ""]),
-    ("bool", r"(?:true|false)$", ["t", "f"]),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)$", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
-        list("-+.0123456789"),
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes exactly the text that `_Loader` would read as something else."""
-
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def _read_extended(path: Path, extending: tuple[Path, ...], files: list[Path] | None = None) -> dict[str, Any]:
@@ -108,18 +79,24 @@ def _read_extended(path: Path, extending: tuple[Path, ...], files: list[Path] | 
         raise RecipeError([f"`extends` runs in a circle: {' -> '.join(map(str, chain))}"], str(path))
     by = f", which {extending[-1]} extends" if extending else ""
     try:
-        content = yaml.load(path.read_bytes(), _Loader)
-    except OSError as error:
-        raise RecipeError([f"cannot be read: {error.strerror}{by}"], str(path)) from None
-    except yaml.YAMLError as error:
+        data = read_regular(path, LIMIT_BYTES)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RecipeError([f"cannot be read: {reason}{by}"], str(path)) from None
+    try:
+        content = parse_yaml(data)
+    except ValueError as error:
         raise RecipeError([f"is not valid YAML: {error}"], str(path)) from None
     if not isinstance(content, dict):
-        raise RecipeError([f"must hold a mapping of keys to values, not {content!r}"], str(path))
+        # Not what it holds: `extends` of a stranger's recipe may name any file.
+        raise RecipeError([f"must hold a mapping of keys to values, not {_kind(content)}{by}"], str(path))
     if "extends" not in content:
         return content
     base = content.pop("extends")
     if not isinstance(base, str):
-        raise RecipeError([f"extends: must name one file, relative to this one, not {base!r}"], str(path))
+        raise RecipeError([f"extends: must name one file, relative to this one, not {_as_yaml(base)}"], str(path))
+    if len(chain) > _LONGEST_CHAIN:
+        raise RecipeError([f"extends: more than {_LONGEST_CHAIN} files extend each other"], str(path))
     return _merge(_read_extended(path.parent / base, chain, files), content)
 
 
@@ -127,7 +104,9 @@ def _validate(content: Mapping[str, Any], section: type[T], path: Path) -> T:
     try:
         return section.model_validate(content)
     except ValidationError as error:
-        raise RecipeError([_explain(detail, section) for detail in error.errors()], str(path)) from None
+        details = error.errors()
+        more = [f"and {len(details) - _NUM_TOLD} more"] if len(details) > _NUM_TOLD else []
+        raise RecipeError([*(_explain(detail, section) for detail in details[:_NUM_TOLD]), *more], str(path)) from None
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -135,8 +114,8 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not equals or not all(key.split(".")):
         raise RecipeError([f"{override!r} must read key=value, such as optimizer.lr=1e-3"], "override")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise RecipeError([f"the value of {override!r} is not valid YAML: {error}"], "override") from None
     for name in reversed(key.split(".")):
         value = {name: value}
@@ -154,7 +133,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
     key = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {_suggestion(key, section)}"
+        # Not what may be a line of any file, which `extends` of a stranger's recipe names.
+        shown = key if _NAME.fullmatch(key) else "a key that is no name"
+        return f"{shown}: unknown key; {_suggestion(key, section)}"
     if detail["type"] == "missing":
         return f"{key}: is missing and has no default"
     if detail["type"] == "model_type":
@@ -163,8 +144,14 @@ def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
     return f"{key}: {rule}, not {_as_yaml(detail['input'])}"
 
 
+def _kind(content: object) -> str:
+    return {str: "text", list: "a list", type(None): "nothing"}.get(type(content), "a number")
+
+
 def _as_yaml(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    shown = shown if shown.isprintable() else json.dumps(value, default=str)
+    return shown if len(shown) <= _WIDTH else f"{shown[:_WIDTH]}…"
 
 
 def _suggestion(key: str, section: type[BaseModel]) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PADDING_MULTIPLE = 128
+# Sixty times as many as the largest vocabularies have: a table of more would be a mistake, or an attack.
+MOST_IDS = 1 << 24
 
 
 class Vocabulary(BaseModel):
@@ -28,6 +30,10 @@ class Vocabulary(BaseModel):
 
     @model_validator(mode="after")
     def _ids_are_distinct_and_in_range(self) -> Self:
+        if max(self.size, self.rows) > MOST_IDS:
+            raise ValueError(
+                f"a vocabulary of {max(self.size, self.rows):,} ids has more than the {MOST_IDS:,} allowed"
+            )
         for name, value in (("eos_id", self.eos_id), ("mask_id", self.mask_id), ("bos_id", self.bos_id or 0)):
             if value >= self.size:
                 raise ValueError(f"{name}={value} is outside the vocabulary of {self.size} ids (0 to {self.size - 1})")

@@ -7,12 +7,18 @@ from pathlib import Path
 
 from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.recipe.load import load_recipe
+from bd3_scale.resilience.limits import check_limits
 from bd3_scale.resilience.output import outlast, rank_log
-from bd3_scale.resilience.terminal import clean_diagnostics
+from bd3_scale.resilience.terminal import clean_diagnostics, tell
 
 if __name__ == "__main__":
     quieten_libraries()
     clean_diagnostics()
+    try:
+        check_limits()
+    except ValueError as error:
+        tell(f"error: {error}")
+        sys.exit(2)
     arguments = sys.argv[1:]
     step = int(arguments.pop(0).partition("=")[2]) if arguments[0].startswith("--replay=") else None
     recipe = load_recipe(Path(arguments[0]), arguments[1:])

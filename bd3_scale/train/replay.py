@@ -59,11 +59,8 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
         run = open_run(recipe, stack)
         if not 1 <= step <= run.recipe.train.steps:
             raise ValueError(f"step {step} is none of the run's {run.recipe.train.steps}")
-        folder = on_rank_zero(
-            lambda: next(
-                (path for path in reversed(list_checkpoints(run.checkpoints)) if (step_of(path) or 0) < step), None
-            )
-        )
+        before = on_rank_zero(lambda: [str(path) for path in list_checkpoints(run.checkpoints)])
+        folder = next((Path(path) for path in reversed(before) if (step_of(Path(path)) or 0) < step), None)
         if folder is None:
             start = find_initial(run.recipe, run.data)
         else:
@@ -82,12 +79,13 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
             keys = training.keys_of(number) if number == step else {}
             result = take_step(training, number)
             heartbeat.finished(number)
-        recorded = on_rank_zero(lambda: _recorded(run.folder, step))
+        found = on_rank_zero(lambda: _recorded(run.folder, step))
+        recorded = (found[0], found[1]) if found is not None else None
         return Replayed(step, training.done, result.loss, result.grad_norm, result.applied, recorded, keys)
 
 
-def _recorded(folder: Path, step: int) -> tuple[float | None, float | None] | None:
-    if not (folder / METRICS_FILE).exists():
-        return None
+def _recorded(folder: Path, step: int) -> list[float | None] | None:
     records = read_metrics(folder / METRICS_FILE)
-    return next(((r["train_loss"], r["grad_norm"]) for r in records if r["step"] == step and "train_loss" in r), None)
+    return next(
+        ([r["train_loss"], r.get("grad_norm")] for r in records if r["step"] == step and "train_loss" in r), None
+    )

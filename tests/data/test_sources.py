@@ -204,14 +204,13 @@ def test_what_cannot_be_read_is_skipped_and_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_a_document_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: bytes) -> None:
-    monkeypatch.setattr(module, "DOCUMENT_BYTES", 100)
     monkeypatch.setattr(module, "READ_BYTES", 64)
     longest, short = b'{"text": "' + b"a" * 88 + b'"}', b'{"text": "short"}'
     (tmp_path / "a.jsonl").write_bytes(mark + longest + b"\n" + longest.replace(b"a", b"aa") + b"\r\n" + short)
     (tmp_path / "b.jsonl").write_bytes(mark + longest.replace(b"aa", b"aaa", 1) + b"\n" + short + b"\n")
     (tmp_path / "c.txt").write_bytes(mark + b"b" * 100)
     (tmp_path / "d.txt").write_bytes(mark + b"c" * 101)
-    reader = DocumentReader([tmp_path], on_error="skip")
+    reader = DocumentReader([tmp_path], on_error="skip", max_bytes=100)
     assert [document.text for document in reader] == ["a" * 88, "short", "short", "b" * 100]
     assert [message.split(" is longer than the 100 bytes")[0] for message in reader.skipped] == [
         f"{tmp_path}/{place}" for place in ("a.jsonl:2", "b.jsonl:1", "d.txt")

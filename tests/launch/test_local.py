@@ -75,27 +75,20 @@ def rank_pids(logs: Path) -> list[int]:
     return [int((logs / f"pid{k}").read_text()) for k in (0, 1)]
 
 
-def test_ranks_meet_through_the_environment_that_torchrun_documents(tmp_path: Path) -> None:
+def test_ranks_get_the_environment_that_torchrun_documents_and_a_private_folder_to_meet_in(tmp_path: Path) -> None:
     program = f"""
-import json, os, socket
+import json, os
 names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"]
 mine = {{name: int(os.environ[name]) for name in names}}
-address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-if mine["RANK"] == 0:
-    with socket.create_server(address) as server:
-        peer, _ = server.accept()
-        open({str(tmp_path / "met")!r}, "w").write(json.dumps([mine, json.loads(peer.recv(4096))]))
-else:
-    while True:
-        try:
-            socket.create_connection(address).sendall(json.dumps(mine).encode())
-            break
-        except ConnectionRefusedError:
-            pass
+mine["mode"] = oct(os.stat(os.environ["BD3_SCALE_MEETING"]).st_mode & 0o777)
+mine["interfaces"] = [os.environ[kind + "_SOCKET_IFNAME"] for kind in ("GLOO", "NCCL")]
+open({str(tmp_path / "met")!r} + os.environ["RANK"], "w").write(json.dumps(mine))
+assert "MASTER_PORT" not in os.environ
 """
     assert run(program, tmp_path / "logs").returncode == 0
-    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 3}
-    assert json.loads((tmp_path / "met").read_text()) == [{"RANK": k, "LOCAL_RANK": k, **common} for k in (0, 1)]
+    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 3, "mode": "0o700", "interfaces": ["lo", "lo"]}
+    met = [json.loads((tmp_path / f"met{k}").read_text()) for k in (0, 1)]
+    assert met == [{"RANK": k, "LOCAL_RANK": k, **common} for k in (0, 1)]
 
 
 def test_rank_0_speaks_and_the_others_write_logs(tmp_path: Path) -> None:
@@ -132,18 +125,17 @@ time.sleep(60)
 def test_the_rank_that_failed_first_is_blamed_not_the_one_that_lost_its_peer(tmp_path: Path) -> None:
     program = """
 import os, socket, sys, time
-address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+address = os.path.join(os.environ["BD3_SCALE_MEETING"], "socket")
 if os.environ["RANK"] == "0":
-    server = socket.create_server(address)
-    peer, _ = server.accept()
-    peer.recv(1)
-    sys.exit(4)
-while True:
-    try:
-        connection = socket.create_connection(address)
-        break
-    except ConnectionRefusedError:
-        pass
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        peer, _ = server.accept()
+        peer.recv(1)
+        sys.exit(4)
+connection = socket.socket(socket.AF_UNIX)
+while connection.connect_ex(address):
+    pass
 os._exit(7)
 """
     done = run(program, tmp_path)
@@ -242,24 +234,34 @@ def test_a_folder_that_a_killed_launcher_left_is_removed_and_a_living_one_s_is_n
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    folders = []
-    for name in ("killed", "living"):
-        launcher = start(RECORDER, tmp_path / name)
+    launchers, folders = {}, []
+    for name in ("living", "killed"):
+        launchers[name] = start(RECORDER, tmp_path / name)
         rank_pids(tmp_path / name)
-        folders += [path for path in tmp_path.glob("bd3_scale-launch-*") if path not in folders]
-        if name == "killed":
-            launcher.kill()
-            launcher.wait()
-    killed, living = folders
+        folders += [path for path in tmp_path.glob("bd3_scale-launch-????????") if path not in folders]
+    launchers["killed"].kill()
+    launchers["killed"].wait()
+    assert all(path.exists() for path in folders)
     assert launch(["true"], 1, 1, None) == 0
-    assert killed.exists(), "it may be one that is just being made"
-    for folder in folders:
-        os.utime(folder, (time.time() - 100,) * 2)
-    assert launch(["true"], 1, 1, None) == 0
-    assert [path for path in folders if path.exists()] == [living]
-    launcher.terminate()
-    assert launcher.wait(timeout=10) == 0
+    assert [path for path in folders if path.exists()] == folders[:1]
+    launchers["living"].terminate()
+    assert launchers["living"].wait(timeout=10) == 0
     assert not list(tmp_path.glob("bd3_scale-launch-*"))
+
+
+def test_a_stranger_s_entries_in_the_temporary_folder_stop_no_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for name in ("x", "00000001", "00000001.lock", "00000002.lock"):
+        os.mkfifo(tmp_path / f"bd3_scale-launch-{name}")
+        os.utime(tmp_path / f"bd3_scale-launch-{name}", (0, 0))
+    (tmp_path / "bd3_scale-launch-00000003.lock").symlink_to("bd3_scale-launch-00000003.lock")
+    before = set(tmp_path.iterdir())
+    program = "import sys; from bd3_scale.launch.local import launch; sys.exit(launch(['true'], 1, 1, None))"
+    assert subprocess.run([sys.executable, "-c", program], timeout=20, check=False).returncode == 0
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_ranks_are_not_taken_for_hung_where_everything_was_stopped(

@@ -26,4 +26,4 @@ export GLOO_SOCKET_IFNAME=ib0
 export NCCL_SOCKET_IFNAME=ib0
 export NCCL_DEBUG=WARN
 export NOTE='two words'
-exec /opt/bd3/bin/python -u /opt/bd3/supervise.py job /shared/runs/books/slurm/job.json
+exec /opt/bd3/bin/python -u /opt/bd3/supervise.py keep /shared/runs/books/slurm/job.json

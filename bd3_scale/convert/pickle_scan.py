@@ -1,0 +1,91 @@
+"""What a pickle would do, told from its opcodes without doing it: which names it calls, and what would not end.
+
+A pickle has no loops, yet each of a few opcodes can double what the one before it made: tuples of tuples, whose hash
+visits every leaf, and bytes that are encoded again and again.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import pickletools
+from dataclasses import dataclass
+
+ENCODE = "_codecs.encode"  # how Python 2's protocol writes bytes
+# Leaves that a tuple may have, each counted as often as it is reached.
+_MOST_LEAVES = 1_000_000
+# Some millions where a large vocabulary is pickled beside the weights.
+_MOST_STEPS = 5_000_000
+_GROWING = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE", "NEWOBJ", "BINPERSID", "DUP"}
+_PUTS, _GETS = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A thing on the stack. leaves: those below it, of what can be hashed; calls: something is called for it."""
+
+    leaves: int = 1
+    calls: bool = False
+    name: str = ""
+
+
+_MARK = _Item()
+
+
+def names_called(program: bytes) -> set[str]:
+    """Return the dotted names that a pickle of `torch.save` calls or builds objects of.
+
+    ValueError: it would not end soon, or is damaged.
+    """
+    stack: list[_Item] = []
+    memo: dict[int, _Item] = {}
+    names: set[str] = set()
+    try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+            if number >= _MOST_STEPS:
+                raise ValueError(f"its pickle has more than {_MOST_STEPS:,} steps")
+            if opcode.name in _PUTS:
+                memo[argument] = stack[-1]
+            elif opcode.name in _GETS:
+                stack.append(memo[argument])
+            elif opcode.name == "MARK":
+                stack.append(_MARK)
+            elif opcode.name == "GLOBAL":
+                names.add(name := _modern(*argument.split(" ", 1)))
+                stack.append(_Item(name=name))
+            else:
+                taken = _take(stack, opcode)
+                stack += [_made(opcode.name, taken)] * len(opcode.stack_after)
+    except (IndexError, KeyError) as error:
+        raise ValueError("its pickle is damaged") from error
+    return names
+
+
+def _take(stack: list[_Item], opcode: pickletools.OpcodeInfo) -> list[_Item]:
+    before = list(opcode.stack_before)
+    taken: list[_Item] = []
+    if pickletools.stackslice in before:
+        while (item := stack.pop()) is not _MARK:
+            taken.append(item)
+        before = before[: before.index(pickletools.markobject)]
+    return [stack.pop() for _ in before][::-1] + taken[::-1]
+
+
+def _made(opcode: str, taken: list[_Item]) -> _Item:
+    if opcode not in _GROWING:
+        return _Item()
+    calls = any(item.calls for item in taken)
+    if opcode == "REDUCE" and taken[0].name == ENCODE and calls:
+        raise ValueError("its pickle encodes again what it has encoded, and could grow without end")
+    leaves = 1 + sum(item.leaves for item in taken)
+    if leaves > _MOST_LEAVES:
+        raise ValueError(f"its pickle makes an object of more than {_MOST_LEAVES:,} parts, and might never end")
+    return _Item(leaves, calls or opcode in ("REDUCE", "NEWOBJ"))
+
+
+def _modern(module: str, name: str) -> str:
+    """Return the name that Python 3 has for it, as torch reads it."""
+    if (module, name) in _compat_pickle.NAME_MAPPING:
+        module, name = _compat_pickle.NAME_MAPPING[module, name]
+    else:
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+    return f"{module}.{name}"

@@ -1,0 +1,208 @@
+"""Every reader of files that others made: a sound input, and how it is read. `test_readers.py` spoils each in turn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from bd3_scale.checkpoint.manifest import read_manifest
+from bd3_scale.checkpoint.source_ids import source_ids
+from bd3_scale.checkpoint.tensors import TensorReader
+from bd3_scale.convert.architectures import config_json
+from bd3_scale.convert.export import plan_export
+from bd3_scale.convert.importer import plan_import, run_import
+from bd3_scale.convert.inspect import inspect
+from bd3_scale.convert.names import named_tensors
+from bd3_scale.convert.official import open_official
+from bd3_scale.convert.official_pickle import load_pickle
+from bd3_scale.data.chat import ChatTemplate
+from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.prepare import prepare
+from bd3_scale.data.prompts import read_messages, read_prompts
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.evaluate.generative import Judge
+from bd3_scale.launch.profile import Profile, load_profile
+from bd3_scale.launch.status import read_status
+from bd3_scale.observe.metrics import read_metrics
+from bd3_scale.recipe.load import load_recipe, load_section, recipe_files
+from bd3_scale.recipe.schema import ModelRecipe
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = ModelRecipe(num_layers=2, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16, qk_norm=False)
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reader's input: `make` writes it into a folder, `read` reads it there. files: those that are spoilt, by name.
+
+    examples: how often; those that take long have fewer.
+    """
+
+    make: Callable[[Path], None]
+    read: Callable[[Path], object]
+    files: tuple[str, ...]
+    examples: int = 30
+
+
+def a_recipe(folder: Path) -> None:
+    shutil.copy(REPOSITORY / "recipes/quickstart.yaml", folder / "base.yaml")
+    (folder / "recipe.yaml").write_text("extends: base.yaml\nname: other\n")
+
+
+def a_profile(folder: Path) -> None:
+    (folder / "site.yaml").write_text(
+        "partition: a\nprocesses_per_node: 2\ntime_limit: '10:00'\nenvironment: {A: b}\nmodules: [m]\n"
+        "preflight: {timeout: 10}\n"
+    )
+
+
+def a_model(folder: Path) -> None:
+    """A Llama of Hugging Face, in the two files that its index names, with a tokeniser and a chat template."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        tensor.name: torch.randn(tensor.shape, generator=generator)
+        for tensor in named_tensors(MODEL, vocab_rows=258, padded_rows=384, tied=False)
+    }
+    names = list(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = config_json(
+        "llama", MODEL, block_size=1, vocab_rows=258, special_ids={"eos_token_id": 256, "bos_token_id": 256},
+        mask_id=257, max_position_embeddings=64, dtype="float32",
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [256], "temperature": 0.5}')
+    load_tokenizer("bytes").save(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def an_import(folder: Path) -> None:
+    source = folder / "source"
+    source.mkdir()
+    a_model(source)
+    run_import(plan_import(source), folder / "checkpoint")
+
+
+def a_dit(folder: Path) -> None:
+    """A Lightning checkpoint of the official code, but for its sizes."""
+    block = {
+        "norm1.weight": (4,), "attn_qkv.weight": (12, 4), "attn_out.weight": (4, 4), "norm2.weight": (4,),
+        "mlp.0.weight": (16, 4), "mlp.0.bias": (16,), "mlp.2.weight": (4, 16), "mlp.2.bias": (4,),
+        "adaLN_modulation.weight": (24, 8), "adaLN_modulation.bias": (24,),
+    }  # fmt: skip
+    shapes = {
+        "vocab_embed.embedding": (9, 4), "sigma_map.mlp.0.weight": (8, 16), "sigma_map.mlp.0.bias": (8,),
+        "sigma_map.mlp.2.weight": (8, 8), "sigma_map.mlp.2.bias": (8,),
+        **{f"blocks.0.{name}": shape for name, shape in block.items()},
+        "output_layer.norm_final.weight": (4,), "output_layer.linear.weight": (9, 4), "output_layer.linear.bias": (9,),
+        "output_layer.adaLN_modulation.weight": (8, 8), "output_layer.adaLN_modulation.bias": (8,),
+    }  # fmt: skip
+    state = {f"backbone.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    state["backbone.rotary_emb.inv_freq"] = torch.ones(1)
+    settings = {"config": {"block_size": 4, "model": {"length": 8, "hidden_size": 4}, "algo": {"cross_attn": True}}}
+    torch.save({"state_dict": state, "hyper_parameters": settings}, folder / "last.ckpt")
+
+
+def prepared_data(folder: Path) -> None:
+    (folder / "text.txt").write_text("a few words of text and a few more " * 30)
+    prepare([folder / "text.txt"], folder / "data", load_tokenizer("bytes"), 32, holdout=0.0, workers=1, progress=False)
+
+
+def prompts(folder: Path) -> None:
+    (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    (folder / "prompts.txt").write_text("a\nb\n")
+
+
+def messages(folder: Path) -> None:
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (folder / "messages.jsonl").write_text(json.dumps({"messages": conversation}) + "\n")
+
+
+def a_run(folder: Path) -> None:
+    """What a submitted run leaves, of two attempts."""
+    slurm = folder / "slurm"
+    (slurm / "heartbeats").mkdir(parents=True)
+    attempt = {"outcome": "requeued", "failure": False, "started": 1.0, "ended": 3.0, "step": 4, "saved": 4}
+    attempt |= {
+        "from_step": 0,
+        "submission": "a",
+        "attempt": 0,
+        "job_id": "1",
+        "nodes": [],
+        "reason": "",
+        "signals": [],
+    }
+    (slurm / "attempts.jsonl").write_text(json.dumps(attempt) + "\n" + json.dumps(attempt | {"attempt": 1}) + "\n")
+    job = {"steps": 10, "exclude": [], "name": "a", "submission": "a", "nodes": 1, "run_dir": str(folder)}
+    (slurm / "job.json").write_text(json.dumps(job))
+    (slurm / "submitted.json").write_text('{"jobs": ["1"]}')
+    records = [{"step": step, "tokens": 8 * step, "tokens_per_second": 4.0, "nelbo": 1.0} for step in (2, 4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _index(checkpoint: Path) -> None:
+    with TensorReader(checkpoint) as reader:
+        for tensor, shape in reader.shapes.items():
+            reader.read(tensor, (0,) * len(shape), shape)
+
+
+_WEIGHTS = ("config.json", "model.safetensors.index.json", "a.safetensors")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_IMPORTED = tuple(f"checkpoint/{name}" for name in ("manifest.json", "index.json", "part-00000.safetensors"))
+_RUN = ("slurm/attempts.jsonl", "slurm/job.json", "slurm/submitted.json", "metrics.jsonl")
+
+CASES = {
+    "recipe.load.load_recipe": Case(
+        a_recipe, lambda folder: load_recipe(folder / "recipe.yaml"), ("recipe.yaml", "base.yaml")
+    ),
+    "recipe.load.load_section": Case(
+        a_profile, lambda folder: load_section(folder / "site.yaml", Profile), ("site.yaml",)
+    ),
+    "recipe.load.recipe_files": Case(
+        a_recipe, lambda folder: recipe_files(folder / "recipe.yaml"), ("recipe.yaml", "base.yaml")
+    ),
+    "launch.profile.load_profile": Case(
+        a_profile, lambda folder: load_profile(str(folder / "site.yaml")), ("site.yaml",)
+    ),
+    "launch.status.read_status": Case(a_run, read_status, _RUN),
+    "observe.metrics.read_metrics": Case(a_run, lambda folder: read_metrics(folder / "metrics.jsonl"), _RUN[-1:]),
+    "data.manifest.load_manifest": Case(
+        prepared_data, lambda folder: load_manifest(folder / "data"), ("data/manifest.json",)
+    ),
+    "data.prompts.read_prompts": Case(prompts, lambda folder: read_prompts(folder), ("prompts.jsonl", "prompts.txt")),
+    "data.prompts.read_messages": Case(
+        messages, lambda folder: read_messages(folder / "messages.jsonl"), ("messages.jsonl",)
+    ),
+    "data.tokenizer.load_tokenizer": Case(a_model, lambda folder: load_tokenizer(folder).encode("a b"), _TOKENIZER),
+    "checkpoint.manifest.read_manifest": Case(
+        an_import, lambda folder: read_manifest(folder / "checkpoint"), _IMPORTED[:1]
+    ),
+    "checkpoint.storage.read_index": Case(an_import, lambda folder: _index(folder / "checkpoint"), _IMPORTED[1:]),
+    "checkpoint.source_ids.source_ids": Case(
+        an_import, lambda folder: source_ids(folder / "checkpoint"), ("checkpoint/tokenizer/source_ids.json",)
+    ),
+    "checkpoint.source_ids.ids_of_model": Case(
+        a_model, lambda folder: plan_import(folder), ("config.json", "generation_config.json")
+    ),
+    "convert.official_pickle.load_pickle": Case(
+        a_dit, lambda folder: load_pickle(folder / "last.ckpt"), ("last.ckpt",)
+    ),
+    "convert.official.open_official": Case(a_dit, lambda folder: open_official(folder / "last.ckpt"), ("last.ckpt",)),
+    "convert.importer.plan_import": Case(a_model, lambda folder: plan_import(folder).tensors, _WEIGHTS + _TOKENIZER),
+    "convert.inspect.inspect": Case(a_model, inspect, _WEIGHTS + _TOKENIZER),
+    "convert.export.plan_export": Case(an_import, lambda folder: plan_export(folder / "checkpoint"), _IMPORTED[:2]),
+    "evaluate.generative._open_judge": Case(a_model, Judge, _WEIGHTS + _TOKENIZER, examples=8),
+    "data.chat._template_and_tokens": Case(a_model, ChatTemplate, (*_TOKENIZER, "chat_template.jinja")),
+}
+
+OPENERS: dict[str, str] = {}
