@@ -98,7 +98,7 @@ def test_measures_and_a_run_s_state(place: Path) -> None:
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps({"steps": 8}))
     attempt = {"attempt": 0, "started": 0, "ended": 9, "from_step": 0, "step": 4, "saved": 4, "outcome": "failed"}
-    told = {"reason": f"rank 0: {NAME}", "job_id": "1", "nodes": [NAME]}
+    told = {"submission": "1", "reason": f"rank 0: {NAME}", "job_id": "1", "nodes": [NAME]}
     (folder / "attempts.jsonl").write_text(json.dumps(attempt | told) + "\n")
     assert shown(place, "status", run).count(SHOWN) == 4
 
