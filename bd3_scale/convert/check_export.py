@@ -72,12 +72,10 @@ def check_export(
     with TemporaryDirectory(prefix="bd3_scale-check-") as scratch:
         Path(scratch, "expected.json").write_text(json.dumps(expected))
         save_file({"ids": ids, "logits": logits.contiguous()}, Path(scratch, "expected.safetensors"))
-        # No code but the folder's own may run: nothing that lies in somebody's cache.
+        # No code but the folder's own may run: nothing that lies in somebody's cache, or in the current folder.
         caches = dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"), scratch)
-        environment = os.environ | caches | {"HF_HUB_OFFLINE": "1"}
-        # -P: nor what lies in the current folder, which may be a stranger's and hold a torch.py.
-        options = ["-P", "-W", "ignore", "-m", "bd3_scale.convert.check_export"]
-        command = [sys.executable, *options, str(folder.absolute()), scratch]
+        environment = os.environ | caches | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-W", "ignore", "-m", "bd3_scale.convert.check_export", str(folder), scratch]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         result = Path(scratch, RESULT)
         problem = result.read_text() if result.is_file() else _last_words(done)

@@ -80,11 +80,15 @@ class ChatTemplate:
             raise ValueError(f"the chat template of {self.folder} refuses the conversation: {reason}") from error
 
 
-@reader("a chat template", path="folder")
 def template_file(folder: Path) -> str | None:
     """Return what a folder's `chat_template.jinja` holds; None where there is none. ValueError: it holds no text."""
     path = file_in(folder, CHAT_TEMPLATE)
-    return None if path is None else read_regular(path, TEMPLATE_BYTES).decode()
+    if path is None:
+        return None
+    try:
+        return read_regular(path, TEMPLATE_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as such") from error
 
 
 @reader("a chat template", path="folder")

@@ -21,7 +21,7 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.mauve import SMALLEST_SAMPLE, human_texts, mauve
 from bd3_scale.evaluate.writing import Written, write_texts
 from bd3_scale.observe.libraries import without_broken_torchvision
-from bd3_scale.resilience.foreign import CONFIG, for_transformers, object_in
+from bd3_scale.resilience.foreign import CONFIG, for_transformers, object_in, weight_files
 from bd3_scale.resilience.readers import in_one_line, reader
 
 REPEATED = 4
@@ -190,10 +190,12 @@ class Judge:
 def _open_judge(folder: Path) -> tuple[Any, Any]:
     """Return the tokeniser and the model of a folder, of which no code runs.
 
-    ValueError: it is no folder of a model that the installed transformers knows by itself.
+    ValueError: it is no folder of a model that the installed transformers knows by itself; FileNotFoundError: it has no
+    weights.
     """
     if not object_in(folder, CONFIG):
         raise ValueError(f"{folder} is no folder of a Hugging Face model: it has no {CONFIG}")
+    weight_files(folder)
     with without_broken_torchvision(), for_transformers(folder) as known:
         import transformers
 

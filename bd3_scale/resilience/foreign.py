@@ -104,9 +104,15 @@ def weight_files(folder: Path) -> dict[str, Path]:
 def weight_map(folder: Path) -> dict[str, str]:
     """Return which file holds each tensor, as the index of a folder says. ValueError: it does not."""
     found = object_in(folder, WEIGHTS_INDEX).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(n, str) and Path(n).name == n for n in found.values()):
-        raise ValueError(f"{folder / WEIGHTS_INDEX} must hold a `weight_map` from tensors to files beside it")
+    if not isinstance(found, dict) or not all(_is_shard(name) for name in found.values()):
+        raise ValueError(
+            f"{folder / WEIGHTS_INDEX} must hold a `weight_map` from tensors to files beside it, *.safetensors"
+        )
     return found
+
+
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and os.path.basename(name) == name and name.endswith(".safetensors")
 
 
 def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
