@@ -28,7 +28,7 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path, *, with_ma
     said = {key: value for key, value in object_in(source, TOKENIZER_FILES[1]).items() if key not in _LEFT_OUT}
     tokenizer.save(folder)
     content, own = (read_object(folder / name) for name in TOKENIZER_FILES)
-    config = settings_of(said) | own
+    config = own | settings_of(said) | own
     vocabulary = tokenizer.vocabulary
     if not with_mask:
         del config["mask_token"]
