@@ -73,9 +73,9 @@ def check_export(
         scratch = str(path)
         Path(scratch, "expected.json").write_text(json.dumps(expected))
         save_file({"ids": ids, "logits": logits.contiguous()}, Path(scratch, "expected.safetensors"))
-        # No code but the folder's own may run: nothing that lies in somebody's cache.
+        # No code but the folder's own may run: nothing that lies in somebody's cache, or in the current folder.
         caches = dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"), scratch)
-        environment = os.environ | caches | {"HF_HUB_OFFLINE": "1"}
+        environment = os.environ | caches | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "bd3_scale.convert.check_export", str(folder), scratch]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         result = Path(scratch, RESULT)
@@ -113,9 +113,14 @@ def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         dtype = getattr(torch, expected["dtype"])
-        trust = {"trust_remote_code": True, "local_files_only": True}  # of our own code, which lies in the folder
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **trust).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, **trust) if expected["texts"] else None
+        # The folder was just written, and what code is in it is our own.
+        trust = any(folder.glob("modeling_*.py"))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust, local_files_only=True
+        ).eval()
+        tokenizer = None
+        if expected["texts"]:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer is not None and len(tokenizer) > rows:
         yield f"the tokeniser has {len(tokenizer)} ids, and the embedding {rows} rows"

@@ -15,6 +15,8 @@ from multiprocessing.context import ForkProcess
 from queue import Queue
 from typing import Generic, TypeVar
 
+from bd3_scale.resilience.terminal import tell
+
 T = TypeVar("T")
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
@@ -115,7 +117,7 @@ def _send(made: Queue[T | Exception], pipe: Connection) -> None:
     except BrokenPipeError:
         os._exit(0)  # the rank is gone
     except Exception:  # noqa: BLE001 - the rank would wait for ever for what cannot be sent
-        traceback.print_exc()
+        tell(traceback.format_exc())
         os._exit(1)
 
 

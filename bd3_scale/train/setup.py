@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
-from bd3_scale.data.chat import CHAT_TEMPLATE
+from bd3_scale.checkpoint.source_ids import keep_source_ids, source_ids
 from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash, load_manifest
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, Interval
 from bd3_scale.model.build import attention_backend, build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
@@ -135,12 +136,11 @@ def describe_run(run: Run, start: Start | None) -> None:
     shutil.rmtree(run.folder / TOKENIZER, ignore_errors=True)
     if start is not None and (start.checkpoint / TOKENIZER).is_dir():
         # The same tokeniser, with what an imported one has beside it, such as a chat template.
-        shutil.copytree(start.checkpoint / TOKENIZER, run.folder / TOKENIZER)
+        beside = start.checkpoint / TOKENIZER
+        write_tokenizer(load_tokenizer(beside), beside, run.folder / TOKENIZER)
+        keep_source_ids(source_ids(start.checkpoint), run.folder / TOKENIZER)
     else:
-        tokenizer.save(run.folder / TOKENIZER)
-        template = Path(run.recipe.data.path, CHAT_TEMPLATE)
-        if template.is_file():
-            shutil.copyfile(template, run.folder / TOKENIZER / CHAT_TEMPLATE)
+        write_tokenizer(tokenizer, Path(run.recipe.data.path), run.folder / TOKENIZER)
 
 
 def _agreed(recipe: Recipe) -> str:
