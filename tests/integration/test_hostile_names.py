@@ -96,7 +96,7 @@ def test_measures_and_a_run_s_state(place: Path) -> None:
     assert said.count(r"b]\x1b[2J") == 3
     folder = place / run / SLURM_FOLDER
     folder.mkdir()
-    (folder / "job.json").write_text(json.dumps({"steps": 8}))
+    (folder / "job.json").write_text(json.dumps({"steps": 8, "submission": "1"}))
     attempt = {"attempt": 0, "started": 0, "ended": 9, "from_step": 0, "step": 4, "saved": 4, "outcome": "failed"}
     told = {"submission": "1", "reason": f"rank 0: {NAME}", "job_id": "1", "nodes": [NAME]}
     (folder / "attempts.jsonl").write_text(json.dumps(attempt | told) + "\n")
