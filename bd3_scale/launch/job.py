@@ -167,6 +167,7 @@ def _dependency(job: Job) -> str | None:
 
 def _environment(job: Job) -> Iterator[tuple[str, str]]:
     yield "OMP_NUM_THREADS", str(job.profile.cpus_per_process)
+    yield "PYTHONSAFEPATH", "1"  # what lies in the folder of the submission is no module of the ranks
     if job.profile.interface is not None:
         yield "GLOO_SOCKET_IFNAME", job.profile.interface
         yield "NCCL_SOCKET_IFNAME", job.profile.interface

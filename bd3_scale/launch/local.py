@@ -141,6 +141,8 @@ def _start(
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": str(threads),
+        # What lies in the current folder is no module of theirs.
+        "PYTHONSAFEPATH": "1",
     }
     with contextlib.nullcontext() if log is None else log.open("ab") as output:
         return subprocess.Popen(

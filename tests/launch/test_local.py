@@ -299,3 +299,12 @@ def test_what_cannot_start_leaves_nothing_running_and_no_handler_behind(tmp_path
     assert signal.getsignal(signal.SIGTERM) is before
     time.sleep(1.2)
     assert not marker.exists()
+
+
+def test_a_rank_takes_no_module_from_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "fractions.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
+    program = "import sys; from bd3_scale.launch.local import launch; "
+    program += "sys.exit(launch([sys.executable, '-m', 'statistics'], 1, 1, None))"  # which imports fractions
+    done = subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 0
+    assert not (tmp_path / "was run").exists()

@@ -22,6 +22,7 @@
 set -eo pipefail
 module load cuda/12.8 nccl
 export OMP_NUM_THREADS=12
+export PYTHONSAFEPATH=1
 export GLOO_SOCKET_IFNAME=ib0
 export NCCL_SOCKET_IFNAME=ib0
 export NCCL_DEBUG=WARN
