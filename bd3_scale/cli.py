@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from bd3_scale.checkpoint.commands import app as checkpoint_app
 from bd3_scale.convert.commands import app as convert_app
 from bd3_scale.evaluate.commands import app as evaluate_app
 from bd3_scale.launch.commands import app as launch_app
 from bd3_scale.launch.commands import follow_run
+from bd3_scale.observe.console import Console, put, say, styled
 from bd3_scale.observe.progress import Bar
 from bd3_scale.observe.warnings import quieten_libraries
+from bd3_scale.resilience.output import flush_results, hold_descriptors, outlast, rank_log
+from bd3_scale.resilience.terminal import clean_diagnostics, tell
 
 app = typer.Typer(
     help="Pretrain, evaluate and sample block diffusion language models.",
@@ -54,14 +55,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def main() -> None:
     """Entry point: a person's mistake ends in one `error:` line and exit code 2; BD3_DEBUG=1 shows the traceback."""
+    hold_descriptors()
     quieten_libraries()
+    clean_diagnostics()
+    outlast("stderr")
     try:
-        app()
+        _run()
+    except BrokenPipeError:
+        # The reader of stdout has enough, as `head` does.
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if os.environ.get("BD3_DEBUG"):
             raise
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+        Console(stderr=True, soft_wrap=True).print(styled(("error: ", "bold red"), str(error)))
         sys.exit(2)
+
+
+def _run() -> None:
+    """Run the command; it has not succeeded before what it printed is written."""
+    try:
+        app()
+    except SystemExit:
+        flush_results()
+        raise
 
 
 @data_app.command(epilog="Example: bd3-scale data tokenizer corpus/ --out tokenizers/mine --vocab-size 4096")
@@ -79,7 +95,7 @@ def tokenizer(
     trained = train_tokenizer(
         sources, out, vocab_size, field=field or "text", on_error=on_error, max_document_bytes=max_document << 20
     )
-    typer.echo(f"{out}: {trained.vocabulary.size} ids with the mask, hash {trained.hash[:12]}")
+    say(f"{out}: {trained.vocabulary.size} ids with the mask, hash {trained.hash[:12]}")
 
 
 @data_app.command(epilog="Example: bd3-scale data prepare corpus/ --out shards --tokenizer bytes --seq-len 256")
@@ -137,7 +153,7 @@ def prepare(
         max_document_bytes=max_document << 20,
     )
     if as_json:
-        typer.echo(manifest.model_dump_json())
+        put(manifest.model_dump_json())
         return
     table = Table("", "documents", "sequences", "tokens", "dropped tokens", title=f"{out}, {seq_len} tokens a sequence")
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
@@ -206,10 +222,10 @@ def adapt(
             mask_token=mask_token,
             bos=bos,
             progress=bar.show,
-            note=lambda text: typer.echo(f"note: {text}", err=True),
+            note=lambda text: tell(f"note: {text}"),
         )
     if prepare_only:
-        typer.echo(f"prepared; go on with: bd3-scale train {adapted}")
+        say(f"prepared; go on with: bd3-scale train {adapted}")
         return
     _train(adapted, ())
 
@@ -254,9 +270,11 @@ def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Se
     # Twice, so that a broken rule is reported even where the data is not there yet.
     check_recipe(loaded, world_size)
     check_recipe(loaded, world_size, load_manifest(loaded.data.path, loaded.data.remote).document_multiple)
+    if joins and options:
+        raise ValueError("replay starts its processes itself: run it without a launcher")
+    if not options:
+        outlast("stdout", "stderr", log=rank_log(loaded.run_path))
     if joins:
-        if options:
-            raise ValueError("replay starts its processes itself: run it without a launcher")
         from bd3_scale.train.main import main as train_here
 
         train_here(loaded)
@@ -319,20 +337,20 @@ def submit(
         exclude=exclude or (),
     )
     if dry_run:
-        typer.echo(script(job), nl=False)
+        put(script(job), end="")
         return
     # Again, now that the data must be there.
     multiple = load_manifest(job.recipe.data.path, job.recipe.data.remote).document_multiple
     check_job(job.recipe, job.profile, nodes, multiple, job.run_dir)
     if test_only:
-        typer.echo(ask_slurm(job))
+        say(ask_slurm(job))
         return
     jobs = submit_job(job)
     if as_json:
-        typer.echo(json.dumps({"jobs": jobs, "run_dir": str(job.run_dir), "script": str(job.folder / "job.sh")}))
+        put(json.dumps({"jobs": jobs, "run_dir": str(job.run_dir), "script": str(job.folder / "job.sh")}))
     else:
-        typer.echo(f"submitted as job {', '.join(jobs)}: {nodes} nodes x {job.profile.processes} ranks, {job.run_dir}")
-        typer.echo(f"bd3-scale status {job.run_dir}")
+        say(f"submitted as job {', '.join(jobs)}: {nodes} nodes x {job.profile.processes} ranks, {job.run_dir}")
+        say(f"bd3-scale status {job.run_dir}")
     if follow:
         follow_run(job.run_dir)
 
@@ -347,7 +365,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     environment = read_environment()
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(environment)))
+        put(json.dumps(dataclasses.asdict(environment)))
         return
     console = Console()
     versions = Table("package", "version", title="Versions")

@@ -41,8 +41,11 @@ RESERVED = {
 # Used where a machine has them: triton comes with a CUDA torch, NVIDIA's apex is built from source.
 OPTIONAL = {"lm_eval", "sklearn", "triton", "amp_C", "apex"}
 STANDARD_LIBRARY_ALONE = {
-    *(f"launch/{name}.py" for name in ("local", "ranks", "records", "supervise", "watch")),
-    "resilience/heartbeat.py",
+    *(f"launch/{name}.py" for name in ("attempts", "local", "ranks", "records", "supervise", "watch")),
+    *(
+        f"resilience/{name}.py"
+        for name in ("heartbeat", "leftovers", "limits", "output", "secret", "signals", "terminal")
+    ),
 }
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from bd3_scale.observe.console import Console, put, styled
 from bd3_scale.observe.progress import Bar
 
 app = typer.Typer(help="The checkpoints of a run: what there is, and whether it is sound.", no_args_is_help=True)
@@ -31,12 +30,12 @@ def list_command(path: Where, as_json: AsJson = False) -> None:
         except (ValueError, OSError) as error:
             found.append({"name": folder.name, "problem": str(error)})
     if as_json:
-        typer.echo(json.dumps(found))
+        put(json.dumps(found))
         return
     table = Table("checkpoint", "step", "GB", "ranks", "states", "NELBO", "skipped steps", title=str(path))
     for one in found:
         if "problem" in one:
-            table.add_row(one["name"], Text(one["problem"], style="red"))
+            table.add_row(one["name"], styled((one["problem"], "red")))
             continue
         nelbo = "" if one["nelbo"] is None else f"{one['nelbo']:.4f}"
         size, states = f"{one['bytes'] / 1e9:.3f}", ", ".join(one["states"])
@@ -64,10 +63,10 @@ def verify(
                 problems[folder.name] = str(error)
             bar.show(number, len(folders))
     if as_json:
-        typer.echo(json.dumps(problems))
+        put(json.dumps(problems))
     else:
         for name, problem in problems.items():
-            Console(soft_wrap=True).print(Text(f"{name}: ") + Text(problem or "sound", style="red" if problem else ""))
+            Console(soft_wrap=True).print(styled(f"{name}: ", (problem or "sound", "red" if problem else "")))
     if any(problems.values()):
         raise typer.Exit(1)
 

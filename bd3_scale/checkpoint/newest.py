@@ -6,14 +6,14 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch.distributed as dist
 
 from bd3_scale.checkpoint.folder import list_checkpoints, name_latest
 from bd3_scale.checkpoint.manifest import CheckpointDamagedError, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.verify import Mode, check_checkpoint
-from bd3_scale.parallel.collective import gather_objects, on_rank_zero
+from bd3_scale.parallel.collective import gather_values, on_rank_zero
+from bd3_scale.resilience.files import free_name
 
 _LOG = logging.getLogger(__name__)
 DAMAGED = "damaged-"
@@ -25,7 +25,7 @@ def check_together(folder: Path, mode: Mode) -> str | None:
     ValueError, OSError, on all ranks: a rank cannot read it, or sees another state of it than rank 0.
     """
     world = dist.get_world_size()
-    found = gather_objects(_problem(folder, mode, dist.get_rank(), world))
+    found = gather_values(_problem(folder, mode, dist.get_rank(), world))
     for rank, (kind, text) in enumerate(found):
         if kind == "unreadable":
             raise ValueError(f"rank {rank} cannot read a checkpoint: {text}")
@@ -50,7 +50,8 @@ def newest_sound(checkpoints: Path, mode: Mode) -> tuple[Path, CheckpointManifes
     ValueError, with nothing moved: there are checkpoints, and none is sound, or as `check_together`.
     """
     problems: list[tuple[Path, str]] = []
-    for folder in on_rank_zero(lambda: list_checkpoints(checkpoints))[::-1]:
+    for name in reversed(on_rank_zero(lambda: [str(path) for path in list_checkpoints(checkpoints)])):
+        folder = Path(name)
         problem = check_together(folder, mode)
         if problem is None:
             on_rank_zero(partial(_take, folder, problems))
@@ -64,23 +65,20 @@ def newest_sound(checkpoints: Path, mode: Mode) -> tuple[Path, CheckpointManifes
     return None
 
 
-def _problem(folder: Path, mode: Mode, rank: int, world: int) -> tuple[Literal["", "damaged", "unreadable"], str]:
+def _problem(folder: Path, mode: Mode, rank: int, world: int) -> list[str]:
+    """Of what kind (damaged or unreadable) and what it is; both empty where there is none."""
     try:
         check_checkpoint(folder, mode, slice(rank, None, world))
     except CheckpointDamagedError as error:
-        return "damaged", str(error)
+        return ["damaged", str(error)]
     except (ValueError, OSError) as error:
-        return "unreadable", str(error)
-    return "", ""
+        return ["unreadable", str(error)]
+    return ["", ""]
 
 
 def _take(sound: Path, problems: Sequence[tuple[Path, str]]) -> None:
     for folder, problem in problems:
-        aside = folder.with_name(DAMAGED + folder.name)
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = folder.with_name(f"{DAMAGED}{folder.name}-{number}")
+        aside = free_name(folder.with_name(DAMAGED + folder.name))
         folder.rename(aside)
         _LOG.warning("%s; it is moved to %s, and an older one is taken", problem, aside.name)
     # Whatever was killed since its name was due.

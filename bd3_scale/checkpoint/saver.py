@@ -15,6 +15,7 @@ import torch.distributed as dist
 from bd3_scale.checkpoint.boxes import Box
 from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.checkpoint.store import save_boxes
+from bd3_scale.parallel.groups import group_beside_training
 from bd3_scale.recipe.schema import CheckpointRecipe
 
 _LOG = logging.getLogger(__name__)
@@ -52,9 +53,8 @@ class CheckpointSaver:
 
     def __init__(self, folder: Path, tokenizer: Path, recipe: CheckpointRecipe) -> None:
         self._folder, self._tokenizer, self._recipe = folder, tokenizer, recipe
-        # Training's collectives go on meanwhile: messages of one group cannot be mistaken for those of another. A rank
-        # that writes for hours keeps the others waiting, who must not take it for dead.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        # A rank that writes for hours keeps the others waiting, who must not take it for dead.
+        self._group = group_beside_training(timedelta(days=7))
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
         self._ended: list[Saved] = []

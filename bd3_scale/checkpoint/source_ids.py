@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER
-from bd3_scale.resilience.files import read_object
+from bd3_scale.resilience.foreign import CONFIG, object_in, settings_of
+from bd3_scale.resilience.readers import reader
 
 # Lies beside the tokeniser, which goes from an import to a run, its checkpoints and their exports.
 SOURCE_IDS = "source_ids.json"
-CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -20,36 +20,39 @@ KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 @dataclass(frozen=True)
 class SourceIds:
     """Holds what two files of a model say. config: its ids by the names of `KEYS`, as far as it has them;
-    generation_config: all of it.
+    generation_config: all of it that names no code.
     """
 
     config: dict[str, Any]
     generation_config: dict[str, Any]
 
 
+@reader("a model's ids", path="checkpoint")
 def source_ids(checkpoint: Path) -> SourceIds:
     """Return the ids of the model that a checkpoint came from; nothing where it came from none.
 
     ValueError: a file is no JSON object.
     """
-    kept = _read(checkpoint / TOKENIZER / SOURCE_IDS)
-    if kept:
-        return SourceIds(kept.get("config", {}), kept.get("generation_config", {}))
-    # An import of before has its source's files alone.
-    return _from_files(checkpoint / IMPORTED)
+    kept = object_in(checkpoint / TOKENIZER, SOURCE_IDS)
+    if not kept:
+        # An import of before has its source's files alone.
+        return ids_of_model(checkpoint / IMPORTED)
+    return _source_ids(*(kept.get(name, {}) for name in ("config", "generation_config")))
 
 
-def keep_source_ids(source: Path, tokenizer: Path) -> None:
-    """Write what the model folder `source` says into the folder `tokenizer`."""
-    found = _from_files(source)
-    content = {"config": found.config, "generation_config": found.generation_config}
-    (tokenizer / SOURCE_IDS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+@reader("a model's ids", path="folder")
+def ids_of_model(folder: Path) -> SourceIds:
+    """Return what the model folder of other software says. ValueError: a file is no JSON object, or leads elsewhere."""
+    return _source_ids(*(object_in(folder, name) for name in (CONFIG, GENERATION_CONFIG)))
 
 
-def _from_files(folder: Path) -> SourceIds:
-    config = _read(folder / CONFIG)
-    return SourceIds({key: config[key] for key in KEYS if key in config}, _read(folder / GENERATION_CONFIG))
+def keep_source_ids(found: SourceIds, tokenizer: Path) -> None:
+    """Write what is known into the folder `tokenizer`."""
+    (tokenizer / SOURCE_IDS).write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
+def _source_ids(config: Any, generation_config: Any) -> SourceIds:
+    for content in (config, generation_config):
+        if not isinstance(content, dict):
+            raise ValueError("config and generation_config must be JSON objects")
+    return SourceIds(settings_of({key: config[key] for key in KEYS if key in config}), settings_of(generation_config))

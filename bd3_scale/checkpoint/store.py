@@ -26,7 +26,7 @@ from bd3_scale.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
 from bd3_scale.checkpoint.retention import surplus
 from bd3_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from bd3_scale.model.layout import ParameterLayout
-from bd3_scale.parallel.collective import gather_objects, on_rank_zero
+from bd3_scale.parallel.collective import gather_values, on_rank_zero
 from bd3_scale.parallel.zero import ZeroState
 from bd3_scale.recipe.schema import CheckpointRecipe
 from bd3_scale.resilience import faults
@@ -60,9 +60,10 @@ def save_boxes(
         on_rank_zero(lambda: _prepare(partial, tokenizer, manifest.step), group)
         writer = SafetensorsWriter(partial, dist.get_rank(), manifest.step)
         save({}, storage_writer=writer, planner=BoxSavePlanner(boxes), process_group=group)
-        written = {name: record for rank in gather_objects(writer.written, group) for name, record in rank.items()}
+        mine = {name: record.model_dump() for name, record in writer.written.items()}
+        written = {name: FileRecord(**record) for rank in gather_values(mine, group) for name, record in rank.items()}
         on_rank_zero(lambda: _seal(partial, manifest, written), group)
-        if keep.verify == "full" and (damaged := "; ".join(filter(None, gather_objects(_read_back(partial), group)))):
+        if keep.verify == "full" and (damaged := "; ".join(filter(None, gather_values(_read_back(partial), group)))):
             raise OSError(f"what was written reads back as something else: {damaged}")
         on_rank_zero(lambda: _commit(partial, target, manifest.step), group)
     except (CheckpointException, ValueError, OSError) as error:

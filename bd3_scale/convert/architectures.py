@@ -55,7 +55,7 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
     _check_kinds(config)
     names = config.get("architectures") or []
     name = names[0] if names else None
-    if name is None or name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
             f"architecture {name or config.get('model_type')!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
             ", and the checkpoints of the official bd3lms code"

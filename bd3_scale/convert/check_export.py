@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from bd3_scale.attention.spans import make_spans
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.leftovers import temporary_folder
 
 TEXTS = (
     "Once upon a time, there were 3,141 of them.",
@@ -69,12 +69,13 @@ def check_export(
             text, or the logits differ.
     """
     expected = expectations(tokenizer, vocabulary, dtype)
-    with TemporaryDirectory(prefix="bd3_scale-check-") as scratch:
+    with temporary_folder("check") as path:
+        scratch = str(path)
         Path(scratch, "expected.json").write_text(json.dumps(expected))
         save_file({"ids": ids, "logits": logits.contiguous()}, Path(scratch, "expected.safetensors"))
-        # No code but the folder's own may run: nothing that lies in somebody's cache.
+        # No code but the folder's own may run: nothing that lies in somebody's cache, or in the current folder.
         caches = dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"), scratch)
-        environment = os.environ | caches | {"HF_HUB_OFFLINE": "1"}
+        environment = os.environ | caches | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "bd3_scale.convert.check_export", str(folder), scratch]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         result = Path(scratch, RESULT)
@@ -112,9 +113,14 @@ def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         dtype = getattr(torch, expected["dtype"])
-        trust = {"trust_remote_code": True, "local_files_only": True}  # of our own code, which lies in the folder
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **trust).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, **trust) if expected["texts"] else None
+        # The folder was just written, and what code is in it is our own.
+        trust = any(folder.glob("modeling_*.py"))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust, local_files_only=True
+        ).eval()
+        tokenizer = None
+        if expected["texts"]:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer is not None and len(tokenizer) > rows:
         yield f"the tokeniser has {len(tokenizer)} ids, and the embedding {rows} rows"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+from bd3_scale.observe.console import Console, put, styled
 from bd3_scale.observe.progress import Bar
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def quantize(
             progress=bar.show,
         )
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report)))
+        put(json.dumps(dataclasses.asdict(report)))
         return
     _show_quantization(report, out)
 
@@ -242,7 +242,7 @@ def inspect_(
 
     found = inspect(checkpoint, verify=verify)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found)))
+        put(json.dumps(dataclasses.asdict(found)))
     else:
         _show(found)
     if not found.sound:
@@ -251,7 +251,7 @@ def inspect_(
 
 def _show(found: Inspection) -> None:
     console = Console(highlight=False)
-    tree = Tree(f"[bold]{found.path}[/bold], {found.kind}")
+    tree = Tree(styled((found.path, "bold"), f", {found.kind}"))
     branches: dict[str, Tree] = {}
     for tensor in found.tensors:
         *parents, leaf = tensor.name.split(".")
@@ -259,7 +259,7 @@ def _show(found: Inspection) -> None:
         for depth in range(1, len(parents) + 1):
             key = ".".join(parents[:depth])
             branch = branches.get(key) or branches.setdefault(key, branch.add(parents[depth - 1]))
-        branch.add(f"{leaf}  [dim]{tensor.dtype} {list(tensor.shape)}[/dim]")
+        branch.add(styled(leaf, (f"  {tensor.dtype} {list(tensor.shape)}", "dim")))
     table = Table("", "", show_header=False)
     table.add_row("parameters", f"{found.parameters:,}")
     table.add_row("size", f"{found.bytes / 1e9:.3f} GB")
@@ -275,7 +275,7 @@ def _report(title: str, entries: dict[str, object], as_json: bool) -> None:
     if as_json:
         import json
 
-        typer.echo(json.dumps({"result": title} | entries))
+        put(json.dumps({"result": title} | entries))
         return
     table = Table("", "", title=title, show_header=False)
     for key, value in entries.items():

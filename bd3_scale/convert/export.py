@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, damaged_files, read_manifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.sizes import check_sizes
-from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, KEYS, SOURCE_IDS, source_ids
+from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, KEYS, source_ids
 from bd3_scale.checkpoint.tensors import TensorReader, same_bytes
 from bd3_scale.convert.architectures import (
     EXPORT_FORMATS,
@@ -25,16 +24,19 @@ from bd3_scale.convert.architectures import (
     export_obstacles,
 )
 from bd3_scale.convert.check_export import check_export, expected_logits
-from bd3_scale.convert.folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, open_weights, read_json
+from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.importer import MASK_ROWS
 from bd3_scale.convert.names import EMBEDDING, HEAD, NATIVE_EMBEDDING, NamedTensor, named_tensors
 from bd3_scale.convert.remote_code_files import remote_code
 from bd3_scale.convert.serving import SGLANG_CONFIG, model_card, sglang_config
 from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.evaluate.writing import checkpoint_tokenizer
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
+from bd3_scale.resilience.foreign import CONFIG, WEIGHTS, WEIGHTS_INDEX, file_in, object_in, settings_of
+from bd3_scale.resilience.readers import reader
 
 Progress = Callable[[int, int], object]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -95,8 +97,8 @@ class ExportPlan:
 
     def _source_rows(self) -> dict[str, Tensor]:
         """The rows of the source that a new mask took, of an import."""
-        path = self.checkpoint / IMPORTED / MASK_ROWS
-        return load_file(path) if path.is_file() else {}
+        path = file_in(self.checkpoint / IMPORTED, MASK_ROWS)
+        return {} if path is None else load_file(path)
 
 
 def choose_format(manifest: CheckpointManifest, kind: Format | None) -> Format:
@@ -112,6 +114,7 @@ def choose_format(manifest: CheckpointManifest, kind: Format | None) -> Format:
     return kind or possible[0]
 
 
+@reader("a checkpoint", path="checkpoint")
 def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | None = None) -> ExportPlan:
     """Check a checkpoint and decide what an export of it holds.
 
@@ -150,12 +153,11 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
     tensors = named_tensors(
         recipe.model, vocab_rows=rows, padded_rows=vocabulary.padded_size, tied=config["tie_word_embeddings"]
     )
-    original = _source_config(checkpoint)
+    original = object_in(checkpoint / IMPORTED, CONFIG)
     if original.get("architectures") == config["architectures"]:
-        # What the engines of that format read beyond our own keys; transformers also calls torch_dtype dtype.
+        # What the engines of that format read beyond our own keys.
         ours = ("torch_dtype", "block_size", "vocab_size", "tie_word_embeddings")
-        original.pop("dtype", None)
-        config |= original | {key: config[key] for key in ours if key in config}
+        config |= settings_of(original) | {key: config[key] for key in ours if key in config}
     return ExportPlan(checkpoint, manifest, kind, target, stored, config, tuple(tensors))
 
 
@@ -257,10 +259,7 @@ def write_companions(
     (folder / CONFIG).write_text(json.dumps(plan.config | dict(extra_config or {}), indent=2) + "\n")
     _write_generation_config(folder, plan)
     if (tokenizer := plan.tokenizer()) is not None:
-        for file in (plan.checkpoint / TOKENIZER).iterdir():
-            if file.name != SOURCE_IDS:
-                shutil.copyfile(file, folder / file.name)
-        tokenizer.rewrite(folder, with_mask=plan.is_block_diffusion)
+        write_tokenizer(tokenizer, plan.checkpoint / TOKENIZER, folder, with_mask=plan.is_block_diffusion)
     if plan.kind in ("sdar", "bd3"):
         for name, source in remote_code(plan.kind).items():
             (folder / name).write_text(source, encoding="utf-8")
@@ -274,11 +273,6 @@ def _write_generation_config(folder: Path, plan: ExportPlan) -> None:
     """What the source's says, where there is one, else the special ids."""
     content = source_ids(plan.checkpoint).generation_config or {key: plan.config[key] for key in KEYS}
     (folder / GENERATION_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _source_config(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / IMPORTED / CONFIG
-    return read_json(path) if path.is_file() else {}
 
 
 def _default_dtype(manifest: CheckpointManifest) -> torch.dtype | None:

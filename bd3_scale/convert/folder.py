@@ -13,10 +13,7 @@ from torch import Tensor
 
 from bd3_scale.convert.weights import Weights
 from bd3_scale.resilience.files import read_object
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+from bd3_scale.resilience.foreign import CONFIG, WEIGHTS_INDEX, file_in, weight_files, weight_map
 
 # safetensors' names of the types that weights have.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -28,12 +25,12 @@ DTYPES: Mapping[str, torch.dtype] = {
 _PACKED_DTYPES: Mapping[str, torch.dtype] = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """ValueError: not a JSON object; FileNotFoundError: no such file."""
-    try:
-        return read_object(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: a Hugging Face model folder has one") from None
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json. ValueError: not a JSON object, see `file_in`; FileNotFoundError: there is none."""
+    path = file_in(folder, CONFIG)
+    if path is None:
+        raise FileNotFoundError(f"{folder / CONFIG} does not exist: a Hugging Face model folder has one")
+    return read_object(path)
 
 
 def open_weights(folder: Path, *, quantised: bool = False) -> Weights:
@@ -48,7 +45,7 @@ def open_weights(folder: Path, *, quantised: bool = False) -> Weights:
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     known = {**DTYPES, **_PACKED_DTYPES} if quantised else DTYPES
-    for path in _files(folder):
+    for path in weight_files(folder).values():
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
                 view = file.get_slice(name)
@@ -62,31 +59,10 @@ def open_weights(folder: Path, *, quantised: bool = False) -> Weights:
     return Weights(shapes, dtypes, partial(_read, file_of))
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / WEIGHTS_INDEX
-    if not index.is_file():
-        if not (folder / WEIGHTS).is_file():
-            pickles = sorted(path.name for path in folder.glob("*.bin"))
-            hint = f"; it has {', '.join(pickles[:3])}: save it again with safe_serialization=True" if pickles else ""
-            raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{hint}")
-        return [folder / WEIGHTS]
-    names = sorted(set(_weight_map(index).values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {WEIGHTS_INDEX} names: download it again")
-    return [folder / name for name in names]
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(Path(str(n)).name == n for n in weight_map.values()):
-        raise ValueError(f"{index} must hold a `weight_map` from tensors to files beside it")
-    return weight_map
-
-
 def _check_index(folder: Path, file_of: Mapping[str, Path]) -> None:
-    index = folder / WEIGHTS_INDEX
-    if index.is_file():
-        named = _weight_map(index)
+    index = file_in(folder, WEIGHTS_INDEX)
+    if index is not None:
+        named = weight_map(folder)
         wrong = [
             n for n in sorted(named.keys() | file_of.keys()) if n not in file_of or named.get(n) != file_of[n].name
         ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,21 @@ from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Box
 from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, write_manifest
-from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, keep_source_ids
+from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, ids_of_model, keep_source_ids
 from bd3_scale.checkpoint.tensors import TensorReader, TensorWriter, same_bytes
-from bd3_scale.convert.architectures import read_architecture
-from bd3_scale.convert.folder import CONFIG, open_weights, read_json
+from bd3_scale.convert.architectures import ARCHITECTURES, read_architecture
+from bd3_scale.convert.folder import open_weights, read_config
 from bd3_scale.convert.names import EMBEDDING, HEAD, NamedTensor, named_tensors
 from bd3_scale.convert.official import is_official, open_official
 from bd3_scale.convert.sizes import check_sizes
 from bd3_scale.convert.weights import Weights
 from bd3_scale.data.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILES, Tokenizer, load_tokenizer
+from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.recipe.schema import DiffusionRecipe, ImportedRecipe, ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
+from bd3_scale.resilience.foreign import CONFIG, file_in, object_in, settings_of
+from bd3_scale.resilience.readers import reader
 
 Progress = Callable[[int, int], object]
 # Buffers and switches that checkpoints carry beside their weights.
@@ -91,6 +93,7 @@ class ImportPlan:
         return "bf16" if self.weights.dtypes[EMBEDDING] == torch.bfloat16 else "fp32"
 
 
+@reader("a model", path="source")
 def plan_import(
     source: Path,
     *,
@@ -117,7 +120,7 @@ def plan_import(
     """
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
-    if source.is_file() and (source.parent / CONFIG).is_file() and "architectures" in read_json(source.parent / CONFIG):
+    if source.is_file() and "architectures" in object_in(source.parent, CONFIG):
         raise ValueError(f"{source} is a part of a Hugging Face folder: give the folder, {source.parent}")
     found = _tokenizer_source(source, tokenizer)
     if found is not None and eos_id is not None:
@@ -137,7 +140,7 @@ def plan_import(
             official.max_position_embeddings, official.vocab_size, vocabulary, loaded, found, False, official.weights,
         )  # fmt: skip
     else:
-        architecture = read_architecture(read_json(source / CONFIG), block_size)
+        architecture = read_architecture(read_config(source), block_size)
         weights = open_weights(source)
         check_sizes(str(source), architecture.model, weights.shapes)
         eos_id = architecture.eos_id if eos_id is None else eos_id
@@ -171,8 +174,9 @@ def run_import(plan: ImportPlan, out: Path, progress: Progress = lambda done, to
         writer.finish()
         if plan.tokenizer is not None:
             assert plan.tokenizer_source is not None
-            _save_tokenizer(plan.tokenizer, Path(plan.tokenizer_source), folder / TOKENIZER)
-            keep_source_ids(plan.source, folder / TOKENIZER)
+            beside = Path(plan.tokenizer_source)
+            write_tokenizer(plan.tokenizer, beside if beside.is_dir() else beside.parent, folder / TOKENIZER)
+            keep_source_ids(ids_of_model(plan.source), folder / TOKENIZER)
         _keep_source_files(plan, folder / IMPORTED)
         write_manifest(folder, _manifest(plan), writer.written)
         with TensorReader(folder) as reader:
@@ -212,7 +216,7 @@ def _tokenizer_source(source: Path, tokenizer: str | None) -> str | None:
         return tokenizer
     folder = source if source.is_dir() else source.parent
     names = (TOKENIZER_FILES[0], SENTENCEPIECE_FILE)
-    return str(folder) if any((folder / name).is_file() for name in names) else None
+    return str(folder) if any(file_in(folder, name) for name in names) else None
 
 
 def _vocabulary(
@@ -340,27 +344,15 @@ def _mask_embedding(plan: ImportPlan, embedding: Tensor) -> Tensor:
     return (known.mean(0) + known.std(0) * noise).to(embedding.dtype)
 
 
-def _save_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
-    """The tokeniser with its mask, and what its own configuration says beyond that, such as a chat template."""
-    tokenizer.save(folder)
-    own = folder / TOKENIZER_FILES[1]
-    original = (source if source.is_dir() else source.parent) / TOKENIZER_FILES[1]
-    if source.exists() and original.is_file():
-        # transformers takes the added tokens from tokenizer.json, where the mask is among them.
-        # What texts begin and end with is told by the template there, for every class of tokenisers.
-        left_out = ("added_tokens_decoder", "add_bos_token", "add_eos_token")
-        kept = {key: value for key, value in read_json(original).items() if key not in left_out}
-        own.write_text(json.dumps(kept | read_json(own), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for template in original.parent.glob("chat_template.*"):
-            shutil.copyfile(template, folder / template.name)
-
-
 def _keep_source_files(plan: ImportPlan, folder: Path) -> None:
     """What an export of the same architecture writes again, and the row that the new mask takes the place of."""
-    for name in (CONFIG, GENERATION_CONFIG):
-        if plan.source.is_dir() and (plan.source / name).is_file():
+    contents = {name: settings_of(object_in(plan.source, name)) for name in (CONFIG, GENERATION_CONFIG)}
+    if plan.architecture in ARCHITECTURES:
+        contents[CONFIG]["architectures"] = [plan.architecture]
+    for name, content in contents.items():
+        if content:
             folder.mkdir(exist_ok=True)
-            shutil.copyfile(plan.source / name, folder / name)
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     mask_id = plan.vocabulary.mask_id
     if plan.new_mask and mask_id < plan.vocab_rows:
         folder.mkdir(exist_ok=True)

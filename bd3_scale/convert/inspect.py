@@ -11,11 +11,13 @@ from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, damaged_files, read_manifest
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.architectures import ARCHITECTURES, Format, export_obstacles, read_architecture
-from bd3_scale.convert.folder import CONFIG, open_weights, read_json
+from bd3_scale.convert.folder import open_weights, read_config
 from bd3_scale.convert.official import is_official, open_official
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from bd3_scale.recipe.load import resolved_yaml
 from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, Recipe
+from bd3_scale.resilience.foreign import CONFIG, file_in
+from bd3_scale.resilience.readers import reader
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Inspection:
     tensors: tuple[TensorInfo, ...]
 
 
+@reader("a checkpoint")
 def inspect(path: Path, *, verify: bool = False) -> Inspection:
     """Describe a checkpoint or run directory of this package, a Hugging Face folder or an official bd3lms file.
 
@@ -62,7 +65,7 @@ def inspect(path: Path, *, verify: bool = False) -> Inspection:
         raise FileNotFoundError(f"{path} does not exist")
     if is_official(path):
         return _inspect_official(path)
-    if (path / CONFIG).is_file():
+    if file_in(path, CONFIG):
         return _inspect_huggingface(path)
     return _inspect_native(resolve_checkpoint(path), verify)
 
@@ -110,7 +113,7 @@ def _inspect_native(path: Path, verify: bool) -> Inspection:
 
 
 def _inspect_huggingface(path: Path) -> Inspection:
-    config = read_json(path / CONFIG)
+    config = read_config(path)
     quantised = bool(config.get("quantization_config"))
     weights = open_weights(path, quantised=quantised)
     name = (config.get("architectures") or ["?"])[0]
@@ -165,9 +168,9 @@ def _model_details(model: ModelRecipe, diffusion: DiffusionRecipe) -> dict[str, 
 
 
 def _tokenizer(folder: Path) -> str:
-    if not (folder / TOKENIZER_FILES[0]).is_file():
-        return "none"
     try:
+        if file_in(folder, TOKENIZER_FILES[0]) is None:
+            return "none"
         tokenizer = load_tokenizer(folder)
     except ValueError as error:
         return f"unusable: {error}"

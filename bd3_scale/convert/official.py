@@ -22,11 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bd3_scale.convert.folder import CONFIG, DTYPES, WEIGHTS, WEIGHTS_INDEX, open_weights, read_json
+from bd3_scale.convert.folder import DTYPES, open_weights
 from bd3_scale.convert.official_fold import fold, parameters
 from bd3_scale.convert.official_pickle import load_pickle, plain
 from bd3_scale.convert.weights import Weights
 from bd3_scale.recipe.schema import ModelRecipe
+from bd3_scale.resilience.foreign import CONFIG, WEIGHTS, WEIGHTS_INDEX, file_in, object_in
+from bd3_scale.resilience.readers import reader
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-5  # of F.layer_norm, which the code calls without one
@@ -71,6 +73,7 @@ def is_official(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and bool(_config_in(path)))
 
 
+@reader("a model of bd3lms")
 def open_official(path: Path) -> OfficialModel:
     """Read and check a checkpoint; its weights are folded when they are read.
 
@@ -106,7 +109,7 @@ def open_official(path: Path) -> OfficialModel:
 
 def _config_in(folder: Path) -> dict[str, Any]:
     """config.json if the official code wrote it: as a transformers model, or as a Hugging Face mixin of its DiT."""
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = object_in(folder, CONFIG)
     nested = config.get("config")
     hydra = isinstance(nested, Mapping) and "model" in nested
     return config if hydra or config.get("model_type") in _MODEL_TYPES else {}
@@ -115,8 +118,8 @@ def _config_in(folder: Path) -> dict[str, Any]:
 def _open(path: Path) -> tuple[Weights, list[Tensor], Mapping[str, Any]]:
     """Tensors, those of the moving average without names, and the configuration."""
     if path.is_dir():
-        safe = any((path / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
-        if safe or not (path / _PICKLED).is_file():
+        safe = any(file_in(path, name) for name in (WEIGHTS, WEIGHTS_INDEX))
+        if safe or file_in(path, _PICKLED) is None:
             return _without_prefix(path, open_weights(path)), [], _config_in(path)
         path = path / _PICKLED
     if _is_safetensors(path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import _compat_pickle
 import pickletools
 from dataclasses import dataclass
+from typing import Any
 
 ENCODE = "_codecs.encode"  # how Python 2's protocol writes bytes
 # Leaves that a tuple may have, each counted as often as it is reached.
@@ -40,6 +41,7 @@ def names_called(program: bytes) -> set[str]:
     memo: dict[int, _Item] = {}
     names: set[str] = set()
     try:
+        argument: Any
         for number, (opcode, argument, _) in enumerate(pickletools.genops(program)):
             if number >= _MOST_STEPS:
                 raise ValueError(f"its pickle has more than {_MOST_STEPS:,} steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
@@ -138,5 +139,14 @@ Blocks are aligned to position 0, the prompt included. Logits are of the same po
 
 def _training(manifest: CheckpointManifest) -> str:
     if isinstance(manifest.recipe, Recipe):
-        return f"```yaml\n{resolved_yaml(manifest.recipe)}```\n"
-    return f"Not trained by bd3_scale: imported from {manifest.recipe.imported_from}.\n"
+        text = resolved_yaml(manifest.recipe)
+        fence = _fence(text, 3)
+        return f"{fence}yaml\n{text}{fence}\n"
+    source = "".join(letter if letter.isprintable() else " " for letter in manifest.recipe.imported_from)
+    fence = _fence(source, 1)
+    return f"Not trained by bd3_scale: imported from {fence} {source} {fence}.\n"
+
+
+def _fence(text: str, least: int) -> str:
+    """Return what encloses a text as code in Markdown, so that nothing in it ends that."""
+    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))

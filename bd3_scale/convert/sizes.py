@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from bd3_scale.checkpoint.boxes import Shape
@@ -21,7 +20,7 @@ def check_sizes(source: str, model: ModelRecipe, shapes: Mapping[str, Shape]) ->
         ("k", "num_key_value_heads", model.query_groups),
     ):
         weights = [shape for name, shape in shapes.items() if name.endswith(f".{letter}_proj.weight")]
-        rows = max((shape[0] for shape in weights if shape and math.prod(shape)), default=0)
+        rows = max((shape[0] for shape in weights if shape and 0 not in shape), default=0)
         if heads * model.head_size > rows:
             raise ValueError(
                 f"config.json of {source} says {key}={heads} of {model.head_size} channels, and {letter}_proj has "

@@ -32,6 +32,15 @@ class Batch:
     counted: Tensor
     shown: Tensor
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Arrays are sent as bytes; tensors would lie in /dev/shm, which may be small.
+        return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(
+            {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
+        )
+
     @property
     def padding(self) -> Tensor:
         """bool [B, L]: pads a document behind its end."""

@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.data.tokenizer import TOKENIZER_FILES, text_of_token
+from bd3_scale.resilience.foreign import file_in, object_in
+from bd3_scale.resilience.readers import read_regular, reader
+
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 CHAT_TEMPLATE = "chat_template.jinja"  # as transformers names it
+TEMPLATE_BYTES = 1 << 20
 ASSISTANT = "assistant"
+SEVERAL = "additional_special_tokens"
 # What marks the assistant's text inside a template, for transformers' `return_assistant_tokens_mask`.
 _MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -18,25 +24,17 @@ _MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatTemplate:
     """The template of a tokeniser's folder: `chat_template.jinja`, or `chat_template` of `tokenizer_config.json`.
 
-    Raises ValueError: the folder has none.
+    Raises ValueError: the folder has none, or what it has is no template.
     """
 
     def __init__(self, folder: Path) -> None:
         from bd3_scale.observe.libraries import without_broken_torchvision
 
         with without_broken_torchvision():
-            import transformers
             from transformers.utils import chat_template_utils
 
-        # Never the class that a folder names for itself.
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        if not tokenizer.chat_template:
-            raise ValueError(
-                f"{folder} has no chat template: put a chat_template.jinja into it, or give plain text with --prompt"
-            )
         self.folder = folder
-        self.template: str = tokenizer.get_chat_template()
-        self._special_tokens = tokenizer.special_tokens_map
+        self.template, self._special_tokens = _template_and_tokens(folder)
         self._render = chat_template_utils.render_jinja_template
 
     def __reduce__(self) -> tuple[type[ChatTemplate], tuple[Path]]:
@@ -80,3 +78,39 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"the chat template of {self.folder} refuses the conversation: {reason}") from error
+
+
+def template_file(folder: Path) -> str | None:
+    """Return what a folder's `chat_template.jinja` holds; None where there is none. ValueError: it holds no text."""
+    path = file_in(folder, CHAT_TEMPLATE)
+    if path is None:
+        return None
+    try:
+        return read_regular(path, TEMPLATE_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as such") from error
+
+
+@reader("a chat template", path="folder")
+def _template_and_tokens(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return the template of a tokeniser's folder, and the special tokens that templates know by name."""
+    config = object_in(folder, "special_tokens_map.json") | object_in(folder, TOKENIZER_FILES[1])
+    declared = config.get("chat_template")
+    if isinstance(declared, list):  # several, of which transformers takes this one
+        declared = {one["name"]: one["template"] for one in declared}.get("default")
+    template = template_file(folder) or declared
+    if not template:
+        raise ValueError(
+            f"{folder} has no chat template: put a {CHAT_TEMPLATE} into it, or give plain text with --prompt"
+        )
+    if not isinstance(template, str):
+        raise ValueError(f"chat_template of {folder / TOKENIZER_FILES[1]} is no text: put a {CHAT_TEMPLATE} beside it")
+    more = config.get("extra_special_tokens")
+    named = config | (more if isinstance(more, dict) else {})
+    tokens: dict[str, Any] = {
+        name: text for name, token in named.items() if name.endswith("_token") and (text := text_of_token(token))
+    }
+    several = config.get(SEVERAL)
+    if isinstance(several, list):
+        tokens[SEVERAL] = [text for token in several if (text := text_of_token(token))]
+    return template, tokens

@@ -8,6 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from bd3_scale.resilience.readers import in_one_line, read_regular, reader
+
+INDEX_FILE = "index.json"
+# Of a shard, in bytes as unpacked; `prepare` ends one before it has a quarter of that.
+SHARD_LIMIT = 1 << 28
 Count = Annotated[int, Field(ge=0)]
 # A file of the split's own folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -18,10 +23,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+class _Hashes(_Strict):
+    xxh64: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+
+
 class _File(_Strict):
     basename: Name
-    bytes: Count
-    hashes: dict[Literal["xxh64"], Annotated[str, Field(pattern="^[0-9a-f]{16}$")]]
+    bytes: Annotated[int, Field(ge=0, le=SHARD_LIMIT)]
+    hashes: _Hashes
 
 
 class _Shard(_Strict):
@@ -46,14 +55,22 @@ class _Index(_Strict):
 _ADAPTER = TypeAdapter(_Index)
 
 
-def check_index(path: Path) -> None:
-    """ValueError: it is not an index that `prepare` made; what is wrong is named."""
+@reader("an index of shards")
+def read_index(path: Path) -> tuple[str, ...]:
+    """Return what an index says of each shard's contents, see `parse_index`."""
+    return parse_index(path, read_regular(path))
+
+
+def parse_index(place: Path | str, content: bytes) -> tuple[str, ...]:
+    """Return the XXH64 of each shard's unpacked bytes and its number of samples, as `<hash>/<samples>`.
+
+    Raises:
+        ValueError: `content` is not an index that `prepare` made; `place` and what is wrong are named.
+    """
     try:
-        index = _ADAPTER.validate_json(path.read_bytes())
+        index = _ADAPTER.validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is damaged ({place or 'it'}: {first['msg']}); copy the data again") from error
+        raise ValueError(f"{place} is damaged ({in_one_line(error)}); copy the data again") from error
     for number, shard in enumerate(index.shards):
         columns = dict(
             zip(shard.column_names, zip(shard.column_encodings, shard.column_sizes, strict=False), strict=False)
@@ -62,4 +79,5 @@ def check_index(path: Path) -> None:
         found = _TOKENS.fullmatch(tokens)
         others = {columns.get(name) for name in ("counted_lengths", "document_lengths", *columns.keys() & {"shown"})}
         if not found or size != int(found[1]) // 8 * int(found[2]) or others != {("ndarray:int32", None)}:
-            raise ValueError(f"{path} is damaged: shard {number} has columns {columns}; copy the data again")
+            raise ValueError(f"{place} is damaged: shard {number} has columns {columns}; copy the data again")
+    return tuple(f"{shard.raw_data.hashes.xxh64}/{shard.samples}" for shard in index.shards)

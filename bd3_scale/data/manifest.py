@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import os
-import secrets
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bd3_scale.data.chat import CHAT_TEMPLATE
+from bd3_scale.data.index import INDEX_FILE, parse_index, read_index
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.files import write_atomically
+from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 
 MANIFEST_FILE = "manifest.json"
 SplitName = Literal["train", "validation"]
@@ -36,7 +41,7 @@ class Source(_Frozen):
 
 
 class Split(_Frozen):
-    """Counts of one split."""
+    """Counts of one split, and what `load_manifest` finds in its index; the folder's own manifest has the counts."""
 
     documents: Count
     sequences: Annotated[int, Field(ge=1)]
@@ -44,6 +49,7 @@ class Split(_Frozen):
     shown_tokens: Annotated[int, _later(ge=0, description="tokens of its sequences that are never masked")] = 0
     dropped_tokens: Annotated[Count, Field(description="tokens of sequences that were not kept: cut, or all shown")]
     text_bytes: Annotated[Count, Field(description="UTF-8 bytes of its documents, of conversations the assistant's")]
+    shards: Annotated[tuple[str, ...], _later(description="XXH64 and samples of each, see `parse_index`")] = ()
 
 
 class Manifest(_Frozen):
@@ -66,9 +72,15 @@ class Manifest(_Frozen):
     validation: Split | None
 
     @property
+    def splits(self) -> dict[SplitName, Split]:
+        """The splits that there are."""
+        both: tuple[tuple[SplitName, Split | None], ...] = (("train", self.train), ("validation", self.validation))
+        return {name: split for name, split in both if split is not None}
+
+    @property
     def shows_tokens(self) -> bool:
         """Whether any sequence has tokens that are not trained on."""
-        return any(split is not None and split.shown_tokens > 0 for split in (self.train, self.validation))
+        return any(split.shown_tokens > 0 for split in self.splits.values())
 
 
 def differing(old: Manifest, new: Manifest) -> list[str]:
@@ -89,31 +101,67 @@ def differing(old: Manifest, new: Manifest) -> list[str]:
         if size != was:
             sizes = ["not read" if size is None else f"{size:,} bytes" for size in (size, was)]
             found.append(f"{path} is {sizes[0]}, there {sizes[1]}")
-    for name, then, split in (("train", old.train, new.train), ("validation", old.validation, new.validation)):
-        if then is not None and split is not None and then != split:
-            counts = [f"{s.documents:,} documents in {s.sequences:,} sequences" for s in (split, then)]
-            found.append(f"{name} has {counts[0]}, there {counts[1]}")
+    for name in old.splits.keys() & new.splits.keys():
+        found += _differing_contents(name, old.splits[name], new.splits[name])
     return found
 
 
+def _differing_contents(name: str, then: Split, split: Split) -> list[str]:
+    if then.model_copy(update={"shards": ()}) != split.model_copy(update={"shards": ()}):
+        counts = [f"{s.documents:,} documents in {s.sequences:,} sequences" for s in (split, then)]
+        return [f"{name} has {counts[0]}, there {counts[1]}"]
+    changed = sum(a != b for a, b in itertools.zip_longest(split.shards, then.shards))
+    if changed and then.shards and split.shards:
+        return [f"{name} has as many documents as there, but other contents in {changed} of {len(split.shards)} shards"]
+    return []
+
+
 def data_hash(manifest: Manifest) -> str:
-    """16 hexadecimal digits of the SHA-256 of a manifest: which data a position in them counts in."""
-    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:16]
+    """Return 16 hexadecimal digits of the SHA-256 of what a training reads: which data a position counts in.
 
-
-def load_manifest(path: str | Path, remote: str | None = None) -> Manifest:
-    """The manifest of the prepared data in the folder `path`.
-
-    With `remote` (a folder or an object store that streaming reads), manifest and tokeniser are fetched from there into
-    `path`, the node-local cache. Raises FileNotFoundError if there is no manifest, ValueError if it is not valid or if
-    the cache belongs to other data.
+    These are the sequences, by the hashes of the shards that `load_manifest` finds, and the tokeniser; not where the
+    text lay, how it was divided among sources, or how shards are packed and indexed.
     """
-    file = Path(path) / MANIFEST_FILE
+    contents = {
+        "tokenizer": manifest.tokenizer_hash,
+        "vocabulary": manifest.vocabulary.model_dump(mode="json"),
+        "seq_len": manifest.seq_len,
+        "shards": {name: split.shards for name, split in manifest.splits.items()},
+    }
+    return _digits(json.dumps(contents, sort_keys=True))
+
+
+def earlier_data_hash(manifest: Manifest) -> str:
+    """Return the `data_hash` of earlier versions, of counts, paths and sizes: equal ones do not prove equal text."""
+    return _digits(manifest.model_dump_json(exclude={"train": {"shards"}, "validation": {"shards"}}))
+
+
+def _digits(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@reader("prepared data")
+def load_manifest(path: str | Path, remote: str | None = None) -> Manifest:
+    """Return the manifest of the prepared data in the folder `path`, with what the indices say of the shards.
+
+    With `remote` (a folder or an object store that streaming reads), manifest, tokeniser and indices are fetched from
+    there into `path`, the node-local cache. Raises FileNotFoundError if there is no manifest or index, ValueError if
+    one is not valid or if the cache belongs to other data.
+    """
+    folder = Path(path)
+    file = folder / MANIFEST_FILE
     if remote is not None:
-        _fetch(remote, Path(path))
+        _fetch(remote, folder)
     elif not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; make the data with `bd3-scale data prepare`")
-    return parse_manifest(file, file.read_bytes())
+    manifest = parse_manifest(file, read_regular(file))
+    found: dict[str, Split] = {}
+    for name, split in manifest.splits.items():
+        index = folder / name / INDEX_FILE
+        if not index.is_file():
+            raise FileNotFoundError(f"{index} is missing; copy the data again")
+        found[name] = split.model_copy(update={"shards": read_index(index)})
+    return manifest.model_copy(update=found)
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
@@ -136,27 +184,33 @@ def bos_option(vocabulary: Vocabulary) -> str:
     return "--no-bos" if vocabulary.bos_id is None else "--bos"
 
 
-def parse_manifest(file: Path, content: bytes) -> Manifest:
-    """The manifest that `content` of `file` is. ValueError: it is none."""
+def parse_manifest(place: Path | str, content: bytes) -> Manifest:
+    """Return the manifest that `content` of `place` is. ValueError: it is none."""
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise ValueError(f"{file} is not a valid manifest ({problems}); prepare the data again") from error
+        raise ValueError(f"{place} is not a valid manifest ({in_one_line(error)}); prepare the data again") from error
 
 
 def _fetch(remote: str, folder: Path) -> None:
     from bd3_scale.data.mosaicml import CloudDownloader
 
-    names = [MANIFEST_FILE, *TOKENIZER_FILES]
-    for name in names:
-        # Every rank of a node fetches for itself, so each needs a file of its own until it is complete.
-        aside = folder / f".{name}.{secrets.token_hex(4)}"
-        CloudDownloader.direct_download(os.path.join(remote, name), str(aside))
-        file = folder / name
-        if name == MANIFEST_FILE and file.exists() and file.read_bytes() != aside.read_bytes():
-            aside.unlink()
-            raise ValueError(f"{folder} caches other data than {remote} holds; empty it or choose another folder")
-        aside.replace(file)
-        if name == MANIFEST_FILE and parse_manifest(file, file.read_bytes()).messages:
-            names.append(CHAT_TEMPLATE)
+    contents: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory() as aside:
+
+        def fetch(name: str) -> str:
+            CloudDownloader.direct_download(os.path.join(remote, name), os.path.join(aside, name))
+            contents[name] = read_regular(Path(aside, name))
+            return os.path.join(remote, name)
+
+        manifest = parse_manifest(fetch(MANIFEST_FILE), contents[MANIFEST_FILE])
+        for name in (os.path.join(split, INDEX_FILE) for split in manifest.splits):
+            shards = parse_index(fetch(name), contents[name])
+            if (folder / name).is_file() and read_index(folder / name) != shards:
+                raise ValueError(f"{folder} caches other data than {remote} holds; empty it or choose another folder")
+        for name in (*TOKENIZER_FILES, *([CHAT_TEMPLATE] if manifest.messages else [])):
+            fetch(name)
+    # Every rank of a node does this, so that another one may be reading.
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, content)

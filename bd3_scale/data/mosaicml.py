@@ -1,26 +1,33 @@
 """MosaicML streaming as this package needs it; every import of it goes through here.
 
-Two things are changed. It imports without transformers and torchvision, and its shared memory has an owner.
+Two things are changed. It imports without transformers and torchvision, and what the processes of a node share lies in
+files of a folder that goes with the first of them, in place of POSIX shared memory under names that anybody may take.
 """
 
 from __future__ import annotations
 
-import errno
+import atexit
 import fcntl
+import functools
 import importlib
+import mmap
 import os
-import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
-SHARED_MEMORY = Path("/dev/shm")
-OWNER_SUFFIX = "_bd3_scale.lock"
-CACHE_LOCK_SECONDS = 15.0  # the loader workers of a killed run end within 5 (torch's MP_STATUS_CHECK_INTERVAL)
+import torch.distributed as dist
+
+from bd3_scale.parallel.collective import gather_values
+from bd3_scale.resilience.leftovers import temporary_folder, try_lock
+
+CACHE_LOCK_SECONDS = 15.0  # the loader workers of a killed run end within one
+
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 _KINDS_OF_BATCHES = {
     "transformers.feature_extraction_utils": "BatchFeature",
@@ -51,9 +58,8 @@ def _import_streaming() -> None:
 _import_streaming()
 
 import streaming.base.dataset as streaming_dataset  # noqa: E402
+import streaming.base.shared.array as streaming_array  # noqa: E402
 from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
-from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN  # noqa: E402
-from streaming.base.distributed import all_gather_object  # noqa: E402
 from streaming.base.hashing import get_hash  # noqa: E402
 from streaming.base.shuffle import get_shuffle  # noqa: E402
 from streaming.base.storage.download import CloudDownloader  # noqa: E402
@@ -62,82 +68,95 @@ from streaming.base.world import World  # noqa: E402
 __all__ = ["CloudDownloader", "MDSWriter", "Stream", "StreamingDataset", "get_hash", "get_shuffle"]
 
 
-def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: World) -> tuple[int, Any]:
-    """The number that the names of a data set's shared memory begin with, on every rank of a node the same.
+_PROCESS = ExitStack()
+atexit.register(_PROCESS.close)
 
-    Streaming counts up to the first number that is free: two runs that start together can meet there, and it cannot
-    tell the memory that a killed run left behind from that of a living one. Here a number is drawn at random, and its
-    owner, the first rank of the node, holds a lock on a file beside the memory. The kernel drops the lock when the
-    owner and its loader workers are gone; whoever comes next removes what is left.
+
+def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: World) -> tuple[int, Any]:
+    """The number that the names of a data set's shared memory begin with, after a folder for them was agreed on.
+
+    Streaming counts up to the first number that is free: two runs that start together can meet there, it cannot tell
+    the memory that a killed run left behind from that of a living one, and a full or small /dev/shm is a SIGBUS. Here
+    the first rank of the node makes a folder of its own in the temporary one, where no other run looks, and which goes
+    with that rank or, if it is killed, with whoever comes next.
     """
-    claim: int | ValueError | OSError | None = None
+    claim, problem = "", ""
     if world.is_local_leader:
         try:
             for folder, remote in zip(folders, remotes, strict=True):
                 if remote is not None:
                     _lock_cache(Path(folder))
-            _remove_left_behind()
-            claim = _own_new_prefix()
+            claim = str(_PROCESS.enter_context(temporary_folder("data")))
         except (ValueError, OSError) as error:
-            claim = error
-    claim = all_gather_object(claim)[world.rank - world.rank_of_node]
-    if isinstance(claim, ValueError | OSError):
-        raise claim
-    assert claim is not None
-    return claim, None
+            problem = str(error)
+    if dist.is_initialized():
+        claim, problem = gather_values([claim, problem])[world.rank - world.rank_of_node]
+    if problem:
+        raise ValueError(problem)
+    streaming_array.SharedMemory = functools.partial(_SharedFile, Path(claim))
+    streaming_dataset.gettempdir = functools.partial(str, claim)
+    return 0, None
+
+
+class _SharedFile:
+    """Memory that processes share by mapping the same file of `folder`, in place of streaming's `SharedMemory`."""
+
+    def __init__(self, folder: Path, name: str, size: int) -> None:
+        descriptor = os.open(folder / name, _OPEN, 0o600)
+        try:
+            # Whoever writes waits for the file to have its size and room on the disk: without, that would be a SIGBUS.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_size < size:
+                os.posix_fallocate(descriptor, 0, size)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # the mapping keeps a copy of the descriptor
+            self.buf = mmap.mmap(descriptor, size)
+        except OSError as error:
+            way_out = "make room there, or set TMPDIR to another folder"
+            raise OSError(error.errno, f"{error.strerror}; {way_out}", str(folder / name)) from error
+        finally:
+            os.close(descriptor)
+
+
+class _Lock:
+    """A lock among the processes of a node, in place of the `FileLock` that streaming takes.
+
+    That one would make the folder of a run again which has just ended.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._descriptor = -1
+
+    def acquire(self) -> None:
+        descriptor = os.open(self._path, _OPEN, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 streaming_dataset.get_shm_prefix = _claim_prefix
-
-
-def _own_new_prefix() -> int:
-    prefix = secrets.randbits(48)
-    lock = SHARED_MEMORY / f"{prefix:06}{OWNER_SUFFIX}"
-    # Locked before it has its name, or another run could take it for one whose owner is gone.
-    aside = lock.with_suffix(".new")
-    fd = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)  # stays open, and so locked, until the process ends
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    aside.rename(lock)
-    return prefix
-
-
-def _remove_left_behind() -> None:
-    for lock in SHARED_MEMORY.glob(f"*{OWNER_SUFFIX}"):
-        try:
-            fd = os.open(lock, os.O_RDWR)
-        except (FileNotFoundError, PermissionError):  # another run removed it; another user's
-            continue
-        try:
-            if _try_lock(fd):
-                prefix = lock.name.removesuffix(OWNER_SUFFIX)
-                for name in SHM_TO_CLEAN:
-                    (SHARED_MEMORY / f"{prefix}_{name}").unlink(missing_ok=True)
-                for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
-                    Path(tempfile.gettempdir(), f"{prefix}_{name}").unlink(missing_ok=True)
-                lock.unlink(missing_ok=True)
-        finally:
-            os.close(fd)
+streaming_dataset.FileLock = _Lock
 
 
 def _lock_cache(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)  # held like the owner's
+    descriptor = os.open(folder / ".lock", _OPEN, 0o600)  # stays open, and so locked, until the process ends
     deadline = time.monotonic() + CACHE_LOCK_SECONDS
-    while not _try_lock(fd):
+    while not try_lock(descriptor):
         if time.monotonic() > deadline:
-            os.close(fd)
+            os.close(descriptor)
             raise ValueError(
                 f"the cache {folder} is in use by another run or node; give every run its own folder (data.path), on "
                 f"a disk of the node"
             )
         time.sleep(0.1)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno != errno.EWOULDBLOCK:
-            raise
-        return False
-    return True

@@ -12,18 +12,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from bd3_scale.data.chat import ASSISTANT, CHAT_TEMPLATE, ChatTemplate
 from bd3_scale.data.encode import EncodedDocument, Encoder, encoded_chunks, token_dtype
-from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, Split, SplitName, differing, load_manifest
+from bd3_scale.data.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    Source,
+    Split,
+    SplitName,
+    differing,
+    load_manifest,
+    parse_manifest,
+)
 from bd3_scale.data.overlap import write_hashes
 from bd3_scale.data.packing import PackedSequence, Packer
 from bd3_scale.data.prompts import check_messages
 from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader, field_value
 from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.observe.console import Console, label
 from bd3_scale.resilience.files import new_folder
+from bd3_scale.resilience.readers import read_regular
 
 SHARD_BYTES = 1 << 26
 OnError = Literal["stop", "skip"]
@@ -103,7 +113,7 @@ def prepare(
         (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     for reader in shares:
         reader.tell_left_out()
-    return manifest
+    return load_manifest(out)
 
 
 def _reader(
@@ -164,9 +174,10 @@ def _check_new(out: Path, asked: Manifest) -> None:
     """FileExistsError: `out` is there; of prepared data it says what differs from what is asked for."""
     if not out.exists():
         return
-    if not (out / MANIFEST_FILE).is_file():
+    file = out / MANIFEST_FILE
+    if not file.is_file():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
-    differences = differing(load_manifest(out), asked)
+    differences = differing(parse_manifest(file, read_regular(file)), asked)
     if not differences:
         raise FileExistsError(
             f"{out} holds these data already, prepared in the same way from files of the same names and sizes; remove "
@@ -281,7 +292,7 @@ class _SplitWriter:
 
 def _progress_bar(enabled: bool) -> Progress:
     columns = (
-        TextColumn("{task.description}"),
+        label("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
+import zstandard
 from numpy.typing import NDArray
 
-from bd3_scale.data.index import check_index
+from bd3_scale.data.index import INDEX_FILE, SHARD_LIMIT, read_index
 from bd3_scale.data.manifest import Manifest, SplitName
 from bd3_scale.data.mosaicml import Stream, StreamingDataset, get_hash
 from bd3_scale.recipe.schema import DataRecipe
+from bd3_scale.resilience.leftovers import own_folder
+from bd3_scale.resilience.readers import read_regular
 
 HASH = "xxh64"
-REMOTE_STATE = 1  # streaming's _ShardState.REMOTE
+REMOTE_STATE, LOCAL_STATE = 1, 3  # streaming's _ShardState
+
+_LOG = logging.getLogger(__name__)
 
 
 def open_shards(data: DataRecipe, manifest: Manifest, split: SplitName) -> Shards:
     """The samples of `split`, opened once a process; collective over all ranks when it opens them.
 
-    Raises ValueError if the split is not there, or if recipe, manifest and shards contradict each other;
-    FileNotFoundError if a shard is missing.
+    `load_manifest` has put the index where the shards are, or will be. Raises ValueError if the split is not there, or
+    if recipe, manifest and shards contradict each other; FileNotFoundError if a shard is missing.
     """
     counts = manifest.train if split == "train" else manifest.validation
     if counts is None:
@@ -49,7 +54,8 @@ def _open(path: str, remote: str | None, cache_limit: str | None, split: SplitNa
 
 class Shards(StreamingDataset):
     """Random access to samples, dictionaries of numpy arrays. A shard is fetched, unpacked and compared with its hash
-    when it is first touched; ValueError if they differ.
+    when a process first touches it; one that was damaged since it was unpacked is unpacked anew. ValueError if it is
+    not what the index says even then.
     """
 
     def __init__(self, path: str, remote: str | None, cache_limit: str | None, split: SplitName) -> None:
@@ -58,11 +64,6 @@ class Shards(StreamingDataset):
         stream = _Stream(remote=remote, local=path, split=split, validate_hash=HASH)
         super().__init__(streams=[stream], cache_limit=cache_limit, batch_size=1)
         self._verified: set[int] = set()
-        if remote is None:
-            for shard in self.shards:
-                names = [info.basename for info in shard.file_pairs[0]]
-                if not any(Path(path, split, name).is_file() for name in names):
-                    raise FileNotFoundError(f"{Path(path, split, names[-1])} is missing; copy the data again")
 
     def __len__(self) -> int:
         return self.num_samples
@@ -85,52 +86,76 @@ class Shards(StreamingDataset):
 
     def _verify(self, shard_id: int) -> None:
         # Streaming checks what it unpacks; a file that a former run unpacked may have been damaged since.
-        stream, unpacked = self.streams[0], self.shards[shard_id].file_pairs[0][0]
-        file = Path(stream.local, stream.split, unpacked.basename)
+        if self._is_damaged(shard_id):
+            file = self._unpacked(shard_id)
+            _LOG.warning("%s does not match its hash in %s and is unpacked anew", file, INDEX_FILE)
+            with self._cache_filelock:
+                # Another process may have been first.
+                if self._shard_states[shard_id] == LOCAL_STATE and self._is_damaged(shard_id):
+                    file.unlink()
+                    self.cache_usage -= self.shards[shard_id].file_pairs[0][0].bytes
+            self.prepare_shard(shard_id)
+            if self._is_damaged(shard_id):
+                raise ValueError(f"{file} is damaged: it does not match its hash in {INDEX_FILE}; copy the data again")
+
+    def _is_damaged(self, shard_id: int) -> bool:
+        info = self.shards[shard_id].file_pairs[0][0]
         try:
-            data = file.read_bytes()
+            content = read_regular(self._unpacked(shard_id), info.bytes)
         except FileNotFoundError:  # evicted in the meantime; get_item fetches it again
-            return
-        if get_hash(HASH, data) != unpacked.hashes[HASH]:
-            raise ValueError(
-                f"{file} is damaged: it does not match its hash in index.json; delete it, it is unpacked anew"
-            )
+            return False
+        except ValueError:  # longer than it was
+            return True
+        return bool(get_hash(HASH, content) != info.hashes[HASH])
+
+    def _unpacked(self, shard_id: int) -> Path:
+        stream = self.streams[0]
+        return Path(stream.local, stream.split, self.shards[shard_id].file_pairs[0][0].basename)
 
 
 class _Stream(Stream):
     """Unpacks so that runs which share a folder do not disturb each other, and throws damaged downloads away."""
 
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
-        index = Path(self.local, self.split or "", "index.json")
-        try:
-            found: list[Any] = super().get_shards(world, allow_unsafe_types)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError) as error:
-            if index.exists():
-                check_index(index)
-            raise ValueError(f"{index} cannot be read ({error!r}); copy the data again") from error
-        check_index(index)
+        folder = Path(self.local, self.split or "")
+        read_index(folder / INDEX_FILE)
+        found: list[Any] = super().get_shards(world, allow_unsafe_types)
+        for shard in found if self.remote is None else ():
+            packed = [info for info in shard.file_pairs[0] if info is not None][-1]
+            # Before streaming takes an unpacked one without it for a left-over, and removes it.
+            if not (folder / packed.basename).is_file():
+                raise FileNotFoundError(f"{folder / packed.basename} is missing; copy the data again")
         return found
 
     def _decompress_shard_part(
         self, zip_info: Any, zip_filename: str, raw_filename: str, compression: str | None
     ) -> None:
-        aside = f"{raw_filename}.{secrets.token_hex(4)}"
         try:
-            super()._decompress_shard_part(zip_info, zip_filename, aside, compression)
-        except ValueError as error:
+            packed = read_regular(Path(zip_filename), zip_info.bytes)
+            if get_hash(HASH, packed) != zip_info.hashes[HASH]:
+                raise ValueError(f"it does not match its hash in {INDEX_FILE}")
+            # Else a few kilobytes could fill the memory.
+            if not 0 <= (size := zstandard.frame_content_size(packed)) <= SHARD_LIMIT:
+                raise ValueError(f"it would unpack to {size / 2**20:g} MiB, which no shard has")
+            unpacked = zstandard.ZstdDecompressor().decompress(packed)
+        except (ValueError, zstandard.ZstdError) as error:
             if self.remote is not None:
                 os.remove(zip_filename)
             origin = self.remote or self.local
             raise ValueError(
-                f"{zip_filename} is damaged: it does not match its hash in index.json ({error}); "
-                f"copy {Path(origin, self.split, zip_info.basename)} again or prepare the data anew"
+                f"{zip_filename} is damaged: {error}; copy {Path(origin, self.split, zip_info.basename)} again or "
+                f"prepare the data anew"
             ) from error
-        os.replace(aside, raw_filename)
+        with own_folder(Path(raw_filename).parent, ".unpacking.") as aside:
+            (aside / "shard").write_bytes(unpacked)
+            os.replace(aside / "shard", raw_filename)
+        if not self.safe_keep_zip:
+            os.remove(zip_filename)
 
 
 def _check_folder(folder: Path) -> None:
-    if not (folder / "index.json").is_file():
-        raise FileNotFoundError(f"{folder / 'index.json'} is missing; copy the data again")
+    if not (folder / INDEX_FILE).is_file():
+        raise FileNotFoundError(f"{folder / INDEX_FILE} is missing; copy the data again")
     if not os.access(folder, os.W_OK):
         raise PermissionError(
             f"{folder} is not writable, and shards are unpacked beside themselves; name it as data.remote and a "

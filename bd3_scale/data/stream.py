@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bd3_scale.data.batch import Batch, collate
+from bd3_scale.data.loader import Workers
 from bd3_scale.data.manifest import Manifest
 from bd3_scale.data.mosaicml import get_shuffle
 from bd3_scale.data.shards import Shards, open_shards
@@ -33,7 +30,7 @@ class TrainingStream(Iterator[Batch]):
     (d+1)·G/D − 1; ranks that must see the same sequences pass the same `dp_rank`.
 
     Collective over all ranks at construction. Raises ValueError if D does not divide G, if N < G, or as `open_shards`
-    does; `next` raises ValueError for a damaged shard.
+    does; `next` raises ValueError for a damaged shard, and as `Workers` does.
     """
 
     def __init__(
@@ -59,17 +56,11 @@ class TrainingStream(Iterator[Batch]):
                 f"choose a smaller one or prepare more text"
             )
         self._steps = steps = _Steps(shards, data, global_batch_size, dp_rank, dp_size, seed, step)
-        loader = DataLoader(
-            steps,
-            batch_size=None,
-            num_workers=data.num_workers,
-            prefetch_factor=PREFETCH_BATCHES if data.num_workers else None,
-            worker_init_fn=_leave_signals_to_the_rank,
-            generator=torch.Generator(),  # or the loader would draw from the generator that training uses
-        )
         # Of the last epoch that was asked for: it takes seconds where there are many sequences.
         self._order: tuple[int, NDArray[np.int64]] | None = None
-        self._batches: Iterator[Batch | Exception] = iter(loader)
+        self._batches: Iterator[Batch] = (
+            Workers(steps.batches, data.num_workers, PREFETCH_BATCHES) if data.num_workers else steps.batches(0, 1)
+        )
 
     def batch_at(self, step: int) -> tuple[int, list[int]]:
         """Epoch and sample ids, by slot, of the whole global batch that follows `step` finished steps."""
@@ -79,10 +70,7 @@ class TrainingStream(Iterator[Batch]):
         return epoch, self._order[1][first].tolist()
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
-        if isinstance(batch, Exception):
-            raise batch
-        return batch
+        return next(self._batches)
 
 
 def epoch_order(
@@ -105,11 +93,8 @@ def epoch_order(
     return order[places].reshape(num_nodes, num_steps, slots_per_node).swapaxes(0, 1).reshape(num_steps, -1)
 
 
-class _Steps(IterableDataset["Batch | Exception"]):
-    """Worker w of W yields the steps `step` + w, + W, + 2W, …, which the loader puts in order again.
-
-    An error for a person is yielded, too: the loader would wrap its message in the worker's traceback.
-    """
+class _Steps:
+    """Worker w of W has the steps `step` + w, + W, + 2W, …"""
 
     def __init__(
         self, shards: Shards, data: DataRecipe, global_batch_size: int, dp_rank: int, dp_size: int, seed: int, step: int
@@ -124,9 +109,7 @@ class _Steps(IterableDataset["Batch | Exception"]):
         counts = self._shards.samples_per_shard
         return epoch_order(counts, self._global_batch_size, self._seed, epoch, self._data.shuffle)
 
-    def __iter__(self) -> Iterator[Batch | Exception]:
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+    def batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
         step = self._step + worker
         while True:
             epoch, first = divmod(step, len(self._shards) // self._global_batch_size)
@@ -134,27 +117,9 @@ class _Steps(IterableDataset["Batch | Exception"]):
             mine = order[first::num_workers, self._slots]
             del order
             for ids in mine:
-                try:
-                    samples = [self._shards[int(i)] for i in ids]
-                except (ValueError, OSError) as error:
-                    yield error
-                    return
+                samples = [self._shards[int(i)] for i in ids]
                 yield collate(samples, ids, self._slots, epoch, self._data.isolate_documents)
             step += num_workers * len(mine)
-
-
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """A scheduler signals every process of a job; the rank decides when its workers end, after its last checkpoint."""
-    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    threading.Thread(target=_end_at_the_word_of_the_rank, args=(signals,), daemon=True).start()
-
-
-def _end_at_the_word_of_the_rank(signals: set[signal.Signals]) -> None:
-    while True:
-        received = signal.sigwaitinfo(signals)
-        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
-            os._exit(0)
 
 
 def held_out_batches(

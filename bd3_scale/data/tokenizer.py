@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -20,10 +21,11 @@ import tokenizers  # type: ignore[import-untyped]
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader
-from bd3_scale.data.tokenizer_json import beginning_with, template_of, without_added, without_mask, without_prefix
+from bd3_scale.data.tokenizer_json import beginning_with, template_of, without_mask, without_prefix
 from bd3_scale.recipe.vocabulary import MOST_IDS, Vocabulary
 from bd3_scale.resilience.files import new_folder, read_object
-from bd3_scale.resilience.readers import panics_told
+from bd3_scale.resilience.foreign import file_in, for_transformers
+from bd3_scale.resilience.readers import panics_told, read_regular, reader
 
 EOS = "<|endoftext|>"
 MASK = "[MASK]"
@@ -228,23 +230,6 @@ class Tokenizer:
         for name, content in zip(TOKENIZER_FILES, contents, strict=True):
             (folder / name).write_text(content + "\n", encoding="utf-8")
 
-    def rewrite(self, folder: Path, *, with_mask: bool) -> None:
-        """Write the two files anew where they lie, and keep what else `tokenizer_config.json` says there.
-
-        Without the mask, that token is left out, unless the vocabulary has it in the midst of others.
-        """
-        config = read_object(folder / TOKENIZER_FILES[1])
-        self.save(folder)
-        config |= read_object(folder / TOKENIZER_FILES[1])
-        content = json.loads(self._backend.to_str())
-        if not with_mask:
-            del config["mask_token"]
-            if self.vocabulary.mask_id == self.vocabulary.size - 1:
-                content = without_added(content, self._mask)
-        for name, value in zip(TOKENIZER_FILES, (content, config), strict=True):
-            text = json.dumps(value, indent=2, ensure_ascii=False)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
-
     def _config(self) -> dict[str, Any]:
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -258,6 +243,7 @@ def _from_json(content: dict[str, Any]) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
+@reader("a tokeniser", path="source")
 def load_tokenizer(source: str | Path, mask: str | None = None) -> Tokenizer:
     """The tokeniser `source` names: `bytes`, a `tokenizer.json`, or a folder that holds one (a Hugging Face model, a
     trained tokeniser, prepared data).
@@ -269,21 +255,25 @@ def load_tokenizer(source: str | Path, mask: str | None = None) -> Tokenizer:
     """
     if str(source) == "bytes":
         return _byte_tokenizer()
-    path = Path(source)
-    path = path / TOKENIZER_FILES[0] if path.is_dir() else path
-    if path.name == SENTENCEPIECE_FILE or (not path.is_file() and path.with_name(SENTENCEPIECE_FILE).is_file()):
-        backend = converted_sentencepiece(path.with_name(SENTENCEPIECE_FILE))
-    elif not path.is_file():
+    given = Path(source)
+    folder, name = (given, TOKENIZER_FILES[0]) if given.is_dir() else (given.parent, given.name)
+    path = folder / name
+    there, pieces = (file_in(folder, file) is not None for file in (name, SENTENCEPIECE_FILE))
+    if pieces and (name == SENTENCEPIECE_FILE or not there):
+        backend = converted_sentencepiece(folder / SENTENCEPIECE_FILE)
+    elif not there:
         raise FileNotFoundError(f"no tokeniser at {path}; give `bytes`, a tokenizer.json or a folder that holds one")
     else:
         backend = _read_backend(path)
-    config_path = path.with_name(TOKENIZER_FILES[1])
-    config = read_object(config_path) if config_path.is_file() else {"eos_token": EOS}
-    eos, mask = _token(config.get("eos_token")), mask or _token(config.get("mask_token"))
+    config_path = file_in(folder, TOKENIZER_FILES[1])
+    config = {"eos_token": EOS} if config_path is None else read_object(config_path)
+    eos, mask = text_of_token(config.get("eos_token")), mask or text_of_token(config.get("mask_token"))
     if eos is None:
         raise ValueError(f'{config_path} declares no end-of-document token; add "eos_token" to it')
     try:
-        return _as_its_class_has_it(Tokenizer(backend, eos, mask or MASK, _token(config.get("bos_token"))), config)
+        return _as_its_class_has_it(
+            Tokenizer(backend, eos, mask or MASK, text_of_token(config.get("bos_token"))), config
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -297,8 +287,9 @@ def _as_its_class_has_it(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokeni
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    data = read_regular(path)
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises nothing more specific
         raise ValueError(f"{path} is not a tokeniser that `tokenizers` can read: {error}") from error
 
@@ -310,9 +301,9 @@ def converted_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     """
     from bd3_scale.observe.libraries import without_broken_torchvision
 
-    way_out = (
-        f"make a tokenizer.json of it where they are installed: python -c 'from transformers import AutoTokenizer; "
-        f'AutoTokenizer.from_pretrained("{path.parent}").save_pretrained("FOLDER")\''
+    way_out = "make a tokenizer.json of it where they are installed: python -c " + shlex.quote(
+        "from transformers import AutoTokenizer; "
+        f"AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained('FOLDER')"
     )
     wanting = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
     if wanting:
@@ -320,11 +311,11 @@ def converted_sentencepiece(path: Path) -> tokenizers.Tokenizer:
             f"{path} is of SentencePiece, and converting it needs {' and '.join(wanting)}: "
             f"pip install 'bd3_scale[sentencepiece]', or {way_out}"
         )
-    with without_broken_torchvision():
+    with without_broken_torchvision(), for_transformers(path.parent) as folder:
         from transformers import AutoTokenizer
 
         try:
-            found = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
+            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             return found.backend_tokenizer
         except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
             raise ValueError(f"transformers cannot convert {path} ({error}); {way_out}") from error
@@ -396,6 +387,7 @@ def _byte_level(backend: tokenizers.Tokenizer, use_regex: bool) -> tokenizers.To
     return backend
 
 
-def _token(declared: Any) -> str | None:
-    # Hugging Face writes a special token as a string or as an object with its content.
-    return declared.get("content") if isinstance(declared, dict) else declared
+def text_of_token(declared: Any) -> str | None:
+    """Return a special token as Hugging Face declares one: a string, or an object with its content."""
+    found = declared.get("content") if isinstance(declared, dict) else declared
+    return found if isinstance(found, str) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from bd3_scale.evaluate.writing import checkpoint_tokenizer
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, Recipe
+from bd3_scale.resilience.leftovers import temporary_folder
 
 EVALUATION_BATCH = 16
 # Of an imported model, where text is measured: what it may take can be far more than anybody measures with.
@@ -261,15 +261,15 @@ def _prepared(
     known = _trained_hashes(manifest)
     tokenizer = checkpoint_tokenizer(checkpoint, manifest)
 
-    def prepare() -> list[tuple[str, int | None]]:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bd3_scale-")))
-        found = []
+    def prepare() -> dict[str, int | None]:
+        folder = stack.enter_context(temporary_folder("texts"))
+        found: dict[str, int | None] = {}
         for number, text in enumerate(texts):
             out = folder / str(number)
             data = text.prepare(out, tokenizer, seq_len=seq_len, document_multiple=multiple)
             text.check_length(data, max(block_sizes))
             documents = hashes_of(document.text for document in text.documents())
-            found.append((str(out), None if known is None else count_known(known, documents)))
+            found[str(out)] = None if known is None else count_known(known, documents)
         return found
 
     return [
@@ -280,7 +280,7 @@ def _prepared(
             tokenizer,
             trained_on=trained_on,
         )
-        for text, (path, trained_on) in zip(texts, on_rank_zero(prepare), strict=True)
+        for text, (path, trained_on) in zip(texts, on_rank_zero(prepare).items(), strict=True)
     ]
 
 

@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 import typer
 
 from bd3_scale.data.chat import Messages
+from bd3_scale.observe.console import put
 from bd3_scale.observe.progress import Bar, is_rank_zero
+from bd3_scale.resilience.terminal import tell
 
 app = typer.Typer()
 
@@ -65,11 +67,11 @@ def evaluate(
         return
     for name, count in {(result.text, result.trained_on) for result in found if not result.own}:
         if count is None:
-            typer.echo(f"{name}: no hashes of the training documents are at hand to tell an overlap by", err=True)
+            tell(f"{name}: no hashes of the training documents are at hand to tell an overlap by")
         elif count:
-            typer.echo(f"warning: the training had {count} documents of {name}, too: it measures memory", err=True)
+            tell(f"warning: the training had {count} documents of {name}, too: it measures memory")
     if as_json:
-        typer.echo(as_json_text(found))
+        put(as_json_text(found))
         return
     show_evaluations(found)
 
@@ -93,7 +95,7 @@ def harness(
 
     found = evaluate_tasks(resolve_checkpoint(checkpoint), tasks.split(","), folder=include, limit=limit, draws=draws)
     if as_json:
-        typer.echo(json.dumps(found["results"]))
+        put(json.dumps(found["results"]))
     else:
         show_results(found)
 
@@ -146,7 +148,7 @@ def generative(
     if not is_rank_zero():
         return
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found)))
+        put(json.dumps(dataclasses.asdict(found)))
         return
     show_generative(found)
 
@@ -246,6 +248,6 @@ def generate(
         return
     if as_json:
         for text in written:
-            typer.echo(json.dumps(dataclasses.asdict(text)))
+            put(json.dumps(dataclasses.asdict(text)))
         return
     show_written(written, whole=infill)

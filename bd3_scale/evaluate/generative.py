@@ -21,6 +21,8 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.mauve import SMALLEST_SAMPLE, human_texts, mauve
 from bd3_scale.evaluate.writing import Written, write_texts
 from bd3_scale.observe.libraries import without_broken_torchvision
+from bd3_scale.resilience.foreign import CONFIG, for_transformers, object_in, weight_files
+from bd3_scale.resilience.readers import in_one_line, reader
 
 REPEATED = 4
 
@@ -148,13 +150,7 @@ class Judge:
     """A causal model of Hugging Face that reads texts."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} is no folder of a Hugging Face model: it has no config.json")
-        with without_broken_torchvision():
-            import transformers
-
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        self._tokenizer, model = _open_judge(folder)
         self.folder = folder
         self._model = model.eval()
         limit = getattr(model.config, "max_position_embeddings", None)
@@ -188,3 +184,28 @@ class Judge:
             nats -= float(law.gather(-1, row[0, 1:, None]).sum())
             count += len(window) - 1
         return nats, count
+
+
+@reader("a judge", path="folder")
+def _open_judge(folder: Path) -> tuple[Any, Any]:
+    """Return the tokeniser and the model of a folder, of which no code runs.
+
+    ValueError: it is no folder of a model that the installed transformers knows by itself; FileNotFoundError: it has no
+    weights.
+    """
+    if not object_in(folder, CONFIG):
+        raise ValueError(f"{folder} is no folder of a Hugging Face model: it has no {CONFIG}")
+    weight_files(folder)
+    with without_broken_torchvision(), for_transformers(folder) as known:
+        import transformers
+
+        safely = {"trust_remote_code": False, "local_files_only": True}
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(known, **safely)
+            return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(known, use_safetensors=True, **safely)
+        except Exception as error:
+            raise ValueError(
+                f"{folder} is no judge that transformers {transformers.__version__} knows, and code that a folder "
+                f"brings is not run: give a causal model of a kind that it has, such as GPT-2, with safetensors and a "
+                f"tokenizer.json ({in_one_line(error).replace(str(known), str(folder))})"
+            ) from error

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# Before its version 4, `datasets` asks at a terminal whether to run the code of a data set.
+os.environ.setdefault("HF_DATASETS_TRUST_REMOTE_CODE", "0")
+
 try:
     import lm_eval
     from lm_eval.api.instance import Instance
@@ -28,6 +31,7 @@ from bd3_scale.evaluate.checkpoint import LONGEST_CONTEXT
 from bd3_scale.evaluate.writing import checkpoint_tokenizer, stop_ids, text_before
 from bd3_scale.generate.sampler import generate
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.observe.console import say
 from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.recipe.schema import Recipe
 
@@ -141,7 +145,9 @@ def windows_of(ids: list[int], length: int, given: int = 0) -> Iterator[tuple[li
 
 
 def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None, limit: int | None, draws: int) -> Any:
-    """Return what `lm_eval.simple_evaluate` finds, in one process; `folder` holds further tasks' YAML.
+    """Return what `lm_eval.simple_evaluate` finds, in one process.
+
+    folder: of further tasks' YAML, whose `!function` runs the code beside it.
 
     ValueError: an unknown task, several processes, or a next-token model.
     """
@@ -175,4 +181,4 @@ def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None
 
 def show_results(found: Any) -> None:
     """The harness's own table."""
-    print(make_table(found))
+    say(make_table(found))

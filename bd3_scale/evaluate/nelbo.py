@@ -17,7 +17,7 @@ from bd3_scale.diffusion.nelbo import NelboEstimate, estimate_nelbo, sequence_ne
 from bd3_scale.diffusion.noise import Noise, draw_noise
 from bd3_scale.diffusion.schedule import Schedule
 from bd3_scale.model.build import Chunks
-from bd3_scale.parallel.collective import gather_objects
+from bd3_scale.parallel.collective import gather_tensors
 from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.parallel.schedule import token_losses
 from bd3_scale.recipe.schema import DiffusionRecipe
@@ -92,12 +92,11 @@ def evaluate_nelbo(
             sums.append(found.expand(2, -1, -1)[:, :, real])
         counted.append(torch.stack([batch.ids, batch.counted.sum(1)])[:, real])
         progress(int(real.sum()))
-    ranks = gather_objects((torch.cat(sums, 2), torch.cat(counted, 1), moments), groups.dp)
-    ids, tokens = torch.cat([c for _, c, _ in ranks], 1)
+    ids, tokens = torch.cat(gather_tensors(torch.cat(counted, 1), groups.dp), 1)
     order = ids.argsort()  # whatever rank had them
-    all_sums = torch.cat([s for s, _, _ in ranks], 2)[:, :, order]
+    all_sums = torch.cat(gather_tensors(torch.cat(sums, 2), groups.dp), 2)[:, :, order]
     estimate, with_padding_counted = (estimate_nelbo(each, tokens[order]) for each in all_sums)
-    everywhere = [part for *_, parts in ranks for part in parts]
+    everywhere = gather_tensors(torch.cat(moments, 1), groups.dp) if moments else []
     return HeldOut(
         estimate,
         diffusion.block_size,

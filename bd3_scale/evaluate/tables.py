@@ -9,13 +9,12 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from bd3_scale.evaluate.checkpoint import Evaluation
 from bd3_scale.evaluate.generative import Generative
 from bd3_scale.evaluate.writing import Written
+from bd3_scale.observe.console import Console, put, styled
 
 
 def show_evaluations(found: Sequence[Evaluation]) -> None:
@@ -101,10 +100,17 @@ def show_generative(found: Generative) -> None:
 
 
 def show_written(written: Sequence[Written], *, whole: bool) -> None:
-    """Each text behind its prompt, or the `whole` of it where gaps were filled, and how it came about."""
+    """Each text behind its prompt, or the `whole` of it where gaps were filled, and how it came about.
+
+    A text is printed as it is, for a program that reads it, but for a terminal: there its controls are escapes.
+    """
     console = Console(highlight=False)
     for text in written:
-        console.print(Text("" if whole else text.prompt, style="bold"), Text(text.text), sep="")
+        prompt = "" if whole else text.prompt
+        if console.is_terminal:
+            console.print(styled((prompt, "bold"), text.text))
+        else:
+            put(prompt + text.text)
         window = f"; a block sees {text.window} tokens" if text.window else ""
         console.print(
             f"{len(text.tokens)} tokens, {text.nfe} denoising and {text.cache_passes} cache passes, ended by "

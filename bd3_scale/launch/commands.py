@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from bd3_scale.observe.console import Console, put, say
 
 app = typer.Typer()
 
@@ -26,7 +27,7 @@ def status(run: RunDir, as_json: AsJson = False) -> None:
 
     found: RunStatus = read_status(run)
     if as_json:
-        typer.echo(to_json(found))
+        put(to_json(found))
         return
     table = Table("", "", title=str(run), show_header=False)
     table.add_row("state", found.state + "".join(f", job {job} {state.lower()}" for job, state in found.jobs.items()))
@@ -72,10 +73,10 @@ def logs(
     path = newest_logs(run, None if supervisor else rank, attempt)
     text = path.read_bytes()
     for line in text.decode(errors="replace").splitlines()[-lines:]:
-        typer.echo(line)
+        put(line)
     if follow:
         for more in _grown(run, path, len(text)):
-            typer.echo(more, nl=False)
+            put(more, end="")
 
 
 def _grown(run: Path, path: Path, position: int) -> Iterator[str]:
@@ -111,7 +112,7 @@ def follow_run(run: Path) -> None:
             time.sleep(1)
     if not waiting:
         for text in _grown(run, path, 0):
-            typer.echo(text, nl=False)
+            put(text, end="")
 
 
 @app.command(epilog="Example: bd3-scale stop runs/quickstart")
@@ -123,9 +124,9 @@ def stop(
 
     done = stop_run(run, now=now)
     for job, what in done.items():
-        typer.echo(f"job {job} {what}")
+        say(f"job {job} {what}")
     if not done:
-        typer.echo(f"{run} has no job in the queue")
+        say(f"{run} has no job in the queue")
 
 
 @app.command(epilog="Example: bd3-scale requeue runs/quickstart")
@@ -133,4 +134,4 @@ def requeue(run: RunDir) -> None:
     """Save and queue a running job again; submit an ended run again, as it was stored."""
     from bd3_scale.launch.submit import requeue as requeue_run
 
-    typer.echo(requeue_run(run))
+    say(requeue_run(run))

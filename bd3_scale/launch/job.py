@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import shlex
 import sys
@@ -13,11 +14,12 @@ from typing import Any
 
 from bd3_scale.launch import supervise
 from bd3_scale.launch.profile import Profile
+from bd3_scale.launch.records import CACHE_OVERRIDE, pattern_of
 from bd3_scale.recipe.checks import check_recipe
-from bd3_scale.recipe.schema import Recipe, RecipeError
+from bd3_scale.recipe.schema import Recipe, RecipeError, without_controls
 
 SLURM_FOLDER = "slurm"
-CACHE = "{cache}"  # the supervisor puts the node's own folder here
+_PLAIN = re.compile(r"[\w@%+=:,./\[\]-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def check_job(recipe: Recipe, profile: Profile, nodes: int, document_multiple: i
 
     Raises:
         RecipeError: they do not; layouts and node counts that would fit are named. ValueError: nodes would not see
-        the run directory.
+        the run directory, or SLURM cannot write its logs there.
     """
     world = nodes * profile.processes
     try:
@@ -67,11 +69,19 @@ def check_job(recipe: Recipe, profile: Profile, nodes: int, document_multiple: i
         hint = f"these would fit: {'; '.join(fitting[:6])}" if fitting else "no other layout of these nodes would fit"
         counted = f"{nodes} nodes x {profile.processes} processes = {world} ranks"
         raise RecipeError([*error.problems, f"{counted}; {hint}"]) from None
+    _check_run_dir(run_dir, profile)
+
+
+def _check_run_dir(run_dir: Path, profile: Profile) -> None:
     shared = [Path(folder) for folder in profile.shared_storage]
     if shared and not any(run_dir.is_relative_to(folder) for folder in shared):
         raise ValueError(
             f"run_dir {run_dir} is not on shared storage ({', '.join(map(str, shared))} in the profile): other nodes "
             "would not see it; set run_dir=FOLDER there"
+        )
+    if "\\" in str(run_dir):
+        raise ValueError(
+            f"run_dir {run_dir} holds a backslash, which SLURM takes out of the names of logs: choose another"
         )
 
 
@@ -99,7 +109,7 @@ def _fits(recipe: Recipe, world_size: int, document_multiple: int | None) -> boo
 
 def script(job: Job) -> str:
     """The batch script, a pure function of the job."""
-    lines = ["#!/bin/bash", *(f"#SBATCH --{directive}" for directive in _directives(job))]
+    lines = ["#!/bin/bash", *(f"#SBATCH --{_quoted(directive)}" for directive in _directives(job))]
     lines += [
         "",
         f"# {job.recipe.name}, bd3_scale at commit {job.commit}; job.json beside this file says the rest.",
@@ -108,8 +118,25 @@ def script(job: Job) -> str:
     lines += ["set -eo pipefail"]
     lines += [f"module load {shlex.join(job.profile.modules)}"] if job.profile.modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in _environment(job)]
-    command = [job.python, "-u", job.supervisor, "job", str(job.folder / "job.json")]
+    command = [job.python, "-u", job.supervisor, "keep", str(job.folder / "job.json")]
     return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
+
+
+def _quoted(directive: str) -> str:
+    """A directive as sbatch reads it back (SLURM 22.05, `_get_argument` of sbatch/opt.c): in quotes a backslash stands
+    before a quote or a backslash.
+
+    ValueError: a value holds a control character; a newline would begin a line of the script.
+    """
+    name, equals, value = directive.partition("=")
+    if _PLAIN.fullmatch(value):
+        return directive
+    try:
+        without_controls(value)
+    except ValueError as error:
+        raise ValueError(f"sbatch's --{name} {error}, not {value!a}") from None
+    escaped = re.sub(r'(["\\])', r"\\\1", value)
+    return f'{name}{equals}"{escaped}"'
 
 
 def _directives(job: Job) -> Iterator[str]:
@@ -130,7 +157,7 @@ def _directives(job: Job) -> Iterator[str]:
     yield f"signal=B:USR1@{profile.warning_seconds}"
     yield "requeue" if profile.requeue and not job.chain else "no-requeue"
     yield "open-mode=append"
-    yield f"output={job.run_dir}/logs/job-%j.log"
+    yield f"output={pattern_of(job.run_dir)}/logs/job-%j.log"
 
 
 def _dependency(job: Job) -> str | None:
@@ -140,6 +167,7 @@ def _dependency(job: Job) -> str | None:
 
 def _environment(job: Job) -> Iterator[tuple[str, str]]:
     yield "OMP_NUM_THREADS", str(job.profile.cpus_per_process)
+    yield "PYTHONSAFEPATH", "1"  # what lies in the folder of the submission is no module of the ranks
     if job.profile.interface is not None:
         yield "GLOO_SOCKET_IFNAME", job.profile.interface
         yield "NCCL_SOCKET_IFNAME", job.profile.interface
@@ -164,7 +192,7 @@ def supervision(job: Job) -> dict[str, Any]:
         "srun": [f"--cpus-per-task={profile.cpus_per_process}"],
         "container": _container(profile),
         "rank_python": python,
-        "command": [*command, f"data.path={CACHE}"] if caches else command,
+        "command": [*command, CACHE_OVERRIDE] if caches else command,
         "cache": f"{profile.scratch}/bd3_scale" if caches else None,
         "preflight": _preflight(job, python),
         "deadlines": profile.deadlines.model_dump(),
@@ -191,5 +219,4 @@ def _preflight(job: Job, python: str) -> list[str] | None:
     options = {"gpus": job.profile.gpus_per_node, "scratch": job.profile.scratch or str(job.run_dir)}
     options |= {"min-free-gb": asked.min_free_gb, "min-allreduce-gbps": asked.min_allreduce_gbps}
     options |= {"max-clock-skew": asked.max_clock_skew, "timeout": asked.timeout}
-    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [python, "-m", "bd3_scale.launch.preflight", *flags]
+    return [python, "-m", "bd3_scale.launch.preflight", *(f"--{name}={value}" for name, value in options.items())]

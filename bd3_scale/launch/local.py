@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import math
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from bd3_scale.launch.watch import Watch
 from bd3_scale.resilience.heartbeat import FOLDER_VARIABLE
+from bd3_scale.resilience.leftovers import temporary_folder
+from bd3_scale.resilience.secret import MEETING_VARIABLE
+from bd3_scale.resilience.signals import stop_signals
+from bd3_scale.resilience.terminal import tell
 
 # What the ranks of a failed run get between SIGTERM and SIGKILL; nothing they could still save would be consistent.
 GRACE_SECONDS = 10.0
 # The exit code of a run whose ranks hung: it may well go on from its last checkpoint (sysexits.h, EX_TEMPFAIL).
 HANG = 75
 
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _WATCH_SECONDS = 1.0
 _STACK_SECONDS = 2.0
-_FOLDER = "bd3_scale-launch-"
-_YOUNG_SECONDS = 60.0
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -49,14 +46,14 @@ def launch(
     *,
     deadlines: Mapping[str, float] | None = None,
 ) -> int:
-    """Runs `argv` in several processes under torchrun's environment protocol and waits for all of them.
+    """Runs `argv` in several processes and waits for all of them.
 
-    Each gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS. Rank 0
-    writes to this process's stdout and stderr, rank k > 0 appends both to `log_dir/rank<k>.log`, by default in a folder
-    that is removed at the end, where the end of the log of a rank that failed has been shown. SIGTERM, SIGUSR1 and
-    SIGINT are passed on to every rank, once each. When a rank fails, the others get SIGTERM and, after `GRACE_SECONDS`,
-    SIGKILL. No rank outlives this process, however it ends (Linux: PR_SET_PDEATHSIG). Must be called from the main
-    thread.
+    Each gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and OMP_NUM_THREADS, and meets the others in a folder that
+    no other user can enter, BD3_SCALE_MEETING; they listen on the loopback interface alone. Rank 0 writes to this
+    process's stdout and stderr, rank k > 0 appends both to `log_dir/rank<k>.log`, by default in a folder that is
+    removed at the end, where the end of the log of a rank that failed has been shown. `stop_signals` are passed on to
+    every rank, once each. When a rank fails, the others get SIGTERM and, after `GRACE_SECONDS`, SIGKILL. No rank
+    outlives this process, however it ends (Linux: PR_SET_PDEATHSIG). Must be called from the main thread.
 
     Args:
         processes: ranks to start.
@@ -73,40 +70,18 @@ def launch(
     with _temporary_folder() as folder:
         log_dir = log_dir or folder / "logs"
         log_dir.mkdir(parents=True, exist_ok=True)
+        meeting = {MEETING_VARIABLE: str(folder), **dict.fromkeys(_INTERFACES, "lo")}
         if deadlines is None:
-            return _run(argv, processes, threads, log_dir, {}, lambda: None)
+            return _run(argv, processes, threads, log_dir, meeting, lambda: None)
         # On this machine: storage that hangs must not keep anybody from saying so.
         heartbeats = folder / "heartbeats"
         overdue = functools.partial(Watch(heartbeats, processes).overdue, deadlines)
-        return _run(argv, processes, threads, log_dir, {FOLDER_VARIABLE: str(heartbeats)}, overdue)
+        return _run(argv, processes, threads, log_dir, meeting | {FOLDER_VARIABLE: str(heartbeats)}, overdue)
 
 
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """A folder that is locked for as long as this process lives; what killed ones left behind is removed."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
-        with contextlib.suppress(OSError):
-            # One that is being made is not locked yet.
-            if time.time() - left.stat().st_mtime > _YOUNG_SECONDS:
-                with _locked(left):
-                    shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
-    try:
-        with _locked(folder):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """OSError: another process has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+def _temporary_folder() -> contextlib.AbstractContextManager[Path]:
+    """A folder that goes with this process; what killed ones left behind is removed."""
+    return temporary_folder("launch")
 
 
 def _run(
@@ -118,13 +93,12 @@ def _run(
     overdue: Callable[[], str | None],
 ) -> int:
     events: Events = SimpleQueue()
-    previous = {s: signal.signal(s, lambda number, _: events.put(signal.Signals(number))) for s in _FORWARDED}
+    previous = {s: signal.signal(s, lambda number, _: events.put(signal.Signals(number))) for s in stop_signals()}
     ranks: list[Rank] = []
     logs = [_Log.now(_log_path(log_dir, rank)) for rank in range(processes)]
     try:
-        port = _free_port()
         for rank in range(processes):
-            ranks.append(_start(argv, rank, processes, threads, port, _log_path(log_dir, rank), more))
+            ranks.append(_start(argv, rank, processes, threads, _log_path(log_dir, rank), more))
         for process in ranks:
             threading.Thread(target=_report_end, args=(process, events), daemon=True).start()
         return _supervise(ranks, events, logs, overdue)
@@ -147,11 +121,6 @@ class _Log(NamedTuple):
         return cls(path, path.stat().st_size if path is not None and path.exists() else 0)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 def _log_path(log_dir: Path, rank: int) -> Path | None:
     return log_dir / f"rank{rank}.log" if rank else None
 
@@ -161,7 +130,6 @@ def _start(
     rank: int,
     processes: int,
     threads: int,
-    port: int,
     log: Path | None,
     more: Mapping[str, str],
 ) -> Rank:
@@ -172,9 +140,9 @@ def _start(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(threads),
+        # What lies in the current folder is no module of theirs.
+        "PYTHONSAFEPATH": "1",
     }
     with contextlib.nullcontext() if log is None else log.open("ab") as output:
         return subprocess.Popen(
@@ -233,7 +201,7 @@ def _supervise(ranks: list[Rank], events: Events, logs: list[_Log], overdue: Cal
 def _show_stacks(hung: str, running: list[Rank], logs: list[_Log]) -> None:
     """Of all ranks, and their end. A stopped process prints its own once it goes on."""
     places = ", ".join(["this output", *(str(log.path) for log in logs if log.path)])
-    print(f"{hung}; the stacks of all ranks are in {places}", file=sys.stderr, flush=True)
+    tell(f"{hung}; the stacks of all ranks are in {places}")
     _send(signal.SIGUSR2, running)
     _send(signal.SIGCONT, running)
     time.sleep(_STACK_SECONDS)
@@ -248,10 +216,10 @@ def _send(number: signal.Signals, ranks: list[Rank]) -> None:
 def _explain(rank: int, code: int, log: _Log) -> None:
     how = f"failed with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
     if log.path is None:
-        print(f"rank {rank} {how}; its output is above", file=sys.stderr, flush=True)
+        tell(f"rank {rank} {how}; its output is above")
         return
     with log.path.open("rb") as output:
         output.seek(max(log.start, log.path.stat().st_size - 2**16))
         tail = output.read().decode(errors="replace").splitlines()[-20:]
     said = f"the end of {log.path}:" if tail else f"it wrote nothing to {log.path}"
-    print(f"rank {rank} {how}; {said}", *tail, sep="\n  ", file=sys.stderr, flush=True)
+    tell("\n  ".join([f"rank {rank} {how}; {said}", *tail]))

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bd3_scale.resilience.files import check_writable, write_atomically
+from bd3_scale.resilience.terminal import tell
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _tell(report: Report) -> None:
     for problem in [*report.problems, *report.job_problems]:
-        print(f"preflight: {report.node}: {problem}", file=sys.stderr, flush=True)
+        tell(f"preflight: {report.node}: {problem}")
 
 
 @contextmanager

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from bd3_scale.recipe.load import load_section
 from bd3_scale.recipe.schema import Deadlines, NonNegativeInt, PositiveFloat, PositiveInt, RecipeError, Section
+from bd3_scale.resilience.heartbeat import FOLDER_VARIABLE
+from bd3_scale.resilience.readers import reader
+from bd3_scale.resilience.secret import MEETING_VARIABLE
 
 FOLDER = Path("cluster/profiles")
+TIME_LIMIT = r"^(\d+-)?\d+(:\d+){0,2}$"
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# By these the supervisor finds its job and its ranks each other. LD_PRELOAD and the like are a site's business: who
+# chooses a profile trusts it as far.
+_OF_THE_SUPERVISOR = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_RESTART_COUNT"),
+    *("SLURMD_NODENAME", FOLDER_VARIABLE, MEETING_VARIABLE),
+}
 
 
 class Container(Section):
     """pyxis and enroot: srun's `--container-*` options."""
 
     image: str
-    mounts: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="SOURCE:TARGET[:FLAGS]")
-    python: str = Field("python3", description="in the image; the supervisor runs outside, with the site's own")
+    mounts: Annotated[tuple[Annotated[str, Field(pattern="^[^,]+$")], ...], Field(strict=False)] = Field(
+        (), description="SOURCE:TARGET[:FLAGS]"
+    )
+    python: str = Field(
+        "python3", pattern="^[^-]", description="in the image; the supervisor runs outside, with the site's own"
+    )
 
 
 class Preflight(Section):
@@ -42,7 +59,7 @@ class Profile(Section):
     cpus_per_process: PositiveInt = 1
     memory: str | None = Field(None, description="a node's, such as 200G; 0 takes all")
     exclusive: bool = False
-    time_limit: str = Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$", description="as sbatch reads it, such as 1-00:00:00")
+    time_limit: str = Field(pattern=TIME_LIMIT, description="as sbatch reads it, such as 1-00:00:00")
     requeue: bool = Field(True, description="false where the site forbids it: then submit with --chain")
     warning_seconds: Annotated[int, Field(ge=20)] = Field(
         300,
@@ -61,12 +78,23 @@ class Profile(Section):
     container: Container | None = None
     preflight: Preflight | None = None
 
+    @field_validator("environment")
+    @classmethod
+    def _variables_have_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError("must have names of letters, digits and _ that begin with no digit")
+            if name in _OF_THE_SUPERVISOR:
+                raise ValueError(f"must leave {name} to the supervisor, which sets it")
+        return value
+
     @property
     def processes(self) -> int:
         """Ranks a node."""
         return self.processes_per_node or self.gpus_per_node
 
 
+@reader("a profile", path="name")
 def load_profile(name: str) -> Profile:
     """A profile by its name in `cluster/profiles`, or by the path of a YAML file.
 

@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.launch.records import say, slurm
+from bd3_scale.launch.records import pattern_of, say, slurm
 from bd3_scale.launch.watch import Watch
+from bd3_scale.resilience.terminal import tell
 
 DUMP_SECONDS = 2.0
 END_SECONDS = 60.0
@@ -44,7 +44,8 @@ class Ranks:
         link.replace(self.heartbeats)
         self.watch = Watch(self.heartbeats, self.job["ntasks"])
         # A task that fails takes the others along; tasks that end early wait for the last.
-        step = ["srun", "--kill-on-bad-exit=1", "--wait=0", f"--output={self.logs}/rank%t.log", "--open-mode=append"]
+        step = ["srun", "--kill-on-bad-exit=1", "--wait=0", "--open-mode=append"]
+        step.append(f"--output={pattern_of(self.logs)}/rank%t.log")
         step += [
             *self.job["srun"],
             *self.job["container"],
@@ -60,8 +61,7 @@ class Ranks:
     def _read_errors(self) -> None:
         """Passes on what srun says and keeps who ended first: the others end because of it."""
         for line in self.process.stderr or ():
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            tell(line.rstrip("\n"))
             if found := _ENDED_BY_SLURM.search(line):
                 self.ended_by_slurm = found.group(1).lower()
             if self.first_end is None and (found := _TASK_ENDED.match(line)):

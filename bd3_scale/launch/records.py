@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,23 +11,42 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.resilience.terminal import clean
+
+CACHE_OVERRIDE = "data.path={cache}"  # of the command of the ranks; each node puts its own folder there
+
 
 def say(text: str) -> None:
-    print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}", flush=True)
+    """Print a line with the time to the log of the batch process; a log that cannot be written ends nothing."""
+    with contextlib.suppress(OSError):
+        print(clean(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}"), flush=True)
 
 
 def slurm(*command: str) -> subprocess.CompletedProcess[str]:
     """A SLURM command; one that hangs on a dead controller is given up after 30 seconds."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not on this machine")
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 124, "", "timed out")
 
 
-def job_field(name: str) -> str:
-    shown = slurm("scontrol", "show", "job", os.environ["SLURM_JOB_ID"], "--oneliner").stdout
-    found = re.search(rf"(?:^|\s){name}=(\S+)", shown)
-    return found.group(1) if found else "unknown"
+def job_fields(job: str) -> dict[str, str]:
+    """What SLURM knows of a job, such as its JobState and ExitCode; empty where it has forgotten it or is away."""
+    shown = slurm("scontrol", "show", "job", job, "--oneliner").stdout
+    if found := re.findall(r"(?:^|\s)(\w+)=(\S*)", shown):
+        return dict(reversed(found))  # of two the first: what a person named comes at the end of the line
+    columns = ("JobState", "ExitCode")
+    told = slurm("sacct", "--noheader", "--allocations", "--parsable2", "--format=State,ExitCode", f"--jobs={job}")
+    lines = told.stdout.splitlines()
+    return dict(zip(columns, lines[-1].split("|"), strict=False)) if lines else {}
+
+
+def kill_wait() -> float:
+    """Seconds between the SIGTERM and the SIGKILL of a job that SLURM ends."""
+    found = re.search(r"^KillWait\s*=\s*(\d+)", slurm("scontrol", "show", "config").stdout, re.MULTILINE)
+    return float(found[1]) if found else 30.0
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -43,30 +63,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     aside.replace(path)
 
 
-def read_attempts(folder: Path) -> list[dict[str, Any]]:
-    """The ended attempts of a run, in order."""
-    path = folder / "attempts.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def failures_without_progress(attempts: list[dict[str, Any]]) -> int:
-    """Crashes and hangs since an attempt that left a newer checkpoint than it found; planned stops do not count.
-
-    Those of an earlier submission do not count either: a person has decided to try again.
-    """
-    count = 0
-    for attempt in reversed(attempts):
-        if attempt["saved"] > attempt["from_step"] or attempt["submission"] != attempts[-1]["submission"]:
-            break
-        count += attempt["failure"]
-    return count
-
-
 def excluded_nodes(folder: Path) -> str:
     """Nodes that the submission left out and those that a preflight found bad, as SLURM reads them."""
     bad = folder / "exclude.txt"
     found = bad.read_text().split() if bad.exists() else []
     return ",".join(sorted({*found, *read_json(folder / "job.json")["exclude"]}))
+
+
+def pattern_of(folder: Path) -> str:
+    """A folder as SLURM's patterns of file names spell it: a `%` of its name stands for itself."""
+    return str(folder).replace("%", "%%")
 
 
 def cache_folder(job: dict[str, Any]) -> str:

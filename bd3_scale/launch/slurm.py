@@ -9,25 +9,26 @@ from collections.abc import Sequence
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
 
 
-def slurm(*command: str, check: bool = True) -> str:
-    """Runs a command and gives what it prints.
-
-    Raises:
-        ValueError: there is no SLURM here, or the command refuses (in its own words).
-    """
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command, and gives its exit code and all that it says. ValueError: there is no SLURM here that answers."""
     if shutil.which(command[0]) is None:
         raise ValueError(
             f"{command[0]} is not on this machine: run this on a login node of the cluster, see the script with "
             "`bd3-scale submit … --dry-run`, or start a SLURM on this machine with `cluster/dev-slurm up`"
         )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"{' '.join(command)} did not answer within 60 s: is the controller up? try `scontrol ping`"
         ) from None
+
+
+def slurm(*command: str, check: bool = True) -> str:
+    """Runs a command and gives what it prints. ValueError: as of `ask`, or the command refuses (in its own words)."""
+    done = ask(*command)
     if done.returncode and check:
-        raise ValueError(f"{command[0]} refuses: {done.stderr.strip() or done.stdout.strip()}")
+        raise ValueError(f"{command[0]} refuses: {' '.join((done.stderr.strip() or done.stdout.strip()).split())}")
     return done.stdout if not done.returncode else ""
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.launch.records import read_attempts, read_json
-from bd3_scale.launch.submit import SUBMITTED, active_jobs, stored
+from bd3_scale.launch.attempts import read_attempts
+from bd3_scale.launch.records import read_json
+from bd3_scale.launch.submit import SUBMITTED, active_jobs, close_run, stored
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.resilience.readers import reader
 
@@ -37,14 +36,18 @@ class RunStatus:
 
 @reader("a run", path="run_dir")
 def read_status(run_dir: Path) -> RunStatus:
-    """ValueError: the run was not submitted, or there is no SLURM here."""
+    """Also closes an attempt whose end nobody was left to write. ValueError: the run was not submitted, or there is no
+    SLURM here.
+    """
     folder = stored(run_dir)
-    job, attempts, current = read_json(folder / "job.json"), read_attempts(folder), read_json(folder / "current.json")
     jobs = active_jobs(run_dir)
+    if not jobs:
+        close_run(run_dir)
+    job, attempts, current = read_json(folder / "job.json"), read_attempts(folder), read_json(folder / "current.json")
     beats = [read_json(path) for path in (folder / "heartbeats").glob("rank*.json")] if current else []
     phases = [beat["phase"] for beat in beats if beat]
     steps = [beat["step"] for beat in beats if beat] or [a["step"] for a in attempts[-1:]]
-    rates = _rates(run_dir)
+    rates = _rates(run_dir, job["steps"])
     step = min(steps, default=0)
     wall = sum(a["ended"] - a["started"] for a in attempts) + (time.time() - current["started"] if current else 0.0)
     useful = sum(seconds for at, seconds in rates.items() if at <= step)
@@ -52,7 +55,7 @@ def read_status(run_dir: Path) -> RunStatus:
     pace = sorted(recent)[len(recent) // 2] if recent else None
     return RunStatus(
         run_dir=str(run_dir),
-        state=_state(jobs, attempts, bool(current), folder),
+        state=_state(jobs, [a for a in attempts if a["submission"] == job["submission"]], bool(current), folder),
         jobs=jobs,
         step=step,
         steps=job["steps"],
@@ -73,27 +76,12 @@ def _state(jobs: dict[str, str], attempts: list[dict[str, Any]], current: bool, 
     if attempts and not current:
         return str(attempts[-1]["outcome"])
     known = read_json(folder / SUBMITTED).get("jobs", [])
-    return _accounted(known[-1]) if known else "not submitted"
-
-
-def _accounted(job: str) -> str:
-    """The last word of sacct on a job that left no line of its own."""
-    if shutil.which("sacct"):
-        done = subprocess.run(
-            ["sacct", "--noheader", "--allocations", "--format=State%30", f"--jobs={job}"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        if words := done.stdout.split():
-            return words[0].lower()
-    return "ended without a word"
+    return f"ended without a word, and SLURM no longer knows job {known[-1]}" if known else "not submitted"
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / METRICS_FILE
-    return [record for record in read_metrics(path) if "tokens_per_second" in record] if path.exists() else []
+    records = read_metrics(run_dir / METRICS_FILE)
+    return [r for r in records if r.get("tokens_per_second") and r.get("tokens") is not None]
 
 
 def _last_rate(run_dir: Path) -> float | None:
@@ -101,12 +89,14 @@ def _last_rate(run_dir: Path) -> float | None:
     return records[-1]["tokens_per_second"] if records else None
 
 
-def _rates(run_dir: Path) -> dict[int, float]:
+def _rates(run_dir: Path, steps: int) -> dict[int, float]:
     """Seconds of every step, those between two logged ones taken for as long as the later one."""
     seconds: dict[int, float] = {}
     before, tokens_before = 0, 0
     for record in _records(run_dir):
         step, tokens = record["step"], record["tokens"]
+        if not before < step <= steps:
+            continue
         each = (tokens - tokens_before) / (step - before) / record["tokens_per_second"]
         seconds |= dict.fromkeys(range(before + 1, step + 1), each)
         before, tokens_before = step, tokens

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from bd3_scale.launch.attempts import close_ended
 from bd3_scale.launch.job import SLURM_FOLDER, Job, check_job, new_submission, script, supervision
-from bd3_scale.launch.profile import load_profile
+from bd3_scale.launch.profile import TIME_LIMIT, load_profile
 from bd3_scale.launch.records import excluded_nodes, read_json
-from bd3_scale.launch.slurm import ACTIVE, job_states, partitions, slurm
+from bd3_scale.launch.slurm import ACTIVE, ask, job_states, partitions, slurm
 from bd3_scale.recipe.load import load_recipe, recipe_files, resolved_yaml
 from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.runlock import lock_run
@@ -39,7 +44,9 @@ def make_job(
     """
     loaded, site = load_recipe(recipe, overrides), load_profile(profile)
     if time_limit is not None:
-        site = type(site).model_validate(site.model_dump() | {"time_limit": time_limit})
+        if not re.fullmatch(TIME_LIMIT, time_limit, re.ASCII):
+            raise ValueError(f"--time must be minutes, or such as 4:00:00 or 1-00:00:00, not {time_limit!a}")
+        site = site.model_copy(update={"time_limit": time_limit})
     run_dir = loaded.run_path.absolute()
     check_job(loaded, site, nodes, None, run_dir)
     absolute = {"path": str(Path(loaded.data.path).absolute())}
@@ -78,13 +85,9 @@ def ask_slurm(job: Job) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script(job))
         file.flush()
-        # It answers on stderr, whatever the answer.
-        slurm("sbatch", "--version")
-        done = subprocess.run(
-            ["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=60, check=False
-        )
+        done = ask("sbatch", "--test-only", file.name)  # which answers on stderr, whatever the answer
     if done.returncode:
-        raise ValueError(_refusal(job, done.stderr.strip()))
+        raise ValueError(_refusal(" ".join(done.stderr.split())))
     return done.stderr.strip()
 
 
@@ -94,41 +97,79 @@ def submit(job: Job) -> list[str]:
     Raises:
         ValueError: a job of this run is queued or running already, or SLURM refuses.
     """
-    slurm("sbatch", "--version")
-    check_writable(job.folder)
-    (job.run_dir / "logs").mkdir(exist_ok=True)
-    with lock_run(job.folder):
-        refuse_second(job.run_dir)
-        job = replace(job, submission=new_submission())
-        ask_slurm(job)
-        write_atomically(job.folder / "recipe.yaml", resolved_yaml(job.recipe))
-        write_atomically(job.folder / "job.sh", script(job))
-        write_atomically(job.folder / "job.json", json.dumps(supervision(job), indent=1))
-        return _sbatch(job.run_dir, max(1, job.chain))
+    ask_slurm(job)
+    with _no_new_folders_if_refused(job.run_dir):
+        (job.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        check_writable(job.folder)
+        job.folder.chmod(0o700)  # what the ranks prove to each other that they belong together by lies there
+        with lock_run(job.folder):
+            refuse_second(job.run_dir)
+            _close_ended(job.folder)
+            job = replace(job, submission=new_submission())
+            write_atomically(job.folder / "recipe.yaml", resolved_yaml(job.recipe))
+            write_atomically(job.folder / "job.sh", script(job))
+            write_atomically(job.folder / "job.json", json.dumps(supervision(job), indent=1))
+            return _sbatch(job.run_dir, max(1, job.chain))
+
+
+@contextmanager
+def _no_new_folders_if_refused(run_dir: Path) -> Iterator[None]:
+    """Folders of a run, and those above it, that the block makes go again where it raises."""
+    made = [path for path in (run_dir / "logs", run_dir / SLURM_FOLDER, run_dir, *run_dir.parents) if not path.exists()]
+    try:
+        yield
+    except (OSError, ValueError):
+        for path in made:
+            if path.name == SLURM_FOLDER and path.parent == run_dir:
+                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # one that somebody else has begun to use stays
+                path.rmdir()
+        raise
+
+
+def _close_ended(folder: Path) -> None:
+    close_ended(folder, read_json(folder / SUBMITTED).get("jobs", []))
 
 
 def submit_again(run_dir: Path) -> list[str]:
     """Submits the stored job of a run that has ended. ValueError as `submit`, or the run was never submitted."""
     folder = stored(run_dir)
+    folder.chmod(0o700)
     with lock_run(folder):
         refuse_second(run_dir)
+        _close_ended(folder)
         job = read_json(folder / "job.json") | {"submission": new_submission()}
         write_atomically(folder / "job.json", json.dumps(job, indent=1))
         return _sbatch(run_dir, max(1, job["chain"]))
 
 
+def close_run(run_dir: Path) -> None:
+    """Write what became of a run that has no job any more and left no word of its own, where SLURM tells it."""
+    folder = stored(run_dir)
+    with contextlib.suppress(OSError, ValueError), lock_run(folder):  # somebody else's, or being submitted
+        if not active_jobs(run_dir):
+            _close_ended(folder)
+
+
 def _sbatch(run_dir: Path, count: int) -> list[str]:
+    """All jobs, or none: those before one that SLURM refuses are cancelled."""
     folder = run_dir / SLURM_FOLDER
     (folder / "stop").unlink(missing_ok=True)
     exclude = [f"--exclude={names}"] if (names := excluded_nodes(folder)) else []
-    jobs = [
-        slurm("sbatch", "--parsable", *exclude, str(folder / "job.sh")).strip().partition(";")[0] for _ in range(count)
-    ]
-    write_atomically(folder / SUBMITTED, json.dumps({"jobs": jobs}))
+    jobs: list[str] = []
+    try:
+        for _ in range(count):
+            said = slurm("sbatch", "--parsable", *exclude, str(folder / "job.sh"))
+            jobs.append(said.strip().partition(";")[0])
+        write_atomically(folder / SUBMITTED, json.dumps({"jobs": jobs}))
+    except BaseException:
+        if jobs:
+            slurm("scancel", *jobs, check=False)
+        raise
     return jobs
 
 
-def _refusal(job: Job, said: str) -> str:
+def _refusal(said: str) -> str:
     known = f"; partitions here: {partitions()}" if "partition" in said.lower() else ""
     return f"SLURM refuses the job: {said}{known}. Change the profile, or --nodes and --time"
 
@@ -169,6 +210,7 @@ def stop(run_dir: Path, *, now: bool = False) -> dict[str, str]:
         else:
             slurm("scancel", job)
             done[job] = "cancelled"
+    close_run(run_dir)
     return done
 
 

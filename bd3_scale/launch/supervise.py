@@ -1,6 +1,7 @@
 """The batch process of a SLURM job, with the standard library alone: starts the ranks, watches them, decides what next.
 
-    python supervise.py job JOB.json      exec'ed by the batch script, so that SLURM's signals reach it
+    python supervise.py keep JOB.json     exec'ed by the batch script, so that SLURM's signals reach it: starts the next
+    python supervise.py job JOB.json      the supervisor; should somebody kill it, the first one tells and goes on
     python supervise.py rank JOB.json     each task of its `srun`: SLURM's variables become torchrun's
 
 An attempt is one life of the ranks. What becomes of the job after it:
@@ -15,17 +16,21 @@ An attempt is one life of the ranks. What becomes of the job after it:
 | said that a person must mend something (exit code 2) | fails                                                    |
 | were stopped by `bd3-scale stop`, or by scancel      | stays stopped                                            |
 
-Every attempt is a line of `attempts.jsonl`. What ranks tell is in `heartbeats/` (see `resilience.heartbeat`).
+Every attempt is a line of `attempts.jsonl`; where the batch process itself was killed, or its node died, the next one,
+`status` or `requeue` writes it (see `launch.attempts`). What ranks tell: `resilience.heartbeat`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
+import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -39,13 +44,21 @@ if __name__ == "__main__":
     # Started by its path with a site's own Python, where bd3_scale need not be installed.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bd3_scale.launch.attempts import (
+    FINAL,
+    close_former_life,
+    ended_attempt,
+    failures_without_progress,
+    read_attempts,
+    write_attempt,
+)
 from bd3_scale.launch.ranks import Ranks
 from bd3_scale.launch.records import (
+    CACHE_OVERRIDE,
     cache_folder,
     excluded_nodes,
-    failures_without_progress,
-    job_field,
-    read_attempts,
+    job_fields,
+    kill_wait,
     read_json,
     say,
     slurm,
@@ -57,7 +70,8 @@ LOCK_SECONDS = 120.0
 STEPS_OF_A_LIFE = 3  # of a job until it is requeued: preflight, ranks, cleaning of caches
 LIVES_APART = 4
 PERSON_MUST_MEND = 2  # the exit code of a rank whose recipe, data or machine is wrong
-FINAL = ("done", "failed", "stopped", "cancelled")
+LAST_SECONDS = 3.0  # before SLURM's SIGKILL, to write a line in
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class Supervisor:
@@ -65,33 +79,59 @@ class Supervisor:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.job = folder, read_json(folder / "job.json")
+        self.job_id, self.life = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.signals: list[str] = []
+        self.terminated = math.inf  # when SIGTERM came
+        self.ended: tuple[str, str, bool] | None = None
+        self.parent = os.getppid()
+        self.record: dict[str, Any] = {}
         self.attempts = read_attempts(folder)
 
     def run(self) -> int:
         """Runs the attempt and gives the exit code of the job."""
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda n, _: self.signals.append(signal.Signals(n).name))
-        self._close_lost_attempt()
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which `keep` has held back until now
+        self.folder.chmod(0o700)
+        close_former_life(self.folder)
+        self.attempts = read_attempts(self.folder)
         if self._is_final():
             say(f"nothing to do: the run is {self.attempts[-1]['outcome']} ({self.attempts[-1]['reason']})")
             return 0
         self._begin()
         self._skip_former_step_numbers()
         if problem := self._preflight():
-            return self._end("preflight", problem, failure=True)
+            return self._end(*(self._ended_by_others() or ("preflight", problem, True)))
         self.ranks.start()
         planned, hung = self._watch()
+        if self.ended:
+            return self._end(*self.ended)
         code = self.ranks.wait()
         self._clean_caches()
         return self._decide(code, planned, hung)
+
+    def take_over(self, code: int) -> int:
+        """What becomes of the job where the process that ran this ended with `code` before its attempt had its line."""
+        self.record = read_json(self.folder / "current.json")
+        if (self.record.get("job_id"), self.record.get("life")) != (self.job_id, self.life):
+            return code if code > 0 else 128 - code
+        self.number = self.record["attempt"]
+        self.ranks = Ranks(self.job, self.folder, self.number)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return self._end(*(self._ended_by_others() or ("requeue", f"the supervisor {how}", True)))
+
+    def _note(self, number: int, _: object) -> None:
+        name = signal.Signals(number).name
+        self.signals += [name] * (name not in self.signals)
+        if number == signal.SIGTERM:
+            self.terminated = time.monotonic()
 
     def _is_final(self) -> bool:
         """Whether an earlier job of this submission has decided; one that SLURM starts again was not cancelled."""
         last = self.attempts[-1] if self.attempts else {"submission": None}
         if last["submission"] != self.job["submission"] or last["outcome"] not in FINAL:
             return False
-        return last["outcome"] != "cancelled" or last["job_id"] != os.environ["SLURM_JOB_ID"]
+        return last["outcome"] != "cancelled" or last["job_id"] != self.job_id
 
     def _begin(self) -> None:
         environment = os.environ
@@ -99,12 +139,13 @@ class Supervisor:
         address = re.search(r"NodeAddr=(\S+)", slurm("scontrol", "show", "node", nodes[0], "--oneliner").stdout)
         environment["MASTER_ADDR"] = address.group(1) if address else nodes[0]
         self.number = len(self.attempts)
-        environment["MASTER_PORT"] = str(20000 + (int(environment["SLURM_JOB_ID"]) * 7 + self.number) % 10000)
+        environment["MASTER_PORT"] = str(20000 + secrets.randbelow(10000))
         saved = self.attempts[-1]["saved"] if self.attempts else 0
-        self.record: dict[str, Any] = {
+        self.record = {
             "attempt": self.number,
             "submission": self.job["submission"],
-            "job_id": environment["SLURM_JOB_ID"],
+            "job_id": self.job_id,
+            "life": self.life,
             "nodes": nodes,
             "started": time.time(),
             "from_step": saved,
@@ -123,20 +164,13 @@ class Supervisor:
         A requeued job numbers its steps from 0 again, and slurmctld repeats the kill of a step a minute after a node
         was too slow to answer it: it would hit the ranks of this attempt (seen with SLURM 22.05 on a loaded machine).
         """
-        lives = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        for _ in range(STEPS_OF_A_LIFE * (lives % LIVES_APART)):
+        for _ in range(STEPS_OF_A_LIFE * (self.life % LIVES_APART)):
             slurm("srun", "--nodes=1", "--ntasks=1", "true")
-
-    def _close_lost_attempt(self) -> None:
-        """An attempt whose batch process died with its node could not write its line."""
-        if lost := read_json(self.folder / "current.json"):
-            states = Ranks(self.job, self.folder, lost["attempt"]).read()
-            self._append(lost, "lost", "the batch process ended without a word: its node died", states, failure=False)
 
     def _wait_for_the_run(self) -> None:
         """Ranks of a former attempt, on a node that SLURM has lost, may still hold the run directory."""
         lock, until = Path(self.job["run_dir"], ".lock"), time.monotonic() + LOCK_SECONDS
-        while lock.exists():
+        while lock.exists() and not self.signals:
             with lock.open("a+") as file:
                 try:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,6 +210,9 @@ class Supervisor:
             if self.signals and planned is None:
                 planned, asked_at = self._why_asked(), time.monotonic()
                 say(f"{self.signals[0]}: {planned}; the ranks save and stop")
+            if time.monotonic() - self.terminated > self._patience and (ended := self._ended_by_others()):
+                self.ended = ended
+                break
             if planned and not asked and self.ranks.all_hold_signals():
                 self.ranks.signal("USR1")
                 asked = True
@@ -194,6 +231,11 @@ class Supervisor:
                 os._exit(1)
         return planned, hung
 
+    @functools.cached_property
+    def _patience(self) -> float:
+        """Seconds after SIGTERM for which ranks are waited for: after them SLURM kills this process, too."""
+        return max(1.0, kill_wait() - LAST_SECONDS)
+
     def _clean_caches(self) -> None:
         if self.job["cache"]:
             nodes = len(self.record["nodes"])
@@ -206,7 +248,7 @@ class Supervisor:
         if self.signals[0] != "SIGUSR1":
             return "pre-empted or cancelled"
         with contextlib.suppress(ValueError):
-            end = time.mktime(time.strptime(job_field("EndTime"), "%Y-%m-%dT%H:%M:%S"))
+            end = time.mktime(time.strptime(job_fields(self.job_id).get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
             # SLURM may warn up to a minute early.
             if end - time.time() > self.job["warning_seconds"] + 90:
                 return "bd3-scale requeue"
@@ -216,44 +258,57 @@ class Supervisor:
         states = self.ranks.read()
         phases = {state["phase"] for state in states.values()}
         if code == 0 and phases == {"done"}:
-            return self._end("done", "all steps are taken", failure=False)
+            return self._end("done", "all steps are taken", False)
         stopped = code == 0 and "stopped" in phases
-        state = job_field("JobState")
-        if state != "RUNNING":
-            # Somebody else has decided already, and a requeue from here would undo a person's scancel.
-            why = self.ranks.ended_by_slurm
-            by_slurm = why is not None or state in ("PENDING", "REQUEUED", "PREEMPTED", "NODE_FAIL")
-            reason = f"SLURM ended it: {why or state.lower()}" if by_slurm else f"scancel ({state.lower()})"
-            return self._end("requeued" if by_slurm else "cancelled", reason, failure=False)
+        if ended := self._ended_by_others():
+            return self._end(*ended)
         if (self.folder / "stop").exists():
-            return self._end("stopped", "bd3-scale stop", failure=False)
+            return self._end("stopped", "bd3-scale stop", False)
         if stopped:
-            return self._end("requeue", planned or "pre-empted", failure=False)
+            return self._end("requeue", planned or "pre-empted", False)
         if hung:
-            return self._end("requeue", hung, failure=True)
+            return self._end("requeue", hung, True)
         reason, rank_code = self.ranks.explain_failure()
         if "Terminated" in reason:
-            return self._end("requeue", f"{reason}: pre-empted before it could save", failure=False)
-        return self._end("failed" if rank_code == PERSON_MUST_MEND else "requeue", reason, failure=True)
+            return self._end("requeue", f"{reason}: pre-empted before it could save", False)
+        return self._end("failed" if rank_code == PERSON_MUST_MEND else "requeue", reason, True)
 
-    def _end(self, verdict: str, reason: str, *, failure: bool) -> int:
+    def _ended_by_others(self) -> tuple[str, str, bool] | None:
+        """Outcome, reason and whether it is a failure where somebody has decided already.
+
+        A requeue from here would undo a person's scancel.
+        """
+        fields = job_fields(self.job_id)
+        state, why = fields.get("JobState", "RUNNING"), self.ranks.ended_by_slurm
+        if os.getppid() != self.parent:
+            return "lost", "the batch process was killed", True
+        if state == "RUNNING":
+            return None
+        if why == "due to time limit":
+            return "lost", "SLURM ended it at the time limit", False
+        if int(fields.get("Restarts", "0")) > self.life:
+            return "requeued", f"SLURM ended it: {why or 'job requeue'}", False
+        if why is not None or state in ("PENDING", "REQUEUED", "PREEMPTED", "NODE_FAIL"):
+            return "requeued", f"SLURM ended it: {why or state.lower()}", False
+        return "cancelled", "bd3-scale stop" if (self.folder / "stop").exists() else "scancel", False
+
+    def _end(self, verdict: str, reason: str, failure: bool) -> int:
         """Writes the attempt's line and sends the job back into the queue where the verdict says so."""
         again = verdict in ("requeue", "preflight")
         outcome = "requeued" if again else verdict
-        states = self.ranks.read()
-        line = self._append(self.record, outcome, reason, states, failure=failure, write=False)
+        line = ended_attempt(self.folder, self.record, outcome, reason, failure=failure, signals=self.signals)
         failures = failures_without_progress([*self.attempts, line])
         if again and failures >= self.job["max_failures"]:
             again, line["outcome"] = False, "failed"
             line["reason"] += f" ({failures} attempts failed without a newer checkpoint)"
-        self._write(line)
+        write_attempt(self.folder, line)
         say(f"attempt {self.number} {line['outcome']} at step {line['step']}: {line['reason']}")
         if not again:
             return 0 if line["outcome"] in ("done", "stopped", "requeued") else 1
         return self._requeue()
 
     def _requeue(self) -> int:
-        jobs = [os.environ["SLURM_JOB_ID"]]
+        jobs = [self.job_id]
         if self.job["chain"]:  # its next job goes on
             jobs = read_json(self.folder / "submitted.json").get("jobs", [])
         else:
@@ -268,36 +323,16 @@ class Supervisor:
                 slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}")
         return 0
 
-    def _append(
-        self,
-        record: dict[str, Any],
-        outcome: str,
-        reason: str,
-        states: dict[int, dict[str, Any]],
-        *,
-        failure: bool,
-        write: bool = True,
-    ) -> dict[str, Any]:
-        line = record | {
-            "ended": time.time(),
-            "outcome": outcome,
-            "reason": reason,
-            "failure": failure,
-            "step": max((s["step"] for s in states.values()), default=record["from_step"]),
-            "saved": max((s["saved"] for s in states.values()), default=record["from_step"]),
-            "signals": self.signals,
-        }
-        if write:
-            self._write(line)
-        return line
 
-    def _write(self, line: dict[str, Any]) -> None:
-        with (self.folder / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.attempts.append(line)
-        (self.folder / "current.json").unlink(missing_ok=True)
+def keep(job: str) -> int:
+    """Runs the supervisor as a process of its own and passes SLURM's signals on; gives the exit code of the job."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the supervisor inherits it, and lets them in once it is ready
+    process = subprocess.Popen([sys.executable, "-u", os.path.abspath(__file__), "job", job])
+    for number in SIGNALS:
+        signal.signal(number, lambda n, _: process.send_signal(n))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    code = process.wait()
+    return Supervisor(Path(job).parent).take_over(code) if code else 0
 
 
 def run_rank(folder: Path) -> None:
@@ -313,13 +348,16 @@ def run_rank(folder: Path) -> None:
     # What comes before the rank can save waits until it can.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     (heartbeats / f"rank{environment['RANK']}.holds").touch()
-    command = [word.replace("{cache}", cache_folder(job)) for word in job["command"]]
+    # An override's value is YAML, of which JSON is a part.
+    cache = f"data.path={json.dumps(cache_folder(job), ensure_ascii=False)}"
+    command = [cache if word == CACHE_OVERRIDE else word for word in job["command"]]
     os.execvp(command[0], command)
 
 
 def main(mode: str, job: str) -> int:
     folder = Path(job).parent
     modes: dict[str, Callable[[], int | None]] = {
+        "keep": lambda: keep(job),
         "job": lambda: Supervisor(folder).run(),
         "rank": lambda: run_rank(folder),
         "clean": lambda: shutil.rmtree(cache_folder(read_json(folder / "job.json")), ignore_errors=True),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from rich.console import Console
 from rich.live import Live
-from rich.text import Text
+
+from bd3_scale.observe.console import Console, styled
+from bd3_scale.resilience.terminal import clean
 
 MASK = "[MASK]"
 HIDDEN = "░"
@@ -34,7 +35,5 @@ class DenoisingView:
         if self._live is None:
             return
         console = self._live.console
-        visible = Text()
-        for piece in text.replace(MASK, HIDDEN)[-console.width * max(1, console.height - 2) :]:
-            visible.append(piece, style="dim" if piece == HIDDEN else "")
-        self._live.update(visible, refresh=True)
+        end = clean(text.replace(MASK, HIDDEN))[-console.width * max(1, console.height - 2) :]
+        self._live.update(styled(*((letter, "dim" if letter == HIDDEN else "") for letter in end)), refresh=True)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import netrc
 import os
+import re
 import secrets
+import shutil
+import stat
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
 from bd3_scale.recipe.schema import WandbRecipe
-from bd3_scale.resilience.files import Lines, write_atomically
+from bd3_scale.resilience.files import Lines, free_name, write_atomically
+from bd3_scale.resilience.readers import open_regular, read_regular, reader
 
 if TYPE_CHECKING:
     import wandb
@@ -24,57 +30,123 @@ METRICS_FILE = "metrics.jsonl"
 # Steps that stood out, and resumes that changed something.
 EVENTS_FILE = "events.jsonl"
 RESUMED = "resumed"
+DAMAGED = ".damaged"
+# An event lists the sequences of a batch, of which none has so many.
+LINE_LIMIT = 1 << 24
+_WANDB_ID = re.compile(r"([A-Za-z0-9_-]{1,64})\s*")
 Mode = Literal["online", "offline", "disabled"]
-Value = float | int | str | None
+Value = float | int | None
 T = TypeVar("T")
 
+_LOG = logging.getLogger(__name__)
+_warned_of: set[Path] = set()
 
+
+@reader("records of a run")
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file in order, without a last line that a killed run left unfinished.
+    """Return the records of a metrics or events file in order; none where there is no file.
 
-    ValueError: another line that is not a JSON object, named with its number.
+    A last line that a killed run left unfinished is left out, and so are damaged lines, with a warning: those that are
+    no JSON object with a whole number as `step`, and of metrics with other values than numbers and null.
     """
-    lines = path.read_text(errors="replace").split("\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, line {number} is not a JSON object: {line[:80]!r}; repair it or move the file away"
-            )
-        records.append(record)
+    records: list[dict[str, Any]] = []
+    damaged: set[int] = set()
+    try:
+        for number, _, record in _lines(path):
+            if record is None:
+                damaged.add(number)
+            else:
+                records.append(record)
+    except FileNotFoundError:
+        pass
+    except (ValueError, IsADirectoryError) as error:
+        _warn_once(path, str(error))
+    if damaged:
+        _warn_once(path, f"{_what_is_damaged(path, damaged)}: left out here")
     return records
 
 
 def read_nelbos(path: Path) -> dict[int, float]:
-    """Held-out NELBO by step, of those that are finite; none where there is no file. ValueError as `read_metrics`."""
-    records = read_metrics(path) if path.exists() else []
-    return {record["step"]: record["nelbo"] for record in records if record.get("nelbo") is not None}
+    """Return the held-out NELBO by step, of those that are finite; as `read_metrics`."""
+    return {record["step"]: record["nelbo"] for record in read_metrics(path) if record.get("nelbo") is not None}
 
 
 def has_evaluation(path: Path, step: int) -> bool:
-    """Whether an evaluation at `step` is recorded."""
-    return path.exists() and any(r.get("step") == step and "nelbo" in r for r in read_metrics(path))
+    """Return whether an evaluation at `step` is recorded."""
+    return any(record["step"] == step and "nelbo" in record for record in read_metrics(path))
 
 
 def last_event(run: Path) -> int | None:
-    """The last step of a run that stood out, if any did. ValueError as `read_metrics`."""
-    events = read_metrics(run / EVENTS_FILE) if (run / EVENTS_FILE).exists() else []
-    steps = [int(event["step"]) for event in events if event.get("kind") != RESUMED]
+    """Return the last step of a run that stood out, if any did."""
+    steps = [event["step"] for event in read_metrics(run / EVENTS_FILE) if event.get("kind") != RESUMED]
     return steps[-1] if steps else None
 
 
 def truncate_after(path: Path, step: int, *, evaluates_again: bool = False) -> None:
     """Drop the records of steps after `step` and an unfinished last line, atomically; with `evaluates_again` also an
-    evaluation at `step`. ValueError as `read_metrics`.
+    evaluation at `step`.
+
+    A file with damaged lines, see `read_metrics`, is kept beside as it was, under a name that ends in `.damaged`, and
+    what is no regular file, such as a link, is moved there; both with a warning. OSError: the folder cannot be written.
     """
-    records = [record for record in read_metrics(path) if record.get("step", 0) <= step]
-    if evaluates_again:
-        records = [record for record in records if record.get("step") != step or "nelbo" not in record]
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    if not os.path.lexists(path):
+        return
+    aside = free_name(path.with_name(path.name + DAMAGED))
+    if not stat.S_ISREG(path.lstat().st_mode):
+        path.rename(aside)
+        _LOG.warning("%s is no regular file, and is moved to %s", path, aside.name)
+        return
+    kept, damaged = [], set()
+    for number, line, record in _lines(path):
+        if record is None:
+            damaged.add(number)
+        elif record["step"] <= step and not (evaluates_again and record["step"] == step and "nelbo" in record):
+            kept.append(line)
+    if damaged:
+        shutil.copyfile(path, aside)
+        _LOG.warning("%s: dropped, and the file as it was is kept as %s", _what_is_damaged(path, damaged), aside.name)
+    write_atomically(path, b"".join(kept))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """Number, bytes and record of each finished line, None where it is damaged; too long a one comes in pieces."""
+    number = 1
+    with open_regular(path) as file:
+        while (line := file.readline(LINE_LIMIT)).endswith(b"\n") or len(line) == LINE_LIMIT:
+            yield number, line, _record(line)
+            number += line.endswith(b"\n")
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 1 << 63:
+        return None
+    if "kind" in record:  # an event, of which nothing else is reckoned with
+        return record if isinstance(record["kind"], str) else None
+    return record if all(value is None or _is_finite(value) for value in record.values()) else None
+
+
+def _is_finite(value: object) -> bool:
+    # JSON knows numbers that no float holds, and an axis of a picture must still hold differences.
+    return type(value) in (int, float) and abs(cast(float, value)) < 1e300
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _what_is_damaged(path: Path, lines: set[int]) -> str:
+    how_many = "a damaged line" if len(lines) == 1 else f"{len(lines)} damaged lines"
+    return f"{path} has {how_many}, from line {min(lines)} on"
+
+
+def _warn_once(path: Path, text: str) -> None:
+    if path.absolute() not in _warned_of:
+        _warned_of.add(path.absolute())
+        _LOG.warning("%s", text)
 
 
 class MetricsWriter:
@@ -85,7 +157,7 @@ class MetricsWriter:
     shows; the run's id is kept in `run_dir/wandb_id`, so that a resumed run stays one. Offline, the choice of "auto"
     without a key, it writes to `run_dir/wandb` for `wandb sync`. If either fails, it warns once and the run goes on.
 
-    OSError: the file cannot be written. ValueError: a spoilt metrics file, see `read_metrics`.
+    Damaged lines of an earlier attempt are set aside, see `truncate_after`. OSError: the file cannot be written.
     """
 
     def __init__(
@@ -99,8 +171,7 @@ class MetricsWriter:
         evaluates_again: bool = False,
     ) -> None:
         path = run_dir / METRICS_FILE
-        if path.exists():
-            truncate_after(path, after_step, evaluates_again=evaluates_again)
+        truncate_after(path, after_step, evaluates_again=evaluates_again)
         self._file = Lines(path)
         self._wandb: wandb.Run | None = None
         if (mode := _wandb_mode(recipe.mode)) != "disabled":
@@ -146,15 +217,12 @@ def _has_wandb_key() -> bool:
 def _start_wandb(run_dir: Path, recipe: WandbRecipe, mode: Mode, name: str, config: Mapping[str, Any]) -> wandb.Run:
     import wandb
 
-    id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        write_atomically(id_file, secrets.token_hex(8))
     run = wandb.init(
         mode=mode,
         project=recipe.project,
         entity=recipe.entity,
         name=name,
-        id=id_file.read_text(),
+        id=_wandb_id(run_dir / "wandb_id"),
         resume="allow" if mode == "online" else None,
         dir=run_dir,
         config=dict(config),
@@ -164,6 +232,18 @@ def _start_wandb(run_dir: Path, recipe: WandbRecipe, mode: Mode, name: str, conf
     # wandb's own counter refuses to go back, as it must where a resumed run takes steps again.
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _wandb_id(path: Path) -> str:
+    """The run's id, drawn where there is none or what lies there cannot be one."""
+    with suppress(FileNotFoundError, ValueError):
+        if found := _WANDB_ID.fullmatch(read_regular(path, 1 << 10).decode()):
+            return found[1]
+    if os.path.lexists(path):
+        _LOG.warning("%s holds no id of a run of Weights & Biases, and a new one is drawn", path)
+    new = secrets.token_hex(8)
+    write_atomically(path, new)
+    return new
 
 
 def _log(run: wandb.Run, values: dict[str, Value]) -> wandb.Run:

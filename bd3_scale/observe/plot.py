@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def interval_curve(metrics: Path, out: Path) -> None:
     first search there is nothing to draw.
     """
     records = read_metrics(metrics)
-    sizes = sorted({int(key.rpartition("_")[2]) for r in records for key in r if key.startswith("mask_rate_low_block")})
+    keys_of_sizes = (re.fullmatch(r"mask_rate_low_block_([0-9]{1,9})", key) for record in records for key in record)
+    sizes = sorted({int(match[1]) for match in keys_of_sizes if match})
     if not sizes:
         return
 
@@ -57,11 +59,11 @@ def interval_curve(metrics: Path, out: Path) -> None:
     figure = Figure(figsize=(8, 6), layout="constrained")
     rates, variances = figure.subplots(2, sharex=True)
     for number, size in enumerate(sizes):
-        keys = [f"{key}_block_{size}" for key in ("mask_rate_low", "mask_rate_high", "loss_variance")]
-        found = [r for r in records if keys[0] in r]
-        steps = [r["step"] for r in found]
-        low, high, variance = ([r[key] if r[key] is not None else float("nan") for r in found] for key in keys)
-        whole = [r[f"loss_variance_unclipped_block_{size}"] or float("nan") for r in found]
+        found = [record for record in records if f"mask_rate_low_block_{size}" in record]
+        steps = [record["step"] for record in found]
+        keys = ("mask_rate_low", "mask_rate_high", "loss_variance", "loss_variance_unclipped")
+        values = [[record.get(f"{key}_block_{size}") for record in found] for key in keys]
+        low, high, variance, whole = np.array(values, dtype=float)  # null is not a number
         color = f"C{number}"
         # An interval counts until the next evaluation.
         rates.fill_between(steps, low, high, step="post", color=color, alpha=0.25)

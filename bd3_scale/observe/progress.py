@@ -9,16 +9,16 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Literal
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from bd3_scale.observe.console import Console, label
 
 
 def is_rank_zero() -> bool:
@@ -35,7 +35,7 @@ class Bar:
     def __init__(self, what: str, unit: Literal["items", "bytes"] = "items") -> None:
         amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
         self._progress = Progress(
-            TextColumn(what),
+            label(what),
             BarColumn(),
             *amount,
             TimeRemainingColumn(),
@@ -72,11 +72,11 @@ class TrainingProgress:
         self._started = time.monotonic()
         self._last_line = -float("inf")
         self._bar = Progress(
-            TextColumn("step"),
+            label("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TextColumn("ETA"),
+            label("{task.fields[numbers]}"),
+            label("ETA"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
@@ -100,6 +100,9 @@ class TrainingProgress:
         """Show the numbers of `step`, counted from 1."""
         nelbo = "" if self._nelbo is None else f"  NELBO {self._nelbo:.4f}"
         numbers = f"loss {train_loss:.4f}{nelbo}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar.live.is_started and not self.console.is_terminal:
+            # It hung up, and its place was taken by a file.
+            self._bar.stop()
         self._bar.update(self._task, completed=step, numbers=numbers)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self._last_line >= self._every_seconds or step == self._num_steps):
@@ -110,4 +113,4 @@ class TrainingProgress:
 
     def message(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True)

@@ -1,47 +1,110 @@
-"""Agreement between ranks on things that one of them does or sees."""
+"""Agreement between ranks on things that one of them does or sees.
+
+What ranks tell each other travels as JSON and as raw numbers, never as a pickle: whoever could send one would have his
+code run.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
-
-from bd3_scale.parallel.groups import local_device
+from torch import Tensor
 
 T = TypeVar("T")
 
 
 def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `action` on rank 0 and give its result, which must be picklable, to all ranks (collective).
+    """Run `action` on rank 0 and return its result, which must be a value of JSON, on all ranks (collective).
 
     group: of all ranks; by default the one that training uses.
 
     Raises:
         ValueError, OSError: on every rank, where `action` raised one on rank 0; nobody is left waiting.
     """
-    outcome: list[T | ValueError | OSError | None] = [None]
+    outcome: dict[str, Any] = {}
+    raised: ValueError | OSError | None = None
     if dist.get_rank() == 0:
         try:
-            outcome[0] = action()
+            outcome = {"value": action()}
         except (ValueError, OSError) as error:
-            outcome[0] = error
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    if isinstance(outcome[0], ValueError | OSError):
-        raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
+            raised, outcome = error, _told(error)
+    found = json.loads(_broadcast(_as_json(outcome), group))
+    if raised is not None:
+        raise raised
+    if "value" not in found:
+        raise OSError(*found["system"]) if found["system"] else ValueError(found["error"])
+    return found["value"]
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank (collective)."""
-    value = torch.tensor(int(flag), device=local_device())
+    """Return whether `flag` is set on any rank (collective)."""
+    value = torch.tensor(int(flag), device=_device(None))
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
 
 
-def gather_objects(item: T, group: dist.ProcessGroup | None = None) -> Sequence[T]:
-    """`item` of every rank of `group`, by default of the world, in the order of ranks (collective)."""
-    items: list[T] = [item] * dist.get_world_size(group)
-    dist.all_gather_object(items, item, group=group)
-    return items
+def gather_values(value: T, group: dist.ProcessGroup | None = None) -> Sequence[T]:
+    """Return the value of JSON of every rank of `group`, by default of the world, in their order (collective)."""
+    return [json.loads(each) for each in gather_bytes(_as_json(value), group)]
+
+
+def gather_tensors(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Return the CPU tensor of every rank of `group`, of the same type but of any size, in their order (collective)."""
+    shapes = gather_values(list(tensor.shape), group)
+    parts = gather_bytes(tensor.contiguous().numpy().tobytes(), group)
+    kind = tensor.numpy().dtype
+    return [
+        torch.from_numpy(np.frombuffer(part, kind).copy()).view(shape)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
+
+
+def gather_bytes(data: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
+    """Return the bytes of every rank of `group`, in their order (collective)."""
+    device, world = _device(group), dist.get_world_size(group)
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=group)
+    longest = max(int(size) for size in sizes)
+    parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world)]
+    dist.all_gather(parts, _as_tensor(data.ljust(longest, b"\0"), device), group=group)
+    return [part.cpu().numpy().tobytes()[: int(size)] for part, size in zip(parts, sizes, strict=True)]
+
+
+def _broadcast(data: bytes, group: dist.ProcessGroup | None) -> bytes:
+    """Rank 0's bytes, on every rank."""
+    device = _device(group)
+    size = torch.tensor([len(data)], device=device)
+    dist.broadcast(size, src=0, group=group)
+    sent = dist.get_rank() == 0
+    part = _as_tensor(data, device) if sent else torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(part, src=0, group=group)
+    return part.cpu().numpy().tobytes()
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where the tensors of a group's collectives lie."""
+    nccl = dist.get_backend(group) == dist.Backend.NCCL
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def _as_tensor(data: bytes, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).to(device)
+
+
+def _as_json(value: object) -> bytes:
+    text = json.dumps(value, allow_nan=False)
+    assert json.loads(text) == value, "tuples and keys that are no text would arrive as something else"
+    return text.encode()
+
+
+def _told(error: ValueError | OSError) -> dict[str, Any]:
+    """What the other ranks must know to raise an error of the same kind."""
+    if isinstance(error, OSError):
+        system = [error.errno, error.strerror, str(error.filename)] if error.filename else [error.errno, error.strerror]
+        return {"error": str(error), "system": system if error.errno is not None else [str(error)]}
+    return {"error": str(error), "system": None}

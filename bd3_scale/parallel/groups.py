@@ -6,17 +6,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed.rendezvous import rendezvous
 
 from bd3_scale.parallel import megatron_on_cpu
+from bd3_scale.parallel.collective import gather_values
+from bd3_scale.parallel.meeting import Meeting, meet, show_secret
 from bd3_scale.recipe.schema import ParallelRecipe
 from bd3_scale.resilience.heartbeat import is_watched
+from bd3_scale.resilience.secret import MEETING_VARIABLE
 
 ProcessGroups: TypeAlias = ProcessGroupCollection
 # Beyond every deadline of a run.
@@ -34,11 +37,18 @@ def local_device() -> torch.device:
 
 @contextmanager
 def process_groups(
-    parallel: ParallelRecipe, *, agree: str = "", timeout: timedelta = timedelta(minutes=10)
+    parallel: ParallelRecipe,
+    *,
+    agree: str = "",
+    secret_file: Path | None = None,
+    timeout: timedelta = timedelta(minutes=10),
 ) -> Iterator[ProcessGroups]:
     """Join the ranks that torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) name; alone without them.
 
+    Nobody joins who does not know the secret of the run; see `parallel.meeting`.
+
     Args:
+        secret_file: of ranks that no local launch has started.
         agree: what must be the same on all ranks before groups are made, or they would wait for each other for ever.
         timeout: of their meeting, and of each collective unless somebody reads the ranks' heartbeats, who tells a hang
             from a long wait, and names the culprit.
@@ -55,14 +65,15 @@ def process_groups(
     else:
         megatron_on_cpu.install()
     try:
-        _init_distributed("nccl" if device.type == "cuda" else "gloo", timeout, collectives)
-    except RuntimeError as error:
+        _join(meet(secret_file, timeout), "nccl" if device.type == "cuda" else "gloo", collectives)
+    except (RuntimeError, ConnectionError) as error:
         raise ConnectionError(
             f"rank {os.environ.get('RANK', '0')} did not meet the others at {os.environ.get('MASTER_ADDR', 'itself')}: "
             f"{error}\nAre all started, and can they reach that address? Where a host's name stands for a loopback "
             "address, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to its network interface"
         ) from error
     try:
+        show_secret(_secret())
         _check_agreement(agree)
         if dist.get_world_size() % parallel.model_size:
             raise ValueError(
@@ -83,11 +94,11 @@ def process_groups(
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        _Joined.meeting = None
 
 
 def _check_agreement(mine: str) -> None:
-    everyone: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gather_values(mine)
     different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if different:
         raise ValueError(
@@ -96,7 +107,8 @@ def _check_agreement(mine: str) -> None:
 
 
 def _check_environment() -> None:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    names += [] if MEETING_VARIABLE in os.environ else ["MASTER_ADDR", "MASTER_PORT"]
     missing = [name for name in names if name not in os.environ]
     if missing and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise ValueError(
@@ -105,13 +117,36 @@ def _check_environment() -> None:
         )
 
 
-def _init_distributed(backend: str, meeting: timedelta, collectives: timedelta) -> None:
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, world_size = next(rendezvous("env://", timeout=meeting))
-    else:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-        store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=collectives)
+def _join(meeting: Meeting, backend: str, collectives: timedelta) -> None:
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    dist.init_process_group(
+        backend, store=meeting.store, rank=meeting.rank, world_size=meeting.world_size, timeout=collectives
+    )
+    _Joined.meeting = meeting
+
+
+class _Joined:
+    """What belongs to the default group, which torch.distributed keeps for the process, too.
+
+    C++ code alone does not keep the store of a meeting alive where that is written in Python.
+    """
+
+    meeting: Meeting | None = None
+
+
+def _secret() -> bytes | None:
+    assert _Joined.meeting is not None, "no process groups are open"
+    return _Joined.meeting.secret
+
+
+def group_beside_training(timeout: timedelta) -> dist.ProcessGroup:
+    """Return a gloo group of all ranks, for a thread whose messages cannot be mistaken for training's (collective).
+
+    Its connections are new ones: its ranks have shown each other that they know the secret.
+    """
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    show_secret(_secret(), group)
+    return group
 
 
 class DeepSpeedTopology:

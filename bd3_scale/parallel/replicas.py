@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bd3_scale.model.layout import ParameterLayout
-from bd3_scale.parallel.collective import any_rank, gather_objects
+from bd3_scale.parallel.collective import any_rank, gather_values
 from bd3_scale.parallel.groups import ProcessGroups
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -89,7 +89,7 @@ def _describe(layouts: Sequence[ParameterLayout], prints: Tensor, differ: Sequen
         piece = layouts[place].pieces[0]
         mine[f"{piece.key} at {list(piece.offset)}"] = int(prints[place])
     holders: dict[str, dict[int, int]] = defaultdict(dict)
-    for rank, prints_of_rank in enumerate(gather_objects(mine)):
+    for rank, prints_of_rank in enumerate(gather_values(mine)):
         for name, value in prints_of_rank.items():
             holders[name][rank] = value
     parts = []

@@ -149,8 +149,9 @@ def _kind(content: object) -> str:
 
 
 def _as_yaml(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}…"
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    shown = shown if shown.isprintable() else json.dumps(value, default=str)
+    return shown if len(shown) <= _WIDTH else f"{shown[:_WIDTH]}…"
 
 
 def _suggestion(key: str, section: type[BaseModel]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from bd3_scale.resilience.leftovers import own_folder
 from bd3_scale.resilience.readers import read_regular
 
 _LOG = logging.getLogger(__name__)
@@ -40,12 +42,20 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     sync(path.parent)
 
 
+def free_name(path: Path) -> Path:
+    """Return `path`, or where something lies there `path` with the first number behind it that is free."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
+
+
 class Lines:
     """Lines appended to a file. What cannot be written, as on a full disk, is told once and waits for the next line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        # A FIFO that nobody reads is an error and no wait, and a link is not followed.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
         self._pending = b""
         self._told = False
 
@@ -87,26 +97,27 @@ def sync(path: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill aside; it is flushed to disk and renamed to `out` at the end, or removed if the block raises.
 
-    Its files get the mode that the umask gives new ones, whoever wrote them: safetensors makes them private.
+    Its files get the mode that the umask gives new ones, whoever wrote them: safetensors makes them private. What a
+    process that was killed here has left of the same `out` is removed, see `own_folder`.
 
     Raises FileExistsError if `out` exists.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    aside.mkdir()
-    mode = aside.stat().st_mode & 0o666
-    try:
+    with own_folder(out.parent, f".{out.name}.", 0o777) as aside:
+        mode = aside.stat().st_mode & 0o666
         yield aside
         for path in [*aside.rglob("*"), aside]:
             if path.is_file():
                 path.chmod(mode)
             sync(path)
-        aside.rename(out)
-    except BaseException:
-        shutil.rmtree(aside)
-        raise
+        try:
+            aside.rename(out)
+        except OSError as error:
+            if not out.exists():
+                raise
+            raise FileExistsError(f"{out} was made by somebody else in the meantime, and is kept") from error
     sync(out.parent)
 
 

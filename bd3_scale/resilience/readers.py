@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import BinaryIO, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
@@ -29,14 +29,21 @@ def read_regular(path: Path, limit: int = LIMIT_BYTES) -> bytes:
         ValueError: it is a FIFO, a device or a socket, which might never end, or it is larger. OSError: it is missing,
         a folder, or cannot be read.
     """
-    # Without O_NONBLOCK the opening of a FIFO waits for somebody who writes.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path} is no regular file (a pipe, a device or a socket): give a file")
+    with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"{path} is larger than {limit / 2**20:g} MiB, which no such file should be")
     return data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. Raises as `read_regular` does, but for the size."""
+    # Without O_NONBLOCK the opening of a FIFO waits for somebody who writes.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path} is no regular file (a pipe, a device or a socket): give a file")
+    return file
 
 
 def is_panic(error: BaseException) -> bool:

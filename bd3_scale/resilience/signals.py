@@ -19,8 +19,14 @@ def ended_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask a run to stop: SIGTERM, SIGUSR1, SIGINT, and SIGHUP unless it is ignored (nohup)."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *(() if ignores_hangup else (signal.SIGHUP,)))
+
+
 class StopRequest:
-    """Notes SIGTERM, SIGUSR1 and a first SIGINT instead of dying of them; a second SIGINT raises KeyboardInterrupt.
+    """Notes `stop_signals`, of SIGINT a first one, instead of dying of them; a second SIGINT raises KeyboardInterrupt.
 
     A context manager for the main thread, which puts the former handlers back at its end. `signal` is the first one
     that came, or None. SLURM warns of the time limit with SIGUSR1 or SIGTERM, as the job asks.
@@ -32,7 +38,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._note)
         # Blocked by a launcher that holds them back until now; see `launch.supervise`.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)

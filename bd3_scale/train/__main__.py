@@ -7,14 +7,27 @@ from pathlib import Path
 
 from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.recipe.load import load_recipe
+from bd3_scale.resilience.limits import check_limits
+from bd3_scale.resilience.output import outlast, rank_log
+from bd3_scale.resilience.terminal import clean_diagnostics, tell
 
 if __name__ == "__main__":
     quieten_libraries()
+    clean_diagnostics()
+    try:
+        check_limits()
+    except ValueError as error:
+        tell(f"error: {error}")
+        sys.exit(2)
+    arguments = sys.argv[1:]
+    step = int(arguments.pop(0).partition("=")[2]) if arguments[0].startswith("--replay=") else None
+    recipe = load_recipe(Path(arguments[0]), arguments[1:])
+    if step is None:
+        # Before libraries are imported, which keep the streams of then.
+        outlast("stdout", "stderr", log=rank_log(recipe.run_path))
     from bd3_scale.train.main import main, main_of_replay
 
-    arguments = sys.argv[1:]
-    if arguments[0].startswith("--replay="):
-        step = int(arguments.pop(0).partition("=")[2])
-        main_of_replay(load_recipe(Path(arguments[0]), arguments[1:]), step)
+    if step is None:
+        main(recipe)
     else:
-        main(load_recipe(Path(arguments[0]), arguments[1:]))
+        main_of_replay(recipe, step)

@@ -28,10 +28,8 @@ def evaluate(training: Training, step: int) -> Evaluated:
     searches = [held_out.intervals() for held_out in found] if diffusion.search_interval else []
     default = (diffusion.mask_rate_low, diffusion.mask_rate_high)
     # Rank 0 decides: ranks of one model must mask alike, whatever their processors make of a last bit.
-    followed = on_rank_zero(
-        lambda: {s.block_size: s.follow(run.intervals.get(s.block_size, default)) for s in searches}
-    )
-    run.intervals.update(followed)
+    followed = on_rank_zero(lambda: [list(s.follow(run.intervals.get(s.block_size, default))) for s in searches])
+    run.intervals.update({s.block_size: (low, high) for s, (low, high) in zip(searches, followed, strict=True)})
     return found, searches, run.intervals
 
 

@@ -14,7 +14,7 @@ from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.saver import CheckpointSaver, Saved
 from bd3_scale.checkpoint.store import boxes_to_save
 from bd3_scale.observe.metrics import METRICS_FILE, has_evaluation
-from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
+from bd3_scale.parallel.collective import any_rank, gather_values, on_rank_zero
 from bd3_scale.parallel.replicas import ReplicasDifferError, check_replicas
 from bd3_scale.recipe.load import recipe_hash
 from bd3_scale.recipe.schema import Recipe
@@ -33,8 +33,8 @@ from bd3_scale.train.step import take_step
 def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
     """Train, or go on training, the run of `recipe` on all ranks of the launcher (collective).
 
-    A run directory with a checkpoint is resumed from its newest sound one. SIGTERM, SIGUSR1 and SIGINT make all ranks
-    save at one agreed step and return.
+    A run directory with a checkpoint is resumed from its newest sound one. SIGTERM, SIGUSR1, SIGINT and SIGHUP make
+    all ranks save at one agreed step and return.
 
     Raises:
         ValueError: recipe, data and checkpoint do not fit together, or replicas differ; OSError: a file cannot be read
@@ -63,7 +63,7 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
             )
         )
         guard = Guard(run.folder, run.recipe.guard, step=training.done, skipped=training.skipped)
-        if start is not None and (notes := start.notes(run.recipe)):
+        if start is not None and (notes := start.notes(run.recipe, run.data)):
             guard.resumed(training.done, start.changes(run.recipe), notes)
             for note in notes:
                 report.warned(f"from step {training.done} on: {note}")
@@ -143,7 +143,7 @@ def _due(step: int, every: int) -> bool:
 def _checkpoint_bytes(training: Training) -> int:
     """Size of a checkpoint: the full tensors of all stages in fp32, once for each state (collective)."""
     mine = {piece.key: math.prod(piece.full_shape) for layout in training.layouts for piece in layout.pieces}
-    full = {key: size for stage in gather_objects(mine, training.run.groups.pp) for key, size in stage.items()}
+    full = {key: size for stage in gather_values(mine, training.run.groups.pp) for key, size in stage.items()}
     return 4 * sum(full.values()) * len(training.engine.zero.names)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
+from bd3_scale.resilience.terminal import tell
 from bd3_scale.train.evaluation import evaluate
 from bd3_scale.train.resume import Start, check_resumable, find_initial
 from bd3_scale.train.setup import open_run, open_training
@@ -59,11 +59,8 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
         run = open_run(recipe, stack)
         if not 1 <= step <= run.recipe.train.steps:
             raise ValueError(f"step {step} is none of the run's {run.recipe.train.steps}")
-        folder = on_rank_zero(
-            lambda: next(
-                (path for path in reversed(list_checkpoints(run.checkpoints)) if (step_of(path) or 0) < step), None
-            )
-        )
+        before = on_rank_zero(lambda: [str(path) for path in list_checkpoints(run.checkpoints)])
+        folder = next((Path(path) for path in reversed(before) if (step_of(Path(path)) or 0) < step), None)
         if folder is None:
             start = find_initial(run.recipe, run.data)
         else:
@@ -73,7 +70,7 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
         training = open_training(run, start)
         if dist.get_rank() == 0:
             origin = folder if folder is not None else "the beginning: no checkpoint before it is left"
-            print(f"computing steps {training.done + 1} to {step} from {origin}", file=sys.stderr, flush=True)
+            tell(f"computing steps {training.done + 1} to {step} from {origin}")
         heartbeat.resumed(training.done)
         for number in range(training.done + 1, step + 1):
             if run.recipe.evaluates_at(number - 1) and run.recipe.diffusion.search_interval:
@@ -82,12 +79,13 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
             keys = training.keys_of(number) if number == step else {}
             result = take_step(training, number)
             heartbeat.finished(number)
-        recorded = on_rank_zero(lambda: _recorded(run.folder, step))
+        found = on_rank_zero(lambda: _recorded(run.folder, step))
+        recorded = (found[0], found[1]) if found is not None else None
         return Replayed(step, training.done, result.loss, result.grad_norm, result.applied, recorded, keys)
 
 
-def _recorded(folder: Path, step: int) -> tuple[float | None, float | None] | None:
-    if not (folder / METRICS_FILE).exists():
-        return None
+def _recorded(folder: Path, step: int) -> list[float | None] | None:
     records = read_metrics(folder / METRICS_FILE)
-    return next(((r["train_loss"], r["grad_norm"]) for r in records if r["step"] == step and "train_loss" in r), None)
+    return next(
+        ([r["train_loss"], r.get("grad_norm")] for r in records if r["step"] == step and "train_loss" in r), None
+    )

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.newest import check_together, newest_sound
 from bd3_scale.checkpoint.store import load_initial_weights, load_training_state
-from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, data_hash, differing, parse_manifest
+from bd3_scale.data.manifest import (
+    Manifest,
+    bos_option,
+    check_tokenizer,
+    data_hash,
+    differing,
+    earlier_data_hash,
+    parse_manifest,
+)
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.layout import ParameterLayout
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.parallel.zero import ZeroState, ema_decay
 from bd3_scale.recipe.schema import ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.readers import read_regular
 
+_LOG = logging.getLogger(__name__)
 # The data's manifest as a run had it, in the run directory.
 DATA_FILE = "data.json"
 # What may not change within a run: weights, noise and data position would mean something else; nor may evaluation where
@@ -48,7 +61,7 @@ class Start:
         old = self.manifest.recipe
         return changed_values(old, recipe) if self.resumes and isinstance(old, Recipe) else []
 
-    def notes(self, recipe: Recipe) -> list[str]:
+    def notes(self, recipe: Recipe, data: Manifest) -> list[str]:
         """What people should know of a run that goes on."""
         found = [f"{key} {_show(old)} → {_show(new)}" for key, old, new in self.changes(recipe)]
         average = recipe.optimizer.ema_decay
@@ -59,6 +72,11 @@ class Start:
                     "the moving average was kept at a constant decay so far, and is warmed up from here on: it is not "
                     "bitwise that of the version that began the run"
                 )
+        if self.resumes and self.manifest.data_hash != data_hash(data):
+            found.append(
+                f"{self.checkpoint.name} knows its data by the hash of an earlier version, which covers counts and "
+                "sizes: whether the text is still the same is not known; checkpoints from here on know the contents"
+            )
         return found
 
     @property
@@ -74,11 +92,19 @@ class Start:
 def find_start(recipe: Recipe, checkpoints: Path, data: Manifest) -> Start | None:
     """The newest sound checkpoint of the run, else what `init_from` names, checked before any work (collective).
 
+    A checkpoint of a run of another name is told: a renamed run goes on from its own ones.
+
     Raises:
         ValueError: none is sound, or recipe or data do not fit it.
     """
     if own := newest_sound(checkpoints, recipe.checkpoint.verify):
         check_resumable(*own, recipe, data)
+        if (name := _other_name(own[1], recipe)) and dist.get_rank() == 0:
+            _LOG.warning(
+                "%s was written by a run named %r, and this one is named %r: if it is not this run's, stop here and "
+                "move it out of %s",
+                *(own[0], name, recipe.name, checkpoints),
+            )
         return Start(*own, resumes=True)
     return find_initial(recipe, data)
 
@@ -89,7 +115,7 @@ def find_initial(recipe: Recipe, data: Manifest) -> Start | None:
         return None
     # On one rank: a run that is still saving may have a newer one for the next that looks.
     initial = Path(recipe.init_from)
-    checkpoint = on_rank_zero(lambda: resolve_checkpoint(initial))
+    checkpoint = Path(on_rank_zero(lambda: str(resolve_checkpoint(initial))))
     if problem := check_together(checkpoint, recipe.checkpoint.verify):
         raise ValueError(problem)
     manifest = read_manifest(checkpoint)
@@ -149,7 +175,7 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
         differences.append(
             f"optimizer.ema_decay is {new}, the checkpoint has {old}: a moving average is kept from the start"
         )
-    if manifest.data_hash != data_hash(data):
+    if manifest.data_hash not in (data_hash(data), earlier_data_hash(data)):
         details = "; ".join(_data_differences(checkpoint.parent.parent / DATA_FILE, manifest.data_hash, data))
         differences.append(
             f"the prepared data (hash {data_hash(data)}) are not those of the checkpoint ({manifest.data_hash})"
@@ -158,22 +184,28 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
     if manifest.step > recipe.train.steps:
         differences.append(f"train.steps is {recipe.train.steps}, the checkpoint has done {manifest.step}")
     if differences:
+        name = _other_name(manifest, recipe)
         raise ValueError(
-            f"{checkpoint} cannot be resumed:\n  - "
+            f"{checkpoint}{f', of a run named {name!r},' if name else ''} cannot be resumed:\n  - "
             + "\n  - ".join(differences)
-            + "\nput these values back, or start another run with run_dir=FOLDER"
+            + "\nput these values back, start another run with run_dir=FOLDER, or move the checkpoint away if it is of "
+            "another run"
         )
+
+
+def _other_name(manifest: CheckpointManifest, recipe: Recipe) -> str:
+    """The name of the run that wrote a checkpoint, empty where it is this one's."""
+    written = manifest.recipe.name if isinstance(manifest.recipe, Recipe) else ""
+    return "" if written == recipe.name else written
 
 
 def _data_differences(recorded: Path, known_hash: str, data: Manifest) -> list[str]:
     """What differs from the data that the run had, where it kept their description."""
-    if not recorded.is_file():
-        return []
     try:
-        old = parse_manifest(recorded, recorded.read_bytes())
-    except ValueError:  # it only helps to explain
+        old = parse_manifest(recorded, read_regular(recorded))
+    except (ValueError, OSError):  # it only helps to explain
         return []
-    return differing(old, data) if data_hash(old) == known_hash else []
+    return differing(old, data) if known_hash in (data_hash(old), earlier_data_hash(old)) else []
 
 
 def changed_values(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:

@@ -14,15 +14,16 @@ import torch.distributed as dist
 
 from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
-from bd3_scale.data.chat import CHAT_TEMPLATE
+from bd3_scale.checkpoint.source_ids import keep_source_ids, source_ids
 from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash, load_manifest
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, Interval
 from bd3_scale.model.build import attention_backend, build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
 from bd3_scale.observe.environment import has_fast_bf16
-from bd3_scale.parallel.collective import gather_objects
+from bd3_scale.parallel.collective import gather_values
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
 from bd3_scale.recipe.checks import check_recipe
@@ -30,6 +31,7 @@ from bd3_scale.recipe.load import recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.files import check_writable, remove_aside, write_atomically
 from bd3_scale.resilience.runlock import lock_run
+from bd3_scale.resilience.secret import SECRET_FILE
 from bd3_scale.resilience.signals import ended_by_signals
 from bd3_scale.train.resume import DATA_FILE, Start
 from bd3_scale.train.tiles import settle_tiles
@@ -78,8 +80,9 @@ def open_run(recipe: Recipe, stack: ExitStack) -> Run:
     recipe = _with_precision(recipe)
     _set_deterministic(recipe.deterministic)
     # Nothing could be saved before ranks have met, and while they wait for each other they hear no handler.
+    secret = recipe.run_path / SECRET_FILE
     with ended_by_signals():
-        groups = stack.enter_context(process_groups(recipe.parallel, agree=_agreed(recipe)))
+        groups = stack.enter_context(process_groups(recipe.parallel, agree=_agreed(recipe), secret_file=secret))
     data = load_manifest(recipe.data.path, recipe.data.remote)
     run = Run(recipe, data, data_hash(data), groups, recipe.run_path, {})
     _check(run)
@@ -133,12 +136,11 @@ def describe_run(run: Run, start: Start | None) -> None:
     shutil.rmtree(run.folder / TOKENIZER, ignore_errors=True)
     if start is not None and (start.checkpoint / TOKENIZER).is_dir():
         # The same tokeniser, with what an imported one has beside it, such as a chat template.
-        shutil.copytree(start.checkpoint / TOKENIZER, run.folder / TOKENIZER)
+        beside = start.checkpoint / TOKENIZER
+        write_tokenizer(load_tokenizer(beside), beside, run.folder / TOKENIZER)
+        keep_source_ids(source_ids(start.checkpoint), run.folder / TOKENIZER)
     else:
-        tokenizer.save(run.folder / TOKENIZER)
-        template = Path(run.recipe.data.path, CHAT_TEMPLATE)
-        if template.is_file():
-            shutil.copyfile(template, run.folder / TOKENIZER / CHAT_TEMPLATE)
+        write_tokenizer(tokenizer, Path(run.recipe.data.path), run.folder / TOKENIZER)
 
 
 def _agreed(recipe: Recipe) -> str:
@@ -183,7 +185,7 @@ def _check(run: Run) -> None:
             f"diffusion.search_interval needs {LEAST_SEQUENCES} held-out sequences and has {held_out}: raise "
             "evaluation.sequences, or prepare the data with a larger --holdout"
         )
-    seen = gather_objects(run.data_hash)
+    seen = gather_values(run.data_hash)
     different = [rank for rank, its_hash in enumerate(seen) if its_hash != seen[0]]
     if different:
         raise ValueError(f"ranks {different} see other data in {recipe.data.path} than rank 0")

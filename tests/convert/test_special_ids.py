@@ -171,13 +171,18 @@ def test_each_kind_of_error_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.launch
-def test_an_export_that_fails_its_check_does_not_appear(tmp_path: Path) -> None:
+def test_an_export_that_fails_its_check_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check runs no code of the folder that it is started in."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "json.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path / "here")
     checkpoint = native_checkpoint(tmp_path / "native", QWEN_SHAPE, BYTES)
     plan = plan_export(checkpoint)
     wrong = replace(plan, config=plan.config | {"rope_theta": 20.0})
     with pytest.raises(ValueError, match=r"logits differ"):
         run_export(wrong, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "ran").exists()
     broken = replace(plan, config=plan.config | {"hidden_act": "odd"})
     with pytest.raises(ValueError, match=r"is not kept: .*hidden_act='odd' must be one of"):
         run_export(broken, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Open a stream, say the prefix of its shared memory, and read on whenever a line comes in. usage: PATH [REMOTE]"""
+"""Open a stream, say the folder of its shared memory, and read on whenever a line comes in. usage: PATH [REMOTE]"""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ if __name__ == "__main__":
     data = DataRecipe(path=path, remote=remote, seq_len=manifest.seq_len, num_workers=1)
     stream = TrainingStream(data, manifest, global_batch_size=4, dp_rank=0, dp_size=1, seed=1)
     print(next(stream).ids.tolist(), flush=True)
-    print(open_shards(data, manifest, "train")._shm_prefix_int, flush=True)
+    print(open_shards(data, manifest, "train")._filelock_root, flush=True)
     for _ in sys.stdin:
         print(next(stream).ids.tolist(), flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bd3_scale.data.index import read_index
 from bd3_scale.data.manifest import Manifest, Split, load_manifest
 from bd3_scale.data.mosaicml import Stream
 from bd3_scale.data.prepare import prepare
@@ -70,6 +71,7 @@ def test_every_held_out_document_and_nearly_all_of_training_come_back(prepared: 
             counted_tokens=sum(int(sample["counted_lengths"].sum()) for sample in samples),
             dropped_tokens=manifest.train.dropped_tokens if split == "train" else 0,
             text_bytes=sum(len(text.encode()) for text in documents),
+            shards=read_index(prepared / split / "index.json"),
         )
     assert manifest.validation.counted_tokens == manifest.validation.text_bytes + len(held_out)
     assert load_tokenizer(prepared).hash == manifest.tokenizer_hash == BYTES.hash

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
+import zstandard
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
@@ -60,11 +63,68 @@ def test_a_damaged_shard_keeps_nobody_waiting(data: Path) -> None:
             shards.prepare_shard(1)
 
 
-def test_a_flipped_byte_in_an_unpacked_shard(data: Path, prepared: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", [flip_a_byte, lambda file: file.write_bytes(b""), lambda file: os.truncate(file, 99999)]
+)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_unpacked_shard_is_unpacked_anew(
+    data: Path, prepared: Path, damage, num_workers: int, caplog
+) -> None:
+    expected = read_epoch(prepared)
+    sound = (prepared / "train" / "shard.00001.mds").read_bytes()
+    shutil.copy(prepared / "train" / "shard.00001.mds", data / "train")
+    damage(data / "train" / "shard.00001.mds")
+    found = read_epoch(data, num_workers=num_workers)
+    assert all((a.tokens == b.tokens).all() for a, b in zip(found, expected, strict=True))
+    assert (data / "train" / "shard.00001.mds").read_bytes() == sound
+    if num_workers == 0:
+        assert (
+            caplog.text.count("train/shard.00001.mds does not match its hash in index.json and is unpacked anew") == 1
+        )
+
+
+def test_a_damaged_shard_of_a_cache_is_fetched_anew(data: Path, tmp_path: Path) -> None:
+    expected = ids(read_epoch(tmp_path / "cache", remote=str(data)))
+    # A process holds the cache that it has opened.
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "cache", again, ignore=shutil.ignore_patterns(".lock"))
+    shard = again / "train" / "shard.00001.mds"
+    sound = shard.read_bytes()
+    flip_a_byte(shard)
+    assert ids(read_epoch(again, remote=str(data))) == expected
+    assert shard.read_bytes() == sound
+
+
+def test_both_forms_of_a_shard_damaged(data: Path, prepared: Path) -> None:
     read_epoch(prepared)
     shutil.copy(prepared / "train" / "shard.00001.mds", data / "train")
-    flip_a_byte(data / "train" / "shard.00001.mds")
-    with pytest.raises(ValueError, match=r"train/shard\.00001\.mds is damaged"):
+    for name in ("shard.00001.mds", "shard.00001.mds.zstd"):
+        flip_a_byte(data / "train" / name)
+    with pytest.raises(ValueError, match=r"train/shard\.00001\.mds\.zstd is damaged"):
+        read_epoch(data)
+
+
+def test_unpacked_shards_alone_are_kept_and_what_they_lack_is_named(data: Path, prepared: Path) -> None:
+    read_epoch(prepared)
+    shutil.copy(prepared / "train" / "shard.00001.mds", data / "train")
+    (data / "train" / "shard.00001.mds.zstd").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train/shard\.00001\.mds\.zstd is missing"):
+        read_epoch(data)
+    assert (data / "train" / "shard.00001.mds").is_file()
+
+
+def test_a_packed_shard_that_would_fill_the_memory_is_refused(data: Path) -> None:
+    bomb = zstandard.compress(bytes(300 << 20))
+    (data / "train" / "shard.00001.mds.zstd").write_bytes(bomb)
+    index = json.loads((data / "train" / "index.json").read_text())
+    packed = index["shards"][1]["zip_data"]
+    packed["bytes"], packed["hashes"]["xxh64"] = len(bomb), xxhash.xxh64(bomb).hexdigest()
+    (data / "train" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"shard\.00001\.mds\.zstd is damaged: it would unpack to 300 MiB"):
+        read_epoch(data)
+    index["shards"][1]["raw_data"]["bytes"] = 300 << 20
+    (data / "train" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json is damaged \(shards\.1\.raw_data\.bytes: .* less than"):
         read_epoch(data)
 
 

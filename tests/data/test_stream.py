@@ -152,7 +152,7 @@ def test_loader_workers_leave_signals_to_the_rank(prepared: Path, reference: lis
     take(stream, 1)
     workers = set(psutil.Process().children()) - before
     assert len(workers) == 2
-    for name in ("TERM", "USR1", "INT"):
+    for name in ("TERM", "USR1", "INT", "HUP"):
         subprocess.run(["/bin/kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     later = take(stream, len(reference) - 1)
     assert [batch.ids.tolist() for batch in later] == [batch.ids.tolist() for batch in reference[1:]]

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,6 @@ import pytest
 
 from bd3_scale.data import mosaicml
 from bd3_scale.data.manifest import load_manifest
-from bd3_scale.data.mosaicml import SHARED_MEMORY
 from bd3_scale.data.shards import Shards
 
 pytestmark = pytest.mark.launch
@@ -35,10 +35,10 @@ def live_streams(count: int, *arguments: Path) -> Iterator[list[subprocess.Popen
             kill_all(process)
 
 
-def first_lines(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """The first batch, and the prefix of the shared memory."""
+def first_lines(process: subprocess.Popen[str]) -> tuple[str, Path]:
+    """The first batch, and the folder of the shared memory."""
     assert process.stdout is not None
-    return process.stdout.readline(), f"{int(process.stdout.readline()):06}"
+    return process.stdout.readline(), Path(process.stdout.readline().strip())
 
 
 def read_on(process: subprocess.Popen[str], count: int) -> list[str]:
@@ -58,13 +58,18 @@ def kill_all(process: subprocess.Popen[str]) -> None:
         psutil.wait_procs(everyone, timeout=10)
 
 
-def memory_of(prefix: str) -> set[str]:
-    return {path.name.removeprefix(prefix) for path in SHARED_MEMORY.glob(f"{prefix}_*")}
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary folder of everything that is started."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return folder
 
 
-@pytest.mark.alone  # any other start removes what the killed run left, too
 def test_two_runs_share_an_unread_folder_and_only_what_the_killed_one_left_is_removed(
-    prepared: Path, tmp_path: Path
+    prepared: Path, tmp_path: Path, temporary: Path
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(prepared, data, ignore=shutil.ignore_patterns("*.mds"))
@@ -74,18 +79,32 @@ def test_two_runs_share_an_unread_folder_and_only_what_the_killed_one_left_is_re
         assert kept != left
         assert read_on(living, 30) == read_on(killed, 30)
         assert {"".join(file.suffixes) for file in (data / "train").glob("shard*")} >= {".00000.mds", ".00001.mds.zstd"}
-        assert not list((data / "train").glob("shard*.mds.????????"))
+        assert not [file for file in (data / "train").iterdir() if file.name.startswith(".")]
         kill_all(killed)
-        assert {"_shard_states", "_cache_usage", "_bd3_scale.lock"} <= memory_of(left)
-        before = memory_of(kept)
+        assert {path.parent for path in (kept, left)} == {temporary}
+        assert {"000000_shard_states", "000000_cache_usage"} <= {path.name for path in left.iterdir()}
+        before = set(kept.iterdir())
         shards = Shards(str(data), None, None, "train")
-        assert memory_of(left) == set()
-        assert memory_of(kept) == before
+        assert not left.exists()
+        assert not Path(f"{left}.lock").exists()
+        assert set(kept.iterdir()) == before
         assert shards[0]["tokens"].shape == (32,)
         assert len(set(read_on(living, 30))) == 30
         assert living.stdin is not None
         living.stdin.close()
         assert living.wait(30) == 0  # its loader worker does not keep it
+        assert not kept.exists()  # it takes its own along
+
+
+def test_what_a_killed_process_was_unpacking_is_removed_by_the_next(prepared: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data, ignore=shutil.ignore_patterns("*.mds"))
+    left = data / "train" / ".unpacking.00000001"
+    left.mkdir()
+    (left / "shard").write_text("half")
+    Path(f"{left}.lock").touch()
+    assert Shards(str(data), None, None, "train")[0]["tokens"].shape == (32,)
+    assert not [file for file in (data / "train").iterdir() if file.name.startswith(".")]
 
 
 def test_two_runs_do_not_share_a_cache(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

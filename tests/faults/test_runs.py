@@ -18,9 +18,8 @@ from tests.support.programs import BD3_SCALE
 from tests.support.recipes import write_recipe
 from tests.support.runs import is_alive, losses, newest, rank_pid, records, tensor_files, tensors, wait_for
 
-pytestmark = pytest.mark.alone  # of what hangs, and of what lies in shared memory
+pytestmark = pytest.mark.alone  # of what hangs, and measures time
 
-SHARED_MEMORY = Path("/dev/shm")
 STEPS, EVERY = 12, 3
 LAYOUTS = {
     "1 process": ["launch.processes=1"],
@@ -234,24 +233,42 @@ def test_a_signal_to_one_rank_alone_stops_all_at_one_step(site):
     assert newest(site.folder / "asked") == last
 
 
-def test_what_a_killed_run_left_in_shared_memory_is_removed_by_the_next(site):
-    command = [*site.command("left", "1 process"), "train.steps=100000", "data.num_workers=1"]
-    before = set(SHARED_MEMORY.glob("*_bd3_scale.lock"))
-    process = forks.Program([BD3_SCALE, *command], cwd=site.folder)
+def test_what_a_killed_run_left_in_the_temporary_folder_is_removed_by_the_next(site, tmp_path):
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    offline = ["data.num_workers=1", "logging.wandb.mode=offline"]
+    command = [*site.command("left", "1 process"), "train.steps=100000", *offline]
+    process = forks.Program([BD3_SCALE, *command], cwd=site.folder, env=environment)
     wait_for(lambda: process.poll() is not None or losses(site.folder / "left"))
-    prefixes = [path.name.split("_")[0] for path in set(SHARED_MEMORY.glob("*_bd3_scale.lock")) - before]
-    left = {path for prefix in prefixes for path in SHARED_MEMORY.glob(f"{prefix}_*")}
-    assert len(left) > 3
     rank = rank_pid(process.pid, 0)
     workers = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
     assert workers
     os.kill(rank, signal.SIGKILL)
     assert process.wait() == 128 + signal.SIGKILL
-    # They see every few seconds whether their rank is there.
     wait_for(lambda: not any(is_alive(int(worker)) for worker in workers))
-    assert {path for path in left if path.exists()}, "the kernel does not clean up"
-    run(site, "left", "1 process", "train.steps=4")
-    assert not {path for path in left if path.exists()}
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert any(name.endswith("wandb-media") for name in left), left
+    assert "000000_cache_filelock" in left
+    assert all(re.fullmatch(r"bd3_scale-rank-[0-9a-f]{8}(\.lock)?", path.name) for path in tmp_path.iterdir())
+    command = [*site.command("next", "1 process"), "train.steps=2", *offline]
+    forks.bd3_scale(*command, cwd=site.folder, env=environment)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loader_worker_that_is_killed_ends_the_run_at_once_and_is_named(site):
+    command = [*site.command("worker", "DP2, ZeRO-1"), "train.steps=100000", "data.num_workers=1"]
+    process = forks.Program([BD3_SCALE, *command], cwd=site.folder)
+    wait_for(lambda: process.poll() is not None or losses(site.folder / "worker"))
+    rank = rank_pid(process.pid, 0)
+    (worker,) = [
+        int(child) for task in Path(f"/proc/{rank}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    os.kill(worker, signal.SIGKILL)
+    began = time.monotonic()
+    output = "".join(process.communicate())
+    assert process.returncode == 1, output
+    assert time.monotonic() - began < 20
+    assert f"error: the loader worker {worker} was killed by SIGKILL" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(

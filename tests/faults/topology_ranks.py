@@ -13,7 +13,7 @@ from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.checkpoint.store import boxes_to_save, save_boxes
 from bd3_scale.data.corrupt import rank_positions
 from bd3_scale.parallel import engine as engine_module
-from bd3_scale.parallel.collective import gather_objects, on_rank_zero
+from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.load import recipe_hash
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.train import step as step_module
@@ -38,7 +38,8 @@ def go(recipe: Recipe, last: int, out: Path) -> None:
             for step in range(training.done + 1, last + 1):
                 losses.append(step_module.take_step(training, step).loss)
         save(training, last, run.checkpoints)
-        everyone = gather_objects(seen)
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, seen)
         if dist.get_rank() == 0:
             torch.save({"losses": losses, "seen": together(everyone), "done": training.done}, out)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 import torch.distributed as dist
 
-from bd3_scale.parallel.collective import any_rank, gather_objects, on_rank_zero
+from bd3_scale.parallel.collective import any_rank, gather_tensors, gather_values, on_rank_zero
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import ParallelRecipe
 
@@ -22,5 +25,16 @@ def agree() -> None:
             on_rank_zero(fail)
         assert any_rank(rank == 1)
         assert not any_rank(False)
-        assert gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
-        assert gather_objects(rank, groups.dp_cp) == [rank]
+        assert gather_values({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+        assert gather_values(rank, groups.dp_cp) == [rank]
+        for size in (rank, 0, 3 - rank):  # other sizes than the other rank's, and none
+            mine = torch.full((2, size), rank / 3, dtype=torch.float64)
+            found = gather_tensors(mine)
+            assert [len(each) for each in found] == [2, 2]
+            assert torch.equal(found[rank], mine)
+            assert found[1 - rank].unique().tolist() in ([], [(1 - rank) / 3])
+        with pytest.raises(AssertionError, match="tuples"):
+            gather_values((1, 2))
+        missing = Path("nowhere", "at all")
+        with pytest.raises(FileNotFoundError, match=str(missing)):
+            on_rank_zero(missing.read_text)

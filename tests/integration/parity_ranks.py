@@ -16,7 +16,6 @@ from bd3_scale.diffusion.noise import Noise
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel import engine as engine_module
-from bd3_scale.parallel.collective import gather_objects
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.checks import check_recipe
@@ -67,7 +66,9 @@ def full_states(engine, layouts) -> dict[str, torch.Tensor]:
         for box in boxes_of(by_parameter[id(fragment.parameter)].pieces, fragment.start, fragment.states)
     ]
     full: dict[str, torch.Tensor] = {}
-    for key, shape, offset, data in [box for rank in gather_objects(mine) for box in rank]:
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for key, shape, offset, data in [box for rank in everyone for box in rank]:
         target = full.setdefault(key, torch.full(shape, float("nan")))
         place = target[tuple(slice(o, o + s) for o, s in zip(offset, data.shape, strict=True))]
         assert place.isnan().all() or torch.equal(place, data), f"replicas of {key} differ"

@@ -82,7 +82,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config_file.write_text(config_file.read_text().replace("<|endoftext|>", "<|end|>"))
     prepare([folder / "text"], folder / "otherdata", load_tokenizer(folder / "tokenizer"), 64, progress=False)
     own = folder / "model" / "tokenizer_config.json"
-    own.write_text(json.dumps(json.loads(own.read_text()) | {"chat_template": "{{ messages }}"}))
+    foreign = {"auto_map": {"AutoTokenizer": ["somebody/odd--odd.Odd", None], "AutoConfig": "somebody/odd--odd.Odd"}}
+    own.write_text(json.dumps(json.loads(own.read_text()) | foreign | {"chat_template": "{{ messages }}"}))
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / "model" / name).read_text())
+        (folder / "model" / name).write_text(json.dumps(content | foreign))
     (folder / "adapt.yaml").write_text(yaml.safe_dump(RECIPE))
     forks.bd3_scale(*adapt("whole"), cwd=folder)
     return folder
@@ -149,6 +153,10 @@ def test_it_is_exported_inspected_and_measured(workplace: Path) -> None:
     assert said["SGLang"].startswith("does not run it: it takes 151669")
     assert config(workplace / "served")["block_size"] == 8
     assert json.loads((workplace / "served" / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
+    for folder in ("whole", "served"):
+        files = [path for path in (workplace / folder).rglob("*.json") if path.is_file()]
+        assert len(files) >= 4
+        assert [path for path in files if "somebody" in path.read_text()] == [], "code that the source names"
     assert command(workplace, "convert", "inspect", "whole", "--verify")["sound"]
     (evaluated,) = command(workplace, "evaluate", "whole", "--sequences", 8)
     command(workplace, "convert", "import", "served", "--out", "again")

@@ -46,12 +46,16 @@ def test_a_run_of_format_3_generates_as_then(earlier, expected):
 
 
 def test_a_run_of_format_3_goes_on_as_then(earlier, expected, tmp_path):
+    from bd3_scale.data.manifest import data_hash, load_manifest
+
     shutil.copytree(earlier, tmp_path / "run")
-    forks.bd3_scale("train", "recipe.yaml", cwd=tmp_path / "run")
+    told = forks.run([forks.BD3_SCALE, "train", "recipe.yaml"], cwd=tmp_path / "run")
     then = {int(step): pytest.approx(tuple(values), rel=1e-5) for step, values in expected["losses"].items()}
     assert losses(tmp_path / "run" / "run") == then
-    manifest = json.loads((tmp_path / "run/run/checkpoints/step-00000009/manifest.json").read_text())
-    assert manifest["data_hash"] == json.loads((earlier / CHECKPOINT / "manifest.json").read_text())["data_hash"]
+    assert "step-00000006 knows its data by the hash of an earlier version" in told.stdout + told.stderr
+    checkpoints = earlier / CHECKPOINT, tmp_path / "run/run/checkpoints/step-00000009"
+    before, after = (json.loads((folder / "manifest.json").read_text())["data_hash"] for folder in checkpoints)
+    assert before != after == data_hash(load_manifest(tmp_path / "run" / "data"))
 
 
 def test_the_hash_of_a_tokeniser_is_what_it_was(earlier):

@@ -304,6 +304,23 @@ def test_damaged_data_is_named(workplace, tmp_path):
     assert "is not the one that the data was prepared with" in refused.stderr
 
 
+def test_damaged_records_and_a_checkpoint_of_another_name_are_told_and_the_run_goes_on(workplace):
+    run = workplace / "recorded"
+    shutil.copytree(workplace / "whole", run)
+    shutil.rmtree(run / "checkpoints" / "step-00000012")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([lines[0], "#?\n", *lines[2:]]))
+    (run / "events.jsonl").write_text('{"step": null}\n{"step": 2, "kind": "loss_spike"}\n')
+    done = train(workplace, "recorded", "name=renamed")
+    assert "recorded/metrics.jsonl has a damaged line, from line 2 on: dropped" in done.stderr
+    assert "recorded/events.jsonl has a damaged line, from line 1 on: dropped" in done.stderr
+    assert "step-00000008 was written by a run named 'tiny', and this one is named 'renamed'" in done.stderr
+    found = {step: value for step, value in losses(workplace / "whole").items() if step != 2}
+    assert losses(run) == found
+    assert tensor_files(run, STEPS) == tensor_files(workplace / "whole", STEPS)
+    assert (run / "loss.png").is_file()
+
+
 def test_damaged_checkpoints_are_named(workplace):
     run = workplace / "damaged"
     whole = workplace / "whole" / "checkpoints" / "step-00000012"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bd3_scale.launch import supervise
 from bd3_scale.launch.job import Job, check_job, script, supervision
 from bd3_scale.launch.profile import Profile, load_profile
+from bd3_scale.launch.submit import make_job
+from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import Recipe, RecipeError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -108,13 +113,98 @@ def test_a_run_directory_that_other_nodes_do_not_see_is_refused() -> None:
         ({"gpus_per_node": 8}, "time_limit: is missing"),
         ({"gpus_per_node": 8, "time_limit": "a day"}, "time_limit: "),
         ({"gpus_per_node": 8, "time_limit": "1:00", "deadlines": {"steps": 3}}, "did you mean deadlines.step"),
+        (CPU_SITE | {"environment": {"A=1; touch was-run; B": "2"}}, "environment: must have names of letters"),
+        (CPU_SITE | {"environment": {"1A": "2"}}, "environment: must have names of letters"),
+        (CPU_SITE | {"environment": {"RANK": "2"}}, "environment: must leave RANK to the supervisor"),
+        (CPU_SITE | {"container": {"image": "a", "python": "--prolog=b"}}, "container.python: must match pattern"),
+        (CPU_SITE | {"container": {"image": "a", "mounts": ["/a:/a,/etc:/b"]}}, "container.mounts.0: must match"),
+        *(
+            (CPU_SITE | site, f"{key}: must be text without control characters")
+            for key, site in {
+                "partition": {"partition": "main\n#SBATCH --wrap=id"},
+                "memory": {"memory": "1G\r"},
+                "modules": {"modules": ["cuda", "nccl\x85"]},
+                "environment": {"environment": {"A": "1\u2028"}},
+                "container.image": {"container": {"image": "a\x7f"}},
+            }.items()
+        ),
     ],
 )
 def test_a_wrong_profile_is_refused(content: dict, words: str, tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text(yaml.safe_dump(content))
-    with pytest.raises(RecipeError, match=words.replace("?", r"\?")):
+    with pytest.raises(RecipeError, match=words.replace("?", r"\?")) as refused:
         load_profile(str(path))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"overrides": [r'run_dir="runs/a\n#SBATCH --wrap=id"']}, "run_dir: must be text without control characters"),
+        ({"overrides": [r'data.path="runs/a\e[2J"']}, "data.path: must be text without control characters"),
+        ({"overrides": ["run_dir=runs/a\\b"]}, "holds a backslash"),
+        ({"dependency": "afterok:1\n#SBATCH --wrap=id"}, "sbatch's --dependency must be text without control"),
+        ({"exclude": ["n1", "n2\nid"]}, "sbatch's --exclude must be text without control"),
+        ({"time_limit": "foo"}, "--time must be minutes, or such as 4:00:00 or 1-00:00:00, not 'foo'"),
+        ({"time_limit": "1:00\nid"}, "--time must be minutes"),
+        ({"folder": "a\nid #"}, "sbatch's --output must be text without control characters"),
+    ],
+)
+def test_no_text_becomes_a_line_of_the_script(
+    options: dict, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, site = tmp_path / "recipe.yaml", tmp_path / "site.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE.model_dump(mode="json", exclude={"run_dir"})))
+    site.write_text(yaml.safe_dump(CPU_SITE))
+    here = tmp_path / options.pop("folder", ".")
+    here.mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
+    with pytest.raises(ValueError, match=words) as refused:
+        script(make_job(recipe, options.pop("overrides", ()), profile=str(site), nodes=2, **options))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_sbatch_reads_every_value_as_it_is_written() -> None:
+    odd = "a b#c\"d'$HOME`id`, 90%u ü"
+    made = script(
+        job(
+            CPU_SITE | {"partition": odd}, folder=Path(f"/runs/{odd}/slurm"), dependency="-x", exclude=("n[1-2]", "n 3")
+        )
+    )
+    # Quotes of a directive are a shell's, but for `$` and backticks, which are nothing to sbatch.
+    lines = [line.removeprefix("#SBATCH ") for line in made.splitlines() if line.startswith("#SBATCH")]
+    read = dict(word.partition("=")[::2] for line in lines for word in shlex.split(line))
+    assert read["--partition"] == odd
+    assert read["--output"] == f"/runs/{odd.replace('%', '%%')}/logs/job-%j.log"
+    assert (read["--exclude"], read["--dependency"]) == ("n[1-2],n 3", "-x")
+
+
+def test_a_rank_s_own_cache_replaces_its_placeholder_and_no_other_text(tmp_path: Path) -> None:
+    show = [sys.executable, "-c", "import sys; print(*sys.argv[1:], sep='\\n')", "/runs/{cache}/recipe.yaml"]
+    told = {"command": [*show, "data.path={cache}"], "cache": "/a: b #c", "ntasks_per_node": 1}
+    (tmp_path / "job.json").write_text(json.dumps(told))
+    (tmp_path / "heartbeats").mkdir()
+    task = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURMD_NODENAME": "n1",
+    }
+    done = subprocess.run(
+        [sys.executable, supervise.__file__, "rank", tmp_path / "job.json"],
+        env=os.environ | task,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    recipe, override = done.stdout.splitlines()
+    assert recipe == "/runs/{cache}/recipe.yaml"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE.model_dump(mode="json")))
+    assert load_recipe(path, [override]).data.path == "/a: b #c-7-n1"
 
 
 def test_an_unknown_profile_names_the_known_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

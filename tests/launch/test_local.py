@@ -34,7 +34,7 @@ got = []
 def note(number, frame):
     got.append(signal.Signals(number).name)
     record.write_text(" ".join(got))
-for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
     signal.signal(getattr(signal, name), note)
 record.with_name("pid" + os.environ["RANK"]).write_text(str(os.getpid()))
 while "SIGTERM" not in got:
@@ -75,27 +75,20 @@ def rank_pids(logs: Path) -> list[int]:
     return [int((logs / f"pid{k}").read_text()) for k in (0, 1)]
 
 
-def test_ranks_meet_through_the_environment_that_torchrun_documents(tmp_path: Path) -> None:
+def test_ranks_get_the_environment_that_torchrun_documents_and_a_private_folder_to_meet_in(tmp_path: Path) -> None:
     program = f"""
-import json, os, socket
+import json, os
 names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"]
 mine = {{name: int(os.environ[name]) for name in names}}
-address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-if mine["RANK"] == 0:
-    with socket.create_server(address) as server:
-        peer, _ = server.accept()
-        open({str(tmp_path / "met")!r}, "w").write(json.dumps([mine, json.loads(peer.recv(4096))]))
-else:
-    while True:
-        try:
-            socket.create_connection(address).sendall(json.dumps(mine).encode())
-            break
-        except ConnectionRefusedError:
-            pass
+mine["mode"] = oct(os.stat(os.environ["BD3_SCALE_MEETING"]).st_mode & 0o777)
+mine["interfaces"] = [os.environ[kind + "_SOCKET_IFNAME"] for kind in ("GLOO", "NCCL")]
+open({str(tmp_path / "met")!r} + os.environ["RANK"], "w").write(json.dumps(mine))
+assert "MASTER_PORT" not in os.environ
 """
     assert run(program, tmp_path / "logs").returncode == 0
-    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 3}
-    assert json.loads((tmp_path / "met").read_text()) == [{"RANK": k, "LOCAL_RANK": k, **common} for k in (0, 1)]
+    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 3, "mode": "0o700", "interfaces": ["lo", "lo"]}
+    met = [json.loads((tmp_path / f"met{k}").read_text()) for k in (0, 1)]
+    assert met == [{"RANK": k, "LOCAL_RANK": k, **common} for k in (0, 1)]
 
 
 def test_rank_0_speaks_and_the_others_write_logs(tmp_path: Path) -> None:
@@ -132,18 +125,17 @@ time.sleep(60)
 def test_the_rank_that_failed_first_is_blamed_not_the_one_that_lost_its_peer(tmp_path: Path) -> None:
     program = """
 import os, socket, sys, time
-address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+address = os.path.join(os.environ["BD3_SCALE_MEETING"], "socket")
 if os.environ["RANK"] == "0":
-    server = socket.create_server(address)
-    peer, _ = server.accept()
-    peer.recv(1)
-    sys.exit(4)
-while True:
-    try:
-        connection = socket.create_connection(address)
-        break
-    except ConnectionRefusedError:
-        pass
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        peer, _ = server.accept()
+        peer.recv(1)
+        sys.exit(4)
+connection = socket.socket(socket.AF_UNIX)
+while connection.connect_ex(address):
+    pass
 os._exit(7)
 """
     done = run(program, tmp_path)
@@ -189,11 +181,38 @@ def test_signals_reach_every_rank_exactly_once(tmp_path: Path, to_group: bool) -
     launcher = start(RECORDER, logs)
     rank_pids(logs)
     send = os.killpg if to_group else os.kill
-    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
         send(launcher.pid, number)
         wait_for(lambda name=number.name: all(name in _read(logs / f"signals{k}") for k in (0, 1)))
     assert launcher.wait(timeout=10) == 0
-    assert [_read(logs / f"signals{k}") for k in (0, 1)] == ["SIGUSR1 SIGINT SIGTERM"] * 2
+    assert [_read(logs / f"signals{k}") for k in (0, 1)] == ["SIGHUP SIGUSR1 SIGINT SIGTERM"] * 2
+
+
+def test_a_hangup_that_is_ignored_is_not_passed_on(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    command = ["nohup", sys.executable, "-c", LAUNCHER, RECORDER, str(logs)]
+    environment = os.environ | {"LOGS": str(logs)}
+    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rank_pids(logs)
+    launcher.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    launcher.terminate()
+    assert launcher.wait(timeout=10) == 0
+    assert [_read(logs / f"signals{k}") for k in (0, 1)] == ["SIGTERM"] * 2
+
+
+def test_a_stderr_that_cannot_be_written_leaves_nothing_running_and_the_exit_code(tmp_path: Path) -> None:
+    program = "import os, sys, time; sys.exit(5) if os.environ['RANK'] == '1' else time.sleep(60)"
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", LAUNCHER, program, str(tmp_path)]
+        assert subprocess.run(command, stderr=full, timeout=30, check=False).returncode == 5
+
+
+def test_the_end_of_a_log_is_shown_without_what_a_terminal_would_obey(tmp_path: Path) -> None:
+    done = run("import os, sys; os.environ['RANK'] == '1' and sys.exit('\x1b[2Jgone')", tmp_path)
+    assert r"\x1b[2Jgone" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 def _read(path: Path) -> str:
@@ -215,24 +234,34 @@ def test_a_folder_that_a_killed_launcher_left_is_removed_and_a_living_one_s_is_n
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    folders = []
-    for name in ("killed", "living"):
-        launcher = start(RECORDER, tmp_path / name)
+    launchers, folders = {}, []
+    for name in ("living", "killed"):
+        launchers[name] = start(RECORDER, tmp_path / name)
         rank_pids(tmp_path / name)
-        folders += [path for path in tmp_path.glob("bd3_scale-launch-*") if path not in folders]
-        if name == "killed":
-            launcher.kill()
-            launcher.wait()
-    killed, living = folders
+        folders += [path for path in tmp_path.glob("bd3_scale-launch-????????") if path not in folders]
+    launchers["killed"].kill()
+    launchers["killed"].wait()
+    assert all(path.exists() for path in folders)
     assert launch(["true"], 1, 1, None) == 0
-    assert killed.exists(), "it may be one that is just being made"
-    for folder in folders:
-        os.utime(folder, (time.time() - 100,) * 2)
-    assert launch(["true"], 1, 1, None) == 0
-    assert [path for path in folders if path.exists()] == [living]
-    launcher.terminate()
-    assert launcher.wait(timeout=10) == 0
+    assert [path for path in folders if path.exists()] == folders[:1]
+    launchers["living"].terminate()
+    assert launchers["living"].wait(timeout=10) == 0
     assert not list(tmp_path.glob("bd3_scale-launch-*"))
+
+
+def test_a_stranger_s_entries_in_the_temporary_folder_stop_no_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for name in ("x", "00000001", "00000001.lock", "00000002.lock"):
+        os.mkfifo(tmp_path / f"bd3_scale-launch-{name}")
+        os.utime(tmp_path / f"bd3_scale-launch-{name}", (0, 0))
+    (tmp_path / "bd3_scale-launch-00000003.lock").symlink_to("bd3_scale-launch-00000003.lock")
+    before = set(tmp_path.iterdir())
+    program = "import sys; from bd3_scale.launch.local import launch; sys.exit(launch(['true'], 1, 1, None))"
+    assert subprocess.run([sys.executable, "-c", program], timeout=20, check=False).returncode == 0
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_ranks_are_not_taken_for_hung_where_everything_was_stopped(
@@ -270,3 +299,12 @@ def test_what_cannot_start_leaves_nothing_running_and_no_handler_behind(tmp_path
     assert signal.getsignal(signal.SIGTERM) is before
     time.sleep(1.2)
     assert not marker.exists()
+
+
+def test_a_rank_takes_no_module_from_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "fractions.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
+    program = "import sys; from bd3_scale.launch.local import launch; "
+    program += "sys.exit(launch([sys.executable, '-m', 'statistics'], 1, 1, None))"  # which imports fractions
+    done = subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 0
+    assert not (tmp_path / "was run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.observe.metrics import MetricsWriter, read_metrics, truncate_after
+from bd3_scale.observe.metrics import LINE_LIMIT, MetricsWriter, last_event, read_metrics, truncate_after
+from bd3_scale.observe.plot import loss_curve
 from bd3_scale.recipe.schema import WandbRecipe
 
 OFF = WandbRecipe(mode="disabled")
@@ -23,7 +25,7 @@ def writer(run_dir: Path, after_step: int = 0, recipe: WandbRecipe = OFF) -> Met
 
 def test_records_are_strict_json_lines_readable_before_the_end(tmp_path: Path) -> None:
     with writer(tmp_path) as metrics:
-        metrics.write(1, train_loss=2.5, note="first")
+        metrics.write(1, train_loss=2.5, tokens=7)
         metrics.write(2, train_loss=math.nan, learning_rate=math.inf)
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
 
@@ -31,7 +33,7 @@ def test_records_are_strict_json_lines_readable_before_the_end(tmp_path: Path) -
         raise AssertionError(f"{constant} is no JSON")
 
     assert [json.loads(line, parse_constant=refuse) for line in lines] == [
-        {"step": 1, "train_loss": 2.5, "note": "first"},
+        {"step": 1, "train_loss": 2.5, "tokens": 7},
         {"step": 2, "train_loss": None, "learning_rate": None},
     ]
 
@@ -66,14 +68,99 @@ os.kill(os.getpid(), 9)
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 101))
 
 
-@pytest.mark.parametrize("spoilt", ["not json", "[1, 2]", ""])
-def test_a_spoilt_line_is_named_and_nothing_is_dropped(tmp_path: Path, spoilt: str) -> None:
+DAMAGED = {
+    "no JSON": b"not json",
+    "a list": b"[1, 2]",
+    "nothing": b"",
+    "no step": b'{"train_loss": 1.0}',
+    "a step that is null": b'{"step": null}',
+    "a step that is text": b'{"step": "2"}',
+    "a step that is true": b'{"step": true}',
+    "a step below 0": b'{"step": -1}',
+    "a step beyond all": b'{"step": %d}' % 2**63,
+    "a loss that is text": b'{"step": 2, "train_loss": "low"}',
+    "a loss in a list": b'{"step": 2, "nelbo": [1.0]}',
+    "not a number": b'{"step": 2, "train_loss": NaN}',
+    "infinity": b'{"step": 2, "train_loss": 1e999}',
+    "digits without end": b'{"step": 2, "train_loss": 1%s}' % (b"0" * 5000),
+    "deep": b'{"step": 2, "train_loss": ' + b"[" * 100_000,
+    "no UTF-8": b'{"step": 2, "\xff": 1}',
+    "what a power cut leaves": bytes(4096) + b'{"step": 2}',
+    "a kind that is none": b'{"step": 2, "kind": 3}',
+    "a line without end": b"x" * (LINE_LIMIT + 10),
+    "JSON without end": b'{"step": 2, "x": "%s"}' % (b"x" * LINE_LIMIT),
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_is_set_aside_and_the_others_stay_as_they_are(tmp_path: Path, line: bytes, caplog) -> None:
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.damaged"
+    before = b'{"step": 1, "train_loss": 1.50}\n' + line + b'\n{"step": 3, "train_loss":  2.5}\n{"step": 4}\n'
+    path.write_bytes(before)
+    assert [record["step"] for record in read_metrics(path)] == [1, 3, 4]
+    assert path.read_bytes() == before, "who looks changes nothing"
+    assert caplog.text.count(f"{path} has a damaged line, from line 2 on: left out here") == 1
+    truncate_after(path, 3)
+    assert path.read_bytes() == b'{"step": 1, "train_loss": 1.50}\n{"step": 3, "train_loss":  2.5}\n'
+    assert aside.read_bytes() == before
+    assert "line 2 on: dropped, and the file as it was is kept as metrics.jsonl.damaged" in caplog.text
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    truncate_after(path, 1)
+    assert path.read_bytes() == b'{"step": 1, "train_loss": 1.50}\n'
+    assert aside.read_bytes() == before, "what was kept stays"
+    assert aside.with_name("metrics.jsonl.damaged-2").read_bytes().endswith(line + b"\n")
+
+
+def test_the_curve_of_a_damaged_file_is_drawn_and_it_is_told_once(tmp_path: Path, caplog) -> None:
     path = tmp_path / "metrics.jsonl"
-    text = f'{{"step": 1}}\n{spoilt}\n{{"step": 3}}\n'
-    path.write_text(text)
-    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
-        truncate_after(path, 1)
-    assert path.read_text() == text
+    path.write_bytes(
+        b'{"step": 1, "train_loss": 1.5}\n' + b"\n".join(DAMAGED.values()) + b'\n{"step": 3, "nelbo": 1}\n'
+    )
+    for _ in range(2):
+        loss_curve(path, tmp_path / "loss.png")
+    assert caplog.text.count(f"{path} has {len(DAMAGED)} damaged lines, from line 2 on: left out") == 1
+
+
+def test_an_event_may_hold_what_it_likes_but_has_a_step(tmp_path: Path) -> None:
+    events = [{"step": 1, "kind": "loss_spike", "loss": "nan", "sample_ids": [1, 2]}, {"step": 2, "kind": "resumed"}]
+    (tmp_path / "events.jsonl").write_text('{"kind": "loss_spike"}\n' + "".join(json.dumps(e) + "\n" for e in events))
+    assert read_metrics(tmp_path / "events.jsonl") == events
+    assert last_event(tmp_path) == 1
+
+
+def secret(path: Path) -> None:
+    path.symlink_to(path.with_name("secret"))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, Path.mkdir, secret, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("gone")],
+)
+def test_what_is_no_file_is_moved_away_and_neither_waited_for_nor_followed(tmp_path: Path, make, caplog) -> None:
+    (tmp_path / "secret").write_text("my key\n")
+    path = tmp_path / "metrics.jsonl"
+    make(path)
+    assert read_metrics(path) == []
+    with writer(tmp_path) as metrics:
+        metrics.write(1, train_loss=1.0)
+    assert read_metrics(path) == [{"step": 1, "train_loss": 1.0}]
+    assert not path.is_symlink()
+    assert os.path.lexists(tmp_path / "metrics.jsonl.damaged")
+    assert f"{path} is no regular file, and is moved to metrics.jsonl.damaged" in caplog.text
+    assert (tmp_path / "secret").read_text() == "my key\n"
+    assert sum("my key" in p.read_text() for p in tmp_path.iterdir() if p.is_file() and not p.is_symlink()) == 1
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.write_bytes(b"../../x\xff")])
+def test_an_id_of_wandb_that_is_none_is_drawn_anew(tmp_path: Path, make) -> None:
+    make(tmp_path / "wandb_id")
+    with writer(tmp_path, recipe=WandbRecipe(mode="offline")) as metrics:
+        metrics.write(1, train_loss=1.0)
+    run_id = (tmp_path / "wandb_id").read_text()
+    assert {p.stem for p in (tmp_path / "wandb").rglob("*.wandb")} == {f"run-{run_id}"}
 
 
 @pytest.mark.timeout(120)

@@ -172,7 +172,7 @@ def values_of(annotation: object, metadata: tuple[object, ...]) -> st.SearchStra
         return st.one_of(*(values_of(argument, metadata) for argument in arguments))
     if annotation is str:
         return st.sampled_from(
-            ["no", "1e5", "a: b", "~", "true", "#", "ä\n b ", "0", "- x", "'", "", "1_0", "x" * 200 + " y"]
+            ["no", "1e5", "a: b", "~", "true", "#", "ä  b ", "0", "- x", "'", "", "1_0", "x" * 200 + " y"]
         )
     return {
         int: st.integers(1, 10**9),
@@ -196,6 +196,16 @@ def test_the_resolved_recipe_loads_back_equal_with_the_same_hash(tmp_path_factor
     again = load_recipe(path)
     assert again == recipe
     assert recipe_hash(again) == recipe_hash(recipe)
+
+
+@pytest.mark.parametrize("character", list("\0\n\x1b\x7f\x85\u2028\u2029\udcff"))
+@pytest.mark.parametrize("place", ["run_dir={}", "data.path={}", "logging.wandb={{entity: {}}}"])
+def test_no_text_of_a_recipe_holds_a_control_character(base: Path, character: str, place: str) -> None:
+    """Nor half of a pair, which is what a byte of a command line becomes that is no UTF-8."""
+    with pytest.raises(RecipeError, match=r"(must be text|unicode)") as refused:
+        load_recipe(base, [place.format(f'"a\\u{ord(character):04x}b"')])
+    assert len(str(refused.value).splitlines()) == 1
+    assert load_recipe(base, [place.format("'a ✓ü $`\\ b'")])
 
 
 def test_the_recipe_knows_the_attention_backends_that_there_are() -> None:

@@ -29,6 +29,19 @@ def test_leaves_nothing_where_the_block_raises(tmp_path: Path, error: type[BaseE
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_somebody_else_made_in_the_meantime_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def both_make_it() -> None:
+        with new_folder(out):
+            out.mkdir()
+            (out / "theirs").touch()
+
+    with pytest.raises(FileExistsError, match="by somebody else in the meantime"):
+        both_make_it()
+    assert list(tmp_path.rglob("*")) == [out, out / "theirs"]
+
+
 def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="remove it or choose"), new_folder(tmp_path):
         pass

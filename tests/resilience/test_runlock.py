@@ -51,6 +51,19 @@ def test_a_killed_holder_leaves_the_run_free(tmp_path: Path) -> None:
         assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
 
 
+def test_a_lock_that_leads_elsewhere_or_is_no_file_is_refused(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("thesis")
+    (tmp_path / ".lock").symlink_to(precious)
+    with pytest.raises(OSError, match=r"\.lock"), lock_run(tmp_path):
+        pass
+    assert precious.read_text() == "thesis"
+    (tmp_path / ".lock").unlink()
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(ValueError, match=r"\.lock is no regular file: remove it"), lock_run(tmp_path):
+        pass
+
+
 def test_a_forked_worker_that_outlives_its_killed_parent_does_not_keep_the_lock(tmp_path: Path) -> None:
     process, line = hold(tmp_path, "fork")
     worker = int(line.removeprefix("child "))

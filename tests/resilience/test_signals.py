@@ -39,7 +39,7 @@ def start(linger: bool) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_loop_and_the_rest_still_runs(number: signal.Signals) -> None:
     with start(linger=False) as process:
         process.send_signal(number)
@@ -59,8 +59,19 @@ def test_only_a_second_sigint_interrupts_and_the_first_signal_is_the_one_named()
         assert lines[-2:] == ["interrupted", "saved"]
 
 
+def test_a_hangup_that_is_ignored_at_the_start_stays_so() -> None:
+    program = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{LOOP.replace('LINGER', 'False')}"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=20)[0] == "SIGTERM\nsaved\n"
+
+
 def test_handlers_come_back() -> None:
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     with StopRequest() as stop:
         assert all(signal.getsignal(n) != b for n, b in zip(numbers, before, strict=True))

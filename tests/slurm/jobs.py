@@ -45,7 +45,7 @@ def small_job(folder: Path, run: str, *arguments: object, nodes: int = 2, chain:
     """A job whose ranks are `small_rank.py` with `arguments`, on a site that differs from PROFILE by `profile`."""
     site = folder / f"{run}.site.yaml"
     site.write_text(yaml.safe_dump({**PROFILE, "processes_per_node": 1, **profile}))
-    overrides = [f"run_dir={folder / run}", "parallel.tensor=1"]
+    overrides = [f"run_dir={json.dumps(str(folder / run))}", "parallel.tensor=1"]
     job = make_job(folder / "recipe.yaml", overrides, profile=str(site), nodes=nodes, chain=chain)
     job = replace(job, submission=new_submission())
     command = [sys.executable, str(SMALL_RANK), str(job.run_dir), *map(str, arguments)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -47,8 +49,39 @@ def test_what_can_never_run_is_refused_at_once(cluster, workplace, options, prof
     assert refused.returncode == 2, refused.stdout
     for word in words:
         assert word in " ".join(refused.stderr.split())
-    assert not (workplace / "refused/slurm/job.sh").exists()
+    assert not (workplace / "refused").exists()
     assert cluster.run("squeue", "--noheader").stdout.count("refused") == 0
+
+
+def test_a_chain_that_is_refused_half_way_leaves_no_job_and_no_folder(cluster, workplace):
+    """What only the submission meets, such as a limit on jobs: here an sbatch that takes one job and no other."""
+    fake = workplace / "bin/sbatch"
+    fake.parent.mkdir()
+    real, taken = shutil.which("sbatch"), workplace / "taken"
+    fake.write_text(
+        f'#!/bin/bash\n[[ "$*" == *--test-only* ]] || mkdir {taken} || {{ echo "no more jobs" >&2; exit 1; }}\n'
+        f'exec {real} "$@"\n'
+    )
+    fake.chmod(0o755)
+    (workplace / "kept/logs").mkdir(parents=True)
+    options = ["recipe.yaml", "--profile", "site.yaml", "--nodes", "2", "--chain", "2"]
+    for run, kept in (("new/refused", ["."]), ("kept", [".", "logs"])):
+        refused = subprocess.run(
+            [BD3_SCALE, "submit", *options, f"run_dir={run}"],
+            cwd=workplace,
+            env=cluster.env | {"PATH": f"{fake.parent}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert refused.returncode == 2
+        assert "no more jobs" in refused.stderr
+        folder = workplace / run.partition("/")[0]
+        assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == kept[1:]
+        assert folder.exists() == (run == "kept")
+        assert cluster.run("squeue", "--noheader", "--format=%i").stdout == ""
+        taken.rmdir()
 
 
 def test_slurm_says_when_it_would_start(cluster, workplace):
@@ -78,15 +111,17 @@ def test_gpu_directives_are_accepted_and_ranks_see_the_node_s_gpus(cluster, work
     assert [attempt["outcome"] for attempt in attempts(job.run_dir)] == ["done"], logs(job.run_dir)
 
 
-def test_a_node_that_is_cut_off_loses_the_job_and_not_the_run(namespaced, workplace):
-    """Each node has a network of its own; the run goes on without the node whose cable was pulled."""
-    job = small_job(workplace, "cut", 150, 0.2, interface="eth0")
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_node_that_is_cut_off_loses_the_job_and_not_the_run(namespaced, workplace, lost):
+    """Each node has a network of its own; the run goes on without the node whose cable was pulled. The first has the
+    batch process, which can no longer say anything."""
+    job = small_job(workplace, f"cut-{lost}", 220, 0.2, interface="eth0")
     submitted = namespaced.run("sbatch", "--parsable", job.folder / "job.sh")
     assert submitted.returncode == 0, submitted.stderr
     heartbeat = job.folder / "heartbeats/rank1.json"
     namespaced.wait(lambda: heartbeat.exists() and json.loads(heartbeat.read_text())["step"] >= 6, 40, "step 6")
     nodes = json.loads((job.folder / "current.json").read_text())["nodes"]
-    namespaced.dev("cut", nodes[1].lstrip("n"))
+    namespaced.dev("cut", nodes[lost].lstrip("n"))
     try:
         namespaced.wait(
             lambda: attempts(job.run_dir) and attempts(job.run_dir)[-1]["outcome"] in ("done", "failed", "cancelled"),
@@ -96,5 +131,8 @@ def test_a_node_that_is_cut_off_loses_the_job_and_not_the_run(namespaced, workpl
     except AssertionError as error:
         raise AssertionError(f"{error}\n{logs(job.run_dir)}") from None
     assert attempts(job.run_dir)[-1]["outcome"] == "done", logs(job.run_dir)
-    assert nodes[1] not in attempts(job.run_dir)[-1]["nodes"]
-    assert attempts(job.run_dir)[-1]["from_step"] > 0
+    assert nodes[lost] not in attempts(job.run_dir)[-1]["nodes"]
+    assert 0 < attempts(job.run_dir)[-1]["from_step"] < 220
+    if lost == 0:
+        said = f"the batch process ended without a word: its node {nodes[0]} is down"
+        assert attempts(job.run_dir)[0]["reason"].startswith(said)

@@ -3,12 +3,14 @@ run beside the others, on a SLURM of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -124,8 +126,85 @@ def test_a_mistake_of_a_person_is_not_tried_again(cluster, workplace):
     assert "rank 1: exit code 2" in attempts(run.folder)[0]["reason"]
 
 
+def process_of(run, mode):
+    """The supervisor (`job`) of a run, or the batch process that keeps it (`keep`)."""
+    wanted = [mode.encode(), os.fsencode(run.job.folder / "job.json")]
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes().split(b"\0")[-3:-1] == wanted:
+                found.append(int(process.name))
+    (one,) = found
+    return one
+
+
+def test_a_supervisor_that_is_killed_outright_is_told_and_the_run_goes_on(cluster, workplace):
+    run = Run(cluster, workplace, "outright", 120, 0.2)
+    run.wait_for_step(6)
+    os.kill(process_of(run, "job"), signal.SIGKILL)
+    run.wait_for(lambda: attempts(run.folder), "its line")
+    first = attempts(run.folder)[0]
+    assert (first["outcome"], first["reason"]) == ("requeued", "the supervisor was killed by SIGKILL")
+    assert first["failure"]
+    run.wait_for(lambda: (run.job.folder / "heartbeats").resolve().name == "heartbeats-1", "another life")
+    run.wait_for_step(first["saved"] + 2)
+    # The batch process itself: SLURM ends the job, and the supervisor, if it lives long enough, or else whoever asks
+    # next, writes its line.
+    os.kill(process_of(run, "keep"), signal.SIGKILL)
+    run.wait_for(lambda: run.state() == "FAILED", "the end of the job")
+    status = json.loads(bd3_scale(cluster, "status", run.folder, "--json").stdout)
+    assert (status["state"], status["step"]) == ("lost", attempts(run.folder)[1]["step"])
+    second = attempts(run.folder)[1]
+    assert second["reason"].startswith("the batch process was killed")
+    assert second["failure"]
+    assert second["step"] > first["saved"]
+    assert json.loads(bd3_scale(cluster, "status", run.folder, "--json").stdout)["attempts"] == attempts(run.folder)
+    assert "submitted again as job" in bd3_scale(cluster, "requeue", run.folder).stdout
+    assert run.outcomes() == ["requeued", "lost", "done"]
+    assert attempts(run.folder)[2]["from_step"] == second["saved"]
+
+
+def test_a_job_that_is_cancelled_leaves_its_line_wherever_it_was(cluster, workplace):
+    run = Run(cluster, workplace, "gone", 600, 0.2, hold=True)
+
+    def cancel():
+        cluster.run("scancel", run.ids[0])
+        run.wait_for(lambda: run.state() == "CANCELLED", "CANCELLED")
+
+    def again(*options):
+        told = json.loads((run.job.folder / "job.json").read_text())
+        (run.job.folder / "job.json").write_text(json.dumps(told | {"submission": str(len(attempts(run.folder)))}))
+        run.ids = [cluster.run("sbatch", "--parsable", *options, run.job.folder / "job.sh").stdout.strip()]
+        (run.job.folder / "submitted.json").write_text(json.dumps({"jobs": run.ids}))
+
+    # In the queue: whoever asks next writes it, once.
+    again("--hold")
+    cancel()
+    for _ in range(2):
+        assert json.loads(bd3_scale(cluster, "status", run.folder, "--json").stdout)["state"] == "cancelled"
+    assert [(a["outcome"], a["reason"]) for a in attempts(run.folder)] == [
+        ("cancelled", "scancel, before the ranks started")
+    ]
+    # While the ranks start, and while ranks that take no signal run on until SLURM kills them: at once.
+    python, told = workplace / "deaf-python", json.loads((run.job.folder / "job.json").read_text())
+    starts = f"touch {run.folder}/started\nsleep 1.5"
+    for count, body in enumerate((starts, f"trap '' TERM\ntouch {run.folder}/started\nsleep 60 & sleep 60"), 2):
+        python.write_text(f'#!/bin/bash\n{body}\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        (run.job.folder / "job.json").write_text(json.dumps(told | {"rank_python": str(python)}))
+        (run.folder / "started").unlink(missing_ok=True)
+        again()
+        run.wait_for(lambda: (run.folder / "started").exists(), "a task")
+        cancel()
+        assert [(a["attempt"], a["outcome"], a["reason"]) for a in attempts(run.folder)[1:]] == [
+            (number, "cancelled", "scancel") for number in range(1, count)
+        ], logs(run.folder)
+    assert not (run.job.folder / "current.json").exists()
+
+
 def test_scancel_is_final_and_requeue_takes_the_run_up_again(cluster, workplace):
-    run = Run(cluster, workplace, "cancelled", 600, 0.2)
+    odd = "c a%u%%\"d'$HOME`id`#é"
+    run = Run(cluster, workplace, odd, 600, 0.2)
     run.wait_for_step(3)
     status = json.loads(bd3_scale(cluster, "status", run.folder, "--json").stdout)
     assert (status["state"], status["ranks"]) == ("running", {"step": 2})
@@ -135,6 +214,12 @@ def test_scancel_is_final_and_requeue_takes_the_run_up_again(cluster, workplace)
     cluster.run("scancel", run.ids[0])
     assert run.outcomes() == ["cancelled"]
     run.wait_for(lambda: run.state() == "CANCELLED", "CANCELLED")
+    # Nothing lies elsewhere: SLURM read neither spaces nor patterns nor quotes into the name.
+    assert sorted(str(path.relative_to(run.folder)) for path in run.folder.rglob("*.log")) == [
+        *(f"logs/attempt-0/rank{rank}.log" for rank in range(2)),
+        f"logs/job-{run.ids[0]}.log",
+    ]
+    assert run.job.folder.stat().st_mode & 0o777 == 0o700
     reached = attempts(run.folder)[0]["saved"]
     assert "submitted again as job" in bd3_scale(cluster, "requeue", run.folder).stdout
     run.wait_for(lambda: (run.job.folder / "current.json").exists() and run.step() > reached, "going on")
@@ -143,11 +228,11 @@ def test_scancel_is_final_and_requeue_takes_the_run_up_again(cluster, workplace)
         "submit",
         workplace / "recipe.yaml",
         "--profile",
-        workplace / "cancelled.site.yaml",
+        workplace / f"{odd}.site.yaml",
         "--nodes",
         2,
         "parallel.tensor=1",
-        f"run_dir={run.folder}",
+        f"run_dir={json.dumps(str(run.folder))}",
         f"data.path={workplace / 'data'}",
     )
     assert refused.returncode == 2

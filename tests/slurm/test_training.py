@@ -109,7 +109,7 @@ def test_usr1_kill_and_stop_all_go_on_bitwise(cluster, workplace, undisturbed, p
     """One run goes through all three: asked to save, a rank killed in mid-step, a rank stopped until the deadline."""
     expected, last = undisturbed(2 * processes, processes), 2 * processes - 1
     site = ["--profile", list(SITES)[processes - 1], f"parallel.tensor={processes}"]
-    run = submit(cluster, workplace, f"disturbed-{processes}", "optimizer.lr=0.001", *site)
+    run = submit(cluster, workplace, f"disturbed 90%u {processes}", "optimizer.lr=0.001", *site)
     # A recipe that changes after submission does not count.
     recipe = workplace / "recipe.yaml"
     recipe.write_text(recipe.read_text() + "# changed\n")

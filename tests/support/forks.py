@@ -122,7 +122,12 @@ def run_ranks(target: Callable[..., None], world_size: int, *args: object, logs:
     _start_server()
     logs.mkdir(parents=True, exist_ok=True)
     environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment |= {
+        "BD3_SCALE_SECRET": str(logs.absolute() / "secret"),
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     files = [logs / f"rank{rank}.log" for rank in range(world_size)]
     ranks = [
         _CONTEXT.Process(target=_rank, args=(target, args, environment, rank, file, timeout))

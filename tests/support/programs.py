@@ -14,6 +14,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -77,6 +78,7 @@ def _forget_the_parent() -> None:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     faulthandler.cancel_dump_traceback_later()
+    tempfile.tempdir = None
     weakref.finalize._registry.clear()
     multiprocessing.util._finalizer_registry.clear()
     # Its descriptors are closed next, and their numbers may become those of other files.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
-from bd3_scale.data.manifest import Manifest, data_hash
+from bd3_scale.data.manifest import Manifest, data_hash, earlier_data_hash
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.recipe.schema import Recipe
@@ -22,11 +22,10 @@ def recipe(search: bool, draws: int) -> Recipe:
     )
 
 
-def data(tmp_path: Path, text: str) -> Manifest:
-    (tmp_path / "t.txt").write_text(text)
+def data(tmp_path: Path, text: str, name: str = "t.txt", workers: int = 1) -> Manifest:
+    (tmp_path / name).write_text(text)
     out = tmp_path / str(len(list(tmp_path.iterdir())))
-    options = {"holdout": 0, "workers": 1, "progress": False}
-    return prepare([tmp_path / "t.txt"], out, load_tokenizer("bytes"), 32, **options)
+    return prepare([tmp_path / name], out, load_tokenizer("bytes"), 32, holdout=0, workers=workers, progress=False)
 
 
 def manifest_of(recipe: Recipe, data: Manifest, **more: object) -> CheckpointManifest:
@@ -68,22 +67,60 @@ def test_a_refusal_names_what_differs_in_the_data_where_the_run_kept_their_descr
     check_resumable(checkpoint, manifest, recipe(False, 1), old)
 
 
+def test_text_of_equal_length_is_other_data_and_equal_text_of_another_place_is_not(tmp_path: Path) -> None:
+    old = data(tmp_path, "a" * 100)
+    manifest, checkpoint = manifest_of(recipe(False, 1), old), tmp_path / "run" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / DATA_FILE).write_text(old.model_dump_json())
+    changed = data(tmp_path, "a" * 99 + "b")
+    said = "train has as many documents as there, but other contents in 1 of 1 shards"
+    with pytest.raises(ValueError, match=rf"are not those of the checkpoint \(\w+\): {said}"):
+        check_resumable(checkpoint, manifest, recipe(False, 1), changed)
+    check_resumable(checkpoint, manifest, recipe(False, 1), data(tmp_path, "a" * 100, "elsewhere.txt", workers=2))
+
+
+def test_a_refused_checkpoint_of_another_run_is_named_with_it(tmp_path: Path) -> None:
+    prepared = data(tmp_path, "a" * 100)
+    other = recipe(False, 1).model_copy(update={"name": "some\none's", "seed": 9})
+    said = (
+        r"step-4, of a run named \"some\\none's\", cannot be resumed:\n  - seed is 1, the checkpoint has 9\n.*or move"
+    )
+    with pytest.raises(ValueError, match=said):
+        check_resumable(Path("r/c/step-4"), manifest_of(other, prepared), recipe(False, 1), prepared)
+
+
+def test_a_run_of_before_goes_on_by_its_old_hash_and_is_told(tmp_path: Path) -> None:
+    prepared, changed = data(tmp_path, "a" * 100), data(tmp_path, "a" * 140)
+    manifest = manifest_of(recipe(False, 1), prepared, ema_warms_up=True)
+    earlier = manifest.model_copy(update={"data_hash": earlier_data_hash(prepared)})
+    start = Start(tmp_path / "step-00000004", earlier, resumes=True)
+    check_resumable(start.checkpoint, earlier, recipe(False, 1), prepared)
+    (note,) = start.notes(recipe(False, 1), prepared)
+    assert note.startswith("step-00000004 knows its data by the hash of an earlier version, which covers counts")
+    assert replace(start, resumes=False).notes(recipe(False, 1), prepared) == []
+    assert replace(start, manifest=manifest).notes(recipe(False, 1), prepared) == []
+    with pytest.raises(ValueError, match="are not those of the checkpoint"):
+        check_resumable(start.checkpoint, earlier, recipe(False, 1), changed)
+
+
 def test_a_resumed_run_tells_every_value_that_changed(tmp_path: Path) -> None:
     old = recipe(False, 1)
     changed = tiny_recipe(optimizer={"lr": 0.02}, evaluation={"every_steps": 2, "draws": 1}, run_dir="elsewhere")
     new = Recipe.model_validate(changed | {"checkpoint": {"every_steps": 3}})
-    start = Start(Path("c"), manifest_of(old, data(tmp_path, "a" * 100), ema_warms_up=True), resumes=True)
-    assert start.notes(old) == []
-    assert start.notes(new) == ["optimizer.lr 0.001 → 0.02", "checkpoint.every_steps 0 → 3"]
+    prepared = data(tmp_path, "a" * 100)
+    start = Start(Path("c"), manifest_of(old, prepared, ema_warms_up=True), resumes=True)
+    assert start.notes(old, prepared) == []
+    assert start.notes(new, prepared) == ["optimizer.lr 0.001 → 0.02", "checkpoint.every_steps 0 → 3"]
     assert start.changes(new) == [("optimizer.lr", 0.001, 0.02), ("checkpoint.every_steps", 0, 3)]
-    assert replace(start, resumes=False).notes(new) == []
+    assert replace(start, resumes=False).notes(new, prepared) == []
 
 
 @pytest.mark.parametrize(("decay", "step", "told"), [(0.9, 4, True), (0.9, 200, False), (0.0, 4, False)])
 def test_an_average_of_before_is_told_as_long_as_the_warm_up_would_change_it(decay, step, told, tmp_path) -> None:
     run = Recipe.model_validate(tiny_recipe(optimizer={"ema_decay": decay}, train={"steps": 999}))
-    manifest = manifest_of(run, data(tmp_path, "a" * 100)).model_copy(update={"step": step})
-    notes = Start(Path("c"), manifest, resumes=True).notes(run)
+    prepared = data(tmp_path, "a" * 100)
+    manifest = manifest_of(run, prepared).model_copy(update={"step": step})
+    notes = Start(Path("c"), manifest, resumes=True).notes(run, prepared)
     assert [note.startswith("the moving average was kept at a constant decay so far") for note in notes] == [
         True
     ] * told

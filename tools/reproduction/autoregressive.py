@@ -27,8 +27,9 @@ def write_autoregressively(folder: Path, count: int, length: int, *, seed: int, 
     with without_broken_torchvision():
         import transformers
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+        safely = {"trust_remote_code": False, "local_files_only": True}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safely)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **safely).eval()
     torch.manual_seed(seed)
     began = time.monotonic()
     end = tokenizer.eos_token_id

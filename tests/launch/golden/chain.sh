@@ -14,4 +14,5 @@
 
 set -eo pipefail
 export OMP_NUM_THREADS=1
-exec /opt/bd3/bin/python -u /opt/bd3/supervise.py job /shared/runs/books/slurm/job.json
+export PYTHONSAFEPATH=1
+exec /opt/bd3/bin/python -u /opt/bd3/supervise.py keep /shared/runs/books/slurm/job.json

@@ -22,8 +22,9 @@
 set -eo pipefail
 module load cuda/12.8 nccl
 export OMP_NUM_THREADS=12
+export PYTHONSAFEPATH=1
 export GLOO_SOCKET_IFNAME=ib0
 export NCCL_SOCKET_IFNAME=ib0
 export NCCL_DEBUG=WARN
 export NOTE='two words'
-exec /opt/bd3/bin/python -u /opt/bd3/supervise.py job /shared/runs/books/slurm/job.json
+exec /opt/bd3/bin/python -u /opt/bd3/supervise.py keep /shared/runs/books/slurm/job.json

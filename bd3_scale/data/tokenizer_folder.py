@@ -1,0 +1,40 @@
+"""The folder of a tokeniser: its two files, what its source's configuration says beyond them, and its chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bd3_scale.data.chat import CHAT_TEMPLATE, template_file
+from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from bd3_scale.data.tokenizer_json import without_added
+from bd3_scale.resilience.files import read_object
+from bd3_scale.resilience.foreign import object_in, settings_of
+
+# transformers takes the added tokens from tokenizer.json, where the mask is among them. What texts begin and end with
+# is told by the template there, for every class of tokenisers.
+_LEFT_OUT = ("added_tokens_decoder", "add_bos_token", "add_eos_token")
+
+
+def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path, *, with_mask: bool = True) -> None:
+    """Write a tokeniser into `folder` with what the files of the folder `source` say beyond `Tokenizer.save`.
+
+    Nothing is copied as it is: of `tokenizer_config.json` go on the settings that name no code, and a chat template.
+    Without the mask, that token is left out, unless the vocabulary has it in the midst of others.
+
+    ValueError: a file of `source` leads out of it, is larger than such files are, or holds no JSON or text.
+    """
+    template = template_file(source)
+    said = {key: value for key, value in object_in(source, TOKENIZER_FILES[1]).items() if key not in _LEFT_OUT}
+    tokenizer.save(folder)
+    content, own = (read_object(folder / name) for name in TOKENIZER_FILES)
+    config = own | settings_of(said) | own
+    vocabulary = tokenizer.vocabulary
+    if not with_mask:
+        del config["mask_token"]
+        if vocabulary.mask_id == vocabulary.size - 1:
+            content = without_added(content, own["mask_token"])
+    for name, value in zip(TOKENIZER_FILES, (content, config), strict=True):
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if template is not None:
+        (folder / CHAT_TEMPLATE).write_bytes(template.encode())

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bd3_scale.resilience.limits import check_limits, exhausted
+
+FILES, MEMORY = resource.RLIMIT_NOFILE, resource.RLIMIT_AS
+REPOSITORY = Path(__file__).parents[2]
+
+
+def in_fork(limit: int, soft: int, hard: int, action: Callable[[], str | None]) -> str:
+    """What `action` returns, or the ValueError that it raises says, in a process with this limit."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            resource.setrlimit(limit, (soft, hard))
+            try:
+                said = action()
+            except ValueError as error:
+                said = str(error)
+            os.write(writer, str(said).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with os.fdopen(reader) as file:
+        return file.read()
+
+
+def check() -> str:
+    check_limits()
+    return str(resource.getrlimit(FILES)[0])
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_may_be() -> None:
+    assert in_fork(FILES, 64, 3000, check) == "3000"
+
+
+def test_limits_that_leave_no_room_are_named_before_anything_begins() -> None:
+    assert "64 files open (ulimit -n), which is too few: set it to" in in_fork(FILES, 64, 64, check)
+    too_little = in_fork(MEMORY, 10**9, resource.RLIM_INFINITY, check)
+    assert "0.9 GiB of address space (ulimit -v), which is too little: set it to unlimited" in too_little
+
+
+def test_an_error_that_comes_from_a_limit_names_it() -> None:
+    def open_all() -> str | None:
+        files = []
+        try:
+            while True:
+                files.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:
+            for file in files:
+                os.close(file)
+            return exhausted(error)
+
+    def allocate() -> str | None:
+        try:
+            return str(len(bytearray(4 << 40)))
+        except MemoryError as error:
+            return exhausted(error)
+
+    assert "100 files open (ulimit -n)" in in_fork(FILES, 100, 100, open_all)
+    assert "(ulimit -v)" in in_fork(MEMORY, 1 << 40, 1 << 40, allocate)
+    gloo = RuntimeError("[enforce fail at loop.cc:105] fd_ != -1. -1 vs -1. epoll_create: Too many open files")
+    assert "files open (ulimit -n)" in str(exhausted(gloo))
+
+
+def test_other_errors_come_from_no_limit() -> None:
+    for error in (ValueError("seed=x"), FileNotFoundError(2, "No such file"), MemoryError(), RuntimeError("mat1 and")):
+        assert exhausted(error) is None
+
+
+@pytest.mark.parametrize(("limit", "named"), [("-n 64", "(ulimit -n)"), ("-v 2000000", "(ulimit -v)")])
+def test_a_rank_ends_at_once_and_says_which_limit(tmp_path: Path, limit: str, named: str) -> None:
+    command = f"ulimit {limit}; exec {sys.executable} -m bd3_scale.train {tmp_path}/recipe.yaml"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=100, cwd=REPOSITORY)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert named in line

@@ -1,0 +1,141 @@
+"""Streams that break, for real: readers that go away, full disks, terminals that hang up or are stopped."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.launch
+
+# Writes from Python, from C and from a child; ends as a program does that has not noticed.
+SPEAKER = """
+import ctypes, subprocess, sys
+from pathlib import Path
+from bd3_scale.resilience.output import outlast
+outlast("stdout", "stderr", log=Path(sys.argv[1]), patience=0.2)
+for number in range(3):
+    print("line", number)
+    print("error", number, file=sys.stderr)
+libc = ctypes.CDLL(None)
+libc.puts(b"from C")
+libc.fflush(None)
+subprocess.run(["echo", "from a child"], stdout=sys.stdout, check=False)
+print("the end", end="")
+"""
+
+
+def speak(log: Path, program: str = SPEAKER, **streams: Any) -> int:
+    command = [sys.executable, "-c", program, log]
+    return subprocess.run(command, **streams, timeout=60, check=False).returncode
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_went_away_ends_nothing_and_the_log_has_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    read, write = os.pipe()
+    os.close(read)
+    log = tmp_path / "logs/rank0.log"
+    with (tmp_path / "stderr").open("w") as stderr:
+        assert speak(log, stdout=write, stderr=stderr) == 0
+    note = f"note: stdout is lost (Broken pipe): what is said from here on is in {log}\n"
+    assert log.read_text() == f"{note}line 0\nline 1\nline 2\nfrom C\nfrom a child\nthe end"
+    assert (tmp_path / "stderr").read_text() == f"{note}error 0\nerror 1\nerror 2\n"
+
+
+def test_a_full_disk_behind_both_streams_ends_nothing_and_the_log_has_both(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        assert speak(tmp_path / "log", stdout=full, stderr=full) == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert {f"{word} {number}" for word in ("line", "error") for number in range(3)} <= set(lines)
+    assert sum("stderr is lost (No space left on device)" in line for line in lines) == 1
+
+
+def test_where_the_log_is_full_as_well_what_is_said_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "log").symlink_to("/dev/full")
+    with Path("/dev/full").open("w") as full:
+        assert speak(tmp_path / "log", stdout=full, stderr=full) == 0
+
+
+def test_closed_streams_are_no_error_and_no_file_takes_their_place(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from pathlib import Path
+from bd3_scale.resilience.output import hold_descriptors, outlast
+hold_descriptors()
+outlast("stdout", "stderr", log=Path(sys.argv[1]))
+with Path(sys.argv[1]).open("w") as file:
+    assert file.fileno() > 2
+    os.write(1, b"by C")
+    print("by Python")
+"""
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program, tmp_path / "file"]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_terminal_that_is_stopped_holds_nobody_up(tmp_path: Path) -> None:
+    outer, inner = pty.openpty()
+    os.write(outer, b"\x13")  # Ctrl-S
+    program, _, _ = SPEAKER.partition("libc = ")
+    assert speak(tmp_path / "log", program, stdout=inner, stderr=inner) == 0
+    assert (tmp_path / "log").read_text().count("stdout is not read by anybody") == 1
+    os.close(inner)
+    os.close(outer)
+
+
+def test_a_pipe_that_nobody_reads_holds_nobody_up_and_gets_what_is_said_once_it_is_read(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from pathlib import Path
+from bd3_scale.resilience.output import outlast
+outlast("stdout", log=Path(sys.argv[1]), patience=0.2)
+for _ in range(2000):
+    print("x" * 99)
+print("waits", file=sys.stderr)
+sys.stdin.read()
+print("the end")
+"""
+    command = [sys.executable, "-c", program, tmp_path / "log"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert b"is not read by anybody" in process.stderr.readline()
+        assert process.stderr.readline() == b"waits\n"
+        assert process.stdout is not None
+        held = os.read(process.stdout.fileno(), 1 << 20)
+        said, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert 2000 * 100 > len(held + said) >= 1 << 14
+    assert said.endswith(b"the end\n")
+    assert (tmp_path / "log").read_text().count("is not read by anybody") == 1
+
+
+RESULT = """
+import sys
+from bd3_scale.resilience.output import flush_results, results
+try:
+    with results():
+        print("the result")
+    flush_results()
+except OSError as error:
+    sys.exit(f"told: {error}")
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_result_that_cannot_be_written_is_an_error_that_names_stdout(
+    monkeypatch: pytest.MonkeyPatch, unbuffered: str
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", RESULT]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    # Not Python's own 120 of a stream that it cannot flush at its end.
+    assert (done.returncode, done.stderr) == (1, "told: [Errno 28] No space left on device: 'stdout'\n")
