@@ -64,10 +64,11 @@ def main() -> None:
     except BrokenPipeError:
         # The reader of stdout has enough, as `head` does.
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("BD3_DEBUG"):
             raise
-        Console(stderr=True, soft_wrap=True).print(styled(("error: ", "bold red"), str(error)))
+        said = str(error) or "there is too little memory for this"
+        Console(stderr=True, soft_wrap=True).print(styled(("error: ", "bold red"), said))
         sys.exit(2)
 
 

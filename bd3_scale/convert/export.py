@@ -82,7 +82,7 @@ class ExportPlan:
         predicts = tensor.name == HEAD or (tensor.name == EMBEDDING and not self.is_block_diffusion)
         if not predicts or mask_id >= len(values):
             return values
-        if not self.is_block_diffusion and tensor.name in (kept := self._source_rows()):
+        if not self.is_block_diffusion and tensor.name in (kept := rows_of_source(self.checkpoint)):
             values[mask_id] = kept[tensor.name].to(values.dtype)
         elif not self.is_block_diffusion or self.manifest.recipe.model.tie_embeddings:
             # Whoever draws the highest logit never meets the mask: its logit is the mean of the others. A tied row
@@ -95,10 +95,12 @@ class ExportPlan:
     def is_block_diffusion(self) -> bool:
         return self.kind in ("sdar", "bd3")
 
-    def _source_rows(self) -> dict[str, Tensor]:
-        """The rows of the source that a new mask took, of an import."""
-        path = file_in(self.checkpoint / IMPORTED, MASK_ROWS)
-        return {} if path is None else load_file(path)
+
+@reader("the rows that a mask took", path="checkpoint")
+def rows_of_source(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the rows of the source that a new mask took, of an import; none of other checkpoints."""
+    path = file_in(checkpoint / IMPORTED, MASK_ROWS)
+    return {} if path is None else load_file(path)
 
 
 def choose_format(manifest: CheckpointManifest, kind: Format | None) -> Format:

@@ -122,6 +122,8 @@ def _open(path: Path) -> tuple[Weights, list[Tensor], Mapping[str, Any]]:
         if safe or file_in(path, _PICKLED) is None:
             return _without_prefix(path, open_weights(path)), [], _config_in(path)
         path = path / _PICKLED
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file: give a file or a folder of that code")
     if _is_safetensors(path):
         return _without_prefix(path, _open_safetensors(path)), [], _config_in(path.parent)
     content = load_pickle(path)

@@ -70,6 +70,8 @@ def load_pickle(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: truncated, corrupt, no such file, no dictionary, or the pickle names what is no tensor's.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file: give a file of torch.save")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} {_what_it_is(path)}")
     others = [name for name in names_called(_program(path)) if not _OF_TENSORS.fullmatch(name)]

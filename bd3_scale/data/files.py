@@ -65,6 +65,8 @@ def _named_file(source: Path, suffixes: Sequence[str]) -> Path:
         raise FileNotFoundError(f"{source} does not exist; give {_expected(suffixes)}")
     if not source.name.lower().endswith(tuple(suffixes)):
         raise ValueError(f"{source} is not a kind of file that can be read here; give {_expected(suffixes)}")
+    if not source.is_file():
+        raise ValueError(f"{source} is no regular file, but a pipe, a device or a socket; give {_expected(suffixes)}")
     return source
 
 

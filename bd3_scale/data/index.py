@@ -71,6 +71,8 @@ def parse_index(place: Path | str, content: bytes) -> tuple[str, ...]:
         index = _ADAPTER.validate_json(content)
     except ValidationError as error:
         raise ValueError(f"{place} is damaged ({in_one_line(error)}); copy the data again") from error
+    if not any(shard.samples for shard in index.shards):
+        raise ValueError(f"{place} is damaged: it has no samples; copy the data again")
     for number, shard in enumerate(index.shards):
         columns = dict(
             zip(shard.column_names, zip(shard.column_encodings, shard.column_sizes, strict=False), strict=False)

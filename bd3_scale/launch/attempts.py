@@ -33,8 +33,8 @@ _ENDED = {
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
     """The ended attempts of a run, in order; a line that a full disk or a power cut has cut short is left out."""
     path, found = folder / "attempts.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(line)
             if isinstance(content, dict):
                 found.append(content)

@@ -51,8 +51,9 @@ def kill_wait() -> float:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+        # A pipe in its place would be waited for.
+        content = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -15,13 +15,14 @@ from bd3_scale.checkpoint.manifest import read_manifest
 from bd3_scale.checkpoint.source_ids import source_ids
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.architectures import config_json
-from bd3_scale.convert.export import plan_export
+from bd3_scale.convert.export import plan_export, rows_of_source
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.convert.inspect import inspect
 from bd3_scale.convert.names import named_tensors
 from bd3_scale.convert.official import open_official
 from bd3_scale.convert.official_pickle import load_pickle
 from bd3_scale.data.chat import ChatTemplate
+from bd3_scale.data.index import read_index
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.prompts import read_messages, read_prompts
@@ -179,6 +180,9 @@ CASES = {
     "data.manifest.load_manifest": Case(
         prepared_data, lambda folder: load_manifest(folder / "data"), ("data/manifest.json",)
     ),
+    "data.index.read_index": Case(
+        prepared_data, lambda folder: read_index(folder / "data/train/index.json"), ("data/train/index.json",)
+    ),
     "data.prompts.read_prompts": Case(prompts, lambda folder: read_prompts(folder), ("prompts.jsonl", "prompts.txt")),
     "data.prompts.read_messages": Case(
         messages, lambda folder: read_messages(folder / "messages.jsonl"), ("messages.jsonl",)
@@ -201,8 +205,50 @@ CASES = {
     "convert.importer.plan_import": Case(a_model, lambda folder: plan_import(folder).tensors, _WEIGHTS + _TOKENIZER),
     "convert.inspect.inspect": Case(a_model, inspect, _WEIGHTS + _TOKENIZER),
     "convert.export.plan_export": Case(an_import, lambda folder: plan_export(folder / "checkpoint"), _IMPORTED[:2]),
-    "evaluate.generative._open_judge": Case(a_model, Judge, _WEIGHTS + _TOKENIZER, examples=8),
+    "convert.export.rows_of_source": Case(
+        an_import, lambda folder: rows_of_source(folder / "checkpoint"), ("checkpoint/imported/mask_rows.safetensors",)
+    ),
+    "evaluate.generative._open_judge": Case(a_model, Judge, _WEIGHTS + _TOKENIZER, examples=4),
     "data.chat._template_and_tokens": Case(a_model, ChatTemplate, (*_TOKENIZER, "chat_template.jinja")),
 }
 
-OPENERS: dict[str, str] = {}
+# What opens files and is no reader, by the reason why it need not be one.
+OPENERS = {
+    "how readers open files": {
+        *("resilience.readers.read_regular", "resilience.readers.open_regular", "resilience.files.read_object"),
+        *("resilience.foreign.object_in", "resilience.foreign.weight_map", "resilience.foreign.for_transformers"),
+        *("convert.folder.read_config", "convert.folder._open", "recipe.plain_yaml.parse_yaml"),
+    },
+    "a part of a reader": {
+        *("checkpoint.tensors.TensorReader._slice", "checkpoint.storage.SafetensorsReader.read_data"),
+        *("convert.official._config_in", "convert.official._is_safetensors", "convert.official._open_safetensors"),
+        *("convert.official._read_safetensors", "convert.official_pickle._program"),
+        *("convert.official_pickle._what_it_is", "convert.importer._keep_source_files", "data.chat.template_file"),
+        *("data.prompts._prompts_of_jsonl", "data.prompts._prompts_of_txt", "data.tokenizer._read_backend"),
+        *("data.tokenizer.converted_sentencepiece", "data.tokenizer_folder.write_tokenizer", "data.manifest._fetch"),
+        *("launch.attempts.read_attempts", "launch.records.read_json", "observe.metrics._lines"),
+        *("recipe.load._read_extended", "train.resume._data_differences", "launch.submit.make_job"),
+    },
+    "documents, which `tests/data/test_sources.py` spoils": {"data.sources.DocumentReader.__iter__"},
+    "the bytes alone count, which are compared with a hash": {
+        *("resilience.files.file_hash", "data.shards.Shards._is_damaged"),
+        "data.shards._Stream._decompress_shard_part",
+    },
+    "a file of its own making, or of the machine": {
+        *("checkpoint.folder.name_latest", "checkpoint.store._tidy", "convert.check_export.check_export"),
+        *("convert.check_export.problems", "convert.check_export.main", "convert.remote_code_files.remote_code"),
+        *("data.mosaicml._SharedFile.__init__", "data.mosaicml._Lock.acquire", "data.mosaicml._lock_cache"),
+        *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
+        *("launch.commands._grown", "launch.local._explain", "launch.ranks.Ranks.explain_failure"),
+        *("launch.records.excluded_nodes", "launch.supervise.Supervisor._begin", "observe.environment._cpu_info"),
+        *("observe.memory.peak_rss_bytes", "observe.metrics._wandb_id", "resilience.faults._flip"),
+        *("resilience.files.Lines.__init__", "resilience.files.sync", "resilience.leftovers._make"),
+        *("resilience.leftovers._remove_if_left", "resilience.leftovers._spared_by_cleaners"),
+        *(
+            "resilience.output.hold_descriptors",
+            "resilience.output.results",
+            "resilience.output._Lasting._go_on_in_log",
+        ),
+        *("resilience.runlock.lock_run", "resilience.secret.shared_secret", "resilience.secret._make"),
+    },
+}

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bd3_scale.checkpoint.manifest import read_manifest
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.checkpoint.verify import check_checkpoint
 from bd3_scale.data.manifest import load_manifest
@@ -51,6 +52,30 @@ def test_checkpoint_manifests(data, pristine, checkpoint):
     assert bool(message(check_checkpoint, checkpoint, "full")) == (damaged != whole)
     manifest.write_bytes(json.dumps(data.draw(replaced(json.loads(whole)))).encode())
     message(check_checkpoint, checkpoint, "full")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": 4}, "is of format 4, and format 3 is read here: use the version that wrote it"),
+        ({"step": "x"}, "cannot be read by this version: step: Input should be a valid integer"),
+        ({"recipe": [1]}, "cannot be read by this version: recipe: "),
+    ],
+)
+def test_a_sealed_manifest_of_another_version_is_told_in_one_line(changes, words, checkpoint):
+    (checkpoint / "manifest.json").write_text(sealed(checkpoint, **changes))
+    found = message(read_manifest, checkpoint)
+    assert words in found
+    assert "\n" not in found
+
+
+def test_a_key_of_a_later_version_in_the_recipe_is_named(checkpoint):
+    recipe = json.loads((checkpoint / "manifest.json").read_text())["recipe"]
+    recipe["optimizer"]["warm_restarts"] = 2
+    (checkpoint / "manifest.json").write_text(sealed(checkpoint, recipe=recipe))
+    assert "it has the key recipe.optimizer.warm_restarts, which a newer version wrote" in message(
+        read_manifest, checkpoint
+    )
 
 
 def read_all(checkpoint):
