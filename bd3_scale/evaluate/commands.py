@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bd3_scale.data.chat import Messages
 from bd3_scale.observe.console import put
 from bd3_scale.observe.progress import Bar, is_rank_zero
 from bd3_scale.resilience.terminal import tell
+
+if TYPE_CHECKING:
+    from bd3_scale.data.chat import Messages
 
 app = typer.Typer()
 
