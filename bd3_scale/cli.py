@@ -154,7 +154,7 @@ def prepare(
         max_document_bytes=max_document << 20,
     )
     if as_json:
-        put(manifest.model_dump_json())
+        put(manifest.without_shards())
         return
     table = Table("", "documents", "sequences", "tokens", "dropped tokens", title=f"{out}, {seq_len} tokens a sequence")
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):

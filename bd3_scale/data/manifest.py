@@ -82,6 +82,10 @@ class Manifest(_Frozen):
         """Whether any sequence has tokens that are not trained on."""
         return any(split.shown_tokens > 0 for split in self.splits.values())
 
+    def without_shards(self) -> str:
+        """Return it as one line of JSON that holds what its file does: what the indices say of shards is left out."""
+        return self.model_dump_json(exclude={"train": {"shards"}, "validation": {"shards"}})
+
 
 def differing(old: Manifest, new: Manifest) -> list[str]:
     """What was asked for or read otherwise for two folders of prepared data, a line each."""
@@ -133,7 +137,7 @@ def data_hash(manifest: Manifest) -> str:
 
 def earlier_data_hash(manifest: Manifest) -> str:
     """Return the `data_hash` of earlier versions, of counts, paths and sizes: equal ones do not prove equal text."""
-    return _digits(manifest.model_dump_json(exclude={"train": {"shards"}, "validation": {"shards"}}))
+    return _digits(manifest.without_shards())
 
 
 def _digits(text: str) -> str:
