@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.launch.records import failures_without_progress
+from bd3_scale.launch.attempts import failures_without_progress
 from bd3_scale.resilience.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.launch
