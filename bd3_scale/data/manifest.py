@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +16,7 @@ from bd3_scale.data.index import INDEX_FILE, parse_index, read_index
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import write_atomically
+from bd3_scale.resilience.leftovers import temporary_folder
 from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 
 MANIFEST_FILE = "manifest.json"
@@ -200,11 +200,11 @@ def _fetch(remote: str, folder: Path) -> None:
     from bd3_scale.data.mosaicml import CloudDownloader
 
     contents: dict[str, bytes] = {}
-    with tempfile.TemporaryDirectory() as aside:
+    with temporary_folder("fetched") as aside:
 
         def fetch(name: str) -> str:
-            CloudDownloader.direct_download(os.path.join(remote, name), os.path.join(aside, name))
-            contents[name] = read_regular(Path(aside, name))
+            CloudDownloader.direct_download(os.path.join(remote, name), str(aside / name))
+            contents[name] = read_regular(aside / name)
             return os.path.join(remote, name)
 
         manifest = parse_manifest(fetch(MANIFEST_FILE), contents[MANIFEST_FILE])

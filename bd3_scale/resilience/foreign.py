@@ -14,10 +14,10 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from bd3_scale.resilience.files import read_object
+from bd3_scale.resilience.leftovers import temporary_folder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -146,19 +146,19 @@ def for_transformers(folder: Path) -> Iterator[Path]:
 
     ValueError, FileNotFoundError: see `file_in` and `weight_files`.
     """
-    with TemporaryDirectory(prefix="bd3_scale-model-") as scratch:
+    with temporary_folder("model") as scratch:
         for name in _SETTINGS:
             content = object_in(folder, name)
             kept = without_code(content) if name == CONFIG else settings_of(content) | _class_of(content)
             if content:
-                Path(scratch, name).write_text(json.dumps(kept), encoding="utf-8")
+                (scratch / name).write_text(json.dumps(kept), encoding="utf-8")
         vocabularies = {name: path for name in _VOCABULARIES if (path := file_in(folder, name))}
         has_weights = any(os.path.lexists(folder / name) for name in (WEIGHTS, WEIGHTS_INDEX))
         for name, path in (vocabularies | (weight_files(folder) if has_weights else {})).items():
-            Path(scratch, name).symlink_to(path.absolute())
+            (scratch / name).symlink_to(path.absolute())
         if file_in(folder, WEIGHTS_INDEX):
-            Path(scratch, WEIGHTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map(folder)}))
-        yield Path(scratch)
+            (scratch / WEIGHTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map(folder)}))
+        yield scratch
 
 
 def _class_of(content: Mapping[str, Any]) -> dict[str, str]:
