@@ -13,6 +13,8 @@ from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 INDEX_FILE = "index.json"
 # Of a shard, in bytes as unpacked; `prepare` ends one before it has a quarter of that.
 SHARD_LIMIT = 1 << 28
+# Of an index: some hundred bytes a shard, of which 100 TB of text have more than a million.
+INDEX_LIMIT = 1 << 30
 Count = Annotated[int, Field(ge=0)]
 # A file of the split's own folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -58,7 +60,7 @@ _ADAPTER = TypeAdapter(_Index)
 @reader("an index of shards")
 def read_index(path: Path) -> tuple[str, ...]:
     """Return what an index says of each shard's contents, see `parse_index`."""
-    return parse_index(path, read_regular(path))
+    return parse_index(path, read_regular(path, INDEX_LIMIT))
 
 
 def parse_index(place: Path | str, content: bytes) -> tuple[str, ...]:

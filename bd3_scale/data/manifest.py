@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bd3_scale.data.chat import CHAT_TEMPLATE
-from bd3_scale.data.index import INDEX_FILE, parse_index, read_index
+from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, parse_index, read_index
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import write_atomically
@@ -204,7 +204,7 @@ def _fetch(remote: str, folder: Path) -> None:
 
         def fetch(name: str) -> str:
             CloudDownloader.direct_download(os.path.join(remote, name), str(aside / name))
-            contents[name] = read_regular(aside / name)
+            contents[name] = read_regular(aside / name, INDEX_LIMIT)
             return os.path.join(remote, name)
 
         manifest = parse_manifest(fetch(MANIFEST_FILE), contents[MANIFEST_FILE])
