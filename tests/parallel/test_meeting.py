@@ -8,11 +8,14 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bd3_scale.parallel.groups import process_groups
+from bd3_scale.recipe.schema import ParallelRecipe
 from bd3_scale.resilience.secret import shared_secret
 from tests.parallel import strangers
 from tests.support import forks
@@ -142,3 +145,16 @@ def test_a_secret_that_others_may_have_made_or_read_is_refused(spoil: Callable[[
     spoil(path)
     with pytest.raises((ValueError, OSError), match=r"\.secret"):
         shared_secret(path)
+
+
+def test_process_groups_leave_a_notebook_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    def state() -> list[object]:
+        handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+        return [sys.stdout, sys.stderr, sys.excepthook, tempfile.gettempdir(), handlers]
+
+    before = state()
+    with pytest.raises(RuntimeError, match="mine"), process_groups(ParallelRecipe()):
+        assert state() == before
+        raise RuntimeError("mine")
+    assert state() == before
+    assert capfd.readouterr().out == ""
