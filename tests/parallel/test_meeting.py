@@ -152,9 +152,13 @@ def test_process_groups_leave_a_notebook_as_it_was(capfd: pytest.CaptureFixture[
         handlers = [signal.getsignal(number) for number in signal.valid_signals()]
         return [sys.stdout, sys.stderr, sys.excepthook, tempfile.gettempdir(), handlers]
 
+    def work() -> None:
+        with process_groups(ParallelRecipe()):
+            assert state() == before
+            raise RuntimeError("mine")
+
     before = state()
-    with pytest.raises(RuntimeError, match="mine"), process_groups(ParallelRecipe()):
-        assert state() == before
-        raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="mine"):
+        work()
     assert state() == before
     assert capfd.readouterr().out == ""
