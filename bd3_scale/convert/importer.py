@@ -193,7 +193,7 @@ def _manifest(plan: ImportPlan) -> CheckpointManifest:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plan.source.resolve().name).lstrip("._-") or "imported"
     recipe = ImportedRecipe(
         name=name,
-        imported_from=f"{plan.architecture}, {plan.source.name}",
+        imported_from="".join(c if c.isprintable() else " " for c in f"{plan.architecture}, {plan.source.name}"),
         source_fingerprint=plan.fingerprint,
         model=plan.model,
         diffusion=plan.diffusion,

@@ -142,7 +142,7 @@ def _training(manifest: CheckpointManifest) -> str:
         text = resolved_yaml(manifest.recipe)
         fence = _fence(text, 3)
         return f"{fence}yaml\n{text}{fence}\n"
-    source = "".join(letter if letter.isprintable() else " " for letter in manifest.recipe.imported_from)
+    source = manifest.recipe.imported_from
     fence = _fence(source, 1)
     return f"Not trained by bd3_scale: imported from {fence} {source} {fence}.\n"
 

@@ -140,7 +140,14 @@ def test_what_cannot_be_read_is_not_taken_for_damage(two, monkeypatch):
         with pytest.raises(ValueError, match=message):
             newest_sound(older.parent, "full")
         assert list_checkpoints(older.parent) == [older, newer]
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    really_open = os.open
+
+    def fails(path, *args, **kwargs):
+        if Path(path).name == "manifest.json":
+            raise OSError(5, "Input/output error")
+        return really_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fails)
     with pytest.raises(ValueError, match=r"rank 0 cannot read a checkpoint: .* Input/output error"):
         newest_sound(older.parent, "full")
     assert list_checkpoints(older.parent) == [older, newer]

