@@ -156,12 +156,16 @@ def _sbatch(run_dir: Path, count: int) -> list[str]:
     folder = run_dir / SLURM_FOLDER
     (folder / "stop").unlink(missing_ok=True)
     exclude = [f"--exclude={names}"] if (names := excluded_nodes(folder)) else []
+    # None starts before all are taken.
+    hold = ["--hold"] if count > 1 else []
     jobs: list[str] = []
     try:
         for _ in range(count):
-            said = slurm("sbatch", "--parsable", *exclude, str(folder / "job.sh"))
+            said = slurm("sbatch", "--parsable", *hold, *exclude, str(folder / "job.sh"))
             jobs.append(said.strip().partition(";")[0])
         write_atomically(folder / SUBMITTED, json.dumps({"jobs": jobs}))
+        if hold:
+            slurm("scontrol", "release", ",".join(jobs))
     except BaseException:
         if jobs:
             slurm("scancel", *jobs, check=False)
