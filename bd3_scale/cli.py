@@ -291,7 +291,7 @@ def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Se
 
 
 def _default_threads(processes: int) -> int:
-    """Of a process: $OMP_NUM_THREADS, so that trainings can share a machine, else its share of the cores."""
+    """Return the threads of a process: $OMP_NUM_THREADS, for trainings that share a machine, or its share of cores."""
     inherited = os.environ.get("OMP_NUM_THREADS", "")
     return (
         int(inherited)

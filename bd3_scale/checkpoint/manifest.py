@@ -39,7 +39,7 @@ class FileRecord(BaseModel):
 
 
 def file_record(path: Path) -> FileRecord:
-    """Of a file as it is now; reads it."""
+    """Return the size and hash of a file as it is now; reads it."""
     return FileRecord(bytes=path.stat().st_size, xxh3=file_hash(path))
 
 
@@ -135,7 +135,7 @@ def _problem(error: ValidationError) -> str:
 
 
 def _check_seal(path: Path, text: str) -> None:
-    """Whether the text is what was written, whatever it means."""
+    """Check that the text is what was written, whatever it means."""
     sealed = _SEALED.search(text)
     damaged = CheckpointDamagedError(f"{path} is damaged: it is not what was written; use an earlier checkpoint")
     if sealed and _digest(text[: sealed.start(1)] + text[sealed.end(1) :]) != sealed[1]:

@@ -20,7 +20,7 @@ DAMAGED = "damaged-"
 
 
 def check_together(folder: Path, mode: Mode) -> str | None:
-    """What is damaged of a checkpoint, of which each rank reads a share, or None (collective).
+    """Return what is damaged of a checkpoint, of which each rank reads a share, or None (collective).
 
     ValueError, OSError, on all ranks: a rank cannot read it, or sees another state of it than rank 0.
     """
@@ -66,7 +66,7 @@ def newest_sound(checkpoints: Path, mode: Mode) -> tuple[Path, CheckpointManifes
 
 
 def _problem(folder: Path, mode: Mode, rank: int, world: int) -> list[str]:
-    """Of what kind (damaged or unreadable) and what it is; both empty where there is none."""
+    """Return the kind of problem (damaged or unreadable) and its text; both are empty where there is none."""
     try:
         check_checkpoint(folder, mode, slice(rank, None, world))
     except CheckpointDamagedError as error:

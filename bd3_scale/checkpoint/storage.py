@@ -128,7 +128,7 @@ def box_name(key: str, offset: Iterable[int]) -> str:
 def index_entry(
     dtype: torch.dtype, shape: Iterable[int], boxes: Iterable[tuple[Iterable[int], Iterable[int], str]]
 ) -> dict[str, Any]:
-    """What the index says of a tensor; boxes are (offset, shape, file)."""
+    """Holds what the index says of a tensor; boxes are (offset, shape, file)."""
     listed = [{"offset": list(offset), "shape": list(size), "file": file} for offset, size, file in boxes]
     return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "boxes": listed}
 
