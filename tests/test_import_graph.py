@@ -16,13 +16,18 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "bd3_scale"
 
 FLOORS = [
+    {"registry"},
     {"diffusion", "attention", "resilience"},
     {"recipe"},
     {"model", "observe"},
     {"parallel", "launch"},
-    {"data", "checkpoint", "generate"},
+    {"data"},
+    {"objective"},
+    {"checkpoint"},
+    {"generate"},
     {"evaluate"},
     {"train", "convert"},
+    {"api"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -36,11 +41,13 @@ RESERVED = {
     "recipes": set(),
     "cluster": set(),
     "tools": set(),
+    "reproduction": set(),
     "tests": set(),
 }
 # Used where a machine has them: triton comes with a CUDA torch, NVIDIA's apex is built from source.
 OPTIONAL = {"lm_eval", "sklearn", "triton", "amp_C", "apex"}
 STANDARD_LIBRARY_ALONE = {
+    "registry.py",
     *(f"launch/{name}.py" for name in ("attempts", "local", "ranks", "records", "supervise", "watch")),
     *(
         f"resilience/{name}.py"

@@ -11,7 +11,7 @@ from bd3_scale.convert.architectures import export_obstacles
 from bd3_scale.convert.importer import ImportPlan, plan_import, run_import
 from bd3_scale.data.manifest import MANIFEST_FILE
 from bd3_scale.data.prepare import prepare
-from bd3_scale.evaluate.writing import checkpoint_tokenizer
+from bd3_scale.generate.text import checkpoint_tokenizer
 from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
 from bd3_scale.recipe.load import load_recipe, resolved_yaml
 from bd3_scale.recipe.schema import ImportedRecipe

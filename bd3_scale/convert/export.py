@@ -31,7 +31,7 @@ from bd3_scale.convert.remote_code_files import remote_code
 from bd3_scale.convert.serving import SGLANG_CONFIG, model_card, sglang_config
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
-from bd3_scale.evaluate.writing import checkpoint_tokenizer
+from bd3_scale.generate.text import checkpoint_tokenizer
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder

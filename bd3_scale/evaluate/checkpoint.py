@@ -25,7 +25,7 @@ from bd3_scale.evaluate.nelbo import HeldOut, counted_tokens, evaluate_nelbo, is
 from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.evaluate.text_bytes import counted_bytes
 from bd3_scale.evaluate.unigram import unigram_perplexity
-from bd3_scale.evaluate.writing import checkpoint_tokenizer
+from bd3_scale.generate.text import checkpoint_tokenizer
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, Recipe

@@ -214,7 +214,7 @@ def generate(
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.data.prompts import read_messages, read_prompts
     from bd3_scale.evaluate.tables import show_written
-    from bd3_scale.evaluate.writing import write_texts
+    from bd3_scale.generate.text import write_texts
     from bd3_scale.observe.denoising import DenoisingView
 
     lines = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.mauve import SMALLEST_SAMPLE, human_texts, mauve
-from bd3_scale.evaluate.writing import Written, write_texts
+from bd3_scale.generate.text import Written, write_texts
 from bd3_scale.observe.libraries import without_broken_torchvision
 from bd3_scale.resilience.foreign import CONFIG, for_transformers, object_in, weight_files
 from bd3_scale.resilience.readers import in_one_line, reader

@@ -28,8 +28,8 @@ from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.evaluate.bounds import ContinuationBounds
 from bd3_scale.evaluate.checkpoint import LONGEST_CONTEXT
-from bd3_scale.evaluate.writing import checkpoint_tokenizer, stop_ids, text_before
 from bd3_scale.generate.sampler import generate
+from bd3_scale.generate.text import checkpoint_tokenizer, stop_ids, text_before
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.observe.console import say
 from bd3_scale.parallel.groups import ProcessGroups

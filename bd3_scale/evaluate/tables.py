@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bd3_scale.evaluate.checkpoint import Evaluation
 from bd3_scale.evaluate.generative import Generative
-from bd3_scale.evaluate.writing import Written
+from bd3_scale.generate.text import Written
 from bd3_scale.observe.console import Console, put, styled
 
 

@@ -20,7 +20,7 @@ from bd3_scale.convert.check_export import expectations, expected_logits, proble
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
-from bd3_scale.evaluate.writing import checkpoint_tokenizer, stop_ids
+from bd3_scale.generate.text import checkpoint_tokenizer, stop_ids
 from tests.convert.models import BYTES, QWEN_SHAPE, TIED, config, native_checkpoint, save_folder, tensors
 from tests.convert.models import transformers_model as a_model
 

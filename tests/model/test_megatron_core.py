@@ -11,7 +11,7 @@ HEAVY = ("torch._dynamo", "torch._inductor", "transformers", "wandb")
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("module", ["bd3_scale.train.main", "bd3_scale.evaluate.writing", "bd3_scale.parallel.engine"])
+@pytest.mark.parametrize("module", ["bd3_scale.train.main", "bd3_scale.generate.text", "bd3_scale.parallel.engine"])
 def test_a_start_imports_neither_a_compiler_nor_what_only_some_runs_need(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run(

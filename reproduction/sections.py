@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tools.reproduction import paper
-from tools.reproduction.findings import MAIN, Findings, table
-from tools.reproduction.rows import BLOCKS, LONG
-from tools.reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, Seeds, together
+from reproduction import paper
+from reproduction.findings import MAIN, Findings, table
+from reproduction.rows import BLOCKS, LONG
+from reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, Seeds, together
 
 
 def samples(found: Findings) -> str:

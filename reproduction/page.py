@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tools.reproduction import likelihood, masking, plots, sections
-from tools.reproduction.findings import HELD_OUT, MAIN, Findings, table
-from tools.reproduction.records import read_records
-from tools.reproduction.rows import BLOCKS, INTERVALS, Scale, rows
+from reproduction import likelihood, masking, plots, sections
+from reproduction.findings import HELD_OUT, MAIN, Findings, table
+from reproduction.records import read_records
+from reproduction.rows import BLOCKS, INTERVALS, Scale, rows
 
 Section = tuple[str, tuple[str, ...], Callable[[Findings], str], Callable[[Findings, Path], None] | None, str]
 
@@ -31,9 +31,7 @@ def write_page(scale: Scale, folder: Path) -> Path:
         wanting = [row for row in needed if not found.has(row)]
         parts.append(f"## {number}. {title}")
         if wanting or (number == 8 and ("efficiency", 0) not in records):
-            parts.append(
-                f"Not measured yet: {', '.join(wanting) or 'efficiency'} (`python tools/reproduce.py` goes on)."
-            )
+            parts.append(f"Not measured yet: {', '.join(wanting) or 'efficiency'} (`python -m reproduction` goes on).")
             continue
         parts.append(text(found))
         if picture is not None:
@@ -92,7 +90,7 @@ def _head(found: Findings) -> str:
     return (
         "# The paper's tables in small\n\n"
         f"{warning}"
-        "Written by `python tools/reproduce.py` from the records of its runs; nothing here is written by hand. Every "
+        "Written by `python -m reproduction` from the records of its runs; nothing here is written by hand. Every "
         f"row is the same model ({model.num_layers} layers of {model.hidden_size}, [recipe]({_recipe_link(scale)})) on "
         f"the same text, {tokens:,} tokens in {scale.steps} steps, {len(scale.seeds)} seeds, unless it says otherwise. "
         f"Sequences have {scale.length} tokens{bytes_of_text}. Held-out text is {scale.sequences:,} sequences of "

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.writing import encode_prompt, kept_tokens, settled
+from bd3_scale.generate.text import encode_prompt, kept_tokens, settled
 from tests.support.recipes import tiny_recipe
 
 BYTES = load_tokenizer("bytes")
@@ -33,7 +33,7 @@ def test_a_stop_string_keeps_the_fewest_tokens_that_hold_it(text, stop, kept):
 def test_a_byte_model_is_stuck_below_three_quarters_of_the_median_of_its_held_out_text(tmp_path, monkeypatch):
     from bd3_scale.checkpoint.manifest import CheckpointManifest
     from bd3_scale.data.prepare import prepare
-    from bd3_scale.evaluate.writing import default_min_entropy
+    from bd3_scale.generate.text import default_min_entropy
     from bd3_scale.recipe.schema import Recipe
 
     (tmp_path / "t.txt").write_text("abcdefg" * 400)  # 255 letters and EOS at the end, all alike elsewhere

@@ -1,4 +1,4 @@
-"""One training and its measurements, in a process of its own: `python -m tools.reproduction.worker JOB.json`.
+"""One training and its measurements, in a process of its own: `python -m reproduction.worker JOB.json`.
 
 What is measured becomes a record, a JSON file that appears when all of it is done. A job that was interrupted goes on
 from its newest checkpoint.
@@ -26,13 +26,13 @@ from bd3_scale.diffusion.interval import candidates
 from bd3_scale.diffusion.nelbo import sequence_nelbo
 from bd3_scale.evaluate.generative import Judge, judged
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo, evaluation_noise, masked_nll, next_token_nll
-from bd3_scale.evaluate.writing import Written, write_texts
+from bd3_scale.generate.text import Written, write_texts
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe
-from tools.reproduction.autoregressive import export, write_autoregressively
-from tools.reproduction.records import write_record
-from tools.reproduction.rows import LONG
+from reproduction.autoregressive import export, write_autoregressively
+from reproduction.records import write_record
+from reproduction.rows import LONG
 
 COMMAND = Path(sys.executable).with_name("bd3-scale")
 BATCH = 64

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from tools.reproduction import paper
-from tools.reproduction.findings import HELD_OUT, MAIN, Findings, table
-from tools.reproduction.rows import BASE_SHARE, BLOCKS
-from tools.reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, fluctuation, together
+from reproduction import paper
+from reproduction.findings import HELD_OUT, MAIN, Findings, table
+from reproduction.rows import BASE_SHARE, BLOCKS
+from reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, fluctuation, together
 
 
 def perplexity(found: Findings) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools.reproduction.rows import Row, Scale, rows
-from tools.reproduction.statistics import Difference, Measured, Seeds, interval
+from reproduction.rows import Row, Scale, rows
+from reproduction.statistics import Difference, Measured, Seeds, interval
 
 HELD_OUT = "held-out"
 MAIN = ("ar", "l4", "l8", "l16", "mdlm")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tools.reproduction.findings import MAIN, Findings
-from tools.reproduction.masking import (
+from reproduction.findings import MAIN, Findings
+from reproduction.masking import (
     best_clipped,
     chosen,
     clipped_name,
@@ -18,8 +18,8 @@ from tools.reproduction.masking import (
     searched_rows,
     tenths,
 )
-from tools.reproduction.rows import INTERVALS, LONG
-from tools.reproduction.statistics import interval
+from reproduction.rows import INTERVALS, LONG
+from reproduction.statistics import interval
 
 
 def perplexity(found: Findings, out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bd3_scale.observe.environment import read_environment
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[1]
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bd3_scale.diffusion.interval import FULL, Interval
-from tools.reproduction import paper
-from tools.reproduction.findings import HELD_OUT, Findings, table
-from tools.reproduction.rows import BLOCKS, INTERVALS
-from tools.reproduction.statistics import FAILS, HOLDS, UNDECIDED, together
+from reproduction import paper
+from reproduction.findings import HELD_OUT, Findings, table
+from reproduction.rows import BLOCKS, INTERVALS
+from reproduction.statistics import FAILS, HOLDS, UNDECIDED, together
 
 Variances = dict[Interval, tuple[float, float]]
 

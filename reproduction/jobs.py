@@ -19,11 +19,11 @@ from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.recipe.load import load_recipe
-from tools.reproduction.records import read_records
-from tools.reproduction.rows import Row, Scale, rows
+from reproduction.records import read_records
+from reproduction.rows import Row, Scale, rows
 
 COMMAND = Path(sys.executable).with_name("bd3-scale")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 GRACE_SECONDS = 120.0  # for a training that is asked to save and end
 
 
@@ -231,7 +231,7 @@ def _start(work: Work, row: Row, seed: int) -> subprocess.Popen[bytes]:
     path.write_text(json.dumps(work.job(row, seed)))
     with log.open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "tools.reproduction.worker", str(path)],
+            [sys.executable, "-m", "reproduction.worker", str(path)],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

@@ -1,8 +1,8 @@
 """Train, measure and write up the paper's tables in small: docs/reproduction.md.
 
-    python tools/reproduce.py --train books-train.jsonl.zst --validation books-valid.jsonl.zst \
+    python -m reproduction --train books-train.jsonl.zst --validation books-valid.jsonl.zst \
         --text wikitext2=wikitext2-test.txt --text ptb=ptb-test.txt
-    python tools/reproduce.py --quick
+    python -m reproduction --quick
 
 What has a record already (docs/reproduction/) is not done again: an interrupted reproduction goes on.
 """
@@ -22,15 +22,13 @@ import torch
 import typer
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
-
 from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.observe.progress import Bar
-from tools.reproduction import efficiency
-from tools.reproduction.jobs import Work, run_jobs
-from tools.reproduction.page import write_page
-from tools.reproduction.records import write_record
-from tools.reproduction.rows import SCALES
+from reproduction import efficiency
+from reproduction.jobs import Work, run_jobs
+from reproduction.page import write_page
+from reproduction.records import write_record
+from reproduction.rows import SCALES
 
 console = Console(highlight=False)
 

@@ -10,7 +10,7 @@ from typing import Any
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import Recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "paper-small"
+RECIPES = Path(__file__).parents[1] / "recipes" / "paper-small"
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,10 @@ from bd3_scale.evaluate.nelbo import HeldOut
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import DiffusionRecipe
-from tests.support import forks
-from tests.support.runs import wait_for
-from tools.reproduction.jobs import Work, end_all, fingerprint
-from tools.reproduction.masking import expected, order_of_intervals, parts_of_variance
-from tools.reproduction.rows import SCALES, rows
-from tools.reproduction.statistics import (
+from reproduction.jobs import Work, end_all, fingerprint
+from reproduction.masking import expected, order_of_intervals, parts_of_variance
+from reproduction.rows import SCALES, rows
+from reproduction.statistics import (
     FAILS,
     HOLDS,
     UNDECIDED,
@@ -37,12 +35,14 @@ from tools.reproduction.statistics import (
     interval,
     together,
 )
-from tools.reproduction.worker import moments_by_rate, sequence_nats
+from reproduction.worker import moments_by_rate, sequence_nats
+from tests.support import forks
+from tests.support.runs import wait_for
 
 ROOT = Path(__file__).parents[2]
 BYTES = load_tokenizer("bytes")
 ROWS = 16  # of the quick form
-COMMAND = [sys.executable, str(ROOT / "tools" / "reproduce.py"), "--quick"]
+COMMAND = [sys.executable, "-m", "reproduction", "--quick"]
 
 
 @pytest.mark.timeout(900)
@@ -107,7 +107,7 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     ],
 )
 def test_what_it_cannot_do_it_says(tmp_path, arguments, message):
-    line = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *arguments]
+    line = [sys.executable, "-m", "reproduction", *arguments]
     done = forks.run(line, cwd=tmp_path)
     assert done.returncode == 1
     assert message in done.stdout

@@ -1,0 +1,100 @@
+"""The doors of the package: named things that a person may add from outside, each kind in a registry.
+
+    from bd3_scale.registry import schedules
+
+    @schedules.register("smoothstep")
+    class Smoothstep: ...
+
+A recipe names modules of that kind under `plugins`, and the command line with `--plugin`; importing one runs its
+decorators. What the package brings is registered in the same way, by the modules that a registry names as its homes.
+
+Standard library alone: every room may import this one, and it imports none. The homes of what a recipe names
+(schedules, objectives, optimisers, attention backends) load without PyTorch, so that a launcher checks a recipe at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+Registered = TypeVar("Registered")
+
+
+class Registry(Generic[T]):
+    """Things of one kind by their names.
+
+    kind: what one of them is called in a message; homes: the modules that register the package's own.
+    """
+
+    def __init__(self, kind: str, *homes: str) -> None:
+        self._kind, self._homes = kind, homes
+        self._found: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[Registered], Registered]:
+        """Return a decorator that gives a class or function its name here.
+
+        ValueError: another one has the name. The same definition, run again as in a notebook, takes its own place.
+        """
+
+        def add(thing: Registered) -> Registered:
+            holder = self._found.get(name)
+            if holder is not None and _origin(holder) != _origin(thing):
+                raise ValueError(
+                    f"the {self._kind} {name!r} of {_origin(thing)[0]} has the name of one of {_origin(holder)[0]}: "
+                    "choose another name"
+                )
+            self._found[name] = thing  # type: ignore[assignment]
+            return thing
+
+        return add
+
+    def names(self) -> tuple[str, ...]:
+        """Return all names: the package's, then those of imported plug-ins."""
+        for home in self._homes:
+            importlib.import_module(home)
+        return tuple(self._found)
+
+    def get(self, name: str) -> T:
+        """Return what has this name. ValueError: nothing has; the message lists the nearest."""
+        known = self.names()
+        if name in self._found:
+            return self._found[name]
+        near = difflib.get_close_matches(name, known, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+        raise ValueError(
+            f"no {self._kind} is called {name!r}: {hint} One of a plug-in's needs its module, as `plugins: [MODULE]` "
+            "in the recipe or `bd3-scale --plugin MODULE …`"
+        )
+
+
+def import_plugins(modules: Sequence[str]) -> None:
+    """Import modules that register things. ValueError: one cannot be imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # noqa: BLE001: whatever a stranger's module raises, the person needs its name
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"the plug-in {module} cannot be imported ({reason}): install it, or put its folder on PYTHONPATH"
+            ) from error
+
+
+def _origin(thing: Any) -> tuple[str, str]:
+    return getattr(thing, "__module__", ""), getattr(thing, "__qualname__", repr(thing))
+
+
+schedules: Registry[Any] = Registry("noise schedule", "bd3_scale.diffusion.schedule")
+attention_backends: Registry[Any] = Registry("attention backend", "bd3_scale.attention.backends")
+source_formats: Registry[Any] = Registry("source format", "bd3_scale.data.sources")
+objectives: Registry[Any] = Registry(
+    "objective",
+    "bd3_scale.objective.block_diffusion",
+    "bd3_scale.objective.next_token",
+    "bd3_scale.objective.score_entropy",
+)
+optimizers: Registry[Any] = Registry("optimizer", "bd3_scale.parallel.optimizer")
+unmasking_rules: Registry[Any] = Registry("unmasking rule", "bd3_scale.generate.unmasking")
+text_sets: Registry[Any] = Registry("text set", "bd3_scale.evaluate.sets")

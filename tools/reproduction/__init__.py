@@ -1,1 +1,0 @@
-"""The paper's tables in small; `python tools/reproduce.py` is the command."""
