@@ -9,7 +9,7 @@ A recipe names modules of that kind under `plugins`, and the command line with `
 decorators. What the package brings is registered in the same way, by the modules that a registry names as its homes.
 
 Standard library alone: every room may import this one, and it imports none. The homes of what a recipe names
-(schedules, objectives, optimisers, attention backends) load without PyTorch, so that a launcher checks a recipe at once.
+(schedules, objectives, optimisers, attention backends) load without PyTorch: a launcher checks a recipe at once.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def import_plugins(modules: Sequence[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:  # noqa: BLE001: whatever a stranger's module raises, the person needs its name
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"the plug-in {module} cannot be imported ({reason}): install it, or put its folder on PYTHONPATH"
