@@ -33,6 +33,7 @@ from bd3_scale.evaluate.bounds import ContinuationBounds
 from bd3_scale.generate.sampler import Sample, generate_batch
 from bd3_scale.model.build import build_model
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.objective import objective_of
 from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
 from bd3_scale.recipe.schema import ImportedRecipe, Recipe
@@ -144,8 +145,8 @@ def qualities(
 ) -> list[dict[str, Any]]:
     """Every rule: tokens a second, tokens a pass, and the nats a token that the model itself gives what it wrote."""
     longest = -(-(tokens + 1) // recipe.diffusion.block_size) * recipe.diffusion.block_size
-    how_scored = {"block_size": recipe.diffusion.block_size, "max_length": longest, "draws": 4}
-    bounds, rows = ContinuationBounds(model, groups, **how_scored), []
+    objective = objective_of(recipe.diffusion, model.vocabulary)
+    bounds, rows = ContinuationBounds(model, groups, objective, max_length=longest, draws=4), []
     for name, how in RULES.items():
         seconds, samples = timed(model, recipe.diffusion.block_size, batch, tokens, **how)
         written = sum(len(sample.tokens) for sample in samples)

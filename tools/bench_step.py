@@ -32,19 +32,18 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import next_tokens
 from bd3_scale.model.build import attention_backend, build_model
 from bd3_scale.model.rows import ModelInputs
+from bd3_scale.objective import NextToken, Objective, objective_of
 from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.observe.flops import peak_flops
 from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.parallel.engine import TrainingEngine
-from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
+from bd3_scale.parallel.groups import ProcessGroups, local_device, placement, process_groups
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
-from bd3_scale.train.inputs import step_inputs
 from bd3_scale.train.tiles import settle_tiles
 from tools.plain_step import PlainStep
 
@@ -112,16 +111,18 @@ def synthetic(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, ste
 
 def makers(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups) -> dict[str, MakeInputs]:
     """How each objective makes a step's micro-batches."""
-    placed: dict[str, Any] = {"device": local_device(), "context": (groups.cp.rank(), groups.cp.size())}
+    how: dict[str, Any] = {"seed": recipe.seed, "global_batch_size": recipe.train.global_batch_size, "intervals": {}}
 
-    def block_diffusion(step: int) -> list[ModelInputs]:
-        how = {"intervals": {}, "mask_id": vocabulary.mask_id, **placed}
-        return [step_inputs(recipe, micro, step, **how) for micro in synthetic(recipe, vocabulary, groups, step)]
+    def maker(objective: Objective) -> MakeInputs:
+        return lambda step: [
+            objective.training_inputs(micro, step, **how, place=placement(groups))
+            for micro in synthetic(recipe, vocabulary, groups, step)
+        ]
 
-    def autoregressive(step: int) -> list[ModelInputs]:
-        return [next_tokens(micro, **placed) for micro in synthetic(recipe, vocabulary, groups, step)]
-
-    return {"bd3": block_diffusion, "ar": autoregressive}
+    return {
+        "bd3": maker(objective_of(recipe.diffusion, vocabulary)),
+        "ar": maker(NextToken(recipe.diffusion, vocabulary)),
+    }
 
 
 class Phases:

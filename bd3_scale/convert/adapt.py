@@ -12,6 +12,7 @@ from bd3_scale.convert.importer import ImportPlan, plan_import, run_import
 from bd3_scale.data.manifest import MANIFEST_FILE
 from bd3_scale.data.prepare import prepare
 from bd3_scale.generate.text import checkpoint_tokenizer
+from bd3_scale.objective import objectives
 from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
 from bd3_scale.recipe.load import load_recipe, resolved_yaml
 from bd3_scale.recipe.schema import ImportedRecipe
@@ -44,13 +45,13 @@ def prepare_adaptation(
             there is neither prepared data nor text.
     """
     plan = plan_import(source, mask_token=mask_token, bos=bos)
-    if plan.diffusion.objective != "next_token" or plan.tokenizer is None:
+    if objectives.get(plan.diffusion.objective).fills_masks or plan.tokenizer is None:
         raise ValueError(
             f"{source} is {plan.architecture}, no autoregressive model with a tokeniser: train from an import"
         )
     recipe = load_recipe(recipe_file, overrides, {"model": plan.model.model_dump(mode="json"), "init_from": None})
     check_recipe(recipe, world_size_for_launch(recipe))
-    if obstacle := export_obstacles(plan.model, recipe.diffusion)["sdar"]:
+    if obstacle := export_obstacles(plan.model, objectives.get(recipe.diffusion.objective))["sdar"]:
         note(f"the adapted model will not run in SGLang or LMDeploy, but in transformers: {obstacle}")
     initial, data = recipe.run_path / INITIAL, Path(recipe.data.path)
     prepared = recipe.data.remote is not None or (data / MANIFEST_FILE).is_file()

@@ -32,6 +32,7 @@ from bd3_scale.convert.serving import SGLANG_CONFIG, model_card, sglang_config
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.generate.text import checkpoint_tokenizer
+from bd3_scale.objective import objectives
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
@@ -105,7 +106,7 @@ def rows_of_source(checkpoint: Path) -> dict[str, Tensor]:
 
 def choose_format(manifest: CheckpointManifest, kind: Format | None) -> Format:
     """`kind` if the model can become it, else the first that it can. ValueError: it cannot, with the reason."""
-    obstacles = export_obstacles(manifest.recipe.model, manifest.recipe.diffusion)
+    obstacles = export_obstacles(manifest.recipe.model, objectives.get(manifest.recipe.diffusion.objective))
     possible = [name for name, obstacle in obstacles.items() if obstacle is None]
     if kind is None and not possible:
         reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())

@@ -14,6 +14,7 @@ from bd3_scale.convert.architectures import ARCHITECTURES, Format, export_obstac
 from bd3_scale.convert.folder import open_weights, read_config
 from bd3_scale.convert.official import is_official, open_official
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from bd3_scale.objective import BlockDiffusion, objectives
 from bd3_scale.recipe.load import resolved_yaml
 from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, Recipe
 from bd3_scale.resilience.foreign import CONFIG, file_in
@@ -106,7 +107,7 @@ def _inspect_native(path: Path, verify: bool) -> Inspection:
         bytes=size,
         health=health,
         sound=not damaged,
-        exports=export_obstacles(recipe.model, recipe.diffusion),
+        exports=export_obstacles(recipe.model, objectives.get(recipe.diffusion.objective)),
         details=details,
         tensors=tensors,
     )
@@ -128,7 +129,7 @@ def _inspect_huggingface(path: Path) -> Inspection:
             details["import"] = f"no: {error}"
         else:
             details |= _model_details(architecture.model, architecture.diffusion)
-            exports = export_obstacles(architecture.model, architecture.diffusion)
+            exports = export_obstacles(architecture.model, objectives.get(architecture.diffusion.objective))
     return Inspection(
         path=str(path),
         kind=name if name in ARCHITECTURES else f"{name}, which cannot be imported; {', '.join(ARCHITECTURES)} can",
@@ -153,7 +154,7 @@ def _inspect_official(path: Path) -> Inspection:
         bytes=sum(math.prod(s) * weights.dtypes[n].itemsize for n, s in weights.shapes.items()),
         health="all files open; the format keeps no hashes",
         sound=True,
-        exports=export_obstacles(official.model, diffusion),
+        exports=export_obstacles(official.model, BlockDiffusion),
         details=_model_details(official.model, diffusion) | {"block size": official.block_size or "unknown"},
         tensors=_infos(weights.shapes, {n: str(d).removeprefix("torch.") for n, d in weights.dtypes.items()}),
     )

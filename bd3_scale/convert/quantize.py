@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.nelbo import evaluate_nelbo
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.objective import Objective, objective_of
 from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe
@@ -145,7 +146,8 @@ def run_quantize(
     check_undamaged(plan)
     check_writable(out.parent, plan.num_bytes)
     with new_folder(out) as folder, open_model(plan.checkpoint) as (model, manifest, groups):
-        measure = _Measure(model, groups, data, manifest.recipe.diffusion, evaluation_sequences, draws)
+        objective = objective_of(manifest.recipe.diffusion, manifest.vocabulary)
+        measure = _Measure(model, groups, data, objective, evaluation_sequences, draws)
         done, total = 0, 2 * measure.sequences + len(plan.tensors)
 
         def advance(count: int) -> None:
@@ -157,7 +159,7 @@ def run_quantize(
         quantizer = _Quantizer(plan, model, scheme, method, advance)
         quantizer.cast()
         before = measure()
-        calibration = Calibration(model, data, manifest.recipe.diffusion, calibration_sequences)
+        calibration = Calibration(model, data, objective, calibration_sequences)
         sizes = {name: size for t in plan.tensors for name, size in quantizer.sizes(t).items()}
         with TensorReader(plan.checkpoint) as reader:
             write_shards(folder, quantizer.tensors(reader, calibration), sizes)
@@ -196,11 +198,11 @@ class _Measure:
         model: BlockDiffusionTransformer,
         groups: ProcessGroups,
         data: DataRecipe,
-        diffusion: Any,
+        objective: Objective,
         sequences: int,
         draws: int,
     ) -> None:
-        self._model, self._groups, self._data, self._diffusion, self._draws = model, groups, data, diffusion, draws
+        self._model, self._groups, self._data, self._objective, self._draws = model, groups, data, objective, draws
         self._manifest = load_manifest(data.path, data.remote)
         assert self._manifest.validation is not None, "see check_data"
         self.sequences = min(sequences, self._manifest.validation.sequences)
@@ -214,7 +216,7 @@ class _Measure:
             [self._model],
             batches,
             self._groups,
-            diffusion=self._diffusion,
+            objective=self._objective,
             draws=self._draws,
             progress=self.progress,
         ).nelbo

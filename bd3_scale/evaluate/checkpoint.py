@@ -21,14 +21,15 @@ from bd3_scale.data.overlap import count_known, hashes_of, read_hashes
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, IntervalVariance
-from bd3_scale.evaluate.nelbo import HeldOut, counted_tokens, evaluate_nelbo, is_exact
+from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.evaluate.text_bytes import counted_bytes
 from bd3_scale.evaluate.unigram import unigram_perplexity
 from bd3_scale.generate.text import checkpoint_tokenizer
+from bd3_scale.objective import Objective, objective_of
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.checks import check_block_size
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, Recipe
+from bd3_scale.recipe.schema import DataRecipe, Recipe
 from bd3_scale.resilience.leftovers import temporary_folder
 
 EVALUATION_BATCH = 16
@@ -38,7 +39,7 @@ LONGEST_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`nelbo` and its standard errors in nats a token; `exact`: it is the likelihood and no bound, see `is_exact`.
+    """`nelbo` and its standard errors in nats a token; `exact`: it is the likelihood and no bound.
 
     text: `held-out`, or the name of another text. context: tokens of a sequence, which begins without any before it.
     padded_nelbo: with what pads the last block of a document counted, see `HeldOut`; None where no block is so.
@@ -89,12 +90,12 @@ class _Measured:
         share = {"dp_rank": dp_rank, "dp_size": dp_size, "sequences": sequences}
         return held_out_batches(self.recipe, self.data, batch_size=EVALUATION_BATCH, **share)
 
-    def bytes(self, sequences: int, diffusion: DiffusionRecipe) -> int:
-        """UTF-8 bytes of the text of the tokens that count for a model of `diffusion`."""
-        if sequences == self.split.sequences and diffusion.objective != "next_token" and not self.data.messages:
+    def bytes(self, sequences: int, objective: Objective) -> int:
+        """Return the UTF-8 bytes of the text of the tokens that count for a model of `objective`."""
+        if sequences == self.split.sequences and objective.predicts_first and not self.data.messages:
             return self.split.text_bytes
         batches = self.batches(sequences)
-        return counted_bytes(batches, self.tokenizer, lambda batch: counted_tokens(batch, diffusion).counted)
+        return counted_bytes(batches, self.tokenizer, lambda batch: objective.counting(batch).counted)
 
 
 def evaluate_checkpoint(
@@ -128,22 +129,19 @@ def evaluate_checkpoint(
         raise ValueError("texts are measured in place of held-out data: give one of --text and --data")
     with ExitStack() as stack:
         model, manifest, groups = stack.enter_context(open_model(checkpoint))
-        sizes = [
-            manifest.recipe.diffusion.model_copy(update={"block_size": size})
-            for size in block_sizes or (manifest.recipe.diffusion.block_size,)
-        ]
-        for diffusion in sizes:
-            if diffusion.objective == "next_token" and (diffusion.block_size != 1 or intervals):
-                raise ValueError(
-                    "a next-token model has neither blocks nor mask rates: leave --block-size and --intervals"
-                )
+        trained = objective_of(manifest.recipe.diffusion, manifest.vocabulary)
+        if not trained.fills_masks and (intervals or set(block_sizes) - {trained.block_size}):
+            raise ValueError(
+                "a model that masks nothing has neither blocks nor mask rates: leave --block-size and --intervals"
+            )
+        sizes = [trained.at(size) for size in block_sizes or (trained.block_size,)]
         if texts:
-            measured = _prepared(checkpoint, manifest, texts, [diffusion.block_size for diffusion in sizes], stack)
+            measured = _prepared(checkpoint, manifest, texts, [objective.block_size for objective in sizes], stack)
         else:
             measured = [_held_out(checkpoint, manifest, data_path)]
-        for diffusion in sizes:
+        for objective in sizes:
             for text in measured:
-                check_block_size(diffusion.block_size, text.recipe, text.data.document_multiple)
+                check_block_size(objective.block_size, text.recipe, text.data.document_multiple)
         counts = [min(sequences or text.split.sequences, text.split.sequences) for text in measured]
         if intervals and min(counts) < LEAST_SEQUENCES:
             raise ValueError(
@@ -158,21 +156,21 @@ def evaluate_checkpoint(
 
         found = []
         for text, count in zip(measured, counts, strict=True):
-            tokens = (counted_tokens(batch, sizes[0]) for batch in text.batches(count))
+            tokens = (trained.counting(batch) for batch in text.batches(count))
             unigram = unigram_perplexity(tokens, text.data.vocabulary.size)
-            num_bytes = text.bytes(count, sizes[0])
-            for diffusion in sizes:
+            num_bytes = text.bytes(count, trained)
+            for objective in sizes:
                 share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
                 held_out = evaluate_nelbo(
                     [model],
                     text.batches(count, **share),
                     groups,
-                    diffusion=diffusion,
+                    objective=objective,
                     draws=draws,
                     padded=True,
                     progress=advance,
                 )
-                result = _evaluation(checkpoint, manifest.step, text, diffusion, held_out, unigram, num_bytes)
+                result = _evaluation(checkpoint, manifest.step, text, objective, held_out, unigram, num_bytes)
                 found.append(replace(result, intervals=held_out.intervals().found) if intervals else result)
         dist.barrier()  # rank 0 removes the folder that all read
     return found
@@ -182,7 +180,7 @@ def _evaluation(
     checkpoint: Path,
     step: int,
     text: _Measured,
-    diffusion: DiffusionRecipe,
+    objective: Objective,
     held_out: HeldOut,
     unigram: float,
     num_bytes: int,
@@ -193,8 +191,8 @@ def _evaluation(
         checkpoint=str(checkpoint),
         step=step,
         text=text.name,
-        block_size=diffusion.block_size,
-        exact=is_exact(diffusion),
+        block_size=objective.block_size,
+        exact=objective.is_exact,
         context=text.recipe.seq_len,
         sequences=estimate.num_sequences,
         tokens=estimate.num_tokens,

@@ -31,6 +31,7 @@ from bd3_scale.evaluate.checkpoint import LONGEST_CONTEXT
 from bd3_scale.generate.sampler import generate
 from bd3_scale.generate.text import checkpoint_tokenizer, stop_ids, text_before
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.objective import Objective, objective_of
 from bd3_scale.observe.console import say
 from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.recipe.schema import Recipe
@@ -51,15 +52,15 @@ class BlockDiffusionLM(LM):
         groups: ProcessGroups,
         tokenizer: Tokenizer,
         *,
-        block_size: int,
+        objective: Objective,
         max_length: int,
         draws: int = 8,
         eos_ids: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids
-        self._block_size, self._max_length = block_size, max_length
-        self._bounds = ContinuationBounds(model, groups, block_size=block_size, max_length=max_length, draws=draws)
+        self._block_size, self._max_length = objective.block_size, max_length
+        self._bounds = ContinuationBounds(model, groups, objective, max_length=max_length, draws=draws)
 
     @property
     def tokenizer_name(self) -> str:
@@ -161,7 +162,8 @@ def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None
         )
     with open_model(checkpoint) as (model, manifest, groups):
         recipe = manifest.recipe
-        if recipe.diffusion.objective == "next_token":
+        objective = objective_of(recipe.diffusion, manifest.vocabulary)
+        if not objective.fills_masks:
             raise ValueError(
                 f"{checkpoint} predicts the next token: write it with `bd3-scale convert export`, and give the folder "
                 "to the harness as a model of its own kind, `lm_eval --model hf`"
@@ -171,7 +173,7 @@ def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None
             model,
             groups,
             checkpoint_tokenizer(checkpoint, manifest),
-            block_size=recipe.diffusion.block_size,
+            objective=objective,
             max_length=min(context, LONGEST_CONTEXT),
             draws=draws,
             eos_ids=stop_ids(checkpoint, manifest),

@@ -19,6 +19,7 @@ from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import INCOMPLETE, MASK, Tokenizer, load_tokenizer
 from bd3_scale.generate.sampler import ENTROPY_WINDOW, SMALLEST_SUBWORD_VOCABULARY, SUBWORD_ENTROPY, generate_batch
+from bd3_scale.objective import objectives
 from bd3_scale.recipe.schema import Recipe
 
 # Of the median entropy of held-out windows, where a window cannot reach the paper's 4 nats.
@@ -94,7 +95,7 @@ def write_texts(
     """
     tokenizer = checkpoint_tokenizer(checkpoint, read_manifest(checkpoint))
     with open_model(checkpoint) as (model, manifest, _):
-        if manifest.recipe.diffusion.objective == "next_token":
+        if not objectives.get(manifest.recipe.diffusion.objective).fills_masks:
             raise ValueError(
                 f"{checkpoint} predicts the next token, and generation here is block diffusion: adapt it with "
                 "`bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"

@@ -100,7 +100,6 @@ class BlockDiffusionTransformer(MegatronModule):
                 skip_weight_param_allocation=model.tie_embeddings and self.pre_process,
                 tp_group=groups.tp,
                 vocabulary=vocabulary,
-                score_entropy=recipe.diffusion.objective == "score_entropy",
             )
 
     @property
@@ -116,8 +115,8 @@ class BlockDiffusionTransformer(MegatronModule):
         self.decoder.set_input_tensor(input_tensor[0])
 
     def forward(self, inputs: ModelInputs) -> Tensor | tuple[Tensor, Tensor]:
-        """The rows for the next chunk, [N, B, X]; of the last chunk the weighted sum of the negative log-likelihoods at
-        the head's rows, a scalar in nats, and each of them, fp32 [M], without gradient.
+        """The rows for the next chunk, [N, B, X]; of the last chunk the weighted sum of the losses at the head's rows,
+        a scalar in nats, and each of them, fp32 [M], without gradient.
         """
         hidden_NBX = self._decode(
             inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans, mask_noise=inputs.mask_noise
@@ -131,8 +130,10 @@ class BlockDiffusionTransformer(MegatronModule):
         else:
             hidden_MX = hidden_NBX.flatten(0, 1)[inputs.head_rows]
             hidden_MX = copy_to_tensor_model_parallel_region(hidden_MX, group=self.tp_group)
-        total, nll_M = self.output_layer(hidden_MX, self._head_weight(), inputs.targets, inputs.weights)
-        return total, nll_M
+        total, loss_M = self.output_layer(
+            hidden_MX, self._head_weight(), inputs.targets, inputs.weights, inputs.row_loss
+        )
+        return total, loss_M
 
     def embed(self, inputs: ModelInputs) -> tuple[Tensor, RowContext]:
         """What the first layer takes: embeddings [N, B, X] and what every layer needs to know of the rows."""

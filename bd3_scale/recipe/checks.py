@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
+from bd3_scale.registry import objectives
 
 # Above, the weights of a step, differences of float32 rates, are off by more than a percent.
 MOST_NOISE_STEPS = 100_000
@@ -54,6 +55,7 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         *_block_size_schedule_problems(recipe),
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
         *_retention_problems(recipe),
+        *objectives.get(recipe.diffusion.objective).problems(recipe),
     ]
     # Each problem once, however many block sizes have it.
     problems += dict.fromkeys(
@@ -233,15 +235,6 @@ def _block_size_schedule_problems(recipe: Recipe) -> Iterator[str]:
             f"diffusion.mask_noise_std={diffusion.mask_noise_std} and mask_noise_steps={diffusion.mask_noise_steps} "
             "belong together: set both, or neither"
         )
-    if diffusion.objective == "next_token":
-        fields = type(diffusion).model_fields
-        without = fields.keys() - {"objective", "block_size", "mask_noise_steps"}
-        changed = [key for key in fields if key in without and getattr(diffusion, key) != fields[key].default]
-        if changed or diffusion.block_size != 1:
-            yield (
-                f"diffusion.objective=next_token masks nothing: set diffusion.block_size=1, and leave "
-                f"{', '.join(changed) or 'the rest'} out"
-            )
 
 
 def _noise_problems(recipe: Recipe, block: int) -> Iterator[str]:

@@ -124,10 +124,10 @@ class DiffusionRecipe(Section):
     block_size_choices: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = Field(
         (), description="each sequence draws its block size among these, in the steps of `block_size`, which evaluates"
     )
-    objective: Literal["block_diffusion", "next_token", "score_entropy"] = Field(
+    objective: str = Field(
         "block_diffusion",
         description="next_token: plain AR, where a row predicts the token after it and no mask is seen; "
-        "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy",
+        "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy; or a plug-in's",
     )
     mask_rate_low: Share = Field(0.0, description="beta, the lower end of the clipped mask-rate interval in training")
     mask_rate_high: Share = Field(1.0, description="omega, its upper end")

@@ -22,6 +22,7 @@ from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, Interval
 from bd3_scale.model.build import attention_backend, build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
+from bd3_scale.objective import Objective, objective_of
 from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.parallel.collective import gather_values
 from bd3_scale.parallel.engine import TrainingEngine
@@ -52,6 +53,11 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def objective(self) -> Objective:
+        """What the model is trained for."""
+        return objective_of(self.recipe.diffusion, self.data.vocabulary)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.objective import objective_of
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import DataRecipe, ParallelRecipe
 from tests.convert.models import config, save_folder, tensors, transformers_model
@@ -209,7 +210,7 @@ def test_gptq_loses_less_and_goes_layer_by_layer(workplace: Path) -> None:
                 target = parameters[tensor.key.replace("decoder.layers.", "decoder.layers.0.")].data
                 for (_, row, _), rows in tensor.split(written):
                     target[row : row + rows.shape[1]] = rows[0]
-        calibration = Calibration(model, recipe.data, recipe.diffusion, 8)
+        calibration = Calibration(model, recipe.data, objective_of(recipe.diffusion, manifest.vocabulary), 8)
         calibration.advance(0)
         hessian = calibration.hessians(1)["mlp.linear_fc2"].hessian
     difference = weight - unpacked_weight(found, down, scheme).float()

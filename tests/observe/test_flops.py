@@ -8,10 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt, next_tokens
 from bd3_scale.diffusion.noise import draw_copies
 from bd3_scale.diffusion.schedule import LINEAR
 from bd3_scale.model.build import build_model
+from bd3_scale.objective.inputs import corrupt, next_tokens
 from bd3_scale.observe.flops import model_flops, peak_flops
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
