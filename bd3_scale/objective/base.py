@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from bd3_scale.model.rows import ModelInputs, Placement, RowLoss
 
 
+Option = bool | int | float | str
+
+
 @dataclass(frozen=True, eq=False)
 class Draw:
     """One draw of an evaluation, of which the losses of the head's rows times `weight` add up to the measured number.
@@ -52,6 +55,8 @@ class Objective(ABC):
         fills_masks: a model of it fills the masks of a block: it writes text here, and has block sizes and intervals of
             mask rates.
         predicts_first: the first token of a document is predicted, too, and counts.
+        options: what `diffusion.objective_options` of a recipe may set for it, with defaults; `self.options` has the
+            values.
         row_loss: what a row of the head loses; None: the negative log-likelihood of its target. Else a function of
             (nll, log_total), both float32 [M] in nats, that PyTorch can differentiate: the negative log-likelihood, and
             the logarithm of the sum of the exponentials of all logits. Whatever splits the vocabulary over ranks, the
@@ -60,15 +65,26 @@ class Objective(ABC):
 
     fills_masks: ClassVar[bool] = True
     predicts_first: ClassVar[bool] = True
+    options: Mapping[str, Option] = {}
     row_loss: RowLoss | None = None
 
     def __init__(self, diffusion: DiffusionRecipe, vocabulary: Vocabulary) -> None:
         self.diffusion, self.vocabulary = diffusion, vocabulary
+        self.options = {**type(self).options, **diffusion.objective_options}
 
     @classmethod
     def problems(cls, recipe: Recipe) -> Iterator[str]:
         """Yield what in a recipe does not suit the objective, each with its values and what to change."""
-        yield from ()
+        for key, value in recipe.diffusion.objective_options.items():
+            default = cls.options.get(key)
+            if default is None:
+                known = f"it takes {', '.join(cls.options)}" if cls.options else "it takes none"
+                yield f"diffusion.objective_options.{key}: is no option of {recipe.diffusion.objective}: {known}"
+            elif type(value) is not type(default) and (type(value), type(default)) != (int, float):
+                yield (
+                    f"diffusion.objective_options.{key}: must be a value such as {default!r}, not {value!r} "
+                    f"({recipe.diffusion.objective})"
+                )
 
     @property
     def block_size(self) -> int:

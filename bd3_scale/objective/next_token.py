@@ -25,10 +25,11 @@ class NextToken(Objective):
 
     @classmethod
     def problems(cls, recipe: Recipe) -> Iterator[str]:
+        yield from super().problems(recipe)
         diffusion = recipe.diffusion
         fields = type(diffusion).model_fields
         # mask_noise_steps alone is told with mask_noise_std, which it needs.
-        without = fields.keys() - {"objective", "block_size", "mask_noise_steps"}
+        without = fields.keys() - {"objective", "objective_options", "block_size", "mask_noise_steps"}
         changed = [key for key in fields if key in without and getattr(diffusion, key) != fields[key].default]
         if changed or diffusion.block_size != 1:
             yield (

@@ -129,6 +129,9 @@ class DiffusionRecipe(Section):
         description="next_token: plain AR, where a row predicts the token after it and no mask is seen; "
         "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy; or a plug-in's",
     )
+    objective_options: dict[str, bool | int | float | str] = Field(
+        {}, description="what a plug-in's objective takes beside the options here, such as gamma: 2"
+    )
     mask_rate_low: Share = Field(0.0, description="beta, the lower end of the clipped mask-rate interval in training")
     mask_rate_high: Share = Field(1.0, description="omega, its upper end")
     search_interval: bool = Field(
