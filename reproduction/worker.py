@@ -113,14 +113,14 @@ def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     with open_model(checkpoint) as (model, manifest, groups):
-        diffusion = manifest.recipe.diffusion
+        diffusion = DiffusionRecipe(block_size=manifest.block_size, objective=manifest.objective)
         for text, path in job["texts"].items():
             count = job["asked"]["sequences"]
             for size in job["block_sizes"]:
                 own = diffusion.model_copy(update={"block_size": size})
                 draws = 1 if size == 1 else job["asked"]["draws"]
                 nats, tokens = [], []
-                for batch in batches(path, manifest.recipe.data.seq_len, count):
+                for batch in batches(path, manifest.max_position_embeddings, count):
                     more = sequence_nats(model, groups, batch, own, draws)
                     nats += more[0]
                     tokens += more[1]
@@ -128,7 +128,7 @@ def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
                 if text == "held-out" and diffusion.objective == "block_diffusion":
                     held_out = evaluate_nelbo(
                         [model],
-                        batches(path, manifest.recipe.data.seq_len, count),
+                        batches(path, manifest.max_position_embeddings, count),
                         groups,
                         diffusion=own,
                         draws=draws,

@@ -181,34 +181,34 @@ class ExportFormat:
 
     name: Format
     architecture: str
-    obstacle: Callable[[ModelRecipe, DiffusionRecipe], str | None]
+    obstacle: Callable[[ModelRecipe, str], str | None]
 
 
-def export_obstacles(model: ModelRecipe, diffusion: DiffusionRecipe) -> dict[Format, str | None]:
-    """Why a model cannot be exported to each format, or None where it can."""
-    return {f.name: f.obstacle(model, diffusion) for f in EXPORT_FORMATS.values()}
+def export_obstacles(model: ModelRecipe, objective: str) -> dict[Format, str | None]:
+    """Return why a model of this objective cannot be exported to each format, or None where it can."""
+    return {f.name: f.obstacle(model, objective) for f in EXPORT_FORMATS.values()}
 
 
-def _sdar_obstacle(model: ModelRecipe, diffusion: DiffusionRecipe) -> str | None:
+def _sdar_obstacle(model: ModelRecipe, objective: str) -> str | None:
     # What no training changes comes first, so that it is known before an adaptation.
     if not model.qk_norm:
         return "it has no q/k norm, and a norm of unit weights is not the identity; train with model.qk_norm=true"
     scaled = "its rotary frequencies are scaled, which engines do not expect of SDAR" if model.rope_scaling else None
-    return _unlike_qwen(model) or scaled or _bd3_obstacle(model, diffusion)
+    return _unlike_qwen(model) or scaled or _bd3_obstacle(model, objective)
 
 
-def _bd3_obstacle(model: ModelRecipe, diffusion: DiffusionRecipe) -> str | None:
+def _bd3_obstacle(model: ModelRecipe, objective: str) -> str | None:
     return (
         "it was trained to predict the next token; adapt it to block diffusion first"
-        if diffusion.objective == "next_token"
+        if objective == "next_token"
         else None
     )
 
 
 def _next_token_obstacle(
-    model: ModelRecipe, diffusion: DiffusionRecipe, *, qk_norm: bool, attention_bias: bool, mlp_bias: bool = False
+    model: ModelRecipe, objective: str, *, qk_norm: bool, attention_bias: bool, mlp_bias: bool = False
 ) -> str | None:
-    if diffusion.objective != "next_token":
+    if objective != "next_token":
         return "a block diffusion model reads a [MASK] row at the position it predicts, at block_size 1 as well"
     if model.qk_norm != qk_norm:
         return f"it has {'' if model.qk_norm else 'no '}q/k norm"
@@ -236,17 +236,17 @@ EXPORT_FORMATS: Mapping[Format, ExportFormat] = {
         ExportFormat(
             "qwen3",
             "Qwen3ForCausalLM",
-            lambda m, d: _next_token_obstacle(m, d, qk_norm=True, attention_bias=False),
+            lambda m, o: _next_token_obstacle(m, o, qk_norm=True, attention_bias=False),
         ),
         ExportFormat(
             "qwen2",
             "Qwen2ForCausalLM",
-            lambda m, d: _next_token_obstacle(m, d, qk_norm=False, attention_bias=True),
+            lambda m, o: _next_token_obstacle(m, o, qk_norm=False, attention_bias=True),
         ),
         ExportFormat(
             "llama",
             "LlamaForCausalLM",
-            lambda m, d: _next_token_obstacle(m, d, qk_norm=False, attention_bias=False, mlp_bias=True),
+            lambda m, o: _next_token_obstacle(m, o, qk_norm=False, attention_bias=False, mlp_bias=True),
         ),
     )
 }

@@ -33,7 +33,6 @@ from bd3_scale.generate.text import checkpoint_tokenizer, stop_ids, text_before
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.observe.console import say
 from bd3_scale.parallel.groups import ProcessGroups
-from bd3_scale.recipe.schema import Recipe
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -160,19 +159,17 @@ def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None
             "names a folder of your own"
         )
     with open_model(checkpoint) as (model, manifest, groups):
-        recipe = manifest.recipe
-        if recipe.diffusion.objective == "next_token":
+        if manifest.objective == "next_token":
             raise ValueError(
                 f"{checkpoint} predicts the next token: write it with `bd3-scale convert export`, and give the folder "
                 "to the harness as a model of its own kind, `lm_eval --model hf`"
             )
-        context = recipe.data.seq_len if isinstance(recipe, Recipe) else recipe.max_position_embeddings
         adapter = BlockDiffusionLM(
             model,
             groups,
             checkpoint_tokenizer(checkpoint, manifest),
-            block_size=recipe.diffusion.block_size,
-            max_length=min(context, LONGEST_CONTEXT),
+            block_size=manifest.block_size,
+            max_length=min(manifest.max_position_embeddings, LONGEST_CONTEXT),
             draws=draws,
             eos_ids=stop_ids(checkpoint, manifest),
         )

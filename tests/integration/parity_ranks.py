@@ -13,7 +13,6 @@ from bd3_scale.checkpoint.boxes import boxes_of
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.corrupt import corrupt, mask_noise, next_tokens
 from bd3_scale.diffusion.noise import Noise
-from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel import engine as engine_module
 from bd3_scale.parallel.engine import TrainingEngine
@@ -80,8 +79,7 @@ def full_states(engine, layouts) -> dict[str, torch.Tensor]:
 def three_steps(layout: cases.Layout, groups) -> dict:
     case, recipe = cases.CASES[layout.case], cases.recipe(layout)
     check_recipe(recipe, dist.get_world_size())
-    device = torch.device("cpu")
-    chunks = build_model(recipe, cases.VOCABULARY, groups, dtype=torch.float32, device=device, seed=3)
+    chunks = cases.build(recipe, groups)
     layouts = parameter_layouts(chunks)
     engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
     initial = full_states(engine, layouts)

@@ -8,7 +8,7 @@ import torch
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.model.build import build_model
 from bd3_scale.model.rows import ModelInputs
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 LENGTH, BATCH = 64, 2
@@ -33,17 +33,11 @@ def inputs() -> ModelInputs:
     )
 
 
-def step(groups, **train: object) -> tuple[int, dict[str, torch.Tensor]]:
+def step(groups, recompute: str, layers: int | None = None) -> tuple[int, dict[str, torch.Tensor]]:
     """Bytes kept for backward beside the weights, each storage once, and the gradients."""
-    recipe = Recipe(
-        name="tiny",
-        model=ModelRecipe(num_layers=4, hidden_size=64, num_attention_heads=4, ffn_hidden_size=128),
-        diffusion=DiffusionRecipe(block_size=8),
-        data=DataRecipe(path="unused", seq_len=LENGTH),
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1, **train),
-    )
-    cpu = torch.device("cpu")
-    (model,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=cpu, seed=1)
+    shape = ModelRecipe(num_layers=4, hidden_size=64, num_attention_heads=4, ffn_hidden_size=128)
+    how = {"dtype": torch.float32, "device": torch.device("cpu"), "recompute": (recompute, layers)}
+    (model,) = build_model(shape, VOCABULARY, groups, seed=1, **how)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
