@@ -86,14 +86,13 @@ def software() -> dict[str, str]:
 def source_commit() -> str:
     """Return the commit of this code, with `+` where files differ from it; `unknown` where it is no git checkout."""
     # Without a lock: a person may be committing meanwhile.
-    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
-    how: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **how)
-        changed = subprocess.run([*git, "status", "--porcelain"], **how)
+        said = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return head.stdout.strip() + "+" * bool(changed.stdout.strip())
+    head = next(line.removeprefix("# branch.oid ") for line in said if line.startswith("# branch.oid "))
+    return head[:12] + "+" * any(not line.startswith("#") for line in said)
 
 
 def has_fast_bf16() -> bool:
