@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import xxhash
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
 
 from bd3_scale.checkpoint.formats import FORMAT, OLDEST, up_to_date
 from bd3_scale.observe.environment import software
@@ -172,7 +172,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     text = read_regular(path).decode(errors="replace")
     _check_seal(path, text)
     try:
-        manifest = CheckpointManifest.model_validate(up_to_date(from_json(text)))
+        manifest = CheckpointManifest.model_validate(up_to_date(json.loads(text)))
     except ValidationError as error:
         raise ValueError(f"{path} cannot be read by this version: {_problem(error)}") from error
     for name, record in manifest.files.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
 
 from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
@@ -249,7 +249,7 @@ def with_defaults(written: Mapping[str, Any], section: type[BaseModel]) -> dict[
         if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(value, dict):
             filled[name] = with_defaults(value, kind)
         elif name not in filled and not field.is_required():
-            filled[name] = to_jsonable_python(field.default)
+            filled[name] = json.loads(json.dumps(field.get_default(call_default_factory=True)))
     return filled
 
 

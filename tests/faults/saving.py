@@ -59,7 +59,9 @@ def save(folder: Path, step: int) -> Path:
 
 def sealed(checkpoint, **changes):
     """A manifest with changes, as whoever wrote them would have sealed it."""
-    text = json.dumps(json.loads((checkpoint / "manifest.json").read_text()) | changes | {"checksum": ""}, indent=2)
+    content = json.loads((checkpoint / "manifest.json").read_text()) | changes
+    del content["checksum"]  # it comes last
+    text = json.dumps(content | {"checksum": ""}, indent=2)
     return text.replace('"checksum": ""', f'"checksum": "{xxhash.xxh3_128(text.encode()).hexdigest()}"')
 
 
