@@ -60,7 +60,7 @@ def test_checkpoint_manifests(data, pristine, checkpoint):
         ({"format": 5}, "is of format 5, and formats 3 to 4 are read here: use the version that wrote it"),
         ({"step": "x"}, "cannot be read by this version: step: Input should be a valid integer"),
         ({"model": [1]}, "cannot be read by this version: model: "),
-        ({"format": 3, "recipe": [1]}, "cannot be read by this version: "),
+        ({"format": 3, "recipe": {"model": [1]}}, "cannot be read by this version: name: "),
     ],
 )
 def test_a_sealed_manifest_of_another_version_is_told_in_one_line(changes, words, checkpoint):
