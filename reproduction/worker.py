@@ -26,7 +26,7 @@ from bd3_scale.diffusion.interval import candidates
 from bd3_scale.evaluate.generative import Judge, judged
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo, token_nll, weighted_sums
 from bd3_scale.generate.text import Written, write_texts
-from bd3_scale.objective import BlockDiffusion, Objective, objective_of
+from bd3_scale.objective import BlockDiffusion, Objective
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.parallel.groups import placement
@@ -114,14 +114,14 @@ def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     with open_model(checkpoint) as (model, manifest, groups):
-        trained = objective_of(manifest.recipe.diffusion, manifest.vocabulary)
+        trained = manifest.trained_objective()
         for text, path in job["texts"].items():
             count = job["asked"]["sequences"]
             for size in job["block_sizes"]:
                 own = trained.at(size)
                 draws = own.num_draws(job["asked"]["draws"])
                 nats, tokens = [], []
-                for batch in batches(path, manifest.recipe.data.seq_len, count):
+                for batch in batches(path, manifest.max_position_embeddings, count):
                     more = sequence_nats(model, groups, batch, own, draws)
                     nats += more[0]
                     tokens += more[1]
@@ -129,7 +129,7 @@ def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
                 if text == "held-out" and type(own) is BlockDiffusion:
                     held_out = evaluate_nelbo(
                         [model],
-                        batches(path, manifest.recipe.data.seq_len, count),
+                        batches(path, manifest.max_position_embeddings, count),
                         groups,
                         objective=own,
                         draws=draws,

@@ -29,7 +29,7 @@ from bd3_scale.data.stream import TrainingStream
 from bd3_scale.diffusion.interval import Interval, candidates
 from bd3_scale.model.rows import Placement
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.objective import BlockDiffusion, objective_of, objectives
+from bd3_scale.objective import BlockDiffusion, objective_of
 from bd3_scale.recipe.schema import Recipe
 
 FOLDS = 4
@@ -99,9 +99,9 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
 def compare(checkpoint: Path, draws: int) -> list[Variances]:
     """Every interval of the search's grid."""
     with open_model(resolve_checkpoint(checkpoint)) as (model, manifest, _):
-        recipe = manifest.recipe
-        if not isinstance(recipe, Recipe) or objectives.get(recipe.diffusion.objective) is not BlockDiffusion:
+        if manifest.trained_with is None or type(manifest.trained_objective()) is not BlockDiffusion:
             raise SystemExit(f"{checkpoint} was not trained here by block diffusion: there is no interval to measure")
+        recipe = Recipe.model_validate(manifest.trained_with)
         plain = {"noise_schedule": "linear", "noise_steps": None, "block_size_schedule": (), "block_size_choices": ()}
         recipe = recipe.model_copy(update={"diffusion": recipe.diffusion.model_copy(update=plain), "seed": SEED})
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"global_batch_size": 1})})

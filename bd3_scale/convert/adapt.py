@@ -15,7 +15,6 @@ from bd3_scale.generate.text import checkpoint_tokenizer
 from bd3_scale.objective import objectives
 from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
 from bd3_scale.recipe.load import load_recipe, resolved_yaml
-from bd3_scale.recipe.schema import ImportedRecipe
 from bd3_scale.resilience.files import write_atomically
 
 INITIAL = "initial"
@@ -83,13 +82,12 @@ def prepare_adaptation(
 def _check_same_import(initial: Path, plan: ImportPlan) -> None:
     """ValueError: the run began with another model, or with other ids."""
     manifest = read_manifest(initial)
-    assert isinstance(manifest.recipe, ImportedRecipe)
-    same_weights = manifest.recipe.source_fingerprint == plan.fingerprint
+    same_weights = manifest.source_fingerprint == plan.fingerprint
     # What texts begin with is as the run began with.
     vocabulary = plan.vocabulary.model_copy(update={"bos_id": manifest.vocabulary.bos_id})
-    if not same_weights or manifest.recipe.model != plan.model or manifest.vocabulary != vocabulary:
+    if not same_weights or manifest.model != plan.model or manifest.vocabulary != vocabulary:
         raise ValueError(
-            f"{initial} was imported from {manifest.recipe.imported_from}, with mask id {manifest.vocabulary.mask_id}, "
+            f"{initial} was imported from {manifest.imported_from}, with mask id {manifest.vocabulary.mask_id}, "
             f"and {plan.source} has changed since or is another model: choose another run_dir=FOLDER, or remove "
             f"{initial}"
         )

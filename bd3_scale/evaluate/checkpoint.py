@@ -26,10 +26,10 @@ from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.evaluate.text_bytes import counted_bytes
 from bd3_scale.evaluate.unigram import unigram_perplexity
 from bd3_scale.generate.text import checkpoint_tokenizer
-from bd3_scale.objective import Objective, objective_of
+from bd3_scale.objective import Objective
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.checks import check_block_size
-from bd3_scale.recipe.schema import DataRecipe, Recipe
+from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.leftovers import temporary_folder
 
 EVALUATION_BATCH = 16
@@ -129,7 +129,7 @@ def evaluate_checkpoint(
         raise ValueError("texts are measured in place of held-out data: give one of --text and --data")
     with ExitStack() as stack:
         model, manifest, groups = stack.enter_context(open_model(checkpoint))
-        trained = objective_of(manifest.recipe.diffusion, manifest.vocabulary)
+        trained = manifest.trained_objective()
         if not trained.fills_masks and (intervals or set(block_sizes) - {trained.block_size}):
             raise ValueError(
                 "a model that masks nothing has neither blocks nor mask rates: leave --block-size and --intervals"
@@ -221,7 +221,8 @@ def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | N
         )
     if data.validation is None:
         raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")
-    own = isinstance(manifest.recipe, Recipe) and recipe.path == manifest.recipe.data.path
+    trained = manifest.trained_data()
+    own = trained is not None and recipe.path == trained.path
     found = None if own else read_hashes(Path(recipe.path), "validation")
     known = _trained_hashes(manifest)
     trained_on = None if known is None or found is None else count_known(known, found)
@@ -229,8 +230,8 @@ def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | N
 
 
 def _trained_hashes(manifest: CheckpointManifest) -> NDArray[np.uint64] | None:
-    trained = manifest.recipe if isinstance(manifest.recipe, Recipe) else None
-    return None if trained is None else read_hashes(Path(trained.data.path), "train")
+    trained = manifest.trained_data()
+    return None if trained is None else read_hashes(Path(trained.path), "train")
 
 
 def _prepared(
@@ -245,9 +246,10 @@ def _prepared(
         raise ValueError(
             "--text prepares its text on one machine: start all processes on one, or prepare it for --data"
         )
-    trained = manifest.recipe if isinstance(manifest.recipe, Recipe) else None
-    seq_len = min(manifest.recipe.max_position_embeddings, LONGEST_CONTEXT) if trained is None else trained.data.seq_len
-    isolate = trained is None or trained.data.isolate_documents
+    trained = manifest.trained_data()
+    seq_len = manifest.max_position_embeddings
+    seq_len = min(seq_len, LONGEST_CONTEXT) if manifest.trained_with is None else seq_len
+    isolate = trained is None or trained.isolate_documents
     multiple = math.lcm(*block_sizes) if isolate else 1
     for block_size in block_sizes:
         check_block_size(block_size, DataRecipe(path="", seq_len=seq_len), block_size)
@@ -284,10 +286,15 @@ def _prepared(
 
 def data_recipe(manifest: CheckpointManifest, data_path: str | None) -> DataRecipe:
     """What the run was trained on, or other prepared data. ValueError: there is neither."""
-    trained_on = manifest.recipe.data if isinstance(manifest.recipe, Recipe) else None
+    trained_on = manifest.trained_data()
     if data_path is None:
-        if trained_on is None:
+        if trained_on is None and manifest.trained_with is None:
             raise ValueError("an imported model was trained on no data here: name some that are prepared, with --data")
+        if trained_on is None:
+            raise ValueError(
+                f"this version cannot read which data the run was trained on, as {manifest.writer} recorded it: name "
+                "data that are prepared, with --data"
+            )
         return trained_on
     if trained_on is not None:
         return trained_on.model_copy(update={"path": data_path, "remote": None, "cache_limit": None})

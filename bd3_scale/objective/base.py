@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from bd3_scale.recipe.schema import DiffusionRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -63,8 +63,8 @@ class Objective(ABC):
             gradient of each logit follows from the two derivatives.
     """
 
-    fills_masks: ClassVar[bool] = True
-    predicts_first: ClassVar[bool] = True
+    fills_masks: bool = True
+    predicts_first: bool = True
     options: Mapping[str, Option] = {}
     row_loss: RowLoss | None = None
 
@@ -142,6 +142,26 @@ class Objective(ABC):
         if format_name in ("sdar", "bd3"):
             return None
         return "a block diffusion model reads a [MASK] row at the position it predicts, at block_size 1 as well"
+
+
+class MissingObjective(Objective):
+    """Stands for the objective of a plug-in that is not imported: its model's weights do, and nothing is computed."""
+
+    @property
+    def is_exact(self) -> bool:
+        raise ValueError(str(self))
+
+    def training_inputs(self, batch: Batch, step: int, **_: Any) -> ModelInputs:
+        raise ValueError(str(self))
+
+    def evaluation_draws(self, batch: Batch, draws: int, **_: Any) -> list[Draw]:
+        raise ValueError(str(self))
+
+    def __str__(self) -> str:
+        return (
+            f"the model was trained for the objective {self.diffusion.objective!r} of a plug-in, which is not here: "
+            "name its module, as `bd3-scale --plugin MODULE …`"
+        )
 
 
 def objective_of(diffusion: DiffusionRecipe, vocabulary: Vocabulary) -> Objective:

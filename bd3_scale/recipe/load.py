@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from bd3_scale.recipe.plain_yaml import LIMIT_BYTES, dump_yaml, parse_yaml
-from bd3_scale.recipe.schema import ImportedRecipe, Recipe, RecipeError
+from bd3_scale.recipe.schema import Recipe, RecipeError
 from bd3_scale.resilience.readers import read_regular, reader
 
 T = TypeVar("T", bound=BaseModel)
@@ -59,7 +59,7 @@ def recipe_files(path: Path) -> list[Path]:
     return files
 
 
-def resolved_yaml(recipe: Recipe | ImportedRecipe) -> str:
+def resolved_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; loading it gives an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json"))
 

@@ -18,6 +18,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "selective", "full"]
+# Of a run.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -327,10 +329,8 @@ class LaunchRecipe(Section):
     deadlines: Deadlines = Deadlines()
 
 
-class ModelSections(Section):
-    """The sections of a recipe that a model is built from."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+class Recipe(Section):
+    name: str = Field(pattern=NAME)
     deterministic: bool = True
     attention_backend: Literal["auto", "reference", "cpu", "triton", "flex"] = Field(
         "auto", description="auto: the quickest that runs here; $BD3_SCALE_ATTENTION goes before it"
@@ -338,23 +338,6 @@ class ModelSections(Section):
     model: ModelRecipe
     diffusion: DiffusionRecipe
     parallel: ParallelRecipe = ParallelRecipe()
-
-    @property
-    def recomputation(self) -> tuple[Recompute, int | None]:
-        """What is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
-        return "none", None
-
-
-class ImportedRecipe(ModelSections):
-    """What is known of a model that was not trained here."""
-
-    imported_from: str
-    source_fingerprint: str = Field("", description="which files its weights came from")
-    precision: Literal["bf16", "fp32"]
-    max_position_embeddings: PositiveInt = Field(description="longest sequence that it was trained on")
-
-
-class Recipe(ModelSections):
     run_dir: str | None = Field(None, description="default: runs/<name>")
     init_from: str | None = Field(
         None, description="checkpoint or run directory whose weights training begins with; the optimiser begins anew"
@@ -379,15 +362,6 @@ class Recipe(ModelSections):
         return Path(self.run_dir or f"runs/{self.name}")
 
     @property
-    def precision(self) -> Literal["auto", "bf16", "fp32"]:
-        """Precision of the forward; `auto` is decided where training starts."""
-        return self.train.precision
-
-    @property
     def recomputation(self) -> tuple[Recompute, int | None]:
+        """What is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
         return self.train.recompute, self.train.recompute_layers
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Longest sequence that it trains on."""
-        return self.data.seq_len

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bd3_scale.attention.backends import choose_backend
 from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.source_ids import keep_source_ids, source_ids
@@ -20,7 +21,7 @@ from bd3_scale.data.stream import TrainingStream
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, Interval
-from bd3_scale.model.build import attention_backend, build_model
+from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
 from bd3_scale.objective import Objective, objective_of
 from bd3_scale.observe.environment import has_fast_bf16
@@ -99,7 +100,18 @@ def open_training(run: Run, start: Start | None) -> Training:
     """The model, its optimiser and the stream of its data, from `start` on or from the seed (collective)."""
     recipe, vocabulary = run.recipe, start.manifest.vocabulary if start else run.data.vocabulary
     settle_tiles(recipe, backend_of(run), _dtype(recipe), start.manifest if start and start.resumes else None)
-    chunks = build_model(recipe, vocabulary, run.groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed)
+    chunks = build_model(
+        recipe.model,
+        vocabulary,
+        run.groups,
+        parallel=recipe.parallel,
+        dtype=_dtype(recipe),
+        device=local_device(),
+        seed=recipe.seed,
+        deterministic=recipe.deterministic,
+        attention_backend=recipe.attention_backend,
+        recompute=recipe.recomputation,
+    )
     layouts = parameter_layouts(chunks)
     engine = TrainingEngine(chunks, run.groups, recipe.optimizer, recipe.parallel)
     if start is not None:
@@ -120,7 +132,8 @@ def open_training(run: Run, start: Start | None) -> Training:
 
 def backend_of(run: Run) -> str:
     """The attention that this run takes here. ValueError: it cannot run."""
-    return attention_backend(run.recipe, dtype=_dtype(run.recipe), device=local_device())
+    recipe = run.recipe
+    return choose_backend(recipe.attention_backend, local_device(), _dtype(recipe), recipe.model.head_size)
 
 
 def lock_run_directory(run: Run, stack: ExitStack) -> None:

@@ -12,7 +12,7 @@ from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
 from bd3_scale.objective import BlockDiffusion, NextToken
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 SEQUENCES = 16
@@ -33,15 +33,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataRecipe:
 
 
 @pytest.fixture
-def model(groups, data: DataRecipe):
-    recipe = Recipe(
-        name="r",
-        model=ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, init_std=0.2),
-        diffusion=DIFFUSION,
-        data=data,
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
-    )
-    (built,) = build_model(recipe, BYTES, groups, dtype=torch.float32, device=CPU, seed=1)
+def model(groups):
+    shape = ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, init_std=0.2)
+    (built,) = build_model(shape, BYTES, groups, dtype=torch.float32, device=CPU, seed=1)
     return built.eval()
 
 

@@ -22,7 +22,7 @@ VOCABULARY = Vocabulary(size=12, eos_id=0, mask_id=11)
 
 @pytest.fixture(scope="module")
 def model(random_model):
-    return random_model(VOCABULARY, block_size=8, length=LENGTH, seed=3, num_layers=1, hidden_size=16, init_std=0.5)
+    return random_model(VOCABULARY, seed=3, num_layers=1, hidden_size=16, init_std=0.5)
 
 
 def batch(padding: int) -> Batch:
@@ -83,7 +83,7 @@ def block_law(model, prefix: list[int], block: list[int | None]) -> float:
 @torch.no_grad()
 def test_with_its_padding_counted_the_number_bounds_what_generate_writes(groups, random_model):
     """Texts of four tokens and EOS in blocks of three: the second block is a token, the end and one that pads."""
-    small = random_model(VOCABULARY, block_size=3, length=6, seed=5, num_layers=1, hidden_size=16, init_std=0.7)
+    small = random_model(VOCABULARY, seed=5, num_layers=1, hidden_size=16, init_std=0.7)
     text = [3, 7, 1, 5, VOCABULARY.eos_id]
     exact = -log(block_law(small, [], text[:3])) - log(block_law(small, text[:3], [*text[3:], None]))
     tokens = torch.tensor([[*text, VOCABULARY.eos_id]]).expand(400, -1)

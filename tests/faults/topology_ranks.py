@@ -15,7 +15,6 @@ from bd3_scale.objective import BlockDiffusion
 from bd3_scale.objective.inputs import rank_positions
 from bd3_scale.parallel import engine as engine_module
 from bd3_scale.parallel.collective import on_rank_zero
-from bd3_scale.recipe.load import recipe_hash
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.train.resume import find_start
 from bd3_scale.train.setup import Training, open_run, open_training
@@ -48,10 +47,9 @@ def go(recipe: Recipe, last: int, out: Path) -> None:
 def save(training: Training, step: int, folder: Path) -> None:
     tokenizer = folder.parent / f"tokenizer of {folder.name}"
     on_rank_zero(lambda: (folder.mkdir(parents=True, exist_ok=True), tokenizer.mkdir(exist_ok=True))[1])
-    manifest = CheckpointManifest(
+    manifest = CheckpointManifest.of_run(
+        training.run.recipe,
         step=step,
-        recipe=training.run.recipe,
-        recipe_hash=recipe_hash(training.run.recipe),
         vocabulary=training.engine.chunks[0].vocabulary,
         data_hash=training.run.data_hash,
         world_size=dist.get_world_size(),

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from bd3_scale.checkpoint.boxes import boxes_of
 from bd3_scale.data.batch import Batch
 from bd3_scale.diffusion.noise import Noise
-from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.objective import objective_of
 from bd3_scale.objective.inputs import corrupt, mask_noise, next_tokens
@@ -87,8 +86,7 @@ def full_states(engine, layouts) -> dict[str, torch.Tensor]:
 def three_steps(layout: cases.Layout, groups) -> dict:
     case, recipe = cases.CASES[layout.case], cases.recipe(layout)
     check_recipe(recipe, dist.get_world_size())
-    device = torch.device("cpu")
-    chunks = build_model(recipe, cases.VOCABULARY, groups, dtype=torch.float32, device=device, seed=3)
+    chunks = cases.build(recipe, groups)
     layouts = parameter_layouts(chunks)
     engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
     initial = full_states(engine, layouts)

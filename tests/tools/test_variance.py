@@ -32,7 +32,7 @@ def test_variances_are_those_of_the_draws(groups, tmp_path):
         )
     )
     vocabulary = load_manifest(tmp_path / "data").vocabulary
-    (model,) = build_model(recipe, vocabulary, groups, dtype=torch.float32, device=CPU, seed=1)
+    (model,) = build_model(recipe.model, vocabulary, groups, dtype=torch.float32, device=CPU, seed=1)
     batches = list(draws_of(recipe, 4 * FOLDS))
     loss, gradient = measure(model, recipe, batches, (0.3, 0.8))
     for fold in range(FOLDS):
