@@ -45,7 +45,7 @@ from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.train.inputs import step_inputs
-from bd3_scale.train.tiles import settle_tiles
+from bd3_scale.train.setup import settle_tiles
 from tools.plain_step import PlainStep
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -343,7 +343,7 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     with process_groups(recipe.parallel) as groups:
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        settle_tiles(recipe, attention_backend(recipe, dtype=dtype, device=local_device()), dtype, None)
+        settle_tiles(recipe, attention_backend(recipe, dtype=dtype, device=local_device()), dtype, {})
         rows = measure(recipe, vocabulary, groups, options)
         about = conditions(recipe, vocabulary, options)
         if dist.get_rank() == 0 and options.json:

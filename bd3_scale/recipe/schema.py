@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from bd3_scale.registry import MODULE_NAME
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -124,7 +126,7 @@ class DiffusionRecipe(Section):
     block_size_choices: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = Field(
         (), description="each sequence draws its block size among these, in the steps of `block_size`, which evaluates"
     )
-    objective: Literal["block_diffusion", "next_token", "score_entropy"] = Field(
+    objective: str = Field(
         "block_diffusion",
         description="next_token: plain AR, where a row predicts the token after it and no mask is seen; "
         "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy",
@@ -134,8 +136,10 @@ class DiffusionRecipe(Section):
     search_interval: bool = Field(
         False, description="every evaluation searches the interval of least variance, and training follows"
     )
-    noise_schedule: Literal["linear", "cosine", "square", "square_root", "log"] = Field(
-        "linear", description="mask rate p(t) of the noise level; a clipped interval belongs to linear"
+    noise_schedule: str = Field(
+        "linear",
+        description="mask rate p(t) of the noise level: linear, cosine, square, square_root, log or a plug-in's; a "
+        "clipped interval belongs to linear",
     )
     noise_steps: PositiveInt | None = Field(
         None, description="T of finite-time diffusion (absorbing D3PM); default: continuous time"
@@ -329,8 +333,10 @@ class ModelSections(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     deterministic: bool = True
-    attention_backend: Literal["auto", "reference", "cpu", "triton", "flex"] = Field(
-        "auto", description="auto: the quickest that runs here; $BD3_SCALE_ATTENTION goes before it"
+    attention_backend: str = Field(
+        "auto",
+        description="reference, cpu, triton, flex or a plug-in's; auto: the quickest that runs here; "
+        "$BD3_SCALE_ATTENTION goes before it",
     )
     model: ModelRecipe
     diffusion: DiffusionRecipe
@@ -352,6 +358,9 @@ class ImportedRecipe(ModelSections):
 
 
 class Recipe(ModelSections):
+    plugins: Annotated[tuple[Annotated[str, Field(pattern=MODULE_NAME)], ...], Field(strict=False)] = Field(
+        (), description="modules that register what the recipe names, imported first on every rank"
+    )
     run_dir: str | None = Field(None, description="default: runs/<name>")
     init_from: str | None = Field(
         None, description="checkpoint or run directory whose weights training begins with; the optimiser begins anew"
