@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import click
 import typer
 from rich.table import Table
 
@@ -98,15 +97,9 @@ def doors(
         ),
     ] = None,
 ) -> None:
-    """Import what the command line and the environment name, before the command."""
+    """Import what the command line and the environment name; `context.obj` keeps it for recipes, which ranks read."""
     context.obj = [module for text in plugin or () for module in re.split(r"[\s,]+", text) if module]
     import_plugins(context.obj)
-
-
-def _plugins() -> list[str]:
-    """Return what `doors` imported: it joins the recipe of a command that starts ranks, which import it, too."""
-    modules: list[str] = click.get_current_context().find_root().obj
-    return modules
 
 
 @data_app.command(epilog="Example: bd3-scale data tokenizer corpus/ --out tokenizers/mine --vocab-size 4096")
@@ -194,6 +187,7 @@ def prepare(
 
 @app.command(epilog="Example: bd3-scale train recipes/tiny.yaml optimizer.lr=1e-3 train.steps=200")
 def train(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     inject: Annotated[
@@ -208,13 +202,14 @@ def train(
 
     Starts `launch.processes` processes on this machine, or joins a run where torchrun or SLURM set RANK and WORLD_SIZE.
     """
-    _train(recipe, overrides or (), inject)
+    _train(recipe, overrides or (), context.obj, inject)
 
 
 @app.command(
     epilog="Example: bd3-scale adapt models/Qwen3-0.6B recipes/adapt-qwen3.yaml --text corpus/ run_dir=runs/qwen3-bd3"
 )
 def adapt(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help="Hugging Face folder of the model to begin with.")],
     recipe: Annotated[Path, typer.Argument(help="YAML file without a model section: the model is the source's.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
@@ -250,18 +245,19 @@ def adapt(
             validation=validation or (),
             mask_token=mask_token,
             bos=bos,
-            plugins=_plugins(),
+            plugins=context.obj,
             progress=bar.show,
             note=lambda text: tell(f"note: {text}"),
         )
     if prepare_only:
         say(f"prepared; go on with: bd3-scale train {adapted}")
         return
-    _train(adapted, ())
+    _train(adapted, (), context.obj)
 
 
 @app.command(epilog="Example: bd3-scale replay runs/mine --step 1200")
 def replay(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     step: Annotated[
@@ -282,10 +278,12 @@ def replay(
         step = last_event(run)
         if step is None:
             raise ValueError(f"{run} has no step that stood out ({EVENTS_FILE}): name one with --step")
-    _train(recipe, [f"run_dir={run}", *(overrides or ())], options=[f"--replay={step}"])
+    _train(recipe, [f"run_dir={run}", *(overrides or ())], context.obj, options=[f"--replay={step}"])
 
 
-def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Sequence[str] = ()) -> None:
+def _train(
+    recipe: Path, overrides: Sequence[str], plugins: Sequence[str], inject: str = "", options: Sequence[str] = ()
+) -> None:
     """Check a recipe, and train what it says here or on ranks of our own, which are handed the recipe as resolved."""
     from bd3_scale.data.manifest import load_manifest
     from bd3_scale.recipe.checks import check_against_data, check_recipe, world_size_for_launch
@@ -300,7 +298,7 @@ def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Se
     if not options:
         # Before libraries are imported, by a plug-in perhaps, which keep the streams of then.
         outlast("stdout", "stderr", log=rank_log(loaded.run_path))
-    loaded = with_plugins(loaded, _plugins())
+    loaded = with_plugins(loaded, plugins)
     # Never those of a shell that was left behind.
     os.environ[faults.VARIABLE] = inject
     world_size = int(os.environ["WORLD_SIZE"]) if joins else world_size_for_launch(loaded)
@@ -335,6 +333,7 @@ def _default_threads(processes: int) -> int:
     epilog="Example: bd3-scale submit recipes/paper-110m.yaml --profile mysite --nodes 2 run_dir=/shared/runs/paper"
 )
 def submit(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     profile: Annotated[str, typer.Option(help="A site in cluster/profiles, or a YAML file.")] = "default",
@@ -368,7 +367,7 @@ def submit(
         chain=chain,
         dependency=dependency,
         exclude=exclude or (),
-        plugins=_plugins(),
+        plugins=context.obj,
     )
     if dry_run:
         put(script(job), end="")

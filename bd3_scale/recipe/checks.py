@@ -10,17 +10,12 @@ from typing import Any
 
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
-from bd3_scale.registry import Registry, attention_backends, objectives, optimizers, schedules
+from bd3_scale.registry import Registry
 
 # Above, the weights of a step, differences of float32 rates, are off by more than a percent.
 MOST_NOISE_STEPS = 100_000
 # What a recipe names by its key, who knows such names, and what else may stand there.
-_NAMES: tuple[tuple[str, Registry[Any], str], ...] = (
-    ("diffusion.objective", objectives, ""),
-    ("diffusion.noise_schedule", schedules, ""),
-    ("optimizer.family", optimizers, ""),
-    ("attention_backend", attention_backends, "auto"),
-)
+_NAMES: tuple[tuple[str, Registry[Any], str], ...] = ()
 
 
 def world_size_for_launch(recipe: Recipe) -> int:

@@ -137,9 +137,7 @@ class DiffusionRecipe(Section):
         False, description="every evaluation searches the interval of least variance, and training follows"
     )
     noise_schedule: str = Field(
-        "linear",
-        description="mask rate p(t) of the noise level: linear, cosine, square, square_root, log or a plug-in's; a "
-        "clipped interval belongs to linear",
+        "linear", description="mask rate p(t) of the noise level, a name in `registry.schedules`; linear can be clipped"
     )
     noise_steps: PositiveInt | None = Field(
         None, description="T of finite-time diffusion (absorbing D3PM); default: continuous time"
@@ -335,7 +333,7 @@ class ModelSections(Section):
     deterministic: bool = True
     attention_backend: str = Field(
         "auto",
-        description="reference, cpu, triton, flex or a plug-in's; auto: the quickest that runs here; "
+        description="a name in `registry.attention_backends`, or auto: the quickest that runs here; "
         "$BD3_SCALE_ATTENTION goes before it",
     )
     model: ModelRecipe
