@@ -44,7 +44,7 @@ from bd3_scale.parallel.groups import ProcessGroups, local_device, placement, pr
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
-from bd3_scale.train.tiles import settle_tiles
+from bd3_scale.train.setup import settle_tiles
 from tools.plain_step import PlainStep
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -353,7 +353,7 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     with process_groups(recipe.parallel) as groups:
         dtype = dtype_of(recipe)
-        settle_tiles(recipe, backend_of(recipe), dtype, None)
+        settle_tiles(recipe, backend_of(recipe), dtype, {})
         rows = measure(recipe, vocabulary, groups, options)
         about = conditions(recipe, vocabulary, options)
         if dist.get_rank() == 0 and options.json:

@@ -14,7 +14,7 @@ from bd3_scale.data.prepare import prepare
 from bd3_scale.generate.text import checkpoint_tokenizer
 from bd3_scale.objective import objectives
 from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
-from bd3_scale.recipe.load import load_recipe, resolved_yaml
+from bd3_scale.recipe.load import load_recipe, resolved_yaml, with_plugins
 from bd3_scale.resilience.files import write_atomically
 
 INITIAL = "initial"
@@ -31,13 +31,14 @@ def prepare_adaptation(
     validation: Sequence[Path],
     mask_token: str | None,
     bos: bool | None = None,
+    plugins: Sequence[str] = (),
     progress: Callable[[int, int], object] = lambda done, total: None,
     note: Callable[[str], object] = lambda text: None,
 ) -> Path:
     """Import `source` into the run directory, prepare the text with its tokeniser where data.path has none, and write
     the whole recipe, whose path is returned.
 
-    `note` is told what the adapted model cannot become.
+    `plugins` of the command line join the recipe's; `note` is told what the adapted model cannot become.
 
     Raises:
         ValueError, FileNotFoundError: the source cannot be imported or is no next-token model, the recipe is wrong, or
@@ -48,7 +49,8 @@ def prepare_adaptation(
         raise ValueError(
             f"{source} is {plan.architecture}, no autoregressive model with a tokeniser: train from an import"
         )
-    recipe = load_recipe(recipe_file, overrides, {"model": plan.model.model_dump(mode="json"), "init_from": None})
+    decided = {"model": plan.model.model_dump(mode="json"), "init_from": None}
+    recipe = with_plugins(load_recipe(recipe_file, overrides, decided), plugins)
     check_recipe(recipe, world_size_for_launch(recipe))
     if obstacle := export_obstacles(plan.model, objectives.get(recipe.diffusion.objective))["sdar"]:
         note(f"the adapted model will not run in SGLang or LMDeploy, but in transformers: {obstacle}")

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from bd3_scale.registry import MODULE_NAME
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -139,8 +141,8 @@ class DiffusionRecipe(Section):
     search_interval: bool = Field(
         False, description="every evaluation searches the interval of least variance, and training follows"
     )
-    noise_schedule: Literal["linear", "cosine", "square", "square_root", "log"] = Field(
-        "linear", description="mask rate p(t) of the noise level; a clipped interval belongs to linear"
+    noise_schedule: str = Field(
+        "linear", description="mask rate p(t) of the noise level, a name in `registry.schedules`; linear can be clipped"
     )
     noise_steps: PositiveInt | None = Field(
         None, description="T of finite-time diffusion (absorbing D3PM); default: continuous time"
@@ -332,12 +334,17 @@ class LaunchRecipe(Section):
 class Recipe(Section):
     name: str = Field(pattern=NAME)
     deterministic: bool = True
-    attention_backend: Literal["auto", "reference", "cpu", "triton", "flex"] = Field(
-        "auto", description="auto: the quickest that runs here; $BD3_SCALE_ATTENTION goes before it"
+    attention_backend: str = Field(
+        "auto",
+        description="a name in `registry.attention_backends`, or auto: the quickest that runs here; "
+        "$BD3_SCALE_ATTENTION goes before it",
     )
     model: ModelRecipe
     diffusion: DiffusionRecipe
     parallel: ParallelRecipe = ParallelRecipe()
+    plugins: Annotated[tuple[Annotated[str, Field(pattern=MODULE_NAME)], ...], Field(strict=False)] = Field(
+        (), description="modules that register what the recipe names, imported first on every rank"
+    )
     run_dir: str | None = Field(None, description="default: runs/<name>")
     init_from: str | None = Field(
         None, description="checkpoint or run directory whose weights training begins with; the optimiser begins anew"

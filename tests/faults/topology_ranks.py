@@ -33,15 +33,17 @@ def go(recipe: Recipe, last: int, out: Path) -> None:
         training = open_training(run, start)
         if start is not None:
             save(training, start.step, out.with_suffix(".again"))
-        losses, seen = [], {}
+        losses, seen, began = [], {}, training.state.step
         with recording(training, seen):
-            for step in range(training.done + 1, last + 1):
-                losses.append(take_step(training, step).loss)
+            while training.state.step < last:
+                result = take_step(training)
+                training.state.finish_step(result)
+                losses.append(result.loss)
         save(training, last, run.checkpoints)
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, seen)
         if dist.get_rank() == 0:
-            torch.save({"losses": losses, "seen": together(everyone), "done": training.done}, out)
+            torch.save({"losses": losses, "seen": together(everyone), "done": began}, out)
 
 
 def save(training: Training, step: int, folder: Path) -> None:
@@ -54,7 +56,7 @@ def save(training: Training, step: int, folder: Path) -> None:
         data_hash=training.run.data_hash,
         world_size=dist.get_world_size(),
         states=training.engine.zero.names,
-        intervals=training.run.intervals,
+        intervals=training.state.intervals,
     )
     keep = training.run.recipe.checkpoint
     save_boxes(folder, manifest, boxes_to_save(training.engine.zero, training.layouts), tokenizer=tokenizer, keep=keep)

@@ -259,8 +259,10 @@ def test_evaluate_and_generate(workplace):
 
 def test_two_trainings_in_one_run_directory(workplace):
     process = started(workplace, "shared", "train.steps=100000", step=1)
+    recipe = (workplace / "shared/recipe.yaml").read_bytes()
     try:
-        refused = train(workplace, "shared", returncode=2)
+        refused = train(workplace, "shared", "optimizer.lr=0.5", returncode=2)
+        assert (workplace / "shared/recipe.yaml").read_bytes() == recipe
         assert "shared is in use by process" in refused.stderr
         assert "choose another run_dir" in refused.stderr
     finally:
