@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 TESTS = Path(__file__).parent
@@ -13,6 +14,9 @@ LAUNCHING = ("integration", "reproduction", "tools", "faults", "slurm")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # each worker has a core; two threads each would wait for one another
+# An example's time says how busy the machine is.
+hypothesis.settings.register_profile("bd3_scale", deadline=None)
+hypothesis.settings.load_profile("bd3_scale")
 # It would run in place of the backends that the tests compare.
 os.environ.pop("BD3_SCALE_ATTENTION", None)
 
