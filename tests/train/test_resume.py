@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +106,70 @@ def test_a_resumed_run_tells_every_value_that_changed(tmp_path: Path) -> None:
     assert start.notes(new, prepared) == ["optimizer.lr 0.001 → 0.02", "checkpoint.every_steps 0 → 3"]
     assert start.changes(new) == [("optimizer.lr", 0.001, 0.02), ("checkpoint.every_steps", 0, 3)]
     assert replace(start, resumes=False).notes(new, prepared) == []
+
+
+def with_options(manifest: CheckpointManifest, **sections: dict[str, object]) -> CheckpointManifest:
+    """As a version with other options wrote it; None: an option that it did not have."""
+    assert manifest.trained_with is not None
+    recipe = json.loads(json.dumps(manifest.trained_with))
+    for name, options in sections.items():
+        recipe[name] = {k: v for k, v in (recipe.get(name, {}) | options).items() if v is not None}
+    writer = {"bd3_scale": "0.7", "commit": "0123456789ab"}
+    return manifest.model_copy(update={"trained_with": recipe, "written_by": writer})
+
+
+def test_a_resume_names_the_options_that_it_does_not_know_and_goes_on(tmp_path: Path) -> None:
+    prepared = data(tmp_path, "a" * 100)
+    manifest = with_options(
+        manifest_of(recipe(False, 1), prepared, ema_warms_up=True),
+        optimizer={"amsgrad": True, "schedule": "polynomial"},
+        guard={"skip_steps": None, "skipped_steps": 5},
+        data={"prefetch": "a\x1b[2J" + "b" * 999},
+        telemetry={"every_steps": 5},
+    )
+    check_resumable(Path("r/c/s"), manifest, recipe(False, 1), prepared)
+    notes = Start(Path("c"), manifest, resumes=True).notes(recipe(False, 1), prepared)
+    said = "is no option of this version, and was one of bd3_scale 0.7 (commit 0123456789ab)"
+    assert notes[0] == "optimizer.schedule polynomial → cosine"
+    unknown = ["data.prefetch", "optimizer.amsgrad", "guard.skipped_steps", "telemetry"]
+    assert [note.partition("=")[0] for note in notes[1:]] == unknown
+    assert all(said in note and "goes on without it" in note and note.isprintable() for note in notes[1:])
+    assert "guard.skipped_steps=5 is" in notes[3]
+    assert max(map(len, notes)) < 400
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"diffusion": {"token_editing": 0.1}}, ["diffusion.token_editing=0.1"]),
+        ({"model": {"experts": 2}}, ["model.experts=2"]),
+        ({"data": {"shuffle": None, "shuffled": False}}, ["data.shuffled=False"]),
+        ({"train": {"precision": None, "dtype": "bf16"}}, ["train.dtype=bf16", "train.precision is fp32"]),
+        ({"data": {"seq_len": None}}, ["data.seq_len is 64, the checkpoint has unset"]),
+        ({"diffusion": {"noise_schedule": "exotic"}}, ["noise_schedule is linear, the checkpoint has exotic"]),
+    ],
+)
+def test_a_resume_refuses_unknown_options_that_no_run_may_change(sections, named, tmp_path: Path) -> None:
+    prepared = data(tmp_path, "a" * 100)
+    manifest = with_options(manifest_of(recipe(False, 1), prepared), **sections)
+    with pytest.raises(ValueError, match="cannot be resumed") as caught:
+        check_resumable(Path("r/c/s"), manifest, recipe(False, 1), prepared)
+    assert all(words in str(caught.value) for words in named)
+    if "=" in named[0]:
+        way_out = r"bd3_scale 0\.7 \(commit 0123456789ab\), .* resume with that version, or .* init_from=r/c/s"
+        assert re.search(way_out, str(caught.value))
+
+
+def test_an_option_that_came_later_had_its_default(tmp_path: Path) -> None:
+    prepared = data(tmp_path, "a" * 100)
+    run = Recipe.model_validate(tiny_recipe())
+    absent = {"diffusion": {"noise_steps": None, "noisy_copies": None}, "data": {"isolate_documents": None}}
+    manifest = with_options(manifest_of(run, prepared, ema_warms_up=True), optimizer={"betas": None}, **absent)
+    check_resumable(Path("r/c/s"), manifest, run, prepared)
+    assert Start(Path("c"), manifest, resumes=True).notes(run, prepared) == []
+    two = Recipe.model_validate(tiny_recipe(diffusion={"noisy_copies": 2}))
+    with pytest.raises(ValueError, match=r"diffusion.noisy_copies is 2, the checkpoint has 1"):
+        check_resumable(Path("r/c/s"), manifest, two, prepared)
 
 
 @pytest.mark.parametrize(("decay", "step", "told"), [(0.9, 4, True), (0.9, 200, False), (0.0, 4, False)])
