@@ -55,6 +55,10 @@ class Registry(Generic[T]):
 
         return add
 
+    def name_of(self, thing: T) -> str:
+        """Return the name that a registered thing has."""
+        return next(name for name, held in self._found.items() if held is thing)
+
     def names(self) -> tuple[str, ...]:
         """Return all names: the package's, then those of imported plug-ins."""
         for home in self._homes:

@@ -19,7 +19,6 @@ from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import INCOMPLETE, MASK, Tokenizer, load_tokenizer
 from bd3_scale.generate.sampler import ENTROPY_WINDOW, SMALLEST_SUBWORD_VOCABULARY, SUBWORD_ENTROPY, generate_batch
-from bd3_scale.recipe.schema import Recipe
 
 # Of the median entropy of held-out windows, where a window cannot reach the paper's 4 nats.
 SHARE_OF_MEDIAN = 0.75
@@ -94,7 +93,7 @@ def write_texts(
     """
     tokenizer = checkpoint_tokenizer(checkpoint, read_manifest(checkpoint))
     with open_model(checkpoint) as (model, manifest, _):
-        if manifest.recipe.diffusion.objective == "next_token":
+        if not manifest.trained_objective().fills_masks:
             raise ValueError(
                 f"{checkpoint} predicts the next token, and generation here is block diffusion: adapt it with "
                 "`bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
@@ -102,7 +101,7 @@ def write_texts(
         least = default_min_entropy(manifest) if min_entropy is None else min_entropy
         encoded = _encoded(checkpoint, tokenizer, prompts, infill)
         eos_ids = stop_ids(checkpoint, manifest)
-        context = manifest.recipe.max_position_embeddings
+        context, block_size = manifest.max_position_embeddings, manifest.block_size
         limit = max_new_tokens * len(prompts)
         for first in range(0, len(prompts), batch_size):
             batch = [ids for _, ids in encoded[first : first + batch_size]]
@@ -118,13 +117,13 @@ def write_texts(
                 return kept_tokens(tokenizer, batch[index], tokens, stop)
 
             longest = max(map(len, batch)) + max_new_tokens
-            window = context if longest > context and context >= 2 * manifest.recipe.diffusion.block_size else None
+            window = context if longest > context and context >= 2 * block_size else None
             began = time.monotonic()
             samples = generate_batch(
                 model,
                 batch,
                 seeds=range(seed + first, seed + first + len(batch)),
-                block_size=manifest.recipe.diffusion.block_size,
+                block_size=block_size,
                 max_new_tokens=max_new_tokens,
                 min_entropy=least,
                 window=window,
@@ -149,14 +148,14 @@ def default_min_entropy(manifest: CheckpointManifest) -> float:
     """
     if manifest.vocabulary.size >= SMALLEST_SUBWORD_VOCABULARY:
         return SUBWORD_ENTROPY
-    recipe = manifest.recipe
-    if not isinstance(recipe, Recipe) or not (Path(recipe.data.path) / "manifest.json").is_file():
+    trained = manifest.trained_data()
+    if trained is None or not (Path(trained.path) / "manifest.json").is_file():
         return 0.0
-    data = load_manifest(recipe.data.path)
+    data = load_manifest(trained.path)
     if data.validation is None:
         return 0.0
     share = {"batch_size": 16, "dp_rank": 0, "dp_size": 1, "sequences": MEDIAN_SEQUENCES}
-    local = recipe.data.model_copy(update={"remote": None, "cache_limit": None})
+    local = trained.model_copy(update={"remote": None, "cache_limit": None})
     tokens = np.concatenate([b.tokens[b.counted].numpy() for b in held_out_batches(local, data, **share)])
     windows = tokens[: len(tokens) // ENTROPY_WINDOW * ENTROPY_WINDOW].reshape(-1, ENTROPY_WINDOW)
     if not len(windows):

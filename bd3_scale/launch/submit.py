@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from bd3_scale.launch.job import SLURM_FOLDER, Job, check_job, new_submission, s
 from bd3_scale.launch.profile import TIME_LIMIT, load_profile
 from bd3_scale.launch.records import excluded_nodes, read_json
 from bd3_scale.launch.slurm import ACTIVE, ask, job_states, partitions, slurm
+from bd3_scale.observe.environment import source_commit
 from bd3_scale.recipe.load import load_recipe, recipe_files, resolved_yaml, with_plugins
 from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.runlock import lock_run
@@ -75,17 +75,6 @@ def make_job(
 def _python_path() -> str:
     folders = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return os.pathsep.join(str(Path(folder).absolute()) for folder in folders)
-
-
-def source_commit() -> str:
-    """The commit of this code, with `+` where files differ from it; `unknown` where it is no git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
 def ask_slurm(job: Job) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
-from bd3_scale.registry import Registry
+from bd3_scale.registry import Registry, objectives
 
 # Above, the weights of a step, differences of float32 rates, are off by more than a percent.
 MOST_NOISE_STEPS = 100_000
 # What a recipe names by its key, who knows such names, and what else may stand there.
-_NAMES: tuple[tuple[str, Registry[Any], str], ...] = ()
+_NAMES: tuple[tuple[str, Registry[Any], str], ...] = (("diffusion.objective", objectives, ""),)
 
 
 def world_size_for_launch(recipe: Recipe) -> int:
@@ -57,6 +57,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
         *_block_size_schedule_problems(recipe),
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
         *_retention_problems(recipe),
+        *_objective_problems(recipe),
     ]
     # Each problem once, however many block sizes have it.
     problems += dict.fromkeys(
@@ -99,6 +100,11 @@ def _name_problems(recipe: Recipe) -> Iterator[str]:
             registry.get(name)
         except ValueError as error:
             yield f"{key}: {error}"
+
+
+def _objective_problems(recipe: Recipe) -> Iterator[str]:
+    if (name := recipe.diffusion.objective) in objectives.names():
+        yield from objectives.get(name).problems(recipe)
 
 
 def _retention_problems(recipe: Recipe) -> Iterator[str]:
@@ -260,15 +266,6 @@ def _block_size_schedule_problems(recipe: Recipe) -> Iterator[str]:
             f"diffusion.mask_noise_std={diffusion.mask_noise_std} and mask_noise_steps={diffusion.mask_noise_steps} "
             "belong together: set both, or neither"
         )
-    if diffusion.objective == "next_token":
-        fields = type(diffusion).model_fields
-        without = fields.keys() - {"objective", "block_size", "mask_noise_steps"}
-        changed = [key for key in fields if key in without and getattr(diffusion, key) != fields[key].default]
-        if changed or diffusion.block_size != 1:
-            yield (
-                f"diffusion.objective=next_token masks nothing: set diffusion.block_size=1, and leave "
-                f"{', '.join(changed) or 'the rest'} out"
-            )
 
 
 def _noise_problems(recipe: Recipe, block: int) -> Iterator[str]:

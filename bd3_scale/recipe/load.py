@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from bd3_scale.recipe.plain_yaml import LIMIT_BYTES, dump_yaml, parse_yaml
-from bd3_scale.recipe.schema import ImportedRecipe, Recipe, RecipeError
+from bd3_scale.recipe.schema import Recipe, RecipeError
 from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.readers import read_regular, reader
 
@@ -70,7 +70,7 @@ def with_plugins(recipe: Recipe, more: Sequence[str] = ()) -> Recipe:
     return recipe.model_copy(update={"plugins": plugins})
 
 
-def resolved_yaml(recipe: Recipe | ImportedRecipe) -> str:
+def resolved_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; loading it gives an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json"))
 

@@ -20,6 +20,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "selective", "full"]
+# Of a run.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -129,7 +131,10 @@ class DiffusionRecipe(Section):
     objective: str = Field(
         "block_diffusion",
         description="next_token: plain AR, where a row predicts the token after it and no mask is seen; "
-        "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy",
+        "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy; or a plug-in's",
+    )
+    objective_options: dict[str, bool | int | float | str] = Field(
+        {}, description="what a plug-in's objective takes beside the options here, such as gamma: 2"
     )
     mask_rate_low: Share = Field(0.0, description="beta, the lower end of the clipped mask-rate interval in training")
     mask_rate_high: Share = Field(1.0, description="omega, its upper end")
@@ -326,10 +331,8 @@ class LaunchRecipe(Section):
     deadlines: Deadlines = Deadlines()
 
 
-class ModelSections(Section):
-    """The sections of a recipe that a model is built from."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+class Recipe(Section):
+    name: str = Field(pattern=NAME)
     deterministic: bool = True
     attention_backend: str = Field(
         "auto",
@@ -339,23 +342,6 @@ class ModelSections(Section):
     model: ModelRecipe
     diffusion: DiffusionRecipe
     parallel: ParallelRecipe = ParallelRecipe()
-
-    @property
-    def recomputation(self) -> tuple[Recompute, int | None]:
-        """What is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
-        return "none", None
-
-
-class ImportedRecipe(ModelSections):
-    """What is known of a model that was not trained here."""
-
-    imported_from: str
-    source_fingerprint: str = Field("", description="which files its weights came from")
-    precision: Literal["bf16", "fp32"]
-    max_position_embeddings: PositiveInt = Field(description="longest sequence that it was trained on")
-
-
-class Recipe(ModelSections):
     plugins: Annotated[tuple[Annotated[str, Field(pattern=MODULE_NAME)], ...], Field(strict=False)] = Field(
         (), description="modules that register what the recipe names, imported first on every rank"
     )
@@ -383,15 +369,6 @@ class Recipe(ModelSections):
         return Path(self.run_dir or f"runs/{self.name}")
 
     @property
-    def precision(self) -> Literal["auto", "bf16", "fp32"]:
-        """Precision of the forward; `auto` is decided where training starts."""
-        return self.train.precision
-
-    @property
     def recomputation(self) -> tuple[Recompute, int | None]:
+        """What is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
         return self.train.recompute, self.train.recompute_layers
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Longest sequence that it trains on."""
-        return self.data.seq_len

@@ -57,6 +57,6 @@ def _held_out(training: Training, block_size: int) -> HeldOut:
         training.engine.chunks,
         batches,
         groups,
-        diffusion=recipe.diffusion.model_copy(update={"block_size": block_size}),
+        objective=training.run.objective.at(block_size),
         draws=recipe.evaluation.draws,
     )

@@ -15,7 +15,6 @@ from bd3_scale.checkpoint.store import boxes_to_save
 from bd3_scale.observe.metrics import METRICS_FILE, has_evaluation
 from bd3_scale.parallel.collective import any_rank, gather_values, on_rank_zero
 from bd3_scale.parallel.replicas import ReplicasDifferError, check_replicas
-from bd3_scale.recipe.load import recipe_hash
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience import faults
 from bd3_scale.resilience.files import check_writable
@@ -156,11 +155,10 @@ def _checkpoint_bytes(training: Training) -> int:
 def _manifest(training: Training) -> CheckpointManifest:
     run, engine, state = training.run, training.engine, training.state
     assert engine.zero.step == state.step - state.skipped
-    return CheckpointManifest(
+    return CheckpointManifest.of_run(
+        run.recipe,
         step=state.step,
         skipped=state.skipped,
-        recipe=run.recipe,
-        recipe_hash=recipe_hash(run.recipe),
         vocabulary=engine.chunks[0].vocabulary,
         data_hash=run.data_hash,
         world_size=dist.get_world_size(),

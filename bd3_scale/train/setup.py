@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bd3_scale.attention.backends import choose_backend
 from bd3_scale.attention.kernels.tiles import use_choices
 from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
@@ -22,8 +23,9 @@ from bd3_scale.data.stream import TrainingStream
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES
-from bd3_scale.model.build import attention_backend, build_model
+from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
+from bd3_scale.objective import Objective, objective_of
 from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.parallel.collective import gather_values, on_rank_zero
 from bd3_scale.parallel.engine import TrainingEngine
@@ -52,6 +54,11 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def objective(self) -> Objective:
+        """What the model is trained for."""
+        return objective_of(self.recipe.diffusion, self.data.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,18 @@ def open_training(run: Run, start: Start | None) -> Training:
     recipe, vocabulary = run.recipe, start.manifest.vocabulary if start else run.data.vocabulary
     state = TrainState.at(start)
     state.tiles = settle_tiles(recipe, backend_of(run), _dtype(recipe), state.tiles)
-    chunks = build_model(recipe, vocabulary, run.groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed)
+    chunks = build_model(
+        recipe.model,
+        vocabulary,
+        run.groups,
+        parallel=recipe.parallel,
+        dtype=_dtype(recipe),
+        device=local_device(),
+        seed=recipe.seed,
+        deterministic=recipe.deterministic,
+        attention_backend=recipe.attention_backend,
+        recompute=recipe.recomputation,
+    )
     layouts = parameter_layouts(chunks)
     engine = TrainingEngine(chunks, run.groups, recipe.optimizer, recipe.parallel)
     if start is not None:
@@ -113,7 +131,8 @@ def open_training(run: Run, start: Start | None) -> Training:
 
 def backend_of(run: Run) -> str:
     """The attention that this run takes here. ValueError: it cannot run."""
-    return attention_backend(run.recipe, dtype=_dtype(run.recipe), device=local_device())
+    recipe = run.recipe
+    return choose_backend(recipe.attention_backend, local_device(), _dtype(recipe), recipe.model.head_size)
 
 
 def lock_run_directory(run: Run, stack: ExitStack) -> None:

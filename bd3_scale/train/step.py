@@ -10,10 +10,9 @@ import torch.distributed as dist
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.parallel.engine import StepResult, TrainingEngine
-from bd3_scale.parallel.groups import local_device
+from bd3_scale.parallel.groups import local_device, placement
 from bd3_scale.recipe.schema import OptimizerRecipe
 from bd3_scale.resilience import faults
-from bd3_scale.train.inputs import step_inputs
 from bd3_scale.train.setup import Training
 
 
@@ -22,14 +21,13 @@ def take_step(training: Training) -> StepResult:
     recipe, run, batch, step = training.run.recipe, training.run, next(training.stream), training.state.step + 1
     faults.reach("step", step=step)
     micro_batches = [
-        step_inputs(
-            recipe,
+        run.objective.training_inputs(
             micro,
             step - 1,
+            seed=recipe.seed,
+            global_batch_size=recipe.train.global_batch_size,
             intervals=training.state.intervals,
-            mask_id=run.data.vocabulary.mask_id,
-            device=local_device(),
-            context=(run.groups.cp.rank(), run.groups.cp.size()),
+            place=placement(run.groups),
         )
         for micro in batch.split(recipe.train.micro_batch_size)
     ]

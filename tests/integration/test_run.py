@@ -71,7 +71,7 @@ def test_a_run_leaves_what_it_promises(workplace):
     ]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000012\n"
     manifest = json.loads((run / "checkpoints" / "step-00000012" / "manifest.json").read_text())
-    assert manifest["recipe"] == yaml.safe_load((run / "recipe.yaml").read_text())
+    assert manifest["trained_with"] == yaml.safe_load((run / "recipe.yaml").read_text())
     assert manifest["recipe_hash"] == (run / "recipe.sha256").read_text().strip()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
