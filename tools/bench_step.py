@@ -69,9 +69,9 @@ MakeInputs = Callable[[int], list[ModelInputs]]
 def load(options: argparse.Namespace) -> tuple[Recipe, int]:
     """The recipe to measure, and its vocabulary's size."""
     if options.recipe and Path(options.recipe).suffix in (".yaml", ".yml"):
-        from bd3_scale.recipe.load import load_recipe
+        from bd3_scale.recipe.load import load_recipe, with_plugins
 
-        return load_recipe(Path(options.recipe), options.overrides), options.vocabulary or 50257
+        return with_plugins(load_recipe(Path(options.recipe), options.overrides)), options.vocabulary or 50257
     values = json.loads(json.dumps(PRESETS[options.preset])) | {"name": "bench", "diffusion": {"block_size": 16}}
     vocabulary = options.vocabulary or values.pop("vocabulary")
     values.pop("vocabulary", None)

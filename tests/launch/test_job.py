@@ -78,6 +78,13 @@ def test_script_and_supervision_are_the_golden_files(name: str, made: Job) -> No
     assert done.returncode == 0, done.stderr
 
 
+def test_where_plug_ins_lie_is_kept_and_a_profile_goes_over_it() -> None:
+    made = job(CPU_SITE | {"environment": {"PYTHONPATH": "/site"}}, python_path="/home/me/my lab:/home/me/other")
+    lines = [line for line in script(made).splitlines() if "PYTHONPATH" in line]
+    assert lines == ["export PYTHONPATH='/home/me/my lab:/home/me/other'", "export PYTHONPATH=/site"]
+    assert "PYTHONPATH" not in script(job(CPU_SITE))
+
+
 def test_a_cache_is_the_job_s_own_on_each_node() -> None:
     remote = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"remote": "s3://bucket/data"})})
     told = supervision(job(GPU_SITE, recipe=remote))

@@ -168,6 +168,8 @@ def values_of(annotation: object, metadata: tuple[object, ...]) -> st.SearchStra
         return st.lists(values_of(arguments[0], ()), max_size=4).map(tuple)
     if origin is tuple:
         return st.tuples(*(values_of(argument, ()) for argument in arguments))
+    if origin is dict:
+        return st.dictionaries(*(values_of(argument, ()) for argument in arguments), max_size=3)
     if arguments:
         return st.one_of(*(values_of(argument, metadata) for argument in arguments))
     if annotation is str:
