@@ -59,11 +59,13 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """Return what has this name. ValueError: nothing has; the message lists the nearest."""
+        if name in self._found:
+            return self._found[name]
         known = self.names()
         if name in self._found:
             return self._found[name]
         near = difflib.get_close_matches(name, known, 3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
         raise ValueError(
             f"no {self._kind} is called {name!r}: {hint} One of a plug-in's needs its module, as `plugins: [MODULE]` "
             "in the recipe or `bd3-scale --plugin MODULE …`"
