@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
+from bd3_scale.registry import Registry, attention_backends, schedules
 
 # Above, the weights of a step, differences of float32 rates, are off by more than a percent.
 MOST_NOISE_STEPS = 100_000
@@ -45,6 +46,9 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
     Raises:
         RecipeError: all broken rules, each with its values and what to change.
     """
+    # The rules ask what has these names.
+    if problems := list(_name_problems(recipe)):
+        raise RecipeError(problems)
     problems = [
         *_model_problems(recipe.model),
         *_tensor_parallel_problems(recipe.model, recipe.parallel.tensor),
@@ -72,6 +76,19 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         )
     if problems:
         raise RecipeError(problems)
+
+
+def _name_problems(recipe: Recipe) -> Iterator[str]:
+    named: list[tuple[str, str, Registry]] = [
+        ("diffusion.noise_schedule", recipe.diffusion.noise_schedule, schedules),
+    ]
+    if recipe.attention_backend != "auto":
+        named.append(("attention_backend", recipe.attention_backend, attention_backends))
+    for key, name, registry in named:
+        try:
+            registry.get(name)
+        except ValueError as error:
+            yield f"{key}={name}: {error}"
 
 
 def _retention_problems(recipe: Recipe) -> Iterator[str]:
@@ -300,11 +317,12 @@ def _interval_problems(recipe: Recipe) -> Iterator[str]:
         yield (f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} are the wrong way round: swap them")
     if (low, high) == (0, 1) and not diffusion.search_interval:
         return
-    if diffusion.noise_schedule != "linear" or diffusion.noise_steps is not None:
+    if diffusion.noise_steps is not None or not schedules.get(diffusion.noise_schedule).clips:
         yield (
-            f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} clip the linear schedule in continuous "
-            f"time, and noise_schedule={diffusion.noise_schedule} with noise_steps={diffusion.noise_steps} is another: "
-            "leave the interval at 0 to 1 and search_interval out, or noise_schedule and noise_steps"
+            f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} clip a schedule that allows it, such "
+            f"as linear, in continuous time, and noise_schedule={diffusion.noise_schedule} with noise_steps="
+            f"{diffusion.noise_steps} is another: leave the interval at 0 to 1 and search_interval out, or "
+            "noise_schedule and noise_steps"
         )
 
 

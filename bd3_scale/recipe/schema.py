@@ -134,8 +134,8 @@ class DiffusionRecipe(Section):
     search_interval: bool = Field(
         False, description="every evaluation searches the interval of least variance, and training follows"
     )
-    noise_schedule: Literal["linear", "cosine", "square", "square_root", "log"] = Field(
-        "linear", description="mask rate p(t) of the noise level; a clipped interval belongs to linear"
+    noise_schedule: str = Field(
+        "linear", description="mask rate p(t) of the noise level, a name in `registry.schedules`; linear can be clipped"
     )
     noise_steps: PositiveInt | None = Field(
         None, description="T of finite-time diffusion (absorbing D3PM); default: continuous time"
@@ -329,8 +329,10 @@ class ModelSections(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     deterministic: bool = True
-    attention_backend: Literal["auto", "reference", "cpu", "triton", "flex"] = Field(
-        "auto", description="auto: the quickest that runs here; $BD3_SCALE_ATTENTION goes before it"
+    attention_backend: str = Field(
+        "auto",
+        description="a name in `registry.attention_backends`, or auto: the quickest that runs here; "
+        "$BD3_SCALE_ATTENTION goes before it",
     )
     model: ModelRecipe
     diffusion: DiffusionRecipe
