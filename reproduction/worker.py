@@ -27,8 +27,8 @@ from bd3_scale.diffusion.nelbo import sequence_nelbo
 from bd3_scale.evaluate.generative import Judge, judged
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo, evaluation_noise, masked_nll, next_token_nll
 from bd3_scale.generate.text import Written, write_texts
+from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
-from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe
 from reproduction.autoregressive import export, write_autoregressively
 from reproduction.records import write_record
