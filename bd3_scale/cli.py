@@ -18,8 +18,8 @@ from bd3_scale.evaluate.commands import app as evaluate_app
 from bd3_scale.launch.commands import app as launch_app
 from bd3_scale.launch.commands import follow_run
 from bd3_scale.observe.console import Console, put, say, styled
+from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.observe.progress import Bar
-from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.output import flush_results, hold_descriptors, outlast, rank_log
 from bd3_scale.resilience.terminal import clean_diagnostics, tell

@@ -27,8 +27,8 @@ from bd3_scale.evaluate.generative import Judge, judged
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo, token_nll, weighted_sums
 from bd3_scale.generate.text import Written, write_texts
 from bd3_scale.objective import BlockDiffusion, Objective
+from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
-from bd3_scale.observe.warnings import quieten_libraries
 from bd3_scale.parallel.groups import placement
 from bd3_scale.recipe.schema import DataRecipe
 from reproduction.autoregressive import export, write_autoregressively

@@ -36,7 +36,7 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
     from bd3_scale.checkpoint.store import boxes_to_save, load_training_state
     from bd3_scale.model.build import build_model
     from bd3_scale.model.layout import parameter_layouts
-    from bd3_scale.observe.memory import peak_rss_bytes
+    from bd3_scale.observe.environment import peak_rss_bytes
     from bd3_scale.parallel.engine import TrainingEngine
     from bd3_scale.parallel.groups import process_groups
     from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe

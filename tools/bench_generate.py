@@ -34,7 +34,7 @@ from bd3_scale.generate.sampler import Sample, generate_batch
 from bd3_scale.model.build import build_model
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective
-from bd3_scale.observe.warnings import quieten_libraries
+from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
 from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary

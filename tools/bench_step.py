@@ -35,10 +35,9 @@ from bd3_scale.data.batch import Batch
 from bd3_scale.model.build import build_model
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.objective import NextToken, Objective, objective_of
-from bd3_scale.observe.environment import has_fast_bf16, source_commit
+from bd3_scale.observe.environment import has_fast_bf16, peak_cuda_bytes, peak_rss_bytes, source_commit
 from bd3_scale.observe.flops import peak_flops
-from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
-from bd3_scale.observe.warnings import quieten_libraries
+from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import ProcessGroups, local_device, placement, process_groups
 from bd3_scale.recipe.checks import check_recipe

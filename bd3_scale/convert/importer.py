@@ -20,11 +20,9 @@ from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifes
 from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, ids_of_model, keep_source_ids
 from bd3_scale.checkpoint.tensors import TensorReader, TensorWriter, same_bytes
 from bd3_scale.convert.architectures import ARCHITECTURES, read_architecture
-from bd3_scale.convert.folder import open_weights, read_config
+from bd3_scale.convert.folder import Weights, check_sizes, open_weights, read_config
 from bd3_scale.convert.names import EMBEDDING, HEAD, NamedTensor, named_tensors
 from bd3_scale.convert.official import is_official, open_official
-from bd3_scale.convert.sizes import check_sizes
-from bd3_scale.convert.weights import Weights
 from bd3_scale.data.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.objective import objectives

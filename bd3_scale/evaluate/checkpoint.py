@@ -23,8 +23,7 @@ from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, IntervalVariance
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.evaluate.sets import NamedText
-from bd3_scale.evaluate.text_bytes import counted_bytes
-from bd3_scale.evaluate.unigram import unigram_perplexity
+from bd3_scale.evaluate.yardsticks import counted_bytes, unigram_perplexity
 from bd3_scale.generate.text import checkpoint_tokenizer
 from bd3_scale.objective import Objective
 from bd3_scale.parallel.collective import on_rank_zero

@@ -215,7 +215,7 @@ def generate(
     from bd3_scale.data.prompts import read_messages, read_prompts
     from bd3_scale.evaluate.tables import show_written
     from bd3_scale.generate.text import write_texts
-    from bd3_scale.observe.denoising import DenoisingView
+    from bd3_scale.observe.progress import DenoisingView
 
     lines = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])]
     chat = chat or messages is not None

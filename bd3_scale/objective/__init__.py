@@ -1,4 +1,7 @@
-"""What a model is trained for; see `base` for the type, and the other files for one objective each."""
+"""What a model is trained for: `base` has the type, `inputs` what objectives share, and every other file is one."""
+
+import importlib
+import pkgutil
 
 from bd3_scale.objective.base import Draw, MissingObjective, Objective, objective_of
 from bd3_scale.objective.block_diffusion import BlockDiffusion
@@ -16,3 +19,7 @@ __all__ = [
     "objective_of",
     "objectives",
 ]
+
+for _file in pkgutil.iter_modules(__path__):
+    if _file.name not in ("base", "inputs"):  # which has PyTorch, that a launcher does without
+        importlib.import_module(f"{__name__}.{_file.name}")

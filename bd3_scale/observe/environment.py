@@ -1,4 +1,4 @@
-"""What this machine offers a run: versions, the commit, processors, optional accelerations."""
+"""What this machine offers a run: versions, the commit, processors, accelerations; what memory the run has taken."""
 
 from __future__ import annotations
 
@@ -165,3 +165,20 @@ def _cpu_info() -> dict[str, str]:
     first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process has had, in bytes (VmHWM of proc(5), Linux).
+
+    getrusage(2) is no substitute: its maximum survives exec, so that a small program started by a large one looks
+    large.
+    """
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def peak_cuda_bytes() -> int | None:
+    """The most memory that PyTorch has allocated on the current CUDA device, in bytes; None without CUDA."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

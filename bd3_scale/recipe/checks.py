@@ -10,12 +10,16 @@ from typing import Any
 
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
-from bd3_scale.registry import Registry, objectives
+from bd3_scale.registry import Registry, attention_backends, objectives, schedules
 
 # Above, the weights of a step, differences of float32 rates, are off by more than a percent.
 MOST_NOISE_STEPS = 100_000
 # What a recipe names by its key, who knows such names, and what else may stand there.
-_NAMES: tuple[tuple[str, Registry[Any], str], ...] = (("diffusion.objective", objectives, ""),)
+_NAMES: tuple[tuple[str, Registry[Any], str], ...] = (
+    ("diffusion.objective", objectives, ""),
+    ("diffusion.noise_schedule", schedules, ""),
+    ("attention_backend", attention_backends, "auto"),
+)
 
 
 def world_size_for_launch(recipe: Recipe) -> int:
@@ -47,8 +51,10 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
     Raises:
         RecipeError: all unknown names and broken rules, each with its values and what to change.
     """
+    # The rules ask what has these names.
+    if problems := list(_name_problems(recipe)):
+        raise RecipeError(problems)
     problems = [
-        *_name_problems(recipe),
         *_model_problems(recipe.model),
         *_tensor_parallel_problems(recipe.model, recipe.parallel.tensor),
         *_pipeline_problems(recipe),
@@ -57,7 +63,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
         *_block_size_schedule_problems(recipe),
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
         *_retention_problems(recipe),
-        *_objective_problems(recipe),
+        *objectives.get(recipe.diffusion.objective).problems(recipe),
     ]
     # Each problem once, however many block sizes have it.
     problems += dict.fromkeys(
@@ -99,12 +105,7 @@ def _name_problems(recipe: Recipe) -> Iterator[str]:
         try:
             registry.get(name)
         except ValueError as error:
-            yield f"{key}: {error}"
-
-
-def _objective_problems(recipe: Recipe) -> Iterator[str]:
-    if (name := recipe.diffusion.objective) in objectives.names():
-        yield from objectives.get(name).problems(recipe)
+            yield f"{key}={name}: {error}"
 
 
 def _retention_problems(recipe: Recipe) -> Iterator[str]:
@@ -324,11 +325,12 @@ def _interval_problems(recipe: Recipe) -> Iterator[str]:
         yield (f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} are the wrong way round: swap them")
     if (low, high) == (0, 1) and not diffusion.search_interval:
         return
-    if diffusion.noise_schedule != "linear" or diffusion.noise_steps is not None:
+    if diffusion.noise_steps is not None or not schedules.get(diffusion.noise_schedule).clips:
         yield (
-            f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} clip the linear schedule in continuous "
-            f"time, and noise_schedule={diffusion.noise_schedule} with noise_steps={diffusion.noise_steps} is another: "
-            "leave the interval at 0 to 1 and search_interval out, or noise_schedule and noise_steps"
+            f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} clip a schedule that allows it, such "
+            f"as linear, in continuous time, and noise_schedule={diffusion.noise_schedule} with noise_steps="
+            f"{diffusion.noise_steps} is another: leave the interval at 0 to 1 and search_interval out, or "
+            "noise_schedule and noise_steps"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bd3_scale.observe.warnings import quieten_libraries
+from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.limits import check_limits

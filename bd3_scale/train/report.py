@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.checkpoint.saver import Saved
+from bd3_scale.observe.environment import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.flops import peak_flops
-from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.metrics import METRICS_FILE, MetricsWriter
 from bd3_scale.observe.plot import interval_curve, loss_curve
 from bd3_scale.observe.progress import TrainingProgress

@@ -12,6 +12,7 @@ from bd3_scale.attention.spans import make_spans
 from bd3_scale.model.build import build_model
 from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from tests.attention import plain_backend
 
 LENGTH = 24
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)
@@ -130,6 +131,8 @@ def test_the_recipe_chooses_the_attention_of_every_pass(token_nll, model, groups
     finite = want.isfinite()
     torch.testing.assert_close(got[finite], want[finite], rtol=1e-5, atol=1e-5)
     assert not by_none
+    by_plug_in, _ = run(build(groups, attention_backend=plain_backend.NAME))
+    torch.testing.assert_close(by_plug_in[finite], want[finite], rtol=1e-5, atol=1e-5)
     one_pair = 2 * 4 * 4 * 8  # sequences, heads, two products, head size
     noisy_and_clean, noisy, prefix, block = 24 * 24 + 24 * 4, (24 * 24 + 24 * 4) // 2, 20 * 24 // 2, 4 * 24
     assert by_operator == {

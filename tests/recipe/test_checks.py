@@ -56,6 +56,16 @@ def test_a_sound_recipe_passes_at_every_layout_that_fits() -> None:
                 assert problems(recipe(parallel__tensor=tensor), world_size) == ()
 
 
+def test_names_that_nothing_has_are_refused_with_the_nearest_before_any_rule() -> None:
+    wrong = recipe(diffusion__noise_schedule="cosin", diffusion__mask_rate_low=0.5).model_copy(
+        update={"attention_backend": "tritton"}
+    )
+    schedule, backend = problems(wrong)
+    assert schedule.startswith("diffusion.noise_schedule=cosin: no noise schedule is called 'cosin': did you mean cos")
+    assert "attention_backend=tritton" in backend
+    assert "did you mean triton?" in backend
+
+
 @pytest.mark.parametrize(
     ("changes", "world_size", "words"),
     [
