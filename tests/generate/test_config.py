@@ -56,4 +56,4 @@ def test_a_command_has_an_option_for_each_field(command):
 def test_a_command_refuses_what_the_class_refuses(command):
     done = command("x", "--unmasking", "beam")
     assert "no unmasking rule is called 'beam': known are first-hitting" in str(done.exception)
-    assert "greater than or equal to 0" in command("x", "--temperature", "-1").output
+    assert "Invalid value for '--temperature'" in command("x", "--temperature", "-1").output
