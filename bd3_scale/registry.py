@@ -16,8 +16,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
+
+# Of a plug-in: a module by its dotted name.
+MODULE_NAME = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
 
 T = TypeVar("T")
 Registered = TypeVar("Registered")
@@ -51,6 +55,10 @@ class Registry(Generic[T]):
 
         return add
 
+    def name_of(self, thing: T) -> str:
+        """Return the name that a registered thing has."""
+        return next(name for name, held in self._found.items() if held is thing)
+
     def names(self) -> tuple[str, ...]:
         """Return all names: the package's, then those of imported plug-ins."""
         for home in self._homes:
@@ -71,14 +79,17 @@ class Registry(Generic[T]):
 
 
 def import_plugins(modules: Sequence[str]) -> None:
-    """Import modules that register things. ValueError: one cannot be imported."""
+    """Import modules that register things. ValueError: one cannot be imported, or its name is none of a module."""
     for module in modules:
+        if not re.fullmatch(MODULE_NAME, module):
+            raise ValueError(f"the plug-in {module!r} is no module: give its dotted name, such as my_lab.bd3")
         try:
             importlib.import_module(module)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
-                f"the plug-in {module} cannot be imported ({reason}): install it, or put its folder on PYTHONPATH"
+                f"the plug-in {module} cannot be imported ({reason}): install it where bd3_scale is, or put the folder "
+                "that holds it on PYTHONPATH; the current folder is not looked in"
             ) from error
 
 

@@ -186,33 +186,14 @@ def _pass(
     size = blocks.shape[1]
     masked = blocks == mask_id
     open_texts = masked.any(1).tolist()
-    # Before the forward: which places do not depend on it.
-    blind = _blind_places(texts, masked, rule) if isinstance(rule, BlindRule) else None
     device = next(model.parameters()).device
     starts = torch.tensor([len(text.tokens) for text in texts])
     positions = (starts[:, None] + torch.arange(size)).to(device)
-    if not any(open_texts):
-        model.prefill(blocks.to(device), positions, None, cache)
-    else:
-        places = masked if blind is None else blind
-        at = places.to(device)
-        logits = model.decode(blocks.to(device), positions, cache, at)
+    if any(open_texts):
+        _unmask(model, cache, texts, blocks, masked, positions, rule, drawing)
         cache.commit([0 if is_open else size for is_open in open_texts])
-        uniforms = np.stack([text.uniforms(_TOKENS, size) for text in texts])
-        drawn, confidence, entropy = drawing.draw(logits, torch.from_numpy(uniforms[places.numpy()]))
-        if isinstance(rule, SightedRule):
-            steps = torch.tensor([text.step for text in texts]).to(device)
-            spread = (torch.zeros(places.shape, dtype=torch.float64, device=device) for _ in range(2))
-            sure, doubt = (s.masked_scatter(at, x) for s, x in zip(spread, (confidence, entropy), strict=True))
-            chosen = rule.choose(sure, doubt, at, steps)
-            drawn = drawn[chosen[at]]
-            places = chosen.cpu()
-            if not bool((places.any(1) == masked.any(1)).all()):
-                raise ValueError(
-                    f"the unmasking rule {type(rule).__name__} took no place of a block with masks: let it take one "
-                    "at least, such as the most confident"
-                )
-        blocks[places] = drawn.cpu()
+    else:
+        model.prefill(blocks.to(device), positions, None, cache)
     for place, text in enumerate(texts):
         if open_texts[place]:
             text.block = blocks[place]
@@ -226,6 +207,29 @@ def _pass(
             cache.forget(place, over)
 
 
+def _unmask(
+    model: BlockDiffusionTransformer,
+    cache: KVCache,
+    texts: Sequence[Draft],
+    blocks: Tensor,
+    masked: Tensor,
+    positions: Tensor,
+    rule: Rule,
+    drawing: Drawing,
+) -> None:
+    """Put tokens at some of the masked places of `blocks` [B, L']; what the cache is to keep of them is told later."""
+    # Before the forward, where they do not depend on it.
+    places = _blind_places(texts, masked, rule) if isinstance(rule, BlindRule) else masked
+    at = places.to(positions.device)
+    logits = model.decode(blocks.to(positions.device), positions, cache, at)
+    uniforms = np.stack([text.uniforms(_TOKENS, blocks.shape[1]) for text in texts])
+    drawn, confidence, entropy = drawing.draw(logits, torch.from_numpy(uniforms[places.numpy()]))
+    if isinstance(rule, SightedRule):
+        chosen = _seen_places(rule, texts, at, confidence, entropy)
+        drawn, places = drawn[chosen[at]], chosen.cpu()
+    blocks[places] = drawn.cpu()
+
+
 def _blind_places(texts: Sequence[Draft], masked: Tensor, rule: BlindRule) -> Tensor:
     """bool [B, L']; idle steps, which unmask nothing, are passed over without a forward."""
     found = np.zeros(masked.shape, dtype=np.bool_)
@@ -237,6 +241,23 @@ def _blind_places(texts: Sequence[Draft], masked: Tensor, rule: BlindRule) -> Te
                 break
             text.step += 1
     return torch.from_numpy(found)
+
+
+def _seen_places(
+    rule: SightedRule, texts: Sequence[Draft], masked: Tensor, confidence: Tensor, entropy: Tensor
+) -> Tensor:
+    """bool [B, L'], by confidence and entropy [M] of the masked places; ValueError: a block is left as it was."""
+    spread = (torch.zeros(masked.shape, dtype=torch.float64, device=masked.device) for _ in range(2))
+    sure, doubt = (s.masked_scatter(masked, x) for s, x in zip(spread, (confidence, entropy), strict=True))
+    steps = torch.tensor([text.step for text in texts]).to(masked.device)
+    chosen = rule.choose(sure, doubt, masked, steps)
+    if not torch.equal(chosen.any(1), masked.any(1)):
+        name = unmasking_rules.name_of(type(rule))
+        raise ValueError(
+            f"the unmasking rule {name} took no place of a block with masks: let it take one at least, such as the "
+            "most confident"
+        )
+    return chosen
 
 
 def _open_block(text: Draft, size: int, mask_id: int) -> None:

@@ -18,7 +18,6 @@ from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.generate.sampler import ENTROPY_WINDOW, SMALLEST_SUBWORD_VOCABULARY, SUBWORD_ENTROPY
 from bd3_scale.generate.writer import Writer
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.recipe.schema import Recipe
 
 # Of the median entropy of held-out windows, where a window cannot reach the paper's 4 nats.
 SHARE_OF_MEDIAN = 0.75
@@ -61,7 +60,7 @@ def writer_of(
     checkpoint: Path, model: BlockDiffusionTransformer, manifest: CheckpointManifest, tokenizer: Tokenizer
 ) -> Writer:
     """Return what writes text with an open model and all that its checkpoint says; ValueError: a next-token model."""
-    if manifest.recipe.diffusion.objective == "next_token":
+    if not manifest.trained_objective().fills_masks:
         raise ValueError(
             f"{checkpoint} predicts the next token, and generation here is block diffusion: adapt it with "
             "`bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
@@ -69,8 +68,8 @@ def writer_of(
     return Writer(
         model,
         tokenizer,
-        block_size=manifest.recipe.diffusion.block_size,
-        context=manifest.recipe.max_position_embeddings,
+        block_size=manifest.block_size,
+        context=manifest.max_position_embeddings,
         eos_ids=stop_ids(checkpoint, manifest),
         least_entropy=cache(lambda: default_min_entropy(manifest)),
         chat_template=checkpoint / TOKENIZER,
@@ -83,14 +82,14 @@ def default_min_entropy(manifest: CheckpointManifest) -> float:
     """
     if manifest.vocabulary.size >= SMALLEST_SUBWORD_VOCABULARY:
         return SUBWORD_ENTROPY
-    recipe = manifest.recipe
-    if not isinstance(recipe, Recipe) or not (Path(recipe.data.path) / "manifest.json").is_file():
+    trained = manifest.trained_data()
+    if trained is None or not (Path(trained.path) / "manifest.json").is_file():
         return 0.0
-    data = load_manifest(recipe.data.path)
+    data = load_manifest(trained.path)
     if data.validation is None:
         return 0.0
     share = {"batch_size": 16, "dp_rank": 0, "dp_size": 1, "sequences": MEDIAN_SEQUENCES}
-    local = recipe.data.model_copy(update={"remote": None, "cache_limit": None})
+    local = trained.model_copy(update={"remote": None, "cache_limit": None})
     tokens = np.concatenate([b.tokens[b.counted].numpy() for b in held_out_batches(local, data, **share)])
     windows = tokens[: len(tokens) // ENTROPY_WINDOW * ENTROPY_WINDOW].reshape(-1, ENTROPY_WINDOW)
     if not len(windows):

@@ -56,7 +56,7 @@ class Training:
 
     def __init__(self, groups, seed, steps):
         (self.model,) = chunks = build_model(
-            RECIPE, VOCABULARY, groups, dtype=torch.bfloat16, device=torch.device("cpu"), seed=seed
+            RECIPE.model, VOCABULARY, groups, dtype=torch.bfloat16, device=torch.device("cpu"), seed=seed
         )
         self.layouts = parameter_layouts(chunks)
         self.engine = TrainingEngine(chunks, groups, RECIPE.optimizer, RECIPE.parallel)
@@ -108,7 +108,7 @@ def test_everything_comes_back_bitwise(trained, folder, groups):
 
 def test_a_model_alone_gets_the_moving_average(trained, folder, groups):
     checkpoint = trained.save(folder)
-    (model,) = build_model(RECIPE, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
+    (model,) = build_model(RECIPE.model, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
     load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts([model]))
     average = {id(f.parameter): f.states["ema"] for f in trained.engine.zero.fragments()}
     for loaded, original in zip(model.parameters(), trained.model.parameters(), strict=True):
@@ -193,7 +193,7 @@ def test_half_written_folders_are_removed_and_never_taken(trained, folder):
 
 def test_another_shape_is_named(trained, folder, groups):
     checkpoint = trained.save(folder)
-    wider = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"ffn_hidden_size": 32})})
+    wider = RECIPE.model.model_copy(update={"ffn_hidden_size": 32})
     (model,) = build_model(wider, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
     with pytest.raises(ValueError, match=r"mlp.linear_fc1.weight has shape \(2, 48, 16\) in the checkpoint"):
         load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts([model]))
@@ -203,7 +203,7 @@ def test_another_format_is_named(trained, folder):
     checkpoint = trained.save(folder)
     manifest = checkpoint / "manifest.json"
     manifest.write_text('{"format": 1, "step": 2}')
-    with pytest.raises(ValueError, match=r"is of format 1, and format 3 is read here"):
+    with pytest.raises(ValueError, match=r"is of format 1, and formats 3 to 4 are read here"):
         read_manifest(checkpoint)
 
 

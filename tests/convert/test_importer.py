@@ -113,7 +113,7 @@ def test_bf16_stays_bf16(folder: Path) -> None:
     edit_tensors(folder, cast)
     run_import(plan_import(folder), folder.parent / "out")
     manifest = read_manifest(folder.parent / "out")
-    assert manifest.recipe.precision == "bf16"
+    assert manifest.precision == "bf16"
     with TensorReader(folder.parent / "out") as reader:
         assert set(reader.dtypes.values()) == {torch.bfloat16}
 

@@ -13,7 +13,7 @@ from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.draw import Drawing
 from bd3_scale.generate.sampler import denoise
 from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.generate.sampling import generate, generate_batch
 
@@ -24,16 +24,10 @@ VOCABULARY = Vocabulary(size=5, eos_id=0, mask_id=MASK)  # the mask in the midst
 
 @pytest.fixture(scope="module")
 def model(groups):
-    recipe = Recipe(
-        name="tiny",
-        model=ModelRecipe(
-            num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, init_std=1.0, head_bias=True
-        ),
-        diffusion=DiffusionRecipe(block_size=4),
-        data=DataRecipe(path="unused", seq_len=8),
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
+    shape = ModelRecipe(
+        num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, init_std=1.0, head_bias=True
     )
-    (built,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=2)
+    (built,) = build_model(shape, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=2)
     built.requires_grad_(False)
     built.output_layer.bias[VOCABULARY.eos_id] = -300.0  # texts do not end by chance
     return built

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.generate.unmasking import BlindRule, Dynamic, EntropyBound, SightedRule, Static, Threshold
 from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.registry import unmasking_rules
 from tests.generate.sampling import generate
@@ -25,16 +25,10 @@ PROMPTS = [[2, 9, 4, 7, 3, 5, 8, 6, 11, 10][:length] for length in (0, 3, 4, 5, 
 
 @pytest.fixture(scope="module")
 def model(groups):
-    recipe = Recipe(
-        name="tiny",
-        model=ModelRecipe(
-            num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, init_std=0.7, head_bias=True
-        ),
-        diffusion=DiffusionRecipe(block_size=K),
-        data=DataRecipe(path="unused", seq_len=8),
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
+    shape = ModelRecipe(
+        num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, init_std=0.7, head_bias=True
     )
-    (built,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=4)
+    (built,) = build_model(shape, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=4)
     built.requires_grad_(False)
     built.output_layer.bias[VOCABULARY.eos_id] = -30.0  # texts do not end by chance
     return built
@@ -430,5 +424,5 @@ def test_a_sighted_rule_from_outside_has_options_of_its_own(model):
 
 
 def test_a_rule_that_takes_nothing_is_named(model):
-    with pytest.raises(ValueError, match="the unmasking rule Nothing took no place of a block with masks"):
+    with pytest.raises(ValueError, match="the unmasking rule test-nothing took no place of a block with masks"):
         generate(model, [2], unmasking="test-nothing", **HOW)

@@ -31,7 +31,7 @@ def writer(groups, tmp_path_factory):
         train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
     )
     cpu = torch.device("cpu")
-    (model,) = build_model(recipe, BYTES.vocabulary, groups, dtype=torch.float32, device=cpu, seed=4)
+    (model,) = build_model(recipe.model, BYTES.vocabulary, groups, dtype=torch.float32, device=cpu, seed=4)
     model.requires_grad_(False)
     model.output_layer.bias[:] = -30.0
     model.output_layer.bias[LETTERS] = 0.0

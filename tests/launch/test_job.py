@@ -94,15 +94,15 @@ def test_two_runs_of_a_recipe_have_jobs_of_two_names() -> None:
 def test_a_layout_that_does_not_fit_is_refused_with_those_that_would() -> None:
     wide = RECIPE.model_copy(update={"parallel": RECIPE.parallel.model_copy(update={"pipeline": 4})})
     with pytest.raises(RecipeError) as error:
-        check_job(wide, Profile.model_validate(CPU_SITE), 3, None, Path("/runs"))
+        check_job(wide, Profile.model_validate(CPU_SITE), 3, Path("/runs"))
     assert "3 nodes x 2 processes = 6 ranks; these would fit: " in str(error.value)
     assert "--nodes 4" in str(error.value)
 
 
 def test_a_run_directory_that_other_nodes_do_not_see_is_refused() -> None:
     with pytest.raises(ValueError, match=r"/home/x is not on shared storage \(/shared in the profile\)"):
-        check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, None, Path("/home/x"))
-    check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, None, Path("/shared/x"))
+        check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, Path("/home/x"))
+    check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, Path("/shared/x"))
 
 
 @pytest.mark.parametrize(

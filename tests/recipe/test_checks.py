@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from bd3_scale.recipe.checks import check_recipe, data_parallel_size, world_size_for_launch
+from bd3_scale.recipe.checks import check_against_data, check_recipe, data_parallel_size, world_size_for_launch
 from bd3_scale.recipe.schema import ParallelRecipe, Recipe, RecipeError
 
 
@@ -41,7 +41,9 @@ ONE_BLOCK = {"diffusion__block_size": 64, "data__isolate_documents": False}
 
 def problems(r: Recipe, world_size: int = 1, document_multiple: int | None = 32) -> tuple[str, ...]:
     try:
-        check_recipe(r, world_size, document_multiple)
+        check_recipe(r, world_size)
+        if document_multiple is not None:
+            check_against_data(r, world_size, document_multiple)
     except RecipeError as error:
         return error.problems
     return ()

@@ -29,16 +29,9 @@ def data(tmp_path: Path, text: str, name: str = "t.txt", workers: int = 1) -> Ma
 
 
 def manifest_of(recipe: Recipe, data: Manifest, **more: object) -> CheckpointManifest:
-    return CheckpointManifest(
-        step=4,
-        recipe=recipe,
-        recipe_hash="",
-        vocabulary=data.vocabulary,
-        data_hash=data_hash(data),
-        world_size=1,
-        states=("master", "ema"),
-        **more,
-    )
+    states = ("master", "ema") if recipe.optimizer.ema_decay else ("master",)
+    about = {"step": 4, "vocabulary": data.vocabulary, "data_hash": data_hash(data), "states": states}
+    return CheckpointManifest.of_run(recipe, **about, **more)
 
 
 def test_evaluation_may_change_unless_training_follows_it(tmp_path: Path) -> None:
@@ -81,10 +74,8 @@ def test_text_of_equal_length_is_other_data_and_equal_text_of_another_place_is_n
 
 def test_a_refused_checkpoint_of_another_run_is_named_with_it(tmp_path: Path) -> None:
     prepared = data(tmp_path, "a" * 100)
-    other = recipe(False, 1).model_copy(update={"name": "some\none's", "seed": 9})
-    said = (
-        r"step-4, of a run named \"some\\none's\", cannot be resumed:\n  - seed is 1, the checkpoint has 9\n.*or move"
-    )
+    other = recipe(False, 1).model_copy(update={"name": "someone-s", "seed": 9})
+    said = r"step-4, of a run named 'someone-s', cannot be resumed:\n  - seed is 1, the checkpoint has 9\n.*or move"
     with pytest.raises(ValueError, match=said):
         check_resumable(Path("r/c/step-4"), manifest_of(other, prepared), recipe(False, 1), prepared)
 
