@@ -25,7 +25,9 @@ from bd3_scale.data.stream import held_out_batches
 from bd3_scale.diffusion.interval import candidates
 from bd3_scale.evaluate.generative import Judge, judged
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo, token_nll, weighted_sums
-from bd3_scale.generate.text import Written, write_texts
+from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.generate.text import open_writer
+from bd3_scale.generate.writer import Written
 from bd3_scale.objective import BlockDiffusion, Objective
 from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
@@ -191,21 +193,13 @@ def samples(checkpoint: Path, run: Path, job: dict[str, Any]) -> dict[str, Any]:
         return {"one by one": judgement(checkpoint, texts, judge)}
     samplers: dict[str, dict[str, Any]] = {"first-hitting": {}} | (SAMPLERS if job["row"] == "l16" else {})
     # MDLM writes its one block and no more.
-    samplers |= {LONG: {}} if size < length else {}
-    found = {}
-    for name, how in samplers.items():
-        texts = list(
-            write_texts(
-                checkpoint,
-                [""] * job["asked"]["samples"],
-                max_new_tokens=8 * length if name == LONG else length,
-                seed=job["seed"] * 10_000,
-                top_p=NUCLEUS,
-                batch_size=job["asked"]["samples"],
-                **how,
-            )
-        )
-        found[name] = judgement(checkpoint, texts, judge) | {"seconds": texts[0].seconds}
+    samplers |= {LONG: {"max_new_tokens": 8 * length}} if size < length else {}
+    common = {"max_new_tokens": length, "seed": job["seed"] * 10_000, "top_p": NUCLEUS}
+    found, count = {}, job["asked"]["samples"]
+    with open_writer(checkpoint) as writer:
+        for name, how in samplers.items():
+            texts = list(writer.write([""] * count, SamplingConfig(**common | how), batch_size=count))
+            found[name] = judgement(checkpoint, texts, judge) | {"seconds": texts[0].seconds}
     return found
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.evaluate.bounds import ContinuationBounds
+from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.sampler import Sample, generate_batch
 from bd3_scale.model.build import build_model
 from bd3_scale.model.transformer import BlockDiffusionTransformer
@@ -115,10 +116,9 @@ def timed(
     model: BlockDiffusionTransformer, block_size: int, batch: int, tokens: int, **how: Any
 ) -> tuple[float, list[Sample]]:
     prompts = [[0]] * batch
+    sampling = SamplingConfig(max_new_tokens=tokens, min_entropy=0.0, **how)
     began = time.perf_counter()
-    samples = generate_batch(
-        model, prompts, seeds=range(batch), block_size=block_size, max_new_tokens=tokens, min_entropy=0.0, **how
-    )
+    samples = generate_batch(model, prompts, sampling, block_size=block_size)
     return time.perf_counter() - began, samples
 
 

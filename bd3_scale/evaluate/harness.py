@@ -28,8 +28,10 @@ from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.evaluate.bounds import ContinuationBounds
 from bd3_scale.evaluate.checkpoint import LONGEST_CONTEXT
+from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.sampler import generate
-from bd3_scale.generate.text import checkpoint_tokenizer, stop_ids, text_before
+from bd3_scale.generate.text import checkpoint_tokenizer, stop_ids
+from bd3_scale.generate.writer import text_before
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective
 from bd3_scale.observe.console import say
@@ -121,12 +123,9 @@ class BlockDiffusionLM(LM):
         sample = generate(
             self._model,
             prompt,
+            SamplingConfig(max_new_tokens=count, temperature=temperature, min_entropy=0.0, unmasking="static"),
             block_size=self._block_size,
-            max_new_tokens=count,
-            temperature=temperature,
-            min_entropy=0.0,
             eos_ids=self._eos_ids,
-            unmasking="static",
             window=window if window >= 2 * self._block_size else None,
         )
         return sample.tokens

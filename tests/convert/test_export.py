@@ -20,7 +20,6 @@ from bd3_scale.convert.architectures import export_obstacles
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.convert.serving import engines
-from bd3_scale.generate.sampler import generate
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.convert.models import (
     BYTES,
@@ -35,6 +34,7 @@ from tests.convert.models import (
     tensors,
     transformers_model,
 )
+from tests.generate.sampling import generate
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = {"sdar": QWEN_SHAPE, "tied": TIED, "official": OFFICIAL_SHAPE, "llama": LLAMA_SHAPE}

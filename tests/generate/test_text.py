@@ -7,7 +7,7 @@ import math
 import pytest
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.generate.text import encode_prompt, kept_tokens, settled
+from bd3_scale.generate.writer import encode_prompt, kept_tokens, settled
 from tests.support.recipes import tiny_recipe
 
 BYTES = load_tokenizer("bytes")

@@ -252,7 +252,7 @@ def test_evaluate_and_generate(workplace):
     assert filled["text"].startswith("The ")
     assert filled["text"].endswith(" of")
     unknown = command(workplace, "generate", "whole", "--unmasking", "beam", returncode=2)
-    assert "'beam' is not one of" in unknown.stderr
+    assert "no unmasking rule is called 'beam': known are first-hitting" in unknown.stderr
     longer = ["--prompt", "x" * 90, "--max-new-tokens", "30", "--temperature", "0", "--unmasking", "static", "--json"]
     assert json.loads(command(workplace, "generate", "whole", *longer).stdout)["window"] == 64
 
