@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
+from bd3_scale.registry import optimizers
 
 # Above, the weights of a step, differences of float32 rates, are off by more than a percent.
 MOST_NOISE_STEPS = 100_000
@@ -53,6 +54,7 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         *_interval_problems(recipe),
         *_block_size_schedule_problems(recipe),
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
+        *_family_problems(recipe.optimizer),
         *_retention_problems(recipe),
     ]
     # Each problem once, however many block sizes have it.
@@ -343,6 +345,15 @@ def _schedule_problems(optimizer: OptimizerRecipe, steps: int) -> Iterator[str]:
             f"optimizer.warmup_steps={optimizer.warmup_steps} and decay_steps={decay} together exceed "
             f"train.steps={steps}: lower them or train longer"
         )
+
+
+def _family_problems(optimizer: OptimizerRecipe) -> Iterator[str]:
+    try:
+        family = optimizers.get(optimizer.family)
+    except ValueError as error:
+        yield f"optimizer.family: {error}"
+    else:
+        yield from family(optimizer).problems()
 
 
 def _nearest_multiples(value: int, factor: int) -> str:

@@ -34,8 +34,8 @@ from bd3_scale.resilience.readers import read_regular
 _LOG = logging.getLogger(__name__)
 # The data's manifest as a run had it, in the run directory.
 DATA_FILE = "data.json"
-# What may not change within a run: weights, noise and data position would mean something else; nor may evaluation where
-# it searches the interval of the noise.
+# What may not change within a run: weights, noise and data position would mean something else, and another family of
+# optimisers would miss its states; nor may evaluation where it searches the interval of the noise.
 _FIXED = (
     "seed",
     "model",
@@ -43,6 +43,7 @@ _FIXED = (
     "data.seq_len",
     "data.isolate_documents",
     "data.shuffle",
+    "optimizer.family",
     "train.global_batch_size",
     "train.precision",
 )
