@@ -216,9 +216,6 @@ class OptimizerRecipe(Section):
     """The update of the weights, after a clip of the global gradient norm."""
 
     family: str = Field("adamw", description="adamw, lion, or that of a plug-in")
-    groups: Annotated[tuple[ParameterGroup, ...], Field(strict=False)] = Field(
-        (), description="of those that match a tensor, later ones go over earlier ones, key by key"
-    )
     lr: PositiveFloat = 3e-4
     betas: Annotated[tuple[AdamBeta, AdamBeta], Field(strict=False)] = Field(
         (0.9, 0.95), description="decays of Adam's moments; of Lion's update and momentum, whose authors take 0.9, 0.99"
@@ -226,6 +223,9 @@ class OptimizerRecipe(Section):
     eps: PositiveFloat = 1e-8
     options: dict[str, bool | int | float | str] = Field({}, description="what a plug-in's family takes besides")
     weight_decay: NonNegativeFloat = 0.1
+    groups: Annotated[tuple[ParameterGroup, ...], Field(strict=False)] = Field(
+        (), description="of those that match a tensor, later ones go over earlier ones, key by key"
+    )
     clip_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0

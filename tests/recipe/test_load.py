@@ -92,6 +92,8 @@ def test_text_that_older_yaml_would_convert_stays_text(base: Path, text: str) ->
         ("optimizer.schedule=cosin", ["optimizer.schedule", "'cosine'", '"cosin"']),
         ("model=big", ["model", "mapping", '"big"']),
         ("optimizer.lr=0", ["optimizer.lr", "greater than 0"]),
+        ("optimizer.groups=[{match: '*'}]", ["optimizer.groups.0", "lr_scale, weight_decay or both", '"*"']),
+        ("optimizer.groups=[{match: '*', lr_scale: -1}]", ["optimizer.groups.0.lr_scale", "greater than or equal"]),
         ("data.cache_limit=3 apples", ["data.cache_limit", "3 apples"]),
     ],
 )
@@ -110,7 +112,7 @@ def test_a_wrong_value_is_reported_with_its_path_the_rule_and_the_value(
         ("seq_len=3", "did you mean data.seq_len?"),
         ("block-size=3", "did you mean diffusion.block_size?"),
         ("logging.wandb.mod=auto", "did you mean logging.wandb.mode?"),
-        ("optimizer.zzz=1", "known here: lr, betas"),
+        ("optimizer.zzz=1", "known here: family, lr, betas"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_right_one(base: Path, override: str, suggestion: str) -> None:
