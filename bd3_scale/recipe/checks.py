@@ -354,6 +354,9 @@ def _family_problems(optimizer: OptimizerRecipe) -> Iterator[str]:
         yield f"optimizer.family: {error}"
     else:
         yield from family(optimizer).problems()
+    for group in optimizer.groups:
+        if not group.settings:
+            yield f"optimizer.groups: {group.match!r} gives nothing: set lr_scale or weight_decay, or leave it out"
 
 
 def _nearest_multiples(value: int, factor: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -199,12 +199,6 @@ class ParameterGroup(Section):
     weight_decay: NonNegativeFloat | None = Field(
         None, description="default: the optimizer's, and 0 for tensors of one dimension, norms and biases"
     )
-
-    @model_validator(mode="after")
-    def _says_something(self) -> ParameterGroup:
-        if not self.settings:
-            raise ValueError("must give lr_scale, weight_decay or both")
-        return self
 
     @property
     def settings(self) -> dict[str, float]:

@@ -108,6 +108,7 @@ def test_a_sound_recipe_passes_at_every_layout_that_fits() -> None:
         ({"optimizer__family": "adam"}, 1, ["optimizer.family", "'adam'", "did you mean adamw"]),
         ({"optimizer__family": "sgd"}, 1, ["'sgd'", "known are adamw, lion", "plugins"]),
         ({"optimizer__family": "lion", "optimizer__eps": 1e-6}, 1, ["optimizer.eps=1e-06", "family=lion", "leave"]),
+        ({"optimizer__groups": [{"match": "a*"}]}, 1, ["groups: 'a*' gives nothing", "lr_scale or weight_decay"]),
         ({"optimizer__options": {"beta": 0.9}}, 1, ["optimizer.options.beta", "family=adamw", "takes none"]),
         (
             {"optimizer__family": "of-a-plug-in", "optimizer__options": {"memry": 0.9}},
