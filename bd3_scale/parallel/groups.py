@@ -11,6 +11,10 @@ from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
+
+from bd3_scale.model import megatron_core  # noqa: F401
+
+# isort: split
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 

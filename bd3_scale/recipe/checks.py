@@ -10,7 +10,7 @@ from typing import Any
 
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
-from bd3_scale.registry import Registry, attention_backends, objectives, schedules
+from bd3_scale.registry import Registry, attention_backends, objectives, optimizers, schedules
 
 # Above, the weights of a step, differences of float32 rates, are off by more than a percent.
 MOST_NOISE_STEPS = 100_000
@@ -19,6 +19,7 @@ _NAMES: tuple[tuple[str, Registry[Any], str], ...] = (
     ("diffusion.objective", objectives, ""),
     ("diffusion.noise_schedule", schedules, ""),
     ("attention_backend", attention_backends, "auto"),
+    ("optimizer.family", optimizers, ""),
 )
 
 
@@ -62,6 +63,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
         *_interval_problems(recipe),
         *_block_size_schedule_problems(recipe),
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
+        *_family_problems(recipe.optimizer),
         *_retention_problems(recipe),
         *objectives.get(recipe.diffusion.objective).problems(recipe),
     ]
@@ -369,6 +371,13 @@ def _schedule_problems(optimizer: OptimizerRecipe, steps: int) -> Iterator[str]:
             f"optimizer.warmup_steps={optimizer.warmup_steps} and decay_steps={decay} together exceed "
             f"train.steps={steps}: lower them or train longer"
         )
+
+
+def _family_problems(optimizer: OptimizerRecipe) -> Iterator[str]:
+    yield from optimizers.get(optimizer.family)(optimizer).problems()
+    for group in optimizer.groups:
+        if not group.settings:
+            yield f"optimizer.groups: {group.match!r} gives nothing: set lr_scale or weight_decay, or leave it out"
 
 
 def _nearest_multiples(value: int, factor: int) -> str:

@@ -18,6 +18,7 @@ from bd3_scale.registry import MODULE_NAME
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "selective", "full"]
 # Of a run.
@@ -157,7 +158,7 @@ class DiffusionRecipe(Section):
         1,
         description="noisy copies on one clean stream; two are complementary where beta + omega = 1, else independent",
     )
-    mask_noise_std: Annotated[float, Field(ge=0)] = Field(
+    mask_noise_std: NonNegativeFloat = Field(
         0.0, description="standard deviation of Gaussian noise on the embedding of masked tokens, falling to 0 ..."
     )
     mask_noise_steps: NonNegativeInt = Field(0, description="... over so many first steps")
@@ -197,14 +198,36 @@ class DataRecipe(Section):
     num_workers: NonNegativeInt = Field(1, description="loader processes a rank")
 
 
-class OptimizerRecipe(Section):
-    """AdamW (Loshchilov & Hutter, 2019) with a global gradient-norm clip."""
+class ParameterGroup(Section):
+    """What tensors have otherwise than the rest."""
 
+    match: str = Field(description="pattern of names of tensors, as checkpoints have them, such as *layernorm*")
+    lr_scale: NonNegativeFloat | None = Field(None, description="factor of the learning rate; default: 1")
+    weight_decay: NonNegativeFloat | None = Field(
+        None, description="default: the optimizer's, and 0 for tensors of one dimension, norms and biases"
+    )
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What is given."""
+        return self.model_dump(include={"lr_scale", "weight_decay"}, exclude_none=True)
+
+
+class OptimizerRecipe(Section):
+    """The update of the weights, after a clip of the global gradient norm."""
+
+    family: str = Field("adamw", description="adamw, lion, or that of a plug-in")
     lr: PositiveFloat = 3e-4
-    betas: Annotated[tuple[AdamBeta, AdamBeta], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[AdamBeta, AdamBeta], Field(strict=False)] = Field(
+        (0.9, 0.95), description="decays of Adam's moments; of Lion's update and momentum, whose authors take 0.9, 0.99"
+    )
     eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping")
+    options: dict[str, bool | int | float | str] = Field({}, description="what a plug-in's family takes besides")
+    weight_decay: NonNegativeFloat = 0.1
+    groups: Annotated[tuple[ParameterGroup, ...], Field(strict=False)] = Field(
+        (), description="of those that match a tensor, later ones go over earlier ones, key by key"
+    )
+    clip_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     decay_steps: NonNegativeInt | None = Field(None, description="wsd only; default: a fifth of the steps")
@@ -291,7 +314,7 @@ class GuardRecipe(Section):
         3,
         description="steps in a row with gradients that are not finite whose update is left out; one more ends the run",
     )
-    spike_deviations: Annotated[float, Field(ge=0)] = Field(
+    spike_deviations: NonNegativeFloat = Field(
         10.0, description="a loss so many standard deviations above the last ones is recorded with its data; 0: none"
     )
     replicas_every_steps: NonNegativeInt = Field(100, description="ranks compare the weights that they share; 0: never")

@@ -37,8 +37,8 @@ _LOG = logging.getLogger(__name__)
 # The data's manifest as a run had it, in the run directory.
 DATA_FILE = "data.json"
 _WIDTH = 200
-# What may not change within a run: weights, noise and data position would mean something else; nor may evaluation where
-# it searches the interval of the noise.
+# What may not change within a run: weights, noise and data position would mean something else, and another family of
+# optimisers would miss its states; nor may evaluation where it searches the interval of the noise.
 _FIXED = (
     "seed",
     "model",
@@ -46,6 +46,7 @@ _FIXED = (
     "data.seq_len",
     "data.isolate_documents",
     "data.shuffle",
+    "optimizer.family",
     "train.global_batch_size",
     "train.precision",
 )

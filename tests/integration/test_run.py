@@ -20,6 +20,7 @@ from tests.support.runs import losses, nelbos, records, tensor_files, wait_for
 
 STEPS = 12
 PHASES = "diffusion.block_size_schedule=[{block_size: 4, steps: 5}]"
+LION = ["optimizer.family=lion", "optimizer.groups=[{match: '*layernorm*', lr_scale: 2, weight_decay: 0.05}]"]
 SEARCH = ["evaluation.sequences=24", "evaluation.draws=2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
 
@@ -160,8 +161,10 @@ def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
         ["diffusion.block_size_choices=[1,4,8]", "diffusion.search_interval=true", *SEARCH],
         ["diffusion.objective=score_entropy", "diffusion.clip_masked_share=true"],
         ["diffusion.noise_schedule=cosine", "diffusion.mask_rate_low=0.0", "diffusion.mask_rate_high=1.0", PHASES],
+        pytest.param([*LION, "parallel.zero_stage=3"], marks=pytest.mark.slow),
+        pytest.param([*LION, "parallel.zero_stage=1", "train.precision=bf16"], marks=pytest.mark.slow),
     ],
-    ids=["mdlm-bf16", "autoregressive", "searched", "sedd", "cosine"],
+    ids=["mdlm-bf16", "autoregressive", "searched", "sedd", "cosine", "lion-zero3", "lion-zero1-bf16"],
 )
 def test_every_objective_resumes_bitwise_on_data_parallel_ranks(workplace, overrides, tmp_path):
     """Through the same code, without a moving average, on DP2; an evaluation at the checkpoint's step is repeated."""

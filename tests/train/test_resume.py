@@ -47,6 +47,18 @@ def test_evaluation_may_change_unless_training_follows_it(tmp_path: Path) -> Non
         resume(search=True)
 
 
+def test_a_run_keeps_its_family_of_optimisers_and_may_change_its_groups(tmp_path: Path) -> None:
+    prepared, old = data(tmp_path, "a" * 100), recipe(False, 1)
+
+    def resume(**optimizer: object) -> None:
+        new = Recipe.model_validate(tiny_recipe(evaluation={"every_steps": 2, "draws": 1}, optimizer=optimizer))
+        check_resumable(Path("r/c/s"), manifest_of(old, prepared), new, prepared)
+
+    resume(groups=[{"match": "*", "lr_scale": 0.5}])
+    with pytest.raises(ValueError, match=r"optimizer.family is lion, the checkpoint has adamw\n"):
+        resume(family="lion")
+
+
 def test_a_refusal_names_what_differs_in_the_data_where_the_run_kept_their_description(tmp_path: Path) -> None:
     old, new = data(tmp_path, "a" * 100), data(tmp_path, "a" * 140)
     manifest, checkpoint = manifest_of(recipe(False, 1), old), tmp_path / "run" / "checkpoints" / "step-00000004"
