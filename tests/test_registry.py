@@ -18,7 +18,7 @@ PACKAGE = Path(registry.__file__).parent
 
 @pytest.fixture
 def fruits() -> Registry:
-    made: Registry = Registry("fruit")
+    made: Registry = Registry("fruit", "bd3_scale.registry")
     for name in ("apple", "apricot", "pear"):
         made.register(name)(type(name, (), {"__module__": "tests"}))
     return made

@@ -80,7 +80,7 @@ class BlockDiffusion(Objective):
             copies = diffusion.noisy_copies
             noise = mask_noise(batch, std, copies=copies, seed=seed, device=place.device, context=place.context)
             inputs = replace(inputs, mask_noise=noise)
-        return inputs
+        return replace(inputs, row_loss=self.row_loss)
 
     def evaluation_draws(self, batch: Batch, draws: int, *, always: Tensor, place: Placement) -> list[Draw]:
         count = self.num_draws(draws)
@@ -109,7 +109,7 @@ class BlockDiffusion(Objective):
         from bd3_scale.diffusion.nelbo import loss_weight
         from bd3_scale.objective.inputs import masked_places
 
-        inputs = self._inputs(batch, [noise], self.block_size, place)
+        inputs = replace(self._inputs(batch, [noise], self.block_size, place), row_loss=self.evaluation_loss)
         return Draw(inputs, *masked_places(noise, place.context), weight=loss_weight(noise), mask_rate=noise.mask_rate)
 
     def _inputs(
@@ -122,7 +122,7 @@ class BlockDiffusion(Objective):
         from bd3_scale.objective.inputs import corrupt
 
         how: dict[str, Any] = {"mask_id": self.vocabulary.mask_id, "device": place.device, "context": place.context}
-        return corrupt(batch, noises, block_size, row_loss=self.row_loss, **how)
+        return corrupt(batch, noises, block_size, **how)
 
     def _training_noise(
         self,
