@@ -95,7 +95,9 @@ def test_a_plug_in_that_cannot_be_imported_is_named_with_its_reason(
 
 
 def test_a_missing_plug_in_says_where_it_is_looked_for() -> None:
-    with pytest.raises(ValueError, match=r"no_such_lab\.bd3 cannot be imported .*install it, or put its folder"):
+    with pytest.raises(
+        ValueError, match=r"no_such_lab\.bd3 cannot be imported .*install it where bd3_scale is, or put the folder"
+    ):
         import_plugins(["no_such_lab.bd3"])
 
 
