@@ -34,16 +34,6 @@ class Cubic(Curve):
         return np.cbrt(rate)
 
 
-@unmasking_rules.register("left-to-right")
-class LeftToRight(BlindRule):
-    """As many tokens a pass as `steps` passes need, from the left."""
-
-    takes_steps = True
-
-    def choose(self, masked, order, chance, step):
-        return masked & (masked.cumsum() <= -(-self.block_size // self.steps))
-
-
 @objectives.register("focal")
 class Focal(BlockDiffusion):
     """A token counts the less, the surer the model is of it (Lin et al., ICCV 2017)."""
@@ -83,6 +73,16 @@ class Double(Backend):
         from bd3_scale.attention.reference import reference_attention
 
         return reference_attention(q.double(), k.double(), v.double(), spans, num_noisy, scale).to(q.dtype)
+
+
+@unmasking_rules.register("left-to-right")
+class LeftToRight(BlindRule):
+    """As many tokens a pass as `steps` passes need, from the left."""
+
+    takes_steps = True
+
+    def choose(self, masked, order, chance, step):
+        return masked & (masked.cumsum() <= -(-self.block_size // self.steps))
 
 
 @text_sets.register("verses")
