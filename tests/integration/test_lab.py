@@ -54,7 +54,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
         checkpoint={"every_steps": 2},
         evaluation={"sequences": 4},
     )
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | yaml.safe_load(fenced("yaml", "plugins:"))))
+    ideas, groups = (yaml.safe_load(fenced("yaml", first)) for first in ("plugins:", "optimizer:"))
+    recipe |= ideas | {"optimizer": ideas["optimizer"] | groups["optimizer"]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     commands = [shlex.split(line)[1:] for line in fenced("", "bd3-scale ").splitlines()]
     said = {" ".join(words): bd3_scale(folder, *words) for words in commands}
     return folder, said
@@ -63,7 +65,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 def test_a_run_used_what_the_plug_in_adds(workplace) -> None:
     folder, said = workplace
     (trained,) = (text for command, text in said.items() if command.startswith("train"))
-    assert "attention: double; optimizer: signum" in trained
+    assert "attention: double; optimizer: signum, 3 groups" in trained
     assert json.loads((folder / "data/manifest.json").read_text())["train"]["documents"] < 24
     manifest = json.loads((folder / f"runs/lab/checkpoints/step-{STEPS:08d}/manifest.json").read_text())
     assert manifest["states"] == ["master", "momentum"]
