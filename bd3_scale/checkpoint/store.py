@@ -81,7 +81,7 @@ def save_boxes(
 def load_training_state(
     checkpoint: Path, manifest: CheckpointManifest, zero: ZeroState, layouts: Sequence[ParameterLayout]
 ) -> None:
-    """Load masters, moments and moving average in place, on whatever layout this run has (collective).
+    """Load masters, the optimiser's states and moving average in place, on whatever layout this run has (collective).
 
     Raises:
         ValueError: a tensor is missing or has another shape.
@@ -89,7 +89,8 @@ def load_training_state(
     missing = set(zero.names) - set(manifest.states)
     if missing:
         raise ValueError(
-            f"{checkpoint} holds no {', '.join(sorted(missing))}: set optimizer.ema_decay as the run that wrote it"
+            f"{checkpoint} holds no {', '.join(sorted(missing))}: set optimizer.family and optimizer.ema_decay as the "
+            "run that wrote it"
         )
     _load(checkpoint, _state_boxes(zero, layouts, writers_only=False))
     zero.loaded(manifest.step - manifest.skipped)

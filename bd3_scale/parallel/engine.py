@@ -18,10 +18,12 @@ from bd3_scale.model.build import Chunks
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.observe.flops import model_flops
 from bd3_scale.parallel.groups import DeepSpeedTopology, ProcessGroups
-from bd3_scale.parallel.optimizer import adamw, describe
+from bd3_scale.parallel.optimizer import OptimizerFamily
+from bd3_scale.parallel.parameter_groups import parameter_groups
 from bd3_scale.parallel.schedule import forward_backward
 from bd3_scale.parallel.zero import ZeroState
 from bd3_scale.recipe.schema import OptimizerRecipe, ParallelRecipe
+from bd3_scale.registry import optimizers
 
 # Gradients that are reduced outside ZeRO go in buckets of so many elements.
 BUCKET_ELEMENTS = 1 << 26
@@ -58,15 +60,22 @@ class TrainingEngine:
         self.chunks = chunks
         self.groups = groups
         self._reduces_gradients = parallel.zero_stage == 0 and groups.dp_cp.size() > 1
-        self._engine = _initialise_deepspeed(chunks, groups, optimizer, parallel)
+        self._family: OptimizerFamily = optimizers.get(optimizer.family)(optimizer)
+        self._engine = _initialise_deepspeed(chunks, groups, self._family, parallel)
         self.zero = ZeroState(
-            self._engine, optimizer.ema_decay, writer=parallel.zero_stage > 0 or groups.dp_cp.rank() == 0
+            self._engine,
+            [parameter for chunk in chunks for parameter in chunk.parameters()],
+            self._family.states,
+            optimizer.ema_decay,
+            writer=parallel.zero_stage > 0 or groups.dp_cp.rank() == 0,
         )
 
     @property
     def optimizer_name(self) -> str:
-        """Whose AdamW it is, for people."""
-        return describe(self._engine.basic_optimizer)
+        """The family, whose implementation it is, and how many groups of parameters it has, for people."""
+        optimizer = self._engine.basic_optimizer
+        whose = self._family.implementation(optimizer)
+        return f"{self._family.recipe.family}{f' ({whose})' * bool(whose)}, {len(optimizer.param_groups)} groups"
 
     def step(self, micro_batches: Sequence[ModelInputs], *, tokens: int, lr: float, kinds: int = 1) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update with learning rate `lr`.
@@ -104,11 +113,11 @@ class TrainingEngine:
         before, and whether they were applied.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self._engine.step()
         if self._engine.optimizer.overflow:
             return math.inf, False
-        self.zero.update_ema()
+        self.zero.stepped()
         return float(self._engine.get_global_grad_norm()), True
 
     def _flops(self, micro_batches: Sequence[ModelInputs]) -> int:
@@ -174,7 +183,7 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _initialise_deepspeed(
-    chunks: Chunks, groups: ProcessGroups, optimizer: OptimizerRecipe, parallel: ParallelRecipe
+    chunks: Chunks, groups: ProcessGroups, family: OptimizerFamily, parallel: ParallelRecipe
 ) -> Any:
     device = next(chunks[0].parameters()).device
     if device.type == "cpu":
@@ -191,7 +200,7 @@ def _initialise_deepspeed(
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_grad_norm,
+        "gradient_clipping": family.recipe.clip_grad_norm,
         "bf16": {"enabled": bf16},
         "communication_data_type": "fp32",
         "zero_optimization": {
@@ -206,11 +215,13 @@ def _initialise_deepspeed(
     }
     # ZeRO-3 updates in parts, each of which apex would count as a step.
     one_call_on_gpu = device.type == "cuda" and not parallel.offload_optimizer and parallel.zero_stage < 3
-    # Not a list of one: ZeRO-3 watches the forward passes of the module that it is given.
-    model = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+    of_parameters, stand_ins = parameter_groups(chunks, family.recipe, groups.pp)
+    parts: list[nn.Module] = [*chunks, *([nn.ParameterList(stand_ins)] if stand_ins else [])]
+    # Not a list of one: ZeRO-3, which has no stages, watches the forward passes of the module that it is given.
+    model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=adamw(model.parameters(), optimizer, on_gpu=one_call_on_gpu),
+        optimizer=family.build(of_parameters, on_gpu=one_call_on_gpu),
         config=config,
         mpu=DeepSpeedTopology(groups, divide_optimizer=parallel.zero_stage > 0),
         dist_init_required=False,

@@ -1,32 +1,126 @@
-"""AdamW by the quickest implementation that this machine has."""
+"""Families of optimisers: what a run keeps of a parameter, and how a step updates it.
+
+    @optimizers.register("sign")
+    class SignDescent(OptimizerFamily):
+        def update(self, weight, gradient, state, settings):
+            weight.sub_(gradient.sign(), alpha=settings["lr"])
+
+Whatever a family keeps is divided by ZeRO, saved and loaded on any layout by the names in `states`. ZeRO divides a
+tensor at any element, so that a family sees stretches of flattened tensors. Muon needs whole matrices, with q, k, v,
+gate and up apart, and gradients that are clipped before: it would gather them from `ZeroState.fragments`, by the pieces
+of `model.layout`, between DeepSpeed's clip and its update.
+
+Imports no PyTorch: a launcher asks a family whether the recipe suits it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
-
-from bd3_scale.observe.environment import find_apex
 from bd3_scale.recipe.schema import OptimizerRecipe
+from bd3_scale.registry import optimizers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
-def adamw(parameters: Iterable[nn.Parameter], optimizer: OptimizerRecipe, *, on_gpu: bool) -> torch.optim.Optimizer:
-    """AdamW whose weight decay leaves norms and biases alone: NVIDIA apex's on a GPU where it is built, else torch's.
+class OptimizerFamily:
+    """A kind of optimiser; one that is added gives `update`, or `build` where torch has it ready.
 
-    on_gpu: the optimiser's states are in GPU memory and updated by one call a step; else apex's kernels do not suit.
+    Attributes:
+        states: names, as checkpoints have them, of the fp32 tensors that it keeps of every parameter; they have the
+            parameter's shape and are zero at first.
+        takes: which of `betas` and `eps` of the recipe's optimizer section it takes.
+        options: what it takes of `optimizer.options`, with defaults.
     """
-    parameters = list(parameters)
-    decay = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimizer.weight_decay}
-    no_decay = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-    settings: dict[str, Any] = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps}
-    fused_adam = find_apex() if on_gpu else None
-    if fused_adam is not None:
-        return fused_adam([decay, no_decay], adam_w_mode=True, **settings)
-    return torch.optim.AdamW([decay, no_decay], fused=True, **settings)
+
+    states: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, recipe: OptimizerRecipe) -> None:
+        self.recipe = recipe
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The learning rate and what else of the recipe it takes."""
+        taken = {key: getattr(self.recipe, key) for key in ("lr", *self.takes)}
+        return {**taken, **self.options, **self.recipe.options}
+
+    def problems(self) -> Iterator[str]:
+        """Yield what of the recipe does not suit, for people."""
+        family = f"optimizer.family={self.recipe.family}"
+        for key in ("betas", "eps"):
+            value = getattr(self.recipe, key)
+            if key not in self.takes and value != OptimizerRecipe.model_fields[key].default:
+                yield f"optimizer.{key}={value} means nothing to {family}: leave it out"
+        for key, value in self.recipe.options.items():
+            if key not in self.options:
+                near = difflib.get_close_matches(key, self.options, 1) or [", ".join(self.options) or "none"]
+                yield f"optimizer.options.{key} is none of {family}: it takes {near[0]}"
+                continue
+            kind = type(self.options[key])
+            if type(value) is not kind and (kind, type(value)) != (float, int):
+                yield f"optimizer.options.{key}={value!r} is no {kind.__name__}, as {family} takes"
+
+    def build(self, groups: list[dict[str, Any]], *, on_gpu: bool) -> torch.optim.Optimizer:
+        """Return the optimiser of parameter groups, which have their parameters, `lr_scale` and `weight_decay`.
+
+        on_gpu: the states are in GPU memory, and one call a step updates a group.
+        """
+        from bd3_scale.parallel.parameter_groups import Elementwise
+
+        return Elementwise(groups, self.settings, self.update)
+
+    def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
+        """Update a stretch of weights, and what is kept of it, in place.
+
+        weight, gradient and the `states` in `state`: fp32 [N]; state["step"]: fp32 [], steps with this one; settings:
+        the family's, with `lr` and `weight_decay` of the parameter group.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives neither `update` nor `build`")
+
+    def implementation(self, optimizer: torch.optim.Optimizer) -> str:
+        """Whose optimiser it is where there are several, for people."""
+        return ""
 
 
-def describe(optimizer: torch.optim.Optimizer) -> str:
-    """Whose AdamW it is, for people."""
-    return "torch's fused AdamW" if isinstance(optimizer, torch.optim.AdamW) else "NVIDIA apex's FusedAdam"
+@optimizers.register("adamw")
+class AdamW(OptimizerFamily):
+    """AdamW (Loshchilov & Hutter, 2019) by the quickest implementation that this machine has: NVIDIA apex's on a GPU
+    where it is built, else torch's.
+    """
+
+    states = ("exp_avg", "exp_avg_sq")
+    takes = ("betas", "eps")
+
+    def build(self, groups: list[dict[str, Any]], *, on_gpu: bool) -> torch.optim.Optimizer:
+        import torch
+
+        from bd3_scale.observe.environment import find_apex
+
+        fused_adam = find_apex() if on_gpu else None
+        if fused_adam is not None:
+            found: torch.optim.Optimizer = fused_adam(groups, adam_w_mode=True, **self.settings)
+            return found
+        return torch.optim.AdamW(groups, fused=True, **self.settings)
+
+    def implementation(self, optimizer: torch.optim.Optimizer) -> str:
+        return "torch's, fused" if type(optimizer).__module__.startswith("torch.") else "NVIDIA apex's FusedAdam"
+
+
+@optimizers.register("lion")
+class Lion(OptimizerFamily):
+    """Lion (Chen et al., NeurIPS 2023, algorithm 2): the sign of an average of momentum and gradient."""
+
+    states = ("exp_avg",)
+    takes = ("betas",)
+
+    def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
+        beta1, beta2 = settings["betas"]
+        direction = state["exp_avg"].lerp(gradient, 1 - beta1).sign_()
+        weight.mul_(1 - settings["lr"] * settings["weight_decay"]).sub_(direction, alpha=settings["lr"])
+        state["exp_avg"].lerp_(gradient, 1 - beta2)

@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+
+from bd3_scale.model import megatron_core  # noqa: F401
+
+# isort: split
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bd3_scale.model.build import Chunks
 from bd3_scale.model.rows import ModelInputs

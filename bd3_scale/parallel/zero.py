@@ -1,5 +1,5 @@
-"""The optimiser state that ZeRO divides: fp32 masters, Adam's moments and the moving average, as fragments of
-parameters.
+"""The optimiser state that ZeRO divides: fp32 masters, what the optimiser's family keeps, and the moving average, as
+fragments of parameters.
 
 The only place that knows DeepSpeed's private names (0.19.8). ZeRO keeps flat fp32 partitions, one a rank for each
 parameter group (ZeRO-3: for each part of one); a parameter's fragment is the stretch of one that belongs to it.
@@ -7,7 +7,7 @@ parameter group (ZeRO-3: for each part of one); a parameter's fragment is the st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 class Fragment:
     """A rank's share of one parameter: `numel` elements from `start` of the flattened parameter.
 
-    `states` maps master, exp_avg, exp_avg_sq and, where kept, ema to 1-D fp32 views of that many elements; writing to
-    a view changes the optimiser.
+    `states` maps master, the states of the optimiser's family and, where kept, ema to 1-D fp32 views of that many
+    elements; writing to a view changes the optimiser.
     """
 
     parameter: nn.Parameter
@@ -36,21 +36,33 @@ class ZeroState:
 
     Args:
         engine: what `deepspeed.initialize` returned.
+        parameters: of the model, with what DeepSpeed hangs on them.
+        states: what the optimiser's family keeps of each (see `OptimizerFamily`); they are made here, with `step`, a
+            count that belongs to the optimiser: torch's make theirs at the first step, too late to load into.
         ema_decay: decay of the moving average of the masters, at first a lower one (see `ema_decay`); 0 keeps none.
         writer: this rank's fragments belong into a checkpoint; false where another rank holds the same ones.
     """
 
-    def __init__(self, engine: Any, ema_decay: float, *, writer: bool) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        parameters: Sequence[Any],
+        states: tuple[str, ...],
+        ema_decay: float,
+        *,
+        writer: bool,
+    ) -> None:
         assert not engine.zero_round_robin_gradients(), "round-robin gradients make DeepSpeed's fragment map wrong"
-        self._engine = engine
+        assert not {"master", "ema", "step"} & set(states), f"{states} are names of what every run keeps"
+        self._engine, self._parameters, self._states = engine, parameters, states
         self._ema_decay = ema_decay
         self.writer = writer
+        self.step = 0  # updates applied
         self._ema = [flat.detach().clone() for flat in self._masters] if ema_decay else []
-        # torch's AdamW creates its state at the first step, after which it could not be loaded in place.
         for flat in self._masters:
             state = engine.basic_optimizer.state[flat]
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+            state.update({name: torch.zeros_like(flat) for name in states})
 
     @property
     def _divides_weights(self) -> bool:
@@ -69,24 +81,14 @@ class ZeroState:
     @property
     def names(self) -> tuple[str, ...]:
         """The states of every fragment."""
-        return ("master", "exp_avg", "exp_avg_sq", *(("ema",) if self._ema else ()))
-
-    @property
-    def step(self) -> int:
-        """Optimiser steps applied."""
-        optimizer = self._engine.basic_optimizer
-        # apex counts in its parameter groups.
-        steps = {int(group["step"]) for group in optimizer.param_groups if "step" in group}
-        steps = steps or {int(optimizer.state[flat]["step"]) for flat in self._masters}
-        assert len(steps) == 1, steps
-        return steps.pop()
+        return ("master", *self._states, *(("ema",) if self._ema else ()))
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's fragments; parameters of which ZeRO gave it nothing are left out."""
         for parameter, start, flat, own_start, numel in self._places():
             master = self._masters[flat]
-            state = self._engine.basic_optimizer.state[master]
-            flats = {"master": master.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            kept = self._engine.basic_optimizer.state[master]
+            flats = {"master": master.detach()} | {name: kept[name] for name in self._states}
             if self._ema:
                 flats["ema"] = self._ema[flat]
             states = {name: values.narrow(0, own_start, numel) for name, values in flats.items()}
@@ -95,14 +97,14 @@ class ZeroState:
     def _places(self) -> Iterator[tuple[nn.Parameter, int, int, int, int]]:
         """Parameter, first element in it, number of the flat partition, first element in that, elements."""
         if not self._divides_weights:
-            for parameter in self._engine.module.parameters():
+            for parameter in self._parameters:
                 mapping = parameter._hp_mapping
                 if mapping is not None:
                     within, own = mapping.lp_fragment_address, mapping.hp_fragment_address
                     yield parameter, within.start, mapping.param_group_index, own.start, own.numel
             return
         flats = {master.untyped_storage().data_ptr(): flat for flat, master in enumerate(self._masters)}
-        for parameter in self._engine.module.parameters():
+        for parameter in self._parameters:
             view = _local_master(parameter)
             start = int(parameter.partition_numel()) * dist.get_rank(parameter.ds_process_group)
             # The last rank's partition is padded.
@@ -114,17 +116,18 @@ class ZeroState:
 
     def loaded(self, step: int) -> None:
         """Take over states that were written into the fragments' views: set the step and recast the model's weights."""
+        self.step = step
+        # torch's optimisers count in their states, apex's in its parameter groups.
         for flat in self._masters:
             self._engine.basic_optimizer.state[flat]["step"].fill_(step)
-        if not isinstance(self._engine.basic_optimizer, torch.optim.AdamW):
-            # apex counts in its parameter groups, which have no count before the first step.
-            for group in self._engine.basic_optimizer.param_groups:
-                group["step"] = step
+        for group in self._engine.basic_optimizer.param_groups:
+            group["step"] = step
         self._recast()
 
     @torch.no_grad()
-    def update_ema(self) -> None:
-        """Move the average towards the masters; call it after a step that was applied."""
+    def stepped(self) -> None:
+        """Count an update that was applied, and move the average towards the masters."""
+        self.step += 1
         if not self._ema:
             return
         share = 1.0 - ema_decay(self._ema_decay, self.step)
@@ -160,7 +163,7 @@ class ZeroState:
         whole = optimizer.persistent_parameters
         if whole:
             whole[0].partition(whole)
-        for parameter in self._engine.module.parameters():
+        for parameter in self._parameters:
             parameter.ds_tensor.data.copy_(_local_master(parameter))
         if whole:
             whole[0].all_gather(whole)

@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from importlib.metadata import version
+from operator import attrgetter
+from typing import Any
 
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
-from bd3_scale.registry import Registry, attention_backends, schedules
+from bd3_scale.registry import Registry, attention_backends, objectives, optimizers, schedules
 
 # Above, the weights of a step, differences of float32 rates, are off by more than a percent.
 MOST_NOISE_STEPS = 100_000
+# What a recipe names by its key, who knows such names, and what else may stand there.
+_NAMES: tuple[tuple[str, Registry[Any], str], ...] = (
+    ("diffusion.objective", objectives, ""),
+    ("diffusion.noise_schedule", schedules, ""),
+    ("attention_backend", attention_backends, "auto"),
+    ("optimizer.family", optimizers, ""),
+)
 
 
 def world_size_for_launch(recipe: Recipe) -> int:
@@ -35,16 +44,13 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
     return world_size // recipe.parallel.model_size
 
 
-def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None = None) -> None:
-    """Checks the rules that join several keys.
+def check_recipe(recipe: Recipe, world_size: int) -> None:
+    """Check the names of a recipe and the rules that join several of its keys, before its data are opened.
 
-    Args:
-        world_size: ranks of the run, on all nodes.
-        document_multiple: tokens to a multiple of which the prepared documents were padded (from the data's manifest);
-            None where the data has not been opened yet.
+    Its plug-ins are imported before. world_size: ranks of the run, on all nodes.
 
     Raises:
-        RecipeError: all broken rules, each with its values and what to change.
+        RecipeError: all unknown names and broken rules, each with its values and what to change.
     """
     # The rules ask what has these names.
     if problems := list(_name_problems(recipe)):
@@ -57,7 +63,9 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         *_interval_problems(recipe),
         *_block_size_schedule_problems(recipe),
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
+        *_family_problems(recipe.optimizer),
         *_retention_problems(recipe),
+        *objectives.get(recipe.diffusion.objective).problems(recipe),
     ]
     # Each problem once, however many block sizes have it.
     problems += dict.fromkeys(
@@ -66,7 +74,7 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         for problem in (
             *_sequence_problems(recipe, block_size),
             *_noise_problems(recipe, block_size),
-            *_block_size_problems(block_size, recipe.data, document_multiple),
+            *_block_size_problems(block_size, recipe.data, None),
         )
     )
     if recipe.data.cache_limit is not None and recipe.data.remote is None:
@@ -78,13 +86,24 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         raise RecipeError(problems)
 
 
+def check_against_data(recipe: Recipe, world_size: int, document_multiple: int) -> None:
+    """Check what a recipe that `check_recipe` has passed still depends on, where ranks have met over their data.
+
+    document_multiple: tokens to a multiple of which the prepared documents were padded (from the data's manifest).
+    RecipeError as there.
+    """
+    problems = list(_batch_problems(recipe, world_size))
+    for block_size in recipe.diffusion.block_sizes:
+        problems += _block_size_problems(block_size, recipe.data, document_multiple)
+    if problems:
+        raise RecipeError(problems)
+
+
 def _name_problems(recipe: Recipe) -> Iterator[str]:
-    named: list[tuple[str, str, Registry]] = [
-        ("diffusion.noise_schedule", recipe.diffusion.noise_schedule, schedules),
-    ]
-    if recipe.attention_backend != "auto":
-        named.append(("attention_backend", recipe.attention_backend, attention_backends))
-    for key, name, registry in named:
+    for key, registry, besides in _NAMES:
+        name = attrgetter(key)(recipe)
+        if name == besides:
+            continue
         try:
             registry.get(name)
         except ValueError as error:
@@ -250,15 +269,6 @@ def _block_size_schedule_problems(recipe: Recipe) -> Iterator[str]:
             f"diffusion.mask_noise_std={diffusion.mask_noise_std} and mask_noise_steps={diffusion.mask_noise_steps} "
             "belong together: set both, or neither"
         )
-    if diffusion.objective == "next_token":
-        fields = type(diffusion).model_fields
-        without = fields.keys() - {"objective", "block_size", "mask_noise_steps"}
-        changed = [key for key in fields if key in without and getattr(diffusion, key) != fields[key].default]
-        if changed or diffusion.block_size != 1:
-            yield (
-                f"diffusion.objective=next_token masks nothing: set diffusion.block_size=1, and leave "
-                f"{', '.join(changed) or 'the rest'} out"
-            )
 
 
 def _noise_problems(recipe: Recipe, block: int) -> Iterator[str]:
@@ -361,6 +371,13 @@ def _schedule_problems(optimizer: OptimizerRecipe, steps: int) -> Iterator[str]:
             f"optimizer.warmup_steps={optimizer.warmup_steps} and decay_steps={decay} together exceed "
             f"train.steps={steps}: lower them or train longer"
         )
+
+
+def _family_problems(optimizer: OptimizerRecipe) -> Iterator[str]:
+    yield from optimizers.get(optimizer.family)(optimizer).problems()
+    for group in optimizer.groups:
+        if not group.settings:
+            yield f"optimizer.groups: {group.match!r} gives nothing: set lr_scale or weight_decay, or leave it out"
 
 
 def _nearest_multiples(value: int, factor: int) -> str:

@@ -13,11 +13,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from bd3_scale.registry import MODULE_NAME
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "selective", "full"]
+# Of a run.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -124,10 +129,13 @@ class DiffusionRecipe(Section):
     block_size_choices: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = Field(
         (), description="each sequence draws its block size among these, in the steps of `block_size`, which evaluates"
     )
-    objective: Literal["block_diffusion", "next_token", "score_entropy"] = Field(
+    objective: str = Field(
         "block_diffusion",
         description="next_token: plain AR, where a row predicts the token after it and no mask is seen; "
-        "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy",
+        "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy; or a plug-in's",
+    )
+    objective_options: dict[str, bool | int | float | str] = Field(
+        {}, description="what a plug-in's objective takes beside the options here, such as gamma: 2"
     )
     mask_rate_low: Share = Field(0.0, description="beta, the lower end of the clipped mask-rate interval in training")
     mask_rate_high: Share = Field(1.0, description="omega, its upper end")
@@ -150,7 +158,7 @@ class DiffusionRecipe(Section):
         1,
         description="noisy copies on one clean stream; two are complementary where beta + omega = 1, else independent",
     )
-    mask_noise_std: Annotated[float, Field(ge=0)] = Field(
+    mask_noise_std: NonNegativeFloat = Field(
         0.0, description="standard deviation of Gaussian noise on the embedding of masked tokens, falling to 0 ..."
     )
     mask_noise_steps: NonNegativeInt = Field(0, description="... over so many first steps")
@@ -190,14 +198,36 @@ class DataRecipe(Section):
     num_workers: NonNegativeInt = Field(1, description="loader processes a rank")
 
 
-class OptimizerRecipe(Section):
-    """AdamW (Loshchilov & Hutter, 2019) with a global gradient-norm clip."""
+class ParameterGroup(Section):
+    """What tensors have otherwise than the rest."""
 
+    match: str = Field(description="pattern of names of tensors, as checkpoints have them, such as *layernorm*")
+    lr_scale: NonNegativeFloat | None = Field(None, description="factor of the learning rate; default: 1")
+    weight_decay: NonNegativeFloat | None = Field(
+        None, description="default: the optimizer's, and 0 for tensors of one dimension, norms and biases"
+    )
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What is given."""
+        return self.model_dump(include={"lr_scale", "weight_decay"}, exclude_none=True)
+
+
+class OptimizerRecipe(Section):
+    """The update of the weights, after a clip of the global gradient norm."""
+
+    family: str = Field("adamw", description="adamw, lion, or that of a plug-in")
     lr: PositiveFloat = 3e-4
-    betas: Annotated[tuple[AdamBeta, AdamBeta], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[AdamBeta, AdamBeta], Field(strict=False)] = Field(
+        (0.9, 0.95), description="decays of Adam's moments; of Lion's update and momentum, whose authors take 0.9, 0.99"
+    )
     eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping")
+    options: dict[str, bool | int | float | str] = Field({}, description="what a plug-in's family takes besides")
+    weight_decay: NonNegativeFloat = 0.1
+    groups: Annotated[tuple[ParameterGroup, ...], Field(strict=False)] = Field(
+        (), description="of those that match a tensor, later ones go over earlier ones, key by key"
+    )
+    clip_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     decay_steps: NonNegativeInt | None = Field(None, description="wsd only; default: a fifth of the steps")
@@ -284,7 +314,7 @@ class GuardRecipe(Section):
         3,
         description="steps in a row with gradients that are not finite whose update is left out; one more ends the run",
     )
-    spike_deviations: Annotated[float, Field(ge=0)] = Field(
+    spike_deviations: NonNegativeFloat = Field(
         10.0, description="a loss so many standard deviations above the last ones is recorded with its data; 0: none"
     )
     replicas_every_steps: NonNegativeInt = Field(100, description="ranks compare the weights that they share; 0: never")
@@ -324,10 +354,8 @@ class LaunchRecipe(Section):
     deadlines: Deadlines = Deadlines()
 
 
-class ModelSections(Section):
-    """The sections of a recipe that a model is built from."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+class Recipe(Section):
+    name: str = Field(pattern=NAME)
     deterministic: bool = True
     attention_backend: str = Field(
         "auto",
@@ -337,23 +365,9 @@ class ModelSections(Section):
     model: ModelRecipe
     diffusion: DiffusionRecipe
     parallel: ParallelRecipe = ParallelRecipe()
-
-    @property
-    def recomputation(self) -> tuple[Recompute, int | None]:
-        """What is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
-        return "none", None
-
-
-class ImportedRecipe(ModelSections):
-    """What is known of a model that was not trained here."""
-
-    imported_from: str
-    source_fingerprint: str = Field("", description="which files its weights came from")
-    precision: Literal["bf16", "fp32"]
-    max_position_embeddings: PositiveInt = Field(description="longest sequence that it was trained on")
-
-
-class Recipe(ModelSections):
+    plugins: Annotated[tuple[Annotated[str, Field(pattern=MODULE_NAME)], ...], Field(strict=False)] = Field(
+        (), description="modules that register what the recipe names, imported first on every rank"
+    )
     run_dir: str | None = Field(None, description="default: runs/<name>")
     init_from: str | None = Field(
         None, description="checkpoint or run directory whose weights training begins with; the optimiser begins anew"
@@ -378,15 +392,6 @@ class Recipe(ModelSections):
         return Path(self.run_dir or f"runs/{self.name}")
 
     @property
-    def precision(self) -> Literal["auto", "bf16", "fp32"]:
-        """Precision of the forward; `auto` is decided where training starts."""
-        return self.train.precision
-
-    @property
     def recomputation(self) -> tuple[Recompute, int | None]:
+        """What is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
         return self.train.recompute, self.train.recompute_layers
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Longest sequence that it trains on."""
-        return self.data.seq_len

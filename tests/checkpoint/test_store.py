@@ -30,6 +30,7 @@ from bd3_scale.recipe.schema import (
 )
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.faults.saving import manifest_of
+from tests.parallel import families  # noqa: F401
 
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=59)
 RECIPE = Recipe(
@@ -54,12 +55,13 @@ def inputs(seed):
 class Training:
     """A small bf16 model after two steps, or fresh."""
 
-    def __init__(self, groups, seed, steps):
+    def __init__(self, groups, seed, steps, zero_stage=1, **optimizer):
         (self.model,) = chunks = build_model(
-            RECIPE, VOCABULARY, groups, dtype=torch.bfloat16, device=torch.device("cpu"), seed=seed
+            RECIPE.model, VOCABULARY, groups, dtype=torch.bfloat16, device=torch.device("cpu"), seed=seed
         )
         self.layouts = parameter_layouts(chunks)
-        self.engine = TrainingEngine(chunks, groups, RECIPE.optimizer, RECIPE.parallel)
+        parallel = RECIPE.parallel.model_copy(update={"zero_stage": zero_stage})
+        self.engine = TrainingEngine(chunks, groups, RECIPE.optimizer.model_copy(update=optimizer), parallel)
         for step in range(steps):
             self.engine.step([inputs(step)], tokens=8, lr=0.01)
 
@@ -106,9 +108,28 @@ def test_everything_comes_back_bitwise(trained, folder, groups):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "states"),
+    [("lion", {"master", "exp_avg", "ema"}), ("bold-momentum", {"master", "momentum", "largest", "ema"})],
+)
+def test_the_states_of_any_family_come_back_and_those_of_another_are_missed(groups, folder, family, states):
+    """Written under ZeRO-1, read under ZeRO-3."""
+    written = Training(groups, seed=1, steps=2, family=family)
+    checkpoint = written.save(folder)
+    assert {name.partition(".")[0] for name in json.loads((checkpoint / "index.json").read_text())} == states
+    other = Training(groups, seed=7, steps=0, family=family, zero_stage=3)
+    load_training_state(checkpoint, read_manifest(checkpoint), other.engine.zero, other.layouts)
+    for found, expected in zip(other.state(), written.state(), strict=True):
+        assert found.keys() == expected.keys() == states
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    adamw = Training(groups, seed=7, steps=0)
+    with pytest.raises(ValueError, match=r"holds no exp_avg\S*.*: set optimizer.family"):
+        load_training_state(checkpoint, read_manifest(checkpoint), adamw.engine.zero, adamw.layouts)
+
+
 def test_a_model_alone_gets_the_moving_average(trained, folder, groups):
     checkpoint = trained.save(folder)
-    (model,) = build_model(RECIPE, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
+    (model,) = build_model(RECIPE.model, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
     load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts([model]))
     average = {id(f.parameter): f.states["ema"] for f in trained.engine.zero.fragments()}
     for loaded, original in zip(model.parameters(), trained.model.parameters(), strict=True):
@@ -193,7 +214,7 @@ def test_half_written_folders_are_removed_and_never_taken(trained, folder):
 
 def test_another_shape_is_named(trained, folder, groups):
     checkpoint = trained.save(folder)
-    wider = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"ffn_hidden_size": 32})})
+    wider = RECIPE.model.model_copy(update={"ffn_hidden_size": 32})
     (model,) = build_model(wider, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
     with pytest.raises(ValueError, match=r"mlp.linear_fc1.weight has shape \(2, 48, 16\) in the checkpoint"):
         load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts([model]))
@@ -203,7 +224,7 @@ def test_another_format_is_named(trained, folder):
     checkpoint = trained.save(folder)
     manifest = checkpoint / "manifest.json"
     manifest.write_text('{"format": 1, "step": 2}')
-    with pytest.raises(ValueError, match=r"is of format 1, and format 3 is read here"):
+    with pytest.raises(ValueError, match=r"is of format 1, and formats 3 to 4 are read here"):
         read_manifest(checkpoint)
 
 

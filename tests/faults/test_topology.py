@@ -43,6 +43,14 @@ LAYOUTS = {
     "TP2 PP2": Layout(4, {"tensor": 2, "pipeline": 2}),
     "TP2 DP2 ZeRO-3": Layout(4, {"tensor": 2, "zero_stage": 3}),
 }
+LION = {
+    "family": "lion",
+    "betas": [0.9, 0.99],
+    "groups": [
+        {"match": "*layernorm*", "lr_scale": 2, "weight_decay": 0.05},
+        {"match": "embedding.*", "lr_scale": 0.3},
+    ],
+}
 CORE = [("TP2", "PP2 VPP2"), ("PP2 VPP2", "TP2"), ("DP2", "1"), ("DP2 ZeRO-3", "CP2")]
 OTHERS = [
     ("1", "TP2"),
@@ -82,7 +90,7 @@ class Place:
         assert 1 <= sequences // 24 < LAST, "a run crosses the end of an epoch"
         self._made: dict[str, Path] = {}
 
-    def run(self, name: str, layout: Layout, last: int, begin: Path | None = None) -> Path:
+    def run(self, name: str, layout: Layout, last: int, begin: Path | None = None, **optimizer: object) -> Path:
         """The run directory of `layout` through step `last`, from the checkpoint of `begin` on."""
         run = self.folder / name
         if begin is not None:
@@ -95,17 +103,19 @@ class Place:
             train={"steps": 20, "global_batch_size": 24},
             evaluation={"every_steps": 0},
             guard={"replicas_every_steps": 4},
+            optimizer=optimizer,
             parallel=layout.parallel,
             run_dir=str(run),
         )
         forks.run_ranks(go, layout.processes, load_recipe(path), last, run / "found", logs=run / "logs", timeout=120)
         return run
 
-    def begun(self, name: str) -> Path:
+    def begun(self, name: str, **optimizer: object) -> Path:
         """A run of layout `name` up to where it is cut, taken once."""
-        if name not in self._made:
-            self._made[name] = self.run(f"begun {name}", LAYOUTS[name], CUT)
-        return self._made[name]
+        key = f"{optimizer.get('family', '')} begun {name}".strip()
+        if key not in self._made:
+            self._made[key] = self.run(key, LAYOUTS[name], CUT, **optimizer)
+        return self._made[key]
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +129,30 @@ def whole(place):
     return torch.load(place.run("whole", Layout(1), LAST) / "found")
 
 
+@pytest.fixture(scope="module")
+def lions_whole(place):
+    return torch.load(place.run("lion's whole", Layout(1), LAST, **LION) / "found")
+
+
 @pytest.mark.parametrize(("first", "then"), [*CORE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)])
 def test_on_another_layout_it_goes_on_as_if_nothing_had_been(place, whole, first, then):
     begun = place.begun(first)
     run = place.run(f"{first} then {then}", LAYOUTS[then], LAST, begun)
+    check_together(begun, run, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then"), [("TP2", "PP2 VPP2"), ("PP2 VPP2", "DP2 ZeRO-3"), ("DP2 ZeRO-3", "CP2"), ("DP2", "TP2")]
+)
+def test_lion_with_groups_goes_on_on_another_layout(place, lions_whole, first, then):
+    begun = place.begun(first, **LION)
+    run = place.run(f"lion: {first} then {then}", LAYOUTS[then], LAST, begun, **LION)
+    check_together(begun, run, lions_whole)
+
+
+def check_together(begun: Path, run: Path, whole: dict) -> None:
+    """What was begun and what went on are together the undisturbed run, and what was loaded is what was saved."""
     before, after = torch.load(begun / "found"), torch.load(run / "found")
     assert (before["done"], after["done"]) == (0, CUT)
     assert {epoch for _, epoch, _ in whole["seen"]} >= {0, 1}

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from bd3_scale.diffusion.noise import draw_embedding_noise
+from bd3_scale.model.build import Chunks, build_model
 from bd3_scale.model.rows import NOISE_ROWS
 from bd3_scale.model.transformer import noise_table
+from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.recipe.schema import (
     DataRecipe,
     DiffusionRecipe,
@@ -43,6 +45,8 @@ OFFICIAL = ModelRecipe(
     init_std=0.2,
 )
 TIED = WIDE.model_copy(update={"tie_embeddings": True, "activation": "gelu", "normalization": "layernorm"})
+# So few elements that rounding turns the sign of none of Lion's updates.
+SMALL = ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, init_std=0.2)
 RAGGED = [7, 1, 56]  # document lengths: ragged last blocks, and a document shorter than a block
 ALIGNED = [16, 8, 40]  # whole blocks of 8, as prepared data have
 
@@ -66,11 +70,26 @@ CASES = {
     "tied": Case(TIED, 8, ALIGNED),
     "autoregressive": Case(QWEN, 1, [LENGTH]),
     "mdlm": Case(QWEN, LENGTH, ALIGNED),
+    "small": Case(SMALL, 8, ALIGNED),
     "two-copies": Case(QWEN, 8, ALIGNED, copies=2),
     "next-token": Case(QWEN, 1, RAGGED, objective="next_token"),
     "score-entropy": Case(WIDE, 8, ALIGNED, objective="score_entropy"),
     "mask-noise": Case(QWEN, 8, ALIGNED, copies=2, mask_noise_std=0.3),
     "complementary": Case(QWEN, 8, ALIGNED, copies=2, complementary=True),
+}
+
+
+# What `oracle.settings` says in its own words: on two stages, none has tensors in all groups.
+_GROUPS = (
+    {"match": "*layernorm*", "lr_scale": 2, "weight_decay": 0.05},
+    {"match": "embedding.*", "lr_scale": 0.3},
+    {"match": "*.linear_fc?.weight", "weight_decay": 0.3},
+    {"match": "decoder.final_*", "lr_scale": 0.5},
+)
+OPTIMIZERS: dict[str, dict] = {
+    "adamw": {"eps": 1e-4},
+    "groups": {"eps": 1e-4, "groups": _GROUPS},
+    "lion": {"family": "lion", "betas": (0.9, 0.99), "groups": _GROUPS},
 }
 
 
@@ -82,6 +101,7 @@ class Layout:
     case: str = "packed"
     parallel: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
+    optimizer: str = "adamw"
     core: bool = False
 
     @property
@@ -164,7 +184,30 @@ def _layouts() -> dict[str, Layout]:
     }
 
 
-LAYOUTS = _layouts()
+def _of_optimizers() -> dict[str, Layout]:
+    tp2, pp2 = {"tensor": 2, "sequence": True}, {"pipeline": 2}
+    groups, lion = {"optimizer": "groups"}, {"optimizer": "lion"}
+    return {
+        "dp2 zero1 groups": Layout(2, "ragged", {"zero_stage": 1}, **groups),
+        "dp2 zero2 groups offload": Layout(2, "ragged", {"zero_stage": 2, "offload_optimizer": True}, **groups),
+        "dp2 zero3 groups": Layout(2, "tied", {"zero_stage": 3}, **groups),
+        "dp2 zero3 groups offload": Layout(2, "ragged", {"zero_stage": 3, "offload_optimizer": True}, **groups),
+        "tp2 sp groups": Layout(2, "official", tp2, **groups),
+        "pp2 tied groups": Layout(2, "tied", pp2, **groups, core=True),
+        "pp2 vpp2 dp2 zero2 groups": Layout(4, "ragged", {**pp2, "virtual_pipeline": 2, "zero_stage": 2}, **groups),
+        "pp2 groups offload": Layout(2, "tied", {**pp2, "offload_optimizer": True}, **groups),
+        "pp2 dp4 groups": Layout(8, "tied", pp2, **groups),
+        "dp2 zero0 lion": Layout(2, "small", {"zero_stage": 0}, **lion),
+        "dp2 zero1 lion": Layout(2, "small", {"zero_stage": 1}, **lion),
+        "dp2 zero3 lion": Layout(2, "small", {"zero_stage": 3}, **lion, core=True),
+        "dp2 zero3 lion offload": Layout(2, "small", {"zero_stage": 3, "offload_optimizer": True}, **lion),
+        "tp2 sp lion": Layout(2, "small", tp2, **lion),
+        "pp2 lion": Layout(2, "small", pp2, **lion),
+        "pp2 dp2 zero2 lion": Layout(4, "small", {**pp2, "zero_stage": 2}, **lion),
+    }
+
+
+LAYOUTS = _layouts() | _of_optimizers()
 
 
 def recipe(layout: Layout) -> Recipe:
@@ -178,7 +221,21 @@ def recipe(layout: Layout) -> Recipe:
             steps=STEPS, global_batch_size=BATCH, precision="fp32", **{"micro_batch_size": 1, **layout.train}
         ),
         parallel=ParallelRecipe(**layout.parallel),
-        optimizer=OptimizerRecipe(lr=0.01, eps=1e-4, clip_grad_norm=0.5, ema_decay=0.5),
+        optimizer=OptimizerRecipe(lr=0.01, clip_grad_norm=0.5, ema_decay=0.5, **OPTIMIZERS[layout.optimizer]),
+    )
+
+
+def build(recipe: Recipe, groups: ProcessGroups, dtype: torch.dtype = torch.float32) -> Chunks:
+    """This rank's part of the model."""
+    return build_model(
+        recipe.model,
+        VOCABULARY,
+        groups,
+        parallel=recipe.parallel,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        seed=3,
+        recompute=recipe.recomputation,
     )
 
 

@@ -5,17 +5,50 @@ from __future__ import annotations
 import torch
 
 from tests.integration import plain_model
-from tests.integration.cases import BATCH, CASES, LENGTH, STEPS, VOCABULARY, Case, batch
+from tests.integration.cases import BATCH, CASES, LENGTH, STEPS, VOCABULARY, Case, Layout, batch
 
 
-def three_steps(case: Case, initial: dict[str, torch.Tensor]) -> dict:
-    """AdamW, clipping by the global norm, gradient accumulation and the moving average, as plain torch does them."""
-    weights = {key.removeprefix("master."): value.clone().requires_grad_() for key, value in initial.items()}
+def settings(name: str, optimizer: str) -> dict[str, float]:
+    """Learning rate and weight decay of a tensor, by hand."""
     # A layer's vectors are stacked into matrices: no decay on what is one-dimensional in a layer.
-    vectors = [w for key, w in weights.items() if "norm" in key or key.endswith("bias")]
-    matrices = [w for w in weights.values() if not any(w is vector for vector in vectors)]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-4)
+    scale, decay = 1.0, 0.0 if "norm" in name or name.endswith("bias") else 0.1
+    if optimizer == "adamw":
+        return {"lr": 0.01, "weight_decay": decay}
+    if name.startswith("embedding"):
+        scale = 0.3
+    elif name in {"decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc2.weight"}:
+        decay = 0.3
+    elif "final_layernorm" in name:
+        scale, decay = 0.5, 0.05
+    elif "layernorm" in name:
+        scale, decay = 2.0, 0.05
+    return {"lr": 0.01 * scale, "weight_decay": decay}
+
+
+class PlainLion(torch.optim.Optimizer):
+    """Chen et al. (2023), algorithm 2, as it is printed."""
+
+    def __init__(self, groups: list[dict]) -> None:
+        super().__init__(groups, {"betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            (weight,), (beta1, beta2) = group["params"], group["betas"]
+            momentum = self.state[weight].get("exp_avg", torch.zeros_like(weight))
+            c = beta1 * momentum + (1 - beta1) * weight.grad
+            assert not (c.abs() < 1e-5 * c.abs().mean())[c != 0].any(), "a sign hangs on rounding: take another seed"
+            weight -= group["lr"] * (torch.sign(c) + group["weight_decay"] * weight)
+            self.state[weight]["exp_avg"] = beta2 * momentum + (1 - beta2) * weight.grad
+
+
+def three_steps(case: Case, initial: dict[str, torch.Tensor], of: str = "adamw") -> dict:
+    """The optimizer `of`, clipping by the global norm, gradient accumulation and the moving average, as plain torch
+    does them, with settings a tensor.
+    """
+    weights = {key.removeprefix("master."): value.clone().requires_grad_() for key, value in initial.items()}
+    groups = [{"params": [weight]} | settings(name, of) for name, weight in weights.items()]
+    optimizer = PlainLion(groups) if of == "lion" else torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-4)
     average = {key: value.detach().clone() for key, value in weights.items()}
     losses, norms = [], []
     for step in range(STEPS):
@@ -35,22 +68,22 @@ def three_steps(case: Case, initial: dict[str, torch.Tensor]) -> dict:
     states = {f"master.{key}": weight.detach() for key, weight in weights.items()}
     states |= {f"ema.{key}": value for key, value in average.items()}
     for key, weight in weights.items():
-        states |= {f"{name}.{key}": optimizer.state[weight][name] for name in ("exp_avg", "exp_avg_sq")}
+        states |= {f"{name}.{key}": value for name, value in optimizer.state[weight].items() if name != "step"}
     return {"losses": losses, "norms": norms, "states": states}
 
 
 class Oracle:
-    """The plain model's steps of each case, computed once."""
+    """The plain model's steps of each case and optimizer, computed once."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[dict, dict]] = {}
+        self._known: dict[tuple[str, str], tuple[dict, dict]] = {}
 
-    def differences(self, case_name: str, found: dict) -> dict[str, float]:
+    def differences(self, layout: Layout, found: dict) -> dict[str, float]:
         """‖Δ‖/‖·‖ of losses, norms, and every weight and moving average after the last step."""
-        case = CASES[case_name]
-        if case_name not in self._known:
-            self._known[case_name] = found["initial"], three_steps(case, found["initial"])
-        initial, expected = self._known[case_name]
+        key = layout.case, layout.optimizer
+        if key not in self._known:
+            self._known[key] = found["initial"], three_steps(CASES[key[0]], found["initial"], key[1])
+        initial, expected = self._known[key]
         assert found["initial"].keys() == initial.keys()
         assert all(torch.equal(found["initial"][key], initial[key]) for key in initial), "layouts begin alike"
         assert found["states"].keys() == expected["states"].keys()

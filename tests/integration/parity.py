@@ -31,7 +31,7 @@ def measure(name: str, oracle: Oracle, folder: Path) -> dict:
     out = folder / f"{name.replace(' ', '-')}.pt"
     run_ranks(run_layout, layout.world_size, name, out, logs=out.with_suffix(""))
     found = torch.load(out)
-    differ = oracle.differences(layout.case, found)
+    differ = oracle.differences(layout, found)
     worst = max(differ, key=differ.__getitem__)
     return {
         "layout": name,

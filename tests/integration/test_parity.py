@@ -33,4 +33,5 @@ def test_the_matrix_holds_what_it_promises() -> None:
     assert len(layouts) >= 24
     assert {1, 2, 4, 8} <= {layout.world_size for layout in layouts}
     assert {layout.case for layout in layouts} == cases.CASES.keys()
-    assert 10 <= sum(layout.core for layout in layouts) <= 14
+    assert {layout.optimizer for layout in layouts if layout.core} == cases.OPTIMIZERS.keys()
+    assert 10 <= sum(layout.core for layout in layouts) <= 16

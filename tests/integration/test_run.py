@@ -20,6 +20,7 @@ from tests.support.runs import losses, nelbos, records, tensor_files, wait_for
 
 STEPS = 12
 PHASES = "diffusion.block_size_schedule=[{block_size: 4, steps: 5}]"
+LION = ["optimizer.family=lion", "optimizer.groups=[{match: '*layernorm*', lr_scale: 2, weight_decay: 0.05}]"]
 SEARCH = ["evaluation.sequences=24", "evaluation.draws=2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
 
@@ -71,7 +72,7 @@ def test_a_run_leaves_what_it_promises(workplace):
     ]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000012\n"
     manifest = json.loads((run / "checkpoints" / "step-00000012" / "manifest.json").read_text())
-    assert manifest["recipe"] == yaml.safe_load((run / "recipe.yaml").read_text())
+    assert manifest["trained_with"] == yaml.safe_load((run / "recipe.yaml").read_text())
     assert manifest["recipe_hash"] == (run / "recipe.sha256").read_text().strip()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -160,8 +161,10 @@ def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
         ["diffusion.block_size_choices=[1,4,8]", "diffusion.search_interval=true", *SEARCH],
         ["diffusion.objective=score_entropy", "diffusion.clip_masked_share=true"],
         ["diffusion.noise_schedule=cosine", "diffusion.mask_rate_low=0.0", "diffusion.mask_rate_high=1.0", PHASES],
+        pytest.param([*LION, "parallel.zero_stage=3"], marks=pytest.mark.slow),
+        pytest.param([*LION, "parallel.zero_stage=1", "train.precision=bf16"], marks=pytest.mark.slow),
     ],
-    ids=["mdlm-bf16", "autoregressive", "searched", "sedd", "cosine"],
+    ids=["mdlm-bf16", "autoregressive", "searched", "sedd", "cosine", "lion-zero3", "lion-zero1-bf16"],
 )
 def test_every_objective_resumes_bitwise_on_data_parallel_ranks(workplace, overrides, tmp_path):
     """Through the same code, without a moving average, on DP2; an evaluation at the checkpoint's step is repeated."""
@@ -252,15 +255,17 @@ def test_evaluate_and_generate(workplace):
     assert filled["text"].startswith("The ")
     assert filled["text"].endswith(" of")
     unknown = command(workplace, "generate", "whole", "--unmasking", "beam", returncode=2)
-    assert "'beam' is not one of" in unknown.stderr
+    assert "no unmasking rule is called 'beam': known are first-hitting" in unknown.stderr
     longer = ["--prompt", "x" * 90, "--max-new-tokens", "30", "--temperature", "0", "--unmasking", "static", "--json"]
     assert json.loads(command(workplace, "generate", "whole", *longer).stdout)["window"] == 64
 
 
 def test_two_trainings_in_one_run_directory(workplace):
     process = started(workplace, "shared", "train.steps=100000", step=1)
+    recipe = (workplace / "shared/recipe.yaml").read_bytes()
     try:
-        refused = train(workplace, "shared", returncode=2)
+        refused = train(workplace, "shared", "optimizer.lr=0.5", returncode=2)
+        assert (workplace / "shared/recipe.yaml").read_bytes() == recipe
         assert "shared is in use by process" in refused.stderr
         assert "choose another run_dir" in refused.stderr
     finally:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.attention import plain_backend
 
@@ -19,22 +19,11 @@ VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)
 
 
 def build(groups, **choices):
-    recipe = Recipe(
-        name="tiny",
-        model=ModelRecipe(
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=4,
-            num_query_groups=2,
-            ffn_hidden_size=48,
-            init_std=0.3,
-        ),
-        diffusion=DiffusionRecipe(block_size=4),
-        data=DataRecipe(path="unused", seq_len=LENGTH),
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
-        **choices,
+    shape = ModelRecipe(
+        num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, init_std=0.3
     )
-    (built,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=5)
+    how = {"dtype": torch.float32, "device": torch.device("cpu"), **choices}
+    (built,) = build_model(shape, VOCABULARY, groups, seed=5, **how)
     return built.requires_grad_(False).eval()
 
 

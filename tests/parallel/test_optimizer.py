@@ -1,4 +1,6 @@
-"""Which AdamW is taken, and what it decays; NVIDIA apex is stood in for by modules of its names."""
+"""Whose AdamW is taken, what decays, and what a family says of itself; NVIDIA apex is stood in for by modules of its
+names.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from bd3_scale.parallel.optimizer import adamw, describe
+from bd3_scale.parallel.optimizer import AdamW
 from bd3_scale.recipe.schema import OptimizerRecipe
 
 APEX = """
@@ -21,16 +23,15 @@ class FusedAdam:
 """
 CHOOSE = """
 import json, sys
-from torch import nn
-from bd3_scale.parallel.optimizer import adamw, describe
 from bd3_scale.recipe.schema import OptimizerRecipe
-layer = nn.Linear(3, 2)
-recipe = OptimizerRecipe(lr=0.5, betas=(0.7, 0.8), eps=0.25, weight_decay=0.3)
-chosen = adamw(layer.parameters(), recipe, on_gpu=sys.argv[1] == "gpu")
-told = {"name": describe(chosen), "module": type(chosen).__module__}
+from bd3_scale.registry import optimizers
+family = optimizers.get("adamw")(OptimizerRecipe(lr=0.5, betas=(0.7, 0.8), eps=0.25))
+told = {"needs torch": "torch" in sys.modules}
+from torch import nn
+chosen = family.build([{"params": list(nn.Linear(3, 2).parameters()), "lr_scale": 3.0}], on_gpu=sys.argv[1] == "gpu")
+told |= {"name": family.implementation(chosen), "module": type(chosen).__module__}
 if told["module"] == "apex.optimizers":
-    told["settings"] = chosen.settings
-    told["decay"] = {g["weight_decay"]: [list(p.shape) for p in g["params"]] for g in chosen.groups}
+    told["settings"], ((told["group"],)) = chosen.settings, [g["lr_scale"] for g in chosen.groups]
 print(json.dumps(told))
 """
 
@@ -39,7 +40,7 @@ def choose(path, place):
     """What is chosen beside the modules in `path`, in a process of its own: imports cannot be taken back."""
     done = subprocess.run(
         [sys.executable, "-c", CHOOSE, place],
-        env=os.environ | {"PYTHONPATH": str(path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=120,
@@ -54,32 +55,31 @@ def test_apex_is_taken_where_the_states_are_on_a_gpu_and_there_alone(tmp_path):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "optimizers.py").write_text(APEX)
     assert choose(tmp_path, "gpu") == {
+        "needs torch": False,
         "name": "NVIDIA apex's FusedAdam",
         "module": "apex.optimizers",
         "settings": {"adam_w_mode": True, "lr": 0.5, "betas": [0.7, 0.8], "eps": 0.25},
-        "decay": {"0.3": [[2, 3]], "0.0": [[2]]},
+        "group": 3.0,
     }
-    assert choose(tmp_path, "cpu") == {"name": "torch's fused AdamW", "module": "torch.optim.adamw"}
+    assert choose(tmp_path, "cpu") == {"needs torch": False, "name": "torch's, fused", "module": "torch.optim.adamw"}
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_without_apex_torchs_fused_adamw_decays_matrices_alone(monkeypatch, on_gpu):
+def test_without_apex_it_is_torchs_fused_adamw(monkeypatch, on_gpu):
     monkeypatch.setitem(sys.modules, "amp_C", None)  # not to be imported, even where it is installed
-    layers = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Embedding(5, 2))
-    recipe = OptimizerRecipe(lr=0.5, betas=(0.7, 0.8), eps=0.25, weight_decay=0.3)
-    optimizer = adamw(iter(layers.parameters()), recipe, on_gpu=on_gpu)
+    family = AdamW(OptimizerRecipe(lr=0.5, betas=(0.7, 0.8), eps=0.25))
+    optimizer = family.build([{"params": list(nn.Linear(3, 2).parameters())}], on_gpu=on_gpu)
     assert type(optimizer) is torch.optim.AdamW
-    assert describe(optimizer) == "torch's fused AdamW"
+    assert family.implementation(optimizer) == "torch's, fused"
     assert [optimizer.defaults[name] for name in ("fused", "lr", "betas", "eps")] == [True, 0.5, (0.7, 0.8), 0.25]
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert [decay[id(p)] for p in layers.parameters()] == [0.3, 0.0, 0.0, 0.0, 0.3]
 
 
 def test_weight_decay_shrinks_matrices_apart_from_the_gradient(monkeypatch):
     """One step without a gradient: matrices by lr · decay, as Adam with L2 would not, and norms not at all."""
     monkeypatch.setitem(sys.modules, "amp_C", None)
     matrix, norm = nn.Parameter(torch.full((2, 2), 4.0)), nn.Parameter(torch.full((2,), 4.0))
-    optimizer = adamw([matrix, norm], OptimizerRecipe(lr=0.5, weight_decay=0.25), on_gpu=False)
+    groups = [{"params": [matrix], "weight_decay": 0.25}, {"params": [norm], "weight_decay": 0.0}]
+    optimizer = AdamW(OptimizerRecipe(lr=0.5)).build(groups, on_gpu=False)
     matrix.grad, norm.grad = torch.zeros_like(matrix), torch.zeros_like(norm)
     optimizer.step()
     torch.testing.assert_close(matrix.data, torch.full((2, 2), 4.0 * (1 - 0.5 * 0.25)))

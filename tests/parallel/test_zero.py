@@ -1,51 +1,29 @@
-"""Steps are counted where the optimiser counts them, torch's in its states, apex's in its parameter groups; the moving
-average follows the count.
+"""What every family of optimisers goes through: it goes on from what was loaded, wherever it counts its steps, torch's
+in their states, apex's in its parameter groups; the moving average follows the count.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bd3_scale.model.build import build_model
+from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.model.rows import ModelInputs
-from bd3_scale.parallel import engine as engine_module
 from bd3_scale.parallel.engine import TrainingEngine
-from bd3_scale.parallel.optimizer import adamw
 from bd3_scale.parallel.zero import ema_decay
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, OptimizerRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe, OptimizerRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from tests.parallel import families  # noqa: F401
 
-RECIPE = Recipe(
-    name="tiny",
-    model=ModelRecipe(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24),
-    diffusion=DiffusionRecipe(block_size=4),
-    data=DataRecipe(path="unused", seq_len=8),
-    train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
-)
+MODEL = ModelRecipe(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24)
 
 
-class CountsInGroups(torch.optim.Optimizer):
-    """Adam with apex FusedAdam's bookkeeping: a count in each group, from the first step on, and none in the states."""
-
-    def __init__(self, params, **settings):
-        super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0} | settings)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            (low, high), count = group["betas"], group["step"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                state["exp_avg"].lerp_(parameter.grad, 1 - low)
-                state["exp_avg_sq"].mul_(high).addcmul_(parameter.grad, parameter.grad, value=1 - high)
-                size = (state["exp_avg_sq"] / (1 - high**count)).sqrt() + group["eps"]
-                parameter -= group["lr"] * state["exp_avg"] / (1 - low**count) / size
+# Two stretches of several tensors, and of one a rate of its own.
+GROUPS = [{"match": "*layernorm*", "weight_decay": 0.2}, {"match": "output_layer.*", "lr_scale": 0.5}]
 
 
 def inputs(seed: int) -> ModelInputs:
@@ -56,11 +34,11 @@ def inputs(seed: int) -> ModelInputs:
     return ModelInputs(tokens, positions, spans, 1, torch.arange(8), clean[0], torch.ones(8), 0, 0)
 
 
-def start(groups, decay: float, zero_stage: int = 1) -> TrainingEngine:
+def start(groups, /, decay: float, zero_stage: int = 1, **optimizer) -> TrainingEngine:
     vocabulary, cpu = Vocabulary(size=60, eos_id=0, mask_id=59), torch.device("cpu")
-    chunks = build_model(RECIPE, vocabulary, groups, dtype=torch.float32, device=cpu, seed=1)
-    parallel = RECIPE.parallel.model_copy(update={"zero_stage": zero_stage})
-    return TrainingEngine(chunks, groups, OptimizerRecipe(ema_decay=decay), parallel)
+    chunks = build_model(MODEL, vocabulary, groups, dtype=torch.float32, device=cpu, seed=1)
+    settings = OptimizerRecipe(ema_decay=decay, **optimizer)
+    return TrainingEngine(chunks, groups, settings, ParallelRecipe(zero_stage=zero_stage))
 
 
 def train(engine: TrainingEngine, steps: range) -> None:
@@ -81,23 +59,34 @@ def resume(engine: TrainingEngine, of: TrainingEngine) -> TrainingEngine:
     return engine
 
 
-MAKERS = {"torch": adamw, "apex": lambda parameters, *_, **__: CountsInGroups(parameters)}
-
-
-@pytest.mark.parametrize("maker", MAKERS)
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_a_loaded_optimizer_goes_on_from_its_step(groups, monkeypatch, maker, decay) -> None:
-    monkeypatch.setattr(engine_module, "adamw", MAKERS[maker])
-    whole, half = start(groups, decay), start(groups, decay)
+# ZeRO-3 updates in parts, and apex is not used for it.
+@pytest.mark.parametrize(
+    ("family", "decay", "zero_stage"),
+    [
+        ("adamw", 0.0, 1),
+        ("adamw", 0.9, 3),
+        ("counts-in-groups", 0.9, 1),
+        ("lion", 0.9, 1),
+        ("lion", 0.0, 3),
+        ("bold-momentum", 0.0, 1),
+        ("bold-momentum", 0.9, 3),
+    ],
+)
+def test_a_loaded_optimizer_goes_on_from_its_step(groups, family, decay, zero_stage) -> None:
+    how = {"zero_stage": zero_stage, "family": family, "groups": GROUPS}
+    whole, half = start(groups, decay, **how), start(groups, decay, **how)
+    assert whole.optimizer_name.startswith(family)
+    assert whole.optimizer_name.endswith(", 3 groups")
     train(whole, range(4))
     train(half, range(2))
-    resumed = resume(start(groups, decay), half)
+    resumed = resume(start(groups, decay, **how), half)
     train(resumed, range(2, 4))
     assert whole.zero.step == resumed.zero.step == 4
     for found, expected in zip(resumed.chunks[0].parameters(), whole.chunks[0].parameters(), strict=True):
         assert torch.equal(found, expected)
     for name in whole.zero.names:
         assert torch.equal(states(resumed, name), states(whole, name)), name
+        assert states(whole, name).count_nonzero() > 0, name
 
 
 def test_decay_rises_from_two_elevenths_to_what_is_asked() -> None:
@@ -107,14 +96,15 @@ def test_decay_rises_from_two_elevenths_to_what_is_asked() -> None:
     assert next(updates for updates in range(100_000) if ema_decay(0.9999, updates) == 0.9999) == 89_990
 
 
-# ZeRO-3 updates in parts, and apex is not used for it.
-@pytest.mark.parametrize(("maker", "zero_stage"), [("torch", 1), ("torch", 2), ("torch", 3), ("apex", 1), ("apex", 2)])
-def test_weights_have_their_share_of_the_average_in_closed_form(groups, monkeypatch, maker, zero_stage) -> None:
+@pytest.mark.parametrize(
+    ("family", "zero_stage"),
+    [("adamw", 1), ("adamw", 2), ("adamw", 3), ("counts-in-groups", 1), ("counts-in-groups", 2)],
+)
+def test_weights_have_their_share_of_the_average_in_closed_form(groups, family, zero_stage) -> None:
     """Those after update k have 9 / (10 + k) times the decays (1 + j) / (10 + j) of the n - k updates after it, that is
     9 (k + 2) ... (k + 9) / ((n + 2) ... (n + 10)); those that training began with have 2 ... 10 of the same.
     """
-    monkeypatch.setattr(engine_module, "adamw", MAKERS[maker])
-    engine, steps = start(groups, 0.9999, zero_stage), 5
+    engine, steps = start(groups, 0.9999, zero_stage, family=family), 5
     seen = [states(engine, "master")]
     for step in range(steps):
         train(engine, range(step, step + 1))
@@ -134,3 +124,41 @@ def test_a_resumed_average_goes_on_with_the_decay_of_its_step(groups) -> None:
     train(engine, range(1))
     expected = before.lerp(states(engine, "master"), 9 / 1011)
     torch.testing.assert_close(states(engine, "ema"), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_pattern_that_no_tensor_matches_is_refused_with_the_names_that_there_are(groups) -> None:
+    said = r"no tensor's name matches '\*\.norm\.\*' or 'embeding\*'; the model has:\n"
+    with pytest.raises(ValueError, match=said) as refused:
+        start(
+            groups, 0.0, groups=[{"match": "*.norm.*", "lr_scale": 2}, *GROUPS, {"match": "embeding*", "lr_scale": 2}]
+        )
+    names = [line.strip() for line in str(refused.value).splitlines()[1:]]
+    assert len(names) == 11
+    assert {"embedding.word_embeddings.weight", "decoder.layers.self_attention.q_layernorm.weight"} < set(names)
+
+
+def test_a_tensor_has_the_last_of_what_matches_it_key_by_key(groups) -> None:
+    """Of a step without gradients, a weight keeps 1 - rate · decay."""
+    kept = {
+        "decoder.final_layernorm.weight": 1 - 0.1 * 3 * 0.5,
+        "decoder.layers.input_layernorm.weight": 1 - 0.1 * 3 * 0.25,
+        "decoder.layers.mlp.linear_fc1.weight": 1 - 0.1 * 2 * 0.125,
+        "decoder.layers.mlp.linear_fc2.weight": 1,
+        "embedding.word_embeddings.weight": 1 - 0.1 * 0.125,
+        "output_layer.weight": 1,
+    }
+    patterns = [
+        {"match": "*.mlp.*", "lr_scale": 2},
+        {"match": "*.linear_fc2.*", "weight_decay": 0},
+        {"match": "*layernorm*", "lr_scale": 3, "weight_decay": 0.25},
+        {"match": "decoder.final_*", "weight_decay": 0.5},
+        {"match": "output_layer.weight", "lr_scale": 0},
+    ]
+    engine = start(groups, 0.0, family="lion", weight_decay=0.125, groups=patterns)
+    names = {id(layout.parameter): layout.pieces[0].key for layout in parameter_layouts(engine.chunks)}
+    before = [(names[id(f.parameter)], f.states["master"], f.states["master"].clone()) for f in engine.zero.fragments()]
+    nothing = replace(inputs(0), weights=torch.zeros(8))
+    engine.step([nothing], tokens=8, lr=0.1)
+    for name, now, then in before:
+        if name in kept:
+            torch.testing.assert_close(now, then * kept[name], rtol=1e-6, atol=0, msg=name)

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from bd3_scale.recipe.checks import check_recipe, data_parallel_size, world_size_for_launch
+from bd3_scale.parallel.optimizer import OptimizerFamily
+from bd3_scale.recipe.checks import check_against_data, check_recipe, data_parallel_size, world_size_for_launch
 from bd3_scale.recipe.schema import ParallelRecipe, Recipe, RecipeError
+from bd3_scale.registry import optimizers
+
+
+@optimizers.register("of-a-plug-in")
+class OfAPlugIn(OptimizerFamily):
+    options: ClassVar = {"memory": 0.9}
 
 
 def recipe(**changes: object) -> Recipe:
@@ -41,7 +49,9 @@ ONE_BLOCK = {"diffusion__block_size": 64, "data__isolate_documents": False}
 
 def problems(r: Recipe, world_size: int = 1, document_multiple: int | None = 32) -> tuple[str, ...]:
     try:
-        check_recipe(r, world_size, document_multiple)
+        check_recipe(r, world_size)
+        if document_multiple is not None:
+            check_against_data(r, world_size, document_multiple)
     except RecipeError as error:
         return error.problems
     return ()
@@ -106,6 +116,21 @@ def test_names_that_nothing_has_are_refused_with_the_nearest_before_any_rule() -
             {"optimizer__decay_steps": 8, "optimizer__schedule": "wsd", "optimizer__warmup_steps": 3},
             1,
             ["warmup_steps=3", "decay_steps=8", "steps=10"],
+        ),
+        ({"optimizer__family": "adam"}, 1, ["optimizer.family", "'adam'", "did you mean adamw"]),
+        ({"optimizer__family": "sgd"}, 1, ["'sgd'", "known are adamw, lion", "plugins"]),
+        ({"optimizer__family": "lion", "optimizer__eps": 1e-6}, 1, ["optimizer.eps=1e-06", "family=lion", "leave"]),
+        ({"optimizer__groups": [{"match": "a*"}]}, 1, ["groups: 'a*' gives nothing", "lr_scale or weight_decay"]),
+        ({"optimizer__options": {"beta": 0.9}}, 1, ["optimizer.options.beta", "family=adamw", "takes none"]),
+        (
+            {"optimizer__family": "of-a-plug-in", "optimizer__options": {"memry": 0.9}},
+            1,
+            ["optimizer.options.memry", "takes memory"],
+        ),
+        (
+            {"optimizer__family": "of-a-plug-in", "optimizer__options": {"memory": "long"}},
+            1,
+            ["optimizer.options.memory='long'", "no float"],
         ),
         (
             {"parallel__virtual_pipeline": 2},
@@ -190,6 +215,8 @@ def test_each_rule_names_value_rule_and_fix(changes: dict[str, object], world_si
         ({"data__cache_limit": "1.5gb", "data__remote": "s3://x"}, 32),
         ({"optimizer__decay_steps": 7, "optimizer__schedule": "wsd", "optimizer__warmup_steps": 3}, 32),
         ({"train__recompute": "full", "train__recompute_layers": 1}, 32),
+        ({"optimizer__family": "lion", "optimizer__betas": [0.9, 0.99]}, 32),
+        ({"optimizer__family": "of-a-plug-in", "optimizer__options": {"memory": 0}}, 32),
         ({"parallel__layers_per_chunk": [2]}, 32),
         ({"parallel__zero_stage": 3}, 32),
         ({"diffusion__noisy_copies": 2}, 32),

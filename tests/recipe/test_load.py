@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from bd3_scale.recipe.load import load_recipe, recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe, RecipeError
+from bd3_scale.registry import MODULE_NAME
 
 BASE = """
 name: base
@@ -91,6 +92,7 @@ def test_text_that_older_yaml_would_convert_stays_text(base: Path, text: str) ->
         ("optimizer.schedule=cosin", ["optimizer.schedule", "'cosine'", '"cosin"']),
         ("model=big", ["model", "mapping", '"big"']),
         ("optimizer.lr=0", ["optimizer.lr", "greater than 0"]),
+        ("optimizer.groups=[{match: '*', lr_scale: -1}]", ["optimizer.groups.0.lr_scale", "greater than or equal"]),
         ("data.cache_limit=3 apples", ["data.cache_limit", "3 apples"]),
     ],
 )
@@ -109,7 +111,7 @@ def test_a_wrong_value_is_reported_with_its_path_the_rule_and_the_value(
         ("seq_len=3", "did you mean data.seq_len?"),
         ("block-size=3", "did you mean diffusion.block_size?"),
         ("logging.wandb.mod=auto", "did you mean logging.wandb.mode?"),
-        ("optimizer.zzz=1", "known here: lr, betas"),
+        ("optimizer.zzz=1", "known here: family, lr, betas"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_right_one(base: Path, override: str, suggestion: str) -> None:
@@ -165,8 +167,12 @@ def values_of(annotation: object, metadata: tuple[object, ...]) -> st.SearchStra
         return values_of(arguments[0], metadata)
     if origin is tuple and arguments[-1] is ...:
         return st.lists(values_of(arguments[0], ()), max_size=4).map(tuple)
+    if origin is dict:
+        return st.dictionaries(*(values_of(argument, ()) for argument in arguments), max_size=4)
     if origin is tuple:
         return st.tuples(*(values_of(argument, ()) for argument in arguments))
+    if origin is dict:
+        return st.dictionaries(*(values_of(argument, ()) for argument in arguments), max_size=3)
     if arguments:
         return st.one_of(*(values_of(argument, metadata) for argument in arguments))
     if annotation is str:
@@ -183,6 +189,7 @@ def values_of(annotation: object, metadata: tuple[object, ...]) -> st.SearchStra
 
 def section_values(section: type[BaseModel]) -> st.SearchStrategy[dict[str, object]]:
     special = {"name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True), "cache_limit": st.just("1gb")}
+    special["plugins"] = st.lists(st.from_regex(MODULE_NAME, fullmatch=True), max_size=4)
     fields = {name: values_of(f.annotation, tuple(f.metadata)) for name, f in section.model_fields.items()}
     return st.fixed_dictionaries({name: special.get(name, strategy) for name, strategy in fields.items()})
 
