@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from bd3_scale.evaluate.commands import app as evaluate_app
 from bd3_scale.launch.commands import app as launch_app
 from bd3_scale.launch.commands import follow_run
 from bd3_scale.observe.console import Console, put, say, styled
+from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.observe.progress import Bar
-from bd3_scale.observe.warnings import quieten_libraries
+from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.output import flush_results, hold_descriptors, outlast, rank_log
 from bd3_scale.resilience.terminal import clean_diagnostics, tell
 
@@ -79,6 +81,25 @@ def _run() -> None:
     except SystemExit:
         flush_results()
         raise
+
+
+@app.callback()
+def doors(
+    context: typer.Context,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE",
+            envvar="BD3_SCALE_PLUGINS",
+            help="Import a module that adds schedules, objectives, unmasking rules and the like; may be repeated. A "
+            "recipe names its own under `plugins`.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Import what the command line and the environment name; `context.obj` keeps it for recipes, which ranks read."""
+    context.obj = [module for text in plugin or () for module in re.split(r"[\s,]+", text) if module]
+    import_plugins(context.obj)
 
 
 @data_app.command(epilog="Example: bd3-scale data tokenizer corpus/ --out tokenizers/mine --vocab-size 4096")
@@ -166,6 +187,7 @@ def prepare(
 
 @app.command(epilog="Example: bd3-scale train recipes/tiny.yaml optimizer.lr=1e-3 train.steps=200")
 def train(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     inject: Annotated[
@@ -180,13 +202,14 @@ def train(
 
     Starts `launch.processes` processes on this machine, or joins a run where torchrun or SLURM set RANK and WORLD_SIZE.
     """
-    _train(recipe, overrides or (), inject)
+    _train(recipe, overrides or (), context.obj, inject)
 
 
 @app.command(
     epilog="Example: bd3-scale adapt models/Qwen3-0.6B recipes/adapt-qwen3.yaml --text corpus/ run_dir=runs/qwen3-bd3"
 )
 def adapt(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help="Hugging Face folder of the model to begin with.")],
     recipe: Annotated[Path, typer.Argument(help="YAML file without a model section: the model is the source's.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
@@ -222,17 +245,19 @@ def adapt(
             validation=validation or (),
             mask_token=mask_token,
             bos=bos,
+            plugins=context.obj,
             progress=bar.show,
             note=lambda text: tell(f"note: {text}"),
         )
     if prepare_only:
         say(f"prepared; go on with: bd3-scale train {adapted}")
         return
-    _train(adapted, ())
+    _train(adapted, (), context.obj)
 
 
 @app.command(epilog="Example: bd3-scale replay runs/mine --step 1200")
 def replay(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     step: Annotated[
@@ -253,28 +278,32 @@ def replay(
         step = last_event(run)
         if step is None:
             raise ValueError(f"{run} has no step that stood out ({EVENTS_FILE}): name one with --step")
-    _train(recipe, [f"run_dir={run}", *(overrides or ())], options=[f"--replay={step}"])
+    _train(recipe, [f"run_dir={run}", *(overrides or ())], context.obj, options=[f"--replay={step}"])
 
 
-def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Sequence[str] = ()) -> None:
+def _train(
+    recipe: Path, overrides: Sequence[str], plugins: Sequence[str], inject: str = "", options: Sequence[str] = ()
+) -> None:
+    """Check a recipe, and train what it says here or on ranks of our own, which are handed the recipe as resolved."""
     from bd3_scale.data.manifest import load_manifest
-    from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
-    from bd3_scale.recipe.load import load_recipe
+    from bd3_scale.recipe.checks import check_against_data, check_recipe, world_size_for_launch
+    from bd3_scale.recipe.load import load_recipe, resolved_yaml, with_plugins
     from bd3_scale.resilience import faults
 
     faults.parse_faults(inject)
-    loaded = load_recipe(recipe, overrides)
-    # Never those of a shell that was left behind.
-    os.environ[faults.VARIABLE] = inject
     joins = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-    world_size = int(os.environ["WORLD_SIZE"]) if joins else world_size_for_launch(loaded)
-    # Twice, so that a broken rule is reported even where the data is not there yet.
-    check_recipe(loaded, world_size)
-    check_recipe(loaded, world_size, load_manifest(loaded.data.path, loaded.data.remote).document_multiple)
     if joins and options:
         raise ValueError("replay starts its processes itself: run it without a launcher")
+    loaded = load_recipe(recipe, overrides)
     if not options:
+        # Before libraries are imported, by a plug-in perhaps, which keep the streams of then.
         outlast("stdout", "stderr", log=rank_log(loaded.run_path))
+    loaded = with_plugins(loaded, plugins)
+    # Never those of a shell that was left behind.
+    os.environ[faults.VARIABLE] = inject
+    world_size = int(os.environ["WORLD_SIZE"]) if joins else world_size_for_launch(loaded)
+    check_recipe(loaded, world_size)
+    check_against_data(loaded, world_size, load_manifest(loaded.data.path, loaded.data.remote).document_multiple)
     if joins:
         from bd3_scale.train.main import main as train_here
 
@@ -282,12 +311,12 @@ def _train(recipe: Path, overrides: Sequence[str], inject: str = "", options: Se
         return
     from bd3_scale.launch.local import launch
 
-    argv = [sys.executable, "-m", "bd3_scale.train", *options, str(recipe), *overrides]
+    argv = [sys.executable, "-m", "bd3_scale.train", *options]
     threads = loaded.launch.threads or _default_threads(world_size)
     deadlines = loaded.launch.deadlines.model_dump()
     # A replay leaves the run directory alone.
     logs = None if options else loaded.run_path / "logs"
-    raise typer.Exit(launch(argv, world_size, threads, logs, deadlines=deadlines))
+    raise typer.Exit(launch(argv, world_size, threads, logs, deadlines=deadlines, recipe=resolved_yaml(loaded)))
 
 
 def _default_threads(processes: int) -> int:
@@ -304,6 +333,7 @@ def _default_threads(processes: int) -> int:
     epilog="Example: bd3-scale submit recipes/paper-110m.yaml --profile mysite --nodes 2 run_dir=/shared/runs/paper"
 )
 def submit(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     profile: Annotated[str, typer.Option(help="A site in cluster/profiles, or a YAML file.")] = "default",
@@ -323,9 +353,10 @@ def submit(
     import json
 
     from bd3_scale.data.manifest import load_manifest
-    from bd3_scale.launch.job import check_job, script
+    from bd3_scale.launch.job import script
     from bd3_scale.launch.submit import ask_slurm, make_job
     from bd3_scale.launch.submit import submit as submit_job
+    from bd3_scale.recipe.checks import check_against_data
 
     job = make_job(
         recipe,
@@ -336,13 +367,14 @@ def submit(
         chain=chain,
         dependency=dependency,
         exclude=exclude or (),
+        plugins=context.obj,
     )
     if dry_run:
         put(script(job), end="")
         return
-    # Again, now that the data must be there.
+    # Now that the data must be there.
     multiple = load_manifest(job.recipe.data.path, job.recipe.data.remote).document_multiple
-    check_job(job.recipe, job.profile, nodes, multiple, job.run_dir)
+    check_against_data(job.recipe, nodes * job.profile.processes, multiple)
     if test_only:
         say(ask_slurm(job))
         return

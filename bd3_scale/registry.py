@@ -6,7 +6,7 @@
     class Smoothstep: ...
 
 A recipe names modules of that kind under `plugins`, and the command line with `--plugin`; importing one runs its
-decorators. What the package brings is registered in the same way, by the modules that a registry names as its homes.
+decorators. What the package brings is registered in the same way, by the module that a registry names as its home.
 
 Standard library alone: every room may import this one, and it imports none. The homes of what a recipe names
 (schedules, objectives, optimisers, attention backends) load without PyTorch: a launcher checks a recipe at once.
@@ -16,8 +16,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
+
+# Of a plug-in: a module by its dotted name.
+MODULE_NAME = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
 
 T = TypeVar("T")
 Registered = TypeVar("Registered")
@@ -26,11 +30,11 @@ Registered = TypeVar("Registered")
 class Registry(Generic[T]):
     """Things of one kind by their names.
 
-    kind: what one of them is called in a message; homes: the modules that register the package's own.
+    kind: what one of them is called in a message; home: the module that registers the package's own.
     """
 
-    def __init__(self, kind: str, *homes: str) -> None:
-        self._kind, self._homes = kind, homes
+    def __init__(self, kind: str, home: str) -> None:
+        self._kind, self._home = kind, home
         self._found: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
@@ -51,19 +55,24 @@ class Registry(Generic[T]):
 
         return add
 
+    def name_of(self, thing: T) -> str:
+        """Return the name that a registered thing has."""
+        return next(name for name, held in self._found.items() if held is thing)
+
     def names(self) -> tuple[str, ...]:
         """Return all names: the package's, then those of imported plug-ins."""
-        for home in self._homes:
-            importlib.import_module(home)
+        importlib.import_module(self._home)
         return tuple(self._found)
 
     def get(self, name: str) -> T:
         """Return what has this name. ValueError: nothing has; the message lists the nearest."""
+        if name in self._found:
+            return self._found[name]
         known = self.names()
         if name in self._found:
             return self._found[name]
         near = difflib.get_close_matches(name, known, 3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
         raise ValueError(
             f"no {self._kind} is called {name!r}: {hint} One of a plug-in's needs its module, as `plugins: [MODULE]` "
             "in the recipe or `bd3-scale --plugin MODULE …`"
@@ -71,14 +80,17 @@ class Registry(Generic[T]):
 
 
 def import_plugins(modules: Sequence[str]) -> None:
-    """Import modules that register things. ValueError: one cannot be imported."""
+    """Import modules that register things. ValueError: one cannot be imported, or its name is none of a module."""
     for module in modules:
+        if not re.fullmatch(MODULE_NAME, module):
+            raise ValueError(f"the plug-in {module!r} is no module: give its dotted name, such as my_lab.bd3")
         try:
             importlib.import_module(module)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
-                f"the plug-in {module} cannot be imported ({reason}): install it, or put its folder on PYTHONPATH"
+                f"the plug-in {module} cannot be imported ({reason}): install it where bd3_scale is, or put the folder "
+                "that holds it on PYTHONPATH; the current folder is not looked in"
             ) from error
 
 
@@ -89,12 +101,7 @@ def _origin(thing: Any) -> tuple[str, str]:
 schedules: Registry[Any] = Registry("noise schedule", "bd3_scale.diffusion.schedule")
 attention_backends: Registry[Any] = Registry("attention backend", "bd3_scale.attention.backends")
 source_formats: Registry[Any] = Registry("source format", "bd3_scale.data.sources")
-objectives: Registry[Any] = Registry(
-    "objective",
-    "bd3_scale.objective.block_diffusion",
-    "bd3_scale.objective.next_token",
-    "bd3_scale.objective.score_entropy",
-)
+objectives: Registry[Any] = Registry("objective", "bd3_scale.objective")
 optimizers: Registry[Any] = Registry("optimizer", "bd3_scale.parallel.optimizer")
 unmasking_rules: Registry[Any] = Registry("unmasking rule", "bd3_scale.generate.unmasking")
 text_sets: Registry[Any] = Registry("text set", "bd3_scale.evaluate.sets")

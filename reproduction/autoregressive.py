@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bd3_scale.generate.text import Written
+from bd3_scale.generate.writer import Written
 from bd3_scale.observe.libraries import without_broken_torchvision
 
 COMMAND = Path(sys.executable).with_name("bd3-scale")

@@ -23,13 +23,16 @@ from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.diffusion.interval import candidates
-from bd3_scale.diffusion.nelbo import sequence_nelbo
 from bd3_scale.evaluate.generative import Judge, judged
-from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo, evaluation_noise, masked_nll, next_token_nll
-from bd3_scale.generate.text import Written, write_texts
+from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo, token_nll, weighted_sums
+from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.generate.text import open_writer
+from bd3_scale.generate.writer import Written
+from bd3_scale.objective import BlockDiffusion, Objective
+from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
-from bd3_scale.observe.warnings import quieten_libraries
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe
+from bd3_scale.parallel.groups import placement
+from bd3_scale.recipe.schema import DataRecipe
 from reproduction.autoregressive import export, write_autoregressively
 from reproduction.records import write_record
 from reproduction.rows import LONG
@@ -113,24 +116,24 @@ def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     with open_model(checkpoint) as (model, manifest, groups):
-        diffusion = manifest.recipe.diffusion
+        trained = manifest.trained_objective()
         for text, path in job["texts"].items():
             count = job["asked"]["sequences"]
             for size in job["block_sizes"]:
-                own = diffusion.model_copy(update={"block_size": size})
-                draws = 1 if size == 1 else job["asked"]["draws"]
+                own = trained.at(size)
+                draws = own.num_draws(job["asked"]["draws"])
                 nats, tokens = [], []
-                for batch in batches(path, manifest.recipe.data.seq_len, count):
+                for batch in batches(path, manifest.max_position_embeddings, count):
                     more = sequence_nats(model, groups, batch, own, draws)
                     nats += more[0]
                     tokens += more[1]
                 found[f"{text}, L'={size}"] = {"nats": nats, "tokens": tokens}
-                if text == "held-out" and diffusion.objective == "block_diffusion":
+                if text == "held-out" and type(own) is BlockDiffusion:
                     held_out = evaluate_nelbo(
                         [model],
-                        batches(path, manifest.recipe.data.seq_len, count),
+                        batches(path, manifest.max_position_embeddings, count),
                         groups,
-                        diffusion=own,
+                        objective=own,
                         draws=draws,
                     )
                     found[f"{text}, L'={size}"] |= {
@@ -161,20 +164,21 @@ def batches(path: str, seq_len: int, sequences: int | None) -> Iterator[Batch]:
 
 @torch.no_grad()
 def sequence_nats(
-    model: Any, groups: Any, batch: Batch, diffusion: DiffusionRecipe, draws: int
+    model: Any, groups: Any, batch: Batch, objective: Objective, draws: int
 ) -> tuple[list[float], list[int]]:
     """NELBO in nats and counted tokens of the real sequences, given the first token of each."""
     real = batch.ids >= 0
     later = torch.arange(batch.tokens.shape[1]) > 0
     batch = replace(batch, counted=batch.counted & later)
-    if diffusion.objective == "next_token":
-        sums = (next_token_nll([model], batch, groups)[0] * batch.counted).sum(1)
-    else:
-        noises = [evaluation_noise(batch, diffusion.block_size, draw, draws) for draw in range(draws)]
+    place = placement(groups)
+    if isinstance(objective, BlockDiffusion):
+        noises = [objective.evaluation_noise(batch, draw, draws) for draw in range(draws)]
         # Padding is masked throughout, as in every evaluation; the first token is given.
         noises = [replace(noise, masked=(noise.masked | ~batch.counted) & later) for noise in noises]
-        nll = masked_nll([model], batch, noises, groups, diffusion.block_size)
-        sums = torch.stack([sequence_nelbo(*one, batch.counted) for one in zip(nll, noises, strict=True)]).mean(0)
+        drawn = [objective.draw_of(batch, noise, place=place) for noise in noises]
+    else:
+        drawn = objective.evaluation_draws(batch, draws, always=batch.padding, place=place)
+    sums = weighted_sums(drawn, token_nll([model], drawn, groups), batch.counted).mean(0)
     return [round(float(s), 4) for s in sums[real]], batch.counted.sum(1)[real].tolist()
 
 
@@ -189,21 +193,13 @@ def samples(checkpoint: Path, run: Path, job: dict[str, Any]) -> dict[str, Any]:
         return {"one by one": judgement(checkpoint, texts, judge)}
     samplers: dict[str, dict[str, Any]] = {"first-hitting": {}} | (SAMPLERS if job["row"] == "l16" else {})
     # MDLM writes its one block and no more.
-    samplers |= {LONG: {}} if size < length else {}
-    found = {}
-    for name, how in samplers.items():
-        texts = list(
-            write_texts(
-                checkpoint,
-                [""] * job["asked"]["samples"],
-                max_new_tokens=8 * length if name == LONG else length,
-                seed=job["seed"] * 10_000,
-                top_p=NUCLEUS,
-                batch_size=job["asked"]["samples"],
-                **how,
-            )
-        )
-        found[name] = judgement(checkpoint, texts, judge) | {"seconds": texts[0].seconds}
+    samplers |= {LONG: {"max_new_tokens": 8 * length}} if size < length else {}
+    common = {"max_new_tokens": length, "seed": job["seed"] * 10_000, "top_p": NUCLEUS}
+    found, count = {}, job["asked"]["samples"]
+    with open_writer(checkpoint) as writer:
+        for name, how in samplers.items():
+            texts = list(writer.write([""] * count, SamplingConfig(**common | how), batch_size=count))
+            found[name] = judgement(checkpoint, texts, judge) | {"seconds": texts[0].seconds}
     return found
 
 

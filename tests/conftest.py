@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 TESTS = Path(__file__).parent
@@ -13,6 +14,9 @@ LAUNCHING = ("integration", "reproduction", "tools", "faults", "slurm")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # each worker has a core; two threads each would wait for one another
+# An example's time says how busy the machine is.
+hypothesis.settings.register_profile("bd3_scale", deadline=None)
+hypothesis.settings.load_profile("bd3_scale")
 # It would run in place of the backends that the tests compare.
 os.environ.pop("BD3_SCALE_ATTENTION", None)
 
@@ -28,22 +32,15 @@ def groups():
 
 @pytest.fixture(scope="module")
 def random_model(groups):
-    """Builds a model of random weights: `random_model(vocabulary, block_size=…, length=…, seed=…)` and its shape."""
+    """Builds a model of random weights: `random_model(vocabulary, seed=…)` and its shape."""
     import torch
 
     from bd3_scale.model.build import build_model
-    from bd3_scale.recipe.schema import DiffusionRecipe, ImportedRecipe, ModelRecipe
+    from bd3_scale.recipe.schema import ModelRecipe
 
-    def build(vocabulary, *, block_size=4, length=64, seed=1, num_layers=2, hidden_size=32, init_std=0.3):
+    def build(vocabulary, *, seed=1, num_layers=2, hidden_size=32, init_std=0.3):
         shape = {"num_layers": num_layers, "hidden_size": hidden_size, "num_attention_heads": 2}
-        recipe = ImportedRecipe(
-            name="random",
-            model=ModelRecipe(**shape, ffn_hidden_size=hidden_size, init_std=init_std),
-            diffusion=DiffusionRecipe(block_size=block_size),
-            precision="fp32",
-            imported_from="nowhere",
-            max_position_embeddings=length,
-        )
+        recipe = ModelRecipe(**shape, ffn_hidden_size=hidden_size, init_std=init_std)
         cpu = torch.device("cpu")
         (model,) = build_model(recipe, vocabulary, groups, dtype=torch.float32, device=cpu, seed=seed)
         return model.requires_grad_(False).eval()

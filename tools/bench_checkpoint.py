@@ -36,7 +36,7 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
     from bd3_scale.checkpoint.store import boxes_to_save, load_training_state
     from bd3_scale.model.build import build_model
     from bd3_scale.model.layout import parameter_layouts
-    from bd3_scale.observe.memory import peak_rss_bytes
+    from bd3_scale.observe.environment import peak_rss_bytes
     from bd3_scale.parallel.engine import TrainingEngine
     from bd3_scale.parallel.groups import process_groups
     from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
@@ -54,7 +54,7 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
     device = torch.device("cpu")
     with ExitStack() as stack:
         groups = stack.enter_context(process_groups(recipe.parallel))
-        chunks = build_model(recipe, vocabulary, groups, dtype=torch.float32, device=device, seed=1)
+        chunks = build_model(recipe.model, vocabulary, groups, dtype=torch.float32, device=device, seed=1)
         layouts = parameter_layouts(chunks)
         engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
         tokenizer = folder / "tokenizer"
@@ -68,14 +68,8 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
             for _ in range(STEPS_BETWEEN):
                 alone.append(_seconds(lambda: engine.step(inputs, tokens=128, lr=1e-4)))
                 step += 1
-            manifest = CheckpointManifest(
-                step=step,
-                recipe=recipe,
-                recipe_hash="0",
-                vocabulary=vocabulary,
-                data_hash="0",
-                world_size=dist.get_world_size(),
-                states=engine.zero.names,
+            manifest = CheckpointManifest.of_run(
+                recipe, step=step, vocabulary=vocabulary, states=engine.zero.names, world_size=dist.get_world_size()
             )
             saver.begin(manifest, boxes_to_save(engine.zero, layouts))
             while saver.in_flight:

@@ -30,12 +30,14 @@ from torch import Tensor
 from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.evaluate.bounds import ContinuationBounds
+from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.sampler import Sample, generate_batch
 from bd3_scale.model.build import build_model
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.observe.warnings import quieten_libraries
+from bd3_scale.objective import Objective
+from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
-from bd3_scale.recipe.schema import ImportedRecipe, Recipe
+from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 BLOCK = 16
@@ -53,22 +55,20 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(stack: ExitStack) -> tuple[BlockDiffusionTransformer, ImportedRecipe]:
-    recipe = ImportedRecipe.model_validate(
-        {
-            "name": "bench",
-            "model": {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 1024}
-            | {"activation": "gelu_tanh", "normalization": "layernorm", "qk_norm": False},
-            "diffusion": {"block_size": BLOCK},
-            "precision": "fp32",
-            "imported_from": "nowhere",
-            "max_position_embeddings": 1024,
-        }
+def random_model(stack: ExitStack) -> BlockDiffusionTransformer:
+    shape = ModelRecipe(
+        num_layers=4,
+        hidden_size=256,
+        num_attention_heads=4,
+        ffn_hidden_size=1024,
+        activation="gelu_tanh",
+        normalization="layernorm",
+        qk_norm=False,
     )
-    groups = stack.enter_context(process_groups(recipe.parallel))
+    groups = stack.enter_context(process_groups(ParallelRecipe()))
     vocabulary = Vocabulary(size=258, eos_id=256, mask_id=257)
-    (model,) = build_model(recipe, vocabulary, groups, dtype=torch.float32, device=local_device(), seed=1)
-    return model, recipe
+    (model,) = build_model(shape, vocabulary, groups, dtype=torch.float32, device=local_device(), seed=1)
+    return model
 
 
 class Twin:
@@ -116,10 +116,9 @@ def timed(
     model: BlockDiffusionTransformer, block_size: int, batch: int, tokens: int, **how: Any
 ) -> tuple[float, list[Sample]]:
     prompts = [[0]] * batch
+    sampling = SamplingConfig(max_new_tokens=tokens, min_entropy=0.0, **how)
     began = time.perf_counter()
-    samples = generate_batch(
-        model, prompts, seeds=range(batch), block_size=block_size, max_new_tokens=tokens, min_entropy=0.0, **how
-    )
+    samples = generate_batch(model, prompts, sampling, block_size=block_size)
     return time.perf_counter() - began, samples
 
 
@@ -140,14 +139,13 @@ def speeds(model: BlockDiffusionTransformer, tokens: int, repeats: int) -> dict[
 
 
 def qualities(
-    model: BlockDiffusionTransformer, groups: ProcessGroups, recipe: Any, tokens: int, batch: int
+    model: BlockDiffusionTransformer, groups: ProcessGroups, objective: Objective, tokens: int, batch: int
 ) -> list[dict[str, Any]]:
     """Every rule: tokens a second, tokens a pass, and the nats a token that the model itself gives what it wrote."""
-    longest = -(-(tokens + 1) // recipe.diffusion.block_size) * recipe.diffusion.block_size
-    how_scored = {"block_size": recipe.diffusion.block_size, "max_length": longest, "draws": 4}
-    bounds, rows = ContinuationBounds(model, groups, **how_scored), []
+    longest = -(-(tokens + 1) // objective.block_size) * objective.block_size
+    bounds, rows = ContinuationBounds(model, groups, objective, max_length=longest, draws=4), []
     for name, how in RULES.items():
-        seconds, samples = timed(model, recipe.diffusion.block_size, batch, tokens, **how)
+        seconds, samples = timed(model, objective.block_size, batch, tokens, **how)
         written = sum(len(sample.tokens) for sample in samples)
         passes = sum(sample.nfe for sample in samples)
         nats = -sum(bounds.of([([0], sample.tokens) for sample in samples], range(batch))) / written
@@ -175,12 +173,11 @@ def main() -> None:
     result: dict[str, Any] = {}
     with ExitStack() as stack:
         if options.checkpoint is None:
-            model, _ = random_model(stack)
+            model = random_model(stack)
             result["tokens_per_second"] = speeds(model, options.tokens, options.repeats)
         else:
             model, manifest, groups = stack.enter_context(open_model(resolve_checkpoint(options.checkpoint)))
-            assert isinstance(manifest.recipe, Recipe | ImportedRecipe)
-            result["rules"] = qualities(model, groups, manifest.recipe, options.tokens, options.batch)
+            result["rules"] = qualities(model, groups, manifest.block_size, options.tokens, options.batch)
     if options.json:
         print(json.dumps(result))
         return

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,21 +30,20 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from bd3_scale.attention.backends import choose_backend
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import next_tokens
-from bd3_scale.model.build import attention_backend, build_model
+from bd3_scale.model.build import build_model
 from bd3_scale.model.rows import ModelInputs
-from bd3_scale.observe.environment import has_fast_bf16
+from bd3_scale.objective import NextToken, Objective, objective_of
+from bd3_scale.observe.environment import has_fast_bf16, peak_cuda_bytes, peak_rss_bytes, source_commit
 from bd3_scale.observe.flops import peak_flops
-from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
-from bd3_scale.observe.warnings import quieten_libraries
+from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.parallel.engine import TrainingEngine
-from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
+from bd3_scale.parallel.groups import ProcessGroups, local_device, placement, process_groups
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
-from bd3_scale.train.inputs import step_inputs
-from bd3_scale.train.tiles import settle_tiles
+from bd3_scale.train.setup import settle_tiles
 from tools.plain_step import PlainStep
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -70,9 +68,9 @@ MakeInputs = Callable[[int], list[ModelInputs]]
 def load(options: argparse.Namespace) -> tuple[Recipe, int]:
     """The recipe to measure, and its vocabulary's size."""
     if options.recipe and Path(options.recipe).suffix in (".yaml", ".yml"):
-        from bd3_scale.recipe.load import load_recipe
+        from bd3_scale.recipe.load import load_recipe, with_plugins
 
-        return load_recipe(Path(options.recipe), options.overrides), options.vocabulary or 50257
+        return with_plugins(load_recipe(Path(options.recipe), options.overrides)), options.vocabulary or 50257
     values = json.loads(json.dumps(PRESETS[options.preset])) | {"name": "bench", "diffusion": {"block_size": 16}}
     vocabulary = options.vocabulary or values.pop("vocabulary")
     values.pop("vocabulary", None)
@@ -112,16 +110,18 @@ def synthetic(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, ste
 
 def makers(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups) -> dict[str, MakeInputs]:
     """How each objective makes a step's micro-batches."""
-    placed: dict[str, Any] = {"device": local_device(), "context": (groups.cp.rank(), groups.cp.size())}
+    how: dict[str, Any] = {"seed": recipe.seed, "global_batch_size": recipe.train.global_batch_size, "intervals": {}}
 
-    def block_diffusion(step: int) -> list[ModelInputs]:
-        how = {"intervals": {}, "mask_id": vocabulary.mask_id, **placed}
-        return [step_inputs(recipe, micro, step, **how) for micro in synthetic(recipe, vocabulary, groups, step)]
+    def maker(objective: Objective) -> MakeInputs:
+        return lambda step: [
+            objective.training_inputs(micro, step, **how, place=placement(groups))
+            for micro in synthetic(recipe, vocabulary, groups, step)
+        ]
 
-    def autoregressive(step: int) -> list[ModelInputs]:
-        return [next_tokens(micro, **placed) for micro in synthetic(recipe, vocabulary, groups, step)]
-
-    return {"bd3": block_diffusion, "ar": autoregressive}
+    return {
+        "bd3": maker(objective_of(recipe.diffusion, vocabulary)),
+        "ar": maker(NextToken(recipe.diffusion, vocabulary)),
+    }
 
 
 class Phases:
@@ -173,15 +173,33 @@ def _add(phases: Phases, name: str, began: float) -> None:
     phases.seconds[name] = phases.seconds.get(name, 0.0) + phases.now() - began
 
 
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+
+
+def backend_of(recipe: Recipe) -> str:
+    return choose_backend(recipe.attention_backend, local_device(), dtype_of(recipe), recipe.model.head_size)
+
+
 def measure(
     recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """A row for each objective; their steps take turns, so that both meet the same machine."""
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     engines = {}
     objectives = ("bd3", "ar") if options.objective == "both" else (options.objective,)
     for objective in objectives:
-        chunks = build_model(recipe, vocabulary, groups, dtype=dtype, device=local_device(), seed=1)
+        chunks = build_model(
+            recipe.model,
+            vocabulary,
+            groups,
+            parallel=recipe.parallel,
+            dtype=dtype_of(recipe),
+            device=local_device(),
+            seed=1,
+            deterministic=recipe.deterministic,
+            attention_backend=recipe.attention_backend,
+            recompute=recipe.recomputation,
+        )
         engines[objective] = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
     make = makers(recipe, vocabulary, groups)
     tokens = recipe.train.global_batch_size * recipe.data.seq_len
@@ -202,7 +220,7 @@ def measure(
         if rival is not None:
             seconds = rival_step(rival, recipe, vocabulary, groups, step)
             rival_seconds += [seconds] if step >= options.warmup else []
-    peak = peak_flops(dtype)
+    peak = peak_flops(dtype_of(recipe))
     world = dist.get_world_size()
     rows = []
     for objective in objectives:
@@ -249,13 +267,6 @@ def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespa
 
     device = local_device()
     alone = options.objective != "both" and not options.rival
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=7"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     return {
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu.partition(":")[2].strip(),
@@ -263,11 +274,9 @@ def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespa
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("torch", "megatron-core", "deepspeed")},
-        "commit": commit or None,
+        "commit": source_commit(),
         "command": " ".join(["python", "tools/bench_step.py", *sys.argv[1:]]),
-        "attention": attention_backend(
-            recipe, dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32, device=device
-        ),
+        "attention": backend_of(recipe),
         "shape": recipe.model_dump(include={"model", "diffusion", "train", "parallel"}, mode="json")
         | {"seq_len": recipe.data.seq_len, "vocabulary": vocabulary.size},
         "steps": options.steps,
@@ -342,8 +351,8 @@ def main() -> None:
     torch.use_deterministic_algorithms(recipe.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
     with process_groups(recipe.parallel) as groups:
-        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        settle_tiles(recipe, attention_backend(recipe, dtype=dtype, device=local_device()), dtype, None)
+        dtype = dtype_of(recipe)
+        settle_tiles(recipe, backend_of(recipe), dtype, {})
         rows = measure(recipe, vocabulary, groups, options)
         about = conditions(recipe, vocabulary, options)
         if dist.get_rank() == 0 and options.json:

@@ -27,9 +27,10 @@ from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.diffusion.interval import Interval, candidates
+from bd3_scale.model.rows import Placement
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.objective import BlockDiffusion, objective_of
 from bd3_scale.recipe.schema import Recipe
-from bd3_scale.train.inputs import step_inputs
 
 FOLDS = 4
 SEED = 0
@@ -60,20 +61,20 @@ def measure(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [FOLDS] and gradient [FOLDS] variances under `interval`, each over a part of the draws."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    objective = objective_of(recipe.diffusion, model.vocabulary)
     found = []
     for fold in range(FOLDS):
         losses, squares, mean = [], [], None
         for step, batch in enumerate(batches):
             if step % FOLDS != fold:
                 continue
-            inputs = step_inputs(
-                recipe,
+            inputs = objective.training_inputs(
                 batch,
                 step,
+                seed=recipe.seed,
+                global_batch_size=recipe.train.global_batch_size,
                 intervals={recipe.diffusion.block_size: interval},
-                mask_id=model.vocabulary.mask_id,
-                device=parameters[0].device,
-                context=(0, 1),
+                place=Placement(parameters[0].device),
             )
             total, _ = model(inputs)
             gradients = torch.autograd.grad(total / batch.tokens.numel(), parameters)
@@ -98,9 +99,9 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
 def compare(checkpoint: Path, draws: int) -> list[Variances]:
     """Every interval of the search's grid."""
     with open_model(resolve_checkpoint(checkpoint)) as (model, manifest, _):
-        recipe = manifest.recipe
-        if not isinstance(recipe, Recipe) or recipe.diffusion.objective != "block_diffusion":
+        if manifest.trained_with is None or type(manifest.trained_objective()) is not BlockDiffusion:
             raise SystemExit(f"{checkpoint} was not trained here by block diffusion: there is no interval to measure")
+        recipe = Recipe.model_validate(manifest.trained_with)
         plain = {"noise_schedule": "linear", "noise_steps": None, "block_size_schedule": (), "block_size_choices": ()}
         recipe = recipe.model_copy(update={"diffusion": recipe.diffusion.model_copy(update=plain), "seed": SEED})
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"global_batch_size": 1})})

@@ -1,4 +1,8 @@
-"""Which backend runs: the recipe's wish, the environment's, and what the device and the shapes allow."""
+"""What computes attention: backends by name, and which of them runs.
+
+The recipe's wish, the environment's, and what the device and the shapes allow. Loads without PyTorch: recipes name
+backends, and a launcher checks them at once.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,162 @@ import functools
 import importlib.util
 import os
 import warnings
+from typing import TYPE_CHECKING, Any
 
-import torch
+from bd3_scale.registry import attention_backends
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "flex")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 ENVIRONMENT = "BD3_SCALE_ATTENTION"
-
 KERNEL_HEAD_DIMS = (16, 32, 64, 128, 256)
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Backend:
+    """A way to compute attention, registered with `@attention_backends.register("name")`.
+
+    Shapes are those of `bd3_scale.attention.dispatch`, which has checked them; `check_spans` checks values on CPU.
+    """
+
+    def obstacle(self, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Return why it cannot take such tensors on a device of this type, or None."""
+        return None
+
+    def block_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> Tensor:
+        """Return the attention of `dispatch.block_attention`, which autograd can differentiate."""
+        raise NotImplementedError
+
+    def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+        """Return the attention of `dispatch.decode_attention`; that of `reference`, where there is no better one."""
+        from bd3_scale.attention.reference import reference_decode
+
+        return reference_decode(q, k, v, lengths, scale)
+
+
+class KernelBackend(Backend):
+    """A backend with a backward of its own, called as operators of torch: see `bd3_scale.attention.ops`.
+
+    name: under which it is registered.
+    """
+
+    name: str
+
+    def kernels(self) -> Any:
+        """Return the module with its `forward`, `backward` and `decode`."""
+        raise NotImplementedError
+
+    def block_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> Tensor:
+        from bd3_scale.attention import ops
+
+        if num_noisy and k.shape[1] == num_noisy * spans.shape[2]:
+            spans, num_noisy = ops.noisy_rows_as_documents(spans, num_noisy), 0
+        return ops.block_attention(q, k, v, spans, num_noisy, scale, self.name)[0]
+
+    def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+        from bd3_scale.attention import ops
+
+        return ops.decode_attention(q, k, v, lengths, scale, self.name)
+
+
+@attention_backends.register("reference")
+class Reference(Backend):
+    """Dense masks: the oracle."""
+
+    def block_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> Tensor:
+        from bd3_scale.attention.reference import reference_attention
+        from bd3_scale.attention.spans import check_spans
+
+        if spans.device.type == "cpu":
+            check_spans(spans, num_keys=k.shape[1] - num_noisy * spans.shape[2])
+        return reference_attention(q, k, v, spans, num_noisy, scale)
+
+
+@attention_backends.register("cpu")
+class Cpu(KernelBackend):
+    """PyTorch's flash kernel for CPU, a chunk of positions at a time."""
+
+    name = "cpu"
+
+    def obstacle(self, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+        return None if device == "cpu" else f"it takes tensors on CPU, not on {device}"
+
+    def kernels(self) -> Any:
+        from bd3_scale.attention import cpu
+
+        return cpu
+
+
+@attention_backends.register("triton")
+class Triton(KernelBackend):
+    """The package's own kernels for CUDA."""
+
+    name = "triton"
+
+    def obstacle(self, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+        import torch
+
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device != "cuda" and not interpreted:
+            return f"Triton kernels need a CUDA device, not {device}"
+        if interpreted and dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        if not _is_short(dtype):
+            return f"they have no {dtype}"
+        if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+            return "Triton's matrix products need compute capability 8.0"
+        if dtype == torch.float32 and head_dim > 128:
+            return f"float32 of head_dim {head_dim} does not fit the registers"
+        if head_dim not in KERNEL_HEAD_DIMS:
+            return f"head_dim {head_dim} is none of {', '.join(map(str, KERNEL_HEAD_DIMS))}"
+        return None
+
+    def kernels(self) -> Any:
+        from bd3_scale.attention.kernels import launch
+
+        return launch
+
+    def block_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> Tensor:
+        q, k, v = (_with_whole_heads(x) for x in (q, k, v))
+        return super().block_attention(q, k, v, spans, num_noisy, scale)
+
+    def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+        q, k, v = (_with_whole_heads(x) for x in (q, k, v))
+        return super().decode_attention(q, k, v, lengths, scale)
+
+
+@attention_backends.register("flex")
+class Flex(Backend):
+    """Compiled FlexAttention."""
+
+    def obstacle(self, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device == "cuda" and _is_short(dtype) and head_dim >= 16:
+            return None
+        return f"it takes 16- and 32-bit tensors of head_dim 16 or more on CUDA, not {dtype} of {head_dim} on {device}"
+
+    def block_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> Tensor:
+        from bd3_scale.attention.flex import flex_block_attention
+
+        return flex_block_attention(q, k, v, spans, num_noisy, scale)
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """One of `reference`, `cpu`, `triton`, `flex`, for `requested` or, over it, $BD3_SCALE_ATTENTION.
+    """Return the name of a registered backend, for `requested` or, over it, $BD3_SCALE_ATTENTION.
 
     `auto` takes `cpu` for tensors there, and elsewhere `triton`, or with one warning `flex` where the kernels refuse
     the shape, and `reference` where neither runs.
     ValueError: an unknown name, or a backend that cannot run here.
     """
     wanted = os.environ.get(ENVIRONMENT) or requested
-    if wanted not in BACKENDS:
-        source = f"${ENVIRONMENT}" if os.environ.get(ENVIRONMENT) else "backend"
-        raise ValueError(f"{source} is {wanted!r}: choose one of {', '.join(BACKENDS)}")
     if wanted == "auto":
         return _automatic(device.type, dtype, head_dim)
-    obstacle = _obstacle(wanted, device.type, dtype, head_dim)
+    try:
+        obstacle = _obstacle(wanted, device.type, dtype, head_dim)
+    except ValueError as error:
+        source = f"${ENVIRONMENT}" if os.environ.get(ENVIRONMENT) else "attention backend"
+        raise ValueError(f"{source} is neither 'auto' nor the name of one: {error}") from None
     if obstacle:
         raise ValueError(f"attention backend {wanted!r} cannot run: {obstacle}; choose 'auto' to take one that can")
     return wanted
@@ -49,30 +185,16 @@ def _automatic(device: str, dtype: torch.dtype, head_dim: int) -> str:
 
 @functools.cache
 def _obstacle(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why `backend` cannot take such tensors, or None."""
-    if backend == "cpu":
-        return None if device == "cpu" else f"it takes tensors on CPU, not on {device}"
-    if backend == "triton":
-        return _kernel_obstacle(device, dtype, head_dim)
-    if backend == "flex" and (device != "cuda" or dtype not in KERNEL_DTYPES or head_dim < 16):
-        return f"it takes 16- and 32-bit tensors of head_dim 16 or more on CUDA, not {dtype} of {head_dim} on {device}"
-    return None
+    obstacle: str | None = attention_backends.get(backend)().obstacle(device, dtype, head_dim)
+    return obstacle
 
 
-def _kernel_obstacle(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device != "cuda" and not interpreted:
-        return f"Triton kernels need a CUDA device, not {device}"
-    if interpreted and dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"
-    if dtype not in KERNEL_DTYPES:
-        return f"they have no {dtype}"
-    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        return "Triton's matrix products need compute capability 8.0"
-    if dtype == torch.float32 and head_dim > 128:
-        return f"float32 of head_dim {head_dim} does not fit the registers"
-    if head_dim not in KERNEL_HEAD_DIMS:
-        return f"head_dim {head_dim} is none of {', '.join(map(str, KERNEL_HEAD_DIMS))}"
-    return None
+def _is_short(dtype: torch.dtype) -> bool:
+    import torch
+
+    return dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _with_whole_heads(x: Tensor) -> Tensor:
+    """Return `x` with the numbers of a head side by side, as the kernels read them and write their gradients."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -6,14 +6,14 @@ H query heads, G key/value heads, D head size, Q queries, S keys.
 
 from __future__ import annotations
 
-import torch
+from typing import cast
+
 from torch import Tensor
 
-from bd3_scale.attention import ops
-from bd3_scale.attention.backends import choose_backend
+from bd3_scale.attention import ops  # noqa: F401  (its operators are there before torch.compile looks at a call)
+from bd3_scale.attention.backends import Backend, choose_backend
 from bd3_scale.attention.checks import check_block_arguments, check_decode_arguments
-from bd3_scale.attention.reference import reference_attention, reference_decode
-from bd3_scale.attention.spans import check_spans, own_block
+from bd3_scale.registry import attention_backends
 
 
 def block_attention(
@@ -49,20 +49,7 @@ def block_attention(
     """
     scale = _default_scale(q) if scale is None else scale
     check_block_arguments(q, k, v, spans, num_noisy, scale)
-    backend = choose_backend(backend, q.device, q.dtype, q.shape[-1])
-    if backend == "triton":
-        q, k, v = (_with_whole_heads(x) for x in (q, k, v))
-    if backend == "reference":
-        if spans.device.type == "cpu":
-            check_spans(spans, num_keys=k.shape[1] - num_noisy * spans.shape[2])
-        return reference_attention(q, k, v, spans, num_noisy, scale)
-    if backend == "flex":
-        from bd3_scale.attention.flex import flex_block_attention
-
-        return flex_block_attention(q, k, v, spans, num_noisy, scale)
-    if num_noisy and k.shape[1] == num_noisy * spans.shape[2]:
-        spans, num_noisy = _noisy_rows_as_documents(spans, num_noisy), 0
-    return ops.block_attention(q, k, v, spans, num_noisy, scale, backend)[0]
+    return _backend(backend, q).block_attention(q, k, v, spans, num_noisy, scale)
 
 
 def decode_attention(
@@ -82,12 +69,11 @@ def decode_attention(
     """
     scale = _default_scale(q) if scale is None else scale
     check_decode_arguments(q, k, v, lengths, scale)
-    backend = choose_backend(backend, q.device, q.dtype, q.shape[-1])
-    if backend == "triton":
-        q, k, v = (_with_whole_heads(x) for x in (q, k, v))
-    if backend in ("reference", "flex"):
-        return reference_decode(q, k, v, lengths, scale)
-    return ops.decode_attention(q, k, v, lengths, scale, backend)
+    return _backend(backend, q).decode_attention(q, k, v, lengths, scale)
+
+
+def _backend(requested: str, q: Tensor) -> Backend:
+    return cast(Backend, attention_backends.get(choose_backend(requested, q.device, q.dtype, q.shape[-1]))())
 
 
 def _default_scale(q: Tensor) -> float:
@@ -96,16 +82,3 @@ def _default_scale(q: Tensor) -> float:
             f"q has shape {tuple(q.shape)}: [batch, rows, heads, head_dim] is needed, none of them missing"
         )
     return float(q.shape[-1] ** -0.5)
-
-
-def _with_whole_heads(x: Tensor) -> Tensor:
-    """With the numbers of a head side by side, as the kernels read them and write their gradients."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _noisy_rows_as_documents(spans: Tensor, num_noisy: int) -> Tensor:
-    """Spans of C·R rows that, taken as clean ones, see their own block: C copies of the sequence side by side."""
-    own_start, own_end = own_block(spans)
-    num_rows = spans.shape[2]
-    documents = torch.stack([own_start, own_start, own_end])
-    return torch.cat([documents + copy * num_rows for copy in range(num_noisy)], 2)

@@ -1,6 +1,6 @@
 """The attention as operators of torch, so that `torch.compile`, activation recomputation and FLOP counting see them.
 
-`bd3_scale::block_attention` and its backward carry the backends with a backward of their own (`cpu` and `triton`);
+`bd3_scale::block_attention` and its backward carry the backends with a backward of their own (`KernelBackend`s);
 `bd3_scale::decode_attention` has no backward. Shapes are those of `bd3_scale.attention.dispatch`; `lse` is the
 log-sum-exp of the scaled scores, float32 [B, H, rows], kept for the backend's own backward in the base that it takes.
 """
@@ -12,18 +12,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import register_flop_formula
 
-from bd3_scale.attention.spans import check_spans, count_pairs
+from bd3_scale.attention.spans import check_spans, count_pairs, own_block
+from bd3_scale.registry import attention_backends
 
 
-def _backend(name: str) -> Any:
-    # Triton is imported where it is used: CPU builds of torch come without it.
-    if name == "triton":
-        from bd3_scale.attention.kernels import launch
+def _kernels(name: str) -> Any:
+    return attention_backends.get(name)().kernels()
 
-        return launch
-    from bd3_scale.attention import cpu
 
-    return cpu
+def noisy_rows_as_documents(spans: Tensor, num_noisy: int) -> Tensor:
+    """Return spans of C·R rows that, taken as clean ones, see their own block: C copies of the sequence side by side.
+
+    What a call without a clean stream is made of.
+    """
+    own_start, own_end = own_block(spans)
+    num_rows = spans.shape[2]
+    documents = torch.stack([own_start, own_start, own_end])
+    return torch.cat([documents + copy * num_rows for copy in range(num_noisy)], 2)
 
 
 @torch.library.custom_op("bd3_scale::block_attention", mutates_args=())
@@ -34,7 +39,7 @@ def block_attention(
         check_spans(spans, num_keys=k.shape[1] - num_noisy * spans.shape[2])
     if q.numel() == 0:
         return _like(q), _lse_like(q)
-    return _backend(backend).forward(q, k, v, spans, num_noisy, scale)
+    return _kernels(backend).forward(q, k, v, spans, num_noisy, scale)
 
 
 @torch.library.custom_op("bd3_scale::block_attention_backward", mutates_args=())
@@ -53,7 +58,7 @@ def block_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if q.numel() == 0:
         return _like(q), _like(k).zero_(), _like(v).zero_()
-    return _backend(backend).backward(grad_out, q, k, v, out, lse, spans, num_noisy, scale, deterministic)
+    return _kernels(backend).backward(grad_out, q, k, v, out, lse, spans, num_noisy, scale, deterministic)
 
 
 # Defined without `custom_op`, whose layers (autograd, checks of aliases) cost a small block more than its attention.
@@ -67,7 +72,7 @@ torch.library.define(
 def _decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, backend: str) -> Tensor:
     if q.numel() == 0:
         return q.new_empty(q.shape)
-    return cast(Tensor, _backend(backend).decode(q, k, v, lengths, scale).contiguous())
+    return cast(Tensor, _kernels(backend).decode(q, k, v, lengths, scale).contiguous())
 
 
 decode_attention = torch.ops.bd3_scale.decode_attention.default

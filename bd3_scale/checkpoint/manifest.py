@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from bd3_scale.recipe.schema import ImportedRecipe, Recipe
+from bd3_scale.checkpoint.formats import FORMAT, OLDEST, up_to_date
+from bd3_scale.objective import MissingObjective, Objective, objective_of, objectives
+from bd3_scale.observe.environment import software
+from bd3_scale.recipe.load import recipe_hash
+from bd3_scale.recipe.schema import (
+    NAME,
+    DataRecipe,
+    DiffusionRecipe,
+    ModelRecipe,
+    ParallelRecipe,
+    PositiveInt,
+    Recipe,
+    Section,
+    without_controls,
+)
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import file_hash
 from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 
 MANIFEST = "manifest.json"
-FORMAT: Literal[3] = 3
 TOKENIZER = "tokenizer"
 # Files of the checkpoint that this one was imported from, for an export to the same format.
 IMPORTED = "imported"
@@ -24,10 +38,10 @@ IMPORTED = "imported"
 
 # A path within the checkpoint: none of its parts begins with a dot.
 _INSIDE = r"^[^./\\][^/\\]*(/[^./\\][^/\\]*)*$"
+Text = Annotated[str, AfterValidator(without_controls)]
+S = TypeVar("S", bound=Section)
 
 
-# Of pydantic's places, which of the two recipes is meant.
-_RUN, _IMPORTED = "<run>", "<imported>"
 _SEALED = re.compile(r'"checksum": "([0-9a-f]{32})"\s*\}\s*\Z')
 
 
@@ -43,18 +57,22 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(bytes=path.stat().st_size, xxh3=file_hash(path))
 
 
-def _kind_of_recipe(recipe: Any) -> str:
-    imported = "imported_from" in recipe if isinstance(recipe, Mapping) else isinstance(recipe, ImportedRecipe)
-    return _IMPORTED if imported else _RUN
-
-
 class CheckpointManifest(BaseModel):
-    """Self-description of a checkpoint.
+    """Self-description of a checkpoint: what a reader of its weights needs, and what a resume of its run does.
 
     Attributes:
         step: steps done, from which schedules, data position and noise follow.
         skipped: those of them whose gradients were not finite, and which left the optimiser as it was.
-        recipe: of the run, or what is known of an imported model.
+        precision: of the forward in training, or of an imported model's weights.
+        max_position_embeddings: longest sequence that it was trained on.
+        objective: what it was trained for, by its name in a recipe; block_size: tokens a block.
+        objective_options: what the recipe set for a plug-in's objective.
+        fills_masks: a model of that objective fills the masks of a block, and so writes text here.
+        imported_from: the model of other software that it was made of; empty of a run.
+        source_fingerprint: which files an import's weights came from.
+        trained_with: the whole recipe of the run, as JSON. Its options come and go with versions, so that only a resume
+            asks what they mean; None of an import.
+        written_by: versions of this package, its commit, and of the libraries that wrote the checkpoint.
         data_hash: hash of the data manifest (tokeniser, sequences) that the position counts in; empty if imported.
         world_size: ranks that wrote it; any number may read it.
         states: tensors kept of every parameter, in fp32 but for imported masters, which stay as they came.
@@ -68,22 +86,88 @@ class CheckpointManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     step: int
     skipped: int = 0
-    recipe: Annotated[
-        Annotated[Recipe, Tag(_RUN)] | Annotated[ImportedRecipe, Tag(_IMPORTED)], Discriminator(_kind_of_recipe)
-    ]
-    recipe_hash: str
+    name: Annotated[str, Field(pattern=NAME)]
+    model: ModelRecipe
     vocabulary: Vocabulary
-    data_hash: str
-    world_size: int
+    precision: Literal["bf16", "fp32"]
+    max_position_embeddings: PositiveInt
+    objective: Text
+    block_size: PositiveInt
+    objective_options: dict[str, bool | int | float | str] = {}
+    fills_masks: bool = True
+    imported_from: Text = ""
+    source_fingerprint: str = ""
+    trained_with: dict[str, Any] | None = None
+    written_by: dict[str, Text] = {}
+    recipe_hash: str = ""
+    data_hash: str = ""
+    world_size: int = 1
     states: tuple[str, ...]
     attention_tiles: dict[str, list[int]] = {}
     intervals: dict[int, tuple[float, float]] = {}
     ema_warms_up: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     files: dict[Annotated[str, Field(pattern=_INSIDE)], FileRecord] = {}
     checksum: str = ""
+
+    @classmethod
+    def of_run(cls, recipe: Recipe, **more: Any) -> Self:
+        """Return the manifest of a checkpoint of a run, with `more` of its fields."""
+        return cls(
+            name=recipe.name,
+            model=recipe.model,
+            precision="bf16" if recipe.train.precision == "bf16" else "fp32",
+            max_position_embeddings=recipe.data.seq_len,
+            objective=recipe.diffusion.objective,
+            block_size=recipe.diffusion.block_size,
+            objective_options=recipe.diffusion.objective_options,
+            fills_masks=objectives.get(recipe.diffusion.objective).fills_masks,
+            trained_with=recipe.model_dump(mode="json"),
+            recipe_hash=recipe_hash(recipe),
+            **more,
+        )
+
+    @property
+    def writer(self) -> str:
+        """The version and commit that wrote it, for people."""
+        version, commit = (self.written_by.get(key, "unknown") for key in ("bd3_scale", "commit"))
+        return f"bd3_scale {version} (commit {commit})"
+
+    def trained_objective(self) -> Objective:
+        """Return what the model was trained for.
+
+        Of a plug-in that is not imported here one that computes nothing: weights that fill masks suffice to write text.
+        ValueError: they do not suffice, for a plug-in's objective of another kind.
+        """
+        diffusion = DiffusionRecipe(
+            block_size=self.block_size, objective=self.objective, objective_options=self.objective_options
+        )
+        if self.objective in objectives.names():
+            return objective_of(diffusion, self.vocabulary)
+        missing = MissingObjective(diffusion, self.vocabulary)
+        if not self.fills_masks:
+            raise ValueError(str(missing))
+        return missing
+
+    def trained_data(self) -> DataRecipe | None:
+        """Return what it was trained on; None: nothing here, or this version cannot read what the recipe says."""
+        return self._trained("data", DataRecipe)
+
+    def trained_parallel(self) -> ParallelRecipe | None:
+        """Return how ranks split it in training; None as of `trained_data`."""
+        return self._trained("parallel", ParallelRecipe)
+
+    def _trained(self, name: str, kind: type[S]) -> S | None:
+        """A section of the run's recipe without the options that this version does not know."""
+        section = (self.trained_with or {}).get(name)
+        if not isinstance(section, dict):
+            return None
+        try:
+            return kind.model_validate({key: section[key] for key in section if key in kind.model_fields})
+        except ValidationError:
+            return None
 
     @property
     def weights_state(self) -> str:
@@ -112,7 +196,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     text = read_regular(path).decode(errors="replace")
     _check_seal(path, text)
     try:
-        manifest = CheckpointManifest.model_validate_json(text)
+        manifest = CheckpointManifest.model_validate(up_to_date(json.loads(text)))
     except ValidationError as error:
         raise ValueError(f"{path} cannot be read by this version: {_problem(error)}") from error
     for name, record in manifest.files.items():
@@ -129,9 +213,9 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 def _problem(error: ValidationError) -> str:
     unknown = [detail["loc"] for detail in error.errors() if detail["type"] == "extra_forbidden"]
     if unknown:
-        key = ".".join(str(part) for part in unknown[0] if part not in (_RUN, _IMPORTED))
+        key = ".".join(map(str, unknown[0]))
         return f"it has the key {key}, which a newer version wrote; use that version, or an earlier checkpoint"
-    return re.sub(rf"^recipe\.({_RUN}|{_IMPORTED})", "recipe", in_one_line(error))
+    return in_one_line(error)
 
 
 def _check_seal(path: Path, text: str) -> None:
@@ -140,9 +224,10 @@ def _check_seal(path: Path, text: str) -> None:
     damaged = CheckpointDamagedError(f"{path} is damaged: it is not what was written; use an earlier checkpoint")
     if sealed and _digest(text[: sealed.start(1)] + text[sealed.end(1) :]) != sealed[1]:
         raise damaged
-    if (written := re.search(r'"format":\s*(\d{1,9})', text)) and int(written[1]) != FORMAT:
+    if (written := re.search(r'"format":\s*(\d{1,9})', text)) and not OLDEST <= int(written[1]) <= FORMAT:
         raise ValueError(
-            f"{path} is of format {written[1]}, and format {FORMAT} is read here: use the version that wrote it"
+            f"{path} is of format {written[1]}, and formats {OLDEST} to {FORMAT} are read here: use the version that "
+            "wrote it"
         )
     if not sealed:
         raise damaged
@@ -163,7 +248,8 @@ def write_manifest(folder: Path, manifest: CheckpointManifest, written: Mapping[
     seen = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     mine = {name: file_record(path) for name, path in seen.items() if name not in written}
     files = dict(sorted({**mine, **written}.items()))
-    text = manifest.model_copy(update={"files": files, "checksum": ""}).model_dump_json(indent=2)
+    whole = manifest.model_copy(update={"written_by": software(), "files": files, "checksum": ""})
+    text = whole.model_dump_json(indent=2)
     sealed = text.replace(_seal(""), _seal(_digest(text)))
     assert sealed != text
     (folder / MANIFEST).write_text(sealed)

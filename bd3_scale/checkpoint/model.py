@@ -25,8 +25,8 @@ def open_model(
 ) -> Iterator[tuple[BlockDiffusionTransformer, CheckpointManifest, ProcessGroups]]:
     """The averaged weights where kept, else the last ones, in `dtype` or the training's, and the process groups.
 
-    In one process the model is whole; under torchrun or SLURM its matrices are split over as many ranks as in training,
-    and the other ranks are replicas.
+    In one process the model is whole; under torchrun or SLURM its matrices are split over as many ranks as in training
+    where this version can tell how many these were, and the other ranks are replicas.
 
     Raises:
         ValueError: the checkpoint is incomplete or damaged.
@@ -34,10 +34,18 @@ def open_model(
     manifest = read_manifest(checkpoint)
     check_sizes(checkpoint, manifest)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    parallel = ParallelRecipe(tensor=1 if alone else manifest.recipe.parallel.tensor)
-    recipe = manifest.recipe.model_copy(update={"parallel": parallel})
-    dtype = dtype or (torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
-    with process_groups(recipe.parallel) as groups:
-        (model,) = build_model(recipe, manifest.vocabulary, groups, dtype=dtype, device=local_device(), seed=None)
+    trained = None if alone else manifest.trained_parallel()
+    parallel = ParallelRecipe(tensor=trained.tensor if trained else 1)
+    dtype = dtype or (torch.bfloat16 if manifest.precision == "bf16" else torch.float32)
+    with process_groups(parallel) as groups:
+        (model,) = build_model(
+            manifest.model,
+            manifest.vocabulary,
+            groups,
+            parallel=parallel,
+            dtype=dtype,
+            device=local_device(),
+            seed=None,
+        )
         load_weights(checkpoint, manifest, parameter_layouts([model]))
         yield model.eval(), manifest, groups

@@ -1,4 +1,4 @@
-"""Whether a manifest's recipe is of the tensors beside it, asked before a model is made of its numbers."""
+"""Whether a manifest's model is of the tensors beside it, asked before a model is made of its numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from bd3_scale.checkpoint.storage import read_index
 
 
 def check_sizes(checkpoint: Path, manifest: CheckpointManifest) -> None:
-    """Raise ValueError where a tensor of the model has another shape than the recipe's, or the index is damaged."""
-    model = manifest.recipe.model
+    """Raise ValueError where a tensor of the model has another shape than the manifest's, or the index is damaged."""
+    model = manifest.model
     hidden, groups = model.hidden_size, model.query_groups
     qkv = groups * (model.num_attention_heads // groups + 2) * model.head_size
     mlp = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
@@ -25,5 +25,5 @@ def check_sizes(checkpoint: Path, manifest: CheckpointManifest) -> None:
         if entry is None or entry.shape != shape:
             found = "is missing" if entry is None else f"has the shape {entry.shape}"
             raise ValueError(
-                f"checkpoint {checkpoint} is not of its recipe: {name} {found}, and {shape} is the recipe's"
+                f"checkpoint {checkpoint} is not of its manifest: {name} {found}, and {shape} is the manifest's"
             )

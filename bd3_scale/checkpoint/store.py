@@ -23,8 +23,8 @@ from bd3_scale.checkpoint.manifest import (
     write_manifest,
 )
 from bd3_scale.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
-from bd3_scale.checkpoint.retention import surplus
 from bd3_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from bd3_scale.checkpoint.verify import surplus
 from bd3_scale.model.layout import ParameterLayout
 from bd3_scale.parallel.collective import gather_values, on_rank_zero
 from bd3_scale.parallel.zero import ZeroState

@@ -12,9 +12,9 @@ from bd3_scale.convert.importer import ImportPlan, plan_import, run_import
 from bd3_scale.data.manifest import MANIFEST_FILE
 from bd3_scale.data.prepare import prepare
 from bd3_scale.generate.text import checkpoint_tokenizer
+from bd3_scale.objective import objectives
 from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
-from bd3_scale.recipe.load import load_recipe, resolved_yaml
-from bd3_scale.recipe.schema import ImportedRecipe
+from bd3_scale.recipe.load import load_recipe, resolved_yaml, with_plugins
 from bd3_scale.resilience.files import write_atomically
 
 INITIAL = "initial"
@@ -31,26 +31,28 @@ def prepare_adaptation(
     validation: Sequence[Path],
     mask_token: str | None,
     bos: bool | None = None,
+    plugins: Sequence[str] = (),
     progress: Callable[[int, int], object] = lambda done, total: None,
     note: Callable[[str], object] = lambda text: None,
 ) -> Path:
     """Import `source` into the run directory, prepare the text with its tokeniser where data.path has none, and write
     the whole recipe, whose path is returned.
 
-    `note` is told what the adapted model cannot become.
+    `plugins` of the command line join the recipe's; `note` is told what the adapted model cannot become.
 
     Raises:
         ValueError, FileNotFoundError: the source cannot be imported or is no next-token model, the recipe is wrong, or
             there is neither prepared data nor text.
     """
     plan = plan_import(source, mask_token=mask_token, bos=bos)
-    if plan.diffusion.objective != "next_token" or plan.tokenizer is None:
+    if objectives.get(plan.diffusion.objective).fills_masks or plan.tokenizer is None:
         raise ValueError(
             f"{source} is {plan.architecture}, no autoregressive model with a tokeniser: train from an import"
         )
-    recipe = load_recipe(recipe_file, overrides, {"model": plan.model.model_dump(mode="json"), "init_from": None})
+    decided = {"model": plan.model.model_dump(mode="json"), "init_from": None}
+    recipe = with_plugins(load_recipe(recipe_file, overrides, decided), plugins)
     check_recipe(recipe, world_size_for_launch(recipe))
-    if obstacle := export_obstacles(plan.model, recipe.diffusion)["sdar"]:
+    if obstacle := export_obstacles(plan.model, objectives.get(recipe.diffusion.objective))["sdar"]:
         note(f"the adapted model will not run in SGLang or LMDeploy, but in transformers: {obstacle}")
     initial, data = recipe.run_path / INITIAL, Path(recipe.data.path)
     prepared = recipe.data.remote is not None or (data / MANIFEST_FILE).is_file()
@@ -82,13 +84,12 @@ def prepare_adaptation(
 def _check_same_import(initial: Path, plan: ImportPlan) -> None:
     """ValueError: the run began with another model, or with other ids."""
     manifest = read_manifest(initial)
-    assert isinstance(manifest.recipe, ImportedRecipe)
-    same_weights = manifest.recipe.source_fingerprint == plan.fingerprint
+    same_weights = manifest.source_fingerprint == plan.fingerprint
     # What texts begin with is as the run began with.
     vocabulary = plan.vocabulary.model_copy(update={"bos_id": manifest.vocabulary.bos_id})
-    if not same_weights or manifest.recipe.model != plan.model or manifest.vocabulary != vocabulary:
+    if not same_weights or manifest.model != plan.model or manifest.vocabulary != vocabulary:
         raise ValueError(
-            f"{initial} was imported from {manifest.recipe.imported_from}, with mask id {manifest.vocabulary.mask_id}, "
+            f"{initial} was imported from {manifest.imported_from}, with mask id {manifest.vocabulary.mask_id}, "
             f"and {plan.source} has changed since or is another model: choose another run_dir=FOLDER, or remove "
             f"{initial}"
         )

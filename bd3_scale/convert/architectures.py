@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from bd3_scale.objective import BlockDiffusion, NextToken, Objective, objectives
 from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, RopeScaling
 
 Config = Mapping[str, Any]
@@ -73,7 +74,7 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
         name=name,
         model=_model(name, config),
         diffusion=DiffusionRecipe(
-            block_size=block_size, objective="block_diffusion" if block_diffusion else "next_token"
+            block_size=block_size, objective=objectives.name_of(BlockDiffusion if block_diffusion else NextToken)
         ),
         vocab_rows=_integer(config, "vocab_size"),
         eos_id=next(iter(eos), None) if isinstance(eos, list) else eos,
@@ -181,35 +182,27 @@ class ExportFormat:
 
     name: Format
     architecture: str
-    obstacle: Callable[[ModelRecipe, DiffusionRecipe], str | None]
+    obstacle: Callable[[ModelRecipe], str | None]
 
 
-def export_obstacles(model: ModelRecipe, diffusion: DiffusionRecipe) -> dict[Format, str | None]:
-    """Why a model cannot be exported to each format, or None where it can."""
-    return {f.name: f.obstacle(model, diffusion) for f in EXPORT_FORMATS.values()}
+def export_obstacles(model: ModelRecipe, objective: type[Objective]) -> dict[Format, str | None]:
+    """Return why a model that was trained for an objective cannot be exported to each format, None where it can."""
+    found: dict[Format, str | None] = {}
+    for f in EXPORT_FORMATS.values():
+        shape, trained = f.obstacle(model), objective.export_obstacle(f.name)
+        # What no training changes comes first, so that it is known before an adaptation.
+        found[f.name] = (shape or trained) if f.name in _BLOCK_DIFFUSION.values() else (trained or shape)
+    return found
 
 
-def _sdar_obstacle(model: ModelRecipe, diffusion: DiffusionRecipe) -> str | None:
-    # What no training changes comes first, so that it is known before an adaptation.
+def _sdar_obstacle(model: ModelRecipe) -> str | None:
     if not model.qk_norm:
         return "it has no q/k norm, and a norm of unit weights is not the identity; train with model.qk_norm=true"
     scaled = "its rotary frequencies are scaled, which engines do not expect of SDAR" if model.rope_scaling else None
-    return _unlike_qwen(model) or scaled or _bd3_obstacle(model, diffusion)
+    return _unlike_qwen(model) or scaled
 
 
-def _bd3_obstacle(model: ModelRecipe, diffusion: DiffusionRecipe) -> str | None:
-    return (
-        "it was trained to predict the next token; adapt it to block diffusion first"
-        if diffusion.objective == "next_token"
-        else None
-    )
-
-
-def _next_token_obstacle(
-    model: ModelRecipe, diffusion: DiffusionRecipe, *, qk_norm: bool, attention_bias: bool, mlp_bias: bool = False
-) -> str | None:
-    if diffusion.objective != "next_token":
-        return "a block diffusion model reads a [MASK] row at the position it predicts, at block_size 1 as well"
+def _causal_obstacle(model: ModelRecipe, *, qk_norm: bool, attention_bias: bool, mlp_bias: bool = False) -> str | None:
     if model.qk_norm != qk_norm:
         return f"it has {'' if model.qk_norm else 'no '}q/k norm"
     if model.attention_bias != attention_bias:
@@ -232,21 +225,21 @@ EXPORT_FORMATS: Mapping[Format, ExportFormat] = {
     f.name: f
     for f in (
         ExportFormat("sdar", "SDARForCausalLM", _sdar_obstacle),
-        ExportFormat("bd3", "Bd3ForCausalLM", _bd3_obstacle),
+        ExportFormat("bd3", "Bd3ForCausalLM", lambda m: None),
         ExportFormat(
             "qwen3",
             "Qwen3ForCausalLM",
-            lambda m, d: _next_token_obstacle(m, d, qk_norm=True, attention_bias=False),
+            lambda m: _causal_obstacle(m, qk_norm=True, attention_bias=False),
         ),
         ExportFormat(
             "qwen2",
             "Qwen2ForCausalLM",
-            lambda m, d: _next_token_obstacle(m, d, qk_norm=False, attention_bias=True),
+            lambda m: _causal_obstacle(m, qk_norm=False, attention_bias=True),
         ),
         ExportFormat(
             "llama",
             "LlamaForCausalLM",
-            lambda m, d: _next_token_obstacle(m, d, qk_norm=False, attention_bias=False, mlp_bias=True),
+            lambda m: _causal_obstacle(m, qk_norm=False, attention_bias=False, mlp_bias=True),
         ),
     )
 }

@@ -12,17 +12,15 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from bd3_scale.attention.spans import make_spans
 from bd3_scale.convert.quantizer import HessianSum
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt, next_tokens
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import TrainingStream
-from bd3_scale.diffusion.noise import draw_noise
-from bd3_scale.diffusion.schedule import LINEAR
-from bd3_scale.model.rows import ModelInputs, RowContext
+from bd3_scale.diffusion.interval import FULL
+from bd3_scale.model.rows import ModelInputs, Placement, RowContext
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe
+from bd3_scale.objective import Objective
+from bd3_scale.recipe.schema import DataRecipe
 
 # The input of each of these is multiplied by the weights that are quantised.
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -39,14 +37,11 @@ class Calibration:
     """
 
     def __init__(
-        self, model: BlockDiffusionTransformer, data: DataRecipe, diffusion: DiffusionRecipe, sequences: int
+        self, model: BlockDiffusionTransformer, data: DataRecipe, objective: Objective, sequences: int
     ) -> None:
         self._model = model
         device = next(model.parameters()).device
-        mask_id = model.vocabulary.mask_id
-        inputs = (
-            calibration_inputs(batch, diffusion, mask_id, device) for batch in calibration_batches(data, sequences)
-        )
+        inputs = (calibration_inputs(batch, objective, device) for batch in calibration_batches(data, sequences))
         with torch.no_grad():
             self._rows: list[tuple[Tensor, RowContext]] = [model.embed(micro) for micro in inputs]
 
@@ -95,16 +90,8 @@ def calibration_batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
     return islice(stream, -(-sequences // size))
 
 
-def calibration_inputs(batch: Batch, diffusion: DiffusionRecipe, mask_id: int, device: torch.device) -> ModelInputs:
+def calibration_inputs(batch: Batch, objective: Objective, device: torch.device) -> ModelInputs:
     """Return what the model is trained on, of a batch; its noise is always the same."""
-    if diffusion.objective == "next_token":
-        return next_tokens(batch, device=device)
-    noise = draw_noise(
-        make_spans(batch.document_start, diffusion.block_size)[1],
-        seed=SEED,
-        epoch=batch.epoch,
-        sample_ids=batch.ids,
-        schedule=LINEAR,
-        shown=batch.shown,
+    return objective.training_inputs(
+        batch, 0, seed=SEED, global_batch_size=None, intervals={objective.block_size: FULL}, place=Placement(device)
     )
-    return corrupt(batch, [noise], diffusion.block_size, mask_id=mask_id, device=device)

@@ -32,7 +32,6 @@ from bd3_scale.convert.serving import SGLANG_CONFIG, model_card, sglang_config
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.generate.text import checkpoint_tokenizer
-from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
 from bd3_scale.resilience.foreign import CONFIG, WEIGHTS, WEIGHTS_INDEX, file_in, object_in, settings_of
@@ -84,7 +83,7 @@ class ExportPlan:
             return values
         if not self.is_block_diffusion and tensor.name in (kept := rows_of_source(self.checkpoint)):
             values[mask_id] = kept[tensor.name].to(values.dtype)
-        elif not self.is_block_diffusion or self.manifest.recipe.model.tie_embeddings:
+        elif not self.is_block_diffusion or self.manifest.model.tie_embeddings:
             # Whoever draws the highest logit never meets the mask: its logit is the mean of the others. A tied row
             # would be its embedding.
             others = torch.arange(len(values)) != mask_id
@@ -105,7 +104,7 @@ def rows_of_source(checkpoint: Path) -> dict[str, Tensor]:
 
 def choose_format(manifest: CheckpointManifest, kind: Format | None) -> Format:
     """`kind` if the model can become it, else the first that it can. ValueError: it cannot, with the reason."""
-    obstacles = export_obstacles(manifest.recipe.model, manifest.recipe.diffusion)
+    obstacles = export_obstacles(manifest.model, type(manifest.trained_objective()))
     possible = [name for name, obstacle in obstacles.items() if obstacle is None]
     if kind is None and not possible:
         reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())
@@ -130,7 +129,7 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
     manifest = read_manifest(checkpoint)
     check_sizes(checkpoint, manifest)
     kind = choose_format(manifest, kind)
-    recipe, vocabulary = manifest.recipe, manifest.vocabulary
+    vocabulary = manifest.vocabulary
     with TensorReader(checkpoint) as reader:
         stored = reader.dtypes
     target = getattr(torch, dtype) if dtype else _default_dtype(manifest)
@@ -142,18 +141,18 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
         rows = vocabulary.rows or vocabulary.size - (vocabulary.mask_id == vocabulary.size - 1)
     config = config_json(
         kind,
-        recipe.model,
-        block_size=recipe.diffusion.block_size,
+        manifest.model,
+        block_size=manifest.block_size,
         vocab_rows=rows,
         special_ids=_special_ids(checkpoint, vocabulary, block_diffusion),
         mask_id=vocabulary.mask_id,
-        max_position_embeddings=recipe.max_position_embeddings,
+        max_position_embeddings=manifest.max_position_embeddings,
         dtype=str(target or stored[f"{manifest.weights_state}.{NATIVE_EMBEDDING}"]).removeprefix("torch."),
     )
     if block_diffusion and rows > vocabulary.size:
         config["num_token_ids"] = vocabulary.size
     tensors = named_tensors(
-        recipe.model, vocab_rows=rows, padded_rows=vocabulary.padded_size, tied=config["tie_word_embeddings"]
+        manifest.model, vocab_rows=rows, padded_rows=vocabulary.padded_size, tied=config["tie_word_embeddings"]
     )
     original = object_in(checkpoint / IMPORTED, CONFIG)
     if original.get("architectures") == config["architectures"]:
@@ -211,10 +210,10 @@ def _check(plan: ExportPlan, folder: Path) -> None:
 
 def _native_logits(plan: ExportPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `expected_logits`; the model is gone from memory then."""
-    recipe = plan.manifest.recipe
+    manifest = plan.manifest
     with open_model(plan.checkpoint, dtype) as (model, _, _):
-        block_size = recipe.diffusion.block_size if plan.is_block_diffusion else 1
-        return expected_logits(model, block_size, recipe.max_position_embeddings)
+        block_size = manifest.block_size if plan.is_block_diffusion else 1
+        return expected_logits(model, block_size, manifest.max_position_embeddings)
 
 
 def check_undamaged(plan: ExportPlan) -> None:
@@ -281,5 +280,5 @@ def _default_dtype(manifest: CheckpointManifest) -> torch.dtype | None:
     """A training's masters are fp32, and its weights of the precision that it computed in; an import's stay as they
     came.
     """
-    trained = isinstance(manifest.recipe, Recipe)
-    return torch.bfloat16 if trained and manifest.recipe.precision == "bf16" else None
+    trained = manifest.trained_with is not None
+    return torch.bfloat16 if trained and manifest.precision == "bf16" else None

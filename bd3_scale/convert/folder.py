@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bd3_scale.convert.weights import Weights
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.resilience.files import read_object
 from bd3_scale.resilience.foreign import CONFIG, WEIGHTS_INDEX, file_in, weight_files, weight_map
 
@@ -23,6 +24,20 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 _PACKED_DTYPES: Mapping[str, torch.dtype] = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of a model by their names in a Hugging Face checkpoint, read one at a time.
+
+    Attributes:
+        shapes, dtypes: of every tensor.
+        read: gives one by its name; nothing else is in memory.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    read: Callable[[str], Tensor]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -57,6 +72,26 @@ def open_weights(folder: Path, *, quantised: bool = False) -> Weights:
                 file_of[name], shapes[name], dtypes[name] = path, tuple(view.get_shape()), known[view.get_dtype()]
     _check_index(folder, file_of)
     return Weights(shapes, dtypes, partial(_read, file_of))
+
+
+def check_sizes(source: str, model: ModelRecipe, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where config.json of `source` says more layers or heads than its tensors have room for."""
+    if model.num_layers > len(shapes):
+        raise ValueError(
+            f"config.json of {source} says num_hidden_layers={model.num_layers}, and its weights have {len(shapes)} "
+            "tensors in all: is it the model's own?"
+        )
+    for letter, key, heads in (
+        ("q", "num_attention_heads", model.num_attention_heads),
+        ("k", "num_key_value_heads", model.query_groups),
+    ):
+        weights = [shape for name, shape in shapes.items() if name.endswith(f".{letter}_proj.weight")]
+        rows = max((shape[0] for shape in weights if shape and 0 not in shape), default=0)
+        if heads * model.head_size > rows:
+            raise ValueError(
+                f"config.json of {source} says {key}={heads} of {model.head_size} channels, and {letter}_proj has "
+                f"{rows} rows in its weights: is it the model's own?"
+            )
 
 
 def _check_index(folder: Path, file_of: Mapping[str, Path]) -> None:

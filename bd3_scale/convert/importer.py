@@ -20,14 +20,13 @@ from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifes
 from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, ids_of_model, keep_source_ids
 from bd3_scale.checkpoint.tensors import TensorReader, TensorWriter, same_bytes
 from bd3_scale.convert.architectures import ARCHITECTURES, read_architecture
-from bd3_scale.convert.folder import open_weights, read_config
+from bd3_scale.convert.folder import Weights, check_sizes, open_weights, read_config
 from bd3_scale.convert.names import EMBEDDING, HEAD, NamedTensor, named_tensors
 from bd3_scale.convert.official import is_official, open_official
-from bd3_scale.convert.sizes import check_sizes
-from bd3_scale.convert.weights import Weights
 from bd3_scale.data.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
-from bd3_scale.recipe.schema import DiffusionRecipe, ImportedRecipe, ModelRecipe
+from bd3_scale.objective import objectives
+from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
 from bd3_scale.resilience.foreign import CONFIG, file_in, object_in, settings_of
@@ -191,22 +190,18 @@ def run_import(plan: ImportPlan, out: Path, progress: Progress = lambda done, to
 
 def _manifest(plan: ImportPlan) -> CheckpointManifest:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plan.source.resolve().name).lstrip("._-") or "imported"
-    recipe = ImportedRecipe(
+    return CheckpointManifest(
+        step=0,
         name=name,
         imported_from="".join(c if c.isprintable() else " " for c in f"{plan.architecture}, {plan.source.name}"),
         source_fingerprint=plan.fingerprint,
         model=plan.model,
-        diffusion=plan.diffusion,
+        vocabulary=plan.vocabulary,
         precision=plan.precision,
         max_position_embeddings=plan.max_position_embeddings,
-    )
-    return CheckpointManifest(
-        step=0,
-        recipe=recipe,
-        recipe_hash="",
-        vocabulary=plan.vocabulary,
-        data_hash="",
-        world_size=1,
+        objective=plan.diffusion.objective,
+        fills_masks=objectives.get(plan.diffusion.objective).fills_masks,
+        block_size=plan.diffusion.block_size,
         states=("master",),
     )
 

@@ -14,8 +14,9 @@ from bd3_scale.convert.architectures import ARCHITECTURES, Format, export_obstac
 from bd3_scale.convert.folder import open_weights, read_config
 from bd3_scale.convert.official import is_official, open_official
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, load_tokenizer
-from bd3_scale.recipe.load import resolved_yaml
-from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, Recipe
+from bd3_scale.objective import BlockDiffusion, objectives
+from bd3_scale.recipe.plain_yaml import dump_yaml
+from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe
 from bd3_scale.resilience.foreign import CONFIG, file_in
 from bd3_scale.resilience.readers import reader
 
@@ -80,24 +81,32 @@ def _inspect_native(path: Path, verify: bool) -> Inspection:
         health = f"all {len(manifest.files)} files have their size; --verify reads them"
     else:
         health = f"damaged: {', '.join(damaged)}" if damaged else f"all {len(manifest.files)} files have their hash"
-    recipe = manifest.recipe
     details: dict[str, object] = {"step": manifest.step}
-    if isinstance(recipe, Recipe):
-        parallel = recipe.parallel
-        ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size > 1)}"
-        layout = f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"
-        details["written by"] = f"{ranks} ({layout}, ZeRO {parallel.zero_stage}); any number can read it"
+    if manifest.trained_with is None:
+        details["imported from"] = manifest.imported_from
     else:
-        details["imported from"] = recipe.imported_from
+        ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size > 1)}"
+        parallel, layout = manifest.trained_parallel(), "a layout that this version cannot read"
+        if parallel is not None:
+            layout = f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}, "
+            layout += f"ZeRO {parallel.zero_stage}"
+        details["written by"] = f"{ranks} ({layout}); any number can read it"
+    if manifest.written_by:
+        details["software"] = ", ".join(f"{name} {version}" for name, version in manifest.written_by.items())
     details |= {
         "states": ", ".join(manifest.states),
-        "objective": recipe.diffusion.objective,
-        "block size": recipe.diffusion.block_size,
-        "precision": recipe.precision,
+        "precision": manifest.precision,
         "vocabulary": manifest.vocabulary.model_dump(),
         "tokeniser": _tokenizer(path / TOKENIZER),
-        "recipe": resolved_yaml(recipe),
     }
+    details |= _model_details(manifest.model, manifest.objective, manifest.block_size)
+    if manifest.trained_with is not None:
+        details["recipe"] = dump_yaml(manifest.trained_with)
+    exports: Mapping[Format, str | None] = {}
+    try:
+        exports = export_obstacles(manifest.model, type(manifest.trained_objective()))
+    except ValueError as error:
+        details["exports"] = f"unknown: {error}"
     weights = [t for t in tensors if t.name.startswith(f"{manifest.weights_state}.")]
     return Inspection(
         path=str(path),
@@ -106,7 +115,7 @@ def _inspect_native(path: Path, verify: bool) -> Inspection:
         bytes=size,
         health=health,
         sound=not damaged,
-        exports=export_obstacles(recipe.model, recipe.diffusion),
+        exports=exports,
         details=details,
         tensors=tensors,
     )
@@ -127,8 +136,9 @@ def _inspect_huggingface(path: Path) -> Inspection:
         except ValueError as error:
             details["import"] = f"no: {error}"
         else:
-            details |= _model_details(architecture.model, architecture.diffusion)
-            exports = export_obstacles(architecture.model, architecture.diffusion)
+            diffusion = architecture.diffusion
+            details |= _model_details(architecture.model, diffusion.objective, diffusion.block_size)
+            exports = export_obstacles(architecture.model, objectives.get(diffusion.objective))
     return Inspection(
         path=str(path),
         kind=name if name in ARCHITECTURES else f"{name}, which cannot be imported; {', '.join(ARCHITECTURES)} can",
@@ -153,16 +163,16 @@ def _inspect_official(path: Path) -> Inspection:
         bytes=sum(math.prod(s) * weights.dtypes[n].itemsize for n, s in weights.shapes.items()),
         health="all files open; the format keeps no hashes",
         sound=True,
-        exports=export_obstacles(official.model, diffusion),
-        details=_model_details(official.model, diffusion) | {"block size": official.block_size or "unknown"},
+        exports=export_obstacles(official.model, BlockDiffusion),
+        details=_model_details(official.model, diffusion.objective, official.block_size or "unknown"),
         tensors=_infos(weights.shapes, {n: str(d).removeprefix("torch.") for n, d in weights.dtypes.items()}),
     )
 
 
-def _model_details(model: ModelRecipe, diffusion: DiffusionRecipe) -> dict[str, object]:
+def _model_details(model: ModelRecipe, objective: str, block_size: int | str) -> dict[str, object]:
     return {
-        "objective": diffusion.objective,
-        "block size": diffusion.block_size,
+        "objective": objective,
+        "block size": block_size,
         "model": model.model_dump(mode="json", exclude_none=True),
     }
 

@@ -22,10 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bd3_scale.convert.folder import DTYPES, open_weights
+from bd3_scale.convert.folder import DTYPES, Weights, open_weights
 from bd3_scale.convert.official_fold import fold, parameters
 from bd3_scale.convert.official_pickle import load_pickle, plain
-from bd3_scale.convert.weights import Weights
 from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.resilience.foreign import CONFIG, WEIGHTS, WEIGHTS_INDEX, file_in, object_in
 from bd3_scale.resilience.readers import reader

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bd3_scale.convert.weights import Weights
+from bd3_scale.convert.folder import Weights
 
 Shape = tuple[int, ...]
 

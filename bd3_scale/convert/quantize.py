@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.nelbo import evaluate_nelbo
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.objective import Objective
 from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe
@@ -94,7 +95,7 @@ def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
 
 def kernel_notes(plan: ExportPlan, scheme: Scheme) -> tuple[str, ...]:
     """What keeps engines' kernels from the layers as they join them on one rank; empty if nothing."""
-    model = plan.manifest.recipe.model
+    model = plan.manifest.model
     heads, hidden, ffn = model.num_attention_heads * model.head_size, model.hidden_size, model.ffn_hidden_size
     joined = {
         "query/key/value": (heads + 2 * model.query_groups * model.head_size, hidden),
@@ -111,7 +112,7 @@ def check_data(plan: ExportPlan, data: DataRecipe) -> None:
     """
     prepared = load_manifest(data.path, data.remote)
     check_tokenizer(prepared, load_tokenizer(plan.checkpoint / TOKENIZER))
-    check_block_size(plan.manifest.recipe.diffusion.block_size, data, prepared.document_multiple)
+    check_block_size(plan.manifest.block_size, data, prepared.document_multiple)
     if prepared.validation is None or prepared.train is None:
         raise ValueError(
             f"{data.path} needs sequences to calibrate on and a held-out split to measure on: prepare it with --holdout"
@@ -145,7 +146,8 @@ def run_quantize(
     check_undamaged(plan)
     check_writable(out.parent, plan.num_bytes)
     with new_folder(out) as folder, open_model(plan.checkpoint) as (model, manifest, groups):
-        measure = _Measure(model, groups, data, manifest.recipe.diffusion, evaluation_sequences, draws)
+        objective = manifest.trained_objective()
+        measure = _Measure(model, groups, data, objective, evaluation_sequences, draws)
         done, total = 0, 2 * measure.sequences + len(plan.tensors)
 
         def advance(count: int) -> None:
@@ -157,7 +159,7 @@ def run_quantize(
         quantizer = _Quantizer(plan, model, scheme, method, advance)
         quantizer.cast()
         before = measure()
-        calibration = Calibration(model, data, manifest.recipe.diffusion, calibration_sequences)
+        calibration = Calibration(model, data, objective, calibration_sequences)
         sizes = {name: size for t in plan.tensors for name, size in quantizer.sizes(t).items()}
         with TensorReader(plan.checkpoint) as reader:
             write_shards(folder, quantizer.tensors(reader, calibration), sizes)
@@ -166,8 +168,7 @@ def run_quantize(
         description = f"int{scheme.bits} in groups of {scheme.group_size} ({method}), compressed-tensors"
         write_companions(folder, plan, config, description)
         quantizer.verify(folder)
-        length = manifest.recipe.max_position_embeddings
-        ids, logits = expected_logits(model, manifest.recipe.diffusion.block_size, length)
+        ids, logits = expected_logits(model, manifest.block_size, manifest.max_position_embeddings)
         assert plan.dtype is not None
         check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, plan.dtype)
         report = QuantizationReport(
@@ -196,11 +197,11 @@ class _Measure:
         model: BlockDiffusionTransformer,
         groups: ProcessGroups,
         data: DataRecipe,
-        diffusion: Any,
+        objective: Objective,
         sequences: int,
         draws: int,
     ) -> None:
-        self._model, self._groups, self._data, self._diffusion, self._draws = model, groups, data, diffusion, draws
+        self._model, self._groups, self._data, self._objective, self._draws = model, groups, data, objective, draws
         self._manifest = load_manifest(data.path, data.remote)
         assert self._manifest.validation is not None, "see check_data"
         self.sequences = min(sequences, self._manifest.validation.sequences)
@@ -214,7 +215,7 @@ class _Measure:
             [self._model],
             batches,
             self._groups,
-            diffusion=self._diffusion,
+            objective=self._objective,
             draws=self._draws,
             progress=self.progress,
         ).nelbo

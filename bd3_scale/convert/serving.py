@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.convert.architectures import Format
-from bd3_scale.recipe.load import resolved_yaml
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.plain_yaml import dump_yaml
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 ENGINE_MASK_ID = 151669  # of Qwen3's tokeniser; SGLang and LMDeploy know no other for SDAR
@@ -78,8 +77,7 @@ def sglang_config(block_size: int) -> str:
 
 def model_card(kind: Format, architecture: str, manifest: CheckpointManifest, quantization: str | None = None) -> str:
     """README.md of an export: what it is, how it was trained, how it is run."""
-    recipe, vocabulary = manifest.recipe, manifest.vocabulary
-    block_size = recipe.diffusion.block_size
+    block_size, vocabulary = manifest.block_size, manifest.vocabulary
     block_diffusion = kind in ("sdar", "bd3")
     tags = ["block-diffusion", "bd3_scale"] if block_diffusion else ["bd3_scale"]
     what = (
@@ -98,7 +96,7 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [{", ".join(tags)}]
 ---
-# {recipe.name}
+# {manifest.name}
 
 {what} Format: `{architecture}`, after {manifest.step:,} steps of training by bd3_scale. {weights}
 ## Run
@@ -138,11 +136,11 @@ Blocks are aligned to position 0, the prompt included. Logits are of the same po
 
 
 def _training(manifest: CheckpointManifest) -> str:
-    if isinstance(manifest.recipe, Recipe):
-        text = resolved_yaml(manifest.recipe)
+    if manifest.trained_with is not None:
+        text = dump_yaml(manifest.trained_with)
         fence = _fence(text, 3)
         return f"{fence}yaml\n{text}{fence}\n"
-    source = manifest.recipe.imported_from
+    source = manifest.imported_from
     fence = _fence(source, 1)
     return f"Not trained by bd3_scale: imported from {fence} {source} {fence}.\n"
 

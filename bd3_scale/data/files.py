@@ -6,9 +6,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bd3_scale.registry import source_formats
+
 PACKINGS = ("", ".gz", ".zst")
-JSONL_SUFFIXES = tuple(f".jsonl{packing}" for packing in PACKINGS)
-SUFFIXES = tuple(f".txt{packing}" for packing in PACKINGS) + JSONL_SUFFIXES
 NUM_NAMED = 5
 
 _HIDDEN = "hidden files and folders left out"
@@ -20,14 +20,17 @@ _OTHER = "files of other kinds ignored"
 logger = logging.getLogger(__name__)
 
 
-def find_files(sources: Sequence[str | Path], suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+def find_files(sources: Sequence[str | Path], formats: Sequence[str] | None = None) -> list[Path]:
     """Return the files of `sources` in order; a folder stands for the files below it, sorted by path.
+
+    formats: suffixes of the files, which may be packed; by default those of all `source_formats`.
 
     Links are followed, and what several folders or links lead to is read once. Below a folder, names that begin with a
     dot, links that lead nowhere and files of other kinds are left out, which is logged. Suffixes match in any case.
 
     Raises FileNotFoundError for a missing path; ValueError for a file of another kind and where nothing can be read.
     """
+    suffixes = [end + packing for end in formats or source_formats.names() for packing in PACKINGS]
     files: list[Path] = []
     notes: list[str] = []
     seen: set[Path] = set()
@@ -48,9 +51,11 @@ def find_files(sources: Sequence[str | Path], suffixes: Sequence[str] = SUFFIXES
     return files
 
 
-def is_jsonl(file: Path) -> bool:
-    """Return whether a file is read as JSON lines, going by its name."""
-    return file.name.lower().endswith(JSONL_SUFFIXES)
+def format_of(file: Path) -> str:
+    """Return the one of `source_formats` that a file is read as, going by its name; of two, the longer."""
+    name = file.name.lower()
+    packing = next((end for end in PACKINGS[1:] if name.endswith(end)), "")
+    return max((end for end in source_formats.names() if name.endswith(end + packing)), key=len)
 
 
 def named(things: Sequence[object]) -> str:

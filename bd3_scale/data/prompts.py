@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.data.files import JSONL_SUFFIXES, find_files, is_jsonl, named
-from bd3_scale.data.sources import check_unicode, field_value, json_lines, kind_of, lines, string_field
+from bd3_scale.data.files import find_files, format_of, named
+from bd3_scale.data.sources import check_unicode, field_value, json_lines, kind_of, lines, string_field, unpacked
 from bd3_scale.resilience.readers import reader
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,8 @@ def read_prompts(path: Path) -> list[str]:
     `DocumentReader` refuses, and where there are no prompts.
     """
     prompts: list[str] = []
-    for file in find_files([path]):
-        prompts += _prompts_of_jsonl(file) if is_jsonl(file) else _prompts_of_txt(file)
+    for file in find_files([path], (".txt", ".jsonl")):
+        prompts += _prompts_of_jsonl(file) if format_of(file) == ".jsonl" else _prompts_of_txt(file)
     if not prompts:
         raise ValueError(f"{path} has no prompts: give one a line")
     return prompts
@@ -38,9 +38,9 @@ def read_messages(path: Path) -> list[list[dict[str, Any]]]:
     what `DocumentReader` refuses, and where there are no conversations.
     """
     conversations = []
-    for file in find_files([path], JSONL_SUFFIXES):
-        with file.open("rb") as raw:
-            conversations += [messages_of(line.record(), line.where) for line in json_lines(file, raw)]
+    for file in find_files([path], (".jsonl",)):
+        with file.open("rb") as raw, unpacked(file, raw) as source:
+            conversations += [messages_of(line.record(), line.where) for line in json_lines(source)]
     if not conversations:
         raise ValueError(f'{path} has no conversations: give a JSON object with a list "messages" a line')
     return conversations
@@ -72,16 +72,16 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
 
 def _prompts_of_jsonl(file: Path) -> list[str]:
     prompts = []
-    with file.open("rb") as raw:
-        for line in json_lines(file, raw):
+    with file.open("rb") as raw, unpacked(file, raw) as source:
+        for line in json_lines(source):
             prompts.append(string_field(line.record(), "prompt", line.where, 'a prompt is a string "prompt"'))
             check_unicode(prompts[-1], line.where)
     return prompts
 
 
 def _prompts_of_txt(file: Path) -> list[str]:
-    with file.open("rb") as raw:
-        texts = [line.text() for line in lines(file, raw)]
+    with file.open("rb") as raw, unpacked(file, raw) as source:
+        texts = [line.text() for line in lines(source)]
     blank = [number for number, text in enumerate(texts, 1) if not text.strip()]
     if blank:
         logger.warning("%s: %d blank lines left out (line %s)", file, len(blank), named(blank))

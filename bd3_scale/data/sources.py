@@ -1,4 +1,8 @@
-"""Reading documents: `.txt` (one a file) and `.jsonl` (one a line), plain, `.gz` or `.zst`, and folders of them."""
+"""Reading documents: `.txt` (one a file) and `.jsonl` (one a line), plain, `.gz` or `.zst`, and folders of them.
+
+A format is a function that yields the pieces of an `OpenFile`, each a document or what has one, registered under the
+suffix of its files with `@source_formats.register(".suffix")`; it raises ValueError for the rest of a damaged file.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import zstandard
 
-from bd3_scale.data.files import JSONL_SUFFIXES, SUFFIXES, find_files, is_jsonl
+from bd3_scale.data.files import find_files, format_of
+from bd3_scale.registry import source_formats
 
 READ_BYTES = 1 << 17
 # A block of a zstd frame takes 4 bytes or more and unpacks to 128 KiB or less, so that this much unpacks to 32 MiB.
@@ -28,6 +33,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NUM_KEPT = 5
 NUM_SHOWN = 8
 NAME_A_FIELD = "name the field with --field"
+
+TextOf = Callable[[dict[str, Any], str], str]
 
 _MISSING = object()
 
@@ -49,8 +56,8 @@ class DocumentReader:
     `num_documents`, `num_empty` and `num_skipped` count what was met so far; `skipped` holds the first messages.
 
     Args:
-        field: of a line's JSON object, the one that holds the text; `a.b` is the field b of the object a, unless
-            there is a field of that very name.
+        field: of a record, such as a line's JSON object, the one that holds the text; `a.b` is the field b of the
+            object a, unless there is a field of that very name.
         on_error: "skip" leaves out what cannot be read: a line, a `.txt` file, or the rest of a damaged file.
         text_of: makes a document of a line's JSON object and its place, in place of `field`; it raises ValueError
             with the place. Then `.jsonl` files alone are read.
@@ -65,10 +72,10 @@ class DocumentReader:
         sources: Sequence[str | Path],
         field: str = "text",
         on_error: Literal["stop", "skip"] = "stop",
-        text_of: Callable[[dict[str, Any], str], str] | None = None,
+        text_of: TextOf | None = None,
         max_bytes: int = DOCUMENT_BYTES,
     ) -> None:
-        self.files = find_files(sources, JSONL_SUFFIXES if text_of else SUFFIXES)
+        self.files = find_files(sources, (".jsonl",) if text_of else None)
         self._text_of = text_of or (lambda record, where: string_field(record, field, where))
         self._on_error, self._max_bytes = on_error, max_bytes
         self._reset()
@@ -104,13 +111,13 @@ class DocumentReader:
         self.skipped: list[str] = []
 
     def _texts(self, file: Path, raw: BinaryIO) -> Iterator[str]:
-        pieces = json_lines(file, raw, self._max_bytes) if is_jsonl(file) else _whole(file, raw, self._max_bytes)
+        pieces = _pieces(file, raw, self._max_bytes)
         while True:
             try:
                 piece = next(pieces, None)
                 if piece is None:
                     return
-                text = self._text_of_line(piece) if is_jsonl(file) else piece.text()
+                text = piece.document(self._text_of)
             except ValueError as error:
                 if self._on_error == "stop":
                     raise
@@ -119,14 +126,30 @@ class DocumentReader:
             else:
                 yield text
 
-    def _text_of_line(self, line: Piece) -> str:
-        text = self._text_of(line.record(), line.where)
-        check_unicode(text, line.where)
+
+class OpenFile(NamedTuple):
+    """An open file: `stream` has its bytes, unpacked, of which a document may have `max_bytes`."""
+
+    file: Path
+    stream: BinaryIO
+    max_bytes: int
+
+
+class Record(NamedTuple):
+    """Named fields, of which one holds the text; `where` it was found begins messages."""
+
+    where: str
+    fields: dict[str, Any]
+
+    def document(self, text_of: TextOf) -> str:
+        """Return the text. Raises ValueError where there is none."""
+        text = text_of(self.fields, self.where)
+        check_unicode(text, self.where)
         return text
 
 
 class Piece(NamedTuple):
-    """A line of a file without its end, or the whole of it; `start` is the offset of `data` in the unpacked file.
+    """UTF-8 text: a line of a file without its end, or the whole; `start` is the offset of `data` in the unpacked file.
 
     Of what is longer than `max_bytes`, a part stands there.
     """
@@ -135,6 +158,10 @@ class Piece(NamedTuple):
     data: bytes | bytearray
     start: int
     max_bytes: int
+
+    def document(self, text_of: TextOf) -> str:
+        """Return the text as it stands; see `text`."""
+        return self.text()
 
     def text(self) -> str:
         """Return the text. Raises ValueError where it is no UTF-8 or too long."""
@@ -173,28 +200,47 @@ class Piece(NamedTuple):
         return value
 
 
-def lines(file: Path, raw: BinaryIO, max_bytes: int = DOCUMENT_BYTES) -> Iterator[Piece]:
-    """Yield the lines of `file`, opened as `raw`.
+class JsonLine(Piece):
+    """A line with a JSON object, whose text is in a field."""
+
+    def document(self, text_of: TextOf) -> str:
+        return Record(self.where, self.record()).document(text_of)
+
+
+@source_formats.register(".txt")
+def whole(source: OpenFile) -> Iterator[Piece]:
+    """Yield the file as one piece, without a byte order mark; of what is too long a part stands for it."""
+    data = bytearray()
+    while len(data) <= source.max_bytes + len(BYTE_ORDER_MARK) and (more := source.stream.read(READ_BYTES)):
+        data += more
+    mark = _mark(data)
+    del data[:mark]
+    yield Piece(str(source.file), data, mark, source.max_bytes)
+
+
+@source_formats.register(".jsonl")
+def json_lines(source: OpenFile) -> Iterator[JsonLine]:
+    """Yield the lines of `lines` that are not blank."""
+    return (JsonLine(*line) for line in lines(source) if line.data.strip())
+
+
+def lines(source: OpenFile) -> Iterator[Piece]:
+    """Yield the lines of a file.
 
     A line ends at a newline, with or without a carriage return, and nowhere else; a byte order mark at the beginning of
-    the file is left out. Of a line that is too long a part stands for it. Raises ValueError where the file is damaged.
+    the file is left out. Of a line that is too long a part stands for it.
     """
-    with _unpacked(file, raw) as stream:
-        start = number = 0
-        while line := stream.readline(max_bytes + len(BYTE_ORDER_MARK) + 1):
-            number += 1
-            mark = _mark(line) if number == 1 else 0
-            end = 2 if line.endswith(b"\r\n") else line.endswith(b"\n")
-            yield Piece(f"{file}:{number}", line[mark : len(line) - end], start + mark, max_bytes)
+    file, stream, max_bytes = source
+    start = number = 0
+    while line := stream.readline(max_bytes + len(BYTE_ORDER_MARK) + 1):
+        number += 1
+        mark = _mark(line) if number == 1 else 0
+        end = 2 if line.endswith(b"\r\n") else line.endswith(b"\n")
+        yield Piece(f"{file}:{number}", line[mark : len(line) - end], start + mark, max_bytes)
+        start += len(line)
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(READ_BYTES)
             start += len(line)
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(READ_BYTES)
-                start += len(line)
-
-
-def json_lines(file: Path, raw: BinaryIO, max_bytes: int = DOCUMENT_BYTES) -> Iterator[Piece]:
-    """Yield the lines of `lines` that are not blank."""
-    return (line for line in lines(file, raw, max_bytes) if line.data.strip())
 
 
 def field_value(record: dict[str, Any], field: str, where: str, way_out: str) -> Any:
@@ -251,14 +297,9 @@ def _listed(record: dict[str, Any], prefix: str) -> str:
     return ", ".join(fields[:NUM_SHOWN]) + ", …" * (len(fields) > NUM_SHOWN)
 
 
-def _whole(file: Path, raw: BinaryIO, max_bytes: int) -> Iterator[Piece]:
-    data = bytearray()
-    with _unpacked(file, raw) as stream:
-        while len(data) <= max_bytes + len(BYTE_ORDER_MARK) and (more := stream.read(READ_BYTES)):
-            data += more
-    mark = _mark(data)
-    del data[:mark]
-    yield Piece(str(file), data, mark, max_bytes)
+def _pieces(file: Path, raw: BinaryIO, max_bytes: int) -> Iterator[Piece | Record]:
+    with unpacked(file, raw, max_bytes) as source:
+        yield from source_formats.get(format_of(file))(source)
 
 
 def _mark(data: bytes | bytearray) -> int:
@@ -266,7 +307,8 @@ def _mark(data: bytes | bytearray) -> int:
 
 
 @contextmanager
-def _unpacked(file: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
+def unpacked(file: Path, raw: BinaryIO, max_bytes: int = DOCUMENT_BYTES) -> Iterator[OpenFile]:
+    """Give what `file`, opened as `raw`, holds. Raises ValueError where it turns out damaged."""
     name = file.name.lower()
     stream = raw
     if name.endswith(".gz"):
@@ -274,7 +316,9 @@ def _unpacked(file: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
     if name.endswith(".zst"):
         stream = io.BufferedReader(_ZstdFile(raw), READ_BYTES)
     try:
-        yield stream
+        yield OpenFile(file, stream, max_bytes)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}); convert it first") from error
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"{file} is damaged or cut short ({error}); copy or make it again") from error
     except MemoryError:

@@ -1,1 +1,5 @@
 """Noise schedule, counter-based noise and the NELBO."""
+
+from bd3_scale.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__)

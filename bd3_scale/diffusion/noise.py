@@ -8,6 +8,7 @@ micro-batches and workers there are, a sample meets the same noise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -29,6 +30,12 @@ class Noise:
     masked: Tensor
     mask_rate: Tensor
     weight: Tensor
+
+
+def joined(parts: Sequence[Noise], order: Tensor) -> Noise:
+    """Return the noise of several groups of sequences, put in `order`, int64 [B]."""
+    fields = zip(*((part.masked, part.mask_rate, part.weight) for part in parts), strict=True)
+    return Noise(*(torch.cat(field)[order] for field in fields))
 
 
 class _Purpose(IntEnum):

@@ -17,47 +17,114 @@ the others (Arriola et al., ICLR 2025, section 5 and table 8; Sahoo et al., Neur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-ScheduleName = Literal["linear", "cosine", "square", "square_root", "log"]
+from bd3_scale.registry import schedules
+
 WeightPolicy = Literal["nelbo", "unit_when_heavy"]
 
 _Array = NDArray[np.float64]
 
 
-class _Curve(NamedTuple):
-    rate: Callable[[_Array], _Array]
-    slope: Callable[[_Array], _Array]  # p' at t
-    level: Callable[[_Array], _Array]  # t of p
+class Curve:
+    """A noise schedule: p(t) with p(0) = 0 and p(1) = 1, growing; registered with `@schedules.register("name")`.
+
+    clips: whether an interval [β, ω] of mask rates may narrow it to β + (ω − β) p(t).
+    is_mirrored: whether p(1 − t) = 1 − p(t).
+    """
+
+    clips = False
+    is_mirrored = False
+
+    def rate(self, level: _Array) -> _Array:
+        """Return the mask rate p of noise levels t in [0, 1]."""
+        raise NotImplementedError
+
+    def slope(self, level: _Array) -> _Array:
+        """Return p' at noise levels t."""
+        raise NotImplementedError
+
+    def level(self, rate: _Array) -> _Array:
+        """Return the noise level t of mask rates p: the inverse of `rate`."""
+        raise NotImplementedError
 
 
-_CURVES: dict[str, _Curve] = {
-    "linear": _Curve(lambda t: t, np.ones_like, lambda p: p),
-    "cosine": _Curve(
+@schedules.register("linear")
+class Linear(Curve):
+    clips = True
+    is_mirrored = True
+
+    def rate(self, level: _Array) -> _Array:
+        return level
+
+    def slope(self, level: _Array) -> _Array:
+        return np.ones_like(level)
+
+    def level(self, rate: _Array) -> _Array:
+        return rate
+
+
+@schedules.register("cosine")
+class Cosine(Curve):
+    def rate(self, level: _Array) -> _Array:
         # 1 − cos x, without its cancellation near 0.
-        lambda t: 2 * np.sin(t * math.pi / 4) ** 2,
-        lambda t: math.pi / 2 * np.sin(t * math.pi / 2),
-        lambda p: 4 / math.pi * np.arcsin(np.sqrt(p / 2)),
-    ),
-    "square": _Curve(np.square, lambda t: 2 * t, np.sqrt),
-    "square_root": _Curve(np.sqrt, lambda t: 0.5 / np.sqrt(t), np.square),
-    "log": _Curve(
-        lambda t: np.log1p(t) / math.log(2), lambda t: 1 / (math.log(2) * (1 + t)), lambda p: np.expm1(p * math.log(2))
-    ),
-}
+        return 2 * np.sin(level * math.pi / 4) ** 2
+
+    def slope(self, level: _Array) -> _Array:
+        return math.pi / 2 * np.sin(level * math.pi / 2)
+
+    def level(self, rate: _Array) -> _Array:
+        return 4 / math.pi * np.arcsin(np.sqrt(rate / 2))
+
+
+@schedules.register("square")
+class Square(Curve):
+    def rate(self, level: _Array) -> _Array:
+        return np.square(level)
+
+    def slope(self, level: _Array) -> _Array:
+        return 2 * level
+
+    def level(self, rate: _Array) -> _Array:
+        return np.sqrt(rate)
+
+
+@schedules.register("square_root")
+class SquareRoot(Curve):
+    def rate(self, level: _Array) -> _Array:
+        return np.sqrt(level)
+
+    def slope(self, level: _Array) -> _Array:
+        return 0.5 / np.sqrt(level)
+
+    def level(self, rate: _Array) -> _Array:
+        return np.square(rate)
+
+
+@schedules.register("log")
+class Log(Curve):
+    def rate(self, level: _Array) -> _Array:
+        return np.log1p(level) / math.log(2)
+
+    def slope(self, level: _Array) -> _Array:
+        return 1 / (math.log(2) * (1 + level))
+
+    def level(self, rate: _Array) -> _Array:
+        return np.expm1(rate * math.log(2))
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How noise levels become masks, and masks a loss.
 
-    low, high: the clipped interval [β, ω] of mask rates, onto which `linear` maps t affinely. A clipped loss keeps the
-    weight 1/p and is no bound. num_steps: T of the absorbing D3PM (Austin et al., NeurIPS 2021): t takes the
+    name: of a curve in the registry `schedules`.
+    low, high: the clipped interval [β, ω] of mask rates, onto which a curve that allows it, such as `linear`, is mapped
+    affinely. A clipped loss is the part of the NELBO's integral over p in [β, ω] times 1 / (ω − β), and no bound: the
+    weight of `linear` stays 1/p. num_steps: T of the absorbing D3PM (Austin et al., NeurIPS 2021): t takes the
     values 1/T … 1, and a masked token weighs T (p(t) − p(t − 1/T)) / p(t); its NELBO falls to the continuous one as T
     grows. None: continuous time.
     weights: `nelbo`, those above; `unit_when_heavy`: 1 for every masked token where β > 0.5, as the official code
@@ -70,7 +137,7 @@ class Schedule:
     of another schedule than linear in continuous time, or T < 1.
     """
 
-    name: ScheduleName = "linear"
+    name: str = "linear"
     low: float = 0.0
     high: float = 1.0
     num_steps: int | None = None
@@ -78,8 +145,7 @@ class Schedule:
     clip_masked_share: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in _CURVES:
-            raise ValueError(f"no schedule is called {self.name!r}: take one of {', '.join(get_args(ScheduleName))}")
+        clips = self._curve.clips
         if self.weights not in get_args(WeightPolicy):
             raise ValueError(
                 f"no weight policy is called {self.weights!r}: take one of {', '.join(get_args(WeightPolicy))}"
@@ -89,41 +155,47 @@ class Schedule:
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"T is {self.num_steps}: give at least 1 step, or leave it out for continuous time")
         clipped = (self.low, self.high) != (0.0, 1.0)
-        if clipped and (self.name != "linear" or self.num_steps is not None):
+        if clipped and not (clips and self.num_steps is None):
             kind = self.name if self.num_steps is None else f"finite-T {self.name}"
             raise ValueError(
-                f"mask rates [{self.low}, {self.high}] clip the linear schedule in continuous time, and this one is "
-                f"{kind}: leave the interval at 0 to 1"
+                f"mask rates [{self.low}, {self.high}] clip a schedule that allows it, such as linear, in continuous "
+                f"time, and this one is {kind}: leave the interval at 0 to 1"
             )
 
     @property
     def is_mirrored(self) -> bool:
         """Whether 1 − p is distributed as p is."""
-        return self.name == "linear" and self.num_steps is None and self.low + self.high == 1.0
+        return self._curve.is_mirrored and self.num_steps is None and self.low + self.high == 1.0
+
+    @property
+    def _curve(self) -> Curve:
+        curve: Curve = schedules.get(self.name)()
+        return curve
 
     def mask_rate(self, noise_level: NDArray[np.float64]) -> NDArray[np.float32]:
         """p(t) of levels in [0, 1); float32, because that is what the loss divides by and masks are drawn with."""
         level = noise_level
         if self.num_steps is not None:
             level = (np.floor(level * self.num_steps) + 1) / self.num_steps
-        rate = self.low + (self.high - self.low) * _CURVES[self.name].rate(level)
+        rate = self.low + (self.high - self.low) * self._curve.rate(level)
         return np.clip(rate, self.low, self.high).astype(np.float32)
 
     def weight(self, mask_rate: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the nll of a token masked at this rate is multiplied by; finite where the rate is above 0."""
         if self.weights == "unit_when_heavy" and self.low > 0.5:
             return np.ones_like(mask_rate)
+        rate, width = mask_rate.astype(np.float64), self.high - self.low
+        curve = self._curve
         with np.errstate(divide="ignore", invalid="ignore"):  # rate 0 masks nothing
-            if self.name == "linear" and self.num_steps is None:
-                return np.reciprocal(mask_rate)
-            rate = mask_rate.astype(np.float64)
-            curve = _CURVES[self.name]
-            level = curve.level(rate)
-            if self.num_steps is None:
-                weight: NDArray[Any] = curve.slope(level) / rate
-            else:
-                before = curve.rate((np.round(level * self.num_steps) - 1) / self.num_steps)
-                weight = self.num_steps * (rate - before) / rate
+            if self.num_steps is not None:
+                before = curve.rate((np.round(curve.level(rate) * self.num_steps) - 1) / self.num_steps)
+                weight: NDArray[Any] = self.num_steps * (rate - before) / rate
+            elif width:
+                # float32 rates may leave the interval by a rounding.
+                share = rate if width == 1 else np.clip((rate - self.low) / width, 0, 1)
+                weight = curve.slope(curve.level(share)) / rate
+            else:  # of a single rate, whatever the curve
+                weight = 1 / rate
         return weight.astype(np.float32)
 
     def admits(self, block_length: NDArray[np.int64], masks: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -1,1 +1,5 @@
 """Likelihood of held-out text."""
+
+from bd3_scale.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.data.batch import Batch
-from bd3_scale.diffusion.nelbo import sequence_nelbo
 from bd3_scale.diffusion.noise import Noise, draw_noise
 from bd3_scale.diffusion.schedule import Schedule
-from bd3_scale.evaluate.nelbo import NOISE_SEED, masked_nll
+from bd3_scale.evaluate.nelbo import token_nll, weighted_sums
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.parallel.groups import ProcessGroups
+from bd3_scale.objective import Objective
+from bd3_scale.objective.block_diffusion import NOISE_SEED, BlockDiffusion
+from bd3_scale.parallel.groups import ProcessGroups, placement
 
 BATCH = 16
 Pair = tuple[list[int], list[int]]
@@ -35,14 +36,16 @@ class ContinuationBounds:
         self,
         model: BlockDiffusionTransformer,
         groups: ProcessGroups,
+        objective: Objective,
         *,
-        block_size: int,
         max_length: int,
         draws: int,
     ) -> None:
-        self._model, self._groups, self._block_size = model, groups, block_size
-        # At block size 1 every token is masked, once.
-        self._draws = 1 if block_size == 1 else draws
+        if not isinstance(objective, BlockDiffusion):
+            raise ValueError("bounds of continuations need a model that fills masks, of block diffusion's kind")
+        self._model, self._groups, self._objective = model, groups, objective
+        self._block_size = block_size = objective.block_size
+        self._draws = objective.num_draws(draws)
         # Of the longest text, whatever a text's length: a place then has one noise for all choices of a question.
         length = -(-max_length // block_size) * block_size
         self._block_start = make_spans(torch.zeros(1, length, dtype=torch.int32), block_size)[1]
@@ -73,8 +76,8 @@ class ContinuationBounds:
         ids = torch.tensor(documents)
         batch = Batch(ids, ids, 0, tokens, start, torch.arange(length).expand_as(tokens), counted, shown)
         noises = [self._noise(pairs, documents, length, draw) for draw in range(self._draws)]
-        nll = masked_nll([self._model], batch, noises, self._groups, self._block_size)
-        sums = torch.stack([sequence_nelbo(*one, counted) for one in zip(nll, noises, strict=True)])
+        drawn = [self._objective.draw_of(batch, noise, place=placement(self._groups)) for noise in noises]
+        sums = weighted_sums(drawn, token_nll([self._model], drawn, self._groups), counted)
         return [-float(bound) for bound in sums.mean(0)]
 
     def _noise(self, pairs: Sequence[Pair], documents: Sequence[int], length: int, draw: int) -> Noise:

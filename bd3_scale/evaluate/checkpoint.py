@@ -21,14 +21,14 @@ from bd3_scale.data.overlap import count_known, hashes_of, read_hashes
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, IntervalVariance
-from bd3_scale.evaluate.nelbo import HeldOut, counted_tokens, evaluate_nelbo, is_exact
+from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.evaluate.sets import NamedText
-from bd3_scale.evaluate.text_bytes import counted_bytes
-from bd3_scale.evaluate.unigram import unigram_perplexity
+from bd3_scale.evaluate.yardsticks import counted_bytes, unigram_perplexity
 from bd3_scale.generate.text import checkpoint_tokenizer
+from bd3_scale.objective import Objective
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.checks import check_block_size
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, Recipe
+from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.leftovers import temporary_folder
 
 EVALUATION_BATCH = 16
@@ -38,7 +38,7 @@ LONGEST_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`nelbo` and its standard errors in nats a token; `exact`: it is the likelihood and no bound, see `is_exact`.
+    """`nelbo` and its standard errors in nats a token; `exact`: it is the likelihood and no bound.
 
     text: `held-out`, or the name of another text. context: tokens of a sequence, which begins without any before it.
     padded_nelbo: with what pads the last block of a document counted, see `HeldOut`; None where no block is so.
@@ -89,12 +89,12 @@ class _Measured:
         share = {"dp_rank": dp_rank, "dp_size": dp_size, "sequences": sequences}
         return held_out_batches(self.recipe, self.data, batch_size=EVALUATION_BATCH, **share)
 
-    def bytes(self, sequences: int, diffusion: DiffusionRecipe) -> int:
-        """UTF-8 bytes of the text of the tokens that count for a model of `diffusion`."""
-        if sequences == self.split.sequences and diffusion.objective != "next_token" and not self.data.messages:
+    def bytes(self, sequences: int, objective: Objective) -> int:
+        """Return the UTF-8 bytes of the text of the tokens that count for a model of `objective`."""
+        if sequences == self.split.sequences and objective.predicts_first and not self.data.messages:
             return self.split.text_bytes
         batches = self.batches(sequences)
-        return counted_bytes(batches, self.tokenizer, lambda batch: counted_tokens(batch, diffusion).counted)
+        return counted_bytes(batches, self.tokenizer, lambda batch: objective.counting(batch).counted)
 
 
 def evaluate_checkpoint(
@@ -128,22 +128,19 @@ def evaluate_checkpoint(
         raise ValueError("texts are measured in place of held-out data: give one of --text and --data")
     with ExitStack() as stack:
         model, manifest, groups = stack.enter_context(open_model(checkpoint))
-        sizes = [
-            manifest.recipe.diffusion.model_copy(update={"block_size": size})
-            for size in block_sizes or (manifest.recipe.diffusion.block_size,)
-        ]
-        for diffusion in sizes:
-            if diffusion.objective == "next_token" and (diffusion.block_size != 1 or intervals):
-                raise ValueError(
-                    "a next-token model has neither blocks nor mask rates: leave --block-size and --intervals"
-                )
+        trained = manifest.trained_objective()
+        if not trained.fills_masks and (intervals or set(block_sizes) - {trained.block_size}):
+            raise ValueError(
+                "a model that masks nothing has neither blocks nor mask rates: leave --block-size and --intervals"
+            )
+        sizes = [trained.at(size) for size in block_sizes or (trained.block_size,)]
         if texts:
-            measured = _prepared(checkpoint, manifest, texts, [diffusion.block_size for diffusion in sizes], stack)
+            measured = _prepared(checkpoint, manifest, texts, [objective.block_size for objective in sizes], stack)
         else:
             measured = [_held_out(checkpoint, manifest, data_path)]
-        for diffusion in sizes:
+        for objective in sizes:
             for text in measured:
-                check_block_size(diffusion.block_size, text.recipe, text.data.document_multiple)
+                check_block_size(objective.block_size, text.recipe, text.data.document_multiple)
         counts = [min(sequences or text.split.sequences, text.split.sequences) for text in measured]
         if intervals and min(counts) < LEAST_SEQUENCES:
             raise ValueError(
@@ -158,21 +155,21 @@ def evaluate_checkpoint(
 
         found = []
         for text, count in zip(measured, counts, strict=True):
-            tokens = (counted_tokens(batch, sizes[0]) for batch in text.batches(count))
+            tokens = (trained.counting(batch) for batch in text.batches(count))
             unigram = unigram_perplexity(tokens, text.data.vocabulary.size)
-            num_bytes = text.bytes(count, sizes[0])
-            for diffusion in sizes:
+            num_bytes = text.bytes(count, trained)
+            for objective in sizes:
                 share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
                 held_out = evaluate_nelbo(
                     [model],
                     text.batches(count, **share),
                     groups,
-                    diffusion=diffusion,
+                    objective=objective,
                     draws=draws,
                     padded=True,
                     progress=advance,
                 )
-                result = _evaluation(checkpoint, manifest.step, text, diffusion, held_out, unigram, num_bytes)
+                result = _evaluation(checkpoint, manifest.step, text, objective, held_out, unigram, num_bytes)
                 found.append(replace(result, intervals=held_out.intervals().found) if intervals else result)
         dist.barrier()  # rank 0 removes the folder that all read
     return found
@@ -182,7 +179,7 @@ def _evaluation(
     checkpoint: Path,
     step: int,
     text: _Measured,
-    diffusion: DiffusionRecipe,
+    objective: Objective,
     held_out: HeldOut,
     unigram: float,
     num_bytes: int,
@@ -193,8 +190,8 @@ def _evaluation(
         checkpoint=str(checkpoint),
         step=step,
         text=text.name,
-        block_size=diffusion.block_size,
-        exact=is_exact(diffusion),
+        block_size=objective.block_size,
+        exact=objective.is_exact,
         context=text.recipe.seq_len,
         sequences=estimate.num_sequences,
         tokens=estimate.num_tokens,
@@ -223,7 +220,8 @@ def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | N
         )
     if data.validation is None:
         raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")
-    own = isinstance(manifest.recipe, Recipe) and recipe.path == manifest.recipe.data.path
+    trained = manifest.trained_data()
+    own = trained is not None and recipe.path == trained.path
     found = None if own else read_hashes(Path(recipe.path), "validation")
     known = _trained_hashes(manifest)
     trained_on = None if known is None or found is None else count_known(known, found)
@@ -231,8 +229,8 @@ def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | N
 
 
 def _trained_hashes(manifest: CheckpointManifest) -> NDArray[np.uint64] | None:
-    trained = manifest.recipe if isinstance(manifest.recipe, Recipe) else None
-    return None if trained is None else read_hashes(Path(trained.data.path), "train")
+    trained = manifest.trained_data()
+    return None if trained is None else read_hashes(Path(trained.path), "train")
 
 
 def _prepared(
@@ -247,9 +245,10 @@ def _prepared(
         raise ValueError(
             "--text prepares its text on one machine: start all processes on one, or prepare it for --data"
         )
-    trained = manifest.recipe if isinstance(manifest.recipe, Recipe) else None
-    seq_len = min(manifest.recipe.max_position_embeddings, LONGEST_CONTEXT) if trained is None else trained.data.seq_len
-    isolate = trained is None or trained.data.isolate_documents
+    trained = manifest.trained_data()
+    seq_len = manifest.max_position_embeddings
+    seq_len = min(seq_len, LONGEST_CONTEXT) if manifest.trained_with is None else seq_len
+    isolate = trained is None or trained.isolate_documents
     multiple = math.lcm(*block_sizes) if isolate else 1
     for block_size in block_sizes:
         check_block_size(block_size, DataRecipe(path="", seq_len=seq_len), block_size)
@@ -286,10 +285,15 @@ def _prepared(
 
 def data_recipe(manifest: CheckpointManifest, data_path: str | None) -> DataRecipe:
     """What the run was trained on, or other prepared data. ValueError: there is neither."""
-    trained_on = manifest.recipe.data if isinstance(manifest.recipe, Recipe) else None
+    trained_on = manifest.trained_data()
     if data_path is None:
-        if trained_on is None:
+        if trained_on is None and manifest.trained_with is None:
             raise ValueError("an imported model was trained on no data here: name some that are prepared, with --data")
+        if trained_on is None:
+            raise ValueError(
+                f"this version cannot read which data the run was trained on, as {manifest.writer} recorded it: name "
+                "data that are prepared, with --data"
+            )
         return trained_on
     if trained_on is not None:
         return trained_on.model_copy(update={"path": data_path, "remote": None, "cache_limit": None})

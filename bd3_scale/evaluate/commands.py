@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bd3_scale.generate.config import SamplingConfig, takes_sampling
 from bd3_scale.observe.console import put
 from bd3_scale.observe.progress import Bar, is_rank_zero
 from bd3_scale.resilience.terminal import tell
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-Unmasking = Literal["first-hitting", "ancestral", "static", "dynamic", "entropy"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -103,6 +104,7 @@ def harness(
 
 
 @app.command(epilog="Example: bd3-scale generative runs/mine --judge models/gpt2 --samples 64 --top-p 0.9")
+@takes_sampling(max_new_tokens=256)
 def generative(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
     judge: Annotated[Path, typer.Option(help="Folder of a causal Hugging Face model that scores the samples.")],
@@ -110,14 +112,8 @@ def generative(
     mauve: Annotated[
         Path | None, typer.Option(help="Human text, .txt or .jsonl: also MAUVE against as many pieces of it.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each at the most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.", show_default="all")] = None,
-    top_p: Annotated[float, typer.Option(help="Only the nucleus: the fewest tokens that make this share.")] = 1.0,
-    unmasking: Annotated[Unmasking, typer.Option(help="What a pass unmasks, see `generate`.")] = "first-hitting",
-    steps: Annotated[int | None, typer.Option(min=1, help="See `generate`.", show_default="one a token")] = None,
-    threshold: Annotated[float | None, typer.Option(help="See `generate`.", show_default="0.9; 0.1")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same samples.")] = 0,
+    *,
+    sampling: SamplingConfig,
     as_json: AsJson = False,
 ) -> None:
     """Measure samples: generative perplexity under another model, entropy, repetition, distinct n-grams.
@@ -135,16 +131,9 @@ def generative(
         found = evaluate_generative(
             resolve_checkpoint(checkpoint),
             judge,
+            sampling,
             samples=samples,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
             human=mauve,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            unmasking=unmasking,
-            steps=steps,
-            threshold=threshold,
             progress=bar.show,
         )
     if not is_rank_zero():
@@ -156,6 +145,7 @@ def generative(
 
 
 @app.command(epilog="Example: bd3-scale generate runs/quickstart --prompt 'def main(' --temperature 0.7 --watch")
+@takes_sampling()
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from, once or more.")] = None,
@@ -167,36 +157,9 @@ def generate(
         Path | None, typer.Option(help="A .jsonl with conversations, lists `messages`, for the chat template.")
     ] = None,
     infill: Annotated[bool, typer.Option("--infill", help="Each [MASK] of a prompt is a gap of one token.")] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens at the most; EOS ends the text before. 0: only fill gaps.")
-    ] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.", show_default="all")] = None,
-    top_p: Annotated[float, typer.Option(help="Only the nucleus: the fewest tokens that make this share.")] = 1.0,
+    *,
+    sampling: SamplingConfig,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text, once or more.")] = None,
-    min_entropy: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Stop where the last 256 tokens have fewer nats, and leave them out.",
-            show_default="4; for bytes 0.75 of the held-out median",
-        ),
-    ] = None,
-    unmasking: Annotated[
-        Unmasking,
-        typer.Option(
-            help="What a pass unmasks: one token; each by chance; the most confident; also all above a threshold; "
-            "the surest up to a sum of entropies."
-        ),
-    ] = "first-hitting",
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Ancestral, static, dynamic: passes a block.", show_default="one a token")
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Dynamic: a probability; entropy: nats.", show_default="0.9; 0.1"),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Text i depends on seed + i and its prompt alone.")] = 0,
     watch: Annotated[bool, typer.Option("--watch", help="Show the text as it loses its masks.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> None:
@@ -208,48 +171,32 @@ def generate(
     Where a text grows beyond the sequences of the training, a block sees the
     last of them: a sliding window, told with the result.
     """
-    import dataclasses
-    import json
-
     from bd3_scale.checkpoint.folder import resolve_checkpoint
-    from bd3_scale.data.prompts import read_messages, read_prompts
     from bd3_scale.evaluate.tables import show_written
-    from bd3_scale.generate.text import write_texts
-    from bd3_scale.observe.denoising import DenoisingView
+    from bd3_scale.generate.text import open_writer
+    from bd3_scale.observe.progress import DenoisingView
 
-    lines = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])]
-    chat = chat or messages is not None
-    if chat and infill:
-        raise ValueError("--infill fills the gaps of a text, and --chat writes an answer: choose one of them")
-    if chat and not (lines or messages):
-        raise ValueError("--chat answers a message: give one with --prompt, or conversations with --messages")
-    conversations: list[str | Messages] = [[{"role": "user", "content": line}] for line in lines]
-    conversations += read_messages(messages) if messages else []
+    prompts = _prompts(prompt or (), prompts_file, messages, chat=chat, infill=infill)
     # One of them: both would draw on the same lines.
     with nullcontext() if watch else Bar("generating") as bar, DenoisingView(watch and is_rank_zero()) as view:
-        written = list(
-            write_texts(
-                resolve_checkpoint(checkpoint),
-                conversations if chat else [*lines] or [""],
-                infill=infill,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                stop=stop or (),
-                min_entropy=min_entropy,
-                unmasking=unmasking,
-                steps=steps,
-                threshold=threshold,
-                seed=seed,
-                progress=(lambda done, limit: None) if bar is None else bar.show,
-                watch=view.show if watch else None,
-            )
-        )
-    if not is_rank_zero():
-        return
-    if as_json:
-        for text in written:
-            put(json.dumps(dataclasses.asdict(text)))
-        return
-    show_written(written, whole=infill)
+        shown = {"watch": view.show} if bar is None else {"progress": bar.show}
+        with open_writer(resolve_checkpoint(checkpoint)) as writer:
+            written = list(writer.write(prompts, sampling, infill=infill, stop=stop or (), **shown))
+    if is_rank_zero():
+        show_written(written, whole=infill, as_json=as_json)
+
+
+def _prompts(
+    given: Sequence[str], file: Path | None, messages: Path | None, *, chat: bool, infill: bool
+) -> list[str | Messages]:
+    """Return what is to be gone on from: texts, an empty one where none is given, or conversations."""
+    from bd3_scale.data.prompts import read_messages, read_prompts
+
+    lines = [*given, *(read_prompts(file) if file else [])]
+    if not (chat or messages):
+        return [*lines] or [""]
+    if infill:
+        raise ValueError("--infill fills the gaps of a text, and --chat writes an answer: choose one of them")
+    if not (lines or messages):
+        raise ValueError("--chat answers a message: give one with --prompt, or conversations with --messages")
+    return [[{"role": "user", "content": line}] for line in lines] + (read_messages(messages) if messages else [])

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.mauve import SMALLEST_SAMPLE, human_texts, mauve
-from bd3_scale.generate.text import Written, write_texts
+from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.generate.text import open_writer
+from bd3_scale.generate.writer import Written
 from bd3_scale.observe.libraries import without_broken_torchvision
 from bd3_scale.resilience.foreign import CONFIG, for_transformers, object_in, weight_files
 from bd3_scale.resilience.readers import in_one_line, reader
@@ -58,19 +60,17 @@ class Generative:
 def evaluate_generative(
     checkpoint: Path,
     judge: Path,
+    sampling: SamplingConfig,
     *,
     samples: int,
-    max_new_tokens: int,
-    seed: int,
     human: Path | None = None,
     progress: Callable[[int, int], object] = lambda done, limit: None,
-    **sampling: Any,
 ) -> Generative:
     """Draw `samples` texts without a prompt and let a causal model of Hugging Face, in a local folder, judge them.
 
     human: human text, for MAUVE: as many pieces of `max_new_tokens` tokens.
 
-    ValueError: a folder that is none, no sample, or what `write_texts` and `human_texts` refuse.
+    ValueError: a folder that is none, no sample, or what `Writer.write` and `human_texts` refuse.
     """
     if samples < (1 if human is None else SMALLEST_SAMPLE):
         raise ValueError(f"samples is {samples}: give at least 1, and {SMALLEST_SAMPLE} for MAUVE")
@@ -78,11 +78,10 @@ def evaluate_generative(
     references: list[str] = []
     if human is not None:
         tokenizer = load_tokenizer(checkpoint / TOKENIZER)
-        references = human_texts(human, tokenizer, count=samples, length=max_new_tokens)
-    texts = write_texts(
-        checkpoint, [""] * samples, max_new_tokens=max_new_tokens, seed=seed, progress=progress, **sampling
-    )
-    return judged(checkpoint, list(texts), reader, references, seed=seed)
+        references = human_texts(human, tokenizer, count=samples, length=sampling.max_new_tokens)
+    with open_writer(checkpoint) as writer:
+        texts = list(writer.write([""] * samples, sampling, progress=progress))
+    return judged(checkpoint, texts, reader, references, seed=sampling.seed)
 
 
 def judged(

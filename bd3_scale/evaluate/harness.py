@@ -28,12 +28,14 @@ from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.evaluate.bounds import ContinuationBounds
 from bd3_scale.evaluate.checkpoint import LONGEST_CONTEXT
+from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.sampler import generate
-from bd3_scale.generate.text import checkpoint_tokenizer, stop_ids, text_before
+from bd3_scale.generate.text import checkpoint_tokenizer, stop_ids
+from bd3_scale.generate.writer import text_before
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.objective import Objective
 from bd3_scale.observe.console import say
 from bd3_scale.parallel.groups import ProcessGroups
-from bd3_scale.recipe.schema import Recipe
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -51,15 +53,15 @@ class BlockDiffusionLM(LM):
         groups: ProcessGroups,
         tokenizer: Tokenizer,
         *,
-        block_size: int,
+        objective: Objective,
         max_length: int,
         draws: int = 8,
         eos_ids: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids
-        self._block_size, self._max_length = block_size, max_length
-        self._bounds = ContinuationBounds(model, groups, block_size=block_size, max_length=max_length, draws=draws)
+        self._block_size, self._max_length = objective.block_size, max_length
+        self._bounds = ContinuationBounds(model, groups, objective, max_length=max_length, draws=draws)
 
     @property
     def tokenizer_name(self) -> str:
@@ -121,12 +123,9 @@ class BlockDiffusionLM(LM):
         sample = generate(
             self._model,
             prompt,
+            SamplingConfig(max_new_tokens=count, temperature=temperature, min_entropy=0.0, unmasking="static"),
             block_size=self._block_size,
-            max_new_tokens=count,
-            temperature=temperature,
-            min_entropy=0.0,
             eos_ids=self._eos_ids,
-            unmasking="static",
             window=window if window >= 2 * self._block_size else None,
         )
         return sample.tokens
@@ -160,19 +159,18 @@ def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None
             "names a folder of your own"
         )
     with open_model(checkpoint) as (model, manifest, groups):
-        recipe = manifest.recipe
-        if recipe.diffusion.objective == "next_token":
+        objective = manifest.trained_objective()
+        if not objective.fills_masks:
             raise ValueError(
                 f"{checkpoint} predicts the next token: write it with `bd3-scale convert export`, and give the folder "
                 "to the harness as a model of its own kind, `lm_eval --model hf`"
             )
-        context = recipe.data.seq_len if isinstance(recipe, Recipe) else recipe.max_position_embeddings
         adapter = BlockDiffusionLM(
             model,
             groups,
             checkpoint_tokenizer(checkpoint, manifest),
-            block_size=recipe.diffusion.block_size,
-            max_length=min(context, LONGEST_CONTEXT),
+            objective=objective,
+            max_length=min(manifest.max_position_embeddings, LONGEST_CONTEXT),
             draws=draws,
             eos_ids=stop_ids(checkpoint, manifest),
         )

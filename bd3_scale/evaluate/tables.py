@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bd3_scale.evaluate.checkpoint import Evaluation
 from bd3_scale.evaluate.generative import Generative
-from bd3_scale.generate.text import Written
+from bd3_scale.generate.writer import Written
 from bd3_scale.observe.console import Console, put, styled
 
 
@@ -99,11 +99,16 @@ def show_generative(found: Generative) -> None:
     Console().print(table)
 
 
-def show_written(written: Sequence[Written], *, whole: bool) -> None:
+def show_written(written: Sequence[Written], *, whole: bool, as_json: bool = False) -> None:
     """Each text behind its prompt, or the `whole` of it where gaps were filled, and how it came about.
 
     A text is printed as it is, for a program that reads it, but for a terminal: there its controls are escapes.
+    as_json: an object a line instead.
     """
+    if as_json:
+        for text in written:
+            put(json.dumps(asdict(text)))
+        return
     console = Console(highlight=False)
     for text in written:
         prompt = "" if whole else text.prompt

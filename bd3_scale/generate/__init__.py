@@ -1,1 +1,5 @@
 """Sampling text block by block."""
+
+from bd3_scale.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__)

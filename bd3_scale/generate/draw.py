@@ -28,22 +28,13 @@ class Drawing:
     """How tokens are drawn.
 
     temperature: of the softmax; at 0 the most likely token is taken. top_k: only the k most likely tokens. top_p: the
-    nucleus, the fewest tokens whose probabilities add up to top_p or more; after top_k, where both are given.
-
-    ValueError: a value out of its range.
+    nucleus, the fewest tokens whose probabilities add up to top_p or more; after top_k, where both are given. What is
+    right for them, `SamplingConfig` checks.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}: give 0 (most likely token) or above")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}: give at least 1, or leave it out")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: give a probability above 0, up to 1")
 
     def distribution(self, logits_MV: Tensor) -> Tensor:
         """Probabilities float64 [M, V] that tokens are drawn from; at temperature 0 those of temperature 1."""

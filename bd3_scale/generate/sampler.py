@@ -8,9 +8,8 @@ Shapes: B texts, L' tokens a block, M masked tokens, V vocabulary entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3_scale.attention.spans import make_spans
+from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.draw import Drawing
-from bd3_scale.generate.unmasking import Rule, Unmasking
+from bd3_scale.generate.unmasking import BlindRule, Rule, SightedRule
 from bd3_scale.model.kv_cache import KVCache
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.registry import unmasking_rules
 
 ENTROPY_WINDOW = 256
 SUBWORD_ENTROPY = 4.0
@@ -44,8 +46,12 @@ class Sample:
 
 
 @dataclass
-class _Text:
-    """A text that grows. tokens: of its finished blocks; block: [L'], with masks; order: [L'], its places' uniforms."""
+class Draft:
+    """A text that grows.
+
+    tokens: of its finished blocks; block: [L'], with masks; finished: whether it has none any more; order: [L'], its
+    places' uniforms; sample: where the text has ended.
+    """
 
     index: int
     prompt: list[int]
@@ -55,8 +61,20 @@ class _Text:
     nfe: int = 0
     cache_passes: int = 0
     block: Tensor = field(default_factory=lambda: torch.empty(0))
+    finished: bool = False
+    sample: Sample | None = None
     order: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     _drawn: dict[int, tuple[tuple[int, ...], NDArray[np.float64]]] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> list[int]:
+        """All tokens, masks among them."""
+        return self.tokens + self.block.tolist()
+
+    @property
+    def generated(self) -> int:
+        """How many tokens of finished blocks, or of the sample, are behind the prompt."""
+        return max(0, len(self.tokens) - len(self.prompt)) if self.sample is None else len(self.sample.tokens)
 
     def uniforms(self, purpose: int, count: int) -> NDArray[np.float64]:
         """float64 [count] in [0, 1) of this block and step; a generator is made for 16 steps at once, since that takes
@@ -70,94 +88,95 @@ class _Text:
         return self._drawn[purpose][1][self.step % _STEPS]
 
 
-def generate(model: BlockDiffusionTransformer, prompt: list[int], *, seed: int = 0, **how: Any) -> Sample:
+def generate(
+    model: BlockDiffusionTransformer,
+    prompt: list[int],
+    sampling: SamplingConfig,
+    *,
+    block_size: int,
+    window: int | None = None,
+    eos_ids: Sequence[int] | None = None,
+) -> Sample:
     """Continue one prompt; see `generate_batch`."""
-    return generate_batch(model, [prompt], seeds=[seed], **how)[0]
+    return generate_batch(model, [prompt], sampling, block_size=block_size, window=window, eos_ids=eos_ids)[0]
 
 
-@torch.no_grad()
 def generate_batch(
     model: BlockDiffusionTransformer,
     prompts: Sequence[list[int]],
+    sampling: SamplingConfig,
     *,
-    seeds: Sequence[int],
     block_size: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_entropy: float | None = None,
-    unmasking: Rule = "first-hitting",
-    steps: int | None = None,
-    threshold: float | None = None,
     window: int | None = None,
     eos_ids: Sequence[int] | None = None,
     ends: Callable[[int, list[int]], int | None] = lambda index, tokens: None,
-    progress: Callable[[int, int], object] = lambda done, limit: None,
-    watch: Callable[[int, list[int]], object] = lambda index, tokens: None,
 ) -> list[Sample]:
-    """Continue every prompt by up to `max_new_tokens` tokens; all tensor-parallel ranks call it alike (collective).
+    """Continue every prompt, text i with the seed `sampling.seed` + i; see `denoise`."""
+    passes = denoise(model, prompts, sampling, block_size=block_size, window=window, eos_ids=eos_ids, ends=ends)
+    samples = {draft.index: draft.sample for going in passes for draft in going if draft.sample is not None}
+    return [samples[index] for index in range(len(prompts))]
 
-    A text depends on its own prompt and seed, whatever the batch around it (but for the last bits of the logits). Masks
-    in a prompt are gaps, which are filled in place, block by block; what follows a gap in later blocks is not seen.
+
+@torch.no_grad()
+def denoise(
+    model: BlockDiffusionTransformer,
+    prompts: Sequence[list[int]],
+    sampling: SamplingConfig,
+    *,
+    block_size: int,
+    window: int | None = None,
+    eos_ids: Sequence[int] | None = None,
+    ends: Callable[[int, list[int]], int | None] = lambda index, tokens: None,
+) -> Iterator[list[Draft]]:
+    """Yield the texts that are not at their end yet, or just reached it, before the first pass and after each.
+
+    All tensor-parallel ranks call it alike and take what it yields to the end (collective). A text depends on its own
+    prompt and seed, whatever the batch around it (but for the last bits of the logits). Masks in a prompt are gaps,
+    which are filled in place, block by block; what follows a gap in later blocks is not seen.
 
     Args:
-        temperature, top_k, top_p: see `Drawing`.
-        unmasking, steps, threshold: see `bd3_scale.generate.unmasking`.
-        min_entropy: nats, below which the last 256 tokens end the text, which is left without them; by default 4 (the
-            paper's rule), and 0 for vocabularies of bytes or characters, whose text never reaches 4.
         window: how many tokens a block sees, itself among them, whole blocks; default: all.
         eos_ids: each of them ends a text; default: the vocabulary's.
         ends: told a text's number and its generated tokens after each block, how many of them to keep where the text
             ends there, else None.
-        progress: told after each block how many tokens there are, and the limit, over all texts.
-        watch: told after each pass a text's number and all its tokens, masks among them.
 
     Raises:
-        ValueError: no prompt, ids outside the vocabulary, a limit below 1 without a gap to fill, a window that is not
-            of whole blocks or holds fewer than two, an unknown rule, or options out of their range.
+        ValueError: no prompt, ids outside the vocabulary, no new tokens without a gap to fill, a window that is not of
+            whole blocks or holds fewer than two, or more steps than the rule takes of such blocks.
     """
-    drawing = Drawing(temperature, top_k, top_p)
-    how = Unmasking.make(unmasking, block_size, steps, threshold)
-    _check(model, prompts, max_new_tokens, window, block_size)
-    if min_entropy is None:
-        min_entropy = SUBWORD_ENTROPY if model.vocabulary.size >= SMALLEST_SUBWORD_VOCABULARY else 0.0
+    rule = unmasking_rules.get(sampling.unmasking)(block_size, sampling.steps, sampling.threshold)
+    drawing = Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
+    _check(model, prompts, sampling.max_new_tokens, window, block_size)
     model.eval()
     mask_id = model.vocabulary.mask_id
     eos_ids = (model.vocabulary.eos_id,) if eos_ids is None else eos_ids
     texts = [
-        _Text(index, list(prompt), seed, list(prompt[: _whole(prompt, block_size, mask_id)]))
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        Draft(index, list(prompt), sampling.seed + index, list(prompt[: _whole(prompt, block_size, mask_id)]))
+        for index, prompt in enumerate(prompts)
     ]
-    cache = _prefilled(model, texts, block_size, max_new_tokens, window)
+    cache = _prefilled(model, texts, block_size, sampling.max_new_tokens, window)
     for text in texts:
         _open_block(text, block_size, mask_id)
-    samples: dict[int, Sample] = {}
     while True:
         for text in texts:
-            if not bool((text.block == mask_id).any()):
-                sample = _ended(text, max_new_tokens, eos_ids, ends, min_entropy)
-                if sample is not None:
-                    samples[text.index] = sample
-        kept = [place for place, text in enumerate(texts) if text.index not in samples]
-        going = [texts[place] for place in kept]
-        done = sum(max(0, len(text.tokens) - len(text.prompt)) for text in going)
-        progress(done + sum(len(sample.tokens) for sample in samples.values()), max_new_tokens * len(prompts))
-        if not going:
-            return [samples[index] for index in range(len(prompts))]
-        if len(going) < len(texts):
+            text.finished = not bool((text.block == mask_id).any())
+            if text.finished:
+                text.sample = _ended(text, model.vocabulary, sampling, eos_ids, ends)
+        yield texts
+        kept = [place for place, text in enumerate(texts) if text.sample is None]
+        if not kept:
+            return
+        if len(kept) < len(texts):
             cache.keep(kept)
-        texts = going
-        _pass(model, cache, texts, how, drawing, window)
-        for text in texts:
-            watch(text.index, text.tokens + text.block.tolist())
+        texts = [texts[place] for place in kept]
+        _pass(model, cache, texts, rule, drawing, window)
 
 
 def _pass(
     model: BlockDiffusionTransformer,
     cache: KVCache,
-    texts: Sequence[_Text],
-    how: Unmasking,
+    texts: Sequence[Draft],
+    rule: Rule,
     drawing: Drawing,
     window: int | None,
 ) -> None:
@@ -167,29 +186,14 @@ def _pass(
     size = blocks.shape[1]
     masked = blocks == mask_id
     open_texts = masked.any(1).tolist()
-    # Before the forward: which places do not depend on it.
-    blind = None if how.sees_logits else _blind_places(texts, masked, how)
     device = next(model.parameters()).device
     starts = torch.tensor([len(text.tokens) for text in texts])
     positions = (starts[:, None] + torch.arange(size)).to(device)
-    if not any(open_texts):
-        model.prefill(blocks.to(device), positions, None, cache)
-    else:
-        places = masked if blind is None else blind
-        at = places.to(device)
-        logits = model.decode(blocks.to(device), positions, cache, at)
+    if any(open_texts):
+        _unmask(model, cache, texts, blocks, masked, positions, rule, drawing)
         cache.commit([0 if is_open else size for is_open in open_texts])
-        uniforms = np.stack([text.uniforms(_TOKENS, size) for text in texts])
-        drawn, confidence, entropy = drawing.draw(logits, torch.from_numpy(uniforms[places.numpy()]))
-        if blind is None:
-            steps = torch.tensor([text.step for text in texts])
-            steps = steps.clamp(max=len(how.counts) - 1).to(device)
-            spread = (torch.zeros(places.shape, dtype=torch.float64, device=device) for _ in range(2))
-            sure, doubt = (s.masked_scatter(at, x) for s, x in zip(spread, (confidence, entropy), strict=True))
-            chosen = how.choose(sure, doubt, at, steps)
-            drawn = drawn[chosen[at]]
-            places = chosen.cpu()
-        blocks[places] = drawn.cpu()
+    else:
+        model.prefill(blocks.to(device), positions, None, cache)
     for place, text in enumerate(texts):
         if open_texts[place]:
             text.block = blocks[place]
@@ -203,21 +207,60 @@ def _pass(
             cache.forget(place, over)
 
 
-def _blind_places(texts: Sequence[_Text], masked: Tensor, how: Unmasking) -> Tensor:
+def _unmask(
+    model: BlockDiffusionTransformer,
+    cache: KVCache,
+    texts: Sequence[Draft],
+    blocks: Tensor,
+    masked: Tensor,
+    positions: Tensor,
+    rule: Rule,
+    drawing: Drawing,
+) -> None:
+    """Put tokens at some of the masked places of `blocks` [B, L']; what the cache is to keep of them is told later."""
+    # Before the forward, where they do not depend on it.
+    places = _blind_places(texts, masked, rule) if isinstance(rule, BlindRule) else masked
+    at = places.to(positions.device)
+    logits = model.decode(blocks.to(positions.device), positions, cache, at)
+    uniforms = np.stack([text.uniforms(_TOKENS, blocks.shape[1]) for text in texts])
+    drawn, confidence, entropy = drawing.draw(logits, torch.from_numpy(uniforms[places.numpy()]))
+    if isinstance(rule, SightedRule):
+        chosen = _seen_places(rule, texts, at, confidence, entropy)
+        drawn, places = drawn[chosen[at]], chosen.cpu()
+    blocks[places] = drawn.cpu()
+
+
+def _blind_places(texts: Sequence[Draft], masked: Tensor, rule: BlindRule) -> Tensor:
     """bool [B, L']; idle steps, which unmask nothing, are passed over without a forward."""
     found = np.zeros(masked.shape, dtype=np.bool_)
     for place, text in enumerate(texts):
         here = masked[place].numpy()
         while here.any():
-            chance = text.uniforms(_CHANCE, len(here)) if how.rule == "ancestral" else text.order
-            found[place] = how.choose_blindly(here, text.order, chance, text.step)
+            found[place] = rule.choose(here, text.order, text.uniforms(_CHANCE, len(here)), text.step)
             if found[place].any():
                 break
             text.step += 1
     return torch.from_numpy(found)
 
 
-def _open_block(text: _Text, size: int, mask_id: int) -> None:
+def _seen_places(
+    rule: SightedRule, texts: Sequence[Draft], masked: Tensor, confidence: Tensor, entropy: Tensor
+) -> Tensor:
+    """bool [B, L'], by confidence and entropy [M] of the masked places; ValueError: a block is left as it was."""
+    spread = (torch.zeros(masked.shape, dtype=torch.float64, device=masked.device) for _ in range(2))
+    sure, doubt = (s.masked_scatter(masked, x) for s, x in zip(spread, (confidence, entropy), strict=True))
+    steps = torch.tensor([text.step for text in texts]).to(masked.device)
+    chosen = rule.choose(sure, doubt, masked, steps)
+    if not torch.equal(chosen.any(1), masked.any(1)):
+        name = unmasking_rules.name_of(type(rule))
+        raise ValueError(
+            f"the unmasking rule {name} took no place of a block with masks: let it take one at least, such as the "
+            "most confident"
+        )
+    return chosen
+
+
+def _open_block(text: Draft, size: int, mask_id: int) -> None:
     """The next block: what the prompt has of it, else masks."""
     given = text.prompt[len(text.tokens) : len(text.tokens) + size]
     text.block = torch.tensor(given + [mask_id] * (size - len(given)))
@@ -232,7 +275,7 @@ def _whole(prompt: Sequence[int], size: int, mask_id: int) -> int:
 
 
 def _prefilled(
-    model: BlockDiffusionTransformer, texts: Sequence[_Text], size: int, max_new_tokens: int, window: int | None
+    model: BlockDiffusionTransformer, texts: Sequence[Draft], size: int, max_new_tokens: int, window: int | None
 ) -> KVCache:
     """The cache of the prompts' whole blocks, of which a window sees the last."""
     device = next(model.parameters()).device
@@ -256,18 +299,18 @@ def _prefilled(
 
 
 def _ended(
-    text: _Text,
-    max_new_tokens: int,
+    text: Draft,
+    vocabulary: Vocabulary,
+    sampling: SamplingConfig,
     eos_ids: Sequence[int],
     ends: Callable[[int, list[int]], int | None],
-    min_entropy: float,
 ) -> Sample | None:
     """The sample, if the finished block ends it."""
-    everything = text.tokens + text.block.tolist()
-    given = len(text.prompt)
+    everything, given = text.whole, len(text.prompt)
     if len(everything) < given:
         return None
-    generated = everything[given : given + max_new_tokens]
+    limit = sampling.max_new_tokens
+    generated = everything[given : given + limit]
 
     def sample(count: int, stopped_by: str) -> Sample:
         return Sample(generated[:count], everything[:given], stopped_by, text.nfe, text.cache_passes)
@@ -276,10 +319,10 @@ def _ended(
         return sample(first, "eos")
     if (count := ends(text.index, generated)) is not None:
         return sample(count, "stop string")
-    if _entropy(generated) < min_entropy:
+    if _entropy(generated) < least_entropy(sampling, vocabulary):
         # They are what was found degenerate; the entropy is infinite where there are fewer.
         return sample(len(generated) - ENTROPY_WINDOW, "entropy")
-    return sample(max_new_tokens, "length") if len(everything) >= given + max_new_tokens else None
+    return sample(limit, "length") if len(everything) >= given + limit else None
 
 
 def _check(
@@ -295,10 +338,17 @@ def _check(
     for prompt in prompts:
         if bad := [i for i in prompt if not 0 <= i < vocabulary.size]:
             raise ValueError(f"a prompt holds ids {bad[:5]} that are not in this vocabulary of {vocabulary.size}")
-        if max_new_tokens < (0 if vocabulary.mask_id in prompt else 1):
+        if max_new_tokens == 0 and vocabulary.mask_id not in prompt:
             raise ValueError(f"max_new_tokens is {max_new_tokens}: give at least 1, or a prompt with gaps and 0")
     if window is not None and (window % block_size or window < 2 * block_size):
         raise ValueError(f"window is {window}: give a multiple of the block size {block_size}, twice that or more")
+
+
+def least_entropy(sampling: SamplingConfig, vocabulary: Vocabulary) -> float:
+    """Return the nats below which a text ends where nobody knows text of this vocabulary; 0 where it has few ids."""
+    if sampling.min_entropy is not None:
+        return sampling.min_entropy
+    return SUBWORD_ENTROPY if vocabulary.size >= SMALLEST_SUBWORD_VOCABULARY else 0.0
 
 
 def _entropy(tokens: list[int]) -> float:

@@ -24,7 +24,10 @@ _PLAIN = re.compile(r"[\w@%+=:,./\[\]-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Job:
-    """A run on a site. Paths are absolute. `script` and `supervision` are functions of it alone."""
+    """A run on a site. Paths are absolute. `script` and `supervision` are functions of it alone.
+
+    python_path: where its plug-ins were found besides what is installed, whatever shell submits it again.
+    """
 
     recipe: Recipe
     profile: Profile
@@ -34,6 +37,7 @@ class Job:
     commit: str
     python: str = sys.executable
     supervisor: str = supervise.__file__
+    python_path: str = ""
     submission: str = ""
     chain: int = 0
     dependency: str | None = None
@@ -54,7 +58,7 @@ def new_submission() -> str:
     return secrets.token_hex(4)
 
 
-def check_job(recipe: Recipe, profile: Profile, nodes: int, document_multiple: int | None, run_dir: Path) -> None:
+def check_job(recipe: Recipe, profile: Profile, nodes: int, run_dir: Path) -> None:
     """Whether recipe, site and nodes fit together.
 
     Raises:
@@ -63,9 +67,9 @@ def check_job(recipe: Recipe, profile: Profile, nodes: int, document_multiple: i
     """
     world = nodes * profile.processes
     try:
-        check_recipe(recipe, world, document_multiple)
+        check_recipe(recipe, world)
     except RecipeError as error:
-        fitting = list(_fitting(recipe, profile, nodes, document_multiple))
+        fitting = list(_fitting(recipe, profile, nodes))
         hint = f"these would fit: {'; '.join(fitting[:6])}" if fitting else "no other layout of these nodes would fit"
         counted = f"{nodes} nodes x {profile.processes} processes = {world} ranks"
         raise RecipeError([*error.problems, f"{counted}; {hint}"]) from None
@@ -85,23 +89,23 @@ def _check_run_dir(run_dir: Path, profile: Profile) -> None:
         )
 
 
-def _fitting(recipe: Recipe, profile: Profile, nodes: int, document_multiple: int | None) -> Iterator[str]:
+def _fitting(recipe: Recipe, profile: Profile, nodes: int) -> Iterator[str]:
     """Other layouts on these nodes, then this layout on other numbers of nodes."""
     for tensor in (1, 2, 4, 8):
         for pipeline in (1, 2, 4, 8):
             split = {"tensor": tensor, "pipeline": pipeline, "layers_per_chunk": None, "virtual_pipeline": 1}
             split["sequence"] = recipe.parallel.sequence and tensor > 1
             other = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=split)})
-            if tensor <= profile.processes and _fits(other, nodes * profile.processes, document_multiple):
+            if tensor <= profile.processes and _fits(other, nodes * profile.processes):
                 yield f"parallel.tensor={tensor} parallel.pipeline={pipeline}"
     for count in range(1, 2 * nodes + 1):
-        if count != nodes and _fits(recipe, count * profile.processes, document_multiple):
+        if count != nodes and _fits(recipe, count * profile.processes):
             yield f"--nodes {count}"
 
 
-def _fits(recipe: Recipe, world_size: int, document_multiple: int | None) -> bool:
+def _fits(recipe: Recipe, world_size: int) -> bool:
     try:
-        check_recipe(recipe, world_size, document_multiple)
+        check_recipe(recipe, world_size)
     except RecipeError:
         return False
     return True
@@ -168,6 +172,8 @@ def _dependency(job: Job) -> str | None:
 def _environment(job: Job) -> Iterator[tuple[str, str]]:
     yield "OMP_NUM_THREADS", str(job.profile.cpus_per_process)
     yield "PYTHONSAFEPATH", "1"  # what lies in the folder of the submission is no module of the ranks
+    if job.python_path:
+        yield "PYTHONPATH", job.python_path
     if job.profile.interface is not None:
         yield "GLOO_SOCKET_IFNAME", job.profile.interface
         yield "NCCL_SOCKET_IFNAME", job.profile.interface

@@ -45,6 +45,7 @@ def launch(
     log_dir: Path | None,
     *,
     deadlines: Mapping[str, float] | None = None,
+    recipe: str | None = None,
 ) -> int:
     """Runs `argv` in several processes and waits for all of them.
 
@@ -60,6 +61,7 @@ def launch(
         threads: CPU threads of each rank.
         deadlines: seconds without progress, by phase, after which ranks are taken for hung: they print the stacks of
             their threads, whoever is behind is named, and all are killed. None: they are not watched.
+        recipe: what all ranks read, in a file of that folder whose path becomes the last word of `argv`.
 
     Returns:
         0, or the exit code of the rank that failed first (128 + n where signal n killed it), or `HANG`.
@@ -70,6 +72,9 @@ def launch(
     with _temporary_folder() as folder:
         log_dir = log_dir or folder / "logs"
         log_dir.mkdir(parents=True, exist_ok=True)
+        if recipe is not None:
+            (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+            argv = [*argv, str(folder / "recipe.yaml")]
         meeting = {MEETING_VARIABLE: str(folder), **dict.fromkeys(_INTERFACES, "lo")}
         if deadlines is None:
             return _run(argv, processes, threads, log_dir, meeting, lambda: None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,8 @@ from bd3_scale.launch.job import SLURM_FOLDER, Job, check_job, new_submission, s
 from bd3_scale.launch.profile import TIME_LIMIT, load_profile
 from bd3_scale.launch.records import excluded_nodes, read_json
 from bd3_scale.launch.slurm import ACTIVE, ask, job_states, partitions, slurm
-from bd3_scale.recipe.load import load_recipe, recipe_files, resolved_yaml
+from bd3_scale.observe.environment import source_commit
+from bd3_scale.recipe.load import load_recipe, recipe_files, resolved_yaml, with_plugins
 from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.runlock import lock_run
 
@@ -36,19 +37,20 @@ def make_job(
     chain: int = 0,
     dependency: str | None = None,
     exclude: Sequence[str] = (),
+    plugins: Sequence[str] = (),
 ) -> Job:
-    """The job of a recipe on a site, checked.
+    """The job of a recipe on a site, checked. `plugins` of the command line join the recipe's.
 
     Raises:
         ValueError: recipe, profile and nodes do not fit together.
     """
-    loaded, site = load_recipe(recipe, overrides), load_profile(profile)
+    loaded, site = with_plugins(load_recipe(recipe, overrides), plugins), load_profile(profile)
     if time_limit is not None:
         if not re.fullmatch(TIME_LIMIT, time_limit, re.ASCII):
             raise ValueError(f"--time must be minutes, or such as 4:00:00 or 1-00:00:00, not {time_limit!a}")
         site = site.model_copy(update={"time_limit": time_limit})
     run_dir = loaded.run_path.absolute()
-    check_job(loaded, site, nodes, None, run_dir)
+    check_job(loaded, site, nodes, run_dir)
     absolute = {"path": str(Path(loaded.data.path).absolute())}
     if loaded.data.remote is not None and "://" not in loaded.data.remote:
         absolute["remote"] = str(Path(loaded.data.remote).absolute())
@@ -66,18 +68,13 @@ def make_job(
         chain=chain,
         dependency=dependency,
         exclude=tuple(exclude),
+        python_path=_python_path() if stored.plugins else "",
     )
 
 
-def source_commit() -> str:
-    """The commit of this code, with `+` where files differ from it; `unknown` where it is no git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + "+" * bool(changed.stdout.strip())
+def _python_path() -> str:
+    folders = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join(str(Path(folder).absolute()) for folder in folders)
 
 
 def ask_slurm(job: Job) -> str:

@@ -15,49 +15,61 @@ from bd3_scale.attention.backends import choose_backend
 from bd3_scale.model.config import transformer_config
 from bd3_scale.model.init import initialise_weights
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.recipe.schema import ModelSections
+from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe, Recompute
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 Chunks = list[BlockDiffusionTransformer]
+_WHOLE = ParallelRecipe()
 
 
 def build_model(
-    recipe: ModelSections,
+    model: ModelRecipe,
     vocabulary: Vocabulary,
     groups: ProcessGroupCollection,
     *,
+    parallel: ParallelRecipe = _WHOLE,
     dtype: torch.dtype,
     device: torch.device,
     seed: int | None,
+    deterministic: bool = True,
+    attention_backend: str = "auto",
+    recompute: tuple[Recompute, int | None] = ("none", None),
 ) -> Chunks:
-    """This rank's part of the model on `device`: its chunks of the pipeline, or one where there is none.
+    """Return this rank's part of the model on `device`: its chunks of the pipeline, or one where there is none.
 
     Weights are drawn from `seed`, the same on every layout, or left uninitialised for a load.
-    ValueError: the recipe's attention cannot run there.
+
+    Args:
+        recompute: what is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`.
+
+    Raises:
+        ValueError: the attention cannot run there.
     """
-    config = transformer_config(
-        recipe.model, recipe.parallel, dtype=dtype, device=device, deterministic=recipe.deterministic
-    )
+    config = transformer_config(model, parallel, dtype=dtype, device=device, deterministic=deterministic)
     assert not config.gradient_accumulation_fusion, "it writes main_grad, which ZeRO never reads"
-    backend = attention_backend(recipe, dtype=dtype, device=device)
-    every_stage = range(groups.pp.rank(), len(recipe.parallel.chunks(recipe.model.num_layers)), groups.pp.size())
+    backend = choose_backend(attention_backend, device, dtype, model.head_size)
+    every_stage = range(groups.pp.rank(), len(parallel.chunks(model.num_layers)), groups.pp.size())
     with device:
         chunks = [
-            BlockDiffusionTransformer(config, recipe, vocabulary, groups, chunk=chunk, attention_backend=backend)
+            BlockDiffusionTransformer(
+                config,
+                model,
+                vocabulary,
+                groups,
+                parallel=parallel,
+                chunk=chunk,
+                attention_backend=backend,
+                recompute=recompute,
+            )
             for chunk in every_stage
         ]
     for chunk in chunks:
         _mark_split_weights(chunk)
         if seed is not None:
-            initialise_weights(chunk, num_layers=recipe.model.num_layers, init_std=recipe.model.init_std, seed=seed)
-            if chunk.post_process and not recipe.model.tie_embeddings:
+            initialise_weights(chunk, num_layers=model.num_layers, init_std=model.init_std, seed=seed)
+            if chunk.post_process and not model.tie_embeddings:
                 chunk.output_layer.zero_forbidden_rows()
     return chunks
-
-
-def attention_backend(recipe: ModelSections, *, dtype: torch.dtype, device: torch.device) -> str:
-    """The backend that attends for `recipe` on `device`; ValueError: the recipe names one that cannot."""
-    return choose_backend(recipe.attention_backend, device, dtype, recipe.model.head_size)
 
 
 def _mark_split_weights(model: BlockDiffusionTransformer) -> None:

@@ -5,7 +5,6 @@ Legend: M rows, X hidden size, V vocabulary entries of this tensor-parallel rank
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntrop
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
+from bd3_scale.model.rows import RowLoss
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 # fp32 logits of a piece: 256 MiB, 512 rows of a vocabulary of 128k, so that its products keep a GPU busy.
@@ -24,10 +24,8 @@ PIECE_ELEMENTS = 1 << 26
 class OutputLayer(ColumnParallelLinear):
     """Logits in fp32, with −∞ where a clean token cannot be: the mask's id and those that pad the vocabulary."""
 
-    def __init__(self, *args: Any, vocabulary: Vocabulary, score_entropy: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, vocabulary: Vocabulary, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A score is the exponential of its logit over the number of clean tokens; all are about 1 / that at first.
-        self.score_offset = math.log(vocabulary.size - 1) if score_entropy else None
         ids = torch.arange(vocabulary.padded_size).chunk(self.tp_group.size())[self.tp_group.rank()]
         forbidden = (ids == vocabulary.mask_id) | (ids >= vocabulary.size)
         self.first_id = self.tp_group.rank() * len(ids)
@@ -45,12 +43,11 @@ class OutputLayer(ColumnParallelLinear):
         weight: Tensor | None = None,
         targets: Tensor | None = None,
         row_weights: Tensor | None = None,
+        row_loss: RowLoss | None = None,
     ) -> Any:
-        """Logits of `hidden` [..., X] as [..., V]; or with `targets` and `row_weights` [M] for rows [M, X], the
-        weighted sum of their negative log-likelihoods in nats, a scalar, and each of them, [M] fp32 without gradient.
-        With `score_entropy` it is SEDD's loss (Lou et al., ICML 2024, definition 3.1 for absorbing noise) in their
-        place: scores u that need not sum to 1 lose Σ u − 1 − log u of the target, which bounds the likelihood with the
-        same weights and is least where u is the probability.
+        """Return logits of `hidden` [..., X] as [..., V]; or with `targets` and `row_weights` [M] for rows [M, X] the
+        weighted sum of their losses in nats, a scalar, and each of them, [M] fp32 without gradient: the negative
+        log-likelihood, or what `row_loss` makes of it.
 
         hidden is whole on every tensor-parallel rank; its gradient is this rank's part of the sum over them.
         """
@@ -59,12 +56,12 @@ class OutputLayer(ColumnParallelLinear):
         if targets is None:
             return F.linear(hidden, weight, self.bias).float().masked_fill(self.forbidden_V, float("-inf"))
         return _CrossEntropy.apply(
-            hidden, weight, self.bias, targets, row_weights, self.forbidden_V, self, torch.is_grad_enabled()
+            hidden, weight, self.bias, targets, row_weights, self.forbidden_V, self, row_loss, torch.is_grad_enabled()
         )
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Σ weight · nll, whose gradients are made in forward, while a piece's logits are there: nothing is computed twice.
+    """Σ weight · loss, with gradients made in forward, while a piece's logits are there: nothing is computed twice.
 
     The way of fused linear cross-entropy (Liger Kernel, Hsu et al., 2024), on megatron's vocabulary-parallel pieces.
     """
@@ -79,9 +76,10 @@ class _CrossEntropy(torch.autograd.Function):
         row_weights_M: Tensor,
         forbidden_V: Tensor,
         layer: OutputLayer,
+        row_loss: RowLoss | None,
         training: bool,
     ) -> tuple[Tensor, Tensor]:
-        nll_M = torch.empty(len(targets_M), dtype=torch.float32, device=hidden_MX.device)
+        loss_M = torch.empty(len(targets_M), dtype=torch.float32, device=hidden_MX.device)
         grad_hidden = torch.empty_like(hidden_MX if training else hidden_MX[:0])
         grad_weight = torch.zeros_like(weight_VX if training else weight_VX[:0], dtype=torch.float32)
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if training and bias_V is not None else None
@@ -89,14 +87,16 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_M), piece):
             rows = slice(start, start + piece)
             logits = F.linear(hidden_MX[rows], weight_VX, bias_V).float().masked_fill_(forbidden_V, float("-inf"))
-            nll_M[rows], softmax, missing, place, log_total = _piece_nll(logits, targets_M[rows], layer)
-            if layer.score_offset is not None:
-                log_total = log_total - layer.score_offset
-                nll_M[rows] += torch.expm1(log_total) - log_total
-                softmax *= log_total.exp()[:, None]
+            loss_M[rows], softmax, missing, place, log_total = _piece_nll(logits, targets_M[rows], layer)
+            by_nll = None
+            if row_loss is not None:
+                loss_M[rows], by_nll, by_total = _row_loss(row_loss, loss_M[rows], log_total)
+                # The nll is log_total less the target's logit, and the derivative of log_total the softmax.
+                softmax *= (by_nll + by_total)[:, None]
             if training:
                 operands = VocabParallelCrossEntropy.prepare_gradient_calculation_operands(softmax, missing)
                 grad_2d, arange, update, grad_logits = operands
+                update = update if by_nll is None else update * by_nll
                 grad_logits = VocabParallelCrossEntropy.calculate_gradients(
                     grad_2d, arange, place, update, grad_logits, row_weights_M[rows]
                 )
@@ -108,15 +108,26 @@ class _CrossEntropy(torch.autograd.Function):
         if training:
             ctx.dtypes = weight_VX.dtype, None if bias_V is None else bias_V.dtype
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(nll_M)
-        return (nll_M * row_weights_M).sum(), nll_M
+        ctx.mark_non_differentiable(loss_M)
+        return (loss_M * row_weights_M).sum(), loss_M
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         grad_bias = None if grad_bias is None else (grad_bias * grad_loss).to(bias_dtype)
-        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(weight_dtype), grad_bias, *(None,) * 5
+        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(weight_dtype), grad_bias, *(None,) * 6
+
+
+def _row_loss(row_loss: RowLoss, nll_M: Tensor, log_total_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses [M], and their derivatives by the nll and by log_total."""
+    with torch.enable_grad():
+        nll, log_total = (values.detach().clone().requires_grad_() for values in (nll_M, log_total_M))
+        loss = row_loss(nll, log_total)
+        if loss.shape != nll.shape:
+            raise ValueError(f"a row loss gives shape {tuple(loss.shape)} for {len(nll)} rows: give one number a row")
+        by_nll, by_total = torch.autograd.grad(loss.sum(), (nll, log_total), allow_unused=True, materialize_grads=True)
+    return loss.detach(), by_nll, by_total
 
 
 def _piece_nll(logits: Tensor, targets: Tensor, layer: OutputLayer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -6,14 +6,31 @@ S streams (the noisy copies, then the clean tokens where there is such a stream)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bd3_scale.model.kv_cache import KVCache
 
+# From the nll of the targets [M] and the logarithm of the sum of the exponentials of all logits [M] to a loss [M].
+RowLoss = Callable[[Tensor, Tensor], Tensor]
 # Noise on mask embeddings is one of so many vectors; the first is zero, for rows that have none.
 NOISE_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a rank computes.
+
+    Attributes:
+        device: of its tensors.
+        context: its number, and how many there are, among the ranks that split the positions of a sequence.
+    """
+
+    device: torch.device
+    context: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,8 @@ class ModelInputs:
         num_noisy: C; 0 for clean rows alone.
         head_rows: int64 [M], as indices into [streams that the head reads · R, B]; the head sees no others.
         targets: int64 [M], the tokens to predict there.
-        weights: float32 [M], what multiplies each negative log-likelihood in the loss.
+        weights: float32 [M], what multiplies the loss of each.
+        row_loss: what a row of the head loses; None: the negative log-likelihood of its target.
         noisy_pairs, clean_pairs: query-key pairs that the mask lets through, by kind of query, for one head.
         trained_tokens: of each sequence, on this rank's positions, how many are not shown.
         mask_noise: what is added to the embeddings of masked tokens.
@@ -59,6 +77,7 @@ class ModelInputs:
     trained_tokens: tuple[int, ...] = ()
     mask_noise: MaskNoise | None = None
     kinds: Tensor | None = None
+    row_loss: RowLoss | None = None
 
     @property
     def num_streams(self) -> int:

@@ -32,7 +32,7 @@ from bd3_scale.model.head import OutputLayer
 from bd3_scale.model.kv_cache import KVCache
 from bd3_scale.model.rotary import rotary_table
 from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowContext, by_rank, by_stream
-from bd3_scale.recipe.schema import ModelSections
+from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe, Recompute
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -44,20 +44,22 @@ class BlockDiffusionTransformer(MegatronModule):
     Args:
         chunk: which of the pipeline's chunks this is, in the order of the layers: the first one has the embedding, the
             last one the head (and, with tied embeddings, where they are not the same, its own copy of the embedding).
+        recompute: see `build_model`.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        recipe: ModelSections,
+        model: ModelRecipe,
         vocabulary: Vocabulary,
         groups: ProcessGroupCollection,
         *,
+        parallel: ParallelRecipe,
         chunk: int,
         attention_backend: str,
+        recompute: tuple[Recompute, int | None],
     ) -> None:
         super().__init__(config=config)
-        model, parallel = recipe.model, recipe.parallel
         chunks = parallel.chunks(model.num_layers)
         self.model_type = ModelType.encoder_or_decoder
         self.recipe = model
@@ -75,20 +77,20 @@ class BlockDiffusionTransformer(MegatronModule):
                 position_embedding_type="rope",
                 tp_group=groups.tp,
             )
-        recompute, recompute_layers = recipe.recomputation
+        recomputed, recomputed_layers = recompute
         self.decoder = Decoder(
             config,
             decoder_spec(
                 model,
                 chunks[chunk],
                 attention_backend=attention_backend,
-                recompute_core=recompute == "selective",
+                recompute_core=recomputed == "selective",
             ),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,
             vp_stage=self.vp_stage,
-            recompute_layers=(recompute_layers or chunks[chunk]) if recompute == "full" else 0,
+            recompute_layers=(recomputed_layers or chunks[chunk]) if recomputed == "full" else 0,
         )
         if self.post_process:
             self.output_layer = OutputLayer(
@@ -100,7 +102,6 @@ class BlockDiffusionTransformer(MegatronModule):
                 skip_weight_param_allocation=model.tie_embeddings and self.pre_process,
                 tp_group=groups.tp,
                 vocabulary=vocabulary,
-                score_entropy=recipe.diffusion.objective == "score_entropy",
             )
 
     @property
@@ -116,8 +117,8 @@ class BlockDiffusionTransformer(MegatronModule):
         self.decoder.set_input_tensor(input_tensor[0])
 
     def forward(self, inputs: ModelInputs) -> Tensor | tuple[Tensor, Tensor]:
-        """The rows for the next chunk, [N, B, X]; of the last chunk the weighted sum of the negative log-likelihoods at
-        the head's rows, a scalar in nats, and each of them, fp32 [M], without gradient.
+        """The rows for the next chunk, [N, B, X]; of the last chunk the weighted sum of the losses at the head's rows,
+        a scalar in nats, and each of them, fp32 [M], without gradient.
         """
         hidden_NBX = self._decode(
             inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans, mask_noise=inputs.mask_noise
@@ -131,8 +132,10 @@ class BlockDiffusionTransformer(MegatronModule):
         else:
             hidden_MX = hidden_NBX.flatten(0, 1)[inputs.head_rows]
             hidden_MX = copy_to_tensor_model_parallel_region(hidden_MX, group=self.tp_group)
-        total, nll_M = self.output_layer(hidden_MX, self._head_weight(), inputs.targets, inputs.weights)
-        return total, nll_M
+        total, loss_M = self.output_layer(
+            hidden_MX, self._head_weight(), inputs.targets, inputs.weights, inputs.row_loss
+        )
+        return total, loss_M
 
     def embed(self, inputs: ModelInputs) -> tuple[Tensor, RowContext]:
         """What the first layer takes: embeddings [N, B, X] and what every layer needs to know of the rows."""

@@ -1,17 +1,17 @@
-"""What this machine offers a run: versions, processors, optional accelerations."""
+"""What this machine offers a run: versions, the commit, processors, accelerations; what memory the run has taken."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import platform
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-from bd3_scale.attention.backends import choose_backend
 
 _PACKAGES = (
     "bd3_scale",
@@ -26,6 +26,10 @@ _PACKAGES = (
     "numpy",
     "wandb",
 )
+
+
+# Of those, what decides how a checkpoint came about.
+_WRITERS = ("bd3_scale", "torch", "megatron-core", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,25 @@ def read_environment() -> Environment:
         gpus=tuple(Gpu(p.name, round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}") for p in properties),
         accelerations=(_bf16(), apex_acceleration(), _triton()),
     )
+
+
+@functools.cache
+def software() -> dict[str, str]:
+    """Return the versions of what writes checkpoints, and the commit of this code; imports nothing of it."""
+    versions = {name: version for name in _WRITERS if (version := _version(name)) is not None}
+    return versions | {"commit": source_commit()}
+
+
+def source_commit() -> str:
+    """Return the commit of this code, with `+` where files differ from it; `unknown` where it is no git checkout."""
+    # Without a lock: a person may be committing meanwhile.
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
+    try:
+        said = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    head = next(line.removeprefix("# branch.oid ") for line in said if line.startswith("# branch.oid "))
+    return head[:12] + "+" * any(not line.startswith("#") for line in said)
 
 
 def has_fast_bf16() -> bool:
@@ -118,6 +141,8 @@ def _triton() -> Acceleration:
     """Triton by the kernels of attention, at the head size that most models have."""
     import torch
 
+    from bd3_scale.attention.backends import choose_backend
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         backend = choose_backend("auto", device, torch.bfloat16 if has_fast_bf16() else torch.float32, head_dim=128)
@@ -140,3 +165,20 @@ def _cpu_info() -> dict[str, str]:
     first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process has had, in bytes (VmHWM of proc(5), Linux).
+
+    getrusage(2) is no substitute: its maximum survives exec, so that a small program started by a large one looks
+    large.
+    """
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def peak_cuda_bytes() -> int | None:
+    """The most memory that PyTorch has allocated on the current CUDA device, in bytes; None without CUDA."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -1,9 +1,10 @@
-"""Libraries that break beside a torchvision that was built for another PyTorch."""
+"""What other libraries are kept from: warnings that nobody can act on, and a torchvision built for another PyTorch."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,3 +32,14 @@ def without_broken_torchvision() -> Iterator[None]:
             del sys.modules["torchvision"]
     else:
         yield
+
+
+def quieten_libraries() -> None:
+    """Hide what megatron-core, DeepSpeed and torch say of each other at import and call; `doctor` tells what is
+    missing.
+
+    To be called before they are imported. `python -W` and PYTHONWARNINGS do not bring them back; nothing of our own is
+    hidden.
+    """
+    for module in ("megatron", "deepspeed", "torch", "streaming"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")

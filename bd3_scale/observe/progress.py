@@ -1,4 +1,7 @@
-"""Progress on the console: a bar on a terminal, and elsewhere, of a training, a plain line now and then."""
+"""Progress on the console: a bar on a terminal, and elsewhere, of a training, a plain line now and then.
+
+On a terminal also text that loses its masks.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Literal
 
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -18,7 +22,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from bd3_scale.observe.console import Console, label
+from bd3_scale.observe.console import Console, label, styled
+from bd3_scale.resilience.terminal import clean
+
+MASK = "[MASK]"
+HIDDEN = "░"
 
 
 def is_rank_zero() -> bool:
@@ -114,3 +122,29 @@ class TrainingProgress:
     def message(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+class DenoisingView:
+    """Shows the end of the text that changed last. A context manager; nothing where it is not `shown`."""
+
+    def __init__(self, shown: bool) -> None:
+        self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True) if shown else None
+
+    def __enter__(self) -> DenoisingView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, number: int, text: str) -> None:
+        """What text `number` looks like, with `[MASK]` for each masked token."""
+        if self._live is None:
+            return
+        console = self._live.console
+        end = clean(text.replace(MASK, HIDDEN))[-console.width * max(1, console.height - 2) :]
+        self._live.update(styled(*((letter, "dim" if letter == HIDDEN else "") for letter in end)), refresh=True)

@@ -18,6 +18,7 @@ from bd3_scale.model import megatron_core  # noqa: F401
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from bd3_scale.model.rows import Placement
 from bd3_scale.parallel import megatron_on_cpu
 from bd3_scale.parallel.collective import gather_values
 from bd3_scale.parallel.meeting import Meeting, meet, show_secret
@@ -37,6 +38,11 @@ def local_device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+
+
+def placement(groups: ProcessGroups) -> Placement:
+    """Return where this rank computes its inputs."""
+    return Placement(local_device(), (groups.cp.rank(), groups.cp.size()))
 
 
 @contextmanager

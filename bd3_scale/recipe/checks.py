@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from importlib.metadata import version
+from operator import attrgetter
+from typing import Any
 
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
-from bd3_scale.registry import optimizers
+from bd3_scale.registry import Registry, attention_backends, objectives, optimizers, schedules
 
 # Above, the weights of a step, differences of float32 rates, are off by more than a percent.
 MOST_NOISE_STEPS = 100_000
+# What a recipe names by its key, who knows such names, and what else may stand there.
+_NAMES: tuple[tuple[str, Registry[Any], str], ...] = (
+    ("diffusion.objective", objectives, ""),
+    ("diffusion.noise_schedule", schedules, ""),
+    ("attention_backend", attention_backends, "auto"),
+    ("optimizer.family", optimizers, ""),
+)
 
 
 def world_size_for_launch(recipe: Recipe) -> int:
@@ -35,17 +44,17 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
     return world_size // recipe.parallel.model_size
 
 
-def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None = None) -> None:
-    """Checks the rules that join several keys.
+def check_recipe(recipe: Recipe, world_size: int) -> None:
+    """Check the names of a recipe and the rules that join several of its keys, before its data are opened.
 
-    Args:
-        world_size: ranks of the run, on all nodes.
-        document_multiple: tokens to a multiple of which the prepared documents were padded (from the data's manifest);
-            None where the data has not been opened yet.
+    Its plug-ins are imported before. world_size: ranks of the run, on all nodes.
 
     Raises:
-        RecipeError: all broken rules, each with its values and what to change.
+        RecipeError: all unknown names and broken rules, each with its values and what to change.
     """
+    # The rules ask what has these names.
+    if problems := list(_name_problems(recipe)):
+        raise RecipeError(problems)
     problems = [
         *_model_problems(recipe.model),
         *_tensor_parallel_problems(recipe.model, recipe.parallel.tensor),
@@ -56,6 +65,7 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
         *_family_problems(recipe.optimizer),
         *_retention_problems(recipe),
+        *objectives.get(recipe.diffusion.objective).problems(recipe),
     ]
     # Each problem once, however many block sizes have it.
     problems += dict.fromkeys(
@@ -64,7 +74,7 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         for problem in (
             *_sequence_problems(recipe, block_size),
             *_noise_problems(recipe, block_size),
-            *_block_size_problems(block_size, recipe.data, document_multiple),
+            *_block_size_problems(block_size, recipe.data, None),
         )
     )
     if recipe.data.cache_limit is not None and recipe.data.remote is None:
@@ -74,6 +84,30 @@ def check_recipe(recipe: Recipe, world_size: int, document_multiple: int | None 
         )
     if problems:
         raise RecipeError(problems)
+
+
+def check_against_data(recipe: Recipe, world_size: int, document_multiple: int) -> None:
+    """Check what a recipe that `check_recipe` has passed still depends on, where ranks have met over their data.
+
+    document_multiple: tokens to a multiple of which the prepared documents were padded (from the data's manifest).
+    RecipeError as there.
+    """
+    problems = list(_batch_problems(recipe, world_size))
+    for block_size in recipe.diffusion.block_sizes:
+        problems += _block_size_problems(block_size, recipe.data, document_multiple)
+    if problems:
+        raise RecipeError(problems)
+
+
+def _name_problems(recipe: Recipe) -> Iterator[str]:
+    for key, registry, besides in _NAMES:
+        name = attrgetter(key)(recipe)
+        if name == besides:
+            continue
+        try:
+            registry.get(name)
+        except ValueError as error:
+            yield f"{key}={name}: {error}"
 
 
 def _retention_problems(recipe: Recipe) -> Iterator[str]:
@@ -235,15 +269,6 @@ def _block_size_schedule_problems(recipe: Recipe) -> Iterator[str]:
             f"diffusion.mask_noise_std={diffusion.mask_noise_std} and mask_noise_steps={diffusion.mask_noise_steps} "
             "belong together: set both, or neither"
         )
-    if diffusion.objective == "next_token":
-        fields = type(diffusion).model_fields
-        without = fields.keys() - {"objective", "block_size", "mask_noise_steps"}
-        changed = [key for key in fields if key in without and getattr(diffusion, key) != fields[key].default]
-        if changed or diffusion.block_size != 1:
-            yield (
-                f"diffusion.objective=next_token masks nothing: set diffusion.block_size=1, and leave "
-                f"{', '.join(changed) or 'the rest'} out"
-            )
 
 
 def _noise_problems(recipe: Recipe, block: int) -> Iterator[str]:
@@ -302,11 +327,12 @@ def _interval_problems(recipe: Recipe) -> Iterator[str]:
         yield (f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} are the wrong way round: swap them")
     if (low, high) == (0, 1) and not diffusion.search_interval:
         return
-    if diffusion.noise_schedule != "linear" or diffusion.noise_steps is not None:
+    if diffusion.noise_steps is not None or not schedules.get(diffusion.noise_schedule).clips:
         yield (
-            f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} clip the linear schedule in continuous "
-            f"time, and noise_schedule={diffusion.noise_schedule} with noise_steps={diffusion.noise_steps} is another: "
-            "leave the interval at 0 to 1 and search_interval out, or noise_schedule and noise_steps"
+            f"diffusion.mask_rate_low={low} and diffusion.mask_rate_high={high} clip a schedule that allows it, such "
+            f"as linear, in continuous time, and noise_schedule={diffusion.noise_schedule} with noise_steps="
+            f"{diffusion.noise_steps} is another: leave the interval at 0 to 1 and search_interval out, or "
+            "noise_schedule and noise_steps"
         )
 
 
@@ -348,12 +374,7 @@ def _schedule_problems(optimizer: OptimizerRecipe, steps: int) -> Iterator[str]:
 
 
 def _family_problems(optimizer: OptimizerRecipe) -> Iterator[str]:
-    try:
-        family = optimizers.get(optimizer.family)
-    except ValueError as error:
-        yield f"optimizer.family: {error}"
-    else:
-        yield from family(optimizer).problems()
+    yield from optimizers.get(optimizer.family)(optimizer).problems()
     for group in optimizer.groups:
         if not group.settings:
             yield f"optimizer.groups: {group.match!r} gives nothing: set lr_scale or weight_decay, or leave it out"

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from bd3_scale.recipe.plain_yaml import LIMIT_BYTES, dump_yaml, parse_yaml
-from bd3_scale.recipe.schema import ImportedRecipe, Recipe, RecipeError
+from bd3_scale.recipe.schema import Recipe, RecipeError
+from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.readers import read_regular, reader
 
 T = TypeVar("T", bound=BaseModel)
@@ -59,7 +60,17 @@ def recipe_files(path: Path) -> list[Path]:
     return files
 
 
-def resolved_yaml(recipe: Recipe | ImportedRecipe) -> str:
+def with_plugins(recipe: Recipe, more: Sequence[str] = ()) -> Recipe:
+    """Import the plug-ins of a recipe that a person starts, and `more` of the command line; return it with them all.
+
+    ValueError: one cannot be imported.
+    """
+    plugins = tuple(dict.fromkeys((*recipe.plugins, *more)))
+    import_plugins(plugins)
+    return recipe.model_copy(update={"plugins": plugins})
+
+
+def resolved_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; loading it gives an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json"))
 

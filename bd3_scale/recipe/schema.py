@@ -13,12 +13,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from bd3_scale.registry import MODULE_NAME
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "selective", "full"]
+# Of a run.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -125,18 +129,21 @@ class DiffusionRecipe(Section):
     block_size_choices: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = Field(
         (), description="each sequence draws its block size among these, in the steps of `block_size`, which evaluates"
     )
-    objective: Literal["block_diffusion", "next_token", "score_entropy"] = Field(
+    objective: str = Field(
         "block_diffusion",
         description="next_token: plain AR, where a row predicts the token after it and no mask is seen; "
-        "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy",
+        "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy; or a plug-in's",
+    )
+    objective_options: dict[str, bool | int | float | str] = Field(
+        {}, description="what a plug-in's objective takes beside the options here, such as gamma: 2"
     )
     mask_rate_low: Share = Field(0.0, description="beta, the lower end of the clipped mask-rate interval in training")
     mask_rate_high: Share = Field(1.0, description="omega, its upper end")
     search_interval: bool = Field(
         False, description="every evaluation searches the interval of least variance, and training follows"
     )
-    noise_schedule: Literal["linear", "cosine", "square", "square_root", "log"] = Field(
-        "linear", description="mask rate p(t) of the noise level; a clipped interval belongs to linear"
+    noise_schedule: str = Field(
+        "linear", description="mask rate p(t) of the noise level, a name in `registry.schedules`; linear can be clipped"
     )
     noise_steps: PositiveInt | None = Field(
         None, description="T of finite-time diffusion (absorbing D3PM); default: continuous time"
@@ -347,34 +354,20 @@ class LaunchRecipe(Section):
     deadlines: Deadlines = Deadlines()
 
 
-class ModelSections(Section):
-    """The sections of a recipe that a model is built from."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+class Recipe(Section):
+    name: str = Field(pattern=NAME)
     deterministic: bool = True
-    attention_backend: Literal["auto", "reference", "cpu", "triton", "flex"] = Field(
-        "auto", description="auto: the quickest that runs here; $BD3_SCALE_ATTENTION goes before it"
+    attention_backend: str = Field(
+        "auto",
+        description="a name in `registry.attention_backends`, or auto: the quickest that runs here; "
+        "$BD3_SCALE_ATTENTION goes before it",
     )
     model: ModelRecipe
     diffusion: DiffusionRecipe
     parallel: ParallelRecipe = ParallelRecipe()
-
-    @property
-    def recomputation(self) -> tuple[Recompute, int | None]:
-        """What is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
-        return "none", None
-
-
-class ImportedRecipe(ModelSections):
-    """What is known of a model that was not trained here."""
-
-    imported_from: str
-    source_fingerprint: str = Field("", description="which files its weights came from")
-    precision: Literal["bf16", "fp32"]
-    max_position_embeddings: PositiveInt = Field(description="longest sequence that it was trained on")
-
-
-class Recipe(ModelSections):
+    plugins: Annotated[tuple[Annotated[str, Field(pattern=MODULE_NAME)], ...], Field(strict=False)] = Field(
+        (), description="modules that register what the recipe names, imported first on every rank"
+    )
     run_dir: str | None = Field(None, description="default: runs/<name>")
     init_from: str | None = Field(
         None, description="checkpoint or run directory whose weights training begins with; the optimiser begins anew"
@@ -399,15 +392,6 @@ class Recipe(ModelSections):
         return Path(self.run_dir or f"runs/{self.name}")
 
     @property
-    def precision(self) -> Literal["auto", "bf16", "fp32"]:
-        """Precision of the forward; `auto` is decided where training starts."""
-        return self.train.precision
-
-    @property
     def recomputation(self) -> tuple[Recompute, int | None]:
+        """What is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
         return self.train.recompute, self.train.recompute_layers
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Longest sequence that it trains on."""
-        return self.data.seq_len

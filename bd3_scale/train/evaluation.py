@@ -1,8 +1,9 @@
-"""Evaluations in the course of a training, which may follow what they find."""
+"""Evaluations in the course of a training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.diffusion.interval import Interval, IntervalSearch
@@ -10,27 +11,36 @@ from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.train.setup import Training
 
-Evaluated = tuple[Sequence[HeldOut], Sequence[IntervalSearch], Mapping[int, Interval]]
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What held-out sequences say at every block size in use, the recipe's first.
 
-def evaluate(training: Training, step: int) -> Evaluated:
-    """NELBO of held-out sequences at every block size in use, with the averaged weights where an average is kept.
-
-    Where the recipe says so, the intervals follow what was found: it is returned with its searches and the intervals
-    that training goes on with.
+    searches: of the mask-rate interval, where the recipe asks for it; intervals: what training is to go on with.
     """
-    run, diffusion = training.run, training.run.recipe.diffusion
+
+    held_out: Sequence[HeldOut]
+    searches: Sequence[IntervalSearch]
+    intervals: Mapping[int, Interval]
+
+
+def evaluate(training: Training) -> Evaluation:
+    """Return the NELBO of held-out sequences, with the averaged weights where an average is kept (collective).
+
+    Nothing of the training changes: whether it follows the intervals that were found is its own affair.
+    """
+    state, diffusion = training.state, training.run.recipe.diffusion
     with training.engine.zero.evaluation_weights():
         found = [
             _held_out(training, block_size)
-            for block_size in dict.fromkeys((diffusion.block_size, *diffusion.block_sizes_at(step)))
+            for block_size in dict.fromkeys((diffusion.block_size, *diffusion.block_sizes_at(state.step)))
         ]
     searches = [held_out.intervals() for held_out in found] if diffusion.search_interval else []
     default = (diffusion.mask_rate_low, diffusion.mask_rate_high)
     # Rank 0 decides: ranks of one model must mask alike, whatever their processors make of a last bit.
-    followed = on_rank_zero(lambda: [list(s.follow(run.intervals.get(s.block_size, default))) for s in searches])
-    run.intervals.update({s.block_size: (low, high) for s, (low, high) in zip(searches, followed, strict=True)})
-    return found, searches, run.intervals
+    followed = on_rank_zero(lambda: [list(s.follow(state.intervals.get(s.block_size, default))) for s in searches])
+    new = {search.block_size: (low, high) for search, (low, high) in zip(searches, followed, strict=True)}
+    return Evaluation(found, searches, {**state.intervals, **new})
 
 
 def _held_out(training: Training, block_size: int) -> HeldOut:
@@ -47,6 +57,6 @@ def _held_out(training: Training, block_size: int) -> HeldOut:
         training.engine.chunks,
         batches,
         groups,
-        diffusion=recipe.diffusion.model_copy(update={"block_size": block_size}),
+        objective=training.run.objective.at(block_size),
         draws=recipe.evaluation.draws,
     )

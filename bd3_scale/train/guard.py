@@ -28,14 +28,9 @@ _DEVIATION = 1.4826
 
 
 class Guard:
-    """Counts the steps that left the optimiser as it was, and keeps a record of every step that stood out.
+    """Judges every step, and keeps a record of those that stood out; `step`: those that were taken before."""
 
-    Attributes:
-        skipped: steps so far whose gradients were not finite, so that their update was left out on all ranks.
-    """
-
-    def __init__(self, folder: Path, recipe: GuardRecipe, *, step: int, skipped: int) -> None:
-        self.skipped = skipped
+    def __init__(self, folder: Path, recipe: GuardRecipe, *, step: int) -> None:
         self._folder, self._recipe = folder, recipe
         self._in_a_row = 0
         self._losses: deque[float] = deque(maxlen=_WINDOW)
@@ -53,7 +48,6 @@ class Guard:
             if not math.isfinite(result.loss):
                 raise FloatingPointError(f"step {step} has loss {result.loss} with finite gradients: {_ADVICE}")
             return self._spike(step, result, keys)
-        self.skipped += 1
         self._in_a_row += 1
         self._note("non_finite", step, result, keys)
         if self._in_a_row > self._recipe.skip_steps:

@@ -9,23 +9,21 @@ from functools import partial
 
 import torch.distributed as dist
 
-from bd3_scale.attention.kernels.tiles import choices
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.saver import CheckpointSaver, Saved
 from bd3_scale.checkpoint.store import boxes_to_save
 from bd3_scale.observe.metrics import METRICS_FILE, has_evaluation
 from bd3_scale.parallel.collective import any_rank, gather_values, on_rank_zero
 from bd3_scale.parallel.replicas import ReplicasDifferError, check_replicas
-from bd3_scale.recipe.load import recipe_hash
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience import faults
 from bd3_scale.resilience.files import check_writable
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.resilience.signals import StopRequest
-from bd3_scale.train.evaluation import Evaluated, evaluate
+from bd3_scale.train.evaluation import evaluate
 from bd3_scale.train.guard import Guard
 from bd3_scale.train.report import Report
-from bd3_scale.train.resume import find_start
+from bd3_scale.train.resume import Start, find_start
 from bd3_scale.train.setup import Run, Training, backend_of, describe_run, lock_run_directory, open_run, open_training
 from bd3_scale.train.step import take_step
 
@@ -44,29 +42,13 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
         run = open_run(recipe, stack)
         stop = stack.enter_context(StopRequest())
         backend = backend_of(run)
-        on_rank_zero(lambda: lock_run_directory(run, stack))
-        faults.arm(run.folder)
-        faults.reach("start")
-        start = find_start(run.recipe, run.checkpoints, run.data)
-        on_rank_zero(lambda: describe_run(run, start))
+        start = _take_run_directory(run, stack)
         training = open_training(run, start)
-        size = _checkpoint_bytes(training)
-        on_rank_zero(lambda: check_writable(run.checkpoints, size))
-        heartbeat.resumed(training.done)
-        report = stack.enter_context(
-            Report(
-                run.folder,
-                run.recipe,
-                training.done,
-                attention_backend=backend,
-                optimizer=training.engine.optimizer_name,
-            )
-        )
-        guard = Guard(run.folder, run.recipe.guard, step=training.done, skipped=training.skipped)
-        if start is not None and (notes := start.notes(run.recipe, run.data)):
-            guard.resumed(training.done, start.changes(run.recipe), notes)
-            for note in notes:
-                report.warned(f"from step {training.done} on: {note}")
+        on_rank_zero(partial(check_writable, run.checkpoints, _checkpoint_bytes(training)))
+        heartbeat.resumed(training.state.step)
+        report = stack.enter_context(_report(training, backend))
+        guard = Guard(run.folder, run.recipe.guard, step=training.state.step)
+        _tell_changes(training, start, guard, report)
         saver = CheckpointSaver(run.checkpoints, run.folder / TOKENIZER, run.recipe.checkpoint)
         try:
             stopped = _take_steps(training, stop, guard, saver, heartbeat, report)
@@ -77,22 +59,47 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
             raise
         # A run that was ended between its last checkpoint and this comes back for it.
         if not stopped and run.data.validation is not None and not _is_evaluated(run):
-            report.evaluated(run.recipe.train.steps, *_evaluate(training, run.recipe.train.steps, heartbeat))
+            _evaluate(training, heartbeat, report)
         heartbeat.end("stopped" if stopped else "done")
+
+
+def _take_run_directory(run: Run, stack: ExitStack) -> Start | None:
+    """Keep others out of the run directory; return what the run goes on from, and write down what it is."""
+    on_rank_zero(lambda: lock_run_directory(run, stack))
+    faults.arm(run.folder)
+    faults.reach("start")
+    start = find_start(run.recipe, run.checkpoints, run.data)
+    on_rank_zero(lambda: describe_run(run, start))
+    return start
+
+
+def _report(training: Training, backend: str) -> Report:
+    run, optimizer = training.run, training.engine.optimizer_name
+    return Report(run.folder, run.recipe, training.state.step, attention_backend=backend, optimizer=optimizer)
+
+
+def _tell_changes(training: Training, start: Start | None, guard: Guard, report: Report) -> None:
+    """Of a run that goes on otherwise than before."""
+    run, step = training.run, training.state.step
+    if start is not None and (notes := start.notes(run.recipe, run.data)):
+        guard.resumed(step, start.changes(run.recipe), notes)
+        for note in notes:
+            report.warned(f"from step {step} on: {note}")
 
 
 def _take_steps(
     training: Training, stop: StopRequest, guard: Guard, saver: CheckpointSaver, heartbeat: Heartbeat, report: Report
 ) -> bool:
     """All steps that are left; whether a signal ended them before."""
-    run, steps = training.run, training.run.recipe.train.steps
-    for step in range(training.done + 1, steps + 1):
+    run, state, steps = training.run, training.state, training.run.recipe.train.steps
+    for step in range(state.step + 1, steps + 1):
         # Before the next step and not after its own, so that a resumed run meets what a checkpoint came before of.
-        if run.recipe.evaluates_at(step - 1):
-            report.evaluated(step - 1, *_evaluate(training, step - 1, heartbeat))
+        if run.recipe.evaluates_at(state.step):
+            _evaluate(training, heartbeat, report)
         began = time.monotonic()
         saving = saver.in_flight
-        result = take_step(training, step)
+        result = take_step(training)
+        state.finish_step(result)
         report.trained(step, result, time.monotonic() - began, saving=saving)
         if found := guard.judge(step, result, partial(training.keys_of, step)):
             report.warned(found)
@@ -106,9 +113,7 @@ def _take_steps(
             check_replicas(training.engine.chunks, training.layouts, run.groups, step)
         if saves:
             with heartbeat.during("checkpoint"):
-                saver.begin(
-                    _manifest(training, step, guard.skipped), boxes_to_save(training.engine.zero, training.layouts)
-                )
+                saver.begin(_manifest(training), boxes_to_save(training.engine.zero, training.layouts))
         with heartbeat.during("checkpoint") if final else nullcontext():
             last = _settle(saver, heartbeat, report, wait=final)
         if final and last is not None and last.error is not None:
@@ -147,25 +152,28 @@ def _checkpoint_bytes(training: Training) -> int:
     return 4 * sum(full.values()) * len(training.engine.zero.names)
 
 
-def _manifest(training: Training, step: int, skipped: int) -> CheckpointManifest:
-    run, engine = training.run, training.engine
-    assert engine.zero.step == step - skipped
-    return CheckpointManifest(
-        step=step,
-        skipped=skipped,
-        recipe=run.recipe,
-        recipe_hash=recipe_hash(run.recipe),
+def _manifest(training: Training) -> CheckpointManifest:
+    run, engine, state = training.run, training.engine, training.state
+    assert engine.zero.step == state.step - state.skipped
+    return CheckpointManifest.of_run(
+        run.recipe,
+        step=state.step,
+        skipped=state.skipped,
         vocabulary=engine.chunks[0].vocabulary,
         data_hash=run.data_hash,
         world_size=dist.get_world_size(),
         states=engine.zero.names,
-        attention_tiles=choices(),
-        intervals=dict(run.intervals),
+        attention_tiles=dict(state.tiles),
+        intervals=dict(state.intervals),
         ema_warms_up="ema" in engine.zero.names,
     )
 
 
-def _evaluate(training: Training, step: int, heartbeat: Heartbeat) -> Evaluated:
+def _evaluate(training: Training, heartbeat: Heartbeat, report: Report) -> None:
+    """Evaluate after the steps so far; training goes on with the intervals that were found."""
+    state = training.state
     with heartbeat.during("evaluation"):
-        faults.reach("evaluation", step=step)
-        return evaluate(training, step)
+        faults.reach("evaluation", step=state.step)
+        found = evaluate(training)
+    state.intervals = found.intervals
+    report.evaluated(state.step, found)

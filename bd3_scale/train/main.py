@@ -6,21 +6,27 @@ import json
 import math
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+
+import torch
 
 from bd3_scale.checkpoint.saver import is_saving
 from bd3_scale.observe.console import put
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
+from bd3_scale.resilience.leftovers import private_folder, temporary_folder
 from bd3_scale.resilience.limits import exhausted
 from bd3_scale.resilience.output import flush_results
 from bd3_scale.resilience.terminal import tell
 from bd3_scale.train.loop import train
 from bd3_scale.train.replay import replay
-from bd3_scale.train.temporary import own_temporary_files
+
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def main(recipe: Recipe) -> None:
@@ -43,6 +49,36 @@ def main_of_replay(recipe: Recipe, step: int) -> None:
             told |= {key: told[key] if math.isfinite(told[key]) else None for key in ("loss", "grad_norm")}
             put(json.dumps(told))
             flush_results()
+
+
+@contextmanager
+def own_temporary_files() -> Iterator[None]:
+    """Inside, the temporary folder of this process and of those it starts is one that goes with it (see `own_folder`).
+
+    Weights & Biases and PyTorch leave theirs behind where a run is killed. What torch.compile made for a GPU stays for
+    the next run, in a folder that nobody else can write: it is code that runs.
+
+    Raises:
+        OSError: the temporary folder (TMPDIR) cannot be written or is full.
+    """
+    shared = Path(tempfile.gettempdir())
+    with temporary_folder("rank") as folder:
+        own = {"TMPDIR": str(folder)}
+        if torch.cuda.is_available() and COMPILED not in os.environ:
+            kept = private_folder(shared / f"bd3_scale-compiled-{os.geteuid()}")
+            own |= {COMPILED: str(kept)} if kept else {}
+        before = {name: os.environ.get(name) for name in own}
+        os.environ |= own
+        tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = str(shared)
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 @contextmanager

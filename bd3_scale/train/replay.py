@@ -68,20 +68,22 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
             check_resumable(folder, manifest, run.recipe, run.data)
             start = Start(folder, manifest, resumes=True)
         training = open_training(run, start)
+        state, began = training.state, training.state.step
         if dist.get_rank() == 0:
             origin = folder if folder is not None else "the beginning: no checkpoint before it is left"
-            tell(f"computing steps {training.done + 1} to {step} from {origin}")
-        heartbeat.resumed(training.done)
-        for number in range(training.done + 1, step + 1):
-            if run.recipe.evaluates_at(number - 1) and run.recipe.diffusion.search_interval:
+            tell(f"computing steps {began + 1} to {step} from {origin}")
+        heartbeat.resumed(began)
+        for number in range(began + 1, step + 1):
+            if run.recipe.evaluates_at(state.step) and run.recipe.diffusion.search_interval:
                 with heartbeat.during("evaluation"):
-                    evaluate(training, number - 1)
+                    state.intervals = evaluate(training).intervals
             keys = training.keys_of(number) if number == step else {}
-            result = take_step(training, number)
+            result = take_step(training)
+            state.finish_step(result)
             heartbeat.finished(number)
         found = on_rank_zero(lambda: _recorded(run.folder, step))
         recorded = (found[0], found[1]) if found is not None else None
-        return Replayed(step, training.done, result.loss, result.grad_norm, result.applied, recorded, keys)
+        return Replayed(step, began, result.loss, result.grad_norm, result.applied, recorded, keys)
 
 
 def _recorded(folder: Path, step: int) -> list[float | None] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 from collections import deque
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -15,15 +14,14 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.checkpoint.saver import Saved
-from bd3_scale.diffusion.interval import Interval, IntervalSearch
-from bd3_scale.evaluate.nelbo import HeldOut
+from bd3_scale.observe.environment import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.flops import peak_flops
-from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.metrics import METRICS_FILE, MetricsWriter
 from bd3_scale.observe.plot import interval_curve, loss_curve
 from bd3_scale.observe.progress import TrainingProgress
 from bd3_scale.parallel.engine import StepResult
 from bd3_scale.recipe.schema import Recipe
+from bd3_scale.train.evaluation import Evaluation
 
 
 class Report:
@@ -104,19 +102,11 @@ class Report:
             )
         self._progress.step(step, train_loss=result.loss, tokens_per_second=tokens / seconds)
 
-    def evaluated(
-        self,
-        step: int,
-        found: Sequence[HeldOut],
-        searches: Sequence[IntervalSearch],
-        intervals: Mapping[int, Interval],
-    ) -> None:
-        """After an evaluation on held-out sequences: at the recipe's block size, then at others that are in use.
-
-        intervals: what training goes on with, after `searches` of the same block sizes.
-        """
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """After an evaluation on held-out sequences, whose intervals training goes on with."""
         if self._metrics is None or self._progress is None:
             return
+        found, searches, intervals = evaluation.held_out, evaluation.searches, evaluation.intervals
         estimate = found[0].nelbo
         more: dict[str, float] = {}
         if len(found) > 1:

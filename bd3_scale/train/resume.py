@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from pydantic import BaseModel
 
 from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
@@ -34,6 +36,7 @@ from bd3_scale.resilience.readers import read_regular
 _LOG = logging.getLogger(__name__)
 # The data's manifest as a run had it, in the run directory.
 DATA_FILE = "data.json"
+_WIDTH = 200
 # What may not change within a run: weights, noise and data position would mean something else, and another family of
 # optimisers would miss its states; nor may evaluation where it searches the interval of the noise.
 _FIXED = (
@@ -59,12 +62,17 @@ class Start:
 
     def changes(self, recipe: Recipe) -> list[tuple[str, Any, Any]]:
         """See `changed_values`; nothing where no run is resumed."""
-        old = self.manifest.recipe
-        return changed_values(old, recipe) if self.resumes and isinstance(old, Recipe) else []
+        return changed_values(self.manifest.trained_with or {}, recipe) if self.resumes else []
 
     def notes(self, recipe: Recipe, data: Manifest) -> list[str]:
         """What people should know of a run that goes on."""
         found = [f"{key} {_show(old)} → {_show(new)}" for key, old, new in self.changes(recipe)]
+        if self.resumes:
+            found += [
+                f"{_show(key)}={_show(value)} is no option of this version, and was one of {self.manifest.writer}, "
+                "which wrote the checkpoint: the run goes on without it"
+                for key, value in unknown_options(self.manifest.trained_with or {}, _values(recipe))
+            ]
         average = recipe.optimizer.ema_decay
         if self.resumes and average and not self.manifest.ema_warms_up:
             updates = self.manifest.step - self.manifest.skipped
@@ -130,7 +138,7 @@ def check_initial(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe
     Raises:
         ValueError: model, vocabulary or tokeniser differ; every difference is named.
     """
-    old, new = (_shape(r.model) for r in (manifest.recipe, recipe))
+    old, new = _shape(manifest.model), _shape(recipe.model)
     differences = [
         f"{key} is {_show(b)}, the checkpoint has {_show(a)}" for key, a, b in _differences("model", old, new)
     ]
@@ -164,17 +172,25 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
     Raises:
         ValueError: the recipe or the data differ in what a run may not change; every difference is named.
     """
-    if not isinstance(manifest.recipe, Recipe):
+    if manifest.trained_with is None:
         raise ValueError(f"{checkpoint} is an import, and no run goes on from one: name it with init_from={checkpoint}")
+    fixed = (*_FIXED, *(("evaluation",) if recipe.diffusion.search_interval else ()))
+    old, new = with_defaults(manifest.trained_with, Recipe), _values(recipe)
     differences = [
-        f"{key} is {_show(new)}, the checkpoint has {_show(old)}"
-        for path in (*_FIXED, *(("evaluation",) if recipe.diffusion.search_interval else ()))
-        for key, old, new in _differences(path, _at(manifest.recipe, path), _at(recipe, path))
+        f"{key} is {_show(after)}, the checkpoint has {_show(before)}"
+        for path in fixed
+        for key, before, after in _differences(path, _at(old, path), _at(new, path))
     ]
-    if bool(manifest.recipe.optimizer.ema_decay) != bool(recipe.optimizer.ema_decay):
-        old, new = manifest.recipe.optimizer.ema_decay, recipe.optimizer.ema_decay
+    differences += [
+        f"{_show(key)}={_show(value)} is no option of this version, and was one of {manifest.writer}, which wrote the "
+        f"checkpoint; no run may change such a one: resume with that version, or begin anew with init_from={checkpoint}"
+        for key, value in unknown_options(manifest.trained_with, new)
+        if _may_matter(key, manifest.trained_with, fixed)
+    ]
+    if ("ema" in manifest.states) != bool(recipe.optimizer.ema_decay):
         differences.append(
-            f"optimizer.ema_decay is {new}, the checkpoint has {old}: a moving average is kept from the start"
+            f"optimizer.ema_decay is {recipe.optimizer.ema_decay}, the checkpoint has "
+            f"{_show(_at(old, 'optimizer.ema_decay'))}: a moving average is kept from the start"
         )
     if manifest.data_hash not in (data_hash(data), earlier_data_hash(data)):
         details = "; ".join(_data_differences(checkpoint.parent.parent / DATA_FILE, manifest.data_hash, data))
@@ -196,8 +212,7 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
 
 def _other_name(manifest: CheckpointManifest, recipe: Recipe) -> str:
     """The name of the run that wrote a checkpoint, empty where it is this one's."""
-    written = manifest.recipe.name if isinstance(manifest.recipe, Recipe) else ""
-    return "" if written == recipe.name else written
+    return "" if manifest.name == recipe.name or manifest.trained_with is None else manifest.name
 
 
 def _data_differences(recorded: Path, known_hash: str, data: Manifest) -> list[str]:
@@ -209,26 +224,70 @@ def _data_differences(recorded: Path, known_hash: str, data: Manifest) -> list[s
     return differing(old, data) if known_hash in (data_hash(old), earlier_data_hash(old)) else []
 
 
-def changed_values(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    """The values of a recipe by their dotted keys, before and now, that a resumed run has otherwise."""
-    before, now = (recipe.model_dump(mode="json", exclude={"run_dir"}) for recipe in (old, new))
-    return [change for key in before for change in _differences(key, before[key], now[key])]
+def changed_values(written: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    """Return what a resumed run has otherwise: dotted keys of options that this version knows, before and now.
+
+    written: the recipe that a checkpoint was trained with; an option that is not in it had its default.
+    """
+    old, new = with_defaults(written, Recipe), _values(recipe)
+    return [change for key in new if key != "run_dir" for change in _differences(key, old.get(key), new[key])]
 
 
-def _at(recipe: Recipe, path: str) -> Any:
-    value: Any = recipe.model_dump(mode="json")
+def unknown_options(written: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the options of a recipe, by dotted keys and with their values, that are not in that of this version."""
+    for key, value in written.items():
+        if key not in known:
+            yield key, value
+        elif isinstance(value, dict) and isinstance(known[key], dict):
+            yield from ((f"{key}.{inner}", its) for inner, its in unknown_options(value, known[key]))
+
+
+def with_defaults(written: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """Return a recipe, or a section of one, as JSON, with the defaults of options that came after it was written."""
+    filled = dict(written)
+    for name, field in section.model_fields.items():
+        kind, value = field.annotation, filled.get(name, {})
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(value, dict):
+            filled[name] = with_defaults(value, kind)
+        elif name not in filled and not field.is_required():
+            filled[name] = json.loads(json.dumps(field.get_default(call_default_factory=True)))
+    return filled
+
+
+def _may_matter(key: str, written: Mapping[str, Any], fixed: Sequence[str]) -> bool:
+    """Whether an unknown option may be what no run may change: of such a section, or one of its section under another
+    name.
+    """
+    section = key.rpartition(".")[0]
+    return any(
+        f"{key}.".startswith(f"{path}.") or (path.rpartition(".")[0] == section and _at(written, path) is None)
+        for path in fixed
+    )
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json")
+
+
+def _at(recipe: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted key; None: there is none."""
+    value: Any = recipe
     for key in path.split("."):
-        value = value[key]
+        value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
 def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What differs of the options that `new` has; what it does not, see `unknown_options`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in old:
-            yield from _differences(f"{path}.{key}", old[key], new[key])
+        for key in new:
+            yield from _differences(f"{path}.{key}", old.get(key), new[key])
     elif old != new:
         yield path, old, new
 
 
 def _show(value: Any) -> str:
-    return "unset" if value is None else str(value)
+    """A value for people, as one line of no great length: a checkpoint may be a stranger's."""
+    said = "unset" if value is None else str(value)
+    said = said if said.isprintable() else ascii(said)[1:-1]
+    return said if len(said) <= _WIDTH else f"{said[:_WIDTH]}…"

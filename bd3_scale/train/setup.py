@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bd3_scale.attention.backends import choose_backend
+from bd3_scale.attention.kernels.tiles import use_choices
 from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.source_ids import keep_source_ids, source_ids
@@ -19,14 +22,15 @@ from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash, load_m
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
-from bd3_scale.diffusion.interval import LEAST_SEQUENCES, Interval
-from bd3_scale.model.build import attention_backend, build_model
+from bd3_scale.diffusion.interval import LEAST_SEQUENCES
+from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
+from bd3_scale.objective import Objective, objective_of
 from bd3_scale.observe.environment import has_fast_bf16
-from bd3_scale.parallel.collective import gather_values
+from bd3_scale.parallel.collective import gather_values, on_rank_zero
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
-from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.checks import check_against_data
 from bd3_scale.recipe.load import recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.files import check_writable, remove_aside, write_atomically
@@ -34,7 +38,7 @@ from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.secret import SECRET_FILE
 from bd3_scale.resilience.signals import ended_by_signals
 from bd3_scale.train.resume import DATA_FILE, Start
-from bd3_scale.train.tiles import settle_tiles
+from bd3_scale.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -46,29 +50,32 @@ class Run:
     data_hash: str
     groups: ProcessGroups
     folder: Path
-    # Of each block size whose interval was searched; evaluations put it here.
-    intervals: dict[int, Interval]
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    @property
+    def objective(self) -> Objective:
+        """What the model is trained for."""
+        return objective_of(self.recipe.diffusion, self.data.vocabulary)
+
 
 @dataclass(frozen=True)
 class Training:
-    """A run's model with its optimiser and its data, after `done` steps of which `skipped` were left out."""
+    """A run's model with its optimiser and its data, and how far they have come."""
 
     run: Run
     engine: TrainingEngine
     layouts: list[ParameterLayout]
     stream: TrainingStream
-    done: int
-    skipped: int
+    state: TrainState
 
     def keys_of(self, step: int) -> dict[str, Any]:
         """What the sequences of step `step` and their noise are drawn from."""
         epoch, ids = self.stream.batch_at(step - 1)
-        return {"seed": self.run.recipe.seed, "epoch": epoch, "sample_ids": ids, "intervals": dict(self.run.intervals)}
+        intervals = dict(self.state.intervals)
+        return {"seed": self.run.recipe.seed, "epoch": epoch, "sample_ids": ids, "intervals": intervals}
 
 
 def open_run(recipe: Recipe, stack: ExitStack) -> Run:
@@ -84,22 +91,32 @@ def open_run(recipe: Recipe, stack: ExitStack) -> Run:
     with ended_by_signals():
         groups = stack.enter_context(process_groups(recipe.parallel, agree=_agreed(recipe), secret_file=secret))
     data = load_manifest(recipe.data.path, recipe.data.remote)
-    run = Run(recipe, data, data_hash(data), groups, recipe.run_path, {})
-    _check(run)
+    run = Run(recipe, data, data_hash(data), groups, recipe.run_path)
+    _check_against_data(run)
     return run
 
 
 def open_training(run: Run, start: Start | None) -> Training:
     """The model, its optimiser and the stream of its data, from `start` on or from the seed (collective)."""
     recipe, vocabulary = run.recipe, start.manifest.vocabulary if start else run.data.vocabulary
-    settle_tiles(recipe, backend_of(run), _dtype(recipe), start.manifest if start and start.resumes else None)
-    chunks = build_model(recipe, vocabulary, run.groups, dtype=_dtype(recipe), device=local_device(), seed=recipe.seed)
+    state = TrainState.at(start)
+    state.tiles = settle_tiles(recipe, backend_of(run), _dtype(recipe), state.tiles)
+    chunks = build_model(
+        recipe.model,
+        vocabulary,
+        run.groups,
+        parallel=recipe.parallel,
+        dtype=_dtype(recipe),
+        device=local_device(),
+        seed=recipe.seed,
+        deterministic=recipe.deterministic,
+        attention_backend=recipe.attention_backend,
+        recompute=recipe.recomputation,
+    )
     layouts = parameter_layouts(chunks)
     engine = TrainingEngine(chunks, run.groups, recipe.optimizer, recipe.parallel)
     if start is not None:
         start.load(engine.zero, layouts)
-        run.intervals.update(start.manifest.intervals if start.resumes else {})
-    done = start.step if start else 0
     stream = TrainingStream(
         recipe.data,
         run.data,
@@ -107,14 +124,15 @@ def open_training(run: Run, start: Start | None) -> Training:
         dp_rank=run.groups.dp.rank(),
         dp_size=run.groups.dp.size(),
         seed=recipe.seed,
-        step=done,
+        step=state.step,
     )
-    return Training(run, engine, layouts, stream, done, start.manifest.skipped if start and start.resumes else 0)
+    return Training(run, engine, layouts, stream, state)
 
 
 def backend_of(run: Run) -> str:
     """The attention that this run takes here. ValueError: it cannot run."""
-    return attention_backend(run.recipe, dtype=_dtype(run.recipe), device=local_device())
+    recipe = run.recipe
+    return choose_backend(recipe.attention_backend, local_device(), _dtype(recipe), recipe.model.head_size)
 
 
 def lock_run_directory(run: Run, stack: ExitStack) -> None:
@@ -170,10 +188,38 @@ def _set_deterministic(deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _check(run: Run) -> None:
-    """All ranks agree on recipe and data, and these fit together."""
+def settle_tiles(
+    recipe: Recipe, backend: str, dtype: torch.dtype, kept: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Return the tiles that the attention kernels take: `kept` ones, and for kernels that have none those that rank 0
+    finds fastest, on all ranks (collective). Backends without tiles have none.
+    """
+    if backend != "triton":
+        return {}
+    use_choices(kept)
+    tiles = on_rank_zero(lambda: _tune(recipe, dtype))
+    use_choices(tiles)
+    return tiles
+
+
+def _tune(recipe: Recipe, dtype: torch.dtype) -> dict[str, list[int]]:
+    from bd3_scale.attention.kernels.tuning import tune
+
+    model, tensor = recipe.model, recipe.parallel.tensor
+    return tune(
+        (recipe.train.micro_batch_size, recipe.data.seq_len, model.num_attention_heads // tensor, model.head_size),
+        model.query_groups // tensor,
+        recipe.diffusion.block_size,
+        dtype,
+        local_device(),
+        deterministic=recipe.deterministic,
+    )
+
+
+def _check_against_data(run: Run) -> None:
+    """All ranks see the same data, and the recipe, which the launcher has checked, fits them."""
     recipe, data = run.recipe, run.data
-    check_recipe(recipe, dist.get_world_size(), data.document_multiple)
+    check_against_data(recipe, dist.get_world_size(), data.document_multiple)
     if recipe.evaluation.every_steps and data.validation is None:
         raise ValueError(
             f"evaluation.every_steps is {recipe.evaluation.every_steps}, {recipe.data.path} has no held-out split: "

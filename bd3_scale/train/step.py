@@ -1,4 +1,4 @@
-"""One optimiser step of a run."""
+"""One optimiser step of a run, and its learning rate."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ import torch.distributed as dist
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.parallel.engine import StepResult, TrainingEngine
-from bd3_scale.parallel.groups import local_device
+from bd3_scale.parallel.groups import local_device, placement
+from bd3_scale.recipe.schema import OptimizerRecipe
 from bd3_scale.resilience import faults
-from bd3_scale.train.inputs import step_inputs
-from bd3_scale.train.learning_rate import learning_rate
 from bd3_scale.train.setup import Training
 
 
-def take_step(training: Training, step: int) -> StepResult:
-    """Noise, forward, backward and update of step `step`, counted from 1, on the next batch of the stream."""
-    recipe, run, batch = training.run.recipe, training.run, next(training.stream)
+def take_step(training: Training) -> StepResult:
+    """Noise, forward, backward and update of the next step, on the next batch of the stream."""
+    recipe, run, batch, step = training.run.recipe, training.run, next(training.stream), training.state.step + 1
     faults.reach("step", step=step)
     micro_batches = [
-        step_inputs(
-            recipe,
+        run.objective.training_inputs(
             micro,
             step - 1,
-            intervals=run.intervals,
-            mask_id=run.data.vocabulary.mask_id,
-            device=local_device(),
-            context=(run.groups.cp.rank(), run.groups.cp.size()),
+            seed=recipe.seed,
+            global_batch_size=recipe.train.global_batch_size,
+            intervals=training.state.intervals,
+            place=placement(run.groups),
         )
         for micro in batch.split(recipe.train.micro_batch_size)
     ]
@@ -40,6 +38,25 @@ def take_step(training: Training, step: int) -> StepResult:
             lr=learning_rate(step - 1, recipe.train.steps, recipe.optimizer),
             kinds=len(recipe.diffusion.block_sizes_at(step - 1)),
         )
+
+
+def learning_rate(step: int, steps: int, optimizer: OptimizerRecipe) -> float:
+    """Learning rate of the update that follows `step` finished ones, of `steps` in all.
+
+    Linear warm-up, then constant, a cosine to `min_lr_ratio` (Loshchilov & Hutter, 2017), or warm-up–stable–decay with
+    a linear decay over the last `decay_steps` (Hu et al., 2024).
+    """
+    if step < optimizer.warmup_steps:
+        return optimizer.lr * (step + 1) / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    if optimizer.schedule == "cosine":
+        progress = (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    else:
+        decay_steps = steps // 5 if optimizer.decay_steps is None else optimizer.decay_steps
+        share = min(1.0, max(0, steps - step) / max(1, decay_steps))
+    return optimizer.lr * (optimizer.min_lr_ratio + (1 - optimizer.min_lr_ratio) * share)
 
 
 def _trained_tokens(training: Training, batch: Batch) -> int:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bd3_scale.checkpoint.retention import surplus
+from bd3_scale.checkpoint.verify import surplus
 from bd3_scale.recipe.schema import CheckpointRecipe
 from tests.faults.saving import save
 

@@ -57,7 +57,7 @@ class Training:
 
     def __init__(self, groups, seed, steps, zero_stage=1, **optimizer):
         (self.model,) = chunks = build_model(
-            RECIPE, VOCABULARY, groups, dtype=torch.bfloat16, device=torch.device("cpu"), seed=seed
+            RECIPE.model, VOCABULARY, groups, dtype=torch.bfloat16, device=torch.device("cpu"), seed=seed
         )
         self.layouts = parameter_layouts(chunks)
         parallel = RECIPE.parallel.model_copy(update={"zero_stage": zero_stage})
@@ -129,7 +129,7 @@ def test_the_states_of_any_family_come_back_and_those_of_another_are_missed(grou
 
 def test_a_model_alone_gets_the_moving_average(trained, folder, groups):
     checkpoint = trained.save(folder)
-    (model,) = build_model(RECIPE, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
+    (model,) = build_model(RECIPE.model, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
     load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts([model]))
     average = {id(f.parameter): f.states["ema"] for f in trained.engine.zero.fragments()}
     for loaded, original in zip(model.parameters(), trained.model.parameters(), strict=True):
@@ -214,7 +214,7 @@ def test_half_written_folders_are_removed_and_never_taken(trained, folder):
 
 def test_another_shape_is_named(trained, folder, groups):
     checkpoint = trained.save(folder)
-    wider = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"ffn_hidden_size": 32})})
+    wider = RECIPE.model.model_copy(update={"ffn_hidden_size": 32})
     (model,) = build_model(wider, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=None)
     with pytest.raises(ValueError, match=r"mlp.linear_fc1.weight has shape \(2, 48, 16\) in the checkpoint"):
         load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts([model]))
@@ -224,7 +224,7 @@ def test_another_format_is_named(trained, folder):
     checkpoint = trained.save(folder)
     manifest = checkpoint / "manifest.json"
     manifest.write_text('{"format": 1, "step": 2}')
-    with pytest.raises(ValueError, match=r"is of format 1, and format 3 is read here"):
+    with pytest.raises(ValueError, match=r"is of format 1, and formats 3 to 4 are read here"):
         read_manifest(checkpoint)
 
 

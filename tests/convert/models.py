@@ -132,21 +132,13 @@ def native_checkpoint(
     generator = torch.Generator().manual_seed(3)
     with process_groups(recipe.parallel) as groups:
         how = {"dtype": torch.float32, "device": torch.device("cpu")}
-        chunks = build_model(recipe, vocabulary, groups, seed=3, **how)
+        chunks = build_model(recipe.model, vocabulary, groups, seed=3, **how)
         layouts = parameter_layouts(chunks)
         engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
         for fragment in engine.zero.fragments():
             average = fragment.states["ema"]
             average.add_(torch.randn(average.shape, generator=generator), alpha=0.1)
-        manifest = CheckpointManifest(
-            step=0,
-            recipe=recipe,
-            recipe_hash="0",
-            vocabulary=vocabulary,
-            data_hash="0",
-            world_size=1,
-            states=engine.zero.names,
-        )
+        manifest = CheckpointManifest.of_run(recipe, step=0, vocabulary=vocabulary, states=engine.zero.names)
         tokenizer = folder.parent / "tokenizer"
         return save_boxes(
             folder,

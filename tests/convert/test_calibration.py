@@ -11,12 +11,14 @@ from bd3_scale.convert.calibration import LINEARS, Calibration, calibration_batc
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.objective import BlockDiffusion, NextToken
+from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 SEQUENCES = 16
 DIFFUSION = DiffusionRecipe(block_size=8, mask_rate_low=0.4, mask_rate_high=0.6)
 BYTES = Vocabulary(size=258, eos_id=256, mask_id=257)
+OBJECTIVE = BlockDiffusion(DIFFUSION, BYTES)
 CPU = torch.device("cpu")
 
 
@@ -31,15 +33,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataRecipe:
 
 
 @pytest.fixture
-def model(groups, data: DataRecipe):
-    recipe = Recipe(
-        name="r",
-        model=ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, init_std=0.2),
-        diffusion=DIFFUSION,
-        data=data,
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
-    )
-    (built,) = build_model(recipe, BYTES, groups, dtype=torch.float32, device=CPU, seed=1)
+def model(groups):
+    shape = ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, init_std=0.2)
+    (built,) = build_model(shape, BYTES, groups, dtype=torch.float32, device=CPU, seed=1)
     return built.eval()
 
 
@@ -72,25 +68,21 @@ def compare(calibration: Calibration, expected: dict[tuple[int, str], torch.Tens
 
 
 def test_the_sums_are_those_of_whole_forwards(model, data: DataRecipe) -> None:
-    inputs = [
-        calibration_inputs(batch, DIFFUSION, BYTES.mask_id, CPU) for batch in calibration_batches(data, SEQUENCES)
-    ]
+    inputs = [calibration_inputs(batch, OBJECTIVE, CPU) for batch in calibration_batches(data, SEQUENCES)]
     expected = whole_forward(model, inputs)
-    calibration = Calibration(model, data, DIFFUSION, SEQUENCES)
+    calibration = Calibration(model, data, OBJECTIVE, SEQUENCES)
     for layer in range(2):
         compare(calibration, expected, layer)
         calibration.advance(layer)
 
 
 def test_a_layer_sees_the_layers_before_it_as_they_have_become(model, data: DataRecipe) -> None:
-    calibration = Calibration(model, data, DIFFUSION, SEQUENCES)
+    calibration = Calibration(model, data, OBJECTIVE, SEQUENCES)
     calibration.hessians(0)
     with torch.no_grad():
         model.decoder.layers[0].mlp.linear_fc2.weight.mul_(2)
     calibration.advance(0)
-    inputs = [
-        calibration_inputs(batch, DIFFUSION, BYTES.mask_id, CPU) for batch in calibration_batches(data, SEQUENCES)
-    ]
+    inputs = [calibration_inputs(batch, OBJECTIVE, CPU) for batch in calibration_batches(data, SEQUENCES)]
     compare(calibration, whole_forward(model, inputs), 1)
 
 
@@ -100,7 +92,7 @@ def test_masks_of_all_rates_and_clean_rows_are_met(data: DataRecipe) -> None:
     assert sum(len(batch.ids) for batch in batches) == SEQUENCES
     shares = []
     for batch in batches:
-        tokens = calibration_inputs(batch, DIFFUSION, BYTES.mask_id, CPU).tokens
+        tokens = calibration_inputs(batch, OBJECTIVE, CPU).tokens
         noisy, clean = tokens.chunk(2, 1)
         assert torch.equal(clean, batch.tokens)
         shares += (noisy == BYTES.mask_id).unflatten(1, (-1, 8)).float().mean(2).flatten().tolist()
@@ -110,5 +102,5 @@ def test_masks_of_all_rates_and_clean_rows_are_met(data: DataRecipe) -> None:
 
 def test_a_next_token_model_is_calibrated_on_clean_rows(data: DataRecipe) -> None:
     batch = next(calibration_batches(data, 4))
-    inputs = calibration_inputs(batch, DiffusionRecipe(block_size=1, objective="next_token"), BYTES.mask_id, CPU)
+    inputs = calibration_inputs(batch, NextToken(DiffusionRecipe(block_size=1), BYTES), CPU)
     assert torch.equal(inputs.tokens, batch.tokens)

@@ -20,7 +20,6 @@ from bd3_scale.convert.architectures import export_obstacles
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.convert.serving import engines
-from bd3_scale.generate.sampler import generate
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.convert.models import (
     BYTES,
@@ -35,6 +34,7 @@ from tests.convert.models import (
     tensors,
     transformers_model,
 )
+from tests.generate.sampling import generate
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = {"sdar": QWEN_SHAPE, "tied": TIED, "official": OFFICIAL_SHAPE, "llama": LLAMA_SHAPE}
@@ -58,7 +58,7 @@ def exported(native: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 def native_results(checkpoint: Path, ids: torch.Tensor) -> dict:
     """Logits of a clean forward, and greedy generation by confidence from prompts that end inside a block or not."""
     manifest = read_manifest(checkpoint)
-    block_size = manifest.recipe.diffusion.block_size
+    block_size = manifest.block_size
     positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
     with open_model(checkpoint) as (model, _, _), torch.no_grad():
         spans = make_spans(torch.zeros(ids.shape, dtype=torch.int32), block_size)
@@ -126,9 +126,9 @@ def test_native_comes_back_bitwise(
     """The moving average in the master's place, and zeros in the vocabulary's padding, which nothing reads."""
     run_import(plan_import(exported[name]), tmp_path / "back")
     old, new = read_manifest(native[name]), read_manifest(tmp_path / "back")
-    assert new.recipe.model.model_dump(exclude={"init_std", "head_dim"}) == old.recipe.model.model_dump(
+    assert new.model.model_dump(exclude={"init_std", "head_dim"}) == old.model.model_dump(
         exclude={"init_std", "head_dim"}
-    ) | {"num_query_groups": old.recipe.model.query_groups}
+    ) | {"num_query_groups": old.model.query_groups}
     assert new.vocabulary.model_dump(exclude={"rows"}) == old.vocabulary.model_dump(exclude={"rows"})
     with TensorReader(native[name]) as one, TensorReader(tmp_path / "back") as two:
         keys = [key.removeprefix("ema.") for key in one.shapes if key.startswith("ema.")]

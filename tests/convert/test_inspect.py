@@ -26,6 +26,7 @@ def test_a_native_checkpoint(native: Path) -> None:
     assert found.bytes == 4 * 4 * found.parameters, "masters, two moments and the moving average, fp32"
     assert found.details["states"] == "master, exp_avg, exp_avg_sq, ema"
     assert found.details["written by"] == ("1 rank (tensor 1, pipeline 1, context 1, ZeRO 1); any number can read it")
+    assert str(found.details["software"]).startswith("bd3_scale 0.")
     assert "num_layers: 2" in str(found.details["recipe"])
     assert str(found.details["tokeniser"]).startswith("258 ids with the mask")
     assert found.exports["bd3"] is None

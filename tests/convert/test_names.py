@@ -60,20 +60,13 @@ def test_they_are_the_tensors_that_the_model_has(model: ModelRecipe) -> None:
     from bd3_scale.model.build import build_model
     from bd3_scale.model.layout import parameter_layouts
     from bd3_scale.parallel.groups import process_groups
-    from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ParallelRecipe, Recipe, TrainRecipe
+    from bd3_scale.recipe.schema import ParallelRecipe
     from bd3_scale.recipe.vocabulary import Vocabulary
 
-    recipe = Recipe(
-        name="r",
-        model=model,
-        diffusion=DiffusionRecipe(block_size=4),
-        data=DataRecipe(path="d", seq_len=64),
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
-    )
     vocabulary = Vocabulary(size=258, eos_id=256, mask_id=257)
     with process_groups(ParallelRecipe()) as groups:
         how = {"dtype": torch.float32, "device": torch.device("cpu")}
-        built = build_model(recipe, vocabulary, groups, seed=None, **how)
+        built = build_model(model, vocabulary, groups, seed=None, **how)
         layouts = [piece for layout in parameter_layouts(built) for piece in layout.pieces]
     named = list(named_tensors(model, vocab_rows=384, padded_rows=384, tied=model.tie_embeddings))
     assert {piece.key: piece.full_shape for piece in layouts} == {tensor.key: tensor.full_shape for tensor in named}

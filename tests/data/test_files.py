@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.data.files import JSONL_SUFFIXES, find_files
+from bd3_scale.data.files import find_files
 
 
 def put(*files: Path) -> None:
@@ -149,4 +149,4 @@ def test_named_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"t\.pdf is not a kind of file"):
         find_files([tmp_path / "t.pdf"])
     with pytest.raises(ValueError, match=r"t\.txt is not a kind of file .* give files that end in \.jsonl, "):
-        find_files([tmp_path / "t.txt"], JSONL_SUFFIXES)
+        find_files([tmp_path / "t.txt"], [".jsonl"])

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import logging
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bd3_scale.data import sources as module
-from bd3_scale.data.sources import DocumentReader
+from bd3_scale.data.sources import DocumentReader, OpenFile, Record, whole
+from bd3_scale.registry import source_formats
 
 
 def texts(*sources: Path) -> list[str]:
@@ -90,6 +94,49 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         texts(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@source_formats.register(".test-csv")
+def rows_of_csv(source: OpenFile) -> Iterator[Record]:
+    """One document a row: a format that the package does not bring."""
+    text = io.TextIOWrapper(source.stream, encoding="utf-8", newline="")
+    for number, row in enumerate(csv.DictReader(text), 1):
+        yield Record(f"{source.file}, row {number}", row)
+
+
+source_formats.register(".test-md")(whole)
+
+
+def test_a_format_from_outside_is_read_packed_or_not_beside_the_others(tmp_path: Path) -> None:
+    content = b'id,text\r\n1,"one, or\ntwo"\r\n2,\r\n3,three\r\n'
+    (tmp_path / "a.test-csv").write_bytes(content)
+    (tmp_path / "b.TEST-CSV.zst").write_bytes(zstandard.compress(content))
+    (tmp_path / "c.test-csv.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "d.txt").write_bytes(b"four")
+    (tmp_path / "e.test-md").write_bytes(b"# five")
+    reader = DocumentReader([tmp_path])
+    documents = list(reader)
+    assert [document.text for document in documents] == ["one, or\ntwo", "three"] * 3 + ["four", "# five"]
+    assert (reader.num_documents, reader.num_empty, documents[-1].position) == (8, 3, reader.num_bytes)
+    assert [document.text for document in DocumentReader([tmp_path / "a.test-csv"], field="id")] == ["1", "2", "3"]
+    with pytest.raises(ValueError, match=r'a\.test-csv, row 1 has no field "body" but id \(a string\), text'):
+        list(DocumentReader([tmp_path], field="body"))
+    with pytest.raises(ValueError, match=r"give files that end in \.jsonl, \.jsonl\.gz, \.jsonl\.zst, or"):
+        DocumentReader([tmp_path / "a.test-csv"], text_of=lambda record, where: "")
+
+
+def test_what_a_format_from_outside_cannot_read_is_skipped_or_named(tmp_path: Path) -> None:
+    (tmp_path / "a.test-csv").write_bytes(b"text\nfine\n" + b"x" * 100_000 + b"\n\xff\n")
+    (tmp_path / "b.test-csv.gz").write_bytes(gzip.compress(b"text\nwell\n")[:-3])
+    (tmp_path / "c.test-md").write_bytes(b"12345678")
+    (tmp_path / "d.txt").write_bytes(b"last")
+    reader = DocumentReader([tmp_path], on_error="skip", max_bytes=7)
+    assert [document.text for document in reader][-1] == "last"
+    assert reader.num_skipped == 3
+    expected = ("a.test-csv is not UTF-8 text", "b.test-csv.gz is damaged or cut", "c.test-md is longer than the 7")
+    assert all(words in message for words, message in zip(expected, reader.skipped, strict=True))
+    with pytest.raises(ValueError, match=r"a\.test-csv is not UTF-8 text \(.*0xff"):
+        texts(tmp_path)
 
 
 def test_a_number_of_many_digits_is_read(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bd3_scale.data.tokenizer import MASK, Tokenizer, load_tokenizer
-from bd3_scale.generate.text import kept_tokens
+from bd3_scale.generate.writer import kept_tokens
 from tests.data.tokenisers import (
     EXAMPLES,
     KINDS,

@@ -12,7 +12,7 @@ import torch
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.generative import Judge, distinct, entropy, judged, repetition
 from bd3_scale.evaluate.mauve import human_texts
-from bd3_scale.generate.text import Written
+from bd3_scale.generate.writer import Written
 from tests.convert.models import SHAPE, transformers_model
 
 BYTES = load_tokenizer("bytes")

@@ -12,6 +12,8 @@ from lm_eval.api.instance import Instance
 
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.harness import BlockDiffusionLM, windows_of
+from bd3_scale.objective import BlockDiffusion
+from bd3_scale.recipe.schema import DiffusionRecipe
 
 CPU = torch.device("cpu")
 BYTES = load_tokenizer("bytes")
@@ -26,7 +28,8 @@ def model(random_model):
 @pytest.fixture
 def adapter(groups, model):
     def make(block_size=4, draws=8, max_length=64):
-        return BlockDiffusionLM(model, groups, BYTES, block_size=block_size, max_length=max_length, draws=draws)
+        objective = BlockDiffusion(DiffusionRecipe(block_size=block_size), BYTES.vocabulary)
+        return BlockDiffusionLM(model, groups, BYTES, objective=objective, max_length=max_length, draws=draws)
 
     return make
 

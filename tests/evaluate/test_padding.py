@@ -12,6 +12,7 @@ import torch
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.data.batch import Batch
 from bd3_scale.evaluate.nelbo import evaluate_nelbo
+from bd3_scale.objective import BlockDiffusion
 from bd3_scale.recipe.schema import DiffusionRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
@@ -21,7 +22,7 @@ VOCABULARY = Vocabulary(size=12, eos_id=0, mask_id=11)
 
 @pytest.fixture(scope="module")
 def model(random_model):
-    return random_model(VOCABULARY, block_size=8, length=LENGTH, seed=3, num_layers=1, hidden_size=16, init_std=0.5)
+    return random_model(VOCABULARY, seed=3, num_layers=1, hidden_size=16, init_std=0.5)
 
 
 def batch(padding: int) -> Batch:
@@ -36,7 +37,7 @@ def batch(padding: int) -> Batch:
 
 @pytest.mark.parametrize("block_size", [1, 8])
 def test_what_pads_a_document_is_not_seen(groups, model, block_size):
-    how = {"diffusion": DiffusionRecipe(block_size=block_size), "draws": 3}
+    how = {"objective": BlockDiffusion(DiffusionRecipe(block_size=block_size), VOCABULARY), "draws": 3}
     ends, others = (evaluate_nelbo([model], [batch(padding)], groups, **how) for padding in (0, 7))
     assert ends.nelbo == others.nelbo
     assert torch.equal(ends.moments, others.moments)
@@ -82,14 +83,14 @@ def block_law(model, prefix: list[int], block: list[int | None]) -> float:
 @torch.no_grad()
 def test_with_its_padding_counted_the_number_bounds_what_generate_writes(groups, random_model):
     """Texts of four tokens and EOS in blocks of three: the second block is a token, the end and one that pads."""
-    small = random_model(VOCABULARY, block_size=3, length=6, seed=5, num_layers=1, hidden_size=16, init_std=0.7)
+    small = random_model(VOCABULARY, seed=5, num_layers=1, hidden_size=16, init_std=0.7)
     text = [3, 7, 1, 5, VOCABULARY.eos_id]
     exact = -log(block_law(small, [], text[:3])) - log(block_law(small, text[:3], [*text[3:], None]))
     tokens = torch.tensor([[*text, VOCABULARY.eos_id]]).expand(400, -1)
     place, ids = torch.arange(6).expand(400, -1), torch.arange(400)
     rows = torch.zeros(400, 6, dtype=torch.int32)
     one = Batch(ids, ids, 0, tokens, rows, place, place < 5, torch.zeros(400, 6, dtype=torch.bool))
-    how = {"diffusion": DiffusionRecipe(block_size=3), "draws": 8, "padded": True}
+    how = {"objective": BlockDiffusion(DiffusionRecipe(block_size=3), VOCABULARY), "draws": 8, "padded": True}
     found = evaluate_nelbo([small], [one], groups, **how)
     bound, error = found.padded.nelbo * 5, found.padded.noise_standard_error * 5
     assert bound + 4 * error > exact
@@ -114,7 +115,7 @@ def test_with_its_padding_counted_the_number_bounds_what_generate_writes(groups,
 def test_a_text_without_padding_has_one_number_and_what_is_shown_is_seen(groups, model):
     full = replace(batch(0), counted=torch.ones(20, LENGTH, dtype=torch.bool))
     # One block, so that nothing but a token's own noisy copy could be seen.
-    how = {"diffusion": DiffusionRecipe(block_size=LENGTH), "draws": 2, "padded": True}
+    how = {"objective": BlockDiffusion(DiffusionRecipe(block_size=LENGTH), VOCABULARY), "draws": 2, "padded": True}
     found = evaluate_nelbo([model], [full], groups, **how)
     assert found.padded == found.nelbo
     shown = torch.zeros(20, LENGTH, dtype=torch.bool)
@@ -131,7 +132,7 @@ def test_padding_behind_the_last_block_with_text_is_no_part_of_either_number(gro
     """Nine tokens in blocks of four: three of the third block pad, and all of the fourth."""
     ends, others = batch(0), batch(0)
     others.tokens[:, 12:] = 7
-    how = {"diffusion": DiffusionRecipe(block_size=4), "draws": 2, "padded": True}
+    how = {"objective": BlockDiffusion(DiffusionRecipe(block_size=4), VOCABULARY), "draws": 2, "padded": True}
     found, same = (evaluate_nelbo([model], [one], groups, **how) for one in (ends, others))
     assert (found.nelbo, found.padded) == (same.nelbo, same.padded)
     others.tokens[:, 10] = 7

@@ -10,7 +10,10 @@ from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.overlap import count_known, document_hash, hashes_file, hashes_of, read_hashes
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.sets import SETS, NamedText
+from bd3_scale.evaluate.sets import NamedText
+from bd3_scale.registry import text_sets
+
+SETS = ["ptb", "wikitext2", "lm1b", "lambada", "ag_news", "pubmed", "arxiv"]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,7 @@ from bd3_scale.evaluate.sets import SETS, NamedText
     ],
 )
 def test_tokenised_text_becomes_plain(name: str, tokenised: str, plain: str) -> None:
-    assert SETS[name].plain(tokenised) == plain
+    assert text_sets.get(name)(tokenised) == plain
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -40,21 +43,35 @@ def test_plain_text_stays(name: str) -> None:
     text = (
         "It's 3.5% (or so), \"perhaps\": the students' idea; see http://a.b/c, didn't you?\nA new line - 1,000 of them!"
     )
-    assert SETS[name].plain(text) == text
+    assert text_sets.get(name)(text) == text
 
 
 def test_the_sets_of_the_paper_are_known_by_name(tmp_path) -> None:
-    assert list(SETS) == ["ptb", "wikitext2", "lm1b", "lambada", "ag_news", "pubmed", "arxiv"]
-    assert NamedText.parse("ptb=a/b=c.txt") == NamedText("ptb", type(tmp_path)("a/b=c.txt"), SETS["ptb"])
+    assert list(text_sets.names()[: len(SETS)]) == SETS
+    assert NamedText.parse("ptb=a/b=c.txt") == NamedText("ptb", type(tmp_path)("a/b=c.txt"), text_sets.get("ptb"))
     assert NamedText.parse("notes/day.jsonl.zst").name == "day"
     plain = tmp_path / "ptb.txt"
     plain.write_text("N <unk>")
-    assert NamedText.parse(str(plain)).rules.plain("N <unk>") == "N <unk>", "a path is measured as it stands"
+    assert NamedText.parse(str(plain)).plain("N <unk>") == "N <unk>", "a path is measured as it stands"
     odd = tmp_path / "c4=x.txt"
     odd.write_text("x")
     assert NamedText.parse(str(odd)).path == odd
-    with pytest.raises(ValueError, match=r"no set 'c4': known are ptb, wikitext2, lm1b.*give the path alone"):
+    with pytest.raises(ValueError, match=r"set is called 'c4': known are ptb, wikitext2, lm1b.*give the path alone"):
         NamedText.parse("c4=text.txt")
+    with pytest.raises(ValueError, match=r"'wikitext': did you mean wikitext2\?"):
+        NamedText.parse("wikitext=text.txt")
+
+
+def test_a_set_from_outside_is_known_by_its_name(tmp_path) -> None:
+    @text_sets.register("test_shouted")
+    def shouted(text: str) -> str:
+        """A corpus in capitals."""
+        return text.lower()
+
+    (tmp_path / "set.txt").write_text("HELLO THERE")
+    text = NamedText.parse(f"test_shouted={tmp_path / 'set.txt'}")
+    text.prepare(tmp_path / "data", load_tokenizer("bytes"), seq_len=32, document_multiple=4)
+    assert (tmp_path / "data.jsonl").read_text() == '{"text": "hello there"}\n'
 
 
 def test_a_text_is_prepared_whole_in_plain_words(tmp_path) -> None:
@@ -64,7 +81,7 @@ def test_a_text_is_prepared_whole_in_plain_words(tmp_path) -> None:
     text = NamedText.parse(f"ptb={tmp_path / 'set.jsonl'}")
     text.prepare(tmp_path / "data", load_tokenizer("bytes"), seq_len=32, document_multiple=8)
     manifest = load_manifest(tmp_path / "data")
-    size = sum(len(SETS["ptb"].plain(text)) for text in texts)
+    size = sum(len(text_sets.get("ptb")(text)) for text in texts)
     assert (manifest.train, manifest.document_multiple) == (None, 8)
     assert (manifest.validation.text_bytes, manifest.validation.counted_tokens) == (size, size + 2)
 

@@ -11,8 +11,8 @@ import torch
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.nelbo import counted_tokens
-from bd3_scale.evaluate.text_bytes import counted_bytes
+from bd3_scale.evaluate.yardsticks import counted_bytes
+from bd3_scale.objective import NextToken
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe
 
 BYTES = load_tokenizer("bytes")
@@ -38,8 +38,8 @@ def test_bytes_are_those_of_the_text_whatever_cuts_it(text: str, tmp_path: Path)
         whole = BYTES.decode(ids).rstrip("\ufffd").replace("<|endoftext|>", "")
         assert counted_bytes(batches(sequences), BYTES) == len(whole.encode())
     # Of a next-token model the first token of each piece is not counted: a byte each, or the letter that it completes.
-    ar = DiffusionRecipe(block_size=1, objective="next_token")
-    found = counted_bytes(batches(), BYTES, lambda batch: counted_tokens(batch, ar).counted)
+    ar = NextToken(DiffusionRecipe(block_size=1, objective="next_token"), BYTES.vocabulary)
+    found = counted_bytes(batches(), BYTES, lambda batch: ar.counting(batch).counted)
     first = sum(
         int(((b.tokens < 256) & (torch.arange(64) == b.document_start)).sum()) for b in batches()
     )  # a piece may be the end alone

@@ -7,7 +7,6 @@ import re
 import torch
 import torch.distributed as dist
 
-from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
@@ -27,8 +26,7 @@ def drift(name: str) -> None:
     world, case_name, parallel, pattern, culprit = LAYOUTS[name]
     recipe = cases.recipe(cases.Layout(world, case_name, parallel))
     with process_groups(recipe.parallel) as groups:
-        device = torch.device("cpu")
-        chunks = build_model(recipe, cases.VOCABULARY, groups, dtype=torch.float32, device=device, seed=3)
+        chunks = cases.build(recipe, groups)
         layouts = parameter_layouts(chunks)
         TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
         check_replicas(chunks, layouts, groups, 0)

@@ -241,7 +241,7 @@ OPENERS = {
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.commands._grown", "launch.local._explain", "launch.ranks.Ranks.explain_failure"),
         *("launch.records.excluded_nodes", "launch.supervise.Supervisor._begin", "observe.environment._cpu_info"),
-        *("observe.memory.peak_rss_bytes", "observe.metrics._wandb_id", "resilience.faults._flip"),
+        *("observe.environment.peak_rss_bytes", "observe.metrics._wandb_id", "resilience.faults._flip"),
         *("resilience.files.Lines.__init__", "resilience.files.sync", "resilience.leftovers._make"),
         *("resilience.leftovers._remove_if_left", "resilience.leftovers._spared_by_cleaners"),
         *(

@@ -18,6 +18,7 @@ from bd3_scale.checkpoint.folder import LATEST, list_checkpoints, remove_partial
 from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.checkpoint.store import save_boxes
 from bd3_scale.checkpoint.verify import check_checkpoint
+from bd3_scale.observe.environment import software
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import (
     CheckpointRecipe,
@@ -43,15 +44,8 @@ def manifest_of(
     step: int, recipe: Recipe = RECIPE, size: int = 12, states: tuple[str, ...] = ("master",)
 ) -> CheckpointManifest:
     """Of one process; the vocabulary has `size` ids, of which the last is the mask."""
-    return CheckpointManifest(
-        step=step,
-        recipe=recipe,
-        recipe_hash="0",
-        vocabulary=Vocabulary(size=size, eos_id=0, mask_id=size - 1),
-        data_hash="0",
-        world_size=1,
-        states=states,
-    )
+    vocabulary = Vocabulary(size=size, eos_id=0, mask_id=size - 1)
+    return CheckpointManifest.of_run(recipe, step=step, vocabulary=vocabulary, states=states)
 
 
 def save(folder: Path, step: int) -> Path:
@@ -65,7 +59,9 @@ def save(folder: Path, step: int) -> Path:
 
 def sealed(checkpoint, **changes):
     """A manifest with changes, as whoever wrote them would have sealed it."""
-    text = json.dumps(json.loads((checkpoint / "manifest.json").read_text()) | changes | {"checksum": ""}, indent=2)
+    content = json.loads((checkpoint / "manifest.json").read_text()) | changes
+    del content["checksum"]  # it comes last
+    text = json.dumps(content | {"checksum": ""}, indent=2)
     return text.replace('"checksum": ""', f'"checksum": "{xxhash.xxh3_128(text.encode()).hexdigest()}"')
 
 
@@ -105,6 +101,7 @@ def sound(folder: Path) -> list[int]:
 def main() -> None:
     place, kind = Path(sys.argv[1]), sys.argv[2]
     number = {"kill": 0, "full": errno.ENOSPC, "fail": errno.EIO}[kind]
+    software()  # asked once a process, and not in every fork
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
     shim.shim_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long, ctypes.c_int]
     shim.shim_count.restype = ctypes.c_long

@@ -143,12 +143,11 @@ def test_sizes_that_a_configuration_alone_has(key, value, copied):
 def test_sizes_that_a_manifest_alone_has(key, value, tmp_path):
     an_import(tmp_path)
     checkpoint = tmp_path / "checkpoint"
-    recipe = json.loads((checkpoint / "manifest.json").read_text())["recipe"]
-    recipe["model"] |= {key: value}
-    (checkpoint / "manifest.json").write_text(sealed(checkpoint, recipe=recipe))
-    with refused("is not of its recipe: decoder.layers"):
+    model = json.loads((checkpoint / "manifest.json").read_text())["model"]
+    (checkpoint / "manifest.json").write_text(sealed(checkpoint, model=model | {key: value}))
+    with refused("is not of its manifest: decoder.layers"):
         plan_export(checkpoint)
-    with refused("is not of its recipe: decoder.layers"), open_model(checkpoint):
+    with refused("is not of its manifest: decoder.layers"), open_model(checkpoint):
         pass
 
 

@@ -133,8 +133,8 @@ def test_what_cannot_be_read_is_not_taken_for_damage(two, monkeypatch):
     """Another version's, or one on storage that fails at the moment, stays where it is."""
     older, newer = two
     for content, message in (
-        ('{"format": 2, "step": 2}', "is of format 2, and format 3 is read here"),
-        (sealed(newer, recipe={"name": "tiny", "colour": "blue"}), "cannot be read by this version"),
+        ('{"format": 2, "step": 2}', "is of format 2, and formats 3 to 4 are read here"),
+        (sealed(newer, model={"colour": "blue"}), "cannot be read by this version"),
     ):
         (newer / "manifest.json").write_text(content)
         with pytest.raises(ValueError, match=message):

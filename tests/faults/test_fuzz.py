@@ -57,9 +57,10 @@ def test_checkpoint_manifests(data, pristine, checkpoint):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 4}, "is of format 4, and format 3 is read here: use the version that wrote it"),
+        ({"format": 5}, "is of format 5, and formats 3 to 4 are read here: use the version that wrote it"),
         ({"step": "x"}, "cannot be read by this version: step: Input should be a valid integer"),
-        ({"recipe": [1]}, "cannot be read by this version: recipe: "),
+        ({"model": [1]}, "cannot be read by this version: model: "),
+        ({"format": 3, "recipe": {"model": [1]}}, "cannot be read by this version: name: "),
     ],
 )
 def test_a_sealed_manifest_of_another_version_is_told_in_one_line(changes, words, checkpoint):
@@ -69,13 +70,10 @@ def test_a_sealed_manifest_of_another_version_is_told_in_one_line(changes, words
     assert "\n" not in found
 
 
-def test_a_key_of_a_later_version_in_the_recipe_is_named(checkpoint):
-    recipe = json.loads((checkpoint / "manifest.json").read_text())["recipe"]
-    recipe["optimizer"]["warm_restarts"] = 2
-    (checkpoint / "manifest.json").write_text(sealed(checkpoint, recipe=recipe))
-    assert "it has the key recipe.optimizer.warm_restarts, which a newer version wrote" in message(
-        read_manifest, checkpoint
-    )
+def test_a_key_of_a_later_version_in_the_model_is_named(checkpoint):
+    model = json.loads((checkpoint / "manifest.json").read_text())["model"]
+    (checkpoint / "manifest.json").write_text(sealed(checkpoint, model=model | {"experts": 2}))
+    assert "it has the key model.experts, which a newer version wrote" in message(read_manifest, checkpoint)
 
 
 def read_all(checkpoint):

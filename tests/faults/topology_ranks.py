@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.checkpoint.store import boxes_to_save, save_boxes
-from bd3_scale.data.corrupt import rank_positions
+from bd3_scale.objective import BlockDiffusion
+from bd3_scale.objective.inputs import rank_positions
 from bd3_scale.parallel import engine as engine_module
 from bd3_scale.parallel.collective import on_rank_zero
-from bd3_scale.recipe.load import recipe_hash
 from bd3_scale.recipe.schema import Recipe
-from bd3_scale.train import step as step_module
 from bd3_scale.train.resume import find_start
 from bd3_scale.train.setup import Training, open_run, open_training
+from bd3_scale.train.step import take_step
 
 # Some of the tiny weights are divided by ZeRO-3, as large ones are.
 engine_module.WHOLE_BELOW = 1500
@@ -33,29 +33,30 @@ def go(recipe: Recipe, last: int, out: Path) -> None:
         training = open_training(run, start)
         if start is not None:
             save(training, start.step, out.with_suffix(".again"))
-        losses, seen = [], {}
+        losses, seen, began = [], {}, training.state.step
         with recording(training, seen):
-            for step in range(training.done + 1, last + 1):
-                losses.append(step_module.take_step(training, step).loss)
+            while training.state.step < last:
+                result = take_step(training)
+                training.state.finish_step(result)
+                losses.append(result.loss)
         save(training, last, run.checkpoints)
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, seen)
         if dist.get_rank() == 0:
-            torch.save({"losses": losses, "seen": together(everyone), "done": training.done}, out)
+            torch.save({"losses": losses, "seen": together(everyone), "done": began}, out)
 
 
 def save(training: Training, step: int, folder: Path) -> None:
     tokenizer = folder.parent / f"tokenizer of {folder.name}"
     on_rank_zero(lambda: (folder.mkdir(parents=True, exist_ok=True), tokenizer.mkdir(exist_ok=True))[1])
-    manifest = CheckpointManifest(
+    manifest = CheckpointManifest.of_run(
+        training.run.recipe,
         step=step,
-        recipe=training.run.recipe,
-        recipe_hash=recipe_hash(training.run.recipe),
         vocabulary=training.engine.chunks[0].vocabulary,
         data_hash=training.run.data_hash,
         world_size=dist.get_world_size(),
         states=training.engine.zero.names,
-        intervals=training.run.intervals,
+        intervals=training.state.intervals,
     )
     keep = training.run.recipe.checkpoint
     save_boxes(folder, manifest, boxes_to_save(training.engine.zero, training.layouts), tokenizer=tokenizer, keep=keep)
@@ -65,22 +66,22 @@ class recording:
     """Notes the samples that `take_step` makes inputs of, and what became of them on this rank."""
 
     def __init__(self, training: Training, seen: dict) -> None:
-        self._training, self._seen, self._made = training, seen, step_module.step_inputs
+        self._training, self._seen, self._made = training, seen, BlockDiffusion.training_inputs
 
     def __enter__(self) -> None:
-        def note(recipe, micro, step, **how):
-            made = self._made(recipe, micro, step, **how)
+        def note(objective, micro, step, **how):
+            made = self._made(objective, micro, step, **how)
             # The noisy copy, at whatever places this rank of a context-parallel group has.
-            places = rank_positions(recipe.data.seq_len, how["context"]).tolist()
+            places = rank_positions(micro.tokens.shape[1], how["place"].context).tolist()
             for row, sample in enumerate(micro.ids.tolist()):
                 noisy = zip(places, made.tokens[row, : len(places)].tolist(), strict=True)
                 self._seen.setdefault((step, micro.epoch, sample), {}).update(noisy)
             return made
 
-        step_module.step_inputs = note
+        BlockDiffusion.training_inputs = note
 
     def __exit__(self, *_: object) -> None:
-        step_module.step_inputs = self._made
+        BlockDiffusion.training_inputs = self._made
 
 
 def together(everyone: list[dict]) -> dict:

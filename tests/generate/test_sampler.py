@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from bd3_scale.attention.spans import make_spans
+from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.draw import Drawing
-from bd3_scale.generate.sampler import generate, generate_batch
+from bd3_scale.generate.sampler import denoise
 from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from tests.generate.sampling import generate, generate_batch
 
 MASK = 1
 FLAT = 8.0  # temperature at which this model's laws have no outcome that is too rare for a chi-square
@@ -22,16 +24,10 @@ VOCABULARY = Vocabulary(size=5, eos_id=0, mask_id=MASK)  # the mask in the midst
 
 @pytest.fixture(scope="module")
 def model(groups):
-    recipe = Recipe(
-        name="tiny",
-        model=ModelRecipe(
-            num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, init_std=1.0, head_bias=True
-        ),
-        diffusion=DiffusionRecipe(block_size=4),
-        data=DataRecipe(path="unused", seq_len=8),
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
+    shape = ModelRecipe(
+        num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, init_std=1.0, head_bias=True
     )
-    (built,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=2)
+    (built,) = build_model(shape, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=2)
     built.requires_grad_(False)
     built.output_layer.bias[VOCABULARY.eos_id] = -300.0  # texts do not end by chance
     return built
@@ -141,7 +137,7 @@ def test_text_is_drawn_from_the_enumerated_distribution(model, steps):
     expected = pair_law(model, [2, 4], {(0, 1): (1 - together) / 2, (1, 0): (1 - together) / 2, (): together})
     how = {"block_size": 2, "max_new_tokens": 2, "temperature": FLAT}
     how |= {"unmasking": "ancestral", "steps": steps} if steps else {}
-    samples = generate_batch(model, [[2, 4]] * 2000, seeds=range(2000), **how)
+    samples = generate_batch(model, [[2, 4]] * 2000, **how)
     assert chi_square(samples, expected) < 26.1  # 8 degrees of freedom, one in a thousand
     once = sum(sample.nfe == 1 for sample in samples)  # idle steps cost no pass
     assert abs(once - 2000 * together) <= 4 * (2000 * together) ** 0.5
@@ -213,7 +209,7 @@ def test_a_batch_gives_what_its_members_give_alone(model, rule):
     how = {"block_size": 4, "max_new_tokens": 18, "top_p": 0.95, "temperature": 1.3, **RULES[rule]}
     model.output_layer.bias[VOCABULARY.eos_id] = 2.0
     try:
-        together = generate_batch(model, PROMPTS * 2, seeds=range(10), **how)
+        together = generate_batch(model, PROMPTS * 2, **how)
         alone = [generate(model, prompt, seed=seed, **how) for seed, prompt in enumerate(PROMPTS * 2)]
     finally:
         model.output_layer.bias[VOCABULARY.eos_id] = -300.0
@@ -262,7 +258,7 @@ def test_a_gap_sees_its_whole_block(model):
     log_law = [log_probability(model, [2, 4], [MASK, 3], 0, token) for token in (2, 3, 4)]
     draws = 300
     how = {"block_size": 2, "max_new_tokens": 0, "temperature": FLAT}
-    samples = generate_batch(model, [[2, 4, MASK, 3]] * draws, seeds=range(draws), **how)
+    samples = generate_batch(model, [[2, 4, MASK, 3]] * draws, **how)
     counts = [sum(sample.prompt[2] == token for sample in samples) for token in (2, 3, 4)]
     expected = [draws * math.exp(value) for value in log_law]
     assert sum(expected) == pytest.approx(draws, rel=1e-5)
@@ -295,23 +291,37 @@ def test_texts_end_where_they_are_told_to(model):
         return places[1] if len(places) > 1 else None
 
     how = {"block_size": 4, "max_new_tokens": 40}
-    samples = generate_batch(model, PROMPTS, seeds=range(5), ends=ends, **how)
-    whole = generate_batch(model, PROMPTS, seeds=range(5), **how)
+    samples = generate_batch(model, PROMPTS, ends=ends, **how)
+    whole = generate_batch(model, PROMPTS, **how)
     assert {sample.stopped_by for sample in samples} == {"stop string"}
     for sample, text in zip(samples, whole, strict=True):
         assert sample.tokens == text.tokens[: ends(0, text.tokens)]
 
 
-def test_what_is_watched_goes_from_masks_to_the_text(model):
-    seen, told = [], []
-    how = {"block_size": 4, "max_new_tokens": 7}
-    watch = lambda index, tokens: seen.append((index, tokens))  # noqa: E731
-    samples = generate_batch(model, [[2], [3, 4]], seeds=[1, 2], watch=watch, progress=lambda *a: told.append(a), **how)
-    for index, sample in enumerate(samples):
-        texts = [tokens for i, tokens in seen if i == index]
-        assert texts[0][: len(sample.prompt)] == sample.prompt
-        assert texts[-1][len(sample.prompt) :][:7] == sample.tokens
+def test_what_is_yielded_goes_from_masks_to_the_text(model):
+    """Before the first pass and after each, the texts that are not at their end; their blocks are finished in turn."""
+    seen, finished, counts = {0: [], 1: []}, {0: [], 1: []}, []
+    for drafts in denoise(model, [[2], [3, 4]], SamplingConfig(max_new_tokens=7, seed=1), block_size=4):
+        counts.append([draft.generated for draft in drafts])
+        for draft in drafts:
+            seen[draft.index].append(draft.whole)
+            finished[draft.index] += [draft.whole] if draft.finished else []
+    alone = [generate(model, [2], block_size=4, max_new_tokens=7, seed=1)]
+    alone += [generate(model, [3, 4], block_size=4, max_new_tokens=7, seed=2)]
+    for texts, blocks, sample in zip(seen.values(), finished.values(), alone, strict=True):
+        assert texts[0] == sample.prompt + [MASK] * (4 - len(sample.prompt))
         for before, after in itertools.pairwise(texts):
             assert all(b in (a, MASK) for a, b in zip(after, before, strict=False))
-    assert told[-1] == (14, 14)
-    assert told == sorted(told)
+        assert blocks == [texts[-1][: 4 * n + 4] for n in range(len(texts[-1]) // 4)]
+        assert texts[-1][: len(sample.prompt) + 7] == sample.prompt + sample.tokens
+    assert (counts[0], counts[-1]) == ([0, 0], [7])
+
+
+def test_texts_may_be_written_by_turns(model):
+    how = {"block_size": 4, "max_new_tokens": 20}
+    passes = denoise(model, [[2]], SamplingConfig(max_new_tokens=20), block_size=4)
+    for _ in range(3):
+        next(passes)
+    assert torch.is_grad_enabled()
+    between = generate(model, [2], **how)
+    assert [drafts[0].sample for drafts in passes][-1] == between == generate(model, [2], **how)

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_scale.attention.spans import make_spans
-from bd3_scale.generate.sampler import generate
-from bd3_scale.generate.unmasking import Unmasking
+from bd3_scale.generate.unmasking import BlindRule, Dynamic, EntropyBound, SightedRule, Static, Threshold
 from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.registry import unmasking_rules
+from tests.generate.sampling import generate
 
 MASK = 1
 VOCABULARY = Vocabulary(size=12, eos_id=0, mask_id=MASK)
@@ -24,16 +25,10 @@ PROMPTS = [[2, 9, 4, 7, 3, 5, 8, 6, 11, 10][:length] for length in (0, 3, 4, 5, 
 
 @pytest.fixture(scope="module")
 def model(groups):
-    recipe = Recipe(
-        name="tiny",
-        model=ModelRecipe(
-            num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, init_std=0.7, head_bias=True
-        ),
-        diffusion=DiffusionRecipe(block_size=K),
-        data=DataRecipe(path="unused", seq_len=8),
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
+    shape = ModelRecipe(
+        num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, init_std=0.7, head_bias=True
     )
-    (built,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=4)
+    (built,) = build_model(shape, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=4)
     built.requires_grad_(False)
     built.output_layer.bias[VOCABULARY.eos_id] = -30.0  # texts do not end by chance
     return built
@@ -93,7 +88,7 @@ def passes_allowed(block_size, steps, masked):
 @given(unmaskings())
 def test_static_takes_a_fixed_number_of_the_most_confident(case):
     block_size, steps, masked, seed = case
-    passes = unmask(Unmasking.make("static", block_size, steps, None), masked, seed)
+    passes = unmask(Static(block_size, steps), masked, seed)
     assert len(passes) == passes_allowed(block_size, steps, int(masked.sum())) <= steps
     if masked.all():
         assert len(passes) == steps
@@ -108,8 +103,8 @@ def test_static_takes_a_fixed_number_of_the_most_confident(case):
 @given(unmaskings(), st.floats(0, 1, exclude_min=True))
 def test_dynamic_takes_all_above_the_threshold_and_no_fewer_than_static(case, threshold):
     block_size, steps, masked, seed = case
-    passes = unmask(Unmasking.make("dynamic", block_size, steps, threshold), masked, seed)
-    static = Unmasking.make("static", block_size, steps, None)
+    passes = unmask(Dynamic(block_size, steps, threshold), masked, seed)
+    static = Static(block_size, steps)
     assert len(passes) <= passes_allowed(block_size, steps, int(masked.sum()))
     for step, (confidence, before, chosen) in enumerate(passes):
         sure = before & (confidence > threshold)
@@ -126,8 +121,7 @@ def test_a_lower_threshold_takes_no_less(case, one, other):
     confidence = torch.rand(block_size, generator=torch.Generator().manual_seed(seed))
     for step in range(steps):
         bold, careful = (
-            taken(Unmasking.make("dynamic", block_size, steps, threshold), confidence, masked, step)
-            for threshold in sorted((one, other))
+            taken(Dynamic(block_size, steps, threshold), confidence, masked, step) for threshold in sorted((one, other))
         )
         assert not (careful & ~bold).any()
 
@@ -136,10 +130,11 @@ def test_a_lower_threshold_takes_no_less(case, one, other):
 @given(st.integers(1, 64).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size))))
 def test_passes_share_a_block_evenly_the_larger_first(case):
     block_size, steps = case
-    counts = Unmasking.make("static", block_size, steps, None).counts
+    passes = unmask(Static(block_size, steps), torch.ones(block_size, dtype=torch.bool), seed=1)
+    counts = [int(chosen.sum()) for _, _, chosen in passes]
     assert (sum(counts), len(counts)) == (block_size, steps)
     assert counts[0] - counts[-1] <= 1
-    assert list(counts) == sorted(counts, reverse=True)
+    assert counts == sorted(counts, reverse=True)
 
 
 @settings(deadline=None)
@@ -147,7 +142,7 @@ def test_passes_share_a_block_evenly_the_larger_first(case):
 def test_entropy_takes_the_surest_while_all_but_the_last_stay_below_the_bound(case, bound):
     size, _, masked, seed = case
     entropy = torch.rand(size, generator=torch.Generator().manual_seed(seed))
-    how = Unmasking.make("entropy", size, None, bound)
+    how = EntropyBound(size, None, bound)
     chosen = how.choose(torch.zeros(1, size), entropy[None], masked[None], torch.tensor([0]))[0]
     places = sorted(masked.nonzero()[:, 0].tolist(), key=lambda place: float(entropy[place]))
     most = max((n for n in range(1, len(places) + 1) if sum(entropy[places[: n - 1]]) <= bound), default=0)
@@ -156,12 +151,12 @@ def test_entropy_takes_the_surest_while_all_but_the_last_stay_below_the_bound(ca
 
 def test_equally_confident_places_are_taken_from_the_left():
     masked = torch.tensor([False, True, True, True, False, True])
-    how = Unmasking.make("static", 6, 3, None)
+    how = Static(6, 3)
     assert taken(how, torch.full((6,), 0.5), masked, 0).tolist() == [False, True, True, False, False, False]
 
 
 def test_a_confidence_at_the_threshold_does_not_exceed_it():
-    how = Unmasking.make("dynamic", 4, 4, 0.5)
+    how = Dynamic(4, 4, 0.5)
     confidence = torch.tensor([0.5, 0.5, 0.75, 0.5])
     assert taken(how, confidence, torch.ones(4, dtype=torch.bool), 0).tolist() == [False, False, True, False]
 
@@ -306,8 +301,8 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(model):
 def test_confidence_is_the_probability_of_the_drawn_token(model, monkeypatch, temperature):
     """Under softmax(logits / T), and at T = 0 under softmax(logits)."""
     seen = []
-    choose = Unmasking.choose
-    monkeypatch.setattr(Unmasking, "choose", lambda *a: seen.append(a[1][0]) or choose(*a))
+    choose = Static.choose
+    monkeypatch.setattr(Static, "choose", lambda *a: seen.append(a[1][0]) or choose(*a))
     how = {"block_size": K, "max_new_tokens": K, "unmasking": "static", "steps": 1}
     tokens = generate(model, [2, 9, 4, 7], **how, temperature=temperature).tokens
     shares = (masked_block_logits(model, [2, 9, 4, 7]) / (temperature or 1)).softmax(-1)
@@ -345,27 +340,89 @@ def test_tokens_are_drawn_from_what_the_model_says(model):
     [
         (
             {"unmasking": "beam"},
-            "unmasking='beam' is not known: take first-hitting, ancestral, static, dynamic, entropy",
+            "no unmasking rule is called 'beam': known are first-hitting, ancestral, static, dynamic, entropy",
         ),
+        ({"unmasking": "statc"}, "no unmasking rule is called 'statc': did you mean static"),
         ({"unmasking": "entropy", "threshold": -0.1}, "threshold is -0.1: give nats"),
-        ({"unmasking": "entropy", "steps": 2}, "steps=2 belongs to ancestral, static, dynamic unmasking"),
+        ({"unmasking": "entropy", "threshold": float("nan")}, "threshold is nan: give nats"),
+        ({"unmasking": "entropy", "steps": 2}, "steps=2 belongs to ancestral, static, dynamic.* unmasking"),
         ({"unmasking": "ancestral", "steps": 0}, "steps is 0: give 1"),
         ({"unmasking": "static", "steps": 5}, "steps is 5: give 1 to 4, the tokens of a block"),
-        ({"unmasking": "dynamic", "steps": 0}, "steps is 0: give 1 to 4"),
+        ({"unmasking": "dynamic", "steps": 0}, "steps is 0: give 1 or more"),
         ({"unmasking": "dynamic", "threshold": 0.0}, "threshold is 0.0: give a probability above 0, up to 1"),
         ({"unmasking": "dynamic", "threshold": 1.5}, "threshold is 1.5: give a probability"),
         ({"unmasking": "dynamic", "threshold": float("nan")}, "threshold is nan: give a probability"),
-        ({"steps": 2}, "steps=2 belongs to ancestral, static, dynamic unmasking.*leave steps out"),
+        ({"steps": 2}, "steps=2 belongs to ancestral, static, dynamic.* unmasking.*leave steps out"),
         (
             {"threshold": 0.9},
-            "threshold=0.9 belongs to dynamic and entropy unmasking, not to first-hitting.*leave threshold out",
+            "threshold=0.9 belongs to dynamic and entropy.* unmasking, not to first-hitting.*leave threshold out",
         ),
         (
             {"unmasking": "static", "threshold": 0.9},
-            "threshold=0.9 belongs to dynamic and entropy unmasking, not to static",
+            "threshold=0.9 belongs to dynamic and entropy.* unmasking, not to static",
         ),
     ],
 )
 def test_bad_input(model, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, [2], block_size=K, max_new_tokens=4, **options)
+
+
+@unmasking_rules.register("test-left-to-right")
+class LeftToRight(BlindRule):
+    """Rules as a plug-in adds them: so many places a pass, from the left."""
+
+    takes_steps = True
+
+    def choose(self, masked, order, chance, step):
+        return masked & (masked.cumsum() <= self.block_size // self.steps)
+
+
+@unmasking_rules.register("test-doubt")
+class Doubt(SightedRule):
+    """The least confident and all that is not above a threshold."""
+
+    takes_threshold = Threshold(0.2, lambda value: 0 <= value < 1, "a probability below 1")
+
+    def choose(self, confidence, entropy, masked, steps):
+        left = confidence.masked_fill(~masked, 2.0)
+        return masked & ((left <= self.threshold) | (left == left.min(-1, keepdim=True).values))
+
+
+@unmasking_rules.register("test-nothing")
+class Nothing(SightedRule):
+    """Breaks its promise."""
+
+    def choose(self, confidence, entropy, masked, steps):
+        return masked & False
+
+
+HOW = {"block_size": K, "max_new_tokens": 2 * K, "temperature": 0.5}
+
+
+@pytest.mark.parametrize(("steps", "shown_blocks"), [(None, [4, 3, 2, 1]), (2, [4, 2]), (1, [4])])
+def test_a_blind_rule_from_outside_takes_the_places_that_it_says(model, shown, steps, shown_blocks):
+    sample = generate(model, [], unmasking="test-left-to-right", steps=steps, **HOW)
+    assert [block.count(MASK) for block in shown] == shown_blocks * 2
+    assert all(block == sorted(block, key=lambda token: token == MASK) for block in shown)
+    assert len(sample.tokens) == 2 * K
+
+
+def test_a_sighted_rule_from_outside_has_options_of_its_own(model):
+    default, said, bold = (
+        generate(model, [2], unmasking="test-doubt", **options, **HOW)
+        for options in ({}, {"threshold": 0.2}, {"threshold": 0.9})
+    )
+    assert default == said
+    assert bold.nfe < default.nfe
+    with pytest.raises(ValueError, match=r"threshold is 1\.0: give a probability below 1"):
+        generate(model, [2], unmasking="test-doubt", threshold=1.0, **HOW)
+    with pytest.raises(ValueError, match=r"steps=2 belongs to .*dynamic, test-left-to-right unmasking, and test-doubt"):
+        generate(model, [2], unmasking="test-doubt", steps=2, **HOW)
+    with pytest.raises(ValueError, match="belongs to dynamic and entropy and test-doubt unmasking, not to static"):
+        generate(model, [2], unmasking="static", threshold=0.2, **HOW)
+
+
+def test_a_rule_that_takes_nothing_is_named(model):
+    with pytest.raises(ValueError, match="the unmasking rule test-nothing took no place of a block with masks"):
+        generate(model, [2], unmasking="test-nothing", **HOW)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from bd3_scale.diffusion.noise import draw_embedding_noise
+from bd3_scale.model.build import Chunks, build_model
 from bd3_scale.model.rows import NOISE_ROWS
 from bd3_scale.model.transformer import noise_table
+from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.recipe.schema import (
     DataRecipe,
     DiffusionRecipe,
@@ -220,6 +222,20 @@ def recipe(layout: Layout) -> Recipe:
         ),
         parallel=ParallelRecipe(**layout.parallel),
         optimizer=OptimizerRecipe(lr=0.01, clip_grad_norm=0.5, ema_decay=0.5, **OPTIMIZERS[layout.optimizer]),
+    )
+
+
+def build(recipe: Recipe, groups: ProcessGroups, dtype: torch.dtype = torch.float32) -> Chunks:
+    """This rank's part of the model."""
+    return build_model(
+        recipe.model,
+        VOCABULARY,
+        groups,
+        parallel=recipe.parallel,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        seed=3,
+        recompute=recipe.recomputation,
     )
 
 

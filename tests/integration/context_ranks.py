@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bd3_scale.model.build import build_model
 from bd3_scale.parallel.groups import process_groups
 from tests.integration import cases
 from tests.integration.parity_ranks import micro_batches
@@ -32,8 +31,7 @@ class Collectives(TorchDispatchMode):
 def count_bytes(case: str, out: Path) -> None:
     layout = cases.Layout(dist_size := 2, case, {"context": dist_size})
     with process_groups(cases.recipe(layout).parallel) as groups:
-        cpu = torch.device("cpu")
-        (model,) = build_model(cases.recipe(layout), cases.VOCABULARY, groups, dtype=torch.float32, device=cpu, seed=3)
+        (model,) = cases.build(cases.recipe(layout), groups)
         inputs = micro_batches(cases.CASES[case], 0, groups)[0]
         with Collectives() as forward:
             loss, _ = model(inputs)

@@ -14,40 +14,45 @@ from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
-from bd3_scale.recipe.schema import CheckpointRecipe, DataRecipe, OptimizerRecipe, ParallelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import (
+    CheckpointRecipe,
+    DataRecipe,
+    DiffusionRecipe,
+    OptimizerRecipe,
+    ParallelRecipe,
+    Recipe,
+    TrainRecipe,
+)
 
 
 def logits_and_training_checkpoint(checkpoint: Path, parallel: dict, ids: torch.Tensor, out: Path) -> None:
     """Writes `out/logits.pt` and the checkpoint `out/step-00000000`, of a training that has taken no step."""
     manifest = read_manifest(checkpoint)
-    imported = manifest.recipe
     recipe = Recipe(
         name="converted",
-        model=imported.model,
-        diffusion=imported.diffusion,
+        model=manifest.model,
+        diffusion=DiffusionRecipe(block_size=manifest.block_size, objective=manifest.objective),
         data=DataRecipe(path="unused", seq_len=ids.shape[1]),
         train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1, precision="fp32"),
         parallel=ParallelRecipe(**parallel),
         optimizer=OptimizerRecipe(ema_decay=0.5),
     )
     with process_groups(recipe.parallel) as groups:
-        how = {"dtype": torch.float32, "device": torch.device("cpu")}
-        (model,) = build_model(recipe, manifest.vocabulary, groups, seed=None, **how)
+        how = {"dtype": torch.float32, "device": torch.device("cpu"), "parallel": recipe.parallel}
+        (model,) = build_model(recipe.model, manifest.vocabulary, groups, seed=None, **how)
         load_weights(checkpoint, manifest, parameter_layouts([model]))
         with torch.no_grad():
-            found = clean_logits(model, ids, imported.diffusion.block_size, groups)
+            found = clean_logits(model, ids, manifest.block_size, groups)
         if found is not None and groups.tp.rank() == 0:
             torch.save(found, out / "logits.pt")
-        chunks = build_model(recipe, manifest.vocabulary, groups, seed=7, **how)
+        chunks = build_model(recipe.model, manifest.vocabulary, groups, seed=7, **how)
         layouts = parameter_layouts(chunks)
         engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
         load_initial_weights(checkpoint, manifest, engine.zero, layouts)
-        saved = CheckpointManifest(
+        saved = CheckpointManifest.of_run(
+            recipe,
             step=0,
-            recipe=recipe,
-            recipe_hash="0",
             vocabulary=manifest.vocabulary,
-            data_hash="0",
             world_size=dist.get_world_size(),
             states=engine.zero.names,
         )

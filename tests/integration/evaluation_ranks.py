@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
@@ -15,7 +14,7 @@ from tests.integration.parity_ranks import full_states, micro_batches
 
 def train(layout: cases.Layout, groups, *, evaluate: bool) -> tuple[list, dict]:
     recipe, case = cases.recipe(layout), cases.CASES[layout.case]
-    chunks = build_model(recipe, cases.VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=3)
+    chunks = cases.build(recipe, groups)
     layouts = parameter_layouts(chunks)
     engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
     results, averaged = [], []

@@ -11,14 +11,15 @@ import torch.distributed as dist
 
 from bd3_scale.checkpoint.boxes import boxes_of
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt, mask_noise, next_tokens
 from bd3_scale.diffusion.noise import Noise
-from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
+from bd3_scale.objective import objective_of
+from bd3_scale.objective.inputs import corrupt, mask_noise, next_tokens
 from bd3_scale.parallel import engine as engine_module
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.schema import DiffusionRecipe
 from tests.integration import cases
 
 # Some of the tiny weights are divided by ZeRO-3, as large ones are.
@@ -47,9 +48,14 @@ def micro_batches(case: cases.Case, seed: int, groups, size: int = 1) -> list:
         if case.objective == "next_token":
             inputs.append(next_tokens(sequences, **placed))
             continue
+        objective = objective_of(
+            DiffusionRecipe(block_size=case.block_size, objective=case.objective), cases.VOCABULARY
+        )
         rates = batch["mask_rate"][:, one]
         noises = [Noise(batch["masked"][c, one], rates[c], 1 / rates[c]) for c in range(case.copies)]
-        made = corrupt(sequences, noises, case.block_size, mask_id=cases.VOCABULARY.mask_id, **placed)
+        made = corrupt(
+            sequences, noises, case.block_size, mask_id=cases.VOCABULARY.mask_id, row_loss=objective.row_loss, **placed
+        )
         if case.mask_noise_std:
             noise = mask_noise(sequences, case.mask_noise_std, copies=case.copies, seed=seed, **placed)
             made = replace(made, mask_noise=noise)
@@ -80,8 +86,7 @@ def full_states(engine, layouts) -> dict[str, torch.Tensor]:
 def three_steps(layout: cases.Layout, groups) -> dict:
     case, recipe = cases.CASES[layout.case], cases.recipe(layout)
     check_recipe(recipe, dist.get_world_size())
-    device = torch.device("cpu")
-    chunks = build_model(recipe, cases.VOCABULARY, groups, dtype=torch.float32, device=device, seed=3)
+    chunks = cases.build(recipe, groups)
     layouts = parameter_layouts(chunks)
     engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
     initial = full_states(engine, layouts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from bd3_scale.model.build import build_model
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.parallel.schedule import forward_backward
@@ -21,9 +20,9 @@ def gradients(engine, micros, groups) -> list[torch.Tensor | None]:
 
 def bf16_accumulates_in_fp32(parallel: dict) -> None:
     layout = cases.Layout(2, "ragged", parallel)
-    recipe, cpu = cases.recipe(layout), torch.device("cpu")
+    recipe = cases.recipe(layout)
     with process_groups(recipe.parallel) as groups:
-        chunks = build_model(recipe, cases.VOCABULARY, groups, dtype=torch.bfloat16, device=cpu, seed=3)
+        chunks = cases.build(recipe, groups, torch.bfloat16)
         engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
         micros = micro_batches(cases.CASES["ragged"], 0, groups)
         together = gradients(engine, micros, groups)

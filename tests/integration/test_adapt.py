@@ -198,18 +198,17 @@ def test_gptq_loses_less_and_goes_layer_by_layer(workplace: Path) -> None:
 
     found, scheme, down = tensors(workplace / "int4"), Scheme(4), "model.layers.1.mlp.down_proj"
     with contextlib.chdir(workplace), open_model(resolve_checkpoint(Path("whole"))) as (model, manifest, _):
-        recipe = manifest.recipe
         parameters = dict(model.named_parameters())
         for parameter in parameters.values():
             parameter.data = parameter.data.bfloat16().float()
         weight = parameters["decoder.layers.1.mlp.linear_fc2.weight"].data.clone()
-        for tensor in named_tensors(recipe.model, vocab_rows=258, padded_rows=384, tied=False):
+        for tensor in named_tensors(manifest.model, vocab_rows=258, padded_rows=384, tied=False):
             if is_quantized(tensor) and ".layers.0." in tensor.name:
                 written = unpacked_weight(found, tensor.name.removesuffix(".weight"), scheme).float()
                 target = parameters[tensor.key.replace("decoder.layers.", "decoder.layers.0.")].data
                 for (_, row, _), rows in tensor.split(written):
                     target[row : row + rows.shape[1]] = rows[0]
-        calibration = Calibration(model, recipe.data, recipe.diffusion, 8)
+        calibration = Calibration(model, manifest.trained_data(), manifest.trained_objective(), 8)
         calibration.advance(0)
         hessian = calibration.hessians(1)["mlp.linear_fc2"].hessian
     difference = weight - unpacked_weight(found, down, scheme).float()

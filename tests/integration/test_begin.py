@@ -179,7 +179,7 @@ def test_data_of_another_beginning_are_named_with_the_way_out(workplace: Path) -
     tokenizer = load_tokenizer(imported / "tokenizer")
     check_tokenizer(begun, tokenizer)
     check_tokenizer(plain, tokenizer)
-    model = new.recipe.model.model_dump(mode="json")
+    model = new.model.model_dump(mode="json")
     recipe = load_recipe(write_recipe(workplace / "initial.yaml", model=model, diffusion={"block_size": 4}))
     check_initial(imported, new, recipe, begun)
     check_initial(imported, old, recipe, plain)

@@ -72,7 +72,7 @@ def test_a_run_leaves_what_it_promises(workplace):
     ]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000012\n"
     manifest = json.loads((run / "checkpoints" / "step-00000012" / "manifest.json").read_text())
-    assert manifest["recipe"] == yaml.safe_load((run / "recipe.yaml").read_text())
+    assert manifest["trained_with"] == yaml.safe_load((run / "recipe.yaml").read_text())
     assert manifest["recipe_hash"] == (run / "recipe.sha256").read_text().strip()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -255,15 +255,17 @@ def test_evaluate_and_generate(workplace):
     assert filled["text"].startswith("The ")
     assert filled["text"].endswith(" of")
     unknown = command(workplace, "generate", "whole", "--unmasking", "beam", returncode=2)
-    assert "'beam' is not one of" in unknown.stderr
+    assert "no unmasking rule is called 'beam': known are first-hitting" in unknown.stderr
     longer = ["--prompt", "x" * 90, "--max-new-tokens", "30", "--temperature", "0", "--unmasking", "static", "--json"]
     assert json.loads(command(workplace, "generate", "whole", *longer).stdout)["window"] == 64
 
 
 def test_two_trainings_in_one_run_directory(workplace):
     process = started(workplace, "shared", "train.steps=100000", step=1)
+    recipe = (workplace / "shared/recipe.yaml").read_bytes()
     try:
-        refused = train(workplace, "shared", returncode=2)
+        refused = train(workplace, "shared", "optimizer.lr=0.5", returncode=2)
+        assert (workplace / "shared/recipe.yaml").read_bytes() == recipe
         assert "shared is in use by process" in refused.stderr
         assert "choose another run_dir" in refused.stderr
     finally:

@@ -78,6 +78,13 @@ def test_script_and_supervision_are_the_golden_files(name: str, made: Job) -> No
     assert done.returncode == 0, done.stderr
 
 
+def test_where_plug_ins_lie_is_kept_and_a_profile_goes_over_it() -> None:
+    made = job(CPU_SITE | {"environment": {"PYTHONPATH": "/site"}}, python_path="/home/me/my lab:/home/me/other")
+    lines = [line for line in script(made).splitlines() if "PYTHONPATH" in line]
+    assert lines == ["export PYTHONPATH='/home/me/my lab:/home/me/other'", "export PYTHONPATH=/site"]
+    assert "PYTHONPATH" not in script(job(CPU_SITE))
+
+
 def test_a_cache_is_the_job_s_own_on_each_node() -> None:
     remote = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"remote": "s3://bucket/data"})})
     told = supervision(job(GPU_SITE, recipe=remote))
@@ -94,15 +101,15 @@ def test_two_runs_of_a_recipe_have_jobs_of_two_names() -> None:
 def test_a_layout_that_does_not_fit_is_refused_with_those_that_would() -> None:
     wide = RECIPE.model_copy(update={"parallel": RECIPE.parallel.model_copy(update={"pipeline": 4})})
     with pytest.raises(RecipeError) as error:
-        check_job(wide, Profile.model_validate(CPU_SITE), 3, None, Path("/runs"))
+        check_job(wide, Profile.model_validate(CPU_SITE), 3, Path("/runs"))
     assert "3 nodes x 2 processes = 6 ranks; these would fit: " in str(error.value)
     assert "--nodes 4" in str(error.value)
 
 
 def test_a_run_directory_that_other_nodes_do_not_see_is_refused() -> None:
     with pytest.raises(ValueError, match=r"/home/x is not on shared storage \(/shared in the profile\)"):
-        check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, None, Path("/home/x"))
-    check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, None, Path("/shared/x"))
+        check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, Path("/home/x"))
+    check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, Path("/shared/x"))
 
 
 @pytest.mark.parametrize(

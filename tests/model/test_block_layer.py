@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import ImportedRecipe
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.model.test_transformer import positions_of, spans_of
 
@@ -20,11 +20,8 @@ FORMS = {
 
 
 def build(groups, form, dtype):
-    recipe = ImportedRecipe.model_validate(
-        {"name": "tiny", "model": SHAPE | FORMS[form], "diffusion": {"block_size": 4}, "precision": "fp32"}
-        | {"imported_from": "nowhere", "max_position_embeddings": 64}
-    )
-    (model,) = build_model(recipe, VOCABULARY, groups, dtype=dtype, device=torch.device("cpu"), seed=5)
+    shape = ModelRecipe.model_validate(SHAPE | FORMS[form])
+    (model,) = build_model(shape, VOCABULARY, groups, dtype=dtype, device=torch.device("cpu"), seed=5)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)

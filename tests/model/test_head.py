@@ -11,12 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bd3_scale.model import head
 from bd3_scale.model.config import transformer_config
 from bd3_scale.model.head import OutputLayer
-from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe
+from bd3_scale.objective import ScoreEntropy
+from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 HIDDEN = 16
 VOCABULARY = Vocabulary(size=300, eos_id=0, mask_id=57)
 FORBIDDEN = [57, *range(300, 384)]
+
+
+SCORE_ENTROPY = ScoreEntropy(DiffusionRecipe(block_size=1), VOCABULARY).row_loss
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def build(groups):
         model, ParallelRecipe(), dtype=torch.float32, device=torch.device("cpu"), deterministic=True
     )
 
-    def make(*, bias=True, tied=False, score_entropy=False):
+    def make(*, bias=True, tied=False):
         layer = OutputLayer(
             HIDDEN,
             VOCABULARY.padded_size,
@@ -37,7 +41,6 @@ def build(groups):
             skip_weight_param_allocation=tied,
             tp_group=groups.tp,
             vocabulary=VOCABULARY,
-            score_entropy=score_entropy,
         )
         generator = torch.Generator().manual_seed(0)
         for parameter in layer.parameters():
@@ -162,7 +165,7 @@ def test_score_entropy_is_that_of_the_paper(build, monkeypatch) -> None:
     r = p(y) / p(mask) given the clean token is ratio for it and 0 for others; w dt is sigma' dt.
     """
     monkeypatch.setattr(head, "PIECE_ELEMENTS", 3 * 384)
-    layer = build(score_entropy=True)
+    layer = build()
     hidden, targets, _ = rows_of(10)
     rate = torch.linspace(0.1, 0.95, 10)
     sigma_slope, ratio = 1 / (1 - rate), (1 - rate) / rate  # of log-linear noise: sigma = -log(1 - t)
@@ -173,7 +176,7 @@ def test_score_entropy_is_that_of_the_paper(build, monkeypatch) -> None:
     own = scores.gather(1, at[:, None])[:, 0]
     expected = sigma_slope * (scores.sum(1) - ratio * own.log() + ratio * (ratio.log() - 1))
     wanted = torch.autograd.grad(expected.sum(), [hidden, layer.weight, layer.bias])
-    total, each = layer(hidden, None, targets, sigma_slope * ratio)
+    total, each = layer(hidden, None, targets, sigma_slope * ratio, SCORE_ENTROPY)
     found = torch.autograd.grad(total, [hidden, layer.weight, layer.bias])
     torch.testing.assert_close(each * sigma_slope * ratio, expected.detach(), rtol=1e-4, atol=1e-5)
     for mine, theirs in zip(found, wanted, strict=True):
@@ -182,7 +185,7 @@ def test_score_entropy_is_that_of_the_paper(build, monkeypatch) -> None:
 
 def test_score_entropy_is_least_at_the_probabilities(build) -> None:
     """Over the distribution of targets it is least where scores are probabilities, and there it is their entropy."""
-    layer = build(score_entropy=True, bias=True)
+    layer = build(bias=True)
     layer.weight.data.zero_()
     allowed = [i for i in range(300) if i != 57]
     law = torch.rand(len(allowed), generator=torch.Generator().manual_seed(3)).double() + 0.01
@@ -192,7 +195,7 @@ def test_score_entropy_is_least_at_the_probabilities(build) -> None:
 
     def expected(scores):
         layer.bias.data[allowed] = (scores * len(allowed)).log().float()
-        return (layer(hidden, None, targets, torch.ones(len(allowed)))[1].double() * law).sum().item()
+        return (layer(hidden, None, targets, torch.ones(len(allowed)), SCORE_ENTROPY)[1].double() * law).sum().item()
 
     assert expected(law) == pytest.approx(entropy, rel=1e-5)
     assert expected(law * 1.3) == pytest.approx(entropy + 0.3 - math.log(1.3), rel=1e-5)

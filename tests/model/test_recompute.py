@@ -8,7 +8,7 @@ import torch
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.model.build import build_model
 from bd3_scale.model.rows import ModelInputs
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 LENGTH, BATCH = 64, 2
@@ -33,17 +33,11 @@ def inputs() -> ModelInputs:
     )
 
 
-def step(groups, **train: object) -> tuple[int, dict[str, torch.Tensor]]:
+def step(groups, *recompute: str | int | None) -> tuple[int, dict[str, torch.Tensor]]:
     """Bytes kept for backward beside the weights, each storage once, and the gradients."""
-    recipe = Recipe(
-        name="tiny",
-        model=ModelRecipe(num_layers=4, hidden_size=64, num_attention_heads=4, ffn_hidden_size=128),
-        diffusion=DiffusionRecipe(block_size=8),
-        data=DataRecipe(path="unused", seq_len=LENGTH),
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1, **train),
-    )
-    cpu = torch.device("cpu")
-    (model,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=cpu, seed=1)
+    shape = ModelRecipe(num_layers=4, hidden_size=64, num_attention_heads=4, ffn_hidden_size=128)
+    how = {"dtype": torch.float32, "device": torch.device("cpu"), "recompute": recompute}
+    (model,) = build_model(shape, VOCABULARY, groups, seed=1, **how)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -62,26 +56,21 @@ def step(groups, **train: object) -> tuple[int, dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def whole(groups):
-    return step(groups)
+    return step(groups, "none", None)
 
 
 @pytest.mark.parametrize(
-    ("train", "share"),
-    [
-        ({"recompute": "selective"}, 0.85),
-        ({"recompute": "full", "recompute_layers": 2}, 0.6),
-        ({"recompute": "full"}, 0.15),
-    ],
+    ("recompute", "share"), [(("selective", None), 0.85), (("full", 2), 0.6), (("full", None), 0.15)]
 )
-def test_less_is_kept_and_gradients_are_equal(groups, whole, train, share):
-    size, gradients = step(groups, **train)
+def test_less_is_kept_and_gradients_are_equal(groups, whole, recompute, share):
+    size, gradients = step(groups, *recompute)
     assert size < share * whole[0], size / whole[0]
     assert all(torch.equal(gradients[name], whole[1][name]) for name in gradients)
 
 
 def test_a_whole_layer_keeps_its_input_alone(groups, whole):
     """What full recomputation saves of each layer is all but [rows, hidden]; of two layers it is about half."""
-    half, full = (step(groups, recompute="full", recompute_layers=layers)[0] for layers in (2, 4))
+    half, full = (step(groups, "full", layers)[0] for layers in (2, 4))
     layer_input = 2 * LENGTH * BATCH * 64 * 4
     assert whole[0] - half > 2 * 5 * layer_input
     assert half - full > 2 * 4 * layer_input  # the last layer has fewer rows

@@ -10,30 +10,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from tests.attention import plain_backend
 
 LENGTH = 24
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)
 
 
 def build(groups, **choices):
-    recipe = Recipe(
-        name="tiny",
-        model=ModelRecipe(
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=4,
-            num_query_groups=2,
-            ffn_hidden_size=48,
-            init_std=0.3,
-        ),
-        diffusion=DiffusionRecipe(block_size=4),
-        data=DataRecipe(path="unused", seq_len=LENGTH),
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
-        **choices,
+    shape = ModelRecipe(
+        num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, init_std=0.3
     )
-    (built,) = build_model(recipe, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=5)
+    how = {"dtype": torch.float32, "device": torch.device("cpu"), **choices}
+    (built,) = build_model(shape, VOCABULARY, groups, seed=5, **how)
     return built.requires_grad_(False).eval()
 
 
@@ -141,6 +131,8 @@ def test_the_recipe_chooses_the_attention_of_every_pass(token_nll, model, groups
     finite = want.isfinite()
     torch.testing.assert_close(got[finite], want[finite], rtol=1e-5, atol=1e-5)
     assert not by_none
+    by_plug_in, _ = run(build(groups, attention_backend=plain_backend.NAME))
+    torch.testing.assert_close(by_plug_in[finite], want[finite], rtol=1e-5, atol=1e-5)
     one_pair = 2 * 4 * 4 * 8  # sequences, heads, two products, head size
     noisy_and_clean, noisy, prefix, block = 24 * 24 + 24 * 4, (24 * 24 + 24 * 4) // 2, 20 * 24 // 2, 4 * 24
     assert by_operator == {

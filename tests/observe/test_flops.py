@@ -8,12 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt, next_tokens
 from bd3_scale.diffusion.noise import draw_copies
 from bd3_scale.diffusion.schedule import LINEAR
 from bd3_scale.model.build import build_model
+from bd3_scale.objective.inputs import corrupt, next_tokens
 from bd3_scale.observe.flops import model_flops, peak_flops
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
@@ -45,16 +45,10 @@ def noisy(batch: Batch, block_size: int, copies: int = 1):
 
 def count(groups, model: ModelRecipe, size: int, inputs, *, recompute: str = "none") -> int:
     """FLOPs of forward and backward; the attention's by the pairs of the real spans, which are no fake tensor."""
-    recipe = Recipe(
-        name="flops",
-        model=model,
-        diffusion=DiffusionRecipe(block_size=1),
-        data=DataRecipe(path="unused", seq_len=inputs.positions.shape[1]),
-        train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1, recompute=recompute),
-    )
     vocabulary = Vocabulary(size=size, eos_id=0, mask_id=59)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        (chunk,) = build_model(recipe, vocabulary, groups, dtype=torch.float32, device=CPU, seed=None)
+        how = {"dtype": torch.float32, "device": CPU, "recompute": (recompute, None)}
+        (chunk,) = build_model(model, vocabulary, groups, seed=None, **how)
         with FlopCounterMode(display=False) as counter:
             chunk(inputs)[0].backward()
     return counter.get_total_flops()

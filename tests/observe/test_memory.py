@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from bd3_scale.observe.memory import peak_cuda_bytes, peak_rss_bytes
+from bd3_scale.observe.environment import peak_cuda_bytes, peak_rss_bytes
 
 
 @pytest.mark.launch
 def test_peak_holds_what_was_freed_and_nothing_of_the_parent() -> None:
     code = (
-        "from bd3_scale.observe.memory import peak_rss_bytes as peak\n"
+        "from bd3_scale.observe.environment import peak_rss_bytes as peak\n"
         "before = peak()\n"
         "data = bytearray(b'x') * 200_000_000\n"
         "del data\n"

@@ -15,17 +15,11 @@ from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.zero import ema_decay
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, OptimizerRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import ModelRecipe, OptimizerRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.parallel import families  # noqa: F401
 
-RECIPE = Recipe(
-    name="tiny",
-    model=ModelRecipe(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24),
-    diffusion=DiffusionRecipe(block_size=4),
-    data=DataRecipe(path="unused", seq_len=8),
-    train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
-)
+MODEL = ModelRecipe(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24)
 
 
 # Two stretches of several tensors, and of one a rate of its own.
@@ -42,9 +36,9 @@ def inputs(seed: int) -> ModelInputs:
 
 def start(groups, /, decay: float, zero_stage: int = 1, **optimizer) -> TrainingEngine:
     vocabulary, cpu = Vocabulary(size=60, eos_id=0, mask_id=59), torch.device("cpu")
-    chunks = build_model(RECIPE, vocabulary, groups, dtype=torch.float32, device=cpu, seed=1)
-    parallel = RECIPE.parallel.model_copy(update={"zero_stage": zero_stage})
-    return TrainingEngine(chunks, groups, OptimizerRecipe(ema_decay=decay, **optimizer), parallel)
+    chunks = build_model(MODEL, vocabulary, groups, dtype=torch.float32, device=cpu, seed=1)
+    settings = OptimizerRecipe(ema_decay=decay, **optimizer)
+    return TrainingEngine(chunks, groups, settings, ParallelRecipe(zero_stage=zero_stage))
 
 
 def train(engine: TrainingEngine, steps: range) -> None:

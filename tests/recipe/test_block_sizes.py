@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.checks import check_against_data, check_recipe
 from bd3_scale.recipe.schema import DiffusionRecipe, ParallelRecipe, Recipe, RecipeError
 from tests.support.recipes import tiny_recipe
 
@@ -45,9 +45,14 @@ def recipe(steps: int = 20, **diffusion: object) -> Recipe:
 UP = [{"block_size": 1, "steps": 5}, {"block_size": 16, "steps": 10}]
 
 
+def check(recipe: Recipe, world_size: int = 1, document_multiple: int = 32) -> None:
+    check_recipe(recipe, world_size)
+    check_against_data(recipe, world_size, document_multiple)
+
+
 def test_a_sound_schedule_passes() -> None:
-    check_recipe(recipe(block_size_schedule=UP), 1, 32)
-    check_recipe(recipe(block_size=1, objective="next_token"), 1, 32)
+    check(recipe(block_size_schedule=UP))
+    check(recipe(block_size=1, objective="next_token"))
 
 
 @pytest.mark.parametrize(
@@ -78,13 +83,13 @@ def test_a_sound_schedule_passes() -> None:
 )
 def test_a_schedule_that_does_not_fit_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        check_recipe(recipe(**changes), 1, 32)
+        check(recipe(**changes))
 
 
 def test_a_problem_of_several_block_sizes_is_named_once() -> None:
     schedule = [{"block_size": 64, "steps": 1}, {"block_size": 16, "steps": 1}, {"block_size": 64, "steps": 1}]
     with pytest.raises(RecipeError) as caught:
-        check_recipe(recipe(block_size_schedule=schedule), 1, 32)
+        check(recipe(block_size_schedule=schedule))
     assert len(caught.value.problems) == 1
 
 
@@ -92,7 +97,7 @@ def test_context_ranks_cannot_cut_a_sequence_that_is_one_block_beside_smaller_on
     """Alone its noisy keys are gathered; in a batch with clean rows they stay with their rank."""
     parallel = ParallelRecipe(context=2)
     alone = recipe(block_size=64).model_copy(update={"parallel": parallel})
-    check_recipe(alone, 2, 64)
+    check(alone, 2, 64)
     mixed = recipe(block_size=8, block_size_choices=[8, 64]).model_copy(update={"parallel": parallel})
     with pytest.raises(RecipeError, match=r"does not divide into 2 ranges of whole blocks of diffusion.block_size=64"):
-        check_recipe(mixed, 2, 64)
+        check(mixed, 2, 64)

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from bd3_scale.parallel.optimizer import OptimizerFamily
-from bd3_scale.recipe.checks import check_recipe, data_parallel_size, world_size_for_launch
+from bd3_scale.recipe.checks import check_against_data, check_recipe, data_parallel_size, world_size_for_launch
 from bd3_scale.recipe.schema import ParallelRecipe, Recipe, RecipeError
 from bd3_scale.registry import optimizers
 
@@ -49,7 +49,9 @@ ONE_BLOCK = {"diffusion__block_size": 64, "data__isolate_documents": False}
 
 def problems(r: Recipe, world_size: int = 1, document_multiple: int | None = 32) -> tuple[str, ...]:
     try:
-        check_recipe(r, world_size, document_multiple)
+        check_recipe(r, world_size)
+        if document_multiple is not None:
+            check_against_data(r, world_size, document_multiple)
     except RecipeError as error:
         return error.problems
     return ()
@@ -60,6 +62,16 @@ def test_a_sound_recipe_passes_at_every_layout_that_fits() -> None:
         for tensor in (1, 2):
             if world_size % tensor == 0:
                 assert problems(recipe(parallel__tensor=tensor), world_size) == ()
+
+
+def test_names_that_nothing_has_are_refused_with_the_nearest_before_any_rule() -> None:
+    wrong = recipe(diffusion__noise_schedule="cosin", diffusion__mask_rate_low=0.5).model_copy(
+        update={"attention_backend": "tritton"}
+    )
+    schedule, backend = problems(wrong)
+    assert schedule.startswith("diffusion.noise_schedule=cosin: no noise schedule is called 'cosin': did you mean cos")
+    assert "attention_backend=tritton" in backend
+    assert "did you mean triton?" in backend
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_it_fits_its_ranks(path: Path) -> None:
     nodes, ranks = (
         map(int, stated(path, "nodes").split(" x ")) if path in MULTI_NODE else (1, recipe.parallel.model_size)
     )
-    check_recipe(recipe, nodes * ranks, document_multiple=32)
+    check_recipe(recipe, nodes * ranks)
 
 
 @pytest.mark.parametrize("path", MULTI_NODE, ids=lambda path: path.stem)

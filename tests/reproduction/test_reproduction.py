@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from bd3_scale.data.batch import Batch
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.interval import block_moments
 from bd3_scale.evaluate.nelbo import HeldOut
+from bd3_scale.objective import BlockDiffusion
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import DiffusionRecipe
@@ -43,6 +45,7 @@ ROOT = Path(__file__).parents[2]
 BYTES = load_tokenizer("bytes")
 ROWS = 16  # of the quick form
 COMMAND = [sys.executable, "-m", "reproduction", "--quick"]
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.timeout(900)
@@ -52,7 +55,7 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     ptb = tmp_path / "ptb.txt"
     ptb.write_text("the <unk> rose N points \n" * 200)
     command = [*COMMAND, "--work", str(work), "--text", f"ptb={ptb}"]
-    process = forks.Program(command, cwd=tmp_path)
+    process = forks.Program(command, cwd=tmp_path, env=ENV)
     wait_for(lambda: process.poll() is not None or len(list(records.glob("*.json"))) >= 3, 300)
     process.send_signal(signal.SIGTERM)
     output = "".join(process.communicate(180))
@@ -62,7 +65,7 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     assert not page.exists()
     assert not list(records.glob("*.partial"))
 
-    done = forks.run(command, cwd=tmp_path, timeout=600)
+    done = forks.run(command, cwd=tmp_path, env=ENV, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     now = {path.name: path.stat().st_mtime_ns for path in records.glob("*.json")}
     assert now.items() >= there.items()
@@ -87,11 +90,11 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     assert [row.name for row, _ in more.missing()] == [row.name for row in rows(made.scale) if row.writes]
 
     (records / "l4-1.json").unlink()
-    again = forks.run([*command, "--page"], cwd=tmp_path)
+    again = forks.run([*command, "--page"], cwd=tmp_path, env=ENV)
     assert "wrote" in again.stdout
     assert page.read_text().count("Not measured yet: l4 (") == 6
     (records / "l4-1.json").write_text("{")
-    bad = forks.run(command, cwd=tmp_path)
+    bad = forks.run(command, cwd=tmp_path, env=ENV)
     assert bad.returncode
     assert "is no run record" in bad.stdout + bad.stderr
 
@@ -108,7 +111,7 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
 )
 def test_what_it_cannot_do_it_says(tmp_path, arguments, message):
     line = [sys.executable, "-m", "reproduction", *arguments]
-    done = forks.run(line, cwd=tmp_path)
+    done = forks.run(line, cwd=tmp_path, env=ENV)
     assert done.returncode == 1
     assert message in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
@@ -139,7 +142,9 @@ def test_a_sequence_costs_its_bound_given_the_first_token(groups, model):
     tokens = torch.randint(0, 256, (1, 4), generator=torch.Generator().manual_seed(3))
     text = batch_of(tokens.expand(256, -1))
     mask = BYTES.vocabulary.mask_id
-    nats, counts = sequence_nats(model, groups, batch_of(tokens), DiffusionRecipe(block_size=1), 1)
+    nats, counts = sequence_nats(
+        model, groups, batch_of(tokens), BlockDiffusion(DiffusionRecipe(block_size=1), BYTES.vocabulary), 1
+    )
     cache = model.new_cache(1, 4)
     expected = 0.0
     for place in range(4):
@@ -159,7 +164,7 @@ def test_a_sequence_costs_its_bound_given_the_first_token(groups, model):
         math.factorial(m - 1) * math.factorial(3 - m) / math.factorial(3) * float(cost)
         for m, cost in zip(sizes, costs, strict=True)
     )
-    drawn, _ = sequence_nats(model, groups, text, DiffusionRecipe(block_size=4), 32)
+    drawn, _ = sequence_nats(model, groups, text, BlockDiffusion(DiffusionRecipe(block_size=4), BYTES.vocabulary), 32)
     error = float(np.std(drawn)) / 16
     assert error < 0.02 * exact
     assert abs(np.mean(drawn) - exact) < 4 * error

@@ -46,12 +46,12 @@ def undisturbed(workplace):
     return of
 
 
-def submit(cluster, workplace, name, *overrides, steps=STEPS):
+def submit(cluster, workplace, name, *overrides, steps=STEPS, **environment):
     options = [f"run_dir={name}", f"train.steps={steps}", "--nodes", "2", "--json"]
     done = subprocess.run(
         [BD3_SCALE, "submit", "recipe.yaml", *options, *overrides],
         cwd=workplace,
-        env=cluster.env,
+        env=cluster.env | environment,
         capture_output=True,
         text=True,
         timeout=60,
@@ -141,7 +141,13 @@ def test_usr1_kill_and_stop_all_go_on_bitwise(cluster, workplace, undisturbed, p
 
 @pytest.mark.xdist_group("slurm training")  # not both at once: four ranks import for ten seconds
 def test_two_nodes_take_the_steps_of_one_process(cluster, workplace, undisturbed):
-    run = submit(cluster, workplace, "whole", "--profile", "two.yaml")
+    """And import what the recipe names as plug-ins, from where the submission found it."""
+    lab = workplace / "lab"
+    lab.mkdir()
+    marks = "import os, pathlib\npathlib.Path(__file__).with_name(os.environ.get('SLURM_PROCID', 'here')).touch()"
+    (lab / "marks.py").write_text(marks)
+    path = os.pathsep.join([str(lab), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = submit(cluster, workplace, "whole", "--profile", "two.yaml", "plugins=[marks]", PYTHONPATH=path)
     alone = undisturbed(1, 1, "train.micro_batch_size=8")
     wait(cluster, run, lambda: attempts(run))
     assert attempts(run)[0]["outcome"] == "done", logs(run)
@@ -149,6 +155,7 @@ def test_two_nodes_take_the_steps_of_one_process(cluster, workplace, undisturbed
     assert alone.keys() == found.keys() == set(range(1, STEPS + 1))
     for step, values in alone.items():
         assert found[step] == pytest.approx(values, rel=1e-5), step
+    assert {name for name in os.listdir(lab) if "." not in name} - {"__pycache__"} == {"here", "0", "1", "2", "3"}
     # Every rank has a log of its own, and the run keeps what was submitted.
     assert sorted(path.name for path in (run / "logs/attempt-0").iterdir()) == [f"rank{k}.log" for k in range(4)]
     assert json.loads((run / "slurm/job.json").read_text())["commit"]

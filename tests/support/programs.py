@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 BD3_SCALE = Path(sys.executable).with_name("bd3-scale")
 ALONE = "bd3_scale.convert.check_export"  # makes no process groups
 _PR_SET_NAME = 15
+_SERVER_PATH = tuple(sys.path)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _MAIN_PROCESS = type(multiprocessing.process.current_process())
 
@@ -58,6 +59,7 @@ def become(
         if env is not None:
             os.environ.clear()
             os.environ.update(env)
+            _take_path(env.get("PYTHONPATH", "").split(os.pathsep))
         if cwd is not None:
             os.chdir(cwd)
         _name_after_rank()
@@ -88,6 +90,15 @@ def _forget_the_parent() -> None:
     multiprocessing.process._current_process = _MAIN_PROCESS()
     multiprocessing.process._parent_process = None
     multiprocessing.set_start_method(None, force=True)
+
+
+def _take_path(folders: Sequence[str]) -> None:
+    """PYTHONPATH as an interpreter takes it at its start: what a parent has imported from there is imported again."""
+    sys.path[:] = [*(folder for folder in folders if folder and folder not in _SERVER_PATH), *_SERVER_PATH]
+    for name, module in list(sys.modules.items()):
+        origin = getattr(module, "__file__", None) or ""
+        if any(origin.startswith(f"{folder}/") for folder in sys.path if folder not in _SERVER_PATH):
+            del sys.modules[name]
 
 
 def _take_over(fds: Sequence[int]) -> None:

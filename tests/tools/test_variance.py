@@ -11,8 +11,9 @@ from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
+from bd3_scale.model.rows import Placement
+from bd3_scale.objective import objective_of
 from bd3_scale.recipe.schema import Recipe
-from bd3_scale.train.inputs import step_inputs
 from tests.support.recipes import tiny_recipe
 from tools.variance import FOLDS, draws_of, measure, rank_correlation
 
@@ -31,14 +32,14 @@ def test_variances_are_those_of_the_draws(groups, tmp_path):
         )
     )
     vocabulary = load_manifest(tmp_path / "data").vocabulary
-    (model,) = build_model(recipe, vocabulary, groups, dtype=torch.float32, device=CPU, seed=1)
+    (model,) = build_model(recipe.model, vocabulary, groups, dtype=torch.float32, device=CPU, seed=1)
     batches = list(draws_of(recipe, 4 * FOLDS))
     loss, gradient = measure(model, recipe, batches, (0.3, 0.8))
     for fold in range(FOLDS):
         losses, gradients = [], []
         for step in range(fold, len(batches), FOLDS):
-            how = {"intervals": {8: (0.3, 0.8)}, "mask_id": vocabulary.mask_id, "device": CPU, "context": (0, 1)}
-            total, _ = model(step_inputs(recipe, batches[step], step, **how))
+            how = {"seed": recipe.seed, "global_batch_size": 1, "intervals": {8: (0.3, 0.8)}, "place": Placement(CPU)}
+            total, _ = model(objective_of(recipe.diffusion, vocabulary).training_inputs(batches[step], step, **how))
             model.zero_grad()
             (total / 32).backward()
             losses.append(total.item() / 32)

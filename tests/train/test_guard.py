@@ -1,4 +1,4 @@
-"""The guard: which steps it counts, records and ends a run for."""
+"""The guard: which steps it records and ends a run for."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def keys():
 
 @pytest.fixture
 def guard(groups, tmp_path):
-    def make(step=0, skipped=0, **recipe):
-        return Guard(tmp_path, GuardRecipe(**recipe), step=step, skipped=skipped)
+    def make(step=0, **recipe):
+        return Guard(tmp_path, GuardRecipe(**recipe), step=step)
 
     return make
 
@@ -61,7 +61,7 @@ def test_a_few_losses_tell_nothing_and_0_asks_for_none(guard, tmp_path):
 
 
 def test_steps_in_a_row_count_and_a_good_one_begins_anew(guard, tmp_path):
-    watch = guard(skipped=2, skip_steps=2)
+    watch = guard(skip_steps=2)
     for step in (1, 2):
         assert "its update is left out" in watch.judge(step, result(math.nan, applied=False), keys)
     watch.judge(3, result(1.0), keys)
@@ -69,7 +69,6 @@ def test_steps_in_a_row_count_and_a_good_one_begins_anew(guard, tmp_path):
         watch.judge(step, result(math.inf, applied=False), keys)
     with pytest.raises(FloatingPointError, match=r"3 steps in a row .* the last one step 6 with loss nan"):
         watch.judge(6, result(math.nan, applied=False), keys)
-    assert watch.skipped == 2 + 5
     assert [event["step"] for event in events(tmp_path)] == [1, 2, 4, 5, 6]
     with pytest.raises(FloatingPointError, match="step 7 has loss nan with finite gradients"):
         watch.judge(7, result(math.nan), keys)
@@ -86,7 +85,7 @@ def test_a_resumed_run_forgets_what_comes_after_and_remembers_losses(guard, tmp_
 
 
 def test_a_resume_that_changes_something_is_recorded_and_is_no_step_that_stood_out(tmp_path, groups):
-    guard = Guard(tmp_path, GuardRecipe(), step=3, skipped=0)
+    guard = Guard(tmp_path, GuardRecipe(), step=3)
     guard.resumed(3, [("optimizer.lr", 0.1, 0.2)], ["optimizer.lr 0.1 → 0.2"])
     (event,) = events(tmp_path)
     assert event == {

@@ -9,7 +9,7 @@ import pytest
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.data.manifest import Manifest
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ImportedRecipe, ModelRecipe, Recipe, TrainRecipe
+from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.train.resume import check_initial
 
@@ -17,18 +17,14 @@ MODEL = ModelRecipe(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hid
 BYTES = Vocabulary(size=258, eos_id=256, mask_id=257)
 IMPORT = CheckpointManifest(
     step=0,
-    recipe=ImportedRecipe(
-        name="imported",
-        imported_from="elsewhere",
-        model=MODEL,
-        diffusion=DiffusionRecipe(block_size=1, objective="next_token"),
-        precision="fp32",
-        max_position_embeddings=64,
-    ),
-    recipe_hash="",
+    name="imported",
+    imported_from="elsewhere",
+    model=MODEL,
     vocabulary=BYTES.model_copy(update={"rows": 300}),
-    data_hash="",
-    world_size=1,
+    precision="fp32",
+    max_position_embeddings=64,
+    objective="next_token",
+    block_size=1,
     states=("master",),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bd3_scale.recipe.schema import OptimizerRecipe
-from bd3_scale.train.learning_rate import learning_rate
+from bd3_scale.train.step import learning_rate
 
 
 def rates(steps=100, **options):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,16 +31,9 @@ def data(tmp_path: Path, text: str, name: str = "t.txt", workers: int = 1) -> Ma
 
 
 def manifest_of(recipe: Recipe, data: Manifest, **more: object) -> CheckpointManifest:
-    return CheckpointManifest(
-        step=4,
-        recipe=recipe,
-        recipe_hash="",
-        vocabulary=data.vocabulary,
-        data_hash=data_hash(data),
-        world_size=1,
-        states=("master", "ema"),
-        **more,
-    )
+    states = ("master", "ema") if recipe.optimizer.ema_decay else ("master",)
+    about = {"step": 4, "vocabulary": data.vocabulary, "data_hash": data_hash(data), "states": states}
+    return CheckpointManifest.of_run(recipe, **about, **more)
 
 
 def test_evaluation_may_change_unless_training_follows_it(tmp_path: Path) -> None:
@@ -93,10 +88,8 @@ def test_text_of_equal_length_is_other_data_and_equal_text_of_another_place_is_n
 
 def test_a_refused_checkpoint_of_another_run_is_named_with_it(tmp_path: Path) -> None:
     prepared = data(tmp_path, "a" * 100)
-    other = recipe(False, 1).model_copy(update={"name": "some\none's", "seed": 9})
-    said = (
-        r"step-4, of a run named \"some\\none's\", cannot be resumed:\n  - seed is 1, the checkpoint has 9\n.*or move"
-    )
+    other = recipe(False, 1).model_copy(update={"name": "someone-s", "seed": 9})
+    said = r"step-4, of a run named 'someone-s', cannot be resumed:\n  - seed is 1, the checkpoint has 9\n.*or move"
     with pytest.raises(ValueError, match=said):
         check_resumable(Path("r/c/step-4"), manifest_of(other, prepared), recipe(False, 1), prepared)
 
@@ -125,6 +118,70 @@ def test_a_resumed_run_tells_every_value_that_changed(tmp_path: Path) -> None:
     assert start.notes(new, prepared) == ["optimizer.lr 0.001 → 0.02", "checkpoint.every_steps 0 → 3"]
     assert start.changes(new) == [("optimizer.lr", 0.001, 0.02), ("checkpoint.every_steps", 0, 3)]
     assert replace(start, resumes=False).notes(new, prepared) == []
+
+
+def with_options(manifest: CheckpointManifest, **sections: dict[str, object]) -> CheckpointManifest:
+    """As a version with other options wrote it; None: an option that it did not have."""
+    assert manifest.trained_with is not None
+    recipe = json.loads(json.dumps(manifest.trained_with))
+    for name, options in sections.items():
+        recipe[name] = {k: v for k, v in (recipe.get(name, {}) | options).items() if v is not None}
+    writer = {"bd3_scale": "0.7", "commit": "0123456789ab"}
+    return manifest.model_copy(update={"trained_with": recipe, "written_by": writer})
+
+
+def test_a_resume_names_the_options_that_it_does_not_know_and_goes_on(tmp_path: Path) -> None:
+    prepared = data(tmp_path, "a" * 100)
+    manifest = with_options(
+        manifest_of(recipe(False, 1), prepared, ema_warms_up=True),
+        optimizer={"amsgrad": True, "schedule": "polynomial"},
+        guard={"skip_steps": None, "skipped_steps": 5},
+        data={"prefetch": "a\x1b[2J" + "b" * 999},
+        telemetry={"every_steps": 5},
+    )
+    check_resumable(Path("r/c/s"), manifest, recipe(False, 1), prepared)
+    notes = Start(Path("c"), manifest, resumes=True).notes(recipe(False, 1), prepared)
+    said = "is no option of this version, and was one of bd3_scale 0.7 (commit 0123456789ab)"
+    assert notes[0] == "optimizer.schedule polynomial → cosine"
+    unknown = ["data.prefetch", "optimizer.amsgrad", "guard.skipped_steps", "telemetry"]
+    assert [note.partition("=")[0] for note in notes[1:]] == unknown
+    assert all(said in note and "goes on without it" in note and note.isprintable() for note in notes[1:])
+    assert "guard.skipped_steps=5 is" in notes[3]
+    assert max(map(len, notes)) < 400
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"diffusion": {"token_editing": 0.1}}, ["diffusion.token_editing=0.1"]),
+        ({"model": {"experts": 2}}, ["model.experts=2"]),
+        ({"data": {"shuffle": None, "shuffled": False}}, ["data.shuffled=False"]),
+        ({"train": {"precision": None, "dtype": "bf16"}}, ["train.dtype=bf16", "train.precision is fp32"]),
+        ({"data": {"seq_len": None}}, ["data.seq_len is 64, the checkpoint has unset"]),
+        ({"diffusion": {"noise_schedule": "exotic"}}, ["noise_schedule is linear, the checkpoint has exotic"]),
+    ],
+)
+def test_a_resume_refuses_unknown_options_that_no_run_may_change(sections, named, tmp_path: Path) -> None:
+    prepared = data(tmp_path, "a" * 100)
+    manifest = with_options(manifest_of(recipe(False, 1), prepared), **sections)
+    with pytest.raises(ValueError, match="cannot be resumed") as caught:
+        check_resumable(Path("r/c/s"), manifest, recipe(False, 1), prepared)
+    assert all(words in str(caught.value) for words in named)
+    if "=" in named[0]:
+        way_out = r"bd3_scale 0\.7 \(commit 0123456789ab\), .* resume with that version, or .* init_from=r/c/s"
+        assert re.search(way_out, str(caught.value))
+
+
+def test_an_option_that_came_later_had_its_default(tmp_path: Path) -> None:
+    prepared = data(tmp_path, "a" * 100)
+    run = Recipe.model_validate(tiny_recipe())
+    absent = {"diffusion": {"noise_steps": None, "noisy_copies": None}, "data": {"isolate_documents": None}}
+    manifest = with_options(manifest_of(run, prepared, ema_warms_up=True), optimizer={"betas": None}, **absent)
+    check_resumable(Path("r/c/s"), manifest, run, prepared)
+    assert Start(Path("c"), manifest, resumes=True).notes(run, prepared) == []
+    two = Recipe.model_validate(tiny_recipe(diffusion={"noisy_copies": 2}))
+    with pytest.raises(ValueError, match=r"diffusion.noisy_copies is 2, the checkpoint has 1"):
+        check_resumable(Path("r/c/s"), manifest, two, prepared)
 
 
 @pytest.mark.parametrize(("decay", "step", "told"), [(0.9, 4, True), (0.9, 200, False), (0.0, 4, False)])

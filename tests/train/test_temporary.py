@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.train.temporary import own_temporary_files
+from bd3_scale.train.main import own_temporary_files
 
 
 def test_temporary_files_of_a_rank_and_its_children_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from bd3_scale.attention.spans import count_pairs, make_spans, take_ranges, zigz
 from bd3_scale.data.batch import Batch
 from bd3_scale.diffusion.nelbo import loss_weight
 from bd3_scale.diffusion.noise import Noise, draw_embedding_noise
-from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs
+from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowLoss
 
 # Rank and number of the ranks that split the positions of a sequence.
 Context = tuple[int, int]
@@ -30,8 +30,9 @@ def corrupt(
     mask_id: int,
     device: torch.device,
     context: Context = (0, 1),
+    row_loss: RowLoss | None = None,
 ) -> ModelInputs:
-    """Noisy copies of this rank's positions beside the clean tokens, whose loss is the mean over the copies.
+    """Return noisy copies of this rank's positions beside the clean tokens; the loss is the mean over the copies.
 
     block_size: of all sequences, or int64 [B] of each. Where one block is the whole sequence no row would see a clean
     one, and there are none; sequences of several block sizes always have them.
@@ -53,14 +54,17 @@ def corrupt(
         head_rows=(copy * len(positions) + row) * len(clean) + sequence,
         targets=clean[sequence, row],
         weights=weights[masked],
+        row_loss=row_loss,
         context=context,
         device=device,
     )
 
 
-def next_tokens(batch: Batch, *, device: torch.device, context: Context = (0, 1)) -> ModelInputs:
-    """Clean rows alone, each of which sees those before it and predicts the next token of its document, unless that is
-    shown: AR.
+def next_tokens(
+    batch: Batch, *, device: torch.device, context: Context = (0, 1), row_loss: RowLoss | None = None
+) -> ModelInputs:
+    """Return clean rows alone, each of which sees those before it and predicts the next token of its document, unless
+    that is shown: AR.
     """
     seq_len = batch.tokens.shape[1]
     positions = rank_positions(seq_len, context)
@@ -75,6 +79,7 @@ def next_tokens(batch: Batch, *, device: torch.device, context: Context = (0, 1)
         head_rows=row * len(clean) + sequence,
         targets=following[sequence, row],
         weights=torch.ones(len(row)),
+        row_loss=row_loss,
         context=context,
         device=device,
     )
@@ -125,6 +130,7 @@ def _inputs(
     head_rows: Tensor,
     targets: Tensor,
     weights: Tensor,
+    row_loss: RowLoss | None,
     context: Context,
     device: torch.device,
 ) -> ModelInputs:
@@ -147,6 +153,7 @@ def _inputs(
         head_rows=head_rows,
         targets=targets,
         weights=weights,
+        row_loss=row_loss,
         noisy_pairs=noisy_pairs,
         clean_pairs=clean_pairs,
         trained_tokens=tuple((~batch.shown[:, places]).sum(1).tolist()),

@@ -1,9 +1,12 @@
-"""How many bytes of text the measured tokens are, so that models of different tokenisers compare."""
+"""What measured text is, whoever models it: how many bytes, so that models of different tokenisers compare, and the
+unigram model's perplexity, which any language model must be far below.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from bd3_scale.data.batch import Batch
@@ -54,3 +57,19 @@ def _complete(ids: Sequence[int], tokenizer: Tokenizer) -> int:
     """Of the characters that are whole. Where bytes are tokens, one that is cut spoils those before it, too."""
     shorter = (ids[: max(0, len(ids) - cut)] for cut in range(LONGEST_CHARACTER))
     return max(len(tokenizer.text_of(part).rstrip(INCOMPLETE).encode("utf-8")) for part in shorter)
+
+
+def unigram_perplexity(batches: Iterable[Batch], vocabulary_size: int) -> float:
+    """Perplexity of the counted tokens under their own frequencies: exp of the empirical entropy in nats.
+
+    Fitted on the very tokens it scores, so that no unigram model does better on them.
+
+    Raises:
+        ValueError: there is no counted token.
+    """
+    counts = torch.zeros(vocabulary_size, dtype=torch.float64)
+    for batch in batches:
+        counts += torch.bincount(batch.tokens[batch.counted], minlength=vocabulary_size)
+    if not counts.sum():
+        raise ValueError("there is no token to count: give held-out text")
+    return float(torch.distributions.Categorical(probs=counts).entropy().exp())

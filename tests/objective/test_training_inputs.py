@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bd3_scale.data.batch import Batch
+from bd3_scale.model.rows import Placement
+from bd3_scale.objective import objective_of
 from bd3_scale.recipe.schema import Recipe
-from bd3_scale.train.inputs import step_inputs
+from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.support.recipes import tiny_recipe
 
 LENGTH = 32
@@ -38,7 +40,9 @@ def inputs_of():
                 train={"steps": 20, "global_batch_size": 600},
             )
         )
-        return step_inputs(recipe, batch, step, intervals=intervals, mask_id=257, device=CPU, context=(0, 1))
+        return objective_of(recipe.diffusion, Vocabulary(size=258, eos_id=256, mask_id=257)).training_inputs(
+            batch, step, seed=recipe.seed, global_batch_size=600, intervals=intervals, place=Placement(CPU)
+        )
 
     return make
 

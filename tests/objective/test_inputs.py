@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.corrupt import corrupt, masked_places, next_tokens
 from bd3_scale.diffusion.noise import Noise
 from bd3_scale.model.rows import ModelInputs
+from bd3_scale.objective.inputs import corrupt, masked_places, next_tokens
 
 MASK_ID, LENGTH, BLOCK = 99, 32, 2
 CPU = torch.device("cpu")

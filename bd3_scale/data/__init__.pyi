@@ -1,0 +1,13 @@
+from bd3_scale.data.batch import Batch as Batch
+from bd3_scale.data.manifest import Manifest as Manifest
+from bd3_scale.data.manifest import load_manifest as load_manifest
+from bd3_scale.data.sources import Document as Document
+from bd3_scale.data.sources import DocumentReader as DocumentReader
+from bd3_scale.data.sources import OpenFile as OpenFile
+from bd3_scale.data.sources import Piece as Piece
+from bd3_scale.data.sources import Record as Record
+from bd3_scale.data.stream import TrainingStream as TrainingStream
+from bd3_scale.data.stream import held_out_batches as held_out_batches
+from bd3_scale.data.tokenizer import Tokenizer as Tokenizer
+from bd3_scale.data.tokenizer import load_tokenizer as load_tokenizer
+from bd3_scale.data.tokenizer import train_tokenizer as train_tokenizer

@@ -1,0 +1,10 @@
+from bd3_scale.diffusion.interval import search_intervals as search_intervals
+from bd3_scale.diffusion.nelbo import NelboEstimate as NelboEstimate
+from bd3_scale.diffusion.nelbo import estimate_nelbo as estimate_nelbo
+from bd3_scale.diffusion.nelbo import loss_weight as loss_weight
+from bd3_scale.diffusion.nelbo import sequence_nelbo as sequence_nelbo
+from bd3_scale.diffusion.noise import Noise as Noise
+from bd3_scale.diffusion.noise import draw_copies as draw_copies
+from bd3_scale.diffusion.noise import draw_noise as draw_noise
+from bd3_scale.diffusion.schedule import Curve as Curve
+from bd3_scale.diffusion.schedule import Schedule as Schedule

@@ -1,0 +1,108 @@
+"""How text is sampled, declared once for Python and for every command that samples. Loads without PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from bd3_scale.generate.unmasking import check_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How text is sampled.
+
+    temperature, top_k, top_p: see `bd3_scale.generate.draw`. unmasking, steps, threshold: a rule and its options, see
+    `bd3_scale.generate.unmasking`. seed: of the first text, those after it count on. min_entropy: nats, below which the
+    last 256 tokens end the text, which is left without them; default: 4 (the paper's rule), and less for vocabularies
+    of bytes or characters, whose text never reaches 4.
+
+    ValueError: a value out of its range, an unknown rule, or an option that the rule does not take.
+    """
+
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens at the most; EOS ends the text before. 0: only fill gaps.")
+    ] = 128
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0
+    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.", show_default="all")] = None
+    top_p: Annotated[float, typer.Option(help="Only the nucleus: the fewest tokens that make this share.")] = 1.0
+    min_entropy: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Stop where the last 256 tokens have fewer nats, and leave them out.",
+            show_default="4; for bytes 0.75 of the held-out median",
+        ),
+    ] = None
+    unmasking: Annotated[
+        str,
+        typer.Option(
+            metavar="RULE",
+            help="What a pass unmasks: first-hitting, one token; ancestral, each by chance; static, the most "
+            "confident; dynamic, also all above a threshold; entropy, the surest up to a sum of entropies.",
+        ),
+    ] = "first-hitting"
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Ancestral, static, dynamic: passes a block.", show_default="one a token")
+    ] = None
+    threshold: Annotated[
+        float | None, typer.Option(help="Dynamic: a probability; entropy: nats.", show_default="0.9; 0.1")
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Text i depends on seed + i and its prompt alone.")] = 0
+
+    def __post_init__(self) -> None:
+        for right, problem in (
+            (
+                self.max_new_tokens >= 0,
+                f"max_new_tokens is {self.max_new_tokens}: give at least 1, or a prompt with gaps and 0",
+            ),
+            (self.temperature >= 0, f"temperature is {self.temperature}: give 0 (most likely token) or above"),
+            (self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}: give at least 1, or leave it out"),
+            (0 < self.top_p <= 1, f"top_p is {self.top_p}: give a probability above 0, up to 1"),
+            (self.min_entropy is None or self.min_entropy >= 0, f"min_entropy is {self.min_entropy}: give nats, 0 up"),
+            (self.seed >= 0, f"seed is {self.seed}: give 0 or more"),
+        ):
+            if not right:
+                raise ValueError(problem)
+        check_options(self.unmasking, self.steps, self.threshold)
+
+
+def takes_sampling(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that turns a command's parameter `sampling: SamplingConfig` into an option for each field.
+
+    defaults: of the command, where they are not those of the class.
+    """
+    hints = get_type_hints(SamplingConfig, include_extras=True)
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(field.name, field.default),
+            annotation=hints[field.name],
+        )
+        for field in fields(SamplingConfig)
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        declared = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [
+            option
+            for parameter in declared
+            for option in (options if parameter.name == "sampling" else [parameter.replace(kind=options[0].kind)])
+        ]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            sampling = SamplingConfig(**{option.name: given.pop(option.name) for option in options})
+            command(sampling=sampling, **given)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate

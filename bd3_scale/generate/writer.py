@@ -1,0 +1,228 @@
+"""Text from an open model: prompts and stop strings in words, whole texts and streams of their blocks."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bd3_scale.data.chat import ChatTemplate, Messages
+from bd3_scale.data.tokenizer import INCOMPLETE, MASK, Tokenizer
+from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.generate.sampler import Draft, denoise
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+
+
+@dataclass(frozen=True)
+class Written:
+    """text: what was generated, or with gaps the whole of it. tokens: generated ids. seconds: of the whole batch.
+
+    window: tokens that a block sees, itself among them, where the text is longer than the training's sequences.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    stopped_by: str
+    nfe: int
+    cache_passes: int
+    min_entropy: float
+    window: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a finished block adds to text `index`; stopped_by: what ended the text with it."""
+
+    index: int
+    text: str
+    stopped_by: str | None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Texts that are sampled together: the number of the first, how they are sampled, and their passes."""
+
+    first: int
+    prompts: Sequence[str]
+    infill: bool
+    stop: Sequence[str]
+    min_entropy: float
+    window: int | None
+    passes: Iterator[list[Draft]]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes text, as often as it is asked.
+
+    context: tokens of the training's sequences. eos_ids: each of them ends a text. least_entropy: asked for the nats
+    that `sampling.min_entropy` leaves open. chat_template: the folder that may have one.
+    """
+
+    model: BlockDiffusionTransformer
+    tokenizer: Tokenizer
+    block_size: int
+    context: int
+    eos_ids: Sequence[int]
+    least_entropy: Callable[[], float]
+    chat_template: Path
+
+    def write(
+        self,
+        prompts: Sequence[str | Messages],
+        sampling: SamplingConfig,
+        *,
+        infill: bool = False,
+        stop: Sequence[str] = (),
+        batch_size: int = 16,
+        progress: Callable[[int, int], object] = lambda done, limit: None,
+        watch: Callable[[int, str], object] | None = None,
+    ) -> Iterator[Written]:
+        """Continue every prompt; text i depends on `sampling.seed` + i and its prompt alone.
+
+        Args:
+            prompts: text, or conversations that the chat template makes text of.
+            infill: each `[MASK]` of a prompt is a gap of one token.
+            stop: strings that end a text, which does not hold them.
+            progress: told after each pass how many tokens there are, and the limit, over all texts.
+            watch: told a text's number and what it looks like, after each pass.
+
+        Raises:
+            ValueError: a conversation without a chat template, or what `denoise` refuses.
+        """
+        limit = sampling.max_new_tokens
+        for batch in self._batches(prompts, sampling, infill, stop, batch_size):
+            began = time.monotonic()
+            drafts: dict[int, Draft] = {}
+            for going in batch.passes:
+                drafts |= {draft.index: draft for draft in going}
+                done = batch.first * limit + sum(draft.generated for draft in drafts.values())
+                progress(done, limit * len(prompts))
+                if watch is not None:
+                    for draft in going:
+                        watch(batch.first + draft.index, settled(self.tokenizer.text_of(draft.whole)))
+            seconds = time.monotonic() - began
+            for index, prompt in enumerate(batch.prompts):
+                yield self._written(prompt, drafts[index], batch, seconds)
+
+    def stream(
+        self,
+        prompts: Sequence[str | Messages],
+        sampling: SamplingConfig,
+        *,
+        infill: bool = False,
+        stop: Sequence[str] = (),
+        batch_size: int = 16,
+    ) -> Iterator[Piece]:
+        """Yield what `write` writes, block by block: the pieces of a text make it, one after the other.
+
+        A text that little entropy ends has then shown what it is left without. Bytes that are no whole character yet,
+        and the beginning of a stop string, are held back; bytes that spell no UTF-8 may be shown otherwise.
+        """
+        for batch in self._batches(prompts, sampling, infill, stop, batch_size):
+            shown = [0] * len(batch.prompts)
+            for going in batch.passes:
+                for draft in going:
+                    if not draft.finished:
+                        continue
+                    text = self._text(draft, batch)
+                    ended = None if draft.sample is None else draft.sample.stopped_by
+                    yield Piece(batch.first + draft.index, text[shown[draft.index] :], ended)
+                    shown[draft.index] = len(text)
+
+    def _batches(
+        self, prompts: Sequence[str | Messages], sampling: SamplingConfig, infill: bool, stop: Sequence[str], size: int
+    ) -> Iterator[_Batch]:
+        least = self.least_entropy() if sampling.min_entropy is None else sampling.min_entropy
+        encoded = self._encoded(prompts, infill)
+        for first in range(0, len(encoded), size):
+            texts, ids = zip(*encoded[first : first + size], strict=True)
+
+            def ends(index: int, tokens: list[int], ids: Sequence[list[int]] = ids) -> int | None:
+                return kept_tokens(self.tokenizer, ids[index], tokens, stop)
+
+            longest = max(map(len, ids)) + sampling.max_new_tokens
+            window = self.context if longest > self.context and self.context >= 2 * self.block_size else None
+            here = replace(sampling, seed=sampling.seed + first, min_entropy=least)
+            passes = denoise(
+                self.model, ids, here, block_size=self.block_size, window=window, eos_ids=self.eos_ids, ends=ends
+            )
+            yield _Batch(first, texts, infill, stop, least, window, passes)
+
+    def _encoded(self, prompts: Sequence[str | Messages], infill: bool) -> list[tuple[str, list[int]]]:
+        """The text of every prompt, and its ids; a chat template says itself what a text begins with."""
+        template = None if all(isinstance(prompt, str) for prompt in prompts) else ChatTemplate(self.chat_template)
+        found = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                found.append((prompt, encode_prompt(self.tokenizer, prompt, infill)))
+            else:
+                assert template is not None
+                text = template.prompt(prompt)
+                found.append((text, self.tokenizer.encode_special(text)))
+        return found
+
+    def _written(self, prompt: str, draft: Draft, batch: _Batch, seconds: float) -> Written:
+        sample = draft.sample
+        assert sample is not None
+        counts = (sample.stopped_by, sample.nfe, sample.cache_passes)
+        return Written(
+            prompt, self._text(draft, batch), sample.tokens, *counts, batch.min_entropy, batch.window, seconds
+        )
+
+    def _text(self, draft: Draft, batch: _Batch) -> str:
+        """What is sure of a text at the end of a block; with gaps, from its beginning on."""
+        everything, given = draft.whole, len(draft.prompt)
+        if draft.sample is not None:
+            prompt = draft.sample.prompt
+            text = text_before(self.tokenizer.continuation(prompt, draft.sample.tokens), batch.stop)
+        elif len(everything) < given:
+            return self.tokenizer.continuation([], everything, final=False)
+        else:
+            prompt = everything[:given]
+            text = without_start_of(batch.stop, self.tokenizer.continuation(prompt, everything[given:], final=False))
+        return self.tokenizer.text_of(prompt) + text if batch.infill else text
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, infill: bool) -> list[int]:
+    """Return the ids of a prompt; without `infill` a `[MASK]` in it is text like any other."""
+    if infill and MASK not in prompt:
+        raise ValueError(f"--infill fills the {MASK} of a prompt, and there is none in {prompt[:60]!r}")
+    return tokenizer.encode_prompt(prompt, gaps=infill)
+
+
+def kept_tokens(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], stop: Sequence[str]) -> int | None:
+    """Return the fewest tokens behind a prompt whose text holds one of the strings; None: none is there."""
+
+    def holds(count: int) -> bool:
+        text = tokenizer.continuation(prompt, tokens[:count])
+        return any(word in text for word in stop)
+
+    if not stop or not holds(len(tokens)):
+        return None
+    low, high = 0, len(tokens)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return high
+
+
+def settled(text: str) -> str:
+    """Return a text with masks without the characters that lack bytes, which are still masked or to come."""
+    return re.sub(rf"{INCOMPLETE}+(?={re.escape(MASK)}|$)", "", text)
+
+
+def text_before(text: str, stop: Sequence[str]) -> str:
+    """Return the text up to the first of the strings."""
+    ends = [text.index(word) for word in stop if word in text]
+    return text[: min(ends)] if ends else text
+
+
+def without_start_of(stop: Sequence[str], text: str) -> str:
+    """Return the text without an end with which one of the strings may begin."""
+    held = max((size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])), default=0)
+    return text[: len(text) - held]

@@ -1,0 +1,162 @@
+"""Block diffusion: masked tokens of a block are predicted from the clean blocks before it (Arriola et al., ICLR 2025).
+
+The bound of one block is the integral over the noise level t of −α'/(1 − α) times the negative log-likelihood of its
+masked tokens (equation 8; `bd3_scale.diffusion.schedule` has the factor of every schedule). Training draws t so that
+mask rates lie in a clipped interval; an evaluation integrates over the whole of [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from bd3_scale.objective.base import Draw, Objective
+from bd3_scale.registry import objectives
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bd3_scale.data.batch import Batch
+    from bd3_scale.diffusion.interval import Interval
+    from bd3_scale.diffusion.noise import Noise
+    from bd3_scale.diffusion.schedule import Schedule
+    from bd3_scale.model.rows import ModelInputs, Placement
+
+# Evaluation noise depends on no run's seed, so that runs are compared under the same masks.
+NOISE_SEED = 0
+
+
+@objectives.register("block_diffusion")
+class BlockDiffusion(Objective):
+    """The cross-entropy of masked tokens, weighted so that its mean bounds the negative log-likelihood."""
+
+    @property
+    def is_exact(self) -> bool:
+        """At block size 1 every token is masked, once: what is measured is the likelihood, left to right."""
+        return self.block_size == 1
+
+    def num_draws(self, draws: int) -> int:
+        return 1 if self.block_size == 1 else draws
+
+    def training_schedule(self, interval: Interval | None = None) -> Schedule:
+        """Return what training draws masks with, in a searched `interval` or else the recipe's."""
+        from bd3_scale.diffusion.schedule import Schedule
+
+        diffusion = self.diffusion
+        low, high = interval or (diffusion.mask_rate_low, diffusion.mask_rate_high)
+        return Schedule(
+            name=diffusion.noise_schedule,
+            low=low,
+            high=high,
+            num_steps=diffusion.noise_steps,
+            weights=diffusion.loss_weights,
+            clip_masked_share=diffusion.clip_masked_share,
+        )
+
+    def training_inputs(
+        self,
+        batch: Batch,
+        step: int,
+        *,
+        seed: int,
+        global_batch_size: int | None,
+        intervals: Mapping[int, Interval],
+        place: Placement,
+    ) -> ModelInputs:
+        import torch
+
+        from bd3_scale.diffusion.noise import draw_block_sizes
+        from bd3_scale.objective.inputs import mask_noise
+
+        diffusion = self.diffusion
+        sizes = diffusion.block_sizes_at(step)
+        kinds = draw_block_sizes(batch.ids, len(sizes), seed=seed, epoch=batch.epoch)
+        noises = self._training_noise(batch, step, kinds, intervals, seed, global_batch_size)
+        inputs = self._inputs(batch, noises, sizes[0] if len(sizes) == 1 else torch.tensor(sizes)[kinds], place)
+        if len(sizes) > 1:
+            inputs = replace(inputs, kinds=kinds.to(place.device, non_blocking=True))
+        if std := diffusion.mask_noise_at(step):
+            copies = diffusion.noisy_copies
+            noise = mask_noise(batch, std, copies=copies, seed=seed, device=place.device, context=place.context)
+            inputs = replace(inputs, mask_noise=noise)
+        return inputs
+
+    def evaluation_draws(self, batch: Batch, draws: int, *, always: Tensor, place: Placement) -> list[Draw]:
+        count = self.num_draws(draws)
+        noises = [self.evaluation_noise(batch, draw, count) for draw in range(count)]
+        return [self.draw_of(batch, replace(noise, masked=noise.masked | always), place=place) for noise in noises]
+
+    def evaluation_noise(self, batch: Batch, draw: int, draws: int) -> Noise:
+        """Return noise over mask rates U[0, 1]; at block size 1 everything is masked."""
+        from bd3_scale.attention.spans import make_spans
+        from bd3_scale.diffusion.noise import draw_noise
+        from bd3_scale.diffusion.schedule import Schedule
+
+        return draw_noise(
+            make_spans(batch.document_start, self.block_size)[1],
+            seed=NOISE_SEED,
+            epoch=0,
+            sample_ids=batch.ids.clamp(min=0),
+            schedule=Schedule(low=1.0 if self.block_size == 1 else 0.0),
+            draw=draw,
+            num_draws=draws,
+            shown=batch.shown,
+        )
+
+    def draw_of(self, batch: Batch, noise: Noise, *, place: Placement) -> Draw:
+        """Return the draw of an evaluation under given noise."""
+        from bd3_scale.diffusion.nelbo import loss_weight
+        from bd3_scale.objective.inputs import masked_places
+
+        inputs = self._inputs(batch, [noise], self.block_size, place)
+        return Draw(inputs, *masked_places(noise, place.context), weight=loss_weight(noise), mask_rate=noise.mask_rate)
+
+    def _inputs(
+        self,
+        batch: Batch,
+        noises: Sequence[Noise],
+        block_size: int | Tensor,
+        place: Placement,
+    ) -> ModelInputs:
+        from bd3_scale.objective.inputs import corrupt
+
+        how: dict[str, Any] = {"mask_id": self.vocabulary.mask_id, "device": place.device, "context": place.context}
+        return corrupt(batch, noises, block_size, row_loss=self.row_loss, **how)
+
+    def _training_noise(
+        self,
+        batch: Batch,
+        step: int,
+        kinds: Tensor,
+        intervals: Mapping[int, Interval],
+        seed: int,
+        global_batch_size: int | None,
+    ) -> list[Noise]:
+        """Return the noise of every noisy copy; sequences of one block size are drawn together."""
+        import torch
+
+        from bd3_scale.attention.spans import make_spans
+        from bd3_scale.diffusion.noise import draw_copies, joined
+
+        sizes = self.diffusion.block_sizes_at(step)
+        block_start = make_spans(batch.document_start, torch.tensor(sizes)[kinds])[1]
+        rows = [(kinds == kind).nonzero()[:, 0] for kind in range(len(sizes))]
+        drawn = [
+            draw_copies(
+                block_start[own],
+                copies=self.diffusion.noisy_copies,
+                schedule=self.training_schedule(intervals.get(size)),
+                seed=seed,
+                epoch=batch.epoch,
+                sample_ids=batch.ids[own],
+                step=None if global_batch_size is None else step,
+                slots=batch.slots[own],
+                shown=batch.shown[own],
+                global_batch_size=global_batch_size,
+            )
+            for size, own in zip(sizes, rows, strict=True)
+            if len(own)
+        ]
+        order = torch.cat(rows).argsort()
+        return [joined(copies, order) for copies in zip(*drawn, strict=True)]
