@@ -13,7 +13,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
+from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import Manifest, Split, bos_option, check_tokenizer, load_manifest
@@ -126,9 +126,9 @@ def evaluate_checkpoint(
         raise ValueError(f"draws is {draws} and sequences {sequences}: give at least 1")
     if texts and data_path is not None:
         raise ValueError("texts are measured in place of held-out data: give one of --text and --data")
+    trained = read_manifest(checkpoint).trained_objective()
     with ExitStack() as stack:
         model, manifest, groups = stack.enter_context(open_model(checkpoint))
-        trained = manifest.trained_objective()
         if not trained.fills_masks and (intervals or set(block_sizes) - {trained.block_size}):
             raise ValueError(
                 "a model that masks nothing has neither blocks nor mask rates: leave --block-size and --intervals"

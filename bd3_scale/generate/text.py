@@ -49,7 +49,7 @@ def open_writer(checkpoint: Path) -> Iterator[Writer]:
     """Open a checkpoint for writing text.
 
     Raises:
-        ValueError: a checkpoint without a tokeniser, damaged, or of a next-token model.
+        ValueError: a checkpoint without a tokeniser, damaged, or of a model that fills no masks.
     """
     tokenizer = checkpoint_tokenizer(checkpoint, read_manifest(checkpoint))
     with open_model(checkpoint) as (model, manifest, _):
@@ -59,11 +59,11 @@ def open_writer(checkpoint: Path) -> Iterator[Writer]:
 def writer_of(
     checkpoint: Path, model: BlockDiffusionTransformer, manifest: CheckpointManifest, tokenizer: Tokenizer
 ) -> Writer:
-    """Return what writes text with an open model and all that its checkpoint says; ValueError: a next-token model."""
-    if not manifest.trained_objective().fills_masks:
+    """Return what writes text with an open model and all that its checkpoint says; ValueError: it fills no masks."""
+    if not manifest.fills_masks:
         raise ValueError(
-            f"{checkpoint} predicts the next token, and generation here is block diffusion: adapt it with "
-            "`bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
+            f"{checkpoint} was trained for {manifest.objective} and fills no masks, and generation here is block "
+            "diffusion: adapt it with `bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
         )
     return Writer(
         model,
