@@ -52,6 +52,17 @@ class Curve:
         """Return the noise level t of mask rates p: the inverse of `rate`."""
         raise NotImplementedError
 
+    def problem(self) -> str | None:
+        """Return what of it would make losses wrong without a sign, or None."""
+        level, step = np.arange(1, 64) / 64, 1e-6
+        ends = self.rate(np.array([0.0, 1.0]))
+        if not np.allclose(ends, [0, 1]):
+            return f"its `rate` goes from {ends[0]:g} to {ends[1]:g}, and must go from 0 to 1"
+        if not np.allclose(self.level(self.rate(level)), level):
+            return "its `level` is not the inverse of its `rate`"
+        slope = (self.rate(level + step) - self.rate(level - step)) / (2 * step)
+        return None if np.allclose(self.slope(level), slope) else "its `slope` is not the derivative of its `rate`"
+
 
 @schedules.register("linear")
 class Linear(Curve):

@@ -60,6 +60,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
         *_tensor_parallel_problems(recipe.model, recipe.parallel.tensor),
         *_pipeline_problems(recipe),
         *_batch_problems(recipe, world_size),
+        *_curve_problems(recipe.diffusion.noise_schedule),
         *_interval_problems(recipe),
         *_block_size_schedule_problems(recipe),
         *_schedule_problems(recipe.optimizer, recipe.train.steps),
@@ -285,6 +286,11 @@ def _noise_problems(recipe: Recipe, block: int) -> Iterator[str]:
             "single mask rate, which is exact only for blocks of one token at rate 1: widen the interval, such as 0 to "
             "1"
         )
+
+
+def _curve_problems(name: str) -> Iterator[str]:
+    if problem := schedules.get(name)().problem():
+        yield f"diffusion.noise_schedule={name}: {problem}; correct the schedule"
 
 
 def _interval_problems(recipe: Recipe) -> Iterator[str]:

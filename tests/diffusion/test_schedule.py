@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ import torch
 from bd3_scale.diffusion.nelbo import loss_weight
 from bd3_scale.diffusion.noise import draw_copies, draw_noise
 from bd3_scale.diffusion.schedule import Curve, Schedule
+from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.schema import Recipe, RecipeError
 from bd3_scale.registry import schedules
+from tests.support.recipes import tiny_recipe
 
 
 @schedules.register("test_smoothstep")
@@ -248,3 +252,29 @@ def test_copies_are_complementary_only_under_a_mirrored_schedule():
 def test_impossible_schedules_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Schedule(**options)
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong", "words"),
+    [
+        ("rate", lambda self, level: level / 2, "goes from 0 to 0.5, and must go from 0 to 1"),
+        ("rate", lambda self, level: level * np.nan, "goes from nan to nan"),
+        ("level", lambda self, rate: 1 - rate, "`level` is not the inverse"),
+        ("slope", lambda self, level: np.full_like(level, 2), "`slope` is not the derivative"),
+    ],
+)
+def test_a_curve_whose_parts_contradict_each_other_is_refused_with_the_recipe(
+    monkeypatch: pytest.MonkeyPatch, part: str, wrong: Callable, words: str
+) -> None:
+    """It would train, with wrong weights."""
+    diffusion = {"noise_schedule": "test_smoothstep", "mask_rate_low": 0.0, "mask_rate_high": 1.0}
+    recipe = Recipe.model_validate(tiny_recipe(diffusion=diffusion))
+    check_recipe(recipe, 1)
+    monkeypatch.setattr(Smoothstep, part, wrong)
+    with pytest.raises(RecipeError, match=rf"noise_schedule=test_smoothstep: its .*{words}"):
+        check_recipe(recipe, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_package_s_curves_hold_together(name: str) -> None:
+    assert schedules.get(name)().problem() is None
