@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -25,8 +26,10 @@ from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.evaluate.yardsticks import counted_bytes, unigram_perplexity
 from bd3_scale.generate.text import checkpoint_tokenizer
+from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective
 from bd3_scale.parallel.collective import on_rank_zero
+from bd3_scale.parallel.groups import ProcessGroups, is_alone
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.leftovers import temporary_folder
@@ -128,55 +131,99 @@ def evaluate_checkpoint(
         raise ValueError("texts are measured in place of held-out data: give one of --text and --data")
     with ExitStack() as stack:
         model, manifest, groups = stack.enter_context(open_model(checkpoint))
-        trained = manifest.trained_objective()
-        if not trained.fills_masks and (intervals or set(block_sizes) - {trained.block_size}):
-            raise ValueError(
-                "a model that masks nothing has neither blocks nor mask rates: leave --block-size and --intervals"
-            )
-        sizes = [trained.at(size) for size in block_sizes or (trained.block_size,)]
+        sizes = _objectives(manifest, block_sizes, intervals=intervals)
         if texts:
-            measured = _prepared(checkpoint, manifest, texts, [objective.block_size for objective in sizes], stack)
+            tokenizer = checkpoint_tokenizer(checkpoint, manifest)
+            measured = _prepared(manifest, tokenizer, texts, [size.block_size for size in sizes], groups, stack)
         else:
             measured = [_held_out(checkpoint, manifest, data_path)]
+        how: dict[str, Any] = {"sequences": sequences, "draws": draws, "intervals": intervals, "progress": progress}
+        found = _evaluations(str(checkpoint), manifest.step, model, groups, measured, sizes, **how)
+        if not is_alone(groups):
+            dist.barrier()  # rank 0 removes the folder that all read
+    return found
+
+
+def evaluate_texts(
+    name: str,
+    model: BlockDiffusionTransformer,
+    manifest: CheckpointManifest,
+    groups: ProcessGroups,
+    tokenizer: Tokenizer,
+    texts: Sequence[NamedText],
+    *,
+    block_sizes: Sequence[int] = (),
+    draws: int = 4,
+) -> list[Evaluation]:
+    """Return what `evaluate_checkpoint` finds of texts, with a model that is open; name: for `Evaluation.checkpoint`.
+
+    ValueError: text shorter than a block, a block size that does not suit, or no draw.
+    """
+    if draws < 1:
+        raise ValueError(f"draws is {draws}: give at least 1")
+    sizes = _objectives(manifest, block_sizes)
+    with ExitStack() as stack:
+        measured = _prepared(manifest, tokenizer, texts, [size.block_size for size in sizes], groups, stack)
+        return _evaluations(name, manifest.step, model, groups, measured, sizes, draws=draws)
+
+
+def _objectives(
+    manifest: CheckpointManifest, block_sizes: Sequence[int], *, intervals: bool = False
+) -> list[Objective]:
+    """What the model was trained for, at each block size."""
+    trained = manifest.trained_objective()
+    if not trained.fills_masks and (intervals or set(block_sizes) - {trained.block_size}):
+        raise ValueError(
+            "a model that masks nothing has neither blocks nor mask rates: leave --block-size and --intervals"
+        )
+    return [trained.at(size) for size in block_sizes or (trained.block_size,)]
+
+
+def _evaluations(
+    name: str,
+    step: int,
+    model: BlockDiffusionTransformer,
+    groups: ProcessGroups,
+    measured: Sequence[_Measured],
+    sizes: Sequence[Objective],
+    *,
+    draws: int,
+    sequences: int | None = None,
+    intervals: bool = False,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> list[Evaluation]:
+    """Of each text at each block size (collective)."""
+    for objective in sizes:
+        for text in measured:
+            check_block_size(objective.block_size, text.recipe, text.data.document_multiple)
+    counts = [min(sequences or text.split.sequences, text.split.sequences) for text in measured]
+    if intervals and min(counts) < LEAST_SEQUENCES:
+        raise ValueError(
+            f"the interval search has {min(counts)} sequences and needs {LEAST_SEQUENCES}: take more held-out text"
+        )
+    whole, finished = sum(-(-count // groups.dp.size()) for count in counts) * len(sizes), 0
+
+    def advance(count: int) -> None:
+        nonlocal finished
+        finished += count
+        progress(finished, whole)
+
+    found = []
+    for text, count in zip(measured, counts, strict=True):
+        tokens = (sizes[0].counting(batch) for batch in text.batches(count))
+        unigram = unigram_perplexity(tokens, text.data.vocabulary.size)
+        num_bytes = text.bytes(count, sizes[0])
         for objective in sizes:
-            for text in measured:
-                check_block_size(objective.block_size, text.recipe, text.data.document_multiple)
-        counts = [min(sequences or text.split.sequences, text.split.sequences) for text in measured]
-        if intervals and min(counts) < LEAST_SEQUENCES:
-            raise ValueError(
-                f"the interval search has {min(counts)} sequences and needs {LEAST_SEQUENCES}: take more held-out text"
-            )
-        whole, finished = sum(-(-count // groups.dp.size()) for count in counts) * len(sizes), 0
-
-        def advance(count: int) -> None:
-            nonlocal finished
-            finished += count
-            progress(finished, whole)
-
-        found = []
-        for text, count in zip(measured, counts, strict=True):
-            tokens = (trained.counting(batch) for batch in text.batches(count))
-            unigram = unigram_perplexity(tokens, text.data.vocabulary.size)
-            num_bytes = text.bytes(count, trained)
-            for objective in sizes:
-                share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
-                held_out = evaluate_nelbo(
-                    [model],
-                    text.batches(count, **share),
-                    groups,
-                    objective=objective,
-                    draws=draws,
-                    padded=True,
-                    progress=advance,
-                )
-                result = _evaluation(checkpoint, manifest.step, text, objective, held_out, unigram, num_bytes)
-                found.append(replace(result, intervals=held_out.intervals().found) if intervals else result)
-        dist.barrier()  # rank 0 removes the folder that all read
+            batches = text.batches(count, dp_rank=groups.dp.rank(), dp_size=groups.dp.size())
+            how: dict[str, Any] = {"objective": objective, "draws": draws, "padded": True, "progress": advance}
+            held_out = evaluate_nelbo([model], batches, groups, **how)
+            result = _evaluation(name, step, text, objective, held_out, unigram, num_bytes)
+            found.append(replace(result, intervals=held_out.intervals().found) if intervals else result)
     return found
 
 
 def _evaluation(
-    checkpoint: Path,
+    name: str,
     step: int,
     text: _Measured,
     objective: Objective,
@@ -187,7 +234,7 @@ def _evaluation(
     estimate = held_out.nelbo
     assert held_out.padded is not None
     return Evaluation(
-        checkpoint=str(checkpoint),
+        checkpoint=name,
         step=step,
         text=text.name,
         block_size=objective.block_size,
@@ -234,14 +281,16 @@ def _trained_hashes(manifest: CheckpointManifest) -> NDArray[np.uint64] | None:
 
 
 def _prepared(
-    checkpoint: Path,
     manifest: CheckpointManifest,
+    tokenizer: Tokenizer,
     texts: Sequence[NamedText],
     block_sizes: Sequence[int],
+    groups: ProcessGroups,
     stack: ExitStack,
 ) -> list[_Measured]:
     """The texts in a temporary folder, made by rank 0."""
-    if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
+    alone = is_alone(groups)
+    if not alone and os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
         raise ValueError(
             "--text prepares its text on one machine: start all processes on one, or prepare it for --data"
         )
@@ -258,7 +307,6 @@ def _prepared(
         )
     names = [text.name for text in texts]
     known = _trained_hashes(manifest)
-    tokenizer = checkpoint_tokenizer(checkpoint, manifest)
 
     def prepare() -> dict[str, int | None]:
         folder = stack.enter_context(temporary_folder("texts"))
@@ -271,6 +319,7 @@ def _prepared(
             found[str(out)] = None if known is None else count_known(known, documents)
         return found
 
+    found = prepare() if alone else on_rank_zero(prepare)
     return [
         _Measured(
             text.name if names.count(text.name) == 1 else str(text.path),
@@ -279,7 +328,7 @@ def _prepared(
             tokenizer,
             trained_on=trained_on,
         )
-        for text, (path, trained_on) in zip(texts, on_rank_zero(prepare).items(), strict=True)
+        for text, (path, trained_on) in zip(texts, found.items(), strict=True)
     ]
 
 
