@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from bd3_scale.data.chat import Messages
     from bd3_scale.data.tokenizer import Tokenizer
     from bd3_scale.evaluate.checkpoint import Evaluation
+    from bd3_scale.generate.config import SamplingConfig
     from bd3_scale.generate.writer import Piece, Writer, Written
     from bd3_scale.model.transformer import BlockDiffusionTransformer
     from bd3_scale.parallel.groups import ProcessGroups
 
 # What a model is, of the manifest's fields.
 _CONFIG = ("name", "step", "objective", "block_size", "max_position_embeddings", "precision", "model", "vocabulary")
+_NO_TOKENIZER = "has no tokeniser: it takes and gives ids, and no text"
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Model:
@@ -112,7 +114,7 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """ValueError: the model came without one."""
         if self._tokenizer is None:
-            raise ValueError(f"{self.path} has no tokeniser: text cannot be read or written with it, ids alone can")
+            raise ValueError(f"{self.path} {_NO_TOKENIZER}")
         return self._tokenizer
 
     @overload
@@ -152,7 +154,7 @@ class Model:
             TypeError: an unknown field. ValueError: a value that does not suit, or a model of next tokens.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        written = list(self._writer.write(texts, *self._how(sampling), infill=infill, stop=_strings(stop)))
+        written = list(self._writer.write(texts, _config_of(sampling), infill=infill, stop=_strings(stop)))
         return written[0] if isinstance(prompts, str) else written
 
     def stream(
@@ -168,7 +170,7 @@ class Model:
         Of several prompts a piece tells the `index`; `stopped_by` is None but for the last piece of a text.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self._writer.stream(texts, *self._how(sampling), infill=infill, stop=_strings(stop))
+        return self._writer.stream(texts, _config_of(sampling), infill=infill, stop=_strings(stop))
 
     def nelbo(self, texts: str | Sequence[str], *, block_size: int | None = None, draws: int = 4) -> Evaluation:
         """Measure a text, or several together, as `bd3-scale evaluate --text` measures a file of them.
@@ -226,15 +228,9 @@ class Model:
         from bd3_scale.generate.text import check_fills_masks
 
         check_fills_masks(self.path, self.manifest)
-        assert self.tokenizer is not None
-        assert self._writes is not None
+        if self._writes is None:
+            raise ValueError(f"{self.path} {_NO_TOKENIZER}")
         return self._writes
-
-    @staticmethod
-    def _how(sampling: dict[str, Any]) -> tuple[Any]:
-        from bd3_scale.generate.config import SamplingConfig
-
-        return (SamplingConfig(**sampling),)
 
 
 def _opened(
@@ -262,6 +258,12 @@ def _opened(
         writer = writer_of(checkpoint, transformer, manifest, tokenizer)
         writer = replace(writer, chat_template=chat_template or writer.chat_template)
     return Model(path, manifest, transformer, groups, tokenizer, writer)
+
+
+def _config_of(sampling: dict[str, Any]) -> SamplingConfig:
+    from bd3_scale.generate.config import SamplingConfig
+
+    return SamplingConfig(**sampling)
 
 
 def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
