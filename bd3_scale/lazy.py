@@ -33,8 +33,6 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
             return sorted(homes())
         if name.startswith("__") or name not in homes():
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(homes()[name]), name)
-        setattr(module, name, value)
-        return value
+        return getattr(importlib.import_module(homes()[name]), name)
 
     return get, lambda: sorted({*vars(module), *homes()})

@@ -238,6 +238,7 @@ OPENERS = {
         *("checkpoint.folder.name_latest", "checkpoint.store._tidy", "convert.check_export.check_export"),
         *("convert.check_export.problems", "convert.check_export.main", "convert.remote_code_files.remote_code"),
         *("data.mosaicml._SharedFile.__init__", "data.mosaicml._Lock.acquire", "data.mosaicml._lock_cache"),
+        "lazy.lazy_names",
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.commands._grown", "launch.local._explain", "launch.ranks.Ranks.explain_failure"),
         *("launch.records.excluded_nodes", "launch.supervise.Supervisor._begin", "observe.environment._cpu_info"),
