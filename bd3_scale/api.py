@@ -8,12 +8,14 @@ Loads without PyTorch, which comes with `load`.
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from bd3_scale.generate.config import SamplingConfig
     from bd3_scale.generate.writer import Piece, Writer, Written
     from bd3_scale.model.transformer import BlockDiffusionTransformer
-    from bd3_scale.parallel.groups import ProcessGroups
 
 # What a model is, of the manifest's fields.
 _CONFIG = ("name", "step", "objective", "block_size", "max_position_embeddings", "precision", "model", "vocabulary")
@@ -88,12 +89,11 @@ class Model:
         path: Path,
         manifest: CheckpointManifest,
         transformer: BlockDiffusionTransformer,
-        groups: ProcessGroups,
         tokenizer: Tokenizer | None,
         writer: Writer | None,
     ) -> None:
         self.path, self.manifest, self.transformer = path, manifest, transformer
-        self._groups, self._tokenizer, self._writes = groups, tokenizer, writer
+        self._tokenizer, self._writes = tokenizer, writer
 
     def __repr__(self) -> str:
         manifest = self.manifest
@@ -119,7 +119,7 @@ class Model:
 
     @overload
     def generate(
-        self, prompts: str, *, infill: bool = ..., stop: str | Sequence[str] = ..., **sampling: Any
+        self, prompts: str | Messages, *, infill: bool = ..., stop: str | Sequence[str] = ..., **sampling: Any
     ) -> Written: ...
 
     @overload
@@ -134,7 +134,7 @@ class Model:
 
     def generate(
         self,
-        prompts: str | Sequence[str | Messages],
+        prompts: str | Messages | Sequence[str | Messages],
         *,
         infill: bool = False,
         stop: str | Sequence[str] = (),
@@ -143,8 +143,8 @@ class Model:
         """Continue a prompt, or each of several, as `bd3-scale generate` does.
 
         Args:
-            prompts: a text for one result, or a list of texts and conversations for a list of them. A conversation is a
-                list of messages with `role` and `content`, and is answered by the model's chat template.
+            prompts: a text or a conversation for one result, or a list of them for a list of results. A conversation is
+                a list of messages with `role` and `content`, which the model's chat template makes text of.
             infill: each `[MASK]` of a prompt is a gap of one token; the result's text is then the whole of it.
             stop: a string, or several, that end a text, which does not hold them.
             sampling: fields of `bd3_scale.generate.SamplingConfig`, such as max_new_tokens, temperature, seed. Text i
@@ -153,13 +153,13 @@ class Model:
         Raises:
             TypeError: an unknown field. ValueError: a value that does not suit, or a model of next tokens.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts, is_one = _several(prompts)
         written = list(self._writer.write(texts, _config_of(sampling), infill=infill, stop=_strings(stop)))
-        return written[0] if isinstance(prompts, str) else written
+        return written[0] if is_one else written
 
     def stream(
         self,
-        prompts: str | Sequence[str | Messages],
+        prompts: str | Messages | Sequence[str | Messages],
         *,
         infill: bool = False,
         stop: str | Sequence[str] = (),
@@ -169,7 +169,7 @@ class Model:
 
         Of several prompts a piece tells the `index`; `stopped_by` is None but for the last piece of a text.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts, _ = _several(prompts)
         return self._writer.stream(texts, _config_of(sampling), infill=infill, stop=_strings(stop))
 
     def nelbo(self, texts: str | Sequence[str], *, block_size: int | None = None, draws: int = 4) -> Evaluation:
@@ -184,18 +184,12 @@ class Model:
         ValueError: text shorter than a block, a block size that does not divide the sequences, or no draw.
         """
         from bd3_scale.evaluate.checkpoint import evaluate_texts
-        from bd3_scale.evaluate.sets import GivenText, as_it_stands
 
-        given = (texts,) if isinstance(texts, str) else tuple(texts)
-        if not any(text.strip() for text in given):
-            raise ValueError("there is no text to measure: give at least one that is not empty")
-        text = GivenText("text", Path("the text"), as_it_stands, given)
-        sizes = () if block_size is None else (block_size,)
-        name, parts = str(self.path), (self.transformer, self.manifest, self._groups, self.tokenizer)
-        (found,) = evaluate_texts(name, *parts, [text], block_sizes=sizes, draws=draws)
-        return found
+        given = [texts] if isinstance(texts, str) else list(texts)
+        parts = (self.transformer, self.manifest, self.tokenizer)
+        return evaluate_texts(str(self.path), *parts, given, block_size=block_size, draws=draws)
 
-    def logits(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    def logits(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]], *, block_size: int | None = None) -> Tensor:
         """Return fp32 logits [B, L, vocabulary] of ids [B, L], or [L] for one sequence, in one forward without noise.
 
         A position sees all blocks before its own, and its own as a whole, as an exported model's forward does; −∞ is
@@ -204,6 +198,7 @@ class Model:
         block diffusion model the row has seen the token that it would predict. A model of next tokens predicts at each
         position the token behind it.
 
+        block_size: default: that of the training.
         ValueError: ids that are not in the vocabulary, or no integers [B, L].
         """
         import torch
@@ -217,7 +212,7 @@ class Model:
         if bad := tokens[(tokens < 0) | (tokens >= size)].tolist():
             raise ValueError(f"ids {bad[:5]} are not in this vocabulary of {size}")
         device = next(self.transformer.parameters()).device
-        spans = make_spans(torch.zeros(tokens.shape, dtype=torch.int32), self.manifest.block_size)
+        spans = make_spans(torch.zeros(tokens.shape, dtype=torch.int32), block_size or self.manifest.block_size)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         with torch.no_grad():
             found = self.transformer.clean_logits(tokens.to(device), positions.to(device), spans.to(device))
@@ -250,14 +245,36 @@ def _opened(
 
     manifest = read_manifest(checkpoint)
     tokenizer = checkpoint_tokenizer(checkpoint, manifest) if (checkpoint / TOKENIZER).is_dir() else None
-    groups = lone_groups()
     where = None if device is None else torch.device(device)
-    transformer = load_model(checkpoint, manifest, groups, dtype=dtype, device=where)
+    transformer = load_model(checkpoint, manifest, lone_groups(), dtype=dtype, device=where)
     writer = None
     if tokenizer is not None and manifest.fills_masks:
         writer = writer_of(checkpoint, transformer, manifest, tokenizer)
-        writer = replace(writer, chat_template=chat_template or writer.chat_template)
-    return Model(path, manifest, transformer, groups, tokenizer, writer)
+        template, entropy = chat_template or writer.chat_template, partial(_least_entropy, manifest)
+        writer = replace(writer, chat_template=template, least_entropy=cache(entropy))
+    return Model(path, manifest, transformer, tokenizer, writer)
+
+
+def _least_entropy(manifest: CheckpointManifest) -> float:
+    import torch.distributed as dist
+
+    from bd3_scale.generate.sampler import SMALLEST_SUBWORD_VOCABULARY
+    from bd3_scale.generate.text import default_min_entropy
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or (dist.is_initialized() and dist.get_world_size() > 1)
+    if several and manifest.vocabulary.size < SMALLEST_SUBWORD_VOCABULARY:
+        raise ValueError(
+            "among several processes min_entropy has no default for a vocabulary of bytes, which held-out text gives "
+            "that all of them would have to read together: give min_entropy=0, or a number of nats"
+        )
+    return default_min_entropy(manifest)
+
+
+def _several(prompts: str | Messages | Sequence[str | Messages]) -> tuple[list[str | Messages], bool]:
+    """Prompts, and whether one alone was given."""
+    if isinstance(prompts, str) or (prompts and all(isinstance(each, Mapping) for each in prompts)):
+        return [cast("str | Messages", prompts)], True
+    return list(cast("Sequence[str | Messages]", prompts)), False
 
 
 def _config_of(sampling: dict[str, Any]) -> SamplingConfig:

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch.distributed as dist
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import Manifest, Split, bos_option, check_tokenizer, load_manifest
+from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, load_manifest
+from bd3_scale.data.memory import packed_texts
 from bd3_scale.data.overlap import count_known, hashes_of, read_hashes
-from bd3_scale.data.stream import held_out_batches
+from bd3_scale.data.stream import batches_in_order, held_out_batches
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, IntervalVariance
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
@@ -29,7 +31,7 @@ from bd3_scale.generate.text import checkpoint_tokenizer
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective
 from bd3_scale.parallel.collective import on_rank_zero
-from bd3_scale.parallel.groups import ProcessGroups, is_alone
+from bd3_scale.parallel.groups import ProcessGroups, is_alone, lone_groups
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.leftovers import temporary_folder
@@ -74,28 +76,44 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Text that is prepared."""
+    """Text that is prepared.
+
+    read: `held_out_batches` of it, or what gives the same of samples in memory. sequences: how many there are.
+    text_bytes: of its whole text, None where all of it does not count.
+    """
 
     name: str
     recipe: DataRecipe
-    data: Manifest
+    document_multiple: int
     tokenizer: Tokenizer
+    read: Callable[..., Iterator[Batch]]
+    sequences: int
+    text_bytes: int | None
     own: bool = False
     trained_on: int | None = None
 
-    @property
-    def split(self) -> Split:
-        assert self.data.validation is not None
-        return self.data.validation
+    @classmethod
+    def of_data(cls, name: str, recipe: DataRecipe, data: Manifest, tokenizer: Tokenizer, **more: Any) -> Self:
+        """The held-out split of prepared data."""
+        assert data.validation is not None
+        return cls(
+            name,
+            recipe,
+            data.document_multiple,
+            tokenizer,
+            partial(held_out_batches, recipe, data),
+            data.validation.sequences,
+            None if data.messages else data.validation.text_bytes,
+            **more,
+        )
 
     def batches(self, sequences: int, *, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
-        share = {"dp_rank": dp_rank, "dp_size": dp_size, "sequences": sequences}
-        return held_out_batches(self.recipe, self.data, batch_size=EVALUATION_BATCH, **share)
+        return self.read(batch_size=EVALUATION_BATCH, dp_rank=dp_rank, dp_size=dp_size, sequences=sequences)
 
     def bytes(self, sequences: int, objective: Objective) -> int:
         """Return the UTF-8 bytes of the text of the tokens that count for a model of `objective`."""
-        if sequences == self.split.sequences and objective.predicts_first and not self.data.messages:
-            return self.split.text_bytes
+        if sequences == self.sequences and objective.predicts_first and self.text_bytes is not None:
+            return self.text_bytes
         batches = self.batches(sequences)
         return counted_bytes(batches, self.tokenizer, lambda batch: objective.counting(batch).counted)
 
@@ -148,23 +166,52 @@ def evaluate_texts(
     name: str,
     model: BlockDiffusionTransformer,
     manifest: CheckpointManifest,
-    groups: ProcessGroups,
     tokenizer: Tokenizer,
-    texts: Sequence[NamedText],
+    texts: Sequence[str],
     *,
-    block_sizes: Sequence[int] = (),
+    block_size: int | None = None,
     draws: int = 4,
-) -> list[Evaluation]:
-    """Return what `evaluate_checkpoint` finds of texts, with a model that is open; name: for `Evaluation.checkpoint`.
+) -> Evaluation:
+    """Return what `evaluate_checkpoint` finds of a file of these texts, with a model that is open and alone.
 
-    ValueError: text shorter than a block, a block size that does not suit, or no draw.
+    name: for `Evaluation.checkpoint`.
+    ValueError: text shorter than a block, or none, a block size that does not suit, or no draw.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: give at least 1")
-    sizes = _objectives(manifest, block_sizes)
-    with ExitStack() as stack:
-        measured = _prepared(manifest, tokenizer, texts, [size.block_size for size in sizes], groups, stack)
-        return _evaluations(name, manifest.step, model, groups, measured, sizes, draws=draws)
+    texts = [text for text in texts if text.strip()]  # as `DocumentReader` leaves them out
+    if not texts:
+        raise ValueError("there is no text to measure: give at least one that is not empty")
+    (objective,) = _objectives(manifest, () if block_size is None else (block_size,))
+    recipe, multiple = _text_recipe(manifest, [objective.block_size])
+    samples, num_bytes = packed_texts(texts, tokenizer, seq_len=recipe.seq_len, document_multiple=multiple)
+    read = partial(batches_in_order, samples, isolate_documents=recipe.isolate_documents)
+    known = _trained_hashes(manifest)
+    trained_on = None if known is None else count_known(known, hashes_of(texts))
+    measured = _Measured("text", recipe, multiple, tokenizer, read, len(samples), num_bytes, trained_on=trained_on)
+    counted = sum(int(batch.counted.sum()) for batch in measured.batches(len(samples)))
+    if counted < objective.block_size:
+        raise ValueError(
+            f"the text has {counted} tokens, less than one block of {objective.block_size}: give more of it"
+        )
+    (found,) = _evaluations(name, manifest.step, model, lone_groups(), [measured], [objective], draws=draws)
+    return found
+
+
+def _text_recipe(manifest: CheckpointManifest, block_sizes: Sequence[int]) -> tuple[DataRecipe, int]:
+    """How text of its own is cut into sequences for a model, and to whole blocks of what its documents are padded."""
+    trained = manifest.trained_data()
+    seq_len = manifest.max_position_embeddings
+    seq_len = min(seq_len, LONGEST_CONTEXT) if manifest.trained_with is None else seq_len
+    recipe = DataRecipe(path="", seq_len=seq_len, isolate_documents=trained is None or trained.isolate_documents)
+    for block_size in block_sizes:
+        check_block_size(block_size, recipe, block_size)
+    multiple = math.lcm(*block_sizes) if recipe.isolate_documents else 1
+    if seq_len % multiple:
+        raise ValueError(
+            f"no padding of documents suits blocks of {block_sizes} tokens at once: measure them one by one"
+        )
+    return recipe, multiple
 
 
 def _objectives(
@@ -195,8 +242,8 @@ def _evaluations(
     """Of each text at each block size (collective)."""
     for objective in sizes:
         for text in measured:
-            check_block_size(objective.block_size, text.recipe, text.data.document_multiple)
-    counts = [min(sequences or text.split.sequences, text.split.sequences) for text in measured]
+            check_block_size(objective.block_size, text.recipe, text.document_multiple)
+    counts = [min(sequences or text.sequences, text.sequences) for text in measured]
     if intervals and min(counts) < LEAST_SEQUENCES:
         raise ValueError(
             f"the interval search has {min(counts)} sequences and needs {LEAST_SEQUENCES}: take more held-out text"
@@ -211,7 +258,7 @@ def _evaluations(
     found = []
     for text, count in zip(measured, counts, strict=True):
         tokens = (sizes[0].counting(batch) for batch in text.batches(count))
-        unigram = unigram_perplexity(tokens, text.data.vocabulary.size)
+        unigram = unigram_perplexity(tokens, text.tokenizer.vocabulary.size)
         num_bytes = text.bytes(count, sizes[0])
         for objective in sizes:
             batches = text.batches(count, dp_rank=groups.dp.rank(), dp_size=groups.dp.size())
@@ -272,7 +319,8 @@ def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | N
     found = None if own else read_hashes(Path(recipe.path), "validation")
     known = _trained_hashes(manifest)
     trained_on = None if known is None or found is None else count_known(known, found)
-    return _Measured("held-out", recipe, data, tokenizer.with_bos(manifest.vocabulary.bos_id), own, trained_on)
+    tokenizer = tokenizer.with_bos(manifest.vocabulary.bos_id)
+    return _Measured.of_data("held-out", recipe, data, tokenizer, own=own, trained_on=trained_on)
 
 
 def _trained_hashes(manifest: CheckpointManifest) -> NDArray[np.uint64] | None:
@@ -294,17 +342,7 @@ def _prepared(
         raise ValueError(
             "--text prepares its text on one machine: start all processes on one, or prepare it for --data"
         )
-    trained = manifest.trained_data()
-    seq_len = manifest.max_position_embeddings
-    seq_len = min(seq_len, LONGEST_CONTEXT) if manifest.trained_with is None else seq_len
-    isolate = trained is None or trained.isolate_documents
-    multiple = math.lcm(*block_sizes) if isolate else 1
-    for block_size in block_sizes:
-        check_block_size(block_size, DataRecipe(path="", seq_len=seq_len), block_size)
-    if seq_len % multiple:
-        raise ValueError(
-            f"no padding of documents suits blocks of {block_sizes} tokens at once: measure them one by one"
-        )
+    recipe, multiple = _text_recipe(manifest, block_sizes)
     names = [text.name for text in texts]
     known = _trained_hashes(manifest)
 
@@ -313,22 +351,21 @@ def _prepared(
         found: dict[str, int | None] = {}
         for number, text in enumerate(texts):
             out = folder / str(number)
-            data = text.prepare(out, tokenizer, seq_len=seq_len, document_multiple=multiple)
+            data = text.prepare(out, tokenizer, seq_len=recipe.seq_len, document_multiple=multiple)
             text.check_length(data, max(block_sizes))
             documents = hashes_of(document.text for document in text.documents())
             found[str(out)] = None if known is None else count_known(known, documents)
         return found
 
-    found = prepare() if alone else on_rank_zero(prepare)
     return [
-        _Measured(
+        _Measured.of_data(
             text.name if names.count(text.name) == 1 else str(text.path),
-            DataRecipe(path=path, seq_len=seq_len, isolate_documents=isolate),
+            recipe.model_copy(update={"path": path}),
             load_manifest(path),
             tokenizer,
             trained_on=trained_on,
         )
-        for text, (path, trained_on) in zip(texts, found.items(), strict=True)
+        for text, (path, trained_on) in zip(texts, (prepare() if alone else on_rank_zero(prepare)).items(), strict=True)
     ]
 
 

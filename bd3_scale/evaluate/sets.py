@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from bd3_scale.data.manifest import Manifest
 from bd3_scale.data.prepare import prepare
-from bd3_scale.data.sources import Document, DocumentReader
+from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.registry import text_sets
 
@@ -112,7 +111,6 @@ class NamedText:
     name: str
     path: Path
     plain: Callable[[str], str]
-    workers: ClassVar[int | None] = None  # see `prepare`
 
     @classmethod
     def parse(cls, argument: str) -> NamedText:
@@ -125,7 +123,7 @@ class NamedText:
         except ValueError as error:
             raise ValueError(f"{error}; or give the path alone to measure text as it stands") from None
 
-    def documents(self) -> Iterable[Document]:
+    def documents(self) -> DocumentReader:
         """FileNotFoundError, ValueError: see `DocumentReader`."""
         return DocumentReader([self.path])
 
@@ -138,14 +136,7 @@ class NamedText:
         with plain.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": self.plain(d.text)}) + "\n" for d in self.documents())
         return prepare(
-            [plain],
-            folder,
-            tokenizer,
-            seq_len,
-            document_multiple=document_multiple,
-            holdout=1.0,
-            workers=self.workers,
-            progress=False,
+            [plain], folder, tokenizer, seq_len, document_multiple=document_multiple, holdout=1.0, progress=False
         )
 
     def check_length(self, manifest: Manifest, block_size: int) -> None:
@@ -156,15 +147,3 @@ class NamedText:
                 f"{self.path} has {manifest.validation.counted_tokens} tokens, less than one block of {block_size}: "
                 "give more text, or take a model of smaller blocks"
             )
-
-
-@dataclass(frozen=True)
-class GivenText(NamedText):
-    """Texts in memory, measured as the same lines of a file would be; `path` is what messages call them."""
-
-    given: tuple[str, ...] = ()
-    workers: ClassVar[int | None] = 1  # a script of its own is not run again by processes that it starts
-
-    def documents(self) -> Iterator[Document]:
-        """As a file's, those without a visible character are left out."""
-        yield from (Document(text, position) for position, text in enumerate(self.given) if text.strip())
