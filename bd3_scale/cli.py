@@ -39,7 +39,8 @@ app.add_typer(evaluate_app)
 app.add_typer(launch_app)
 
 Sources = Annotated[
-    list[Path], typer.Argument(help=".txt and .jsonl files, also .gz or .zst, and folders of them; links are followed.")
+    list[Path],
+    typer.Argument(help="Files such as .txt and .jsonl, also .gz or .zst, and folders of them; links are followed."),
 ]
 Field = Annotated[
     str | None, typer.Option(help="Of a JSON line, such as document.body.", show_default="text; messages")

@@ -178,7 +178,7 @@ def test_loading_leaves_a_notebook_s_warnings_and_shows_none(recwarn: pytest.War
 def test_a_model_of_next_tokens_measures_and_does_not_write(next_token: Path) -> None:
     model = bd3_scale.load(next_token)
     for refused in (model.generate, model.stream):
-        with pytest.raises(ValueError, match=r"step-00000006 predicts the next token, and generation here is block"):
+        with pytest.raises(ValueError, match=r"step-00000006 was trained for next_token and fills no masks"):
             refused("The ")
     ids = [*model.tokenizer.encode(TEXTS[0]), model.manifest.vocabulary.eos_id]
     law = model.logits(ids)[0, :-1].double().log_softmax(-1)

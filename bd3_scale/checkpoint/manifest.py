@@ -12,7 +12,7 @@ import xxhash
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bd3_scale.checkpoint.formats import FORMAT, OLDEST, up_to_date
-from bd3_scale.objective import MissingObjective, Objective, objective_of, objectives
+from bd3_scale.objective import Objective, objective_of, objectives
 from bd3_scale.observe.environment import software
 from bd3_scale.recipe.load import recipe_hash
 from bd3_scale.recipe.schema import (
@@ -27,6 +27,7 @@ from bd3_scale.recipe.schema import (
     without_controls,
 )
 from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.registry import MODULE_NAME
 from bd3_scale.resilience.files import file_hash
 from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 
@@ -135,21 +136,41 @@ class CheckpointManifest(BaseModel):
         version, commit = (self.written_by.get(key, "unknown") for key in ("bd3_scale", "commit"))
         return f"bd3_scale {version} (commit {commit})"
 
-    def trained_objective(self) -> Objective:
-        """Return what the model was trained for.
+    @property
+    def plugins(self) -> tuple[str, ...]:
+        """Modules that its run had imported, which nobody imports because they are named here."""
+        named = (self.trained_with or {}).get("plugins")
+        modules = named if isinstance(named, list) else []
+        return tuple(name for name in modules if isinstance(name, str) and re.fullmatch(MODULE_NAME, name))
 
-        Of a plug-in that is not imported here one that computes nothing: weights that fill masks suffice to write text.
-        ValueError: they do not suffice, for a plug-in's objective of another kind.
-        """
+    def trained_objective(self) -> Objective:
+        """Return what the model was trained for. ValueError: that is a plug-in's which is not imported."""
+        if self.objective not in objectives.names():
+            raise ValueError(self._missing)
         diffusion = DiffusionRecipe(
             block_size=self.block_size, objective=self.objective, objective_options=self.objective_options
         )
+        return objective_of(diffusion, self.vocabulary)
+
+    def objective_kind(self) -> type[Objective]:
+        """Return the class of what the model was trained for, which says what the model may become.
+
+        Of a plug-in's that is not imported, what any model that fills masks may become. ValueError: it fills none.
+        """
         if self.objective in objectives.names():
-            return objective_of(diffusion, self.vocabulary)
-        missing = MissingObjective(diffusion, self.vocabulary)
+            found: type[Objective] = objectives.get(self.objective)
+            return found
         if not self.fills_masks:
-            raise ValueError(str(missing))
-        return missing
+            raise ValueError(self._missing)
+        return Objective
+
+    @property
+    def _missing(self) -> str:
+        named = " ".join(f"--plugin {module}" for module in self.plugins or ("MODULE",))
+        return (
+            f"the model was trained for the objective {self.objective!r}, which is a plug-in's that is not imported: "
+            f"name its module, as `bd3-scale {named} …`"
+        )
 
     def trained_data(self) -> DataRecipe | None:
         """Return what it was trained on; None: nothing here, or this version cannot read what the recipe says."""

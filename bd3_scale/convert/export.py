@@ -104,7 +104,7 @@ def rows_of_source(checkpoint: Path) -> dict[str, Tensor]:
 
 def choose_format(manifest: CheckpointManifest, kind: Format | None) -> Format:
     """`kind` if the model can become it, else the first that it can. ValueError: it cannot, with the reason."""
-    obstacles = export_obstacles(manifest.model, type(manifest.trained_objective()))
+    obstacles = export_obstacles(manifest.model, manifest.objective_kind())
     possible = [name for name, obstacle in obstacles.items() if obstacle is None]
     if kind is None and not possible:
         reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())

@@ -104,7 +104,7 @@ def _inspect_native(path: Path, verify: bool) -> Inspection:
         details["recipe"] = dump_yaml(manifest.trained_with)
     exports: Mapping[Format, str | None] = {}
     try:
-        exports = export_obstacles(manifest.model, type(manifest.trained_objective()))
+        exports = export_obstacles(manifest.model, manifest.objective_kind())
     except ValueError as error:
         details["exports"] = f"unknown: {error}"
     weights = [t for t in tensors if t.name.startswith(f"{manifest.weights_state}.")]

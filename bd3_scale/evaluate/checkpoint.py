@@ -15,7 +15,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
+from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, load_manifest
@@ -147,9 +147,9 @@ def evaluate_checkpoint(
         raise ValueError(f"draws is {draws} and sequences {sequences}: give at least 1")
     if texts and data_path is not None:
         raise ValueError("texts are measured in place of held-out data: give one of --text and --data")
+    sizes = _objectives(read_manifest(checkpoint), block_sizes, intervals=intervals)
     with ExitStack() as stack:
         model, manifest, groups = stack.enter_context(open_model(checkpoint))
-        sizes = _objectives(manifest, block_sizes, intervals=intervals)
         if texts:
             tokenizer = checkpoint_tokenizer(checkpoint, manifest)
             measured = _prepared(manifest, tokenizer, texts, [size.block_size for size in sizes], groups, stack)

@@ -46,8 +46,8 @@ def evaluate(
     Documents see each other where they did in training, else not; their end
     counts, what pads them does not.
 
-    SET is ptb, wikitext2, lm1b, lambada, ag_news, pubmed or arxiv: a tokenised
-    corpus that is put back into plain text, whose bytes are counted.
+    SET is a tokenised corpus such as ptb, wikitext2, lm1b or lambada, which is
+    put back into plain text, whose bytes are counted.
     """
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.evaluate.checkpoint import evaluate_checkpoint

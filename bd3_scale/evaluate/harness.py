@@ -159,17 +159,17 @@ def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None
             "names a folder of your own"
         )
     with open_model(checkpoint) as (model, manifest, groups):
-        objective = manifest.trained_objective()
-        if not objective.fills_masks:
+        if not manifest.fills_masks:
             raise ValueError(
-                f"{checkpoint} predicts the next token: write it with `bd3-scale convert export`, and give the folder "
-                "to the harness as a model of its own kind, `lm_eval --model hf`"
+                f"{checkpoint} was trained for {manifest.objective} and fills no masks: write it with "
+                "`bd3-scale convert export`, and give the folder to the harness as a model of its own kind, "
+                "`lm_eval --model hf`"
             )
         adapter = BlockDiffusionLM(
             model,
             groups,
             checkpoint_tokenizer(checkpoint, manifest),
-            objective=objective,
+            objective=manifest.trained_objective(),
             max_length=min(manifest.max_position_embeddings, LONGEST_CONTEXT),
             draws=draws,
             eos_ids=stop_ids(checkpoint, manifest),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_type_hints
@@ -11,6 +12,15 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from bd3_scale.generate.unmasking import check_options
+from bd3_scale.registry import unmasking_rules
+
+# What the command line says of rules; it is declared before plug-ins are imported.
+_RULES = {name: unmasking_rules.get(name) for name in unmasking_rules.names()}
+_CHOICES = "; ".join(f"{name}: {re.split('[.;]', rule.__doc__ or '')[0].lower()}" for name, rule in _RULES.items())
+_STEPPED = ", ".join(name for name, rule in _RULES.items() if rule.takes_steps)
+_THRESHOLDS = {name: rule.takes_threshold for name, rule in _RULES.items() if rule.takes_threshold}
+_RANGES = "; ".join(f"{name}: {threshold.range}" for name, threshold in _THRESHOLDS.items())
+_DEFAULTS = "; ".join(str(threshold.default) for threshold in _THRESHOLDS.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +53,13 @@ class SamplingConfig:
         str,
         typer.Option(
             metavar="RULE",
-            help="What a pass unmasks: first-hitting, one token; ancestral, each by chance; static, the most "
-            "confident; dynamic, also all above a threshold; entropy, the surest up to a sum of entropies.",
+            help=f"What a pass unmasks. {_CHOICES}.",
         ),
     ] = "first-hitting"
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Ancestral, static, dynamic: passes a block.", show_default="one a token")
+        int | None, typer.Option(min=1, help=f"Passes a block: {_STEPPED}.", show_default="one a token")
     ] = None
-    threshold: Annotated[
-        float | None, typer.Option(help="Dynamic: a probability; entropy: nats.", show_default="0.9; 0.1")
-    ] = None
+    threshold: Annotated[float | None, typer.Option(help=f"{_RANGES}.", show_default=_DEFAULTS)] = None
     seed: Annotated[int, typer.Option(min=0, help="Text i depends on seed + i and its prompt alone.")] = 0
 
     def __post_init__(self) -> None:

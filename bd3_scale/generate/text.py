@@ -49,7 +49,7 @@ def open_writer(checkpoint: Path) -> Iterator[Writer]:
     """Open a checkpoint for writing text.
 
     Raises:
-        ValueError: a checkpoint without a tokeniser, damaged, or of a next-token model.
+        ValueError: a checkpoint without a tokeniser, damaged, or of a model that fills no masks.
     """
     tokenizer = checkpoint_tokenizer(checkpoint, read_manifest(checkpoint))
     with open_model(checkpoint) as (model, manifest, _):
@@ -59,7 +59,7 @@ def open_writer(checkpoint: Path) -> Iterator[Writer]:
 def writer_of(
     checkpoint: Path, model: BlockDiffusionTransformer, manifest: CheckpointManifest, tokenizer: Tokenizer
 ) -> Writer:
-    """Return what writes text with an open model and all that its checkpoint says; ValueError: a next-token model."""
+    """Return what writes text with an open model and all that its checkpoint says; ValueError: it fills no masks."""
     check_fills_masks(checkpoint, manifest)
     return Writer(
         model,
@@ -73,11 +73,11 @@ def writer_of(
 
 
 def check_fills_masks(where: Path, manifest: CheckpointManifest) -> None:
-    """ValueError: the model that lies there predicts the next token, and writes no text here."""
-    if not manifest.trained_objective().fills_masks:
+    """ValueError: the model that lies there fills no masks, and writes no text here."""
+    if not manifest.fills_masks:
         raise ValueError(
-            f"{where} predicts the next token, and generation here is block diffusion: adapt it with "
-            "`bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
+            f"{where} was trained for {manifest.objective} and fills no masks, and generation here is block "
+            "diffusion: adapt it with `bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
         )
 
 

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from bd3_scale.objective.base import Draw, MissingObjective, Objective, objective_of
+from bd3_scale.objective.base import Draw, Objective, objective_of
 from bd3_scale.objective.block_diffusion import BlockDiffusion
 from bd3_scale.objective.next_token import NextToken
 from bd3_scale.objective.score_entropy import ScoreEntropy
@@ -12,7 +12,6 @@ from bd3_scale.registry import objectives
 __all__ = [
     "BlockDiffusion",
     "Draw",
-    "MissingObjective",
     "NextToken",
     "Objective",
     "ScoreEntropy",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from bd3_scale.recipe.schema import DiffusionRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -57,16 +57,19 @@ class Objective(ABC):
         predicts_first: the first token of a document is predicted, too, and counts.
         options: what `diffusion.objective_options` of a recipe may set for it, with defaults; `self.options` has the
             values.
-        row_loss: what a row of the head loses; None: the negative log-likelihood of its target. Else a function of
-            (nll, log_total), both float32 [M] in nats, that PyTorch can differentiate: the negative log-likelihood, and
-            the logarithm of the sum of the exponentials of all logits. Whatever splits the vocabulary over ranks, the
-            gradient of each logit follows from the two derivatives.
+        row_loss: what a row of the head loses in training; None: the negative log-likelihood of its target. Else a
+            function of (nll, log_total), both float32 [M] in nats, that PyTorch can differentiate: the negative
+            log-likelihood, and the logarithm of the sum of the exponentials of all logits. Whatever splits the
+            vocabulary over ranks, the gradient of each logit follows from the two derivatives.
+        evaluation_loss: the same of an evaluation, whose sum is to be the likelihood or a bound of it: the negative
+            log-likelihood, whatever was trained, unless the objective knows another.
     """
 
     fills_masks: bool = True
     predicts_first: bool = True
     options: Mapping[str, Option] = {}
     row_loss: RowLoss | None = None
+    evaluation_loss: RowLoss | None = None
 
     def __init__(self, diffusion: DiffusionRecipe, vocabulary: Vocabulary) -> None:
         self.diffusion, self.vocabulary = diffusion, vocabulary
@@ -142,26 +145,6 @@ class Objective(ABC):
         if format_name in ("sdar", "bd3"):
             return None
         return "a block diffusion model reads a [MASK] row at the position it predicts, at block_size 1 as well"
-
-
-class MissingObjective(Objective):
-    """Stands for the objective of a plug-in that is not imported: its model's weights do, and nothing is computed."""
-
-    @property
-    def is_exact(self) -> bool:
-        raise ValueError(str(self))
-
-    def training_inputs(self, batch: Batch, step: int, **_: Any) -> ModelInputs:
-        raise ValueError(str(self))
-
-    def evaluation_draws(self, batch: Batch, draws: int, **_: Any) -> list[Draw]:
-        raise ValueError(str(self))
-
-    def __str__(self) -> str:
-        return (
-            f"the model was trained for the objective {self.diffusion.objective!r} of a plug-in, which is not here: "
-            "name its module, as `bd3-scale --plugin MODULE …`"
-        )
 
 
 def objective_of(diffusion: DiffusionRecipe, vocabulary: Vocabulary) -> Objective:

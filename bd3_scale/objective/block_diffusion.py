@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bd3_scale.diffusion.interval import Interval
     from bd3_scale.diffusion.noise import Noise
     from bd3_scale.diffusion.schedule import Schedule
-    from bd3_scale.model.rows import ModelInputs, Placement
+    from bd3_scale.model.rows import ModelInputs, Placement, RowLoss
 
 # Evaluation noise depends on no run's seed, so that runs are compared under the same masks.
 NOISE_SEED = 0
@@ -73,7 +73,8 @@ class BlockDiffusion(Objective):
         sizes = diffusion.block_sizes_at(step)
         kinds = draw_block_sizes(batch.ids, len(sizes), seed=seed, epoch=batch.epoch)
         noises = self._training_noise(batch, step, kinds, intervals, seed, global_batch_size)
-        inputs = self._inputs(batch, noises, sizes[0] if len(sizes) == 1 else torch.tensor(sizes)[kinds], place)
+        block_size = sizes[0] if len(sizes) == 1 else torch.tensor(sizes)[kinds]
+        inputs = self._inputs(batch, noises, block_size, self.row_loss, place)
         if len(sizes) > 1:
             inputs = replace(inputs, kinds=kinds.to(place.device, non_blocking=True))
         if std := diffusion.mask_noise_at(step):
@@ -109,7 +110,7 @@ class BlockDiffusion(Objective):
         from bd3_scale.diffusion.nelbo import loss_weight
         from bd3_scale.objective.inputs import masked_places
 
-        inputs = self._inputs(batch, [noise], self.block_size, place)
+        inputs = self._inputs(batch, [noise], self.block_size, self.evaluation_loss, place)
         return Draw(inputs, *masked_places(noise, place.context), weight=loss_weight(noise), mask_rate=noise.mask_rate)
 
     def _inputs(
@@ -117,12 +118,13 @@ class BlockDiffusion(Objective):
         batch: Batch,
         noises: Sequence[Noise],
         block_size: int | Tensor,
+        row_loss: RowLoss | None,
         place: Placement,
     ) -> ModelInputs:
         from bd3_scale.objective.inputs import corrupt
 
         how: dict[str, Any] = {"mask_id": self.vocabulary.mask_id, "device": place.device, "context": place.context}
-        return corrupt(batch, noises, block_size, row_loss=self.row_loss, **how)
+        return corrupt(batch, noises, block_size, row_loss=row_loss, **how)
 
     def _training_noise(
         self,

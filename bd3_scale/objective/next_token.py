@@ -54,7 +54,7 @@ class NextToken(Objective):
 
         from bd3_scale.objective.inputs import next_token_places, next_tokens
 
-        inputs = next_tokens(batch, row_loss=self.row_loss, device=place.device, context=place.context)
+        inputs = next_tokens(batch, row_loss=self.evaluation_loss, device=place.device, context=place.context)
         return [Draw(inputs, *next_token_places(batch, place.context), weight=torch.ones(batch.tokens.shape))]
 
     @classmethod

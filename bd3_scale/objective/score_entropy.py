@@ -28,3 +28,5 @@ class ScoreEntropy(BlockDiffusion):
         """
         log_sum = log_total_M - math.log(self.vocabulary.size - 1)
         return nll_M + (log_sum.expm1() - log_sum)
+
+    evaluation_loss = row_loss

@@ -131,8 +131,8 @@ class DiffusionRecipe(Section):
     )
     objective: str = Field(
         "block_diffusion",
-        description="next_token: plain AR, where a row predicts the token after it and no mask is seen; "
-        "score_entropy: SEDD's loss (Lou et al., ICML 2024) in place of the cross-entropy; or a plug-in's",
+        description="what the model is trained for, a name in `registry.objectives`; `bd3_scale/objective/` has a file "
+        "for each of the package's",
     )
     objective_options: dict[str, bool | int | float | str] = Field(
         {}, description="what a plug-in's objective takes beside the options here, such as gamma: 2"
@@ -216,7 +216,7 @@ class ParameterGroup(Section):
 class OptimizerRecipe(Section):
     """The update of the weights, after a clip of the global gradient norm."""
 
-    family: str = Field("adamw", description="adamw, lion, or that of a plug-in")
+    family: str = Field("adamw", description="a name in `registry.optimizers`")
     lr: PositiveFloat = 3e-4
     betas: Annotated[tuple[AdamBeta, AdamBeta], Field(strict=False)] = Field(
         (0.9, 0.95), description="decays of Adam's moments; of Lion's update and momentum, whose authors take 0.9, 0.99"

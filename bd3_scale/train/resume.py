@@ -174,24 +174,7 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
     """
     if manifest.trained_with is None:
         raise ValueError(f"{checkpoint} is an import, and no run goes on from one: name it with init_from={checkpoint}")
-    fixed = (*_FIXED, *(("evaluation",) if recipe.diffusion.search_interval else ()))
-    old, new = with_defaults(manifest.trained_with, Recipe), _values(recipe)
-    differences = [
-        f"{key} is {_show(after)}, the checkpoint has {_show(before)}"
-        for path in fixed
-        for key, before, after in _differences(path, _at(old, path), _at(new, path))
-    ]
-    differences += [
-        f"{_show(key)}={_show(value)} is no option of this version, and was one of {manifest.writer}, which wrote the "
-        f"checkpoint; no run may change such a one: resume with that version, or begin anew with init_from={checkpoint}"
-        for key, value in unknown_options(manifest.trained_with, new)
-        if _may_matter(key, manifest.trained_with, fixed)
-    ]
-    if ("ema" in manifest.states) != bool(recipe.optimizer.ema_decay):
-        differences.append(
-            f"optimizer.ema_decay is {recipe.optimizer.ema_decay}, the checkpoint has "
-            f"{_show(_at(old, 'optimizer.ema_decay'))}: a moving average is kept from the start"
-        )
+    differences = list(_recipe_differences(checkpoint, manifest, manifest.trained_with, recipe))
     if manifest.data_hash not in (data_hash(data), earlier_data_hash(data)):
         details = "; ".join(_data_differences(checkpoint.parent.parent / DATA_FILE, manifest.data_hash, data))
         differences.append(
@@ -207,6 +190,29 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
             + "\n  - ".join(differences)
             + "\nput these values back, start another run with run_dir=FOLDER, or move the checkpoint away if it is of "
             "another run"
+        )
+
+
+def _recipe_differences(
+    checkpoint: Path, manifest: CheckpointManifest, written: Mapping[str, Any], recipe: Recipe
+) -> Iterator[str]:
+    """What of the recipe that a checkpoint was trained with no run may change, and is not that of `recipe`."""
+    fixed = (*_FIXED, *(("evaluation",) if recipe.diffusion.search_interval else ()))
+    old, new = with_defaults(written, Recipe), _values(recipe)
+    for path in fixed:
+        for key, before, after in _differences(path, _at(old, path), _at(new, path)):
+            yield f"{key} is {_show(after)}, the checkpoint has {_show(before)}"
+    for key, value in unknown_options(written, new):
+        if _may_matter(key, written, fixed):
+            yield (
+                f"{_show(key)}={_show(value)} is no option of this version, and was one of {manifest.writer}, which "
+                "wrote the checkpoint; no run may change such a one: resume with that version, or begin anew with "
+                f"init_from={checkpoint}"
+            )
+    if ("ema" in manifest.states) != bool(recipe.optimizer.ema_decay):
+        yield (
+            f"optimizer.ema_decay is {recipe.optimizer.ema_decay}, the checkpoint has "
+            f"{_show(_at(old, 'optimizer.ema_decay'))}: a moving average is kept from the start"
         )
 
 

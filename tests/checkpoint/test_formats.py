@@ -20,7 +20,8 @@ from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.inspect import inspect
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.evaluate.checkpoint import data_recipe, evaluate_checkpoint
-from bd3_scale.generate.text import default_min_entropy, write_texts
+from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.generate.text import default_min_entropy, open_writer
 from bd3_scale.observe.environment import source_commit
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import DataRecipe
@@ -66,8 +67,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
 
 
 def test_options_of_other_versions_hinder_no_reader(checkpoint: Path, tmp_path: Path) -> None:
-    how = {"max_new_tokens": 24, "seed": 0, "unmasking": "static", "temperature": 0}
-    (written,) = write_texts(checkpoint, ["The "], **how)
+    with open_writer(checkpoint) as writer:
+        (written,) = writer.write(["The "], SamplingConfig(max_new_tokens=24, temperature=0.0, unmasking="static"))
     assert written.tokens == EXPECTED["text_at_temperature_0"]
     (found,) = evaluate_checkpoint(checkpoint, draws=2)
     assert found.own

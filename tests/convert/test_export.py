@@ -20,6 +20,7 @@ from bd3_scale.convert.architectures import export_obstacles
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.convert.serving import engines
+from bd3_scale.objective import NextToken
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.convert.models import (
     BYTES,
@@ -207,7 +208,7 @@ def test_formats_that_a_model_cannot_become(native: dict[str, Path], tmp_path: P
     with pytest.raises(ValueError, match=r"trained to predict the next token; adapt it to block diffusion first"):
         plan_export(tmp_path / "imported", "sdar")
     llama = plan_import(save_folder(tmp_path / "llama", transformers_model("Llama", vocab_size=257)))
-    assert "no q/k norm" in export_obstacles(llama.model, llama.diffusion)["sdar"], "known before anyone adapts it"
+    assert "no q/k norm" in export_obstacles(llama.model, NextToken)["sdar"], "known before anyone adapts it"
     with pytest.raises(ValueError, match=r"cannot become LlamaForCausalLM: it has q/k norm; it can become qwen3"):
         plan_export(tmp_path / "imported", "llama")
 

@@ -254,7 +254,10 @@ def test_transformers_runs_the_quantised_export(workplace: Path, tmp_path: Path)
         ),
         (["adapt", "model", "adapt.yaml", "--text", "elsewhere", "data.path=d"], "elsewhere does not exist"),
         (["adapt", "other", "adapt.yaml", "run_dir=whole"], "was imported from Qwen3ForCausalLM, model"),
-        (["generate", "whole/initial"], "predicts the next token, and generation here is block diffusion"),
+        (
+            ["generate", "whole/initial"],
+            "was trained for next_token and fills no masks, and generation here is block diffusion",
+        ),
         (
             ["convert", "quantize", "whole", "--out", "x", "--data", "otherdata"],
             "is not the one that the data was prepared",

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.model.rows import Placement
-from bd3_scale.objective import objective_of
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.objective import BlockDiffusion, ScoreEntropy, objective_of
+from bd3_scale.recipe.schema import DiffusionRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.support.recipes import tiny_recipe
 
@@ -120,3 +120,22 @@ def test_each_block_size_has_the_interval_that_was_found_for_it(inputs_of) -> No
         seen = rate[of_row == kind]
         assert low - 1e-6 < seen.min() < low + 0.01
         assert high - 0.01 < seen.max() < high + 1e-6
+
+
+def test_an_evaluation_takes_the_likelihood_whatever_is_trained_unless_the_loss_bounds_it() -> None:
+    class Squared(BlockDiffusion):
+        def row_loss(self, nll, log_total):
+            return nll.square()
+
+    nll, log_total = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])
+    for kind, is_measured in ((Squared, False), (ScoreEntropy, True)):
+        objective = kind(DiffusionRecipe(block_size=8), Vocabulary(size=258, eos_id=256, mask_id=257))
+        trained = objective.training_inputs(
+            BATCH, 0, seed=1, global_batch_size=None, intervals={}, place=Placement(CPU)
+        ).row_loss
+        (draw,) = objective.evaluation_draws(BATCH, 1, always=torch.zeros_like(BATCH.shown), place=Placement(CPU))
+        assert trained is not None
+        assert trained(nll, log_total).tolist() == objective.row_loss(nll, log_total).tolist()
+        measured = draw.inputs.row_loss
+        assert (measured is not None) == is_measured
+        assert measured is None or measured(nll, log_total).tolist() == objective.row_loss(nll, log_total).tolist()
