@@ -10,7 +10,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 # Their tests start runs or interpreters; the longest come first, so that no worker has one left at the end.
-LAUNCHING = ("integration", "reproduction", "tools", "faults", "slurm")
+LAUNCHING = ("integration", "reproduction", "tools", "examples", "faults", "slurm")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # each worker has a core; two threads each would wait for one another

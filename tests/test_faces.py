@@ -67,6 +67,7 @@ def test_importing_a_room_costs_nothing_before_a_name_of_it_is_used() -> None:
         "own = {name for name in sys.modules if name.startswith('bd3_scale.')}\n"
         f"assert own <= {{'bd3_scale.lazy', *{rooms!r}}}, own\n"
         "assert not outside & {'torch', 'numpy', 'pydantic', 'rich', 'transformers'}, outside\n"
+        "from bd3_scale import Model, load\n"
         "from bd3_scale.recipe import Recipe\n"
         "assert 'torch' not in sys.modules"
     )

@@ -15,7 +15,7 @@ from bd3_scale.checkpoint.store import load_weights
 from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
+from bd3_scale.parallel.groups import ProcessGroups, is_alone, local_device, lone_groups, process_groups
 from bd3_scale.recipe.schema import ParallelRecipe
 
 
@@ -32,20 +32,38 @@ def open_model(
         ValueError: the checkpoint is incomplete or damaged.
     """
     manifest = read_manifest(checkpoint)
-    check_sizes(checkpoint, manifest)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    trained = None if alone else manifest.trained_parallel()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        groups = lone_groups()
+        yield load_model(checkpoint, manifest, groups, dtype=dtype), manifest, groups
+        return
+    trained = manifest.trained_parallel()
     parallel = ParallelRecipe(tensor=trained.tensor if trained else 1)
-    dtype = dtype or (torch.bfloat16 if manifest.precision == "bf16" else torch.float32)
     with process_groups(parallel) as groups:
-        (model,) = build_model(
-            manifest.model,
-            manifest.vocabulary,
-            groups,
-            parallel=parallel,
-            dtype=dtype,
-            device=local_device(),
-            seed=None,
-        )
-        load_weights(checkpoint, manifest, parameter_layouts([model]))
-        yield model.eval(), manifest, groups
+        yield load_model(checkpoint, manifest, groups, parallel=parallel, dtype=dtype), manifest, groups
+
+
+def load_model(
+    checkpoint: Path,
+    manifest: CheckpointManifest,
+    groups: ProcessGroups,
+    *,
+    parallel: ParallelRecipe | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> BlockDiffusionTransformer:
+    """Return this rank's part of the model; see `open_model`. device: default: `local_device`.
+
+    ValueError: the weights are not those of the manifest.
+    """
+    check_sizes(checkpoint, manifest)
+    (model,) = build_model(
+        manifest.model,
+        manifest.vocabulary,
+        groups,
+        parallel=parallel or ParallelRecipe(),
+        dtype=dtype or (torch.bfloat16 if manifest.precision == "bf16" else torch.float32),
+        device=device or local_device(),
+        seed=None,
+    )
+    load_weights(checkpoint, manifest, parameter_layouts([model]), alone=is_alone(groups))
+    return model.eval()

@@ -96,13 +96,15 @@ def load_training_state(
     zero.loaded(manifest.step - manifest.skipped)
 
 
-def load_weights(checkpoint: Path, manifest: CheckpointManifest, layouts: Sequence[ParameterLayout]) -> None:
-    """Load a model without its optimiser (collective): the moving average where kept, else the masters, in the
-    model's dtype.
+def load_weights(
+    checkpoint: Path, manifest: CheckpointManifest, layouts: Sequence[ParameterLayout], *, alone: bool = False
+) -> None:
+    """Load a model without its optimiser (collective, unless `alone`): the moving average where kept, else the masters,
+    in the model's dtype.
     """
     state = manifest.weights_state
     boxes = [b for layout in layouts for b in boxes_of(layout.pieces, 0, {state: layout.parameter.data.view(-1)})]
-    _load(checkpoint, boxes)
+    _load(checkpoint, boxes, alone=alone)
 
 
 def load_initial_weights(
@@ -131,9 +133,9 @@ def _state_boxes(zero: ZeroState, layouts: Sequence[ParameterLayout], *, writers
     return boxes
 
 
-def _load(checkpoint: Path, boxes: Sequence[Box]) -> None:
+def _load(checkpoint: Path, boxes: Sequence[Box], *, alone: bool = False) -> None:
     try:
-        load({}, storage_reader=SafetensorsReader(checkpoint), planner=BoxLoadPlanner(boxes))
+        load({}, storage_reader=SafetensorsReader(checkpoint), planner=BoxLoadPlanner(boxes), no_dist=alone)
     except CheckpointException as error:
         raise ValueError(f"checkpoint {checkpoint} cannot be loaded: {_reasons(error)}") from error
 

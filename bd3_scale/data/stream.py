@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -132,7 +133,35 @@ def held_out_batches(
     The first call in a process is collective over all ranks. Raises as `open_shards` does.
     """
     shards = open_shards(data, manifest, "validation")
-    num_sequences = len(shards) if sequences is None else min(sequences, len(shards))
+    return batches_in_order(
+        shards,
+        isolate_documents=data.isolate_documents,
+        batch_size=batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        sequences=sequences,
+    )
+
+
+class Samples(Protocol):
+    """What `collate` takes, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> dict[str, NDArray[Any]]: ...
+
+
+def batches_in_order(
+    samples: Samples,
+    *,
+    isolate_documents: bool,
+    batch_size: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    sequences: int | None = None,
+) -> Iterator[Batch]:
+    """As `held_out_batches`, of samples that are open, or in memory."""
+    num_sequences = len(samples) if sequences is None else min(sequences, len(samples))
     mine = np.arange(dp_rank, num_sequences, dp_size)
     most = -(-num_sequences // dp_size)
     size = min(batch_size, most)
@@ -141,7 +170,7 @@ def held_out_batches(
     def batches() -> Iterator[Batch]:
         for start in range(0, len(filled), size or 1):
             ids = filled[start : start + size]
-            batch = collate([shards[max(0, int(i))] for i in ids], ids, ids, 0, data.isolate_documents)
+            batch = collate([samples[max(0, int(i))] for i in ids], ids, ids, 0, isolate_documents)
             batch.counted[torch.from_numpy(ids < 0)] = False
             yield batch
 

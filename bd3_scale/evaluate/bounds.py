@@ -76,7 +76,9 @@ class ContinuationBounds:
         ids = torch.tensor(documents)
         batch = Batch(ids, ids, 0, tokens, start, torch.arange(length).expand_as(tokens), counted, shown)
         noises = [self._noise(pairs, documents, length, draw) for draw in range(self._draws)]
-        drawn = [self._objective.draw_of(batch, noise, place=placement(self._groups)) for noise in noises]
+        drawn = [
+            self._objective.draw_of(batch, noise, place=placement(self._groups, [self._model])) for noise in noises
+        ]
         sums = weighted_sums(drawn, token_nll([self._model], drawn, self._groups), counted)
         return [-float(bound) for bound in sums.mean(0)]
 

@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch.distributed as dist
@@ -16,17 +18,20 @@ from numpy.typing import NDArray
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import Manifest, Split, bos_option, check_tokenizer, load_manifest
+from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, load_manifest
+from bd3_scale.data.memory import packed_texts
 from bd3_scale.data.overlap import count_known, hashes_of, read_hashes
-from bd3_scale.data.stream import held_out_batches
+from bd3_scale.data.stream import batches_in_order, held_out_batches
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES, IntervalVariance
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.evaluate.yardsticks import counted_bytes, unigram_perplexity
 from bd3_scale.generate.text import checkpoint_tokenizer
+from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective
 from bd3_scale.parallel.collective import on_rank_zero
+from bd3_scale.parallel.groups import ProcessGroups, is_alone, lone_groups
 from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.leftovers import temporary_folder
@@ -71,28 +76,44 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Text that is prepared."""
+    """Text that is prepared.
+
+    read: `held_out_batches` of it, or what gives the same of samples in memory. sequences: how many there are.
+    text_bytes: of its whole text, None where all of it does not count.
+    """
 
     name: str
     recipe: DataRecipe
-    data: Manifest
+    document_multiple: int
     tokenizer: Tokenizer
+    read: Callable[..., Iterator[Batch]]
+    sequences: int
+    text_bytes: int | None
     own: bool = False
     trained_on: int | None = None
 
-    @property
-    def split(self) -> Split:
-        assert self.data.validation is not None
-        return self.data.validation
+    @classmethod
+    def of_data(cls, name: str, recipe: DataRecipe, data: Manifest, tokenizer: Tokenizer, **more: Any) -> Self:
+        """The held-out split of prepared data."""
+        assert data.validation is not None
+        return cls(
+            name,
+            recipe,
+            data.document_multiple,
+            tokenizer,
+            partial(held_out_batches, recipe, data),
+            data.validation.sequences,
+            None if data.messages else data.validation.text_bytes,
+            **more,
+        )
 
     def batches(self, sequences: int, *, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
-        share = {"dp_rank": dp_rank, "dp_size": dp_size, "sequences": sequences}
-        return held_out_batches(self.recipe, self.data, batch_size=EVALUATION_BATCH, **share)
+        return self.read(batch_size=EVALUATION_BATCH, dp_rank=dp_rank, dp_size=dp_size, sequences=sequences)
 
     def bytes(self, sequences: int, objective: Objective) -> int:
         """Return the UTF-8 bytes of the text of the tokens that count for a model of `objective`."""
-        if sequences == self.split.sequences and objective.predicts_first and not self.data.messages:
-            return self.split.text_bytes
+        if sequences == self.sequences and objective.predicts_first and self.text_bytes is not None:
+            return self.text_bytes
         batches = self.batches(sequences)
         return counted_bytes(batches, self.tokenizer, lambda batch: objective.counting(batch).counted)
 
@@ -126,57 +147,130 @@ def evaluate_checkpoint(
         raise ValueError(f"draws is {draws} and sequences {sequences}: give at least 1")
     if texts and data_path is not None:
         raise ValueError("texts are measured in place of held-out data: give one of --text and --data")
-    trained = read_manifest(checkpoint).trained_objective()
+    sizes = _objectives(read_manifest(checkpoint), block_sizes, intervals=intervals)
     with ExitStack() as stack:
         model, manifest, groups = stack.enter_context(open_model(checkpoint))
-        if not trained.fills_masks and (intervals or set(block_sizes) - {trained.block_size}):
-            raise ValueError(
-                "a model that masks nothing has neither blocks nor mask rates: leave --block-size and --intervals"
-            )
-        sizes = [trained.at(size) for size in block_sizes or (trained.block_size,)]
         if texts:
-            measured = _prepared(checkpoint, manifest, texts, [objective.block_size for objective in sizes], stack)
+            tokenizer = checkpoint_tokenizer(checkpoint, manifest)
+            measured = _prepared(manifest, tokenizer, texts, [size.block_size for size in sizes], groups, stack)
         else:
             measured = [_held_out(checkpoint, manifest, data_path)]
+        how: dict[str, Any] = {"sequences": sequences, "draws": draws, "intervals": intervals, "progress": progress}
+        found = _evaluations(str(checkpoint), manifest.step, model, groups, measured, sizes, **how)
+        if not is_alone(groups):
+            dist.barrier()  # rank 0 removes the folder that all read
+    return found
+
+
+def evaluate_texts(
+    name: str,
+    model: BlockDiffusionTransformer,
+    manifest: CheckpointManifest,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    block_size: int | None = None,
+    draws: int = 4,
+) -> Evaluation:
+    """Return what `evaluate_checkpoint` finds of a file of these texts, with a model that is open and alone.
+
+    name: for `Evaluation.checkpoint`.
+    ValueError: text shorter than a block, or none, a block size that does not suit, or no draw.
+    """
+    if draws < 1:
+        raise ValueError(f"draws is {draws}: give at least 1")
+    texts = [text for text in texts if text.strip()]  # as `DocumentReader` leaves them out
+    if not texts:
+        raise ValueError("there is no text to measure: give at least one that is not empty")
+    (objective,) = _objectives(manifest, () if block_size is None else (block_size,))
+    recipe, multiple = _text_recipe(manifest, [objective.block_size])
+    samples, num_bytes = packed_texts(texts, tokenizer, seq_len=recipe.seq_len, document_multiple=multiple)
+    read = partial(batches_in_order, samples, isolate_documents=recipe.isolate_documents)
+    known = _trained_hashes(manifest)
+    trained_on = None if known is None else count_known(known, hashes_of(texts))
+    measured = _Measured("text", recipe, multiple, tokenizer, read, len(samples), num_bytes, trained_on=trained_on)
+    counted = sum(int(batch.counted.sum()) for batch in measured.batches(len(samples)))
+    if counted < objective.block_size:
+        raise ValueError(
+            f"the text has {counted} tokens, less than one block of {objective.block_size}: give more of it"
+        )
+    (found,) = _evaluations(name, manifest.step, model, lone_groups(), [measured], [objective], draws=draws)
+    return found
+
+
+def _text_recipe(manifest: CheckpointManifest, block_sizes: Sequence[int]) -> tuple[DataRecipe, int]:
+    """How text of its own is cut into sequences for a model, and to whole blocks of what its documents are padded."""
+    trained = manifest.trained_data()
+    seq_len = manifest.max_position_embeddings
+    seq_len = min(seq_len, LONGEST_CONTEXT) if manifest.trained_with is None else seq_len
+    recipe = DataRecipe(path="", seq_len=seq_len, isolate_documents=trained is None or trained.isolate_documents)
+    for block_size in block_sizes:
+        check_block_size(block_size, recipe, block_size)
+    multiple = math.lcm(*block_sizes) if recipe.isolate_documents else 1
+    if seq_len % multiple:
+        raise ValueError(
+            f"no padding of documents suits blocks of {block_sizes} tokens at once: measure them one by one"
+        )
+    return recipe, multiple
+
+
+def _objectives(
+    manifest: CheckpointManifest, block_sizes: Sequence[int], *, intervals: bool = False
+) -> list[Objective]:
+    """What the model was trained for, at each block size."""
+    trained = manifest.trained_objective()
+    if not trained.fills_masks and (intervals or set(block_sizes) - {trained.block_size}):
+        raise ValueError(
+            "a model that masks nothing has neither blocks nor mask rates: leave --block-size and --intervals"
+        )
+    return [trained.at(size) for size in block_sizes or (trained.block_size,)]
+
+
+def _evaluations(
+    name: str,
+    step: int,
+    model: BlockDiffusionTransformer,
+    groups: ProcessGroups,
+    measured: Sequence[_Measured],
+    sizes: Sequence[Objective],
+    *,
+    draws: int,
+    sequences: int | None = None,
+    intervals: bool = False,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> list[Evaluation]:
+    """Of each text at each block size (collective)."""
+    for objective in sizes:
+        for text in measured:
+            check_block_size(objective.block_size, text.recipe, text.document_multiple)
+    counts = [min(sequences or text.sequences, text.sequences) for text in measured]
+    if intervals and min(counts) < LEAST_SEQUENCES:
+        raise ValueError(
+            f"the interval search has {min(counts)} sequences and needs {LEAST_SEQUENCES}: take more held-out text"
+        )
+    whole, finished = sum(-(-count // groups.dp.size()) for count in counts) * len(sizes), 0
+
+    def advance(count: int) -> None:
+        nonlocal finished
+        finished += count
+        progress(finished, whole)
+
+    found = []
+    for text, count in zip(measured, counts, strict=True):
+        tokens = (sizes[0].counting(batch) for batch in text.batches(count))
+        unigram = unigram_perplexity(tokens, text.tokenizer.vocabulary.size)
+        num_bytes = text.bytes(count, sizes[0])
         for objective in sizes:
-            for text in measured:
-                check_block_size(objective.block_size, text.recipe, text.data.document_multiple)
-        counts = [min(sequences or text.split.sequences, text.split.sequences) for text in measured]
-        if intervals and min(counts) < LEAST_SEQUENCES:
-            raise ValueError(
-                f"the interval search has {min(counts)} sequences and needs {LEAST_SEQUENCES}: take more held-out text"
-            )
-        whole, finished = sum(-(-count // groups.dp.size()) for count in counts) * len(sizes), 0
-
-        def advance(count: int) -> None:
-            nonlocal finished
-            finished += count
-            progress(finished, whole)
-
-        found = []
-        for text, count in zip(measured, counts, strict=True):
-            tokens = (trained.counting(batch) for batch in text.batches(count))
-            unigram = unigram_perplexity(tokens, text.data.vocabulary.size)
-            num_bytes = text.bytes(count, trained)
-            for objective in sizes:
-                share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
-                held_out = evaluate_nelbo(
-                    [model],
-                    text.batches(count, **share),
-                    groups,
-                    objective=objective,
-                    draws=draws,
-                    padded=True,
-                    progress=advance,
-                )
-                result = _evaluation(checkpoint, manifest.step, text, objective, held_out, unigram, num_bytes)
-                found.append(replace(result, intervals=held_out.intervals().found) if intervals else result)
-        dist.barrier()  # rank 0 removes the folder that all read
+            batches = text.batches(count, dp_rank=groups.dp.rank(), dp_size=groups.dp.size())
+            how: dict[str, Any] = {"objective": objective, "draws": draws, "padded": True, "progress": advance}
+            held_out = evaluate_nelbo([model], batches, groups, **how)
+            result = _evaluation(name, step, text, objective, held_out, unigram, num_bytes)
+            found.append(replace(result, intervals=held_out.intervals().found) if intervals else result)
     return found
 
 
 def _evaluation(
-    checkpoint: Path,
+    name: str,
     step: int,
     text: _Measured,
     objective: Objective,
@@ -187,7 +281,7 @@ def _evaluation(
     estimate = held_out.nelbo
     assert held_out.padded is not None
     return Evaluation(
-        checkpoint=str(checkpoint),
+        checkpoint=name,
         step=step,
         text=text.name,
         block_size=objective.block_size,
@@ -225,7 +319,8 @@ def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | N
     found = None if own else read_hashes(Path(recipe.path), "validation")
     known = _trained_hashes(manifest)
     trained_on = None if known is None or found is None else count_known(known, found)
-    return _Measured("held-out", recipe, data, tokenizer.with_bos(manifest.vocabulary.bos_id), own, trained_on)
+    tokenizer = tokenizer.with_bos(manifest.vocabulary.bos_id)
+    return _Measured.of_data("held-out", recipe, data, tokenizer, own=own, trained_on=trained_on)
 
 
 def _trained_hashes(manifest: CheckpointManifest) -> NDArray[np.uint64] | None:
@@ -234,52 +329,43 @@ def _trained_hashes(manifest: CheckpointManifest) -> NDArray[np.uint64] | None:
 
 
 def _prepared(
-    checkpoint: Path,
     manifest: CheckpointManifest,
+    tokenizer: Tokenizer,
     texts: Sequence[NamedText],
     block_sizes: Sequence[int],
+    groups: ProcessGroups,
     stack: ExitStack,
 ) -> list[_Measured]:
     """The texts in a temporary folder, made by rank 0."""
-    if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
+    alone = is_alone(groups)
+    if not alone and os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
         raise ValueError(
             "--text prepares its text on one machine: start all processes on one, or prepare it for --data"
         )
-    trained = manifest.trained_data()
-    seq_len = manifest.max_position_embeddings
-    seq_len = min(seq_len, LONGEST_CONTEXT) if manifest.trained_with is None else seq_len
-    isolate = trained is None or trained.isolate_documents
-    multiple = math.lcm(*block_sizes) if isolate else 1
-    for block_size in block_sizes:
-        check_block_size(block_size, DataRecipe(path="", seq_len=seq_len), block_size)
-    if seq_len % multiple:
-        raise ValueError(
-            f"no padding of documents suits blocks of {block_sizes} tokens at once: measure them one by one"
-        )
+    recipe, multiple = _text_recipe(manifest, block_sizes)
     names = [text.name for text in texts]
     known = _trained_hashes(manifest)
-    tokenizer = checkpoint_tokenizer(checkpoint, manifest)
 
     def prepare() -> dict[str, int | None]:
         folder = stack.enter_context(temporary_folder("texts"))
         found: dict[str, int | None] = {}
         for number, text in enumerate(texts):
             out = folder / str(number)
-            data = text.prepare(out, tokenizer, seq_len=seq_len, document_multiple=multiple)
+            data = text.prepare(out, tokenizer, seq_len=recipe.seq_len, document_multiple=multiple)
             text.check_length(data, max(block_sizes))
             documents = hashes_of(document.text for document in text.documents())
             found[str(out)] = None if known is None else count_known(known, documents)
         return found
 
     return [
-        _Measured(
+        _Measured.of_data(
             text.name if names.count(text.name) == 1 else str(text.path),
-            DataRecipe(path=path, seq_len=seq_len, isolate_documents=isolate),
+            recipe.model_copy(update={"path": path}),
             load_manifest(path),
             tokenizer,
             trained_on=trained_on,
         )
-        for text, (path, trained_on) in zip(texts, on_rank_zero(prepare).items(), strict=True)
+        for text, (path, trained_on) in zip(texts, (prepare() if alone else on_rank_zero(prepare)).items(), strict=True)
     ]
 
 

@@ -72,7 +72,7 @@ def evaluate_nelbo(
         real = batch.ids >= 0
         batch = objective.counting(batch)
         # What pads a document tells nothing of its end: it is never shown, and does not count.
-        drawn = objective.evaluation_draws(batch, draws, always=batch.padding, place=placement(groups))
+        drawn = objective.evaluation_draws(batch, draws, always=batch.padding, place=placement(groups, chunks))
         nll = token_nll(chunks, drawn, groups)
         found = weighted_sums(drawn, nll, batch.counted)
         with_padding = _with_padding(chunks, batch, found, groups, objective) if padded else found
@@ -105,7 +105,7 @@ def _with_padding(chunks: Chunks, batch: Batch, sums: Tensor, groups: ProcessGro
     if not len(rows):
         return sums
     part, counts = batch.take(rows), counts[rows]
-    drawn = objective.evaluation_draws(part, len(sums), always=part.padding & ~counts, place=placement(groups))
+    drawn = objective.evaluation_draws(part, len(sums), always=part.padding & ~counts, place=placement(groups, chunks))
     sums = sums.clone()
     sums[:, rows] = weighted_sums(drawn, token_nll(chunks, drawn, groups), counts)
     return sums
@@ -133,7 +133,8 @@ def token_nll(chunks: Chunks, drawn: Sequence[Draw], groups: ProcessGroups) -> T
     for index, (loss, draw) in enumerate(zip(losses, drawn, strict=False)):
         nll[index][draw.sequence, draw.position] = loss.double().cpu()
     # Of all context-parallel ranks' positions, which only the last stage has.
-    nll = nll.to(placement(groups).device)
-    dist.all_reduce(nll, group=groups.cp)
-    dist.all_reduce(nll, group=groups.pp)
+    nll = nll.to(placement(groups, chunks).device)
+    for group in (groups.cp, groups.pp):
+        if group.size() > 1:
+            dist.all_reduce(nll, group=group)
     return nll.cpu()

@@ -60,11 +60,7 @@ def writer_of(
     checkpoint: Path, model: BlockDiffusionTransformer, manifest: CheckpointManifest, tokenizer: Tokenizer
 ) -> Writer:
     """Return what writes text with an open model and all that its checkpoint says; ValueError: it fills no masks."""
-    if not manifest.fills_masks:
-        raise ValueError(
-            f"{checkpoint} was trained for {manifest.objective} and fills no masks, and generation here is block "
-            "diffusion: adapt it with `bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
-        )
+    check_fills_masks(checkpoint, manifest)
     return Writer(
         model,
         tokenizer,
@@ -74,6 +70,15 @@ def writer_of(
         least_entropy=cache(lambda: default_min_entropy(manifest)),
         chat_template=checkpoint / TOKENIZER,
     )
+
+
+def check_fills_masks(where: Path, manifest: CheckpointManifest) -> None:
+    """ValueError: the model that lies there fills no masks, and writes no text here."""
+    if not manifest.fills_masks:
+        raise ValueError(
+            f"{where} was trained for {manifest.objective} and fills no masks, and generation here is block "
+            "diffusion: adapt it with `bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
+        )
 
 
 def default_min_entropy(manifest: CheckpointManifest) -> float:

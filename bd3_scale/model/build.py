@@ -49,7 +49,8 @@ def build_model(
     assert not config.gradient_accumulation_fusion, "it writes main_grad, which ZeRO never reads"
     backend = choose_backend(attention_backend, device, dtype, model.head_size)
     every_stage = range(groups.pp.rank(), len(parallel.chunks(model.num_layers)), groups.pp.size())
-    with device:
+    # megatron-core makes weights on the current GPU.
+    with device, torch.cuda.device(device if device.type == "cuda" else -1):
         chunks = [
             BlockDiffusionTransformer(
                 config,

@@ -3,6 +3,9 @@
 megatron-core 0.16.1 compiles its fused functions where they are defined, which brings in the whole compiler of PyTorch
 (dynamo, inductor, sympy, Triton), and asks for Weights & Biases, with which its inference engine would log. Here each
 of those functions is compiled at its first call, and wandb counts as not installed while megatron-core is imported.
+
+Its layers drop the group that they are given where torch.distributed is not set up. Here they take it, so that a
+process that is alone needs nothing of torch.distributed; where that is set up, they did so anyway.
 """
 
 from __future__ import annotations
@@ -46,5 +49,19 @@ def _import_megatron() -> None:
             sys.modules["wandb"] = wandb
 
 
+def _take_given_groups() -> None:
+    name = "get_tensor_model_parallel_group_if_none"
+    asked = getattr(importlib.import_module("megatron.core.utils"), name)
+
+    @functools.wraps(asked)
+    def group_of(tp_group: Any, *args: Any, **options: Any) -> Any:
+        return asked(tp_group, *args, **options) if tp_group is None else tp_group
+
+    for module in [module for key, module in sys.modules.items() if key.startswith("megatron.core")]:
+        if getattr(module, name, None) is asked:
+            setattr(module, name, group_of)
+
+
 if "megatron.core" not in sys.modules:
     _import_megatron()
+_take_given_groups()

@@ -65,6 +65,7 @@ class BlockDiffusionTransformer(MegatronModule):
         self.recipe = model
         self.vocabulary = vocabulary
         self.tp_group = groups.tp
+        self.dp_cp_group = groups.dp_cp
         self.vp_stage = chunk // parallel.pipeline if parallel.virtual_pipeline > 1 else None
         self.pre_process = chunk == 0
         self.post_process = chunk == len(chunks) - 1
@@ -187,6 +188,7 @@ class BlockDiffusionTransformer(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """megatron's names and places of the weights; the last stage's copy of a tied embedding is that embedding."""
+        metadata = {"dp_cp_group": self.dp_cp_group, **(metadata or {})}
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.ties_across_stages and self.post_process:
             copy = cast(ShardedTensor, entries[f"{prefix}output_layer.weight"])

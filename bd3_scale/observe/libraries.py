@@ -43,3 +43,5 @@ def quieten_libraries() -> None:
     """
     for module in ("megatron", "deepspeed", "torch", "streaming"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")
+    # Of megatron-core to itself, about a call of its own; see `model.megatron_core`.
+    warnings.filterwarnings("ignore", "Warning: tp_group is None", DeprecationWarning)

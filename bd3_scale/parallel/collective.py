@@ -55,6 +55,8 @@ def gather_values(value: T, group: dist.ProcessGroup | None = None) -> Sequence[
 
 def gather_tensors(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Return the CPU tensor of every rank of `group`, of the same type but of any size, in their order (collective)."""
+    if group is not None and group.size() == 1:
+        return [tensor]
     shapes = gather_values(list(tensor.shape), group)
     parts = gather_bytes(tensor.contiguous().numpy().tobytes(), group)
     kind = tensor.numpy().dtype

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias
@@ -40,9 +41,24 @@ def local_device() -> torch.device:
     )
 
 
-def placement(groups: ProcessGroups) -> Placement:
-    """Return where this rank computes its inputs."""
-    return Placement(local_device(), (groups.cp.rank(), groups.cp.size()))
+def placement(groups: ProcessGroups, chunks: Sequence[torch.nn.Module] = ()) -> Placement:
+    """Return where this rank computes its inputs: where its part of a model lies, by default `local_device`."""
+    device = next(chunks[0].parameters()).device if chunks else local_device()
+    return Placement(device, (groups.cp.rank(), groups.cp.size()))
+
+
+def lone_groups() -> ProcessGroups:
+    """Return the groups of a process that is alone with its model, whatever torch.distributed is set up for.
+
+    Each is of one rank and has no backend: nobody is met, nothing is sent, and a collective over one is an error.
+    """
+    alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]  # the stub lacks this one
+    return ProcessGroupCollection(**{field.name: alone for field in fields(ProcessGroupCollection)})
+
+
+def is_alone(groups: ProcessGroups) -> bool:
+    """Return whether there is no other rank."""
+    return groups.mp.size() * groups.dp_cp.size() == 1
 
 
 @contextmanager

@@ -1,0 +1,297 @@
+"""A trained model in Python: `bd3_scale.load`, without a launcher, a process group, or anything left open.
+
+    model = bd3_scale.load("runs/mine")
+    print(model.generate("def main(").text)
+
+Loads without PyTorch, which comes with `load`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, overload
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from bd3_scale.checkpoint.manifest import CheckpointManifest
+    from bd3_scale.data.chat import Messages
+    from bd3_scale.data.tokenizer import Tokenizer
+    from bd3_scale.evaluate.checkpoint import Evaluation
+    from bd3_scale.generate.config import SamplingConfig
+    from bd3_scale.generate.writer import Piece, Writer, Written
+    from bd3_scale.model.transformer import BlockDiffusionTransformer
+
+# What a model is, of the manifest's fields.
+_CONFIG = ("name", "step", "objective", "block_size", "max_position_embeddings", "precision", "model", "vocabulary")
+_NO_TOKENIZER = "has no tokeniser: it takes and gives ids, and no text"
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Model:
+    """Load a model: its averaged weights where the training kept them, else the last ones.
+
+    Any number of models may be loaded, also by a process that has, or will have, process groups of its own: each
+    process holds the whole model, and talks to no other.
+
+    Args:
+        path: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face folder or file that
+            `bd3-scale convert import` takes, which is imported into the temporary folder and removed from there.
+        dtype: of the weights in memory; default: that of the training's forward, or of an imported model.
+        device: default: the GPU of this process (LOCAL_RANK), else the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no model, it is damaged, quantised, or of a kind that is not read here.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: give a run directory, a checkpoint or a Hugging Face folder")
+    with _quiet():
+        from bd3_scale.checkpoint.folder import list_checkpoints, resolve_checkpoint
+        from bd3_scale.checkpoint.manifest import MANIFEST
+        from bd3_scale.convert.importer import plan_import, run_import
+        from bd3_scale.convert.official import is_official
+        from bd3_scale.resilience.foreign import CONFIG
+        from bd3_scale.resilience.leftovers import temporary_folder
+
+        if (source / MANIFEST).is_file() or list_checkpoints(source / "checkpoints"):
+            return _opened(source, resolve_checkpoint(source), dtype, device)
+        if not (is_official(source) or (source / CONFIG).is_file()):
+            raise ValueError(
+                f"{source} holds no model: it is neither a checkpoint ({MANIFEST}), nor a run directory with one in "
+                f"checkpoints/, nor a Hugging Face folder ({CONFIG})"
+            )
+        with temporary_folder("import") as folder:
+            plan = plan_import(source)
+            run_import(plan, folder / "checkpoint")
+            template = Path(plan.tokenizer_source) if plan.tokenizer_source else source
+            return _opened(source, folder / "checkpoint", dtype, device, template)
+
+
+class Model:
+    """A model with its tokeniser, made by `load`.
+
+    Attributes:
+        path: what it was loaded from.
+        manifest: all that its checkpoint says of itself.
+        transformer: the PyTorch module, in eval mode, for what is not offered here; its parameters may be changed
+            between calls.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: CheckpointManifest,
+        transformer: BlockDiffusionTransformer,
+        tokenizer: Tokenizer | None,
+        writer: Writer | None,
+    ) -> None:
+        self.path, self.manifest, self.transformer = path, manifest, transformer
+        self._tokenizer, self._writes = tokenizer, writer
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        weight = next(self.transformer.parameters())
+        count = sum(parameter.numel() for parameter in self.transformer.parameters())
+        return (
+            f"<bd3_scale model {manifest.name!r}, step {manifest.step}: {manifest.objective}, blocks of "
+            f"{manifest.block_size}, {count:,} parameters in {str(weight.dtype).removeprefix('torch.')} on "
+            f"{weight.device}>"
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the model is, as plain values: its shape under `model`, its ids under `vocabulary`."""
+        return self.manifest.model_dump(include=set(_CONFIG))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """ValueError: the model came without one."""
+        if self._tokenizer is None:
+            raise ValueError(f"{self.path} {_NO_TOKENIZER}")
+        return self._tokenizer
+
+    @overload
+    def generate(
+        self, prompts: str | Messages, *, infill: bool = ..., stop: str | Sequence[str] = ..., **sampling: Any
+    ) -> Written: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str | Messages],
+        *,
+        infill: bool = ...,
+        stop: str | Sequence[str] = ...,
+        **sampling: Any,
+    ) -> list[Written]: ...
+
+    def generate(
+        self,
+        prompts: str | Messages | Sequence[str | Messages],
+        *,
+        infill: bool = False,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> Written | list[Written]:
+        """Continue a prompt, or each of several, as `bd3-scale generate` does.
+
+        Args:
+            prompts: a text or a conversation for one result, or a list of them for a list of results. A conversation is
+                a list of messages with `role` and `content`, which the model's chat template makes text of.
+            infill: each `[MASK]` of a prompt is a gap of one token; the result's text is then the whole of it.
+            stop: a string, or several, that end a text, which does not hold them.
+            sampling: fields of `bd3_scale.generate.SamplingConfig`, such as max_new_tokens, temperature, seed. Text i
+                depends on seed + i and its prompt alone.
+
+        Raises:
+            TypeError: an unknown field. ValueError: a value that does not suit, or a model of next tokens.
+        """
+        texts, is_one = _several(prompts)
+        written = list(self._writer.write(texts, _config_of(sampling), infill=infill, stop=_strings(stop)))
+        return written[0] if is_one else written
+
+    def stream(
+        self,
+        prompts: str | Messages | Sequence[str | Messages],
+        *,
+        infill: bool = False,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Yield what `generate` writes, block by block: each piece has the `text` that a finished block adds.
+
+        Of several prompts a piece tells the `index`; `stopped_by` is None but for the last piece of a text.
+        """
+        texts, _ = _several(prompts)
+        return self._writer.stream(texts, _config_of(sampling), infill=infill, stop=_strings(stop))
+
+    def nelbo(self, texts: str | Sequence[str], *, block_size: int | None = None, draws: int = 4) -> Evaluation:
+        """Measure a text, or several together, as `bd3-scale evaluate --text` measures a file of them.
+
+        The result's `nelbo` is in nats a token, over mask rates in [0, 1] and `draws` draws of the noise, with its
+        standard errors: an upper bound of the negative log-likelihood, which it is itself where `exact`. Texts are cut
+        into sequences as long as the training's, each without context before it; their ends count. Equal texts meet
+        equal noise. `perplexity` and `bits_per_byte` are of the same number.
+
+        block_size: default: that of the training.
+        ValueError: text shorter than a block, a block size that does not divide the sequences, or no draw.
+        """
+        from bd3_scale.evaluate.checkpoint import evaluate_texts
+
+        given = [texts] if isinstance(texts, str) else list(texts)
+        parts = (self.transformer, self.manifest, self.tokenizer)
+        return evaluate_texts(str(self.path), *parts, given, block_size=block_size, draws=draws)
+
+    def logits(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]], *, block_size: int | None = None) -> Tensor:
+        """Return fp32 logits [B, L, vocabulary] of ids [B, L], or [L] for one sequence, in one forward without noise.
+
+        A position sees all blocks before its own, and its own as a whole, as an exported model's forward does; −∞ is
+        what is never predicted, such as the mask. Ids may be masks: where they are in the last block alone, its rows
+        are the model's law of those tokens given all others, which `generate` draws from. At clean positions of a
+        block diffusion model the row has seen the token that it would predict. A model of next tokens predicts at each
+        position the token behind it.
+
+        block_size: default: that of the training.
+        ValueError: ids that are not in the vocabulary, or no integers [B, L].
+        """
+        import torch
+
+        from bd3_scale.attention.spans import make_spans
+
+        tokens = torch.atleast_2d(torch.as_tensor(ids))
+        size = self.manifest.vocabulary.size
+        if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
+            raise ValueError(f"ids have shape {tuple(tokens.shape)} and dtype {tokens.dtype}: give integers [B, L]")
+        if bad := tokens[(tokens < 0) | (tokens >= size)].tolist():
+            raise ValueError(f"ids {bad[:5]} are not in this vocabulary of {size}")
+        device = next(self.transformer.parameters()).device
+        spans = make_spans(torch.zeros(tokens.shape, dtype=torch.int32), block_size or self.manifest.block_size)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        with torch.no_grad():
+            found = self.transformer.clean_logits(tokens.to(device), positions.to(device), spans.to(device))
+        return found[..., :size]
+
+    @property
+    def _writer(self) -> Writer:
+        from bd3_scale.generate.text import check_fills_masks
+
+        check_fills_masks(self.path, self.manifest)
+        if self._writes is None:
+            raise ValueError(f"{self.path} {_NO_TOKENIZER}")
+        return self._writes
+
+
+def _opened(
+    path: Path,
+    checkpoint: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    chat_template: Path | None = None,
+) -> Model:
+    """chat_template: the folder that may have one, where the checkpoint will not stay."""
+    import torch
+
+    from bd3_scale.checkpoint.manifest import TOKENIZER, read_manifest
+    from bd3_scale.checkpoint.model import load_model
+    from bd3_scale.generate.text import checkpoint_tokenizer, writer_of
+    from bd3_scale.parallel.groups import lone_groups
+
+    manifest = read_manifest(checkpoint)
+    tokenizer = checkpoint_tokenizer(checkpoint, manifest) if (checkpoint / TOKENIZER).is_dir() else None
+    where = None if device is None else torch.device(device)
+    transformer = load_model(checkpoint, manifest, lone_groups(), dtype=dtype, device=where)
+    writer = None
+    if tokenizer is not None and manifest.fills_masks:
+        writer = writer_of(checkpoint, transformer, manifest, tokenizer)
+        template, entropy = chat_template or writer.chat_template, partial(_least_entropy, manifest)
+        writer = replace(writer, chat_template=template, least_entropy=cache(entropy))
+    return Model(path, manifest, transformer, tokenizer, writer)
+
+
+def _least_entropy(manifest: CheckpointManifest) -> float:
+    import torch.distributed as dist
+
+    from bd3_scale.generate.sampler import SMALLEST_SUBWORD_VOCABULARY
+    from bd3_scale.generate.text import default_min_entropy
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or (dist.is_initialized() and dist.get_world_size() > 1)
+    if several and manifest.vocabulary.size < SMALLEST_SUBWORD_VOCABULARY:
+        raise ValueError(
+            "among several processes min_entropy has no default for a vocabulary of bytes, which held-out text gives "
+            "that all of them would have to read together: give min_entropy=0, or a number of nats"
+        )
+    return default_min_entropy(manifest)
+
+
+def _several(prompts: str | Messages | Sequence[str | Messages]) -> tuple[list[str | Messages], bool]:
+    """Prompts, and whether one alone was given."""
+    if isinstance(prompts, str) or (prompts and all(isinstance(each, Mapping) for each in prompts)):
+        return [cast("str | Messages", prompts)], True
+    return list(cast("Sequence[str | Messages]", prompts)), False
+
+
+def _config_of(sampling: dict[str, Any]) -> SamplingConfig:
+    from bd3_scale.generate.config import SamplingConfig
+
+    return SamplingConfig(**sampling)
+
+
+def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries say of each other at import is hidden; a notebook's own filters stay as they are."""
+    from bd3_scale.observe.libraries import quieten_libraries
+
+    with warnings.catch_warnings():
+        quieten_libraries()
+        yield
