@@ -25,8 +25,8 @@ _NAME = re.compile(r"[\w.<-]{1,80}")
 
 
 @reader("a recipe")
-def load_recipe(path: Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe, what it `extends` (relative to the file), and overrides such as `optimizer.lr=1e-3`.
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe, what it `extends` (relative to the file), and overrides such as `optimizer.lr=1e-3`.
 
     Mappings merge key by key, the extending file over the extended one and the overrides over both; any other value
     replaces. `sections` are what is decided elsewhere, the model of an import. Scalars follow YAML 1.2's core schema,
@@ -36,6 +36,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), sections: Mapping[str
         RecipeError: a file that cannot be read or parsed, a circle of `extends`, an unknown key, a value of the wrong
             type or outside its range. All problems of the merged recipe are listed, each by its dotted path.
     """
+    path = Path(path)
     merged = _read_extended(path, ())
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
