@@ -152,11 +152,16 @@ def test_it_touches_no_process_group(model: bd3_scale.Model, monkeypatch: pytest
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mine = dist.group.WORLD
+        dist.barrier()
+        before = mine._get_sequence_number_for_group()
         for each in (model, bd3_scale.load("run")):
             assert each.generate("The ", **how).tokens == expected[0]
             assert each.nelbo(TEXTS).nelbo == expected[1]
             assert torch.equal(each.logits(ids), expected[2])
         assert dist.group.WORLD is mine
+        assert mine._get_sequence_number_for_group() == before  # counts collectives
+        dist.barrier()
+        assert mine._get_sequence_number_for_group() > before
         with pytest.raises(ValueError, match="among several processes min_entropy has no default"):
             bd3_scale.load("run").generate("The ")
     finally:
