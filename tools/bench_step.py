@@ -43,7 +43,7 @@ from bd3_scale.parallel.groups import ProcessGroups, local_device, placement, pr
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
-from bd3_scale.train.setup import settle_tiles
+from bd3_scale.train.tiles import settle_tiles
 from tools.plain_step import PlainStep
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.attention.backends import choose_backend
-from bd3_scale.attention.kernels.tiles import use_choices
 from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.source_ids import keep_source_ids, source_ids
@@ -27,7 +25,7 @@ from bd3_scale.model.build import build_model
 from bd3_scale.model.layout import ParameterLayout, parameter_layouts
 from bd3_scale.objective import Objective, objective_of
 from bd3_scale.observe.environment import has_fast_bf16
-from bd3_scale.parallel.collective import gather_values, on_rank_zero
+from bd3_scale.parallel.collective import gather_values
 from bd3_scale.parallel.engine import TrainingEngine
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
 from bd3_scale.recipe.checks import check_against_data
@@ -39,6 +37,7 @@ from bd3_scale.resilience.secret import SECRET_FILE
 from bd3_scale.resilience.signals import ended_by_signals
 from bd3_scale.train.resume import DATA_FILE, Start
 from bd3_scale.train.state import TrainState
+from bd3_scale.train.tiles import settle_tiles
 
 
 @dataclass(frozen=True)
@@ -186,34 +185,6 @@ def _set_deterministic(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     # It would fill every new tensor with NaN, to make reads of uninitialised memory repeatable.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def settle_tiles(
-    recipe: Recipe, backend: str, dtype: torch.dtype, kept: Mapping[str, Sequence[int]]
-) -> dict[str, list[int]]:
-    """Return the tiles that the attention kernels take: `kept` ones, and for kernels that have none those that rank 0
-    finds fastest, on all ranks (collective). Backends without tiles have none.
-    """
-    if backend != "triton":
-        return {}
-    use_choices(kept)
-    tiles = on_rank_zero(lambda: _tune(recipe, dtype))
-    use_choices(tiles)
-    return tiles
-
-
-def _tune(recipe: Recipe, dtype: torch.dtype) -> dict[str, list[int]]:
-    from bd3_scale.attention.kernels.tuning import tune
-
-    model, tensor = recipe.model, recipe.parallel.tensor
-    return tune(
-        (recipe.train.micro_batch_size, recipe.data.seq_len, model.num_attention_heads // tensor, model.head_size),
-        model.query_groups // tensor,
-        recipe.diffusion.block_size,
-        dtype,
-        local_device(),
-        deterministic=recipe.deterministic,
-    )
 
 
 def _check_against_data(run: Run) -> None:

@@ -106,7 +106,10 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
         (["--scale", "huge"], "take one of quick, small, paper"),
         (["--train", "nowhere.txt"], "nowhere.txt"),
         (["--scale", "paper", "--page"], "has no record"),
-        (["--train", "nowhere.txt", "--text", "wiki=nowhere.txt"], "there is no set 'wiki'"),
+        (
+            ["--train", "nowhere.txt", "--text", "wiki=nowhere.txt"],
+            "no text set is called 'wiki'",
+        ),
     ],
 )
 def test_what_it_cannot_do_it_says(tmp_path, arguments, message):

@@ -9,7 +9,7 @@ import torch
 
 from bd3_scale.attention.kernels import tiles
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
-from bd3_scale.train.setup import settle_tiles
+from bd3_scale.train.tiles import settle_tiles
 
 CHIP = torch.device("cpu")
 
