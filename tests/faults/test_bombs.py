@@ -22,6 +22,7 @@ from bd3_scale.convert.export import plan_export
 from bd3_scale.convert.importer import plan_import
 from bd3_scale.convert.official import open_official
 from bd3_scale.convert.official_pickle import load_pickle
+from bd3_scale.data import commands
 from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.recipe.load import load_recipe
@@ -81,7 +82,7 @@ def test_a_document_that_unpacks_to_gigabytes(name, tmp_path):
 
 
 def test_the_limit_of_a_document_is_raised_by_an_option(tmp_path):
-    assert signature(cli.prepare).parameters["max_document"].default * MIB == DOCUMENT_BYTES
+    assert signature(commands.prepare).parameters["max_document"].default * MIB == DOCUMENT_BYTES
     path = tmp_path / "a.txt"
     path.write_bytes(b"a" * (2 * MIB))
     command = ["data", "prepare", str(path), "--tokenizer", "bytes", "--seq-len", "64", "--holdout", "0"]
