@@ -107,7 +107,7 @@ class Model:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the model is, as plain values: its shape under `model`, its ids under `vocabulary`."""
+        """Return what the model is, as plain values: its shape under `model`, its ids under `vocabulary`."""
         return self.manifest.model_dump(include=set(_CONFIG))
 
     @property
@@ -289,7 +289,7 @@ def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What libraries say of each other at import is hidden; a notebook's own filters stay as they are."""
+    """Hide what libraries say of each other at import; a notebook's own filters stay as they are."""
     from bd3_scale.observe.libraries import quieten_libraries
 
     with warnings.catch_warnings():

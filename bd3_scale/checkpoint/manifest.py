@@ -192,7 +192,7 @@ class CheckpointManifest(BaseModel):
 
     @property
     def weights_state(self) -> str:
-        """Whose values are the model's weights outside training: the moving average's where kept, else the masters'."""
+        """Return the state that is the model's weights outside training: the average where kept, else the masters."""
         return "ema" if "ema" in self.states else "master"
 
 

@@ -165,7 +165,7 @@ def _seal(partial: Path, manifest: CheckpointManifest, written: Mapping[str, Fil
 
 
 def _read_back(partial: Path) -> str:
-    """What is wrong with this rank's share of the files: they are about to take the place of older ones."""
+    """Return what is wrong with this rank's share of the files: they are about to take the place of older ones."""
     try:
         damaged = damaged_files(partial, read_manifest(partial), slice(dist.get_rank(), None, dist.get_world_size()))
     except (ValueError, OSError) as error:

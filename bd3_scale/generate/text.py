@@ -25,7 +25,7 @@ MEDIAN_SEQUENCES = 256
 
 
 def checkpoint_tokenizer(checkpoint: Path, manifest: CheckpointManifest) -> Tokenizer:
-    """The tokeniser of a checkpoint, which begins texts as those of its training began.
+    """Return the tokeniser of a checkpoint, which begins texts as those of its training began.
 
     ValueError: there is none.
     """
@@ -35,7 +35,7 @@ def checkpoint_tokenizer(checkpoint: Path, manifest: CheckpointManifest) -> Toke
 
 
 def stop_ids(checkpoint: Path, manifest: CheckpointManifest) -> tuple[int, ...]:
-    """The ids that end a text: what ends documents, and every `eos_token_id` of the model that it came from."""
+    """Return the ids that end a text: what ends documents, and every `eos_token_id` of the model that it came from."""
     said = source_ids(checkpoint)
     found: set[int] = {manifest.vocabulary.eos_id}
     for part in (said.config, said.generation_config):

@@ -154,7 +154,7 @@ class Writer:
             yield _Batch(first, texts, infill, stop, least, window, passes)
 
     def _encoded(self, prompts: Sequence[str | Messages], infill: bool) -> list[tuple[str, list[int]]]:
-        """The text of every prompt, and its ids; a chat template says itself what a text begins with."""
+        """Return the text of every prompt, and its ids; a chat template says itself what a text begins with."""
         template = None if all(isinstance(prompt, str) for prompt in prompts) else ChatTemplate(self.chat_template)
         found = []
         for prompt in prompts:
@@ -175,7 +175,7 @@ class Writer:
         )
 
     def _text(self, draft: Draft, batch: _Batch) -> str:
-        """What is sure of a text at the end of a block; with gaps, from its beginning on."""
+        """Return what is sure of a text at the end of a block; with gaps, from its beginning on."""
         everything, given = draft.whole, len(draft.prompt)
         if draft.sample is not None:
             prompt = draft.sample.prompt

@@ -101,7 +101,7 @@ class Objective(ABC):
     @property
     @abstractmethod
     def is_exact(self) -> bool:
-        """Whether an evaluation gives the likelihood, and no bound of it."""
+        """Say whether an evaluation gives the likelihood, and no bound of it."""
 
     def num_draws(self, draws: int) -> int:
         """Return how many draws an evaluation takes that was asked for `draws`; 1 where all of them would be equal."""

@@ -33,7 +33,7 @@ class BlockDiffusion(Objective):
 
     @property
     def is_exact(self) -> bool:
-        """At block size 1 every token is masked, once: what is measured is the likelihood, left to right."""
+        """Say yes at block size 1, where every token is masked, once: the likelihood, left to right."""
         return self.block_size == 1
 
     def num_draws(self, draws: int) -> int:

@@ -82,7 +82,7 @@ def _name(pieces: Sequence[Any]) -> str:
 
 
 def _kind(name: str, parameter: nn.Parameter, optimizer: OptimizerRecipe) -> _Kind:
-    """Of every pattern that matches what it gives, later ones over earlier ones."""
+    """Return what the patterns that match give a tensor, later ones over earlier ones."""
     is_vector = parameter.ndim < 2
     found = {"lr_scale": 1.0, "weight_decay": 0.0 if is_vector else optimizer.weight_decay}
     for group in optimizer.groups:
