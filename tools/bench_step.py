@@ -34,7 +34,7 @@ from bd3_scale.attention.backends import choose_backend
 from bd3_scale.data.batch import Batch
 from bd3_scale.model.build import build_model
 from bd3_scale.model.rows import ModelInputs
-from bd3_scale.objective import NextToken, Objective, objective_of
+from bd3_scale.objective import NextToken, Objective, StepKeys, objective_of
 from bd3_scale.observe.environment import has_fast_bf16, peak_cuda_bytes, peak_rss_bytes, source_commit
 from bd3_scale.observe.flops import peak_flops
 from bd3_scale.observe.libraries import quieten_libraries
@@ -110,11 +110,12 @@ def synthetic(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, ste
 
 def makers(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups) -> dict[str, MakeInputs]:
     """How each objective makes a step's micro-batches."""
-    how: dict[str, Any] = {"seed": recipe.seed, "global_batch_size": recipe.train.global_batch_size, "intervals": {}}
 
     def maker(objective: Objective) -> MakeInputs:
         return lambda step: [
-            objective.training_inputs(micro, step, **how, place=placement(groups))
+            objective.training_inputs(
+                micro, StepKeys(step, recipe.seed, recipe.train.global_batch_size, {}), placement(groups)
+            )
             for micro in synthetic(recipe, vocabulary, groups, step)
         ]
 

@@ -29,7 +29,7 @@ from bd3_scale.data.stream import TrainingStream
 from bd3_scale.diffusion.interval import Interval, candidates
 from bd3_scale.model.rows import Placement
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.objective import BlockDiffusion, objective_of
+from bd3_scale.objective import BlockDiffusion, StepKeys, objective_of
 from bd3_scale.recipe.schema import Recipe
 
 FOLDS = 4
@@ -68,14 +68,8 @@ def measure(
         for step, batch in enumerate(batches):
             if step % FOLDS != fold:
                 continue
-            inputs = objective.training_inputs(
-                batch,
-                step,
-                seed=recipe.seed,
-                global_batch_size=recipe.train.global_batch_size,
-                intervals={recipe.diffusion.block_size: interval},
-                place=Placement(parameters[0].device),
-            )
+            keys = StepKeys(step, recipe.seed, recipe.train.global_batch_size, {recipe.diffusion.block_size: interval})
+            inputs = objective.training_inputs(batch, keys, Placement(parameters[0].device))
             total, _ = model(inputs)
             gradients = torch.autograd.grad(total / batch.tokens.numel(), parameters)
             flat = torch.cat([g.double().flatten() for g in gradients])

@@ -33,7 +33,7 @@ def check_checkpoint(folder: Path, mode: Mode, share: slice = slice(None)) -> Ch
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself, and the NELBO that its run recorded at its step. ValueError: it is damaged."""
+    """Return what a checkpoint says of itself, and the NELBO of its step in its run. ValueError: it is damaged."""
     manifest = read_manifest(folder)
     return {
         "name": folder.name,

@@ -19,7 +19,7 @@ from bd3_scale.data.stream import TrainingStream
 from bd3_scale.diffusion.interval import FULL
 from bd3_scale.model.rows import ModelInputs, Placement, RowContext
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.objective import Objective
+from bd3_scale.objective import Objective, StepKeys
 from bd3_scale.recipe.schema import DataRecipe
 
 # The input of each of these is multiplied by the weights that are quantised.
@@ -92,6 +92,5 @@ def calibration_batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
 
 def calibration_inputs(batch: Batch, objective: Objective, device: torch.device) -> ModelInputs:
     """Return what the model is trained on, of a batch; its noise is always the same."""
-    return objective.training_inputs(
-        batch, 0, seed=SEED, global_batch_size=None, intervals={objective.block_size: FULL}, place=Placement(device)
-    )
+    keys = StepKeys(0, SEED, None, {objective.block_size: FULL})
+    return objective.training_inputs(batch, keys, Placement(device))

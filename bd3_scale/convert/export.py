@@ -163,7 +163,7 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
 
 
 def _special_ids(checkpoint: Path, vocabulary: Vocabulary, block_diffusion: bool) -> dict[str, Any]:
-    """Of beginning, end and padding, as the source's config.json has them, else those of training."""
+    """Return the ids of beginning, end and padding, as the source's config.json has them, else those of training."""
     own = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": vocabulary.eos_id}
     found = own | source_ids(checkpoint).config
     # Engines of block diffusion models need one for padding.
@@ -271,7 +271,7 @@ def write_companions(
 
 
 def _write_generation_config(folder: Path, plan: ExportPlan) -> None:
-    """What the source's says, where there is one, else the special ids."""
+    """Write what the source's says, where there is one, else the special ids."""
     content = source_ids(plan.checkpoint).generation_config or {key: plan.config[key] for key in KEYS}
     (folder / GENERATION_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from bd3_scale.objective.base import Draw, Objective, objective_of
+from bd3_scale.objective.base import Draw, Objective, StepKeys, objective_of
 from bd3_scale.objective.block_diffusion import BlockDiffusion
 from bd3_scale.objective.next_token import NextToken
 from bd3_scale.objective.score_entropy import ScoreEntropy
@@ -15,6 +15,7 @@ __all__ = [
     "NextToken",
     "Objective",
     "ScoreEntropy",
+    "StepKeys",
     "objective_of",
     "objectives",
 ]

@@ -48,6 +48,23 @@ class Draw:
     mask_rate: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class StepKeys:
+    """What the noise of an optimiser step is drawn from, the same on every layout.
+
+    Attributes:
+        step: finished steps before it.
+        seed: of the run.
+        global_batch_size: sequences of the step, over which levels may be stratified; None: of a batch that is alone.
+        intervals: the searched interval of mask rates of a block size, where there is one.
+    """
+
+    step: int
+    seed: int
+    global_batch_size: int | None
+    intervals: Mapping[int, Interval]
+
+
 class Objective(ABC):
     """What a model is trained for; `objectives.register("name")` gives a class its name in recipes.
 
@@ -108,21 +125,8 @@ class Objective(ABC):
         return draws
 
     @abstractmethod
-    def training_inputs(
-        self,
-        batch: Batch,
-        step: int,
-        *,
-        seed: int,
-        global_batch_size: int | None,
-        intervals: Mapping[int, Interval],
-        place: Placement,
-    ) -> ModelInputs:
-        """Return a micro-batch of the optimiser step that follows `step` finished ones, the same on every layout.
-
-        global_batch_size: sequences of the step, over which levels may be stratified; None: of a batch that is alone.
-        intervals: the searched interval of mask rates of a block size, where there is one.
-        """
+    def training_inputs(self, batch: Batch, keys: StepKeys, place: Placement) -> ModelInputs:
+        """Return what the model computes on a micro-batch of a step, here."""
 
     @abstractmethod
     def evaluation_draws(self, batch: Batch, draws: int, *, always: Tensor, place: Placement) -> list[Draw]:

@@ -7,11 +7,11 @@ mask rates lie in a clipped interval; an evaluation integrates over the whole of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bd3_scale.objective.base import Draw, Objective
+from bd3_scale.objective.base import Draw, Objective, StepKeys
 from bd3_scale.registry import objectives
 
 if TYPE_CHECKING:
@@ -54,32 +54,23 @@ class BlockDiffusion(Objective):
             clip_masked_share=diffusion.clip_masked_share,
         )
 
-    def training_inputs(
-        self,
-        batch: Batch,
-        step: int,
-        *,
-        seed: int,
-        global_batch_size: int | None,
-        intervals: Mapping[int, Interval],
-        place: Placement,
-    ) -> ModelInputs:
+    def training_inputs(self, batch: Batch, keys: StepKeys, place: Placement) -> ModelInputs:
         import torch
 
         from bd3_scale.diffusion.noise import draw_block_sizes
         from bd3_scale.objective.inputs import mask_noise
 
         diffusion = self.diffusion
-        sizes = diffusion.block_sizes_at(step)
-        kinds = draw_block_sizes(batch.ids, len(sizes), seed=seed, epoch=batch.epoch)
-        noises = self._training_noise(batch, step, kinds, intervals, seed, global_batch_size)
+        sizes = diffusion.block_sizes_at(keys.step)
+        kinds = draw_block_sizes(batch.ids, len(sizes), seed=keys.seed, epoch=batch.epoch)
+        noises = self._training_noise(batch, keys, kinds)
         block_size = sizes[0] if len(sizes) == 1 else torch.tensor(sizes)[kinds]
         inputs = self._inputs(batch, noises, block_size, self.row_loss, place)
         if len(sizes) > 1:
             inputs = replace(inputs, kinds=kinds.to(place.device, non_blocking=True))
-        if std := diffusion.mask_noise_at(step):
+        if std := diffusion.mask_noise_at(keys.step):
             copies = diffusion.noisy_copies
-            noise = mask_noise(batch, std, copies=copies, seed=seed, device=place.device, context=place.context)
+            noise = mask_noise(batch, std, copies=copies, seed=keys.seed, device=place.device, context=place.context)
             inputs = replace(inputs, mask_noise=noise)
         return inputs
 
@@ -126,36 +117,28 @@ class BlockDiffusion(Objective):
         how: dict[str, Any] = {"mask_id": self.vocabulary.mask_id, "device": place.device, "context": place.context}
         return corrupt(batch, noises, block_size, row_loss=row_loss, **how)
 
-    def _training_noise(
-        self,
-        batch: Batch,
-        step: int,
-        kinds: Tensor,
-        intervals: Mapping[int, Interval],
-        seed: int,
-        global_batch_size: int | None,
-    ) -> list[Noise]:
+    def _training_noise(self, batch: Batch, keys: StepKeys, kinds: Tensor) -> list[Noise]:
         """Return the noise of every noisy copy; sequences of one block size are drawn together."""
         import torch
 
         from bd3_scale.attention.spans import make_spans
         from bd3_scale.diffusion.noise import draw_copies, joined
 
-        sizes = self.diffusion.block_sizes_at(step)
+        sizes = self.diffusion.block_sizes_at(keys.step)
         block_start = make_spans(batch.document_start, torch.tensor(sizes)[kinds])[1]
         rows = [(kinds == kind).nonzero()[:, 0] for kind in range(len(sizes))]
         drawn = [
             draw_copies(
                 block_start[own],
                 copies=self.diffusion.noisy_copies,
-                schedule=self.training_schedule(intervals.get(size)),
-                seed=seed,
+                schedule=self.training_schedule(keys.intervals.get(size)),
+                seed=keys.seed,
                 epoch=batch.epoch,
                 sample_ids=batch.ids[own],
-                step=None if global_batch_size is None else step,
+                step=None if keys.global_batch_size is None else keys.step,
                 slots=batch.slots[own],
                 shown=batch.shown[own],
-                global_batch_size=global_batch_size,
+                global_batch_size=keys.global_batch_size,
             )
             for size, own in zip(sizes, rows, strict=True)
             if len(own)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bd3_scale.objective.base import Draw, Objective
+from bd3_scale.objective.base import Draw, Objective, StepKeys
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.registry import objectives
 
@@ -44,7 +44,7 @@ class NextToken(Objective):
     def num_draws(self, draws: int) -> int:
         return 1
 
-    def training_inputs(self, batch: Batch, step: int, *, place: Placement, **_: Any) -> ModelInputs:
+    def training_inputs(self, batch: Batch, keys: StepKeys, place: Placement) -> ModelInputs:
         from bd3_scale.objective.inputs import next_tokens
 
         return next_tokens(batch, row_loss=self.row_loss, device=place.device, context=place.context)

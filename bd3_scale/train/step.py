@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from bd3_scale.data.batch import Batch
+from bd3_scale.objective import StepKeys
 from bd3_scale.parallel.engine import StepResult, TrainingEngine
 from bd3_scale.parallel.groups import local_device, placement
 from bd3_scale.recipe.schema import OptimizerRecipe
@@ -20,15 +21,9 @@ def take_step(training: Training) -> StepResult:
     """Noise, forward, backward and update of the next step, on the next batch of the stream."""
     recipe, run, batch, step = training.run.recipe, training.run, next(training.stream), training.state.step + 1
     faults.reach("step", step=step)
+    keys = StepKeys(step - 1, recipe.seed, recipe.train.global_batch_size, training.state.intervals)
     micro_batches = [
-        run.objective.training_inputs(
-            micro,
-            step - 1,
-            seed=recipe.seed,
-            global_batch_size=recipe.train.global_batch_size,
-            intervals=training.state.intervals,
-            place=placement(run.groups),
-        )
+        run.objective.training_inputs(micro, keys, placement(run.groups))
         for micro in batch.split(recipe.train.micro_batch_size)
     ]
     with _poisoned(training.engine, step):

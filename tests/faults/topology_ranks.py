@@ -69,13 +69,13 @@ class recording:
         self._training, self._seen, self._made = training, seen, BlockDiffusion.training_inputs
 
     def __enter__(self) -> None:
-        def note(objective, micro, step, **how):
-            made = self._made(objective, micro, step, **how)
+        def note(objective, micro, keys, place):
+            made = self._made(objective, micro, keys, place)
             # The noisy copy, at whatever places this rank of a context-parallel group has.
-            places = rank_positions(micro.tokens.shape[1], how["place"].context).tolist()
+            places = rank_positions(micro.tokens.shape[1], place.context).tolist()
             for row, sample in enumerate(micro.ids.tolist()):
                 noisy = zip(places, made.tokens[row, : len(places)].tolist(), strict=True)
-                self._seen.setdefault((step, micro.epoch, sample), {}).update(noisy)
+                self._seen.setdefault((keys.step, micro.epoch, sample), {}).update(noisy)
             return made
 
         BlockDiffusion.training_inputs = note

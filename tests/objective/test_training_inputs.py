@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.model.rows import Placement
-from bd3_scale.objective import BlockDiffusion, ScoreEntropy, objective_of
+from bd3_scale.objective import BlockDiffusion, ScoreEntropy, StepKeys, objective_of
 from bd3_scale.recipe.schema import DiffusionRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.support.recipes import tiny_recipe
@@ -41,7 +41,7 @@ def inputs_of():
             )
         )
         return objective_of(recipe.diffusion, Vocabulary(size=258, eos_id=256, mask_id=257)).training_inputs(
-            batch, step, seed=recipe.seed, global_batch_size=600, intervals=intervals, place=Placement(CPU)
+            batch, StepKeys(step, recipe.seed, 600, intervals), Placement(CPU)
         )
 
     return make
@@ -130,9 +130,7 @@ def test_an_evaluation_takes_the_likelihood_whatever_is_trained_unless_the_loss_
     nll, log_total = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])
     for kind, is_measured in ((Squared, False), (ScoreEntropy, True)):
         objective = kind(DiffusionRecipe(block_size=8), Vocabulary(size=258, eos_id=256, mask_id=257))
-        trained = objective.training_inputs(
-            BATCH, 0, seed=1, global_batch_size=None, intervals={}, place=Placement(CPU)
-        ).row_loss
+        trained = objective.training_inputs(BATCH, StepKeys(0, 1, None, {}), Placement(CPU)).row_loss
         (draw,) = objective.evaluation_draws(BATCH, 1, always=torch.zeros_like(BATCH.shown), place=Placement(CPU))
         assert trained is not None
         assert trained(nll, log_total).tolist() == objective.row_loss(nll, log_total).tolist()

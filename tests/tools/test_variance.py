@@ -12,7 +12,7 @@ from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
 from bd3_scale.model.rows import Placement
-from bd3_scale.objective import objective_of
+from bd3_scale.objective import StepKeys, objective_of
 from bd3_scale.recipe.schema import Recipe
 from tests.support.recipes import tiny_recipe
 from tools.variance import FOLDS, draws_of, measure, rank_correlation
@@ -38,8 +38,11 @@ def test_variances_are_those_of_the_draws(groups, tmp_path):
     for fold in range(FOLDS):
         losses, gradients = [], []
         for step in range(fold, len(batches), FOLDS):
-            how = {"seed": recipe.seed, "global_batch_size": 1, "intervals": {8: (0.3, 0.8)}, "place": Placement(CPU)}
-            total, _ = model(objective_of(recipe.diffusion, vocabulary).training_inputs(batches[step], step, **how))
+            keys, objective = (
+                StepKeys(step, recipe.seed, 1, {8: (0.3, 0.8)}),
+                objective_of(recipe.diffusion, vocabulary),
+            )
+            total, _ = model(objective.training_inputs(batches[step], keys, Placement(CPU)))
             model.zero_grad()
             (total / 32).backward()
             losses.append(total.item() / 32)
