@@ -49,7 +49,7 @@ class Calibration:
     def hessians(self, layer: int) -> dict[str, HessianSum]:
         """Σ x xᵀ over the rows that each linear of `layer` multiplies."""
         module = self._model.decoder.layers[layer]
-        weights = {name: module.get_submodule(name).weight for name in LINEARS}
+        weights = {name: module.get_parameter(f"{name}.weight") for name in LINEARS}
         sums = {name: HessianSum(weight.shape[1], weight.device) for name, weight in weights.items()}
         hooks = [module.get_submodule(name).register_forward_pre_hook(_adder(sums[name])) for name in LINEARS]
         try:

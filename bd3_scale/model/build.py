@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -12,6 +13,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 
 from bd3_scale.attention.backends import choose_backend
+from bd3_scale.model.block import Block
 from bd3_scale.model.config import transformer_config
 from bd3_scale.model.init import initialise_weights
 from bd3_scale.model.transformer import BlockDiffusionTransformer
@@ -71,6 +73,14 @@ def build_model(
             if chunk.post_process and not model.tie_embeddings:
                 chunk.output_layer.zero_forbidden_rows()
     return chunks
+
+
+def layer_shapes(model: ModelRecipe) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a layer, whole, by its name in checkpoints after `decoder.layers.`."""
+    config = transformer_config(model, _WHOLE, dtype=torch.float32, device=torch.device("cpu"), deterministic=False)
+    with torch.device("meta"):
+        layer = Block(model, config, dist.ProcessGroup(0, 1), layer=0)  # type: ignore[call-arg]  # the stub lacks it
+    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
 
 
 def _mark_split_weights(model: BlockDiffusionTransformer) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from bd3_scale.model.rows import RowLoss
+from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 # fp32 logits of a piece: 256 MiB, 512 rows of a vocabulary of 128k, so that its products keep a GPU busy.
@@ -22,10 +24,29 @@ PIECE_ELEMENTS = 1 << 26
 
 
 class OutputLayer(ColumnParallelLinear):
-    """Logits in fp32, with −∞ where a clean token cannot be: the mask's id and those that pad the vocabulary."""
+    """Logits in fp32, with −∞ where a clean token cannot be: the mask's id and those that pad the vocabulary.
 
-    def __init__(self, *args: Any, vocabulary: Vocabulary, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    owns_weight: False where the embedding's weight is given to `forward`.
+    """
+
+    def __init__(
+        self,
+        model: ModelRecipe,
+        vocabulary: Vocabulary,
+        config: ModelParallelConfig,
+        group: dist.ProcessGroup,
+        *,
+        owns_weight: bool = True,
+    ) -> None:
+        super().__init__(
+            model.hidden_size,
+            vocabulary.padded_size,
+            config=config,
+            init_method=None,
+            bias=model.head_bias,
+            skip_weight_param_allocation=not owns_weight,
+            tp_group=group,
+        )
         ids = torch.arange(vocabulary.padded_size).chunk(self.tp_group.size())[self.tp_group.rank()]
         forbidden = (ids == vocabulary.mask_id) | (ids >= vocabulary.size)
         self.first_id = self.tp_group.rank() * len(ids)

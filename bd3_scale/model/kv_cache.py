@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-from bd3_scale.model.block_layer import BlockLayer
 
 
 class KVCache:
@@ -17,14 +15,14 @@ class KVCache:
     pass overwrites them; `commit` makes them part of the prefixes. Nothing is copied when a block attends to prefix and
     itself. It belongs to the weights that it was made with: after a step of training, make another.
 
-    layers: of the decoder, as `decode_block` takes them; rotary: the last positions decoded, and their angles.
+    layers: of the model, see `Block.for_decoding`; rotary: the last positions decoded, and their table.
 
     Shapes: B sequences, S rows, G key/value heads of this rank, D dimensions a head.
     """
 
     def __init__(
         self,
-        layers: Sequence[BlockLayer],
+        layers: Sequence[Callable[..., Tensor]],
         shape_BSGD: tuple[int, int, int, int],
         dtype: torch.dtype,
         device: torch.device,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bd3_scale.model.kv_cache import KVCache
+from bd3_scale.model.attend import Attend
 
 # From the nll of the targets [M] and the logarithm of the sum of the exponentials of all logits [M] to a loss [M].
 RowLoss = Callable[[Tensor, Tensor], Tensor]
@@ -89,21 +89,25 @@ class RowContext:
     """What every layer needs to know of the rows that pass through it.
 
     Attributes:
-        num_streams, num_noisy: S and C.
-        spans: see `ModelInputs`.
-        rotary: cos and sin of the rows' positions, [2, R, B, 1, D], see `rotary_table`.
-        cache: where the clean keys of a prompt go, in generation.
+        rotary: cos and sin for each of them, see `rotary_table`.
+        attend: attention over the keys that they see.
+        num_streams, num_noisy: S and C; rows that are decoded are one stream.
+        wanted: of the rows [B, L] of a block, those whose output is wanted, bool; None: all.
     """
 
-    num_streams: int
-    num_noisy: int
-    spans: Tensor
     rotary: Tensor
-    cache: KVCache | None = None
+    attend: Attend
+    num_streams: int = 1
+    num_noisy: int = 0
+    wanted: Tensor | None = None
 
-    @property
-    def has_clean(self) -> bool:
-        return self.num_streams > self.num_noisy
+    def kept(self, x: Tensor) -> slice | Tensor | None:
+        """Return an index of those rows of x whose output the last layer makes: the first ones, where clean rows serve
+        as keys alone, or the wanted ones; None: all.
+        """
+        if self.num_noisy:
+            return slice(0, len(x) // self.num_streams * self.num_noisy)
+        return self.wanted
 
 
 def by_stream(x: Tensor, num_streams: int, ranks: int) -> Tensor:

@@ -7,7 +7,7 @@ X hidden size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,12 +25,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from bd3_scale.model.block_layer import BlockLayer
-from bd3_scale.model.decode import decode_block
-from bd3_scale.model.decoder import Decoder, decoder_spec
+from bd3_scale.model.attend import AttendToCache, AttendToRows
+from bd3_scale.model.block import Block, Norm, rotary_table
+from bd3_scale.model.decoder import Decoder
 from bd3_scale.model.head import OutputLayer
 from bd3_scale.model.kv_cache import KVCache
-from bd3_scale.model.rotary import rotary_table
 from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowContext, by_rank, by_stream
 from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe, Recompute
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -64,8 +63,11 @@ class BlockDiffusionTransformer(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.recipe = model
         self.vocabulary = vocabulary
+        self.attention_backend = attention_backend
+        self.cp_group = groups.cp
         self.tp_group = groups.tp
         self.dp_cp_group = groups.dp_cp
+        self.input_tensor: Tensor | None = None
         self.vp_stage = chunk // parallel.pipeline if parallel.virtual_pipeline > 1 else None
         self.pre_process = chunk == 0
         self.post_process = chunk == len(chunks) - 1
@@ -79,31 +81,18 @@ class BlockDiffusionTransformer(MegatronModule):
                 tp_group=groups.tp,
             )
         recomputed, recomputed_layers = recompute
+        first = sum(chunks[:chunk])
         self.decoder = Decoder(
-            config,
-            decoder_spec(
-                model,
-                chunks[chunk],
-                attention_backend=attention_backend,
-                recompute_core=recomputed == "selective",
-            ),
-            pre_process=self.pre_process,
-            post_process=self.post_process,
-            pg_collection=groups,
-            vp_stage=self.vp_stage,
+            [
+                Block(model, config, groups.tp, layer=layer, recompute_attention=recomputed == "selective")
+                for layer in range(first, first + chunks[chunk])
+            ],
+            Norm(model, config, groups.tp) if self.post_process else None,
             recompute_layers=(recomputed_layers or chunks[chunk]) if recomputed == "full" else 0,
         )
         if self.post_process:
-            self.output_layer = OutputLayer(
-                config.hidden_size,
-                vocabulary.padded_size,
-                config=config,
-                init_method=config.init_method,
-                bias=model.head_bias,
-                skip_weight_param_allocation=model.tie_embeddings and self.pre_process,
-                tp_group=groups.tp,
-                vocabulary=vocabulary,
-            )
+            owns_weight = not (model.tie_embeddings and self.pre_process)
+            self.output_layer = OutputLayer(model, vocabulary, config, groups.tp, owns_weight=owns_weight)
 
     @property
     def tied_weight(self) -> nn.Parameter | None:
@@ -115,7 +104,7 @@ class BlockDiffusionTransformer(MegatronModule):
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """megatron's schedules hand over the previous stage's output here; the first stage has none."""
-        self.decoder.set_input_tensor(input_tensor[0])
+        self.input_tensor = input_tensor[0]
 
     def forward(self, inputs: ModelInputs) -> Tensor | tuple[Tensor, Tensor]:
         """The rows for the next chunk, [N, B, X]; of the last chunk the weighted sum of the losses at the head's rows,
@@ -180,8 +169,7 @@ class BlockDiffusionTransformer(MegatronModule):
         weight = self.embedding.word_embeddings.weight
         groups = self.recipe.query_groups // self.tp_group.size()
         shape = (batch_size, capacity, groups, self.recipe.head_size)
-        activation, activate = self.recipe.activation, self.config.activation_func
-        layers = [BlockLayer.of(layer, activation, activate) for layer in self.decoder.layers]
+        layers = [layer.for_decoding() for layer in cast(Iterable[Block], self.decoder.layers)]
         return KVCache(layers, shape, weight.dtype, weight.device)
 
     def sharded_state_dict(
@@ -206,22 +194,29 @@ class BlockDiffusionTransformer(MegatronModule):
         mask_noise: MaskNoise | None = None,
     ) -> Tensor:
         rows = self._rows(tokens_BN, positions_BR, num_noisy, spans, cache)
-        return self.decoder(self._embed(tokens_BN, rows.num_streams, mask_noise) if self.pre_process else None, rows)
+        hidden = self._embed(tokens_BN, rows.num_streams, mask_noise) if self.pre_process else self.input_tensor
+        return self.decoder(hidden, rows)
 
+    @torch.no_grad()
     def _decode_block(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None) -> Tensor:
         """[B, L, X], or [M, X]."""
         # A block's passes share its angles.
         if cache.rotary is None or not torch.equal(cache.rotary[0], positions_BL):
-            table = rotary_table(positions_BL, self.recipe, self.config.params_dtype).transpose(1, 2)
-            cache.rotary = positions_BL, table
+            cache.rotary = positions_BL, rotary_table(positions_BL, self.recipe, self.config.params_dtype)
+        rows = RowContext(cache.rotary[1], AttendToCache(cache, self.attention_backend), wanted=wanted_BL)
         hidden = self.embedding.word_embeddings(block_BL)
-        return decode_block(self.decoder, hidden, cache.rotary[1], cache, self.tp_group, wanted_BL)
+        for layer in cache.layers:
+            hidden = layer(hidden, rows)
+        assert self.decoder.final_layernorm is not None, "generation runs on one stage"
+        return cast(Tensor, self.decoder.final_layernorm(hidden))
 
     def _rows(
         self, tokens_BN: Tensor, positions_BR: Tensor, num_noisy: int, spans: Tensor, cache: KVCache | None
     ) -> RowContext:
-        table = rotary_table(positions_BR, self.recipe, self.config.params_dtype)
-        return RowContext(tokens_BN.shape[1] // positions_BR.shape[1], num_noisy, spans, table, cache)
+        streams = tokens_BN.shape[1] // positions_BR.shape[1]
+        table = rotary_table(positions_BR.t(), self.recipe, self.config.params_dtype).repeat(1, streams, 1, 1, 1, 1)
+        attend = AttendToRows(spans, streams, num_noisy, self.attention_backend, self.cp_group, cache)
+        return RowContext(table, attend, streams, num_noisy)
 
     def _embed(self, tokens_BN: Tensor, num_streams: int, mask_noise: MaskNoise | None) -> Tensor:
         """[N, B, X]; under sequence parallelism this rank's part of the positions, in every stream."""

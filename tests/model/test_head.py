@@ -32,16 +32,8 @@ def build(groups):
     )
 
     def make(*, bias=True, tied=False):
-        layer = OutputLayer(
-            HIDDEN,
-            VOCABULARY.padded_size,
-            config=config,
-            init_method=config.init_method,
-            bias=bias,
-            skip_weight_param_allocation=tied,
-            tp_group=groups.tp,
-            vocabulary=VOCABULARY,
-        )
+        shape = model.model_copy(update={"head_bias": bias})
+        layer = OutputLayer(shape, VOCABULARY, config, groups.tp, owns_weight=not tied)
         generator = torch.Generator().manual_seed(0)
         for parameter in layer.parameters():
             parameter.data.normal_(generator=generator)

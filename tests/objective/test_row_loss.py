@@ -28,12 +28,11 @@ def z_loss(nll, log_total):
 
 @pytest.fixture
 def layer(groups):
-    model = ModelRecipe(num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, ffn_hidden_size=8)
+    model = ModelRecipe(num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, ffn_hidden_size=8, head_bias=True)
     config = transformer_config(
         model, ParallelRecipe(), dtype=torch.float32, device=torch.device("cpu"), deterministic=True
     )
-    more = {"bias": True, "skip_weight_param_allocation": False, "tp_group": groups.tp, "vocabulary": VOCABULARY}
-    built = OutputLayer(HIDDEN, VOCABULARY.padded_size, config=config, init_method=config.init_method, **more)
+    built = OutputLayer(model, VOCABULARY, config, groups.tp)
     for parameter in built.parameters():
         parameter.data.normal_(generator=torch.Generator().manual_seed(0))
     return built

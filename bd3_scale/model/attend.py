@@ -1,0 +1,94 @@
+"""Where the keys that a layer's queries see come from: rows of the same pass, other ranks, a cache.
+
+Legend: S streams, R positions of this rank, B sequences, L tokens of a block, H query heads and G key/value heads of
+this tensor-parallel rank, D dimensions a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from bd3_scale.attention.dispatch import block_attention, decode_attention
+from bd3_scale.model.kv_cache import KVCache
+
+
+class Attend(Protocol):
+    """Attention of a layer, after its projections, norms and rotation."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [a, b, H, D], key and value [a', b, G, D] → [a, b, H·D], whatever a and b are.
+
+        layer: counted from zero through all pipeline stages.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class AttendToRows:
+    """Noisy and clean rows attend to each other under the mask of block diffusion, given as spans.
+
+    Queries are [rows, B, H, D] of the first streams or of all, keys [S·R, B, G, D] of all.
+
+    Attributes:
+        spans, num_streams, num_noisy: see `ModelInputs`.
+        backend: see `bd3_scale.attention.backends.choose_backend`.
+        group: of the context-parallel ranks, whose clean keys are gathered.
+        cache: where the clean keys of a prompt go, in generation.
+    """
+
+    spans: Tensor
+    num_streams: int
+    num_noisy: int
+    backend: str
+    group: ProcessGroup
+    cache: KVCache | None = None
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        num_noisy = self.num_noisy
+        if self.group.size() > 1:
+            key, value = self._gather(key, value)
+            # Noisy keys gathered from all ranks stand where clean keys would.
+            num_noisy = num_noisy if self._has_clean else 0
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        if self.cache is not None:
+            assert not any(self.cache.lengths)
+            assert num_noisy == 0
+            self.cache.write(layer, k, v)
+        out = block_attention(q, k, v, self.spans, num_noisy=num_noisy, backend=self.backend)
+        return out.transpose(0, 1).flatten(2)
+
+    @property
+    def _has_clean(self) -> bool:
+        return self.num_streams > self.num_noisy
+
+    def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's noisy keys and values, then the clean ones of the whole sequence, by one collective.
+
+        Its backward scatters the summed gradients. Noisy keys are seen by their own block alone, which is on this rank;
+        in MDLM, where a block is the sequence and there is no clean stream, they are gathered instead.
+        """
+        own = key.shape[0] // self.num_streams * self.num_noisy if self._has_clean else 0
+        mine = torch.cat([key[own:], value[own:]], dim=2)
+        everyone = gather_from_sequence_parallel_region(mine, group=self.group)
+        # Every rank holds an early and a late range, see `zigzag_ranges`.
+        early, late = everyone.unflatten(0, (self.group.size(), 2, -1)).unbind(1)
+        k, v = torch.cat([early, late.flip(0)]).flatten(0, 1).chunk(2, dim=2)
+        return torch.cat([key[:own], k]), torch.cat([value[:own], v])
+
+
+@dataclass(frozen=True)
+class AttendToCache:
+    """The rows of a block, [B, L, …], attend to the cached prefix and to each other; their keys stand behind it."""
+
+    cache: KVCache
+    backend: str
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values, lengths = self.cache.write(layer, key, value)
+        return decode_attention(query, keys, values, lengths=lengths, backend=self.backend).flatten(2)
