@@ -58,7 +58,10 @@ def norm_rotate(x: Tensor, norm: Function | None, table: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a layer computes between its products. A fused kernel can stand in for any of them."""
+    """What a layer computes between its products. A fused kernel can stand in for any of them.
+
+    ZeRO-3 has a weight gathered while its module is called: a kernel that reads a norm's must run in that call.
+    """
 
     add_norm: Callable[[Tensor, Tensor, Function], tuple[Tensor, Tensor]] = add_norm
     norm_rotate: Callable[[Tensor, Function | None, Tensor], Tensor] = norm_rotate
