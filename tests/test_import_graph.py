@@ -136,11 +136,11 @@ def test_the_package_keeps_the_direction() -> None:
         ("train/loop.py", "from tools.quickstart import main", "tools is for no part"),
         ("train/loop.py", "import megatron.core", "megatron is for ['model', 'parallel']"),
         (
-            "model/attention.py",
+            "model/block.py",
             "from megatron.core import parallel_state",
             "megatron.core.parallel_state is for ['parallel']",
         ),
-        ("model/attention.py", "from megatron.core.parallel_state import x", "megatron.core.parallel_state is for"),
+        ("model/block.py", "from megatron.core.parallel_state import x", "megatron.core.parallel_state is for"),
         ("checkpoint/save.py", "import deepspeed", "deepspeed is for ['parallel']"),
         ("launch/local.py", "import yaml", "standard library alone"),
         ("launch/ranks.py", "from bd3_scale.launch.profile import Profile", "standard library alone"),

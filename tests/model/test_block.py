@@ -1,13 +1,23 @@
-"""A block decoded by weights laid out for few rows is what megatron's modules make of it."""
+"""One layer: against a plain one, decoding against the whole forward, and what may stand in for its parts."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from bd3_scale.model.build import build_model
+from bd3_scale.model.attend import AttendToRows
+from bd3_scale.model.block import MLP, Block, Part, Pieces, rotary_table, rotate
+from bd3_scale.model.build import build_model, layer_shapes
+from bd3_scale.model.layout import parameter_layouts
+from bd3_scale.model.rows import RowContext
 from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from tests.integration import plain_model
+from tests.model.test_recompute import inputs
 from tests.model.test_transformer import positions_of, spans_of
 
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)
@@ -61,3 +71,180 @@ def test_a_new_cache_has_the_weights_of_now(groups):
     after, expected = last_block(model, clean)
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(after, before, atol=0.1)
+
+
+def rows_of(model):
+    """A layer's input, noisy and clean rows, and their context."""
+    micro = inputs()
+    hidden, rows = model.embed(micro)
+    return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4), dtype=hidden.dtype), rows
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_and_its_gradients_are_those_of_a_plain_one(groups, form):
+    model = build(groups, form, torch.float32).requires_grad_()
+    layer = model.decoder.layers[0]
+    weights = {name: value.detach().clone().requires_grad_() for name, value in layer.named_parameters()}
+    x_NBX, rows = rows_of(model)
+    x_NBX.requires_grad_()
+    found = layer(x_NBX, rows)
+
+    length = rows.rotary.shape[1] // 2
+    mask = plain_model.dense_mask([0] * length, 8)[None]
+    positions = torch.arange(length).repeat(2)[None]
+    plain_x = x_NBX.detach().clone().requires_grad_()
+    recipe, x = model.recipe, plain_x.transpose(0, 1)
+    normed = plain_model.norm(x, weights, "input_layernorm.", recipe)
+    x = x + plain_model.attention(normed, weights, positions, mask, recipe)
+    x = x + plain_model.mlp(plain_model.norm(x, weights, "pre_mlp_layernorm.", recipe), weights, recipe)
+    expected = x.transpose(0, 1)
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(5))
+    (found * direction).sum().backward()
+    (expected * direction).sum().backward()
+    pairs = {name: (value.grad, weights[name].grad) for name, value in layer.named_parameters()}
+    for name, (got, want) in {**pairs, "input": (x_NBX.grad, plain_x.grad)}.items():
+        assert (got - want).norm() < 1e-5 * want.norm(), name
+
+
+def test_rotation_turns_pairs_by_their_angle_and_back(groups):
+    """Against complex numbers in float64, and its gradient against the inverse turn."""
+    recipe = ModelRecipe.model_validate(SHAPE)
+    positions = torch.tensor([[0, 5, 3], [1000, 7, 1]])
+    table = rotary_table(positions, recipe, torch.float64)
+    x = torch.randn(2, 3, 2, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    angle = positions[..., None].double() / recipe.rope_theta ** (torch.arange(4).double() / 4)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, :, None, None]
+    turned = torch.complex(x[..., :4].contiguous(), x[..., 4:].contiguous()) * turn
+    expected = torch.cat([turned.real, turned.imag], -1)
+    found = rotate(x, table)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # the angles are computed in float32
+    with torch.no_grad():
+        assert torch.equal(rotate(x, table), found)
+    direction = torch.randn_like(found)
+    got, want = (torch.autograd.grad((out * direction).sum(), x, retain_graph=True)[0] for out in (found, expected))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def with_layers(model, group, **choices):
+    """Give a model layers that are made with `choices`, of the same weights where these have them."""
+    layers = []
+    for old in model.decoder.layers:
+        new = Block(model.recipe, model.config, group, layer=old.layer, **{k: v() for k, v in choices.items()})
+        missing, _ = new.load_state_dict(old.state_dict(), strict=False)
+        for name in missing:
+            parameter = new.state_dict().get(name)
+            if parameter is not None:
+                nn.init.normal_(parameter, std=0.3)
+        layers.append(new)
+    model.decoder.layers = nn.ModuleList(layers)
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_functions_may_stand_between_the_products(groups, form):
+    """In double precision here; a fused kernel would. Each is met in training, with its gradient, and in decoding."""
+    met = Counter()
+
+    def add_norm(x, more, norm):
+        met["add_norm"] += 1
+        total = (x.double() + more.double()).to(x.dtype)
+        return total, norm(total)
+
+    def norm_rotate(x, norm, table):
+        met["norm_rotate"] += 1
+        x = (x if norm is None else norm(x)).double()
+        low, high = x.chunk(2, -1)
+        cos, sin = (part.double()[..., x.shape[-1] // 2 :] for part in table)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(table.dtype)
+
+    def activate(x, activation):
+        met["activate"] += 1
+        if activation == "swiglu":
+            gate, up = x.double().chunk(2, -1)
+            return (gate * gate.sigmoid() * up).to(x.dtype)
+        return F.gelu(x.double(), approximate="tanh" if activation == "gelu_tanh" else "none").to(x.dtype)
+
+    plain = build(groups, form, torch.float32).requires_grad_()
+    plain(inputs())[0].backward()
+    other = with_layers(
+        build(groups, form, torch.float32), groups.tp, pieces=lambda: Pieces(add_norm, norm_rotate, activate)
+    ).requires_grad_()
+    other.load_state_dict(plain.state_dict())
+    other(inputs())[0].backward()
+    assert met == {"add_norm": 2, "norm_rotate": 4, "activate": 2}
+    for (name, got), want in zip(other.named_parameters(), plain.parameters(), strict=True):
+        assert (got.grad - want.grad).norm() < 1e-5 * want.grad.norm(), name
+
+    met.clear()
+    clean = torch.randint(0, 57, (2, 12), generator=torch.Generator().manual_seed(1))
+    found, expected = last_block(other.requires_grad_(False), clean)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # A prefill, a whole forward, and a block of which oneDNN may compute the activation along with the product.
+    assert met["add_norm"] == 6
+    assert met["norm_rotate"] == 12
+    assert met["activate"] in (4, 6)
+
+
+class TwoExperts(Part):
+    """Each row takes the expert that its first feature chooses: what a mixture needs of a layer."""
+
+    def __init__(self, model, config, group):
+        super().__init__(config, group)
+        self.first = MLP(model, config, group, pieces=Pieces())
+        self.second = MLP(model, config, group, pieces=Pieces())
+
+    def forward(self, x):
+        return torch.where(x[..., :1] > 0, self.first(x), self.second(x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_module_may_stand_in_for_the_mlp(groups, form):
+    model = build(groups, form, torch.float32)
+    with_layers(model, groups.tp, mlp=lambda: TwoExperts(model.recipe, model.config, groups.tp))
+    clean = torch.randint(0, 57, (2, 12), generator=torch.Generator().manual_seed(1))
+    found, expected = last_block(model.requires_grad_(False), clean)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    keys = {piece.key for layout in parameter_layouts([model.requires_grad_()]) for piece in layout.pieces}
+    assert {f"decoder.layers.mlp.{expert}.linear_fc1.weight" for expert in ("first", "second")} < keys
+    model(inputs())[0].backward()
+    assert all(parameter.grad.norm() > 0 for parameter in model.decoder.parameters())
+
+
+class Ring:
+    """Keys that come in parts, one after the other, as from ranks in a ring: softmaxes merged by their totals."""
+
+    def __init__(self, mask, parts):
+        self.mask, self.parts = mask, parts
+
+    def __call__(self, layer, query, key, value):
+        repeats = query.shape[2] // key.shape[2]
+        key, value = (x.repeat_interleave(repeats, 2) for x in (key, value))
+        scores = torch.einsum("ibhd,jbhd->bhij", query, key) / query.shape[-1] ** 0.5
+        scores = scores.masked_fill(~self.mask, float("-inf"))
+        total, out = torch.tensor(float("-inf")), 0.0
+        for part in torch.arange(len(key)).chunk(self.parts):
+            part_total = scores[..., part].logsumexp(-1, keepdim=True)
+            merged = torch.logaddexp(total, part_total)
+            share = (scores[..., part] - merged).exp().nan_to_num(0)  # nothing seen yet
+            out = out * (total - merged).exp().nan_to_num(0) + torch.einsum("bhij,jbhd->bhid", share, value[part])
+            total = merged
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def test_keys_may_come_from_elsewhere(groups):
+    model = build(groups, "swiglu, rmsnorm, grouped heads", torch.float32)
+    x_NBX, rows = rows_of(model)
+    mask = plain_model.dense_mask([0] * (rows.rotary.shape[1] // 2), 8)
+    layer = model.decoder.layers[0]
+    ring = RowContext(rows.rotary, Ring(mask, 5), rows.num_streams, rows.num_noisy)
+    assert isinstance(rows.attend, AttendToRows)
+    torch.testing.assert_close(layer(x_NBX, ring), layer(x_NBX, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layers_tensors_are_known_without_memory(groups):
+    for form in FORMS:
+        model = build(groups, form, torch.float32)
+        whole = {name: tuple(value.shape) for name, value in model.decoder.layers[1].named_parameters()}
+        assert layer_shapes(model.recipe) == whole

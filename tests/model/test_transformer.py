@@ -4,13 +4,16 @@ holds.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.model.build import build_model
-from bd3_scale.recipe.schema import ModelRecipe
+from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.attention import plain_backend
 
@@ -18,10 +21,11 @@ LENGTH = 24
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)
 
 
+SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48, "init_std": 0.3}
+
+
 def build(groups, **choices):
-    shape = ModelRecipe(
-        num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, init_std=0.3
-    )
+    shape = ModelRecipe(num_layers=2, **SHAPE)
     how = {"dtype": torch.float32, "device": torch.device("cpu"), **choices}
     (built,) = build_model(shape, VOCABULARY, groups, seed=5, **how)
     return built.requires_grad_(False).eval()
@@ -154,3 +158,24 @@ def test_a_cache_that_is_too_short_says_how_long_it_must_be(model, clean):
     cache = model.new_cache(2, 2)
     with pytest.raises(ValueError, match="capacity >= 4"):
         model.decode(clean[:, :4], positions_of(clean)[:, :4], cache)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        ({"pipeline": 3, "layers_per_chunk": (1, 4, 3)}, [[[0]], [[1, 2, 3, 4]], [[5, 6, 7]]]),
+        ({"pipeline": 2, "virtual_pipeline": 2}, [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]),
+    ],
+)
+def test_layers_are_where_the_recipe_says(groups, parallel, expected):
+    recipe, shape = ParallelRecipe(**parallel), ModelRecipe(**SHAPE | {"num_layers": 8})
+    how = {"dtype": torch.float32, "device": torch.device("cpu"), "seed": None, "parallel": recipe}
+    found = []
+    for stage in range(recipe.pipeline):
+        of_stage = copy.copy(groups)
+        of_stage.pp = dist.ProcessGroup(stage, recipe.pipeline)
+        chunks = build_model(shape, VOCABULARY, of_stage, **how)
+        found.append([[layer.layer for layer in chunk.decoder.layers] for chunk in chunks])
+        assert [hasattr(chunk, "output_layer") for chunk in chunks][-1] == (stage == recipe.pipeline - 1)
+        assert hasattr(chunks[0], "embedding") == (stage == 0)
+    assert found == expected
