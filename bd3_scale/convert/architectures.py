@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -15,14 +15,82 @@ Config = Mapping[str, Any]
 Format = Literal["sdar", "bd3", "qwen3", "qwen2", "llama"]
 
 _ACTIVATIONS = {"swiglu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-_BLOCK_DIFFUSION = {"SDARForCausalLM": "sdar", "Bd3ForCausalLM": "bd3"}
-_NEXT_TOKEN = {
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen2ForCausalLM": "qwen2",
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
+_BLOCK_DIFFUSION = ("sdar", "bd3")
+# Options of a model of which every architecture has any value.
+_SIZES = frozenset((
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size",
+    "norm_eps", "rope_theta", "tie_embeddings", "init_std",
+))  # fmt: skip
+# Options that config.json has under names of Hugging Face; where an architecture has others, it is under their own.
+_RENAMED = _SIZES | {"activation", "rope_scaling"}
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """An architecture that models are exported to, as options of a recipe's model.
+
+    Attributes:
+        free: those of which it has any value, beside `_SIZES`.
+        fixed: what it has of others, where that is not the recipe's default, which is Qwen3's.
+        says: why it has no other value of one, where there is more to say.
+    """
+
+    name: Format
+    architecture: str
+    free: frozenset[str] = frozenset({"rope_scaling"})
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    says: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Options that its config.json has under the recipe's names, in the recipe's order."""
+        return tuple(option for option in ModelRecipe.model_fields if option in self.free - _RENAMED)
+
+    def obstacle(self, model: ModelRecipe) -> str | None:
+        """Return what the architecture does not have of a model, None where it has everything."""
+        says = {
+            "qk_norm": f"it has {'' if model.qk_norm else 'no '}q/k norm",
+            "attention_bias": f"its query/key/value projection has {'a' if model.attention_bias else 'no'} bias",
+            "normalization": "its norm is a LayerNorm",
+            "activation": f"its activation is {model.activation}, not swiglu",
+            "mlp_bias": "its projections have biases",
+            "head_bias": "its projections have biases",
+            **self.says,
+        }
+        defaults = {name: f.get_default(call_default_factory=True) for name, f in ModelRecipe.model_fields.items()}
+        has = {**defaults, **self.fixed}
+        for option in (*says, *has):
+            value = getattr(model, option)
+            if option not in _SIZES | self.free and value != has[option]:
+                return says.get(option, f"it has {option}={value!r}, which {self.architecture} does not know")
+        return None
+
+
+EXPORT_FORMATS: Mapping[Format, ExportFormat] = {
+    f.name: f
+    for f in (
+        ExportFormat(
+            "sdar",
+            "SDARForCausalLM",
+            free=frozenset(),
+            says={
+                "qk_norm": "it has no q/k norm, and a norm of unit weights is not the identity; train with "
+                "model.qk_norm=true",
+                "rope_scaling": "its rotary frequencies are scaled, which engines do not expect of SDAR",
+            },
+        ),
+        ExportFormat("bd3", "Bd3ForCausalLM", free=frozenset(ModelRecipe.model_fields)),
+        ExportFormat("qwen3", "Qwen3ForCausalLM"),
+        ExportFormat("qwen2", "Qwen2ForCausalLM", fixed={"qk_norm": False, "attention_bias": True}),
+        ExportFormat(
+            "llama", "LlamaForCausalLM", free=frozenset({"rope_scaling", "mlp_bias"}), fixed={"qk_norm": False}
+        ),
+    )
 }
-ARCHITECTURES: Mapping[str, str] = _BLOCK_DIFFUSION | _NEXT_TOKEN
+ARCHITECTURES: Mapping[str, ExportFormat] = {
+    **{f.architecture: f for f in EXPORT_FORMATS.values()},
+    "MistralForCausalLM": EXPORT_FORMATS["llama"],
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +130,7 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
             ", and the checkpoints of the official bd3lms code"
         )
     _refuse_unknown_features(name, config)
-    block_diffusion = name in _BLOCK_DIFFUSION
+    block_diffusion = ARCHITECTURES[name].name in _BLOCK_DIFFUSION
     if block_size is not None and not block_diffusion:
         raise ValueError(
             f"block_size={block_size} belongs to block diffusion models, and {name} predicts the next token: leave it "
@@ -85,9 +153,9 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
 
 
 def _model(name: str, config: Config) -> ModelRecipe:
-    own = name == "Bd3ForCausalLM"
+    of = ARCHITECTURES[name]
     heads, hidden = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")
-    activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()} if own else {"silu": "swiglu"}
+    activations = {theirs: ours for ours, theirs in _ACTIVATIONS.items() if ours == "swiglu" or "activation" in of.free}
     act = config.get("hidden_act", "silu")
     if act not in activations:
         raise ValueError(f"hidden_act={act!r} of {name} is not supported; {', '.join(activations)} is")
@@ -99,17 +167,15 @@ def _model(name: str, config: Config) -> ModelRecipe:
         "head_dim": _integer(config, "head_dim", hidden // max(1, heads)),
         "ffn_hidden_size": _integer(config, "intermediate_size"),
         "activation": activations[act],
-        "normalization": config.get("normalization", "rmsnorm") if own else "rmsnorm",
-        "norm_bias": config.get("norm_bias", False) if own else False,
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "qk_norm": config.get("qk_norm", True) if own else name in ("SDARForCausalLM", "Qwen3ForCausalLM"),
-        "mlp_bias": config.get("mlp_bias", False),
-        "attention_bias": config.get("attention_bias", False) if own else name == "Qwen2ForCausalLM",
-        "head_bias": config.get("head_bias", False) if own else False,
         "tie_embeddings": bool(config.get("tie_word_embeddings") or config.get("trained_with_tied_embeddings")),
         "rope_theta": _rope(config)["rope_theta"],
         "rope_scaling": _rope_scaling(config),
+        **of.fixed,
+        **{option: config[option] for option in of.own_names if option in config},
     }
+    if of.name == "bd3" and "initializer_range" in config:
+        sections["init_std"] = config["initializer_range"]
     try:
         return ModelRecipe.model_validate(sections)
     except ValidationError as error:
@@ -176,73 +242,14 @@ def _refuse_unknown_features(name: str, config: Config) -> None:
         raise ValueError("the checkpoint is quantised: import the weights that it was made from")
 
 
-@dataclass(frozen=True)
-class ExportFormat:
-    """An architecture that models are exported to. `obstacle`: why a model cannot be one; None where it can."""
-
-    name: Format
-    architecture: str
-    obstacle: Callable[[ModelRecipe], str | None]
-
-
 def export_obstacles(model: ModelRecipe, objective: type[Objective]) -> dict[Format, str | None]:
     """Return why a model that was trained for an objective cannot be exported to each format, None where it can."""
     found: dict[Format, str | None] = {}
     for f in EXPORT_FORMATS.values():
         shape, trained = f.obstacle(model), objective.export_obstacle(f.name)
         # What no training changes comes first, so that it is known before an adaptation.
-        found[f.name] = (shape or trained) if f.name in _BLOCK_DIFFUSION.values() else (trained or shape)
+        found[f.name] = (shape or trained) if f.name in _BLOCK_DIFFUSION else (trained or shape)
     return found
-
-
-def _sdar_obstacle(model: ModelRecipe) -> str | None:
-    if not model.qk_norm:
-        return "it has no q/k norm, and a norm of unit weights is not the identity; train with model.qk_norm=true"
-    scaled = "its rotary frequencies are scaled, which engines do not expect of SDAR" if model.rope_scaling else None
-    return _unlike_qwen(model) or scaled
-
-
-def _causal_obstacle(model: ModelRecipe, *, qk_norm: bool, attention_bias: bool, mlp_bias: bool = False) -> str | None:
-    if model.qk_norm != qk_norm:
-        return f"it has {'' if model.qk_norm else 'no '}q/k norm"
-    if model.attention_bias != attention_bias:
-        return f"its query/key/value projection has {'a' if model.attention_bias else 'no'} bias"
-    return _unlike_qwen(model.model_copy(update={"attention_bias": False, "mlp_bias": model.mlp_bias and not mlp_bias}))
-
-
-def _unlike_qwen(model: ModelRecipe) -> str | None:
-    for differs, what in (
-        (model.normalization != "rmsnorm", "its norm is a LayerNorm"),
-        (model.activation != "swiglu", f"its activation is {model.activation}, not swiglu"),
-        (model.mlp_bias or model.attention_bias or model.head_bias, "its projections have biases"),
-    ):
-        if differs:
-            return what
-    return None
-
-
-EXPORT_FORMATS: Mapping[Format, ExportFormat] = {
-    f.name: f
-    for f in (
-        ExportFormat("sdar", "SDARForCausalLM", _sdar_obstacle),
-        ExportFormat("bd3", "Bd3ForCausalLM", lambda m: None),
-        ExportFormat(
-            "qwen3",
-            "Qwen3ForCausalLM",
-            lambda m: _causal_obstacle(m, qk_norm=True, attention_bias=False),
-        ),
-        ExportFormat(
-            "qwen2",
-            "Qwen2ForCausalLM",
-            lambda m: _causal_obstacle(m, qk_norm=False, attention_bias=True),
-        ),
-        ExportFormat(
-            "llama",
-            "LlamaForCausalLM",
-            lambda m: _causal_obstacle(m, qk_norm=False, attention_bias=False, mlp_bias=True),
-        ),
-    )
-}
 
 
 def config_json(
@@ -260,7 +267,7 @@ def config_json(
 
     special_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`.
     """
-    block_diffusion = kind in _BLOCK_DIFFUSION.values()
+    block_diffusion = kind in _BLOCK_DIFFUSION
     scaling = model.rope_scaling
     config: dict[str, Any] = {
         "architectures": [EXPORT_FORMATS[kind].architecture],
@@ -280,7 +287,7 @@ def config_json(
         "use_sliding_window": False,
         "max_window_layers": model.num_layers,
         "max_position_embeddings": max_position_embeddings,
-        "attention_bias": kind == "bd3" and model.attention_bias,
+        "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": model.init_std,
         **special_ids,
@@ -288,8 +295,6 @@ def config_json(
         "torch_dtype": dtype,
         "use_cache": True,
     }
-    if kind == "llama":
-        config["mlp_bias"] = model.mlp_bias
     if block_diffusion:
         module, prefix = kind, {"sdar": "SDAR", "bd3": "Bd3"}[kind]
         config |= {
@@ -304,12 +309,5 @@ def config_json(
             "trained_with_tied_embeddings": model.tie_embeddings,
         }
     if kind == "bd3":
-        config |= {
-            "gated_mlp": model.activation == "swiglu",
-            "normalization": model.normalization,
-            "norm_bias": model.norm_bias,
-            "qk_norm": model.qk_norm,
-            "mlp_bias": model.mlp_bias,
-            "head_bias": model.head_bias,
-        }
-    return config
+        config["gated_mlp"] = model.activation == "swiglu"
+    return config | model.model_dump(mode="json", include=set(EXPORT_FORMATS[kind].own_names))

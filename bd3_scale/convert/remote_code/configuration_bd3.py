@@ -16,6 +16,9 @@ ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_
 class Bd3Config(PretrainedConfig):
     """What config.json says.
 
+    Every other key there is an attribute, too, and a configuration made in another way lacks it: an option that is not
+    declared here is read as `getattr(config, "its name", default)`.
+
     Args:
         head_dim: of queries, keys and values; hidden_size / num_attention_heads by default.
         hidden_act: "silu", "gelu" (exact) or "gelu_pytorch_tanh".
