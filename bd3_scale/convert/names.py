@@ -2,19 +2,21 @@
 
 Native tensors stack the layers on their first axis; query, key and value are one matrix, whose rows are grouped by
 key/value head (its queries, its key, its value); gate and up projection are one matrix. Names on the other side are
-Qwen3's, of which every supported architecture uses a subset, with biases where a model has them.
+Qwen3's, of which every supported architecture uses a subset, with biases where a model has them; which tensors a layer
+has, and of what shape, it says itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Shape
+from bd3_scale.model.build import layer_shapes
 from bd3_scale.recipe.schema import ModelRecipe
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -61,14 +63,15 @@ def named_tensors(model: ModelRecipe, *, vocab_rows: int, padded_rows: int, tied
         vocab_rows: rows of embedding and head there; here they have `padded_rows`.
         tied: the head is not written; else it is, from the embedding where the native model ties them.
     """
-    hidden = model.hidden_size
+    hidden, shapes = model.hidden_size, layer_shapes(model)
     vocabulary = (((0, 0), (vocab_rows, hidden)),)
     yield NamedTensor(EMBEDDING, (vocab_rows, hidden), NATIVE_EMBEDDING, (padded_rows, hidden), vocabulary)
     for layer in range(model.num_layers):
-        for name, key, rows, full_rows, columns in _layer_tensors(model):
-            yield _of_layer(layer, model.num_layers, name, key, rows, full_rows, columns)
-    for part in _norm_parts(model):
-        yield _whole(f"model.norm.{part}", f"decoder.final_layernorm.{part}", hidden)
+        for name, key, ranges in _layer_tensors(model, shapes):
+            yield _of_layer(layer, model.num_layers, name, key, shapes[key], ranges)
+    for part in _parts("input_layernorm", shapes):
+        whole = (((0,), (hidden,)),)
+        yield NamedTensor(f"model.norm.{part}", (hidden,), f"decoder.final_layernorm.{part}", (hidden,), whole)
     if not tied:
         key = NATIVE_EMBEDDING if model.tie_embeddings else NATIVE_HEAD
         yield NamedTensor(HEAD, (vocab_rows, hidden), key, (padded_rows, hidden), vocabulary)
@@ -77,70 +80,52 @@ def named_tensors(model: ModelRecipe, *, vocab_rows: int, padded_rows: int, tied
         yield NamedTensor("lm_head.bias", (vocab_rows,), "output_layer.bias", (padded_rows,), box)
 
 
-# Name and key within a layer, ranges of rows in the native tensor, all its rows, and columns or None for a vector.
-_Entry = tuple[str, str, list[tuple[int, int]], int, int | None]
+# First rows in the native tensor, and how many.
+_Ranges = list[tuple[int, int]]
 
 
-def _layer_tensors(model: ModelRecipe) -> Iterator[_Entry]:
-    hidden, ffn, head = model.hidden_size, model.ffn_hidden_size, model.head_size
-    heads, groups = model.num_attention_heads, model.query_groups
-    for part in _norm_parts(model):
-        yield f"input_layernorm.{part}", f"input_layernorm.{part}", [(0, hidden)], hidden, None
-    group = (heads // groups + 2) * head
-    starts = {"q": (0, heads // groups * head), "k": (group - 2 * head, head), "v": (group - head, head)}
-    for letter, (start, count) in starts.items():
-        ranges = [(g * group + start, count) for g in range(groups)]
-        yield _matrix(f"self_attn.{letter}_proj", "self_attention.linear_qkv", ranges, groups * group, hidden)
-        if model.attention_bias:
-            name, key = f"self_attn.{letter}_proj.bias", "self_attention.linear_qkv.bias"
-            yield name, key, ranges, groups * group, None
-    yield _matrix("self_attn.o_proj", "self_attention.linear_proj", [(0, hidden)], hidden, heads * head)
-    if model.qk_norm:
-        for letter in "qk":
-            name, key = f"self_attn.{letter}_norm.weight", f"self_attention.{letter}_layernorm.weight"
-            yield name, key, [(0, head)], head, None
-    for part in _norm_parts(model):
-        yield f"post_attention_layernorm.{part}", f"pre_mlp_layernorm.{part}", [(0, hidden)], hidden, None
-    gated = model.activation == "swiglu"
-    first = ("gate_proj", "up_proj") if gated else ("up_proj",)
-    for index, name in enumerate(first):
-        ranges = [(index * ffn, ffn)]
-        yield _matrix(f"mlp.{name}", "mlp.linear_fc1", ranges, len(first) * ffn, hidden)
-        if model.mlp_bias:
-            yield f"mlp.{name}.bias", "mlp.linear_fc1.bias", ranges, len(first) * ffn, None
-    yield _matrix("mlp.down_proj", "mlp.linear_fc2", [(0, hidden)], hidden, ffn)
-    if model.mlp_bias:
-        yield "mlp.down_proj.bias", "mlp.linear_fc2.bias", [(0, hidden)], hidden, None
+def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, str, _Ranges]]:
+    """Name and key of each tensor within a layer, and its rows of the native one; those of `shapes` that have no
+    modules of their own there come last, whole and under one name.
+    """
+    others = dict.fromkeys(shapes)
+    for name, key, ranges in _renamed(model):
+        for part in _parts(key, shapes):
+            tensor = f"{key}.{part}"
+            others.pop(tensor, None)
+            yield f"{name}.{part}", tensor, ranges or [(0, shapes[tensor][0])]
+    for tensor in others:
+        yield tensor.replace("self_attention.", "self_attn."), tensor, [(0, shapes[tensor][0])]
 
 
-def _matrix(name: str, key: str, ranges: list[tuple[int, int]], full_rows: int, columns: int) -> _Entry:
-    return f"{name}.weight", f"{key}.weight", ranges, full_rows, columns
+def _parts(key: str, shapes: Mapping[str, Shape]) -> list[str]:
+    return [part for part in ("weight", "bias") if f"{key}.{part}" in shapes]
 
 
-def _norm_parts(model: ModelRecipe) -> tuple[str, ...]:
-    return ("weight", "bias") if model.norm_bias else ("weight",)
+def _renamed(model: ModelRecipe) -> Iterator[tuple[str, str, _Ranges | None]]:
+    """Names of modules there and here, and the rows of the module here; None: all."""
+    yield "input_layernorm", "input_layernorm", None
+    head, ffn, groups = model.head_size, model.ffn_hidden_size, model.query_groups
+    queries = model.num_attention_heads // groups * head
+    for letter, start, count in (("q", 0, queries), ("k", queries, head), ("v", queries + head, head)):
+        ranges = [(group * (queries + 2 * head) + start, count) for group in range(groups)]
+        yield f"self_attn.{letter}_proj", "self_attention.linear_qkv", ranges
+    yield "self_attn.o_proj", "self_attention.linear_proj", None
+    yield "self_attn.q_norm", "self_attention.q_layernorm", None
+    yield "self_attn.k_norm", "self_attention.k_layernorm", None
+    yield "post_attention_layernorm", "pre_mlp_layernorm", None
+    for index, name in enumerate(("gate_proj", "up_proj") if model.activation == "swiglu" else ("up_proj",)):
+        yield f"mlp.{name}", "mlp.linear_fc1", [(index * ffn, ffn)]
+    yield "mlp.down_proj", "mlp.linear_fc2", None
 
 
-def _of_layer(
-    layer: int,
-    num_layers: int,
-    name: str,
-    key: str,
-    ranges: list[tuple[int, int]],
-    full_rows: int,
-    columns: int | None,
-) -> NamedTensor:
-    tail = () if columns is None else (columns,)
+def _of_layer(layer: int, num_layers: int, name: str, key: str, shape: Shape, ranges: _Ranges) -> NamedTensor:
+    tail = shape[1:]
     zeros = (0,) * len(tail)
-    boxes = tuple(((layer, start, *zeros), (1, count, *tail)) for start, count in ranges)
     return NamedTensor(
         name=f"model.layers.{layer}.{name}",
         shape=(sum(count for _, count in ranges), *tail),
         key=f"decoder.layers.{key}",
-        full_shape=(num_layers, full_rows, *tail),
-        boxes=boxes,
+        full_shape=(num_layers, *shape),
+        boxes=tuple(((layer, start, *zeros), (1, count, *tail)) for start, count in ranges),
     )
-
-
-def _whole(name: str, key: str, size: int) -> NamedTensor:
-    return NamedTensor(name, (size,), key, (size,), (((0,), (size,)),))
