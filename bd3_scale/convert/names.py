@@ -85,8 +85,9 @@ _Ranges = list[tuple[int, int]]
 
 
 def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, str, _Ranges]]:
-    """Name and key of each tensor within a layer, and its rows of the native one; those of `shapes` that have no
-    modules of their own there come last, whole and under one name.
+    """Name and key of each tensor within a layer, and its rows of the native one.
+
+    What `_renamed` does not know comes last, whole and under its own name, but that attention is `self_attn` there.
     """
     others = dict.fromkeys(shapes)
     for name, key, ranges in _renamed(model):

@@ -71,6 +71,7 @@ def write_folder(folder: Path, kind: str, changes: dict, block_size: int = 4) ->
         "pad_token_id": PAD,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
+        "not_declared": 0.5,
         **changes,
     }
     folder.mkdir()
@@ -116,6 +117,7 @@ def load(folder: Path):
     model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert model.dtype == torch.float32
+    assert model.config.not_declared == 0.5, "what the configuration does not declare is an attribute of it"
     return model.eval()
 
 

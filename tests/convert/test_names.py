@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_scale.convert.names import HEAD, named_tensors
+from bd3_scale.convert import names
+from bd3_scale.convert.names import HEAD, NamedTensor, named_tensors
+from bd3_scale.model.build import layer_shapes
 from bd3_scale.recipe.schema import ModelRecipe
 from tests.convert.models import OFFICIAL_SHAPE, QWEN_SHAPE, TIED
 
@@ -38,8 +40,11 @@ def models(draw: st.DrawFn) -> ModelRecipe:
 @given(models())
 @settings(deadline=None)
 def test_boxes_tile_the_native_tensors(model: ModelRecipe) -> None:
+    check_tiles(list(named_tensors(model, vocab_rows=128, padded_rows=128, tied=model.tie_embeddings)))
+
+
+def check_tiles(found: list[NamedTensor]) -> None:
     """Each element of a full native tensor is numbered; all numbers come out once, whatever the model's parts."""
-    found = list(named_tensors(model, vocab_rows=128, padded_rows=128, tied=model.tie_embeddings))
     assert len({tensor.name for tensor in found}) == len(found)
     covered: dict[str, torch.Tensor] = {}
     for tensor in found:
@@ -52,6 +57,21 @@ def test_boxes_tile_the_native_tensors(model: ModelRecipe) -> None:
             count[place] += 1
         assert torch.equal(tensor.join([data for _, data in boxes]), values)
     assert all((count == 1).all() for count in covered.values())
+
+
+def test_a_tensor_that_a_layer_has_besides_goes_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"self_attention.sinks": (4,), "mlp.experts.weight": (3, 8, 48), "mlp.linear_fc1.scale": (128, 1)}
+    known = layer_shapes(QWEN_SHAPE)
+    before = [tensor.name for tensor in named_tensors(QWEN_SHAPE, vocab_rows=258, padded_rows=384, tied=False)]
+    monkeypatch.setattr(names, "layer_shapes", lambda model: more | known)
+    found = {tensor.name: tensor for tensor in named_tensors(QWEN_SHAPE, vocab_rows=258, padded_rows=384, tied=False)}
+    assert [name for name in found if name in before] == before
+    for key, shape in more.items():
+        for layer in range(QWEN_SHAPE.num_layers):
+            tensor = found.pop(f"model.layers.{layer}.{key.replace('self_attention', 'self_attn')}")
+            assert (tensor.key, tensor.shape) == (f"decoder.layers.{key}", shape)
+            assert tensor.boxes == (((layer, *(0,) * len(shape)), (1, *shape)),)
+    assert list(found) == before
 
 
 @pytest.mark.parametrize("model", [QWEN_SHAPE, OFFICIAL_SHAPE, TIED])
