@@ -75,10 +75,14 @@ class OutputLayer(ColumnParallelLinear):
         weight = self.weight if weight is None else weight
         assert weight is not None
         if targets is None:
-            return F.linear(hidden, weight, self.bias).float().masked_fill(self.forbidden_V, float("-inf"))
+            return self.logits(hidden, weight)
         return _CrossEntropy.apply(
-            hidden, weight, self.bias, targets, row_weights, self.forbidden_V, self, row_loss, torch.is_grad_enabled()
+            hidden, weight, self.bias, targets, row_weights, self, row_loss, torch.is_grad_enabled()
         )
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """fp32 [..., V] of `hidden` [..., X]."""
+        return F.linear(hidden, weight, self.bias).float().masked_fill_(self.forbidden_V, float("-inf"))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -95,7 +99,6 @@ class _CrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_M: Tensor,
         row_weights_M: Tensor,
-        forbidden_V: Tensor,
         layer: OutputLayer,
         row_loss: RowLoss | None,
         training: bool,
@@ -107,7 +110,7 @@ class _CrossEntropy(torch.autograd.Function):
         piece = max(1, PIECE_ELEMENTS // weight_VX.shape[0])
         for start in range(0, len(targets_M), piece):
             rows = slice(start, start + piece)
-            logits = F.linear(hidden_MX[rows], weight_VX, bias_V).float().masked_fill_(forbidden_V, float("-inf"))
+            logits = layer.logits(hidden_MX[rows], weight_VX)
             loss_M[rows], softmax, missing, place, log_total = _piece_nll(logits, targets_M[rows], layer)
             by_nll = None
             if row_loss is not None:
@@ -137,7 +140,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         grad_bias = None if grad_bias is None else (grad_bias * grad_loss).to(bias_dtype)
-        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(weight_dtype), grad_bias, *(None,) * 6
+        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(weight_dtype), grad_bias, *(None,) * 5
 
 
 def _row_loss(row_loss: RowLoss, nll_M: Tensor, log_total_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -283,8 +283,11 @@ class Bd3ForCausalLM(Bd3PreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        output = CausalLMOutputWithPast(None, self.lm_head(base[0]).float(), cache, base.hidden_states)
+        output = CausalLMOutputWithPast(None, self._logits(base[0]), cache, base.hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).float()
 
     @torch.no_grad()
     def generate(
@@ -375,7 +378,7 @@ class Bd3ForCausalLM(Bd3PreTrainedModel, GenerationMixin):
             if not masked_BK.any():
                 return
             hidden = self.model(block_BK, past_key_values=cache, store_kv=False, block_size=rule.block_size)[0]
-            logits = self.lm_head(hidden).float()
+            logits = self._logits(hidden)
             logits[..., self.config.mask_token_id] = float("-inf")
             logits[..., self.config.num_token_ids or self.config.vocab_size :] = float("-inf")
             drawn_BK, confidence_BK = rule.draw(logits, generator)
