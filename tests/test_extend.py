@@ -143,3 +143,34 @@ def test_from_inside_each_thing_takes_one_file(extended: Path) -> None:
         "attention True True",
     ]
     assert len(changed(PACKAGE, extended / PACKAGE.name)) == len(table()) == 7
+
+
+@pytest.mark.launch
+def test_a_model_option_takes_three_files(tmp_path: Path) -> None:
+    """softcap_checks.py has what it must be then, and the tests of exports ask for a value of it."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in (PACKAGE, REPOSITORY / "tests"):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=ignored)
+    (diff,) = blocks("diff")
+    no_repository = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    subprocess.run(["git", "apply"], cwd=tmp_path, env=no_repository, input=f"{diff}\n", text=True, check=True)
+    options = tmp_path / "tests/convert/test_options.py"
+    table = options.read_text()
+    options.write_text(table.replace('    "init_std": ', '    "logit_softcap": (2.0,),\n    "init_std": '))
+    assert options.read_text() != table
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "tests/softcap_checks.py", tmp_path],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    assert changed(PACKAGE, tmp_path / PACKAGE.name) == [
+        "convert/remote_code/modeling_bd3.py",
+        "model/head.py",
+        "recipe/schema.py",
+    ]
