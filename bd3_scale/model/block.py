@@ -9,7 +9,6 @@ query heads for each of them, H = G·q, D dimensions a head, F features of the M
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -81,9 +80,9 @@ class Part(MegatronModule):
         It is `forward` itself, of a twin with its products laid out for few rows, and without the calls and lookups of
         nn.Module, which cost more time than the arithmetic of a small model.
         """
-        twin = copy.copy(self)
-        twin.__dict__.update(self._parameters)
-        twin.__dict__.update({name: part.for_decoding() for name, part in self.named_children()})
+        parts = {name: part.for_decoding() for name, part in self.named_children()}
+        twin = object.__new__(type(self))
+        twin.__dict__ = {**self.__dict__, **self._parameters, **parts}
         return twin.forward
 
 
@@ -288,6 +287,6 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # The sines of the first half are negative: (low, high) ↦ (low · cos − high · sin, high · cos + low · sin). One tensor
-    # of the size of x is made, and the operators are few: a block's heads are small, and each costs a microsecond.
+    # The sines of the first half are negative: (low, high) ↦ (low · cos − high · sin, high · cos + low · sin). One
+    # tensor like x is made, by few operators: a block's heads are small, and each of them costs a microsecond.
     return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
