@@ -1,10 +1,11 @@
 """One transformer layer, for training, prefill and decoding alike: attention and an MLP that add to a residual stream.
 
-Its linears know how they are split over ranks (`linear`), and a pass knows where its keys come from (`attend`).
+Read `Block.forward` first, then `Attention` and `MLP`. Two things are elsewhere: how a product is split over ranks
+(`linear`), and which keys a query sees, those of the same pass or a cache's (`attend`).
 
-Legend: […, X] rows of hidden size X: [N, B, X] in training and prefill, the rows being noisy copies and clean tokens of
-B sequences (`rows`); [B, L, X] where a block of L tokens is decoded. G key/value heads of this tensor-parallel rank, q
-query heads for each of them, H = G·q, D dimensions a head, F features of the MLP.
+Legend: x is [N, B, X] in training and prefill: N rows of hidden size X of each of B sequences, noisy copies and then
+clean tokens (`rows`). It is [B, L, X] where a block of L tokens is decoded. Both are written […, X]. G key/value
+heads of this tensor-parallel rank, q query heads for each of them, H = G·q, D dimensions a head.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def norm_rotate(x: Tensor, norm: Function | None, table: Tensor) -> Tensor:
 class Pieces:
     """What a layer computes between its products. A fused kernel can stand in for any of them.
 
-    ZeRO-3 has a weight gathered while its module is called: a kernel that reads a norm's must run in that call.
+    A norm is given as a module to call, not as a weight: under ZeRO-3 its weight is whole during that call alone, and a
+    kernel that reads it must run there.
     """
 
     add_norm: Callable[[Tensor, Tensor, Function], tuple[Tensor, Tensor]] = add_norm
@@ -77,8 +79,9 @@ class Part(MegatronModule):
     def for_decoding(self) -> Callable[..., Tensor]:
         """Return what `forward` computes, without gradients, as long as the weights do not change.
 
-        It is `forward` itself, of a twin with its products laid out for few rows, and without the calls and lookups of
-        nn.Module, which cost more time than the arithmetic of a small model.
+        It is `forward` of a shallow copy, in which every submodule is replaced by its own `for_decoding` and parameters
+        are plain attributes: nn.Module's calls and lookups cost more time than the arithmetic of a small model. So a
+        submodule must be a `Part` or a linear of `linear`; nn.RMSNorm or nn.ModuleList would train, and not generate.
         """
         parts = {name: part.for_decoding() for name, part in self.named_children()}
         twin = object.__new__(type(self))
@@ -87,7 +90,10 @@ class Part(MegatronModule):
 
 
 class Norm(Part):
-    """RMSNorm (Zhang & Sennrich, 2019) or LayerNorm over the last dimension, in the input's dtype."""
+    """RMSNorm (Zhang & Sennrich, 2019) or LayerNorm over the last dimension, in the input's dtype.
+
+    of_heads: over the D dimensions of a head, always RMSNorm; else over X, as the recipe has it.
+    """
 
     def __init__(
         self, model: ModelRecipe, config: TransformerConfig, group: ProcessGroup, *, of_heads: bool = False
@@ -100,8 +106,8 @@ class Norm(Part):
         with_bias = model.norm_bias and not of_heads
         self.bias = nn.Parameter(torch.empty(self.shape, dtype=config.params_dtype)) if with_bias else None
         for parameter in self.parameters():
-            # Of a rank's own heads, or of its rows under sequence parallelism, a gradient is a part of the sum that the
-            # engine takes over the tensor-parallel group.
+            # Under sequence parallelism a rank's gradient is of its own rows alone, and that of a q/k norm of its own
+            # heads: the engine sums what is marked over the tensor-parallel group. Without the mark, ranks drift apart.
             parameter.partial_over_tp = config.sequence_parallel or (of_heads and group.size() > 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +144,10 @@ class Attention(Part):
         self.k_layernorm = Norm(model, config, group, of_heads=True) if model.qk_norm else None
 
     def forward(self, x: Tensor, rows: RowContext, kept: slice | Tensor | None) -> Tensor:
-        """x […, X] → the rows `kept` of […, X], see `RowContext.kept`."""
+        """x […, X] → the rows `kept` of […, X], see `RowContext.kept`.
+
+        A slice, the first rows, saves the queries of the others; a mask, in decoding, the output projection alone.
+        """
         qkv, kv = self._project(x, kept.stop if isinstance(kept, slice) else len(x))
         if self.recompute and torch.is_grad_enabled():
             out = checkpoint(self._attend, qkv, kv, rows, use_reentrant=False, preserve_rng_state=False)
@@ -150,6 +159,7 @@ class Attention(Part):
         """Query, key and value of the first rows, […, G·(q+2)·D]; key and value alone of the others, […, G·2·D]."""
         if num_queries == len(x):
             return self.linear_qkv(x), None
+        # Of a key/value head's (q + 2)·D features, the last 2·D.
         key_value = slice(self.queries * self.head_size, (self.queries + 2) * self.head_size)
         return self.linear_qkv(x[:num_queries]), self.linear_qkv(x[num_queries:], (key_value.stop, key_value))
 
@@ -166,6 +176,7 @@ class Attention(Part):
         table = rows.rotary if kv is None else rows.rotary[:, : len(query)]
         query = self.pieces.norm_rotate(query, self.q_layernorm, table)
         key = self.pieces.norm_rotate(key, self.k_layernorm, rows.rotary)
+        # […, H, D], and twice […, G, D]
         out = rows.attend(self.layer, query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2))
         return by_rank(out, streams, self.ranks)
 
@@ -187,6 +198,7 @@ class MLP(Part):
         return self.linear_fc2(self.pieces.activate(self.linear_fc1(x), self.activation))
 
     def for_decoding(self) -> Callable[..., Tensor]:
+        """As `Part` does, but where a product takes its activation along: that repeats `forward`, so change both."""
         if not fuses(self.activation, self.linear_fc1.weight):
             return super().for_decoding()
         wide, narrow = self.linear_fc1.for_decoding(self.activation), self.linear_fc2.for_decoding()
@@ -195,7 +207,9 @@ class MLP(Part):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Place gate and up projection apart: a rank has its share of either, one after the other."""
+        """Place the halves of a rank's weight apart: its share of the gate, and that of the up projection, which in the
+        whole tensor comes after all of the gate.
+        """
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for name in ("weight", "bias") if self.gated else ():
             key = f"{prefix}linear_fc1.{name}"
@@ -233,7 +247,9 @@ class Block(Part):
         self.mlp = mlp or MLP(model, config, group, pieces=pieces)
 
     def forward(self, x: Tensor, rows: RowContext) -> Tensor:
-        """x […, X] → […, X]; of the model's last layer the rows that are needed alone, since nothing reads others."""
+        """x […, X] → […, X]; of the model's last layer the rows alone whose output is read, since beside noisy rows
+        clean ones serve as keys there, and in decoding settled tokens do.
+        """
         kept = rows.kept(x) if self.layer == self.num_layers - 1 else None
         attended = self.self_attention(self.input_layernorm(x), rows, kept)
         x, normed = self.pieces.add_norm(x if kept is None else x[kept], attended, self.pre_mlp_layernorm)
@@ -245,7 +261,8 @@ def rotary_table(positions: Tensor, model: ModelRecipe, dtype: torch.dtype) -> T
 
     Positions are explicit: a noisy row shares its token's, and they restart at every document.
 
-    positions: integers of any shape; returns [2, *positions.shape, 1, 1, D] in `dtype`, for `rotate`.
+    positions: integers of any shape; returns [2, *positions.shape, 1, 1, D] in `dtype`: cos, and the sines
+        with their signs, for every head of […, G, q, D].
     """
     exponents = torch.arange(0, model.head_size, 2, dtype=torch.float32, device=positions.device) / model.head_size
     frequencies = model.rope_theta**-exponents
@@ -287,6 +304,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # The sines of the first half are negative: (low, high) ↦ (low · cos − high · sin, high · cos + low · sin). One
-    # tensor like x is made, by few operators: a block's heads are small, and each of them costs a microsecond.
+    # (low, high) ↦ (low · cos − high · sin, high · cos + low · sin), since the table's sines of the first half are
+    # negative. `roll` gives a new tensor, (high, low), which the others change in place: a decoded block is so small
+    # that the number of operators is what it costs.
     return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
