@@ -88,15 +88,22 @@ def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape]) -> Iterator[
     """Name and key of each tensor within a layer, and its rows of the native one.
 
     What `_renamed` does not know comes last, whole and under its own name, but that attention is `self_attn` there.
+
+    Raises:
+        ValueError: two tensors have one name there.
     """
-    others = dict.fromkeys(shapes)
+    others, names = dict.fromkeys(shapes), set()
     for name, key, ranges in _renamed(model):
         for part in _parts(key, shapes):
             tensor = f"{key}.{part}"
             others.pop(tensor, None)
+            names.add(f"{name}.{part}")
             yield f"{name}.{part}", tensor, ranges or [(0, shapes[tensor][0])]
     for tensor in others:
-        yield tensor.replace("self_attention.", "self_attn."), tensor, [(0, shapes[tensor][0])]
+        name = tensor.replace("self_attention.", "self_attn.")
+        if name in names:
+            raise ValueError(f"an export has another tensor of the name {name}: call the layer's {tensor} otherwise")
+        yield name, tensor, [(0, shapes[tensor][0])]
 
 
 def _parts(key: str, shapes: Mapping[str, Shape]) -> list[str]:

@@ -29,7 +29,7 @@ from bd3_scale.model.linear import ColumnLinear, RowLinear, fuses
 from bd3_scale.model.rows import RowContext, by_rank, by_stream
 from bd3_scale.recipe.schema import ModelRecipe, RopeScaling
 
-Function = Callable[[Tensor], Tensor]
+TensorMap = Callable[[Tensor], Tensor]
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -38,20 +38,25 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-ACTIVATIONS: Mapping[str, Function] = {
+ACTIVATIONS: Mapping[str, TensorMap] = {
     "swiglu": swiglu,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 
 
-def add_norm(x: Tensor, more: Tensor, norm: Function) -> tuple[Tensor, Tensor]:
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation of the recipe's name."""
+    return ACTIVATIONS[activation](x)
+
+
+def add_norm(x: Tensor, more: Tensor, norm: TensorMap) -> tuple[Tensor, Tensor]:
     """x + more, and its norm."""
     x = x + more
     return x, norm(x)
 
 
-def norm_rotate(x: Tensor, norm: Function | None, table: Tensor) -> Tensor:
+def norm_rotate(x: Tensor, norm: TensorMap | None, table: Tensor) -> Tensor:
     """Queries or keys […, D], normed where the model does that, then turned by their positions."""
     return rotate(x if norm is None else norm(x), table)
 
@@ -64,9 +69,9 @@ class Pieces:
     kernel that reads it must run there.
     """
 
-    add_norm: Callable[[Tensor, Tensor, Function], tuple[Tensor, Tensor]] = add_norm
-    norm_rotate: Callable[[Tensor, Function | None, Tensor], Tensor] = norm_rotate
-    activate: Callable[[Tensor, str], Tensor] = lambda x, activation: ACTIVATIONS[activation](x)
+    add_norm: Callable[[Tensor, Tensor, TensorMap], tuple[Tensor, Tensor]] = add_norm
+    norm_rotate: Callable[[Tensor, TensorMap | None, Tensor], Tensor] = norm_rotate
+    activate: Callable[..., Tensor] = activate
 
 
 class Part(MegatronModule):
@@ -76,16 +81,21 @@ class Part(MegatronModule):
         super().__init__(config)
         self.tp_group = group
 
-    def for_decoding(self) -> Callable[..., Tensor]:
+    def for_decoding(self, **instead: TensorMap) -> Callable[..., Tensor]:
         """Return what `forward` computes, without gradients, as long as the weights do not change.
 
-        It is `forward` of a shallow copy, in which every submodule is replaced by its own `for_decoding` and parameters
-        are plain attributes: nn.Module's calls and lookups cost more time than the arithmetic of a small model. So a
-        submodule must be a `Part` or a linear of `linear`; nn.RMSNorm or nn.ModuleList would train, and not generate.
+        It is `forward` of a shallow copy, in which every part and linear is replaced by its own `for_decoding` and
+        parameters are plain attributes: nn.Module's calls and lookups cost more time than the arithmetic of a small
+        model. Other submodules stay what they are.
+
+        instead: attributes of the copy that are otherwise.
         """
-        parts = {name: part.for_decoding() for name, part in self.named_children()}
+        quick = {
+            name: part for name, part in self.named_children() if isinstance(part, Part | ColumnLinear | RowLinear)
+        }
+        parts = {name: part.for_decoding() for name, part in quick.items() if name not in instead}
         twin = object.__new__(type(self))
-        twin.__dict__ = {**self.__dict__, **self._parameters, **parts}
+        twin.__dict__ = {**self.__dict__, **self._parameters, **parts, **instead}
         return twin.forward
 
 
@@ -103,12 +113,11 @@ class Norm(Part):
         self.eps = model.norm_eps
         self.shape = (model.head_size if of_heads else model.hidden_size,)
         self.weight = nn.Parameter(torch.empty(self.shape, dtype=config.params_dtype))
+        self.weight.initial = 1  # type: ignore[attr-defined]
         with_bias = model.norm_bias and not of_heads
         self.bias = nn.Parameter(torch.empty(self.shape, dtype=config.params_dtype)) if with_bias else None
-        for parameter in self.parameters():
-            # Under sequence parallelism a rank's gradient is of its own rows alone, and that of a q/k norm of its own
-            # heads: the engine sums what is marked over the tensor-parallel group. Without the mark, ranks drift apart.
-            parameter.partial_over_tp = config.sequence_parallel or (of_heads and group.size() > 1)
+        # A rank's gradient is of its own heads alone: the engine sums it over the tensor-parallel group.
+        self.weight.partial_over_tp = of_heads and group.size() > 1  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rms:
@@ -134,7 +143,7 @@ class Attention(Part):
         self.layer, self.recompute, self.pieces = layer, recompute, pieces
         self.head_size = size
         self.queries = heads // groups
-        self.ranks = group.size() if config.sequence_parallel else 1
+        self.sp_ranks = group.size() if config.sequence_parallel else 1
         # The features of a key/value head stand together, its queries, its key, its value, so that a rank's share is
         # whole heads.
         qkv = (heads + 2 * groups) * size
@@ -159,18 +168,21 @@ class Attention(Part):
         """Query, key and value of the first rows, […, G·(q+2)·D]; key and value alone of the others, […, G·2·D]."""
         if num_queries == len(x):
             return self.linear_qkv(x), None
-        # Of a key/value head's (q + 2)·D features, the last 2·D.
-        key_value = slice(self.queries * self.head_size, (self.queries + 2) * self.head_size)
-        return self.linear_qkv(x[:num_queries]), self.linear_qkv(x[num_queries:], (key_value.stop, key_value))
+        return self.linear_qkv(x[:num_queries]), self.linear_qkv(x[num_queries:], self._of_keys)
+
+    def _of_keys(self, weight: Tensor) -> Tensor:
+        """Of the (q + 2)·D rows of each key/value head in `linear_qkv`'s weight or bias, the last 2·D."""
+        heads = weight.unflatten(0, (-1, (self.queries + 2) * self.head_size))
+        return heads[:, self.queries * self.head_size :].flatten(0, 1)
 
     def _attend(self, qkv: Tensor, kv: Tensor | None, rows: RowContext) -> Tensor:
         """What stands between the two products: norm, rotate, attend; […, H·D]."""
         streams = rows.num_streams if kv is None else rows.num_noisy
-        heads = by_stream(qkv, streams, self.ranks).unflatten(-1, (-1, self.queries + 2, self.head_size))
+        heads = by_stream(qkv, streams, self.sp_ranks).unflatten(-1, (-1, self.queries + 2, self.head_size))
         # One split, whose backward writes each gradient once; three slices would add up three gradients of the whole.
         query, key, value = heads.split([self.queries, 1, 1], dim=-2)  # […, G, q or 1, D]
         if kv is not None:
-            more = by_stream(kv, rows.num_streams - streams, self.ranks).unflatten(-1, (-1, 2, self.head_size))
+            more = by_stream(kv, rows.num_streams - streams, self.sp_ranks).unflatten(-1, (-1, 2, self.head_size))
             more_key, more_value = more.split(1, dim=-2)
             key, value = torch.cat([key, more_key]), torch.cat([value, more_value])
         table = rows.rotary if kv is None else rows.rotary[:, : len(query)]
@@ -178,7 +190,7 @@ class Attention(Part):
         key = self.pieces.norm_rotate(key, self.k_layernorm, rows.rotary)
         # […, H, D], and twice […, G, D]
         out = rows.attend(self.layer, query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2))
-        return by_rank(out, streams, self.ranks)
+        return by_rank(out, streams, self.sp_ranks)
 
 
 class MLP(Part):
@@ -187,6 +199,7 @@ class MLP(Part):
     def __init__(self, model: ModelRecipe, config: TransformerConfig, group: ProcessGroup, *, pieces: Pieces) -> None:
         super().__init__(config, group)
         self.activation, self.pieces = model.activation, pieces
+        self.activate = functools.partial(pieces.activate, activation=model.activation)
         self.gated = model.activation == "swiglu"
         wide = model.ffn_hidden_size * (2 if self.gated else 1)
         self.linear_fc1 = ColumnLinear(model.hidden_size, wide, bias=model.mlp_bias, config=config, group=group)
@@ -195,14 +208,12 @@ class MLP(Part):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_fc2(self.pieces.activate(self.linear_fc1(x), self.activation))
+        return self.linear_fc2(self.activate(self.linear_fc1(x)))
 
-    def for_decoding(self) -> Callable[..., Tensor]:
-        """As `Part` does, but where a product takes its activation along: that repeats `forward`, so change both."""
-        if not fuses(self.activation, self.linear_fc1.weight):
-            return super().for_decoding()
-        wide, narrow = self.linear_fc1.for_decoding(self.activation), self.linear_fc2.for_decoding()
-        return lambda x: narrow(wide(x))
+    def for_decoding(self, **instead: TensorMap) -> Callable[..., Tensor]:
+        if self.pieces.activate is activate and fuses(self.activation, self.linear_fc1.weight):
+            instead |= {"linear_fc1": self.linear_fc1.for_decoding(self.activation), "activate": lambda x: x}
+        return super().for_decoding(**instead)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

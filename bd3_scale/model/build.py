@@ -86,7 +86,8 @@ def layer_shapes(model: ModelRecipe) -> dict[str, tuple[int, ...]]:
 def _mark_split_weights(model: BlockDiffusionTransformer) -> None:
     """Tell DeepSpeed's gradient norm which weights are split, and which it must not count twice.
 
-    megatron marks the split ones only where it initialises them itself.
+    megatron marks the split ones only where it initialises them itself. Under sequence parallelism a gradient of a
+    decoder's tensor that every rank has is of the rank's own rows: the engine sums what is `partial_over_tp`.
     """
     for module in model.modules():
         if (
@@ -95,7 +96,8 @@ def _mark_split_weights(model: BlockDiffusionTransformer) -> None:
         ):
             dim = 1 if isinstance(module, RowParallelLinear) else 0
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
-        if isinstance(module, RowParallelLinear) and module.bias is not None:
-            module.bias.partial_over_tp = model.config.sequence_parallel
+    for parameter in model.decoder.parameters() if model.config.sequence_parallel else ():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            parameter.partial_over_tp = True  # type: ignore[attr-defined]
     if model.tied_weight is not None and not model.pre_process:
         model.tied_weight.ds_pipe_replicated = True  # type: ignore[attr-defined]

@@ -20,9 +20,18 @@ _RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight
 
 @torch.no_grad()
 def initialise_weights(model: MegatronModule, *, num_layers: int, init_std: float, seed: int) -> None:
-    """Weights ~ N(0, init_std²), residual writers scaled by 1/√(2·num_layers); norm weights 1; biases 0."""
+    """Draw matrices from N(0, init_std²), residual writers scaled by 1/√(2·num_layers); set biases to 0, and a tensor
+    with an attribute `initial` to that.
+
+    Raises:
+        ValueError: another vector.
+    """
     for layout in parameter_layouts([model]):
         flat = layout.parameter.data.view(-1)
+        initial = getattr(layout.parameter, "initial", None)
+        if initial is not None:
+            flat.fill_(initial)
+            continue
         for piece in layout.pieces:
             values = _initial_box(piece, num_layers, init_std, seed)
             flat[piece.start : piece.start + piece.numel].copy_(values.reshape(-1))
@@ -31,11 +40,12 @@ def initialise_weights(model: MegatronModule, *, num_layers: int, init_std: floa
 def _initial_box(piece: Piece, num_layers: int, init_std: float, seed: int) -> Tensor:
     if piece.key.endswith("bias"):
         return torch.zeros(piece.shape)
-    if "norm" in piece.key:
-        return torch.ones(piece.shape)
+    # The tensors of the decoder's layers carry the layer as a first axis.
+    of_layer = piece.key.startswith("decoder.layers.")
+    if len(piece.full_shape) != 2 + of_layer:
+        raise ValueError(f"{piece.key} is no matrix, and does not say how it begins: give the parameter an `initial`")
     std = init_std / math.sqrt(2 * num_layers) if piece.key.endswith(_RESIDUAL_WRITERS) else init_std
-    # Every weight is a matrix; the tensors of the decoder's layers carry the layer as a first axis.
-    layer = piece.offset[0] if len(piece.full_shape) == 3 else 0
+    layer = piece.offset[0] if of_layer else 0
     digest = hashlib.sha256(f"{seed}/{piece.key}/{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     full = torch.randn(piece.full_shape[-2:], generator=generator) * std

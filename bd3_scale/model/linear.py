@@ -41,13 +41,11 @@ class ColumnLinear(layers.ColumnParallelLinear):
     ) -> None:
         super().__init__(inputs, outputs, config=config, init_method=None, bias=bias, tp_group=group)
 
-    def forward(self, x: Tensor, part: tuple[int, slice] | None = None) -> Tensor:
-        """x [rows, B, inputs] → [rows, B, outputs of the rank]; `part` (n, s): of every n outputs, those of s alone."""
+    def forward(self, x: Tensor, select: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """x [rows, B, inputs] → [rows, B, outputs of the rank]; `select`: which rows of weight and bias are used."""
         weight, bias = self.weight, self.bias
-        if part is not None:
-            size, kept = part
-            weight = weight.unflatten(0, (-1, size))[:, kept].flatten(0, 1)
-            bias = None if bias is None else bias.unflatten(0, (-1, size))[:, kept].flatten()
+        if select is not None:
+            weight, bias = select(weight), None if bias is None else select(bias)
         return _product(
             x,
             weight,
