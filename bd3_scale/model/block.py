@@ -50,6 +50,60 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](x)
 
 
+def rotary_table(positions: Tensor, model: ModelRecipe, dtype: torch.dtype) -> Tensor:
+    """cos and sin of the angles that turn heads by their positions (Su et al., 2021), computed in fp32.
+
+    Positions are explicit: a noisy row shares its token's, and they restart at every document.
+
+    positions: integers of any shape; returns [2, *positions.shape, 1, 1, D] in `dtype`: cos, and the sines
+        with their signs, for every head of […, G, q, D].
+    """
+    exponents = torch.arange(0, model.head_size, 2, dtype=torch.float32, device=positions.device) / model.head_size
+    frequencies = model.rope_theta**-exponents
+    if model.rope_scaling is not None:
+        frequencies = _stretch(frequencies, model.rope_scaling)
+    angles = positions.float()[..., None, None, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)
+
+
+def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3's: waves longer than the trained context / low_freq_factor turn `factor` times slower, those shorter
+    than it / high_freq_factor as before, and those between by an interpolation.
+    """
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of heads x […, D] by `rotary_table`: half-split, as in Llama and Qwen."""
+    # Decoding needs no gradient, and a function of autograd costs more time than a block's arithmetic.
+    return _Rotate.apply(x, *table) if torch.is_grad_enabled() else _turn(x, *table)
+
+
+class _Rotate(torch.autograd.Function):
+    """Its backward turns the other way round; autograd's own would pass over memory more often."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # (low, high) ↦ (low · cos − high · sin, high · cos + low · sin), since the table's sines of the first half are
+    # negative. `roll` gives a new tensor, (high, low), which the others change in place: a decoded block is so small
+    # that the number of operators is what it costs.
+    return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
+
+
 def add_norm(x: Tensor, more: Tensor, norm: TensorMap) -> tuple[Tensor, Tensor]:
     """x + more, and its norm."""
     x = x + more
@@ -211,6 +265,7 @@ class MLP(Part):
         return self.linear_fc2(self.activate(self.linear_fc1(x)))
 
     def for_decoding(self, **instead: TensorMap) -> Callable[..., Tensor]:
+        # The kernel of the product applies the activation, too.
         if self.pieces.activate is activate and fuses(self.activation, self.linear_fc1.weight):
             instead |= {"linear_fc1": self.linear_fc1.for_decoding(self.activation), "activate": lambda x: x}
         return super().for_decoding(**instead)
@@ -265,57 +320,3 @@ class Block(Part):
         attended = self.self_attention(self.input_layernorm(x), rows, kept)
         x, normed = self.pieces.add_norm(x if kept is None else x[kept], attended, self.pre_mlp_layernorm)
         return x + self.mlp(normed)
-
-
-def rotary_table(positions: Tensor, model: ModelRecipe, dtype: torch.dtype) -> Tensor:
-    """cos and sin of the angles that turn heads by their positions (Su et al., 2021), computed in fp32.
-
-    Positions are explicit: a noisy row shares its token's, and they restart at every document.
-
-    positions: integers of any shape; returns [2, *positions.shape, 1, 1, D] in `dtype`: cos, and the sines
-        with their signs, for every head of […, G, q, D].
-    """
-    exponents = torch.arange(0, model.head_size, 2, dtype=torch.float32, device=positions.device) / model.head_size
-    frequencies = model.rope_theta**-exponents
-    if model.rope_scaling is not None:
-        frequencies = _stretch(frequencies, model.rope_scaling)
-    angles = positions.float()[..., None, None, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)
-
-
-def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3's: waves longer than the trained context / low_freq_factor turn `factor` times slower, those shorter
-    than it / high_freq_factor as before, and those between by an interpolation.
-    """
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of heads x […, D] by `rotary_table`: half-split, as in Llama and Qwen."""
-    # Decoding needs no gradient, and a function of autograd costs more time than a block's arithmetic.
-    return _Rotate.apply(x, *table) if torch.is_grad_enabled() else _turn(x, *table)
-
-
-class _Rotate(torch.autograd.Function):
-    """Its backward turns the other way round; autograd's own would pass over memory more often."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # (low, high) ↦ (low · cos − high · sin, high · cos + low · sin), since the table's sines of the first half are
-    # negative. `roll` gives a new tensor, (high, low), which the others change in place: a decoded block is so small
-    # that the number of operators is what it costs.
-    return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
