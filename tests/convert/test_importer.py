@@ -56,6 +56,7 @@ def edit_tensors(folder: Path, edit) -> None:
     [
         ("Qwen2", {"vocab_size": 257, "num_key_value_heads": 2}),
         ("Llama", {"vocab_size": 300, "num_key_value_heads": 1, "rope_scaling": LLAMA3_ROPE}),
+        ("Llama", {"vocab_size": 257, "mlp_bias": True}),
         ("Mistral", {"vocab_size": 257, "sliding_window": None}),
         ("Qwen3", {"vocab_size": 257, "num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": True}),
     ],
