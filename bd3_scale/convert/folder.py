@@ -75,12 +75,21 @@ def open_weights(folder: Path, *, quantised: bool = False) -> Weights:
 
 
 def check_sizes(source: str, model: ModelRecipe, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError where config.json of `source` says more layers or heads than its tensors have room for."""
+    """Raise ValueError where config.json of `source` says more layers, heads or features than its tensors have room
+    for, before a layer is made of its numbers.
+    """
     if model.num_layers > len(shapes):
         raise ValueError(
             f"config.json of {source} says num_hidden_layers={model.num_layers}, and its weights have {len(shapes)} "
             "tensors in all: is it the model's own?"
         )
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for key, size in (("hidden_size", model.hidden_size), ("intermediate_size", model.ffn_hidden_size)):
+        if size > largest:
+            raise ValueError(
+                f"config.json of {source} says {key}={size}, and no tensor of its weights is as large: is it the "
+                "model's own?"
+            )
     for letter, key, heads in (
         ("q", "num_attention_heads", model.num_attention_heads),
         ("k", "num_key_value_heads", model.query_groups),

@@ -56,6 +56,7 @@ def edit_tensors(folder: Path, edit) -> None:
     [
         ("Qwen2", {"vocab_size": 257, "num_key_value_heads": 2}),
         ("Llama", {"vocab_size": 300, "num_key_value_heads": 1, "rope_scaling": LLAMA3_ROPE}),
+        ("Llama", {"vocab_size": 257, "mlp_bias": True}),
         ("Mistral", {"vocab_size": 257, "sliding_window": None}),
         ("Qwen3", {"vocab_size": 257, "num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": True}),
     ],
@@ -130,6 +131,8 @@ def test_bf16_stays_bf16(folder: Path) -> None:
         ({"num_hidden_layers": 3}, r"not part of the model: model\.layers\.3\..* and 6 more"),
         ({"num_hidden_layers": 5}, r"missing: model\.layers\.4\.input_layernorm\.weight"),
         ({"intermediate_size": 65}, r"of another shape: .*gate_proj\.weight \(64, 48\), not \(65, 48\)"),
+        ({"intermediate_size": 10**18}, r"intermediate_size=10+, and no tensor of its weights is as large"),
+        ({"hidden_size": 2**63}, r"hidden_size=9\d+, and no tensor of its weights is as large"),
         ({"vocab_size": None}, r"has no 'vocab_size', which Qwen3ForCausalLM needs"),
         ({"hidden_size": "48"}, r"hidden_size='48' in config.json is no count"),
         ({"rms_norm_eps": "small"}, r"describes no model: norm_eps: .*, not 'small'"),

@@ -1,0 +1,56 @@
+"""One of the ranks that split a model's matrices while it decodes; rank 0 saves what they and one process give."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bd3_scale.attention.spans import make_spans
+from bd3_scale.model.build import Chunks
+from bd3_scale.model.layout import parameter_layouts
+from bd3_scale.parallel.groups import lone_groups, process_groups
+from bd3_scale.recipe.schema import ParallelRecipe
+from tests.integration import cases
+
+BATCH, LENGTH, BLOCK = 2, 16, 4
+
+
+def decode(case: str, out: Path) -> None:
+    layout = cases.Layout(dist_size := 2, case, {"tensor": dist_size})
+    alone = cases.Layout(1, case)
+    found = {"one": logits(cases.build(cases.recipe(alone), lone_groups()))}
+    with process_groups(ParallelRecipe(tensor=dist_size)) as groups:
+        found["ranks"] = logits(cases.build(cases.recipe(layout), groups))
+        if dist.get_rank() == 0:
+            torch.save(found, out)
+
+
+@torch.no_grad()
+def logits(chunks: Chunks) -> dict[str, torch.Tensor]:
+    """Of a block behind a prompt, of some of its places, and of the next block, which sees it finished."""
+    draw_vectors(chunks)
+    (model,) = chunks
+    tokens = torch.randint(0, 57, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(LENGTH).expand(BATCH, -1)
+    cache = model.new_cache(BATCH, LENGTH)
+    model.prefill(tokens[:, :8], positions[:, :8], make_spans(torch.zeros(BATCH, 8, dtype=torch.int32), BLOCK), cache)
+    this, following = ((tokens[:, at : at + BLOCK], positions[:, at : at + BLOCK]) for at in (8, 12))
+    wanted = torch.tensor([[True, False, False, True], [False, True, False, False]])
+    found = {"whole": model.decode(*this, cache), "some": model.decode(*this, cache, wanted)}
+    model.prefill(*this, None, cache)
+    return found | {"following": model.decode(*following, cache)}
+
+
+def draw_vectors(chunks: Chunks) -> None:
+    """Biases, which begin at zero, and norms, whose weights begin equal: the same on every layout."""
+    for layout in parameter_layouts(chunks):
+        flat = layout.parameter.data.view(-1)
+        for piece in layout.pieces:
+            if "norm" in piece.key or piece.key.endswith("bias"):
+                generator = torch.Generator().manual_seed(zlib.crc32(piece.key.encode()))
+                full = 0.5 + torch.randn(piece.full_shape, generator=generator)
+                box = full[tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shape, strict=True))]
+                flat[piece.start : piece.start + piece.numel] = box.reshape(-1)
