@@ -15,14 +15,14 @@ from bd3_scale.parallel.groups import lone_groups, process_groups
 from bd3_scale.recipe.schema import ParallelRecipe
 from tests.integration import cases
 
-BATCH, LENGTH, BLOCK = 2, 16, 4
+BATCH, LENGTH, BLOCK, RANKS = 2, 16, 4, 2
 
 
 def decode(case: str, out: Path) -> None:
-    layout = cases.Layout(dist_size := 2, case, {"tensor": dist_size})
+    layout = cases.Layout(RANKS, case, {"tensor": RANKS})
     alone = cases.Layout(1, case)
     found = {"one": logits(cases.build(cases.recipe(alone), lone_groups()))}
-    with process_groups(ParallelRecipe(tensor=dist_size)) as groups:
+    with process_groups(ParallelRecipe(tensor=RANKS)) as groups:
         found["ranks"] = logits(cases.build(cases.recipe(layout), groups))
         if dist.get_rank() == 0:
             torch.save(found, out)

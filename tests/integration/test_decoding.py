@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.decoding_ranks import decode
+from tests.integration.decoding_ranks import RANKS, decode
 from tests.support.forks import run_ranks
 
 
 @pytest.mark.parametrize("case", ["ragged", "official", "tied"])
 def test_tensor_parallel_ranks_decode_as_one_process(case: str, tmp_path: Path) -> None:
     """SwiGLU with grouped heads; biases, of which the last is added once; tied embeddings and another activation."""
-    run_ranks(decode, 2, case, tmp_path / "logits.pt", logs=tmp_path)
+    run_ranks(decode, RANKS, case, tmp_path / "logits.pt", logs=tmp_path)
     found = torch.load(tmp_path / "logits.pt")
     for name, expected in found["one"].items():
         allowed = expected.isfinite()
