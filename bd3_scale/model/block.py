@@ -265,8 +265,9 @@ class MLP(Part):
         return self.linear_fc2(self.activate(self.linear_fc1(x)))
 
     def for_decoding(self, **instead: TensorMap) -> Callable[..., Tensor]:
-        # The kernel of the product applies the activation, too.
-        if self.pieces.activate is activate and fuses(self.activation, self.linear_fc1.weight):
+        # The kernel of the product applies the activation, too; another forward may do something else with the product.
+        own = type(self).forward is MLP.forward and self.pieces.activate is activate
+        if own and fuses(self.activation, self.linear_fc1.weight):
             instead |= {"linear_fc1": self.linear_fc1.for_decoding(self.activation), "activate": lambda x: x}
         return super().for_decoding(**instead)
 

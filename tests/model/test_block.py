@@ -233,6 +233,22 @@ def test_another_module_may_stand_in_for_the_mlp(groups, form):
     assert not [name for name, parameter in model.decoder.named_parameters() if parameter.grad.norm() == 0]
 
 
+class SquaredMLP(MLP):
+    """Of the package's MLP, with a forward of its own."""
+
+    def forward(self, x):
+        return self.linear_fc2(self.linear_fc1(x).relu().square())
+
+
+@pytest.mark.parametrize("form", ["gelu, layernorm", "gelu_tanh, biases"])
+def test_an_mlp_with_a_forward_of_its_own_decodes_by_that(groups, form):
+    model = build(groups, form, torch.float32)
+    with_layers(model, groups.tp, mlp=lambda: SquaredMLP(model.recipe, model.config, groups.tp, pieces=Pieces()))
+    clean = torch.randint(0, 57, (2, 12), generator=torch.Generator().manual_seed(1))
+    found, expected = last_block(model.requires_grad_(False), clean)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 class Ring:
     """Keys that come in parts, one after the other, as from ranks in a ring: softmaxes merged by their totals."""
 
