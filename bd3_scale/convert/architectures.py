@@ -174,7 +174,7 @@ def _model(name: str, config: Config) -> ModelRecipe:
         **of.fixed,
         **{option: config[option] for option in of.own_names if option in config},
     }
-    if of.name == "bd3" and "initializer_range" in config:
+    if of.name == "bd3" and config.get("initializer_range"):
         sections["init_std"] = config["initializer_range"]
     try:
         return ModelRecipe.model_validate(sections)

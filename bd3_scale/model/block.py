@@ -144,8 +144,11 @@ class Part(MegatronModule):
 
         instead: attributes of the copy that are otherwise.
         """
+        # A linear of another class may add to the product: it is called as it is.
         quick = {
-            name: part for name, part in self.named_children() if isinstance(part, Part | ColumnLinear | RowLinear)
+            name: part
+            for name, part in self.named_children()
+            if isinstance(part, Part) or type(part) in (ColumnLinear, RowLinear)
         }
         parts = {name: part.for_decoding() for name, part in quick.items() if name not in instead}
         twin = object.__new__(type(self))
@@ -267,7 +270,7 @@ class MLP(Part):
     def for_decoding(self, **instead: TensorMap) -> Callable[..., Tensor]:
         # The kernel of the product applies the activation, too; another forward may do something else with the product.
         own = type(self).forward is MLP.forward and self.pieces.activate is activate
-        if own and fuses(self.activation, self.linear_fc1.weight):
+        if own and fuses(self.activation, self.linear_fc1):
             instead |= {"linear_fc1": self.linear_fc1.for_decoding(self.activation), "activate": lambda x: x}
         return super().for_decoding(**instead)
 

@@ -104,7 +104,7 @@ def packed(weight: Tensor, bias: Tensor | None, activation: str | None = None) -
     On CPU the weight is laid out once for oneDNN, whose product of few rows takes half as long as torch's own: that one
     lays it out at each call (bf16), or takes a library that is slow on AMD (fp32).
 
-    activation: None, or one that `fuses`.
+    activation: None, or one of a linear that `fuses` it.
     """
     if not _onednn_takes(weight):
         assert activation is None
@@ -115,9 +115,9 @@ def packed(weight: Tensor, bias: Tensor | None, activation: str | None = None) -
     return lambda x: product(x, laid_out, bias, name, [], algorithm)
 
 
-def fuses(activation: str, weight: Tensor) -> bool:
-    """Return whether `packed` takes this activation of a recipe along with a product by `weight`."""
-    return activation in _FUSED and _onednn_takes(weight)
+def fuses(activation: str, linear: ColumnLinear) -> bool:
+    """Return whether decoding can apply this activation of a recipe along with the linear's product."""
+    return type(linear) is ColumnLinear and activation in _FUSED and _onednn_takes(linear.weight)
 
 
 def _onednn_takes(weight: Tensor) -> bool:

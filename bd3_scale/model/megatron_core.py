@@ -40,7 +40,6 @@ def _import_megatron() -> None:
     torch.compile = _compiled_when_called  # type: ignore[assignment]
     try:
         importlib.import_module("megatron.core")
-        importlib.import_module("megatron.core.transformer.moe.experts")  # by the first layer that is built
     finally:
         torch.compile = compile_now
         if wandb is None:

@@ -17,6 +17,7 @@ from bd3_scale.model.block import MLP, Attention, Block, Norm, Part, Pieces, rot
 from bd3_scale.model.build import build_model, layer_shapes
 from bd3_scale.model.init import initialise_weights
 from bd3_scale.model.layout import parameter_layouts
+from bd3_scale.model.linear import ColumnLinear
 from bd3_scale.model.rows import RowContext
 from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -247,6 +248,24 @@ def test_an_mlp_with_a_forward_of_its_own_decodes_by_that(groups, form):
     clean = torch.randint(0, 57, (2, 12), generator=torch.Generator().manual_seed(1))
     found, expected = last_block(model.requires_grad_(False), clean)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class Scaled(ColumnLinear):
+    """Adds to the product, as an adapter does."""
+
+    def forward(self, x, select=None):
+        return super().forward(x, select) * 1.5
+
+
+def test_a_linear_of_another_class_is_decoded_by_its_own_forward(groups):
+    model = build(groups, "gelu_tanh, biases", torch.float32)
+    clean = torch.randint(0, 57, (2, 12), generator=torch.Generator().manual_seed(1))
+    before, _ = last_block(model, clean)
+    for layer in model.decoder.layers:
+        layer.self_attention.linear_qkv.__class__ = layer.mlp.linear_fc1.__class__ = Scaled
+    found, expected = last_block(model, clean)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(found, before, atol=0.1)
 
 
 class Ring:
