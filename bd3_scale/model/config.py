@@ -15,10 +15,10 @@ def transformer_config(
 
     `gradient_accumulation_fusion` stays off: it writes `main_grad`, which DeepSpeed's ZeRO never reads. The interleaved
     schedule always overlaps its messages, without which two stages, each other's neighbour on both sides, take one
-    message for the other and train on wrong gradients; and gloo still reads a sent tensor whose memory the schedules
-    would have given back.
+    message for the other and train on wrong gradients. A sent tensor's memory is given back early only where nobody
+    reads it any more: gloo still does, and so does NCCL where messages overlap (Megatron-LM, pull request 4047).
     """
-    on_cpu = device.type == "cpu"
+    on_cpu, interleaved = device.type == "cpu", parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -28,7 +28,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -37,6 +37,6 @@ def transformer_config(
         deterministic_mode=deterministic and not on_cpu,
         gradient_accumulation_fusion=False,
         batch_p2p_comm=False,
-        overlap_p2p_comm=parallel.virtual_pipeline > 1,
-        deallocate_pipeline_outputs=not on_cpu,
+        overlap_p2p_comm=interleaved,
+        deallocate_pipeline_outputs=not on_cpu and not interleaved,
     )

@@ -62,7 +62,8 @@ class ModelInputs:
         noisy_pairs, clean_pairs: query-key pairs that the mask lets through, by kind of query, for one head.
         trained_tokens: of each sequence, on this rank's positions, how many are not shown.
         mask_noise: what is added to the embeddings of masked tokens.
-        kinds: int64 [B], which of the block sizes of a step each sequence has; None: all have the first.
+        kinds: which of the block sizes of a step each sequence has, on the host; None: all have the first.
+        row_kinds: int64 [M], the same of the sequence of each row of the head.
     """
 
     tokens: Tensor
@@ -76,7 +77,8 @@ class ModelInputs:
     clean_pairs: int
     trained_tokens: tuple[int, ...] = ()
     mask_noise: MaskNoise | None = None
-    kinds: Tensor | None = None
+    kinds: tuple[int, ...] | None = None
+    row_kinds: Tensor | None = None
     row_loss: RowLoss | None = None
 
     @property

@@ -67,7 +67,8 @@ class BlockDiffusion(Objective):
         block_size = sizes[0] if len(sizes) == 1 else torch.tensor(sizes)[kinds]
         inputs = self._inputs(batch, noises, block_size, self.row_loss, place)
         if len(sizes) > 1:
-            inputs = replace(inputs, kinds=kinds.to(place.device, non_blocking=True))
+            row_kinds = kinds.to(place.device, non_blocking=True)[inputs.head_rows % len(kinds)]
+            inputs = replace(inputs, kinds=tuple(kinds.tolist()), row_kinds=row_kinds)
         if std := diffusion.mask_noise_at(keys.step):
             copies = diffusion.noisy_copies
             noise = mask_noise(batch, std, copies=copies, seed=keys.seed, device=place.device, context=place.context)

@@ -153,7 +153,7 @@ def _tokens_by_kind(micro_batches: Sequence[ModelInputs], kinds: int) -> list[in
     counts = [0] * kinds
     for inputs in micro_batches:
         found = inputs.trained_tokens
-        for kind, count in zip([0] * len(found) if inputs.kinds is None else inputs.kinds.tolist(), found, strict=True):
+        for kind, count in zip(inputs.kinds or [0] * len(found), found, strict=True):
             counts[kind] += count
     return counts
 

@@ -39,10 +39,9 @@ def forward_backward(
 
 
 def _by_kind(inputs: ModelInputs, total: Tensor, nll: Tensor, kinds: int) -> Tensor:
-    if inputs.kinds is None:
+    if inputs.row_kinds is None:
         return torch.cat([total[None], total.new_zeros(kinds - 1)])
-    kind = inputs.kinds[inputs.head_rows % len(inputs.kinds)]
-    return total.new_zeros(kinds).index_add_(0, kind, (nll * inputs.weights).double())
+    return total.new_zeros(kinds).index_add_(0, inputs.row_kinds, (nll * inputs.weights).double())
 
 
 @torch.no_grad()
