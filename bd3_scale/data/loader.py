@@ -39,14 +39,19 @@ class Workers(Iterator[T], Generic[T]):
         # Forked: what `items` refers to need not be pickled, and its memory is shared.
         context = multiprocessing.get_context("fork")
         workers: list[tuple[ForkProcess, Connection]] = []
-        for number in range(count):
-            reader, writer = context.Pipe(duplex=False)
-            inherited = [reader, *(pipe for _, pipe in workers)]
-            arguments = (items, number, count, ahead, writer, inherited, os.getpid())
-            process = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
-            writer.close()  # or the pipe would stay open when the process ends
-            workers.append((process, reader))
+        # A worker begins with them held back: one that came in its first milliseconds would end it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            for number in range(count):
+                reader, writer = context.Pipe(duplex=False)
+                inherited = [reader, *(pipe for _, pipe in workers)]
+                arguments = (items, number, count, ahead, writer, inherited, os.getpid())
+                process = context.Process(target=_work, args=arguments, daemon=True)
+                process.start()
+                writer.close()  # or the pipe would stay open when the process ends
+                workers.append((process, reader))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._turns = itertools.cycle(workers)
         weakref.finalize(self, _end, workers)
 
@@ -91,7 +96,6 @@ def _work(
     inherited: list[Connection],
     rank: int,
 ) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     for reader in inherited:
         reader.close()
     threading.Thread(target=_end_with, args=(rank,), daemon=True).start()
