@@ -187,8 +187,7 @@ def _pass(
     masked = blocks == mask_id
     open_texts = masked.any(1).tolist()
     device = next(model.parameters()).device
-    starts = torch.tensor([len(text.tokens) for text in texts])
-    positions = (starts[:, None] + torch.arange(size)).to(device)
+    positions = cache.positions([len(text.tokens) for text in texts], size)
     if any(open_texts):
         _unmask(model, cache, texts, blocks, masked, positions, rule, drawing)
         cache.commit([0 if is_open else size for is_open in open_texts])

@@ -34,6 +34,7 @@ class KVCache:
         self._keys = [torch.empty(shape_BSGD, dtype=dtype, device=device) for _ in layers]
         self._values = [torch.empty(shape_BSGD, dtype=dtype, device=device) for _ in layers]
         self._seen: tuple[list[int], Tensor] | None = None
+        self._positions: tuple[tuple[tuple[int, ...], int], Tensor] | None = None
 
     def write(self, layer: int, key_BSGD: Tensor, value_BSGD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Put rows behind the prefixes and return views of prefixes and rows, [B, longest, G, D], and how many each
@@ -61,6 +62,16 @@ class KVCache:
         keys[sequences, places] = key_BSGD
         values[sequences, places] = value_BSGD
         return keys[:, :end], values[:, :end], self._seen[1]
+
+    def positions(self, starts: Sequence[int], size: int) -> Tensor:
+        """Return int64 [B, size], the positions from each sequence's start on: one tensor for all passes of a block, so
+        that they share its rotary table.
+        """
+        asked = (tuple(starts), size)
+        if self._positions is None or self._positions[0] != asked:
+            device = self._keys[0].device
+            self._positions = asked, (torch.tensor(starts)[:, None] + torch.arange(size)).to(device)
+        return self._positions[1]
 
     def commit(self, rows: Sequence[int]) -> None:
         """Make the first so many of each sequence's last written rows part of its prefix."""

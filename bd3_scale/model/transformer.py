@@ -157,7 +157,8 @@ class BlockDiffusionTransformer(MegatronModule):
 
     def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None = None) -> Tensor:
         """Logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself; the prefix
-        stays. With `wanted_BL`, bool, those of its M places alone: [M, padded vocabulary].
+        stays. With `wanted_BL`, bool, those of its M places alone: [M, padded vocabulary]. Passes that give the same
+        tensor as `positions_BL`, unchanged, share its rotary table (`KVCache.positions`).
         """
         hidden = self._decode_block(block_BL, positions_BL, cache, wanted_BL)
         logits = self.output_layer(hidden, self._head_weight())
@@ -200,8 +201,8 @@ class BlockDiffusionTransformer(MegatronModule):
     @torch.no_grad()
     def _decode_block(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None) -> Tensor:
         """[B, L, X], or [M, X]."""
-        # A block's passes share its angles.
-        if cache.rotary is None or not torch.equal(cache.rotary[0], positions_BL):
+        # A block's passes share its angles. By identity: to compare values would wait for the device.
+        if cache.rotary is None or cache.rotary[0] is not positions_BL:
             cache.rotary = positions_BL, rotary_table(positions_BL, self.recipe, self.config.params_dtype)
         rows = RowContext(cache.rotary[1], AttendToCache(cache, self.attention_backend), wanted=wanted_BL)
         hidden = self.embedding.word_embeddings(block_BL)

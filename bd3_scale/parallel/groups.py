@@ -26,6 +26,7 @@ from bd3_scale.parallel.meeting import Meeting, meet, show_secret
 from bd3_scale.recipe.schema import ParallelRecipe
 from bd3_scale.resilience.heartbeat import is_watched
 from bd3_scale.resilience.secret import MEETING_VARIABLE
+from bd3_scale.resilience.terminal import tell
 
 ProcessGroups: TypeAlias = ProcessGroupCollection
 # Beyond every deadline of a run.
@@ -33,12 +34,27 @@ _WATCHED = timedelta(days=7)
 
 
 def local_device() -> torch.device:
-    """The GPU of this rank, or the CPU where there is none."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """The GPU of this rank, or the CPU where there is none.
+
+    A site may show each task one GPU alone, whatever the task's number on its node.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def cuda_variables(parallel: ParallelRecipe) -> dict[str, str]:
+    """Return what CUDA and PyTorch are told by variables, without those that a person has set.
+
+    Sizes that vary from step to step, as the rows of the head do, fragment memory unless its segments can grow. With
+    tensor parallelism one queue of work keeps a collective before the products that it runs beside (Megatron-LM).
+    """
+    wanted = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if parallel.tensor > 1:
+        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if "PYTORCH_ALLOC_CONF" in os.environ:
+        del wanted["PYTORCH_CUDA_ALLOC_CONF"]
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def placement(groups: ProcessGroups, chunks: Sequence[torch.nn.Module] = ()) -> Placement:
@@ -87,6 +103,10 @@ def process_groups(
     device = local_device()
     collectives = _WATCHED if is_watched() else timeout
     if device.type == "cuda":
+        # They are read when the device is first used.
+        if (told := cuda_variables(parallel)) and os.environ.get("RANK", "0") == "0":
+            tell("on a GPU: " + ", ".join(f"{name}={value}" for name, value in told.items()) + "; what you set is kept")
+        os.environ |= told
         torch.cuda.set_device(device)
     else:
         megatron_on_cpu.install()
@@ -98,6 +118,7 @@ def process_groups(
             f"{error}\nAre all started, and can they reach that address? Where a host's name stands for a loopback "
             "address, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to its network interface"
         ) from error
+    done = False
     try:
         show_secret(_secret())
         _check_agreement(agree)
@@ -117,10 +138,24 @@ def process_groups(
             distributed_timeout_minutes=max(1, int(collectives.total_seconds() // 60)),
         )
         yield ProcessGroupCollection.use_mpu_process_groups()
+        done = True
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-        _Joined.meeting = None
+        if done or not _waits_for_others(device):
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+            _Joined.meeting = None
+
+
+def _waits_for_others(device: torch.device) -> bool:
+    """Whether the groups' end would wait for ranks that still compute: NCCL's does, for minutes, and where one rank
+    fails it would hide the error (torchtitan, pull request 1342).
+    """
+    return device.type == "cuda" and dist.get_world_size() > 1
+
+
+def is_left_open() -> bool:
+    """Return whether an error has left process groups open, whose end would wait for other ranks."""
+    return _Joined.meeting is not None and _waits_for_others(local_device())
 
 
 def _check_agreement(mine: str) -> None:

@@ -1,4 +1,4 @@
-"""What a shell or a site lets a process have (ulimit), looked at before hours are spent; standard library alone."""
+"""What a shell, a site (ulimit) or a GPU lets a process have; standard library alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ ENOUGH_FILES = 65536
 LEAST_ADDRESS_SPACE = 4 << 30
 
 _TOO_MANY_FILES = re.compile(r"too many open files", re.IGNORECASE)
+_ASKED_OF_GPU = re.compile(r"Tried to allocate ([\d.]+ \w+)")
+_GPU_HAS = re.compile(r"total capacity of ([\d.]+ \w+)")
 _NO_MEMORY = re.compile(r"cannot allocate memory|can't allocate memory|failed to map segment|can't start new thread")
 
 
@@ -32,8 +34,10 @@ def check_limits() -> None:
 
 
 def exhausted(error: BaseException) -> str | None:
-    """Return in one line which limit of this process an error comes from, and the way out; None: from none."""
+    """Return in one line which limit of this process or its GPU an error comes from, and the way out, or None."""
     number, text = getattr(error, "errno", None), str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return _too_little_gpu_memory(text)
     if number == errno.EMFILE or _TOO_MANY_FILES.search(text):
         return _too_few_files()
     lacks_memory = isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(text)
@@ -49,6 +53,16 @@ def _too_little_address_space() -> str:
     return (
         f"this process may have {_address_space() / 2**30:.1f} GiB of address space (ulimit -v), which is too little: "
         "set it to unlimited, and bound memory otherwise, as with a cgroup or SLURM's --mem"
+    )
+
+
+def _too_little_gpu_memory(text: str) -> str:
+    asked, has = _ASKED_OF_GPU.search(text), _GPU_HAS.search(text)
+    memory = f"memory of {has[1]}" if has else "memory"
+    when = f" when {asked[1]} are asked for" if asked else ""
+    return (
+        f"the GPU is out of {memory}{when}: set train.recompute=full, a smaller train.micro_batch_size, or more "
+        "parallel.tensor, parallel.pipeline or parallel.zero_stage; another try of the same would end alike"
     )
 
 

@@ -17,6 +17,7 @@ import torch
 
 from bd3_scale.checkpoint.saver import is_saving
 from bd3_scale.observe.console import put
+from bd3_scale.parallel.groups import is_left_open
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.resilience.leftovers import private_folder, temporary_folder
@@ -34,13 +35,13 @@ def main(recipe: Recipe) -> None:
 
     The exit code is 2 where another try cannot help, 1 where it may: ranks did not meet, a loader worker was killed.
     """
-    with _even_beside_a_save(), _errors_for_people(), own_temporary_files(), Heartbeat() as heartbeat:
+    with _at_once_where_others_wait(), _errors_for_people(), own_temporary_files(), Heartbeat() as heartbeat:
         train(recipe, heartbeat)
 
 
 def main_of_replay(recipe: Recipe, step: int) -> None:
     """Compute a step again; rank 0 prints a line of JSON."""
-    with _errors_for_people(), own_temporary_files(), Heartbeat() as heartbeat:
+    with _at_once_where_others_wait(), _errors_for_people(), own_temporary_files(), Heartbeat() as heartbeat:
         found = replay(recipe, step, heartbeat)
         heartbeat.end("done")
         if os.environ.get("RANK", "0") == "0":
@@ -82,14 +83,14 @@ def own_temporary_files() -> Iterator[None]:
 
 
 @contextmanager
-def _even_beside_a_save() -> Iterator[None]:
-    """End at once where an error leaves a save behind: its thread waits for ranks that are gone, and would turn an
-    orderly end into an abort with another exit code.
+def _at_once_where_others_wait() -> Iterator[None]:
+    """End at once where an error leaves a save or groups of GPUs behind: their threads wait for ranks that are gone,
+    and would turn an orderly end into a hang, or into an abort with another exit code.
     """
     try:
         yield
     except BaseException as error:
-        if not is_saving():
+        if not (is_saving() or is_left_open()):
             raise
         if not isinstance(error, SystemExit):
             tell("".join(traceback.format_exception(error)))

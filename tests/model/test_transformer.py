@@ -179,3 +179,20 @@ def test_layers_are_where_the_recipe_says(groups, parallel, expected):
         assert [hasattr(chunk, "output_layer") for chunk in chunks][-1] == (stage == recipe.pipeline - 1)
         assert hasattr(chunks[0], "embedding") == (stage == 0)
     assert found == expected
+
+
+def test_the_passes_of_a_block_share_their_rotary_table_and_no_other_does(model, clean):
+    cache = model.new_cache(2, LENGTH)
+    first = cache.positions([0, 3], 4)
+    assert torch.equal(first, torch.tensor([[0, 1, 2, 3], [3, 4, 5, 6]]))
+    logits = model.decode(clean[:, :4], first, cache)
+    table = cache.rotary[1]
+    assert cache.positions([0, 3], 4) is first
+    assert torch.equal(model.decode(clean[:, :4], first, cache), logits)
+    assert cache.rotary[1] is table
+    for starts in ([0, 4], [0, 3]):
+        positions = cache.positions(starts, 4)
+        alone = model.decode(clean[:, :4], positions.clone(), model.new_cache(2, LENGTH))
+        assert torch.equal(model.decode(clean[:, :4], positions, cache), alone)
+        assert torch.equal(alone, logits) == (starts == [0, 3])
+    assert cache.positions([0, 3], 2).shape == (2, 2)

@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from bd3_scale.launch.supervise import PERSON_MUST_MEND
+from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.limits import check_limits, exhausted
+from bd3_scale.train import main
+from tests.support.recipes import tiny_recipe
 
 FILES, MEMORY = resource.RLIMIT_NOFILE, resource.RLIMIT_AS
 REPOSITORY = Path(__file__).parents[2]
@@ -71,6 +76,32 @@ def test_an_error_that_comes_from_a_limit_names_it() -> None:
     assert "(ulimit -v)" in in_fork(MEMORY, 1 << 40, 1 << 40, allocate)
     gloo = RuntimeError("[enforce fail at loop.cc:105] fd_ != -1. -1 vs -1. epoll_create: Too many open files")
     assert "files open (ulimit -n)" in str(exhausted(gloo))
+
+
+def test_a_full_gpu_says_what_was_asked_for_and_what_to_change() -> None:
+    """Words of PyTorch 2.13."""
+    words = (
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.20 GiB is "
+        "free. Including non-PyTorch memory, this process has 77.90 GiB memory in use."
+    )
+    told = str(exhausted(torch.OutOfMemoryError(words)))
+    assert told.startswith(
+        "the GPU is out of memory of 79.10 GiB when 2.50 GiB are asked for: set train.recompute=full"
+    )
+    assert str(exhausted(torch.OutOfMemoryError("no room"))).startswith("the GPU is out of memory: set train.recompute")
+
+
+def test_a_rank_without_room_on_its_gpu_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Exit code 2: a person must mend something, and no supervisor starts it anew."""
+
+    def train(recipe: object, heartbeat: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    monkeypatch.setattr(main, "train", train)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main.main(Recipe.model_validate(tiny_recipe()))
+    assert ended.value.code == PERSON_MUST_MEND == 2
 
 
 def test_other_errors_come_from_no_limit() -> None:
