@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from bd3_scale.data import loader
 from bd3_scale.data.loader import Workers
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.shards import Shards
@@ -100,18 +101,23 @@ def test_a_worker_that_is_killed_is_named_at_once(number: signal.Signals, words:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_in_a_workers_first_moments_does_not_end_it(number: signal.Signals) -> None:
-    before = children()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    for _ in range(10):
-        workers = Workers(numbers, 2, 4)
-        for worker in children() - before:
-            # Not by os.kill: SIGTERM of the rank itself is how it ends a worker.
-            assert os.spawnv(os.P_WAIT, "/bin/kill", ["kill", f"-{number}", str(worker.pid)]) == 0
-        assert [next(workers), next(workers)] == [0, 1]
-        del workers
-        gc.collect()
+def test_a_signal_in_a_workers_first_moments_does_not_end_it(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = loader._work
+
+    def slowly(*arguments: object) -> None:
+        time.sleep(0.5)
+        work(*arguments)
+
+    monkeypatch.setattr(loader, "_work", slowly)
+    before, mask = children(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    workers = Workers(numbers, 2, 4)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+    for worker in children() - before:
+        # Not by os.kill: SIGTERM of the rank itself is how it ends a worker.
+        assert os.spawnv(os.P_WAIT, "/bin/kill", ["kill", f"-{number}", str(worker.pid)]) == 0
+    assert [next(workers), next(workers)] == [0, 1]
 
 
 def test_workers_end_with_what_holds_them() -> None:
