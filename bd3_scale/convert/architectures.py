@@ -95,7 +95,7 @@ ARCHITECTURES: Mapping[str, ExportFormat] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What config.json says of a model.
+    """A model as a config.json describes it.
 
     Attributes:
         mask_id: None of a model that knows no mask.
@@ -113,7 +113,7 @@ class Architecture:
 
 
 def read_architecture(config: Config, block_size: int | None = None) -> Architecture:
-    """The model that a config.json describes.
+    """Return the model that a config.json describes.
 
     Args:
         block_size: in place of the one in a block diffusion model's config.

@@ -47,7 +47,7 @@ class Calibration:
 
     @torch.no_grad()
     def hessians(self, layer: int) -> dict[str, HessianSum]:
-        """Σ x xᵀ over the rows that each linear of `layer` multiplies."""
+        """Return Σ x xᵀ over the rows that each linear of `layer` multiplies."""
         module = self._model.decoder.layers[layer]
         weights = {name: module.get_parameter(f"{name}.weight") for name in LINEARS}
         sums = {name: HessianSum(weight.shape[1], weight.device) for name, weight in weights.items()}

@@ -55,7 +55,7 @@ class ExportPlan:
     tensors: tuple[NamedTensor, ...]
 
     def tokenizer(self) -> Tokenizer | None:
-        """Of the training; it begins texts as that did. None where there is none."""
+        """Return the training's tokeniser, which begins texts as that did, or None where there is none."""
         return checkpoint_tokenizer(self.checkpoint, self.manifest) if (self.checkpoint / TOKENIZER).is_dir() else None
 
     @property
@@ -74,7 +74,7 @@ class ExportPlan:
         return f"{self.manifest.weights_state}.{tensor.key}"
 
     def read(self, reader: TensorReader, tensor: NamedTensor) -> Tensor:
-        """The values of a tensor as they are written."""
+        """Return the values of a tensor as they are written."""
         boxes = [reader.read(self._stored_name(tensor), *box) for box in tensor.boxes]
         values = tensor.join(boxes).to(self._dtype_of(tensor))
         mask_id = self.manifest.vocabulary.mask_id
@@ -256,7 +256,7 @@ def write_shards(
 def write_companions(
     folder: Path, plan: ExportPlan, extra_config: Mapping[str, Any] | None = None, quantization: str | None = None
 ) -> None:
-    """Everything but the weights: configuration, tokeniser, code, model card and what engines need."""
+    """Write everything but the weights: configuration, tokeniser, code, model card and what engines need."""
     (folder / CONFIG).write_text(json.dumps(plan.config | dict(extra_config or {}), indent=2) + "\n")
     _write_generation_config(folder, plan)
     if (tokenizer := plan.tokenizer()) is not None:

@@ -52,12 +52,12 @@ class NamedTensor:
             yield offset, part.reshape(shape)
 
     def join(self, boxes: list[Tensor]) -> Tensor:
-        """The tensor of the values of its native boxes."""
+        """Return the tensor of the values of its native boxes."""
         return torch.cat([box.reshape(-1, *self.shape[1:]) for box in boxes])
 
 
 def named_tensors(model: ModelRecipe, *, vocab_rows: int, padded_rows: int, tied: bool) -> Iterator[NamedTensor]:
-    """All tensors of a model, as Hugging Face orders them.
+    """Yield all tensors of a model, as Hugging Face orders them.
 
     Args:
         vocab_rows: rows of embedding and head there; here they have `padded_rows`.
@@ -85,7 +85,7 @@ _Ranges = list[tuple[int, int]]
 
 
 def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, str, _Ranges]]:
-    """Name and key of each tensor within a layer, and its rows of the native one.
+    """Yield name and key of each tensor within a layer, and its rows of the native one.
 
     What `_renamed` does not know comes last, whole and under its own name, but that attention is `self_attn` there.
 
@@ -111,7 +111,7 @@ def _parts(key: str, shapes: Mapping[str, Shape]) -> list[str]:
 
 
 def _renamed(model: ModelRecipe) -> Iterator[tuple[str, str, _Ranges | None]]:
-    """Names of modules there and here, and the rows of the module here; None: all."""
+    """Yield the names of modules there and here, and the rows of the module here; None: all."""
     yield "input_layernorm", "input_layernorm", None
     head, ffn, groups = model.head_size, model.ffn_hidden_size, model.query_groups
     queries = model.num_attention_heads // groups * head

@@ -25,7 +25,7 @@ _JOIN_SECONDS = 10.0
 
 
 class Workers(Iterator[T], Generic[T]):
-    """What `items(w, count)` yields for w = 0 to `count` − 1, in turns, w in a process of its own.
+    """An iterator over what `items(w, count)` yields for w = 0 to `count` − 1, in turns, w in a process of its own.
 
     A process makes up to `ahead` items before they are asked for, besides what a pipe holds (64 KiB). It ends with
     this object, and at most a second after the process that made it, however that ended. Signals that a scheduler sends

@@ -35,7 +35,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a finished block adds to text `index`; stopped_by: what ended the text with it."""
+    """The text that a finished block adds to text `index`; stopped_by: what ended the text with it."""
 
     index: int
     text: str

@@ -33,7 +33,7 @@ TensorMap = Callable[[Tensor], Tensor]
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) · up of x = [gate, up] (Shazeer, 2020)."""
+    """Return silu(gate) · up of x = [gate, up] (Shazeer, 2020)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -46,12 +46,12 @@ ACTIVATIONS: Mapping[str, TensorMap] = {
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation of the recipe's name."""
+    """Apply the activation of the recipe's name."""
     return ACTIVATIONS[activation](x)
 
 
 def rotary_table(positions: Tensor, model: ModelRecipe, dtype: torch.dtype) -> Tensor:
-    """cos and sin of the angles that turn heads by their positions (Su et al., 2021), computed in fp32.
+    """Return cos and sin of the angles that turn heads by their positions (Su et al., 2021), computed in fp32.
 
     Positions are explicit: a noisy row shares its token's, and they restart at every document.
 
@@ -68,8 +68,8 @@ def rotary_table(positions: Tensor, model: ModelRecipe, dtype: torch.dtype) -> T
 
 
 def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3's: waves longer than the trained context / low_freq_factor turn `factor` times slower, those shorter
-    than it / high_freq_factor as before, and those between by an interpolation.
+    """Stretch as Llama 3 does: waves longer than the trained context / low_freq_factor turn `factor` times slower,
+    those shorter than it / high_freq_factor as before, and those between by an interpolation.
     """
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -105,19 +105,19 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def add_norm(x: Tensor, more: Tensor, norm: TensorMap) -> tuple[Tensor, Tensor]:
-    """x + more, and its norm."""
+    """Return x + more, and its norm."""
     x = x + more
     return x, norm(x)
 
 
 def norm_rotate(x: Tensor, norm: TensorMap | None, table: Tensor) -> Tensor:
-    """Queries or keys […, D], normed where the model does that, then turned by their positions."""
+    """Norm queries or keys […, D], where the model does that, and turn them by their positions."""
     return rotate(x if norm is None else norm(x), table)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a layer computes between its products. A fused kernel can stand in for any of them.
+    """The functions of a layer between its products. A fused kernel can stand in for any of them.
 
     A norm is given as a module to call, not as a weight: under ZeRO-3 its weight is whole during that call alone, and a
     kernel that reads it must run there.
@@ -210,7 +210,7 @@ class Attention(Part):
         self.k_layernorm = Norm(model, config, group, of_heads=True) if model.qk_norm else None
 
     def forward(self, x: Tensor, rows: RowContext, kept: slice | Tensor | None) -> Tensor:
-        """x […, X] → the rows `kept` of […, X], see `RowContext.kept`.
+        """Return the rows `kept` of […, X] for x […, X], see `RowContext.kept`.
 
         A slice, the first rows, saves the queries of the others; a mask, in decoding, the output projection alone.
         """
@@ -222,18 +222,18 @@ class Attention(Part):
         return self.linear_proj(out[kept] if isinstance(kept, Tensor) else out)
 
     def _project(self, x: Tensor, num_queries: int) -> tuple[Tensor, Tensor | None]:
-        """Query, key and value of the first rows, […, G·(q+2)·D]; key and value alone of the others, […, G·2·D]."""
+        """Return query, key, value of the first rows, […, G·(q+2)·D], and key, value of the others, […, G·2·D]."""
         if num_queries == len(x):
             return self.linear_qkv(x), None
         return self.linear_qkv(x[:num_queries]), self.linear_qkv(x[num_queries:], self._of_keys)
 
     def _of_keys(self, weight: Tensor) -> Tensor:
-        """Of the (q + 2)·D rows of each key/value head in `linear_qkv`'s weight or bias, the last 2·D."""
+        """Take the last 2·D of the (q + 2)·D rows of each key/value head in `linear_qkv`'s weight or bias."""
         heads = weight.unflatten(0, (-1, (self.queries + 2) * self.head_size))
         return heads[:, self.queries * self.head_size :].flatten(0, 1)
 
     def _attend(self, qkv: Tensor, kv: Tensor | None, rows: RowContext) -> Tensor:
-        """What stands between the two products: norm, rotate, attend; […, H·D]."""
+        """Norm, rotate and attend: all between the two products. Returns […, H·D]."""
         streams = rows.num_streams if kv is None else rows.num_noisy
         heads = by_stream(qkv, streams, self.sp_ranks).unflatten(-1, (-1, self.queries + 2, self.head_size))
         # One split, whose backward writes each gradient once; three slices would add up three gradients of the whole.
@@ -289,7 +289,7 @@ class MLP(Part):
 
 
 class Block(Part):
-    """x ↦ x' + MLP(norm(x')), where x' = x + attention(norm(x)).
+    """A layer: x ↦ x' + MLP(norm(x')), where x' = x + attention(norm(x)).
 
     Args:
         layer: counted from zero through all pipeline stages.
@@ -317,8 +317,8 @@ class Block(Part):
         self.mlp = mlp or MLP(model, config, group, pieces=pieces)
 
     def forward(self, x: Tensor, rows: RowContext) -> Tensor:
-        """x […, X] → […, X]; of the model's last layer the rows alone whose output is read, since beside noisy rows
-        clean ones serve as keys there, and in decoding settled tokens do.
+        """Return […, X] for x […, X]; of the model's last layer only the rows whose output is read, since beside noisy
+        rows clean ones serve as keys there, and in decoding settled tokens do.
         """
         kept = rows.kept(x) if self.layer == self.num_layers - 1 else None
         attended = self.self_attention(self.input_layernorm(x), rows, kept)

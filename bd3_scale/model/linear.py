@@ -42,7 +42,7 @@ class ColumnLinear(layers.ColumnParallelLinear):
         super().__init__(inputs, outputs, config=config, init_method=None, bias=bias, tp_group=group)
 
     def forward(self, x: Tensor, select: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """x [rows, B, inputs] → [rows, B, outputs of the rank]; `select`: which rows of weight and bias are used."""
+        """Return [rows, B, outputs of the rank] for x [rows, B, inputs]; `select`: rows of weight and bias to use."""
         weight, bias = self.weight, self.bias
         if select is not None:
             weight, bias = select(weight), None if bias is None else select(bias)
@@ -76,7 +76,7 @@ class RowLinear(layers.RowParallelLinear):
         super().__init__(inputs, outputs, config=config, init_method=None, bias=bias, **how)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [rows, B, inputs of the rank] → [rows, B, outputs]."""
+        """Return [rows, B, outputs] for x [rows, B, inputs of the rank]."""
         out = _product(x, self.weight, None)
         if self.sequence_parallel:
             out = reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)

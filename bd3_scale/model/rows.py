@@ -22,7 +22,7 @@ NOISE_ROWS = 4096
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a rank computes.
+    """The place where a rank computes.
 
     Attributes:
         device: of its tensors.
@@ -88,7 +88,7 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class RowContext:
-    """What every layer needs to know of the rows that pass through it.
+    """The rows that pass through a layer, as far as it must know them.
 
     Attributes:
         rotary: cos and sin for each of them, see `rotary_table`.
@@ -123,7 +123,7 @@ def by_stream(x: Tensor, num_streams: int, ranks: int) -> Tensor:
 
 
 def by_rank(x: Tensor, num_streams: int, ranks: int) -> Tensor:
-    """The inverse of `by_stream`."""
+    """Undo `by_stream`."""
     if ranks == 1:
         return x
     return x.unflatten(0, (num_streams, ranks, -1)).transpose(0, 1).flatten(0, 2)

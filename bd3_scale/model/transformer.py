@@ -96,7 +96,7 @@ class BlockDiffusionTransformer(MegatronModule):
 
     @property
     def tied_weight(self) -> nn.Parameter | None:
-        """This chunk's copy of an embedding that another stage holds, too; the engine sums their gradients."""
+        """Return this chunk's copy of an embedding that another stage holds, too; the engine sums their gradients."""
         if not self.ties_across_stages or not (self.pre_process or self.post_process):
             return None
         weight = self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
@@ -107,8 +107,8 @@ class BlockDiffusionTransformer(MegatronModule):
         self.input_tensor = input_tensor[0]
 
     def forward(self, inputs: ModelInputs) -> Tensor | tuple[Tensor, Tensor]:
-        """The rows for the next chunk, [N, B, X]; of the last chunk the weighted sum of the losses at the head's rows,
-        a scalar in nats, and each of them, fp32 [M], without gradient.
+        """Return the rows for the next chunk, [N, B, X]; of the last chunk the weighted sum of the losses at the head's
+        rows, a scalar in nats, and each of them, fp32 [M], without gradient.
         """
         hidden_NBX = self._decode(
             inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans, mask_noise=inputs.mask_noise
@@ -128,7 +128,7 @@ class BlockDiffusionTransformer(MegatronModule):
         return total, loss_M
 
     def embed(self, inputs: ModelInputs) -> tuple[Tensor, RowContext]:
-        """What the first layer takes: embeddings [N, B, X] and what every layer needs to know of the rows."""
+        """Return what the first layer takes: embeddings [N, B, X] and what every layer needs to know of the rows."""
         rows = self._rows(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans, None)
         return self._embed(inputs.tokens, rows.num_streams, inputs.mask_noise), rows
 
@@ -156,7 +156,7 @@ class BlockDiffusionTransformer(MegatronModule):
         cache.commit(rows or [clean_BL.shape[1]] * len(clean_BL))
 
     def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None = None) -> Tensor:
-        """Logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself; the prefix
+        """Return logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself; the prefix
         stays. With `wanted_BL`, bool, those of its M places alone: [M, padded vocabulary]. Passes that give the same
         tensor as `positions_BL`, unchanged, share its rotary table (`KVCache.positions`).
         """
@@ -165,7 +165,7 @@ class BlockDiffusionTransformer(MegatronModule):
         return cast(Tensor, gather_from_tensor_model_parallel_region(logits, self.tp_group))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for `capacity` positions, of the model as it is now."""
+        """Return an empty cache for `capacity` positions, of the model as it is now."""
         assert not self.config.sequence_parallel
         weight = self.embedding.word_embeddings.weight
         groups = self.recipe.query_groups // self.tp_group.size()
@@ -176,7 +176,7 @@ class BlockDiffusionTransformer(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """megatron's names and places of the weights; the last stage's copy of a tied embedding is that embedding."""
+        """Return megatron's names and places of the weights; the last stage's copy of an embedding is the embedding."""
         metadata = {"dp_cp_group": self.dp_cp_group, **(metadata or {})}
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.ties_across_stages and self.post_process:
@@ -200,7 +200,7 @@ class BlockDiffusionTransformer(MegatronModule):
 
     @torch.no_grad()
     def _decode_block(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None) -> Tensor:
-        """[B, L, X], or [M, X]."""
+        """Return [B, L, X], or [M, X] of the wanted places."""
         # A block's passes share its angles. By identity: to compare values would wait for the device.
         if cache.rotary is None or cache.rotary[0] is not positions_BL:
             cache.rotary = positions_BL, rotary_table(positions_BL, self.recipe, self.config.params_dtype)

@@ -34,7 +34,7 @@ _WATCHED = timedelta(days=7)
 
 
 def local_device() -> torch.device:
-    """The GPU of this rank, or the CPU where there is none.
+    """Return the GPU of this rank, or the CPU where there is none.
 
     A site may show each task one GPU alone, whatever the task's number on its node.
     """
@@ -147,8 +147,8 @@ def process_groups(
 
 
 def _waits_for_others(device: torch.device) -> bool:
-    """Whether the groups' end would wait for ranks that still compute: NCCL's does, for minutes, and where one rank
-    fails it would hide the error (torchtitan, pull request 1342).
+    """Return whether the groups' end would wait for ranks that still compute: NCCL's does, for minutes, and where one
+    rank fails it would hide the error (torchtitan, pull request 1342).
     """
     return device.type == "cuda" and dist.get_world_size() > 1
 

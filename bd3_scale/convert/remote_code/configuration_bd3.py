@@ -14,7 +14,7 @@ ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_
 
 
 class Bd3Config(PretrainedConfig):
-    """What config.json says.
+    """The shape of a model, and its switches, as config.json has them.
 
     Every other key there is an attribute, too, and a configuration made in another way lacks it: an option that is not
     declared here is read as `getattr(config, "its name", default)`.

@@ -359,7 +359,7 @@ class Bd3ForCausalLM(Bd3PreTrainedModel, GenerationMixin):
         return padded_after_stop(tokens[:, :total], prompt, stops, pad)
 
     def _stop_and_pad(self, eos: int | list[int] | None, pad: int | None) -> tuple[list[int], int]:
-        """What ends a sequence, and what fills it up: as asked, else as the generation config or the config has it."""
+        """Return what ends a sequence and what fills it up: as asked, else as generation config or config have it."""
         sources = (self.generation_config, self.config)
         eos = _first_known(eos, *(source.eos_token_id for source in sources), [])
         stops = eos if isinstance(eos, list) else [eos]
