@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,8 @@ def fail_on_one_rank() -> None:
     def train(recipe: object, heartbeat: object) -> None:
         with process_groups(ParallelRecipe()):
             if dist.get_rank() == 1:
+                # As a thread of NCCL's: an orderly end of the process would wait for it.
+                threading.Thread(target=time.sleep, args=(60,)).start()
                 raise ValueError("seed=x is no number")
             time.sleep(60)
 
