@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,23 @@ class TrainingEngine:
         whose = self._family.implementation(optimizer)
         return f"{self._family.recipe.family}{f' ({whose})' * bool(whose)}, {len(optimizer.param_groups)} groups"
 
-    def step(self, micro_batches: Sequence[ModelInputs], *, tokens: int, lr: float, kinds: int = 1) -> StepResult:
+    def step(
+        self,
+        micro_batches: Sequence[ModelInputs],
+        *,
+        tokens: int,
+        lr: float,
+        kinds: int = 1,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update with learning rate `lr`.
 
         `tokens` is the number of data tokens of the global batch that are trained on, over all ranks; `kinds` that of
-        its block sizes.
+        its block sizes; `meanwhile` is work of the host for the time that a GPU computes gradients.
         """
         losses = self.gradients(micro_batches, tokens=tokens, kinds=kinds)
+        # Kernels are launched and nobody has waited for one: `update` does, to learn whether a gradient is not finite.
+        meanwhile()
         grad_norm, applied = self.update(lr)
         counts = [float(count) for count in _tokens_by_kind(micro_batches, kinds)]
         totals = torch.cat([losses, losses.new_tensor([*counts, self._flops(micro_batches)])])

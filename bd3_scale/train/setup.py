@@ -35,6 +35,7 @@ from bd3_scale.resilience.files import check_writable, remove_aside, write_atomi
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.secret import SECRET_FILE
 from bd3_scale.resilience.signals import ended_by_signals
+from bd3_scale.train.inputs import InputsAhead
 from bd3_scale.train.resume import DATA_FILE, Start
 from bd3_scale.train.state import TrainState
 from bd3_scale.train.tiles import settle_tiles
@@ -68,6 +69,7 @@ class Training:
     engine: TrainingEngine
     layouts: list[ParameterLayout]
     stream: TrainingStream
+    inputs: InputsAhead
     state: TrainState
 
     def keys_of(self, step: int) -> dict[str, Any]:
@@ -125,7 +127,8 @@ def open_training(run: Run, start: Start | None) -> Training:
         seed=recipe.seed,
         step=state.step,
     )
-    return Training(run, engine, layouts, stream, state)
+    inputs = InputsAhead(run.objective, recipe, stream, run.groups, state)
+    return Training(run, engine, layouts, stream, inputs, state)
 
 
 def backend_of(run: Run) -> str:
