@@ -100,7 +100,7 @@ class TrainingEngine:
         meanwhile()
         grad_norm, applied = self.update(lr)
         counts = [float(count) for count in _tokens_by_kind(micro_batches, kinds)]
-        totals = torch.cat([losses, losses.new_tensor([*counts, self._flops(micro_batches)])])
+        totals = torch.cat([losses, losses.new_tensor([*counts, self.flops(micro_batches)])])
         dist.all_reduce(totals, group=self.groups.dp_cp)
         losses = totals[:kinds]
         dist.all_reduce(losses, group=self.groups.pp)
@@ -134,8 +134,10 @@ class TrainingEngine:
         self.zero.stepped()
         return float(self._engine.get_global_grad_norm()), True
 
-    def _flops(self, micro_batches: Sequence[ModelInputs]) -> int:
-        """Of the whole model on this rank's positions, whatever part of it is here."""
+    def flops(self, micro_batches: Sequence[ModelInputs]) -> int:
+        """Return what the whole model needs for this rank's positions, whatever part of it is here; see
+        `model_flops`.
+        """
         return sum(
             model_flops(
                 self.chunks[0].recipe,

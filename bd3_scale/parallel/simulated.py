@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -17,6 +20,16 @@ def simulated_groups(parallel: ParallelRecipe, *, rank: int, world_size: int) ->
     _trust_other_ranks()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     return split_ranks(parallel)
+
+
+def watch_messages(waited: Callable[[], None]) -> None:
+    """Call `waited` whenever this process waits for a collective or message, which is done at once."""
+
+    def wait(_: dist.Work, *__: Any, **___: Any) -> bool:
+        waited()
+        return True
+
+    dist.Work.wait = wait
 
 
 def _trust_other_ranks() -> None:

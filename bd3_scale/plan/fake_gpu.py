@@ -51,16 +51,21 @@ def install(name: str, memory_bytes: int) -> None:
         name=name, major=9, minor=0, total_memory=memory_bytes, multi_processor_count=132, gcnArchName=""
     )
     _answer(torch.cuda, properties)
+    install_without_gpu()
+    library = torch.library.Library("aten", "IMPL", "CUDA")
+    for operator in _ONE_KERNEL:
+        library.impl(operator, _never_run)
+    _libraries.append(library)
+
+
+def install_without_gpu() -> None:
+    """Let DeepSpeed and ours work on fake tensors of the CPU."""
     FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[assignment,method-assign]
     # DeepSpeed moves a model to where it is already, which fake weights refuse.
     torch.nn.Module._apply = lambda self, fn, recurse=True: self  # type: ignore[method-assign]
     # Fake streams are none of PyTorch's, and fake values would be asked for one by one.
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     FakeTensor.tolist = _tolist  # type: ignore[method-assign]
-    library = torch.library.Library("aten", "IMPL", "CUDA")
-    for operator in _ONE_KERNEL:
-        library.impl(operator, _never_run)
-    _libraries.append(library)
 
 
 def watch(listener: Callable[[str], None]) -> None:

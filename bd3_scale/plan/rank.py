@@ -16,7 +16,7 @@ from bd3_scale.parallel.engine import TrainingEngine, open_engine
 from bd3_scale.parallel.groups import ProcessGroups
 from bd3_scale.parallel.replicas import check_replicas
 from bd3_scale.parallel.schedule import token_losses
-from bd3_scale.parallel.simulated import simulated_groups
+from bd3_scale.parallel.simulated import simulated_groups, watch_messages
 from bd3_scale.plan import fake_gpu
 from bd3_scale.plan.recorder import Recorder
 from bd3_scale.plan.trace import Trace
@@ -52,6 +52,7 @@ def trace_rank(job: Job, device: torch.device) -> Trace:
     recorder = Recorder(device.type, _names(groups), pairs)
     if device.type == "cuda":
         fake_gpu.watch(recorder.waited)
+    watch_messages(recorder.waited_for_message)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder, torch.autograd.set_multithreading_enabled(False):
         with recorder.phase("engine"):
             engine = open_engine(recipe, job.vocabulary, groups, device=device, seed=None)
@@ -63,7 +64,7 @@ def trace_rank(job: Job, device: torch.device) -> Trace:
                 _step(recorder, engine, micro_batches, recipe, number)
         if job.beyond:
             _beside_steps(recorder, engine, micro_batches, groups)
-    return recorder.trace()
+    return recorder.trace(job.micro_batches, engine.flops(micro_batches))
 
 
 def _step(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ class Recorder(TorchDispatchMode):
         self.messages: dict[Key, Message] = {}
         self.waits: Counter[str] = Counter()
         self.order: list[tuple[str, tuple[int, ...], str, str, int | None]] = []
-        self.host_bytes = self._host_peak = 0
+        self._under_way: deque[Message] = deque()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -209,7 +209,8 @@ class Recorder(TorchDispatchMode):
         moved = sum(x.numel() * x.element_size() for x in touched.values())
         # A size outside the model follows from how many layers there are, and would be a key of its own.
         key = Key(self._phase, part, direction, name, shape if part else "")
-        self.work.setdefault(key, Work()).add(flops, moved)
+        for work in (self.work.setdefault(key, Work()), *(message.beside for message in self._under_way)):
+            work.add(flops, moved)
 
     def _flops(self, name: str, before: list[Tensor], after: list[Tensor]) -> tuple[int, str]:
         if name in ("mm", "addmm", "bmm", "baddbmm"):
@@ -239,7 +240,16 @@ class Recorder(TorchDispatchMode):
         size = max((x.numel() * x.element_size() for x in tensors), default=0)
         label = self._groups.get(group.group_name, f"{len(ranks)} ranks")
         key = Key(self._phase, part, label, name, str(size) if part else "")
-        self.messages.setdefault(key, Message(ranks=len(ranks), span=ranks[-1] - ranks[0])).add(size)
+        stride = ranks[1] - ranks[0] if len(ranks) > 1 else 0
+        message = self.messages.setdefault(key, Message(ranks=len(ranks), stride=stride))
+        message.add(size)
+        if peer is None and args[-2] is True:
+            self._under_way.append(message)
+
+    def waited_for_message(self) -> None:
+        """Take the oldest collective that was begun and not waited for as done."""
+        if self._under_way:
+            self._under_way.popleft()
 
     def _waited(self, what: str) -> None:
         self.waits[f"{self._phase}: {what} at {_line()}"] += 1
@@ -282,11 +292,13 @@ class Recorder(TorchDispatchMode):
     def begin(self) -> None:
         """Forget work, messages and waits so far, and what is no longer in memory."""
         self.work, self.messages, self.waits, self.order = {}, {}, Counter(), []
+        self._under_way.clear()
         self._timeline = [("before", stored, stored.size) for stored in self._stored.values()]
 
-    def trace(self) -> Trace:
+    def trace(self, micro_batches: int, flops: float) -> Trace:
         """Return what was written down since `begin`."""
-        return Trace(list(_segments_of(self._timeline)), self.work, self.messages, dict(self.waits), self.order)
+        segments = list(_segments_of(self._timeline))
+        return Trace(segments, self.work, self.messages, dict(self.waits), micro_batches, flops, self.order)
 
 
 def _segments_of(timeline: list[tuple[str, _Stored, int]]) -> Iterator[Segment]:
