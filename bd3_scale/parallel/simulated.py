@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import FakeWork
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bd3_scale.parallel.groups import ProcessGroups, split_ranks
@@ -29,7 +30,7 @@ def watch_messages(waited: Callable[[], None]) -> None:
         waited()
         return True
 
-    dist.Work.wait = wait
+    FakeWork.wait = wait
 
 
 def _trust_other_ranks() -> None:

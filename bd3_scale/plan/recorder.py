@@ -192,7 +192,7 @@ class Recorder(TorchDispatchMode):
         for tensor in after:
             self._born(tensor, part)
         if func.namespace in ("c10d", "_c10d_functional"):
-            self._sent(name, args, kwargs, before, part)
+            self._sent(func, args, kwargs, before, part)
         elif not func.is_view and name not in _NO_KERNEL and func.namespace != "prim":
             self._worked(func, name, part, direction, before, after)
         return out
@@ -225,7 +225,8 @@ class Recorder(TorchDispatchMode):
             return (10 if name.endswith("backward") else 4) * q.shape[3] * q.shape[2] * pairs, str(q.shape[1])
         return 0, ""
 
-    def _sent(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor], part: str) -> None:
+    def _sent(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], part: str) -> None:
+        name = func._schema.name.partition("::")[2]
         group = next(
             dist.ProcessGroup.unbox(x)
             for x in pytree.tree_leaves((args, kwargs))
@@ -239,11 +240,12 @@ class Recorder(TorchDispatchMode):
             self.label(tensor, "messages" if peer is not None else "buckets", only_outside=True)
         size = max((x.numel() * x.element_size() for x in tensors), default=0)
         label = self._groups.get(group.group_name, f"{len(ranks)} ranks")
-        key = Key(self._phase, part, label, name, str(size) if part else "")
+        early = peer is None and _is_waited_for_later(func, args)
+        key = Key(self._phase, part, label, name, (str(size) if part else "") + " early" * early)
         stride = ranks[1] - ranks[0] if len(ranks) > 1 else 0
         message = self.messages.setdefault(key, Message(ranks=len(ranks), stride=stride))
         message.add(size)
-        if peer is None and args[-2] is True:
+        if early:
             self._under_way.append(message)
 
     def waited_for_message(self) -> None:
@@ -326,6 +328,14 @@ def _segments(chunk: Any) -> Iterator[tuple[nn.Module, str]]:
         yield layer, f"chunk {chunk.vp_stage or 0} {place} layer{' recomputed' * (index < kept)}"
     if chunk.post_process:
         yield chunk.output_layer, "head"
+
+
+def _is_waited_for_later(func: Any, args: Any) -> bool:
+    """Tell whether a collective was called with `async_op`; arguments that have their defaults are left out."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "async_op":
+            return bool(args[place] if place < len(args) else argument.default_value)
+    return False
 
 
 def _lies_on(value: Any, device_type: str) -> bool:
