@@ -30,7 +30,7 @@ def watch_messages(waited: Callable[[], None]) -> None:
         waited()
         return True
 
-    FakeWork.wait = wait
+    FakeWork.wait = wait  # type: ignore[assignment,method-assign]
 
 
 def _trust_other_ranks() -> None:

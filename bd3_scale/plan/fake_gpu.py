@@ -65,7 +65,7 @@ def install_without_gpu() -> None:
     torch.nn.Module._apply = lambda self, fn, recurse=True: self  # type: ignore[method-assign]
     # Fake streams are none of PyTorch's, and fake values would be asked for one by one.
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
-    FakeTensor.tolist = _tolist  # type: ignore[method-assign]
+    FakeTensor.tolist = _tolist  # type: ignore[assignment,method-assign]
 
 
 def watch(listener: Callable[[str], None]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bd3_scale.checkpoint.store import boxes_to_save
 from bd3_scale.data.batch import Batch
+from bd3_scale.model.build import layer_shapes
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.objective import StepKeys, objective_of
 from bd3_scale.parallel.engine import TrainingEngine, open_engine
@@ -18,29 +20,13 @@ from bd3_scale.parallel.replicas import check_replicas
 from bd3_scale.parallel.schedule import token_losses
 from bd3_scale.parallel.simulated import simulated_groups, watch_messages
 from bd3_scale.plan import fake_gpu
+from bd3_scale.plan.job import Job
 from bd3_scale.plan.recorder import Recorder
 from bd3_scale.plan.trace import Trace
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.schema import ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.train.inputs import step_inputs
 from bd3_scale.train.step import train_on
-
-
-@dataclass(frozen=True)
-class Job:
-    """One rank of a world, and what of a run it does.
-
-    Attributes:
-        micro_batches: of a step.
-        beyond: whether it evaluates, compares replicas and saves, too.
-    """
-
-    recipe: Recipe
-    vocabulary: Vocabulary
-    rank: int
-    world_size: int
-    micro_batches: int
-    beyond: bool = False
 
 
 def trace_rank(job: Job, device: torch.device) -> Trace:
@@ -64,7 +50,8 @@ def trace_rank(job: Job, device: torch.device) -> Trace:
                 _step(recorder, engine, micro_batches, recipe, number)
         if job.beyond:
             _beside_steps(recorder, engine, micro_batches, groups)
-    return recorder.trace(job.micro_batches, engine.flops(micro_batches))
+    trace = recorder.trace(job.micro_batches, engine.flops(micro_batches))
+    return replace(trace, parameters=num_parameters(recipe.model, job.vocabulary))
 
 
 def _step(
@@ -100,6 +87,15 @@ def _beside_steps(
     with recorder.phase("save"):
         for box in boxes_to_save(engine.zero, engine.layouts):
             box.data.detach().to("cpu", copy=True)
+
+
+def num_parameters(model: ModelRecipe, vocabulary: Vocabulary) -> int:
+    """Return the number of weights of the whole model, each counted once."""
+    embedding = vocabulary.padded_size * model.hidden_size
+    norm = model.hidden_size * (1 + model.norm_bias)
+    head = embedding * (not model.tie_embeddings) + vocabulary.padded_size * model.head_bias
+    a_layer = sum(math.prod(shape) for shape in layer_shapes(model).values())
+    return embedding + model.num_layers * a_layer + norm + head
 
 
 def example_inputs(job: Job, groups: ProcessGroups) -> ModelInputs:

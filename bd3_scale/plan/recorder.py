@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
             handle.remove()
 
     def _mark(self) -> None:
-        number = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        number = torch._C._autograd._get_sequence_nr()
         place = self._stack[-1] if self._stack else None
         if self._starts and self._starts[-1] == number:
             self._places[-1] = place
@@ -144,7 +144,7 @@ class Recorder(TorchDispatchMode):
         """What the code computes or, in backward, is the derivative of."""
         if self._stack:
             return self._stack[-1]
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node = torch._C._current_autograd_node()
         if node is None:
             return None
         index = bisect.bisect_right(self._starts, node._sequence_nr()) - 1
@@ -152,7 +152,7 @@ class Recorder(TorchDispatchMode):
 
     def _here(self) -> tuple[str, str]:
         """Return part and direction of what runs now, and follow it on the timeline."""
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node = torch._C._current_autograd_node()
         if node is not None and node.name().endswith("AccumulateGrad"):
             return "gradients", "backward"
         place = self._place()
@@ -240,6 +240,9 @@ class Recorder(TorchDispatchMode):
             self.label(tensor, "messages" if peer is not None else "buckets", only_outside=True)
         size = max((x.numel() * x.element_size() for x in tensors), default=0)
         label = self._groups.get(group.group_name, f"{len(ranks)} ranks")
+        if peer is not None:
+            # Over whatever group: megatron-core takes that of all ranks, too, so that both directions are independent.
+            label, ranks = "pipeline", tuple(sorted((peer, dist.get_rank())))
         early = peer is None and _is_waited_for_later(func, args)
         key = Key(self._phase, part, label, name, (str(size) if part else "") + " early" * early)
         stride = ranks[1] - ranks[0] if len(ranks) > 1 else 0
@@ -300,7 +303,7 @@ class Recorder(TorchDispatchMode):
     def trace(self, micro_batches: int, flops: float) -> Trace:
         """Return what was written down since `begin`."""
         segments = list(_segments_of(self._timeline))
-        return Trace(segments, self.work, self.messages, dict(self.waits), micro_batches, flops, self.order)
+        return Trace(segments, self.work, self.messages, dict(self.waits), micro_batches, flops, order=self.order)
 
 
 def _segments_of(timeline: list[tuple[str, _Stored, int]]) -> Iterator[Segment]:

@@ -7,12 +7,9 @@ few steps of three and four layers and a few micro-batches determine it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from bd3_scale.plan.job import Job
 from bd3_scale.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from bd3_scale.plan.rank import Job
 
 # First, last and one between them.
 _LAYERS = 3

@@ -7,7 +7,7 @@ the host must launch it; a collective takes its bytes over the slowest link of i
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ class StepTime:
 def step_time(recipe: Recipe, stages: Mapping[int, Trace], world_size: int, hardware: Hardware) -> StepTime:
     """Return the time of a step whose pipeline has the traced stages; the slowest of them sets the pace."""
     parallel = recipe.parallel
-    of_stage = {stage: _Rank(trace, recipe, hardware) for stage, trace in stages.items()}
+    of_stage = {stage: Rank(trace, recipe, hardware) for stage, trace in stages.items()}
     slowest = max(of_stage.values(), key=lambda rank: rank.inside)
     trace = slowest.trace
     idle = (parallel.pipeline - 1) / parallel.virtual_pipeline / trace.micro_batches
@@ -64,30 +64,31 @@ def step_time(recipe: Recipe, stages: Mapping[int, Trace], world_size: int, hard
     seconds = slowest.inside + bubble + outside.outside
     replicas = world_size // parallel.model_size
     needed = trace.flops * replicas * parallel.context / world_size / hardware.peak
-    losses = Counter(slowest.losses_inside)
-    losses.update(outside.losses_outside)
+    losses = defaultdict(float, slowest.losses_inside)
+    for why, value in outside.losses_outside.items():
+        losses[why] += value
     losses["pipeline bubble"] = bubble
     other = seconds - needed - sum(losses.values())
     losses["stages of unequal work" if parallel.pipeline > 1 else "products that nothing reads"] = other
     return StepTime(
         seconds,
         needed,
-        {reason: value for reason, value in losses.most_common() if value > 1e-9},
+        {why: value for why, value in sorted(losses.items(), key=lambda item: -item[1]) if value > 1e-9},
         dict(slowest.messages),
         slowest.host,
     )
 
 
-class _Rank:
+class Rank:
     """Seconds of one rank: inside the pipeline, and outside of it, where gradients are reduced and weights updated."""
 
     def __init__(self, trace: Trace, recipe: Recipe, hardware: Hardware) -> None:
         self.trace, self._hardware = trace, hardware
         self._backward = DETERMINISTIC_BACKWARD if recipe.deterministic else 1.0
         self._overlaps = recipe.parallel.virtual_pipeline > 1
-        self.losses_inside: Counter[str] = Counter()
-        self.losses_outside: Counter[str] = Counter()
-        self.messages: Counter[str] = Counter()
+        self.losses_inside: defaultdict[str, float] = defaultdict(float)
+        self.losses_outside: defaultdict[str, float] = defaultdict(float)
+        self.messages: defaultdict[str, float] = defaultdict(float)
         self._needed = self._host_inside = self._host_outside = 0.0
         for key, work in trace.work.items():
             self._count(key, work)

@@ -81,6 +81,7 @@ class Trace:
     Attributes:
         micro_batches: of the step.
         flops: that the whole model needs for this rank's positions, of all micro-batches.
+        parameters: of the whole model.
         order: each collective: group, its ranks, name, types and shapes, and the peer of a message between two.
     """
 
@@ -90,6 +91,7 @@ class Trace:
     waits: dict[str, float]
     micro_batches: float = 0
     flops: float = 0
+    parameters: float = 0
     order: list[tuple[str, tuple[int, ...], str, str, int | None]] = field(default_factory=list)
 
     @property
@@ -120,6 +122,7 @@ def combine(parts: Sequence[tuple[float, float, Trace]]) -> Trace:
         _add(whole.waits, trace.waits, weight)
         whole.micro_batches += weight * trace.micro_batches
         whole.flops += weight * trace.flops
+        whole.parameters += weight * trace.parameters
     return whole
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bd3_scale.plan.hardware import Hardware
 
 if TYPE_CHECKING:
-    from bd3_scale.plan.rank import Job
+    from bd3_scale.plan.job import Job
     from bd3_scale.plan.trace import Trace
 
 
@@ -28,7 +28,7 @@ def trace_all(
     """
     context = multiprocessing.get_context("forkserver")
     # It imports once what takes seconds, and has no threads that a fork would cut off.
-    context.set_forkserver_preload(["bd3_scale.plan.rank", "torch._inductor.compile_fx"])
+    context.set_forkserver_preload(["bd3_scale.plan.preload"])
 
     def apart(job: Job) -> Trace:
         receiver, sender = context.Pipe(duplex=False)
