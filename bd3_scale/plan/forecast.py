@@ -11,9 +11,9 @@ from typing import Any
 from bd3_scale.plan import timing
 from bd3_scale.plan.hardware import Hardware
 from bd3_scale.plan.job import Job
+from bd3_scale.plan.kept import traces_of
 from bd3_scale.plan.samples import samples
 from bd3_scale.plan.trace import Trace, combine
-from bd3_scale.plan.workers import trace_all
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -173,7 +173,7 @@ def forecast(
         progress(count, len(flat))
 
     progress(0, len(flat))
-    traced = iter(trace_all(flat, hardware, device=device, done=done))
+    traced = iter(traces_of(flat, hardware, device=device, done=done))
     traces = {
         stage: combine([(sample.weight, sample.memory_weight, next(traced)) for sample in jobs[stage]])
         for stage in stages
