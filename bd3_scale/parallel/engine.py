@@ -29,6 +29,8 @@ from bd3_scale.registry import optimizers
 
 # Gradients that are reduced outside ZeRO go in buckets of so many elements.
 BUCKET_ELEMENTS = 1 << 26
+# Of ZeRO's, which is allocated whole: 1 GB in bf16.
+_ZERO_BUCKET_ELEMENTS = 500_000_000
 # ZeRO-3 leaves weights of fewer elements whole on every rank.
 WHOLE_BELOW = 100_000
 
@@ -231,6 +233,10 @@ def _initialise_deepspeed(
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     bf16 = chunks[0].config.params_dtype == torch.bfloat16
+    of_parameters, stand_ins = parameter_groups(chunks, family.recipe, groups.pp)
+    parts: list[nn.Module] = [*chunks, *([nn.ParameterList(stand_ins)] if stand_ins else [])]
+    # Not a list of one: ZeRO-3, which has no stages, watches the forward passes of the module that it is given.
+    model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": device.type == "cuda"}}
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -241,19 +247,18 @@ def _initialise_deepspeed(
         "zero_optimization": {
             "stage": max(1, parallel.zero_stage),
             "overlap_comm": False,
+            "reduce_bucket_size": min(_ZERO_BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters())),
             "stage3_param_persistence_threshold": WHOLE_BELOW,
             **(offload if parallel.offload_optimizer else {}),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,
+        # It would wait for the GPU before every micro-batch, from the third step on.
+        "timers": {"throughput": {"enabled": False}},
     }
     # ZeRO-3 updates in parts, each of which apex would count as a step.
     one_call_on_gpu = device.type == "cuda" and not parallel.offload_optimizer and parallel.zero_stage < 3
-    of_parameters, stand_ins = parameter_groups(chunks, family.recipe, groups.pp)
-    parts: list[nn.Module] = [*chunks, *([nn.ParameterList(stand_ins)] if stand_ins else [])]
-    # Not a list of one: ZeRO-3, which has no stages, watches the forward passes of the module that it is given.
-    model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=family.build(of_parameters, on_gpu=one_call_on_gpu),
