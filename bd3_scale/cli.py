@@ -280,7 +280,7 @@ def submit(
     multiple = load_manifest(job.recipe.data.path, job.recipe.data.remote).document_multiple
     check_against_data(job.recipe, nodes * job.profile.processes, multiple)
     if test_only:
-        say(ask_slurm(job))
+        say(ask_slurm(script(job)))
         return
     jobs = submit_job(job)
     if as_json:
