@@ -26,6 +26,7 @@ from bd3_scale.launch.submit import ask_slurm
 MINUTES = 10
 # A network file system may show a new name this late on another machine.
 LATE_SECONDS = 60.0
+LAST_LINES = 4  # of a job's log
 CLOCK_POLL_SECONDS = 0.5
 
 
@@ -205,7 +206,9 @@ def _answer(out: Path) -> dict[str, Any]:
 
 def _no_answer(out: Path, code: int) -> Finding:
     with contextlib.suppress(OSError):
-        said = (out / "job.log").read_text(errors="replace").splitlines()[-3:]
+        said = [line for line in (out / "job.log").read_text(errors="replace").splitlines() if line.strip()][
+            -LAST_LINES:
+        ]
         value = f"the job ended with {code}: {' | '.join(said) or 'it said nothing'}"
         return Finding("SLURM", "job", value, "problem", "it writes an answer", "mend what it says and try again")
     value = f"the job ended with {code}, and neither its answer nor its log are in {out.parent}"

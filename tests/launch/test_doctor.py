@@ -15,7 +15,7 @@ from bd3_scale.launch.findings import Finding, has_problem
 from bd3_scale.launch.gpus import Card, parse_cards, parse_links, wrong_driver
 from bd3_scale.observe.environment import Environment, Gpu
 
-# As printed on a machine of eight cards with NVLink, cut to three of them, and on one of two cards behind a host bridge.
+# As printed on a machine of eight cards with NVLink, cut to three, and on one of two cards behind a host bridge.
 NVLINK = """\
 \x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tNIC1\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
 GPU0\t X \tNV18\tNV18\tPIX\tNODE\t0-23,96-119\t0\t\tN/A
