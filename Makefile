@@ -73,6 +73,8 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint cluster/container/Dockerfile
+	$(BIN)/shellcheck cluster/container/*.sh
 
 test-fast: $(INSTALLED)
 	$(call PYTEST,fast) --numprocesses=$(WORKERS) --dist=loadfile -m "not slow and not launch and not alone"

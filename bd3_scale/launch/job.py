@@ -229,11 +229,15 @@ def supervision(job: Job) -> dict[str, Any]:
 
 
 def container_options(profile: Profile) -> list[str]:
-    """Return what srun is told of the site's container."""
-    if profile.container is None:
+    """Return what stands between srun's options and the command of a rank, where the site has a container."""
+    container = profile.container
+    if container is None:
         return []
-    mounts = [f"--container-mounts={','.join(profile.container.mounts)}"] if profile.container.mounts else []
-    return [f"--container-image={profile.container.image}", *mounts]
+    if container.engine == "apptainer":
+        driver = ["--nv"] if profile.gpus_per_node else []
+        return ["apptainer", "exec", *driver, *(f"--bind={mount}" for mount in container.mounts), container.image]
+    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
+    return [f"--container-image={container.image}", *mounts]
 
 
 def _preflight(job: Job, python: str) -> list[str] | None:
