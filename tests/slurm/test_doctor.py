@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -60,7 +62,12 @@ def test_a_node_is_examined_and_a_folder_that_it_does_not_share_is_found(cluster
     ("profile", "name", "words"),
     [
         ({"partition": "nowhere"}, "partition", "one of: main high"),
-        ({"gpus_per_node": 64}, "GPUs of a node (GRES)", "set gpus_per_node to what nodes have"),
+        pytest.param(
+            {"gpus_per_node": 64},
+            "GPUs of a node (GRES)",
+            "set gpus_per_node to what nodes have",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_slurm_cannot_give_is_told_without_a_job(cluster, tmp_path, profile, name, words):
@@ -73,9 +80,32 @@ def test_what_slurm_cannot_give_is_told_without_a_job(cluster, tmp_path, profile
     assert "node" not in told
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_says_why(cluster, tmp_path):
     done = doctor(cluster, tmp_path, modules=["nowhere/1.0"])
     assert done.returncode == 1, done.stderr
     (job,) = json.loads(done.stdout)["node"]
     assert (job["name"], job["verdict"]) == ("job", "problem")
     assert "module" in job["value"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_takes_the_job_back_and_leaves_nothing(cluster, tmp_path):
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(PROFILE))
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    program = subprocess.Popen(
+        [BD3_SCALE, "doctor", "--cluster", tmp_path / "site.yaml", "--folder", folder],
+        env=cluster.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        job = re.match(r"job (\d+) examines", program.stderr.readline())[1]
+        program.send_signal(signal.SIGINT)
+        assert program.wait(30) not in (0, 1)
+    finally:
+        program.kill()
+    cluster.wait(lambda: "CANCELLED" in cluster.run("scontrol", "show", "job", job).stdout, 20, "the end of the job")
+    assert list(folder.iterdir()) == []
