@@ -117,6 +117,9 @@ def shared_memory(gpus: int, folder: Path = Path("/dev/shm")) -> Finding:
 def storage(folder: Path) -> list[Finding]:
     """Check a folder that runs or data lie in: its file system, its room, and what a small write costs there."""
     name = str(folder)
+    # Not made: a folder that a node does not share would appear there, on a disk of its own.
+    if not folder.is_dir():
+        return [Finding("storage", name, "no such folder", "problem", "is there", "make it, or mount what holds it")]
     try:
         check_writable(folder)
     except OSError as error:

@@ -221,8 +221,10 @@ def test_a_folder_on_this_machine(tmp_path: Path) -> None:
     assert float(re.sub("[^0-9.]", "", room.value)) > 0
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    (wrong,) = machine.storage(tmp_path / "file")
-    assert wrong.verdict == "problem"
+    for name in ("file", "nowhere"):
+        (wrong,) = machine.storage(tmp_path / name)
+        assert (wrong.verdict, wrong.value) == ("problem", "no such folder")
+    assert not (tmp_path / "nowhere").exists()
     (volatile, *_) = machine.storage(Path("/dev/shm"))
     assert volatile.verdict == "warning"
 
