@@ -9,8 +9,10 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,11 +32,12 @@ PIP_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Driver:
-    """What nvidia-smi told: the cards and their links, or why not."""
+    """What nvidia-smi told: the cards and their links, or why not, where it is not there or `failed`."""
 
     cards: tuple[Card, ...]
     links: dict[tuple[int, int], str]
     missing: str = ""
+    failed: bool = False
 
 
 def read_driver() -> Driver:
@@ -43,7 +46,7 @@ def read_driver() -> Driver:
         cards = read_cards()
         return Driver(tuple(cards), parse_links(ask_driver("topo", "-m")) if len(cards) > 1 else {})
     except OSError as error:
-        return Driver((), {}, str(error))
+        return Driver((), {}, str(error), failed=not isinstance(error, FileNotFoundError))
 
 
 def examine(environment: Environment, folders: Sequence[Path], *, gpus: int, clustered: bool) -> list[Finding]:
@@ -138,12 +141,13 @@ def graphics(driver: Driver, gpus: int) -> Iterator[Finding]:
         "GPUs",
         "cards",
         value,
-        rule=f"{gpus} or more, by the profile" if gpus else "",
-        advice="ask for them (gpus_per_node), or tell the site that the node lacks some",
-        broken=len(cards) < gpus,
+        rule=f"{gpus} or more, by the profile" if gpus else "nvidia-smi answers, where it is installed",
+        advice="tell the site; on a node, look at what the job asked for (gpus_per_node), too",
+        broken=len(cards) < gpus or driver.failed,
     )
     if not cards:
         return
+    yield _compiler()
     yield held_to(
         "GPUs",
         "alike",
@@ -164,6 +168,20 @@ def graphics(driver: Driver, gpus: int) -> Iterator[Finding]:
             broken=not all(link.startswith("NV") for link in links),
             verdict="warning",
         )
+
+
+def _compiler() -> Finding:
+    """Check what Triton needs besides the driver: it builds the launcher of each kernel where it runs."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return held_to(
+        "GPUs",
+        "compiler",
+        f"{compiler or 'none'}, {'with' if headers else 'without'} Python.h",
+        rule="a C compiler and Python's headers, with which Triton builds the launchers of kernels",
+        advice="load a module with gcc in the profile's `modules`, and take a Python with headers (python3-dev)",
+        broken=compiler is None or not headers,
+    )
 
 
 def main() -> None:

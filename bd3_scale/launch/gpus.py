@@ -31,7 +31,7 @@ class Card:
 def ask_driver(*arguments: str) -> str:
     """Return what `nvidia-smi` prints.
 
-    OSError: it is not there, fails, or does not answer within 30 s.
+    FileNotFoundError: it is not there; TimeoutError: it does not answer within 30 s; OSError: it fails.
     """
     if shutil.which("nvidia-smi") is None:
         raise FileNotFoundError("nvidia-smi is not on this machine: no NVIDIA driver is installed")
@@ -40,7 +40,7 @@ def ask_driver(*arguments: str) -> str:
             ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=SMI_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise OSError(f"nvidia-smi gave no answer within {SMI_SECONDS:g} s: the driver hangs") from None
+        raise TimeoutError(f"nvidia-smi gave no answer within {SMI_SECONDS:g} s: the driver hangs") from None
     if done.returncode:
         said = " ".join((done.stdout + done.stderr).split())[:200]
         raise OSError(f"nvidia-smi fails: {said or f'exit code {done.returncode}'}")

@@ -10,7 +10,7 @@ import pytest
 
 from bd3_scale.launch import machine, network
 from bd3_scale.launch.cluster_doctor import most_gpus, slurm_seconds
-from bd3_scale.launch.doctor import Driver, graphics, software
+from bd3_scale.launch.doctor import Driver, graphics, read_driver, software
 from bd3_scale.launch.findings import Finding, has_problem
 from bd3_scale.launch.gpus import Card, parse_cards, parse_links, wrong_driver
 from bd3_scale.observe.environment import Environment, Gpu
@@ -84,11 +84,30 @@ def test_a_build_without_cuda_and_an_old_driver_are_problems_where_there_are_gpu
 def test_cards_and_their_links() -> None:
     mixed = (H100, Card(1, "NVIDIA A100-SXM4-80GB", 81920, H100.driver, True))
     found = list(graphics(Driver(mixed, parse_links(BRIDGE)), 2))
-    assert [each.verdict for each in found] == ["ok", "warning", "warning"]
+    assert [(each.name, each.verdict) for each in found if each.verdict == "warning"] == [
+        ("alike", "warning"),
+        ("links", "warning"),
+    ]
     assert named(found, "links").value == "1 pairs PHB"
     alike = list(graphics(Driver((H100,) * 3, parse_links(NVLINK)), 3))
-    assert {each.verdict for each in alike} == {"ok"}
+    assert {each.verdict for each in alike if each.name != "compiler"} == {"ok"}
     assert named(alike, "cards").value == "3 x NVIDIA H100 80GB HBM3, 79.6 GiB"
+
+
+def test_a_driver_that_fails_is_a_problem_and_one_that_is_missing_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    missing = read_driver()
+    assert [each.verdict for each in graphics(missing, 0)] == ["ok"]
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no communication with the driver; exit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    (cards,) = graphics(read_driver(), 0)
+    assert (cards.verdict, cards.value) == ("problem", "nvidia-smi fails: no communication with the driver")
+    found = list(graphics(Driver((H100,), {}), 1))
+    assert "none, with" in named(found, "compiler").value, "a PATH without a compiler"
+    assert named(found, "compiler").verdict == "problem"
 
 
 def adapter(sys: Path, name: str, state: str, rate: str = "400 Gb/sec (4X NDR)", layer: str = "InfiniBand") -> None:
