@@ -54,7 +54,7 @@ STANDARD_LIBRARY_ALONE = {
     *(f"launch/{name}.py" for name in ("attempts", "gpus", "local", "ranks", "records", "supervise", "watch")),
     *(
         f"resilience/{name}.py"
-        for name in ("heartbeat", "leftovers", "limits", "output", "secret", "signals", "terminal")
+        for name in ("heartbeat", "leftovers", "limits", "output", "recorder", "secret", "signals", "terminal")
     ),
 }
 
