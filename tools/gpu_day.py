@@ -32,7 +32,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
 
 from bd3_scale.observe.environment import source_commit
-from bd3_scale.resilience.files import write_atomically
 from tools.gpu_day_parts import PARTS
 from tools.gpu_day_wheels import install, list_wheels
 
@@ -84,7 +83,9 @@ def main() -> int:
     code = 0
     try:
         with stop_signals():
-            environment = environment_of(options.wheels and install(options.wheels, out / "site", deadline))
+            site = options.wheels and install(options.wheels, out.resolve() / "site", deadline)
+            sys.path += [str(site)] if site else []
+            environment = environment_of(site)
             for name, limit in limits(list(results), deadline):
                 results[name].limit_seconds = limit
                 run_part(results[name], out, environment, dry=options.dry)
@@ -92,7 +93,7 @@ def main() -> int:
     except StoppedError as stopped:
         print(f"ended {stopped}", file=sys.stderr)
         code = 128 + stopped.number
-    write_atomically(out / "gpu_day.md", markdown(results, options.dry))
+    write(out / "gpu_day.md", markdown(results, options.dry))
     show(results)
     print(f"results: {out}")
     return code or int(any(result.failed for result in results.values()))
@@ -169,7 +170,7 @@ def run_part(result: Result, out: Path, environment: Mapping[str, str], *, dry: 
     finally:
         result.seconds = time.monotonic() - began
         read(result, log, rows)
-        write_atomically(kept, json.dumps(dataclasses.asdict(result), indent=1))
+        write(kept, json.dumps(dataclasses.asdict(result), indent=1))
 
 
 @contextlib.contextmanager
@@ -205,6 +206,13 @@ def read(result: Result, log: Path, rows: Path) -> None:
         result.why = f"{len(wrong)} of {len(result.rows)} rows, the first: {wrong[0]['why']}"
     elif result.status == FAILED and said.strip():
         result.why = said.strip().splitlines()[-1]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file so that it is whole or as it was; with the standard library alone, before wheels are there."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def markdown(results: Mapping[str, Result], dry: bool) -> str:

@@ -30,7 +30,7 @@ BD3_SCALE = [sys.executable, "-c", "from bd3_scale.cli import main; main()"]
 # Of what runs on a GPU in seconds, and on one CPU thread, too.
 TINY = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "data.seq_len=64"]
 TINY += ["train.precision=fp32"]
-QUICK = ["--steps", "1", "--warmup", "1", "--vocabulary", "384"]
+QUICK = ["--steps", "1", "--warmup", "1"]
 
 
 class AbsentError(Exception):
@@ -77,93 +77,14 @@ def environment(folder: Path, dry: bool) -> Iterator[Row]:
 
 
 def kernels(folder: Path, dry: bool) -> Iterator[Row]:
-    """Error against float64 beside that of PyTorch's attention in the same dtype, which rounds at the same places."""
-    import torch
+    # It imports Triton, which reads its switch once.
+    from tools.gpu_day_kernels import kernel_rows
 
-    from tests.attention.cases import FORMS, Problem
-
-    torch.manual_seed(0)
-    if dry:
-        tiny = Problem([[23, 17]], [4], None, 1, True, True, 2, 1, 16, 0)
-        changed = {"training": tiny, "two copies": tiny._replace(num_noisy=2)}
-        forms = changed | {"next token": tiny._replace(num_noisy=0, block_sizes=[1])}
-        cases = [(name, problem, torch.float32) for name, problem in forms.items()]
-    else:
-        wide = {name: problem._replace(head_dim=128) for name, problem in FORMS.items()}
-        training = wide.pop("training")
-        large = training._replace(documents=[[700, 324], [1024]], block_sizes=[16, 16], heads=8)
-        sizes = {f"blocks of {size}": large._replace(block_sizes=[size] * 2) for size in (1, 4, 16, 300, 1024)}
-        heads = {f"head_dim {size}": training._replace(head_dim=size) for size in (64, 256)}
-        groups = {f"{n} key heads for 8": large._replace(groups=n) for n in (1, 8)}
-        named = {"training": training} | heads | wide | sizes | groups
-        cases = [(name, problem, torch.bfloat16) for name, problem in named.items()]
-        cases.insert(3, ("head_dim 64", heads["head_dim 64"], torch.float32))
-    for name, problem, dtype in cases:
-        yield from kernel_errors(name, problem, dtype, "cpu" if dry else "cuda")
-    head_dims = (16,) if dry else (64, 128, 256)
-    for head_dim, lengths in itertools.product(head_dims, (None, (33, 0))):
-        yield decode_errors(head_dim, lengths, torch.float32 if dry else torch.bfloat16, "cpu" if dry else "cuda")
-
-
-def kernel_errors(name: str, problem: Any, dtype: Any, device: str) -> Iterator[Row]:
-    import torch
-
-    from tests.attention.cases import dense_attention, errors, outputs_and_gradients
-
-    torch.use_deterministic_algorithms(False)
-    want = outputs_and_gradients(problem, torch.float64, "reference", device=device)
-    rival = errors(dense_attention(problem, dtype, problem.mask().to(device)), want)
-    for deterministic in (True, False):
-        torch.use_deterministic_algorithms(deterministic)
-        got = outputs_and_gradients(problem, dtype, "triton", device=device)
-        found = errors(got, want)
-        row = {"case": name, "dtype": short(dtype), "backward": "deterministic" if deterministic else "fused"}
-        row |= {f"{what}, error": error for what, error in found.items()}
-        worst = max(found, key=lambda what: over(found[what], rival[what], dtype))
-        row["of PyTorch's, at worst"] = found[worst] / rival[worst]
-        if not over(found[worst], rival[worst], dtype) <= 1:
-            row |= {"ok": False, "why": f"{worst}: {found[worst]:.1e}, PyTorch's {rival[worst]:.1e}"}
-        if deterministic:
-            repeats = 1 if device == "cpu" else 10
-            again = (outputs_and_gradients(problem, dtype, "triton", device=device) for _ in range(repeats))
-            row["bitwise again"] = all(all(map(torch.equal, got, other)) for other in again)
-            if not row["bitwise again"]:
-                row |= {"ok": False, "why": "the deterministic backward differs from run to run"}
-        yield row
-
-
-def over(error: float, rival: float, dtype: Any) -> float:
-    """The error in parts of what is allowed: twice what PyTorch's attention loses in the same dtype.
-
-    float32 products may go through tensor cores in three tf32 products, which lose a little more than float32's own.
-    """
-    import torch
-
-    return error / max(2 * rival, 1e-5 if dtype == torch.float32 else 0.0)
-
-
-def decode_errors(head_dim: int, lengths: Sequence[int] | None, dtype: Any, device: str) -> Row:
-    import torch
-
-    from bd3_scale.attention.dispatch import decode_attention
-    from tests.attention.cases import errors
-
-    keys, heads = (60, 4) if device == "cpu" else (4096, 32)
-    q = torch.randn(2, 16, heads, head_dim, device=device, dtype=dtype)
-    k, v = torch.randn(2, 2, keys, heads // 4, head_dim, device=device, dtype=dtype)
-    seen = None if lengths is None else torch.tensor(lengths, device=device)
-    want = [decode_attention(q.double(), k.double(), v.double(), lengths=seen, backend="reference")]
-    found, rival = (
-        errors([decode_attention(q, k, v, lengths=seen, backend=backend)], want)["output"]
-        for backend in ("triton", "reference")
-    )
-    case = f"decode, head_dim {head_dim}, {keys if lengths is None else list(lengths)} keys"
-    row = {"case": case, "dtype": short(dtype), "output, error": found, "of PyTorch's, at worst": found / rival}
-    return row if over(found, rival, dtype) <= 1 else row | {"ok": False, "why": f"{found:.1e}, PyTorch's {rival:.1e}"}
+    return kernel_rows(dry)
 
 
 # Between two orders of addition on a CPU the losses of these steps differ by less than 1e-7 of themselves; a GPU adds
-# in other orders everywhere, and has other exponentials and roots. bf16 anywhere in the step shows as 1e-4 and more.
+# in other orders everywhere, and has other exponentials and roots. Steps in bf16 differ by 3e-5 to 4e-4.
 SAME_LOSS = 1e-5
 
 
@@ -278,17 +199,16 @@ def memory(folder: Path, dry: bool) -> Iterator[Row]:
 
     from tools.bench_step import preset
 
-    values, vocabulary = preset("1b")
+    values, vocabulary = preset("small" if dry else "1b")
     recipe = folder / "memory.yaml"
     recipe.write_text(yaml.safe_dump(values))
-    size, quick = (384, QUICK[:4]) if dry else (vocabulary, ["--steps", "1", "--warmup", "1"])
-    common = [*(TINY if dry else ["train.precision=bf16"]), "parallel.tensor=1"]
+    common = TINY if dry else ["train.precision=bf16"]
     card = None if dry else memory_of_the_card()
     for micro in (2,) if dry else (1, 2, 4, 8):
         keys = [*common, f"train.micro_batch_size={micro}"]
-        planned = plan([str(recipe), *keys, "--gpus", "1", "--vocabulary", str(size), "--json"])
+        planned = plan([str(recipe), *keys, "--gpus", "1", "--vocabulary", str(vocabulary), "--json"])
         predicted = max(rank["peak_bytes"] for rank in planned["ranks"])
-        arguments = [recipe, *keys, "--objective", "bd3", *quick, "--vocabulary", size]
+        arguments = [recipe, *keys, "--objective", "bd3", *QUICK, "--vocabulary", vocabulary]
         yield {"micro-batch": micro, "predicted, GB": predicted / 1e9} | against(predicted, arguments, card)
 
 
@@ -339,15 +259,15 @@ def sanitizer(folder: Path, dry: bool) -> Iterator[Row]:
 
 
 PARTS = {
-    "environment": Part("Environment", 15, environment),
-    "kernels": Part("Kernels against float64", 110, kernels),
-    "training": Part("20 steps on GPU and CPU", 75, training),
-    "tuning": Part("Tiles", 45, tuning),
-    "attention": Part("Attention beside its rivals", 110, attention),
+    "environment": Part("Environment", 20, environment),
+    "kernels": Part("Kernels against float64", 105, kernels),
+    "training": Part("20 steps on GPU and CPU", 95, training),
+    "tuning": Part("Tiles", 40, tuning),
+    "attention": Part("Attention beside its rivals", 105, attention),
     "step": Part("A step of the 1B model, next-token training beside it", 80, step),
     "decoding": Part("Decoding", 40, decoding),
     "memory": Part("Memory against the plan", 70, memory),
-    "sanitizer": Part("compute-sanitizer", 55, sanitizer),
+    "sanitizer": Part("compute-sanitizer", 45, sanitizer),
 }
 # Kernels run in Triton's interpreter where there is no GPU; it reads its switch once.
 INTERPRETED = ("kernels", "tuning")
@@ -377,10 +297,6 @@ def objects(said: Iterable[str]) -> Iterator[Row]:
 def run(command: Sequence[object], cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> str:
     """All of `lines`."""
     return "".join(lines(command, cwd, env))
-
-
-def short(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def main() -> int:
