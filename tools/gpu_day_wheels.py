@@ -29,14 +29,14 @@ def list_wheels() -> str:
     platforms = " ".join(f"--platform manylinux_{version}_x86_64" for version in GLIBC)
     return "\n".join(
         (
-            "# Where there is a network, in this repository, by the pip of .venv. numpy, pillow, matplotlib, fonttools",
+            "# Where there is a network, in this repository. numpy, pillow, matplotlib, fonttools",
             "# and kiwisolver are most of it, and may stay out where the machine with the GPU has them.",
-            "pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\",
+            ".venv/bin/pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\",
             f"  {platforms} \\",
             "  --dest wheels \\",
             *(f"  {pinned(name)} \\" for name in NEEDED[:-1]),
             f"  {pinned(NEEDED[-1])}",
-            "DS_BUILD_OPS=0 pip wheel --no-deps --no-build-isolation --wheel-dir wheels "
+            "DS_BUILD_OPS=0 .venv/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheels "
             + " ".join(map(pinned, BUILT)),
         )
     )
