@@ -22,6 +22,7 @@ from bd3_scale.launch.commands import follow_run
 from bd3_scale.observe.console import Console, put, say, styled
 from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.observe.progress import Bar
+from bd3_scale.plan.commands import app as plan_app
 from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.output import flush_results, hold_descriptors, outlast, rank_log
 from bd3_scale.resilience.terminal import clean_diagnostics, tell
@@ -38,6 +39,7 @@ app.add_typer(convert_app, name="convert")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(evaluate_app)
 app.add_typer(launch_app)
+app.add_typer(plan_app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

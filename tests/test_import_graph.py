@@ -27,7 +27,7 @@ FLOORS = [
     {"generate"},
     {"evaluate"},
     {"train", "convert"},
-    {"api"},
+    {"api", "plan"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -32,13 +32,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.attention.backends import choose_backend
 from bd3_scale.data.batch import Batch
-from bd3_scale.model.build import build_model
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.objective import NextToken, Objective, StepKeys, objective_of
 from bd3_scale.observe.environment import has_fast_bf16, peak_cuda_bytes, peak_rss_bytes, source_commit
 from bd3_scale.observe.flops import peak_flops
 from bd3_scale.observe.libraries import quieten_libraries
-from bd3_scale.parallel.engine import TrainingEngine
+from bd3_scale.parallel.engine import TrainingEngine, open_engine
 from bd3_scale.parallel.groups import ProcessGroups, local_device, placement, process_groups
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
@@ -193,19 +192,7 @@ def measure(
     engines = {}
     objectives = ("bd3", "ar") if options.objective == "both" else (options.objective,)
     for objective in objectives:
-        chunks = build_model(
-            recipe.model,
-            vocabulary,
-            groups,
-            parallel=recipe.parallel,
-            dtype=dtype_of(recipe),
-            device=local_device(),
-            seed=1,
-            deterministic=recipe.deterministic,
-            attention_backend=recipe.attention_backend,
-            recompute=recipe.recomputation,
-        )
-        engines[objective] = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
+        engines[objective] = open_engine(recipe, vocabulary, groups, device=local_device(), seed=1)
     make = makers(recipe, vocabulary, groups)
     tokens = recipe.train.global_batch_size * recipe.data.seq_len
     rival = PlainStep(recipe, vocabulary.size, vocabulary.mask_id).to(local_device()) if options.rival else None

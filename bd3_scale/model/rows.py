@@ -7,7 +7,8 @@ S streams (the noisy copies, then the clean tokens where there is such a stream)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,10 @@ class MaskNoise:
 
     rows: Tensor
     std: float
+
+    def to(self, device: torch.device) -> MaskNoise:
+        """Return the same on `device`, as `ModelInputs.to`."""
+        return MaskNoise(_to(self.rows, device), self.std)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,20 @@ class ModelInputs:
     @property
     def num_streams(self) -> int:
         return self.tokens.shape[1] // self.positions.shape[1]
+
+    def to(self, device: torch.device) -> ModelInputs:
+        """Return the same on `device`; the host does not wait for a GPU to receive it."""
+        moved: dict[str, Any] = {
+            name: _to(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved, mask_noise=self.mask_noise and self.mask_noise.to(device))
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # From pages that can be moved, a copy would block the host until all work before it on the device is done.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def mask_noise(
     seq_len = batch.tokens.shape[1]
     rows = draw_embedding_noise(batch.ids, seq_len, seed=seed, epoch=batch.epoch, copies=copies, rows=NOISE_ROWS)
     rows = torch.cat(list(rows[:, :, rank_positions(seq_len, context)]), 1)
-    return MaskNoise(rows.to(device, non_blocking=True), std)
+    return MaskNoise(rows, std).to(device)
 
 
 def masked_places(noise: Noise, context: Context) -> tuple[Tensor, Tensor]:
@@ -141,13 +141,9 @@ def _inputs(
     if context[1] > 1:
         # Without a clean stream the noisy keys of all ranks are gathered.
         spans = take_ranges(spans, zigzag_ranges(spans.shape[2], *context), own_keys=has_clean)
-    tokens, positions, spans, head_rows, targets, weights = (
-        tensor.to(device, non_blocking=True)
-        for tensor in (tokens, batch.positions[:, places], spans, head_rows, targets, weights)
-    )
-    return ModelInputs(
+    made = ModelInputs(
         tokens=tokens,
-        positions=positions,
+        positions=batch.positions[:, places],
         spans=spans,
         num_noisy=num_noisy,
         head_rows=head_rows,
@@ -158,3 +154,4 @@ def _inputs(
         clean_pairs=clean_pairs,
         trained_tokens=tuple((~batch.shown[:, places]).sum(1).tolist()),
     )
+    return made.to(device)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from bd3_scale.recipe.schema import ModelRecipe
+
+if TYPE_CHECKING:
+    import torch
 
 # Dense bf16 in the vendors' data sheets, FLOP/s, by whole words of torch's device name; the first that fits counts.
 _PEAK_BF16 = (
@@ -60,7 +63,14 @@ def model_flops(
 
 def peak_flops(dtype: torch.dtype) -> float | None:
     """FLOP/s of this rank's GPU at `dtype`; None where it is not known: no MFU is better than a wrong one."""
+    import torch
+
     if not torch.cuda.is_available() or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name().replace("-", " ").split()
+    return peak_of(torch.cuda.get_device_name())
+
+
+def peak_of(device_name: str) -> float | None:
+    """Return the dense bf16 FLOP/s of a GPU by its name in PyTorch; None where it is not known."""
+    name = device_name.replace("-", " ").split()
     return next((peak for words, peak in _PEAK_BF16 if set(words) <= set(name)), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from bd3_scale.model.build import Chunks
+from bd3_scale.model.build import Chunks, build_model
+from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.observe.flops import model_flops
 from bd3_scale.parallel.groups import DeepSpeedTopology, ProcessGroups
@@ -22,7 +23,8 @@ from bd3_scale.parallel.optimizer import OptimizerFamily
 from bd3_scale.parallel.parameter_groups import parameter_groups
 from bd3_scale.parallel.schedule import forward_backward
 from bd3_scale.parallel.zero import ZeroState
-from bd3_scale.recipe.schema import OptimizerRecipe, ParallelRecipe
+from bd3_scale.recipe.schema import OptimizerRecipe, ParallelRecipe, Recipe
+from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.registry import optimizers
 
 # Gradients that are reduced outside ZeRO go in buckets of so many elements.
@@ -48,7 +50,7 @@ class StepResult:
 
 
 class TrainingEngine:
-    """A rank's pipeline chunks with their ZeRO optimiser.
+    """A rank's pipeline chunks with their ZeRO optimiser, and in `layouts` where their parameters lie in the model.
 
     The loss is divided once by the global batch's number of trained data tokens (DESIGN §4.3), so that uneven numbers
     of masked tokens bias nothing.
@@ -59,6 +61,8 @@ class TrainingEngine:
     ) -> None:
         self.chunks = chunks
         self.groups = groups
+        # ZeRO-3 leaves parameters without a shape.
+        self.layouts = parameter_layouts(chunks)
         self._reduces_gradients = parallel.zero_stage == 0 and groups.dp_cp.size() > 1
         self._family: OptimizerFamily = optimizers.get(optimizer.family)(optimizer)
         self._engine = _initialise_deepspeed(chunks, groups, self._family, parallel)
@@ -77,16 +81,26 @@ class TrainingEngine:
         whose = self._family.implementation(optimizer)
         return f"{self._family.recipe.family}{f' ({whose})' * bool(whose)}, {len(optimizer.param_groups)} groups"
 
-    def step(self, micro_batches: Sequence[ModelInputs], *, tokens: int, lr: float, kinds: int = 1) -> StepResult:
+    def step(
+        self,
+        micro_batches: Sequence[ModelInputs],
+        *,
+        tokens: int,
+        lr: float,
+        kinds: int = 1,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update with learning rate `lr`.
 
         `tokens` is the number of data tokens of the global batch that are trained on, over all ranks; `kinds` that of
-        its block sizes.
+        its block sizes; `meanwhile` is work of the host for the time that a GPU computes gradients.
         """
         losses = self.gradients(micro_batches, tokens=tokens, kinds=kinds)
+        # Kernels are launched and nobody has waited for one: `update` does, to learn whether a gradient is not finite.
+        meanwhile()
         grad_norm, applied = self.update(lr)
         counts = [float(count) for count in _tokens_by_kind(micro_batches, kinds)]
-        totals = torch.cat([losses, losses.new_tensor([*counts, self._flops(micro_batches)])])
+        totals = torch.cat([losses, losses.new_tensor([*counts, self.flops(micro_batches)])])
         dist.all_reduce(totals, group=self.groups.dp_cp)
         losses = totals[:kinds]
         dist.all_reduce(losses, group=self.groups.pp)
@@ -120,8 +134,10 @@ class TrainingEngine:
         self.zero.stepped()
         return float(self._engine.get_global_grad_norm()), True
 
-    def _flops(self, micro_batches: Sequence[ModelInputs]) -> int:
-        """Of the whole model on this rank's positions, whatever part of it is here."""
+    def flops(self, micro_batches: Sequence[ModelInputs]) -> int:
+        """Return what the whole model needs for this rank's positions, whatever part of it is here; see
+        `model_flops`.
+        """
         return sum(
             model_flops(
                 self.chunks[0].recipe,
@@ -146,6 +162,25 @@ class TrainingEngine:
         if self._reduces_gradients:
             size = self.groups.dp_cp.size()
             _all_reduce_gradients(parameters, self.groups.dp_cp, divisor=size)
+
+
+def open_engine(
+    recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, *, device: torch.device, seed: int | None
+) -> TrainingEngine:
+    """Return this rank's part of a recipe's model with its optimiser (collective); see `build_model`."""
+    chunks = build_model(
+        recipe.model,
+        vocabulary,
+        groups,
+        parallel=recipe.parallel,
+        dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
+        device=device,
+        seed=seed,
+        deterministic=recipe.deterministic,
+        attention_backend=recipe.attention_backend,
+        recompute=recipe.recomputation,
+    )
+    return TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
 
 
 def _tokens_by_kind(micro_batches: Sequence[ModelInputs], kinds: int) -> list[int]:

@@ -122,28 +122,37 @@ def process_groups(
     try:
         show_secret(_secret())
         _check_agreement(agree)
-        if dist.get_world_size() % parallel.model_size:
-            raise ValueError(
-                f"{dist.get_world_size()} processes cannot be split by parallel.tensor={parallel.tensor} x "
-                f"pipeline={parallel.pipeline} x context={parallel.context}: start a multiple of {parallel.model_size}"
-            )
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=(parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None),
-            context_parallel_size=parallel.context,
-            # Neighbours talk most: tensor-parallel ranks within a node, stages, which exchange least, farthest apart.
-            order="tp-cp-ep-dp-pp",
-            create_gloo_process_groups=device.type == "cuda",
-            distributed_timeout_minutes=max(1, int(collectives.total_seconds() // 60)),
-        )
-        yield ProcessGroupCollection.use_mpu_process_groups()
+        minutes = max(1, int(collectives.total_seconds() // 60))
+        yield split_ranks(parallel, timeout_minutes=minutes, beside_gpu=device.type == "cuda")
         done = True
     finally:
         if done or not _waits_for_others(device):
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
             _Joined.meeting = None
+
+
+def split_ranks(parallel: ParallelRecipe, *, timeout_minutes: int = 1, beside_gpu: bool = False) -> ProcessGroups:
+    """Split the world as `parallel` says (collective); beside_gpu: with groups for what is on the CPU, too.
+
+    ValueError: the layout does not divide the world.
+    """
+    if dist.get_world_size() % parallel.model_size:
+        raise ValueError(
+            f"{dist.get_world_size()} processes cannot be split by parallel.tensor={parallel.tensor} x "
+            f"pipeline={parallel.pipeline} x context={parallel.context}: start a multiple of {parallel.model_size}"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None),
+        context_parallel_size=parallel.context,
+        # Neighbours talk most: tensor-parallel ranks within a node, stages, which exchange least, farthest apart.
+        order="tp-cp-ep-dp-pp",
+        create_gloo_process_groups=beside_gpu,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def _waits_for_others(device: torch.device) -> bool:

@@ -103,14 +103,14 @@ class ZeroState:
                     within, own = mapping.lp_fragment_address, mapping.hp_fragment_address
                     yield parameter, within.start, mapping.param_group_index, own.start, own.numel
             return
-        flats = {master.untyped_storage().data_ptr(): flat for flat, master in enumerate(self._masters)}
+        flats = {master.untyped_storage()._cdata: flat for flat, master in enumerate(self._masters)}
         for parameter in self._parameters:
             view = _local_master(parameter)
             start = int(parameter.partition_numel()) * dist.get_rank(parameter.ds_process_group)
             # The last rank's partition is padded.
             numel = min(view.numel(), int(parameter.ds_numel) - start)
             if numel > 0:
-                flat = flats[view.untyped_storage().data_ptr()]
+                flat = flats[view.untyped_storage()._cdata]
                 own_start = int(view.storage_offset()) - int(self._masters[flat].storage_offset())
                 yield parameter, start, flat, own_start, numel
 

@@ -110,10 +110,10 @@ def _take_steps(
         saves = final or _due(step, run.recipe.checkpoint.every_steps)
         # Before a save, too: what drifted must not take the place of what did not.
         if (compares := run.recipe.guard.replicas_every_steps) and (saves or _due(step, compares)):
-            check_replicas(training.engine.chunks, training.layouts, run.groups, step)
+            check_replicas(training.engine.chunks, training.engine.layouts, run.groups, step)
         if saves:
             with heartbeat.during("checkpoint"):
-                saver.begin(_manifest(training), boxes_to_save(training.engine.zero, training.layouts))
+                saver.begin(_manifest(training), boxes_to_save(training.engine.zero, training.engine.layouts))
         with heartbeat.during("checkpoint") if final else nullcontext():
             last = _settle(saver, heartbeat, report, wait=final)
         if final and last is not None and last.error is not None:
@@ -147,7 +147,7 @@ def _due(step: int, every: int) -> bool:
 
 def _checkpoint_bytes(training: Training) -> int:
     """Size of a checkpoint: the full tensors of all stages in fp32, once for each state (collective)."""
-    mine = {piece.key: math.prod(piece.full_shape) for layout in training.layouts for piece in layout.pieces}
+    mine = {piece.key: math.prod(piece.full_shape) for layout in training.engine.layouts for piece in layout.pieces}
     full = {key: size for stage in gather_values(mine, training.run.groups.pp) for key, size in stage.items()}
     return 4 * sum(full.values()) * len(training.engine.zero.names)
 

@@ -21,12 +21,10 @@ from bd3_scale.data.stream import TrainingStream
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES
-from bd3_scale.model.build import build_model
-from bd3_scale.model.layout import ParameterLayout, parameter_layouts
 from bd3_scale.objective import Objective, objective_of
 from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.parallel.collective import gather_values
-from bd3_scale.parallel.engine import TrainingEngine
+from bd3_scale.parallel.engine import TrainingEngine, open_engine
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
 from bd3_scale.recipe.checks import check_against_data
 from bd3_scale.recipe.load import recipe_hash, resolved_yaml
@@ -35,6 +33,7 @@ from bd3_scale.resilience.files import check_writable, remove_aside, write_atomi
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.secret import SECRET_FILE
 from bd3_scale.resilience.signals import ended_by_signals
+from bd3_scale.train.inputs import InputsAhead
 from bd3_scale.train.resume import DATA_FILE, Start
 from bd3_scale.train.state import TrainState
 from bd3_scale.train.tiles import settle_tiles
@@ -66,8 +65,8 @@ class Training:
 
     run: Run
     engine: TrainingEngine
-    layouts: list[ParameterLayout]
     stream: TrainingStream
+    inputs: InputsAhead
     state: TrainState
 
     def keys_of(self, step: int) -> dict[str, Any]:
@@ -100,22 +99,9 @@ def open_training(run: Run, start: Start | None) -> Training:
     recipe, vocabulary = run.recipe, start.manifest.vocabulary if start else run.data.vocabulary
     state = TrainState.at(start)
     state.tiles = settle_tiles(recipe, backend_of(run), _dtype(recipe), state.tiles)
-    chunks = build_model(
-        recipe.model,
-        vocabulary,
-        run.groups,
-        parallel=recipe.parallel,
-        dtype=_dtype(recipe),
-        device=local_device(),
-        seed=recipe.seed,
-        deterministic=recipe.deterministic,
-        attention_backend=recipe.attention_backend,
-        recompute=recipe.recomputation,
-    )
-    layouts = parameter_layouts(chunks)
-    engine = TrainingEngine(chunks, run.groups, recipe.optimizer, recipe.parallel)
+    engine = open_engine(recipe, vocabulary, run.groups, device=local_device(), seed=recipe.seed)
     if start is not None:
-        start.load(engine.zero, layouts)
+        start.load(engine.zero, engine.layouts)
     stream = TrainingStream(
         recipe.data,
         run.data,
@@ -125,7 +111,8 @@ def open_training(run: Run, start: Start | None) -> Training:
         seed=recipe.seed,
         step=state.step,
     )
-    return Training(run, engine, layouts, stream, state)
+    inputs = InputsAhead(run.objective, recipe, stream, run.groups, state)
+    return Training(run, engine, stream, inputs, state)
 
 
 def backend_of(run: Run) -> str:

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
-from bd3_scale.data.batch import Batch
-from bd3_scale.objective import StepKeys
+from bd3_scale.model.rows import ModelInputs
 from bd3_scale.parallel.engine import StepResult, TrainingEngine
-from bd3_scale.parallel.groups import local_device, placement
-from bd3_scale.recipe.schema import OptimizerRecipe
+from bd3_scale.parallel.groups import local_device
+from bd3_scale.recipe.schema import OptimizerRecipe, Recipe
 from bd3_scale.resilience import faults
 from bd3_scale.train.setup import Training
 
 
 def take_step(training: Training) -> StepResult:
-    """Noise, forward, backward and update of the next step, on the next batch of the stream."""
-    recipe, run, batch, step = training.run.recipe, training.run, next(training.stream), training.state.step + 1
+    """Forward, backward and update of the next step, on the next batch of the stream; the host then makes the inputs of
+    the one after it while the device computes.
+    """
+    recipe, inputs, step = training.run.recipe, training.inputs, training.state.step + 1
+    micro_batches = inputs.take()
     faults.reach("step", step=step)
-    keys = StepKeys(step - 1, recipe.seed, recipe.train.global_batch_size, training.state.intervals)
-    micro_batches = [
-        run.objective.training_inputs(micro, keys, placement(run.groups))
-        for micro in batch.split(recipe.train.micro_batch_size)
-    ]
+    tokens = _trained_tokens(training, micro_batches)
     with _poisoned(training.engine, step):
-        return training.engine.step(
-            micro_batches,
-            tokens=_trained_tokens(training, batch),
-            lr=learning_rate(step - 1, recipe.train.steps, recipe.optimizer),
-            kinds=len(recipe.diffusion.block_sizes_at(step - 1)),
-        )
+        return train_on(training.engine, recipe, micro_batches, step=step, tokens=tokens, meanwhile=inputs.make_ahead)
+
+
+def train_on(
+    engine: TrainingEngine,
+    recipe: Recipe,
+    micro_batches: Sequence[ModelInputs],
+    *,
+    step: int,
+    tokens: int,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> StepResult:
+    """Take step `step` of a recipe, counted from 1, on given inputs; see `TrainingEngine.step`."""
+    return engine.step(
+        micro_batches,
+        tokens=tokens,
+        lr=learning_rate(step - 1, recipe.train.steps, recipe.optimizer),
+        kinds=len(recipe.diffusion.block_sizes_at(step - 1)),
+        meanwhile=meanwhile,
+    )
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerRecipe) -> float:
@@ -54,13 +67,14 @@ def learning_rate(step: int, steps: int, optimizer: OptimizerRecipe) -> float:
     return optimizer.lr * (optimizer.min_lr_ratio + (1 - optimizer.min_lr_ratio) * share)
 
 
-def _trained_tokens(training: Training, batch: Batch) -> int:
+def _trained_tokens(training: Training, micro_batches: Sequence[ModelInputs]) -> int:
     """Of the global batch, all but those that are shown; ranks tell each other where there are any (collective)."""
     recipe, groups = training.run.recipe, training.run.groups
     if not training.run.data.shows_tokens:
         return recipe.train.global_batch_size * recipe.data.seq_len
-    count = (~batch.shown).sum().to(local_device())
-    dist.all_reduce(count, group=groups.dp)
+    mine = sum(sum(inputs.trained_tokens) for inputs in micro_batches)
+    count = torch.tensor(mine, device=local_device())
+    dist.all_reduce(count, group=groups.dp_cp)
     # Of a batch without one there is no loss either.
     return max(1, int(count))
 

@@ -1,0 +1,161 @@
+"""`bd3-scale plan`: what a recipe needs and takes on GPUs, before anybody pays for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from bd3_scale.observe.console import Console, put, say
+from bd3_scale.observe.progress import Bar
+from bd3_scale.plan.forecast import Forecast, forecast, layout
+from bd3_scale.plan.hardware import Hardware, load_hardware
+from bd3_scale.plan.timing import largest
+from bd3_scale.recipe.load import load_recipe, with_plugins
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.terminal import tell
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: bd3-scale plan recipes/8b.yaml --gpus 64 --vocabulary 151936 train.micro_batch_size=2")
+def plan(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Of the whole run.")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, b200, or a YAML file that describes one.")] = "h100",
+    vocabulary: Annotated[
+        int | None, typer.Option(min=2, help="Token ids with the mask.", show_default="the data's")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Say how many days so many tokens take.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Predict memory, time and cost of a recipe on GPUs: its real code runs on fake devices, here, on a CPU.
+
+    Nothing of it is measured; the assumptions are printed.
+    """
+    loaded = with_plugins(load_recipe(recipe, overrides or ()), context.obj)
+    hardware = load_hardware(gpu)
+    ids = vocabulary_of(loaded, vocabulary)
+    with Bar("ranks traced") as bar:
+        found = forecast(loaded, ids, gpus, hardware, device=fake_device(), progress=bar.show)
+    if as_json:
+        put(json.dumps(found.as_json(), indent=1))
+    else:
+        show(found, tokens)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def vocabulary_of(recipe: Recipe, size: int | None) -> Vocabulary:
+    """Return `size` ids, or those of the recipe's data where these are here.
+
+    ValueError: neither is known.
+    """
+    from bd3_scale.data.manifest import MANIFEST_FILE, load_manifest
+
+    if size is not None:
+        return Vocabulary(size=size, eos_id=0, mask_id=size - 1)
+    if not (Path(recipe.data.path) / MANIFEST_FILE).is_file():
+        raise ValueError(
+            f"{recipe.data.path} holds no prepared data here to read the vocabulary from: give --vocabulary"
+        )
+    return load_manifest(recipe.data.path).vocabulary
+
+
+def fake_device() -> str:
+    """Return what fake devices are taken for, and say what differs where they cannot be GPUs."""
+    from bd3_scale.plan.fake_gpu import obstacle
+
+    why = obstacle()
+    if why is None:
+        return "cuda"
+    tell(f"note: fake devices are taken for CPUs ({why}): norms and activations count as several kernels each")
+    return "cpu"
+
+
+def show(found: Forecast, tokens: float | None) -> None:
+    """Print what a person wants to know, the most important first."""
+    hardware, time, run = found.hardware, found.time, found.run
+    console = Console()
+    say(f"{found.recipe.name}: {found.parameters / 1e9:.2f} B parameters on {found.gpus} {hardware.device}")
+    say(f"{layout(found.recipe, found.gpus)}\n")
+    console.print(_memory_table(found))
+    say(
+        f"\nstep {time.seconds:.2f} s, {found.tokens_per_second:,.0f} tokens/s, MFU {time.mfu:.0%}, all predicted\n"
+        f"{run['steps']:,} steps: {_days(run['seconds'])}, {run['gpu_hours']:,.0f} GPU hours, "
+        f"${run['cost']:,.0f} at ${hardware.price:g} a GPU hour"
+    )
+    if tokens is not None:
+        say(f"{tokens:,.0f} tokens: {_days(tokens / found.tokens_per_second)}")
+    checkpoint = found.checkpoint
+    say(
+        f"checkpoint {checkpoint['bytes'] / 1e9:,.1f} GB, {checkpoint['bytes_of_a_rank'] / 1e9:.2f} GB a rank: "
+        f"training waits {checkpoint['blocked_seconds']:.1f} s for the copy; to write it takes {checkpoint['seconds']:,.0f} s"
+    )
+    console.print(_losses_table(found), _parts_table(found), _messages_table(found))
+    waits = sum(found.waits.values())
+    say(f"\nThe host waits for the GPU {waits:.0f} times a step, and launches for {time.host_seconds:.2f} s.")
+    for note in found.notes:
+        say(f"note: {note}")
+    say(_assumptions(hardware))
+
+
+def _memory_table(found: Forecast) -> Table:
+    table = Table("stage", "peak, GB", "of it", "at", "on the card, GB", "left, GB", title="Memory of a rank")
+    for rank in found.ranks:
+        kinds = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in rank.memory.items() if size > 5e7)
+        left = (
+            f"{rank.margin_bytes / 1e9:.1f}"
+            if rank.margin_bytes >= 0
+            else f"does not fit: {rank.margin_bytes / 1e9:.1f}"
+        )
+        table.add_row(
+            str(rank.stage), f"{rank.peak_bytes / 1e9:.1f}", kinds, rank.where, f"{rank.card_bytes / 1e9:.1f}", left
+        )
+    return table
+
+
+def _losses_table(found: Forecast) -> Table:
+    table = Table("beyond the FLOPs at the peak", "s", "of a step", "what would shrink it", title="Largest losses")
+    for name, seconds, remedy in largest(found.time.losses):
+        table.add_row(name, f"{seconds:.3f}", f"{seconds / found.time.seconds:.1%}", remedy)
+    return table
+
+
+def _parts_table(found: Forecast) -> Table:
+    table = Table("part", "TFLOP", "GB moved", "launches", "s", title="A rank's step")
+    for name, part in found.parts.items():
+        launches = f"{part['launches']:,.0f}"
+        table.add_row(
+            name, f"{part['flops'] / 1e12:,.1f}", f"{part['bytes'] / 1e9:,.1f}", launches, f"{part['seconds']:.3f}"
+        )
+    return table
+
+
+def _messages_table(found: Forecast) -> Table:
+    table = Table("group", "messages", "GB", "s on the links", title="Messages of a rank's step")
+    for name, group in found.messages.items():
+        table.add_row(name, f"{group['calls']:,.0f}", f"{group['bytes'] / 1e9:,.2f}", f"{group['seconds']:.3f}")
+    return table
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:,.1f} days" if seconds > 172800 else f"{seconds / 3600:,.1f} hours"
+
+
+def _assumptions(hardware: Hardware) -> str:
+    measured = f"; measured: {', '.join(hardware.measured)}" if hardware.measured else "; none of it measured"
+    return (
+        f"assumed of {hardware.device}: {hardware.peak / 1e12:,.0f} TFLOP/s of which products reach "
+        f"{hardware.matmul:.0%}, attention {hardware.attention[0] / 1e12:.0f} and {hardware.attention[1] / 1e12:.0f} "
+        f"TFLOP/s, {hardware.memory_bandwidth / 1e12:.2f} TB/s of memory at {hardware.stream:.0%}, "
+        f"{hardware.node_bandwidth / 1e9:.0f} GB/s in a node of {hardware.gpus_per_node} and "
+        f"{hardware.network_bandwidth / 1e9:.0f} GB/s a network card at {hardware.collective:.0%}{measured}. "
+        "A file with `extends: h100` and other values goes to --gpu."
+    )

@@ -1,0 +1,184 @@
+"""A GPU that PyTorch believes in, for fake tensors alone.
+
+It changes torch for the whole process, which is one of `plan`'s own. A CPU build of torch has no code that answers for
+CUDA devices: fifty lines of C++ do, where there is a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+# Kernels of a CUDA build that a CPU build takes apart.
+_ONE_KERNEL = ("_fused_rms_norm", "_fused_rms_norm_backward", "silu_backward")
+_libraries: list[Any] = []
+_listeners: list[Callable[[str], None]] = []
+
+
+def obstacle() -> str | None:
+    """Return why there can be no fake GPU here, or None."""
+    if torch.version.cuda is None and shutil.which(_compiler()) is None:
+        return f"this build of torch knows no CUDA, and there is no compiler {_compiler()}: install g++, or set CXX"
+    return None
+
+
+def install(name: str, memory_bytes: int) -> None:
+    """Make torch believe in one GPU.
+
+    OSError: the shim cannot be built.
+    """
+    # What asks a CPU build for its CUDA functions when it is imported must see that there is none.
+    import torch._dynamo
+    import torch._inductor.config
+
+    if torch.version.cuda is None:
+        ctypes.CDLL(str(_shim()))
+    properties = SimpleNamespace(
+        name=name, major=9, minor=0, total_memory=memory_bytes, multi_processor_count=132, gcnArchName=""
+    )
+    _answer(torch.cuda, properties)
+    install_without_gpu()
+    library = torch.library.Library("aten", "IMPL", "CUDA")
+    for operator in _ONE_KERNEL:
+        library.impl(operator, _never_run)
+    _libraries.append(library)
+
+
+def install_without_gpu() -> None:
+    """Let DeepSpeed and ours work on fake tensors of the CPU."""
+    FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[assignment,method-assign]
+    # DeepSpeed moves a model to where it is already, which fake weights refuse.
+    torch.nn.Module._apply = lambda self, fn, recurse=True: self  # type: ignore[method-assign]
+    # Fake streams are none of PyTorch's, and fake values would be asked for one by one.
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
+    FakeTensor.tolist = _tolist  # type: ignore[assignment,method-assign]
+
+
+def watch(listener: Callable[[str], None]) -> None:
+    """Tell `listener` of each call that would wait for the device, by its name."""
+    _listeners[:] = [listener]
+
+
+def _waited(call: str) -> None:
+    for listener in _listeners:
+        listener(call)
+
+
+def _tolist(tensor: torch.Tensor) -> Any:
+    """Return zeros."""
+    if tensor.device.type == "cuda":
+        _waited("tolist")
+    return np.zeros(tuple(tensor.shape), np.float64 if tensor.is_floating_point() else np.int64).tolist()
+
+
+def _answer(cuda: Any, properties: SimpleNamespace) -> None:
+    """Answer what Python code asks of torch.cuda."""
+
+    class Event:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def record(self, *_: Any) -> None: ...
+        def wait(self, *_: Any) -> None: ...
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            _waited("Event.synchronize")
+
+        def elapsed_time(self, _: Any) -> float:
+            return 0.0
+
+    class Stream:
+        cuda_stream = 0
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def wait_stream(self, *_: Any) -> None: ...
+        def wait_event(self, *_: Any) -> None: ...
+        def record_event(self, event: Any = None) -> Any:
+            return event or Event()
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            _waited("Stream.synchronize")
+
+        def __enter__(self) -> Stream:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+
+    stream = Stream()
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "_is_compiled": True,
+        "is_initialized": True,
+        "device_count": 8,
+        "current_device": 0,
+        "get_device_capability": (properties.major, properties.minor),
+        "get_device_properties": properties,
+        "get_device_name": properties.name,
+        "is_bf16_supported": True,
+        "current_stream": stream,
+        "default_stream": stream,
+        **dict.fromkeys(("init", "_lazy_init", "set_device", "empty_cache", "set_rng_state", "manual_seed")),
+        **dict.fromkeys(("manual_seed_all", "reset_peak_memory_stats", "reset_max_memory_allocated")),
+        **dict.fromkeys(("reset_max_memory_cached", "set_stream")),
+        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0),
+        **dict.fromkeys(("memory_cached", "max_memory_cached"), 0),
+    }
+    for name, answer in answers.items():
+        setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
+    for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
+        setattr(cuda.nvtx, name, lambda *_, **__: 0)
+    cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
+    cuda.synchronize = lambda *_, **__: _waited("torch.cuda.synchronize")
+    cuda.Stream, cuda.Event = Stream, Event
+    inside: Callable[..., AbstractContextManager[None]] = lambda *_: nullcontext()  # noqa: E731
+    cuda.stream = cuda.device = inside
+
+
+def _never_run(*_: Any, **__: Any) -> None:
+    raise AssertionError("tensors of a fake GPU are fake")
+
+
+def _shim() -> Path:
+    """Build the C++ part once for each torch; return its shared library."""
+    key = hashlib.sha256(_SOURCE.read_bytes() + f"{torch.__version__} {torch.__file__}".encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bd3_scale"
+    target = folder / f"fake_gpu-{key}.so"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        root = Path(torch.__file__).parent
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            built = Path(partial) / target.name
+            _compile(["-I", str(root / "include"), str(_SOURCE), "-o", str(built), "-L", str(root / "lib")])
+            built.replace(target)
+    return target
+
+
+def _compile(arguments: list[str]) -> None:
+    flags = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC"]
+    command = [_compiler(), *flags, *arguments, "-lc10", "-ltorch_cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(
+            f"{_compiler()} cannot build {_SOURCE.name} against torch {torch.__version__}: {done.stderr.strip()[:400]}"
+        )
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX") or "g++"

@@ -1,0 +1,260 @@
+"""What a run needs and takes: its ranks are traced on fake devices, and hardware says how long that takes."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bd3_scale.plan import timing
+from bd3_scale.plan.hardware import Hardware
+from bd3_scale.plan.job import Job
+from bd3_scale.plan.samples import samples
+from bd3_scale.plan.trace import Trace, combine
+from bd3_scale.plan.workers import trace_all
+from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Memory of a rank of one pipeline stage, in bytes.
+
+    Attributes:
+        peak_bytes: of its tensors.
+        where: in the step the peak is.
+        memory: the peak by kind.
+        card_bytes: with CUDA's context, NCCL's buffers and fragmentation.
+        margin_bytes: left on the card; negative where it does not fit.
+    """
+
+    stage: int
+    peak_bytes: int
+    where: str
+    memory: dict[str, int]
+    card_bytes: int
+    margin_bytes: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run as predicted: nothing in it was measured.
+
+    Attributes:
+        time: of a step; see `timing.StepTime`.
+        parts: floating-point operations, bytes of memory traffic, launches and seconds of a step by part of the model,
+            of one rank of the slowest stage.
+        messages: bytes, calls and seconds of a step by group of ranks, of that rank.
+        waits: of the host for the device in a step, by what and where.
+        run: steps, seconds, GPU hours and cost to the last step, with evaluations and saves.
+        checkpoint: bytes, of all ranks and of one, and seconds that training waits and that it takes to write.
+    """
+
+    recipe: Recipe
+    gpus: int
+    hardware: Hardware
+    parameters: int
+    ranks: list[StageMemory]
+    time: timing.StepTime
+    parts: dict[str, dict[str, float]]
+    messages: dict[str, dict[str, float]]
+    waits: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return all(rank.margin_bytes >= 0 for rank in self.ranks)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.train.global_batch_size * self.recipe.data.seq_len
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.time.seconds
+
+    @property
+    def checkpoint(self) -> dict[str, float]:
+        optimizer, parallel = self.recipe.optimizer, self.recipe.parallel
+        states = len(_family_states(self.recipe)) + 1 + bool(optimizer.ema_decay)
+        whole = 4 * self.parameters * states
+        writers = self.gpus if parallel.zero_stage else parallel.model_size // parallel.context
+        return {
+            "bytes": whole,
+            "bytes_of_a_rank": whole / writers,
+            "blocked_seconds": whole / writers / self.hardware.host_bandwidth,
+            "seconds": whole / self.hardware.storage_bandwidth,
+        }
+
+    @property
+    def run(self) -> dict[str, float]:
+        train, evaluation = self.recipe.train, self.recipe.evaluation
+        evaluations = (train.steps // evaluation.every_steps if evaluation.every_steps else 0) + 1
+        # A forward is a third of a step's work.
+        an_evaluation = self.time.seconds / 3 * evaluation.sequences * evaluation.draws / train.global_batch_size
+        every = self.recipe.checkpoint.every_steps
+        saves = (train.steps // every if every else 0) + 1
+        steps = train.steps * self.time.seconds
+        seconds = steps + evaluations * an_evaluation + saves * self.checkpoint["blocked_seconds"]
+        hours = seconds / 3600 * self.gpus
+        return {
+            "steps": train.steps,
+            "tokens": train.steps * self.tokens_per_step,
+            "seconds": seconds,
+            "gpu_hours": hours,
+            "cost": hours * self.hardware.price,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as values of JSON; seconds, bytes and dollars."""
+        return {
+            "predicted": True,
+            "recipe": self.recipe.name,
+            "gpus": self.gpus,
+            "layout": layout(self.recipe, self.gpus),
+            "parameters": self.parameters,
+            "fits": self.fits,
+            "ranks": [asdict(rank) for rank in self.ranks],
+            "step_seconds": self.time.seconds,
+            "mfu": self.time.mfu,
+            "tokens_per_second": self.tokens_per_second,
+            "losses": self.time.losses,
+            "host_seconds": self.time.host_seconds,
+            "parts": self.parts,
+            "messages": self.messages,
+            "waits": self.waits,
+            "run": self.run,
+            "checkpoint": self.checkpoint,
+            "notes": list(self.notes),
+            "assumptions": self.hardware.model_dump(mode="json"),
+        }
+
+
+def layout(recipe: Recipe, gpus: int) -> str:
+    """Return how ranks share the work, for people."""
+    parallel, train = recipe.parallel, recipe.train
+    parts = [f"tensor {parallel.tensor}{' with sequence' * parallel.sequence}"] if parallel.tensor > 1 else []
+    chunks = f" x {parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
+    parts += [f"pipeline {parallel.pipeline}{chunks}"] if parallel.pipeline > 1 else []
+    parts += [f"context {parallel.context}"] if parallel.context > 1 else []
+    parts += [f"data {gpus // parallel.model_size}", f"ZeRO {parallel.zero_stage}"]
+    parts += [f"micro-batch {train.micro_batch_size}"]
+    parts += [f"{train.recompute} recomputation"] if train.recompute != "none" else []
+    return ", ".join(parts)
+
+
+def forecast(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    gpus: int,
+    hardware: Hardware,
+    *,
+    device: str = "cuda",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Forecast:
+    """Return what a run of `recipe` on `gpus` needs and takes.
+
+    device: that fake devices are taken for; progress: is told how many ranks of how many were traced.
+    ValueError: the recipe does not fit itself or the number of GPUs.
+    """
+    recipe = with_gpu_precision(recipe)
+    check_recipe(recipe, gpus)
+    stages = traced_stages(recipe)
+    jobs = {stage: samples(_job(recipe, vocabulary, gpus, stage), stage) for stage in stages}
+    flat = [sample.job for stage in stages for sample in jobs[stage]]
+    count = 0
+
+    def done() -> None:
+        nonlocal count
+        count += 1
+        progress(count, len(flat))
+
+    progress(0, len(flat))
+    traced = iter(trace_all(flat, hardware, device=device, done=done))
+    traces = {
+        stage: combine([(sample.weight, sample.memory_weight, next(traced)) for sample in jobs[stage]])
+        for stage in stages
+    }
+    return assemble(recipe, gpus, hardware, traces)
+
+
+def with_gpu_precision(recipe: Recipe) -> Recipe:
+    """Return the recipe with `auto` decided as on a GPU."""
+    if recipe.train.precision != "auto":
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
+
+
+def traced_stages(recipe: Recipe) -> list[int]:
+    """Return the pipeline stages that differ: the first, the last, and of those between the one that holds most."""
+    stages = recipe.parallel.pipeline
+    chunks = recipe.parallel.chunks(recipe.model.num_layers)
+    layers = [sum(chunks[stage::stages]) for stage in range(stages)]
+    between = max(range(1, stages - 1), key=lambda stage: (layers[stage], -stage), default=0)
+    return sorted({0, between, stages - 1})
+
+
+def _job(recipe: Recipe, vocabulary: Vocabulary, gpus: int, stage: int) -> Job:
+    replicas = gpus // recipe.parallel.model_size
+    micro_batches = recipe.train.global_batch_size // (replicas * recipe.train.micro_batch_size)
+    return Job(recipe, vocabulary, stage * (gpus // recipe.parallel.pipeline), gpus, micro_batches)
+
+
+def assemble(recipe: Recipe, gpus: int, hardware: Hardware, traces: dict[int, Trace]) -> Forecast:
+    """Return what the traced stages of a run say of it."""
+    time = timing.step_time(recipe, traces, gpus, hardware)
+    trace = traces[max(traces, key=lambda stage: timing.Rank(traces[stage], recipe, hardware).inside)]
+    return Forecast(
+        recipe,
+        gpus,
+        hardware,
+        round(trace.parameters),
+        [_memory(stage, trace, hardware) for stage, trace in traces.items()],
+        time,
+        _parts(trace, recipe, hardware),
+        _messages(trace, hardware),
+        {what: round(count, 1) for what, count in trace.waits.items() if count > 1e-6},
+    )
+
+
+def _memory(stage: int, trace: Trace, hardware: Hardware) -> StageMemory:
+    peak = trace.peak
+    card = peak.bytes * (1 + hardware.fragmentation) + hardware.overhead_gb * 1e9
+    by_kind = {kind: round(size) for kind, size in sorted(peak.memory.items(), key=lambda item: -item[1]) if size >= 1}
+    margin = math.floor(hardware.memory_bytes - card)
+    return StageMemory(stage, round(peak.bytes), peak.name, by_kind, math.ceil(card), margin)
+
+
+def _parts(trace: Trace, recipe: Recipe, hardware: Hardware) -> dict[str, dict[str, float]]:
+    rank = timing.Rank(trace, recipe, hardware)
+    parts: dict[str, dict[str, float]] = defaultdict(
+        lambda: {"flops": 0.0, "bytes": 0.0, "launches": 0.0, "seconds": 0}
+    )
+    for key, work in trace.work.items():
+        part = parts[key.part if key.phase == "gradients" and key.part else "update and reduction"]
+        part["flops"] += work.flops
+        part["bytes"] += work.bytes
+        part["launches"] += work.calls
+        part["seconds"] += rank.kernel_seconds(key, work)
+    return dict(sorted(parts.items(), key=lambda item: -item[1]["seconds"]))
+
+
+def _messages(trace: Trace, hardware: Hardware) -> dict[str, dict[str, float]]:
+    groups: dict[str, dict[str, float]] = defaultdict(lambda: {"bytes": 0.0, "calls": 0.0, "seconds": 0.0})
+    for key, message in trace.messages.items():
+        if message.ranks > 1:
+            group = groups[key.direction]
+            group["bytes"] += message.bytes
+            group["calls"] += message.calls
+            group["seconds"] += timing.message_seconds(key, message, hardware)
+    return dict(groups)
+
+
+def _family_states(recipe: Recipe) -> tuple[str, ...]:
+    from bd3_scale.parallel import optimizer  # noqa: F401  (its families are registered)
+    from bd3_scale.registry import optimizers
+
+    return tuple(optimizers.get(recipe.optimizer.family).states)

@@ -1,0 +1,81 @@
+"""The hardware that a plan is made for: data sheets, and what of them is expected to be reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from bd3_scale.recipe.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+
+KNOWN = Path(__file__).with_suffix(".yaml")
+
+
+class Hardware(Section):
+    """One kind of GPU in its node; `hardware.yaml` says what each value is, with units."""
+
+    device: str
+    peak_flops: PositiveFloat | None = Field(None, description="dense bf16, FLOP/s; default: of the device")
+    memory_gb: PositiveFloat
+    memory_bandwidth: PositiveFloat
+    gpus_per_node: PositiveInt
+    node_bandwidth: PositiveFloat
+    network_bandwidth: PositiveFloat
+    price: NonNegativeFloat
+    matmul: Share
+    attention: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
+    stream: Share
+    collective: Share
+    launch_seconds: NonNegativeFloat
+    latency_seconds: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Field(strict=False)]
+    overhead_gb: NonNegativeFloat
+    fragmentation: Share
+    host_bandwidth: PositiveFloat
+    storage_bandwidth: PositiveFloat
+    measured: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="values that were measured")
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gb * 1e9)
+
+    @property
+    def peak(self) -> float:
+        """Dense bf16, FLOP/s."""
+        from bd3_scale.observe.flops import peak_of
+
+        peak = self.peak_flops or peak_of(self.device)
+        assert peak is not None, "checked when it was read"
+        return peak
+
+
+def load_hardware(name: str) -> Hardware:
+    """Return a kind of GPU by its name in `hardware.yaml`, or as a YAML file of one entry describes it; such a file may
+    say `extends: h100`, and change what differs.
+
+    ValueError: there is none of the name, or the file is wrong.
+    """
+    from bd3_scale.observe.flops import peak_of
+
+    known: dict[str, dict[str, Any]] = yaml.safe_load(KNOWN.read_text())
+    path = Path(name)
+    if name.lower() in known:
+        entry, source = known[name.lower()], name
+    elif path.suffix in (".yaml", ".yml") and path.is_file():
+        entry, source = yaml.safe_load(path.read_text()), str(path)
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path} is no description of a GPU: keys and values, as in {KNOWN.name}")
+    else:
+        raise ValueError(f"--gpu {name} is none of {', '.join(known)}, and no YAML file that describes one")
+    try:
+        base = entry.pop("extends", None)
+        if base is not None and base not in known:
+            raise ValueError(f"{source}: extends {base!r}, which is none of {', '.join(known)}")
+        found = Hardware(**{**(known[base] if base else {}), **entry})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ValueError(f"{source}: {problems}") from None
+    if found.peak_flops is None and peak_of(found.device) is None:
+        raise ValueError(f"{source}: the peak of {found.device!r} is not known: give peak_flops")
+    return found

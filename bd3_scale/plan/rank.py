@@ -1,0 +1,138 @@
+"""One rank of a run on a fake device: its real code, from the model to the save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bd3_scale.checkpoint.store import boxes_to_save
+from bd3_scale.data.batch import Batch
+from bd3_scale.model.build import layer_shapes
+from bd3_scale.model.rows import ModelInputs
+from bd3_scale.objective import StepKeys, objective_of
+from bd3_scale.parallel.engine import TrainingEngine, open_engine
+from bd3_scale.parallel.groups import ProcessGroups
+from bd3_scale.parallel.replicas import check_replicas
+from bd3_scale.parallel.schedule import token_losses
+from bd3_scale.parallel.simulated import simulated_groups, watch_messages
+from bd3_scale.plan import fake_gpu
+from bd3_scale.plan.job import Job
+from bd3_scale.plan.recorder import Recorder
+from bd3_scale.plan.trace import Trace
+from bd3_scale.recipe.schema import ModelRecipe, Recipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.train.inputs import step_inputs
+from bd3_scale.train.step import train_on
+
+
+def trace_rank(job: Job, device: torch.device) -> Trace:
+    """Return what the second step of a rank asks of a fake `device`, with what it did beside steps in `order`."""
+    recipe = job.recipe
+    groups = simulated_groups(recipe.parallel, rank=job.rank, world_size=job.world_size)
+    inputs = example_inputs(job, groups)
+    pairs = inputs.noisy_pairs, inputs.noisy_pairs + inputs.clean_pairs
+    recorder = Recorder(device.type, _names(groups), pairs)
+    if device.type == "cuda":
+        fake_gpu.watch(recorder.waited)
+    watch_messages(recorder.waited_for_message)
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder, torch.autograd.set_multithreading_enabled(False):
+        with recorder.phase("engine"):
+            engine = open_engine(recipe, job.vocabulary, groups, device=device, seed=None)
+        _label(recorder, engine)
+        micro_batches = [inputs.to(device)] * job.micro_batches
+        with recorder.following(engine.chunks):
+            for number in (1, 2):
+                recorder.begin()
+                _step(recorder, engine, micro_batches, recipe, number)
+        if job.beyond:
+            _beside_steps(recorder, engine, micro_batches, groups)
+    trace = recorder.trace(job.micro_batches, engine.flops(micro_batches))
+    return replace(trace, parameters=num_parameters(recipe.model, job.vocabulary))
+
+
+def _step(
+    recorder: Recorder, engine: TrainingEngine, micro_batches: Sequence[ModelInputs], recipe: Recipe, step: int
+) -> None:
+    tokens = recipe.train.global_batch_size * recipe.data.seq_len
+    # What comes after the backward pass is the update.
+    with recorder.phase("gradients"):
+        train_on(
+            engine, recipe, micro_batches, step=step, tokens=tokens, meanwhile=lambda: recorder.enter_phase("update")
+        )
+
+
+def _label(recorder: Recorder, engine: TrainingEngine) -> None:
+    for chunk in engine.chunks:
+        for parameter in chunk.parameters():
+            recorder.label(getattr(parameter, "ds_tensor", parameter), "weights")
+    for fragment in engine.zero.fragments():
+        for state in fragment.states.values():
+            recorder.label(state, "optimizer")
+
+
+def _beside_steps(
+    recorder: Recorder,
+    engine: TrainingEngine,
+    micro_batches: Sequence[ModelInputs],
+    groups: ProcessGroups,
+) -> None:
+    with recorder.phase("replicas"):
+        check_replicas(engine.chunks, engine.layouts, groups, 1)
+    with recorder.phase("evaluation"), engine.zero.evaluation_weights():
+        token_losses(engine.chunks, micro_batches, groups)
+    with recorder.phase("save"):
+        for box in boxes_to_save(engine.zero, engine.layouts):
+            box.data.detach().to("cpu", copy=True)
+
+
+def num_parameters(model: ModelRecipe, vocabulary: Vocabulary) -> int:
+    """Return the number of weights of the whole model, each counted once."""
+    embedding = vocabulary.padded_size * model.hidden_size
+    norm = model.hidden_size * (1 + model.norm_bias)
+    head = embedding * (not model.tie_embeddings) + vocabulary.padded_size * model.head_bias
+    a_layer = sum(math.prod(shape) for shape in layer_shapes(model).values())
+    return embedding + model.num_layers * a_layer + norm + head
+
+
+def example_inputs(job: Job, groups: ProcessGroups) -> ModelInputs:
+    """Return a micro-batch of whole documents of random tokens, on the host, with real masks and counts."""
+    recipe = job.recipe
+    size, length = recipe.train.micro_batch_size, recipe.data.seq_len
+    first = groups.dp.rank() * size
+    ids = torch.arange(first, first + size)
+    batch = Batch(
+        ids=ids,
+        slots=ids % recipe.train.global_batch_size,
+        epoch=0,
+        tokens=torch.zeros(size, length, dtype=torch.int64),
+        document_start=torch.zeros(size, length, dtype=torch.int32),
+        positions=torch.arange(length).expand(size, -1).contiguous(),
+        counted=torch.ones(size, length, dtype=torch.bool),
+        shown=torch.zeros(size, length, dtype=torch.bool),
+    )
+    keys = StepKeys(0, recipe.seed, recipe.train.global_batch_size, {})
+    (inputs,) = step_inputs(objective_of(recipe.diffusion, job.vocabulary), recipe, batch, groups, keys=keys)
+    return inputs
+
+
+def _names(groups: ProcessGroups) -> dict[str, str]:
+    """What each group is for, by its name in torch.distributed."""
+    kinds = {
+        "tp": "tensor",
+        "cp": "context",
+        "pp": "pipeline",
+        "dp_cp": "data",
+        "dp": "data",
+        "embd": "tied",
+        "mp": "model",
+    }
+    names: dict[str, str] = {}
+    for attribute, kind in kinds.items():
+        group = getattr(groups, attribute, None)
+        if group is not None:
+            names.setdefault(group.group_name, kind)
+    return names

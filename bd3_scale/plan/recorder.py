@@ -1,0 +1,358 @@
+"""What one rank asks of its device, written down while its code runs on fake tensors.
+
+Legend of parts: the piece of the model that an operator belongs to; in backward that of the forward operator that it
+is the derivative of, which autograd's sequence numbers tell.
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bd3_scale.model.block import MLP, Attention, Block, Norm
+from bd3_scale.model.decoder import Decoder
+from bd3_scale.model.head import OutputLayer
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.plan.trace import Key, Message, Segment, Trace, Work
+
+# Of CUDA's caching allocator.
+_ROUNDED_TO = 512
+_PARTS: dict[type, str] = {
+    BlockDiffusionTransformer: "embedding",
+    Decoder: "residual",
+    Block: "residual",
+    Attention: "attention",
+    MLP: "mlp",
+    Norm: "norm",
+    OutputLayer: "head",
+}
+_WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive"}
+_NO_KERNEL = {
+    *("_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided"),
+    *("new_empty", "new_empty_strided", "set_", "resize_", "record_stream", "_pin_memory", "is_pinned"),
+}
+
+
+@dataclass
+class _Stored:
+    """A tensor's memory, from its birth on."""
+
+    size: int
+    kind: str
+    in_model: bool
+
+
+@dataclass
+class _Place:
+    """Where in the model the code is: the part, and the stretch of the timeline."""
+
+    part: str
+    segment: str
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down memory, work, messages and waits of what runs inside it, by phase.
+
+    Args:
+        device_type: whose memory and work count.
+        pairs: query-key pairs that the mask lets through in a micro-batch: of the noisy rows, and of all.
+    """
+
+    def __init__(self, device_type: str, names_of_groups: dict[str, str], pairs: tuple[int, int]) -> None:
+        super().__init__()
+        self._device, self._groups, self._pairs = device_type, names_of_groups, pairs
+        self._phase = "engine"
+        self._stored: dict[int, _Stored] = {}
+        self._timeline: list[tuple[str, _Stored, int]] = []
+        self._segment = "engine"
+        self._stack: list[_Place] = []
+        self._starts: list[int] = []
+        self._places: list[_Place | None] = []
+        self.work: dict[Key, Work] = {}
+        self.messages: dict[Key, Message] = {}
+        self.waits: Counter[str] = Counter()
+        self.order: list[tuple[str, tuple[int, ...], str, str, int | None]] = []
+        self._under_way: deque[Message] = deque()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what runs inside as `name`."""
+        before = self._phase, self._segment
+        self._phase = self._segment = name
+        yield
+        self._phase, self._segment = before
+
+    def enter_phase(self, name: str) -> None:
+        """Count what follows, within the phase that is open, as `name`."""
+        self._phase = self._segment = name
+
+    # Where the code is.
+
+    @contextmanager
+    def following(self, chunks: list[Any]) -> Iterator[None]:
+        """Know, inside, which part of `chunks` an operator belongs to."""
+        segments = {id(module): name for chunk in chunks for module, name in _segments(chunk)}
+
+        def enter(module: nn.Module, _: Any) -> None:
+            part = _PARTS.get(type(module))
+            if part is None:
+                return
+            around = self._place()
+            self._stack.append(_Place(part, segments.get(id(module), around.segment if around else "between")))
+            self._mark()
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            if type(module) in _PARTS:
+                self._stack.pop()
+                self._mark()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        for chunk in chunks:
+            handles += [p.register_post_accumulate_grad_hook(self._accumulated) for p in chunk.parameters()]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def _mark(self) -> None:
+        number = torch._C._autograd._get_sequence_nr()
+        place = self._stack[-1] if self._stack else None
+        if self._starts and self._starts[-1] == number:
+            self._places[-1] = place
+        else:
+            self._starts.append(number)
+            self._places.append(place)
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            self.label(parameter.grad, "gradients")
+
+    def _place(self) -> _Place | None:
+        """What the code computes or, in backward, is the derivative of."""
+        if self._stack:
+            return self._stack[-1]
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return None
+        index = bisect.bisect_right(self._starts, node._sequence_nr()) - 1
+        return self._places[index] if index >= 0 else None
+
+    def _here(self) -> tuple[str, str]:
+        """Return part and direction of what runs now, and follow it on the timeline."""
+        node = torch._C._current_autograd_node()
+        if node is not None and node.name().endswith("AccumulateGrad"):
+            return "gradients", "backward"
+        place = self._place()
+        if place is None:
+            if node is None:
+                self._enter("between")
+            return "", ""
+        # Backward computes without gradients, but for what it computes again.
+        direction = "forward" if node is None else "recomputed" if torch.is_grad_enabled() else "backward"
+        self._enter(f"{place.segment} {'forward' if node is None else 'backward'}")
+        return place.part, direction
+
+    def _enter(self, segment: str) -> None:
+        if self._phase == "gradients":
+            self._segment = segment
+
+    # What the code does.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.partition("::")[2]
+        if name in _WAITS and _lies_on(args[0], self._device):
+            self._waited(name)
+        if name in ("_local_scalar_dense", "is_nonzero"):
+            value = args[0]
+            return 1.0 if value.dtype.is_floating_point else False if value.dtype == torch.bool else 0
+        if name == "equal":
+            return True
+        if name == "_pin_memory":
+            return args[0].clone()
+        if name == "is_pinned":
+            return True
+        part, direction = self._here()
+        out = func(*args, **kwargs)
+        before = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        after = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        for tensor in after:
+            self._born(tensor, part)
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._sent(func, args, kwargs, before, part)
+        elif not func.is_view and name not in _NO_KERNEL and func.namespace != "prim":
+            self._worked(func, name, part, direction, before, after)
+        return out
+
+    def _worked(
+        self, func: Any, name: str, part: str, direction: str, before: list[Tensor], after: list[Tensor]
+    ) -> None:
+        touched = {id(x): x for x in (*before, *after) if x.device.type == self._device}
+        if not touched:
+            return
+        if name == "_to_copy" and after[0].device != before[0].device and after[0].device.type == "cpu":
+            self._waited("copy to the host")
+        flops, shape = self._flops(name, before, after)
+        moved = sum(x.numel() * x.element_size() for x in touched.values())
+        # A size outside the model follows from how many layers there are, and would be a key of its own.
+        key = Key(self._phase, part, direction, name, shape if part else "")
+        for work in (self.work.setdefault(key, Work()), *(message.beside for message in self._under_way)):
+            work.add(flops, moved)
+
+    def _flops(self, name: str, before: list[Tensor], after: list[Tensor]) -> tuple[int, str]:
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            inner = before[-2].shape[-1]
+            out = after[0]
+            return 2 * out.numel() * inner, "x".join(map(str, (*out.shape, inner)))
+        if name in ("block_attention", "block_attention_backward"):
+            q = before[1] if name.endswith("backward") else before[0]
+            noisy, every = self._pairs
+            k = before[2] if name.endswith("backward") else before[1]
+            pairs = noisy if q.shape[1] < k.shape[1] and noisy else every
+            return (10 if name.endswith("backward") else 4) * q.shape[3] * q.shape[2] * pairs, str(q.shape[1])
+        return 0, ""
+
+    def _sent(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], part: str) -> None:
+        name = func._schema.name.partition("::")[2]
+        group = next(
+            dist.ProcessGroup.unbox(x)
+            for x in pytree.tree_leaves((args, kwargs))
+            if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type())
+        )
+        ranks = tuple(dist.get_process_group_ranks(group))
+        peer = ranks[args[2]] if name in ("send", "recv_") else None
+        shapes = " ".join(f"{str(x.dtype)[6:]}{list(x.shape)}" for x in tensors)
+        self.order.append((group.group_name, ranks, name, shapes, peer))
+        for tensor in tensors:
+            self.label(tensor, "messages" if peer is not None else "buckets", only_outside=True)
+        size = max((x.numel() * x.element_size() for x in tensors), default=0)
+        label = self._groups.get(group.group_name, f"{len(ranks)} ranks")
+        if peer is not None:
+            # Over whatever group: megatron-core takes that of all ranks, too, so that both directions are independent.
+            label, ranks = "pipeline", tuple(sorted((peer, dist.get_rank())))
+        early = peer is None and _is_waited_for_later(func, args)
+        key = Key(self._phase, part, label, name, (str(size) if part else "") + " early" * early)
+        stride = ranks[1] - ranks[0] if len(ranks) > 1 else 0
+        message = self.messages.setdefault(key, Message(ranks=len(ranks), stride=stride))
+        message.add(size)
+        if early:
+            self._under_way.append(message)
+
+    def waited_for_message(self) -> None:
+        """Take the oldest collective that was begun and not waited for as done."""
+        if self._under_way:
+            self._under_way.popleft()
+
+    def _waited(self, what: str) -> None:
+        self.waits[f"{self._phase}: {what} at {_line()}"] += 1
+
+    def waited(self, what: str) -> None:
+        """Count a call of torch.cuda that waits for the device."""
+        self._waited(what)
+
+    # Memory.
+
+    def _born(self, tensor: Tensor, part: str) -> None:
+        if not isinstance(tensor, FakeTensor) or tensor.device.type != self._device:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._stored:
+            return
+        size = -(-storage.nbytes() // _ROUNDED_TO) * _ROUNDED_TO
+        if not size:
+            return
+        stored = self._stored[key] = _Stored(size, self._kind(part), bool(part))
+        self._timeline.append((self._segment, stored, size))
+        weakref.finalize(storage, self._died, key, stored)
+
+    def _died(self, key: int, stored: _Stored) -> None:
+        self._stored.pop(key, None)
+        self._timeline.append((self._segment, stored, -stored.size))
+
+    def _kind(self, part: str) -> str:
+        if self._phase != "gradients":
+            return {"engine": "buckets"}.get(self._phase, self._phase)
+        return {"": "buckets", "gradients": "gradients", "head": "head"}.get(part, "activations")
+
+    def label(self, tensor: Tensor, kind: str, *, only_outside: bool = False) -> None:
+        """Count the memory of a tensor as `kind`, from its birth on; only_outside: unless the model made it."""
+        stored = self._stored.get(tensor.untyped_storage()._cdata)
+        if stored is not None and not (only_outside and (stored.in_model or stored.kind in ("weights", "optimizer"))):
+            stored.kind = kind
+
+    def begin(self) -> None:
+        """Forget work, messages and waits so far, and what is no longer in memory."""
+        self.work, self.messages, self.waits, self.order = {}, {}, Counter(), []
+        self._under_way.clear()
+        self._timeline = [("before", stored, stored.size) for stored in self._stored.values()]
+
+    def trace(self, micro_batches: int, flops: float) -> Trace:
+        """Return what was written down since `begin`."""
+        segments = list(_segments_of(self._timeline))
+        return Trace(segments, self.work, self.messages, dict(self.waits), micro_batches, flops, order=self.order)
+
+
+def _segments_of(timeline: list[tuple[str, _Stored, int]]) -> Iterator[Segment]:
+    """The most that was in memory in each stretch, by kind; stretches of one name in a row are one."""
+    live: Counter[str] = Counter()
+    total, name, peak, at_peak = 0, "before", 0, Counter[str]()
+    for segment, stored, size in timeline:
+        if segment != name:
+            yield Segment(name, dict(at_peak))
+            name, peak, at_peak = segment, total, Counter(live)
+        live[stored.kind] += size
+        total += size
+        if total > peak:
+            peak, at_peak = total, Counter(live)
+    yield Segment(name, dict(at_peak))
+
+
+def _segments(chunk: Any) -> Iterator[tuple[nn.Module, str]]:
+    """The stretches of a chunk's forward; layers between its first and last one are one, for each way to recompute."""
+    yield chunk, f"chunk {chunk.vp_stage or 0}"
+    layers = list(chunk.decoder.layers)
+    kept = chunk.decoder.recompute_layers
+    for index, layer in enumerate(layers):
+        place = "first" if index == 0 else "last" if index == len(layers) - 1 else "middle"
+        yield layer, f"chunk {chunk.vp_stage or 0} {place} layer{' recomputed' * (index < kept)}"
+    if chunk.post_process:
+        yield chunk.output_layer, "head"
+
+
+def _is_waited_for_later(func: Any, args: Any) -> bool:
+    """Tell whether a collective was called with `async_op`; arguments that have their defaults are left out."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "async_op":
+            return bool(args[place] if place < len(args) else argument.default_value)
+    return False
+
+
+def _lies_on(value: Any, device_type: str) -> bool:
+    return isinstance(value, Tensor) and value.device.type == device_type
+
+
+def _line() -> str:
+    """The innermost line of code outside torch."""
+    import sys
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        if "torch" not in file.parts and file.parent.name != "plan":
+            return f"{file.parent.name}/{file.name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"

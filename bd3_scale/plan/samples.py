@@ -1,0 +1,86 @@
+"""Small steps that tell a large one: layers between a chunk's first and last are alike, and so are micro-batches.
+
+What adds up over a step is linear in the number of layers of a kind and of micro-batches, and memory in the layers. A
+few steps of three and four layers and a few micro-batches determine it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from bd3_scale.plan.job import Job
+from bd3_scale.recipe.schema import Recipe
+
+# First, last and one between them.
+_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A step, and the weights with which what adds up in it, and its memory, make the whole one's; see `combine`."""
+
+    job: Job
+    weight: float
+    memory_weight: float
+
+
+def samples(job: Job, stage: int) -> list[Sample]:
+    """Return the steps that tell the step of `job`, a rank of the pipeline's stage `stage`."""
+    by_layers = _by_layers(job.recipe, stage)
+    by_batches = _by_batches(job.recipe, job.micro_batches)
+    most = by_batches[-1][0]
+    return [
+        Sample(
+            replace(job, recipe=recipe, micro_batches=count),
+            weight=layer_weight * batch_weight,
+            memory_weight=layer_weight * (count == most),
+        )
+        for recipe, layer_weight in by_layers
+        for count, batch_weight in by_batches
+    ]
+
+
+def _by_batches(recipe: Recipe, wanted: int) -> list[tuple[int, float]]:
+    """Numbers of micro-batches with weights; the last one keeps as many alive as the whole step."""
+    stages = recipe.parallel.pipeline
+    group = stages if recipe.parallel.virtual_pipeline > 1 else 1
+    few, more = 2 * stages, 2 * stages + group
+    if wanted <= more:
+        return [(wanted, 1.0)]
+    share = (wanted - few) / (more - few)
+    return [(few, 1 - share), (more, share)]
+
+
+def _by_layers(recipe: Recipe, stage: int) -> list[tuple[Recipe, float]]:
+    """Recipes of fewer layers with weights."""
+    parallel, train = recipe.parallel, recipe.train
+    chunks = parallel.chunks(recipe.model.num_layers)
+    mine = chunks[stage :: parallel.pipeline]
+    # What ZeRO-3 fetches ahead depends on the sizes of all layers.
+    if len(set(mine)) > 1 or parallel.zero_stage == 3:
+        return [(recipe, 1.0)]
+    recomputed = min(train.recompute_layers or mine[0], mine[0]) if train.recompute == "full" else 0
+    wanted = (recomputed, mine[0] - recomputed)
+    base = (min(wanted[0], _LAYERS), min(wanted[1], _LAYERS))
+    more = [(kind, wanted[kind] - base[kind]) for kind in (0, 1) if wanted[kind] > base[kind]]
+    if sum(wanted) <= sum(base) + len(more):
+        return [(recipe, 1.0)]
+    found = [(_with_layers(recipe, base), 1.0 - sum(extra for _, extra in more))]
+    for kind, extra in more:
+        layers = (base[0] + (kind == 0), base[1] + (kind == 1))
+        found.append((_with_layers(recipe, layers), float(extra)))
+    return found
+
+
+def _with_layers(recipe: Recipe, layers: tuple[int, int]) -> Recipe:
+    """The recipe with so many layers a chunk that are recomputed, and that are not."""
+    parallel = recipe.parallel.model_copy(update={"layers_per_chunk": None})
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    kept = layers[0] if layers[0] and layers[1] else None
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"num_layers": sum(layers) * chunks}),
+            "parallel": parallel,
+            "train": recipe.train.model_copy(update={"recompute_layers": kept}),
+        }
+    )

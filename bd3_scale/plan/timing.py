@@ -1,0 +1,211 @@
+"""Seconds of a step, from what its ranks do and what their hardware is expected to reach: a roofline of each kernel,
+and of messages what no computation covers.
+
+All is predicted. A kernel takes as long as its floating-point operations or its memory traffic, whichever is longer;
+the host must launch it; a collective takes its bytes over the slowest link of its group; what runs beside it hides it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bd3_scale.plan.hardware import Hardware
+from bd3_scale.plan.trace import Key, Message, Trace, Work
+from bd3_scale.recipe.schema import Recipe
+
+# Seven products where the fused backward has five; see `attention.kernels.backward`.
+DETERMINISTIC_BACKWARD = 1.4
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_LAYOUT = ("cat", "clone", "copy", "slice", "constant_pad", "index", "embedding", "stack")
+# Share of the largest tensor's bytes that a rank sends, of n ranks.
+_SENT = {
+    "allreduce_": lambda n: 2 * (n - 1) / n,
+    "_allgather_base_": lambda n: (n - 1) / n,
+    "allgather_": lambda n: n - 1,
+    "_reduce_scatter_base_": lambda n: (n - 1) / n,
+    "reduce_scatter_": lambda n: (n - 1) / n,
+}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How long a step takes, and what for.
+
+    Attributes:
+        seconds: of the step.
+        needed: seconds of the floating-point operations that it cannot do without, at the peak.
+        losses: what goes beyond, in seconds by reason; they add up to the difference.
+        messages: seconds of messages by group, hidden ones among them.
+        host_seconds: that the host takes to launch a step.
+    """
+
+    seconds: float
+    needed: float
+    losses: dict[str, float]
+    messages: dict[str, float]
+    host_seconds: float
+
+    @property
+    def mfu(self) -> float:
+        return self.needed / self.seconds
+
+
+def step_time(recipe: Recipe, stages: Mapping[int, Trace], world_size: int, hardware: Hardware) -> StepTime:
+    """Return the time of a step whose pipeline has the traced stages; the slowest of them sets the pace."""
+    parallel = recipe.parallel
+    of_stage = {stage: Rank(trace, recipe, hardware) for stage, trace in stages.items()}
+    slowest = max(of_stage.values(), key=lambda rank: rank.inside)
+    trace = slowest.trace
+    idle = (parallel.pipeline - 1) / parallel.virtual_pipeline / trace.micro_batches
+    bubble = slowest.inside * idle
+    outside = max(of_stage.values(), key=lambda rank: rank.outside)
+    seconds = slowest.inside + bubble + outside.outside
+    replicas = world_size // parallel.model_size
+    needed = trace.flops * replicas * parallel.context / world_size / hardware.peak
+    losses = defaultdict(float, slowest.losses_inside)
+    for why, value in outside.losses_outside.items():
+        losses[why] += value
+    losses["pipeline bubble"] = bubble
+    other = seconds - needed - sum(losses.values())
+    losses["stages of unequal work" if parallel.pipeline > 1 else "products that nothing reads"] = other
+    return StepTime(
+        seconds,
+        needed,
+        {why: value for why, value in sorted(losses.items(), key=lambda item: -item[1]) if value > 1e-9},
+        dict(slowest.messages),
+        slowest.host,
+    )
+
+
+class Rank:
+    """Seconds of one rank: inside the pipeline, and outside of it, where gradients are reduced and weights updated."""
+
+    def __init__(self, trace: Trace, recipe: Recipe, hardware: Hardware) -> None:
+        self.trace, self._hardware = trace, hardware
+        self._backward = DETERMINISTIC_BACKWARD if recipe.deterministic else 1.0
+        self._overlaps = recipe.parallel.virtual_pipeline > 1
+        self.losses_inside: defaultdict[str, float] = defaultdict(float)
+        self.losses_outside: defaultdict[str, float] = defaultdict(float)
+        self.messages: defaultdict[str, float] = defaultdict(float)
+        self._needed = self._host_inside = self._host_outside = 0.0
+        for key, work in trace.work.items():
+            self._count(key, work)
+        for key, message in trace.messages.items():
+            self._send(key, message)
+        self.inside = self._needed + sum(self.losses_inside.values())
+        self.outside = sum(self.losses_outside.values())
+        for losses, host in ((self.losses_inside, self._host_inside), (self.losses_outside, self._host_outside)):
+            device = sum(losses.values()) + (self._needed if losses is self.losses_inside else 0.0)
+            losses["launches that the GPU waits for"] = max(0.0, host - device)
+        self.inside += self.losses_inside["launches that the GPU waits for"]
+        self.outside += self.losses_outside["launches that the GPU waits for"]
+
+    @property
+    def host(self) -> float:
+        return self._host_inside + self._host_outside
+
+    def _count(self, key: Key, work: Work) -> None:
+        inside = key.phase == "gradients" and bool(key.part)
+        host = work.calls * self._hardware.launch_seconds
+        seconds = self.kernel_seconds(key, work)
+        if not inside:
+            self._host_outside += host
+            self.losses_outside["update of the weights" if key.phase == "update" else _REDUCTION] += seconds
+            return
+        self._host_inside += host
+        useful = work.flops / self._hardware.peak if key.direction != "recomputed" else 0.0
+        self._needed += useful
+        self.losses_inside[reason(key)] += seconds - useful
+
+    def kernel_seconds(self, key: Key, work: Work) -> float:
+        """Return what all kernels of an entry take on the device."""
+        hardware = self._hardware
+        memory = work.bytes / (hardware.stream * hardware.memory_bandwidth)
+        if key.name in _PRODUCTS:
+            return max(work.flops / (hardware.matmul * hardware.peak), memory)
+        if key.name == "block_attention":
+            return work.flops / hardware.attention[0]
+        if key.name == "block_attention_backward":
+            return self._backward * work.flops / hardware.attention[1]
+        return memory
+
+    def _send(self, key: Key, message: Message) -> None:
+        seconds = message_seconds(key, message, self._hardware)
+        if not seconds:
+            return
+        between = key.direction == "pipeline" and not key.part and key.phase == "gradients"
+        self.messages[key.direction] += seconds
+        if between and self._overlaps:
+            return
+        hidden = self.kernel_seconds(Key("", "", "", "mm", ""), message.beside)
+        exposed = max(0.0, seconds - hidden)
+        inside = between or (key.phase == "gradients" and bool(key.part))
+        (self.losses_inside if inside else self.losses_outside)[f"{key.direction}-parallel messages"] += exposed
+
+
+_REDUCTION = "gradients between micro-batches and reduction"
+
+
+def message_seconds(key: Key, message: Message, hardware: Hardware) -> float:
+    """Return what all messages of an entry take on the links of their group."""
+    if message.ranks < 2:
+        return 0.0
+    in_node = min(message.ranks, max(1, hardware.gpus_per_node // max(1, message.stride)))
+    stays = in_node >= message.ranks
+    # The ranks of a group in one node share out their network cards.
+    link = hardware.node_bandwidth if stays else min(hardware.node_bandwidth, in_node * hardware.network_bandwidth)
+    sent = message.bytes * _SENT.get(key.name, lambda _: 1.0)(message.ranks)
+    return sent / (hardware.collective * link) + message.calls * hardware.latency_seconds[0 if stays else 1]
+
+
+def reason(key: Key) -> str:
+    """Return why the time of a kernel inside the model is not that of the peak, for people."""
+    if key.direction == "recomputed":
+        return "activations computed again"
+    if key.name in _PRODUCTS:
+        return "matrix products below the peak"
+    if key.name.startswith("block_attention"):
+        return "attention kernel below the peak"
+    if key.part == "gradients":
+        return "gradients added up in fp32"
+    if key.part == "head":
+        return "head: cross-entropy"
+    if key.part == "norm" or "norm" in key.name:
+        return "norms"
+    if key.name == "_to_copy":
+        return "gradients added up in fp32"
+    if key.name.startswith(_LAYOUT):
+        return "copies and layouts"
+    return "activations, rotation and residuals"
+
+
+# What shrinks each loss.
+REMEDIES: dict[str, str] = {
+    "matrix products below the peak": "a larger micro-batch, or fewer tensor-parallel ranks: larger products",
+    "attention kernel below the peak": "tune its tiles; deterministic: false spares two of seven products in backward",
+    "activations computed again": "train.recompute: selective or none, where memory allows",
+    "gradients added up in fp32": "a larger micro-batch: fewer times to add up",
+    "head: cross-entropy": "nothing in a recipe",
+    "norms": "nothing in a recipe: kernels that fuse them with the residual",
+    "copies and layouts": "nothing in a recipe",
+    "activations, rotation and residuals": "nothing in a recipe: kernels that fuse them",
+    "tensor-parallel messages": "fewer tensor-parallel ranks, where memory allows",
+    "context-parallel messages": "fewer context-parallel ranks, where memory allows",
+    "pipeline-parallel messages": "parallel.virtual_pipeline above 1: they run beside computation",
+    "data-parallel messages": "a larger global batch, or more model-parallel ranks: fewer bytes a step",
+    "model-parallel messages": "nothing in a recipe",
+    "pipeline bubble": "parallel.virtual_pipeline, or more micro-batches: a smaller micro-batch, a larger global batch",
+    "update of the weights": "a larger global batch: fewer updates",
+    _REDUCTION: "a larger global batch",
+    "launches that the GPU waits for": "a larger micro-batch: more work a kernel",
+    "stages of unequal work": "parallel.layers_per_chunk: fewer layers beside the head",
+    "products that nothing reads": "nothing in a recipe",
+}
+
+
+def largest(losses: Mapping[str, float], count: int = 5) -> Sequence[tuple[str, float, str]]:
+    """Return the largest losses with what would shrink each."""
+    ordered = sorted(losses.items(), key=lambda item: -item[1])[:count]
+    return [(name, seconds, REMEDIES[name]) for name, seconds in ordered]

@@ -1,0 +1,78 @@
+"""What a step is computed on, made from the stream's batches while the device is busy with the step before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bd3_scale.data.batch import Batch
+from bd3_scale.diffusion.interval import Interval
+from bd3_scale.model.rows import ModelInputs, Placement
+from bd3_scale.objective import Objective, StepKeys
+from bd3_scale.parallel.groups import ProcessGroups, local_device
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.train.state import TrainState
+
+
+def step_inputs(
+    objective: Objective, recipe: Recipe, batch: Batch, groups: ProcessGroups, *, keys: StepKeys
+) -> list[ModelInputs]:
+    """Return the micro-batches of this rank's part of a global batch, on the host."""
+    place = Placement(torch.device("cpu"), (groups.cp.rank(), groups.cp.size()))
+    return [objective.training_inputs(micro, keys, place) for micro in batch.split(recipe.train.micro_batch_size)]
+
+
+class InputsAhead:
+    """The inputs of a run's steps on this rank's device, in their order; those of the next one can be made early.
+
+    No thread makes them: while kernels run that a step has launched, the host has nothing else to do, and where it
+    computes itself, a thread would take its time.
+    """
+
+    def __init__(
+        self, objective: Objective, recipe: Recipe, batches: Iterator[Batch], groups: ProcessGroups, state: TrainState
+    ) -> None:
+        self._objective, self._recipe, self._groups, self._state = objective, recipe, groups, state
+        self._batches = batches
+        self._next = state.step + 1
+        self._ahead: _Made | Exception | None = None
+
+    def make_ahead(self) -> None:
+        """Make those of the step after the one that was taken last, unless that is the run's last one.
+
+        An error waits until they are taken: the step under way has all that it needs, and may be due for a checkpoint.
+        """
+        assert self._ahead is None, "inputs that were made ahead are to be taken first"
+        if self._next > self._recipe.train.steps:
+            return
+        try:
+            self._ahead = self._made(next(self._batches))
+        except Exception as error:  # noqa: BLE001 - raised again by `take`
+            self._ahead = error
+
+    def take(self) -> list[ModelInputs]:
+        """Return the inputs of the next step. Raises as its batch and the objective do."""
+        ahead, self._ahead = self._ahead, None
+        if isinstance(ahead, Exception):
+            raise ahead
+        made = self._made(next(self._batches)) if ahead is None else ahead
+        if made.intervals != self._state.intervals:
+            # An evaluation between the steps has found other ones.
+            made = self._made(made.batch)
+        self._next += 1
+        return made.inputs
+
+    def _made(self, batch: Batch) -> _Made:
+        recipe, intervals = self._recipe, dict(self._state.intervals)
+        keys = StepKeys(self._next - 1, recipe.seed, recipe.train.global_batch_size, intervals)
+        on_host = step_inputs(self._objective, recipe, batch, self._groups, keys=keys)
+        return _Made(batch, intervals, [inputs.to(local_device()) for inputs in on_host])
+
+
+@dataclass(frozen=True)
+class _Made:
+    batch: Batch
+    intervals: Mapping[int, Interval]
+    inputs: list[ModelInputs]
