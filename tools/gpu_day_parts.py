@@ -223,8 +223,8 @@ def plan(arguments: Sequence[object]) -> Row:
     words = [*BD3_SCALE, "plan", *map(str, arguments), "--gpus", "1", "--json"]
     done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=False)
     print(done.stdout, done.stderr, flush=True)
-    # 1: it does not fit the GPU that is planned for, which need not be the one that is here.
-    if done.returncode not in (0, 1):
+    # With a plan and exit code 1 it does not fit the GPU that is planned for, which need not be the one that is here.
+    if not done.stdout.startswith("{"):
         raise ToolError(done.returncode, done.stderr.splitlines())
     return json.loads(done.stdout)
 
