@@ -3,7 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A second transformers, in a folder of its own, with which the tests load exported models, too.
 TRANSFORMERS_5 := transformers==5.24.0 huggingface-hub==1.33.0 tokenizers==0.23.3
-INSTALLED := .venv/.installed
+# Whichever of both .venv was set up with.
+CUDA_INSTALLED := .venv/.installed-cuda
+INSTALLED := $(or $(wildcard $(CUDA_INSTALLED)),.venv/.installed)
+CUDA := $(shell sed -n 's/^cuda-toolkit==\([0-9]*\.[0-9]*\).*/\1/p' constraints-cuda.txt)
+# DRIVER=elsewhere: the driver is on other machines than this one, as where a login node has no GPU.
+DRIVER ?= here
 
 # Each worker's tests take about one core; those of SLURM wait for it most of the time.
 WORKERS ?= $(shell nproc)
@@ -12,7 +17,7 @@ SLURM_WORKERS := 8
 PYTEST = $(BIN)/pytest --junit-xml=build/tests/$(1).xml
 EACH = not slow and
 
-.PHONY: help install quickstart check test test-fast test-all parity format clean
+.PHONY: help install install-cuda quickstart check test test-fast test-all parity format clean
 
 help:
 	@echo "make quickstart  train, evaluate and sample a small model on this machine"
@@ -22,20 +27,44 @@ help:
 	@echo "make test-all    the same with every parallel layout, every tile of the kernels and long campaigns"
 	@echo "make parity      every parallel layout against one process, as a table"
 	@echo "make install     only set up .venv"
+	@echo "make install-cuda  the same with CUDA builds, for GPUs (not run on one)"
 	@echo "make format      format the code and mend what the linter can"
 	@echo "make clean       remove .venv and caches; runs and data stay"
 
 install: $(INSTALLED)
 
+install-cuda: $(CUDA_INSTALLED)
+
+define check_python
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, not " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+endef
+
 # torch and torchvision come first and together: a later dependency would pull a torchvision that brings another torch.
-$(INSTALLED): setup.py pyproject.toml constraints.txt Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, not " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
-	@echo "Setting up .venv, once; this takes a few minutes."
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/transformers-5 $(TRANSFORMERS_5)
-	@touch $@
+define install_torch
+@echo "Setting up .venv, once; this takes a few minutes."
+$(PYTHON) -m venv .venv
+$(BIN)/pip install --quiet --constraint $(1) torch torchvision
+endef
+
+define install_rest
+DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint $(1) --editable '.[test]'
+$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/transformers-5 $(TRANSFORMERS_5)
+@touch $@
+endef
+
+.venv/.installed: setup.py pyproject.toml constraints.txt Makefile
+	$(check_python)
+	$(call install_torch,constraints.txt)
+	$(call install_rest,constraints.txt)
+
+$(CUDA_INSTALLED): setup.py pyproject.toml constraints-cuda.txt Makefile
+	$(check_python)
+	@test $(DRIVER) = elsewhere || why=$$($(PYTHON) bd3_scale/launch/gpus.py --cuda $(CUDA) 2>&1) || { \
+	  echo "$$why; make install is for machines without a GPU, make install-cuda DRIVER=elsewhere for a login node" \
+	    "whose compute nodes have GPUs" >&2; exit 1; }
+	$(call install_torch,constraints-cuda.txt)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None and "torch " + torch.__version__ + " was built without CUDA: make clean, take the index of CPU builds out of PIP_EXTRA_INDEX_URL, and try again")'
+	$(call install_rest,constraints-cuda.txt)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python tools/quickstart.py
@@ -44,6 +73,8 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint cluster/container/Dockerfile
+	$(BIN)/shellcheck cluster/container/*.sh
 
 test-fast: $(INSTALLED)
 	$(call PYTEST,fast) --numprocesses=$(WORKERS) --dist=loadfile -m "not slow and not launch and not alone"

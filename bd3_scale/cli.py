@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from bd3_scale.checkpoint.commands import app as checkpoint_app
 from bd3_scale.convert.commands import app as convert_app
@@ -282,7 +281,7 @@ def submit(
     multiple = load_manifest(job.recipe.data.path, job.recipe.data.remote).document_multiple
     check_against_data(job.recipe, nodes * job.profile.processes, multiple)
     if test_only:
-        say(ask_slurm(job))
+        say(ask_slurm(script(job)))
         return
     jobs = submit_job(job)
     if as_json:
@@ -292,31 +291,3 @@ def submit(
         say(f"bd3-scale status {job.run_dir}")
     if follow:
         follow_run(job.run_dir)
-
-
-@app.command(epilog="Example: bd3-scale doctor --json")
-def doctor(as_json: AsJson = False) -> None:
-    """Report versions, processors and optional accelerations of this machine."""
-    import dataclasses
-    import json
-
-    from bd3_scale.observe.environment import read_environment
-
-    environment = read_environment()
-    if as_json:
-        put(json.dumps(dataclasses.asdict(environment)))
-        return
-    console = Console()
-    versions = Table("package", "version", title="Versions")
-    for name, version in environment.versions.items():
-        versions.add_row(name, version or "not installed")
-    hardware = Table("processor", "", title="Hardware")
-    hardware.add_row("CPU", f"{environment.cpu}, {environment.cpu_cores} cores for this process")
-    for gpu in environment.gpus:
-        hardware.add_row("GPU", f"{gpu.name}, {gpu.memory_gib} GiB, compute capability {gpu.compute_capability}")
-    if not environment.gpus:
-        hardware.add_row("GPU", "none" if environment.cuda else "none, and torch was built without CUDA")
-    accelerations = Table("acceleration", "found", "used", "", title="Optional accelerations")
-    for a in environment.accelerations:
-        accelerations.add_row(a.name, "yes" if a.found else "no", "yes" if a.used else "no", a.note)
-    console.print(versions, hardware, accelerations)

@@ -51,10 +51,10 @@ OPTIONAL = {"lm_eval", "sklearn", "triton", "amp_C", "apex"}
 STANDARD_LIBRARY_ALONE = {
     "registry.py",
     "lazy.py",
-    *(f"launch/{name}.py" for name in ("attempts", "local", "ranks", "records", "supervise", "watch")),
+    *(f"launch/{name}.py" for name in ("attempts", "gpus", "local", "ranks", "records", "supervise", "watch")),
     *(
         f"resilience/{name}.py"
-        for name in ("heartbeat", "leftovers", "limits", "output", "secret", "signals", "terminal")
+        for name in ("heartbeat", "leftovers", "limits", "output", "recorder", "secret", "signals", "terminal")
     ),
 }
 

@@ -1,7 +1,8 @@
-"""Tokens a second of the sampler on this machine, one thread in fp32, beside a plain PyTorch twin in the same run.
+"""Tokens a second of the sampler on this machine, one CPU thread, beside a plain PyTorch twin in the same run.
 
     python tools/bench_generate.py
     python tools/bench_generate.py --checkpoint runs/mine --tokens 512
+    python tools/bench_generate.py --preset 1b --tokens 255 --json         a 1B model in bf16, without a twin: for a GPU
 
 Without a checkpoint the model is random, of the size that the published sampler was measured with (hidden 256, 4
 layers, 4 heads, 1,024 tokens, blocks of 16): what it writes does not matter to first hitting, which takes one pass a
@@ -39,6 +40,7 @@ from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
 from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from tools.bench_step import PRESETS
 
 BLOCK = 16
 # The published first-hitting sampler at batch 1 on a CPU of this kind, 1,023 passes: tokens a second.
@@ -55,36 +57,43 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(stack: ExitStack) -> BlockDiffusionTransformer:
-    shape = ModelRecipe(
-        num_layers=4,
-        hidden_size=256,
-        num_attention_heads=4,
-        ffn_hidden_size=1024,
-        activation="gelu_tanh",
-        normalization="layernorm",
-        qk_norm=False,
-    )
+def random_model(stack: ExitStack, preset: str) -> BlockDiffusionTransformer:
+    if preset == "1b":
+        shape = ModelRecipe.model_validate(PRESETS["1b"]["model"])
+        vocabulary, dtype = PRESETS["1b"]["vocabulary"], torch.bfloat16
+    else:
+        shape = ModelRecipe(
+            num_layers=4,
+            hidden_size=256,
+            num_attention_heads=4,
+            ffn_hidden_size=1024,
+            activation="gelu_tanh",
+            normalization="layernorm",
+            qk_norm=False,
+        )
+        vocabulary, dtype = 258, torch.float32
     groups = stack.enter_context(process_groups(ParallelRecipe()))
-    vocabulary = Vocabulary(size=258, eos_id=256, mask_id=257)
-    (model,) = build_model(shape, vocabulary, groups, dtype=torch.float32, device=local_device(), seed=1)
+    ids = Vocabulary(size=vocabulary, eos_id=vocabulary - 2, mask_id=vocabulary - 1)
+    (model,) = build_model(shape, ids, groups, dtype=dtype, device=local_device(), seed=1)
     return model
 
 
 class Twin:
     """The same work in plain PyTorch: a block of rows against cached keys, layer after layer."""
 
-    def __init__(self, hidden: int = 256, layers: int = 4, heads: int = 4, vocabulary: int = 384) -> None:
+    def __init__(
+        self, hidden: int = 256, layers: int = 4, heads: int = 4, vocabulary: int = 384, device: str = "cpu"
+    ) -> None:
         generator = torch.Generator().manual_seed(1)
         sizes = {"qkv": (3 * hidden, hidden), "out": (hidden, hidden), "up": (4 * hidden, hidden)}
         sizes["down"] = (hidden, 4 * hidden)
         self.layers = [
-            {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in sizes.items()}
+            {name: (torch.randn(shape, generator=generator) * 0.02).to(device) for name, shape in sizes.items()}
             for _ in range(layers)
         ]
-        self.head = torch.randn(vocabulary, hidden, generator=generator) * 0.02
+        self.head = (torch.randn(vocabulary, hidden, generator=generator) * 0.02).to(device)
         self.heads, self.hidden = heads, hidden
-        self.keys = torch.zeros(layers, 2, heads, 1024, hidden // heads)
+        self.keys = torch.zeros(layers, 2, heads, 1024, hidden // heads, device=device)
 
     def forward(self, x: Tensor, length: int) -> Tensor:
         """Logits of a block [L', hidden] after `length` cached positions."""
@@ -104,11 +113,13 @@ class Twin:
     @torch.no_grad()
     def seconds(self, tokens: int) -> float:
         """Of a pass a token and one more a block, as first hitting takes them."""
-        block = torch.randn(BLOCK, self.hidden)
+        block = torch.randn(BLOCK, self.hidden, device=self.head.device)
         began = time.perf_counter()
         for start in range(0, tokens, BLOCK):
             for _ in range(BLOCK + 1):
                 self.forward(block, start)[0].softmax(-1).cumsum(-1)
+        if self.head.is_cuda:
+            torch.cuda.synchronize()
         return time.perf_counter() - began
 
 
@@ -122,19 +133,20 @@ def timed(
     return time.perf_counter() - began, samples
 
 
-def speeds(model: BlockDiffusionTransformer, tokens: int, repeats: int) -> dict[str, float]:
+def speeds(model: BlockDiffusionTransformer, twin: Twin | None, tokens: int, repeats: int) -> dict[str, float]:
     """Medians of first hitting at batch 1 and 8 and of the twin, in turns: tokens a second."""
     # No text ends by chance.
     assert model.output_layer.weight is not None
     model.output_layer.forbidden_V[model.vocabulary.eos_id] = True
-    twin, found = Twin(), {"batch 1": [], "batch 8": [], "plain twin": []}
-    timed(model, BLOCK, 1, 64)
+    found: dict[str, list[float]] = {"batch 1": [], "batch 8": []} | ({"plain twin": []} if twin else {})
+    timed(model, BLOCK, 1, min(tokens, 64))
     for _ in range(repeats):
         for batch in (1, 8):
             seconds, samples = timed(model, BLOCK, batch, tokens)
             assert all(sample.nfe == tokens for sample in samples)
             found[f"batch {batch}"].append(batch * tokens / seconds)
-        found["plain twin"].append(tokens / twin.seconds(tokens))
+        if twin:
+            found["plain twin"].append(tokens / twin.seconds(tokens))
     return {name: statistics.median(values) for name, values in found.items()}
 
 
@@ -158,6 +170,7 @@ def qualities(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="compares the rules of unmasking, too")
+    parser.add_argument("--preset", choices=("small", "1b"), default="small", help="the size of the random model")
     parser.add_argument("--tokens", type=int, default=1023)
     parser.add_argument("--batch", type=int, default=8, help="texts a rule, with --checkpoint")
     parser.add_argument("--repeats", type=int, default=3)
@@ -173,8 +186,9 @@ def main() -> None:
     result: dict[str, Any] = {}
     with ExitStack() as stack:
         if options.checkpoint is None:
-            model = random_model(stack)
-            result["tokens_per_second"] = speeds(model, options.tokens, options.repeats)
+            model = random_model(stack, options.preset)
+            twin = Twin(device=str(local_device())) if options.preset == "small" else None
+            result["tokens_per_second"] = speeds(model, twin, options.tokens, options.repeats)
         else:
             model, manifest, groups = stack.enter_context(open_model(resolve_checkpoint(options.checkpoint)))
             result["rules"] = qualities(model, groups, manifest.block_size, options.tokens, options.batch)
@@ -183,9 +197,11 @@ def main() -> None:
         return
     if options.checkpoint is None:
         found = result["tokens_per_second"]
-        print("| | tokens/s | × published | × batch 1 |\n|---|---|---|---|")
+        published = options.preset == "small"
+        print(f"| | tokens/s |{' × published |' * published} × batch 1 |\n|---|---|{'---|' * published}---|")
         for name, value in found.items():
-            print(f"| {name} | {value:.1f} | {value / PUBLISHED:.1f} | {value / found['batch 1']:.2f} |")
+            beside = f" {value / PUBLISHED:.1f} |" * published
+            print(f"| {name} | {value:.1f} |{beside} {value / found['batch 1']:.2f} |")
     else:
         print("| unmasking | tokens/s | tokens/pass | nats/token | perplexity |\n|---|---|---|---|---|")
         for row in result["rules"]:

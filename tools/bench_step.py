@@ -64,20 +64,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 MakeInputs = Callable[[int], list[ModelInputs]]
 
 
+def preset(name: str) -> tuple[dict[str, Any], int]:
+    """A preset as a recipe's file holds it, and its vocabulary's size."""
+    values = json.loads(json.dumps(PRESETS[name])) | {"name": "bench", "diffusion": {"block_size": 16}}
+    return values, values.pop("vocabulary")
+
+
 def load(options: argparse.Namespace) -> tuple[Recipe, int]:
     """The recipe to measure, and its vocabulary's size."""
     if options.recipe and Path(options.recipe).suffix in (".yaml", ".yml"):
         from bd3_scale.recipe.load import load_recipe, with_plugins
 
         return with_plugins(load_recipe(Path(options.recipe), options.overrides)), options.vocabulary or 50257
-    values = json.loads(json.dumps(PRESETS[options.preset])) | {"name": "bench", "diffusion": {"block_size": 16}}
-    vocabulary = options.vocabulary or values.pop("vocabulary")
-    values.pop("vocabulary", None)
+    values, vocabulary = preset(options.preset)
     for override in [*([options.recipe] if options.recipe else []), *options.overrides]:
         key, _, value = override.partition("=")
         section, _, name = key.rpartition(".")
         (values.setdefault(section, {}) if section else values)[name or key] = _parsed(value)
-    return Recipe.model_validate(values), vocabulary
+    return Recipe.model_validate(values), options.vocabulary or vocabulary
 
 
 def _parsed(value: str) -> Any:

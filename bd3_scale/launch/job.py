@@ -7,7 +7,7 @@ import re
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,16 +113,26 @@ def _fits(recipe: Recipe, world_size: int) -> bool:
 
 def script(job: Job) -> str:
     """The batch script, a pure function of the job."""
-    lines = ["#!/bin/bash", *(f"#SBATCH --{_quoted(directive)}" for directive in _directives(job))]
-    lines += [
-        "",
-        f"# {job.recipe.name}, bd3_scale at commit {job.commit}; job.json beside this file says the rest.",
-        "",
-    ]
-    lines += ["set -eo pipefail"]
-    lines += [f"module load {shlex.join(job.profile.modules)}"] if job.profile.modules else []
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in _environment(job)]
+    comment = f"{job.recipe.name}, bd3_scale at commit {job.commit}; job.json beside this file says the rest."
     command = [job.python, "-u", job.supervisor, "keep", str(job.folder / "job.json")]
+    return batch_script(job.profile, _directives(job), comment, site_environment(job.profile, job.python_path), command)
+
+
+def batch_script(
+    profile: Profile,
+    directives: Iterable[str],
+    comment: str,
+    environment: Iterable[tuple[str, str]],
+    command: Sequence[str],
+) -> str:
+    """Return a batch script that does `command` in the modules of a site.
+
+    ValueError: as of `_quoted`.
+    """
+    lines = ["#!/bin/bash", *(f"#SBATCH --{_quoted(directive)}" for directive in directives), "", f"# {comment}", ""]
+    lines += ["set -eo pipefail"]
+    lines += [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in environment]
     return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
 
 
@@ -146,14 +156,8 @@ def _quoted(directive: str) -> str:
 def _directives(job: Job) -> Iterator[str]:
     profile = job.profile
     yield f"job-name={job.name}"
-    yield f"nodes={job.nodes}"
-    yield f"ntasks-per-node={profile.processes}"
-    yield f"cpus-per-task={profile.cpus_per_process}"
-    if profile.gpus_per_node:
-        yield f"gpus-per-node={profile.gpus_per_node}"
-    optional = {"mem": profile.memory, "partition": profile.partition, "account": profile.account}
-    optional |= {"qos": profile.qos, "constraint": profile.constraint}
-    optional |= {"exclude": ",".join(job.exclude) or None, "dependency": _dependency(job)}
+    yield from node_directives(profile, job.nodes)
+    optional = {"exclude": ",".join(job.exclude) or None, "dependency": _dependency(job)}
     yield from (f"{name}={value}" for name, value in optional.items() if value is not None)
     if profile.exclusive:
         yield "exclusive"
@@ -164,20 +168,33 @@ def _directives(job: Job) -> Iterator[str]:
     yield f"output={pattern_of(job.run_dir)}/logs/job-%j.log"
 
 
+def node_directives(profile: Profile, nodes: int) -> Iterator[str]:
+    """Yield what sbatch is told of the nodes of a site and who asks for them."""
+    yield f"nodes={nodes}"
+    yield f"ntasks-per-node={profile.processes}"
+    yield f"cpus-per-task={profile.cpus_per_process}"
+    if profile.gpus_per_node:
+        yield f"gpus-per-node={profile.gpus_per_node}"
+    optional = {"mem": profile.memory, "partition": profile.partition, "account": profile.account}
+    optional |= {"qos": profile.qos, "constraint": profile.constraint}
+    yield from (f"{name}={value}" for name, value in optional.items() if value is not None)
+
+
 def _dependency(job: Job) -> str | None:
     wanted = [*([job.dependency] if job.dependency else []), *(["singleton"] if job.chain else [])]
     return ",".join(wanted) or None
 
 
-def _environment(job: Job) -> Iterator[tuple[str, str]]:
-    yield "OMP_NUM_THREADS", str(job.profile.cpus_per_process)
+def site_environment(profile: Profile, python_path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the variables of every process of a job on a site."""
+    yield "OMP_NUM_THREADS", str(profile.cpus_per_process)
     yield "PYTHONSAFEPATH", "1"  # what lies in the folder of the submission is no module of the ranks
-    if job.python_path:
-        yield "PYTHONPATH", job.python_path
-    if job.profile.interface is not None:
-        yield "GLOO_SOCKET_IFNAME", job.profile.interface
-        yield "NCCL_SOCKET_IFNAME", job.profile.interface
-    yield from job.profile.environment.items()
+    if python_path:
+        yield "PYTHONPATH", python_path
+    if profile.interface is not None:
+        yield "GLOO_SOCKET_IFNAME", profile.interface
+        yield "NCCL_SOCKET_IFNAME", profile.interface
+    yield from profile.environment.items()
 
 
 def supervision(job: Job) -> dict[str, Any]:
@@ -196,7 +213,7 @@ def supervision(job: Job) -> dict[str, Any]:
         "ntasks": job.nodes * profile.processes,
         "ntasks_per_node": profile.processes,
         "srun": [f"--cpus-per-task={profile.cpus_per_process}"],
-        "container": _container(profile),
+        "container": container_options(profile),
         "rank_python": python,
         "command": [*command, CACHE_OVERRIDE] if caches else command,
         "cache": f"{profile.scratch}/bd3_scale" if caches else None,
@@ -211,11 +228,16 @@ def supervision(job: Job) -> dict[str, Any]:
     }
 
 
-def _container(profile: Profile) -> list[str]:
-    if profile.container is None:
+def container_options(profile: Profile) -> list[str]:
+    """Return what stands between srun's options and the command of a rank, where the site has a container."""
+    container = profile.container
+    if container is None:
         return []
-    mounts = [f"--container-mounts={','.join(profile.container.mounts)}"] if profile.container.mounts else []
-    return [f"--container-image={profile.container.image}", *mounts]
+    if container.engine == "apptainer":
+        driver = ["--nv"] if profile.gpus_per_node else []
+        return ["apptainer", "exec", *driver, *(f"--bind={mount}" for mount in container.mounts), container.image]
+    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
+    return [f"--container-image={container.image}", *mounts]
 
 
 def _preflight(job: Job, python: str) -> list[str] | None:

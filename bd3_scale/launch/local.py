@@ -29,7 +29,7 @@ GRACE_SECONDS = 10.0
 HANG = 75
 
 _WATCH_SECONDS = 1.0
-_STACK_SECONDS = 2.0
+_STACK_SECONDS = 1.5
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -204,10 +204,13 @@ def _supervise(ranks: list[Rank], events: Events, logs: list[_Log], overdue: Cal
 
 
 def _show_stacks(hung: str, running: list[Rank], logs: list[_Log]) -> None:
-    """Of all ranks, and their end. A stopped process prints its own once it goes on."""
+    """Of all ranks, and their end. A stopped process prints its own once it goes on, and may end what others wait in:
+    they tell theirs before.
+    """
     places = ", ".join(["this output", *(str(log.path) for log in logs if log.path)])
     tell(f"{hung}; the stacks of all ranks are in {places}")
     _send(signal.SIGUSR2, running)
+    time.sleep(_STACK_SECONDS)
     _send(signal.SIGCONT, running)
     time.sleep(_STACK_SECONDS)
     _send(signal.SIGKILL, running)

@@ -17,7 +17,6 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bd3_scale.launch.gpus import ask_driver
 from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.terminal import tell
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 NODE_PROBLEM, JOB_PROBLEM = 3, 1
 GPU_REDUCE_BYTES, CPU_REDUCE_BYTES, LINK_BYTES = 64 << 20, 16 << 20, 16 << 20
 REPEATS = 5
-SMI_SECONDS = 30.0
 
 
 @dataclass
@@ -170,19 +169,15 @@ def check_node(report: Report, options: argparse.Namespace) -> None:
 
 
 def _check_ecc(report: Report) -> None:
-    query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
+        table = ask_driver("--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits")
+    except TimeoutError as error:
+        report.problems.append(str(error))
+        return
     except OSError as error:
         report.measured["ecc"] = f"not read: {error}"
         return
-    except subprocess.TimeoutExpired:
-        report.problems.append(f"nvidia-smi gave no answer within {SMI_SECONDS:g} s: the driver hangs")
-        return
-    if done.returncode:
-        report.measured["ecc"] = f"not read: {(done.stdout + done.stderr).strip()[:200]}"
-        return
-    errors = uncorrected_errors(done.stdout)
+    errors = uncorrected_errors(table)
     report.measured["ecc_uncorrected"] = sum(errors.values())
     report.problems += [f"GPU {gpu} has {n} uncorrected ECC errors: reset or replace it" for gpu, n in errors.items()]
 

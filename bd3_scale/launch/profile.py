@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -27,9 +27,10 @@ _OF_THE_SUPERVISOR = {
 
 
 class Container(Section):
-    """pyxis and enroot: srun's `--container-*` options."""
+    """What ranks run in: pyxis and enroot, by srun's `--container-*` options, or Apptainer."""
 
-    image: str
+    engine: Literal["pyxis", "apptainer"] = "pyxis"
+    image: str = Field(pattern="^[^-]")
     mounts: Annotated[tuple[Annotated[str, Field(pattern="^[^,]+$")], ...], Field(strict=False)] = Field(
         (), description="SOURCE:TARGET[:FLAGS]"
     )

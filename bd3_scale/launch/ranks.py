@@ -15,7 +15,7 @@ from bd3_scale.launch.records import pattern_of, say, slurm
 from bd3_scale.launch.watch import Watch
 from bd3_scale.resilience.terminal import tell
 
-DUMP_SECONDS = 2.0
+DUMP_SECONDS = 1.5
 END_SECONDS = 60.0
 _ENDED_BY_SLURM = re.compile(r"(Node failure|DUE TO (?:NODE FAILURE|PREEMPTION|TIME LIMIT|JOB REQUEUE))", re.IGNORECASE)
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (?:Exited with exit code (\d+)|(\w.*))")
@@ -95,8 +95,11 @@ class Ranks:
         return self.watch.read()
 
     def dump_and_kill(self) -> None:
-        """Stacks of all ranks into their logs, then the end. A stopped process prints its own once it goes on."""
+        """Stacks of all ranks into their logs, then the end. A stopped process prints its own once it goes on, and may
+        end what others wait in: they tell theirs before.
+        """
         self.signal("USR2")
+        time.sleep(DUMP_SECONDS)
         self.signal("CONT")
         time.sleep(DUMP_SECONDS)
         self.signal("KILL")

@@ -77,10 +77,10 @@ def _python_path() -> str:
     return os.pathsep.join(str(Path(folder).absolute()) for folder in folders)
 
 
-def ask_slurm(job: Job) -> str:
-    """What `sbatch --test-only` says of the job: when and where it would start. ValueError: it would not."""
+def ask_slurm(batch_script: str) -> str:
+    """What `sbatch --test-only` says of a script: when and where it would start. ValueError: it would not."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(script(job))
+        file.write(batch_script)
         file.flush()
         done = ask("sbatch", "--test-only", file.name)  # which answers on stderr, whatever the answer
     if done.returncode:
@@ -94,7 +94,7 @@ def submit(job: Job) -> list[str]:
     Raises:
         ValueError: a job of this run is queued or running already, or SLURM refuses.
     """
-    ask_slurm(job)
+    ask_slurm(script(job))
     with _no_new_folders_if_refused(job.run_dir):
         (job.run_dir / "logs").mkdir(parents=True, exist_ok=True)
         check_writable(job.folder)

@@ -48,7 +48,7 @@ class MaskNoise:
 
     def to(self, device: torch.device) -> MaskNoise:
         """Return the same on `device`, as `ModelInputs.to`."""
-        return MaskNoise(_to(self.rows, device), self.std)
+        return MaskNoise(to_device(self.rows, device), self.std)
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,13 @@ class ModelInputs:
     def to(self, device: torch.device) -> ModelInputs:
         """Return the same on `device`; the host does not wait for a GPU to receive it."""
         moved: dict[str, Any] = {
-            name: _to(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved, mask_noise=self.mask_noise and self.mask_noise.to(device))
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on `device`; the host does not wait for a GPU to receive it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         # From pages that can be moved, a copy would block the host until all work before it on the device is done.
         tensor = tensor.pin_memory()

@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from bd3_scale.model.attend import AttendToCache, AttendToRows
 from bd3_scale.model.block import Block, Norm, rotary_table
 from bd3_scale.model.decoder import Decoder
+from bd3_scale.model.embedding import Embedding
 from bd3_scale.model.head import OutputLayer
 from bd3_scale.model.kv_cache import KVCache
 from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowContext, by_rank, by_stream
@@ -73,13 +73,7 @@ class BlockDiffusionTransformer(MegatronModule):
         self.post_process = chunk == len(chunks) - 1
         self.ties_across_stages = model.tie_embeddings and len(chunks) > 1
         if self.pre_process:
-            self.embedding = LanguageModelEmbedding(
-                config,
-                vocabulary.padded_size,
-                max_sequence_length=0,
-                position_embedding_type="rope",
-                tp_group=groups.tp,
-            )
+            self.embedding = Embedding(vocabulary, config, groups)
         recomputed, recomputed_layers = recompute
         first = sum(chunks[:chunk])
         self.decoder = Decoder(
@@ -221,12 +215,10 @@ class BlockDiffusionTransformer(MegatronModule):
 
     def _embed(self, tokens_BN: Tensor, num_streams: int, mask_noise: MaskNoise | None) -> Tensor:
         """[N, B, X]; under sequence parallelism this rank's part of the positions, in every stream."""
-        words = self.embedding.word_embeddings
-        if not self.config.sequence_parallel:
-            hidden = words(tokens_BN.t())
-        else:
-            # The layer splits rows as they come, and turns [B, N] round itself.
-            hidden = words(by_rank(tokens_BN.t(), num_streams, self.tp_group.size()).t())
+        tokens = tokens_BN.t()
+        if self.config.sequence_parallel:
+            tokens = by_rank(tokens, num_streams, self.tp_group.size())
+        hidden = self.embedding.word_embeddings(tokens)
         return hidden if mask_noise is None else hidden + self._mask_noise(tokens_BN, num_streams, mask_noise)
 
     def _mask_noise(self, tokens_BN: Tensor, num_streams: int, noise: MaskNoise) -> Tensor:

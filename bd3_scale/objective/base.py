@@ -126,7 +126,9 @@ class Objective(ABC):
 
     @abstractmethod
     def training_inputs(self, batch: Batch, keys: StepKeys, place: Placement) -> ModelInputs:
-        """Return what the model computes on a micro-batch of a step, here."""
+        """Return what the model computes on a micro-batch of a step, at `place`: training asks for it on the host,
+        while a GPU computes the step before, and sends it there.
+        """
 
     @abstractmethod
     def evaluation_draws(self, batch: Batch, draws: int, *, always: Tensor, place: Placement) -> list[Draw]:

@@ -43,7 +43,8 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
 
 def any_rank(flag: bool) -> bool:
     """Return whether `flag` is set on any rank (collective)."""
-    value = torch.tensor(int(flag), device=_device(None))
+    # Filled there: a copy would wait for the device as well.
+    value = torch.full((), int(flag), device=_device(None))
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
 

@@ -16,7 +16,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from bd3_scale.model.build import Chunks, build_model
 from bd3_scale.model.layout import parameter_layouts
-from bd3_scale.model.rows import ModelInputs
+from bd3_scale.model.rows import ModelInputs, to_device
 from bd3_scale.observe.flops import model_flops
 from bd3_scale.parallel.groups import DeepSpeedTopology, ProcessGroups
 from bd3_scale.parallel.optimizer import OptimizerFamily
@@ -29,6 +29,8 @@ from bd3_scale.registry import optimizers
 
 # Gradients that are reduced outside ZeRO go in buckets of so many elements.
 BUCKET_ELEMENTS = 1 << 26
+# Of ZeRO's, which is allocated whole: 1 GB in bf16.
+_ZERO_BUCKET_ELEMENTS = 500_000_000
 # ZeRO-3 leaves weights of fewer elements whole on every rank.
 WHOLE_BELOW = 100_000
 
@@ -99,16 +101,15 @@ class TrainingEngine:
         # Kernels are launched and nobody has waited for one: `update` does, to learn whether a gradient is not finite.
         meanwhile()
         grad_norm, applied = self.update(lr)
-        counts = [float(count) for count in _tokens_by_kind(micro_batches, kinds)]
-        totals = torch.cat([losses, losses.new_tensor([*counts, self.flops(micro_batches)])])
+        mine = torch.tensor([*_tokens_by_kind(micro_batches, kinds), self.flops(micro_batches)], dtype=losses.dtype)
+        totals = torch.cat([losses, to_device(mine, losses.device)])
         dist.all_reduce(totals, group=self.groups.dp_cp)
         losses = totals[:kinds]
         dist.all_reduce(losses, group=self.groups.pp)
-        *losses_of, flops = totals.tolist()
-        by_kind = tuple(
-            loss / count if count else None for loss, count in zip(losses_of[:kinds], losses_of[kinds:], strict=True)
-        )
-        return StepResult(float(losses.sum()) / tokens, by_kind, grad_norm, lr, flops, applied)
+        # The host waits for the device once.
+        *told, flops, loss, norm = torch.cat([totals, losses.sum()[None], grad_norm[None]]).tolist()
+        by_kind = tuple(loss / count if count else None for loss, count in zip(told[:kinds], told[kinds:], strict=True))
+        return StepResult(loss / tokens, by_kind, norm, lr, flops, applied)
 
     def gradients(self, micro_batches: Sequence[ModelInputs], *, tokens: int, kinds: int = 1) -> Tensor:
         """Forward and backward of all micro-batches, and ZeRO's reduction; returns this rank's loss sum of each kind of
@@ -122,17 +123,18 @@ class TrainingEngine:
             self._sum_partial_gradients()
         return losses
 
-    def update(self, lr: float) -> tuple[float, bool]:
+    def update(self, lr: float) -> tuple[Tensor, bool]:
         """Clip and update with the gradients that `gradients` left, unless one is not finite; returns their global norm
-        before, and whether they were applied.
+        before, float64 [], and whether they were applied.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._engine.step()
-        if self._engine.optimizer.overflow:
-            return math.inf, False
-        self.zero.stepped()
-        return float(self._engine.get_global_grad_norm()), True
+        applied = not self._engine.optimizer.overflow
+        if applied:
+            self.zero.stepped()
+        norm = self._engine.get_global_grad_norm() if applied else math.inf
+        return torch.as_tensor(norm, dtype=torch.float64, device=next(self.chunks[0].parameters()).device), applied
 
     def flops(self, micro_batches: Sequence[ModelInputs]) -> int:
         """Return what the whole model needs for this rank's positions, whatever part of it is here; see
@@ -231,6 +233,10 @@ def _initialise_deepspeed(
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     bf16 = chunks[0].config.params_dtype == torch.bfloat16
+    of_parameters, stand_ins = parameter_groups(chunks, family.recipe, groups.pp)
+    parts: list[nn.Module] = [*chunks, *([nn.ParameterList(stand_ins)] if stand_ins else [])]
+    # Not a list of one: ZeRO-3, which has no stages, watches the forward passes of the module that it is given.
+    model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": device.type == "cuda"}}
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -241,19 +247,18 @@ def _initialise_deepspeed(
         "zero_optimization": {
             "stage": max(1, parallel.zero_stage),
             "overlap_comm": False,
+            "reduce_bucket_size": min(_ZERO_BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters())),
             "stage3_param_persistence_threshold": WHOLE_BELOW,
             **(offload if parallel.offload_optimizer else {}),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,
+        # It would wait for the GPU before every micro-batch, from the third step on.
+        "timers": {"throughput": {"enabled": False}},
     }
     # ZeRO-3 updates in parts, each of which apex would count as a step.
     one_call_on_gpu = device.type == "cuda" and not parallel.offload_optimizer and parallel.zero_stage < 3
-    of_parameters, stand_ins = parameter_groups(chunks, family.recipe, groups.pp)
-    parts: list[nn.Module] = [*chunks, *([nn.ParameterList(stand_ins)] if stand_ins else [])]
-    # Not a list of one: ZeRO-3, which has no stages, watches the forward passes of the module that it is given.
-    model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=family.build(of_parameters, on_gpu=one_call_on_gpu),

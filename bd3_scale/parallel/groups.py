@@ -43,15 +43,19 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def cuda_variables(parallel: ParallelRecipe) -> dict[str, str]:
-    """Return what CUDA and PyTorch are told by variables, without those that a person has set.
+def cuda_variables(parallel: ParallelRecipe, *, deterministic: bool) -> dict[str, str]:
+    """Return what CUDA, NCCL and PyTorch are told by variables, without those that a person has set.
 
     Sizes that vary from step to step, as the rows of the head do, fragment memory unless its segments can grow. With
     tensor parallelism one queue of work keeps a collective before the products that it runs beside (Megatron-LM).
+    Sums in NVLink's switches may differ from call to call (NVIDIA/nccl, issue 1497); PyTorch excludes the algorithm of
+    that name where it is to be deterministic, and this its tree over nodes as well.
     """
     wanted = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     if parallel.tensor > 1:
         wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if deterministic and "NCCL_ALGO" not in os.environ:
+        wanted["NCCL_NVLS_ENABLE"] = "0"
     if "PYTORCH_ALLOC_CONF" in os.environ:
         del wanted["PYTORCH_CUDA_ALLOC_CONF"]
     return {name: value for name, value in wanted.items() if name not in os.environ}
@@ -104,7 +108,8 @@ def process_groups(
     collectives = _WATCHED if is_watched() else timeout
     if device.type == "cuda":
         # They are read when the device is first used.
-        if (told := cuda_variables(parallel)) and os.environ.get("RANK", "0") == "0":
+        told = cuda_variables(parallel, deterministic=torch.are_deterministic_algorithms_enabled())
+        if told and os.environ.get("RANK", "0") == "0":
             tell("on a GPU: " + ", ".join(f"{name}={value}" for name, value in told.items()) + "; what you set is kept")
         os.environ |= told
         torch.cuda.set_device(device)

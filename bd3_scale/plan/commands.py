@@ -133,7 +133,7 @@ def show(found: Forecast, tokens: float | None) -> None:
     checkpoint = found.checkpoint
     say(
         f"checkpoint {checkpoint['bytes'] / 1e9:,.1f} GB, {checkpoint['bytes_of_a_rank'] / 1e9:.2f} GB a rank: "
-        f"training waits {checkpoint['blocked_seconds']:.1f} s for the copy; to write it takes {checkpoint['seconds']:,.0f} s"
+        f"{checkpoint['blocked_seconds']:.1f} s of training for the copy, {checkpoint['seconds']:,.0f} s to write"
     )
     console.print(_losses_table(found), _parts_table(found), _messages_table(found))
     waits = sum(found.waits.values())

@@ -15,6 +15,7 @@ class Job:
     Attributes:
         recipe: with a precision that is not `auto`.
         micro_batches: of a step.
+        steps: of which the last is traced; the first one makes what later ones have.
         beyond: whether it evaluates, compares replicas and saves, too.
     """
 
@@ -23,4 +24,5 @@ class Job:
     rank: int
     world_size: int
     micro_batches: int
+    steps: int = 2
     beyond: bool = False

@@ -30,7 +30,7 @@ from bd3_scale.train.step import train_on
 
 
 def trace_rank(job: Job, device: torch.device) -> Trace:
-    """Return what the second step of a rank asks of a fake `device`, with what it did beside steps in `order`."""
+    """Return what the last step of a rank asks of a fake `device`, with what it did beside steps in `order`."""
     recipe = job.recipe
     groups = simulated_groups(recipe.parallel, rank=job.rank, world_size=job.world_size)
     inputs = example_inputs(job, groups)
@@ -45,7 +45,7 @@ def trace_rank(job: Job, device: torch.device) -> Trace:
         _label(recorder, engine)
         micro_batches = [inputs.to(device)] * job.micro_batches
         with recorder.following(engine.chunks):
-            for number in (1, 2):
+            for number in range(1, job.steps + 1):
                 recorder.begin()
                 _step(recorder, engine, micro_batches, recipe, number)
         if job.beyond:

@@ -27,7 +27,7 @@ from bd3_scale.model.block import MLP, Attention, Block, Norm
 from bd3_scale.model.decoder import Decoder
 from bd3_scale.model.head import OutputLayer
 from bd3_scale.model.transformer import BlockDiffusionTransformer
-from bd3_scale.plan.trace import Key, Message, Segment, Trace, Work
+from bd3_scale.plan.trace import Key, Message, Segment, Sent, Trace, Work
 
 # Of CUDA's caching allocator.
 _ROUNDED_TO = 512
@@ -85,7 +85,7 @@ class Recorder(TorchDispatchMode):
         self.work: dict[Key, Work] = {}
         self.messages: dict[Key, Message] = {}
         self.waits: Counter[str] = Counter()
-        self.order: list[tuple[str, tuple[int, ...], str, str, int | None]] = []
+        self.order: list[Sent] = []
         self._under_way: deque[Message] = deque()
 
     @contextmanager
@@ -235,7 +235,7 @@ class Recorder(TorchDispatchMode):
         ranks = tuple(dist.get_process_group_ranks(group))
         peer = ranks[args[2]] if name in ("send", "recv_") else None
         shapes = " ".join(f"{str(x.dtype)[6:]}{list(x.shape)}" for x in tensors)
-        self.order.append((group.group_name, ranks, name, shapes, peer))
+        self.order.append(Sent(ranks, name, shapes, peer))
         for tensor in tensors:
             self.label(tensor, "messages" if peer is not None else "buckets", only_outside=True)
         size = max((x.numel() * x.element_size() for x in tensors), default=0)
@@ -296,7 +296,7 @@ class Recorder(TorchDispatchMode):
 
     def begin(self) -> None:
         """Forget work, messages and waits so far, and what is no longer in memory."""
-        self.work, self.messages, self.waits, self.order = {}, {}, Counter(), []
+        self.work, self.messages, self.waits = {}, {}, Counter()
         self._under_way.clear()
         self._timeline = [("before", stored, stored.size) for stored in self._stored.values()]
 

@@ -62,6 +62,21 @@ class Message:
         self.bytes += size
 
 
+class Sent(NamedTuple):
+    """A collective, or a message between two ranks.
+
+    Attributes:
+        ranks: of its group.
+        tensors: their types and shapes.
+        peer: of a message, the other rank.
+    """
+
+    ranks: tuple[int, ...]
+    name: str
+    tensors: str
+    peer: int | None
+
+
 @dataclass
 class Segment:
     """A stretch of a step, and what was in memory when it was most, in bytes by kind."""
@@ -82,7 +97,7 @@ class Trace:
         micro_batches: of the step.
         flops: that the whole model needs for this rank's positions, of all micro-batches.
         parameters: of the whole model.
-        order: each collective: group, its ranks, name, types and shapes, and the peer of a message between two.
+        order: what was sent, from the first step on.
     """
 
     segments: list[Segment]
@@ -92,7 +107,7 @@ class Trace:
     micro_batches: float = 0
     flops: float = 0
     parameters: float = 0
-    order: list[tuple[str, tuple[int, ...], str, str, int | None]] = field(default_factory=list)
+    order: list[Sent] = field(default_factory=list)
 
     @property
     def peak(self) -> Segment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
+
+from bd3_scale.resilience.recorder import tell_collectives
+from bd3_scale.resilience.terminal import tell
 
 INTERVAL_SECONDS = 1.0
 _PACKAGE = Path(__file__).parents[1]
@@ -32,7 +36,8 @@ class Heartbeat:
     A context manager. The file holds `phase`, `step` (finished), `saved` (step of the newest checkpoint), `beat`, which
     counts up for as long as the process lives and is not stopped, `at`, where the main thread is, and at the end
     `error` and `time` (seconds since the epoch). A thread writes it, so that training waits for no file.
-    `launch.watch` reads it. Inside, SIGUSR2 prints the stacks of all threads to stderr.
+    `launch.watch` reads it. Inside, SIGUSR2 prints to stderr the stacks of all threads, and the collectives that the
+    rank waits in. To be entered in the main thread.
     """
 
     def __init__(self) -> None:
@@ -40,12 +45,17 @@ class Heartbeat:
         self._path = Path(folder, f"rank{os.environ.get('RANK', '0')}.json") if folder else None
         self._state: dict[str, str | int | float | None] = {"phase": "start", "step": 0, "saved": 0, "beat": 0}
         self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._numbers = self._told = -1
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Heartbeat:
         if self._path is not None:
-            faulthandler.register(signal.SIGUSR2, all_threads=True)
+            # A signal's number, or 0 at the end, for the thread: the main one may wait in a collective.
+            self._numbers, self._told = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            # Stacks are printed whatever a thread holds; then the handler below tells the number to the thread.
+            signal.signal(signal.SIGUSR2, lambda *_: None)
+            signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+            faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._thread.start()
         return self
@@ -57,8 +67,11 @@ class Heartbeat:
             return
         if error is not None:
             self._state |= {"phase": "failed", "error": f"{type(error).__name__}: {error}", "time": time.time()}
-        self._ended.set()
+        signal.set_wakeup_fd(-1)
+        os.write(self._told, b"\0")
         self._thread.join()
+        os.close(self._told)
+        os.close(self._numbers)
         self._write()
 
     def resumed(self, step: int) -> None:
@@ -86,8 +99,13 @@ class Heartbeat:
         self._state["phase"] = before
 
     def _beat(self) -> None:
-        while not self._ended.wait(INTERVAL_SECONDS if self._state["beat"] else 0):
+        numbers = b""
+        while 0 not in numbers:
             self._write()
+            came, _, _ = select.select([self._numbers], [], [], INTERVAL_SECONDS)
+            numbers = os.read(self._numbers, 64) if came else b""
+            if signal.SIGUSR2 in numbers:
+                _tell_collectives()
 
     def _write(self) -> None:
         assert self._path is not None
@@ -100,6 +118,16 @@ class Heartbeat:
             except OSError:
                 # A full or hanging file system is the training's to report: its checkpoints go to the same place.
                 return
+
+
+def _tell_collectives() -> None:
+    try:
+        lines = tell_collectives()
+    except (RuntimeError, LookupError, ValueError, TypeError) as error:
+        # A recorder of another version must not end the thread, by which a rank is known to live.
+        lines = [f"PyTorch's flight recorder could not be read: {error!r}"]
+    for line in lines:
+        tell(line)
 
 
 def _whereabouts() -> str:

@@ -73,7 +73,7 @@ def _trained_tokens(training: Training, micro_batches: Sequence[ModelInputs]) ->
     if not training.run.data.shows_tokens:
         return recipe.train.global_batch_size * recipe.data.seq_len
     mine = sum(sum(inputs.trained_tokens) for inputs in micro_batches)
-    count = torch.tensor(mine, device=local_device())
+    count = torch.full((), mine, device=local_device())
     dist.all_reduce(count, group=groups.dp_cp)
     # Of a batch without one there is no loss either.
     return max(1, int(count))

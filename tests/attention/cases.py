@@ -6,10 +6,12 @@ import itertools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bd3_scale.attention.dispatch import block_attention
+from bd3_scale.attention.reference import dense_mask
 from bd3_scale.attention.spans import make_spans, take_ranges
 
 
@@ -39,6 +41,11 @@ class Problem(NamedTuple):
         whole = self.whole_spans()
         return whole if self.ranges is None else take_ranges(whole, self.ranges)
 
+    def mask(self) -> Tensor:
+        """Which query row sees which key row, by `dense_mask`: [B, rows, keys]."""
+        num_keys = self.seq_len if self.clean_stream else 0
+        return dense_mask(self.spans(), num_noisy=self.num_noisy, num_keys=num_keys, clean_queries=self.clean_queries)
+
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the gradient of the output, bfloat16 numbers in `dtype` so that every precision gets the same."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -56,6 +63,23 @@ class Problem(NamedTuple):
             draw(num_keys, self.groups),
             draw(num_queries, self.heads),
         )
+
+
+# Several chunks each; sequences with the same documents, with their own, and with their own block sizes.
+TRAINING = Problem([[7, 190, 3, 100], [201, 99]], [8, 8], None, 1, True, True, 4, 2, 16, 0)
+FORMS = {
+    "training": TRAINING,
+    "one document": TRAINING._replace(documents=[[300]] * 2),
+    "documents of whole chunks": TRAINING._replace(documents=[[160, 140]] * 2),
+    "block sizes of their own": TRAINING._replace(block_sizes=[1, 300]),
+    "large blocks": TRAINING._replace(documents=[[300]] * 2, block_sizes=[100] * 2),
+    "two copies": TRAINING._replace(num_noisy=2),
+    "last layer": TRAINING._replace(clean_queries=False),
+    "prefill": TRAINING._replace(num_noisy=0),
+    "next token": TRAINING._replace(num_noisy=0, block_sizes=[1, 1]),
+    "no clean stream": TRAINING._replace(clean_queries=False, clean_stream=False, block_sizes=[300] * 2),
+    "a rank's rows": TRAINING._replace(documents=[[300]] * 2, ranges=[(0, 72), (224, 300)]),
+}
 
 
 def definition(problem: Problem) -> Tensor:
@@ -82,13 +106,30 @@ def definition(problem: Problem) -> Tensor:
     return torch.tensor(masks, dtype=torch.bool).view(len(masks), len(queries), len(keys))
 
 
-def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
-    """Outputs and gradients, each within `tolerance` of its norm."""
+def dense_attention(problem: Problem, dtype: torch.dtype, mask: Tensor) -> list[Tensor]:
+    """Output and gradients of PyTorch's attention under a mask [B, rows, keys], on its device; key heads repeated."""
+    *qkv, grad = (x.to(mask.device) for x in problem.tensors(dtype))
+    q, k, v = (x.requires_grad_() for x in qkv)
+    repeated = (x.repeat_interleave(problem.heads // problem.groups, 2).transpose(1, 2) for x in (k, v))
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), *repeated, attn_mask=mask[:, None]).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def errors(got: list[Tensor], want: list[Tensor]) -> dict[str, float]:
+    """The error of the output and of each gradient, in parts of its norm."""
+    found = {}
     for name, g, w in zip(("output", "gradient of q", "gradient of k", "gradient of v"), got, want, strict=False):
-        error = float((g.double() - w).norm())
         # A softmax over one key has no gradient: there, rounding of terms of the output's size remains.
         size = float(w.norm()) + 0.1 * float(want[0].norm())
-        assert error <= tolerance * size, f"{name}: {error / size:.1e} of its norm"
+        error = float((g.double() - w).norm())
+        found[name] = error / size if size else error
+    return found
+
+
+def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
+    """Outputs and gradients, each within `tolerance` of its norm."""
+    for name, error in errors(got, want).items():
+        assert error <= tolerance, f"{name}: {error:.1e} of its norm"
 
 
 def document_start(lengths: list[int]) -> Tensor:
@@ -98,12 +139,12 @@ def document_start(lengths: list[int]) -> Tensor:
 
 
 def outputs_and_gradients(
-    problem: Problem, dtype: torch.dtype, backend: str, spans: Tensor | None = None
+    problem: Problem, dtype: torch.dtype, backend: str, spans: Tensor | None = None, *, device: str = "cpu"
 ) -> list[Tensor]:
     """Output and gradients of q, k and v; under `spans` instead of the problem's own, where given."""
-    *qkv, grad = problem.tensors(dtype)
+    *qkv, grad = (x.to(device) for x in problem.tensors(dtype))
     leaves = [x.requires_grad_() for x in qkv]
-    spans = problem.spans() if spans is None else spans
+    spans = (problem.spans() if spans is None else spans).to(device)
     out = block_attention(*leaves, spans, num_noisy=problem.num_noisy, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 

@@ -13,55 +13,34 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.attention.dispatch import block_attention
-from bd3_scale.attention.reference import dense_mask
 from bd3_scale.attention.spans import check_spans, take_ranges
-from tests.attention.cases import Problem, assert_close, definition, outputs_and_gradients, problems
+from tests.attention.cases import (
+    FORMS,
+    TRAINING,
+    Problem,
+    assert_close,
+    definition,
+    dense_attention,
+    outputs_and_gradients,
+    problems,
+)
 
 EXACT, ROUNDED = 1e-12, 2e-6
 property_test = settings(max_examples=60, deadline=None)
-
-# Several chunks each; sequences with the same documents, with their own, and with their own block sizes.
-TRAINING = Problem([[7, 190, 3, 100], [201, 99]], [8, 8], None, 1, True, True, 4, 2, 16, 0)
-FORMS = {
-    "training": TRAINING,
-    "one document": TRAINING._replace(documents=[[300]] * 2),
-    "documents of whole chunks": TRAINING._replace(documents=[[160, 140]] * 2),
-    "block sizes of their own": TRAINING._replace(block_sizes=[1, 300]),
-    "large blocks": TRAINING._replace(documents=[[300]] * 2, block_sizes=[100] * 2),
-    "two copies": TRAINING._replace(num_noisy=2),
-    "last layer": TRAINING._replace(clean_queries=False),
-    "prefill": TRAINING._replace(num_noisy=0),
-    "no clean stream": TRAINING._replace(clean_queries=False, clean_stream=False, block_sizes=[300] * 2),
-    "a rank's rows": TRAINING._replace(documents=[[300]] * 2, ranges=[(0, 72), (224, 300)]),
-}
-
-
-def dense_attention(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients of PyTorch's attention under the definition's mask, key heads repeated."""
-    *qkv, grad = problem.tensors(dtype)
-    q, k, v = (x.requires_grad_() for x in qkv)
-    repeated = (x.repeat_interleave(problem.heads // problem.groups, 2).transpose(1, 2) for x in (k, v))
-    mask = definition(problem)[:, None]
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), *repeated, attn_mask=mask).transpose(1, 2)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
 @property_test
 @given(problems(max_len=24))
 def test_the_mask_of_spans_is_the_definition(problem: Problem) -> None:
-    spans = problem.spans()
-    check_spans(spans, num_keys=problem.seq_len)
-    num_keys = problem.seq_len if problem.clean_stream else 0
-    got = dense_mask(spans, num_noisy=problem.num_noisy, num_keys=num_keys, clean_queries=problem.clean_queries)
-    assert torch.equal(got, definition(problem))
+    check_spans(problem.spans(), num_keys=problem.seq_len)
+    assert torch.equal(problem.mask(), definition(problem))
 
 
 @property_test
 @given(problems(max_len=24))
 def test_the_reference_is_dense_attention(problem: Problem) -> None:
-    assert_close(
-        outputs_and_gradients(problem, torch.float64, "reference"), dense_attention(problem, torch.float64), EXACT
-    )
+    want = dense_attention(problem, torch.float64, definition(problem))
+    assert_close(outputs_and_gradients(problem, torch.float64, "reference"), want, EXACT)
 
 
 @property_test
@@ -90,7 +69,7 @@ def test_cpu_is_the_reference_at_length(seq_len: int, block_size: int) -> None:
 def test_16_bit_errs_no_more_than_dense_attention(form: str, dtype: torch.dtype) -> None:
     want = outputs_and_gradients(FORMS[form], torch.float64, "reference")
     got = outputs_and_gradients(FORMS[form], dtype, "cpu")
-    rival = dense_attention(FORMS[form], dtype)
+    rival = dense_attention(FORMS[form], dtype, FORMS[form].mask())
     for g, r, w in zip(got, rival, want, strict=True):
         assert (g.double() - w).norm() <= 1.1 * (r.double() - w).norm()
 

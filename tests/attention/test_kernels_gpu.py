@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bd3_scale.attention.dispatch import block_attention, decode_attention
-from tests.attention.cases import Problem, problems
+from tests.attention.cases import Problem, errors, outputs_and_gradients, problems
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
-NAMES = ("output", "gradient of q", "gradient of k", "gradient of v")
 # Of the result's norm: a few roundings of the inputs' precision.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 
@@ -34,17 +34,7 @@ def restore_determinism() -> Iterator[None]:
 
 def results(problem: Problem, dtype: torch.dtype, backend: str, *, deterministic: bool = True) -> list[Tensor]:
     torch.use_deterministic_algorithms(deterministic)
-    *qkv, grad = (x.cuda() for x in problem.tensors(dtype))
-    leaves = [x.requires_grad_() for x in qkv]
-    out = block_attention(*leaves, problem.spans().cuda(), num_noisy=problem.num_noisy, backend=backend)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def errors(got: list[Tensor], want: list[Tensor]) -> dict[str, float]:
-    size = 0.1 * float(want[0].norm())
-    return {
-        n: float((g.double() - w).norm()) / (float(w.norm()) + size) for n, g, w in zip(NAMES, got, want, strict=True)
-    }
+    return outputs_and_gradients(problem, dtype, backend, device="cuda")
 
 
 def large(**changes: object) -> Problem:
@@ -78,7 +68,7 @@ def test_bfloat16_errs_at_most_twice_as_much_as_flexattention(
     want = results(problem, torch.float64, "reference")
     ours = errors(results(problem, torch.bfloat16, "triton", deterministic=deterministic), want)
     rival = errors(results(problem, torch.bfloat16, "flex", deterministic=False), want)
-    for name in NAMES:
+    for name in ours:
         assert ours[name] <= 2 * rival[name], f"{name}: {ours[name]:.1e}, FlexAttention {rival[name]:.1e}"
 
 
@@ -111,23 +101,51 @@ def test_compiled_and_eager_agree() -> None:
     assert torch.equal(compiled(q, k, v), 2 * block_attention(q, k, v, spans, backend="triton"))
 
 
+RAGGED = large(documents=[[77, 120], [197]], block_sizes=[7, 7], heads=4)
+
+
+def exercise(problem: Problem, dtype: torch.dtype) -> None:
+    """Both backwards, and decoding."""
+    for deterministic in (True, False):
+        results(problem, dtype, "triton", deterministic=deterministic)
+    q, k, v, _ = (x.cuda() for x in problem.tensors(dtype))
+    for lengths in (None, torch.full((len(q),), 33, device="cuda")):
+        decode_attention(q[:, :5], k, v, lengths=lengths, backend="triton")
+    torch.cuda.synchronize()
+
+
+def exercise_one_form() -> None:
+    """What `compute-sanitizer` watches where there is a minute."""
+    exercise(RAGGED, torch.bfloat16)
+
+
 def exercise_every_kernel() -> None:
-    """What `compute-sanitizer` watches: ragged shapes of every form, both backwards, decoding."""
-    ragged = large(documents=[[77, 120], [197]], block_sizes=[7, 7], heads=4)
+    """What `compute-sanitizer` watches: ragged shapes of every form."""
     forms = [
-        *(ragged._replace(head_dim=head_dim) for head_dim in (64, 128, 256)),
-        ragged._replace(num_noisy=2),
-        ragged._replace(clean_queries=False),
-        ragged._replace(documents=[[203]], block_sizes=[7], ranges=[(7, 77), (140, 203)]),
-        ragged._replace(documents=[[1030]], block_sizes=[1000]),
+        *(RAGGED._replace(head_dim=head_dim) for head_dim in (64, 128, 256)),
+        RAGGED._replace(num_noisy=2),
+        RAGGED._replace(clean_queries=False),
+        RAGGED._replace(documents=[[203]], block_sizes=[7], ranges=[(7, 77), (140, 203)]),
+        RAGGED._replace(documents=[[1030]], block_sizes=[1000]),
     ]
     for problem, dtype in [*((form, torch.bfloat16) for form in forms), (forms[0], torch.float32)]:
-        for deterministic in (True, False):
-            results(problem, dtype, "triton", deterministic=deterministic)
-        q, k, v, _ = (x.cuda() for x in problem.tensors(dtype))
-        for lengths in (None, torch.full((len(q),), 33, device="cuda")):
-            decode_attention(q[:, :5], k, v, lengths=lengths, backend="triton")
-    torch.cuda.synchronize()
+        exercise(problem, dtype)
+
+
+def sanitized(sanitizer: str, tool: str, function: str) -> dict[str, Any]:
+    """What `subprocess.run` takes to let `compute-sanitizer` watch a function of this file with one of its tools."""
+    code = f"from tests.attention.test_kernels_gpu import {function}; {function}()"
+    return {
+        "args": [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
+        "cwd": Path(__file__).parents[2],
+        # Pieces of PyTorch's large segments have no bounds of their own.
+        "env": {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        "text": True,
+    }
+
+
+def found_nothing(said: str) -> bool:
+    return re.search(r"\b0 (errors|hazards)", said) is not None
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -135,16 +153,7 @@ def test_compute_sanitizer_is_clean(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    code = "from tests.attention.test_kernels_gpu import exercise_every_kernel; exercise_every_kernel()"
-    done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        # Pieces of PyTorch's large segments have no bounds of their own.
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
+    watched = sanitized(sanitizer, tool, "exercise_every_kernel")
+    done = subprocess.run(**watched, capture_output=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert re.search(r"\b0 (errors|hazards)", done.stdout), done.stdout[-2000:]
+    assert found_nothing(done.stdout), done.stdout[-2000:]

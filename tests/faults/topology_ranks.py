@@ -59,7 +59,9 @@ def save(training: Training, step: int, folder: Path) -> None:
         intervals=training.state.intervals,
     )
     keep = training.run.recipe.checkpoint
-    save_boxes(folder, manifest, boxes_to_save(training.engine.zero, training.engine.layouts), tokenizer=tokenizer, keep=keep)
+    save_boxes(
+        folder, manifest, boxes_to_save(training.engine.zero, training.engine.layouts), tokenizer=tokenizer, keep=keep
+    )
 
 
 class recording:

@@ -112,6 +112,19 @@ def test_a_run_directory_that_other_nodes_do_not_see_is_refused() -> None:
     check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, Path("/shared/x"))
 
 
+def test_apptainer_stands_between_srun_and_the_ranks() -> None:
+    container = {
+        "engine": "apptainer",
+        "image": "/images/bd3.sif",
+        "mounts": ["/shared:/shared", "/scratch:/scratch:ro"],
+    }
+    prefix = ["apptainer", "exec", "--bind=/shared:/shared", "--bind=/scratch:/scratch:ro", "/images/bd3.sif"]
+    told = supervision(job(CPU_SITE | {"container": container}))
+    assert (told["container"], told["rank_python"]) == (prefix, "python3")
+    prefix.insert(2, "--nv")
+    assert supervision(job(GPU_SITE | {"container": container}))["container"] == prefix
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -124,6 +137,7 @@ def test_a_run_directory_that_other_nodes_do_not_see_is_refused() -> None:
         (CPU_SITE | {"environment": {"1A": "2"}}, "environment: must have names of letters"),
         (CPU_SITE | {"environment": {"RANK": "2"}}, "environment: must leave RANK to the supervisor"),
         (CPU_SITE | {"container": {"image": "a", "python": "--prolog=b"}}, "container.python: must match pattern"),
+        (CPU_SITE | {"container": {"image": "--overlay=b"}}, "container.image: must match pattern"),
         (CPU_SITE | {"container": {"image": "a", "mounts": ["/a:/a,/etc:/b"]}}, "container.mounts.0: must match"),
         *(
             (CPU_SITE | site, f"{key}: must be text without control characters")

@@ -18,7 +18,13 @@ from bd3_scale.train import main
 from tests.support.forks import run_ranks
 from tests.support.recipes import tiny_recipe
 
-NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
+NAMES = (
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "NCCL_ALGO",
+    "NCCL_NVLS_ENABLE",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +35,17 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_variables_are_those_that_the_layout_wants() -> None:
     grows = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    assert cuda_variables(ParallelRecipe()) == grows
-    assert cuda_variables(ParallelRecipe(tensor=2)) == grows | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert cuda_variables(ParallelRecipe(), deterministic=False) == grows
+    one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert cuda_variables(ParallelRecipe(tensor=2), deterministic=False) == grows | one_queue
+    assert cuda_variables(ParallelRecipe(), deterministic=True) == grows | {"NCCL_NVLS_ENABLE": "0"}
 
 
 def test_what_a_person_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
-    assert cuda_variables(ParallelRecipe(tensor=2)) == {}
+    monkeypatch.setenv("NCCL_ALGO", "NVLS")
+    assert cuda_variables(ParallelRecipe(tensor=2), deterministic=True) == {}
 
 
 @pytest.mark.parametrize(("rank", "visible", "expected"), [("3", 8, 3), ("3", 1, 0), ("5", 4, 1)])

@@ -1,0 +1,83 @@
+"""The vocabulary-parallel embedding, whose backward sums the rows of the mask, up to half of all, by themselves.
+
+Legend: N rows, B sequences, X hidden size, V vocabulary entries of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from bd3_scale.recipe.vocabulary import Vocabulary
+
+
+class Embedding(MegatronModule):
+    """The embedding under the name that megatron-core's models and checkpoints have for it."""
+
+    def __init__(self, vocabulary: Vocabulary, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.tp_group = groups.tp
+        self.word_embeddings = WordEmbeddings(vocabulary, config, groups)
+
+
+class WordEmbeddings(VocabParallelEmbedding):
+    """Vectors of tokens, of which each tensor-parallel rank holds a range of ids."""
+
+    def __init__(self, vocabulary: Vocabulary, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+        super().__init__(
+            vocabulary.padded_size, config.hidden_size, init_method=None, config=config, tp_group=groups.tp
+        )
+        self.mask_id = vocabulary.mask_id
+        self.sequence_parallel = config.sequence_parallel
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the vectors of int64 tokens [N, B] as [N, B, X]; under sequence parallelism this rank's part of the
+        rows, which are split as they come.
+        """
+        vectors = _Lookup.apply(self.weight, tokens, self.vocab_start_index, self.mask_id, self.tp_group.size() > 1)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(vectors, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(vectors, group=self.tp_group)
+
+
+class _Lookup(torch.autograd.Function):
+    """weight[tokens − first], and zeros for tokens of other ranks.
+
+    The gradient of an index adds up the rows of one id in turns where it is to be deterministic: on a GPU milliseconds
+    where half of all rows are the mask's, and as many more are those of other ranks, which take one id, too. That of
+    `F.embedding` is deterministic as well (PyTorch, pull request 187682), and leaves out a padding id: here the mask,
+    whose rows are one product of a vector and a matrix, and with it the rows of other ranks. Not run on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_VX: Tensor, tokens: Tensor, first: int, mask_id: int, is_split: bool) -> Tensor:
+        size = len(weight_VX)
+        # Where another rank holds the mask's vector, any of this rank's does.
+        left_out = mask_id - first if first <= mask_id < first + size else 0
+        ctx.size, ctx.left_out = size, left_out
+        if not is_split:
+            ctx.save_for_backward(tokens, tokens == left_out)
+            return F.embedding(tokens, weight_VX)
+        foreign = (tokens < first) | (tokens >= first + size)
+        places = (tokens - first).masked_fill(foreign, left_out)
+        ctx.save_for_backward(places, (places == left_out) & ~foreign)
+        return F.embedding(places, weight_VX).masked_fill_(foreign[..., None], 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        places, is_left_out = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        grad_weight = torch.ops.aten.embedding_dense_backward(rows, places.flatten(), ctx.size, ctx.left_out, False)
+        grad_weight[ctx.left_out] = is_left_out.flatten().to(rows.dtype) @ rows
+        return grad_weight, None, None, None, None

@@ -1,0 +1,37 @@
+"""Every rank of a layout runs on a fake GPU: all that it sends is expected by somebody, in the same order, and what it
+needs is what it needed before.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bd3_scale.plan.meetings import disagreements
+from tests.plan.layouts import GOLDEN, LAYOUTS, job, measured, trace
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ranks_meet_and_need_what_they_needed(name):
+    """Steps, an evaluation, a check of replicas and a save."""
+    ranks = range(LAYOUTS[name][0])
+    traces = trace([job(name, rank, beyond=True) for rank in ranks])
+    assert disagreements({rank: found.order for rank, found in zip(ranks, traces, strict=True)}) == []
+    assert traces[0].order
+    golden = json.loads(GOLDEN.read_text())[name]
+    # A change is meant: `python -m tests.plan.layouts`.
+    assert measured(traces[0]) == pytest.approx(golden, rel=0.02)
+
+
+def test_the_host_never_waits_for_the_gpu_in_a_micro_batch():
+    """Twice as many micro-batches make it wait as often, in the step where all that counts steps has begun to."""
+    names = ["ZeRO 3, TP 2", "SP 2, PP 2 x 2, tied", "CP 2, SP 2, mixed blocks", "offload"]
+    few = trace([job(name, steps=4) for name in names])
+    more = trace([job(name, steps=4, more=1) for name in names])
+    for name, a, b in zip(names, few, more, strict=True):
+        assert a.waits == b.waits, name
+        assert a.waits
+    assert not [what for what in few[1].waits if what.startswith("gradients:")]
