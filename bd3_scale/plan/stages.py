@@ -251,7 +251,9 @@ def _lumped(trace: Trace) -> Trace:
         parts.append(Trace([], {}, {key._replace(shape=" early" * key.shape.endswith(" early")): message}, {}))
     whole = combine([(1.0, 1.0, part) for part in parts])
     segments = [Segment(segment.name.replace(" recomputed", ""), segment.memory) for segment in trace.segments]
-    return replace(trace, work=whole.work, messages=whole.messages, segments=segments)
+    # Gradients are still fewer while those of the first micro-batch come.
+    later = segments[2 + (len(segments) - 4) // _MICRO_BATCHES :]
+    return replace(trace, work=whole.work, messages=whole.messages, segments=later)
 
 
 def _twice(parts: Sequence[tuple[float, Trace]]) -> list[tuple[float, float, Trace]]:
