@@ -126,8 +126,8 @@ class Objective(ABC):
 
     @abstractmethod
     def training_inputs(self, batch: Batch, keys: StepKeys, place: Placement) -> ModelInputs:
-        """Return what the model computes on a micro-batch of a step, at `place`: training asks for it on the host, while
-        a GPU computes the step before, and sends it there.
+        """Return what the model computes on a micro-batch of a step, at `place`: training asks for it on the host,
+        while a GPU computes the step before, and sends it there.
         """
 
     @abstractmethod
