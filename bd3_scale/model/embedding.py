@@ -79,5 +79,5 @@ class _Lookup(torch.autograd.Function):
         places, is_left_out = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
         grad_weight = torch.ops.aten.embedding_dense_backward(rows, places.flatten(), ctx.size, ctx.left_out, False)
-        grad_weight[ctx.left_out] = is_left_out.flatten().to(rows.dtype) @ rows
+        grad_weight[ctx.left_out] = torch.mv(rows.t(), is_left_out.flatten().to(rows.dtype))
         return grad_weight, None, None, None, None

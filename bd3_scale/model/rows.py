@@ -102,7 +102,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on `device`; the host does not wait for a GPU to receive it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         # From pages that can be moved, a copy would block the host until all work before it on the device is done.
-        tensor = tensor.pin_memory()
+        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
     return tensor.to(device, non_blocking=True)
 
 
