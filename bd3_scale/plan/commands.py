@@ -36,6 +36,11 @@ def plan(
     ] = None,
     tokens: Annotated[float | None, typer.Option(min=1, help="Say how many days so many tokens take.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Find the layouts that fit, the quickest first.")] = False,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Results of tools/bench_step.py or bench_attention.py --json; may be given twice."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the calibrated GPU here, for --gpu.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Predict memory, time and cost of a recipe on GPUs: its real code runs on fake devices, here, on a CPU.
@@ -43,7 +48,9 @@ def plan(
     Nothing of it is measured; the assumptions are printed.
     """
     loaded = with_plugins(load_recipe(recipe, overrides or ()), context.obj)
-    hardware = load_hardware(gpu)
+    if out is not None and not calibrate:
+        raise typer.BadParameter("--out FILE keeps what --calibrate has found: give that, too")
+    hardware = calibrated(load_hardware(gpu), calibrate, out) if calibrate else load_hardware(gpu)
     ids = vocabulary_of(loaded, vocabulary)
     if search:
         search_layouts(loaded, ids, gpus, hardware, as_json=as_json)
@@ -56,6 +63,27 @@ def plan(
         show(found, tokens)
     if not found.fits:
         raise typer.Exit(1)
+
+
+def calibrated(hardware: Hardware, files: list[Path], out: Path | None) -> Hardware:
+    """Return hardware with what was measured, tell it beside what was assumed, and keep it where `out` is given."""
+    from bd3_scale.plan.calibrate import calibrate
+    from bd3_scale.recipe.plain_yaml import dump_yaml
+    from bd3_scale.resilience.files import write_atomically
+
+    found, compared = calibrate(hardware, files, device=fake_device())
+    for name in dict.fromkeys(found.measured):
+        tell(f"{hardware.device}: {name} {getattr(found, name)} as measured, {getattr(hardware, name)} as assumed")
+    if compared is not None:
+        for phase, seconds in compared.measured.items():
+            tell(
+                f"{phase}: measured {seconds:.4f} s, predicted {compared.assumed[phase]:.4f} s as assumed and "
+                f"{compared.calibrated[phase]:.4f} s as measured"
+            )
+    if out is not None:
+        write_atomically(out, dump_yaml(found.model_dump(mode="json", exclude_defaults=True)))
+        tell(f"wrote {out}: --gpu {out}")
+    return found
 
 
 def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: Hardware, *, as_json: bool) -> None:
@@ -80,8 +108,9 @@ def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: 
             )
         Console().print(table)
         say(
-            f"all predicted; estimates are within {TIME_ERROR:.0%} of the time and {MEMORY_ERROR:.0%} of the memory of "
-            f"whole traces\n{len(found.layouts)} layouts fit. The best one:\n{' '.join(found.overrides(found.layouts[0]))}"
+            f"all predicted; an estimate is within {TIME_ERROR:.0%} of the time of a whole trace, and {MEMORY_ERROR:.0%} "
+            f"of its memory\n{len(found.layouts)} layouts fit; the best one's values:\n"
+            f"{' '.join(found.overrides(found.layouts[0])) or 'as in the recipe'}"
         )
         say(_assumptions(hardware))
     if found.reason:

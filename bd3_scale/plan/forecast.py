@@ -161,6 +161,20 @@ def forecast(
     ValueError: the recipe does not fit itself or the number of GPUs.
     """
     recipe = with_gpu_precision(recipe)
+    traces = trace_stages(recipe, vocabulary, gpus, hardware, device=device, progress=progress)
+    return assemble(recipe, gpus, hardware, traces)
+
+
+def trace_stages(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    gpus: int,
+    hardware: Hardware,
+    *,
+    device: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[int, Trace]:
+    """Return the step of a rank of each stage that differs; arguments and errors as of `forecast`."""
     check_recipe(recipe, gpus)
     stages = traced_stages(recipe)
     jobs = {stage: samples(_job(recipe, vocabulary, gpus, stage), stage) for stage in stages}
@@ -174,11 +188,10 @@ def forecast(
 
     progress(0, len(flat))
     traced = iter(traces_of(flat, hardware, device=device, done=done))
-    traces = {
+    return {
         stage: combine([(sample.weight, sample.memory_weight, next(traced)) for sample in jobs[stage]])
         for stage in stages
     }
-    return assemble(recipe, gpus, hardware, traces)
 
 
 def with_gpu_precision(recipe: Recipe) -> Recipe:

@@ -59,7 +59,7 @@ def _path(job: Job, hardware: Hardware, device: str) -> Path:
     what = {
         "recipe": job.recipe.model_dump(mode="json", exclude=_BESIDE_STEPS),
         "vocabulary": vars(job.vocabulary),
-        "job": [job.rank, job.world_size, job.micro_batches],
+        "job": [job.rank, job.world_size, job.micro_batches, job.steps],
         "device": [device, hardware.device, hardware.memory_bytes],
         "attention": os.environ.get("BD3_SCALE_ATTENTION"),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},

@@ -107,8 +107,9 @@ class Parts:
             _twice(
                 [
                     (sum(mine) * repeated, _only(layer, _in_layers)),
-                    (weights * repeated, _only(layer, _at_weights)),
-                    (repeated, _only(ends, lambda key: _at_weights(key) or (_in_layers(key) and of_ends(key)))),
+                    (weights * (micro_batches - 1), _only(layer, _added_up)),
+                    (micro_batches - 1, _only(ends, _added_up)),
+                    (repeated, _only(ends, lambda key: _in_layers(key) and of_ends(key))),
                     (weights, _only(layer, _outside)),
                     (1.0, _only(ends, _outside)),
                 ]
@@ -213,7 +214,8 @@ def _in_layers(key: Key) -> bool:
     return key.phase == "gradients" and key.part not in ("", "gradients")
 
 
-def _at_weights(key: Key) -> bool:
+def _added_up(key: Key) -> bool:
+    """Tell what all micro-batches do but the first one, which has nothing to add to."""
     return key.phase == "gradients" and key.part == "gradients"
 
 
