@@ -108,8 +108,8 @@ def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: 
             )
         Console().print(table)
         say(
-            f"all predicted; an estimate is within {TIME_ERROR:.0%} of the time of a whole trace, and {MEMORY_ERROR:.0%} "
-            f"of its memory\n{len(found.layouts)} layouts fit; the best one's values:\n"
+            f"all predicted; an estimate is within {TIME_ERROR:.0%} of the time of a whole trace, "
+            f"{MEMORY_ERROR:.0%} of its memory\n{len(found.layouts)} layouts fit; the best one's values:\n"
             f"{' '.join(found.overrides(found.layouts[0])) or 'as in the recipe'}"
         )
         say(_assumptions(hardware))
