@@ -34,7 +34,8 @@ struct FakeHooks final : public at::CUDAHooksInterface {
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
 };
 
-// A build without CUDA has hooks of its own by now, which are no plug-in: their table of functions is replaced.
+// There are hooks by now, those of a build without CUDA or those that ask the driver: their table of functions is
+// replaced.
 struct Swap {
   Swap() {
     static FakeHooks fake;

@@ -1,7 +1,7 @@
 """A GPU that PyTorch believes in, for fake tensors alone.
 
-It changes torch for the whole process, which is one of `plan`'s own. A CPU build of torch has no code that answers for
-CUDA devices: fifty lines of C++ do, where there is a compiler.
+It changes torch for the whole process, which is one of `plan`'s own. Where torch finds no GPU its core has no code that
+answers for one, or code that asks the driver: fifty lines of C++ answer in its place, where there is a compiler.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -31,8 +32,8 @@ _listeners: list[Callable[[str], None]] = []
 
 def obstacle() -> str | None:
     """Return why there can be no fake GPU here, or None."""
-    if torch.version.cuda is None and shutil.which(_compiler()) is None:
-        return f"this build of torch knows no CUDA, and there is no compiler {_compiler()}: install g++, or set CXX"
+    if not torch.cuda.is_available() and shutil.which(_compiler()) is None:
+        return f"torch finds no CUDA here, and there is no compiler {_compiler()}: install g++, or set CXX"
     return None
 
 
@@ -45,7 +46,7 @@ def install(name: str, memory_bytes: int) -> None:
     import torch._dynamo
     import torch._inductor.config
 
-    if torch.version.cuda is None:
+    if not torch.cuda.is_available():
         ctypes.CDLL(str(_shim()))
     properties = SimpleNamespace(
         name=name, major=9, minor=0, total_memory=memory_bytes, multi_processor_count=132, gcnArchName=""
@@ -60,6 +61,7 @@ def install(name: str, memory_bytes: int) -> None:
 
 def install_without_gpu() -> None:
     """Let DeepSpeed and ours work on fake tensors of the CPU."""
+    fake_tensor.init_gpu_context = lambda _: None  # type: ignore[assignment]
     FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[assignment,method-assign]
     # DeepSpeed moves a model to where it is already, which fake weights refuse.
     torch.nn.Module._apply = lambda self, fn, recurse=True: self  # type: ignore[method-assign]
@@ -132,6 +134,7 @@ def _answer(cuda: Any, properties: SimpleNamespace) -> None:
         "get_device_properties": properties,
         "get_device_name": properties.name,
         "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
         "current_stream": stream,
         "default_stream": stream,
         **dict.fromkeys(("init", "_lazy_init", "set_device", "empty_cache", "set_rng_state", "manual_seed")),

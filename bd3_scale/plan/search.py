@@ -257,7 +257,7 @@ class _Search:
 
     def _estimate(self, parts: Parts, recipe: Recipe) -> Forecast:
         traces = {stage: parts.stage(recipe, self.gpus, stage) for stage in traced_stages(recipe)}
-        return assemble(recipe, self.gpus, self.hardware, traces)
+        return assemble(recipe, self.vocabulary, self.gpus, self.hardware, traces)
 
     def _forecast(self, recipe: Recipe) -> Forecast:
         before = self.progress.done, self.progress.total

@@ -72,9 +72,16 @@ def job(name: str, rank: int = 0, *, more: int = 0, **settings: Any) -> Job:
     return Job(found, VOCABULARY, rank, world, micro_batches, **settings)
 
 
-def trace(jobs: list[Job]) -> list[Trace]:
-    """What the ranks do on fake GPUs."""
-    return trace_all(jobs, load_hardware("h100"), device="cuda")
+def alone(precision: str) -> Job:
+    """A process by itself, whose activations are larger than all else."""
+    values = {**BASE, "data": {"path": "none", "seq_len": 512}}
+    values["train"] = values["train"] | {"global_batch_size": 4, "precision": precision}
+    return Job(Recipe.model_validate({"name": "alone", **values}), VOCABULARY, 0, 1, micro_batches=2)
+
+
+def trace(jobs: list[Job], device: str = "cuda") -> list[Trace]:
+    """What the ranks do on fake devices."""
+    return trace_all(jobs, load_hardware("h100"), device=device)
 
 
 def measured(trace: Trace) -> dict[str, float]:
