@@ -65,7 +65,8 @@ def read_results(files: Sequence[Path], hardware: Hardware) -> Measured:
     step = None
     for path in files:
         header, *rows = _objects(path)
-        if not str(header["hardware"]).startswith(hardware.device):
+        # The attention's benchmark tells the version of CUDA behind the name.
+        if str(header["hardware"]).partition(", CUDA")[0] != hardware.device:
             raise ValueError(
                 f"{path} was measured on {header['hardware']!r}, and the plan is for {hardware.device!r}: measure on "
                 "that, or give --gpu a file that describes what it was measured on"
