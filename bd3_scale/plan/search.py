@@ -2,12 +2,14 @@
 
 What a recipe says beside its layout stays. Tensor-parallel sizes are tried in ascending order until a larger one no
 longer helps, recomputation where its layout does not fit without and would be quicker than what fits, and ZeRO above 1
-or a split of the sequence where nothing else fits. Chunks of layers are even.
+or a split of the sequence where nothing else fits. Chunks of layers are even. Of layouts whose times differ by less
+than estimates err, the one that splits the model less comes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,8 @@ from bd3_scale.recipe.vocabulary import Vocabulary
 # How far estimates were from whole traces, rounded up, of seconds and of bytes; see `benchmarks/plan.md`.
 TIME_ERROR = 0.03
 MEMORY_ERROR = 0.05
+# Of a card, what stays free: for a micro-batch with more masks than the average one, and for what nobody measured yet.
+ROOM = 0.05
 _TENSOR = (1, 2, 4, 8)
 _CONTEXT = (1, 2, 4, 8)
 _SIZES = (1, 2, 4, 8)
@@ -62,9 +66,14 @@ class Layout:
 
     @property
     def possible(self) -> bool:
-        """Whether it fits; of an estimate whether it may."""
-        error = 0.0 if self.verified else MEMORY_ERROR
-        return all(rank.margin_bytes >= -error * rank.card_bytes for rank in self.forecast.ranks)
+        """Whether it fits with room to spare; of an estimate whether it may."""
+        error, room = 0.0 if self.verified else MEMORY_ERROR, ROOM * self.forecast.hardware.memory_bytes
+        return all(rank.margin_bytes >= room - error * rank.card_bytes for rank in self.forecast.ranks)
+
+    @property
+    def pieces(self) -> int:
+        """Into how many the model is split."""
+        return self.forecast.recipe.parallel.model_size * self.forecast.recipe.parallel.virtual_pipeline
 
 
 @dataclass
@@ -204,15 +213,15 @@ class _Search:
         return best is None or layout.seconds * (1 + TIME_ERROR) < best
 
     def verified(self, count: int) -> list[Layout]:
-        """Return the layouts that fit, the quickest `count` of them as whole traces say."""
-        possible = sorted((each for each in self.layouts if each.possible), key=lambda each: each.seconds)
+        """Return the layouts that fit, the best `count` of them as whole traces say, in their order."""
+        possible = _in_order(each for each in self.layouts if each.possible)
         verified: list[Layout] = []
         while possible and len(verified) < count:
             estimated = possible.pop(0)
             whole = Layout(self._forecast(estimated.forecast.recipe), estimated.forecast)
             self.layouts = [whole if each is estimated else each for each in self.layouts]
             verified += [whole] if whole.possible else []
-        return sorted(verified, key=lambda each: each.seconds) + possible if verified else []
+        return _in_order(verified) + possible if verified else []
 
     def with_divided_weights(self) -> list[Layout]:
         """Return a layout that fits with ZeRO-3, if one does: weights are divided, too."""
@@ -275,6 +284,17 @@ _HELP = {
     "weights": "more GPUs, or larger ones",
     "gradients": "more GPUs, or larger ones",
 }
+
+
+def _in_order(layouts: Iterable[Layout]) -> list[Layout]:
+    """The quickest first, but among those that may be the quickest the one that splits the model least."""
+    found = list(layouts)
+    quickest = min((each.seconds for each in found), default=0.0)
+
+    def place(each: Layout) -> tuple[int, float]:
+        return (each.pieces if each.seconds <= quickest * (1 + TIME_ERROR) else sys.maxsize, each.seconds)
+
+    return sorted(found, key=place)
 
 
 def _laid_out(recipe: Recipe, split: Split, stages: int, chunks: int, size: int) -> Recipe:
