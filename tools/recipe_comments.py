@@ -68,7 +68,8 @@ def lines(told: Forecast) -> str:
     return (
         f"{layout(told.recipe, told.gpus)}\n"
         f"#   on a GPU {fullest.card_bytes / 1e9:.1f} of {told.hardware.memory_gb:g} GB ({most}); "
-        f"{told.time.seconds:.2f} s a step, {told.tokens_per_second:,.0f} tokens/s, MFU {told.time.mfu:.0%}\n"
+        f"{told.time.seconds:.2f} s a step, {told.tokens_per_second / 1e3:,.0f} thousand tokens/s, "
+        f"MFU {told.time.mfu:.0%}\n"
     )
 
 

@@ -230,18 +230,19 @@ class _Search:
             if tensor <= self.hardware.gpus_per_node and _is_allowed(recipe, self.gpus):
                 found = self._forecast(recipe)
                 self.layouts.append(Layout(found, found))
-                return [self.layouts[-1]] if found.fits else []
+                return [each for each in self.layouts[-1:] if each.possible]
         return []
 
     def lacking(self) -> str:
         """Return which layout comes nearest to fitting, what it lacks, and what would help."""
         nearest = max(self.layouts, key=lambda each: each.margin_bytes)
+        lack = ROOM * self.hardware.memory_bytes - nearest.margin_bytes
         rank = min(nearest.forecast.ranks, key=lambda rank: rank.margin_bytes)
         kind, size = next(iter(rank.memory.items()))
         return (
             f"no layout of {self.recipe.name} fits {self.gpus} {self.hardware.device}. The nearest, "
-            f"{layout(nearest.forecast.recipe, self.gpus)}, lacks {-nearest.margin_bytes / 1e9:.1f} GB of "
-            f"{self.hardware.memory_gb:g} on stage {rank.stage}, most of it {kind} ({size / 1e9:.1f} GB): "
+            f"{layout(nearest.forecast.recipe, self.gpus)}, lacks {lack / 1e9:.1f} GB of "
+            f"{self.hardware.memory_gb:g}, of which {ROOM:.0%} are to stay free, on stage {rank.stage}, most of it {kind} ({size / 1e9:.1f} GB): "
             f"{_HELP.get(kind, 'more or larger GPUs')}"
         )
 
