@@ -22,6 +22,8 @@ _REPLICAS = (2, 8)
 _MICRO_BATCHES = 2
 # What belongs to the weights of a stage, whichever micro-batches are under way.
 _STATIC = ("weights", "gradients", "optimizer", "update", "buckets")
+# To and from both neighbours.
+_ON_THEIR_WAY = 4
 _Weighted = list[tuple[float, Trace]]
 
 
@@ -118,7 +120,7 @@ class Parts:
         self._send_between(whole, recipe, gpus, stage, micro_batches, ends)
         return replace(
             whole,
-            segments=_segments(layer, ends, recipe, stage, micro_batches, weights),
+            segments=_segments(layer, ends, recipe, stage, micro_batches, weights, self._message_bytes(recipe)),
             micro_batches=micro_batches,
             flops=(model.num_layers * layer.flops + ends.flops) * repeated,
             parameters=model.num_layers * layer.parameters + ends.parameters,
@@ -151,6 +153,12 @@ class Parts:
             parts += [(float(size), traced(one, few, recompute)), (-float(size), traced(one, few))]
         return parts
 
+    def _message_bytes(self, recipe: Recipe) -> float:
+        """Bytes of what a stage tells the next one of a micro-batch."""
+        parallel, train = recipe.parallel, recipe.train
+        rows = self._rows * train.micro_batch_size / (parallel.tensor if parallel.sequence else 1)
+        return rows * recipe.model.hidden_size * (4 if train.precision == "fp32" else 2)
+
     def _send_between(
         self, trace: Trace, recipe: Recipe, gpus: int, stage: int, micro_batches: int, ends: Trace
     ) -> None:
@@ -160,8 +168,7 @@ class Parts:
             return
         apart = gpus // parallel.pipeline
         sent = 4 * parallel.virtual_pipeline - 2 * (stage in (0, parallel.pipeline - 1))
-        rows = self._rows * recipe.train.micro_batch_size / (parallel.tensor if parallel.sequence else 1)
-        size = rows * recipe.model.hidden_size * (4 if recipe.train.precision == "fp32" else 2)
+        size = self._message_bytes(recipe)
         for name in ("send", "recv_"):
             calls = sent / 2 * micro_batches
             trace.messages[Key("gradients", "", "pipeline", name, "")] = Message(2, apart, calls, calls * size)
@@ -171,14 +178,17 @@ class Parts:
 
 
 def _segments(
-    layer: Trace, ends: Trace, recipe: Recipe, stage: int, micro_batches: int, weights: float
+    layer: Trace, ends: Trace, recipe: Recipe, stage: int, micro_batches: int, weights: float, message: float
 ) -> list[Segment]:
     """Memory over a step, of the last micro-batch that is under way with all others."""
     parallel = recipe.parallel
     chunk = parallel.chunks(recipe.model.num_layers)[stage :: parallel.pipeline][-1]
     names = [segment.name for segment in ends.segments]
     saved = layer.segments[names.index("head forward")].memory.get("activations", 0.0) * chunk
-    beside = saved * (_under_way(recipe, stage, micro_batches) - 1)
+    under_way = _under_way(recipe, stage, micro_batches)
+    beside = saved * (under_way - 1)
+    # Interleaved schedules send beside computation: what a chunk has sent stays, and some is on its way.
+    sent = message * (under_way + _ON_THEIR_WAY) if parallel.virtual_pipeline > 1 else 0.0
     last = stage == parallel.pipeline - 1
     found = []
     for index, (of_layer, of_ends) in enumerate(zip(layer.segments, ends.segments, strict=True)):
@@ -196,6 +206,7 @@ def _segments(
             memory.pop("head", None)
         if not after:
             memory["activations"] = memory.get("activations", 0.0) + beside
+            memory["messages"] = sent
         found.append(Segment(of_ends.name, memory))
     return found
 
