@@ -2,8 +2,8 @@
 
 What a recipe says beside its layout stays. Tensor-parallel sizes are tried in ascending order until a larger one no
 longer helps, recomputation where its layout does not fit without and would be quicker than what fits, and ZeRO above 1
-or a split of the sequence where nothing else fits. Chunks of layers are even. Of layouts whose times differ by less
-than estimates err, the one that splits the model less comes first.
+or a split of the sequence where nothing else fits. Chunks of layers are even. Of layouts that are
+nearly as quick as the quickest one, the one that splits the model least comes first.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-# How far estimates were from whole traces, rounded up, of seconds and of bytes; see `benchmarks/plan.md`.
-TIME_ERROR = 0.03
-MEMORY_ERROR = 0.05
+# How far estimates were from whole traces, rounded up: of seconds, of bytes.
+TIME_ERROR = 0.02
+MEMORY_ERROR = 0.04
+# What differs by less is equally quick, as far as anybody can predict.
+_EQUAL = 0.03
 # Of a card, what stays free: for a micro-batch with more masks than the average one, and for what nobody measured yet.
 ROOM = 0.05
 _TENSOR = (1, 2, 4, 8)
@@ -242,7 +244,8 @@ class _Search:
         return (
             f"no layout of {self.recipe.name} fits {self.gpus} {self.hardware.device}. The nearest, "
             f"{layout(nearest.forecast.recipe, self.gpus)}, lacks {lack / 1e9:.1f} GB of "
-            f"{self.hardware.memory_gb:g}, of which {ROOM:.0%} are to stay free, on stage {rank.stage}, most of it {kind} ({size / 1e9:.1f} GB): "
+            f"{self.hardware.memory_gb:g}, of which {ROOM:.0%} are to stay free, on stage {rank.stage}, most of it "
+            f"{kind} ({size / 1e9:.1f} GB): "
             f"{_HELP.get(kind, 'more or larger GPUs')}"
         )
 
@@ -293,7 +296,7 @@ def _in_order(layouts: Iterable[Layout]) -> list[Layout]:
     quickest = min((each.seconds for each in found), default=0.0)
 
     def place(each: Layout) -> tuple[int, float]:
-        return (each.pieces if each.seconds <= quickest * (1 + TIME_ERROR) else sys.maxsize, each.seconds)
+        return (each.pieces if each.seconds <= quickest * (1 + _EQUAL) else sys.maxsize, each.seconds)
 
     return sorted(found, key=place)
 

@@ -76,7 +76,7 @@ def test_what_is_found_fits_and_keeps_the_rules(tmp_path, monkeypatch):
     assert found.reason is None
     best, *others = found.layouts
     assert best.verified
-    assert best.seconds < min(each.seconds for each in others) * (1 + 2 * TIME_ERROR)
+    assert best.seconds < min(each.seconds for each in others) * 1.05
     assert best.margin_bytes >= ROOM * HARDWARE.memory_bytes
     for each in found.layouts:
         check_recipe(each.forecast.recipe, 4)
