@@ -32,6 +32,8 @@ _TENSOR = (1, 2, 4, 8)
 _CONTEXT = (1, 2, 4, 8)
 _SIZES = (1, 2, 4, 8)
 _MOST_STAGES = 16
+# Of a stage: more of them shorten the bubble by little, and take long to trace.
+_MOST_CHUNKS = 4
 # Where attention, whose work grows with the square, and single sequences fill a GPU.
 _LONG = 32768
 _KEYS = (
@@ -253,7 +255,7 @@ class _Search:
         """Layouts that the recipe's rules allow, without recomputation."""
         layers = self.recipe.model.num_layers
         for stages in range(1, min(_MOST_STAGES, layers) + 1):
-            for chunks in range(1, layers // stages + 1):
+            for chunks in range(1, min(_MOST_CHUNKS, layers // stages) + 1):
                 if layers % (stages * chunks) or (stages == 1 and chunks > 1):
                     continue
                 for size in _SIZES:
