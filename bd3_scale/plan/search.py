@@ -1,13 +1,14 @@
 """Layouts of a run's GPUs that fit, the quickest first: estimated from a few small steps, the best ones traced whole.
 
 What a recipe says beside its layout stays. Tensor-parallel sizes are tried in ascending order until a larger one no
-longer helps, recomputation where its layout does not fit without and would be quicker than what fits, and ZeRO above 1
+longer helps though nothing is computed again, recomputation where its layout does not fit without and would be quicker than what fits, and ZeRO above 1
 or a split of the sequence where nothing else fits. Chunks of layers are even. Of layouts that are
 nearly as quick as the quickest one, the one that splits the model least comes first.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -183,18 +184,21 @@ class _Search:
 
     def look(self, zero_stage: int, context: int) -> None:
         """Estimate all layouts that split sequences so."""
-        before = None
         for tensor in _TENSOR:
             split = Split(tensor, context, zero_stage)
             if tensor * context > max(self.hardware.gpus_per_node, context) or not any(self._recipes(split)):
                 continue
-            quickest = self._look_at(split)
-            if before is not None and (quickest is None or quickest >= before):
+            best = self._best()
+            self._look_at(split)
+            # Where nothing is computed again, smaller parts of layers spare nothing.
+            if best is not None and best is self._best() and best.forecast.recipe.train.recompute == "none":
                 return
-            before = quickest if quickest is not None else before
 
-    def _look_at(self, split: Split) -> float | None:
-        """Estimate layouts of a split of layers; return the seconds of the quickest that may fit."""
+    def _best(self) -> Layout | None:
+        return min((each for each in self.layouts if each.possible), key=lambda each: each.seconds, default=None)
+
+    def _look_at(self, split: Split) -> None:
+        """Estimate layouts of a split of layers."""
         parts = Parts(self._traces(split, "none"))
         plain = [Layout(self._estimate(parts, recipe)) for recipe in self._recipes(split)]
         found = [each for each in plain if each.possible]
@@ -210,11 +214,10 @@ class _Search:
             too_large = [plain for plain, each in zip(hopeful, tried, strict=True) if not each.possible]
             self.layouts += [each for each in tried if not each.possible]
         self.layouts += found + too_large
-        return min((each.seconds for each in found), default=None)
 
     def _would_help(self, layout: Layout, found: Sequence[Layout]) -> bool:
-        best = min((each.seconds for each in [*found, *self.layouts] if each.possible), default=None)
-        return best is None or layout.seconds * (1 + TIME_ERROR) < best
+        best = min((each.seconds for each in [*found, *self.layouts] if each.possible), default=math.inf)
+        return layout.seconds * (1 + TIME_ERROR) < best
 
     def verified(self, count: int) -> list[Layout]:
         """Return the layouts that fit, the best `count` of them as whole traces say, in their order."""
