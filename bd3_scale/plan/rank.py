@@ -34,8 +34,7 @@ def trace_rank(job: Job, device: torch.device) -> Trace:
     recipe = job.recipe
     groups = simulated_groups(recipe.parallel, rank=job.rank, world_size=job.world_size)
     inputs = example_inputs(job, groups)
-    pairs = inputs.noisy_pairs, inputs.noisy_pairs + inputs.clean_pairs
-    recorder = Recorder(device.type, _names(groups), pairs)
+    recorder = Recorder(device.type, _names(groups), _pairs(inputs))
     if device.type == "cuda":
         fake_gpu.watch(recorder.waited)
     watch_messages(recorder.waited_for_message)
@@ -117,6 +116,13 @@ def example_inputs(job: Job, groups: ProcessGroups) -> ModelInputs:
     keys = StepKeys(0, recipe.seed, recipe.train.global_batch_size, {})
     (inputs,) = step_inputs(objective_of(recipe.diffusion, job.vocabulary), recipe, batch, groups, keys=keys)
     return inputs
+
+
+def _pairs(inputs: ModelInputs) -> dict[int, int]:
+    """Return the query-key pairs of a micro-batch by the number of a sequence's rows that ask for keys."""
+    noisy_rows = inputs.num_noisy * inputs.positions.shape[1]
+    every = inputs.noisy_pairs + inputs.clean_pairs
+    return {noisy_rows: inputs.noisy_pairs, inputs.tokens.shape[1]: every}
 
 
 def _names(groups: ProcessGroups) -> dict[str, str]:
