@@ -11,14 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from bd3_scale.data.batch import Batch, collate
+from bd3_scale.data.cache import CANONICAL_NODES, SHUFFLE_BLOCK_SAMPLES
 from bd3_scale.data.loader import Workers
 from bd3_scale.data.manifest import Manifest
 from bd3_scale.data.mosaicml import get_shuffle
 from bd3_scale.data.shards import Shards, open_shards
 from bd3_scale.recipe.schema import DataRecipe
 
-CANONICAL_NODES = 64
-SHUFFLE_BLOCK_SAMPLES = 1 << 18
 PREFETCH_BATCHES = 8
 
 

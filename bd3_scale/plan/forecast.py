@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bd3_scale.data.cache import node_cache_bytes
 from bd3_scale.plan import timing
 from bd3_scale.plan.hardware import Hardware
 from bd3_scale.plan.job import Job
@@ -54,6 +55,7 @@ class Forecast:
     """
 
     recipe: Recipe
+    vocabulary: Vocabulary
     gpus: int
     hardware: Hardware
     parameters: int
@@ -62,7 +64,29 @@ class Forecast:
     parts: dict[str, dict[str, float]]
     messages: dict[str, dict[str, float]]
     waits: dict[str, float]
-    notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what a person should change, or know."""
+        notes, limit = [], self.recipe.data.cache_limit
+        if limit is not None and (needed := self.node_cache_bytes) is not None and _bytes_of(limit) < needed:
+            notes.append(
+                f"data.cache_limit={limit} is less than the {needed / 1e9:.0f} GB that a node reads from at a time: "
+                "shards would be fetched again and again"
+            )
+        return notes
+
+    @property
+    def node_cache_bytes(self) -> float | None:
+        """Return what a node keeps of remote data at the least; None where the data are not remote."""
+        if self.recipe.data.remote is None:
+            return None
+        return node_cache_bytes(
+            seq_len=self.recipe.data.seq_len,
+            token_bytes=2 if self.vocabulary.size <= 1 << 16 else 4,
+            global_batch_size=self.recipe.train.global_batch_size,
+            nodes=-(-self.gpus // self.hardware.gpus_per_node),
+        )
 
     @property
     def fits(self) -> bool:
@@ -128,7 +152,8 @@ class Forecast:
             "waits": self.waits,
             "run": self.run,
             "checkpoint": self.checkpoint,
-            "notes": list(self.notes),
+            "node_cache_bytes": self.node_cache_bytes,
+            "notes": self.notes,
             "assumptions": self.hardware.model_dump(mode="json"),
         }
 
@@ -178,7 +203,7 @@ def forecast(
         stage: combine([(sample.weight, sample.memory_weight, next(traced)) for sample in jobs[stage]])
         for stage in stages
     }
-    return assemble(recipe, gpus, hardware, traces)
+    return assemble(recipe, vocabulary, gpus, hardware, traces)
 
 
 def with_gpu_precision(recipe: Recipe) -> Recipe:
@@ -203,12 +228,15 @@ def _job(recipe: Recipe, vocabulary: Vocabulary, gpus: int, stage: int) -> Job:
     return Job(recipe, vocabulary, stage * (gpus // recipe.parallel.pipeline), gpus, micro_batches)
 
 
-def assemble(recipe: Recipe, gpus: int, hardware: Hardware, traces: dict[int, Trace]) -> Forecast:
+def assemble(
+    recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: Hardware, traces: dict[int, Trace]
+) -> Forecast:
     """Return what the traced stages of a run say of it."""
     time = timing.step_time(recipe, traces, gpus, hardware)
     trace = traces[max(traces, key=lambda stage: timing.Rank(traces[stage], recipe, hardware).inside)]
     return Forecast(
         recipe,
+        vocabulary,
         gpus,
         hardware,
         round(trace.parameters),
@@ -251,6 +279,11 @@ def _messages(trace: Trace, hardware: Hardware) -> dict[str, dict[str, float]]:
             group["calls"] += message.calls
             group["seconds"] += timing.message_seconds(key, message, hardware)
     return dict(groups)
+
+
+def _bytes_of(limit: str) -> float:
+    """Return the bytes of such as 100gb, in powers of 1,024 as streaming reads it."""
+    return float(limit[:-2]) * 1024.0 ** (1 + "kmgt".index(limit[-2].lower()))
 
 
 def _family_states(recipe: Recipe) -> tuple[str, ...]:

@@ -62,7 +62,8 @@ def _too_little_gpu_memory(text: str) -> str:
     when = f" when {asked[1]} are asked for" if asked else ""
     return (
         f"the GPU is out of {memory}{when}: set train.recompute=full, a smaller train.micro_batch_size, or more "
-        "parallel.tensor, parallel.pipeline or parallel.zero_stage; another try of the same would end alike"
+        "parallel.tensor, parallel.pipeline or parallel.zero_stage; another try of the same would end alike, and "
+        "`bd3-scale plan` predicts what fits"
     )
 
 
