@@ -49,8 +49,9 @@ def trace_rank(job: Job, device: torch.device) -> Trace:
                 _step(recorder, engine, micro_batches, recipe, number)
         if job.beyond:
             _beside_steps(recorder, engine, micro_batches, groups)
-    trace = recorder.trace(job.micro_batches, engine.flops(micro_batches))
-    return replace(trace, parameters=num_parameters(recipe.model, job.vocabulary))
+    model = job.whole or recipe.model
+    trace = recorder.trace(job.micro_batches, engine.flops(micro_batches, model))
+    return replace(trace, parameters=num_parameters(model, job.vocabulary))
 
 
 def _step(
