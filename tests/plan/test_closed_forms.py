@@ -28,19 +28,20 @@ ROUNDED = 512
 NOISY_PAIRS = B * sum(BLOCK + i // BLOCK * BLOCK for i in range(L))
 CLEAN_PAIRS = B * sum((i // BLOCK + 1) * BLOCK for i in range(L))
 
+RECOMPUTED = "ZeRO 3, recomputed"
 CASES: dict[str, tuple[int, dict[str, int | bool]]] = {
     "alone": (1, {}),
     "context": (2, {"context": 2}),
     "sequence": (4, {"tensor": 2, "sequence": True}),
-    "ZeRO 3": (2, {"zero_stage": 3}),
+    RECOMPUTED: (2, {"zero_stage": 3}),
 }
 
 
-def tiny(world: int, parallel: dict, **model: int) -> Job:
+def tiny(world: int, parallel: dict, recompute: str = "none", **model: int) -> Job:
     values = {**BASE, "parallel": parallel, "model": {**BASE["model"], "qk_norm": True, **model}}
     replicas = world // (parallel.get("tensor", 1) * parallel.get("context", 1) * parallel.get("pipeline", 1))
     micro_batches = parallel.get("pipeline", 1)
-    values["train"] = BASE["train"] | {"global_batch_size": replicas * B * micro_batches}
+    values["train"] = BASE["train"] | {"global_batch_size": replicas * B * micro_batches, "recompute": recompute}
     recipe = Recipe.model_validate({"name": "tiny", **values})
     check_recipe(recipe, world)
     return Job(recipe, VOCABULARY, 0, world, micro_batches)
@@ -48,7 +49,8 @@ def tiny(world: int, parallel: dict, **model: int) -> Job:
 
 @pytest.fixture(scope="module")
 def traces() -> dict[str, Trace]:
-    return dict(zip(CASES, trace([tiny(*case) for case in CASES.values()]), strict=True))
+    jobs = [tiny(*case, "full" if name == RECOMPUTED else "none") for name, case in CASES.items()]
+    return dict(zip(CASES, trace(jobs), strict=True))
 
 
 def flops(trace: Trace) -> dict[str, float]:
@@ -71,6 +73,31 @@ def test_flops(traces, name, ranks):
     assert found["mlp"] == 3 * rows * 2 * X * 3 * F / ranks
     assert found["block_attention"] == 4 * QUERIES * pairs / ranks
     assert found["block_attention_backward"] == 10 * QUERIES * pairs / ranks
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_recomputed_flops(traces, part):
+    """As many as forward, and counted apart."""
+    by_direction: dict[str, float] = defaultdict(float)
+    for key, work in traces[RECOMPUTED].work.items():
+        by_direction[key.direction] += work.flops * (key.part == part and key.name in ("mm", "block_attention"))
+    assert by_direction["recomputed"] == by_direction["forward"] > 0
+    assert traces[RECOMPUTED].flops == traces["alone"].flops
+
+
+@pytest.mark.parametrize(("part", "features"), [("attention", QUERIES + KEYS), ("mlp", 2 * F)])
+def test_products_beside_messages(traces, part, features):
+    """In backward the input is gathered beside the product of its gradient, which is scattered beside the weight's."""
+    rows = 2 * B * L * LAYERS - (B * L if part == "mlp" else 0)
+    # Of clean rows of the last layer there are no queries.
+    product = 2 * X * (rows * features - (B * L * QUERIES if part == "attention" else 0)) / 2
+    beside: dict[str, float] = defaultdict(float)
+    for key, message in traces["sequence"].messages.items():
+        beside[key.name] += message.beside.flops * (key.part == part)
+    assert {name: flops for name, flops in beside.items() if flops} == {
+        "_allgather_base_": product,
+        "_reduce_scatter_base_": product,
+    }
 
 
 def test_flops_of_the_head(traces):
@@ -115,17 +142,17 @@ def test_bytes_between_context_parallel_ranks(traces):
     assert sent(traces["context"], "context") == gathered
 
 
-@pytest.mark.parametrize(("name", "operator"), [("context", "allreduce_"), ("ZeRO 3", "_reduce_scatter_base_")])
+@pytest.mark.parametrize(("name", "operator"), [("context", "allreduce_"), (RECOMPUTED, "_reduce_scatter_base_")])
 def test_bytes_between_data_parallel_ranks(traces, name, operator):
     """Gradients go once, in fp32."""
     assert sent(traces[name], "data") == {operator: pytest.approx(4 * PARAMETERS, rel=0.01)}
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("alone", 1), ("context", 2), ("ZeRO 3", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("alone", 1), ("context", 2), (RECOMPUTED, 2)])
 def test_memory_before_a_step(traces, name, ranks):
     """Weights in bf16; masters, two moments and the moving average in fp32, divided by ZeRO."""
     before = traces[name].segments[0].memory
-    weights = 2 * PARAMETERS / (ranks if name == "ZeRO 3" else 1)
+    weights = 2 * PARAMETERS / (ranks if name == RECOMPUTED else 1)
     tensors = 4 + LAYERS * 8 + 4
     assert traces[name].parameters == PARAMETERS
     assert before["weights"] == pytest.approx(weights, abs=tensors * ROUNDED)
