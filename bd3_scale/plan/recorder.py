@@ -161,8 +161,8 @@ class Recorder(TorchDispatchMode):
             if node is None:
                 self._enter("between")
             return "", ""
-        # In backward, what is computed again saves its tensors through hooks of torch.utils.checkpoint. Whether gradients
-        # are on says less: an autograd function turns them off for its forward.
+        # In backward, what is computed again saves its tensors through hooks of torch.utils.checkpoint. Whether
+        # gradients are on says less: an autograd function turns them off for its forward.
         again = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         direction = "forward" if node is None else "recomputed" if again else "backward"
         self._enter(f"{place.segment} {'forward' if node is None else 'backward'}")
