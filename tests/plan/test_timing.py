@@ -112,3 +112,49 @@ def test_hardware_of_a_file(tmp_path):
             load_hardware(str(file))
     with pytest.raises(ValueError, match="is none of h100"):
         load_hardware("h99")
+
+
+def attention(direction: str) -> Key:
+    return Key("gradients", "attention", direction, "block_attention" + "_backward" * (direction == "backward"), "128")
+
+
+def test_attention_takes_what_its_kernels_reach():
+    """Seven products where the atomic backward has five."""
+    work = {attention("forward"): Work(1, 350e12, 1), attention("backward"): Work(1, 280e12, 1)}
+    for deterministic, backward in ((True, 1.4), (False, 1.0)):
+        made = recipe().model_copy(update={"deterministic": deterministic})
+        assert step_time(made, {0: trace(work)}, 1, H100).seconds == pytest.approx(1 + backward)
+
+
+def test_ranks_share_what_their_positions_need():
+    """Two tensor-parallel ranks have the same positions, two context-parallel ones each their own."""
+    found = trace({PRODUCT: Work(1, 989e12, 1)})
+    assert step_time(recipe(tensor=2), {0: found}, 8, H100).needed == pytest.approx(1 / 2)
+    assert step_time(recipe(context=2), {0: found}, 8, H100).needed == pytest.approx(1)
+
+
+def test_messages_between_stages_are_part_of_the_pace():
+    """The bubble waits for them, too, unless an interleaved schedule has something else to do."""
+    key = Key("gradients", "", "pipeline", "send", "")
+    message = Message(2, 8, calls=4, bytes=40e9)
+    found = trace({PRODUCT: Work(4, 4 * 0.70 * 989e12, 1)}, {key: message}, micro_batches=4)
+    seconds = 40e9 / (0.8 * 50e9) + 4 * 40e-6
+    one, two = (step_time(recipe(pipeline=2, virtual_pipeline=chunks), {0: found}, 2, H100) for chunks in (1, 2))
+    assert one.losses["pipeline-parallel messages"] == pytest.approx(seconds)
+    assert one.seconds == pytest.approx((4 + seconds) * (1 + 1 / 4))
+    assert two.seconds == pytest.approx(4 * (1 + 1 / 8))
+
+
+def test_the_update_of_the_slowest_stage_counts():
+    update = Key("update", "", "", "fused_adam", "")
+    stages = [trace({PRODUCT: Work(1, 0.70 * 989e12, 1), update: Work(1, 0, size)}) for size in (0.82 * 3.35e12, 1)]
+    assert step_time(recipe(pipeline=2), dict(enumerate(stages)), 2, H100).seconds == pytest.approx(1 * 2 + 1)
+
+
+def test_a_node_sends_no_more_than_its_gpus_and_lists_are_gathered_whole():
+    message = Message(ranks=32, stride=1, calls=0, bytes=1e9)
+    fast = H100.model_copy(update={"network_bandwidth": 100e9})
+    gathered = message_seconds(Key("gradients", "", "data", "_allgather_base_", ""), message, fast)
+    assert gathered == pytest.approx(31 / 32 * 1e9 / (0.8 * 450e9))
+    of_list = message_seconds(Key("gradients", "", "data", "allgather_", ""), message, fast)
+    assert of_list == pytest.approx(31e9 / (0.8 * 450e9))
