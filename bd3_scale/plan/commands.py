@@ -20,6 +20,8 @@ from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.terminal import tell
 
 app = typer.Typer()
+# Layouts that `--search` lists.
+_LISTED = 10
 
 
 @app.command(epilog="Example: bd3-scale plan recipes/8b.yaml --gpus 64 --vocabulary 151936 train.micro_batch_size=2")
@@ -33,6 +35,12 @@ def plan(
         int | None, typer.Option(min=2, help="Token ids with the mask.", show_default="the data's")
     ] = None,
     tokens: Annotated[float | None, typer.Option(min=1, help="Say how many days so many tokens take.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Find the layouts that fit, the quickest first.")] = False,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Results of tools/bench_step.py or bench_attention.py --json; may be given twice."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the calibrated GPU here, for --gpu.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Predict memory, time and cost of a recipe on GPUs: its real code runs on fake devices, here, on a CPU.
@@ -40,8 +48,13 @@ def plan(
     Nothing of it is measured; the assumptions are printed.
     """
     loaded = with_plugins(load_recipe(recipe, overrides or ()), context.obj)
-    hardware = load_hardware(gpu)
+    if out is not None and not calibrate:
+        raise typer.BadParameter("--out FILE keeps what --calibrate has found: give that, too")
+    hardware = calibrated(load_hardware(gpu), calibrate, out) if calibrate else load_hardware(gpu)
     ids = vocabulary_of(loaded, vocabulary)
+    if search:
+        search_layouts(loaded, ids, gpus, hardware, as_json=as_json)
+        return
     with Bar("ranks traced") as bar:
         found = forecast(loaded, ids, gpus, hardware, device=fake_device(), progress=bar.show)
     if as_json:
@@ -49,6 +62,59 @@ def plan(
     else:
         show(found, tokens)
     if not found.fits:
+        raise typer.Exit(1)
+
+
+def calibrated(hardware: Hardware, files: list[Path], out: Path | None) -> Hardware:
+    """Return hardware with what was measured, tell it beside what was assumed, and keep it where `out` is given."""
+    from bd3_scale.plan.calibrate import calibrate
+    from bd3_scale.recipe.plain_yaml import dump_yaml
+    from bd3_scale.resilience.files import write_atomically
+
+    found, compared = calibrate(hardware, files, device=fake_device())
+    for name in dict.fromkeys(found.measured):
+        tell(f"{hardware.device}: {name} {getattr(found, name)} as measured, {getattr(hardware, name)} as assumed")
+    if compared is not None:
+        for phase, seconds in compared.measured.items():
+            tell(
+                f"{phase}: measured {seconds:.4f} s, predicted {compared.assumed[phase]:.4f} s as assumed and "
+                f"{compared.calibrated[phase]:.4f} s as measured"
+            )
+    if out is not None:
+        write_atomically(out, dump_yaml(found.model_dump(mode="json", exclude_defaults=True)))
+        tell(f"wrote {out}: --gpu {out}")
+    return found
+
+
+def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: Hardware, *, as_json: bool) -> None:
+    """Print layouts of GPUs that fit, the quickest first, and what to put into the recipe for the best one."""
+    from bd3_scale.plan.search import MEMORY_ERROR, TIME_ERROR, search
+
+    with Bar("steps traced") as bar:
+        found = search(recipe, vocabulary, gpus, hardware, device=fake_device(), progress=bar.show)
+    if as_json:
+        put(json.dumps(found.as_json(), indent=1))
+    elif found.layouts:
+        table = Table("layout", "step, s", "tokens/s", "MFU", "on the card, GB", "left, GB", "", title=f"{gpus} GPUs")
+        for each in found.layouts[:_LISTED]:
+            table.add_row(
+                layout(each.forecast.recipe, gpus),
+                f"{each.seconds:.2f}",
+                f"{each.forecast.tokens_per_second:,.0f}",
+                f"{each.forecast.time.mfu:.1%}",
+                f"{max(rank.card_bytes for rank in each.forecast.ranks) / 1e9:.1f}",
+                f"{each.margin_bytes / 1e9:.1f}",
+                "whole" if each.verified else "estimate",
+            )
+        Console().print(table)
+        say(
+            f"all predicted; an estimate is within {TIME_ERROR:.0%} of the time of a whole trace, "
+            f"{MEMORY_ERROR:.0%} of its memory\n{len(found.layouts)} layouts fit; the best one's values:\n"
+            f"{' '.join(found.overrides(found.layouts[0])) or 'as in the recipe'}"
+        )
+        say(_assumptions(hardware))
+    if found.reason:
+        tell(f"error: {found.reason}")
         raise typer.Exit(1)
 
 

@@ -12,9 +12,9 @@ from bd3_scale.data.cache import node_cache_bytes
 from bd3_scale.plan import timing
 from bd3_scale.plan.hardware import Hardware
 from bd3_scale.plan.job import Job
+from bd3_scale.plan.kept import traces_of
 from bd3_scale.plan.samples import samples
 from bd3_scale.plan.trace import Trace, combine
-from bd3_scale.plan.workers import trace_all
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -192,6 +192,20 @@ def forecast(
     ValueError: the recipe does not fit itself or the number of GPUs.
     """
     recipe = with_gpu_precision(recipe)
+    traces = trace_stages(recipe, vocabulary, gpus, hardware, device=device, progress=progress)
+    return assemble(recipe, vocabulary, gpus, hardware, traces)
+
+
+def trace_stages(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    gpus: int,
+    hardware: Hardware,
+    *,
+    device: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[int, Trace]:
+    """Return the step of a rank of each stage that differs; arguments and errors as of `forecast`."""
     check_recipe(recipe, gpus)
     stages = traced_stages(recipe)
     last_phase = _after_schedule(recipe)
@@ -205,12 +219,11 @@ def forecast(
         progress(count, len(flat))
 
     progress(0, len(flat))
-    traced = iter(trace_all(flat, hardware, device=device, done=done))
-    traces = {
+    traced = iter(traces_of(flat, hardware, device=device, done=done))
+    return {
         stage: combine([(sample.weight, sample.memory_weight, next(traced)) for sample in jobs[stage]])
         for stage in stages
     }
-    return assemble(recipe, vocabulary, gpus, hardware, traces)
 
 
 def with_gpu_precision(recipe: Recipe) -> Recipe:

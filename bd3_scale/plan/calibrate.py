@@ -1,0 +1,177 @@
+"""Measured values in the place of assumptions: what a GPU reached in `tools/bench_step.py` and `bench_attention.py`.
+
+The time of one step is one number. It tells one factor for all that kernels of a GPU reach of its peak and its memory
+bandwidth; the attention's own measurement tells its rates apart from that. Links are not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from bd3_scale.plan import timing
+from bd3_scale.plan.forecast import trace_stages, with_gpu_precision
+from bd3_scale.plan.hardware import Hardware
+from bd3_scale.plan.trace import Trace
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.resilience.readers import read_regular, reader
+
+# Halvings of the range in which the factor is looked for.
+_ROUNDS = 50
+_PHASES = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A step that was measured, in seconds, beside what is predicted of it before and after calibration."""
+
+    gpus: int
+    measured: dict[str, float]
+    assumed: dict[str, float]
+    calibrated: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What files of results say: rates of attention, forward and backward, and a step."""
+
+    attention: tuple[float, float] | None = None
+    step: dict[str, Any] | None = None
+
+
+def calibrate(hardware: Hardware, files: Sequence[Path], *, device: str = "cuda") -> tuple[Hardware, Comparison | None]:
+    """Return the hardware with measured values, and the measured step beside the prediction, where there is one.
+
+    ValueError: the files hold no such results, they come from other hardware, or no efficiency explains them.
+    """
+    found = read_results(files, hardware)
+    if found.attention is not None:
+        hardware = _with(hardware, ("attention",), attention=found.attention)
+    if found.step is None:
+        return hardware, None
+    return _fit(hardware, found.step, device=device, with_attention=found.attention is None)
+
+
+def read_results(files: Sequence[Path], hardware: Hardware) -> Measured:
+    """Return what the files say of the hardware. ValueError: see `calibrate`."""
+    attention: list[dict[str, Any]] = []
+    step = None
+    for path in files:
+        header, *rows = _objects(path)
+        # The attention's benchmark tells the version of CUDA behind the name.
+        if str(header["hardware"]).partition(", CUDA")[0] != hardware.device:
+            raise ValueError(
+                f"{path} was measured on {header['hardware']!r}, and the plan is for {hardware.device!r}: measure on "
+                "that, or give --gpu a file that describes what it was measured on"
+            )
+        attention += rows
+        for row in header.get("rows", ()):
+            step = {**header, "seconds": row["seconds"]} if row["objective"] == "bd3" else step
+    forward, backward = (_median_rate(attention, name) for name in ("forward", "backward"))
+    rates = (forward, backward) if forward and backward else None
+    if step is None and rates is None:
+        raise ValueError(
+            f"{', '.join(map(str, files))}: no step of objective bd3, nor attention forward and backward: give results "
+            "of tools/bench_step.py --json or tools/bench_attention.py --device cuda --json"
+        )
+    return Measured(rates, step)
+
+
+@reader("results of a benchmark")
+def _objects(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, a line each; the first one names the hardware."""
+    found = [json.loads(line) for line in read_regular(path).decode().splitlines() if line.strip()]
+    if not found or not all(isinstance(each, dict) for each in found) or "hardware" not in found[0]:
+        raise ValueError(f"{path} holds no results of tools/bench_step.py --json or tools/bench_attention.py --json")
+    return found
+
+
+def _median_rate(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    rates = [float(row["rate"]) for row in rows if row.get("pass") == name]
+    return statistics.median(rates) if rates else None
+
+
+def _fit(hardware: Hardware, step: dict[str, Any], *, device: str, with_attention: bool) -> tuple[Hardware, Comparison]:
+    recipe, vocabulary, gpus = _what_ran(step)
+    stages = trace_stages(recipe, vocabulary, gpus, hardware, device=device)
+    # A training makes its inputs beside the step before.
+    measured = {name: float(step["seconds"][name]) for name in _PHASES}
+    measured["step"] = float(step["seconds"]["step"]) - float(step["seconds"].get("data", 0.0))
+
+    def seconds(of: Hardware) -> float:
+        return timing.step_time(recipe, stages, gpus, of).seconds
+
+    names = ("matmul", "stream", *(("attention",) if with_attention else ()))
+    most = 1 / max(hardware.matmul, hardware.stream)
+    found = _solve(lambda factor: seconds(_scaled(hardware, factor, names)), measured["step"], most)
+    calibrated = _with(_scaled(hardware, found, names), names)
+    return calibrated, Comparison(
+        gpus,
+        measured,
+        _predicted(recipe, stages, gpus, hardware),
+        _predicted(recipe, stages, gpus, calibrated),
+    )
+
+
+def _solve(seconds: Callable[[float], float], wanted: float, most: float) -> float:
+    """Return the factor of all efficiencies with which a step takes as long as it did."""
+    low, high = 1e-3, most
+    if not seconds(high) <= wanted <= seconds(low):
+        raise ValueError(
+            f"the measured step took {wanted:.3f} s, and with whatever share of its peak the GPU is predicted to take "
+            f"{seconds(high):.3f} to {seconds(low):.3f} s: something beside its kernels decides, or it is no such GPU"
+        )
+    for _ in range(_ROUNDS):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if seconds(middle) > wanted else (low, middle)
+    return high
+
+
+def _what_ran(step: dict[str, Any]) -> tuple[Recipe, Vocabulary, int]:
+    try:
+        shape, gpus = step["shape"], int(step["processes"])
+        recipe = Recipe.model_validate(
+            {key: shape[key] for key in ("model", "diffusion", "train", "parallel")}
+            | {"name": "measured", "data": {"path": "synthetic", "seq_len": shape["seq_len"]}}
+            | {"deterministic": step["deterministic"]}
+        )
+        size = int(shape["vocabulary"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise ValueError(
+            f"the results do not say what ran, as this version's tools/bench_step.py does: {error}"
+        ) from None
+    return with_gpu_precision(recipe), Vocabulary(size=size, eos_id=0, mask_id=size - 1), gpus
+
+
+def _predicted(recipe: Recipe, stages: dict[int, Trace], gpus: int, hardware: Hardware) -> dict[str, float]:
+    """Seconds of the phases that the benchmark tells apart; a pipeline's bubble belongs to none."""
+    time = timing.step_time(recipe, stages, gpus, hardware)
+    slowest = max((timing.Rank(trace, recipe, hardware) for trace in stages.values()), key=lambda rank: rank.inside)
+    by_phase = dict.fromkeys(_PHASES, 0.0)
+    for key, work in slowest.trace.work.items():
+        phase = "optimizer" if key.phase == "update" else "forward" if key.direction == "forward" else "backward"
+        by_phase[phase] += slowest.kernel_seconds(key, work)
+    return {**by_phase, "step": time.seconds}
+
+
+def _scaled(hardware: Hardware, factor: float, names: Sequence[str]) -> Hardware:
+    values = {name: getattr(hardware, name) for name in names}
+    return hardware.model_copy(
+        update={
+            name: tuple(factor * each for each in value) if isinstance(value, tuple) else min(1.0, factor * value)
+            for name, value in values.items()
+        }
+    )
+
+
+def _with(hardware: Hardware, names: Sequence[str], **values: Any) -> Hardware:
+    """The hardware with values, of which it is known that they were measured."""
+    measured = tuple(dict.fromkeys([*hardware.measured, *names]))
+    return hardware.model_copy(update={**values, "measured": measured})
