@@ -23,7 +23,7 @@ from bd3_scale.parallel.optimizer import OptimizerFamily
 from bd3_scale.parallel.parameter_groups import parameter_groups
 from bd3_scale.parallel.schedule import forward_backward
 from bd3_scale.parallel.zero import ZeroState
-from bd3_scale.recipe.schema import OptimizerRecipe, ParallelRecipe, Recipe
+from bd3_scale.recipe.schema import ModelRecipe, OptimizerRecipe, ParallelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.registry import optimizers
 
@@ -136,13 +136,15 @@ class TrainingEngine:
         norm = self._engine.get_global_grad_norm() if applied else math.inf
         return torch.as_tensor(norm, dtype=torch.float64, device=next(self.chunks[0].parameters()).device), applied
 
-    def flops(self, micro_batches: Sequence[ModelInputs]) -> int:
+    def flops(self, micro_batches: Sequence[ModelInputs], model: ModelRecipe | None = None) -> int:
         """Return what the whole model needs for this rank's positions, whatever part of it is here; see
         `model_flops`.
+
+        model: another one, on the same rows.
         """
         return sum(
             model_flops(
-                self.chunks[0].recipe,
+                model or self.chunks[0].recipe,
                 self.chunks[0].vocabulary.size,
                 noisy_rows=inputs.num_noisy * inputs.positions.numel(),
                 clean_rows=inputs.tokens.numel() - inputs.num_noisy * inputs.positions.numel(),

@@ -74,6 +74,11 @@ class Forecast:
                 f"data.cache_limit={limit} is less than the {needed / 1e9:.0f} GB that a node reads from at a time: "
                 "shards would be fetched again and again"
             )
+        if self.recipe.parallel.offload_optimizer:
+            notes.append("the time leaves out the optimiser's arithmetic on the hosts' CPUs, and copies to and fro")
+        if schedule := self.recipe.diffusion.block_size_schedule:
+            steps = sum(phase.steps for phase in schedule)
+            notes.append(f"all steps are taken for those after the {steps:,} of diffusion.block_size_schedule")
         return notes
 
     @property
@@ -116,11 +121,12 @@ class Forecast:
     @property
     def run(self) -> dict[str, float]:
         train, evaluation = self.recipe.train, self.recipe.evaluation
-        evaluations = (train.steps // evaluation.every_steps if evaluation.every_steps else 0) + 1
+        # The last one is after the last step, whether it is due there or not; so is the last save.
+        evaluations = -(-train.steps // evaluation.every_steps) if evaluation.every_steps else 1
         # A forward is a third of a step's work.
         an_evaluation = self.time.seconds / 3 * evaluation.sequences * evaluation.draws / train.global_batch_size
         every = self.recipe.checkpoint.every_steps
-        saves = (train.steps // every if every else 0) + 1
+        saves = -(-train.steps // every) if every else 1
         steps = train.steps * self.time.seconds
         seconds = steps + evaluations * an_evaluation + saves * self.checkpoint["blocked_seconds"]
         hours = seconds / 3600 * self.gpus
@@ -202,7 +208,8 @@ def trace_stages(
     """Return the step of a rank of each stage that differs; arguments and errors as of `forecast`."""
     check_recipe(recipe, gpus)
     stages = traced_stages(recipe)
-    jobs = {stage: samples(_job(recipe, vocabulary, gpus, stage), stage) for stage in stages}
+    last_phase = _after_schedule(recipe)
+    jobs = {stage: samples(_job(last_phase, vocabulary, gpus, stage), stage) for stage in stages}
     flat = [sample.job for stage in stages for sample in jobs[stage]]
     count = 0
 
@@ -224,6 +231,11 @@ def with_gpu_precision(recipe: Recipe) -> Recipe:
     if recipe.train.precision != "auto":
         return recipe
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
+
+
+def _after_schedule(recipe: Recipe) -> Recipe:
+    """Return the recipe with the block sizes of its last steps, which are most of them, from the first step on."""
+    return recipe.model_copy(update={"diffusion": recipe.diffusion.model_copy(update={"block_size_schedule": ()})})
 
 
 def traced_stages(recipe: Recipe) -> list[int]:

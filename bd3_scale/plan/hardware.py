@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
+from bd3_scale.recipe.plain_yaml import LIMIT_BYTES, parse_yaml
 from bd3_scale.recipe.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+from bd3_scale.resilience.readers import read_regular
 
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 KNOWN = Path(__file__).with_suffix(".yaml")
 
 
@@ -24,10 +26,10 @@ class Hardware(Section):
     node_bandwidth: PositiveFloat
     network_bandwidth: PositiveFloat
     price: NonNegativeFloat
-    matmul: Share
+    matmul: PositiveShare
     attention: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
-    stream: Share
-    collective: Share
+    stream: PositiveShare
+    collective: PositiveShare
     launch_seconds: NonNegativeFloat
     latency_seconds: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Field(strict=False)]
     overhead_gb: NonNegativeFloat
@@ -58,21 +60,25 @@ def load_hardware(name: str) -> Hardware:
     """
     from bd3_scale.observe.flops import peak_of
 
-    known: dict[str, dict[str, Any]] = yaml.safe_load(KNOWN.read_text())
+    known: dict[str, dict[str, Any]] = parse_yaml(KNOWN.read_bytes())
     path = Path(name)
     if name.lower() in known:
         entry, source = known[name.lower()], name
     elif path.suffix in (".yaml", ".yml") and path.is_file():
-        entry, source = yaml.safe_load(path.read_text()), str(path)
+        try:
+            entry, source = parse_yaml(read_regular(path, LIMIT_BYTES)), str(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from None
         if not isinstance(entry, dict):
             raise ValueError(f"{path} is no description of a GPU: keys and values, as in {KNOWN.name}")
     else:
         raise ValueError(f"--gpu {name} is none of {', '.join(known)}, and no YAML file that describes one")
     try:
-        base = entry.pop("extends", None)
-        if base is not None and base not in known:
-            raise ValueError(f"{source}: extends {base!r}, which is none of {', '.join(known)}")
-        found = Hardware(**{**(known[base] if base else {}), **entry})
+        while (base := entry.pop("extends", None)) is not None:
+            if not isinstance(base, str) or base.lower() not in known:
+                raise ValueError(f"{source}: extends {base!r}, which is none of {', '.join(known)}")
+            entry = {**known[base.lower()], **entry}
+        found = Hardware(**entry)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise ValueError(f"{source}: {problems}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.schema import ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 
@@ -17,6 +17,7 @@ class Job:
         micro_batches: of a step.
         steps: of which the last is traced; the first one makes what later ones have.
         beyond: whether it evaluates, compares replicas and saves, too.
+        whole: the model whose floating-point operations and parameters count, where the recipe's has fewer layers.
     """
 
     recipe: Recipe
@@ -26,3 +27,4 @@ class Job:
     micro_batches: int
     steps: int = 2
     beyond: bool = False
+    whole: ModelRecipe | None = None

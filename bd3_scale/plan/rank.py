@@ -34,8 +34,7 @@ def trace_rank(job: Job, device: torch.device) -> Trace:
     recipe = job.recipe
     groups = simulated_groups(recipe.parallel, rank=job.rank, world_size=job.world_size)
     inputs = example_inputs(job, groups)
-    pairs = inputs.noisy_pairs, inputs.noisy_pairs + inputs.clean_pairs
-    recorder = Recorder(device.type, _names(groups), pairs)
+    recorder = Recorder(device.type, _names(groups), _pairs(inputs))
     if device.type == "cuda":
         fake_gpu.watch(recorder.waited)
     watch_messages(recorder.waited_for_message)
@@ -50,8 +49,9 @@ def trace_rank(job: Job, device: torch.device) -> Trace:
                 _step(recorder, engine, micro_batches, recipe, number)
         if job.beyond:
             _beside_steps(recorder, engine, micro_batches, groups)
-    trace = recorder.trace(job.micro_batches, engine.flops(micro_batches))
-    return replace(trace, parameters=num_parameters(recipe.model, job.vocabulary))
+    model = job.whole or recipe.model
+    trace = recorder.trace(job.micro_batches, engine.flops(micro_batches, model))
+    return replace(trace, parameters=num_parameters(model, job.vocabulary))
 
 
 def _step(
@@ -117,6 +117,13 @@ def example_inputs(job: Job, groups: ProcessGroups) -> ModelInputs:
     keys = StepKeys(0, recipe.seed, recipe.train.global_batch_size, {})
     (inputs,) = step_inputs(objective_of(recipe.diffusion, job.vocabulary), recipe, batch, groups, keys=keys)
     return inputs
+
+
+def _pairs(inputs: ModelInputs) -> dict[int, int]:
+    """Return the query-key pairs of a micro-batch by the number of a sequence's rows that ask for keys."""
+    noisy_rows = inputs.num_noisy * inputs.positions.shape[1]
+    every = inputs.noisy_pairs + inputs.clean_pairs
+    return {noisy_rows: inputs.noisy_pairs, inputs.tokens.shape[1]: every}
 
 
 def _names(groups: ProcessGroups) -> dict[str, str]:

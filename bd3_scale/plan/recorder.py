@@ -69,10 +69,11 @@ class Recorder(TorchDispatchMode):
 
     Args:
         device_type: whose memory and work count.
-        pairs: query-key pairs that the mask lets through in a micro-batch: of the noisy rows, and of all.
+        pairs: query-key pairs that the mask lets through in a micro-batch, by the number of a sequence's rows that ask:
+            of the noisy ones, and of all.
     """
 
-    def __init__(self, device_type: str, names_of_groups: dict[str, str], pairs: tuple[int, int]) -> None:
+    def __init__(self, device_type: str, names_of_groups: dict[str, str], pairs: dict[int, int]) -> None:
         super().__init__()
         self._device, self._groups, self._pairs = device_type, names_of_groups, pairs
         self._phase = "engine"
@@ -160,8 +161,10 @@ class Recorder(TorchDispatchMode):
             if node is None:
                 self._enter("between")
             return "", ""
-        # Backward computes without gradients, but for what it computes again.
-        direction = "forward" if node is None else "recomputed" if torch.is_grad_enabled() else "backward"
+        # In backward, what is computed again saves its tensors through hooks of torch.utils.checkpoint. Whether
+        # gradients are on says less: an autograd function turns them off for its forward.
+        again = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        direction = "forward" if node is None else "recomputed" if again else "backward"
         self._enter(f"{place.segment} {'forward' if node is None else 'backward'}")
         return place.part, direction
 
@@ -219,10 +222,8 @@ class Recorder(TorchDispatchMode):
             return 2 * out.numel() * inner, "x".join(map(str, (*out.shape, inner)))
         if name in ("block_attention", "block_attention_backward"):
             q = before[1] if name.endswith("backward") else before[0]
-            noisy, every = self._pairs
-            k = before[2] if name.endswith("backward") else before[1]
-            pairs = noisy if q.shape[1] < k.shape[1] and noisy else every
-            return (10 if name.endswith("backward") else 4) * q.shape[3] * q.shape[2] * pairs, str(q.shape[1])
+            a_pair = (10 if name.endswith("backward") else 4) * q.shape[3] * q.shape[2]
+            return a_pair * self._pairs[q.shape[1]], str(q.shape[1])
         return 0, ""
 
     def _sent(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], part: str) -> None:

@@ -31,7 +31,7 @@ def samples(job: Job, stage: int) -> list[Sample]:
     most = by_batches[-1][0]
     return [
         Sample(
-            replace(job, recipe=recipe, micro_batches=count),
+            replace(job, recipe=recipe, micro_batches=count, whole=job.recipe.model),
             weight=layer_weight * batch_weight,
             memory_weight=layer_weight * (count == most),
         )

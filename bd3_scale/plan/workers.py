@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,8 @@ def trace_all(
     """Return the trace of each job, as many at a time as there are cores.
 
     device: "cuda" or "cpu", what the fake devices are taken for; done: is called after each.
-    ValueError: the recipe cannot run so; RuntimeError: anything else that a rank raised.
+    ValueError: the recipe cannot run so; OSError: the fake GPU cannot be built, or a process of a rank was killed;
+    RuntimeError: anything else that a rank raised.
     """
     context = multiprocessing.get_context("forkserver")
     # It imports once what takes seconds, and has no threads that a fork would cut off.
@@ -39,7 +41,8 @@ def trace_all(
             outcome = receiver.recv()
         except EOFError:
             process.join()
-            raise RuntimeError(f"the process of rank {job.rank} ended with {process.exitcode}") from None
+            killed = ": it was killed, maybe for want of memory" if process.exitcode == -signal.SIGKILL else ""
+            raise ChildProcessError(f"the process of rank {job.rank} ended with {process.exitcode}{killed}") from None
         process.join()
         done()
         if isinstance(outcome, BaseException):
@@ -60,7 +63,7 @@ def _trace(sender: Connection, job: Job, hardware: Hardware, device: str) -> Non
     except Exception as error:
         if os.environ.get("BD3_DEBUG"):
             raise
-        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
         sender.send(kind(f"rank {job.rank} of {job.world_size}: {type(error).__name__}: {error}"))
 
 
@@ -70,7 +73,9 @@ def _traced(job: Job, hardware: Hardware, device: str) -> Trace:
     from bd3_scale.parallel import megatron_on_cpu
     from bd3_scale.plan import fake_gpu
     from bd3_scale.plan.rank import trace_rank
+    from bd3_scale.registry import import_plugins
 
+    import_plugins(job.recipe.plugins)
     torch.set_num_threads(1)
     if device == "cuda":
         fake_gpu.install(hardware.device, hardware.memory_bytes)
