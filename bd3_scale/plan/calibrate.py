@@ -59,6 +59,7 @@ def calibrate(hardware: Hardware, files: Sequence[Path], *, device: str = "cuda"
     return _fit(hardware, found.step, device=device, with_attention=found.attention is None)
 
 
+@reader("results of a benchmark", path="files")
 def read_results(files: Sequence[Path], hardware: Hardware) -> Measured:
     """Return what the files say of the hardware. ValueError: see `calibrate`."""
     attention: list[dict[str, Any]] = []
@@ -73,7 +74,9 @@ def read_results(files: Sequence[Path], hardware: Hardware) -> Measured:
             )
         attention += rows
         for row in header.get("rows", ()):
-            step = {**header, "seconds": row["seconds"]} if row["objective"] == "bd3" else step
+            if row["objective"] == "bd3":
+                seconds = {name: float(row["seconds"][name]) for name in (*_PHASES, "step")}
+                step = {**header, "seconds": seconds | {"data": float(row["seconds"].get("data", 0.0))}}
     forward, backward = (_median_rate(attention, name) for name in ("forward", "backward"))
     rates = (forward, backward) if forward and backward else None
     if step is None and rates is None:
@@ -84,7 +87,6 @@ def read_results(files: Sequence[Path], hardware: Hardware) -> Measured:
     return Measured(rates, step)
 
 
-@reader("results of a benchmark")
 def _objects(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, a line each; the first one names the hardware."""
     found = [json.loads(line) for line in read_regular(path).decode().splitlines() if line.strip()]
@@ -102,8 +104,8 @@ def _fit(hardware: Hardware, step: dict[str, Any], *, device: str, with_attentio
     recipe, vocabulary, gpus = _what_ran(step)
     stages = trace_stages(recipe, vocabulary, gpus, hardware, device=device)
     # A training makes its inputs beside the step before.
-    measured = {name: float(step["seconds"][name]) for name in _PHASES}
-    measured["step"] = float(step["seconds"]["step"]) - float(step["seconds"].get("data", 0.0))
+    measured = {name: step["seconds"][name] for name in _PHASES}
+    measured["step"] = step["seconds"]["step"] - step["seconds"]["data"]
 
     def seconds(of: Hardware) -> float:
         return timing.step_time(recipe, stages, gpus, of).seconds

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from bd3_scale.recipe.plain_yaml import LIMIT_BYTES, parse_yaml
 from bd3_scale.recipe.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
-from bd3_scale.resilience.readers import read_regular
+from bd3_scale.resilience.readers import read_regular, reader
 
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 KNOWN = Path(__file__).with_suffix(".yaml")
@@ -52,6 +52,7 @@ class Hardware(Section):
         return peak
 
 
+@reader("a GPU", path="name")
 def load_hardware(name: str) -> Hardware:
     """Return a kind of GPU by its name in `hardware.yaml`, or as a YAML file of one entry describes it; such a file may
     say `extends: h100`, and change what differs.

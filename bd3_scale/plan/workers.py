@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
+import itertools
 import os
-import signal
-import warnings
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bd3_scale.plan.hardware import Hardware
 
 if TYPE_CHECKING:
     from bd3_scale.plan.job import Job
     from bd3_scale.plan.trace import Trace
+
+_numbers = itertools.count()
+_lock = threading.Lock()
+_server: _Server | None = None
 
 
 def trace_all(
@@ -28,67 +32,53 @@ def trace_all(
     ValueError: the recipe cannot run so; OSError: the fake GPU cannot be built, or a process of a rank was killed;
     RuntimeError: anything else that a rank raised.
     """
-    context = multiprocessing.get_context("forkserver")
-    # It imports once what takes seconds, and has no threads that a fork would cut off.
-    context.set_forkserver_preload(["bd3_scale.plan.preload"])
+    global _server
+    with _lock:
+        if _server is None or not _server.is_alive:
+            _server = _Server()
+        return _server.trace(jobs, hardware, device, done)
 
-    def apart(job: Job) -> Trace:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_trace, args=(sender, job, hardware, device), daemon=True)
-        process.start()
-        sender.close()
+
+class _Server:
+    """`bd3_scale.plan.server`, which lives until this process ends."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        # What is imported here is found there, plug-ins above all.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bd3_scale.plan.server", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection = Connection(ours.detach())
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def trace(self, jobs: Sequence[Job], hardware: Hardware, device: str, done: Callable[[], None]) -> list[Trace]:
+        numbers = {next(_numbers): place for place, _ in enumerate(jobs)}
+        found: list[Any] = [None] * len(jobs)
         try:
-            outcome = receiver.recv()
-        except EOFError:
-            process.join()
-            killed = ": it was killed, maybe for want of memory" if process.exitcode == -signal.SIGKILL else ""
-            raise ChildProcessError(f"the process of rank {job.rank} ended with {process.exitcode}{killed}") from None
-        process.join()
-        done()
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        return list(threads.map(apart, jobs))
-
-
-def _trace(sender: Connection, job: Job, hardware: Hardware, device: str) -> None:
-    os.environ |= {"RANK": str(job.rank), "WORLD_SIZE": str(job.world_size), "LOCAL_RANK": "0"}
-    os.environ |= {"LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "DS_ACCELERATOR": device}
-    if not os.environ.get("BD3_DEBUG"):
-        _be_quiet()
-    try:
-        sender.send(_traced(job, hardware, device))
-    except Exception as error:
-        if os.environ.get("BD3_DEBUG"):
-            raise
-        kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
-        sender.send(kind(f"rank {job.rank} of {job.world_size}: {type(error).__name__}: {error}"))
-
-
-def _traced(job: Job, hardware: Hardware, device: str) -> Trace:
-    import torch
-
-    from bd3_scale.parallel import megatron_on_cpu
-    from bd3_scale.plan import fake_gpu
-    from bd3_scale.plan.rank import trace_rank
-    from bd3_scale.registry import import_plugins
-
-    import_plugins(job.recipe.plugins)
-    torch.set_num_threads(1)
-    if device == "cuda":
-        fake_gpu.install(hardware.device, hardware.memory_bytes)
-    else:
-        fake_gpu.install_without_gpu()
-        megatron_on_cpu.install()
-    return trace_rank(job, torch.device(device, 0) if device == "cuda" else torch.device(device))
-
-
-def _be_quiet() -> None:
-    """Keep to ourselves what libraries say of a GPU that is not there."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+            for number, place in numbers.items():
+                self._connection.send((number, jobs[place], hardware, device))
+            while numbers:
+                number, outcome = self._connection.recv()
+                if number not in numbers:
+                    # Of a call before, which did not wait for all.
+                    continue
+                if isinstance(outcome, Exception):
+                    raise outcome
+                found[numbers.pop(number)] = outcome
+                done()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise ChildProcessError(
+                f"the process that ranks are forked from ended with {self._process.wait()}: is there enough memory?"
+            ) from None
+        finally:
+            if numbers and self.is_alive:
+                self._connection.send(None)
+        return found

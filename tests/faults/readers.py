@@ -31,6 +31,8 @@ from bd3_scale.evaluate.generative import Judge
 from bd3_scale.launch.profile import Profile, load_profile
 from bd3_scale.launch.status import read_status
 from bd3_scale.observe.metrics import read_metrics
+from bd3_scale.plan.calibrate import read_results
+from bd3_scale.plan.hardware import load_hardware
 from bd3_scale.recipe.load import load_recipe, load_section, recipe_files
 from bd3_scale.recipe.schema import ModelRecipe
 
@@ -129,6 +131,16 @@ def messages(folder: Path) -> None:
     (folder / "messages.jsonl").write_text(json.dumps({"messages": conversation}) + "\n")
 
 
+def a_gpu(folder: Path) -> None:
+    (folder / "gpu.yaml").write_text("extends: h100\nmatmul: 0.5\n")
+
+
+def a_measurement(folder: Path) -> None:
+    seconds = {"forward": 0.1, "backward": 0.2, "optimizer": 0.1, "step": 0.5}
+    step = {"hardware": load_hardware("h100").device, "rows": [{"objective": "bd3", "seconds": seconds}]}
+    (folder / "step.json").write_text(json.dumps(step) + "\n")
+
+
 def a_run(folder: Path) -> None:
     """What a submitted run leaves, of two attempts."""
     slurm = folder / "slurm"
@@ -209,6 +221,10 @@ CASES = {
         an_import, lambda folder: rows_of_source(folder / "checkpoint"), ("checkpoint/imported/mask_rows.safetensors",)
     ),
     "evaluate.generative._open_judge": Case(a_model, Judge, _WEIGHTS + _TOKENIZER, examples=4),
+    "plan.hardware.load_hardware": Case(a_gpu, lambda folder: load_hardware(str(folder / "gpu.yaml")), ("gpu.yaml",)),
+    "plan.calibrate.read_results": Case(
+        a_measurement, lambda folder: read_results([folder / "step.json"], load_hardware("h100")), ("step.json",)
+    ),
     "data.chat._template_and_tokens": Case(a_model, ChatTemplate, (*_TOKENIZER, "chat_template.jinja")),
 }
 
@@ -227,7 +243,12 @@ OPENERS = {
         *("data.prompts._prompts_of_jsonl", "data.prompts._prompts_of_txt", "data.tokenizer._read_backend"),
         *("data.tokenizer.converted_sentencepiece", "data.tokenizer_folder.write_tokenizer", "data.manifest._fetch"),
         *("launch.attempts.read_attempts", "launch.records.read_json", "observe.metrics._lines"),
-        *("recipe.load._read_extended", "train.resume._data_differences", "launch.submit.make_job"),
+        *(
+            "plan.calibrate._objects",
+            "recipe.load._read_extended",
+            "train.resume._data_differences",
+            "launch.submit.make_job",
+        ),
     },
     "documents, which `tests/data/test_sources.py` spoils": {"data.sources.DocumentReader.__iter__"},
     "the bytes alone count, which are compared with a hash": {
@@ -240,6 +261,9 @@ OPENERS = {
         *("data.mosaicml._SharedFile.__init__", "data.mosaicml._Lock.acquire", "data.mosaicml._lock_cache"),
         "lazy.lazy_names",
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
+        *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),
+        *("launch.doctor._token", "launch.machine.storage", "launch.network.rdma_ports", "launch.network.interfaces"),
+        *("plan.fake_gpu._shim", "plan.kept._read", "plan.kept._source", "plan.server._be_quiet"),
         *("launch.commands._grown", "launch.local._explain", "launch.ranks.Ranks.explain_failure"),
         *("launch.records.excluded_nodes", "launch.supervise.Supervisor._begin", "observe.environment._cpu_info"),
         *("observe.environment.peak_rss_bytes", "observe.metrics._wandb_id", "resilience.faults._flip"),

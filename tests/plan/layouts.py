@@ -26,7 +26,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO 2, two copies": (2, {"parallel": {"zero_stage": 2}, "diffusion": {"noisy_copies": 2}}),
     "ZeRO 3, TP 2": (4, {"parallel": {"zero_stage": 3, "tensor": 2}}),
     "SP 2, PP 2 x 2, tied": (
-        8,
+        4,
         {
             "parallel": {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2},
             "model": {"num_layers": 4, "tie_embeddings": True},

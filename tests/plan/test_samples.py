@@ -17,7 +17,9 @@ from tests.plan.layouts import alone, job, trace
 
 pytestmark = pytest.mark.launch
 
+QUICK = "plain"
 LARGE = {
+    QUICK: ("ZeRO 2, two copies", 5, {}, {}, 4),
     "recomputation of some layers": ("ZeRO 0, full recomputation", 9, {"recompute_layers": 4}, {}, 6),
     "interleaved": ("SP 2, PP 2 x 2, tied", 20, {}, {}, 8),
     "context": ("CP 2, SP 2, mixed blocks", 6, {}, {}, 5),
@@ -37,9 +39,7 @@ def large(name: str) -> Job:
     return replace(found, recipe=recipe, micro_batches=micro_batches)
 
 
-@pytest.mark.parametrize(
-    "name", ["context", *(pytest.param(n, marks=pytest.mark.slow) for n in LARGE if n != "context")]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n != QUICK else ()) for n in LARGE])
 def test_small_steps_tell_a_large_one(name):
     whole = large(name)
     parts = samples(whole, stage=0)

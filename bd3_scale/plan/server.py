@@ -1,0 +1,129 @@
+"""A process that ranks are forked from: it imports once what takes seconds, and changes nothing itself.
+
+    python -m bd3_scale.plan.server FD
+
+The descriptor is a socket. Requests are (number, job, hardware, device) and answers (number, trace or exception); a
+request None forgets what has not begun. The end of the socket ends the server and its ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections import deque
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from bd3_scale.observe.libraries import quieten_libraries
+
+quieten_libraries()
+
+# isort: split
+import torch  # noqa: E402
+import torch._inductor.compile_fx  # noqa: E402
+
+from bd3_scale.parallel import megatron_on_cpu  # noqa: E402
+from bd3_scale.plan import fake_gpu  # noqa: E402
+from bd3_scale.plan.hardware import Hardware  # noqa: E402
+from bd3_scale.plan.job import Job  # noqa: E402
+from bd3_scale.plan.rank import trace_rank  # noqa: E402
+from bd3_scale.plan.trace import Trace  # noqa: E402
+from bd3_scale.registry import import_plugins  # noqa: E402
+
+Request = tuple[int, Job, Hardware, str]
+
+
+def main() -> None:
+    """Serve until the other end of the socket is closed; ranks that are still at work are ended then."""
+    # Ctrl-C is for whoever asks; the socket tells of their end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests = Connection(int(sys.argv[1]))
+    waiting: deque[Request] = deque()
+    running: dict[Connection, tuple[int, Job, BaseProcess]] = {}
+    cores = len(os.sched_getaffinity(0))
+    while True:
+        for ready in wait([requests, *running]):
+            assert isinstance(ready, Connection)
+            if ready is not requests:
+                number, outcome = _ended(ready, *running.pop(ready))
+                requests.send((number, outcome))
+                continue
+            try:
+                request: Any = requests.recv()
+            except EOFError:
+                for _, _, process in running.values():
+                    process.kill()
+                return
+            if request is None:
+                waiting.clear()
+            else:
+                waiting.append(request)
+        while waiting and len(running) < cores:
+            number, job, hardware, device = waiting.popleft()
+            receiver, process = _start(job, hardware, device)
+            running[receiver] = number, job, process
+
+
+def _start(job: Job, hardware: Hardware, device: str) -> tuple[Connection, BaseProcess]:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_trace, args=(sender, job, hardware, device), daemon=True)
+    process.start()
+    sender.close()
+    return receiver, process
+
+
+def _ended(receiver: Connection, number: int, job: Job, process: BaseProcess) -> tuple[int, Trace | Exception]:
+    try:
+        outcome: Trace | Exception = receiver.recv()
+        process.join()
+    except EOFError:
+        process.join()
+        killed = ": it was killed, maybe for want of memory" if process.exitcode == -signal.SIGKILL else ""
+        outcome = ChildProcessError(f"the process of rank {job.rank} ended with {process.exitcode}{killed}")
+    receiver.close()
+    return number, outcome
+
+
+def _trace(sender: Connection, job: Job, hardware: Hardware, device: str) -> None:
+    os.environ |= {"RANK": str(job.rank), "WORLD_SIZE": str(job.world_size), "LOCAL_RANK": "0"}
+    os.environ |= {"LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "DS_ACCELERATOR": device}
+    if not os.environ.get("BD3_DEBUG"):
+        _be_quiet()
+    try:
+        sender.send(trace_here(job, hardware, device))
+    except Exception as error:
+        if os.environ.get("BD3_DEBUG"):
+            raise
+        kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+        sender.send(kind(f"rank {job.rank} of {job.world_size}: {type(error).__name__}: {error}"))
+
+
+def trace_here(job: Job, hardware: Hardware, device: str) -> Trace:
+    """Trace a job in this process, whose PyTorch and DeepSpeed are of no use for anything else afterwards."""
+    import_plugins(job.recipe.plugins)
+    torch.set_num_threads(1)
+    if device == "cuda":
+        fake_gpu.install(hardware.device, hardware.memory_bytes)
+        return trace_rank(job, torch.device("cuda", 0))
+    fake_gpu.install_without_gpu()
+    megatron_on_cpu.install()
+    return trace_rank(job, torch.device("cpu"))
+
+
+def _be_quiet() -> None:
+    """Keep to ourselves what libraries say of a GPU that is not there."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+if __name__ == "__main__":
+    main()
