@@ -60,6 +60,7 @@ def _path(job: Job, hardware: Hardware, device: str) -> Path:
         "recipe": job.recipe.model_dump(mode="json", exclude=_BESIDE_STEPS),
         "vocabulary": vars(job.vocabulary),
         "job": [job.rank, job.world_size, job.micro_batches, job.steps],
+        "whole": job.whole and job.whole.model_dump(mode="json"),
         "device": [device, hardware.device, hardware.memory_bytes],
         "attention": os.environ.get("BD3_SCALE_ATTENTION"),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},

@@ -63,6 +63,7 @@ def test_what_matters_makes_another_trace(traced, monkeypatch):
         replace(one, micro_batches=one.micro_batches + 1),
         replace(one, rank=1),
         replace(one, steps=3),
+        replace(one, whole=one.recipe.model.model_copy(update={"num_layers": 40})),
         replace(one, recipe=one.recipe.model_copy(update={"train": train})),
     ):
         asked(changed)
@@ -70,7 +71,7 @@ def test_what_matters_makes_another_trace(traced, monkeypatch):
     asked(one, device="cpu")
     monkeypatch.setattr(kept, "_source", lambda: "of another version")
     asked(one)
-    assert len(traced) == 8
+    assert len(traced) == 9
 
 
 def test_what_does_not_matter_does_not(traced):
