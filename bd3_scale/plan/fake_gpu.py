@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -32,8 +33,8 @@ _listeners: list[Callable[[str], None]] = []
 
 def obstacle() -> str | None:
     """Return why there can be no fake GPU here, or None."""
-    if not torch.cuda.is_available() and shutil.which(_compiler()) is None:
-        return f"torch finds no CUDA here, and there is no compiler {_compiler()}: install g++, or set CXX"
+    if not torch.cuda.is_available() and shutil.which(_compiler()[0]) is None:
+        return f"torch finds no CUDA here, and there is no compiler {_compiler()[0]}: install g++, or set CXX"
     return None
 
 
@@ -175,13 +176,12 @@ def _shim() -> Path:
 
 def _compile(arguments: list[str]) -> None:
     flags = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC"]
-    command = [_compiler(), *flags, *arguments, "-lc10", "-ltorch_cpu"]
+    command = [*_compiler(), *flags, *arguments, "-lc10", "-ltorch_cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(
-            f"{_compiler()} cannot build {_SOURCE.name} against torch {torch.__version__}: {done.stderr.strip()[:400]}"
-        )
+        said = " ".join(done.stderr.split())[:400]
+        raise OSError(f"{command[0]} cannot build {_SOURCE.name} against torch {torch.__version__}: {said}")
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX") or "g++"
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]

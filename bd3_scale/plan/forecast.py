@@ -298,7 +298,7 @@ def _parts(trace: Trace, recipe: Recipe, hardware: Hardware) -> dict[str, dict[s
 def _messages(trace: Trace, hardware: Hardware) -> dict[str, dict[str, float]]:
     groups: dict[str, dict[str, float]] = defaultdict(lambda: {"bytes": 0.0, "calls": 0.0, "seconds": 0.0})
     for key, message in trace.messages.items():
-        if message.ranks > 1:
+        if len(message.ranks) > 1:
             group = groups[key.direction]
             group["bytes"] += message.bytes
             group["calls"] += message.calls

@@ -87,7 +87,7 @@ def _read(path: Path) -> Trace | None:
             segments=[Segment(**each) for each in kept["segments"]],
             work={Key(*key): Work(**work) for key, work in kept["work"]},
             messages={
-                Key(*key): Message(**{**message, "beside": Work(**message["beside"])})
+                Key(*key): Message(**{**message, "ranks": tuple(message["ranks"]), "beside": Work(**message["beside"])})
                 for key, message in kept["messages"]
             },
             **{name: kept[name] for name in ("waits", "micro_batches", "flops", "parameters")},

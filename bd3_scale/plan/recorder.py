@@ -245,9 +245,9 @@ class Recorder(TorchDispatchMode):
             # Over whatever group: megatron-core takes that of all ranks, too, so that both directions are independent.
             label, ranks = "pipeline", tuple(sorted((peer, dist.get_rank())))
         early = peer is None and _is_waited_for_later(func, args)
-        key = Key(self._phase, part, label, name, (str(size) if part else "") + " early" * early)
-        stride = ranks[1] - ranks[0] if len(ranks) > 1 else 0
-        message = self.messages.setdefault(key, Message(ranks=len(ranks), stride=stride))
+        shape = f"{ranks}" if peer is not None else (str(size) if part else "") + " early" * early
+        key = Key(self._phase, part, label, name, shape)
+        message = self.messages.setdefault(key, Message(ranks))
         message.add(size)
         if early:
             self._under_way.append(message)

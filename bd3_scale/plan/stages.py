@@ -169,11 +169,13 @@ class Parts:
         apart = gpus // parallel.pipeline
         sent = 4 * parallel.virtual_pipeline - 2 * (stage in (0, parallel.pipeline - 1))
         size = self._message_bytes(recipe)
+        here = stage * apart
+        neighbours = (here, here + apart) if stage < parallel.pipeline - 1 else (here - apart, here)
         for name in ("send", "recv_"):
             calls = sent / 2 * micro_batches
-            trace.messages[Key("gradients", "", "pipeline", name, "")] = Message(2, apart, calls, calls * size)
+            trace.messages[Key("gradients", "", "pipeline", name, "")] = Message(neighbours, calls, calls * size)
         if recipe.model.tie_embeddings and stage in (0, parallel.pipeline - 1):
-            shared = Message(2, apart * (parallel.pipeline - 1), 1, 4 * ends.parameters / parallel.tensor)
+            shared = Message((0, apart * (parallel.pipeline - 1)), 1, 4 * ends.parameters / parallel.tensor)
             trace.messages[Key("gradients", "", "tied", "allreduce_", "")] = shared
 
 
@@ -251,10 +253,16 @@ def _only(trace: Trace, keep: Callable[[Key], bool]) -> Trace:
 def _among(trace: Trace, factor: float) -> Trace:
     """The trace with messages of so many times as many data-parallel ranks."""
     messages = {
-        key: replace(message, ranks=round(message.ranks * factor)) if key.direction == "data" else message
+        key: replace(message, ranks=_more(message.ranks, factor)) if key.direction == "data" else message
         for key, message in trace.messages.items()
     }
     return replace(trace, messages=messages)
+
+
+def _more(ranks: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    """As many times as many ranks, as far apart."""
+    apart = ranks[1] - ranks[0]
+    return tuple(range(ranks[0], ranks[0] + round(len(ranks) * factor) * apart, apart))
 
 
 def _lumped(trace: Trace) -> Trace:

@@ -7,7 +7,7 @@ the host must launch it; a collective takes its bytes over the slowest link of i
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ _SENT = {
     "_allgather_base_": lambda n: (n - 1) / n,
     "allgather_": lambda n: n - 1,
     "_reduce_scatter_base_": lambda n: (n - 1) / n,
-    "reduce_scatter_": lambda n: (n - 1) / n,
+    "reduce_scatter_": lambda n: n - 1,
 }
 
 
@@ -89,18 +89,18 @@ class Rank:
         self.losses_inside: defaultdict[str, float] = defaultdict(float)
         self.losses_outside: defaultdict[str, float] = defaultdict(float)
         self.messages: defaultdict[str, float] = defaultdict(float)
-        self._needed = self._host_inside = self._host_outside = 0.0
+        self._needed = self._host_inside = self._host_outside = self._beside_all = 0.0
         for key, work in trace.work.items():
             self._count(key, work)
         for key, message in trace.messages.items():
             self._send(key, message)
+        busy = self._needed + sum(self.losses_inside.values())
+        exposed = max(0.0, self._beside_all - busy)
+        self.losses_inside["pipeline-parallel messages"] += exposed
+        self.losses_inside[_LAUNCHES] = max(0.0, self._host_inside - busy - exposed)
+        self.losses_outside[_LAUNCHES] = max(0.0, self._host_outside - sum(self.losses_outside.values()))
         self.inside = self._needed + sum(self.losses_inside.values())
         self.outside = sum(self.losses_outside.values())
-        for losses, host in ((self.losses_inside, self._host_inside), (self.losses_outside, self._host_outside)):
-            device = sum(losses.values()) + (self._needed if losses is self.losses_inside else 0.0)
-            losses["launches that the GPU waits for"] = max(0.0, host - device)
-        self.inside += self.losses_inside["launches that the GPU waits for"]
-        self.outside += self.losses_outside["launches that the GPU waits for"]
 
     @property
     def host(self) -> float:
@@ -138,6 +138,7 @@ class Rank:
         between = key.direction == "pipeline" and not key.part and key.phase == "gradients"
         self.messages[key.direction] += seconds
         if between and self._overlaps:
+            self._beside_all += seconds
             return
         hidden = self.kernel_seconds(Key("", "", "", "mm", ""), message.beside)
         exposed = max(0.0, seconds - hidden)
@@ -146,17 +147,18 @@ class Rank:
 
 
 _REDUCTION = "gradients between micro-batches and reduction"
+_LAUNCHES = "launches that the GPU waits for"
 
 
 def message_seconds(key: Key, message: Message, hardware: Hardware) -> float:
     """Return what all messages of an entry take on the links of their group."""
-    if message.ranks < 2:
+    if len(message.ranks) < 2:
         return 0.0
-    in_node = min(message.ranks, max(1, hardware.gpus_per_node // max(1, message.stride)))
-    stays = in_node >= message.ranks
+    of_node = Counter(rank // hardware.gpus_per_node for rank in message.ranks)
+    stays, in_node = len(of_node) == 1, min(of_node.values())
     # The ranks of a group in one node share out their network cards.
     link = hardware.node_bandwidth if stays else min(hardware.node_bandwidth, in_node * hardware.network_bandwidth)
-    sent = message.bytes * _SENT.get(key.name, lambda _: 1.0)(message.ranks)
+    sent = message.bytes * _SENT.get(key.name, lambda _: 1.0)(len(message.ranks))
     return sent / (hardware.collective * link) + message.calls * hardware.latency_seconds[0 if stays else 1]
 
 
@@ -199,7 +201,7 @@ REMEDIES: dict[str, str] = {
     "pipeline bubble": "parallel.virtual_pipeline, or more micro-batches: a smaller micro-batch, a larger global batch",
     "update of the weights": "a larger global batch: fewer updates",
     _REDUCTION: "a larger global batch",
-    "launches that the GPU waits for": "a larger micro-batch: more work a kernel",
+    _LAUNCHES: "a larger micro-batch: more work a kernel",
     "stages of unequal work": "parallel.layers_per_chunk: fewer layers beside the head",
     "products that nothing reads": "nothing in a recipe",
 }

@@ -45,13 +45,11 @@ class Message:
     """Collectives or messages over one group: how many, and bytes of the largest tensor of each.
 
     Attributes:
-        ranks: of the group.
-        stride: from one of its ranks to the next, which says whether they are in a node.
+        ranks: of the group, or the two of a message, which say what lies in one node.
         beside: what the device computes between the begin of each and the wait for it.
     """
 
-    ranks: int
-    stride: int
+    ranks: tuple[int, ...]
     calls: float = 0
     bytes: float = 0
     beside: Work = field(default_factory=Work)
@@ -130,7 +128,7 @@ def combine(parts: Sequence[tuple[float, float, Trace]]) -> Trace:
         for key, work in trace.work.items():
             _add_work(whole.work.setdefault(key, Work()), work, weight)
         for key, message in trace.messages.items():
-            total = whole.messages.setdefault(key, Message(message.ranks, message.stride))
+            total = whole.messages.setdefault(key, Message(message.ranks))
             total.calls += weight * message.calls
             total.bytes += weight * message.bytes
             _add_work(total.beside, message.beside, weight)

@@ -16,7 +16,7 @@ from tests.plan.layouts import job
 TRACE = Trace(
     segments=[Segment("before", {"weights": 3.0})],
     work={Key("gradients", "mlp", "forward", "mm", "2x3x4"): Work(1, 48, 52)},
-    messages={Key("update", "", "data", "allreduce_", ""): Message(8, 2, 1, 16, Work(2, 3, 4))},
+    messages={Key("update", "", "data", "allreduce_", ""): Message(tuple(range(0, 16, 2)), 1, 16, Work(2, 3, 4))},
     waits={"update: tolist at a.py:1": 2.0},
     micro_batches=2,
     flops=1e15,

@@ -59,7 +59,7 @@ def test_the_host_must_launch():
 )
 def test_a_message_takes_the_slowest_link_of_its_group(ranks, stride, bandwidth, latency):
     """Ranks of a group in one node share out its network cards: at a stride of 4 there are two in a node of 8."""
-    message = Message(ranks, stride, calls=1, bytes=1e9)
+    message = Message(tuple(range(0, ranks * stride, stride)), calls=1, bytes=1e9)
     reduced = message_seconds(Key("gradients", "", "data", "allreduce_", ""), message, H100)
     assert reduced == pytest.approx(2 * (ranks - 1) / ranks * 1e9 / (0.8 * bandwidth) + latency)
     gathered = message_seconds(Key("gradients", "", "data", "_allgather_base_", ""), message, H100)
@@ -68,11 +68,11 @@ def test_a_message_takes_the_slowest_link_of_its_group(ranks, stride, bandwidth,
 
 def test_computation_beside_a_message_hides_it():
     key = Key("gradients", "mlp", "tensor", "_allgather_base_", "1 early")
-    seconds = message_seconds(key, Message(2, 1, 1, 36e9), H100)
+    seconds = message_seconds(key, Message((0, 1), 1, 36e9), H100)
     work = {PRODUCT: Work(1, 989e12, 1)}
 
     def exposed(beside: Work) -> float:
-        time = step_time(recipe(), {0: trace(work, {key: Message(2, 1, 1, 36e9, beside)})}, 2, H100)
+        time = step_time(recipe(), {0: trace(work, {key: Message((0, 1), 1, 36e9, beside)})}, 2, H100)
         assert adds_up(time)
         return time.losses.get("tensor-parallel messages", 0.0)
 
@@ -136,13 +136,24 @@ def test_ranks_share_what_their_positions_need():
 def test_messages_between_stages_are_part_of_the_pace():
     """The bubble waits for them, too, unless an interleaved schedule has something else to do."""
     key = Key("gradients", "", "pipeline", "send", "")
-    message = Message(2, 8, calls=4, bytes=40e9)
+    message = Message((0, 8), calls=4, bytes=40e9)
     found = trace({PRODUCT: Work(4, 4 * 0.70 * 989e12, 1)}, {key: message}, micro_batches=4)
     seconds = 40e9 / (0.8 * 50e9) + 4 * 40e-6
     one, two = (step_time(recipe(pipeline=2, virtual_pipeline=chunks), {0: found}, 2, H100) for chunks in (1, 2))
     assert one.losses["pipeline-parallel messages"] == pytest.approx(seconds)
     assert one.seconds == pytest.approx((4 + seconds) * (1 + 1 / 4))
     assert two.seconds == pytest.approx(4 * (1 + 1 / 8))
+    message.bytes *= 10
+    long = step_time(recipe(pipeline=2, virtual_pipeline=2), {0: found}, 2, H100)
+    assert long.losses["pipeline-parallel messages"] == pytest.approx(400e9 / (0.8 * 50e9) + 4 * 40e-6 - 4)
+
+
+def test_neighbours_of_two_nodes_are_apart():
+    """Ranks 4 and 8 are as far from each other as 0 and 4, which share a node."""
+    key = Key("gradients", "", "pipeline", "send", "")
+    near, far = (message_seconds(key, Message(ranks, 1, 36e9), H100) for ranks in ((0, 4), (4, 8)))
+    assert near == pytest.approx(0.1 + 15e-6)
+    assert far == pytest.approx(0.9 + 40e-6)
 
 
 def test_the_update_of_the_slowest_stage_counts():
@@ -152,7 +163,7 @@ def test_the_update_of_the_slowest_stage_counts():
 
 
 def test_a_node_sends_no_more_than_its_gpus_and_lists_are_gathered_whole():
-    message = Message(ranks=32, stride=1, calls=0, bytes=1e9)
+    message = Message(tuple(range(32)), calls=0, bytes=1e9)
     fast = H100.model_copy(update={"network_bandwidth": 100e9})
     gathered = message_seconds(Key("gradients", "", "data", "_allgather_base_", ""), message, fast)
     assert gathered == pytest.approx(31 / 32 * 1e9 / (0.8 * 450e9))
