@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch._C._distributed_c10d import FakeWork
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -35,6 +36,4 @@ def watch_messages(waited: Callable[[], None]) -> None:
 
 def _trust_other_ranks() -> None:
     """Leave out that ZeRO-3 compares its order of modules with rank 0, which says nothing."""
-    from deepspeed.runtime.zero import partitioned_param_coordinator
-
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda _: None

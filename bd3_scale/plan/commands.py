@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from bd3_scale.observe.console import Console, put, say
 from bd3_scale.observe.progress import Bar
@@ -18,6 +21,9 @@ from bd3_scale.recipe.load import load_recipe, with_plugins
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.terminal import tell
+
+if TYPE_CHECKING:
+    from bd3_scale.plan.search import Layout
 
 app = typer.Typer()
 # Layouts that `--search` lists.
@@ -95,20 +101,10 @@ def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: 
     if as_json:
         put(json.dumps(found.as_json(), indent=1))
     elif found.layouts:
-        table = Table("layout", "step, s", "tokens/s", "MFU", "on the card, GB", "left, GB", "", title=f"{gpus} GPUs")
-        for each in found.layouts[:_LISTED]:
-            table.add_row(
-                layout(each.forecast.recipe, gpus),
-                f"{each.seconds:.2f}",
-                f"{each.forecast.tokens_per_second:,.0f}",
-                f"{each.forecast.time.mfu:.1%}",
-                f"{max(rank.card_bytes for rank in each.forecast.ranks) / 1e9:.1f}",
-                f"{each.margin_bytes / 1e9:.1f}",
-                "whole" if each.verified else "estimate",
-            )
+        table = _layouts_table(found.layouts[:_LISTED], gpus)
         Console().print(table)
         say(
-            f"all predicted; an estimate is within {TIME_ERROR:.0%} of the time of a whole trace, "
+            f"all predicted, GB on the fullest card; estimates are within {TIME_ERROR:.0%} of a whole trace's time and "
             f"{MEMORY_ERROR:.0%} of its memory\n{len(found.layouts)} layouts fit; the best one's values:\n"
             f"{' '.join(found.overrides(found.layouts[0])) or 'as in the recipe'}"
         )
@@ -116,6 +112,29 @@ def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: 
     if found.reason:
         tell(f"error: {found.reason}")
         raise typer.Exit(1)
+
+
+def _layouts_table(layouts: Sequence[Layout], gpus: int) -> Table:
+    stages = {each.forecast.recipe.parallel.zero_stage for each in layouts}
+    title = f"{gpus} GPUs, ZeRO {', '.join(map(str, sorted(stages)))}"
+    table = Table("ranks, micro-batch", "step, s", "MFU", "GB", "left", "", box=box.SIMPLE_HEAD, title=title)
+    for each in layouts:
+        parallel, train = each.forecast.recipe.parallel, each.forecast.recipe.train
+        chunks = f"x{parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
+        ranks = {"TP": parallel.tensor, "PP": parallel.pipeline, "CP": parallel.context}
+        names = [f"{name} {size}{chunks * (name == 'PP')}" for name, size in ranks.items() if size > 1]
+        names += [f"DP {gpus // parallel.model_size}", f"micro {train.micro_batch_size}"]
+        names += [f"ZeRO {parallel.zero_stage}"] if len(stages) > 1 else []
+        names += [f"recompute {train.recompute}"] if train.recompute != "none" else []
+        table.add_row(
+            Text(", ".join(names), no_wrap=True),
+            f"{each.seconds:.2f}",
+            f"{each.forecast.time.mfu:.1%}",
+            f"{max(rank.card_bytes for rank in each.forecast.ranks) / 1e9:.1f}",
+            f"{each.margin_bytes / 1e9:.1f}",
+            "whole" if each.verified else "estimate",
+        )
+    return table
 
 
 def vocabulary_of(recipe: Recipe, size: int | None) -> Vocabulary:

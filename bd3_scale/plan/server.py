@@ -1,8 +1,8 @@
 """A process that ranks are forked from: it imports once what takes seconds, and changes nothing itself.
 
-    python -m bd3_scale.plan.server FD
+    python -m bd3_scale.plan.server cuda|cpu FD
 
-The descriptor is a socket. Requests are (number, job, hardware, device) and answers (number, trace or exception); a
+The descriptor is a socket. Requests are (number, job, hardware) and answers (number, trace or exception); a
 request None forgets what has not begun. The end of the socket ends the server and its ranks.
 """
 
@@ -35,14 +35,14 @@ from bd3_scale.plan.rank import trace_rank  # noqa: E402
 from bd3_scale.plan.trace import Trace  # noqa: E402
 from bd3_scale.registry import import_plugins  # noqa: E402
 
-Request = tuple[int, Job, Hardware, str]
+Request = tuple[int, Job, Hardware]
 
 
 def main() -> None:
     """Serve until the other end of the socket is closed; ranks that are still at work are ended then."""
     # Ctrl-C is for whoever asks; the socket tells of their end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    requests = Connection(int(sys.argv[1]))
+    device, requests = sys.argv[1], Connection(int(sys.argv[2]))
     waiting: deque[Request] = deque()
     running: dict[Connection, tuple[int, Job, BaseProcess]] = {}
     cores = len(os.sched_getaffinity(0))
@@ -64,7 +64,7 @@ def main() -> None:
             else:
                 waiting.append(request)
         while waiting and len(running) < cores:
-            number, job, hardware, device = waiting.popleft()
+            number, job, hardware = waiting.popleft()
             receiver, process = _start(job, hardware, device)
             running[receiver] = number, job, process
 
@@ -92,7 +92,7 @@ def _ended(receiver: Connection, number: int, job: Job, process: BaseProcess) ->
 
 def _trace(sender: Connection, job: Job, hardware: Hardware, device: str) -> None:
     os.environ |= {"RANK": str(job.rank), "WORLD_SIZE": str(job.world_size), "LOCAL_RANK": "0"}
-    os.environ |= {"LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "DS_ACCELERATOR": device}
+    os.environ |= {"LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     if not os.environ.get("BD3_DEBUG"):
         _be_quiet()
     try:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count()
 _lock = threading.Lock()
-_server: _Server | None = None
+_servers: dict[str, _Server] = {}
 
 
 def trace_all(
@@ -32,23 +32,24 @@ def trace_all(
     ValueError: the recipe cannot run so; OSError: the fake GPU cannot be built, or a process of a rank was killed;
     RuntimeError: anything else that a rank raised.
     """
-    global _server
     with _lock:
-        if _server is None or not _server.is_alive:
-            _server = _Server()
-        return _server.trace(jobs, hardware, device, done)
+        server = _servers.get(device)
+        if server is None or not server.is_alive:
+            server = _servers[device] = _Server(device)
+        return server.trace(jobs, hardware, done)
 
 
 class _Server:
-    """`bd3_scale.plan.server`, which lives until this process ends."""
+    """`bd3_scale.plan.server`, which lives until this process ends; DeepSpeed is told of the device at its import."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         ours, theirs = socket.socketpair()
         # What is imported here is found there, plug-ins above all.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        environment |= {"DS_ACCELERATOR": device}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bd3_scale.plan.server", str(theirs.fileno())],
+                [sys.executable, "-m", "bd3_scale.plan.server", device, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -59,12 +60,12 @@ class _Server:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def trace(self, jobs: Sequence[Job], hardware: Hardware, device: str, done: Callable[[], None]) -> list[Trace]:
+    def trace(self, jobs: Sequence[Job], hardware: Hardware, done: Callable[[], None]) -> list[Trace]:
         numbers = {next(_numbers): place for place, _ in enumerate(jobs)}
         found: list[Any] = [None] * len(jobs)
         try:
             for number, place in numbers.items():
-                self._connection.send((number, jobs[place], hardware, device))
+                self._connection.send((number, jobs[place], hardware))
             while numbers:
                 number, outcome = self._connection.recv()
                 if number not in numbers:
