@@ -170,7 +170,7 @@ def show(found: Forecast, tokens: float | None) -> None:
     console = Console()
     say(f"{found.recipe.name}: {found.parameters / 1e9:.2f} B parameters on {found.gpus} {hardware.device}")
     say(f"{layout(found.recipe, found.gpus)}\n")
-    console.print(_memory_table(found))
+    _memory(found)
     say(
         f"\nstep {time.seconds:.2f} s, {found.tokens_per_second:,.0f} tokens/s, MFU {time.mfu:.0%}, all predicted\n"
         f"{run['steps']:,} steps: {_days(run['seconds'])}, {run['gpu_hours']:,.0f} GPU hours, "
@@ -185,7 +185,8 @@ def show(found: Forecast, tokens: float | None) -> None:
     )
     if (cache := found.node_cache_bytes) is not None:
         say(f"data: a node keeps at least {cache / 1e9:,.0f} GB of {found.recipe.data.remote}\n")
-    console.print(_losses_table(found), _parts_table(found), _messages_table(found))
+    _losses(found)
+    console.print(_parts_table(found), _messages_table(found))
     waits = sum(found.waits.values())
     say(f"\nThe host waits for the GPU {waits:.0f} times a step, and launches for {time.host_seconds:.2f} s.")
     for note in found.notes:
@@ -193,30 +194,27 @@ def show(found: Forecast, tokens: float | None) -> None:
     say(_assumptions(hardware))
 
 
-def _memory_table(found: Forecast) -> Table:
-    table = Table("stage", "peak, GB", "of it", "at", "on the card, GB", "left, GB", title="Memory of a rank")
+def _memory(found: Forecast) -> None:
+    """Say what is on the card of a rank of each stage."""
     for rank in found.ranks:
         kinds = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in rank.memory.items() if size > 5e7)
-        left = (
-            f"{rank.margin_bytes / 1e9:.1f}"
-            if rank.margin_bytes >= 0
-            else f"does not fit: {rank.margin_bytes / 1e9:.1f}"
+        left = f"{rank.margin_bytes / 1e9:.1f} left" if rank.margin_bytes >= 0 else "it does not fit"
+        of_stage = f"stage {rank.stage}: " if found.recipe.parallel.pipeline > 1 else ""
+        say(
+            f"{of_stage}{rank.card_bytes / 1e9:.1f} GB on a card of {found.hardware.memory_gb:g}, {left}; tensors "
+            f"{rank.peak_bytes / 1e9:.1f} at the peak ({rank.where})\n  {kinds}"
         )
-        table.add_row(
-            str(rank.stage), f"{rank.peak_bytes / 1e9:.1f}", kinds, rank.where, f"{rank.card_bytes / 1e9:.1f}", left
-        )
-    return table
 
 
-def _losses_table(found: Forecast) -> Table:
-    table = Table("beyond the FLOPs at the peak", "s", "of a step", "what would shrink it", title="Largest losses")
+def _losses(found: Forecast) -> None:
+    """Say what a step takes beyond its FLOPs at the peak."""
+    say(f"beyond {found.time.needed:.2f} s of FLOPs at the peak, a step takes")
     for name, seconds, remedy in largest(found.time.losses):
-        table.add_row(name, f"{seconds:.3f}", f"{seconds / found.time.seconds:.1%}", remedy)
-    return table
+        say(f"  {seconds:6.2f} s  {seconds / found.time.seconds:5.1%}  {name}\n{' ' * 19}{remedy}")
 
 
 def _parts_table(found: Forecast) -> Table:
-    table = Table("part", "TFLOP", "GB moved", "launches", "s", title="A rank's step")
+    table = Table("part", "TFLOP", "GB moved", "launches", "s", title="A rank's step", box=box.SIMPLE_HEAD)
     for name, part in found.parts.items():
         launches = f"{part['launches']:,.0f}"
         table.add_row(
@@ -226,7 +224,7 @@ def _parts_table(found: Forecast) -> Table:
 
 
 def _messages_table(found: Forecast) -> Table:
-    table = Table("group", "messages", "GB", "s on the links", title="Messages of a rank's step")
+    table = Table("group", "messages", "GB", "s on the links", title="Messages of a rank's step", box=box.SIMPLE_HEAD)
     for name, group in found.messages.items():
         table.add_row(name, f"{group['calls']:,.0f}", f"{group['bytes'] / 1e9:,.2f}", f"{group['seconds']:.3f}")
     return table
