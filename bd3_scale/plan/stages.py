@@ -169,11 +169,18 @@ class Parts:
         apart = gpus // parallel.pipeline
         sent = 4 * parallel.virtual_pipeline - 2 * (stage in (0, parallel.pipeline - 1))
         size = self._message_bytes(recipe)
-        here = stage * apart
-        neighbours = (here, here + apart) if stage < parallel.pipeline - 1 else (here - apart, here)
-        for name in ("send", "recv_"):
-            calls = sent / 2 * micro_batches
-            trace.messages[Key("gradients", "", "pipeline", name, "")] = Message(neighbours, calls, calls * size)
+        # Chunks of an interleaved schedule go round: the last stage sends to the first one.
+        goes_round = parallel.virtual_pipeline > 1
+        others = {
+            (stage + step) % parallel.pipeline
+            for step in (1, -1)
+            if goes_round or 0 <= stage + step < parallel.pipeline
+        }
+        for other in sorted(others):
+            ranks = tuple(sorted((stage * apart, other * apart)))
+            for name in ("send", "recv_"):
+                calls = sent / 2 * micro_batches / len(others)
+                trace.messages[Key("gradients", "", "pipeline", name, f"{ranks}")] = Message(ranks, calls, calls * size)
         if recipe.model.tie_embeddings and stage in (0, parallel.pipeline - 1):
             shared = Message((0, apart * (parallel.pipeline - 1)), 1, 4 * ends.parameters / parallel.tensor)
             trace.messages[Key("gradients", "", "tied", "allreduce_", "")] = shared

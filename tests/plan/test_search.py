@@ -62,7 +62,8 @@ def test_an_estimate_is_near_a_whole_trace(name, tmp_path, monkeypatch):
     estimate = assemble(wanted, VOCABULARY, gpus, HARDWARE, stages)
     whole = forecast(wanted, VOCABULARY, gpus, HARDWARE)
     assert estimate.time.seconds == pytest.approx(whole.time.seconds, rel=TIME_ERROR)
-    assert estimate.time.needed == pytest.approx(whole.time.needed, rel=1e-6)
+    # How many rows the head has is drawn.
+    assert estimate.time.needed == pytest.approx(whole.time.needed, rel=1e-3)
     assert estimate.parameters == whole.parameters
     for found, exact in zip(estimate.ranks, whole.ranks, strict=True):
         assert found.card_bytes == pytest.approx(exact.card_bytes, rel=MEMORY_ERROR)
