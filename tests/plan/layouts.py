@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,15 @@ def measured(trace: Trace) -> dict[str, float]:
     """What golden.json keeps of a rank's step."""
     step = ("gradients", "update")
     work = [work for key, work in trace.work.items() if key.phase in step]
+    peak = max((each for each in trace.segments if each.name not in BESIDE_STEPS), key=lambda each: each.bytes)
+    groups: dict[str, float] = defaultdict(float)
+    for key, message in trace.messages.items():
+        if key.phase in step:
+            groups[key.direction] += message.bytes
     return {
-        "peak_bytes": max(segment.bytes for segment in trace.segments if segment.name not in BESIDE_STEPS),
+        **{f"bytes of {kind}": size for kind, size in sorted(peak.memory.items()) if size},
+        **{f"bytes over {group}": size for group, size in sorted(groups.items())},
         "moved_bytes": sum(each.bytes for each in work),
-        "sent_bytes": sum(message.bytes for key, message in trace.messages.items() if key.phase in step),
         "launches": sum(each.calls for each in work),
         "waits": sum(count for what, count in trace.waits.items() if what.startswith(step)),
     }
