@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.table import Table
-from rich.text import Text
+from rich.table import Column, Table
 
 from bd3_scale.observe.console import Console, put, say
 from bd3_scale.observe.progress import Bar
@@ -117,7 +116,8 @@ def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: 
 def _layouts_table(layouts: Sequence[Layout], gpus: int) -> Table:
     stages = {each.forecast.recipe.parallel.zero_stage for each in layouts}
     title = f"{gpus} GPUs, ZeRO {', '.join(map(str, sorted(stages)))}"
-    table = Table("ranks, micro-batch", "step, s", "MFU", "GB", "left", "", box=box.SIMPLE_HEAD, title=title)
+    ranks = Column("ranks, micro-batch", no_wrap=True)
+    table = Table(ranks, "step, s", "MFU", "GB", "left", "", box=box.SIMPLE_HEAD, title=title)
     for each in layouts:
         parallel, train = each.forecast.recipe.parallel, each.forecast.recipe.train
         chunks = f"x{parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
@@ -127,7 +127,7 @@ def _layouts_table(layouts: Sequence[Layout], gpus: int) -> Table:
         names += [f"ZeRO {parallel.zero_stage}"] if len(stages) > 1 else []
         names += [f"recompute {train.recompute}"] if train.recompute != "none" else []
         table.add_row(
-            Text(", ".join(names), no_wrap=True),
+            ", ".join(names),
             f"{each.seconds:.2f}",
             f"{each.forecast.time.mfu:.1%}",
             f"{max(rank.card_bytes for rank in each.forecast.ranks) / 1e9:.1f}",
