@@ -116,8 +116,8 @@ def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: 
 def _layouts_table(layouts: Sequence[Layout], gpus: int) -> Table:
     stages = {each.forecast.recipe.parallel.zero_stage for each in layouts}
     title = f"{gpus} GPUs, ZeRO {', '.join(map(str, sorted(stages)))}"
-    ranks = Column("ranks, micro-batch", no_wrap=True)
-    table = Table(ranks, "step, s", "MFU", "GB", "left", "", box=box.SIMPLE_HEAD, title=title)
+    first = Column("ranks, micro-batch", no_wrap=True)
+    table = Table(first, "step, s", "MFU", "GB", "left", "", box=box.SIMPLE_HEAD, title=title)
     for each in layouts:
         parallel, train = each.forecast.recipe.parallel, each.forecast.recipe.train
         chunks = f"x{parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
