@@ -250,7 +250,8 @@ def traced_stages(recipe: Recipe) -> list[int]:
 def _job(recipe: Recipe, vocabulary: Vocabulary, gpus: int, stage: int) -> Job:
     replicas = gpus // recipe.parallel.model_size
     micro_batches = recipe.train.global_batch_size // (replicas * recipe.train.micro_batch_size)
-    return Job(recipe, vocabulary, stage * (gpus // recipe.parallel.pipeline), gpus, micro_batches)
+    rank = stage * (gpus // recipe.parallel.pipeline)
+    return Job(recipe, vocabulary, rank, gpus, micro_batches, beyond=True)
 
 
 def assemble(

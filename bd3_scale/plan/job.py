@@ -16,7 +16,7 @@ class Job:
         recipe: with a precision that is not `auto`.
         micro_batches: of a step.
         steps: of which the last is traced; the first one makes what later ones have.
-        beyond: whether it evaluates, compares replicas and saves, too.
+        beyond: whether it evaluates, compares replicas and saves, too, which its memory must allow.
         whole: the model whose floating-point operations and parameters count, where the recipe's has fewer layers.
     """
 

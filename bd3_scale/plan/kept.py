@@ -41,7 +41,7 @@ def traces_of(
     A kept trace that cannot be read is made anew, and one that cannot be written is no error. Plug-ins may change
     without us knowing: jobs with some are neither read nor written.
     """
-    paths = [None if job.recipe.plugins or job.beyond else _path(job, hardware, device) for job in jobs]
+    paths = [None if job.recipe.plugins else _path(job, hardware, device) for job in jobs]
     found = [None if path is None else _read(path) for path in paths]
     missing = [index for index, trace in enumerate(found) if trace is None]
     for _ in range(len(jobs) - len(missing)):
@@ -59,7 +59,7 @@ def _path(job: Job, hardware: Hardware, device: str) -> Path:
     what = {
         "recipe": job.recipe.model_dump(mode="json", exclude=_BESIDE_STEPS),
         "vocabulary": vars(job.vocabulary),
-        "job": [job.rank, job.world_size, job.micro_batches, job.steps],
+        "job": [job.rank, job.world_size, job.micro_batches, job.steps, job.beyond],
         "whole": job.whole and job.whole.model_dump(mode="json"),
         "device": [device, hardware.device, hardware.memory_bytes],
         "attention": os.environ.get("BD3_SCALE_ATTENTION"),

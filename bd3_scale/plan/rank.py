@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bd3_scale.checkpoint.saver import HostCopies
 from bd3_scale.checkpoint.store import boxes_to_save
 from bd3_scale.data.batch import Batch
 from bd3_scale.model.build import layer_shapes
@@ -30,7 +31,7 @@ from bd3_scale.train.step import train_on
 
 
 def trace_rank(job: Job, device: torch.device) -> Trace:
-    """Return what the last step of a rank asks of a fake `device`, with what it did beside steps in `order`."""
+    """Return what the last step of a rank asks of a fake `device`; memory and order also of what comes beside steps."""
     recipe = job.recipe
     groups = simulated_groups(recipe.parallel, rank=job.rank, world_size=job.world_size)
     inputs = example_inputs(job, groups)
@@ -47,10 +48,11 @@ def trace_rank(job: Job, device: torch.device) -> Trace:
             for number in range(1, job.steps + 1):
                 recorder.begin()
                 _step(recorder, engine, micro_batches, recipe, number)
+        model = job.whole or recipe.model
+        trace = recorder.trace(job.micro_batches, engine.flops(micro_batches, model))
         if job.beyond:
             _beside_steps(recorder, engine, micro_batches, groups)
-    model = job.whole or recipe.model
-    trace = recorder.trace(job.micro_batches, engine.flops(micro_batches, model))
+            trace = replace(trace, segments=recorder.segments())
     return replace(trace, parameters=num_parameters(model, job.vocabulary))
 
 
@@ -85,8 +87,7 @@ def _beside_steps(
     with recorder.phase("evaluation"), engine.zero.evaluation_weights():
         token_losses(engine.chunks, micro_batches, groups)
     with recorder.phase("save"):
-        for box in boxes_to_save(engine.zero, engine.layouts):
-            box.data.detach().to("cpu", copy=True)
+        HostCopies().of([box.data.detach() for box in boxes_to_save(engine.zero, engine.layouts)])
 
 
 def num_parameters(model: ModelRecipe, vocabulary: Vocabulary) -> int:

@@ -301,10 +301,14 @@ class Recorder(TorchDispatchMode):
         self._under_way.clear()
         self._timeline = [("before", stored, stored.size) for stored in self._stored.values()]
 
+    def segments(self) -> list[Segment]:
+        """Return memory since `begin`."""
+        return list(_segments_of(self._timeline))
+
     def trace(self, micro_batches: int, flops: float) -> Trace:
-        """Return what was written down since `begin`."""
-        segments = list(_segments_of(self._timeline))
-        return Trace(segments, self.work, self.messages, dict(self.waits), micro_batches, flops, order=self.order)
+        """Return what was written down since `begin`; work and messages that follow are not in it."""
+        work, messages, waits = dict(self.work), dict(self.messages), dict(self.waits)
+        return Trace(self.segments(), work, messages, waits, micro_batches, flops, order=self.order)
 
 
 def _segments_of(timeline: list[tuple[str, _Stored, int]]) -> Iterator[Segment]:

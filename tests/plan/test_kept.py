@@ -93,9 +93,10 @@ def test_a_damaged_file_is_made_anew(traced, damage):
     json.loads(path.read_text())
 
 
-def test_what_goes_beyond_steps_is_not_kept(traced):
+def test_what_goes_beyond_steps_is_another_trace(traced):
+    asked(job("offload"))
     asked(job("offload", beyond=True))
-    assert not kept.folder().exists()
+    assert len(traced) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(traced, tmp_path, capsys):
