@@ -307,8 +307,10 @@ class Recorder(TorchDispatchMode):
 
     def trace(self, micro_batches: int, flops: float) -> Trace:
         """Return what was written down since `begin`; work and messages that follow are not in it."""
-        work, messages, waits = dict(self.work), dict(self.messages), dict(self.waits)
-        return Trace(self.segments(), work, messages, waits, micro_batches, flops, order=self.order)
+        waits = {what: float(count) for what, count in self.waits.items()}
+        return Trace(
+            self.segments(), dict(self.work), dict(self.messages), waits, micro_batches, flops, order=self.order
+        )
 
 
 def _segments_of(timeline: list[tuple[str, _Stored, int]]) -> Iterator[Segment]:
