@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Column, Table
 
-from bd3_scale.observe.console import Console, put, say
+from bd3_scale.observe.console import put
 from bd3_scale.observe.progress import Bar
-from bd3_scale.plan.forecast import Forecast, forecast, layout
-from bd3_scale.plan.hardware import Hardware, load_hardware
-from bd3_scale.plan.timing import largest
-from bd3_scale.recipe.load import load_recipe, with_plugins
-from bd3_scale.recipe.schema import Recipe
-from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.terminal import tell
 
 if TYPE_CHECKING:
-    from bd3_scale.plan.search import Layout
+    from bd3_scale.plan.hardware import Hardware
+    from bd3_scale.recipe.schema import Recipe
+    from bd3_scale.recipe.vocabulary import Vocabulary
 
 app = typer.Typer()
-# Layouts that `--search` lists.
-_LISTED = 10
 
 
 @app.command(epilog="Example: bd3-scale plan recipes/8b.yaml --gpus 64 --vocabulary 151936 train.micro_batch_size=2")
@@ -52,6 +43,11 @@ def plan(
 
     Nothing of it is measured; the assumptions are printed.
     """
+    from bd3_scale.plan.forecast import forecast
+    from bd3_scale.plan.hardware import load_hardware
+    from bd3_scale.plan.show import show
+    from bd3_scale.recipe.load import load_recipe, with_plugins
+
     loaded = with_plugins(load_recipe(recipe, overrides or ()), context.obj)
     if out is not None and not calibrate:
         raise typer.BadParameter("--out FILE keeps what --calibrate has found: give that, too")
@@ -93,48 +89,18 @@ def calibrated(hardware: Hardware, files: list[Path], out: Path | None) -> Hardw
 
 def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: Hardware, *, as_json: bool) -> None:
     """Print layouts of GPUs that fit, the quickest first, and what to put into the recipe for the best one."""
-    from bd3_scale.plan.search import MEMORY_ERROR, TIME_ERROR, search
+    from bd3_scale.plan.search import search
+    from bd3_scale.plan.show import show_layouts
 
     with Bar("steps traced") as bar:
         found = search(recipe, vocabulary, gpus, hardware, device=fake_device(), progress=bar.show)
     if as_json:
         put(json.dumps(found.as_json(), indent=1))
-    elif found.layouts:
-        table = _layouts_table(found.layouts[:_LISTED], gpus)
-        Console().print(table)
-        say(
-            f"all predicted, GB on the fullest card; estimates are within {TIME_ERROR:.0%} of a whole trace's time and "
-            f"{MEMORY_ERROR:.0%} of its memory\n{len(found.layouts)} layouts fit; the best one's values:\n"
-            f"{' '.join(found.overrides(found.layouts[0])) or 'as in the recipe'}"
-        )
-        say(_assumptions(hardware))
+    else:
+        show_layouts(found, hardware)
     if found.reason:
         tell(f"error: {found.reason}")
         raise typer.Exit(1)
-
-
-def _layouts_table(layouts: Sequence[Layout], gpus: int) -> Table:
-    stages = {each.forecast.recipe.parallel.zero_stage for each in layouts}
-    title = f"{gpus} GPUs, ZeRO {', '.join(map(str, sorted(stages)))}"
-    first = Column("ranks, micro-batch", no_wrap=True)
-    table = Table(first, "step, s", "MFU", "GB", "left", "", box=box.SIMPLE_HEAD, title=title)
-    for each in layouts:
-        parallel, train = each.forecast.recipe.parallel, each.forecast.recipe.train
-        chunks = f"x{parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
-        ranks = {"TP": parallel.tensor, "PP": parallel.pipeline, "CP": parallel.context}
-        names = [f"{name} {size}{chunks * (name == 'PP')}" for name, size in ranks.items() if size > 1]
-        names += [f"DP {gpus // parallel.model_size}", f"micro {train.micro_batch_size}"]
-        names += [f"ZeRO {parallel.zero_stage}"] if len(stages) > 1 else []
-        names += [f"recompute {train.recompute}"] if train.recompute != "none" else []
-        table.add_row(
-            ", ".join(names),
-            f"{each.seconds:.2f}",
-            f"{each.forecast.time.mfu:.1%}",
-            f"{max(rank.card_bytes for rank in each.forecast.ranks) / 1e9:.1f}",
-            f"{each.margin_bytes / 1e9:.1f}",
-            "whole" if each.verified else "estimate",
-        )
-    return table
 
 
 def vocabulary_of(recipe: Recipe, size: int | None) -> Vocabulary:
@@ -143,6 +109,7 @@ def vocabulary_of(recipe: Recipe, size: int | None) -> Vocabulary:
     ValueError: neither is known.
     """
     from bd3_scale.data.manifest import MANIFEST_FILE, load_manifest
+    from bd3_scale.recipe.vocabulary import Vocabulary
 
     if size is not None:
         return Vocabulary(size=size, eos_id=0, mask_id=size - 1)
@@ -162,85 +129,3 @@ def fake_device() -> str:
         return "cuda"
     tell(f"note: fake devices are taken for CPUs ({why}): norms and activations count as several kernels each")
     return "cpu"
-
-
-def show(found: Forecast, tokens: float | None) -> None:
-    """Print what a person wants to know, the most important first."""
-    hardware, time, run = found.hardware, found.time, found.run
-    console = Console()
-    say(f"{found.recipe.name}: {found.parameters / 1e9:.2f} B parameters on {found.gpus} {hardware.device}")
-    say(f"{layout(found.recipe, found.gpus)}\n")
-    _memory(found)
-    say(
-        f"\nstep {time.seconds:.2f} s, {found.tokens_per_second:,.0f} tokens/s, MFU {time.mfu:.0%}, all predicted\n"
-        f"{run['steps']:,} steps: {_days(run['seconds'])}, {run['gpu_hours']:,.0f} GPU hours, "
-        f"${run['cost']:,.0f} at ${hardware.price:g} a GPU hour"
-    )
-    if tokens is not None:
-        say(f"{tokens:,.0f} tokens: {_days(tokens / found.tokens_per_second)}")
-    checkpoint = found.checkpoint
-    say(
-        f"checkpoint {checkpoint['bytes'] / 1e9:,.1f} GB, {checkpoint['bytes_of_a_rank'] / 1e9:.2f} GB a rank: "
-        f"{checkpoint['blocked_seconds']:.1f} s of training for the copy, {checkpoint['seconds']:,.0f} s to write"
-    )
-    if (cache := found.node_cache_bytes) is not None:
-        say(f"data: a node keeps at least {cache / 1e9:,.0f} GB of {found.recipe.data.remote}\n")
-    _losses(found)
-    console.print(_parts_table(found), _messages_table(found))
-    waits = sum(found.waits.values())
-    say(f"\nThe host waits for the GPU {waits:.0f} times a step, and launches for {time.host_seconds:.2f} s.")
-    for note in found.notes:
-        say(f"note: {note}")
-    say(_assumptions(hardware))
-
-
-def _memory(found: Forecast) -> None:
-    """Say what is on the card of a rank of each stage."""
-    for rank in found.ranks:
-        kinds = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in rank.memory.items() if size > 5e7)
-        left = f"{rank.margin_bytes / 1e9:.1f} left" if rank.margin_bytes >= 0 else "it does not fit"
-        of_stage = f"stage {rank.stage}: " if found.recipe.parallel.pipeline > 1 else ""
-        say(
-            f"{of_stage}{rank.card_bytes / 1e9:.1f} GB on a card of {found.hardware.memory_gb:g}, {left}; tensors "
-            f"{rank.peak_bytes / 1e9:.1f} at the peak ({rank.where})\n  {kinds}"
-        )
-
-
-def _losses(found: Forecast) -> None:
-    """Say what a step takes beyond its FLOPs at the peak."""
-    say(f"beyond {found.time.needed:.2f} s of FLOPs at the peak, a step takes")
-    for name, seconds, remedy in largest(found.time.losses):
-        say(f"  {seconds:6.2f} s  {seconds / found.time.seconds:5.1%}  {name}\n{' ' * 19}{remedy}")
-
-
-def _parts_table(found: Forecast) -> Table:
-    table = Table("part", "TFLOP", "GB moved", "launches", "s", title="A rank's step", box=box.SIMPLE_HEAD)
-    for name, part in found.parts.items():
-        launches = f"{part['launches']:,.0f}"
-        table.add_row(
-            name, f"{part['flops'] / 1e12:,.1f}", f"{part['bytes'] / 1e9:,.1f}", launches, f"{part['seconds']:.3f}"
-        )
-    return table
-
-
-def _messages_table(found: Forecast) -> Table:
-    table = Table("group", "messages", "GB", "s on the links", title="Messages of a rank's step", box=box.SIMPLE_HEAD)
-    for name, group in found.messages.items():
-        table.add_row(name, f"{group['calls']:,.0f}", f"{group['bytes'] / 1e9:,.2f}", f"{group['seconds']:.3f}")
-    return table
-
-
-def _days(seconds: float) -> str:
-    return f"{seconds / 86400:,.1f} days" if seconds > 172800 else f"{seconds / 3600:,.1f} hours"
-
-
-def _assumptions(hardware: Hardware) -> str:
-    measured = f"; measured: {', '.join(hardware.measured)}" if hardware.measured else "; none of it measured"
-    return (
-        f"assumed of {hardware.device}: {hardware.peak / 1e12:,.0f} TFLOP/s of which products reach "
-        f"{hardware.matmul:.0%}, attention {hardware.attention[0] / 1e12:.0f} and {hardware.attention[1] / 1e12:.0f} "
-        f"TFLOP/s, {hardware.memory_bandwidth / 1e12:.2f} TB/s of memory at {hardware.stream:.0%}, "
-        f"{hardware.node_bandwidth / 1e9:.0f} GB/s in a node of {hardware.gpus_per_node} and "
-        f"{hardware.network_bandwidth / 1e9:.0f} GB/s a network card at {hardware.collective:.0%}{measured}. "
-        "A file with `extends: h100` and other values goes to --gpu."
-    )

@@ -22,7 +22,7 @@ _PACKAGE = Path(__file__).parents[1]
 _LIBRARIES = ("torch", "megatron-core", "deepspeed")
 # Of this room, what works on traces and makes none.
 _BESIDE_TRACES = {
-    f"plan/{name}.py" for name in ("calibrate", "commands", "forecast", "samples", "search", "stages", "timing")
+    f"plan/{name}.py" for name in ("calibrate", "commands", "forecast", "samples", "search", "show", "stages", "timing")
 }
 # Of a recipe, what a step does not read.
 _BESIDE_STEPS = {"name", "run_dir", "init_from", "evaluation", "checkpoint", "logging", "launch"}
