@@ -98,7 +98,7 @@ class CheckpointSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def overdue(self) -> float | None:
-        """Seconds since the beginning of a save that takes longer than the recipe thinks; told once of each save."""
+        """Return the seconds that a save has taken which takes longer than the recipe thinks, once of each save."""
         seconds = time.monotonic() - self._began
         if not self.in_flight or self._told or seconds < self._recipe.slow_seconds:
             return None
@@ -119,7 +119,7 @@ class CheckpointSaver:
         self._thread.start()
 
     def ended(self, *, wait: bool = False) -> list[Saved]:
-        """Saves that ended since the last call; `wait`: the one in flight among them."""
+        """Return the saves that ended since the last call; `wait`: the one in flight among them."""
         if wait or not self.in_flight:
             self._settle()
         ended, self._ended = self._ended, []

@@ -43,7 +43,7 @@ class ExportFormat:
 
     @property
     def own_names(self) -> tuple[str, ...]:
-        """Options that its config.json has under the recipe's names, in the recipe's order."""
+        """Return the options that its config.json has under the recipe's names, in the recipe's order."""
         return tuple(option for option in ModelRecipe.model_fields if option in self.free - _RENAMED)
 
     def obstacle(self, model: ModelRecipe) -> str | None:

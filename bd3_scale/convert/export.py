@@ -64,7 +64,7 @@ class ExportPlan:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of every tensor that is written."""
+        """Return the bytes of every tensor that is written."""
         return {tensor.name: tensor.numel * self._dtype_of(tensor).itemsize for tensor in self.tensors}
 
     def _dtype_of(self, tensor: NamedTensor) -> torch.dtype:

@@ -49,7 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_weights(folder: Path, *, quantised: bool = False) -> Weights:
-    """The tensors of a folder with `model.safetensors`, or with shards and their index; of packed ones if `quantised`.
+    """Open the tensors of a folder with `model.safetensors`, or shards and their index; of packed ones if `quantised`.
 
     Raises:
         FileNotFoundError: there are no safetensors files, or one that the index names is missing.

@@ -46,7 +46,7 @@ class NamedTensor:
         return math.prod(self.shape)
 
     def split(self, tensor: Tensor) -> Iterator[tuple[Shape, Tensor]]:
-        """`tensor` as the native boxes: offset and data of each."""
+        """Return `tensor` as the native boxes: offset and data of each."""
         rows = [math.prod(shape) // math.prod(self.shape[1:]) for _, shape in self.boxes]
         for (offset, shape), part in zip(self.boxes, tensor.split(rows), strict=True):
             yield offset, part.reshape(shape)

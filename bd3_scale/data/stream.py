@@ -63,7 +63,7 @@ class TrainingStream(Iterator[Batch]):
         )
 
     def batch_at(self, step: int) -> tuple[int, list[int]]:
-        """Epoch and sample ids, by slot, of the whole global batch that follows `step` finished steps."""
+        """Return epoch and sample ids, by slot, of the whole global batch that follows `step` finished steps."""
         epoch, first = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._steps.order(epoch)
@@ -76,7 +76,7 @@ class TrainingStream(Iterator[Batch]):
 def epoch_order(
     samples_per_shard: NDArray[np.int64], global_batch_size: int, seed: int, epoch: int, shuffle: bool
 ) -> NDArray[np.int64]:
-    """Sample ids [⌊N/G⌋, G] of the global batches of an epoch, in order; no id twice.
+    """Return the sample ids [⌊N/G⌋, G] of the global batches of an epoch, in order; no id twice.
 
     The order is streaming's py1e shuffle over canonical nodes, of which each serves a fixed range of slots, so that
     a rank reads few shards at a time and the nodes of a cluster share out the shards. Their number depends on G alone.
@@ -105,7 +105,7 @@ class _Steps:
         self._seed, self._step = seed, step
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """See `epoch_order`."""
+        """Return the order of an epoch; see `epoch_order`."""
         counts = self._shards.samples_per_shard
         return epoch_order(counts, self._global_batch_size, self._seed, epoch, self._data.shuffle)
 
@@ -125,7 +125,7 @@ class _Steps:
 def held_out_batches(
     data: DataRecipe, manifest: Manifest, *, batch_size: int, dp_rank: int, dp_size: int, sequences: int | None = None
 ) -> Iterator[Batch]:
-    """The first `sequences` (default: all) of the held-out split, each on one data-parallel rank, in order.
+    """Yield the first `sequences` (default: all) of the held-out split, each on one data-parallel rank, in order.
 
     Rank d of D has the ids d, d + D, …, and all ranks as many batches of `batch_size`, or of fewer where that holds
     them all: what is left is filled with copies of id −1, that count no token. The slots are the ids, the epoch is 0.
@@ -143,7 +143,7 @@ def held_out_batches(
 
 
 class Samples(Protocol):
-    """What `collate` takes, by number."""
+    """Samples by number, as `collate` takes them."""
 
     def __len__(self) -> int: ...
 
@@ -159,7 +159,7 @@ def batches_in_order(
     dp_size: int = 1,
     sequences: int | None = None,
 ) -> Iterator[Batch]:
-    """As `held_out_batches`, of samples that are open, or in memory."""
+    """Yield what `held_out_batches` does, of samples that are open, or in memory."""
     num_sequences = len(samples) if sequences is None else min(sequences, len(samples))
     mine = np.arange(dp_rank, num_sequences, dp_size)
     most = -(-num_sequences // dp_size)

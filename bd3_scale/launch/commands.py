@@ -25,7 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 @app.command(epilog="Example: bd3-scale status runs/quickstart --json")
 def status(run: RunDir, as_json: AsJson = False) -> None:
-    """State, step, speed, goodput and attempts of a submitted run."""
+    """Show state, step, speed, goodput and attempts of a submitted run."""
     from bd3_scale.launch.status import RunStatus, read_status
     from bd3_scale.launch.status import as_json as to_json
 
@@ -84,7 +84,7 @@ def logs(
 
 
 def _grown(run: Path, path: Path, position: int) -> Iterator[str]:
-    """What is appended to a file, for as long as the run has a job."""
+    """Yield what is appended to a file, for as long as the run has a job."""
     from bd3_scale.launch.submit import active_jobs
 
     alive = True
@@ -103,7 +103,7 @@ def _grown(run: Path, path: Path, position: int) -> Iterator[str]:
 
 
 def follow_run(run: Path) -> None:
-    """What the supervisor says of a run until it has no job any more; from the moment it starts."""
+    """Print what the supervisor says of a run until it has no job any more; from the moment it starts."""
     from bd3_scale.launch.status import newest_logs
     from bd3_scale.launch.submit import active_jobs
 

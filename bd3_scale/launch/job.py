@@ -49,17 +49,17 @@ class Job:
 
     @property
     def name(self) -> str:
-        """One for each run directory: `--dependency=singleton` keeps jobs of one name apart in time."""
+        """Return one name for each run directory: `--dependency=singleton` keeps jobs of one name apart in time."""
         return f"{self.recipe.name}-{hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:6]}"
 
 
 def new_submission() -> str:
-    """An id by which the supervisor knows jobs that were submitted together."""
+    """Return an id by which the supervisor knows jobs that were submitted together."""
     return secrets.token_hex(4)
 
 
 def check_job(recipe: Recipe, profile: Profile, nodes: int, run_dir: Path) -> None:
-    """Whether recipe, site and nodes fit together.
+    """Check that recipe, site and nodes fit together.
 
     Raises:
         RecipeError: they do not; layouts and node counts that would fit are named. ValueError: nodes would not see
@@ -112,7 +112,7 @@ def _fits(recipe: Recipe, world_size: int) -> bool:
 
 
 def script(job: Job) -> str:
-    """The batch script, a pure function of the job."""
+    """Return the batch script, a pure function of the job."""
     comment = f"{job.recipe.name}, bd3_scale at commit {job.commit}; job.json beside this file says the rest."
     command = [job.python, "-u", job.supervisor, "keep", str(job.folder / "job.json")]
     return batch_script(job.profile, _directives(job), comment, site_environment(job.profile, job.python_path), command)
@@ -198,7 +198,7 @@ def site_environment(profile: Profile, python_path: str = "") -> Iterator[tuple[
 
 
 def supervision(job: Job) -> dict[str, Any]:
-    """What `launch.supervise` reads from job.json, a pure function of the job."""
+    """Return what `launch.supervise` reads from job.json, a pure function of the job."""
     profile = job.profile
     python = profile.container.python if profile.container else job.python
     caches = job.recipe.data.remote is not None and profile.scratch is not None

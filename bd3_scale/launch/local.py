@@ -47,7 +47,7 @@ def launch(
     deadlines: Mapping[str, float] | None = None,
     recipe: str | None = None,
 ) -> int:
-    """Runs `argv` in several processes and waits for all of them.
+    """Run `argv` in several processes and wait for all of them.
 
     Each gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and OMP_NUM_THREADS, and meets the others in a folder that
     no other user can enter, BD3_SCALE_MEETING; they listen on the loopback interface alone. Rank 0 writes to this

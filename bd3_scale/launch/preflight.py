@@ -67,14 +67,14 @@ class Report:
 
 
 def main() -> NoReturn:
-    """Checks this node by the command line and ends the process with the exit code."""
+    """Check this node by the command line and end the process with the exit code."""
     code = preflight()
     sys.stderr.flush()
     os._exit(code)  # torch's farewell to nodes that are gone can hang or abort
 
 
 def preflight(arguments: Sequence[str] | None = None) -> int:
-    """Checks this node, writes its report and gives the exit code."""
+    """Check this node, write its report and return the exit code."""
     options = _parse(arguments)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     report = Report(options.out / f"{node}.json", node)
@@ -153,7 +153,7 @@ def _lost_the_others(why: str) -> str:
 
 
 def check_node(report: Report, options: argparse.Namespace) -> None:
-    """What a node can find out alone."""
+    """Check what a node can find out alone."""
     # The tool first: it runs in a process of its own, and hangs where the driver would hang this one.
     if options.gpus:
         report.begin("nvidia-smi")
@@ -183,7 +183,7 @@ def _check_ecc(report: Report) -> None:
 
 
 def uncorrected_errors(table: str) -> dict[str, int]:
-    """GPU index -> count, where it is not 0; cards without ECC say [N/A]."""
+    """Return GPU index -> count, where it is not 0; cards without ECC say [N/A]."""
     rows = (line.partition(",") for line in table.splitlines())
     counts = {gpu.strip(): int(count) for gpu, _, count in rows if count.strip().isdigit()}
     return {gpu: count for gpu, count in counts.items() if count}
@@ -231,7 +231,7 @@ def _check_scratch(report: Report, scratch: Path, min_free_gb: float) -> None:
 
 
 def check_together(report: Report, options: argparse.Namespace, until: float) -> None:
-    """What nodes find out together; nothing where there is one alone. `until`: on the monotonic clock."""
+    """Check what nodes find out together; nothing where there is one alone. `until`: on the monotonic clock."""
     rank, nodes = int(os.environ.get("SLURM_PROCID", "0")), int(os.environ.get("SLURM_NTASKS", "1"))
     if nodes == 1:
         return
@@ -282,7 +282,7 @@ def _check_clocks(report: Report, limit: float) -> None:
 
 
 def wrong_clocks(times: Sequence[float], limit: float) -> tuple[list[float], list[int]]:
-    """Seconds of each rank's clock from the median, and the ranks off by more than `limit`.
+    """Return the seconds of each rank's clock from the median, and the ranks off by more than `limit`.
 
     None is named unless most ranks agree: of two clocks nobody knows which is wrong.
     """
@@ -378,7 +378,7 @@ def _swap(out: torch.Tensor, back: torch.Tensor, other: int, group: dist.Process
 
 
 def slow_nodes(links: Sequence[float], floor: float) -> list[int]:
-    """Ranks that explain the slow links of a ring: `links[i]` in GB/s joins rank i and the next.
+    """Return the ranks that explain the slow links of a ring: `links[i]` in GB/s joins rank i and the next.
 
     Such a rank has two slow links between fast ones; in a longer row of slow links nobody can tell whose they are.
     """

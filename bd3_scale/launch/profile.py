@@ -91,13 +91,13 @@ class Profile(Section):
 
     @property
     def processes(self) -> int:
-        """Ranks a node."""
+        """Return the ranks a node."""
         return self.processes_per_node or self.gpus_per_node
 
 
 @reader("a profile", path="name")
 def load_profile(name: str) -> Profile:
-    """A profile by its name in `cluster/profiles`, or by the path of a YAML file.
+    """Return a profile by its name in `cluster/profiles`, or by the path of a YAML file.
 
     Raises:
         ValueError: there is none (those that there are are named), or it is wrong (every wrong key is named).

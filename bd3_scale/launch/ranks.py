@@ -87,16 +87,17 @@ class Ranks:
         return max((n for n in numbers if n.isdigit()), key=int, default="0")
 
     def all_hold_signals(self) -> bool:
-        """Whether every task lets a signal wait until its rank can save; before, one would end it."""
+        """Return whether every task lets a signal wait until its rank can save; before, one would end it."""
         return all((self.heartbeats / f"rank{rank}.holds").exists() for rank in range(self.job["ntasks"]))
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """The newest heartbeat of every rank that has told something."""
+        """Return the newest heartbeat of every rank that has told something."""
         return self.watch.read()
 
     def dump_and_kill(self) -> None:
-        """Stacks of all ranks into their logs, then the end. A stopped process prints its own once it goes on, and may
-        end what others wait in: they tell theirs before.
+        """Write stacks of all ranks into their logs, and end them.
+
+        A stopped process prints its own once it goes on, and may end what others wait in: they tell theirs before.
         """
         self.signal("USR2")
         time.sleep(DUMP_SECONDS)
@@ -106,7 +107,7 @@ class Ranks:
         self.killed = True
 
     def explain_failure(self) -> tuple[str, int | None]:
-        """The first failing rank with the end of its log, and its exit code where it had one."""
+        """Tell the first failing rank with the end of its log, and its exit code where it had one."""
         states = self.read()
         failed = {rank: s for rank, s in states.items() if s["phase"] == "failed"}
         rank, how = self.first_end or (0, "ended")

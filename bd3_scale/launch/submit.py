@@ -39,7 +39,7 @@ def make_job(
     exclude: Sequence[str] = (),
     plugins: Sequence[str] = (),
 ) -> Job:
-    """The job of a recipe on a site, checked. `plugins` of the command line join the recipe's.
+    """Return the job of a recipe on a site, checked. `plugins` of the command line join the recipe's.
 
     Raises:
         ValueError: recipe, profile and nodes do not fit together.
@@ -78,7 +78,7 @@ def _python_path() -> str:
 
 
 def ask_slurm(batch_script: str) -> str:
-    """What `sbatch --test-only` says of a script: when and where it would start. ValueError: it would not."""
+    """Return what `sbatch --test-only` says of a script: when and where it would start. ValueError: it would not."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(batch_script)
         file.flush()
@@ -89,7 +89,7 @@ def ask_slurm(batch_script: str) -> str:
 
 
 def submit(job: Job) -> list[str]:
-    """Stores recipe, script and supervision in the run directory and submits; gives the ids of the jobs.
+    """Store recipe, script and supervision in the run directory and submit; return the ids of the jobs.
 
     Raises:
         ValueError: a job of this run is queued or running already, or SLURM refuses.
@@ -129,7 +129,7 @@ def _close_ended(folder: Path) -> None:
 
 
 def submit_again(run_dir: Path) -> list[str]:
-    """Submits the stored job of a run that has ended. ValueError as `submit`, or the run was never submitted."""
+    """Submit the stored job of a run that has ended. ValueError as `submit`, or the run was never submitted."""
     folder = stored(run_dir)
     folder.chmod(0o700)
     with lock_run(folder):
@@ -176,7 +176,7 @@ def _refusal(said: str) -> str:
 
 
 def stored(run_dir: Path) -> Path:
-    """The folder of a submitted run. ValueError: it was not submitted."""
+    """Return the folder of a submitted run. ValueError: it was not submitted."""
     folder = run_dir.absolute() / SLURM_FOLDER
     if not (folder / "job.json").exists():
         raise ValueError(
@@ -186,13 +186,13 @@ def stored(run_dir: Path) -> Path:
 
 
 def active_jobs(run_dir: Path) -> dict[str, str]:
-    """Jobs of a run that are queued or running, with their states."""
+    """Return the jobs of a run that are queued or running, with their states."""
     jobs = read_json(run_dir.absolute() / SLURM_FOLDER / SUBMITTED).get("jobs", [])
     return {job: state for job, state in job_states(jobs).items() if state in ACTIVE}
 
 
 def refuse_second(run_dir: Path) -> None:
-    """ValueError where a job of the run is queued or running."""
+    """Raise ValueError where a job of the run is queued or running."""
     if active := active_jobs(run_dir):
         shown = ", ".join(f"{job} ({state.lower()})" for job, state in active.items())
         raise ValueError(
@@ -201,7 +201,7 @@ def refuse_second(run_dir: Path) -> None:
 
 
 def stop(run_dir: Path, *, now: bool = False) -> dict[str, str]:
-    """Ends the jobs of a run for good: running ones save first, unless `now`. Gives what was done to each job."""
+    """End the jobs of a run for good: running ones save first, unless `now`. Return what was done to each job."""
     folder, done = stored(run_dir), {}
     (folder / "stop").touch()
     for job, state in active_jobs(run_dir).items():
@@ -216,7 +216,7 @@ def stop(run_dir: Path, *, now: bool = False) -> dict[str, str]:
 
 
 def requeue(run_dir: Path) -> str:
-    """Sends a running job back into the queue after it has saved; an ended run is submitted again as it was stored."""
+    """Send a running job back into the queue after it has saved; an ended run is submitted again as it was stored."""
     stored(run_dir)
     active = active_jobs(run_dir)
     if running := [job for job, state in active.items() if state == "RUNNING"]:

@@ -133,7 +133,7 @@ class RowContext:
 
 
 def by_stream(x: Tensor, num_streams: int, ranks: int) -> Tensor:
-    """Rows gathered from sequence-parallel ranks, [ranks · S · r, …], as [S · R, …] with R = ranks · r.
+    """Return rows gathered from sequence-parallel ranks, [ranks · S · r, …], as [S · R, …] with R = ranks · r.
 
     A rank holds the same r positions of every stream, so that leaving a stream out leaves all ranks as many rows.
     """

@@ -97,7 +97,7 @@ class BlockDiffusionTransformer(MegatronModule):
         return cast(nn.Parameter, weight)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """megatron's schedules hand over the previous stage's output here; the first stage has none."""
+        """Take the previous stage's output from megatron's schedules; the first stage has none."""
         self.input_tensor = input_tensor[0]
 
     def forward(self, inputs: ModelInputs) -> Tensor | tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ class BlockDiffusionTransformer(MegatronModule):
         return self._embed(inputs.tokens, rows.num_streams, inputs.mask_noise), rows
 
     def clean_logits(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor) -> Tensor:
-        """Clean-only forward: logits fp32 [B, L, padded vocabulary]."""
+        """Return the logits of a clean-only forward, fp32 [B, L, padded vocabulary]."""
         return self._all_logits(self._decode(clean_BL, positions_BL, 0, spans))
 
     def prefill(
@@ -243,7 +243,7 @@ class BlockDiffusionTransformer(MegatronModule):
 
 @functools.lru_cache(maxsize=1)
 def noise_table(hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[NOISE_ROWS, X]: zeros, then standard normal vectors, the same on every rank of every run."""
+    """Return [NOISE_ROWS, X]: zeros, then standard normal vectors, the same on every rank of every run."""
     table = torch.randn(NOISE_ROWS, hidden_size, generator=torch.Generator().manual_seed(0))
     table[0] = 0
     return table.to(device, dtype)

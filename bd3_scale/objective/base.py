@@ -108,7 +108,7 @@ class Objective(ABC):
 
     @property
     def block_size(self) -> int:
-        """Tokens of a block."""
+        """Return the tokens of a block."""
         return self.diffusion.block_size
 
     def at(self, block_size: int) -> Self:

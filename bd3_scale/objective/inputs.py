@@ -86,7 +86,7 @@ def next_tokens(
 
 
 def next_token_places(batch: Batch, context: Context = (0, 1)) -> tuple[Tensor, Tensor]:
-    """Sequence and position [M] of the token that each row of the head predicts in what `next_tokens` makes."""
+    """Return sequence and position [M] of the token that each row of the head predicts in what `next_tokens` makes."""
     positions = rank_positions(batch.tokens.shape[1], context)
     sequence, row = _has_next(batch)[:, positions].nonzero().T
     return sequence, positions[row] + 1
@@ -102,7 +102,7 @@ def _has_next(batch: Batch) -> Tensor:
 def mask_noise(
     batch: Batch, std: float, *, copies: int, seed: int, device: torch.device, context: Context = (0, 1)
 ) -> MaskNoise:
-    """Noise on the mask embeddings of `copies` noisy copies of this rank's positions."""
+    """Return noise on the mask embeddings of `copies` noisy copies of this rank's positions."""
     seq_len = batch.tokens.shape[1]
     rows = draw_embedding_noise(batch.ids, seq_len, seed=seed, epoch=batch.epoch, copies=copies, rows=NOISE_ROWS)
     rows = torch.cat(list(rows[:, :, rank_positions(seq_len, context)]), 1)
@@ -110,7 +110,7 @@ def mask_noise(
 
 
 def masked_places(noise: Noise, context: Context) -> tuple[Tensor, Tensor]:
-    """Sequence and position [M] of each row of the head in what `corrupt` makes of one noise."""
+    """Return sequence and position [M] of each row of the head in what `corrupt` makes of one noise."""
     positions = rank_positions(noise.masked.shape[1], context)
     sequence, row = noise.masked[:, positions].nonzero().T
     return sequence, positions[row]

@@ -32,7 +32,7 @@ def model_flops(
     clean_pairs: int,
     head_rows: int,
 ) -> int:
-    """Matrix products of forward and backward that a step cannot do without, in floating-point operations.
+    """Count the matrix products of forward and backward that a step cannot do without, in floating-point operations.
 
     The count behind MFU (Chowdhery et al., 2022, appendix B), of the mask's real pairs and the rows that something
     reads: the last layer makes no queries, attention output or MLP of clean rows where there are noisy ones. Backward
@@ -62,7 +62,7 @@ def model_flops(
 
 
 def peak_flops(dtype: torch.dtype) -> float | None:
-    """FLOP/s of this rank's GPU at `dtype`; None where it is not known: no MFU is better than a wrong one."""
+    """Return the FLOP/s of this rank's GPU at `dtype`; None where they are not known: no MFU beats a wrong one."""
     import torch
 
     if not torch.cuda.is_available() or dtype != torch.bfloat16:

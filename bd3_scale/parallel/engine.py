@@ -78,7 +78,7 @@ class TrainingEngine:
 
     @property
     def optimizer_name(self) -> str:
-        """The family, whose implementation it is, and how many groups of parameters it has, for people."""
+        """Return the family, whose implementation it is, and how many groups of parameters it has, for people."""
         optimizer = self._engine.basic_optimizer
         whose = self._family.implementation(optimizer)
         return f"{self._family.recipe.family}{f' ({whose})' * bool(whose)}, {len(optimizer.param_groups)} groups"

@@ -80,11 +80,11 @@ class ZeroState:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The states of every fragment."""
+        """Return the states of every fragment."""
         return ("master", *self._states, *(("ema",) if self._ema else ()))
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's fragments; parameters of which ZeRO gave it nothing are left out."""
+        """Yield this rank's fragments; parameters of which ZeRO gave it nothing are left out."""
         for parameter, start, flat, own_start, numel in self._places():
             master = self._masters[flat]
             kept = self._engine.basic_optimizer.state[master]
@@ -136,7 +136,7 @@ class ZeroState:
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """The model's weights are the moving average inside, and bitwise what they were afterwards."""
+        """Let the model's weights be the moving average inside, and bitwise what they were afterwards."""
         if not self._ema:
             yield
             return
@@ -170,8 +170,8 @@ class ZeroState:
 
 
 def ema_decay(decay: float, updates: int) -> float:
-    """Decay of a moving average's update number `updates`, counted from 1: below `decay` while there are few, so that
-    the average soon forgets the weights that training began with.
+    """Return the decay of a moving average's update number `updates`, from 1: below `decay` while these are few, so
+    that the average soon forgets the weights that training began with.
 
     min(decay, (1 + n) / (10 + n)), as the official BD3-LM code has it (models/ema.py, from torch_ema).
     """

@@ -44,7 +44,7 @@ class Hardware(Section):
 
     @property
     def peak(self) -> float:
-        """Dense bf16, FLOP/s."""
+        """Return the dense bf16 FLOP/s."""
         from bd3_scale.observe.flops import peak_of
 
         peak = self.peak_flops or peak_of(self.device)

@@ -66,18 +66,18 @@ class Layout:
 
     @property
     def margin_bytes(self) -> int:
-        """Left on the fullest card."""
+        """Return what is left on the fullest card."""
         return min(rank.margin_bytes for rank in self.forecast.ranks)
 
     @property
     def possible(self) -> bool:
-        """Whether it fits with room to spare; of an estimate whether it may."""
+        """Tell whether it fits with room to spare; of an estimate whether it may."""
         error, room = 0.0 if self.verified else MEMORY_ERROR, ROOM * self.forecast.hardware.memory_bytes
         return all(rank.margin_bytes >= room - error * rank.card_bytes for rank in self.forecast.ranks)
 
     @property
     def pieces(self) -> int:
-        """Into how many the model is split."""
+        """Return into how many parts the model is split."""
         return self.forecast.recipe.parallel.model_size * self.forecast.recipe.parallel.virtual_pipeline
 
 

@@ -109,7 +109,7 @@ class Trace:
 
     @property
     def peak(self) -> Segment:
-        """Where memory is most."""
+        """Return where memory is most."""
         return max(self.segments, key=lambda segment: segment.bytes)
 
 

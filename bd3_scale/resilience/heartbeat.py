@@ -26,7 +26,7 @@ Phase = Literal["start", "step", "checkpoint", "evaluation", "stopped", "done", 
 
 
 def is_watched() -> bool:
-    """Whether somebody reads this rank's heartbeats."""
+    """Return whether somebody reads this rank's heartbeats."""
     return FOLDER_VARIABLE in os.environ
 
 
@@ -75,24 +75,24 @@ class Heartbeat:
         self._write()
 
     def resumed(self, step: int) -> None:
-        """A checkpoint of `step` was loaded, or none (0)."""
+        """Tell that a checkpoint of `step` was loaded, or none (0)."""
         self._state |= {"step": step, "saved": step}
 
     def finished(self, step: int) -> None:
-        """`step` is done. Before the first one a rank is at its start, which may compile and download."""
+        """Tell that `step` is done. Before the first one a rank is at its start, which may compile and download."""
         self._state |= {"phase": "step", "step": step}
 
     def saved(self, step: int) -> None:
-        """A checkpoint of `step` is complete."""
+        """Tell that a checkpoint of `step` is complete."""
         self._state["saved"] = step
 
     def end(self, phase: Literal["stopped", "done"]) -> None:
-        """The run was asked to stop and is saved, or has taken all its steps."""
+        """Tell that the run was asked to stop and is saved, or has taken all its steps."""
         self._state["phase"] = phase
 
     @contextmanager
     def during(self, phase: Literal["checkpoint", "evaluation"]) -> Iterator[None]:
-        """Work between steps that has a deadline of its own."""
+        """Mark work between steps that has a deadline of its own."""
         before = self._state["phase"]
         self._state["phase"] = phase
         yield

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def objective(self) -> Objective:
-        """What the model is trained for."""
+        """Return what the model is trained for."""
         return objective_of(self.recipe.diffusion, self.data.vocabulary)
 
 
@@ -70,7 +70,7 @@ class Training:
     state: TrainState
 
     def keys_of(self, step: int) -> dict[str, Any]:
-        """What the sequences of step `step` and their noise are drawn from."""
+        """Return what the sequences of step `step` and their noise are drawn from."""
         epoch, ids = self.stream.batch_at(step - 1)
         intervals = dict(self.state.intervals)
         return {"seed": self.run.recipe.seed, "epoch": epoch, "sample_ids": ids, "intervals": intervals}
@@ -95,7 +95,7 @@ def open_run(recipe: Recipe, stack: ExitStack) -> Run:
 
 
 def open_training(run: Run, start: Start | None) -> Training:
-    """The model, its optimiser and the stream of its data, from `start` on or from the seed (collective)."""
+    """Return the model, its optimiser and the stream of its data, from `start` on or from the seed (collective)."""
     recipe, vocabulary = run.recipe, start.manifest.vocabulary if start else run.data.vocabulary
     state = TrainState.at(start)
     state.tiles = settle_tiles(recipe, backend_of(run), _dtype(recipe), state.tiles)
@@ -116,13 +116,13 @@ def open_training(run: Run, start: Start | None) -> Training:
 
 
 def backend_of(run: Run) -> str:
-    """The attention that this run takes here. ValueError: it cannot run."""
+    """Return the attention that this run takes here. ValueError: it cannot run."""
     recipe = run.recipe
     return choose_backend(recipe.attention_backend, local_device(), _dtype(recipe), recipe.model.head_size)
 
 
 def lock_run_directory(run: Run, stack: ExitStack) -> None:
-    """On rank 0: nobody else trains in the run directory until `stack` closes; what a killed save left is removed."""
+    """Keep others out of the run directory until `stack` closes, and remove what a killed save left; on rank 0."""
     check_writable(run.folder)
     stack.enter_context(lock_run(run.folder))
     run.checkpoints.mkdir(exist_ok=True)
@@ -131,7 +131,7 @@ def lock_run_directory(run: Run, stack: ExitStack) -> None:
 
 
 def describe_run(run: Run, start: Start | None) -> None:
-    """On rank 0: recipe, tokeniser and what the data say of themselves into the run directory."""
+    """Write recipe, tokeniser and what the data say of themselves into the run directory; on rank 0."""
     write_atomically(run.folder / "recipe.yaml", resolved_yaml(run.recipe))
     write_atomically(run.folder / DATA_FILE, run.data.model_dump_json(indent=2) + "\n")
     write_atomically(run.folder / "recipe.sha256", recipe_hash(run.recipe) + "\n")

@@ -49,7 +49,7 @@ def train_on(
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerRecipe) -> float:
-    """Learning rate of the update that follows `step` finished ones, of `steps` in all.
+    """Return the learning rate of the update that follows `step` finished ones, of `steps` in all.
 
     Linear warm-up, then constant, a cosine to `min_lr_ratio` (Loshchilov & Hutter, 2017), or warm-up–stable–decay with
     a linear decay over the last `decay_steps` (Hu et al., 2024).

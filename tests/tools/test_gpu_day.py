@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.attention.test_kernels_gpu import found_nothing
 from tests.support.runs import is_alive, wait_for
 from tools.gpu_day_wheels import BUILT, NEEDED
 
@@ -68,7 +69,7 @@ def test_parts_that_hang_are_killed_in_time_with_all_that_they_started(tmp_path:
 
 def test_a_signal_ends_it_with_what_was_found(tmp_path: Path) -> None:
     """The first tool of the last part finds nothing and the second hangs; nothing of it goes on."""
-    sanitizer = 'if [ "$2" = memcheck ]; then echo "0 errors"; exit; fi; ' + HANGS
+    sanitizer = 'if [ "$2" = memcheck ]; then echo "========= ERROR SUMMARY: 0 errors"; exit; fi; ' + HANGS
     process = day(tmp_path, *only("sanitizer"), programs={"compute-sanitizer": sanitizer})
     wait_for((tmp_path / "pid").exists)
     process.send_signal(signal.SIGTERM)
@@ -183,3 +184,17 @@ def test_the_whole_day_in_its_dry_form_with_what_the_wheels_bring_alone(tmp_path
     assert {row["backward"] for row in rows["kernels"] if "backward" in row} == {"deterministic", "fused"}
     assert [row["step"] for row in rows["training"][:-1]] == list(range(1, 21))
     assert {row["objective"] for row in rows["step"]} == {"bd3", "ar"}
+
+
+@pytest.mark.parametrize(
+    ("said", "clean"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", True),
+        ("========= ERROR SUMMARY: 10 errors", False),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", True),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)", False),
+        ("the program ended", False),
+    ],
+)
+def test_a_sanitizer_found_nothing_where_its_summary_says_so(said: str, clean: bool) -> None:
+    assert found_nothing(said) is clean
