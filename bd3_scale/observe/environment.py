@@ -81,7 +81,7 @@ def read_environment() -> Environment:
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Environment(
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        cpu=_cpu_info().get("model name", platform.machine()),
+        cpu=_cpu_name(),
         cpu_cores=len(os.sched_getaffinity(0)),
         cuda=torch.version.cuda,
         gpus=tuple(Gpu(p.name, round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}") for p in properties),
@@ -115,6 +115,12 @@ def cpu_flags() -> list[str]:
     """
     present = _cpu_words()
     return [name for flag, name in _CPU_FLAGS.items() if flag in present]
+
+
+def cpu_in_words() -> str:
+    """Return what a table that was measured here says of its CPU: name, cores that this process may use, flags."""
+    flags = ", ".join(cpu_flags()) or "flags not told"
+    return f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores ({flags})"
 
 
 def has_fast_bf16() -> bool:
@@ -185,6 +191,10 @@ def _cpu_info() -> dict[str, str]:
     first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _cpu_name() -> str:
+    return _cpu_info().get("model name", platform.machine())
 
 
 def _cpu_words() -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bd3_scale.observe.environment import Environment, cpu_flags, has_fast_bf16, read_environment
+from bd3_scale.observe.environment import Environment, cpu_flags, cpu_in_words, has_fast_bf16, read_environment
 
 READ_APEX = """
 import dataclasses, json
@@ -59,6 +59,7 @@ def test_flags_of_the_cpu_are_those_that_torch_reads_from_it() -> None:
         "AMX bf16": torch.cpu._is_amx_tile_supported(),
     }
     assert cpu_flags() == [name for name, found in asked.items() if found]
+    assert cpu_in_words().endswith(f"({', '.join(cpu_flags())})")
 
 
 @pytest.mark.launch
