@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bd3_scale.observe.environment import Environment, has_fast_bf16, read_environment
+from bd3_scale.observe.environment import Environment, cpu_flags, cpu_in_words, has_fast_bf16, read_environment
 
 READ_APEX = """
 import dataclasses, json
@@ -47,6 +47,19 @@ def test_hardware_is_what_torch_sees(environment: Environment) -> None:
 def test_fast_bf16_on_the_cpu_agrees_with_torch() -> None:
     in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert has_fast_bf16() == in_hardware
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.uname().machine != "x86_64", reason="x86 flags")
+def test_flags_of_the_cpu_are_those_that_torch_reads_from_it() -> None:
+    # torch asks the processor itself (cpuid), where we read what the kernel says of it.
+    asked = {
+        "AVX2": torch.cpu._is_avx2_supported(),
+        "AVX-512": torch.cpu._is_avx512_supported(),
+        "AVX-512 bf16": torch.cpu._is_avx512_bf16_supported(),
+        "AMX bf16": torch.cpu._is_amx_tile_supported(),
+    }
+    assert cpu_flags() == [name for name, found in asked.items() if found]
+    assert cpu_in_words().endswith(f"({', '.join(cpu_flags())})")
 
 
 @pytest.mark.launch
