@@ -61,6 +61,8 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_VX: Tensor, tokens: Tensor, first: int, mask_id: int, is_split: bool) -> Tensor:
         size = len(weight_VX)
+        # No part of the graph: it changes while that is there.
+        ctx.total = getattr(weight_VX, "main_grad", None)
         # Where another rank holds the mask's vector, any of this rank's does.
         left_out = mask_id - first if first <= mask_id < first + size else 0
         ctx.size, ctx.left_out = size, left_out
@@ -78,4 +80,7 @@ class _Lookup(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         grad_weight = torch.ops.aten.embedding_dense_backward(rows, places.flatten(), ctx.size, ctx.left_out, False)
         grad_weight[ctx.left_out] = torch.mv(rows.t(), is_left_out.flatten().to(rows.dtype))
+        if ctx.total is not None:
+            ctx.total.add_(grad_weight)
+            return (None,) * 5
         return grad_weight, None, None, None, None

@@ -217,7 +217,7 @@ class Recorder(TorchDispatchMode):
             return
         if name == "_to_copy" and after[0].device != before[0].device and after[0].device.type == "cpu":
             self._waited("copy to the host")
-        flops, shape = self._flops(name, before, after)
+        flops, shape = self._flops(name, args, before, after)
         # A size outside the model follows from how many layers there are, and would be a key of its own.
         key = Key(self._phase, part, direction, name, shape if part else "")
         moved = self._moved(func, name, args, kwargs, after)
@@ -240,9 +240,9 @@ class Recorder(TorchDispatchMode):
         both = (*read.values(), *written.values())
         return sum(x.numel() * x.element_size() for x in both if x.device.type == self._device)
 
-    def _flops(self, name: str, before: list[Tensor], after: list[Tensor]) -> tuple[int, str]:
+    def _flops(self, name: str, args: Any, before: list[Tensor], after: list[Tensor]) -> tuple[int, str]:
         if name in ("mm", "addmm", "bmm", "baddbmm"):
-            inner = before[-2].shape[-1]
+            inner = args[1 if "add" in name else 0].shape[-1]
             out = after[0]
             return 2 * out.numel() * inner, "x".join(map(str, (*out.shape, inner)))
         if name in ("block_attention", "block_attention_backward"):
