@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bd3_scale.fused import ops
+
 # Logits that pass through several operators on a CPU while they are in the caches of its cores: 512 KiB each in fp32.
 CACHED = 1 << 17
 
@@ -20,6 +22,8 @@ def row_statistics(logits: Tensor, targets: Tensor, first_id: int, forbidden: Te
     targets: int64 [M]; 0 stands for the logit of a target that is none of the V ids from `first_id` on.
     forbidden: bool [V], entries that count as −∞; where all are, the highest is −∞ and the sum 0.
     """
+    if ops.kernels_take(logits):
+        return ops.row_statistics(logits, targets, first_id, forbidden)
     penalty = _penalty(logits, forbidden)
     place, here = _places(targets, first_id, logits.shape[1])
     found = torch.empty((3, len(logits)), dtype=penalty.dtype, device=logits.device)
@@ -45,6 +49,9 @@ def logit_gradient_(
 
     log_total, softmax_scale, target_scale: fp32 [M]; the others are those of `row_statistics`. Forbidden entries get 0.
     """
+    if ops.kernels_take(logits):
+        ops.logit_gradient_(logits, targets, first_id, forbidden, log_total, softmax_scale, target_scale)
+        return logits
     penalty = _penalty(logits, forbidden)
     place, here = _places(targets, first_id, logits.shape[1])
     for rows, shown in _in_cache(logits):
