@@ -5,24 +5,35 @@ Legend: M rows, V vocabulary entries of this tensor-parallel rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from bd3_scale.fused import ops
+
+# Logits that pass through several operators on a CPU while they are in the caches of its cores: 512 KiB each in fp32.
+CACHED = 1 << 17
 
 
 def row_statistics(logits: Tensor, targets: Tensor, first_id: int, forbidden: Tensor) -> Tensor:
     """Return fp32 [3, M] of this rank's `logits` [M, V]: the highest, Σ exp(logit − highest), the target's logit.
 
-    targets: int64 [M]; 0 stands for the logit of a target that is none of the ids from `first_id` to first_id + V.
+    targets: int64 [M]; 0 stands for the logit of a target that is none of the V ids from `first_id` on.
     forbidden: bool [V], entries that count as −∞; where all are, the highest is −∞ and the sum 0.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    shown = logits.to(wide).masked_fill(forbidden, float("-inf"))
-    highest = shown.amax(1)
-    place = targets - first_id
-    here = (place >= 0) & (place < logits.shape[1])
-    own = shown.gather(1, (place * here)[:, None])[:, 0].where(here, 0)
-    total = (shown - highest.clamp_min(torch.finfo(wide).min)[:, None]).exp_().sum(1)
-    return torch.stack([highest, total, own])
+    if ops.kernels_take(logits):
+        return ops.row_statistics(logits, targets, first_id, forbidden)
+    penalty = _penalty(logits, forbidden)
+    place, here = _places(targets, first_id, logits.shape[1])
+    found = torch.empty((3, len(logits)), dtype=penalty.dtype, device=logits.device)
+    for rows, shown in _in_cache(logits):
+        shown.copy_(logits[rows]).add_(penalty)
+        highest = torch.amax(shown, 1, out=found[0, rows])
+        found[2, rows] = shown.gather(1, place[rows, None])[:, 0].where(here[rows], 0)
+        # Of a row without any entry −∞ itself would make a NaN.
+        torch.sum(shown.sub_(highest.clamp_min(torch.finfo(shown.dtype).min)[:, None]).exp_(), 1, out=found[1, rows])
+    return found
 
 
 def logit_gradient_(
@@ -38,9 +49,39 @@ def logit_gradient_(
 
     log_total, softmax_scale, target_scale: fp32 [M]; the others are those of `row_statistics`. Forbidden entries get 0.
     """
+    if ops.kernels_take(logits):
+        ops.logit_gradient_(logits, targets, first_id, forbidden, log_total, softmax_scale, target_scale)
+        return logits
+    penalty = _penalty(logits, forbidden)
+    place, here = _places(targets, first_id, logits.shape[1])
+    for rows, shown in _in_cache(logits):
+        shown = logits[rows] if logits.dtype == shown.dtype else shown.copy_(logits[rows])
+        shown.add_(penalty).sub_(log_total[rows, None]).exp_().mul_(softmax_scale[rows, None])
+        at = place[rows, None]
+        shown.scatter_(1, at, shown.gather(1, at) - (target_scale[rows] * here[rows])[:, None])
+        if logits.dtype != shown.dtype:
+            logits[rows] = shown
+    return logits
+
+
+def _penalty(logits: Tensor, forbidden: Tensor) -> Tensor:
+    """Return what makes forbidden entries −∞ where it is added: fp32 [V], fp64 where logits are."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    grad = logits.to(wide).sub_(log_total[:, None]).exp_().mul_(softmax_scale[:, None]).masked_fill_(forbidden, 0)
+    return torch.zeros(len(forbidden), dtype=wide, device=logits.device).masked_fill_(forbidden, float("-inf"))
+
+
+def _places(targets: Tensor, first_id: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return the columns of targets [M], 0 for those of other ranks, and which are none of these."""
     place = targets - first_id
-    here = (place >= 0) & (place < logits.shape[1])
-    grad.scatter_add_(1, (place * here)[:, None], -(target_scale * here)[:, None])
-    return logits.copy_(grad) if grad.dtype != logits.dtype else logits
+    here = (place >= 0) & (place < size)
+    return place * here, here
+
+
+def _in_cache(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of rows, and memory for as many rows in fp32 (fp64 where logits are), the same each time."""
+    num_rows, size = logits.shape
+    step = max(1, CACHED * torch.get_num_threads() // size) if logits.device.type == "cpu" else max(1, num_rows)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    memory = torch.empty((min(step, num_rows), size), dtype=wide, device=logits.device)
+    for start in range(0, num_rows, step):
+        yield slice(start, start + step), memory[: num_rows - start]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_scale.fused.norm import norm_backward, norm_forward
+from bd3_scale.fused import ops
+from bd3_scale.fused.norm import norm_backward, norm_forward, norm_scale
 
 
 def qkv_heads(
@@ -25,8 +26,8 @@ def qkv_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries [N, B, G·q, D], keys and values [N, B, G, D] of `qkv` [N, B, G·(q+2)·D].
 
-    Queries and keys are RMS-normed where there are weights [D], and turned by `rotate`. Values, which nothing changes,
-    are a view of qkv where backward keeps that anyway.
+    Queries and keys are RMS-normed where there are weights [D], both or neither, and turned by `rotate`. Values, which
+    nothing changes, are then a view of qkv, since backward keeps that anyway.
 
     num_queries: q; with 0 the queries are empty.
     cos, sin: [N, B, D], see `rotate`.
@@ -64,8 +65,7 @@ class _QKVHeads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.num_queries, ctx.eps = num_queries, eps
         # Without norms the gradient of qkv does not depend on qkv, which then is not kept.
-        normed = q_weight is not None or k_weight is not None
-        ctx.save_for_backward(qkv if normed else None, q_weight, k_weight, cos, sin)
+        ctx.save_for_backward(None if q_weight is None else qkv, q_weight, k_weight, cos, sin)
         return _forward(qkv, num_queries, q_weight, k_weight, cos, sin, eps)
 
     @staticmethod
@@ -90,18 +90,16 @@ def _forward(
     size = cos.shape[-1]
     heads = qkv.unflatten(-1, (-1, num_queries + 2, size))
     query, key, value = heads.split([num_queries, 1, 1], dim=-2)  # [N, B, G, q or 1, D]
-    if q_weight is not None:
-        query = norm_forward(query, q_weight, eps)[0]
-    if k_weight is not None:
-        key = norm_forward(key, k_weight, eps)[0]
-    cos, sin = cos[:, :, None, None], sin[:, :, None, None]
     value = value.squeeze(-2)
-    normed = q_weight is not None or k_weight is not None
-    return (
-        rotate(query, cos, sin).flatten(2, 3),
-        rotate(key, cos, sin).squeeze(-2),
-        value if normed else value.clone(memory_format=torch.contiguous_format),
-    )
+    if q_weight is None or k_weight is None:
+        assert q_weight is k_weight
+        value = value.clone(memory_format=torch.contiguous_format)
+    if ops.kernels_take(qkv, head=size):
+        return *ops.qkv_heads(qkv, num_queries, q_weight, k_weight, cos, sin, eps), value
+    if q_weight is not None and k_weight is not None:
+        query, key = norm_forward(query, q_weight, eps)[0], norm_forward(key, k_weight, eps)[0]
+    cos, sin = cos[:, :, None, None], sin[:, :, None, None]
+    return rotate(query, cos, sin).flatten(2, 3), rotate(key, cos, sin).squeeze(-2), value
 
 
 def _backward(
@@ -117,21 +115,25 @@ def _backward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     groups, size = grad_key.shape[-2:]
-    shape = (*grad_key.shape[:2], groups, num_queries + 2, size)
-    grad = grad_key.new_empty(shape)
+    if ops.kernels_take(grad_key, head=size):
+        grad, parts = ops.qkv_heads_backward(
+            grad_query, grad_key, grad_value, qkv, num_queries, q_weight, k_weight, cos, sin, eps
+        )
+        if q_weight is None:
+            return grad, None, None
+        q_grad, k_grad = parts.sum(0).to(q_weight.dtype)
+        return grad, q_grad, k_grad
+    shape = (groups, num_queries + 2, size)
+    grad = grad_key.new_empty((*grad_key.shape[:2], *shape))
     parts = grad.split([num_queries, 1, 1], dim=-2)
-    cos, sin = cos[:, :, None, None], sin[:, :, None, None]
-    turned = [
-        rotate(grad_query.unflatten(2, (groups, num_queries)), cos, -sin),
-        rotate(grad_key.unsqueeze(-2), cos, -sin),
-    ]
-    weight_grads: list[Tensor | None] = [None, None]
-    for i, weight in enumerate((q_weight, k_weight)):
-        if weight is not None:
-            assert qkv is not None
-            x = qkv.unflatten(-1, shape[2:]).split([num_queries, 1, 1], dim=-2)[i]
-            scale = norm_forward(x, weight, eps)[1]
-            turned[i], weight_grads[i] = norm_backward(turned[i], x, weight, scale)
-        parts[i].copy_(turned[i])
-    parts[2].copy_(grad_value.unsqueeze(-2))
-    return grad.flatten(2), weight_grads[0], weight_grads[1]
+    cos, sin = cos[:, :, None, None], -sin[:, :, None, None]
+    turned = [grad_query.unflatten(2, (groups, num_queries)), grad_key[:, :, :, None]]
+    turned = [rotate(x, cos, sin) for x in turned]
+    q_grad = k_grad = None
+    if qkv is not None and q_weight is not None and k_weight is not None:
+        query, key, _ = qkv.unflatten(-1, shape).split([num_queries, 1, 1], dim=-2)
+        turned[0], q_grad = norm_backward(turned[0], query, q_weight, norm_scale(query, eps))
+        turned[1], k_grad = norm_backward(turned[1], key, k_weight, norm_scale(key, eps))
+    for part, values in zip(parts, (*turned, grad_value[:, :, :, None]), strict=True):
+        part.copy_(values)
+    return grad.flatten(2), q_grad, k_grad

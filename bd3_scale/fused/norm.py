@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd3_scale.fused import ops
+
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + more and its norm, both [..., X], of x and more [..., X] and weight [X]."""
@@ -40,9 +42,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_normed is None:
             return grad_total, grad_total, None, None
-        grad, grad_weight = norm_backward(grad_normed, *ctx.saved_tensors)
-        if grad_total is not None:
-            grad += grad_total
+        grad, grad_weight = _backward(grad_total, grad_normed, *ctx.saved_tensors)
         return grad, grad, grad_weight, None
 
 
@@ -61,16 +61,33 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _forward(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if ops.kernels_take(x, norm=x.shape[-1]):
+        return ops.add_rms_norm(x, more, weight, eps)
     total = x + more
     return total, *norm_forward(total, weight, eps)
 
 
+def _backward(
+    grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    if ops.kernels_take(total, norm=total.shape[-1]):
+        grad, part = ops.add_rms_norm_backward(grad_total, grad_normed, total, weight, scale)
+        return grad, part.sum(0).to(weight.dtype)
+    grad, grad_weight = norm_backward(grad_normed, total, weight, scale)
+    return grad if grad_total is None else grad.add_(grad_total), grad_weight
+
+
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the norm of x [..., X] and r [..., 1] in fp32 (fp64 of such x)."""
+    """Return the norm of x [..., X], and its r."""
+    scale = norm_scale(x, eps)
+    return (x * scale).mul_(weight).to(x.dtype), scale
+
+
+def norm_scale(x: Tensor, eps: float) -> Tensor:
+    """Return r of x [..., X]: [..., 1], fp32 (fp64 of such x)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * scale).mul_(weight).to(x.dtype), scale
+    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
