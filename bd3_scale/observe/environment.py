@@ -105,9 +105,13 @@ def has_fast_bf16() -> bool:
 
     if torch.cuda.is_available():
         return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_flags())
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return what /proc/cpuinfo says that the first processor can do (`flags` on x86, `Features` on ARM)."""
     info = _cpu_info()
-    flags = f"{info.get('flags', '')} {info.get('Features', '')}".split()
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+    return frozenset(f"{info.get('flags', '')} {info.get('Features', '')}".split())
 
 
 def _bf16() -> Acceleration:
