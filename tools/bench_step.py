@@ -28,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is no
 import torch
 import torch.distributed as dist
 
+from bd3_scale import processor
 from bd3_scale.attention.backends import choose_backend
-from bd3_scale.observe.environment import cpu_flags, has_fast_bf16, peak_cuda_bytes, peak_rss_bytes, source_commit
+from bd3_scale.model.products import fp32_library
+from bd3_scale.observe.environment import has_fast_bf16, peak_cuda_bytes, peak_rss_bytes, source_commit
 from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.parallel.groups import local_device, process_groups
 from bd3_scale.recipe.checks import check_recipe
@@ -117,10 +119,9 @@ def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespa
     from importlib import metadata
 
     device = local_device()
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     return {
-        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu.partition(":")[2].strip(),
-        "cpu_flags": [flag for flag in FLAGS if flag in cpu_flags()],
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else processor.fields().get("model name", ""),
+        "cpu_flags": [flag for flag in FLAGS if flag in processor.flags()],
         "processes": dist.get_world_size(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
@@ -128,6 +129,7 @@ def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespa
         "commit": source_commit(),
         "command": " ".join(["python", "tools/bench_step.py", *sys.argv[1:]]),
         "attention": backend_of(recipe),
+        "fp32_products": fp32_library(),
         "shape": recipe.model_dump(include={"model", "diffusion", "train", "parallel"}, mode="json")
         | {"seq_len": recipe.data.seq_len, "vocabulary": vocabulary.size},
         "steps": options.steps,
@@ -143,7 +145,8 @@ def show_machine(about: dict[str, Any]) -> None:
     ranks = f"{about['processes']} process{'es' * (about['processes'] > 1)} of {about['threads']} CPU threads"
     flags = ", ".join(about["cpu_flags"]) or "no avx2"
     print(f"{about['hardware']} ({flags}), {ranks}, commit {about['commit']}, medians of {about['steps']} steps;")
-    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()) + ";")
+    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()) + ",", end=" ")
+    print(f"fp32 products by {about['fp32_products']}, the rivals' by mkl;")
     print(f"`{about['command']}`\n")
 
 
