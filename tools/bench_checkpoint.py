@@ -41,7 +41,7 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
     from bd3_scale.parallel.groups import process_groups
     from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
     from bd3_scale.recipe.vocabulary import Vocabulary
-    from tools.bench_step import makers
+    from tools.step_timing import makers
 
     recipe = Recipe(
         name="bench",

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bd3_scale import processor
+
 _PACKAGES = (
     "bd3_scale",
     "torch",
@@ -81,7 +83,7 @@ def read_environment() -> Environment:
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Environment(
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        cpu=_cpu_name(),
+        cpu=processor.fields().get("model name", platform.machine()),
         cpu_cores=len(os.sched_getaffinity(0)),
         cuda=torch.version.cuda,
         gpus=tuple(Gpu(p.name, round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}") for p in properties),
@@ -113,7 +115,7 @@ def cpu_flags() -> list[str]:
 
     The name of a CPU does not say them: some that call themselves "AMD EPYC" have AVX-512 with bf16, some neither.
     """
-    present = _cpu_words()
+    present = processor.flags()
     return [name for flag, name in _CPU_FLAGS.items() if flag in present]
 
 
@@ -133,7 +135,7 @@ def has_fast_bf16() -> bool:
 
     if torch.cuda.is_available():
         return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
-    return not _BF16_FLAGS.isdisjoint(_cpu_words())
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(processor.flags())
 
 
 def _bf16() -> Acceleration:
@@ -184,23 +186,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_info() -> dict[str, str]:
-    """Return the fields of the first processor in /proc/cpuinfo."""
-    first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _cpu_name() -> str:
-    return _cpu_info().get("model name", platform.machine())
-
-
-def _cpu_words() -> set[str]:
-    """Return the flags of the first processor as Linux spells them, on x86 (`flags`) or ARM (`Features`)."""
-    info = _cpu_info()
-    return set(f"{info.get('flags', '')} {info.get('Features', '')}".split())
 
 
 def peak_rss_bytes() -> int:
