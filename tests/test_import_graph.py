@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "bd3_scale"
 
 FLOORS = [
     {"registry", "lazy"},
-    {"diffusion", "attention", "resilience"},
+    {"diffusion", "attention", "fused", "resilience"},
     {"recipe"},
     {"model", "observe"},
     {"parallel", "launch"},
