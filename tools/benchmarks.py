@@ -72,8 +72,8 @@ PARTS = {
     "checkpoint": Part("faults.md", "OMP_NUM_THREADS=1 python tools/bench_checkpoint.py", 15),
     "faults": Part("faults.md", "python tools/fault_campaign.py --kills 100 --seed 2", 120, "an hour"),
     "parity": Part("parity.md", "python -W ignore -m tests.integration.parity", 20, bare=True),
-    "plan": Part("plan.md", "python tools/bench_plan.py", 10),
-    "traffic": Part("traffic.md", "python tools/bench_traffic.py", 10),
+    "plan": Part("plan.md", "python tools/bench_plan.py", 20),
+    "traffic": Part("traffic.md", "python tools/bench_traffic.py", 20),
     "adaptation": Part(
         "conversion.md",
         "python tools/compare_adaptation.py books-train.jsonl.zst --validation books-valid.jsonl.zst "
