@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from bd3_scale.model.exchange import sum_rows
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 
@@ -41,13 +39,13 @@ class WordEmbeddings(VocabParallelEmbedding):
         self.mask_id = vocabulary.mask_id
         self.sequence_parallel = config.sequence_parallel
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, pieces: int) -> Tensor:
         """Return the vectors of int64 tokens [N, B] as [N, B, X]; under sequence parallelism this rank's part of the
-        rows, which are split as they come.
+        rows, which travel in `pieces`, see `exchange`.
         """
         vectors = _Lookup.apply(self.weight, tokens, self.vocab_start_index, self.mask_id, self.tp_group.size() > 1)
         if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(vectors, group=self.tp_group)
+            return sum_rows(vectors, pieces, self.tp_group)
         return reduce_from_tensor_model_parallel_region(vectors, group=self.tp_group)
 
 
