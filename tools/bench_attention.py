@@ -24,7 +24,6 @@ import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,9 +39,8 @@ from bd3_scale.attention.backends import ENVIRONMENT
 from bd3_scale.attention.dispatch import block_attention, decode_attention
 from bd3_scale.attention.reference import dense_mask
 from bd3_scale.attention.spans import count_pairs, make_spans
-from bd3_scale.observe.environment import cpu_in_words, read_environment
+from bd3_scale.observe.environment import cpu_in_words, read_environment, source_commit
 
-SCRIPT = Path(__file__)
 FLOPS = {"forward": 4, "backward": 10, "both": 14}  # for each pair of the mask and channel
 RESULTS = ("output", "gradient of q", "gradient of k", "gradient of v")
 # Of a row's norm: a few times what rounding makes of the worst row of two right results.
@@ -362,22 +360,9 @@ def describe(device: str, arguments: Sequence[str]) -> dict[str, str]:
     return {
         "hardware": gpu or f"{cpu_in_words()}, {torch.get_num_threads()} threads",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "commit": commit(),
+        "commit": source_commit(),
         "command": shlex.join(["python", "tools/bench_attention.py", *arguments]),
     }
-
-
-def commit() -> str:
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=SCRIPT.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 COLUMNS = ("case", "pass", "time", "rate", "of limit", "dense", "flex", "causal")

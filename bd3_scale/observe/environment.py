@@ -99,9 +99,13 @@ def software() -> dict[str, str]:
 
 
 def source_commit() -> str:
-    """Return the commit of this code, with `+` where files differ from it; `unknown` where it is no git checkout."""
+    """Return the commit of this code, with `+` where files differ from it; `unknown` where it is no git checkout.
+
+    benchmarks/ holds what was measured: a table that was renewed there makes no other code.
+    """
     # Without a lock: a person may be committing meanwhile.
     git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
+    git += ["--", ":(top)", ":(top,exclude)benchmarks"]
     try:
         said = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -60,6 +61,25 @@ def test_flags_of_the_cpu_are_those_that_torch_reads_from_it() -> None:
     }
     assert cpu_flags() == [name for name, found in asked.items() if found]
     assert cpu_in_words().endswith(f"({', '.join(cpu_flags())})")
+
+
+def test_a_commit_is_marked_where_code_differs_and_not_for_a_table(tmp_path: Path) -> None:
+    source = tmp_path / "bd3_scale/observe/environment.py"
+    source.parent.mkdir(parents=True)
+    source.write_bytes(Path(sys.modules[Environment.__module__].__file__).read_bytes())
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/table.md").write_text("old")
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=all"]):
+        subprocess.run([*git, *words], check=True)
+    spec = importlib.util.spec_from_file_location("copied_environment", source)
+    copied = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout[:12]
+    (tmp_path / "benchmarks/table.md").write_text("new")
+    assert copied.source_commit() == head
+    (tmp_path / "tool.py").touch()
+    assert copied.source_commit() == head + "+"
 
 
 @pytest.mark.launch
