@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from bd3_scale.model.exchange import Gather, Reduction
+from bd3_scale.model.products import add_weight_gradient, input_gradient, product, product_into, weight_gradient
 
 # What oneDNN calls the activations that it applies to a product it still has in registers.
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
@@ -167,9 +168,9 @@ class _Product(torch.autograd.Function):
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             if ctx.total is None:
-                grad_weight = gradient.t() @ x
+                grad_weight = weight_gradient(gradient, x)
             else:
-                add_product(ctx.total, gradient.t(), x)
+                add_weight_gradient(ctx.total, gradient, x)
         if ctx.with_bias and ctx.needs_input_grad[2]:
             grad_bias = gradient.sum(0)
         return grad_weight, grad_bias
@@ -181,14 +182,14 @@ class _Column(_Product):
     @staticmethod
     def product(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
         if not (how.is_split and how.sequence):
-            return F.linear(x, weight, bias)
+            return product(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
         gather = Gather(x, how.pieces, how.group)
         out = x.new_empty((len(x) * how.group.size(), *x.shape[1:-1], len(weight)))
         gather.begin(0)
         for index, piece in enumerate(out.unflatten(0, (how.pieces, -1))):
             arrived = gather.piece(index)
             gather.begin(index + 1)
-            _product_into(piece, arrived, weight, bias)
+            _into(piece, arrived, weight, bias)
         return out
 
     @staticmethod
@@ -204,7 +205,7 @@ class _Column(_Product):
         gradient = gradient.contiguous()
         weight, x = _Product.kept(ctx)
         if not how.is_split:
-            grad_x = gradient @ weight if ctx.needs_input_grad[0] else None
+            grad_x = _input_gradient(gradient, weight) if ctx.needs_input_grad[0] else None
             return grad_x, *_Product.parameter_gradients(ctx, gradient, x), *(None,) * (2 + ctx.num_kept)
         gather = Gather(x, how.pieces, how.group) if how.sequence else None
         grad_rows = gradient.new_empty((*gradient.shape[:-1], weight.shape[1]))
@@ -212,7 +213,7 @@ class _Column(_Product):
         for index, piece in enumerate(gradient.unflatten(0, (how.pieces, -1))):
             if gather is not None:
                 gather.begin(index)
-            _product_into(reduction.piece(index), piece, weight.t(), None)
+            _into(reduction.piece(index), piece, weight.t())
             if gather is not None:
                 gather.piece(index)
             reduction.add(index)
@@ -230,7 +231,7 @@ class _Row(_Product):
         out = x.new_empty((*x.shape[:-1], len(weight)))
         reduction = Reduction(out, how.pieces, how.group, scattered=how.sequence)
         for index, piece in enumerate(x.unflatten(0, (how.pieces, -1))):
-            _product_into(reduction.piece(index), piece, weight, None)
+            _into(reduction.piece(index), piece, weight)
             reduction.add(index)
         return reduction.result()
 
@@ -247,7 +248,7 @@ class _Row(_Product):
         if not how.sequence:
             weight, x = _Product.kept(ctx)
             of_parameters = _Product.parameter_gradients(ctx, gradient, x)
-            return gradient @ weight, *of_parameters, *(None,) * (2 + ctx.num_kept)
+            return _input_gradient(gradient, weight), *of_parameters, *(None,) * (2 + ctx.num_kept)
         gather = Gather(gradient, how.pieces, how.group)
         gather.begin(0)
         # The first piece is on its way meanwhile.
@@ -256,29 +257,16 @@ class _Row(_Product):
         for index, piece in enumerate(grad_x.unflatten(0, (how.pieces, -1))):
             arrived = gather.piece(index)
             gather.begin(index + 1)
-            _product_into(piece, arrived, weight.t(), None)
+            _into(piece, arrived, weight.t())
         return grad_x, *_Product.parameter_gradients(ctx, gather.rows, x), *(None,) * (2 + ctx.num_kept)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total`, in whose precision, fp32, the product is summed.
-
-    On a GPU the product adds to it as it writes: a bf16 gradient is neither rounded nor passed over again.
-    """
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(left @ right)
+def _input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    return input_gradient(gradient.flatten(0, -2), weight).unflatten(0, gradient.shape[:-1])
 
 
-def _product_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    rows, x = out.flatten(0, -2), x.flatten(0, -2)
-    if bias is None:
-        torch.mm(x, weight.t(), out=rows)
-    else:
-        torch.addmm(bias, x, weight.t(), out=rows)
+def _into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    product_into(out.flatten(0, -2), x.flatten(0, -2), weight, bias)
 
 
 def packed(weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Callable[..., Tensor]:

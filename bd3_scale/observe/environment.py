@@ -83,7 +83,7 @@ def read_environment() -> Environment:
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Environment(
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        cpu=processor.fields().get("model name", platform.machine()),
+        cpu=_cpu_name(),
         cpu_cores=len(os.sched_getaffinity(0)),
         cuda=torch.version.cuda,
         gpus=tuple(Gpu(p.name, round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}") for p in properties),
@@ -139,7 +139,7 @@ def has_fast_bf16() -> bool:
 
     if torch.cuda.is_available():
         return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(processor.flags())
+    return not _BF16_FLAGS.isdisjoint(processor.flags())
 
 
 def _bf16() -> Acceleration:
@@ -190,6 +190,10 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _cpu_name() -> str:
+    return processor.fields().get("model name", platform.machine())
 
 
 def peak_rss_bytes() -> int:

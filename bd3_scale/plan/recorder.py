@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bd3_scale.fused.ops import TRAFFIC
 from bd3_scale.model.block import MLP, Attention, Block, Norm
 from bd3_scale.model.decoder import Decoder
 from bd3_scale.model.head import OutputLayer
@@ -228,6 +229,8 @@ class Recorder(TorchDispatchMode):
 
     def _moved(self, func: Any, name: str, args: Any, kwargs: Any, after: list[Tensor]) -> int:
         """Return the bytes that a kernel reads and writes; what it changes in place it does both with."""
+        if name in TRAFFIC:
+            return TRAFFIC[name](*args)
         read: dict[int, Tensor] = {}
         written = {id(x): x for x in after}
         for place, argument in enumerate(func._schema.arguments):

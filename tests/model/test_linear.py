@@ -12,7 +12,8 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 
 from bd3_scale.fused.swiglu import swiglu
 from bd3_scale.model.exchange import gather_rows, own_rows, sum_rows
-from bd3_scale.model.linear import Again, ColumnLinear, RowLinear, add_product
+from bd3_scale.model.linear import Again, ColumnLinear, RowLinear
+from bd3_scale.model.products import add_weight_gradient
 from tests.support.forks import run_ranks
 
 ROWS, BATCH, WIDTH, INNER = 16, 3, 8, 12
@@ -39,7 +40,7 @@ def plain() -> dict[str, torch.Tensor]:
 
 def check_on_two_ranks() -> None:
     expected, tensors = plain(), whole()
-    group = dist.group.WORLD
+    group = dist.distributed_c10d._get_default_group()
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
     def mine(name: str) -> torch.Tensor:
@@ -94,7 +95,7 @@ def layers(sequence: bool, group: dist.ProcessGroup) -> tuple[ColumnLinear, RowL
 
 def check_rows_on_two_ranks() -> None:
     """Rows keep their order, whatever the pieces, and gradients go where the rows came from."""
-    group, rows = dist.group.WORLD, torch.arange(24.0).view(12, 2)
+    group, rows = dist.distributed_c10d._get_default_group(), torch.arange(24.0).view(12, 2)
     for pieces in (1, 2, 3, 6):
         mine = own_rows(rows, pieces, group).requires_grad_()
         found = gather_rows(mine, pieces, group)
@@ -121,6 +122,6 @@ def test_a_products_gradient_is_added_in_fp32(dtype):
     generator = torch.Generator().manual_seed(2)
     left, right = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 64), (64, 7)))
     total = torch.full((5, 7), 1e-3)
-    add_product(total, left, right)
+    add_weight_gradient(total, left.t(), right)
     exact = 1e-3 + left.double() @ right.double()
     assert (total - exact).norm() < (1e-6 if dtype == torch.float32 else 4e-3) * exact.norm()
