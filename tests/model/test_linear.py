@@ -14,6 +14,8 @@ from bd3_scale.fused.swiglu import swiglu
 from bd3_scale.model.exchange import gather_rows, own_rows, sum_rows
 from bd3_scale.model.linear import Again, ColumnLinear, RowLinear
 from bd3_scale.model.products import add_weight_gradient
+from bd3_scale.parallel.groups import process_groups
+from bd3_scale.recipe.schema import ParallelRecipe
 from tests.support.forks import run_ranks
 
 ROWS, BATCH, WIDTH, INNER = 16, 3, 8, 12
@@ -39,8 +41,13 @@ def plain() -> dict[str, torch.Tensor]:
 
 
 def check_on_two_ranks() -> None:
+    with process_groups(ParallelRecipe(tensor=2)) as groups:
+        check_products(groups.tp)
+        check_rows(groups.tp)
+
+
+def check_products(group: dist.ProcessGroup) -> None:
     expected, tensors = plain(), whole()
-    group = dist.distributed_c10d._get_default_group()
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
     def mine(name: str) -> torch.Tensor:
@@ -93,9 +100,9 @@ def layers(sequence: bool, group: dist.ProcessGroup) -> tuple[ColumnLinear, RowL
     return up, RowLinear(INNER, WIDTH, bias=True, config=config, group=group)
 
 
-def check_rows_on_two_ranks() -> None:
+def check_rows(group: dist.ProcessGroup) -> None:
     """Rows keep their order, whatever the pieces, and gradients go where the rows came from."""
-    group, rows = dist.distributed_c10d._get_default_group(), torch.arange(24.0).view(12, 2)
+    rows = torch.arange(24.0).view(12, 2)
     for pieces in (1, 2, 3, 6):
         mine = own_rows(rows, pieces, group).requires_grad_()
         found = gather_rows(mine, pieces, group)
@@ -111,10 +118,6 @@ def check_rows_on_two_ranks() -> None:
 
 def test_two_products_on_two_ranks_are_those_of_one(tmp_path):
     run_ranks(check_on_two_ranks, 2, logs=tmp_path)
-
-
-def test_rows_keep_their_order_on_two_ranks(tmp_path):
-    run_ranks(check_rows_on_two_ranks, 2, logs=tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
