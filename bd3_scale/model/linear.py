@@ -208,17 +208,14 @@ class _Column(_Product):
             grad_x = _input_gradient(gradient, weight) if ctx.needs_input_grad[0] else None
             return grad_x, *_Product.parameter_gradients(ctx, gradient, x), *(None,) * (2 + ctx.num_kept)
         gather = Gather(x, how.pieces, how.group) if how.sequence else None
-        grad_rows = gradient.new_empty((*gradient.shape[:-1], weight.shape[1]))
+        if gather is not None:
+            gather.begin_all()
+        # Whole: rows arrive beside the one product, and gradients leave beside the other.
+        grad_rows = _input_gradient(gradient, weight)
+        x = x if gather is None else gather.rows()
         reduction = Reduction(grad_rows, how.pieces, how.group, scattered=how.sequence)
-        for index, piece in enumerate(gradient.unflatten(0, (how.pieces, -1))):
-            if gather is not None:
-                gather.begin(index)
-            _into(reduction.piece(index), piece, weight.t())
-            if gather is not None:
-                gather.piece(index)
-            reduction.add(index)
-        # Beside the gradient of the weight, the last piece travels.
-        of_parameters = _Product.parameter_gradients(ctx, gradient, x if gather is None else gather.rows)
+        reduction.add_all()
+        of_parameters = _Product.parameter_gradients(ctx, gradient, x)
         return reduction.result(), *of_parameters, *(None,) * (2 + ctx.num_kept)
 
 
@@ -258,7 +255,7 @@ class _Row(_Product):
             arrived = gather.piece(index)
             gather.begin(index + 1)
             _into(piece, arrived, weight.t())
-        return grad_x, *_Product.parameter_gradients(ctx, gather.rows, x), *(None,) * (2 + ctx.num_kept)
+        return grad_x, *_Product.parameter_gradients(ctx, gather.rows(), x), *(None,) * (2 + ctx.num_kept)
 
 
 def _input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
