@@ -190,3 +190,20 @@ def large_cases(lead: tuple[int, int] = (40, 2)) -> Iterator[Case]:
     yield swiglu_case(lead, 2816, generator)
     yield norm_case(lead, 4096, generator)
     yield heads_case(lead, 2, 4, 128, True, generator)
+
+
+def kept(run: Callable[[], object]) -> set[int]:
+    """Storages that autograd keeps of what `run` does."""
+    found: set[int] = set()
+
+    def keep(x: Tensor) -> Tensor:
+        found.add(x.untyped_storage().data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run()
+    return found
+
+
+def places(*tensors: Tensor) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tensors}

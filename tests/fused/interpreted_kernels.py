@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from bd3_scale.fused import ops
+from bd3_scale.fused.heads import qkv_heads
 from bd3_scale.fused.kernels import launch, tiles
-from tests.fused.cases import Case, Logits, cases, check_case, check_logits, large_cases, logits_cases
+from tests.fused.cases import Case, Logits, cases, check_case, check_logits, kept, large_cases, logits_cases, places
 
 # Nothing is shrunk: in the interpreter that takes longer than the test may.
 INTERPRETED = settings(deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
@@ -128,3 +129,15 @@ def test_what_the_kernels_do_not_take_is_computed_plainly(monkeypatch: pytest.Mo
     assert not any(ops.kernels_take(x, head=size) for size in (14, 17, 258))
     monkeypatch.setenv(ops.ENVIRONMENT, "plain")
     assert not ops.kernels_take(x)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_values_are_copied_only_where_nothing_else_keeps_their_memory(normed: bool) -> None:
+    cos, sin = torch.randn(2, 5, 3, 16)
+    qkv = torch.randn(5, 3, 2 * 4 * 16, requires_grad=True)
+    weights = torch.randn(2, 16, requires_grad=True).unbind() if normed else (None, None)
+    outputs: list[torch.Tensor] = []
+    found = kept(lambda: outputs.extend(qkv_heads(qkv, 2, *weights, cos, sin, 1e-5)))
+    assert (places(outputs[2]) == places(qkv)) is normed
+    assert (places(qkv) <= found) is normed
+    assert not places(*outputs[:2]) & found

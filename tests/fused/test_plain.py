@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from bd3_scale.fused import cross_entropy
+from bd3_scale.fused import parts
 from bd3_scale.fused.heads import qkv_heads, rotate
 from bd3_scale.fused.norm import add_rms_norm, rms_norm
 from bd3_scale.fused.swiglu import swiglu
@@ -19,9 +19,11 @@ from tests.fused.cases import (
     cases,
     check_case,
     check_logits,
+    kept,
     large_cases,
     logits_case,
     logits_cases,
+    places,
     single_norm_case,
 )
 
@@ -56,25 +58,8 @@ def test_any_logits(case: Logits) -> None:
 @pytest.mark.parametrize("cached", [1, 500, 1300])
 def test_logits_pass_in_parts_of_rows(monkeypatch: pytest.MonkeyPatch, cached: int) -> None:
     """Parts of one row, of one, and of several with a shorter last one."""
-    monkeypatch.setattr(cross_entropy, "CACHED", cached)
+    monkeypatch.setattr(parts, "CACHED", cached)
     check_logits(logits_case(7, 300, generator()), torch.float32, 1e-4)
-
-
-def kept(run: Callable[[], object]) -> set[int]:
-    """Storages that autograd keeps of what `run` does."""
-    found: set[int] = set()
-
-    def keep(x: Tensor) -> Tensor:
-        found.add(x.untyped_storage().data_ptr())
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        run()
-    return found
-
-
-def places(*tensors: Tensor) -> set[int]:
-    return {x.untyped_storage().data_ptr() for x in tensors}
 
 
 def test_only_inputs_and_one_number_a_row_are_kept() -> None:
@@ -85,18 +70,6 @@ def test_only_inputs_and_one_number_a_row_are_kept() -> None:
     of_norm = kept(lambda: outputs.extend(add_rms_norm(x, more, weight, 1e-5)))
     (numbers,) = of_norm - places(outputs[0], weight)
     assert numbers not in places(x, more, outputs[1])
-
-
-@pytest.mark.parametrize("normed", [True, False])
-def test_values_are_copied_only_where_nothing_else_keeps_their_memory(normed: bool) -> None:
-    cos, sin = torch.randn(2, 5, 3, 16)
-    qkv = torch.randn(5, 3, 2 * 4 * 16, requires_grad=True)
-    weights = torch.randn(2, 16, requires_grad=True).unbind() if normed else (None, None)
-    outputs: list[Tensor] = []
-    found = kept(lambda: outputs.extend(qkv_heads(qkv, 2, *weights, cos, sin, 1e-5)))
-    assert (places(outputs[2]) == places(qkv)) is normed
-    assert (places(qkv) <= found) is normed
-    assert not places(*outputs[:2]) & found
 
 
 def test_without_gradients_it_is_the_same() -> None:
