@@ -96,7 +96,7 @@ def test_fakes_and_bytes_are_those_of_the_kernel(call: int) -> None:
 @pytest.mark.parametrize("call", range(len(CALLS)), ids=[operator.name() for operator, _ in CALLS])
 def test_rows_may_lie_apart(call: int) -> None:
     operator, arguments = CALLS[call]
-    apart = tuple(laid_apart(x) if isinstance(x, torch.Tensor) else x for x in arguments)
+    apart = tuple(laid_apart(x, 3 + i) if isinstance(x, torch.Tensor) else x for i, x in enumerate(arguments))
     together = tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments)
     found, wanted = operator(*apart), operator(*together)
     if found is None:
@@ -104,11 +104,11 @@ def test_rows_may_lie_apart(call: int) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-def laid_apart(x: torch.Tensor) -> torch.Tensor:
-    """The same values with others, which are NaN where there is one, between its rows; of vectors between numbers."""
+def laid_apart(x: torch.Tensor, distance: int) -> torch.Tensor:
+    """The same values with so many others, which are NaN, between its rows; of vectors with one between numbers."""
     if x.dim() == 1:
         return torch.stack([x, x], 1)[:, 0]
-    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + distance), float("nan"))
     wide[..., : x.shape[-1]] = x
     return wide[..., : x.shape[-1]]
 
