@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from bd3_scale.fused import ops
-
-# Logits that pass through several operators on a CPU while they are in the caches of its cores: 512 KiB each in fp32.
-CACHED = 1 << 17
+from bd3_scale.fused.parts import parts
 
 
 def row_statistics(logits: Tensor, targets: Tensor, first_id: int, forbidden: Tensor) -> Tensor:
@@ -78,10 +76,10 @@ def _places(targets: Tensor, first_id: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _in_cache(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of rows, and memory for as many rows in fp32 (fp64 where logits are), the same each time."""
-    num_rows, size = logits.shape
-    step = max(1, CACHED * torch.get_num_threads() // size) if logits.device.type == "cpu" else max(1, num_rows)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    memory = torch.empty((min(step, num_rows), size), dtype=wide, device=logits.device)
-    for start in range(0, num_rows, step):
-        yield slice(start, start + step), memory[: num_rows - start]
+    """Yield parts of rows, and memory for as many rows in fp32 (fp64 where logits are), the same each time."""
+    memory: Tensor | None = None
+    for rows in parts(logits):
+        if memory is None:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            memory = torch.empty((rows.stop, logits.shape[1]), dtype=wide, device=logits.device)
+        yield rows, memory[: rows.stop - rows.start]

@@ -27,7 +27,7 @@ def qkv_heads(
     """Return queries [N, B, G·q, D], keys and values [N, B, G, D] of `qkv` [N, B, G·(q+2)·D].
 
     Queries and keys are RMS-normed where there are weights [D], both or neither, and turned by `rotate`. Values, which
-    nothing changes, are then a view of qkv, since backward keeps that anyway.
+    nothing changes, may be a view of qkv: do not write to them.
 
     num_queries: q; with 0 the queries are empty.
     cos, sin: [N, B, D], see `rotate`.
@@ -38,15 +38,16 @@ def qkv_heads(
     return _forward(qkv, num_queries, q_weight, k_weight, cos, sin, eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn the pairs (i, i + D/2) of heads x [..., D]: half-split, as in Llama and Qwen (Su et al., 2021).
 
-    cos, sin: broadcast to x; the sines of the first half are negative.
+    cos, sin: broadcast to x; the sines of the first half are negative. out: where the result goes.
     """
     # (low, high) ↦ (low · cos − high · sin, high · cos + low · sin), since the table's sines of the first half are
     # negative. `roll` gives a new tensor, (high, low), which the others change in place: a decoded block is so small
     # that the number of operators is what it costs.
-    return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
+    turned = x.roll(x.shape[-1] // 2, -1).mul_(sin)
+    return turned.addcmul_(x, cos) if out is None else torch.addcmul(turned, x, cos, out=out)
 
 
 class _QKVHeads(torch.autograd.Function):
@@ -91,11 +92,10 @@ def _forward(
     heads = qkv.unflatten(-1, (-1, num_queries + 2, size))
     query, key, value = heads.split([num_queries, 1, 1], dim=-2)  # [N, B, G, q or 1, D]
     value = value.squeeze(-2)
-    if q_weight is None or k_weight is None:
-        assert q_weight is k_weight
-        value = value.clone(memory_format=torch.contiguous_format)
     if ops.kernels_take(qkv, head=size):
-        return *ops.qkv_heads(qkv, num_queries, q_weight, k_weight, cos, sin, eps), value
+        query, key = ops.qkv_heads(qkv, num_queries, q_weight, k_weight, cos, sin, eps)
+        # Without norms nothing else keeps qkv, and a view would, on a GPU, where memory is short.
+        return query, key, value.contiguous() if q_weight is None else value
     if q_weight is not None and k_weight is not None:
         query, key = norm_forward(query, q_weight, eps)[0], norm_forward(key, k_weight, eps)[0]
     cos, sin = cos[:, :, None, None], sin[:, :, None, None]
@@ -116,24 +116,25 @@ def _backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     groups, size = grad_key.shape[-2:]
     if ops.kernels_take(grad_key, head=size):
-        grad, parts = ops.qkv_heads_backward(
+        grad, sums = ops.qkv_heads_backward(
             grad_query, grad_key, grad_value, qkv, num_queries, q_weight, k_weight, cos, sin, eps
         )
         if q_weight is None:
             return grad, None, None
-        q_grad, k_grad = parts.sum(0).to(q_weight.dtype)
+        q_grad, k_grad = sums.sum(0).to(q_weight.dtype)
         return grad, q_grad, k_grad
     shape = (groups, num_queries + 2, size)
     grad = grad_key.new_empty((*grad_key.shape[:2], *shape))
-    parts = grad.split([num_queries, 1, 1], dim=-2)
+    of_query, of_key, of_value = grad.split([num_queries, 1, 1], dim=-2)
+    of_value.copy_(grad_value[:, :, :, None])
+    grads = (grad_query.unflatten(2, (groups, num_queries)), grad_key[:, :, :, None])
     cos, sin = cos[:, :, None, None], -sin[:, :, None, None]
-    turned = [grad_query.unflatten(2, (groups, num_queries)), grad_key[:, :, :, None]]
-    turned = [rotate(x, cos, sin) for x in turned]
-    q_grad = k_grad = None
-    if qkv is not None and q_weight is not None and k_weight is not None:
-        query, key, _ = qkv.unflatten(-1, shape).split([num_queries, 1, 1], dim=-2)
-        turned[0], q_grad = norm_backward(turned[0], query, q_weight, norm_scale(query, eps))
-        turned[1], k_grad = norm_backward(turned[1], key, k_weight, norm_scale(key, eps))
-    for part, values in zip(parts, (*turned, grad_value[:, :, :, None]), strict=True):
-        part.copy_(values)
+    if qkv is None or q_weight is None or k_weight is None:
+        for turned, out in zip(grads, (of_query, of_key), strict=True):
+            rotate(turned, cos, sin, out)
+        return grad.flatten(2), None, None
+    query, key, _ = qkv.unflatten(-1, shape).split([num_queries, 1, 1], dim=-2)
+    turned_query, turned_key = (rotate(x, cos, sin) for x in grads)
+    _, q_grad = norm_backward(turned_query, query, q_weight, norm_scale(query, eps), of_query)
+    _, k_grad = norm_backward(turned_key, key, k_weight, norm_scale(key, eps), of_key)
     return grad.flatten(2), q_grad, k_grad

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bd3_scale.fused import ops
+from bd3_scale.fused.parts import CACHED, parts
 
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -73,14 +74,18 @@ def _backward(
     if ops.kernels_take(total, norm=total.shape[-1]):
         grad, part = ops.add_rms_norm_backward(grad_total, grad_normed, total, weight, scale)
         return grad, part.sum(0).to(weight.dtype)
-    grad, grad_weight = norm_backward(grad_normed, total, weight, scale)
-    return grad if grad_total is None else grad.add_(grad_total), grad_weight
+    return norm_backward(grad_normed, total, weight, scale, more=grad_total)
 
 
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the norm of x [..., X], and its r."""
     scale = norm_scale(x, eps)
-    return (x * scale).mul_(weight).to(x.dtype), scale
+    if x.dtype == scale.dtype or x.numel() <= CACHED:
+        return (x * scale).mul_(weight).to(x.dtype), scale
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for rows in parts(x):
+        normed[rows] = (x[rows] * scale[rows]).mul_(weight)
+    return normed, scale
 
 
 def norm_scale(x: Tensor, eps: float) -> Tensor:
@@ -90,11 +95,25 @@ def norm_scale(x: Tensor, eps: float) -> Tensor:
     return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and weight: r · (w · g − x̂ · mean(w · g · x̂)), and Σ g · x̂ over rows."""
-    unit = x * scale
-    product = grad * unit
-    grad_weight = product.flatten(0, -2).sum(0)
-    mean = torch.mv(product.flatten(0, -2), weight.to(product.dtype)).div_(x.shape[-1]).view(scale.shape)
-    grad_x = torch.mul(grad, weight.to(product.dtype)).addcmul_(unit, mean, value=-1).mul_(scale)
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+def norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, grad_x: Tensor | None = None, more: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight: r · (w · g − x̂ · mean(w · g · x̂)), and Σ g · x̂ over rows.
+
+    grad_x: where the first goes, to a new tensor otherwise; more: what is added to it.
+    """
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if grad_x is None else grad_x
+    wide = weight.to(scale.dtype)
+    grad_weight: Tensor | None = None
+    for rows in parts(x):
+        unit, own = x[rows] * scale[rows], grad[rows].to(scale.dtype)
+        product = own * unit
+        flat = product.flatten(0, -2)
+        grad_weight = flat.sum(0) if grad_weight is None else grad_weight.add_(flat.sum(0))
+        mean = torch.mv(flat, wide).div_(x.shape[-1]).view(scale[rows].shape)
+        found = torch.mul(own, wide, out=product).addcmul_(unit, mean, value=-1)
+        if more is None:
+            torch.mul(found, scale[rows], out=grad_x[rows])
+        else:
+            torch.addcmul(more[rows], found, scale[rows], out=grad_x[rows])
+    return grad_x, torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)

@@ -176,12 +176,13 @@ def test_the_whole_day_in_its_dry_form_with_what_the_wheels_bring_alone(tmp_path
     environment["ONLY_DISTRIBUTIONS"] = " ".join((*NEEDED, *BUILT, WITH_TORCH, "bd3_scale"))
     process = day(tmp_path, "--minutes", 20, programs={}, **environment)
     said, _ = process.communicate(timeout=1250)
-    parts = ("environment", "kernels", "training", "tuning", "attention", "step", "decoding", "memory")
+    parts = ("environment", "kernels", "fused", "training", "tuning", "attention", "step", "decoding", "memory")
     assert {part: result(tmp_path, part)["status"] for part in parts} == dict.fromkeys(parts, "ok"), said
     assert result(tmp_path, "sanitizer")["why"] == "compute-sanitizer is not on the PATH"
     assert process.returncode == 0
     rows = {part: result(tmp_path, part)["rows"] for part in parts}
     assert {row["backward"] for row in rows["kernels"] if "backward" in row} == {"deterministic", "fused"}
+    assert all(row["GB/s"] > 0 for row in rows["fused"])
     assert [row["step"] for row in rows["training"][:-1]] == list(range(1, 21))
     assert {row["objective"] for row in rows["step"]} == {"bd3", "ar"}
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 # Channels of a program of SwiGLU: with four warps 16 bytes a thread and load, the widest there is.
 BLOCK = 1024
-# Numbers of a tile of rows or heads; a thread has 16 of them, or 32 where a row alone is more than 8,192.
+# Numbers of a tile of rows or heads, where one of them is not more; a thread has 16 of them.
 NUMBERS = 2048
 # Parts in which the gradient of a norm's weight is added up: some programs for each processor of the largest GPU.
 PARTS = 1024
@@ -44,7 +44,7 @@ def norm_tile(size: int) -> NormTile:
     """Return the tile of rows of `size` numbers."""
     block = max(16, _power_of_two(size))
     rows = max(1, NUMBERS // block)
-    return NormTile(rows, block, min(max(4, rows * block // 512), 16))
+    return NormTile(rows, block, max(4, rows * block // 512))
 
 
 def head_tile(size: int) -> HeadTile:
