@@ -111,6 +111,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float
 def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if k.shape[1] == 0:
         return torch.zeros_like(q)
+    if q.shape[2] == k.shape[2]:
+        return _flash(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)[0].transpose(1, 2)
     # Query heads of a group are rows of one head, so that no key is read twice.
     q_BGND = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     out_BGND, _ = _flash(q_BGND, k.transpose(1, 2), v.transpose(1, 2), scale=scale)

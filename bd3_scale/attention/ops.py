@@ -70,10 +70,10 @@ def _block_attention(
 def _block_attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, backend, deterministic = rest
+    *saved, backend, deterministic = rest
     if q.numel() == 0:
         return _like(q), _like(k).zero_(), _like(v).zero_()
-    grads = _kernels(backend).backward(grad_out, q, k, v, *rest, deterministic)
+    grads = _kernels(backend).backward(grad_out, q, k, v, *saved, deterministic)
     return cast(tuple[Tensor, Tensor, Tensor], grads)
 
 

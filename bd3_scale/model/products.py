@@ -1,10 +1,10 @@
 """Matrix products of the linears and the head, by the library that is quickest on this CPU.
 
 PyTorch hands fp32 products on x86 to MKL, which takes AVX2 kernels on CPUs that are not Intel's, whatever they can do:
-100 GFLOP/s on a core of a Zen 4, where oneDNN, which asks the CPU, makes 240. On Intel's own, MKL is the quicker one. So
-what decides is the CPU's maker and its flags, and no clock: a run and its resume, and all ranks on such machines, add in
-the same order whatever else the machine does. oneDNN must be as exact besides: a switch of PyTorch's or an environment
-variable can make it multiply in bf16, and a product at first use tells.
+100 GFLOP/s on a core of a Zen 4, where oneDNN, which asks the CPU, makes 240. On Intel's own, MKL is the quicker one.
+So what decides is the CPU's maker and its flags, and no clock: a run and its resume, and all ranks on such machines,
+add in the same order whatever else the machine does. oneDNN must be as exact besides: a switch of PyTorch's or an
+environment variable can make it multiply in bf16, and a product at first use tells.
 
 $BD3_SCALE_PRODUCTS=mkl or onednn decides otherwise. Tensors on a GPU, 16-bit ones and fake ones go through PyTorch.
 
