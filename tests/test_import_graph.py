@@ -18,7 +18,6 @@ PACKAGE = REPOSITORY / "bd3_scale"
 FLOORS = [
     {"registry", "lazy", "offline", "processor"},
     {"diffusion", "attention", "fused", "resilience"},
-    {"diffusion", "attention", "fused", "resilience"},
     {"recipe"},
     {"model", "observe"},
     {"parallel", "launch"},
