@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "bd3_scale"
 
 FLOORS = [
-    {"registry", "lazy", "offline"},
+    {"registry", "lazy", "offline", "processor"},
     {"diffusion", "attention", "fused", "resilience"},
     {"recipe"},
     {"model", "observe"},

@@ -20,7 +20,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
 
-from bd3_scale.observe.environment import read_environment
+from bd3_scale.observe.environment import cpu_in_words, read_environment, source_commit
 
 STEPS_BETWEEN = 6
 
@@ -41,7 +41,7 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
     from bd3_scale.parallel.groups import process_groups
     from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
     from bd3_scale.recipe.vocabulary import Vocabulary
-    from tools.bench_step import makers
+    from tools.step_timing import makers
 
     recipe = Recipe(
         name="bench",
@@ -144,8 +144,9 @@ def as_markdown(found: dict[str, Any]) -> str:
         [
             f"{found['parameters'] / 1e6:.1f} M parameters, {found['gigabytes']:.2f} GB, two data-parallel processes.",
             "",
-            f"- hardware: {here.cpu}, {here.cpu_cores} cores, one thread a process",
+            f"- hardware: {cpu_in_words()}, one thread a process",
             f"- versions: python {platform.python_version()}, torch {here.versions['torch']}",
+            f"- commit: {source_commit()}",
             "- command: OMP_NUM_THREADS=1 python tools/bench_checkpoint.py",
             "",
             "| a checkpoint | median |",

@@ -1,13 +1,15 @@
 """Measures training steps: block diffusion beside next-token training (AR) of the same model, in one run.
 
     python tools/bench_step.py                              a small model, one process
-    python tools/bench_step.py --rival                      beside the published model's step in plain PyTorch, too
+    python tools/bench_step.py --rival                      each beside a step in plain PyTorch (`plain_step`), too
+    python tools/bench_step.py --rival --objective all --shapes 256/16/8,1024/16/2 --precisions fp32,bf16
     python tools/bench_step.py --preset 1b --json           a 1B model, for a GPU
     python tools/bench_step.py recipes/quickstart.yaml diffusion.block_size=4
     torchrun --nproc-per-node 8 tools/bench_step.py --preset 1b parallel.tensor=8 parallel.sequence=true
 
 Tokens are synthetic: it needs torch, megatron-core and DeepSpeed alone, and a recipe file PyYAML, too. Throughput is in
 data tokens (L a sequence, not 2L rows); MFU counts what a step needs, HFU what ran; times are medians over the steps.
+CPU seconds are those of all threads of the process: on a shared machine they say more than the clock does.
 """
 
 from __future__ import annotations
@@ -16,11 +18,8 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +27,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is no
 
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
+from bd3_scale import processor
 from bd3_scale.attention.backends import choose_backend
-from bd3_scale.data.batch import Batch
-from bd3_scale.model.rows import ModelInputs
-from bd3_scale.objective import NextToken, Objective, StepKeys, objective_of
+from bd3_scale.model.products import fp32_library
 from bd3_scale.observe.environment import has_fast_bf16, peak_cuda_bytes, peak_rss_bytes, source_commit
-from bd3_scale.observe.flops import peak_flops
 from bd3_scale.observe.libraries import quieten_libraries
-from bd3_scale.parallel.engine import TrainingEngine, open_engine
-from bd3_scale.parallel.groups import ProcessGroups, local_device, placement, process_groups
+from bd3_scale.parallel.groups import local_device, process_groups
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.train.tiles import settle_tiles
-from tools.plain_step import PlainStep
+from tools.plain_step import PUBLISHED_DROPOUT, obstacles
+from tools.step_timing import Case, open_case, rows_of, take_turns
 
+OBJECTIVES = {"both": ("bd3", "ar"), "all": ("bd3", "mdlm", "ar")} | {name: (name,) for name in ("bd3", "mdlm", "ar")}
+# Of a CPU's flags, those that decide how matrix products run.
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "model": {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 1024}
@@ -61,7 +60,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocabulary": 128256,
     },
 }
-MakeInputs = Callable[[int], list[ModelInputs]]
 
 
 def preset(name: str) -> tuple[dict[str, Any], int]:
@@ -91,92 +89,6 @@ def _parsed(value: str) -> Any:
         return value
 
 
-def synthetic(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, step: int) -> list[Batch]:
-    """This rank's micro-batches of unpacked sequences of random tokens, as the stream would give them."""
-    batch, length = recipe.train.global_batch_size, recipe.data.seq_len
-    share = batch // groups.dp.size()
-    slots = torch.arange(groups.dp.rank() * share, (groups.dp.rank() + 1) * share)
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, vocabulary.mask_id, (batch, length), generator=generator)[slots]
-    whole = Batch(
-        ids=step * batch + slots,
-        slots=slots,
-        epoch=0,
-        tokens=tokens,
-        document_start=torch.zeros(share, length, dtype=torch.int32),
-        positions=torch.arange(length).expand(share, -1),
-        counted=torch.ones(share, length, dtype=torch.bool),
-        shown=torch.zeros(share, length, dtype=torch.bool),
-    )
-    return whole.split(recipe.train.micro_batch_size)
-
-
-def makers(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups) -> dict[str, MakeInputs]:
-    """How each objective makes a step's micro-batches."""
-
-    def maker(objective: Objective) -> MakeInputs:
-        return lambda step: [
-            objective.training_inputs(
-                micro, StepKeys(step, recipe.seed, recipe.train.global_batch_size, {}), placement(groups)
-            )
-            for micro in synthetic(recipe, vocabulary, groups, step)
-        ]
-
-    return {
-        "bd3": maker(objective_of(recipe.diffusion, vocabulary)),
-        "ar": maker(NextToken(recipe.diffusion, vocabulary)),
-    }
-
-
-class Phases:
-    """Seconds of each phase of a step; on a GPU every phase ends with a synchronisation."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds: dict[str, float] = {}
-
-    def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        began = self.now()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - began
-
-
-def measured_step(engine: TrainingEngine, make: MakeInputs, step: int, tokens: int) -> dict[str, float]:
-    """One step by its phases, forward apart from backward."""
-    phases = Phases(local_device())
-    began: list[float] = []
-    hooks = [
-        handle
-        for chunk in engine.chunks
-        for handle in (
-            chunk.register_forward_pre_hook(lambda *_: began.append(phases.now())),
-            chunk.register_forward_hook(lambda *_: _add(phases, "forward", began.pop())),
-        )
-    ]
-    start = phases.now()
-    with phases.measure("data"):
-        inputs = make(step)
-    with phases.measure("backward"):
-        engine.gradients(inputs, tokens=tokens)
-    with phases.measure("optimizer"):
-        engine.update(1e-4)
-    phases.seconds["step"] = phases.now() - start
-    for hook in hooks:
-        hook.remove()
-    phases.seconds["backward"] -= phases.seconds["forward"]
-    return phases.seconds
-
-
-def _add(phases: Phases, name: str, began: float) -> None:
-    phases.seconds[name] = phases.seconds.get(name, 0.0) + phases.now() - began
-
-
 def dtype_of(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
@@ -185,83 +97,31 @@ def backend_of(recipe: Recipe) -> str:
     return choose_backend(recipe.attention_backend, local_device(), dtype_of(recipe), recipe.model.head_size)
 
 
-def measure(
-    recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """A row for each objective; their steps take turns, so that both meet the same machine."""
-    engines = {}
-    objectives = ("bd3", "ar") if options.objective == "both" else (options.objective,)
-    for objective in objectives:
-        engines[objective] = open_engine(recipe, vocabulary, groups, device=local_device(), seed=1)
-    make = makers(recipe, vocabulary, groups)
-    tokens = recipe.train.global_batch_size * recipe.data.seq_len
-    rival = PlainStep(recipe, vocabulary.size, vocabulary.mask_id).to(local_device()) if options.rival else None
-    rival_seconds = []
-    seen: dict[str, list[dict[str, float]]] = {objective: [] for objective in objectives}
-    ran, needed = {}, {}
-    for step in range(options.warmup + options.steps):
-        for objective, engine in engines.items():
-            if step == 0:
-                with FlopCounterMode(display=False) as counter:
-                    needed[objective] = engine.step(make[objective](step), tokens=tokens, lr=1e-4).flops
-                ran[objective] = float(counter.get_total_flops())
-                continue
-            times = measured_step(engine, make[objective], step, tokens)
-            if step >= options.warmup:
-                seen[objective].append(times)
-        if rival is not None:
-            seconds = rival_step(rival, recipe, vocabulary, groups, step)
-            rival_seconds += [seconds] if step >= options.warmup else []
-    peak = peak_flops(dtype_of(recipe))
-    world = dist.get_world_size()
-    rows = []
-    for objective in objectives:
-        medians = {name: statistics.median(times[name] for times in seen[objective]) for name in seen[objective][0]}
-        whole = _sum_over_model(ran[objective])
-        rows.append(
-            {
-                "objective": objective,
-                "seconds": medians,
-                "tokens_per_second": tokens / medians["step"],
-                "flops_needed": needed[objective],
-                "flops_ran": whole,
-                "flops_per_second": needed[objective] / medians["step"] / world,
-                "mfu": None if peak is None else needed[objective] / medians["step"] / peak / world,
-                "hfu": None if peak is None else whole / medians["step"] / peak / world,
-            }
-        )
-    if rival is not None:
-        rows.append({"objective": "plain", "seconds": {"step": statistics.median(rival_seconds)}})
-    return rows
+def cases_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Recipe]:
+    """The recipe in every precision and shape asked for, or as it is."""
+    for precision in options.precisions or (recipe.train.precision,):
+        if precision == "auto":
+            precision = "bf16" if has_fast_bf16() else "fp32"
+        for length, block, batch in options.shapes or [(recipe.data.seq_len, recipe.diffusion.block_size, None)]:
+            train = {"precision": precision}
+            train |= {} if batch is None else {"global_batch_size": batch, "micro_batch_size": batch}
+            yield recipe.model_copy(
+                update={
+                    "train": recipe.train.model_copy(update=train),
+                    "data": recipe.data.model_copy(update={"seq_len": length}),
+                    "diffusion": recipe.diffusion.model_copy(update={"block_size": block}),
+                }
+            )
 
 
-def rival_step(rival: PlainStep, recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, step: int) -> float:
-    """Seconds of the plain model on a batch of the same shape and mask rates."""
-    (batch,) = synthetic(recipe, vocabulary, groups, step)
-    blocks = torch.rand(len(batch.ids), recipe.data.seq_len // recipe.diffusion.block_size)
-    rate = blocks.repeat_interleave(recipe.diffusion.block_size, 1)
-    masked = torch.rand(rate.shape) < rate
-    phases = Phases(local_device())
-    began = phases.now()
-    rival.step(*(x.to(local_device()) for x in (batch.tokens, masked, rate)))
-    return phases.now() - began
-
-
-def _sum_over_model(ran: float) -> float:
-    total = torch.tensor(ran, dtype=torch.float64, device=local_device())
-    dist.all_reduce(total)
-    return float(total)
-
-
-def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespace) -> dict[str, Any]:
-    """What a number means: hardware, versions, commit, command and shape."""
+def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespace, alone: bool) -> dict[str, Any]:
+    """What a number means: hardware, versions, commit, command and shape; `alone`: one contender ran."""
     from importlib import metadata
 
     device = local_device()
-    alone = options.objective != "both" and not options.rival
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     return {
-        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu.partition(":")[2].strip(),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else processor.fields().get("model name", ""),
+        "cpu_flags": [flag for flag in FLAGS if flag in processor.flags()],
         "processes": dist.get_world_size(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
@@ -269,6 +129,7 @@ def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespa
         "commit": source_commit(),
         "command": " ".join(["python", "tools/bench_step.py", *sys.argv[1:]]),
         "attention": backend_of(recipe),
+        "fp32_products": fp32_library(),
         "shape": recipe.model_dump(include={"model", "diffusion", "train", "parallel"}, mode="json")
         | {"seq_len": recipe.data.seq_len, "vocabulary": vocabulary.size},
         "steps": options.steps,
@@ -279,12 +140,19 @@ def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespa
     }
 
 
-def show(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """A Markdown table with its conditions."""
-    shape, model = about["shape"], about["shape"]["model"]
+def show_machine(about: dict[str, Any]) -> None:
+    """What is the same for all tables of a run."""
     ranks = f"{about['processes']} process{'es' * (about['processes'] > 1)} of {about['threads']} CPU threads"
-    print(f"{about['hardware']}, {ranks}, commit {about['commit']}, medians of {about['steps']} steps;")
-    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()) + ";")
+    flags = ", ".join(about["cpu_flags"]) or "no avx2"
+    print(f"{about['hardware']} ({flags}), {ranks}, commit {about['commit']}, medians of {about['steps']} steps;")
+    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()) + ",", end=" ")
+    print(f"fp32 products by {about['fp32_products']}, the rivals' by mkl;")
+    print(f"`{about['command']}`\n")
+
+
+def show(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    """A Markdown table of a case with its shape."""
+    shape, model = about["shape"], about["shape"]["model"]
     print(
         f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_attention_heads']} heads, "
         f"L={shape['seq_len']}, L'={shape['diffusion']['block_size']}, batch {shape['train']['global_batch_size']}, "
@@ -292,64 +160,98 @@ def show(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
         f"{', deterministic' * about['deterministic']}\n"
     )
     names = ("data", "forward", "backward", "optimizer", "step")
-    print("| objective | tokens/s | " + " | ".join(f"{name}, s" for name in names) + " | TFLOP/s | MFU | HFU |")
-    print("|" + "---|" * (len(names) + 5))
+    columns = ["tokens/s", *(f"{name}, s" for name in names), "CPU s", "plain / ours", "TFLOP/s", "MFU", "HFU"]
+    print(f"| objective | {' | '.join(columns)} |")
+    print("|" + "---|" * (len(columns) + 1))
     by_objective = {row["objective"]: row for row in rows}
-    plain = by_objective.pop("plain", None)
     for objective, row in by_objective.items():
-        seconds = " | ".join(f"{row['seconds'][name]:.3f}" for name in names)
-        shares = " | ".join("not known" if row[x] is None else f"{row[x]:.1%}" for x in ("mfu", "hfu"))
-        speed = f"{row['tokens_per_second']:,.0f}"
-        print(f"| {objective} | {speed} | {seconds} | {row['flops_per_second'] / 1e12:.3f} | {shares} |")
+        ours = by_objective[objective.removeprefix("plain ").partition(",")[0]]
+        cells = [f"{row['tokens_per_second']:,.0f}"]
+        cells += [f"{row['seconds'][name]:.4f}" if name in row["seconds"] else "" for name in names]
+        cells += [f"{row['cpu_seconds']:.4f}"]
+        if row is ours:
+            cells += ["", f"{row['flops_per_second'] / 1e12:.3f}"]
+            cells += ["not known" if row[x] is None else f"{row[x]:.1%}" for x in ("mfu", "hfu")]
+        else:
+            cells += [f"{row['cpu_seconds'] / ours['cpu_seconds']:.2f}", "", "", ""]
+        print(f"| {objective} | {' | '.join(cells)} |")
     print()
     bd3, ar = by_objective.get("bd3"), by_objective.get("ar")
     if bd3 and ar:
-        times, flops = bd3["seconds"]["step"] / ar["seconds"]["step"], bd3["flops_ran"] / ar["flops_ran"]
-        print(f"A block diffusion step takes {times:.2f} x the time of an AR step and {flops:.2f} x its FLOPs.")
-    if bd3 and plain:
-        seconds, times = plain["seconds"]["step"], plain["seconds"]["step"] / bd3["seconds"]["step"]
-        print(f"The published model's step in plain PyTorch takes {seconds:.3f} s: {times:.2f} x the time.")
+        on_gpu = torch.cuda.is_available()
+        times = bd3["seconds"]["step"] / ar["seconds"]["step"] if on_gpu else bd3["cpu_seconds"] / ar["cpu_seconds"]
+        flops = bd3["flops_ran"] / ar["flops_ran"]
+        time = "time" if on_gpu else "CPU time"
+        print(f"A block diffusion step takes {times:.2f} x the {time} of an AR step and {flops:.2f} x its FLOPs.")
     memory = about["peak_cuda_bytes"] or about["peak_rss_bytes"]
-    print(f"Peak memory {memory / 2**30:.2f} GiB." if memory else "Peak memory: see --objective bd3.")
-    print(f"`{about['command']}`")
+    print(f"Peak memory {memory / 2**30:.2f} GiB.\n" if memory else "Peak memory: see --objective bd3.\n")
 
 
-def main() -> None:
+def shapes_of(text: str) -> list[tuple[int, ...]]:
+    shapes = [tuple(int(number) for number in shape.split("/")) for shape in text.split(",")]
+    if any(len(shape) != 3 for shape in shapes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not L/L'/batch, or several of them with commas between")
+    return shapes
+
+
+def parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help="a YAML file; default: the preset")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace recipe values")
     parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--objective", choices=("both", "bd3", "ar"), default="both")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="both")
+    parser.add_argument("--shapes", type=shapes_of, metavar="L/L'/BATCH", help="several with commas between")
+    parser.add_argument("--precisions", type=lambda text: text.split(","), help="fp32, bf16 or both, with a comma")
     parser.add_argument("--vocabulary", type=int, help="ids, the mask included; default: the preset's, or 50257")
     parser.add_argument("--steps", type=int, default=7, help="measured steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a process")
-    parser.add_argument("--rival", action="store_true", help="a plain PyTorch step, too; fp32 and one process alone")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rival", action="store_true", help="plain PyTorch steps, too, without dropout; one process")
+    parser.add_argument("--dropout", action="store_true", help=f"and with the published {PUBLISHED_DROPOUT}")
+    parser.add_argument("--json", action="store_true", help="a line for each shape and precision")
     options = parser.parse_args()
     if options.steps < 1 or options.warmup < 1:
         parser.error("--steps and --warmup must be at least 1")
+    options.dropouts = [0.0] * options.rival + [PUBLISHED_DROPOUT] * options.dropout
+    if options.dropouts and "RANK" in os.environ:
+        parser.error("--rival is for one process: start it without torchrun")
+    options.error = parser.error
+    return options
+
+
+def main() -> None:
+    options = parsed_options()
     torch.set_num_threads(options.threads)
     quieten_libraries()
     recipe, size = load(options)
-    if recipe.train.precision == "auto":
-        precision = "bf16" if has_fast_bf16() else "fp32"
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
-    if options.rival and (recipe.train.precision != "fp32" or "RANK" in os.environ):
-        parser.error("--rival is for one process in fp32: add train.precision=fp32, and start it without torchrun")
     vocabulary = Vocabulary(size=size, eos_id=0, mask_id=size - 1)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    check_recipe(recipe, world)
+    recipes = list(cases_of(recipe, options))
+    for each in recipes:
+        check_recipe(each, int(os.environ.get("WORLD_SIZE", "1")))
+        if options.dropouts and (without := list(obstacles(each))):
+            options.error(f"the rival does not have {', '.join(without)}: leave --rival out, or take --preset small")
     torch.use_deterministic_algorithms(recipe.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
     with process_groups(recipe.parallel) as groups:
-        dtype = dtype_of(recipe)
-        settle_tiles(recipe, backend_of(recipe), dtype, {})
-        rows = measure(recipe, vocabulary, groups, options)
-        about = conditions(recipe, vocabulary, options)
+        for each in recipes:
+            settle_tiles(each, backend_of(each), dtype_of(each), {})
+        objectives = OBJECTIVES[options.objective]
+        cases = [open_case(each, vocabulary, groups, objectives, options.dropouts) for each in recipes]
+        take_turns(cases, warmup=options.warmup, steps=options.steps)
+        report(cases, vocabulary, options)
+
+
+def report(cases: Sequence[Case], vocabulary: Vocabulary, options: argparse.Namespace) -> None:
+    """Print what was measured, on rank 0 (collective)."""
+    alone = len(cases) == len(cases[0].contenders) == 1
+    for place, case in enumerate(cases):
+        rows = rows_of(case, dtype_of(case.recipe))
+        about = conditions(case.recipe, vocabulary, options, alone)
         if dist.get_rank() == 0 and options.json:
             print(json.dumps(about | {"rows": rows}))
         elif dist.get_rank() == 0:
+            if place == 0:
+                show_machine(about)
             show(rows, about)
 
 

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from bd3_scale.fused.cross_entropy import logit_gradient_, row_statistics
+from bd3_scale.model.products import add_weight_gradient, product, product_into
 from bd3_scale.model.rows import RowLoss
 from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -110,7 +111,7 @@ class _CrossEntropy(torch.autograd.Function):
         piece = max(1, PIECE_ELEMENTS // weight_VX.shape[0])
         for start in range(0, len(targets_M), piece):
             rows = slice(start, start + piece)
-            logits = F.linear(hidden_MX[rows], weight_VX, bias_V)
+            logits = product(hidden_MX[rows], weight_VX, bias_V)
             loss_M[rows], log_total = _nll(logits, targets_M[rows], layer)
             # The nll is log_total less the target's logit, and the derivative of log_total the softmax.
             softmax_scale = target_scale = row_weights_M[rows]
@@ -121,11 +122,13 @@ class _CrossEntropy(torch.autograd.Function):
                 logit_gradient_(
                     logits, targets_M[rows], layer.first_id, layer.forbidden_V, log_total, softmax_scale, target_scale
                 )
-                torch.mm(logits, weight_VX, out=grad_hidden[rows])
-                grad_weight = _add_product(grad_weight, logits.t(), hidden_MX[rows])
+                product_into(grad_hidden[rows], logits, weight_VX.t())
+                grad_weight = add_weight_gradient(grad_weight, logits, hidden_MX[rows])
                 if grad_bias is not None:
                     grad_bias += logits.sum(0, dtype=torch.float32)
         if training:
+            # No part of the graph: it changes while that is there.
+            ctx.total = getattr(weight_VX, "main_grad", None)
             ctx.dtypes = weight_VX.dtype, None if bias_V is None else bias_V.dtype
             grad_weight = torch.zeros_like(weight_VX) if grad_weight is None else grad_weight  # of no rows at all
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -138,20 +141,11 @@ class _CrossEntropy(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         grad_bias = None if grad_bias is None else (grad_bias * grad_loss).to(bias_dtype)
         # In place: beside a vocabulary's gradient in fp32 there may be no room for another.
-        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss).to(weight_dtype), grad_bias, *(None,) * 5
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left · right in fp32, in the memory of `total` where there is one."""
-    if left.dtype.itemsize >= 4:
-        return left @ right if total is None else total.addmm_(left, right)
-    if left.device.type == "cuda":
-        # cuBLAS adds to fp32 what it multiplies; a CPU's product is rounded to the dtype of its factors.
-        if total is None:
-            return torch.mm(left, right, out_dtype=torch.float32)
-        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    product = left @ right
-    return product.float() if total is None else total.add_(product)
+        grad_hidden = grad_hidden.mul_(grad_loss)
+        if ctx.total is not None:
+            ctx.total.addcmul_(grad_weight, grad_loss)
+            return grad_hidden, None, grad_bias, *(None,) * 5
+        return grad_hidden, grad_weight.mul_(grad_loss).to(weight_dtype), grad_bias, *(None,) * 5
 
 
 def _row_loss(row_loss: RowLoss, nll_M: Tensor, log_total_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:

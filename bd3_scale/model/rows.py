@@ -114,6 +114,7 @@ class RowContext:
         rotary: cos and sin for each of them, see `rotary_table`.
         attend: attention over the keys that they see.
         num_streams, num_noisy: S and C; rows that are decoded are one stream.
+        pieces: of a stream, in which rows travel between tensor-parallel ranks, see `exchange`.
         wanted: of the rows [B, L] of a block, those whose output is wanted, bool; None: all.
     """
 
@@ -121,7 +122,13 @@ class RowContext:
     attend: Attend
     num_streams: int = 1
     num_noisy: int = 0
+    pieces: int = 1
     wanted: Tensor | None = None
+
+    @property
+    def kept_streams(self) -> int:
+        """Return of how many streams the last layer makes an output: clean rows serve as keys alone there."""
+        return self.num_noisy or self.num_streams
 
     def kept(self, x: Tensor) -> slice | Tensor | None:
         """Return an index of those rows of x whose output the last layer makes: the first ones, where clean rows serve
@@ -130,20 +137,3 @@ class RowContext:
         if self.num_noisy:
             return slice(0, len(x) // self.num_streams * self.num_noisy)
         return self.wanted
-
-
-def by_stream(x: Tensor, num_streams: int, ranks: int) -> Tensor:
-    """Return rows gathered from sequence-parallel ranks, [ranks · S · r, …], as [S · R, …] with R = ranks · r.
-
-    A rank holds the same r positions of every stream, so that leaving a stream out leaves all ranks as many rows.
-    """
-    if ranks == 1:
-        return x
-    return x.unflatten(0, (ranks, num_streams, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def by_rank(x: Tensor, num_streams: int, ranks: int) -> Tensor:
-    """Undo `by_stream`."""
-    if ranks == 1:
-        return x
-    return x.unflatten(0, (num_streams, ranks, -1)).transpose(0, 1).flatten(0, 2)

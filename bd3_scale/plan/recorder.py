@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bd3_scale.fused.ops import TRAFFIC
 from bd3_scale.model.block import MLP, Attention, Block, Norm
 from bd3_scale.model.decoder import Decoder
 from bd3_scale.model.head import OutputLayer
@@ -41,6 +42,7 @@ _PARTS: dict[type, str] = {
     OutputLayer: "head",
 }
 _WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive"}
+_ONLY_WRITES = {"copy_", "zero_", "fill_"}
 _NO_KERNEL = {
     *("_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided"),
     *("new_empty", "new_empty_strided", "set_", "resize_", "record_stream", "_pin_memory", "is_pinned"),
@@ -87,7 +89,8 @@ class Recorder(TorchDispatchMode):
         self.messages: dict[Key, Message] = {}
         self.waits: Counter[str] = Counter()
         self.order: list[Sent] = []
-        self._under_way: deque[Message] = deque()
+        # By group, in the order in which its link takes them.
+        self._under_way: dict[str, list[tuple[Any, Message]]] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -195,29 +198,54 @@ class Recorder(TorchDispatchMode):
         for tensor in after:
             self._born(tensor, part)
         if func.namespace in ("c10d", "_c10d_functional"):
-            self._sent(func, args, kwargs, before, part)
+            self._sent(func, args, kwargs, out, before, part)
         elif not func.is_view and name not in _NO_KERNEL and func.namespace != "prim":
-            self._worked(func, name, part, direction, before, after)
+            self._worked(func, name, part, direction, args, kwargs, before, after)
         return out
 
     def _worked(
-        self, func: Any, name: str, part: str, direction: str, before: list[Tensor], after: list[Tensor]
+        self,
+        func: Any,
+        name: str,
+        part: str,
+        direction: str,
+        args: Any,
+        kwargs: Any,
+        before: list[Tensor],
+        after: list[Tensor],
     ) -> None:
-        touched = {id(x): x for x in (*before, *after) if x.device.type == self._device}
-        if not touched:
+        if not any(x.device.type == self._device for x in (*before, *after)):
             return
         if name == "_to_copy" and after[0].device != before[0].device and after[0].device.type == "cpu":
             self._waited("copy to the host")
-        flops, shape = self._flops(name, before, after)
-        moved = sum(x.numel() * x.element_size() for x in touched.values())
+        flops, shape = self._flops(name, args, before, after)
         # A size outside the model follows from how many layers there are, and would be a key of its own.
         key = Key(self._phase, part, direction, name, shape if part else "")
-        for work in (self.work.setdefault(key, Work()), *(message.beside for message in self._under_way)):
+        moved = self._moved(func, name, args, kwargs, after)
+        # A link takes one message after the other: what runs beside the first hides none that waits behind it.
+        beside = (queue[0][1].beside for queue in self._under_way.values() if queue)
+        for work in (self.work.setdefault(key, Work()), *beside):
             work.add(flops, moved)
 
-    def _flops(self, name: str, before: list[Tensor], after: list[Tensor]) -> tuple[int, str]:
+    def _moved(self, func: Any, name: str, args: Any, kwargs: Any, after: list[Tensor]) -> int:
+        """Return the bytes that a kernel reads and writes; what it changes in place it does both with."""
+        if name in TRAFFIC:
+            return TRAFFIC[name](*args)
+        read: dict[int, Tensor] = {}
+        written = {id(x): x for x in after}
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            tensors = {id(x): x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)}
+            changed = argument.alias_info is not None and argument.alias_info.is_write
+            if not (changed and (argument.is_out or name in _ONLY_WRITES)):
+                read |= tensors
+            written |= tensors if changed else {}
+        both = (*read.values(), *written.values())
+        return sum(x.numel() * x.element_size() for x in both if x.device.type == self._device)
+
+    def _flops(self, name: str, args: Any, before: list[Tensor], after: list[Tensor]) -> tuple[int, str]:
         if name in ("mm", "addmm", "bmm", "baddbmm"):
-            inner = before[-2].shape[-1]
+            inner = args[1 if "add" in name else 0].shape[-1]
             out = after[0]
             return 2 * out.numel() * inner, "x".join(map(str, (*out.shape, inner)))
         if name in ("block_attention", "block_attention_backward"):
@@ -226,7 +254,7 @@ class Recorder(TorchDispatchMode):
             return a_pair * self._pairs[q.shape[1]], str(q.shape[1])
         return 0, ""
 
-    def _sent(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], part: str) -> None:
+    def _sent(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], part: str) -> None:
         name = func._schema.name.partition("::")[2]
         group = next(
             dist.ProcessGroup.unbox(x)
@@ -250,12 +278,13 @@ class Recorder(TorchDispatchMode):
         message = self.messages.setdefault(key, Message(ranks))
         message.add(size)
         if early:
-            self._under_way.append(message)
+            works = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.ScriptObject)]
+            self._under_way.setdefault(group.group_name, []).append((dist.Work.unbox(works[-1]), message))
 
-    def waited_for_message(self) -> None:
-        """Take the oldest collective that was begun and not waited for as done."""
-        if self._under_way:
-            self._under_way.popleft()
+    def waited_for_message(self, work: Any) -> None:
+        """Take a collective that was begun as done."""
+        for queue in self._under_way.values():
+            queue[:] = [(begun, message) for begun, message in queue if begun is not work]
 
     def _waited(self, what: str) -> None:
         self.waits[f"{self._phase}: {what} at {_line()}"] += 1

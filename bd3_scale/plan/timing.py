@@ -26,6 +26,9 @@ _SENT = {
     "allgather_": lambda n: n - 1,
     "_reduce_scatter_base_": lambda n: (n - 1) / n,
     "reduce_scatter_": lambda n: n - 1,
+    # Each rank passes the whole of it on, all at the same time.
+    "reduce_": lambda n: 1.0,
+    "broadcast_": lambda n: 1.0,
 }
 
 

@@ -1,0 +1,25 @@
+"""What Linux says of the first processor: its maker, its name, what it can do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+
+@functools.cache
+def fields() -> Mapping[str, str]:
+    """Return the first processor's fields in /proc/cpuinfo."""
+    first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def flags() -> frozenset[str]:
+    """Return what it can do, such as "avx512f" (`flags` on x86, `Features` on ARM)."""
+    return frozenset(f"{fields().get('flags', '')} {fields().get('Features', '')}".split())
+
+
+def vendor() -> str:
+    """Return who made it, such as "GenuineIntel" or "AuthenticAMD"; "" on ARM."""
+    return fields().get("vendor_id", "")
