@@ -25,18 +25,22 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> tuple[Tensor, Tensor]:
     """`block_attention` and its log-sum-exp [B, H, rows]."""
-    out = torch.zeros_like(q)
+    plan = _plan_of(spans, num_noisy, q.shape[1] // spans.shape[2])
+    if plan.is_causal and q.shape[1] == k.shape[1]:
+        out_BHND, lse = _flash(*(_dense(x).transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=scale)
+        return torch.empty_like(q).copy_(out_BHND.transpose(1, 2)), lse.contiguous()
+    # Rows that see no key are in no call.
+    out = torch.empty_like(q) if plan.is_whole else torch.zeros_like(q)
     lse = q.new_zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=_wide(q))
     q, k, v = (_dense(x) for x in (q, k, v))
     q_BSRHD, out_BSRHD, lse_BSRH1 = (_streams(x, spans) for x in (q, out, lse.transpose(1, 2).unsqueeze(3)))
-    plan = _Plan(spans, num_noisy, q_BSRHD.shape[1])
-    keys, values = _Keys(k, plan), _Keys(v, plan)
-    for call in plan.calls:
+    keys, values = (_Keys(x, plan, x.dtype) for x in (k, v))
+    for call in plan.forward_calls:
         out_BHND, lse_BHN = _flash(
-            _take(q_BSRHD, call),
+            _take(q_BSRHD, call, q.dtype),
             keys.take(call),
             values.take(call),
-            attn_mask=plan.mask(call, q.dtype),
+            attn_mask=plan.mask(call, _wide(q)),
             scale=scale,
         )
         _at(out_BSRHD, call).copy_(_by_stream(out_BHND, call))
@@ -56,26 +60,36 @@ def backward(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; deterministic either way."""
-    # Calls add up in float32 at the least: a key gathers gradients from every later chunk.
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=_wide(x)) for x in (q, k, v))
+    """Gradients of q, k and v, computed in float32 at the least; deterministic either way.
+
+    A key gathers gradients from every later chunk. And PyTorch's kernel takes two to six times as long in 16 bits for
+    calls of less than 768 rows, with AMX and without, since it converts the scores of every pair on their way.
+    """
+    plan = _plan_of(spans, num_noisy, q.shape[1] // spans.shape[2])
+    wide = _wide(q)
+    if plan.is_causal and q.shape[1] == k.shape[1]:
+        operands = (_dense(x).to(wide).transpose(1, 2) for x in (grad_out, q, k, v, out))
+        found = _flash_backward(*operands, lse, 0.0, True, scale=scale)
+        grads = zip((q, k, v), found, strict=True)
+        grad_q, grad_k, grad_v = (torch.empty_like(x).copy_(grad.transpose(1, 2)) for x, grad in grads)
+        return grad_q, grad_k, grad_v
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     grad_out, q, k, v, out = (_dense(x) for x in (grad_out, q, k, v, out))
     rows = (grad_out, q, out, lse.transpose(1, 2).unsqueeze(3), grad_q)
     *rows_BSRHD, lse_BSRH1, grad_q_BSRHD = (_streams(x, spans) for x in rows)
-    plan = _Plan(spans, num_noisy, grad_q_BSRHD.shape[1])
-    keys, values = _Keys(k, plan), _Keys(v, plan)
-    for call in _with_common_keys_apart(plan.calls):
-        grad_out_BHND, q_BHND, out_BHND = (_take(x, call) for x in rows_BSRHD)
+    keys, values = (_Keys(x, plan, wide) for x in (k, v))
+    for call in plan.backward_calls:
+        grad_out_BHND, q_BHND, out_BHND = (_take(x, call, wide) for x in rows_BSRHD)
         grad_q_BHND, grad_k_BGKD, grad_v_BGKD = _flash_backward(
             grad_out_BHND,
             q_BHND,
             keys.take(call),
             values.take(call),
             out_BHND,
-            _take(lse_BSRH1, call).squeeze(3),
+            _take(lse_BSRH1, call, wide).squeeze(3),
             0.0,
             False,
-            attn_mask=plan.mask(call, q.dtype),
+            attn_mask=plan.mask(call, wide),
             scale=scale,
         )
         _at(grad_q_BSRHD, call).add_(_by_stream(grad_q_BHND, call))
@@ -97,10 +111,17 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float
 def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if k.shape[1] == 0:
         return torch.zeros_like(q)
+    if q.shape[2] == k.shape[2]:
+        return _flash(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)[0].transpose(1, 2)
     # Query heads of a group are rows of one head, so that no key is read twice.
     q_BGND = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     out_BGND, _ = _flash(q_BGND, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out_BGND.unflatten(2, (-1, q.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+# Numbers in the masks that a plan keeps, 64 MiB in float32.
+_KEPT_MASKS = 1 << 24
+_last_plan: list[_Plan] = []
 
 
 class _Call(NamedTuple):
@@ -128,8 +149,19 @@ class _Plan:
     """What to call for, and which keys its rows see."""
 
     def __init__(self, spans: Tensor, num_noisy: int, num_streams: int) -> None:
-        self.num_noisy, self.num_rows = num_noisy, spans.shape[2]
-        self.calls = _calls(spans, num_noisy, num_streams)
+        self.spans, self.num_noisy, self.num_streams = spans.clone(), num_noisy, num_streams
+        self.num_rows = spans.shape[2]
+        position = torch.arange(self.num_rows, dtype=spans.dtype)
+        self.is_causal = bool(not (num_noisy or spans[0].any()) and (spans[2] == position + 1).all())
+        every_call = _calls(spans, num_noisy, num_streams)
+        calls = [call for call in every_call if call.end > call.clean.start]
+        self.is_whole = len(calls) == len(every_call)
+        # Later keys first: what a call puts behind its clean keys, `_Keys`, no call after it reads.
+        self.forward_calls, self.backward_calls = (
+            sorted(some, key=lambda call: call.clean.stop, reverse=True)
+            for some in (calls, _with_common_keys_apart(calls))
+        )
+        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
         if (spans == spans[:, :1]).all():
             spans = spans[:, :1]
         doc_start, block_start, block_end = spans[:3]
@@ -143,10 +175,23 @@ class _Plan:
         # For every query row, the clean keys and the rows of noisy keys that it sees, [4, B or 1, S, R].
         self.seen = torch.stack(seen, 2)
 
+    def fits(self, spans: Tensor, num_noisy: int, num_streams: int) -> bool:
+        """Say whether it is the plan of these rows."""
+        same = (num_noisy, num_streams, spans.shape) == (self.num_noisy, self.num_streams, self.spans.shape)
+        return same and torch.equal(spans, self.spans)
+
     def mask(self, call: _Call, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask [B or 1, 1, N, K]; None where every row sees every key."""
+        """Return an additive mask [B or 1, 1, N, K]; None where every row sees every key."""
         if not call.masked:
             return None
+        mask = self._masks.get((id(call), dtype))
+        if mask is None:
+            mask = self._make_mask(call, dtype)
+            if mask.numel() + sum(kept.numel() for kept in self._masks.values()) <= _KEPT_MASKS:
+                self._masks[id(call), dtype] = mask
+        return mask
+
+    def _make_mask(self, call: _Call, dtype: torch.dtype) -> Tensor:
         before, after = (
             torch.arange(start, end, dtype=torch.int32)
             for start, end in ((call.clean.start, call.shared.start), (call.shared.stop, call.clean.stop))
@@ -172,6 +217,15 @@ class _Plan:
         own += piece_BKGD[:, num_clean:].unflatten(1, own.shape[1:3])
 
 
+def _plan_of(spans: Tensor, num_noisy: int, num_streams: int) -> _Plan:
+    """Return the plan of these rows: the layers of a pass share one, with its masks, forward and backward."""
+    plan = _last_plan[0] if _last_plan else None
+    if plan is None or not plan.fits(spans, num_noisy, num_streams):
+        plan = _Plan(spans, num_noisy, num_streams)
+        _last_plan[:] = [plan]
+    return plan
+
+
 def _calls(spans: Tensor, num_noisy: int, num_streams: int) -> list[_Call]:
     """One call a chunk, or one a stream for chunks within one block; no span falls from one position to the next."""
     num_rows = spans.shape[2]
@@ -195,7 +249,7 @@ def _calls(spans: Tensor, num_noisy: int, num_streams: int) -> list[_Call]:
             # Noisy rows see no clean key of their own block.
             clean = slice(low[0], high[2 if streams.stop > num_noisy else 1])
             calls.append(_Call(slice(start, end), streams, clean, copies, slice(low[-2], high[-1]), shared, masked))
-    return [call for call in calls if call.end > call.clean.start]
+    return calls
 
 
 def _with_common_keys_apart(calls: list[_Call]) -> Iterator[_Call]:
@@ -233,25 +287,21 @@ def _chunk_size(spans: Tensor) -> int:
 
 
 class _Keys:
-    """Keys, or values, of one call after the other, each a view of one buffer.
+    """Keys, or values, of one call after the other, each a view of one buffer of a dtype.
 
-    Noisy keys of a call are put behind its clean ones, over clean keys that are put back at the next call.
+    Noisy keys of a call are put behind its clean ones, over clean keys that no later call reads.
     """
 
-    def __init__(self, k: Tensor, plan: _Plan) -> None:
-        noisy, self.clean = k.transpose(1, 2).tensor_split([plan.num_noisy * plan.num_rows], 2)
+    def __init__(self, k: Tensor, plan: _Plan, dtype: torch.dtype) -> None:
+        noisy, clean = k.transpose(1, 2).tensor_split([plan.num_noisy * plan.num_rows], 2)
         self.noisy_BGCRD = noisy.unflatten(2, (plan.num_noisy, plan.num_rows))
-        self.buffer, self.overwritten = self.clean, slice(0, 0)
-        if plan.num_noisy:
-            num_keys = max([self.clean.shape[2], *(call.end for call in plan.calls)])
-            self.buffer = k.new_empty(*self.clean.shape[:2], num_keys, k.shape[3])
-            self.overwritten = slice(0, self.clean.shape[2])
+        num_keys = max([clean.shape[2], *(call.end for call in plan.forward_calls)])
+        self.buffer = k.new_empty(*clean.shape[:2], num_keys, k.shape[3], dtype=dtype)
+        self.buffer[:, :, : clean.shape[2]] = clean
 
     def take(self, call: _Call) -> Tensor:
-        """[B, G, K, D]."""
-        if self.buffer is not self.clean:
-            self.buffer[:, :, self.overwritten] = self.clean[:, :, self.overwritten]
-            self.overwritten = slice(call.clean.stop, min(call.end, self.clean.shape[2]))
+        """Return [B, G, K, D]."""
+        if call.copies.stop > call.copies.start:
             noisy = self.noisy_BGCRD[:, :, call.copies, call.noisy]
             self.buffer[:, :, call.clean.stop : call.end].unflatten(2, noisy.shape[2:4]).copy_(noisy)
         return self.buffer[:, :, call.clean.start : call.end]
@@ -275,9 +325,10 @@ def _at(x_BSRHD: Tensor, call: _Call) -> Tensor:
     return x_BSRHD[:, call.streams, call.positions]
 
 
-def _take(x_BSRHD: Tensor, call: _Call) -> Tensor:
-    """[B, H, N, D]: the call's rows, one stream after the other."""
-    return _at(x_BSRHD, call).permute(0, 3, 1, 2, 4).flatten(2, 3)
+def _take(x_BSRHD: Tensor, call: _Call, dtype: torch.dtype) -> Tensor:
+    """Return [B, H, N, D] in a dtype: the call's rows, one stream after the other."""
+    rows = _at(x_BSRHD, call).permute(0, 3, 1, 2, 4)
+    return rows.to(dtype, memory_format=torch.contiguous_format).flatten(2, 3)
 
 
 def _by_stream(x_BHND: Tensor, call: _Call) -> Tensor:

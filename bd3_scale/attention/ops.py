@@ -31,41 +31,54 @@ def noisy_rows_as_documents(spans: Tensor, num_noisy: int) -> Tensor:
     return torch.cat([documents + copy * num_rows for copy in range(num_noisy)], 2)
 
 
-@torch.library.custom_op("bd3_scale::block_attention", mutates_args=())
-def block_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor, num_noisy: int, scale: float, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+# Defined without `custom_op`, whose layers (dynamo, checks of aliases) cost a small block more than its attention.
+for _signature in (
+    "block_attention(Tensor q, Tensor k, Tensor v, Tensor spans, int num_noisy, float scale, str backend)"
+    " -> (Tensor, Tensor)",
+    "block_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor spans,"
+    " int num_noisy, float scale, str backend, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, str backend) -> Tensor",
+):
+    _name, _parenthesis, _rest = _signature.partition("(")
+    torch.library.define(f"bd3_scale::{_name}", _parenthesis + _rest)
+
+# What was checked last: the layers of a pass have the same spans.
+_checked: list[tuple[Tensor, int]] = []
+
+
+def _check(spans: Tensor, num_keys: int) -> None:
+    if _checked:
+        known, keys = _checked[0]
+        if keys == num_keys and known.shape == spans.shape and torch.equal(known, spans):
+            return
+    check_spans(spans, num_keys=num_keys)
+    _checked[:] = [(spans.clone(), num_keys)]
+
+
+@torch.library.impl("bd3_scale::block_attention", ["CPU", "CUDA"])
+def _block_attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
     if spans.device.type == "cpu":
-        check_spans(spans, num_keys=k.shape[1] - num_noisy * spans.shape[2])
+        _check(spans, k.shape[1] - num_noisy * spans.shape[2])
     if q.numel() == 0:
         return _like(q), _lse_like(q)
-    return _kernels(backend).forward(q, k, v, spans, num_noisy, scale)
+    return cast(tuple[Tensor, Tensor], _kernels(backend).forward(q, k, v, spans, num_noisy, scale))
 
 
-@torch.library.custom_op("bd3_scale::block_attention_backward", mutates_args=())
-def block_attention_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    spans: torch.Tensor,
-    num_noisy: int,
-    scale: float,
-    backend: str,
-    deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.impl("bd3_scale::block_attention_backward", ["CPU", "CUDA"])
+def _block_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *saved, backend, deterministic = rest
     if q.numel() == 0:
         return _like(q), _like(k).zero_(), _like(v).zero_()
-    return _kernels(backend).backward(grad_out, q, k, v, out, lse, spans, num_noisy, scale, deterministic)
+    grads = _kernels(backend).backward(grad_out, q, k, v, *saved, deterministic)
+    return cast(tuple[Tensor, Tensor, Tensor], grads)
 
 
-# Defined without `custom_op`, whose layers (autograd, checks of aliases) cost a small block more than its attention.
-torch.library.define(
-    "bd3_scale::decode_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, str backend) -> Tensor",
-)
+block_attention = torch.ops.bd3_scale.block_attention.default
+block_attention_backward = torch.ops.bd3_scale.block_attention_backward.default
 
 
 @torch.library.impl("bd3_scale::decode_attention", ["CPU", "CUDA"])
@@ -87,12 +100,12 @@ def _lse_like(q: Tensor) -> Tensor:
     return q.new_empty((batch, heads, rows), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@block_attention.register_fake
+@torch.library.register_fake("bd3_scale::block_attention")
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(q), _lse_like(q)
 
 
-@block_attention_backward.register_fake
+@torch.library.register_fake("bd3_scale::block_attention_backward")
 def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like(q), _like(k), _like(v)
 
@@ -117,7 +130,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor |
     return (*grads, None, None, None, None)
 
 
-block_attention.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("bd3_scale::block_attention", _differentiate, setup_context=_save)
 
 
 def _pairs(q: Tensor, k: Tensor, spans: Tensor, num_noisy: int) -> int:

@@ -160,14 +160,14 @@ class Attention(Part):
         else:
             out = self._attend(qkv, kv, rows)
         streams = rows.num_streams if kept is None else rows.kept_streams
-        return self.linear_proj(out[kept] if isinstance(kept, Tensor) else out, streams * rows.pieces)
+        return self.linear_proj(out[kept] if isinstance(kept, Tensor) else out, streams)
 
     def _project(self, x: Tensor, rows: RowContext, num_queries: int) -> tuple[Tensor, Tensor | None]:
         """Return query, key, value of the first rows, […, G·(q+2)·D], and key, value of the others, […, G·2·D]."""
         if num_queries == len(x):
-            return self.linear_qkv(x, rows.num_streams * rows.pieces), None
-        noisy, clean = rows.num_noisy * rows.pieces, (rows.num_streams - rows.num_noisy) * rows.pieces
-        queries = self.linear_qkv(x[:num_queries], noisy)
+            return self.linear_qkv(x, rows.num_streams), None
+        queries = self.linear_qkv(x[:num_queries], rows.num_noisy)
+        clean = rows.num_streams - rows.num_noisy
         return queries, self.linear_qkv(x[num_queries:], clean, select=self._of_keys)
 
     def _of_keys(self, weight: Tensor) -> Tensor:
@@ -267,4 +267,4 @@ class Block(Part):
         x, normed = self.input_layernorm(x, more)
         attended = self.self_attention(normed, rows, kept)
         x, normed = self.pre_mlp_layernorm(x if kept is None else x[kept], attended)
-        return x, self.mlp(normed, (rows.kept_streams if last else rows.num_streams) * rows.pieces)
+        return x, self.mlp(normed, rows.kept_streams if last else rows.num_streams)

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 class Gather:
     """The rows [N, …] of all ranks, whose pieces arrive one after the other.
 
-    `begin(i)` sends for piece i, `piece(i)` waits for it; `rows` is whole when every piece was waited for.
+    `begin(i)` sends for piece i, `piece(i)` waits for it, `rows()` for all.
     """
 
     def __init__(self, mine: Tensor, pieces: int, group: ProcessGroup) -> None:
@@ -43,9 +43,15 @@ class Gather:
         self._under_way.pop(index).wait()
         return self._pieces[index]
 
-    @property
+    def begin_all(self) -> None:
+        """Send for every piece."""
+        for index in range(len(self._pieces)):
+            self.begin(index)
+
     def rows(self) -> Tensor:
-        assert not self._under_way, "a piece is still on its way"
+        """Return all rows, once they are there."""
+        for index in list(self._under_way):
+            self.piece(index)
         return self._pieces.flatten(0, 1)
 
 
@@ -76,6 +82,11 @@ class Reduction:
         else:
             work = dist.all_reduce(self._pieces[index], group=self._group, async_op=True)
         self._under_way.append(work)
+
+    def add_all(self) -> None:
+        """Send every piece."""
+        for index in range(len(self._pieces)):
+            self.add(index)
 
     def result(self) -> Tensor:
         """Return this rank's part, once every piece is there."""
@@ -122,14 +133,11 @@ class _Exchange(torch.autograd.Function):
 
 def _gathered(mine: Tensor, pieces: int, group: ProcessGroup) -> Tensor:
     gather = Gather(mine, pieces, group)
-    for index in range(pieces):
-        gather.begin(index)
-        gather.piece(index)
-    return gather.rows
+    gather.begin_all()
+    return gather.rows()
 
 
 def _summed(rows: Tensor, pieces: int, group: ProcessGroup) -> Tensor:
     reduction = Reduction(rows.contiguous(), pieces, group, scattered=True)
-    for index in range(pieces):
-        reduction.add(index)
+    reduction.add_all()
     return reduction.result()

@@ -22,7 +22,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from bd3_scale.model.exchange import Gather, Reduction
-from bd3_scale.model.products import add_weight_gradient, input_gradient, product, product_into, weight_gradient
+from bd3_scale.model.products import (
+    add_weight_gradient,
+    fp32_library,
+    input_gradient,
+    product,
+    product_into,
+    weight_gradient,
+)
 
 # What oneDNN calls the activations that it applies to a product it still has in registers.
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
@@ -208,17 +215,14 @@ class _Column(_Product):
             grad_x = _input_gradient(gradient, weight) if ctx.needs_input_grad[0] else None
             return grad_x, *_Product.parameter_gradients(ctx, gradient, x), *(None,) * (2 + ctx.num_kept)
         gather = Gather(x, how.pieces, how.group) if how.sequence else None
-        grad_rows = gradient.new_empty((*gradient.shape[:-1], weight.shape[1]))
+        if gather is not None:
+            gather.begin_all()
+        # Whole: rows arrive beside the one product, and gradients leave beside the other.
+        grad_rows = _input_gradient(gradient, weight)
+        x = x if gather is None else gather.rows()
         reduction = Reduction(grad_rows, how.pieces, how.group, scattered=how.sequence)
-        for index, piece in enumerate(gradient.unflatten(0, (how.pieces, -1))):
-            if gather is not None:
-                gather.begin(index)
-            _into(reduction.piece(index), piece, weight.t())
-            if gather is not None:
-                gather.piece(index)
-            reduction.add(index)
-        # Beside the gradient of the weight, the last piece travels.
-        of_parameters = _Product.parameter_gradients(ctx, gradient, x if gather is None else gather.rows)
+        reduction.add_all()
+        of_parameters = _Product.parameter_gradients(ctx, gradient, x)
         return reduction.result(), *of_parameters, *(None,) * (2 + ctx.num_kept)
 
 
@@ -258,7 +262,7 @@ class _Row(_Product):
             arrived = gather.piece(index)
             gather.begin(index + 1)
             _into(piece, arrived, weight.t())
-        return grad_x, *_Product.parameter_gradients(ctx, gather.rows, x), *(None,) * (2 + ctx.num_kept)
+        return grad_x, *_Product.parameter_gradients(ctx, gather.rows(), x), *(None,) * (2 + ctx.num_kept)
 
 
 def _input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -272,14 +276,22 @@ def _into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 def packed(weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Callable[..., Tensor]:
     """Return x ↦ activation(x Wᵀ + b) for few rows and without gradients, as long as the weights do not change.
 
-    On CPU the weight is laid out once for oneDNN, whose product of few rows takes half as long as torch's own: that one
-    lays it out at each call (bf16), or takes a library that is slow on AMD (fp32).
+    On CPU the weight is laid out once: for oneDNN, whose product of few rows takes half as long as torch's own, which
+    lays it out at each call (bf16), or takes a library that is slow on AMD (fp32); where MKL multiplies fp32, inputs by
+    outputs, which takes three quarters of oneDNN's time.
 
     activation: None, or one of a linear that `fuses` it.
     """
     if not _onednn_takes(weight):
         assert activation is None
-        return lambda x, *_, **__: F.linear(x, weight, bias)
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return lambda x, *_, **__: F.linear(x, weight, bias)
+        columns, constant = weight.detach().t().contiguous(), bias
+        return (
+            (lambda x, *_, **__: x @ columns)
+            if constant is None
+            else (lambda x, *_, **__: (x @ columns).add_(constant))
+        )
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     name, algorithm = _FUSED[activation] if activation else ("none", "")
     product = torch.ops.mkldnn._linear_pointwise.default
@@ -296,4 +308,4 @@ def _onednn_takes(weight: Tensor) -> bool:
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+    return weight.dtype == torch.float32 and fp32_library() == "onednn"

@@ -114,7 +114,6 @@ class RowContext:
         rotary: cos and sin for each of them, see `rotary_table`.
         attend: attention over the keys that they see.
         num_streams, num_noisy: S and C; rows that are decoded are one stream.
-        pieces: of a stream, in which rows travel between tensor-parallel ranks, see `exchange`.
         wanted: of the rows [B, L] of a block, those whose output is wanted, bool; None: all.
     """
 
@@ -122,7 +121,6 @@ class RowContext:
     attend: Attend
     num_streams: int = 1
     num_noisy: int = 0
-    pieces: int = 1
     wanted: Tensor | None = None
 
     @property

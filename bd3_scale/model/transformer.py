@@ -34,8 +34,6 @@ from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowContext
 from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe, Recompute
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-# Of a stream, over all sequences, that travel at once.
-PIECE_ROWS = 1024
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -112,8 +110,8 @@ class BlockDiffusionTransformer(MegatronModule):
         if not self.post_process:
             return hidden_NBX
         if self.config.sequence_parallel:
-            pieces = (inputs.num_noisy or inputs.num_streams) * self._pieces(inputs.positions)
-            hidden_MX = gather_rows(hidden_NBX, pieces, self.tp_group).flatten(0, 1)[inputs.head_rows]
+            streams = inputs.num_noisy or inputs.num_streams
+            hidden_MX = gather_rows(hidden_NBX, streams, self.tp_group).flatten(0, 1)[inputs.head_rows]
         else:
             hidden_MX = hidden_NBX.flatten(0, 1)[inputs.head_rows]
             hidden_MX = copy_to_tensor_model_parallel_region(hidden_MX, group=self.tp_group)
@@ -212,28 +210,19 @@ class BlockDiffusionTransformer(MegatronModule):
         streams = tokens_BN.shape[1] // positions_BR.shape[1]
         table = rotary_table(positions_BR.t(), self.recipe, self.config.params_dtype).repeat(1, streams, 1, 1)
         attend = AttendToRows(spans, streams, num_noisy, self.attention_backend, self.cp_group, cache)
-        return RowContext(table, attend, streams, num_noisy, self._pieces(positions_BR))
-
-    def _pieces(self, positions_BR: Tensor) -> int:
-        """Return in how many pieces the rows of a stream travel between tensor-parallel ranks: two where products of
-        half of them still keep a GPU busy.
-        """
-        batch, positions = positions_BR.shape
-        large = positions_BR.is_cuda and batch * positions >= 2 * PIECE_ROWS
-        return 2 if large and positions % (2 * self.tp_group.size()) == 0 else 1
+        return RowContext(table, attend, streams, num_noisy)
 
     def _embed(self, tokens_BN: Tensor, rows: RowContext, mask_noise: MaskNoise | None) -> Tensor:
         """[N, B, X]; under sequence parallelism this rank's part of the positions, in every stream."""
-        pieces = rows.num_streams * rows.pieces
-        hidden = self.embedding.word_embeddings(tokens_BN.t(), pieces)
-        return hidden if mask_noise is None else hidden + self._mask_noise(tokens_BN, pieces, mask_noise)
+        hidden = self.embedding.word_embeddings(tokens_BN.t(), rows.num_streams)
+        return hidden if mask_noise is None else hidden + self._mask_noise(tokens_BN, rows.num_streams, mask_noise)
 
-    def _mask_noise(self, tokens_BN: Tensor, pieces: int, noise: MaskNoise) -> Tensor:
+    def _mask_noise(self, tokens_BN: Tensor, num_streams: int, noise: MaskNoise) -> Tensor:
         """Gaussian noise [N, B, X] for the rows of `_embed` that are masked, zero for the others."""
         rows = F.pad(noise.rows, (0, tokens_BN.shape[1] - noise.rows.shape[1]))
         rows = rows.masked_fill(tokens_BN != self.vocabulary.mask_id, 0).t()
         if self.config.sequence_parallel:
-            rows = own_rows(rows, pieces, self.tp_group)
+            rows = own_rows(rows, num_streams, self.tp_group)
         return noise.std * F.embedding(
             rows, noise_table(self.config.hidden_size, tokens_BN.device, self.config.params_dtype)
         )

@@ -59,6 +59,15 @@ class _Stored:
 
 
 @dataclass
+class _UnderWay:
+    """A message that is begun and not waited for; `message` counts it alone."""
+
+    work: Any
+    key: Key
+    message: Message
+
+
+@dataclass
 class _Place:
     """Where in the model the code is: the part, and the stretch of the timeline."""
 
@@ -90,7 +99,7 @@ class Recorder(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.order: list[Sent] = []
         # By group, in the order in which its link takes them.
-        self._under_way: dict[str, list[tuple[Any, Message]]] = {}
+        self._under_way: dict[str, list[_UnderWay]] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -222,10 +231,13 @@ class Recorder(TorchDispatchMode):
         # A size outside the model follows from how many layers there are, and would be a key of its own.
         key = Key(self._phase, part, direction, name, shape if part else "")
         moved = self._moved(func, name, args, kwargs, after)
-        # A link takes one message after the other: what runs beside the first hides none that waits behind it.
-        beside = (queue[0][1].beside for queue in self._under_way.values() if queue)
-        for work in (self.work.setdefault(key, Work()), *beside):
-            work.add(flops, moved)
+        self.work.setdefault(key, Work()).add(flops, moved)
+        for queue in self._under_way.values():
+            for place, sent in enumerate(queue):
+                sent.message.beside.add(flops, moved)
+                # A link takes one message after the other.
+                if place == 0:
+                    sent.message.alone.add(flops, moved)
 
     def _moved(self, func: Any, name: str, args: Any, kwargs: Any, after: list[Tensor]) -> int:
         """Return the bytes that a kernel reads and writes; what it changes in place it does both with."""
@@ -273,18 +285,34 @@ class Recorder(TorchDispatchMode):
             # Over whatever group: megatron-core takes that of all ranks, too, so that both directions are independent.
             label, ranks = "pipeline", tuple(sorted((peer, dist.get_rank())))
         early = peer is None and _is_waited_for_later(func, args)
-        shape = f"{ranks}" if peer is not None else (str(size) if part else "") + " early" * early
+        # Between replicas gradients leave as backward passes by, cut as the number of layers has it.
+        part = "" if label == "data" else part
+        shape = f"{ranks}" if peer is not None else str(size) if part else ""
         key = Key(self._phase, part, label, name, shape)
-        message = self.messages.setdefault(key, Message(ranks))
-        message.add(size)
+        message = Message(ranks, 1, size)
         if early:
             works = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.ScriptObject)]
-            self._under_way.setdefault(group.group_name, []).append((dist.Work.unbox(works[-1]), message))
+            self._under_way.setdefault(label, []).append(_UnderWay(dist.Work.unbox(works[-1]), key, message))
+        else:
+            self._count_message(key, message)
+
+    def _count_message(self, key: Key, message: Message) -> None:
+        beside = message.beside
+        if beside.calls:
+            # Of messages inside the model those that have as much beside them are counted together, and no others: what
+            # one has too much would hide what another has too little.
+            key = key._replace(
+                shape=f"{key.shape} beside {beside.flops:.3g} {beside.bytes:.3g}" if key.part else "beside"
+            )
+        total = self.messages.setdefault(key, Message(message.ranks))
+        total.add(message)
 
     def waited_for_message(self, work: Any) -> None:
         """Take a collective that was begun as done."""
         for queue in self._under_way.values():
-            queue[:] = [(begun, message) for begun, message in queue if begun is not work]
+            for sent in [sent for sent in queue if sent.work is work]:
+                queue.remove(sent)
+                self._count_message(sent.key, sent.message)
 
     def _waited(self, what: str) -> None:
         self.waits[f"{self._phase}: {what} at {_line()}"] += 1
@@ -327,7 +355,6 @@ class Recorder(TorchDispatchMode):
     def begin(self) -> None:
         """Forget work, messages and waits so far, and what is no longer in memory."""
         self.work, self.messages, self.waits = {}, {}, Counter()
-        self._under_way.clear()
         self._timeline = [("before", stored, stored.size) for stored in self._stored.values()]
 
     def segments(self) -> list[Segment]:
