@@ -20,8 +20,8 @@ from bd3_scale.model.rows import RowLoss
 from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-# Logits of a piece, 512 MiB: in bf16 2,048 rows of a vocabulary of 128k. Each piece reads and writes the fp32 sum of the
-# weight's gradient, and with much fewer rows a GPU would wait for that.
+# Logits of a piece, 512 MiB: in bf16 2,048 rows of a vocabulary of 128k. Each piece reads and writes the fp32 sum of
+# the weight's gradient, and with much fewer rows a GPU would wait for that.
 PIECE_BYTES = 1 << 29
 
 
