@@ -20,8 +20,9 @@ from bd3_scale.model.rows import RowLoss
 from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-# fp32 logits of a piece: 256 MiB, 512 rows of a vocabulary of 128k, so that its products keep a GPU busy.
-PIECE_ELEMENTS = 1 << 26
+# Logits of a piece, 512 MiB: in bf16 2,048 rows of a vocabulary of 128k. Each piece reads and writes the fp32 sum of
+# the weight's gradient, and with much fewer rows a GPU would wait for that.
+PIECE_BYTES = 1 << 29
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -108,7 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_MX if training else hidden_MX[:0])
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if training and bias_V is not None else None
-        piece = max(1, PIECE_ELEMENTS // weight_VX.shape[0])
+        piece = max(1, PIECE_BYTES // (weight_VX.shape[0] * weight_VX.element_size()))
         for start in range(0, len(targets_M), piece):
             rows = slice(start, start + piece)
             logits = product(hidden_MX[rows], weight_VX, bias_V)

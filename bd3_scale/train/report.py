@@ -23,6 +23,12 @@ from bd3_scale.parallel.engine import StepResult
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.train.evaluation import Evaluation
 
+# By `deterministic`: see `attention.kernels.backward`.
+_BACKWARD = {
+    True: ", deterministic backward of seven products",
+    False: ", fused backward of five products, whose sums differ from run to run",
+}
+
 
 class Report:
     """Rank 0's records of a run; on other ranks it does nothing. A context manager."""
@@ -61,8 +67,7 @@ class Report:
                     new += f", from the weights of {self._recipe.init_from}"
                 self._say(f"resumed after step {self._start}" if self._start else new)
                 # The one backend whose backward depends on the recipe.
-                backward = "deterministic" if self._recipe.deterministic else "fused"
-                backward = f", {backward} backward" * (self._attention == "triton")
+                backward = _BACKWARD[self._recipe.deterministic] * (self._attention == "triton")
                 self._say(f"attention: {self._attention}{backward}; optimizer: {self._optimizer}")
         return self
 

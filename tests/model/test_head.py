@@ -90,7 +90,7 @@ class NewTensors(TorchDispatchMode):
 def test_loss_and_gradients_are_those_of_all_logits_at_once(monkeypatch, build, rows_a_piece, num_rows, bias, tied):
     if rows_a_piece is not None:
         # Not a multiple of the vocabulary: a piece is of whole rows.
-        monkeypatch.setattr(head, "PIECE_ELEMENTS", rows_a_piece * 384 + 100)
+        monkeypatch.setattr(head, "PIECE_BYTES", 4 * (rows_a_piece * 384 + 100))
     layer = build(bias=bias, tied=tied)
     hidden, targets, weights = rows_of(num_rows)
     weight = torch.linspace(-2, 2, 384 * HIDDEN).sin().view(384, HIDDEN).requires_grad_() if tied else layer.weight
@@ -117,7 +117,7 @@ def test_rows_without_weight_have_no_gradient(build):
 
 
 def test_a_tiny_piece_is_still_one_row(monkeypatch, build):
-    monkeypatch.setattr(head, "PIECE_ELEMENTS", 1)
+    monkeypatch.setattr(head, "PIECE_BYTES", 1)
     hidden, targets, weights = rows_of(3)
     layer = build()
     assert torch.isclose(
@@ -135,7 +135,7 @@ def test_logits_are_those_of_the_loss_and_forbid_what_no_text_holds(build):
 
 
 def test_no_more_than_a_pieces_logits_and_the_gradients_ever_exist(monkeypatch, build):
-    monkeypatch.setattr(head, "PIECE_ELEMENTS", 4 * 384)
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 4 * 384)
     layer = build()
     hidden, targets, weights = rows_of(1000)
     with NewTensors(hidden, layer.weight, layer.bias, targets, weights) as during:
@@ -147,7 +147,7 @@ def test_no_more_than_a_pieces_logits_and_the_gradients_ever_exist(monkeypatch, 
 
 def test_without_gradients_nothing_is_kept(monkeypatch, build):
     """By the memory that is made: neither a gradient of the rows nor one of the weights."""
-    monkeypatch.setattr(head, "PIECE_ELEMENTS", 2 * 384)
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 2 * 384)
     layer = build()
     hidden, targets, weights = rows_of(1000)
     with torch.no_grad(), NewTensors(hidden, layer.weight, layer.bias, targets, weights) as during:
@@ -164,7 +164,7 @@ def test_score_entropy_is_that_of_the_paper(build, monkeypatch) -> None:
     Lou et al., ICML 2024, definition 3.1: the sum over y of w (s(y) - r log s(y) + K(r)), K(r) = r (log r - 1), where
     r = p(y) / p(mask) given the clean token is ratio for it and 0 for others; w dt is sigma' dt.
     """
-    monkeypatch.setattr(head, "PIECE_ELEMENTS", 3 * 384)
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 3 * 384)
     layer = build()
     hidden, targets, _ = rows_of(10)
     rate = torch.linspace(0.1, 0.95, 10)
@@ -263,7 +263,7 @@ def check_every_form(groups, parallel) -> None:
 
 
 def test_it_is_the_cross_entropy_of_the_whole_vocabulary(groups, monkeypatch) -> None:
-    monkeypatch.setattr(head, "PIECE_ELEMENTS", 5 * 384)
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 5 * 384)
     check_every_form(groups, WHOLE)
 
 
@@ -272,7 +272,7 @@ def test_so_it_is_on_ranks_that_hold_parts_of_it(tmp_path: Path) -> None:
 
 
 def check_on_two_ranks() -> None:
-    head.PIECE_ELEMENTS = 5 * 192
+    head.PIECE_BYTES = 4 * 5 * 192
     parallel = ParallelRecipe(tensor=2)
     with process_groups(parallel) as groups:
         check_every_form(groups, parallel)
