@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich, 2019), alone and of a residual sum, with its arithmetic in fp32.
+"""RMSNorm (Zhang & Sennrich, 2019) of a residual sum, with its arithmetic in fp32.
 
 Legend: X hidden size; r = 1 / √(mean of x² + eps), one number a row; x̂ = x · r.
 """
@@ -8,35 +8,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bd3_scale.fused import ops
 from bd3_scale.fused.parts import CACHED, parts
 
 
-def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + more and its norm, both [..., X], of x and more [..., X] and weight [X]."""
-    if torch.is_grad_enabled() and (x.requires_grad or more.requires_grad or weight.requires_grad):
+def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x + more, or x where there is no more, and its norm, both [..., X], of x and more [..., X], weight [X]."""
+    leaves = (x, more, weight)
+    if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
         return _AddRMSNorm.apply(x, more, weight, eps)
     total, normed, _ = _forward(x, more, weight, eps)
     return total, normed
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x · weight / √(mean of x² + eps), [..., X], of x [..., X] and weight [X]."""
-    if x.is_cuda:
-        return F.rms_norm(x, weight.shape, weight, eps)  # one kernel there
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _RMSNorm.apply(x, weight, eps)
-    return norm_forward(x, weight, eps)[0]
 
 
 class _AddRMSNorm(torch.autograd.Function):
     """Keeps the sum, which the next residual sum keeps anyway, and r."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total, normed, scale = _forward(x, more, weight, eps)
         ctx.save_for_backward(total, weight, scale)
         ctx.set_materialize_grads(False)
@@ -44,30 +35,17 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_normed is None:
-            return grad_total, grad_total, None, None
-        grad, grad_weight = _backward(grad_total, grad_normed, *ctx.saved_tensors)
-        return grad, grad, grad_weight, None
+        grad, grad_weight = grad_total, None
+        if grad_normed is not None:
+            grad, grad_weight = _backward(grad_total, grad_normed, *ctx.saved_tensors)
+        return grad, grad if ctx.needs_input_grad[1] else None, grad_weight, None
 
 
-class _RMSNorm(torch.autograd.Function):
-    """PyTorch's own is put together from many operators on CPU, and its backward from more."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, scale = norm_forward(x, weight, eps)
-        ctx.save_for_backward(x, weight, scale)
-        return normed
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *norm_backward(grad, *ctx.saved_tensors), None
-
-
-def _forward(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if ops.kernels_take(x, norm=x.shape[-1]):
-        return ops.add_rms_norm(x, more, weight, eps)
-    total = x + more
+        total, normed, scale = ops.add_rms_norm(x, more, weight, eps)
+        return x if more is None else total, normed, scale
+    total = x if more is None else x + more
     return total, *norm_forward(total, weight, eps)
 
 

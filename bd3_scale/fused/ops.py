@@ -59,7 +59,7 @@ def _define(schema: str) -> Any:
 
 swiglu = _define("swiglu(Tensor x) -> Tensor")
 swiglu_backward = _define("swiglu_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)")
-add_rms_norm = _define("add_rms_norm(Tensor x, Tensor more, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
+add_rms_norm = _define("add_rms_norm(Tensor x, Tensor? more, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
 add_rms_norm_backward = _define(
     "add_rms_norm_backward(Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor weight, Tensor scale) "
     "-> (Tensor, Tensor)"
@@ -90,8 +90,9 @@ def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("bd3_scale::add_rms_norm")
-def _(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+def _(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.new_empty(0 if more is None else x.shape)
+    return total, x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 @torch.library.register_fake("bd3_scale::add_rms_norm_backward")
@@ -146,8 +147,8 @@ def _swiglu_backward_bytes(grad: Tensor, x: Tensor) -> int:
     return 2 * _size(grad, x)
 
 
-def _add_rms_norm_bytes(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> int:
-    return _size(x, more, weight, x, x) + 4 * x.shape[:-1].numel()
+def _add_rms_norm_bytes(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> int:
+    return 2 * _size(x, more) + _size(weight) + 4 * x.shape[:-1].numel()
 
 
 def _add_rms_norm_backward_bytes(

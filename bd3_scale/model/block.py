@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from bd3_scale.fused.heads import qkv_heads
-from bd3_scale.fused.norm import add_rms_norm, rms_norm
+from bd3_scale.fused.norm import add_rms_norm
 from bd3_scale.fused.swiglu import swiglu, swiglu_backward
 from bd3_scale.model.linear import Activation, ColumnLinear, RowLinear, fuses
 from bd3_scale.model.rows import RowContext
@@ -122,11 +122,9 @@ class Norm(Part):
 
     def forward(self, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return x + more, or x where there is no more, and the norm of that."""
-        if self.rms and more is not None:
+        if self.rms:
             return add_rms_norm(x, more, self.weight, self.eps)
         x = x if more is None else x + more
-        if self.rms:
-            return x, rms_norm(x, self.weight, self.eps)
         return x, F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 

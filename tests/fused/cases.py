@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bd3_scale.fused.cross_entropy import logit_gradient_, row_statistics
 from bd3_scale.fused.heads import qkv_heads
-from bd3_scale.fused.norm import add_rms_norm, rms_norm
+from bd3_scale.fused.norm import add_rms_norm
 from bd3_scale.fused.swiglu import swiglu
 
 EPS = 1e-3
@@ -54,8 +54,8 @@ def norm_case(lead: tuple[int, ...], size: int, generator: torch.Generator) -> C
 
 def single_norm_case(lead: tuple[int, ...], size: int, generator: torch.Generator) -> Case:
     x, weight = torch.randn(*lead, size, generator=generator), torch.randn(size, generator=generator)
-    formula = lambda x, w: x * w / (x.square().mean(-1, keepdim=True) + EPS).sqrt()  # noqa: E731
-    return Case(lambda *x: rms_norm(*x, EPS), formula, [x, weight])
+    formula = lambda x, w: (x, x * w / (x.square().mean(-1, keepdim=True) + EPS).sqrt())  # noqa: E731
+    return Case(lambda x, w: add_rms_norm(x, None, w, EPS), formula, [x, weight])
 
 
 def heads_case(

@@ -71,6 +71,7 @@ def operator_calls() -> list[tuple[Any, tuple[Any, ...]]]:
         (ops.swiglu, (x,)),
         (ops.swiglu_backward, (more[..., :48], x)),
         (ops.add_rms_norm, (x, more, weight, 1e-5)),
+        (ops.add_rms_norm, (x, None, weight, 1e-5)),
         (ops.row_statistics, (logits, targets, 0, forbidden)),
         (ops.logit_gradient_, (logits, targets, 0, forbidden, *torch.randn(3, 3))),
     ]

@@ -41,17 +41,18 @@ def swiglu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return grad_x, out
 
 
-def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum and its norm [..., X], and r [..., 1] in fp32."""
-    total, normed = x.new_empty(x.shape), x.new_empty(x.shape)
+def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum, empty where there is no more, and its norm [..., X], and r [..., 1] in fp32."""
+    total, normed = x.new_empty(0 if more is None else x.shape), x.new_empty(x.shape)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    x, more = _rows(x), _rows(more)
+    has_more, x = more is not None, _rows(x)
+    more = x if more is None else _rows(more)
     if x.numel():
         tile = norm_tile(x.shape[1])
         with _on(x.device):
             norm_kernels.add_rms_norm_kernel[(triton.cdiv(len(x), tile.rows),)](
                 x, more, weight.contiguous(), total, normed, scale, *x.shape, eps, x.stride(0), more.stride(0),
-                ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps,
+                HAS_B=has_more, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps,
             )  # fmt: skip
     return total, normed, scale
 

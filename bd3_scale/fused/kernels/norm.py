@@ -9,19 +9,21 @@ import triton.language as tl
 
 @triton.jit
 def add_rms_norm_kernel(
-    A, B, WEIGHT, TOTAL, NORMED, SCALE, num_rows, size, eps, a_row, b_row, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """TOTAL = A + B and NORMED, its norm, [M, X]; SCALE [M] = r. A tile of ROWS rows."""
+    A, B, WEIGHT, TOTAL, NORMED, SCALE, num_rows, size, eps, a_row, b_row,
+    HAS_B: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """TOTAL = A + B and NORMED, its norm, [M, X]; SCALE [M] = r. A tile of ROWS rows. Without B, TOTAL is A."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     i = tl.arange(0, BLOCK)
     valid = (row < num_rows)[:, None] & (i < size)[None, :]
-    a = tl.load(A + row[:, None] * a_row + i[None, :], mask=valid, other=0.0).to(tl.float32)
-    b = tl.load(B + row[:, None] * b_row + i[None, :], mask=valid, other=0.0).to(tl.float32)
-    # What is normed, and what backward reads, is the sum as it is kept.
-    total = (a + b).to(TOTAL.dtype.element_ty)
     at = row[:, None] * size + i[None, :]
-    tl.store(TOTAL + at, total, mask=valid)
-    x = total.to(tl.float32)
+    x = tl.load(A + row[:, None] * a_row + i[None, :], mask=valid, other=0.0).to(tl.float32)
+    if HAS_B:
+        x += tl.load(B + row[:, None] * b_row + i[None, :], mask=valid, other=0.0).to(tl.float32)
+        # What is normed, and what backward reads, is the sum as it is kept.
+        total = x.to(TOTAL.dtype.element_ty)
+        tl.store(TOTAL + at, total, mask=valid)
+        x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / size + eps)
     weight = tl.load(WEIGHT + i, mask=i < size, other=0.0).to(tl.float32)
     tl.store(NORMED + at, (x * scale[:, None] * weight[None, :]).to(NORMED.dtype.element_ty), mask=valid)

@@ -80,7 +80,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         }  # fmt: skip
     if variant.kernel.startswith("add_rms_norm"):
         rows = norm_tile(variant.size)
-        return {"ROWS": rows.rows, "BLOCK": rows.block, "HAS_TOTAL": True}
+        return {"ROWS": rows.rows, "BLOCK": rows.block, "HAS_TOTAL": True, "HAS_B": True}
     return {"BLOCK": BLOCK if variant.kernel.startswith("swiglu") else LOGITS.block}
 
 
