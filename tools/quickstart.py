@@ -150,7 +150,7 @@ def say_where(seconds: float) -> None:
             f"checkpoint   {checkpoint}\n\n"
             "Try next:\n"
             f"  {COMMAND} generate {RUN} --prompt 'import '\n"
-            f"  {COMMAND} train {RECIPE} run_dir=runs/longer train.steps=5000\n"
+            f"  {COMMAND} train {RECIPE} run_dir=runs/longer train.steps=3000\n"
             f"  {COMMAND} train {RECIPE} run_dir=runs/autoregressive diffusion.block_size=1\n"
             f"  {COMMAND} train {RECIPE} run_dir=runs/split parallel.tensor=2\n"
             f"  {COMMAND} train {RECIPE} run_dir=runs/stages parallel.pipeline=2\n"

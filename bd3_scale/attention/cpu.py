@@ -73,7 +73,8 @@ def backward(
         grads = zip((q, k, v), found, strict=True)
         grad_q, grad_k, grad_v = (torch.empty_like(x).copy_(grad.transpose(1, 2)) for x, grad in grads)
         return grad_q, grad_k, grad_v
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+    grad_q = torch.empty_like(q, dtype=wide) if plan.is_whole else torch.zeros_like(q, dtype=wide)
+    grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (k, v))
     grad_out, q, k, v, out = (_dense(x) for x in (grad_out, q, k, v, out))
     rows = (grad_out, q, out, lse.transpose(1, 2).unsqueeze(3), grad_q)
     *rows_BSRHD, lse_BSRH1, grad_q_BSRHD = (_streams(x, spans) for x in rows)
@@ -92,7 +93,8 @@ def backward(
             attn_mask=plan.mask(call, wide),
             scale=scale,
         )
-        _at(grad_q_BSRHD, call).add_(_by_stream(grad_q_BHND, call))
+        own = _at(grad_q_BSRHD, call)
+        own.add_(_by_stream(grad_q_BHND, call)) if call.adds else own.copy_(_by_stream(grad_q_BHND, call))
         plan.add(grad_k, call, grad_k_BGKD)
         plan.add(grad_v, call, grad_v_BGKD)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
@@ -128,7 +130,8 @@ class _Call(NamedTuple):
     """Positions of some streams, and the keys that any of their rows sees in any sequence.
 
     `clean` and `noisy` are the ranges of clean keys and of keys in each noisy copy of `copies`. Every row sees the
-    clean keys of `shared`; where the call is not `masked`, all keys.
+    clean keys of `shared`; where the call is not `masked`, all keys. What a call that `adds` gives its rows is added to
+    what other calls, before it, gave them.
     """
 
     positions: slice
@@ -138,6 +141,7 @@ class _Call(NamedTuple):
     noisy: slice
     shared: slice
     masked: bool
+    adds: bool = False
 
     @property
     def end(self) -> int:
@@ -158,7 +162,7 @@ class _Plan:
         self.is_whole = len(calls) == len(every_call)
         # Later keys first: what a call puts behind its clean keys, `_Keys`, no call after it reads.
         self.forward_calls, self.backward_calls = (
-            sorted(some, key=lambda call: call.clean.stop, reverse=True)
+            sorted(some, key=lambda call: (-call.clean.stop, call.adds))
             for some in (calls, _with_common_keys_apart(calls))
         )
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -265,7 +269,7 @@ def _with_common_keys_apart(calls: list[_Call]) -> Iterator[_Call]:
             call.masked and call.clean.start == call.shared.start == common.start for call in group
         ):
             positions = slice(group[0].positions.start, group[-1].positions.stop)
-            yield group[0]._replace(positions=positions, clean=common, copies=slice(0, 0), masked=False)
+            yield group[0]._replace(positions=positions, clean=common, copies=slice(0, 0), masked=False, adds=True)
             group = [
                 call._replace(clean=slice(common.stop, call.clean.stop), shared=slice(common.stop, call.shared.stop))
                 for call in group

@@ -121,7 +121,7 @@ def _backward(
         )
         if q_weight is None:
             return grad, None, None
-        q_grad, k_grad = sums.sum(0).to(q_weight.dtype)
+        q_grad, k_grad = sums.sum(0)
         return grad, q_grad, k_grad
     shape = (groups, num_queries + 2, size)
     grad = grad_key.new_empty((*grad_key.shape[:2], *shape))

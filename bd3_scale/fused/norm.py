@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bd3_scale.fused import ops
@@ -24,6 +25,8 @@ def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[T
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x · weight / √(mean of x² + eps), [..., X], of x [..., X] and weight [X]."""
+    if x.is_cuda:
+        return F.rms_norm(x, weight.shape, weight, eps)  # one kernel there
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
     return norm_forward(x, weight, eps)[0]
@@ -73,7 +76,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     if ops.kernels_take(total, norm=total.shape[-1]):
         grad, part = ops.add_rms_norm_backward(grad_total, grad_normed, total, weight, scale)
-        return grad, part.sum(0).to(weight.dtype)
+        return grad, part.sum(0)
     return norm_backward(grad_normed, total, weight, scale, more=grad_total)
 
 
@@ -116,4 +119,4 @@ def norm_backward(
             torch.mul(found, scale[rows], out=grad_x[rows])
         else:
             torch.addcmul(more[rows], found, scale[rows], out=grad_x[rows])
-    return grad_x, torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+    return grad_x, torch.zeros_like(weight) if grad_weight is None else grad_weight

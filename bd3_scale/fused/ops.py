@@ -66,7 +66,7 @@ def _define(schema: str) -> Any:
 
 
 swiglu = _define("swiglu(Tensor x) -> Tensor")
-swiglu_backward = _define("swiglu_backward(Tensor grad, Tensor x) -> Tensor")
+swiglu_backward = _define("swiglu_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)")
 add_rms_norm = _define("add_rms_norm(Tensor x, Tensor more, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
 add_rms_norm_backward = _define(
     "add_rms_norm_backward(Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor weight, Tensor scale) "
@@ -93,8 +93,8 @@ def _(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("bd3_scale::swiglu_backward")
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(grad.shape)
 
 
 @torch.library.register_fake("bd3_scale::add_rms_norm")
@@ -151,7 +151,7 @@ def _swiglu_bytes(x: Tensor) -> int:
 
 
 def _swiglu_backward_bytes(grad: Tensor, x: Tensor) -> int:
-    return _size(grad, x, x)
+    return 2 * _size(grad, x)
 
 
 def _add_rms_norm_bytes(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> int:

@@ -37,9 +37,19 @@ def _forward(x: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _backward(grad: Tensor, x: Tensor) -> Tensor:
+def swiglu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of x [..., 2F] and swiglu(x) again, of the gradient of swiglu(x) [..., F].
+
+    A product that follows needs both in backward: kernels read x once for them.
+    """
     if ops.kernels_take(x):
         return ops.swiglu_backward(grad, x)
+    return _backward(grad, x), _forward(x)
+
+
+def _backward(grad: Tensor, x: Tensor) -> Tensor:
+    if ops.kernels_take(x):
+        return ops.swiglu_backward(grad, x)[0]
     gate, up = x.chunk(2, -1)
     grad_x = torch.empty_like(x)
     grad_gate, grad_up = grad_x.chunk(2, -1)

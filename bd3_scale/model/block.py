@@ -26,18 +26,30 @@ from torch.utils.checkpoint import checkpoint
 
 from bd3_scale.fused.heads import qkv_heads
 from bd3_scale.fused.norm import add_rms_norm, rms_norm
-from bd3_scale.fused.swiglu import swiglu
-from bd3_scale.model.linear import Again, ColumnLinear, RowLinear, fuses
+from bd3_scale.fused.swiglu import swiglu, swiglu_backward
+from bd3_scale.model.linear import Activation, ColumnLinear, RowLinear, fuses
 from bd3_scale.model.rows import RowContext
 from bd3_scale.recipe.schema import ModelRecipe, RopeScaling
 
 TensorMap = Callable[[Tensor], Tensor]
 
 
-ACTIVATIONS: Mapping[str, TensorMap] = {
-    "swiglu": swiglu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+def _by_autograd(function: TensorMap) -> Activation:
+    """Return an activation whose gradient is autograd's."""
+
+    def backward(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            out = function(x)
+        return torch.autograd.grad(out, x, gradient)[0], out.detach()
+
+    return Activation(function, backward)
+
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "swiglu": Activation(swiglu, swiglu_backward),
+    "gelu": _by_autograd(F.gelu),
+    "gelu_tanh": _by_autograd(functools.partial(F.gelu, approximate="tanh")),
 }
 
 
@@ -195,7 +207,7 @@ class MLP(Part):
     def __init__(self, model: ModelRecipe, config: TransformerConfig, group: ProcessGroup) -> None:
         super().__init__(config, group)
         self.activation = model.activation
-        self.activate = ACTIVATIONS[model.activation]
+        self.activate = ACTIVATIONS[model.activation].forward
         self.gated = model.activation == "swiglu"
         wide = model.ffn_hidden_size * (2 if self.gated else 1)
         self.linear_fc1 = ColumnLinear(model.hidden_size, wide, bias=model.mlp_bias, config=config, group=group)
@@ -207,8 +219,9 @@ class MLP(Part):
         """Return […, X] for x […, X], whose rows travel in `pieces`, see `exchange`."""
         wide = self.linear_fc1(x, pieces)
         # A GPU makes the activation again sooner than it would find memory for one of every layer; a CPU does not.
-        again = Again(self.activate, (wide,)) if wide.is_cuda else None
-        return self.linear_fc2(self.activate(wide), pieces, again=again)
+        if wide.is_cuda:
+            return self.linear_fc2(wide, pieces, activation=ACTIVATIONS[self.activation])
+        return self.linear_fc2(self.activate(wide), pieces)
 
     def for_decoding(self, **instead: TensorMap) -> Callable[..., Tensor]:
         # The kernel of the product applies the activation, too; another forward may do something else with the product.

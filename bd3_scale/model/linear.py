@@ -2,7 +2,7 @@
 
 megatron-core's linears hold, place and save the weights. What they compute is here: a rank's rows or sums travel in
 pieces beside the product of the next piece, a weight's gradient is added to its fp32 sum by the product itself, and
-what is cheap to make is made again in backward instead of kept (`Again`).
+an activation's output is made again in backward instead of kept.
 
 Legend: N rows of all ranks, n of this one (all of them without sequence parallelism), in pieces, see `exchange`;
 B sequences.
@@ -35,11 +35,15 @@ from bd3_scale.model.products import (
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 
-class Again(NamedTuple):
-    """How backward makes the input of a product again: `function(*inputs)`, without gradients."""
+class Activation(NamedTuple):
+    """A function of each row.
 
-    function: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
+    Attributes:
+        backward: from the gradient of its output, and its input: the gradient of the input, and the output again.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class _How(NamedTuple):
@@ -48,15 +52,24 @@ class _How(NamedTuple):
     Attributes:
         sequence: ranks have their rows of what is not split by features; otherwise all rows.
         pieces: in which rows travel.
+        activation: of the input, before the product.
     """
 
     group: ProcessGroup
     sequence: bool
     pieces: int
+    activation: Activation | None = None
 
     @property
     def is_split(self) -> bool:
         return self.group.size() > 1
+
+    def activate(self, x: Tensor) -> Tensor:
+        return x if self.activation is None else self.activation.forward(x)
+
+    def activate_backward(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient of x, and what it was made of."""
+        return (gradient, x) if self.activation is None else self.activation.backward(gradient, x)
 
 
 class ColumnLinear(layers.ColumnParallelLinear):
@@ -73,22 +86,15 @@ class ColumnLinear(layers.ColumnParallelLinear):
     ) -> None:
         super().__init__(inputs, outputs, config=config, init_method=None, bias=bias, tp_group=group)
 
-    def forward(
-        self,
-        x: Tensor,
-        pieces: int = 1,
-        *,
-        select: Callable[[Tensor], Tensor] | None = None,
-        again: Again | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, pieces: int = 1, *, select: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return [N, B, outputs of the rank] for x [n, B, inputs].
 
-        select: rows of weight and bias to use; again: how backward makes x, which is not kept then.
+        select: rows of weight and bias to use.
         """
         weight, bias = self.weight, self.bias
         if select is not None:
             weight, bias = select(weight), None if bias is None else select(bias)
-        return _apply(_Column, x, weight, bias, _How(self.tp_group, self.sequence_parallel, pieces), again)
+        return _apply(_Column, x, weight, bias, _How(self.tp_group, self.sequence_parallel, pieces))
 
     def for_decoding(self, activation: str | None = None) -> Callable[..., Tensor]:
         """Return `forward` with the weights of now, and activation(·) of it; see `packed`."""
@@ -110,12 +116,15 @@ class RowLinear(layers.RowParallelLinear):
         how = {"input_is_parallel": True, "skip_bias_add": False, "tp_group": group}
         super().__init__(inputs, outputs, config=config, init_method=None, bias=bias, **how)
 
-    def forward(self, x: Tensor, pieces: int = 1, *, again: Again | None = None) -> Tensor:
-        """Return [n, B, outputs] for x [N, B, inputs of the rank]; `again`: how backward makes x."""
-        how = _How(self.tp_group, self.sequence_parallel, pieces)
+    def forward(self, x: Tensor, pieces: int = 1, *, activation: Activation | None = None) -> Tensor:
+        """Return [n, B, outputs] for x [N, B, inputs of the rank].
+
+        activation: of x before the product; backward makes its output again instead of keeping it.
+        """
+        how = _How(self.tp_group, self.sequence_parallel, pieces, activation)
         if not how.is_split:
-            return _apply(_Column, x, self.weight, self.bias, how, again)
-        out = _apply(_Row, x, self.weight, None, how, again)
+            return _apply(_Column, x, self.weight, self.bias, how)
+        out = _apply(_Row, x, self.weight, None, how)
         return out if self.bias is None else out + self.bias
 
     def for_decoding(self) -> Callable[..., Tensor]:
@@ -132,20 +141,10 @@ class RowLinear(layers.RowParallelLinear):
         return summed
 
 
-def _apply(
-    kind: type[_Column] | type[_Row],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    how: _How,
-    again: Again | None,
-) -> Tensor:
+def _apply(kind: type[_Column] | type[_Row], x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
     if not torch.is_grad_enabled():
         return kind.product(x, weight, bias, how)
-    function, inputs = again or (None, (x,))
-    # What backward makes x of gets its gradients through x: here it counts as constant.
-    kept = [each.detach() for each in inputs] if again else [x]
-    found: Tensor = kind.apply(x, weight, bias, how, function, *kept)
+    found: Tensor = kind.apply(x, weight, bias, how)
     return found
 
 
@@ -153,18 +152,11 @@ class _Product(torch.autograd.Function):
     """What both kinds keep, and the gradients of weight and bias."""
 
     @staticmethod
-    def keep(ctx: Any, weight: Tensor, bias: Tensor | None, how: _How, again: Any, kept: tuple[Tensor, ...]) -> None:
-        ctx.how, ctx.again, ctx.with_bias = how, again, bias is not None
+    def keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> None:
+        ctx.how, ctx.with_bias = how, bias is not None
         # The sum of gradients is no part of the graph, and changes while that is there.
         ctx.total = getattr(weight, "main_grad", None)
-        ctx.num_kept = len(kept)
-        ctx.save_for_backward(weight, *kept)
-
-    @staticmethod
-    def kept(ctx: Any) -> tuple[Tensor, Tensor]:
-        """Return the weight, and the product's input, made again where it was not kept."""
-        weight, *inputs = ctx.saved_tensors
-        return weight, inputs[0] if ctx.again is None else ctx.again(*inputs)
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def parameter_gradients(ctx: Any, gradient: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -189,7 +181,7 @@ class _Column(_Product):
     @staticmethod
     def product(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
         if not (how.is_split and how.sequence):
-            return product(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+            return product(how.activate(x).flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
         gather = Gather(x, how.pieces, how.group)
         out = x.new_empty((len(x) * how.group.size(), *x.shape[1:-1], len(weight)))
         gather.begin(0)
@@ -200,20 +192,20 @@ class _Column(_Product):
         return out
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How, again: Any, *kept: Tensor
-    ) -> Tensor:
-        _Product.keep(ctx, weight, bias, how, again, kept)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
+        _Product.keep(ctx, x, weight, bias, how)
         return _Column.product(x, weight, bias, how)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         how: _How = ctx.how
         gradient = gradient.contiguous()
-        weight, x = _Product.kept(ctx)
+        x, weight = ctx.saved_tensors
         if not how.is_split:
-            grad_x = _input_gradient(gradient, weight) if ctx.needs_input_grad[0] else None
-            return grad_x, *_Product.parameter_gradients(ctx, gradient, x), *(None,) * (2 + ctx.num_kept)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x, x = how.activate_backward(_input_gradient(gradient, weight), x)
+            return grad_x, *_Product.parameter_gradients(ctx, gradient, x), None
         gather = Gather(x, how.pieces, how.group) if how.sequence else None
         if gather is not None:
             gather.begin_all()
@@ -223,7 +215,7 @@ class _Column(_Product):
         reduction = Reduction(grad_rows, how.pieces, how.group, scattered=how.sequence)
         reduction.add_all()
         of_parameters = _Product.parameter_gradients(ctx, gradient, x)
-        return reduction.result(), *of_parameters, *(None,) * (2 + ctx.num_kept)
+        return reduction.result(), *of_parameters, None
 
 
 class _Row(_Product):
@@ -234,35 +226,33 @@ class _Row(_Product):
         assert bias is None, "it is added to the sum, once"
         out = x.new_empty((*x.shape[:-1], len(weight)))
         reduction = Reduction(out, how.pieces, how.group, scattered=how.sequence)
+        x = how.activate(x)
         for index, piece in enumerate(x.unflatten(0, (how.pieces, -1))):
             _into(reduction.piece(index), piece, weight)
             reduction.add(index)
         return reduction.result()
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How, again: Any, *kept: Tensor
-    ) -> Tensor:
-        _Product.keep(ctx, weight, bias, how, again, kept)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
+        _Product.keep(ctx, x, weight, bias, how)
         return _Row.product(x, weight, bias, how)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         how: _How = ctx.how
+        x, weight = ctx.saved_tensors
         if not how.sequence:
-            weight, x = _Product.kept(ctx)
-            of_parameters = _Product.parameter_gradients(ctx, gradient, x)
-            return _input_gradient(gradient, weight), *of_parameters, *(None,) * (2 + ctx.num_kept)
+            grad_x, x = how.activate_backward(_input_gradient(gradient, weight), x)
+            return grad_x, *_Product.parameter_gradients(ctx, gradient, x), None
         gather = Gather(gradient, how.pieces, how.group)
         gather.begin(0)
-        # The first piece is on its way meanwhile.
-        weight, x = _Product.kept(ctx)
-        grad_x = torch.empty_like(x)
+        grad_x = x.new_empty((*x.shape[:-1], weight.shape[1]))
         for index, piece in enumerate(grad_x.unflatten(0, (how.pieces, -1))):
             arrived = gather.piece(index)
             gather.begin(index + 1)
             _into(piece, arrived, weight.t())
-        return grad_x, *_Product.parameter_gradients(ctx, gather.rows(), x), *(None,) * (2 + ctx.num_kept)
+        grad_x, x = how.activate_backward(grad_x, x)
+        return grad_x, *_Product.parameter_gradients(ctx, gather.rows(), x), None
 
 
 def _input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:

@@ -57,15 +57,17 @@ class BlockDiffusion(Objective):
     def training_inputs(self, batch: Batch, keys: StepKeys, place: Placement) -> ModelInputs:
         import torch
 
+        from bd3_scale.attention.spans import make_spans
         from bd3_scale.diffusion.noise import draw_block_sizes
         from bd3_scale.objective.inputs import mask_noise
 
         diffusion = self.diffusion
         sizes = diffusion.block_sizes_at(keys.step)
         kinds = draw_block_sizes(batch.ids, len(sizes), seed=keys.seed, epoch=batch.epoch)
-        noises = self._training_noise(batch, keys, kinds)
         block_size = sizes[0] if len(sizes) == 1 else torch.tensor(sizes)[kinds]
-        inputs = self._inputs(batch, noises, block_size, self.row_loss, place)
+        spans = make_spans(batch.document_start, block_size)
+        noises = self._training_noise(batch, keys, kinds, spans[1])
+        inputs = self._inputs(batch, noises, block_size, self.row_loss, place, spans)
         if len(sizes) > 1:
             row_kinds = kinds.to(place.device, non_blocking=True)[inputs.head_rows % len(kinds)]
             inputs = replace(inputs, kinds=tuple(kinds.tolist()), row_kinds=row_kinds)
@@ -112,21 +114,20 @@ class BlockDiffusion(Objective):
         block_size: int | Tensor,
         row_loss: RowLoss | None,
         place: Placement,
+        spans: Tensor | None = None,
     ) -> ModelInputs:
         from bd3_scale.objective.inputs import corrupt
 
         how: dict[str, Any] = {"mask_id": self.vocabulary.mask_id, "device": place.device, "context": place.context}
-        return corrupt(batch, noises, block_size, row_loss=row_loss, **how)
+        return corrupt(batch, noises, block_size, row_loss=row_loss, spans=spans, **how)
 
-    def _training_noise(self, batch: Batch, keys: StepKeys, kinds: Tensor) -> list[Noise]:
+    def _training_noise(self, batch: Batch, keys: StepKeys, kinds: Tensor, block_start: Tensor) -> list[Noise]:
         """Return the noise of every noisy copy; sequences of one block size are drawn together."""
         import torch
 
-        from bd3_scale.attention.spans import make_spans
         from bd3_scale.diffusion.noise import draw_copies, joined
 
         sizes = self.diffusion.block_sizes_at(keys.step)
-        block_start = make_spans(batch.document_start, torch.tensor(sizes)[kinds])[1]
         rows = [(kinds == kind).nonzero()[:, 0] for kind in range(len(sizes))]
         drawn = [
             draw_copies(

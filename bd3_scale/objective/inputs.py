@@ -31,11 +31,13 @@ def corrupt(
     device: torch.device,
     context: Context = (0, 1),
     row_loss: RowLoss | None = None,
+    spans: Tensor | None = None,
 ) -> ModelInputs:
     """Return noisy copies of this rank's positions beside the clean tokens; the loss is the mean over the copies.
 
     block_size: of all sequences, or int64 [B] of each. Where one block is the whole sequence no row would see a clean
-    one, and there are none; sequences of several block sizes always have them.
+    one, and there are none; sequences of several block sizes always have them. spans: of these blocks, where they are
+    made already.
     ValueError: documents whose blocks the ranks' ranges would cut.
     """
     seq_len = batch.tokens.shape[1]
@@ -49,7 +51,7 @@ def corrupt(
     return _inputs(
         batch,
         torch.cat([*copies, clean], 1) if clean_stream else torch.cat(copies, 1),
-        make_spans(batch.document_start, block_size),
+        make_spans(batch.document_start, block_size) if spans is None else spans,
         num_noisy=len(noises),
         head_rows=(copy * len(positions) + row) * len(clean) + sequence,
         targets=clean[sequence, row],

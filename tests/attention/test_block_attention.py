@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from bd3_scale.attention import cpu
 from bd3_scale.attention.dispatch import block_attention
 from bd3_scale.attention.spans import check_spans, take_ranges
 from tests.attention.cases import (
@@ -62,6 +63,33 @@ def test_cpu_is_the_reference_at_length(seq_len: int, block_size: int) -> None:
     problem = TRAINING._replace(documents=[[50, seq_len - 50]], block_sizes=[block_size], heads=1, groups=1, head_dim=4)
     want = outputs_and_gradients(problem, torch.float64, "reference")
     assert_close(outputs_and_gradients(problem, torch.float64, "cpu"), want, EXACT)
+
+
+# Of a rank, the positions before some: its rows are not as many as its keys.
+@pytest.mark.parametrize(("calls", "ranges"), [(1, None), (10, [(0, 300)])])
+def test_plain_causal_rows_are_one_call(
+    calls: int, ranges: list[tuple[int, int]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, called = cpu._flash, []
+    monkeypatch.setattr(cpu, "_flash", lambda *tensors, **how: called.append(how) or kernel(*tensors, **how))
+    problem = FORMS["next token"]._replace(documents=[[400]] * 2, ranges=ranges)
+    want = outputs_and_gradients(problem, torch.float64, "reference")
+    assert_close(outputs_and_gradients(problem, torch.float64, "cpu"), want, EXACT)
+    assert len(called) == calls
+
+
+def test_spans_that_change_are_seen() -> None:
+    """Layers of a pass share what is known of their spans, passes do not: neither by shape nor by the tensor."""
+    spans = TRAINING.spans()
+    q, k, v, _ = TRAINING.tensors(torch.float64)
+    for change in (None, [[150, 150], [300]], None):
+        problem = TRAINING._replace(documents=change or TRAINING.documents)
+        spans.copy_(problem.spans())
+        got = block_attention(q, k, v, spans, backend="cpu")
+        assert_close([got], [block_attention(q, k, v, problem.spans(), backend="reference")], EXACT)
+    spans[1] = 7
+    with pytest.raises(ValueError, match="make them with make_spans"):
+        block_attention(q, k, v, spans, backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

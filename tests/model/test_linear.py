@@ -11,8 +11,9 @@ import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 
 from bd3_scale.fused.swiglu import swiglu
+from bd3_scale.model.block import ACTIVATIONS
 from bd3_scale.model.exchange import gather_rows, own_rows, sum_rows
-from bd3_scale.model.linear import Again, ColumnLinear, RowLinear
+from bd3_scale.model.linear import ColumnLinear, RowLinear
 from bd3_scale.model.products import add_weight_gradient
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import ParallelRecipe
@@ -56,7 +57,9 @@ def check_products(group: dist.ProcessGroup) -> None:
             return torch.cat([gate.chunk(ranks)[rank], up.chunk(ranks)[rank]])
         return tensors[name].chunk(ranks, 1)[rank]
 
-    for sequence, pieces, again, summed in itertools.product((False, True), (1, 2, 4), (False, True), (False, True)):
+    for sequence, pieces, activation, summed in itertools.product(
+        (False, True), (1, 2, 4), (None, "swiglu"), (False, True)
+    ):
         up, down = layers(sequence, group)
         up.weight.data, up.bias.data = mine("up"), mine("up_bias")
         down.weight.data, down.bias.data = mine("down").contiguous(), tensors["down_bias"].clone()
@@ -65,7 +68,7 @@ def check_products(group: dist.ProcessGroup) -> None:
         x = own_rows(tensors["x"], pieces, group) if sequence else tensors["x"].clone()
         x.requires_grad_()
         wide = up(x, pieces)
-        out = down(swiglu(wide), pieces, again=Again(swiglu, (wide,)) if again else None)
+        out = down(wide, pieces, activation=ACTIVATIONS[activation]) if activation else down(swiglu(wide), pieces)
         direction = tensors["direction"]
         direction = own_rows(direction, pieces, group) if sequence else direction
         (out * direction).sum().backward()
@@ -128,3 +131,15 @@ def test_a_products_gradient_is_added_in_fp32(dtype):
     add_weight_gradient(total, left.t(), right)
     exact = 1e-3 + left.double() @ right.double()
     assert (total - exact).norm() < (1e-6 if dtype == torch.float32 else 4e-3) * exact.norm()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activations_backward_gives_its_output_again(name):
+    generator = torch.Generator().manual_seed(3)
+    activation, x = ACTIVATIONS[name], torch.randn(5, 12, generator=generator, dtype=torch.float64, requires_grad=True)
+    out = activation.forward(x)
+    direction = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(out, x, direction)
+    found, again = activation.backward(direction, x.detach())
+    assert torch.equal(again, out)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

@@ -28,17 +28,17 @@ def swiglu(x: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of x [..., 2F]."""
+def swiglu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of x [..., 2F], and [..., F] of x again."""
     channels = x.shape[-1] // 2
-    grad_x = x.new_empty(x.shape)
+    grad_x, out = x.new_empty(x.shape), x.new_empty(grad.shape)
     grad, x = _rows(grad), _rows(x)
     if grad.numel():
         with _on(x.device):
             swiglu_kernels.swiglu_backward_kernel[(len(x) * triton.cdiv(channels, BLOCK),)](
-                grad, x, grad_x, channels, grad.stride(0), x.stride(0), BLOCK=BLOCK
+                grad, x, grad_x, out, channels, grad.stride(0), x.stride(0), BLOCK=BLOCK
             )
-    return grad_x
+    return grad_x, out
 
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

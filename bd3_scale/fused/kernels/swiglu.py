@@ -26,8 +26,8 @@ def swiglu_kernel(X, OUT, channels, x_row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_backward_kernel(GRAD, X, GRAD_X, channels, grad_row, x_row, BLOCK: tl.constexpr):
-    """GRAD_X [M, 2F], the gradients of gate and up; silu' = σ · (1 + gate · (1 − σ))."""
+def swiglu_backward_kernel(GRAD, X, GRAD_X, OUT, channels, grad_row, x_row, BLOCK: tl.constexpr):
+    """GRAD_X [M, 2F], the gradients of gate and up; silu' = σ · (1 + gate · (1 − σ)). OUT [M, F] again."""
     row, i, valid = _place(channels, BLOCK)
     grad = tl.load(GRAD + row * grad_row + i, mask=valid, other=0.0).to(tl.float32)
     gate = tl.load(X + row * x_row + i, mask=valid, other=0.0).to(tl.float32)
@@ -35,6 +35,7 @@ def swiglu_backward_kernel(GRAD, X, GRAD_X, channels, grad_row, x_row, BLOCK: tl
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
-    out = GRAD_X + row * 2 * channels + i
-    tl.store(out, grad_gate.to(GRAD_X.dtype.element_ty), mask=valid)
-    tl.store(out + channels, (grad * silu).to(GRAD_X.dtype.element_ty), mask=valid)
+    grad_x = GRAD_X + row * 2 * channels + i
+    tl.store(grad_x, grad_gate.to(GRAD_X.dtype.element_ty), mask=valid)
+    tl.store(grad_x + channels, (grad * silu).to(GRAD_X.dtype.element_ty), mask=valid)
+    tl.store(OUT + row * channels + i, (silu * up).to(OUT.dtype.element_ty), mask=valid)
