@@ -270,11 +270,12 @@ def sanitizer(folder: Path, dry: bool) -> Iterator[Row]:
         raise AbsentError("compute-sanitizer is not on the PATH")
     from tests.attention.test_kernels_gpu import found_nothing, sanitized
 
-    for tool in ("memcheck", "racecheck"):
-        watched = sanitized(found, tool, "exercise_one_form")
-        said = run(watched["args"], env=watched["env"])
+    watched = {"attention": "exercise_one_form", "fused": "exercise_every_kernel"}
+    for tool, (room, function) in itertools.product(("memcheck", "racecheck"), watched.items()):
+        program = sanitized(found, tool, function, room)
+        said = run(program["args"], env=program["env"])
         clean = found_nothing(said)
-        row = {"tool": tool, "found": "nothing" if clean else "see the log"}
+        row = {"tool": tool, "kernels": room, "found": "nothing" if clean else "see the log"}
         yield row if clean else row | {"ok": False, "why": "no line says that there were 0 errors or hazards"}
 
 

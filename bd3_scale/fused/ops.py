@@ -1,7 +1,7 @@
 """The kernels as operators of torch, so that a trace sees them, with what each reads and writes.
 
-Liger Kernel 0.8.5 has none of the forms: its kernels are launched by autograd functions without operators of
-torch.library, its RoPE takes queries and keys that are split already, and its cross-entropy has the whole vocabulary.
+Liger Kernel 0.8.5 would not do: no kernel of its is an operator of torch.library, none splits q, k and v, SwiGLU takes
+two tensors, and the vocabulary-parallel cross-entropy writes fp32 exponentials beside the logits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bd3_scale.fused.kernels.tiles import head_tile, norm_tile, programs
 
-# `plain` keeps the kernels away: to compare with, or where a new GPU, driver or Triton does not take them.
+# Set to `plain` it keeps the kernels away: to compare with, or where a GPU, driver or Triton does not take them.
 ENVIRONMENT = "BD3_SCALE_FUSED"
 # Triton reads its switch once, and so it is read here.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,7 +33,15 @@ def kernels_take(x: Tensor, *, norm: int = 1, head: int = HEAD_SIZES[0]) -> bool
     """
     if not (x.device.type == "cuda" or INTERPRETED) or x.dtype not in _NUMBERS:
         return False
-    return norm <= WIDEST_NORM and head in HEAD_SIZES and os.environ.get(ENVIRONMENT) != "plain"
+    return norm <= WIDEST_NORM and head in HEAD_SIZES and not are_kept_away()
+
+
+def are_kept_away() -> bool:
+    """Return whether $BD3_SCALE_FUSED keeps the kernels away. ValueError: it is none of its values."""
+    wish = os.environ.get(ENVIRONMENT, "")
+    if wish not in ("", "plain"):
+        raise ValueError(f"${ENVIRONMENT} is {wish!r}: set it to 'plain' to keep the kernels away, or leave it out")
+    return wish == "plain"
 
 
 def _launch() -> Any:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.checkpoint.saver import Saved
+from bd3_scale.fused.ops import are_kept_away
 from bd3_scale.observe.environment import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.flops import peak_flops
 from bd3_scale.observe.metrics import METRICS_FILE, MetricsWriter
@@ -68,7 +69,9 @@ class Report:
                 self._say(f"resumed after step {self._start}" if self._start else new)
                 # The one backend whose backward depends on the recipe.
                 backward = _BACKWARD[self._recipe.deterministic] * (self._attention == "triton")
-                self._say(f"attention: {self._attention}{backward}; optimizer: {self._optimizer}")
+                # A person's wish, which on a GPU takes the place of the kernels.
+                plain = "; between products: plain PyTorch" * are_kept_away()
+                self._say(f"attention: {self._attention}{backward}{plain}; optimizer: {self._optimizer}")
         return self
 
     def __exit__(

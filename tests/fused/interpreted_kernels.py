@@ -150,6 +150,9 @@ def test_what_the_kernels_do_not_take_is_computed_plainly(monkeypatch: pytest.Mo
     assert not any(ops.kernels_take(x, head=size) for size in (14, 17, 258))
     monkeypatch.setenv(ops.ENVIRONMENT, "plain")
     assert not ops.kernels_take(x)
+    monkeypatch.setenv(ops.ENVIRONMENT, "kernels")
+    with pytest.raises(ValueError, match=r"BD3_SCALE_FUSED is 'kernels': set it to 'plain' .*, or leave it out"):
+        ops.kernels_take(x)
 
 
 @pytest.mark.parametrize("normed", [True, False])

@@ -19,6 +19,7 @@ from tests.fused.cases import (
     logits_cases,
     norm_case,
     outputs_and_gradients,
+    swiglu_case,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -69,3 +70,18 @@ def test_rows_beyond_two_to_the_31_numbers() -> None:
     forbidden = torch.zeros(x.shape[1], device="cuda", dtype=torch.bool)
     want = logit_gradient_(x[-3:].clone(), targets[-3:], 0, forbidden, *(rows[:, -3:] + 1))
     torch.testing.assert_close(logit_gradient_(x, targets, 0, forbidden, *(rows + 1))[-3:], want, rtol=0, atol=0)
+
+
+def exercise_every_kernel() -> None:
+    """What `compute-sanitizer` watches: sizes that fill no tile."""
+    ragged = generator()
+    for case in (
+        swiglu_case((7, 3), 1100, ragged),
+        norm_case((70, 3), 300, ragged),
+        norm_case((5, 1), 5000, ragged),
+        heads_case((50, 3), 3, 3, 80, True, ragged),
+        heads_case((50, 3), 3, 0, 128, False, ragged),
+    ):
+        check_case(case, torch.bfloat16, TOLERANCE[torch.bfloat16], "cuda")
+    check_logits(logits_case(7, 5001, ragged), torch.bfloat16, TOLERANCE[torch.bfloat16], "cuda")
+    torch.cuda.synchronize()

@@ -79,10 +79,11 @@ def test_a_signal_ends_it_with_what_was_found(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM, said
     found = result(tmp_path, "sanitizer")
     assert (found["status"], found["why"]) == ("interrupted", "by SIGTERM")
-    assert found["rows"] == [{"tool": "memcheck", "found": "nothing"}]
+    rooms = ("attention", "fused")
+    assert found["rows"] == [{"tool": "memcheck", "kernels": room, "found": "nothing"} for room in rooms]
     assert "began" in found["output"]
     assert re.search(r"in sanitizer$", found["output"], re.MULTILINE), "where it was is not shown"
-    assert "| memcheck | nothing |" in (tmp_path / "out/gpu_day.md").read_text()
+    assert "| memcheck | fused | nothing |" in (tmp_path / "out/gpu_day.md").read_text()
     pid = int((tmp_path / "pid").read_text())
     wait_for(lambda: not is_alive(pid))
 
