@@ -62,7 +62,7 @@ def _path(job: Job, hardware: Hardware, device: str) -> Path:
         "job": [job.rank, job.world_size, job.micro_batches, job.steps, job.beyond],
         "whole": job.whole and job.whole.model_dump(mode="json"),
         "device": [device, hardware.device, hardware.memory_bytes],
-        "attention": os.environ.get("BD3_SCALE_ATTENTION"),
+        "kernels": [os.environ.get(name) for name in ("BD3_SCALE_ATTENTION", "BD3_SCALE_FUSED")],
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
         "source": _source(),
     }

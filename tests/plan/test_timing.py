@@ -72,7 +72,7 @@ def test_computation_beside_a_message_hides_it():
     work = {PRODUCT: Work(1, 989e12, 1)}
 
     def exposed(beside: Work) -> float:
-        time = step_time(recipe(), {0: trace(work, {key: Message((0, 1), 1, 36e9, beside)})}, 2, H100)
+        time = step_time(recipe(), {0: trace(work, {key: Message((0, 1), 1, 36e9, beside, beside)})}, 2, H100)
         assert adds_up(time)
         return time.losses.get("tensor-parallel messages", 0.0)
 
@@ -80,6 +80,17 @@ def test_computation_beside_a_message_hides_it():
     half = Work(1, seconds / 2 * 0.70 * 989e12, 0)
     assert exposed(half) == pytest.approx(seconds / 2)
     assert exposed(Work(1, seconds * 989e12, 0)) == 0
+
+
+def test_messages_of_a_group_wait_for_each_other():
+    """Four that are begun together and awaited together hide no more than what is computed meanwhile."""
+    key = Key("gradients", "mlp", "tensor", "_allgather_base_", "1 beside 2")
+    seconds = message_seconds(key, Message((0, 1), 4, 4 * 36e9), H100)
+    meanwhile = Work(1, seconds / 2 * 0.70 * 989e12, 0)
+    each_beside = Work(4, 4 * meanwhile.flops, 0)
+    work = {PRODUCT: Work(1, 989e12, 1)}
+    time = step_time(recipe(), {0: trace(work, {key: Message((0, 1), 4, 4 * 36e9, each_beside, meanwhile)})}, 2, H100)
+    assert time.losses["tensor-parallel messages"] == pytest.approx(seconds / 2)
 
 
 def test_a_pipeline_has_its_bubble_and_the_pace_of_its_slowest_stage():
