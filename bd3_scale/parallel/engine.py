@@ -105,6 +105,11 @@ class TrainingEngine:
         return self._zero
 
     @property
+    def gradient_sums(self) -> Sequence[Tensor]:
+        """Return the fp32 sums of gradients that live as long as the engine; those that DeepSpeed keeps are not."""
+        return [] if self._sums is None else self._sums.sums
+
+    @property
     def optimizer_name(self) -> str:
         """Return the family, whose implementation it is, and how many groups of parameters it has, for people."""
         optimizer = self._engine.basic_optimizer

@@ -71,6 +71,8 @@ def _label(recorder: Recorder, engine: TrainingEngine) -> None:
     for chunk in engine.chunks:
         for parameter in chunk.parameters():
             recorder.label(getattr(parameter, "ds_tensor", parameter), "weights")
+    for sums in engine.gradient_sums:
+        recorder.label(sums, "gradients")
     for fragment in engine.zero.fragments():
         for state in fragment.states.values():
             recorder.label(state, "optimizer")

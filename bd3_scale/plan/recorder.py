@@ -349,7 +349,7 @@ class Recorder(TorchDispatchMode):
     def label(self, tensor: Tensor, kind: str, *, only_outside: bool = False) -> None:
         """Count the memory of a tensor as `kind`, from its birth on; only_outside: unless the model made it."""
         stored = self._stored.get(tensor.untyped_storage()._cdata)
-        if stored is not None and not (only_outside and (stored.in_model or stored.kind in ("weights", "optimizer"))):
+        if stored is not None and not (only_outside and (stored.in_model or stored.kind in ("weights", "optimizer", "gradients"))):
             stored.kind = kind
 
     def begin(self) -> None:
