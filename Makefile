@@ -17,7 +17,7 @@ SLURM_WORKERS := 8
 PYTEST = $(BIN)/pytest --junit-xml=build/tests/$(1).xml
 EACH = not slow and
 
-.PHONY: help install install-cuda quickstart check test test-fast test-all parity format clean
+.PHONY: help install install-cuda quickstart check test test-fast test-all parity benchmarks format clean
 
 help:
 	@echo "make quickstart  train, evaluate and sample a small model on this machine"
@@ -26,6 +26,7 @@ help:
 	@echo "make test        make check and the tests"
 	@echo "make test-all    the same with every parallel layout, every tile of the kernels and long campaigns"
 	@echo "make parity      every parallel layout against one process, as a table"
+	@echo "make benchmarks  renew the tables of benchmarks/ that this machine can renew (--list: tools/benchmarks.py)"
 	@echo "make install     only set up .venv"
 	@echo "make install-cuda  the same with CUDA builds, for GPUs (not run on one)"
 	@echo "make format      format the code and mend what the linter can"
@@ -90,6 +91,9 @@ test-all: test
 
 parity: $(INSTALLED)
 	$(BIN)/python -W ignore -m tests.integration.parity
+
+benchmarks: $(INSTALLED)
+	$(BIN)/python tools/benchmarks.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -16,8 +16,8 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "bd3_scale"
 
 FLOORS = [
-    {"registry", "lazy", "processor"},
-    {"diffusion", "attention", "resilience"},
+    {"registry", "lazy", "offline", "processor"},
+    {"diffusion", "attention", "fused", "resilience"},
     {"recipe"},
     {"model", "observe"},
     {"parallel", "launch"},
@@ -101,8 +101,13 @@ def broken_rules(relative: str, room: str, name: str, package: str) -> Iterator[
         modules = (f"{package}.{file.removesuffix('.py').replace('/', '.')}" for file in STANDARD_LIBRARY_ALONE)
         if not any(is_within(name, module) for module in modules):
             yield "this file uses the standard library alone"
-    if room == "attention" and name.partition(".")[0] not in {*sys.stdlib_module_names, "torch", "triton", package}:
-        yield "attention runs where PyTorch and Triton alone are installed"
+    if room in {"attention", "fused", "offline"} and name.partition(".")[0] not in {
+        *sys.stdlib_module_names,
+        "torch",
+        "triton",
+        package,
+    }:
+        yield f"{room} runs where PyTorch and Triton alone are installed"
     if is_within(name, package):
         other = name.split(".")[1] if "." in name else "__init__"
         if other != room and FLOOR_OF.get(other, len(FLOORS)) >= FLOOR_OF[room]:

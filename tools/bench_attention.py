@@ -24,7 +24,6 @@ import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,9 +39,8 @@ from bd3_scale.attention.backends import ENVIRONMENT
 from bd3_scale.attention.dispatch import block_attention, decode_attention
 from bd3_scale.attention.reference import dense_mask
 from bd3_scale.attention.spans import count_pairs, make_spans
-from bd3_scale.observe.environment import read_environment
+from bd3_scale.observe.environment import cpu_in_words, read_environment, source_commit
 
-SCRIPT = Path(__file__)
 FLOPS = {"forward": 4, "backward": 10, "both": 14}  # for each pair of the mask and channel
 RESULTS = ("output", "gradient of q", "gradient of k", "gradient of v")
 # Of a row's norm: a few times what rounding makes of the worst row of two right results.
@@ -132,13 +130,11 @@ def main(arguments: Sequence[str]) -> int:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cases = (QUICK if options.quick else CASES)[options.device]
     header = describe(options.device, arguments)
-    print(json.dumps(header) if options.json else "\n".join(f"{k}: {v}" for k, v in header.items()))
-    if not options.json:
-        print(as_line(COLUMNS))
+    print(json.dumps(header) if options.json else f"{as_list(header)}\n\n{as_markdown([])}", flush=True)
     rows = []
     try:
         for row in measure(cases, options.device, quick=options.quick):
-            print(json.dumps(row) if options.json else as_line(cells(row)), flush=True)
+            print(json.dumps(row) if options.json else as_row(cells(row)), flush=True)
             rows.append(cells(row))
     except DifferentResultsError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -362,28 +358,14 @@ def describe(device: str, arguments: Sequence[str]) -> dict[str, str]:
     gpu = f"{torch.cuda.get_device_name()}, CUDA {environment.cuda}" if device == "cuda" else ""
     versions = {name: environment.versions[name] or "none" for name in ("python", "torch", "triton")}
     return {
-        "hardware": gpu or f"{environment.cpu}, {environment.cpu_cores} cores, {torch.get_num_threads()} threads",
+        "hardware": gpu or f"{cpu_in_words()}, {torch.get_num_threads()} threads",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "commit": commit(),
+        "commit": source_commit(),
         "command": shlex.join(["python", "tools/bench_attention.py", *arguments]),
     }
 
 
-def commit() -> str:
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=SCRIPT.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 COLUMNS = ("case", "pass", "time", "rate", "of limit", "dense", "flex", "causal")
-WIDTHS = (46, 23, 12, 14, 8, 9, 9, 9)
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -401,24 +383,33 @@ def ratio(row: Mapping[str, Any], rival: str) -> str:
     return "no memory" if time is None else f"{time / row['ms']:.2f}×"
 
 
-def as_line(texts: Sequence[str]) -> str:
-    return " ".join(text.ljust(width) for text, width in zip(texts, WIDTHS, strict=True)).rstrip()
+def as_list(header: Mapping[str, str]) -> str:
+    return "\n".join(f"- {key}: {value}" for key, value in header.items())
+
+
+def as_row(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(texts) + " |" for texts in (COLUMNS, ["---"] * len(COLUMNS), *rows))
+    return "\n".join(map(as_row, (COLUMNS, ["---"] * len(COLUMNS), *rows)))
 
 
 def write_part(path: Path, device: str, header: Mapping[str, str], rows: Sequence[Sequence[str]]) -> None:
     """Put a device's table into the file and leave the other devices' as they are."""
-    parts = {name: unmeasured(name) for name in CASES}
+    parts = {name: marked(name, unmeasured(name)) for name in CASES}
     if path.exists():
         for part in re.split(r"(?m)^## ", path.read_text())[1:]:
             name, _, body = part.partition("\n")
             parts[name] = body.strip()
-    parts[device] = "\n".join(f"- {key}: {value}" for key, value in header.items()) + "\n\n" + as_markdown(rows)
+    parts[device] = marked(device, f"{as_list(header)}\n\n{as_markdown(rows)}")
     body = "\n\n".join(f"## {name}\n\n{part}" for name, part in parts.items())
     path.write_text(f"# Attention\n\n{__doc__}\n{body}\n")
+
+
+def marked(device: str, table: str) -> str:
+    """Between the marks by which tools/benchmarks.py finds it again."""
+    return f"<!-- begin: attention-{device} -->\n\n{table}\n\n<!-- end: attention-{device} -->"
 
 
 def unmeasured(device: str) -> str:

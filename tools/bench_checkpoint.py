@@ -20,7 +20,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
 
-from bd3_scale.observe.environment import read_environment
+from bd3_scale.observe.environment import cpu_in_words, read_environment, source_commit
 
 STEPS_BETWEEN = 6
 
@@ -144,8 +144,9 @@ def as_markdown(found: dict[str, Any]) -> str:
         [
             f"{found['parameters'] / 1e6:.1f} M parameters, {found['gigabytes']:.2f} GB, two data-parallel processes.",
             "",
-            f"- hardware: {here.cpu}, {here.cpu_cores} cores, one thread a process",
+            f"- hardware: {cpu_in_words()}, one thread a process",
             f"- versions: python {platform.python_version()}, torch {here.versions['torch']}",
+            f"- commit: {source_commit()}",
             "- command: OMP_NUM_THREADS=1 python tools/bench_checkpoint.py",
             "",
             "| a checkpoint | median |",

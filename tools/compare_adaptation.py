@@ -32,7 +32,7 @@ MODEL = {
 
 def run(*arguments: object) -> str:
     line = [*COMMAND, *map(str, arguments)]
-    print("$", *line[:1], *line[1:], flush=True)
+    print("$", *line, file=sys.stderr, flush=True)
     return subprocess.run(line, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 

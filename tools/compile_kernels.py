@@ -1,8 +1,9 @@
-"""What the attention kernels take on a chip that need not be here: `python tools/compile_kernels.py [CHIP ...]`.
+"""What the kernels take on a chip that need not be here: `python tools/compile_kernels.py [CHIP ...]`.
 
-Compiles every tile of every kernel for the given compute capabilities (default: 80 90 100) and prints registers a
-thread, stack in bytes a thread (spilled registers), shared memory in bytes a program, and the matrix, load and
-reduction instructions of the machine code. Exit status 1 where a variant has more shared memory than the chip.
+Compiles every form of every kernel, those of attention with every tile, for the given compute capabilities (default:
+80 90 100) and prints registers a thread, stack in bytes a thread (spilled registers), shared memory in bytes a program,
+and the matrix, load and reduction instructions of the machine code. Exit status 1 where a variant has more shared
+memory than the chip.
 """
 
 from __future__ import annotations
@@ -10,37 +11,30 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bd3_scale.attention.kernels.offline import SHARED_MEMORY, compile_all, variants
+from bd3_scale import offline
+from bd3_scale.attention.kernels import offline as attention
+from bd3_scale.fused.kernels import offline as fused
 
-ROW = "{:8}{:58}{:>6}{:>7}{:>10}{:>6}{:>8}  {}"
+ROW = "{:8}{:70}{:>6}{:>10}{:>6}{:>8}  {}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chips", nargs="*", type=int, default=[80, 90, 100], metavar="CHIP", help="90 for sm_90")
     chips = parser.parse_args().chips
-    unknown = [chip for chip in chips if chip not in SHARED_MEMORY]
+    unknown = [chip for chip in chips if chip not in offline.SHARED_MEMORY]
     if unknown:
-        parser.error(f"unknown chip {unknown[0]}: choose among {', '.join(map(str, SHARED_MEMORY))}")
-    print(
-        ROW.format(
-            "chip", "kernel, head size, dtype, rows × keys, loads", "warps", "stages", "registers", "stack", "shared",
-            "instructions",
-        )
-    )  # fmt: skip
+        parser.error(f"unknown chip {unknown[0]}: choose among {', '.join(map(str, offline.SHARED_MEMORY))}")
+    print(ROW.format("chip", "kernel, sizes, dtype", "warps", "registers", "stack", "shared", "instructions"))
     fits = True
-    work = [(chip, variant) for chip in chips for variant in variants(chip)]
-    for (chip, variant), usage in zip(work, compile_all(work), strict=True):
-        instructions = ", ".join(f"{n} {name}" for name, n in usage.instructions.items())
-        tile = variant.tile
-        print(
-            ROW.format(
-                f"sm_{chip}", str(variant), tile.num_warps, tile.num_stages, usage.registers, usage.stack, usage.shared,
-                instructions,
-            ),
-            flush=True,
-        )  # fmt: skip
-        fits &= usage.shared <= SHARED_MEMORY[chip]
+    of_attention = [(chip, variant) for chip in chips for variant in attention.variants(chip)]
+    of_others = [(chip, variant) for chip in chips for variant in fused.variants()]
+    for compile_variant, work in ((fused.compile_variant, of_others), (attention.compile_variant, of_attention)):
+        for (chip, variant), usage in zip(work, offline.compile_all(compile_variant, work), strict=True):
+            instructions = ", ".join(f"{n} {name}" for name, n in usage.instructions.items())
+            sizes = (variant.num_warps, usage.registers, usage.stack, usage.shared)
+            print(ROW.format(f"sm_{chip}", str(variant), *sizes, instructions), flush=True)
+            fits &= usage.shared <= offline.SHARED_MEMORY[chip]
     return 0 if fits else 1
 
 

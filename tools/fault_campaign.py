@@ -34,7 +34,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
 
-from bd3_scale.observe.environment import read_environment
+from bd3_scale.observe.environment import cpu_in_words, read_environment, source_commit
 from bd3_scale.observe.progress import Bar
 from bd3_scale.resilience.faults import POINTS
 from bd3_scale.resilience.files import write_atomically
@@ -277,8 +277,9 @@ def as_markdown(found: dict[str, Any]) -> str:
             "followed by the same command again. A run is equal where losses, gradient norms and the last checkpoint "
             "are bitwise those of a run that nobody disturbed.",
             "",
-            f"- hardware: {here.cpu}, {here.cpu_cores} cores",
+            f"- hardware: {cpu_in_words()}",
             f"- versions: python {platform.python_version()}, torch {here.versions['torch']}",
+            f"- commit: {source_commit()}",
             f"- command: python tools/fault_campaign.py --kills {len(found['kills'])} --seed {found['seed']}",
             "",
             "| layout | runs | kills | equal | steps taken again |",

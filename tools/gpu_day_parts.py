@@ -84,6 +84,12 @@ def kernels(folder: Path, dry: bool) -> Iterator[Row]:
     return kernel_rows(dry)
 
 
+def fused(folder: Path, dry: bool) -> Iterator[Row]:
+    from tools.gpu_day_fused import fused_rows
+
+    return fused_rows(dry)
+
+
 # Between two orders of addition on a CPU the losses of these steps differ by less than 1e-7 of themselves; a GPU adds
 # in other orders everywhere, and has other exponentials and roots. Steps in bf16 differ by 3e-5 to 4e-4.
 SAME_LOSS = 1e-5
@@ -264,27 +270,29 @@ def sanitizer(folder: Path, dry: bool) -> Iterator[Row]:
         raise AbsentError("compute-sanitizer is not on the PATH")
     from tests.attention.test_kernels_gpu import found_nothing, sanitized
 
-    for tool in ("memcheck", "racecheck"):
-        watched = sanitized(found, tool, "exercise_one_form")
-        said = run(watched["args"], env=watched["env"])
+    watched = {"attention": "exercise_one_form", "fused": "exercise_every_kernel"}
+    for tool, (room, function) in itertools.product(("memcheck", "racecheck"), watched.items()):
+        program = sanitized(found, tool, function, room)
+        said = run(program["args"], env=program["env"])
         clean = found_nothing(said)
-        row = {"tool": tool, "found": "nothing" if clean else "see the log"}
+        row = {"tool": tool, "kernels": room, "found": "nothing" if clean else "see the log"}
         yield row if clean else row | {"ok": False, "why": "no line says that there were 0 errors or hazards"}
 
 
 PARTS = {
     "environment": Part("Environment", 20, environment),
-    "kernels": Part("Kernels against float64", 105, kernels),
-    "training": Part("20 steps on GPU and CPU", 95, training),
+    "kernels": Part("Attention kernels against float64", 90, kernels),
+    "fused": Part("Kernels between products: against float64, plain PyTorch and a copy", 40, fused),
+    "training": Part("20 steps on GPU and CPU", 85, training),
     "tuning": Part("Tiles", 40, tuning),
-    "attention": Part("Attention beside its rivals", 105, attention),
+    "attention": Part("Attention beside its rivals", 90, attention),
     "step": Part("A step of the 1B model, next-token training beside it", 80, step),
     "decoding": Part("Decoding", 40, decoding),
     "memory": Part("Memory against the plan", 70, memory),
     "sanitizer": Part("compute-sanitizer", 45, sanitizer),
 }
 # Kernels run in Triton's interpreter where there is no GPU; it reads its switch once.
-INTERPRETED = ("kernels", "tuning")
+INTERPRETED = ("kernels", "fused", "tuning")
 
 
 def lines(command: Sequence[object], cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Iterator[str]:

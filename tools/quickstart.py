@@ -20,12 +20,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
+from bd3_scale.recipe.load import load_recipe
+
 RECIPE = Path("recipes/quickstart.yaml")
 RUN = Path("runs/quickstart")
 CORPUS, TOKENIZER, DATA = Path("data/quickstart-corpus"), Path("data/quickstart-tokenizer"), Path("data/quickstart")
 COMMAND = Path(os.path.relpath(Path(sys.executable).with_name("bd3-scale")))
 NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "idlelib", "lib2to3", "pydoc_data"}
-CHECKPOINT_STEP, STEPS_BEFORE_KILL = 300, 10
+STEPS_BEFORE_KILL = 20
 PROMPT = "class Test"
 
 console = Console(highlight=False)
@@ -42,11 +44,12 @@ def main() -> None:
     heading(2, "A tokeniser, and packed shards with a held-out split")
     run("data", "tokenizer", CORPUS, "--out", TOKENIZER, "--vocab-size", 4096)
     run("data", "prepare", CORPUS, "--out", DATA, "--tokenizer", TOKENIZER, "--seq-len", 256)
-    heading(3, f"Training, killed {STEPS_BEFORE_KILL} steps after the checkpoint of step {CHECKPOINT_STEP}")
-    first = train_and_kill()
+    saved = load_recipe(RECIPE).checkpoint.every_steps
+    heading(3, f"Training, killed {STEPS_BEFORE_KILL} steps after the checkpoint of step {saved}")
+    first = train_and_kill(saved + STEPS_BEFORE_KILL)
     heading(4, "Resuming from the checkpoint")
     run("train", RECIPE)
-    exact = say_whether_exact(first)
+    exact = say_whether_exact({step: loss for step, loss in first.items() if step > saved})
     heading(5, "Held-out perplexity")
     evaluation = json.loads(run("evaluate", RUN, "--draws", 2, "--json", capture=True))[0]
     say_perplexity(evaluation)
@@ -88,14 +91,14 @@ def write_corpus() -> None:
     console.print(f"{len(documents)} documents, {size / 1e6:.1f} MB, in {CORPUS}")
 
 
-def train_and_kill() -> dict[int, float]:
-    """Train, and kill the run outright a few steps past its checkpoint; returns the losses seen until then."""
+def train_and_kill(last: int) -> dict[int, float]:
+    """Train, and kill the run outright once step `last` is done; returns the losses seen until then."""
     console.print(f"[dim]$ bd3-scale train {RECIPE}")
     # Python's tracker of shared memory would warn of what the kill leaves behind; the next run removes it.
     quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen([COMMAND, "train", str(RECIPE)], env=quiet)
     while process.poll() is None:
-        if max(losses(), default=0) >= CHECKPOINT_STEP + STEPS_BEFORE_KILL:
+        if max(losses(), default=0) >= last:
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.2)
@@ -115,14 +118,14 @@ def losses() -> dict[int, float]:
 
 
 def say_whether_exact(first: dict[int, float]) -> bool:
+    """Compare the steps that were taken before the kill, and not saved, with what the resumed run made of them."""
     second = losses()
-    repeated = [step for step in first if step > CHECKPOINT_STEP]
-    different = [step for step in repeated if first[step] != second[step]]
-    if different or not repeated:
+    different = [step for step in first if first[step] != second[step]]
+    if different or not first:
         console.print(f"[red]the loss sequence did NOT continue exactly: steps {different} differ")
         return False
     console.print(
-        f"[green]the loss sequence continued exactly: steps {repeated[0]} to {repeated[-1]} were taken twice, "
+        f"[green]the loss sequence continued exactly: steps {min(first)} to {max(first)} were taken twice, "
         "with bitwise equal losses"
     )
     return True
@@ -147,8 +150,10 @@ def say_where(seconds: float) -> None:
             f"checkpoint   {checkpoint}\n\n"
             "Try next:\n"
             f"  {COMMAND} generate {RUN} --prompt 'import '\n"
-            f"  {COMMAND} train {RECIPE} run_dir=runs/longer train.steps=2000\n"
+            f"  {COMMAND} train {RECIPE} run_dir=runs/longer train.steps=3000\n"
             f"  {COMMAND} train {RECIPE} run_dir=runs/autoregressive diffusion.block_size=1\n"
+            f"  {COMMAND} train {RECIPE} run_dir=runs/split parallel.tensor=2\n"
+            f"  {COMMAND} train {RECIPE} run_dir=runs/stages parallel.pipeline=2\n"
             f"  {COMMAND} train --help",
             title=f"{seconds / 60:.1f} minutes",
             expand=False,

@@ -18,7 +18,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
 
-from bd3_scale.observe.environment import read_environment
+from bd3_scale.observe.environment import cpu_in_words, read_environment
 from bd3_scale.resilience.files import write_atomically
 
 REPORTS = Path("build/tests")
@@ -71,7 +71,7 @@ def as_markdown(reports: Sequence[Report], most: int) -> str:
     runs = [(report.name, len(report.tests), f"{report.seconds:.0f}") for report in reports]
     return "\n".join(
         [
-            f"On {here.cpu}, {here.cpu_cores} cores, torch {here.versions['torch']}:",
+            f"On {cpu_in_words()}, torch {here.versions['torch']}:",
             "",
             *table(["run of pytest", "tests", "wall seconds"], runs),
             "",

@@ -19,7 +19,6 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.model import open_model
@@ -137,17 +136,14 @@ def main() -> None:
     if options.json:
         print(json.dumps({"rank_correlation": correlation, "intervals": [asdict(v) for v in found]}))
         return
-    table = Table("mask rates", "loss variance", "of 0 to 1", "gradient variance", "of 0 to 1")
+    print("| mask rates | loss variance | of 0 to 1 | gradient variance | of 0 to 1 |\n|---|---|---|---|---|")
     whole = found[0]
     for v in sorted(found, key=lambda v: v.gradient):
-        table.add_row(
-            f"{v.low:.2f} to {v.high:.2f}",
-            f"{v.loss:.4f} ± {v.loss_standard_error:.4f}",
-            f"{v.loss / whole.loss:.2f}",
-            f"{v.gradient:.4f} ± {v.gradient_standard_error:.4f}",
-            f"{v.gradient / whole.gradient:.2f}",
+        print(
+            f"| {v.low:.2f} to {v.high:.2f} | {v.loss:.4f} ± {v.loss_standard_error:.4f} | {v.loss / whole.loss:.2f} "
+            f"| {v.gradient:.4f} ± {v.gradient_standard_error:.4f} | {v.gradient / whole.gradient:.2f} |"
         )
-    Console().print(table, f"Spearman's rank correlation of both: {correlation:.3f}")
+    print(f"\nSpearman's rank correlation of both over all {len(found)} intervals: {correlation:.3f}.")
 
 
 if __name__ == "__main__":

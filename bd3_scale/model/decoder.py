@@ -31,12 +31,17 @@ class Decoder(nn.Module):
         self.recompute_layers = recompute_layers
 
     def forward(self, x_NBX: Tensor, rows: RowContext) -> Tensor:
+        more_NBX = None
         for index, layer in enumerate(self.layers):
             if index < self.recompute_layers and torch.is_grad_enabled():
-                x_NBX = checkpoint(layer, x_NBX, rows, use_reentrant=False, preserve_rng_state=False)
+                # One tensor is kept of it, not two.
+                x_NBX = x_NBX if more_NBX is None else x_NBX + more_NBX
+                x_NBX, more_NBX = checkpoint(layer, x_NBX, None, rows, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_NBX = layer(x_NBX, rows)
-        return x_NBX if self.final_layernorm is None else self.final_layernorm(x_NBX)
+                x_NBX, more_NBX = layer(x_NBX, more_NBX, rows)
+        if self.final_layernorm is not None:
+            return self.final_layernorm(x_NBX, more_NBX)[1]
+        return x_NBX if more_NBX is None else x_NBX + more_NBX
 
     def sharded_state_dict(self, prefix: str, sharded_offsets: tuple, metadata: dict[str, Any]) -> dict[str, Any]:
         """Place the tensors of the layers: all share one, whose first axis is the layer."""

@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from bd3_scale.model.exchange import sum_rows
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 
@@ -41,13 +39,13 @@ class WordEmbeddings(VocabParallelEmbedding):
         self.mask_id = vocabulary.mask_id
         self.sequence_parallel = config.sequence_parallel
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, pieces: int) -> Tensor:
         """Return the vectors of int64 tokens [N, B] as [N, B, X]; under sequence parallelism this rank's part of the
-        rows, which are split as they come.
+        rows, which travel in `pieces`, see `exchange`.
         """
         vectors = _Lookup.apply(self.weight, tokens, self.vocab_start_index, self.mask_id, self.tp_group.size() > 1)
         if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(vectors, group=self.tp_group)
+            return sum_rows(vectors, pieces, self.tp_group)
         return reduce_from_tensor_model_parallel_region(vectors, group=self.tp_group)
 
 
@@ -63,6 +61,8 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_VX: Tensor, tokens: Tensor, first: int, mask_id: int, is_split: bool) -> Tensor:
         size = len(weight_VX)
+        # No part of the graph: it changes while that is there.
+        ctx.total = getattr(weight_VX, "main_grad", None)
         # Where another rank holds the mask's vector, any of this rank's does.
         left_out = mask_id - first if first <= mask_id < first + size else 0
         ctx.size, ctx.left_out = size, left_out
@@ -80,4 +80,7 @@ class _Lookup(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         grad_weight = torch.ops.aten.embedding_dense_backward(rows, places.flatten(), ctx.size, ctx.left_out, False)
         grad_weight[ctx.left_out] = torch.mv(rows.t(), is_left_out.flatten().to(rows.dtype))
+        if ctx.total is not None:
+            ctx.total.add_(grad_weight)
+            return (None,) * 5
         return grad_weight, None, None, None, None

@@ -11,16 +11,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
+from bd3_scale.fused.cross_entropy import logit_gradient_, row_statistics
+from bd3_scale.model.products import add_weight_gradient, product, product_into
 from bd3_scale.model.rows import RowLoss
 from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-# fp32 logits of a piece: 256 MiB, 512 rows of a vocabulary of 128k, so that its products keep a GPU busy.
-PIECE_ELEMENTS = 1 << 26
+# Logits of a piece, 512 MiB: in bf16 2,048 rows of a vocabulary of 128k. Each piece reads and writes the fp32 sum of
+# the weight's gradient, and with much fewer rows a GPU would wait for that.
+PIECE_BYTES = 1 << 29
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -105,32 +107,31 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         loss_M = torch.empty(len(targets_M), dtype=torch.float32, device=hidden_MX.device)
         grad_hidden = torch.empty_like(hidden_MX if training else hidden_MX[:0])
-        grad_weight = torch.zeros_like(weight_VX if training else weight_VX[:0], dtype=torch.float32)
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if training and bias_V is not None else None
-        piece = max(1, PIECE_ELEMENTS // weight_VX.shape[0])
+        piece = max(1, PIECE_BYTES // (weight_VX.shape[0] * weight_VX.element_size()))
         for start in range(0, len(targets_M), piece):
             rows = slice(start, start + piece)
-            logits = layer.logits(hidden_MX[rows], weight_VX)
-            loss_M[rows], softmax, missing, place, log_total = _piece_nll(logits, targets_M[rows], layer)
-            by_nll = None
+            logits = product(hidden_MX[rows], weight_VX, bias_V)
+            loss_M[rows], log_total = _nll(logits, targets_M[rows], layer)
+            # The nll is log_total less the target's logit, and the derivative of log_total the softmax.
+            softmax_scale = target_scale = row_weights_M[rows]
             if row_loss is not None:
                 loss_M[rows], by_nll, by_total = _row_loss(row_loss, loss_M[rows], log_total)
-                # The nll is log_total less the target's logit, and the derivative of log_total the softmax.
-                softmax *= (by_nll + by_total)[:, None]
+                softmax_scale, target_scale = target_scale * (by_nll + by_total), target_scale * by_nll
             if training:
-                operands = VocabParallelCrossEntropy.prepare_gradient_calculation_operands(softmax, missing)
-                grad_2d, arange, update, grad_logits = operands
-                update = update if by_nll is None else update * by_nll
-                grad_logits = VocabParallelCrossEntropy.calculate_gradients(
-                    grad_2d, arange, place, update, grad_logits, row_weights_M[rows]
+                logit_gradient_(
+                    logits, targets_M[rows], layer.first_id, layer.forbidden_V, log_total, softmax_scale, target_scale
                 )
-                grad_low = grad_logits.to(hidden_MX.dtype)
-                grad_hidden[rows] = grad_low @ weight_VX
-                grad_weight += grad_low.t() @ hidden_MX[rows]
+                product_into(grad_hidden[rows], logits, weight_VX.t())
+                grad_weight = add_weight_gradient(grad_weight, logits, hidden_MX[rows])
                 if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0)
+                    grad_bias += logits.sum(0, dtype=torch.float32)
         if training:
+            # No part of the graph: it changes while that is there.
+            ctx.total = getattr(weight_VX, "main_grad", None)
             ctx.dtypes = weight_VX.dtype, None if bias_V is None else bias_V.dtype
+            grad_weight = torch.zeros_like(weight_VX) if grad_weight is None else grad_weight  # of no rows at all
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(loss_M)
         return (loss_M * row_weights_M).sum(), loss_M
@@ -140,7 +141,12 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         grad_bias = None if grad_bias is None else (grad_bias * grad_loss).to(bias_dtype)
-        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(weight_dtype), grad_bias, *(None,) * 5
+        # In place: beside a vocabulary's gradient in fp32 there may be no room for another.
+        grad_hidden = grad_hidden.mul_(grad_loss)
+        if ctx.total is not None:
+            ctx.total.addcmul_(grad_weight, grad_loss)
+            return grad_hidden, None, grad_bias, *(None,) * 5
+        return grad_hidden, grad_weight.mul_(grad_loss).to(weight_dtype), grad_bias, *(None,) * 5
 
 
 def _row_loss(row_loss: RowLoss, nll_M: Tensor, log_total_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,21 +160,15 @@ def _row_loss(row_loss: RowLoss, nll_M: Tensor, log_total_M: Tensor) -> tuple[Te
     return loss.detach(), by_nll, by_total
 
 
-def _piece_nll(logits: Tensor, targets: Tensor, layer: OutputLayer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """nll, this rank's softmax (in the memory of `logits`), which targets other ranks hold, their places, and the
-    logarithm of the sum of all exponentials.
-    """
+def _nll(logits: Tensor, targets: Tensor, layer: OutputLayer) -> tuple[Tensor, Tensor]:
+    """Return the nll [M], and the logarithm of the sum of the exponentials of all ranks' logits [M]."""
     group = layer.tp_group
-    logits, highest = VocabParallelCrossEntropy.calculate_logits_max(logits)
+    highest, total, own = row_statistics(logits, targets, layer.first_id, layer.forbidden_V)
     if group.size() > 1:
+        mine = highest.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    end = layer.first_id + logits.shape[1]
-    missing, place, predicted, total, exponentials = VocabParallelCrossEntropy.calculate_predicted_logits(
-        logits, targets, highest, layer.first_id, end
-    )
-    if group.size() > 1:
-        sums = torch.stack([predicted, total])
+        sums = torch.stack([total * (mine - highest).exp(), own])
         dist.all_reduce(sums, group=group)
-        predicted, total = sums
-    softmax, nll = VocabParallelCrossEntropy.calculate_cross_entropy_loss(exponentials, predicted, total)
-    return nll, softmax, missing, place, highest + total.log()
+        total, own = sums
+    log_total = highest + total.log()
+    return log_total - own, log_total

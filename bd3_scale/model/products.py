@@ -38,6 +38,16 @@ def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Te
     return _onednn(x_MK, weight_NK, bias_N)
 
 
+def product_into(out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
+    """Write `product` into `out_MN`."""
+    if _by_onednn(x_MK, len(x_MK) * weight_NK.numel()):
+        out_MN.copy_(_onednn(x_MK, weight_NK, bias_N))
+    elif bias_N is None:
+        torch.mm(x_MK, weight_NK.t(), out=out_MN)
+    else:
+        torch.addmm(bias_N, x_MK, weight_NK.t(), out=out_MN)
+
+
 def input_gradient(grad_MN: Tensor, weight_NK: Tensor) -> Tensor:
     """Return the gradient [M, K] of `product`'s x."""
     if not _by_onednn(grad_MN, len(grad_MN) * weight_NK.numel()):
@@ -53,6 +63,27 @@ def weight_gradient(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
     if grad_MN.shape[1] <= x_MK.shape[1]:
         return _onednn(grad_MN.t(), x_MK.t(), None)
     return _onednn(x_MK.t(), grad_MN.t(), None).t()
+
+
+def add_weight_gradient(total_NK: Tensor | None, grad_MN: Tensor, x_MK: Tensor) -> Tensor:
+    """Return total + `weight_gradient` in fp32 (fp64 of such), in the memory of `total` where there is one.
+
+    On a GPU the product adds to an fp32 sum as it writes: a bf16 gradient is neither rounded nor passed over again.
+    """
+    if grad_MN.device.type == "cuda" and grad_MN.dtype.itemsize < 4:
+        if total_NK is None:
+            return torch.mm(grad_MN.t(), x_MK, out_dtype=torch.float32)
+        return torch.addmm(total_NK, grad_MN.t(), x_MK, out_dtype=torch.float32, out=total_NK)
+    if (
+        total_NK is not None
+        and total_NK.dtype == grad_MN.dtype
+        and not _by_onednn(grad_MN, grad_MN.numel() * x_MK.shape[1])
+    ):
+        return total_NK.addmm_(grad_MN.t(), x_MK)
+    gradient = weight_gradient(grad_MN, x_MK)
+    if total_NK is None:
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return total_NK.add_(gradient)
 
 
 @functools.cache

@@ -123,6 +123,11 @@ class RowContext:
     num_noisy: int = 0
     wanted: Tensor | None = None
 
+    @property
+    def kept_streams(self) -> int:
+        """Return of how many streams the last layer makes an output: clean rows serve as keys alone there."""
+        return self.num_noisy or self.num_streams
+
     def kept(self, x: Tensor) -> slice | Tensor | None:
         """Return an index of those rows of x whose output the last layer makes: the first ones, where clean rows serve
         as keys alone, or the wanted ones; None: all.
@@ -130,20 +135,3 @@ class RowContext:
         if self.num_noisy:
             return slice(0, len(x) // self.num_streams * self.num_noisy)
         return self.wanted
-
-
-def by_stream(x: Tensor, num_streams: int, ranks: int) -> Tensor:
-    """Return rows gathered from sequence-parallel ranks, [ranks · S · r, …], as [S · R, …] with R = ranks · r.
-
-    A rank holds the same r positions of every stream, so that leaving a stream out leaves all ranks as many rows.
-    """
-    if ranks == 1:
-        return x
-    return x.unflatten(0, (ranks, num_streams, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def by_rank(x: Tensor, num_streams: int, ranks: int) -> Tensor:
-    """Undo `by_stream`."""
-    if ranks == 1:
-        return x
-    return x.unflatten(0, (num_streams, ranks, -1)).transpose(0, 1).flatten(0, 2)

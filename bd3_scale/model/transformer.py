@@ -16,7 +16,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.enums import ModelType
@@ -28,9 +27,10 @@ from bd3_scale.model.attend import AttendToCache, AttendToRows
 from bd3_scale.model.block import Block, Norm, rotary_table
 from bd3_scale.model.decoder import Decoder
 from bd3_scale.model.embedding import Embedding
+from bd3_scale.model.exchange import gather_rows, own_rows
 from bd3_scale.model.head import OutputLayer
 from bd3_scale.model.kv_cache import KVCache
-from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowContext, by_rank, by_stream
+from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowContext
 from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe, Recompute
 from bd3_scale.recipe.vocabulary import Vocabulary
 
@@ -111,8 +111,7 @@ class BlockDiffusionTransformer(MegatronModule):
             return hidden_NBX
         if self.config.sequence_parallel:
             streams = inputs.num_noisy or inputs.num_streams
-            hidden_NBX = gather_from_sequence_parallel_region(hidden_NBX, group=self.tp_group)
-            hidden_MX = by_stream(hidden_NBX, streams, self.tp_group.size()).flatten(0, 1)[inputs.head_rows]
+            hidden_MX = gather_rows(hidden_NBX, streams, self.tp_group).flatten(0, 1)[inputs.head_rows]
         else:
             hidden_MX = hidden_NBX.flatten(0, 1)[inputs.head_rows]
             hidden_MX = copy_to_tensor_model_parallel_region(hidden_MX, group=self.tp_group)
@@ -124,7 +123,7 @@ class BlockDiffusionTransformer(MegatronModule):
     def embed(self, inputs: ModelInputs) -> tuple[Tensor, RowContext]:
         """Return what the first layer takes: embeddings [N, B, X] and what every layer needs to know of the rows."""
         rows = self._rows(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans, None)
-        return self._embed(inputs.tokens, rows.num_streams, inputs.mask_noise), rows
+        return self._embed(inputs.tokens, rows, inputs.mask_noise), rows
 
     def clean_logits(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor) -> Tensor:
         """Return the logits of a clean-only forward, fp32 [B, L, padded vocabulary]."""
@@ -189,7 +188,7 @@ class BlockDiffusionTransformer(MegatronModule):
         mask_noise: MaskNoise | None = None,
     ) -> Tensor:
         rows = self._rows(tokens_BN, positions_BR, num_noisy, spans, cache)
-        hidden = self._embed(tokens_BN, rows.num_streams, mask_noise) if self.pre_process else self.input_tensor
+        hidden = self._embed(tokens_BN, rows, mask_noise) if self.pre_process else self.input_tensor
         return self.decoder(hidden, rows)
 
     @torch.no_grad()
@@ -199,35 +198,31 @@ class BlockDiffusionTransformer(MegatronModule):
         if cache.rotary is None or cache.rotary[0] is not positions_BL:
             cache.rotary = positions_BL, rotary_table(positions_BL, self.recipe, self.config.params_dtype)
         rows = RowContext(cache.rotary[1], AttendToCache(cache, self.attention_backend), wanted=wanted_BL)
-        hidden = self.embedding.word_embeddings(block_BL)
+        hidden, more = self.embedding.word_embeddings(block_BL, 1), None
         for layer in cache.layers:
-            hidden = layer(hidden, rows)
+            hidden, more = layer(hidden, more, rows)
         assert self.decoder.final_layernorm is not None, "generation runs on one stage"
-        return cast(Tensor, self.decoder.final_layernorm(hidden))
+        return cast(Tensor, self.decoder.final_layernorm(hidden, more)[1])
 
     def _rows(
         self, tokens_BN: Tensor, positions_BR: Tensor, num_noisy: int, spans: Tensor, cache: KVCache | None
     ) -> RowContext:
         streams = tokens_BN.shape[1] // positions_BR.shape[1]
-        table = rotary_table(positions_BR.t(), self.recipe, self.config.params_dtype).repeat(1, streams, 1, 1, 1, 1)
+        table = rotary_table(positions_BR.t(), self.recipe, self.config.params_dtype).repeat(1, streams, 1, 1)
         attend = AttendToRows(spans, streams, num_noisy, self.attention_backend, self.cp_group, cache)
         return RowContext(table, attend, streams, num_noisy)
 
-    def _embed(self, tokens_BN: Tensor, num_streams: int, mask_noise: MaskNoise | None) -> Tensor:
+    def _embed(self, tokens_BN: Tensor, rows: RowContext, mask_noise: MaskNoise | None) -> Tensor:
         """[N, B, X]; under sequence parallelism this rank's part of the positions, in every stream."""
-        tokens = tokens_BN.t()
-        if self.config.sequence_parallel:
-            tokens = by_rank(tokens, num_streams, self.tp_group.size())
-        hidden = self.embedding.word_embeddings(tokens)
-        return hidden if mask_noise is None else hidden + self._mask_noise(tokens_BN, num_streams, mask_noise)
+        hidden = self.embedding.word_embeddings(tokens_BN.t(), rows.num_streams)
+        return hidden if mask_noise is None else hidden + self._mask_noise(tokens_BN, rows.num_streams, mask_noise)
 
     def _mask_noise(self, tokens_BN: Tensor, num_streams: int, noise: MaskNoise) -> Tensor:
         """Gaussian noise [N, B, X] for the rows of `_embed` that are masked, zero for the others."""
         rows = F.pad(noise.rows, (0, tokens_BN.shape[1] - noise.rows.shape[1]))
         rows = rows.masked_fill(tokens_BN != self.vocabulary.mask_id, 0).t()
         if self.config.sequence_parallel:
-            ranks = self.tp_group.size()
-            rows = by_rank(rows, num_streams, ranks).chunk(ranks)[self.tp_group.rank()]
+            rows = own_rows(rows, num_streams, self.tp_group)
         return noise.std * F.embedding(
             rows, noise_table(self.config.hidden_size, tokens_BN.device, self.config.params_dtype)
         )

@@ -34,6 +34,19 @@ _PACKAGES = (
 _WRITERS = ("bd3_scale", "torch", "megatron-core", "deepspeed")
 
 
+# What decides how fast a CPU multiplies matrices, as the kernel spells it and as people do: x86 first, then ARM.
+_CPU_FLAGS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 bf16",
+    "amx_bf16": "AMX bf16",
+    "asimd": "NEON",
+    "sve": "SVE",
+    "bf16": "bf16",
+}
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
 @dataclass(frozen=True)
 class Gpu:
     name: str
@@ -70,7 +83,7 @@ def read_environment() -> Environment:
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Environment(
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        cpu=processor.fields().get("model name", platform.machine()),
+        cpu=_cpu_name(),
         cpu_cores=len(os.sched_getaffinity(0)),
         cuda=torch.version.cuda,
         gpus=tuple(Gpu(p.name, round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}") for p in properties),
@@ -86,15 +99,34 @@ def software() -> dict[str, str]:
 
 
 def source_commit() -> str:
-    """Return the commit of this code, with `+` where files differ from it; `unknown` where it is no git checkout."""
+    """Return the commit of this code, with `+` where files differ from it; `unknown` where it is no git checkout.
+
+    benchmarks/ holds what was measured: a table that was renewed there makes no other code.
+    """
     # Without a lock: a person may be committing meanwhile.
     git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
+    git += ["--", ":(top)", ":(top,exclude)benchmarks"]
     try:
         said = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     head = next(line.removeprefix("# branch.oid ") for line in said if line.startswith("# branch.oid "))
     return head[:12] + "+" * any(not line.startswith("#") for line in said)
+
+
+def cpu_flags() -> list[str]:
+    """Return the vector and matrix instructions of this CPU by which its times compare with another's; [] if not told.
+
+    The name of a CPU does not say them: some that call themselves "AMD EPYC" have AVX-512 with bf16, some neither.
+    """
+    present = processor.flags()
+    return [name for flag, name in _CPU_FLAGS.items() if flag in present]
+
+
+def cpu_in_words() -> str:
+    """Return what a table that was measured here says of its CPU: name, cores that this process may use, flags."""
+    flags = ", ".join(cpu_flags()) or "flags not told"
+    return f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores ({flags})"
 
 
 def has_fast_bf16() -> bool:
@@ -107,7 +139,7 @@ def has_fast_bf16() -> bool:
 
     if torch.cuda.is_available():
         return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(processor.flags())
+    return not _BF16_FLAGS.isdisjoint(processor.flags())
 
 
 def _bf16() -> Acceleration:
@@ -158,6 +190,10 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _cpu_name() -> str:
+    return processor.fields().get("model name", platform.machine())
 
 
 def peak_rss_bytes() -> int:

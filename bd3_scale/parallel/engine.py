@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,10 @@ from bd3_scale.model.rows import ModelInputs, to_device
 from bd3_scale.observe.flops import model_flops
 from bd3_scale.parallel.groups import DeepSpeedTopology, ProcessGroups
 from bd3_scale.parallel.optimizer import OptimizerFamily
+from bd3_scale.parallel.overlap import GradientSums, WeightGather
 from bd3_scale.parallel.parameter_groups import parameter_groups
 from bd3_scale.parallel.schedule import forward_backward
-from bd3_scale.parallel.zero import ZeroState
+from bd3_scale.parallel.zero import FlatZero, ZeroState
 from bd3_scale.recipe.schema import ModelRecipe, OptimizerRecipe, ParallelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.registry import optimizers
@@ -61,20 +63,46 @@ class TrainingEngine:
     def __init__(
         self, chunks: Chunks, groups: ProcessGroups, optimizer: OptimizerRecipe, parallel: ParallelRecipe
     ) -> None:
-        self.chunks = chunks
+        self._chunks = chunks
         self.groups = groups
         # ZeRO-3 leaves parameters without a shape.
         self.layouts = parameter_layouts(chunks)
-        self._reduces_gradients = parallel.zero_stage == 0 and groups.dp_cp.size() > 1
         self._family: OptimizerFamily = optimizers.get(optimizer.family)(optimizer)
         self._engine = _initialise_deepspeed(chunks, groups, self._family, parallel)
-        self.zero = ZeroState(
+        self._zero = ZeroState(
             self._engine,
             [parameter for chunk in chunks for parameter in chunk.parameters()],
             self._family.states,
             optimizer.ema_decay,
             writer=parallel.zero_stage > 0 or groups.dp_cp.rank() == 0,
         )
+        self._flat: FlatZero | None = None
+        self._sums: GradientSums | None = None
+        self._gather: WeightGather | None = None
+        if parallel.zero_stage < 3 and not parallel.offload_optimizer:
+            self._take_over(divided=parallel.zero_stage > 0)
+
+    def _take_over(self, *, divided: bool) -> None:
+        """Reduce gradients and gather weights beside computation, in DeepSpeed's place."""
+        self._flat = FlatZero(self._engine)
+        flat, ranks = self._flat.groups(), self.groups.dp_cp
+        late = [*self._partial_over_tp(), *self._tied()]
+        self._sums = GradientSums(flat, self._chunks, ranks, owned=divided, late=late)
+        self._gather = WeightGather(flat, self._chunks, ranks) if divided and ranks.size() > 1 else None
+
+    @property
+    def chunks(self) -> Chunks:
+        """Return this rank's chunks, once all of their weights are there."""
+        if self._gather is not None:
+            self._gather.wait()
+        return self._chunks
+
+    @property
+    def zero(self) -> ZeroState:
+        """Return the optimiser's state, once no weights are under way that it could overwrite."""
+        if self._gather is not None:
+            self._gather.wait()
+        return self._zero
 
     @property
     def optimizer_name(self) -> str:
@@ -116,11 +144,18 @@ class TrainingEngine:
         sequence, float64 [kinds].
         """
         self._engine.train()
-        with self._engine.coalesce_grad_reduction():
+        if self._sums is None:
             # DeepSpeed averages over the ranks that hold the same weights.
             scale = self.groups.dp_cp.size() / tokens
-            losses = forward_backward(self.chunks, micro_batches, self.groups, scale, kinds=kinds)
-            self._sum_partial_gradients()
+            collecting = self._engine.coalesce_grad_reduction()
+        else:
+            scale, collecting = 1 / tokens, self._sums.collect(len(micro_batches))
+        with collecting:
+            losses = forward_backward(self._chunks, micro_batches, self.groups, scale, kinds=kinds)
+            _all_reduce_gradients(self._partial_over_tp(), self.groups.tp)
+            _all_reduce_gradients(self._tied(), self.groups.embd)
+        if self._flat is not None and self._sums is not None:
+            self._flat.take_gradients(self._sums.groups, self._sums.sums)
         return losses
 
     def update(self, lr: float) -> tuple[Tensor, bool]:
@@ -129,12 +164,13 @@ class TrainingEngine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self._engine.step()
+        with self._gathering():
+            self._engine.step()
         applied = not self._engine.optimizer.overflow
         if applied:
-            self.zero.stepped()
+            self._zero.stepped()
         norm = self._engine.get_global_grad_norm() if applied else math.inf
-        return torch.as_tensor(norm, dtype=torch.float64, device=next(self.chunks[0].parameters()).device), applied
+        return torch.as_tensor(norm, dtype=torch.float64, device=next(self._chunks[0].parameters()).device), applied
 
     def flops(self, micro_batches: Sequence[ModelInputs], model: ModelRecipe | None = None) -> int:
         """Return what the whole model needs for this rank's positions, whatever part of it is here; see
@@ -144,8 +180,8 @@ class TrainingEngine:
         """
         return sum(
             model_flops(
-                model or self.chunks[0].recipe,
-                self.chunks[0].vocabulary.size,
+                model or self._chunks[0].recipe,
+                self._chunks[0].vocabulary.size,
                 noisy_rows=inputs.num_noisy * inputs.positions.numel(),
                 clean_rows=inputs.tokens.numel() - inputs.num_noisy * inputs.positions.numel(),
                 noisy_pairs=inputs.noisy_pairs,
@@ -155,17 +191,18 @@ class TrainingEngine:
             for inputs in micro_batches
         )
 
-    def _sum_partial_gradients(self) -> None:
-        """Add up gradients that ranks hold parts of, and that ZeRO knows nothing of."""
-        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
-        partial = [p for p in parameters if getattr(p, "partial_over_tp", False)]
-        _all_reduce_gradients(partial, self.groups.tp)
-        tied = [chunk.tied_weight for chunk in self.chunks if chunk.tied_weight is not None]
-        if tied:
-            _all_reduce_gradients(tied, self.groups.embd)
-        if self._reduces_gradients:
-            size = self.groups.dp_cp.size()
-            _all_reduce_gradients(parameters, self.groups.dp_cp, divisor=size)
+    def _gathering(self) -> AbstractContextManager[None]:
+        if self._flat is None or self._gather is None:
+            return nullcontext()
+        return self._flat.gathering_by(self._gather.begin)
+
+    def _partial_over_tp(self) -> list[nn.Parameter]:
+        """Return parameters of whose gradients tensor-parallel ranks hold parts, of which ZeRO knows nothing."""
+        return [p for chunk in self._chunks for p in chunk.parameters() if getattr(p, "partial_over_tp", False)]
+
+    def _tied(self) -> list[nn.Parameter]:
+        """Return this rank's copies of a weight that two stages hold."""
+        return [chunk.tied_weight for chunk in self._chunks if chunk.tied_weight is not None]
 
 
 def open_engine(
@@ -197,15 +234,16 @@ def _tokens_by_kind(micro_batches: Sequence[ModelInputs], kinds: int) -> list[in
     return counts
 
 
-def _all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, *, divisor: int = 1) -> None:
+def _all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Sum gradients over `group` in fp32, in buckets."""
-    if group.size() == 1:
+    if group is None or group.size() == 1:
         return
     for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        if len(bucket) == 1 and bucket[0].dtype == torch.float32:
+            dist.all_reduce(bucket[0], group=group)
+            continue
         flat = _flatten_dense_tensors([gradient.float() for gradient in bucket])
         dist.all_reduce(flat, group=group)
-        if divisor > 1:
-            flat /= divisor
         for gradient, summed in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
             gradient.copy_(summed)
 

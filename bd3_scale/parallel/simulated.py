@@ -24,11 +24,11 @@ def simulated_groups(parallel: ParallelRecipe, *, rank: int, world_size: int) ->
     return split_ranks(parallel)
 
 
-def watch_messages(waited: Callable[[], None]) -> None:
+def watch_messages(waited: Callable[[dist.Work], None]) -> None:
     """Call `waited` whenever this process waits for a collective or message, which is done at once."""
 
-    def wait(_: dist.Work, *__: Any, **___: Any) -> bool:
-        waited()
+    def wait(work: dist.Work, *__: Any, **___: Any) -> bool:
+        waited(work)
         return True
 
     FakeWork.wait = wait  # type: ignore[assignment,method-assign]

@@ -7,14 +7,17 @@ parameter group (ZeRO-3: for each part of one); a parameter's fragment is the st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor, nn
+
+from bd3_scale.parallel.overlap import FlatGroup
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,64 @@ class ZeroState:
             parameter.ds_tensor.data.copy_(_local_master(parameter))
         if whole:
             whole[0].all_gather(whole)
+
+
+class FlatZero:
+    """ZeRO 1 or 2 of a DeepSpeed engine, which is told sums of gradients and leaves the gathering of weights to others.
+
+    Its own reduction would pass gradients through a bucket in the model's precision after the last micro-batch, and its
+    own gathering would wait for all weights before the next one.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = engine.optimizer
+        # What they would do when a gradient is there takes time and sends it.
+        for hook in self._optimizer._grad_acc_hooks:
+            hook.remove()
+
+    def groups(self) -> list[FlatGroup]:
+        """Return the groups of parameters as ZeRO keeps them."""
+        optimizer = self._optimizer
+        assert not any(map(any, optimizer.round_robin_bit16_padding)), "parameters lie one after the other"
+        return [
+            FlatGroup(
+                list(zip(parameters, optimizer.round_robin_bit16_offsets[number], strict=True)),
+                optimizer.bit16_groups_flat[number],
+                int(optimizer.partition_size[number]),
+            )
+            for number, parameters in enumerate(optimizer.round_robin_bit16_groups)
+        ]
+
+    def take_gradients(self, groups: Sequence[FlatGroup], sums: Sequence[Tensor]) -> None:
+        """Let the next step use `sums`, reduced, of the parameters of each group."""
+        optimizer = self._optimizer
+        for number, (group, flat) in enumerate(zip(groups, sums, strict=True)):
+            first = group.share * dist.get_rank(group=optimizer.real_dp_process_group[number])
+            mine = [
+                flat[max(start, first) : min(start + parameter.numel(), first + group.share)]
+                for parameter, start in group.parameters
+                if start < first + group.share and start + parameter.numel() > first
+            ]
+            assert len(mine) == len(optimizer.params_in_partition[number])
+            optimizer.averaged_gradients[number] = _Partition(mine, flat[first : first + group.share])
+
+    @contextmanager
+    def gathering_by(self, gather: Callable[[], None]) -> Iterator[None]:
+        """Let `gather` stand in, inside, for the collective that gives every rank the updated weights."""
+        own = stage_1_and_2.all_gather_dp_groups
+        stage_1_and_2.all_gather_dp_groups = lambda **_: gather()
+        try:
+            yield
+        finally:
+            stage_1_and_2.all_gather_dp_groups = own
+
+
+class _Partition(list):
+    """The gradients of a rank's parameters in one group, and all of them in one tensor, as DeepSpeed takes them."""
+
+    def __init__(self, gradients: list[Tensor], flat: Tensor) -> None:
+        super().__init__(gradients)
+        self.flat_partition = flat
 
 
 def ema_decay(decay: float, updates: int) -> float:

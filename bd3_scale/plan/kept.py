@@ -87,7 +87,13 @@ def _read(path: Path) -> Trace | None:
             segments=[Segment(**each) for each in kept["segments"]],
             work={Key(*key): Work(**work) for key, work in kept["work"]},
             messages={
-                Key(*key): Message(**{**message, "ranks": tuple(message["ranks"]), "beside": Work(**message["beside"])})
+                Key(*key): Message(
+                    tuple(message["ranks"]),
+                    message["calls"],
+                    message["bytes"],
+                    Work(**message["beside"]),
+                    Work(**message["alone"]),
+                )
                 for key, message in kept["messages"]
             },
             **{name: kept[name] for name in ("waits", "micro_batches", "flops", "parameters")},
@@ -101,7 +107,8 @@ def _write(path: Path, trace: Trace) -> None:
         "segments": [vars(each) for each in trace.segments],
         "work": [[key, vars(work)] for key, work in trace.work.items()],
         "messages": [
-            [key, {**vars(message), "beside": vars(message.beside)}] for key, message in trace.messages.items()
+            [key, {**vars(message), "beside": vars(message.beside), "alone": vars(message.alone)}]
+            for key, message in trace.messages.items()
         ],
         **{name: getattr(trace, name) for name in ("waits", "micro_batches", "flops", "parameters")},
     }

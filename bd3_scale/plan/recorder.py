@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bd3_scale.fused.ops import TRAFFIC
 from bd3_scale.model.block import MLP, Attention, Block, Norm
 from bd3_scale.model.decoder import Decoder
 from bd3_scale.model.head import OutputLayer
@@ -41,6 +42,7 @@ _PARTS: dict[type, str] = {
     OutputLayer: "head",
 }
 _WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive"}
+_ONLY_WRITES = {"copy_", "zero_", "fill_"}
 _NO_KERNEL = {
     *("_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided"),
     *("new_empty", "new_empty_strided", "set_", "resize_", "record_stream", "_pin_memory", "is_pinned"),
@@ -54,6 +56,15 @@ class _Stored:
     size: int
     kind: str
     in_model: bool
+
+
+@dataclass
+class _UnderWay:
+    """A message that is begun and not waited for; `message` counts it alone."""
+
+    work: Any
+    key: Key
+    message: Message
 
 
 @dataclass
@@ -87,7 +98,8 @@ class Recorder(TorchDispatchMode):
         self.messages: dict[Key, Message] = {}
         self.waits: Counter[str] = Counter()
         self.order: list[Sent] = []
-        self._under_way: deque[Message] = deque()
+        # By group, in the order in which its link takes them.
+        self._under_way: dict[str, list[_UnderWay]] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -195,29 +207,57 @@ class Recorder(TorchDispatchMode):
         for tensor in after:
             self._born(tensor, part)
         if func.namespace in ("c10d", "_c10d_functional"):
-            self._sent(func, args, kwargs, before, part)
+            self._sent(func, args, kwargs, out, before, part)
         elif not func.is_view and name not in _NO_KERNEL and func.namespace != "prim":
-            self._worked(func, name, part, direction, before, after)
+            self._worked(func, name, part, direction, args, kwargs, before, after)
         return out
 
     def _worked(
-        self, func: Any, name: str, part: str, direction: str, before: list[Tensor], after: list[Tensor]
+        self,
+        func: Any,
+        name: str,
+        part: str,
+        direction: str,
+        args: Any,
+        kwargs: Any,
+        before: list[Tensor],
+        after: list[Tensor],
     ) -> None:
-        touched = {id(x): x for x in (*before, *after) if x.device.type == self._device}
-        if not touched:
+        if not any(x.device.type == self._device for x in (*before, *after)):
             return
         if name == "_to_copy" and after[0].device != before[0].device and after[0].device.type == "cpu":
             self._waited("copy to the host")
-        flops, shape = self._flops(name, before, after)
-        moved = sum(x.numel() * x.element_size() for x in touched.values())
+        flops, shape = self._flops(name, args, before, after)
         # A size outside the model follows from how many layers there are, and would be a key of its own.
         key = Key(self._phase, part, direction, name, shape if part else "")
-        for work in (self.work.setdefault(key, Work()), *(message.beside for message in self._under_way)):
-            work.add(flops, moved)
+        moved = self._moved(func, name, args, kwargs, after)
+        self.work.setdefault(key, Work()).add(flops, moved)
+        for queue in self._under_way.values():
+            for place, sent in enumerate(queue):
+                sent.message.beside.add(flops, moved)
+                # A link takes one message after the other.
+                if place == 0:
+                    sent.message.alone.add(flops, moved)
 
-    def _flops(self, name: str, before: list[Tensor], after: list[Tensor]) -> tuple[int, str]:
+    def _moved(self, func: Any, name: str, args: Any, kwargs: Any, after: list[Tensor]) -> int:
+        """Return the bytes that a kernel reads and writes; what it changes in place it does both with."""
+        if name in TRAFFIC:
+            return TRAFFIC[name](*args)
+        read: dict[int, Tensor] = {}
+        written = {id(x): x for x in after}
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            tensors = {id(x): x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)}
+            changed = argument.alias_info is not None and argument.alias_info.is_write
+            if not (changed and (argument.is_out or name in _ONLY_WRITES)):
+                read |= tensors
+            written |= tensors if changed else {}
+        both = (*read.values(), *written.values())
+        return sum(x.numel() * x.element_size() for x in both if x.device.type == self._device)
+
+    def _flops(self, name: str, args: Any, before: list[Tensor], after: list[Tensor]) -> tuple[int, str]:
         if name in ("mm", "addmm", "bmm", "baddbmm"):
-            inner = before[-2].shape[-1]
+            inner = args[1 if "add" in name else 0].shape[-1]
             out = after[0]
             return 2 * out.numel() * inner, "x".join(map(str, (*out.shape, inner)))
         if name in ("block_attention", "block_attention_backward"):
@@ -226,7 +266,7 @@ class Recorder(TorchDispatchMode):
             return a_pair * self._pairs[q.shape[1]], str(q.shape[1])
         return 0, ""
 
-    def _sent(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], part: str) -> None:
+    def _sent(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], part: str) -> None:
         name = func._schema.name.partition("::")[2]
         group = next(
             dist.ProcessGroup.unbox(x)
@@ -245,17 +285,34 @@ class Recorder(TorchDispatchMode):
             # Over whatever group: megatron-core takes that of all ranks, too, so that both directions are independent.
             label, ranks = "pipeline", tuple(sorted((peer, dist.get_rank())))
         early = peer is None and _is_waited_for_later(func, args)
-        shape = f"{ranks}" if peer is not None else (str(size) if part else "") + " early" * early
+        # Between replicas gradients leave as backward passes by, cut as the number of layers has it.
+        part = "" if label == "data" else part
+        shape = f"{ranks}" if peer is not None else str(size) if part else ""
         key = Key(self._phase, part, label, name, shape)
-        message = self.messages.setdefault(key, Message(ranks))
-        message.add(size)
+        message = Message(ranks, 1, size)
         if early:
-            self._under_way.append(message)
+            works = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.ScriptObject)]
+            self._under_way.setdefault(label, []).append(_UnderWay(dist.Work.unbox(works[-1]), key, message))
+        else:
+            self._count_message(key, message)
 
-    def waited_for_message(self) -> None:
-        """Take the oldest collective that was begun and not waited for as done."""
-        if self._under_way:
-            self._under_way.popleft()
+    def _count_message(self, key: Key, message: Message) -> None:
+        beside = message.beside
+        if beside.calls:
+            # Of messages inside the model those that have as much beside them are counted together, and no others: what
+            # one has too much would hide what another has too little.
+            key = key._replace(
+                shape=f"{key.shape} beside {beside.flops:.3g} {beside.bytes:.3g}" if key.part else "beside"
+            )
+        total = self.messages.setdefault(key, Message(message.ranks))
+        total.add(message)
+
+    def waited_for_message(self, work: Any) -> None:
+        """Take a collective that was begun as done."""
+        for queue in self._under_way.values():
+            for sent in [sent for sent in queue if sent.work is work]:
+                queue.remove(sent)
+                self._count_message(sent.key, sent.message)
 
     def _waited(self, what: str) -> None:
         self.waits[f"{self._phase}: {what} at {_line()}"] += 1
@@ -298,7 +355,6 @@ class Recorder(TorchDispatchMode):
     def begin(self) -> None:
         """Forget work, messages and waits so far, and what is no longer in memory."""
         self.work, self.messages, self.waits = {}, {}, Counter()
-        self._under_way.clear()
         self._timeline = [("before", stored, stored.size) for stored in self._stored.values()]
 
     def segments(self) -> list[Segment]:

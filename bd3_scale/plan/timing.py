@@ -26,6 +26,9 @@ _SENT = {
     "allgather_": lambda n: n - 1,
     "_reduce_scatter_base_": lambda n: (n - 1) / n,
     "reduce_scatter_": lambda n: n - 1,
+    # Each rank passes the whole of it on, all at the same time.
+    "reduce_": lambda n: 1.0,
+    "broadcast_": lambda n: 1.0,
 }
 
 
@@ -92,8 +95,7 @@ class Rank:
         self._needed = self._host_inside = self._host_outside = self._beside_all = 0.0
         for key, work in trace.work.items():
             self._count(key, work)
-        for key, message in trace.messages.items():
-            self._send(key, message)
+        self._send_all()
         busy = self._needed + sum(self.losses_inside.values())
         exposed = max(0.0, self._beside_all - busy)
         self.losses_inside["pipeline-parallel messages"] += exposed
@@ -131,21 +133,41 @@ class Rank:
             return self._backward * work.flops / hardware.attention[1]
         return memory
 
-    def _send(self, key: Key, message: Message) -> None:
-        seconds = message_seconds(key, message, self._hardware)
-        if not seconds:
-            return
-        between = key.direction == "pipeline" and not key.part and key.phase == "gradients"
-        self.messages[key.direction] += seconds
-        if between and self._overlaps:
-            self._beside_all += seconds
-            return
-        hidden = self.kernel_seconds(Key("", "", "", "mm", ""), message.beside)
-        exposed = max(0.0, seconds - hidden)
-        inside = between or (key.phase == "gradients" and bool(key.part))
-        (self.losses_inside if inside else self.losses_outside)[f"{key.direction}-parallel messages"] += exposed
+    def _send_all(self) -> None:
+        hidden = self._hidden()
+        for key, message in self.trace.messages.items():
+            seconds = message_seconds(key, message, self._hardware)
+            if not seconds:
+                continue
+            between = key.direction == "pipeline" and not key.part and key.phase == "gradients"
+            self.messages[key.direction] += seconds
+            if between and self._overlaps:
+                self._beside_all += seconds
+                continue
+            inside = between or (key.phase == "gradients" and bool(key.part))
+            losses = self.losses_inside if inside else self.losses_outside
+            losses[f"{key.direction}-parallel messages"] += seconds - hidden.get(key, 0.0)
+
+    def _hidden(self) -> dict[Key, float]:
+        """Return the seconds of each entry's messages that computation covers.
+
+        A message lasts beside what is computed until it is waited for; those of a group come one after the other, so
+        that together they hide no more than what is computed while any of them is under way.
+        """
+        hidden: dict[Key, float] = {}
+        covered: dict[str, float] = defaultdict(float)
+        for key, message in self.trace.messages.items():
+            beside = self.kernel_seconds(_MIXED, message.beside)
+            hidden[key] = max(0.0, min(message_seconds(key, message, self._hardware), beside))
+            covered[key.direction] += self.kernel_seconds(_MIXED, message.alone)
+        for direction, most in covered.items():
+            whole = sum(seconds for key, seconds in hidden.items() if key.direction == direction)
+            share = min(1.0, most / whole) if whole else 1.0
+            hidden |= {key: share * seconds for key, seconds in hidden.items() if key.direction == direction}
+        return hidden
 
 
+_MIXED = Key("", "", "", "mm", "")
 _REDUCTION = "gradients between micro-batches and reduction"
 _LAUNCHES = "launches that the GPU waits for"
 

@@ -15,7 +15,8 @@ class Key(NamedTuple):
         part: of the model; empty outside it.
         direction: forward, backward or recomputed; of a message the group that it goes over.
         name: of the operator or collective.
-        shape: of a product or message inside the model; elsewhere it follows from the number of layers.
+        shape: of a product or message inside the model, and of a message what is computed beside it; elsewhere it
+            follows from the number of layers.
     """
 
     phase: str
@@ -47,17 +48,21 @@ class Message:
     Attributes:
         ranks: of the group, or the two of a message, which say what lies in one node.
         beside: what the device computes between the begin of each and the wait for it.
+        alone: of that, what it computes while no older message of the group is under way.
     """
 
     ranks: tuple[int, ...]
     calls: float = 0
     bytes: float = 0
     beside: Work = field(default_factory=Work)
+    alone: Work = field(default_factory=Work)
 
-    def add(self, size: float) -> None:
-        """Count one message."""
-        self.calls += 1
-        self.bytes += size
+    def add(self, other: Message, weight: float = 1.0) -> None:
+        """Count others of the same group."""
+        self.calls += weight * other.calls
+        self.bytes += weight * other.bytes
+        _add_work(self.beside, other.beside, weight)
+        _add_work(self.alone, other.alone, weight)
 
 
 class Sent(NamedTuple):
@@ -128,10 +133,7 @@ def combine(parts: Sequence[tuple[float, float, Trace]]) -> Trace:
         for key, work in trace.work.items():
             _add_work(whole.work.setdefault(key, Work()), work, weight)
         for key, message in trace.messages.items():
-            total = whole.messages.setdefault(key, Message(message.ranks))
-            total.calls += weight * message.calls
-            total.bytes += weight * message.bytes
-            _add_work(total.beside, message.beside, weight)
+            whole.messages.setdefault(key, Message(message.ranks)).add(message, weight)
         _add(whole.waits, trace.waits, weight)
         whole.micro_batches += weight * trace.micro_batches
         whole.flops += weight * trace.flops

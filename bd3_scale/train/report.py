@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.checkpoint.saver import Saved
+from bd3_scale.fused.ops import are_kept_away
 from bd3_scale.observe.environment import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.flops import peak_flops
 from bd3_scale.observe.metrics import METRICS_FILE, MetricsWriter
@@ -22,6 +23,12 @@ from bd3_scale.observe.progress import TrainingProgress
 from bd3_scale.parallel.engine import StepResult
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.train.evaluation import Evaluation
+
+# By `deterministic`: see `attention.kernels.backward`.
+_BACKWARD = {
+    True: ", deterministic backward of seven products",
+    False: ", fused backward of five products, whose sums differ from run to run",
+}
 
 
 class Report:
@@ -61,9 +68,10 @@ class Report:
                     new += f", from the weights of {self._recipe.init_from}"
                 self._say(f"resumed after step {self._start}" if self._start else new)
                 # The one backend whose backward depends on the recipe.
-                backward = "deterministic" if self._recipe.deterministic else "fused"
-                backward = f", {backward} backward" * (self._attention == "triton")
-                self._say(f"attention: {self._attention}{backward}; optimizer: {self._optimizer}")
+                backward = _BACKWARD[self._recipe.deterministic] * (self._attention == "triton")
+                # A person's wish, which on a GPU takes the place of the kernels.
+                plain = "; between products: plain PyTorch" * are_kept_away()
+                self._say(f"attention: {self._attention}{backward}{plain}; optimizer: {self._optimizer}")
         return self
 
     def __exit__(

@@ -1,25 +1,23 @@
 """Kernel variants compiled for chips that are not here: what stands in for a GPU where there is none.
 
 `make test` compiles the first tile of every form on one chip and of the commonest form on the others, `make test-all`
-all of them. What was found is kept beside pytest's own cache until a kernel or Triton changes.
+all of them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from bd3_scale.attention import kernels
-from bd3_scale.attention.kernels.offline import SHARED_MEMORY, Usage, Variant, compile_all, compile_variant, variants
+from bd3_scale.attention.kernels.offline import Variant, compile_variant, variants
 from bd3_scale.attention.kernels.tiles import KERNELS, Tile, candidates
-from bd3_scale.resilience.files import write_atomically
+from bd3_scale.offline import SHARED_MEMORY, Usage
+from tests.support.compiled import compiled
 
 pytestmark = pytest.mark.launch
 
@@ -43,26 +41,7 @@ def first_tiles(chip: int) -> list[Variant]:
 @pytest.fixture(scope="module", params=["first tiles", pytest.param("all tiles", marks=pytest.mark.slow)])
 def usages(request: pytest.FixtureRequest) -> Found:
     choose = first_tiles if request.param == "first tiles" else variants
-    return compiled([(chip, variant) for chip in CHIPS for variant in choose(chip)], request)
-
-
-def compiled(work: list[tuple[int, Variant]], request: pytest.FixtureRequest) -> Found:
-    """What each variant takes, compiled where it is not known from a run before."""
-    sources = b"".join(path.read_bytes() for path in sorted(Path(kernels.__path__[0]).glob("*.py")))
-    key = hashlib.sha256(sources + triton.__version__.encode()).hexdigest()
-    kept = request.config.cache.mkdir("kernels") / f"{key}.json"
-    known = json.loads(kept.read_text()) if kept.exists() else {}
-    missing = [(chip, variant) for chip, variant in work if name_of(chip, variant) not in known]
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        for (chip, variant), usage in zip(missing, compile_all(missing), strict=True):
-            known[name_of(chip, variant)] = usage
-            print(f"{name_of(chip, variant)}: {usage}")
-    write_atomically(kept, json.dumps(known))
-    return [(chip, variant, Usage(*known[name_of(chip, variant)])) for chip, variant in work]
-
-
-def name_of(chip: int, variant: Variant) -> str:
-    return f"sm_{chip} {variant}, {variant.tile.num_warps} warps, {variant.tile.num_stages} stages"
+    return compiled(kernels, compile_variant, [(chip, v) for chip in CHIPS for v in choose(chip)], request)
 
 
 def matrix_instructions(chip: int, variant: Variant) -> set[str]:

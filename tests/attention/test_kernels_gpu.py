@@ -132,9 +132,9 @@ def exercise_every_kernel() -> None:
         exercise(problem, dtype)
 
 
-def sanitized(sanitizer: str, tool: str, function: str) -> dict[str, Any]:
-    """What `subprocess.run` takes to let `compute-sanitizer` watch a function of this file with one of its tools."""
-    code = f"from tests.attention.test_kernels_gpu import {function}; {function}()"
+def sanitized(sanitizer: str, tool: str, function: str, room: str = "attention") -> dict[str, Any]:
+    """What `subprocess.run` takes to let `compute-sanitizer` watch a function of such a file with one of its tools."""
+    code = f"from tests.{room}.test_kernels_gpu import {function}; {function}()"
     return {
         "args": [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
         "cwd": Path(__file__).parents[2],
@@ -149,12 +149,13 @@ def found_nothing(said: str) -> bool:
     return re.search(r"SUMMARY: 0 (errors|hazards)\b", said) is not None
 
 
+@pytest.mark.parametrize("room", ["attention", "fused"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_is_clean(tool: str) -> None:
+def test_compute_sanitizer_is_clean(tool: str, room: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    watched = sanitized(sanitizer, tool, "exercise_every_kernel")
+    watched = sanitized(sanitizer, tool, "exercise_every_kernel", room)
     done = subprocess.run(**watched, capture_output=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert found_nothing(done.stdout), done.stdout[-2000:]

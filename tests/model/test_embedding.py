@@ -55,7 +55,7 @@ def check(parallel: ParallelRecipe, mask_id: int, dtype: torch.dtype, groups) ->
     if parallel.sequence:
         part = slice(groups.tp.rank() * ROWS // 2, (groups.tp.rank() + 1) * ROWS // 2)
 
-    vectors = words(tokens)
+    vectors = words(tokens, 1)
     assert torch.equal(vectors, weight[tokens][part])
     with Sums() as sums:
         vectors.backward(gradient[part])

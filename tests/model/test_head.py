@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3_scale.model import head
 from bd3_scale.model.config import transformer_config
 from bd3_scale.model.head import OutputLayer
 from bd3_scale.objective import ScoreEntropy
+from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+from tests.support.forks import run_ranks
 
 HIDDEN = 16
 VOCABULARY = Vocabulary(size=300, eos_id=0, mask_id=57)
 FORBIDDEN = [57, *range(300, 384)]
 
 
+WHOLE = ParallelRecipe()
 SCORE_ENTROPY = ScoreEntropy(DiffusionRecipe(block_size=1), VOCABULARY).row_loss
+
+
+def output_layer(groups, parallel=WHOLE, *, vocabulary=VOCABULARY, bias=True, tied=False, dtype=torch.float32):
+    cpu = torch.device("cpu")
+    shape = {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": 2, "ffn_hidden_size": 8}
+    model = ModelRecipe.model_validate(shape | {"head_bias": bias})
+    config = transformer_config(model, parallel, dtype=dtype, device=cpu, deterministic=True)
+    return OutputLayer(model, vocabulary, config, groups.tp, owns_weight=not tied)
 
 
 @pytest.fixture
 def build(groups):
     """An output layer of random weights; `tied`: without a weight of its own."""
-    model = ModelRecipe(num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, ffn_hidden_size=8)
-    config = transformer_config(
-        model, ParallelRecipe(), dtype=torch.float32, device=torch.device("cpu"), deterministic=True
-    )
 
     def make(*, bias=True, tied=False):
-        shape = model.model_copy(update={"head_bias": bias})
-        layer = OutputLayer(shape, VOCABULARY, config, groups.tp, owns_weight=not tied)
+        layer = output_layer(groups, bias=bias, tied=tied)
         generator = torch.Generator().manual_seed(0)
         for parameter in layer.parameters():
             parameter.data.normal_(generator=generator)
@@ -82,7 +91,7 @@ class NewTensors(TorchDispatchMode):
 def test_loss_and_gradients_are_those_of_all_logits_at_once(monkeypatch, build, rows_a_piece, num_rows, bias, tied):
     if rows_a_piece is not None:
         # Not a multiple of the vocabulary: a piece is of whole rows.
-        monkeypatch.setattr(head, "PIECE_ELEMENTS", rows_a_piece * 384 + 100)
+        monkeypatch.setattr(head, "PIECE_BYTES", 4 * (rows_a_piece * 384 + 100))
     layer = build(bias=bias, tied=tied)
     hidden, targets, weights = rows_of(num_rows)
     weight = torch.linspace(-2, 2, 384 * HIDDEN).sin().view(384, HIDDEN).requires_grad_() if tied else layer.weight
@@ -109,7 +118,7 @@ def test_rows_without_weight_have_no_gradient(build):
 
 
 def test_a_tiny_piece_is_still_one_row(monkeypatch, build):
-    monkeypatch.setattr(head, "PIECE_ELEMENTS", 1)
+    monkeypatch.setattr(head, "PIECE_BYTES", 1)
     hidden, targets, weights = rows_of(3)
     layer = build()
     assert torch.isclose(
@@ -127,7 +136,7 @@ def test_logits_are_those_of_the_loss_and_forbid_what_no_text_holds(build):
 
 
 def test_no_more_than_a_pieces_logits_and_the_gradients_ever_exist(monkeypatch, build):
-    monkeypatch.setattr(head, "PIECE_ELEMENTS", 4 * 384)
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 4 * 384)
     layer = build()
     hidden, targets, weights = rows_of(1000)
     with NewTensors(hidden, layer.weight, layer.bias, targets, weights) as during:
@@ -139,7 +148,7 @@ def test_no_more_than_a_pieces_logits_and_the_gradients_ever_exist(monkeypatch, 
 
 def test_without_gradients_nothing_is_kept(monkeypatch, build):
     """By the memory that is made: neither a gradient of the rows nor one of the weights."""
-    monkeypatch.setattr(head, "PIECE_ELEMENTS", 2 * 384)
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 2 * 384)
     layer = build()
     hidden, targets, weights = rows_of(1000)
     with torch.no_grad(), NewTensors(hidden, layer.weight, layer.bias, targets, weights) as during:
@@ -156,7 +165,7 @@ def test_score_entropy_is_that_of_the_paper(build, monkeypatch) -> None:
     Lou et al., ICML 2024, definition 3.1: the sum over y of w (s(y) - r log s(y) + K(r)), K(r) = r (log r - 1), where
     r = p(y) / p(mask) given the clean token is ratio for it and 0 for others; w dt is sigma' dt.
     """
-    monkeypatch.setattr(head, "PIECE_ELEMENTS", 3 * 384)
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 3 * 384)
     layer = build()
     hidden, targets, _ = rows_of(10)
     rate = torch.linspace(0.1, 0.95, 10)
@@ -194,3 +203,76 @@ def test_score_entropy_is_least_at_the_probabilities(build) -> None:
     assert expected(torch.full_like(law, 1 / len(law))) > entropy + 0.05
     # The cross-entropy would not see the scale.
     assert expected(law * 0.7) > entropy + 0.05
+
+
+def second_order(nll, log_total):
+    """A loss of a person's own that reads both, with derivatives of either sign."""
+    return nll.square() * 0.1 - 0.3 * log_total + nll
+
+
+def check_whole_vocabulary(groups, parallel, vocabulary, dtype, row_loss, spread, seed) -> None:
+    """Loss and gradients against torch's cross_entropy in float64 of the whole vocabulary's logits.
+
+    spread: how far apart the logits of the ranks are, so that one rank's exponentials vanish beside another's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layer = output_layer(groups, parallel, vocabulary=vocabulary, dtype=dtype)
+    size, rank, ranks = vocabulary.padded_size, groups.tp.rank(), groups.tp.size()
+    own = slice(rank * (size // ranks), (rank + 1) * (size // ranks))
+    weight, hidden = (torch.randn(n, HIDDEN, generator=generator).to(dtype) for n in (size, 13))
+    bias = (torch.randn(size, generator=generator) + torch.linspace(0, spread, size)).to(dtype)
+    targets = torch.randint(0, vocabulary.size - 1, (13,), generator=generator)
+    targets += targets >= vocabulary.mask_id
+    weights = torch.randn(13, generator=generator)
+    with torch.no_grad():
+        layer.weight.copy_(weight[own])
+        layer.bias.copy_(bias[own])
+    mine = [hidden.clone().requires_grad_(), layer.weight, layer.bias]
+    total, each = layer(mine[0], None, targets, weights, row_loss)
+    found = list(torch.autograd.grad(total * 3, mine))
+    dist.all_reduce(found[0], group=groups.tp)
+
+    leaves = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    logits = torch.nn.functional.linear(*leaves)
+    # Rounded as a product is: the loss of 16 bits is that of such logits.
+    logits = logits + (logits.detach().to(dtype).double() - logits.detach())
+    ids = torch.arange(size)
+    logits = logits.masked_fill((ids == vocabulary.mask_id) | (ids >= vocabulary.size), float("-inf"))
+    wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    if row_loss is not None:
+        wanted = row_loss(wanted, logits.logsumexp(1))
+    expected = torch.autograd.grad((wanted * weights).sum() * 3, leaves)
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(each.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(total.detach().double(), (wanted.detach() * weights).sum(), rtol=tolerance, atol=1e-3)
+    for got, want in zip(found, (expected[0], expected[1][own], expected[2][own]), strict=True):
+        assert (got.double() - want).norm() <= tolerance * max(expected[0].norm(), want.norm())
+
+
+# The second rank of two holds no entry that a text may have of the second vocabulary.
+VOCABULARIES = (VOCABULARY, Vocabulary(size=60, eos_id=0, mask_id=57))
+
+
+def check_every_form(groups, parallel) -> None:
+    forms = [(torch.float32, spread) for spread in (0, 150, -150)] + [(torch.bfloat16, 0)]
+    number = 0
+    for vocabulary, row_loss in itertools.product(VOCABULARIES, (None, second_order)):
+        for dtype, spread in forms:
+            number += 1
+            check_whole_vocabulary(groups, parallel, vocabulary, dtype, row_loss, spread, number)
+
+
+def test_it_is_the_cross_entropy_of_the_whole_vocabulary(groups, monkeypatch) -> None:
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 5 * 384)
+    check_every_form(groups, WHOLE)
+
+
+def test_so_it_is_on_ranks_that_hold_parts_of_it(tmp_path: Path) -> None:
+    run_ranks(check_on_two_ranks, 2, logs=tmp_path)
+
+
+def check_on_two_ranks() -> None:
+    head.PIECE_BYTES = 4 * 5 * 192
+    parallel = ParallelRecipe(tensor=2)
+    with process_groups(parallel) as groups:
+        check_every_form(groups, parallel)

@@ -40,7 +40,7 @@ def layer(groups):
 
 @pytest.mark.parametrize("loss", [focal, z_loss])
 def test_gradients_are_those_of_all_logits_at_once(layer, monkeypatch, loss):
-    monkeypatch.setattr(head, "PIECE_ELEMENTS", 3 * VOCABULARY.padded_size)  # four pieces
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 3 * VOCABULARY.padded_size)  # four pieces
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(ROWS, HIDDEN, generator=generator, requires_grad=True)
     targets = torch.randint(58, 300, (ROWS,), generator=generator)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bd3_scale.observe.environment import Environment, has_fast_bf16, read_environment
+from bd3_scale.observe.environment import Environment, cpu_flags, cpu_in_words, has_fast_bf16, read_environment
 
 READ_APEX = """
 import dataclasses, json
@@ -47,6 +48,38 @@ def test_hardware_is_what_torch_sees(environment: Environment) -> None:
 def test_fast_bf16_on_the_cpu_agrees_with_torch() -> None:
     in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert has_fast_bf16() == in_hardware
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.uname().machine != "x86_64", reason="x86 flags")
+def test_flags_of_the_cpu_are_those_that_torch_reads_from_it() -> None:
+    # torch asks the processor itself (cpuid), where we read what the kernel says of it.
+    asked = {
+        "AVX2": torch.cpu._is_avx2_supported(),
+        "AVX-512": torch.cpu._is_avx512_supported(),
+        "AVX-512 bf16": torch.cpu._is_avx512_bf16_supported(),
+        "AMX bf16": torch.cpu._is_amx_tile_supported(),
+    }
+    assert cpu_flags() == [name for name, found in asked.items() if found]
+    assert cpu_in_words().endswith(f"({', '.join(cpu_flags())})")
+
+
+def test_a_commit_is_marked_where_code_differs_and_not_for_a_table(tmp_path: Path) -> None:
+    source = tmp_path / "bd3_scale/observe/environment.py"
+    source.parent.mkdir(parents=True)
+    source.write_bytes(Path(sys.modules[Environment.__module__].__file__).read_bytes())
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/table.md").write_text("old")
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=all"]):
+        subprocess.run([*git, *words], check=True)
+    spec = importlib.util.spec_from_file_location("copied_environment", source)
+    copied = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout[:12]
+    (tmp_path / "benchmarks/table.md").write_text("new")
+    assert copied.source_commit() == head
+    (tmp_path / "tool.py").touch()
+    assert copied.source_commit() == head + "+"
 
 
 @pytest.mark.launch

@@ -47,7 +47,7 @@ def test_a_table_for_people_and_its_part_of_the_file(bench, tmp_path, capsys) ->
     path.write_text("# Attention\n\nold\n\n## cpu\n\nold numbers\n\n## cuda\n\nmeasured elsewhere\n")
     assert bench.main(["--device", "cpu", "--quick", "--markdown", str(path)]) == 0
     printed = capsys.readouterr().out
-    lines = [line for line in printed.splitlines() if line.startswith("float32")]
+    lines = [line for line in printed.splitlines() if line.startswith("| float32")]
     assert len(lines) == 4
     assert all("×" in line for line in lines)
     text = path.read_text()
@@ -60,6 +60,8 @@ def test_a_table_for_people_and_its_part_of_the_file(bench, tmp_path, capsys) ->
         "decode",
     ]
     assert "commit: " in text
+    part = text.partition("<!-- begin: attention-cpu -->\n\n")[2].partition("\n\n<!-- end: attention-cpu -->")[0]
+    assert part == printed.strip()
 
 
 def test_what_was_not_measured_says_so(bench, tmp_path) -> None:

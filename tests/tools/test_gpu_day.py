@@ -79,10 +79,11 @@ def test_a_signal_ends_it_with_what_was_found(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM, said
     found = result(tmp_path, "sanitizer")
     assert (found["status"], found["why"]) == ("interrupted", "by SIGTERM")
-    assert found["rows"] == [{"tool": "memcheck", "found": "nothing"}]
+    rooms = ("attention", "fused")
+    assert found["rows"] == [{"tool": "memcheck", "kernels": room, "found": "nothing"} for room in rooms]
     assert "began" in found["output"]
     assert re.search(r"in sanitizer$", found["output"], re.MULTILINE), "where it was is not shown"
-    assert "| memcheck | nothing |" in (tmp_path / "out/gpu_day.md").read_text()
+    assert "| memcheck | fused | nothing |" in (tmp_path / "out/gpu_day.md").read_text()
     pid = int((tmp_path / "pid").read_text())
     wait_for(lambda: not is_alive(pid))
 
@@ -176,12 +177,13 @@ def test_the_whole_day_in_its_dry_form_with_what_the_wheels_bring_alone(tmp_path
     environment["ONLY_DISTRIBUTIONS"] = " ".join((*NEEDED, *BUILT, WITH_TORCH, "bd3_scale"))
     process = day(tmp_path, "--minutes", 20, programs={}, **environment)
     said, _ = process.communicate(timeout=1250)
-    parts = ("environment", "kernels", "training", "tuning", "attention", "step", "decoding", "memory")
+    parts = ("environment", "kernels", "fused", "training", "tuning", "attention", "step", "decoding", "memory")
     assert {part: result(tmp_path, part)["status"] for part in parts} == dict.fromkeys(parts, "ok"), said
     assert result(tmp_path, "sanitizer")["why"] == "compute-sanitizer is not on the PATH"
     assert process.returncode == 0
     rows = {part: result(tmp_path, part)["rows"] for part in parts}
     assert {row["backward"] for row in rows["kernels"] if "backward" in row} == {"deterministic", "fused"}
+    assert all(row["GB/s"] > 0 for row in rows["fused"])
     assert [row["step"] for row in rows["training"][:-1]] == list(range(1, 21))
     assert {row["objective"] for row in rows["step"]} == {"bd3", "ar"}
 

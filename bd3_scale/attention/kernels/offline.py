@@ -1,31 +1,16 @@
-"""Compilation of the kernels for chips that need not be present, and what the compiled code uses.
-
-Needs Triton alone: its wheel brings the assembler and the disassembler.
-"""
+"""The attention kernels as they are launched on chips that need not be present; see `bd3_scale.offline`."""
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from bd3_scale.attention.kernels import backward, decode, forward
 from bd3_scale.attention.kernels.tiles import DELTA_ROWS, MOST_SPLITS, SCAN, Tile, candidates, decode_tile, uses_tma
-
-# Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, technical specifications).
-SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+from bd3_scale.offline import Usage, compile_kernel
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _FLOAT32 = {"LSE", "DELTA", "PART"}
@@ -67,19 +52,13 @@ class Variant(NamedTuple):
     def __str__(self) -> str:
         loads = "TMA" if self.tma else "pointers"
         form = f" {self.form}" * (self.form != TRAINING)
-        return f"{self.kernel} D{self.head_dim} {_TYPES[self.dtype]} {self.tile.rows}×{self.tile.keys} {loads}{form}"
+        tile = f"{self.tile.rows}×{self.tile.keys}, {self.tile.num_stages} stages"
+        return f"{self.kernel} D{self.head_dim} {_TYPES[self.dtype]} {tile} {loads}{form}"
 
-
-class Usage(NamedTuple):
-    """Hold what one compiled variant takes; `instructions` counts SASS instructions by the start of their names."""
-
-    registers: int
-    stack: int
-    shared: int
-    instructions: dict[str, int]
-
-
-_COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "UTMAREDG", "LDGSTS", "LDL", "STL", "RED", "REDG")
+    @property
+    def num_warps(self) -> int:
+        """Of a program."""
+        return self.tile.num_warps
 
 
 def variants(chip: int) -> list[Variant]:
@@ -112,30 +91,16 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int
     return candidates(kernel.replace("noisy_fused", "noisy_key"), head_dim, dtype, capability)
 
 
-def compile_all(work: Sequence[tuple[int, Variant]]) -> Iterator[Usage]:
-    """Apply `compile_variant` to each chip and variant, on all processors, in order and as they are ready."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(compile_variant, [variant for _, variant in work], [chip for chip, _ in work])
-
-
 def compile_variant(variant: Variant, chip: int) -> Usage:
-    """Compile for `sm_<chip>` and read registers, stack and shared memory (bytes) and instructions off the binary."""
+    """Return what `compile_kernel` finds of a variant on `sm_<chip>`."""
     function = _FUNCTIONS[variant.kernel]
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    given = _constants(variant)
-    for i, name in enumerate(function.arg_names):
-        if name in given:
-            signature[name], constants[(i,)] = "constexpr", given[name]
-            continue
-        signature[name] = _type(variant, name)
-        if signature[name].startswith("*") or re.fullmatch(r"\w+_[bnh]|num_rows|num_keys|keys_per_split", name):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": variant.tile.num_warps, "num_stages": variant.tile.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+    constants = _constants(variant)
+    types = {name: _type(variant, name) for name in function.arg_names if name not in constants}
+    sizes = r"\w+_[bnh]|num_rows|num_keys|keys_per_split"
+    aligned = {name for name, kind in types.items() if kind.startswith("*") or re.fullmatch(sizes, name)}
+    given = {name: value for name, value in constants.items() if name in function.arg_names}
+    tile = variant.tile
+    return compile_kernel(function, types, given, aligned, chip, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def _constants(variant: Variant) -> dict[str, Any]:
@@ -163,17 +128,3 @@ def _type(variant: Variant, name: str) -> str:
         rows = variant.tile.keys if name in ("K", "V") else variant.tile.rows
         return f"tensordesc<{element}[1, 1, {rows}, {variant.head_dim}]>"
     return f"*{element}"
-
-
-def _usage(cubin: bytes, shared: int) -> Usage:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command = [str(tool), "-res-usage", "-sass", str(file)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
-    assert found, printed
-    names = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", printed, re.MULTILINE)
-    counts = {name: names.count(name) for name in _COUNTED}
-    return Usage(int(found[1]), int(found[2]), shared, {name: n for name, n in counts.items() if n})

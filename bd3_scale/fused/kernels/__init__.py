@@ -1,0 +1,1 @@
+"""Triton kernels of what stands between a layer's products."""
