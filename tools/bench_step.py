@@ -146,7 +146,7 @@ def show_machine(about: dict[str, Any]) -> None:
     flags = ", ".join(about["cpu_flags"]) or "no avx2"
     print(f"{about['hardware']} ({flags}), {ranks}, commit {about['commit']}, medians of {about['steps']} steps;")
     print(", ".join(f"{name} {version}" for name, version in about["versions"].items()) + ",", end=" ")
-    print(f"fp32 products by {about['fp32_products']}, the rivals' by mkl;")
+    print(f"fp32 products by {about['fp32_products']}, the rivals' by PyTorch's own choice;")
     print(f"`{about['command']}`\n")
 
 

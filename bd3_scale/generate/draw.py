@@ -43,15 +43,22 @@ class Drawing:
     def draw(self, logits_MV: Tensor, uniforms_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [M], their confidence [M], and the entropy in nats [M] of the model's distributions."""
         shares = self._shares(logits_MV)
-        if self.temperature == 0:
-            tokens = logits_MV.argmax(-1, keepdim=True)
-        else:
-            cumulative = self._truncated(shares).cumsum(-1)
-            # Where forbidden ids end the vocabulary their cumulative sum repeats the last allowed one's, which the
-            # search never passes.
-            target = uniforms_M.to(cumulative.device)[:, None] * cumulative[:, -1:]
-            tokens = torch.searchsorted(cumulative, target, right=True)
+        tokens = self._drawn(logits_MV, shares, uniforms_M)
         return tokens[:, 0], shares.gather(-1, tokens)[:, 0], torch.special.entr(shares).sum(-1)
+
+    def tokens(self, logits_MV: Tensor, uniforms_M: Tensor) -> Tensor:
+        """The tokens of `draw` alone, [M]."""
+        return self._drawn(logits_MV, self._shares(logits_MV), uniforms_M)[:, 0]
+
+    def _drawn(self, logits_MV: Tensor, shares_MV: Tensor, uniforms_M: Tensor) -> Tensor:
+        """[M, 1]."""
+        if self.temperature == 0:
+            return logits_MV.argmax(-1, keepdim=True)
+        cumulative = self._truncated(shares_MV).cumsum(-1)
+        # Where forbidden ids end the vocabulary their cumulative sum repeats the last allowed one's, which the search
+        # never passes.
+        target = uniforms_M.to(cumulative.device)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True)
 
     def _shares(self, logits_MV: Tensor) -> Tensor:
         """The model's distribution, float64 [M, V], before top-k and top-p."""

@@ -222,8 +222,11 @@ def _unmask(
     at = places.to(positions.device)
     logits = model.decode(blocks.to(positions.device), positions, cache, at)
     uniforms = np.stack([text.uniforms(_TOKENS, blocks.shape[1]) for text in texts])
-    drawn, confidence, entropy = drawing.draw(logits, torch.from_numpy(uniforms[places.numpy()]))
-    if isinstance(rule, SightedRule):
+    chances = torch.from_numpy(uniforms[places.numpy()])
+    if not isinstance(rule, SightedRule):
+        drawn = drawing.tokens(logits, chances)
+    else:
+        drawn, confidence, entropy = drawing.draw(logits, chances)
         chosen = _seen_places(rule, texts, at, confidence, entropy)
         drawn, places = drawn[chosen[at]], chosen.cpu()
     blocks[places] = drawn.cpu()

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale import processor
 from bd3_scale.model import products
+from bd3_scale.model.linear import packed
 
 
 @pytest.fixture
@@ -72,6 +73,18 @@ def test_what_onednn_does_not_take_is_pytorchs_to_the_bit(library) -> None:
                 products.product(fake, fake, None)
             assert "linear_pointwise" not in str(counter.get_flop_counts())
         assert mode is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", products.LIBRARIES)
+def test_weights_laid_out_for_decoding_make_the_same_product(name: str, dtype: torch.dtype, library) -> None:
+    library(name)
+    x, weight, bias = operands(dtype)
+    x = x[:32].unflatten(0, (2, 16))
+    exact = [F.linear(x.double(), weight.double(), add) for add in (None, bias.double())]
+    for want, add in zip(exact, (None, bias), strict=True):
+        tolerance = {"atol": 2e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.2, "rtol": 1e-2}
+        torch.testing.assert_close(packed(weight, add)(x).double(), want, **tolerance)
 
 
 def test_a_cpu_is_asked_for_its_maker_and_its_flags(library) -> None:
