@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,7 +350,9 @@ class Recorder(TorchDispatchMode):
     def label(self, tensor: Tensor, kind: str, *, only_outside: bool = False) -> None:
         """Count the memory of a tensor as `kind`, from its birth on; only_outside: unless the model made it."""
         stored = self._stored.get(tensor.untyped_storage()._cdata)
-        if stored is not None and not (only_outside and (stored.in_model or stored.kind in ("weights", "optimizer", "gradients"))):
+        if stored is not None and not (
+            only_outside and (stored.in_model or stored.kind in ("weights", "optimizer", "gradients"))
+        ):
             stored.kind = kind
 
     def begin(self) -> None:
@@ -365,7 +368,7 @@ class Recorder(TorchDispatchMode):
         """Return what was written down since `begin`; work and messages that follow are not in it."""
         waits = {what: float(count) for what, count in self.waits.items()}
         return Trace(
-            self.segments(), dict(self.work), dict(self.messages), waits, micro_batches, flops, order=self.order
+            self.segments(), deepcopy(self.work), deepcopy(self.messages), waits, micro_batches, flops, order=self.order
         )
 
 
