@@ -103,10 +103,8 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     """Print a table in Markdown with its conditions."""
     print(f"Commit {source_commit()}, torch {torch.__version__}; `python tools/bench_traffic.py`. Counted, not timed;")
     print("the MFU is predicted at the assumptions of `bd3_scale/plan/hardware.yaml`.\n")
-    print(
-        "| shape | GB moved | by products and attention | launches | bytes kept by row, channel and layer | step, s | MFU |\n|"
-        + "---|" * 7
-    )
+    columns = ("GB moved", "by products and attention", "launches", "bytes kept by row, channel and layer", "step, s")
+    print(" | ".join(("| shape", *columns, "MFU |")) + "\n|" + "---|" * 7)
     for name, row in rows.items():
         kept, seconds = f"{row['kept_bytes']:.1f}", f"{row['step_seconds']:.3g}"
         print(
