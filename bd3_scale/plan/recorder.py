@@ -283,7 +283,7 @@ class Recorder(TorchDispatchMode):
     def _count_message(self, key: Key, message: Message) -> None:
         beside = message.beside
         if beside.calls:
-            # Of messages inside the model those that have as much beside them are counted together, and no others: what
+            # Messages inside the model are counted together where they have as much beside them, for their size: what
             # one has too much would hide what another has too little.
             key = key._replace(
                 shape=f"{key.shape} beside {beside.flops:.3g} {beside.bytes:.3g}" if key.part else "beside"
