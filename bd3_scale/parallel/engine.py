@@ -135,11 +135,13 @@ class TrainingEngine:
         meanwhile()
         mine = torch.tensor([*_tokens_by_kind(micro_batches, kinds), self.flops(micro_batches)], dtype=losses.dtype)
         totals = torch.cat([losses, to_device(mine, losses.device)])
+        losses = totals[:kinds]
         # Before the update: a group's messages come one after the other, so that these would wait behind all weights,
         # and the host for these, which left no weight to arrive beside the next forward.
-        dist.all_reduce(totals, group=self.groups.dp_cp)
-        losses = totals[:kinds]
-        dist.all_reduce(losses, group=self.groups.pp)
+        for tensor, group in ((totals, self.groups.dp_cp), (losses, self.groups.pp)):
+            # A group of one rank would answer as slowly as one of two.
+            if group.size() > 1:
+                dist.all_reduce(tensor, group=group)
         grad_norm, applied = self.update(lr)
         # The host waits for the device once.
         *told, flops, loss, norm = torch.cat([totals, losses.sum()[None], grad_norm[None]]).tolist()
