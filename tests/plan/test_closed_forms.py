@@ -115,6 +115,11 @@ def test_weights_are_the_last_that_a_step_sends(traces):
     assert names[-1] == "broadcast_"
 
 
+def test_gradients_of_the_head_leave_before_backward_comes_to_a_layer(traces):
+    names = [sent.name for sent in traces["context"].order]
+    assert names.index("reduce_") < names.index("_reduce_scatter_base_")
+
+
 def test_flops_of_the_head(traces):
     """Those that it makes, of padded logits, and those that count."""
     of_head = flops(traces["alone"])["head"]
