@@ -125,7 +125,7 @@ class Norm(Part):
         if self.rms:
             return add_rms_norm(x, more, self.weight, self.eps)
         x = x if more is None else x + more
-        return x, F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return x, torch.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
 class HeadNorm(MegatronModule):
