@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bd3_scale.attention.spans import own_block
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -102,8 +102,10 @@ def backward(
 
 def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
     """`decode_attention`: one call where all sequences see as many keys, else one for each, without a mask."""
-    q, k, v = (_dense(x) for x in (q, k, v))
-    seen = [k.shape[1]] if lengths is None else lengths.clamp(max=k.shape[1]).tolist()
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    if lengths is None:
+        return _decode(q, k, v, scale)
+    seen = lengths.clamp(max=k.shape[1]).tolist()
     if len(set(seen)) == 1:
         return _decode(q, k[:, : seen[0]], v[:, : seen[0]], scale)
     parts = [_decode(q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n], scale) for i, n in enumerate(seen)]
@@ -114,7 +116,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if k.shape[1] == 0:
         return torch.zeros_like(q)
     if q.shape[2] == k.shape[2]:
-        return _flash(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)[0].transpose(1, 2)
+        return _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)[0].transpose(1, 2)
     # Query heads of a group are rows of one head, so that no key is read twice.
     q_BGND = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     out_BGND, _ = _flash(q_BGND, k.transpose(1, 2), v.transpose(1, 2), scale=scale)

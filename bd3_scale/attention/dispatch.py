@@ -6,14 +6,18 @@ H query heads, G key/value heads, D head size, Q queries, S keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from bd3_scale.attention import ops  # noqa: F401  (its operators are there before torch.compile looks at a call)
 from bd3_scale.attention.backends import Backend, choose_backend
 from bd3_scale.attention.checks import check_block_arguments, check_decode_arguments
 from bd3_scale.registry import attention_backends
+
+Decoder = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 def block_attention(
@@ -70,6 +74,14 @@ def decode_attention(
     scale = _default_scale(q) if scale is None else scale
     check_decode_arguments(q, k, v, lengths, scale)
     return _backend(backend, q).decode_attention(q, k, v, lengths, scale)
+
+
+def decoder(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> Decoder:
+    """Return `decode_attention` of q, k, v, lengths and a scale like these, which chooses no backend again and checks no
+    arguments: a pass of a small model is so short that both would be felt.
+    """
+    chosen = cast(Backend, attention_backends.get(choose_backend(backend, device, dtype, head_size))())
+    return chosen.decode_attention
 
 
 def _backend(requested: str, q: Tensor) -> Backend:

@@ -38,6 +38,26 @@ def qkv_heads(
     return _forward(qkv, num_queries, q_weight, k_weight, cos, sin, eps)
 
 
+def qkv_heads_(
+    qkv: Tensor, num_queries: int, weight: Tensor | None, rotary: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `qkv_heads` in the memory of qkv, without gradients: queries and keys together, in half as many operators,
+    which are what a decoded block costs.
+
+    weight: [q + 1, D], those of a group's queries and its key; rotary: cos and sin [2, N, B, D].
+    """
+    _, rows, batch, size = rotary.shape
+    if ops.kernels_take(qkv, head=size):
+        weights = (None, None) if weight is None else (weight[0], weight[-1])
+        return qkv_heads(qkv, num_queries, *weights, rotary[0], rotary[1], eps)
+    heads = qkv.view(rows, batch, -1, num_queries + 2, size)
+    found = heads.narrow(3, 0, num_queries + 1)
+    cos, sin = rotary.view(2, rows, batch, 1, 1, size).unbind()
+    rotate(found if weight is None else norm_forward(found, weight, eps)[0], cos, sin, found)
+    query = heads.select(3, 0) if num_queries == 1 else heads.narrow(3, 0, num_queries).flatten(2, 3)
+    return query, heads.select(3, num_queries), heads.select(3, num_queries + 1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn the pairs (i, i + D/2) of heads x [..., D]: half-split, as in Llama and Qwen (Su et al., 2021).
 

@@ -57,12 +57,13 @@ class Drawing:
         cumulative = self._truncated(shares_MV).cumsum(-1)
         # Where forbidden ids end the vocabulary their cumulative sum repeats the last allowed one's, which the search
         # never passes.
-        target = uniforms_M.to(cumulative.device)[:, None] * cumulative[:, -1:]
+        target = uniforms_M.to(cumulative.device).unsqueeze(-1) * cumulative[:, -1:]
         return torch.searchsorted(cumulative, target, right=True)
 
     def _shares(self, logits_MV: Tensor) -> Tensor:
         """The model's distribution, float64 [M, V], before top-k and top-p."""
-        return (logits_MV.double() / (self.temperature or 1.0)).softmax(-1)
+        logits_MV = logits_MV.double()
+        return (logits_MV if self.temperature in (0, 1) else logits_MV / self.temperature).softmax(-1)
 
     def _truncated(self, shares_MV: Tensor) -> Tensor:
         """What top-k and then top-p leave of distributions."""

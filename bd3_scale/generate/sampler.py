@@ -60,7 +60,7 @@ class Draft:
     step: int = 0
     nfe: int = 0
     cache_passes: int = 0
-    block: Tensor = field(default_factory=lambda: torch.empty(0))
+    block: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     finished: bool = False
     sample: Sample | None = None
     order: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
@@ -159,7 +159,7 @@ def denoise(
         _open_block(text, block_size, mask_id)
     while True:
         for text in texts:
-            text.finished = not bool((text.block == mask_id).any())
+            text.finished = not (text.block == mask_id).any()
             if text.finished:
                 text.sample = _ended(text, model.vocabulary, sampling, eos_ids, ends)
         yield texts
@@ -180,19 +180,21 @@ def _pass(
     drawing: Drawing,
     window: int | None,
 ) -> None:
-    """One forward: texts with masks have some unmasked, finished blocks of others go into the cache."""
+    """One forward: texts with masks have some unmasked, finished blocks of others go into the cache.
+
+    Bookkeeping is in NumPy, whose calls on a few numbers take a tenth of a tensor's.
+    """
     mask_id = model.vocabulary.mask_id
-    blocks = torch.stack([text.block for text in texts])
+    blocks = np.stack([text.block for text in texts])
     size = blocks.shape[1]
     masked = blocks == mask_id
     open_texts = masked.any(1).tolist()
-    device = next(model.parameters()).device
     positions = cache.positions([len(text.tokens) for text in texts], size)
     if any(open_texts):
         _unmask(model, cache, texts, blocks, masked, positions, rule, drawing)
         cache.commit([0 if is_open else size for is_open in open_texts])
     else:
-        model.prefill(blocks.to(device), positions, None, cache)
+        model.prefill(torch.from_numpy(blocks).to(positions.device), positions, None, cache)
     for place, text in enumerate(texts):
         if open_texts[place]:
             text.block = blocks[place]
@@ -210,8 +212,8 @@ def _unmask(
     model: BlockDiffusionTransformer,
     cache: KVCache,
     texts: Sequence[Draft],
-    blocks: Tensor,
-    masked: Tensor,
+    blocks: NDArray[np.int64],
+    masked: NDArray[np.bool_],
     positions: Tensor,
     rule: Rule,
     drawing: Drawing,
@@ -219,30 +221,30 @@ def _unmask(
     """Put tokens at some of the masked places of `blocks` [B, L']; what the cache is to keep of them is told later."""
     # Before the forward, where they do not depend on it.
     places = _blind_places(texts, masked, rule) if isinstance(rule, BlindRule) else masked
-    at = places.to(positions.device)
-    logits = model.decode(blocks.to(positions.device), positions, cache, at)
+    at = torch.from_numpy(places).to(positions.device)
+    logits = model.decode(torch.from_numpy(blocks).to(positions.device), positions, cache, at)
     uniforms = np.stack([text.uniforms(_TOKENS, blocks.shape[1]) for text in texts])
-    chances = torch.from_numpy(uniforms[places.numpy()])
+    chances = torch.from_numpy(uniforms[places])
     if not isinstance(rule, SightedRule):
         drawn = drawing.tokens(logits, chances)
     else:
         drawn, confidence, entropy = drawing.draw(logits, chances)
         chosen = _seen_places(rule, texts, at, confidence, entropy)
-        drawn, places = drawn[chosen[at]], chosen.cpu()
-    blocks[places] = drawn.cpu()
+        drawn, places = drawn[chosen[at]], chosen.cpu().numpy()
+    blocks[places] = drawn.cpu().numpy()
 
 
-def _blind_places(texts: Sequence[Draft], masked: Tensor, rule: BlindRule) -> Tensor:
+def _blind_places(texts: Sequence[Draft], masked: NDArray[np.bool_], rule: BlindRule) -> NDArray[np.bool_]:
     """bool [B, L']; idle steps, which unmask nothing, are passed over without a forward."""
     found = np.zeros(masked.shape, dtype=np.bool_)
     for place, text in enumerate(texts):
-        here = masked[place].numpy()
+        here = masked[place]
         while here.any():
             found[place] = rule.choose(here, text.order, text.uniforms(_CHANCE, len(here)), text.step)
             if found[place].any():
                 break
             text.step += 1
-    return torch.from_numpy(found)
+    return found
 
 
 def _seen_places(
@@ -265,7 +267,7 @@ def _seen_places(
 def _open_block(text: Draft, size: int, mask_id: int) -> None:
     """The next block: what the prompt has of it, else masks."""
     given = text.prompt[len(text.tokens) : len(text.tokens) + size]
-    text.block = torch.tensor(given + [mask_id] * (size - len(given)))
+    text.block = np.array(given + [mask_id] * (size - len(given)), dtype=np.int64)
     text.step = 0
     text.order = text.uniforms(_ORDER, size)
 

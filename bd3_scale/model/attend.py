@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from bd3_scale.attention.dispatch import block_attention, decode_attention
+from bd3_scale.attention.dispatch import Decoder, block_attention
 from bd3_scale.model.kv_cache import KVCache
 
 
@@ -87,8 +87,8 @@ class AttendToCache:
     """The rows of a block, [B, L, …], attend to the cached prefix and to each other; their keys stand behind it."""
 
     cache: KVCache
-    backend: str
+    decoder: Decoder
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values, lengths = self.cache.write(layer, key, value)
-        return decode_attention(query, keys, values, lengths=lengths, backend=self.backend).flatten(2)
+        return self.decoder(query, keys, values, lengths, query.shape[-1] ** -0.5).flatten(2)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from bd3_scale.fused.heads import qkv_heads
+from bd3_scale.fused.heads import qkv_heads, qkv_heads_
 from bd3_scale.fused.norm import add_rms_norm
 from bd3_scale.fused.swiglu import swiglu, swiglu_backward
 from bd3_scale.model.linear import Activation, ColumnLinear, RowLinear, fuses
@@ -125,7 +125,7 @@ class Norm(Part):
         if self.rms:
             return add_rms_norm(x, more, self.weight, self.eps)
         x = x if more is None else x + more
-        return x, F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return x, torch.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
 class HeadNorm(MegatronModule):
@@ -197,6 +197,20 @@ class Attention(Part):
         # Under ZeRO-3, too, so small weights are whole on every rank.
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_layernorm, self.k_layernorm))
         return qkv_heads(qkv, num_queries, q_weight, k_weight, rotary[0], rotary[1], self.eps)
+
+    def for_decoding(self, **instead: TensorMap) -> Callable[..., Tensor]:
+        queries, eps, norms = self.queries, self.eps, (self.q_layernorm, self.k_layernorm)
+        weight: Tensor | None = None
+        if norms[0] is not None and norms[1] is not None:
+            weight = torch.cat([norms[0].weight.expand(queries, -1), norms[1].weight[None]]).detach()
+
+        def attend(qkv: Tensor, kv: None, rows: RowContext) -> Tensor:
+            return rows.attend(self.layer, *qkv_heads_(qkv, queries, weight, rows.rotary, eps))
+
+        # Another class may do something else between the products.
+        if type(self)._attend is Attention._attend and type(self)._heads is Attention._heads:
+            instead = {"_attend": attend, **instead}
+        return super().for_decoding(**instead)
 
 
 class MLP(Part):

@@ -43,6 +43,8 @@ class WordEmbeddings(VocabParallelEmbedding):
         """Return the vectors of int64 tokens [N, B] as [N, B, X]; under sequence parallelism this rank's part of the
         rows, which travel in `pieces`, see `exchange`.
         """
+        if self.tp_group.size() == 1 and not torch.is_grad_enabled():
+            return F.embedding(tokens, self.weight)  # a pass of decoding is so short that an autograd function is felt
         vectors = _Lookup.apply(self.weight, tokens, self.vocab_start_index, self.mask_id, self.tp_group.size() > 1)
         if self.sequence_parallel:
             return sum_rows(vectors, pieces, self.tp_group)

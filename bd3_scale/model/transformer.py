@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from bd3_scale.attention.dispatch import decoder
 from bd3_scale.model.attend import AttendToCache, AttendToRows
 from bd3_scale.model.block import Block, Norm, rotary_table
 from bd3_scale.model.decoder import Decoder
@@ -154,8 +155,7 @@ class BlockDiffusionTransformer(MegatronModule):
         tensor as `positions_BL`, unchanged, share its rotary table (`KVCache.positions`).
         """
         hidden = self._decode_block(block_BL, positions_BL, cache, wanted_BL)
-        logits = self.output_layer(hidden, self._head_weight())
-        return cast(Tensor, gather_from_tensor_model_parallel_region(logits, self.tp_group))
+        return self._gathered(self.output_layer(hidden, self._head_weight()))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Return an empty cache for `capacity` positions, of the model as it is now."""
@@ -197,7 +197,9 @@ class BlockDiffusionTransformer(MegatronModule):
         # A block's passes share its angles. By identity: to compare values would wait for the device.
         if cache.rotary is None or cache.rotary[0] is not positions_BL:
             cache.rotary = positions_BL, rotary_table(positions_BL, self.recipe, self.config.params_dtype)
-        rows = RowContext(cache.rotary[1], AttendToCache(cache, self.attention_backend), wanted=wanted_BL)
+        dtype, device = self.config.params_dtype, positions_BL.device
+        attend = AttendToCache(cache, decoder(self.attention_backend, device, dtype, self.recipe.head_size))
+        rows = RowContext(cache.rotary[1], attend, wanted=wanted_BL)
         hidden, more = self.embedding.word_embeddings(block_BL, 1), None
         for layer in cache.layers:
             hidden, more = layer(hidden, more, rows)
@@ -233,7 +235,15 @@ class BlockDiffusionTransformer(MegatronModule):
 
     def _all_logits(self, hidden_NBX: Tensor) -> Tensor:
         logits = self.output_layer(hidden_NBX, self._head_weight())
-        return gather_from_tensor_model_parallel_region(logits, self.tp_group).transpose(0, 1)
+        return self._gathered(logits).transpose(0, 1)
+
+    def _gathered(self, logits: Tensor) -> Tensor:
+        """Return logits of the whole vocabulary; those of one rank without megatron's autograd function, which takes as
+        long as three operators.
+        """
+        if self.tp_group.size() == 1:
+            return logits
+        return cast(Tensor, gather_from_tensor_model_parallel_region(logits, self.tp_group))
 
 
 @functools.lru_cache(maxsize=1)
