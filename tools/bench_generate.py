@@ -7,8 +7,8 @@
 Without a checkpoint the model is random (hidden 256, 4 layers, 4 heads, 1,024 tokens, blocks of 16): what it writes
 does not matter to first hitting, which takes one pass a token. The twin has the same weights and takes as many passes,
 see `Twin`; without its cache every pass computes the whole text, and it is timed once, on a quarter of the tokens,
-where it is at its best. On CPU seconds are the process's. Parallel unmasking is worth measuring with a trained model alone:
-tokens a pass beside the NELBO of what was written.
+where it is at its best. On CPU seconds are the process's. Parallel unmasking is worth measuring with a trained model
+alone: tokens a pass beside the NELBO of what was written.
 """
 
 from __future__ import annotations
