@@ -87,7 +87,8 @@ class GradientSums:
                 parameter.grad = parameter.main_grad = stretch  # type: ignore[attr-defined]
         self._left = {layer: micro_batches for layer in self._of_layer if layer is not None}
         yield
-        assert not any(self._left.values()), "a micro-batch did not pass through every layer"
+        if any(self._left.values()):
+            raise RuntimeError("gradients of a layer were not sent: its input needs a gradient in every micro-batch")
         self._send(self._of_layer[None])
         for work in self._under_way:
             work.wait()
