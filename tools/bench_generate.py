@@ -6,9 +6,9 @@
 
 Without a checkpoint the model is random (hidden 256, 4 layers, 4 heads, 1,024 tokens, blocks of 16): what it writes
 does not matter to first hitting, which takes one pass a token. The twin has the same weights and takes as many passes,
-see `Twin`; without its cache every pass computes the whole text, and it is timed once, on a quarter of the tokens, where
-it is at its best. On CPU seconds are the process's. Parallel unmasking is worth measuring with a trained model alone:
-tokens a pass beside the NELBO of what was written.
+see `Twin`; without its cache every pass computes the whole text, and it is timed once, on a quarter of the tokens,
+where it is at its best. On CPU seconds are the process's. Parallel unmasking is worth measuring with a trained model
+alone: tokens a pass beside the NELBO of what was written.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def random_model(stack: ExitStack, preset: str) -> BlockDiffusionTransformer:
 class Twin:
     """The sampler in plain PyTorch, with the weights of `model`: what a sampler of one text does and no more.
 
-    A pass does what the official code does (github.com/kuleshov-group/bd3lms): embeddings of a block's rows, layers with
-    rotated queries and keys against cached keys, logits of every row, which never are the mask's, their softmax in
+    A pass does what the official code does (github.com/kuleshov-group/bd3lms): embeddings of a block's rows, layers
+    with rotated queries and keys against cached keys, logits of every row, which never are the mask's, their softmax in
     float64, a token for every row, and one masked place, by chance, that takes its own; one pass more caches a finished
     block. Its cache is a better one: keys go there rotated, where the official code copies the cached projections and
     rotates them again at every pass.

@@ -77,8 +77,8 @@ def decode_attention(
 
 
 def decoder(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> Decoder:
-    """Return `decode_attention` of q, k, v, lengths and a scale like these, which chooses no backend again and checks no
-    arguments: a pass of a small model is so short that both would be felt.
+    """Return `decode_attention` of q, k, v, lengths and a scale like these, which chooses no backend again and checks
+    no arguments: a pass of a small model is so short that both would be felt.
     """
     chosen = cast(Backend, attention_backends.get(choose_backend(backend, device, dtype, head_size))())
     return chosen.decode_attention

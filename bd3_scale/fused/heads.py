@@ -48,8 +48,8 @@ def qkv_heads_(
     """
     _, rows, batch, size = rotary.shape
     if ops.kernels_take(qkv, head=size):
-        weights = (None, None) if weight is None else (weight[0], weight[-1])
-        return qkv_heads(qkv, num_queries, *weights, rotary[0], rotary[1], eps)
+        q_weight, k_weight = (None, None) if weight is None else (weight[0], weight[-1])
+        return qkv_heads(qkv, num_queries, q_weight, k_weight, rotary[0], rotary[1], eps)
     heads = qkv.view(rows, batch, -1, num_queries + 2, size)
     found = heads.narrow(3, 0, num_queries + 1)
     cos, sin = rotary.view(2, rows, batch, 1, 1, size).unbind()

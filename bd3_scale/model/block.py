@@ -87,7 +87,7 @@ class Part(MegatronModule):
         super().__init__(config)
         self.tp_group = group
 
-    def for_decoding(self, **instead: TensorMap) -> Callable[..., Tensor]:
+    def for_decoding(self, **instead: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return what `forward` computes, without gradients, as long as the weights do not change.
 
         It is `forward` of a shallow copy, in which every part and linear is replaced by its own `for_decoding` and
@@ -198,7 +198,7 @@ class Attention(Part):
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_layernorm, self.k_layernorm))
         return qkv_heads(qkv, num_queries, q_weight, k_weight, rotary[0], rotary[1], self.eps)
 
-    def for_decoding(self, **instead: TensorMap) -> Callable[..., Tensor]:
+    def for_decoding(self, **instead: Callable[..., Tensor]) -> Callable[..., Tensor]:
         queries, eps, norms = self.queries, self.eps, (self.q_layernorm, self.k_layernorm)
         weight: Tensor | None = None
         if norms[0] is not None and norms[1] is not None:
@@ -235,7 +235,7 @@ class MLP(Part):
             return self.linear_fc2(wide, pieces, activation=ACTIVATIONS[self.activation])
         return self.linear_fc2(self.activate(wide), pieces)
 
-    def for_decoding(self, **instead: TensorMap) -> Callable[..., Tensor]:
+    def for_decoding(self, **instead: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # The kernel of the product applies the activation, too; another forward may do something else with the product.
         if type(self).forward is MLP.forward and fuses(self.activation, self.linear_fc1):
             instead |= {"linear_fc1": self.linear_fc1.for_decoding(self.activation), "activate": lambda x: x}

@@ -267,8 +267,8 @@ def packed(weight: Tensor, bias: Tensor | None, activation: str | None = None) -
     """Return x ↦ activation(x Wᵀ + b) for few rows and without gradients, as long as the weights do not change.
 
     On CPU the weight is laid out once: for oneDNN, whose product of few rows takes half as long as torch's own, which
-    lays it out at each call (bf16), or takes a library that is slow on AMD (fp32); small fp32 ones where MKL multiplies,
-    inputs by outputs, see `few_rows_by_onednn`.
+    lays it out at each call (bf16), or takes a library that is slow on AMD (fp32); small fp32 ones where MKL
+    multiplies, inputs by outputs, see `few_rows_by_onednn`.
 
     activation: None, or one of a linear that `fuses` it.
     """
