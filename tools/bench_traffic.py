@@ -33,6 +33,8 @@ from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+# What no fusing can spare.
+PRODUCTS = ("mm", "addmm", "block_attention", "block_attention_backward")
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,12 @@ def measure(shape: Shape) -> dict[str, Any]:
     traces = trace_stages(recipe, vocabulary, shape.gpus, hardware, device="cuda")
     (trace,) = traces.values()
     found = assemble(recipe, vocabulary, shape.gpus, hardware, traces)
-    inside = [work for key, work in trace.work.items() if key.phase == "gradients" and key.part]
+    inside = {key: work for key, work in trace.work.items() if key.phase == "gradients" and key.part}
+    of_products = sum(work.bytes for key, work in inside.items() if key.name in PRODUCTS)
     return {
-        "traffic_bytes": sum(work.bytes for work in inside) / trace.micro_batches,
-        "launches": sum(work.calls for work in inside) / trace.micro_batches,
+        "traffic_bytes": sum(work.bytes for work in inside.values()) / trace.micro_batches,
+        "product_bytes": of_products / trace.micro_batches,
+        "launches": sum(work.calls for work in inside.values()) / trace.micro_batches,
         "kept_bytes": kept_bytes(recipe, vocabulary, shape),
         "step_seconds": found.time.seconds,
         "mfu": found.time.mfu,
@@ -99,11 +103,13 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     """Print a table in Markdown with its conditions."""
     print(f"Commit {source_commit()}, torch {torch.__version__}; `python tools/bench_traffic.py`. Counted, not timed;")
     print("the MFU is predicted at the assumptions of `bd3_scale/plan/hardware.yaml`.\n")
-    print("| shape | GB moved | launches | bytes kept by row, channel and layer | step, s | MFU |\n|" + "---|" * 6)
+    columns = ("GB moved", "by products and attention", "launches", "bytes kept by row, channel and layer", "step, s")
+    print(" | ".join(("| shape", *columns, "MFU |")) + "\n|" + "---|" * 7)
     for name, row in rows.items():
         kept, seconds = f"{row['kept_bytes']:.1f}", f"{row['step_seconds']:.3g}"
         print(
-            f"| {name} | {row['traffic_bytes'] / 1e9:,.1f} | {row['launches']:,.0f} | {kept} | {seconds} | "
+            f"| {name} | {row['traffic_bytes'] / 1e9:,.1f} | {row['product_bytes'] / 1e9:,.1f} | "
+            f"{row['launches']:,.0f} | {kept} | {seconds} | "
             f"{row['mfu']:.1%} |"
         )
 

@@ -125,7 +125,9 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 # Numbers in the masks that a plan keeps, 64 MiB in float32.
 _KEPT_MASKS = 1 << 24
-_last_plan: list[_Plan] = []
+# Of a pass there are two: the last layer's rows are other ones than those of the layers before it.
+_PLANS = 2
+_last_plans: list[_Plan] = []
 
 
 class _Call(NamedTuple):
@@ -225,10 +227,11 @@ class _Plan:
 
 def _plan_of(spans: Tensor, num_noisy: int, num_streams: int) -> _Plan:
     """Return the plan of these rows: the layers of a pass share one, with its masks, forward and backward."""
-    plan = _last_plan[0] if _last_plan else None
-    if plan is None or not plan.fits(spans, num_noisy, num_streams):
-        plan = _Plan(spans, num_noisy, num_streams)
-        _last_plan[:] = [plan]
+    for plan in _last_plans:
+        if plan.fits(spans, num_noisy, num_streams):
+            return plan
+    plan = _Plan(spans, num_noisy, num_streams)
+    _last_plans[:] = [*_last_plans[1 - _PLANS :], plan]
     return plan
 
 

@@ -281,15 +281,19 @@ class Block(Part):
         self.pre_mlp_layernorm = Norm(model, config, group)
         self.mlp = mlp or MLP(model, config, group)
 
-    def forward(self, x: Tensor, more: Tensor | None, rows: RowContext) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, more: Tensor | None, rows: RowContext, *, add: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Return a residual stream and what is to be added to it, both […, X], for such an x and `more` (None: zero).
 
-        The next norm adds them, in one pass over memory. Of the model's last layer they are only the rows whose output
-        is read, since beside noisy rows clean ones serve as keys there, and in decoding settled tokens do.
+        The next norm adds them, in one pass over memory, unless this is to `add` them at once. Of the model's last
+        layer they are only the rows whose output is read, since beside noisy rows clean ones serve as keys there, and
+        in decoding settled tokens do.
         """
         last = self.layer == self.num_layers - 1
         kept = rows.kept(x) if last else None
         x, normed = self.input_layernorm(x, more)
         attended = self.self_attention(normed, rows, kept)
         x, normed = self.pre_mlp_layernorm(x if kept is None else x[kept], attended)
-        return x, self.mlp(normed, rows.kept_streams if last else rows.num_streams)
+        more = self.mlp(normed, rows.kept_streams if last else rows.num_streams)
+        return (x + more, None) if add else (x, more)

@@ -34,9 +34,10 @@ class Decoder(nn.Module):
         more_NBX = None
         for index, layer in enumerate(self.layers):
             if index < self.recompute_layers and torch.is_grad_enabled():
-                # One tensor is kept of it, not two.
-                x_NBX = x_NBX if more_NBX is None else x_NBX + more_NBX
-                x_NBX, more_NBX = checkpoint(layer, x_NBX, None, rows, use_reentrant=False, preserve_rng_state=False)
+                # Of the next layer one tensor is kept, not two.
+                x_NBX, more_NBX = checkpoint(
+                    layer, x_NBX, more_NBX, rows, add=True, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x_NBX, more_NBX = layer(x_NBX, more_NBX, rows)
         if self.final_layernorm is not None:

@@ -205,6 +205,8 @@ class _Column(_Product):
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x, x = how.activate_backward(_input_gradient(gradient, weight), x)
+            else:
+                x = how.activate(x)
             return grad_x, *_Product.parameter_gradients(ctx, gradient, x), None
         gather = Gather(x, how.pieces, how.group) if how.sequence else None
         if gather is not None:

@@ -133,12 +133,16 @@ class TrainingEngine:
         losses = self.gradients(micro_batches, tokens=tokens, kinds=kinds)
         # Kernels are launched and nobody has waited for one: `update` does, to learn whether a gradient is not finite.
         meanwhile()
-        grad_norm, applied = self.update(lr)
         mine = torch.tensor([*_tokens_by_kind(micro_batches, kinds), self.flops(micro_batches)], dtype=losses.dtype)
         totals = torch.cat([losses, to_device(mine, losses.device)])
-        dist.all_reduce(totals, group=self.groups.dp_cp)
         losses = totals[:kinds]
-        dist.all_reduce(losses, group=self.groups.pp)
+        # Before the update: a group's messages come one after the other, so that these would wait behind all weights,
+        # and the host for these, which left no weight to arrive beside the next forward.
+        for tensor, group in ((totals, self.groups.dp_cp), (losses, self.groups.pp)):
+            # A group of one rank would answer as slowly as one of two.
+            if group.size() > 1:
+                dist.all_reduce(tensor, group=group)
+        grad_norm, applied = self.update(lr)
         # The host waits for the device once.
         *told, flops, loss, norm = torch.cat([totals, losses.sum()[None], grad_norm[None]]).tolist()
         by_kind = tuple(loss / count if count else None for loss, count in zip(told[:kinds], told[kinds:], strict=True))

@@ -65,7 +65,7 @@ class GradientSums:
     ) -> None:
         self.groups, self._ranks, self._owned = flat, ranks, owned
         self.sums = [torch.zeros_like(group.weights, dtype=torch.float32) for group in flat]
-        early = _layers(chunks)
+        early = _layers(chunks) | _heads(chunks)
         for parameter in late:
             early.pop(id(parameter), None)
         self._of_layer: dict[nn.Module | None, list[Stretch]] = defaultdict(list)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor, nn
 
 from bd3_scale.parallel.overlap import FlatGroup
@@ -214,6 +213,8 @@ class FlatZero:
     @contextmanager
     def gathering_by(self, gather: Callable[[], None]) -> Iterator[None]:
         """Let `gather` stand in, inside, for the collective that gives every rank the updated weights."""
+        from deepspeed.runtime.zero import stage_1_and_2
+
         own = stage_1_and_2.all_gather_dp_groups
         stage_1_and_2.all_gather_dp_groups = lambda **_: gather()
         try:

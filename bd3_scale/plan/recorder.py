@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bd3_scale.fused.ops import TRAFFIC
 from bd3_scale.model.block import MLP, Attention, Block, Norm
 from bd3_scale.model.decoder import Decoder
 from bd3_scale.model.head import OutputLayer
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.plan.operators import is_waited_for_later, lies_on, moved_bytes
 from bd3_scale.plan.trace import Key, Message, Segment, Sent, Trace, Work
 
 # Of CUDA's caching allocator.
@@ -42,7 +43,6 @@ _PARTS: dict[type, str] = {
     OutputLayer: "head",
 }
 _WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive"}
-_ONLY_WRITES = {"copy_", "zero_", "fill_"}
 _NO_KERNEL = {
     *("_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided"),
     *("new_empty", "new_empty_strided", "set_", "resize_", "record_stream", "_pin_memory", "is_pinned"),
@@ -189,7 +189,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
-        if name in _WAITS and _lies_on(args[0], self._device):
+        if name in _WAITS and lies_on(args[0], self._device):
             self._waited(name)
         if name in ("_local_scalar_dense", "is_nonzero"):
             value = args[0]
@@ -230,7 +230,7 @@ class Recorder(TorchDispatchMode):
         flops, shape = self._flops(name, args, before, after)
         # A size outside the model follows from how many layers there are, and would be a key of its own.
         key = Key(self._phase, part, direction, name, shape if part else "")
-        moved = self._moved(func, name, args, kwargs, after)
+        moved = moved_bytes(func, args, kwargs, after, self._device)
         self.work.setdefault(key, Work()).add(flops, moved)
         for queue in self._under_way.values():
             for place, sent in enumerate(queue):
@@ -238,22 +238,6 @@ class Recorder(TorchDispatchMode):
                 # A link takes one message after the other.
                 if place == 0:
                     sent.message.alone.add(flops, moved)
-
-    def _moved(self, func: Any, name: str, args: Any, kwargs: Any, after: list[Tensor]) -> int:
-        """Return the bytes that a kernel reads and writes; what it changes in place it does both with."""
-        if name in TRAFFIC:
-            return TRAFFIC[name](*args)
-        read: dict[int, Tensor] = {}
-        written = {id(x): x for x in after}
-        for place, argument in enumerate(func._schema.arguments):
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            tensors = {id(x): x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)}
-            changed = argument.alias_info is not None and argument.alias_info.is_write
-            if not (changed and (argument.is_out or name in _ONLY_WRITES)):
-                read |= tensors
-            written |= tensors if changed else {}
-        both = (*read.values(), *written.values())
-        return sum(x.numel() * x.element_size() for x in both if x.device.type == self._device)
 
     def _flops(self, name: str, args: Any, before: list[Tensor], after: list[Tensor]) -> tuple[int, str]:
         if name in ("mm", "addmm", "bmm", "baddbmm"):
@@ -284,7 +268,7 @@ class Recorder(TorchDispatchMode):
         if peer is not None:
             # Over whatever group: megatron-core takes that of all ranks, too, so that both directions are independent.
             label, ranks = "pipeline", tuple(sorted((peer, dist.get_rank())))
-        early = peer is None and _is_waited_for_later(func, args)
+        early = peer is None and is_waited_for_later(func, args)
         # Between replicas gradients leave as backward passes by, cut as the number of layers has it.
         part = "" if label == "data" else part
         shape = f"{ranks}" if peer is not None else str(size) if part else ""
@@ -299,7 +283,7 @@ class Recorder(TorchDispatchMode):
     def _count_message(self, key: Key, message: Message) -> None:
         beside = message.beside
         if beside.calls:
-            # Of messages inside the model those that have as much beside them are counted together, and no others: what
+            # Messages inside the model are counted together where they have as much beside them, for their size: what
             # one has too much would hide what another has too little.
             key = key._replace(
                 shape=f"{key.shape} beside {beside.flops:.3g} {beside.bytes:.3g}" if key.part else "beside"
@@ -349,7 +333,9 @@ class Recorder(TorchDispatchMode):
     def label(self, tensor: Tensor, kind: str, *, only_outside: bool = False) -> None:
         """Count the memory of a tensor as `kind`, from its birth on; only_outside: unless the model made it."""
         stored = self._stored.get(tensor.untyped_storage()._cdata)
-        if stored is not None and not (only_outside and (stored.in_model or stored.kind in ("weights", "optimizer", "gradients"))):
+        if stored is not None and not (
+            only_outside and (stored.in_model or stored.kind in ("weights", "optimizer", "gradients"))
+        ):
             stored.kind = kind
 
     def begin(self) -> None:
@@ -365,7 +351,7 @@ class Recorder(TorchDispatchMode):
         """Return what was written down since `begin`; work and messages that follow are not in it."""
         waits = {what: float(count) for what, count in self.waits.items()}
         return Trace(
-            self.segments(), dict(self.work), dict(self.messages), waits, micro_batches, flops, order=self.order
+            self.segments(), deepcopy(self.work), deepcopy(self.messages), waits, micro_batches, flops, order=self.order
         )
 
 
@@ -394,18 +380,6 @@ def _segments(chunk: Any) -> Iterator[tuple[nn.Module, str]]:
         yield layer, f"chunk {chunk.vp_stage or 0} {place} layer{' recomputed' * (index < kept)}"
     if chunk.post_process:
         yield chunk.output_layer, "head"
-
-
-def _is_waited_for_later(func: Any, args: Any) -> bool:
-    """Tell whether a collective was called with `async_op`; arguments that have their defaults are left out."""
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.name == "async_op":
-            return bool(args[place] if place < len(args) else argument.default_value)
-    return False
-
-
-def _lies_on(value: Any, device_type: str) -> bool:
-    return isinstance(value, Tensor) and value.device.type == device_type
 
 
 def _line() -> str:

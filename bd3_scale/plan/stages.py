@@ -276,7 +276,8 @@ def _lumped(trace: Trace) -> Trace:
     """The trace without what tells sizes apart, in names of stretches of memory, too."""
     parts = [Trace([], {key._replace(shape=""): work}, {}, {}) for key, work in trace.work.items()]
     for key, message in trace.messages.items():
-        parts.append(Trace([], {}, {key._replace(shape=" early" * key.shape.endswith(" early")): message}, {}))
+        _, beside, by_size = key.shape.partition("beside")
+        parts.append(Trace([], {}, {key._replace(shape=beside + by_size): message}, {}))
     whole = combine([(1.0, 1.0, part) for part in parts])
     segments = [Segment(segment.name.replace(" recomputed", ""), segment.memory) for segment in trace.segments]
     # Gradients are still fewer while those of the first micro-batch come.

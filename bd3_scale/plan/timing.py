@@ -126,7 +126,8 @@ class Rank:
         hardware = self._hardware
         memory = work.bytes / (hardware.stream * hardware.memory_bandwidth)
         if key.name in _PRODUCTS:
-            return max(work.flops / (hardware.matmul * hardware.peak), memory)
+            # What is put together from steps of other sizes counts some of them negatively.
+            return max(work.flops / (hardware.matmul * hardware.peak), memory, key=abs)
         if key.name == "block_attention":
             return work.flops / hardware.attention[0]
         if key.name == "block_attention_backward":
@@ -158,11 +159,11 @@ class Rank:
         covered: dict[str, float] = defaultdict(float)
         for key, message in self.trace.messages.items():
             beside = self.kernel_seconds(_MIXED, message.beside)
-            hidden[key] = max(0.0, min(message_seconds(key, message, self._hardware), beside))
+            hidden[key] = min(message_seconds(key, message, self._hardware), beside, key=abs)
             covered[key.direction] += self.kernel_seconds(_MIXED, message.alone)
         for direction, most in covered.items():
             whole = sum(seconds for key, seconds in hidden.items() if key.direction == direction)
-            share = min(1.0, most / whole) if whole else 1.0
+            share = max(0.0, min(1.0, most / whole)) if whole > 0 else 1.0
             hidden |= {key: share * seconds for key, seconds in hidden.items() if key.direction == direction}
         return hidden
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.parallel.engine import StepResult, TrainingEngine
@@ -85,6 +87,15 @@ def _poisoned(engine: TrainingEngine, step: int) -> Iterator[None]:
     if not faults.is_poisoned(step):
         yield
         return
-    handle = next(engine.chunks[0].parameters()).register_hook(lambda gradient: gradient * math.nan)
+    parameter: Any = next(engine.chunks[0].parameters())
+
+    def poison(gradient: Tensor | None) -> Tensor | None:
+        if gradient is not None:
+            return gradient * math.nan
+        # Autograd has none of a weight whose function added it to the sum by itself.
+        parameter.main_grad.fill_(math.nan)
+        return None
+
+    handle = parameter.register_hook(poison)
     yield
     handle.remove()

@@ -87,6 +87,19 @@ def check_products(group: dist.ProcessGroup) -> None:
         close(bias, expected["down_bias"])
 
 
+def test_a_weight_learns_from_rows_that_need_no_gradient(groups):
+    """The activation of its input is made for the weight alone."""
+    tensors = whole()
+    _, down = layers(False, groups.tp)
+    down.weight.data, down.bias.data = tensors["down"].clone(), tensors["down_bias"].clone()
+    wide = tensors["x"] @ tensors["up"].t()
+    found, wanted = (
+        torch.autograd.grad((out * tensors["direction"]).sum(), down.weight)[0]
+        for out in (down(wide, activation=ACTIVATIONS["swiglu"]), down(swiglu(wide)))
+    )
+    close(found, wanted)
+
+
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 

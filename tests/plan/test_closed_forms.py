@@ -109,6 +109,17 @@ def test_products_beside_messages(traces, part):
     }
 
 
+def test_weights_are_the_last_that_a_step_sends(traces):
+    """Messages of a group come one after the other: what followed, and what the host waits for, would wait for all."""
+    names = [sent.name for sent in traces["context"].order if sent.ranks == (0, 1)]
+    assert names[-1] == "broadcast_"
+
+
+def test_gradients_of_the_head_leave_before_backward_comes_to_a_layer(traces):
+    names = [sent.name for sent in traces["context"].order]
+    assert names.index("reduce_") < names.index("_reduce_scatter_base_")
+
+
 def test_flops_of_the_head(traces):
     """Those that it makes, of padded logits, and those that count."""
     of_head = flops(traces["alone"])["head"]

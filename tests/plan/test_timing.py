@@ -67,7 +67,7 @@ def test_a_message_takes_the_slowest_link_of_its_group(ranks, stride, bandwidth,
 
 
 def test_computation_beside_a_message_hides_it():
-    key = Key("gradients", "mlp", "tensor", "_allgather_base_", "1 early")
+    key = Key("gradients", "mlp", "tensor", "_allgather_base_", "1 beside 2")
     seconds = message_seconds(key, Message((0, 1), 1, 36e9), H100)
     work = {PRODUCT: Work(1, 989e12, 1)}
 

@@ -147,13 +147,7 @@ def test_what_needs_more_is_left_out_unless_it_is_asked_for(page, monkeypatch, c
         assert ran.read_text() == "x" * times
 
 
-# Their pages get their places with what measures them.
-COMING = pytest.mark.xfail(strict=True, reason="its page has no place for it yet")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=COMING if name in ("step", "traffic") else ()) for name in PARTS]
-)
+@pytest.mark.parametrize("name", PARTS)
 def test_each_table_has_its_place_and_its_tool(name: str) -> None:
     part = PARTS[name]
     words = [word for word in shlex.split(part.command) if "=" not in word]
