@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 from bd3_scale.model.exchange import Gather, Reduction
 from bd3_scale.model.products import (
     add_weight_gradient,
-    fp32_library,
+    few_rows_by_onednn,
     input_gradient,
     product,
     product_into,
@@ -269,8 +269,8 @@ def packed(weight: Tensor, bias: Tensor | None, activation: str | None = None) -
     """Return x ↦ activation(x Wᵀ + b) for few rows and without gradients, as long as the weights do not change.
 
     On CPU the weight is laid out once: for oneDNN, whose product of few rows takes half as long as torch's own, which
-    lays it out at each call (bf16), or takes a library that is slow on AMD (fp32); where MKL multiplies fp32, inputs by
-    outputs, which takes three quarters of oneDNN's time.
+    lays it out at each call (bf16), or takes a library that is slow on AMD (fp32); small fp32 ones where MKL
+    multiplies, inputs by outputs, see `few_rows_by_onednn`.
 
     activation: None, or one of a linear that `fuses` it.
     """
@@ -300,4 +300,4 @@ def _onednn_takes(weight: Tensor) -> bool:
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32 and fp32_library() == "onednn"
+    return weight.dtype == torch.float32 and few_rows_by_onednn(weight)

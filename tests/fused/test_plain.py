@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from bd3_scale.fused import parts
-from bd3_scale.fused.heads import qkv_heads, rotate
+from bd3_scale.fused.heads import qkv_heads, qkv_heads_, rotate
 from bd3_scale.fused.norm import add_rms_norm
 from bd3_scale.fused.swiglu import swiglu
 from tests.fused.cases import (
@@ -104,3 +104,16 @@ def test_a_rotation_by_positions_depends_on_their_difference_alone() -> None:
     query, key = torch.randn(2, 8)
     turned_query, turned_key = rotate(query.expand(4, 8), cos, sin), rotate(key.expand(4, 8), cos, sin)
     torch.testing.assert_close(turned_query[0] @ turned_key[1], turned_query[2] @ turned_key[3])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_heads_of_a_decoded_block_are_those_of_training(num_queries: int, normed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(5, 2, 2 * (num_queries + 2) * 8, generator=generator)
+    rotary = torch.randn(2, 5, 2, 8, generator=generator)
+    weights = torch.randn(2, 8, generator=generator) if normed else (None, None)
+    want = qkv_heads(qkv, num_queries, *weights, rotary[0], rotary[1], 1e-5)
+    weight = torch.cat([weights[0].expand(num_queries, -1), weights[1][None]]) if normed else None
+    for mine, theirs in zip(qkv_heads_(qkv.clone(), num_queries, weight, rotary, 1e-5), want, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -87,6 +87,15 @@ def test_weights_laid_out_for_decoding_make_the_same_product(name: str, dtype: t
         torch.testing.assert_close(packed(weight, add)(x).double(), want, **tolerance)
 
 
+@pytest.mark.parametrize(("name", "size", "by_onednn"), [(None, 1024, True), (None, 512, False), ("mkl", 1024, False)])
+def test_large_weights_are_laid_out_for_onednn_on_intel_too(name, size, by_onednn, library) -> None:
+    assert library(name) == "mkl"
+    x, weight = torch.randn(2, 16, 64), torch.randn(size * 16, 64)
+    with FlopCounterMode(display=False) as counter:
+        torch.testing.assert_close(packed(weight, None)(x), F.linear(x, weight), atol=1e-4, rtol=1e-4)
+    assert ("_linear_pointwise" in str(counter.get_flop_counts())) == by_onednn
+
+
 def test_a_cpu_is_asked_for_its_maker_and_its_flags(library) -> None:
     assert library(None) == "mkl"
     assert library(None, "AuthenticAMD") == "onednn"
