@@ -79,7 +79,7 @@ def add_weight_gradient(total_NK: Tensor | None, grad_MN: Tensor, x_MK: Tensor) 
         and total_NK.dtype == grad_MN.dtype
         and not _by_onednn(grad_MN, grad_MN.numel() * x_MK.shape[1])
     ):
-        return total_NK.addmm_(grad_MN.t(), x_MK)
+        return torch.addmm(total_NK, grad_MN.t(), x_MK, out=total_NK)
     gradient = weight_gradient(grad_MN, x_MK)
     if total_NK is None:
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
