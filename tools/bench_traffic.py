@@ -53,8 +53,8 @@ SHAPES = {
     "1b on one H200, not deterministic": Shape(
         "1b", ("train.micro_batch_size=2", "parallel.tensor=1", "deterministic=false"), 1, "h200", 50258
     ),
-    "8b on 64, tensor 4": Shape("8b", ("parallel.tensor=4", "parallel.sequence=true"), 64, "h100", 151936),
-    "8b on 64, tensor 2": Shape("8b", ("parallel.tensor=2", "parallel.sequence=true"), 64, "h100", 151936),
+    "8b on 64, tensor 4": Shape("8b", ("parallel.tensor=4", "train.micro_batch_size=1"), 64, "h100", 151936),
+    "8b on 64, tensor 2": Shape("8b", ("parallel.tensor=2", "train.micro_batch_size=1"), 64, "h100", 151936),
     "paper-110m on 16": Shape("paper-110m", (), 16, "h100", 50258),
 }
 
