@@ -54,7 +54,7 @@ class Calibration:
         hooks = [module.get_submodule(name).register_forward_pre_hook(_adder(sums[name])) for name in LINEARS]
         try:
             for hidden, rows in self._rows:
-                module(hidden, rows)
+                module(hidden, None, rows)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -65,7 +65,7 @@ class Calibration:
         """Pass the rows through `layer`, with the weights that it has now."""
         module = self._model.decoder.layers[layer]
         for index, (hidden, rows) in enumerate(self._rows):
-            self._rows[index] = module(hidden, rows), rows
+            self._rows[index] = module(hidden, None, rows, add=True)[0], rows
 
 
 def _adder(total: HessianSum) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

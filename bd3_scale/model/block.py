@@ -231,7 +231,7 @@ class MLP(Part):
         """Return […, X] for x […, X], whose rows travel in `pieces`, see `exchange`."""
         wide = self.linear_fc1(x, pieces)
         # A GPU makes the activation again sooner than it would find memory for one of every layer; a CPU does not.
-        if wide.is_cuda:
+        if wide.is_cuda and torch.is_grad_enabled():
             return self.linear_fc2(wide, pieces, activation=ACTIVATIONS[self.activation])
         return self.linear_fc2(self.activate(wide), pieces)
 
