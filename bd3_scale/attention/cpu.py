@@ -149,12 +149,12 @@ class _Call(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the keys end when the noisy ones follow the clean ones."""
+        """Return where the keys end when the noisy ones follow the clean ones."""
         return self.clean.stop + (self.copies.stop - self.copies.start) * (self.noisy.stop - self.noisy.start)
 
 
 class _Plan:
-    """What to call for, and which keys its rows see."""
+    """Holds what to call for, and which keys its rows see."""
 
     def __init__(self, spans: Tensor, num_noisy: int, num_streams: int) -> None:
         self.spans, self.num_noisy, self.num_streams = spans.clone(), num_noisy, num_streams

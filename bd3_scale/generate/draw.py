@@ -66,7 +66,7 @@ class Drawing:
         return (logits_MV if self.temperature in (0, 1) else logits_MV / self.temperature).softmax(-1)
 
     def _truncated(self, shares_MV: Tensor) -> Tensor:
-        """What top-k and then top-p leave of distributions."""
+        """Return what top-k and then top-p leave of distributions."""
         if self.top_k is None and self.top_p == 1.0:
             return shares_MV
         ranked, ids = shares_MV.sort(dim=-1, descending=True, stable=True)

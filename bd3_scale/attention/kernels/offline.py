@@ -57,7 +57,7 @@ class Variant(NamedTuple):
 
     @property
     def num_warps(self) -> int:
-        """Of a program."""
+        """Return how many warps a program has."""
         return self.tile.num_warps
 
 

@@ -42,7 +42,7 @@ class Variant(NamedTuple):
 
     @property
     def num_warps(self) -> int:
-        """Of a program."""
+        """Return how many warps a program has."""
         if self.kernel.startswith("add_rms_norm"):
             return norm_tile(self.size).num_warps
         return LOGITS.num_warps if self.kernel in ("row_statistics", "logit_gradient_") else 4
