@@ -20,6 +20,11 @@ def flags() -> frozenset[str]:
     return frozenset(f"{fields().get('flags', '')} {fields().get('Features', '')}".split())
 
 
+def multiplies_bf16() -> bool:
+    """Say whether it has bf16 products: AVX512-BF16 or AMX on x86, the BF16 extension on ARM."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags())
+
+
 def vendor() -> str:
     """Return who made it, such as "GenuineIntel" or "AuthenticAMD"; "" on ARM."""
     return fields().get("vendor_id", "")

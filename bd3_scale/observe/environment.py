@@ -44,7 +44,6 @@ _CPU_FLAGS = {
     "sve": "SVE",
     "bf16": "bf16",
 }
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,13 @@ def cpu_in_words() -> str:
 def has_fast_bf16() -> bool:
     """Tell whether bf16 matrix products run in hardware: on every GPU, or on the CPU where there is no GPU.
 
-    GPUs: from compute capability 8.0. CPUs: AVX512-BF16 or AMX on x86, the BF16 extension on ARM; elsewhere torch
-    emulates bf16 at a loss.
+    GPUs: from compute capability 8.0. CPUs: see `processor.multiplies_bf16`; elsewhere torch emulates bf16 at a loss.
     """
     import torch
 
     if torch.cuda.is_available():
         return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
-    return not _BF16_FLAGS.isdisjoint(processor.flags())
+    return processor.multiplies_bf16()
 
 
 def _bf16() -> Acceleration:

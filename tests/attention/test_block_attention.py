@@ -102,6 +102,23 @@ def test_16_bit_errs_no_more_than_dense_attention(form: str, dtype: torch.dtype)
         assert (g.double() - w).norm() <= 1.1 * (r.double() - w).norm()
 
 
+@pytest.mark.parametrize("multiplies_bf16", [False, True])
+def test_long_causal_rows_in_bf16_err_little_more_than_dense_attention(
+    multiplies_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu.processor, "multiplies_bf16", lambda: multiplies_bf16)
+    kernel, dtypes = cpu._flash_backward, set()
+    monkeypatch.setattr(cpu, "_flash_backward", lambda *a, **how: dtypes.add(a[0].dtype) or kernel(*a, **how))
+    problem = FORMS["next token"]._replace(documents=[[800]] * 2)
+    want = outputs_and_gradients(problem, torch.float64, "reference")
+    dtypes.clear()
+    got = outputs_and_gradients(problem, torch.bfloat16, "cpu")
+    rival = dense_attention(problem, torch.bfloat16, problem.mask())
+    for g, r, w in zip(got, rival, want, strict=True):
+        assert (g.double() - w).norm() <= 1.2 * (r.double() - w).norm()
+    assert dtypes == {torch.bfloat16 if multiplies_bf16 else torch.float32}
+
+
 def test_gradients_agree_with_finite_differences() -> None:
     problem = TRAINING._replace(documents=[[2, 5]], block_sizes=[3], num_noisy=2, heads=2, groups=1, head_dim=3)
     qkv = [x.requires_grad_() for x in problem.tensors(torch.float64)[:3]]
