@@ -132,6 +132,7 @@ if os.environ["RANK"] == "0":
         server.listen()
         peer, _ = server.accept()
         peer.recv(1)
+        time.sleep(0.1)  # less than a rank takes that has a traceback to write
         sys.exit(4)
 connection = socket.socket(socket.AF_UNIX)
 while connection.connect_ex(address):
