@@ -199,24 +199,27 @@ def _segments(
     # Interleaved schedules send beside computation: what a chunk has sent stays, and some is on its way.
     sent = message * (under_way + _ON_THEIR_WAY) if parallel.virtual_pipeline > 1 else 0.0
     last = stage == parallel.pipeline - 1
+    # Interleaved schedules have the last stage go backward through chunks of middle layers, too.
+    has_middle = not last or parallel.virtual_pipeline > 1
     found = []
-    for index, (of_layer, of_ends) in enumerate(zip(layer.segments, ends.segments, strict=True)):
-        in_layer = "first layer" in of_ends.name or "middle layer" in of_ends.name
-        after = index >= len(names) - 2
-        if not (last or in_layer or after):
-            continue
-        # On another stage than the last one, no layer is like the last one, which keeps less.
-        layers = chunk if last else chunk + 1
-        memory = {}
-        for kind in of_layer.memory.keys() | of_ends.memory.keys():
-            count = weights if kind in _STATIC else layers
-            memory[kind] = count * of_layer.memory.get(kind, 0.0) + of_ends.memory.get(kind, 0.0)
-        if not last:
-            memory.pop("head", None)
-        if not after:
-            memory["activations"] = memory.get("activations", 0.0) + beside
-            memory["messages"] = sent
-        found.append(Segment(of_ends.name, memory))
+    for is_middle in [False] * last + [True] * has_middle:
+        # Where no layer is like the last one, which keeps less.
+        layers = chunk + is_middle
+        for index, (of_layer, of_ends) in enumerate(zip(layer.segments, ends.segments, strict=True)):
+            in_layer = "first layer" in of_ends.name or "middle layer" in of_ends.name
+            after = index >= len(names) - 2
+            if is_middle and not (in_layer or after):
+                continue
+            memory = {}
+            for kind in of_layer.memory.keys() | of_ends.memory.keys():
+                count = weights if kind in _STATIC else layers
+                memory[kind] = count * of_layer.memory.get(kind, 0.0) + of_ends.memory.get(kind, 0.0)
+            if is_middle:
+                memory.pop("head", None)
+            if not after:
+                memory["activations"] = memory.get("activations", 0.0) + beside
+                memory["messages"] = sent
+            found.append(Segment(of_ends.name, memory))
     return found
 
 
