@@ -2,27 +2,35 @@
 
 A format is a function that yields the pieces of an `OpenFile`, each a document or what has one, registered under the
 suffix of its files with `@source_formats.register(".suffix")`; it raises ValueError for the rest of a damaged file.
+
+A format whose files can be cut says how with `@source_cuts.register(".suffix")`: a function of the file and a number of
+bytes that yields parts of about that size, in order, each a pair of a start and an end as the format counts them (bytes,
+row groups) and its bytes as stored. The format then yields what begins in `OpenFile.part`, and all where that is None.
+Packed files are never cut.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import gzip
 import io
 import json
 import logging
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import zstandard
 
 from bd3_scale.data.files import find_files, format_of
-from bd3_scale.registry import source_formats
+from bd3_scale.registry import source_cuts, source_formats
 
 READ_BYTES = 1 << 17
 # A block of a zstd frame takes 4 bytes or more and unpacks to 128 KiB or less, so that this much unpacks to 32 MiB.
@@ -35,6 +43,7 @@ NUM_SHOWN = 8
 NAME_A_FIELD = "name the field with --field"
 
 TextOf = Callable[[dict[str, Any], str], str]
+Part = tuple[int, int]
 
 _MISSING = object()
 
@@ -47,6 +56,14 @@ class Document:
 
     text: str
     position: int
+
+
+class FilePart(NamedTuple):
+    """A part of the `file`-th source file, `num_bytes` as stored; the whole file where `part` is None."""
+
+    file: int
+    num_bytes: int
+    part: Part | None = None
 
 
 class DocumentReader:
@@ -76,27 +93,42 @@ class DocumentReader:
         max_bytes: int = DOCUMENT_BYTES,
     ) -> None:
         self.files = find_files(sources, (".jsonl",) if text_of else None)
-        self._text_of = text_of or (lambda record, where: string_field(record, field, where))
+        self._parts: Sequence[FilePart] | None = None
+        self._text_of = text_of or partial(_text_in, field)
         self._on_error, self._max_bytes = on_error, max_bytes
         self._reset()
 
+    def only(self, parts: Sequence[FilePart]) -> DocumentReader:
+        """Return a reader of these parts of the files alone. It can be pickled where `text_of` can."""
+        reader = copy.copy(self)
+        reader._parts = parts
+        reader._reset()
+        return reader
+
+    @property
+    def parts(self) -> Sequence[FilePart]:
+        """What is read: the source files as they are stored, or parts of them."""
+        return self._parts or [FilePart(number, file.stat().st_size) for number, file in enumerate(self.files)]
+
     @property
     def num_bytes(self) -> int:
-        """Size of the source files as stored."""
-        return sum(file.stat().st_size for file in self.files)
+        """Size of what is read, as stored."""
+        return sum(part.num_bytes for part in self.parts)
 
     def __iter__(self) -> Iterator[Document]:
         self._reset()
         before = 0
-        for file in self.files:
+        for number, num_bytes, part in self.parts:
+            file = self.files[number]
             with file.open("rb") as raw:
-                for text in self._texts(file, raw):
+                for text in self._texts(file, raw, part):
                     if text.isspace() or not text:
                         self.num_empty += 1
                     else:
                         self.num_documents += 1
-                        yield Document(text, before + raw.tell())
-            before += file.stat().st_size
+                        read = raw.tell() - (part[0] if part else 0)
+                        yield Document(text, before + min(read, num_bytes))
+            before += num_bytes
 
     def tell_left_out(self) -> None:
         """Log how many documents were empty and how much was skipped, and the first reasons."""
@@ -110,8 +142,8 @@ class DocumentReader:
         self.num_documents = self.num_empty = self.num_skipped = 0
         self.skipped: list[str] = []
 
-    def _texts(self, file: Path, raw: BinaryIO) -> Iterator[str]:
-        pieces = _pieces(file, raw, self._max_bytes)
+    def _texts(self, file: Path, raw: BinaryIO, part: Part | None) -> Iterator[str]:
+        pieces = _pieces(file, raw, self._max_bytes, part)
         while True:
             try:
                 piece = next(pieces, None)
@@ -128,11 +160,12 @@ class DocumentReader:
 
 
 class OpenFile(NamedTuple):
-    """An open file: `stream` has its bytes, unpacked, of which a document may have `max_bytes`."""
+    """An open file: `stream` has its bytes, unpacked, of which a document may have `max_bytes`; `part`: see above."""
 
     file: Path
     stream: BinaryIO
     max_bytes: int
+    part: Part | None = None
 
 
 class Record(NamedTuple):
@@ -224,23 +257,44 @@ def json_lines(source: OpenFile) -> Iterator[JsonLine]:
     return (JsonLine(*line) for line in lines(source) if line.data.strip())
 
 
+@source_cuts.register(".jsonl")
+def byte_ranges(file: Path, num_bytes: int) -> Iterator[tuple[Part, int]]:
+    """Yield the parts of a file of lines: what begins there belongs to a part, so that no border has to be looked for."""
+    size = file.stat().st_size
+    for start in range(0, size, num_bytes):
+        end = min(start + num_bytes, size)
+        yield (start, end), end - start
+
+
 def lines(source: OpenFile) -> Iterator[Piece]:
-    """Yield the lines of a file.
+    """Yield the lines of a file, of its part those that begin there.
 
     A line ends at a newline, with or without a carriage return, and nowhere else; a byte order mark at the beginning of
-    the file is left out. Of a line that is too long a part stands for it.
+    the file is left out. Of a line that is too long a part stands for it. Behind the first part, lines have no numbers.
     """
-    file, stream, max_bytes = source
+    file, stream, max_bytes, part = source
+    first, last = part or (0, sys.maxsize)
     start = number = 0
-    while line := stream.readline(max_bytes + len(BYTE_ORDER_MARK) + 1):
+    if first:
+        stream.seek(first - 1)
+        start = first - 1 + _rest_of_line(stream)
+    while start < last and (line := stream.readline(max_bytes + len(BYTE_ORDER_MARK) + 1)):
         number += 1
-        mark = _mark(line) if number == 1 else 0
+        mark = _mark(line) if start == 0 else 0
         end = 2 if line.endswith(b"\r\n") else line.endswith(b"\n")
-        yield Piece(f"{file}:{number}", line[mark : len(line) - end], start + mark, max_bytes)
-        start += len(line)
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(READ_BYTES)
-            start += len(line)
+        where = f"{file}, the line at byte {start:,}" if first else f"{file}:{number}"
+        yield Piece(where, line[mark : len(line) - end], start + mark, max_bytes)
+        start += len(line) + (0 if end else _rest_of_line(stream))
+
+
+def _rest_of_line(stream: BinaryIO) -> int:
+    """Read up to the end of a line; return how many bytes that was."""
+    size = 0
+    while line := stream.readline(READ_BYTES):
+        size += len(line)
+        if line.endswith(b"\n"):
+            break
+    return size
 
 
 def field_value(record: dict[str, Any], field: str, where: str, way_out: str) -> Any:
@@ -260,6 +314,10 @@ def string_field(record: dict[str, Any], field: str, where: str, way_out: str = 
     _, around, prefix = _walk(record, field)
     there = f"; the fields are {_listed(around, prefix)}" if around else ""
     raise ValueError(f'{where} has {kind_of(value)} in the field "{field}", no string{there}: {way_out}')
+
+
+def _text_in(field: str, record: dict[str, Any], where: str) -> str:
+    return string_field(record, field, where)
 
 
 def kind_of(value: Any) -> str:
@@ -297,9 +355,9 @@ def _listed(record: dict[str, Any], prefix: str) -> str:
     return ", ".join(fields[:NUM_SHOWN]) + ", …" * (len(fields) > NUM_SHOWN)
 
 
-def _pieces(file: Path, raw: BinaryIO, max_bytes: int) -> Iterator[Piece | Record]:
+def _pieces(file: Path, raw: BinaryIO, max_bytes: int, part: Part | None) -> Iterator[Piece | Record]:
     with unpacked(file, raw, max_bytes) as source:
-        yield from source_formats.get(format_of(file))(source)
+        yield from source_formats.get(format_of(file))(source._replace(part=part))
 
 
 def _mark(data: bytes | bytearray) -> int:
