@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -110,28 +104,8 @@ def _runs(flags: Sequence[bool]) -> Iterator[Span]:
         place += length
 
 
-def encoded_chunks(
-    reader: DocumentReader, encoder: Encoder, workers: int
-) -> Iterator[tuple[list[EncodedDocument], int]]:
-    """The documents in order, with the bytes of the source files they were read from so far."""
-    if workers == 1:
-        for texts, position in _chunks(reader):
-            yield encoder(texts), position
-        return
-    # Spawned, because forking a process that has threads (the progress bar, torch) can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,)) as pool:
-        pending: deque[tuple[Future[list[EncodedDocument]], int]] = deque()
-        for texts, position in _chunks(reader):
-            pending.append((pool.submit(_encode_in_worker, texts), position))
-            if len(pending) > 2 * workers:
-                future, done = pending.popleft()
-                yield future.result(), done
-        for future, done in pending:
-            yield future.result(), done
-
-
-def _chunks(reader: DocumentReader) -> Iterator[tuple[list[str], int]]:
+def chunks(reader: DocumentReader) -> Iterator[tuple[list[str], int]]:
+    """Yield the documents in order, about a megabyte at a time, with the bytes of the source files read so far."""
     texts: list[str] = []
     size = position = 0
     for document in reader:
@@ -142,25 +116,3 @@ def _chunks(reader: DocumentReader) -> Iterator[tuple[list[str], int]]:
             texts, size = [], 0
     if texts:
         yield texts, position
-
-
-_worker_encoder: Encoder
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> list[EncodedDocument]:
-    return _worker_encoder(texts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -48,6 +50,21 @@ class _Shard(_Strict):
     version: Literal[2]
     zip_data: _File | None
 
+    @property
+    def stored(self) -> _File:
+        """The file that lies in the folder."""
+        return self.zip_data or self.raw_data
+
+    def numbered(self, number: int) -> _Shard:
+        """Return it with the names that streaming gives the shard of this number."""
+
+        def named(file: _File) -> _File:
+            return file.model_copy(update={"basename": f"shard.{number:05}.{file.basename.split('.', 2)[2]}"})
+
+        return self.model_copy(
+            update={"raw_data": named(self.raw_data), "zip_data": self.zip_data and named(self.zip_data)}
+        )
+
 
 class _Index(_Strict):
     shards: list[_Shard]
@@ -55,6 +72,24 @@ class _Index(_Strict):
 
 
 _ADAPTER = TypeAdapter(_Index)
+
+
+@reader("an index of shards")
+def merge_indices(path: Path, paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Write the index `path` of the shards that the indices `paths` list, numbered anew in this order.
+
+    Yields each shard's file and its new name, for the caller to put it there. Holds one index in memory at a time.
+    """
+    number = 0
+    with path.open("w", encoding="utf-8") as file:
+        file.write('{"shards": [')
+        for one in paths:
+            for shard in _read(one, read_regular(one, INDEX_LIMIT)).shards:
+                numbered = shard.numbered(number)
+                file.write(", " * (number > 0) + json.dumps(numbered.model_dump(), sort_keys=True))
+                yield one.with_name(shard.stored.basename), numbered.stored.basename
+                number += 1
+        file.write('], "version": 2}')
 
 
 @reader("an index of shards")
@@ -69,10 +104,7 @@ def parse_index(place: Path | str, content: bytes) -> tuple[str, ...]:
     Raises:
         ValueError: `content` is not an index that `prepare` made; `place` and what is wrong are named.
     """
-    try:
-        index = _ADAPTER.validate_json(content)
-    except ValidationError as error:
-        raise ValueError(f"{place} is damaged ({in_one_line(error)}); copy the data again") from error
+    index = _read(place, content)
     if not any(shard.samples for shard in index.shards):
         raise ValueError(f"{place} is damaged: it has no samples; copy the data again")
     for number, shard in enumerate(index.shards):
@@ -85,3 +117,10 @@ def parse_index(place: Path | str, content: bytes) -> tuple[str, ...]:
         if not found or size != int(found[1]) // 8 * int(found[2]) or others != {("ndarray:int32", None)}:
             raise ValueError(f"{place} is damaged: shard {number} has columns {columns}; copy the data again")
     return tuple(f"{shard.raw_data.hashes.xxh64}/{shard.samples}" for shard in index.shards)
+
+
+def _read(place: Path | str, content: bytes) -> _Index:
+    try:
+        return _ADAPTER.validate_json(content)
+    except ValidationError as error:
+        raise ValueError(f"{place} is damaged ({in_one_line(error)}); copy the data again") from error

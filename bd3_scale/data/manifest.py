@@ -40,15 +40,21 @@ class Source(_Frozen):
     bytes: Count
 
 
-class Split(_Frozen):
-    """Counts of one split, and what `load_manifest` finds in its index; the folder's own manifest has the counts."""
+class Counts(_Frozen):
+    """Counts of one split, or of what one task wrote of it."""
 
     documents: Count
-    sequences: Annotated[int, Field(ge=1)]
+    sequences: Count
     counted_tokens: Annotated[Count, Field(description="tokens of its sequences that count for perplexity")]
     shown_tokens: Annotated[int, _later(ge=0, description="tokens of its sequences that are never masked")] = 0
     dropped_tokens: Annotated[Count, Field(description="tokens of sequences that were not kept: cut, or all shown")]
     text_bytes: Annotated[Count, Field(description="UTF-8 bytes of its documents, of conversations the assistant's")]
+
+
+class Split(Counts):
+    """One split, with what `load_manifest` finds in its index; the folder's own manifest has the counts."""
+
+    sequences: Annotated[int, Field(ge=1)]
     shards: Annotated[tuple[str, ...], _later(description="XXH64 and samples of each, see `parse_index`")] = ()
 
 

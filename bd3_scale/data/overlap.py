@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bd3_scale.data.manifest import SplitName
+
+# Of hashes that are held at a time while files of them are merged.
+MERGE_BYTES = 1 << 29
 
 
 def document_hash(text: str) -> int:
@@ -27,17 +30,42 @@ def write_hashes(folder: Path, split: SplitName, hashes: Iterable[int]) -> None:
     np.unique(np.fromiter(hashes, dtype="<u8")).tofile(folder / hashes_file(split))
 
 
+def merge_hashes(folders: Sequence[Path], out: Path, split: SplitName) -> None:
+    """Write the hashes of a split that lie in `folders` into one such file of `out`, in memory of `MERGE_BYTES`."""
+    files = [path for folder in folders if (path := folder / hashes_file(split)).is_file()]
+    # Hashes are spread evenly, so that a range of values is a share of the files.
+    num_ranges = 2 * sum(path.stat().st_size for path in files) // MERGE_BYTES + 1
+    starts = [0] * len(files)
+    with (out / hashes_file(split)).open("wb") as merged:
+        for number in range(1, num_ranges + 1):
+            border = np.uint64((2**64 - 1) * number // num_ranges)
+            runs = []
+            for place, path in enumerate(files):
+                known = _mapped(path)
+                end = int(np.searchsorted(known, border, "right"))
+                runs.append(np.array(known[starts[place] : end]))
+                starts[place] = end
+            np.unique(np.concatenate(runs)).tofile(merged)
+
+
 def read_hashes(folder: Path, split: SplitName) -> NDArray[np.uint64] | None:
     """None: data prepared elsewhere, or before hashes were kept."""
     path = folder / hashes_file(split)
-    return np.fromfile(path, dtype="<u8") if path.is_file() else None
+    return _mapped(path) if path.is_file() else None
 
 
 def count_known(known: NDArray[np.uint64], found: NDArray[np.uint64]) -> int:
-    """How many of the documents of hashes `found` are among those of hashes `known`."""
-    return int(np.isin(found, known).sum())
+    """How many of the documents of hashes `found` are among those of hashes `known`, which are sorted."""
+    places = np.searchsorted(known, found)
+    inside = places < len(known)
+    return int((known[places[inside]] == found[inside]).sum())
 
 
 def hashes_of(texts: Iterable[str]) -> NDArray[np.uint64]:
     """Of each text."""
     return np.fromiter((document_hash(text) for text in texts), dtype="<u8")
+
+
+def _mapped(path: Path) -> NDArray[np.uint64]:
+    count = path.stat().st_size // 8
+    return np.memmap(path, "<u8", "r", shape=(count,)) if count else np.empty(0, "<u8")

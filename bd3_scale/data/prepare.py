@@ -1,64 +1,39 @@
-"""From documents to sharded token sequences: read, tokenise in parallel, split by document, pack, write MDS shards."""
+"""From documents to shards of token sequences: split by document, tokenised, packed and written by tasks, merged."""
 
 from __future__ import annotations
 
 import json
 import os
-from array import array
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
-import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from bd3_scale.data.chat import ASSISTANT, CHAT_TEMPLATE, ChatTemplate
-from bd3_scale.data.encode import EncodedDocument, Encoder, encoded_chunks, token_dtype
-from bd3_scale.data.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    Source,
-    Split,
-    SplitName,
-    differing,
-    load_manifest,
-    parse_manifest,
-)
-from bd3_scale.data.overlap import write_hashes
-from bd3_scale.data.packing import PackedSequence, Packer
+from bd3_scale.data.chat import ASSISTANT, ChatTemplate
+from bd3_scale.data.encode import Encoder
+from bd3_scale.data.fields import field_value
+from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, differing, load_manifest, parse_manifest
+from bd3_scale.data.merge import EmptySplitError, merge
 from bd3_scale.data.prompts import check_messages
-from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader, field_value
+from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader
+from bd3_scale.data.tasks import PLAN_FILE, Plan, cut, read_plan
 from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.data.work import TaskWriter, folder_of, splits_of, write_tasks
 from bd3_scale.observe.console import Console, label
-from bd3_scale.resilience.files import new_folder
+from bd3_scale.resilience.files import write_atomically
 from bd3_scale.resilience.readers import read_regular
 
-SHARD_BYTES = 1 << 26
 OnError = Literal["stop", "skip"]
+P = ParamSpec("P")
 
 
-def prepare(
-    sources: Sequence[str | Path],
-    out: str | Path,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    *,
-    document_multiple: int = 32,
-    holdout: float = 0.05,
-    validation: Sequence[str | Path] = (),
-    seed: int = 1,
-    workers: int | None = None,
-    progress: bool = True,
-    field: str | None = None,
-    on_error: OnError = "stop",
-    parse_special: bool = False,
-    chat: ChatTemplate | None = None,
-    max_document_bytes: int = DOCUMENT_BYTES,
-) -> Manifest:
-    """Tokenise the documents of `sources` into the new folder `out`: the MDS shards of `train/` and `validation/`, the
-    tokeniser, the hashes of documents and the manifest.
+class Preparation:
+    """Tokenises the documents of `sources` into the new folder `out`: the MDS shards of `train/` and `validation/`,
+    the tokeniser, the hashes of documents and the manifest.
 
     A sample holds `tokens` [seq_len] (uint16; uint32 for a vocabulary above 65,536), `document_lengths` and
     `counted_lengths` (int32), and where any token is shown `shown` (int32), see `PackedSequence`. Documents begin with
@@ -67,53 +42,135 @@ def prepare(
     (default `text`, of conversations `messages`), `on_error` and `max_document_bytes`: see `DocumentReader`. Documents
     keep their order: training shuffles the sequences. The share `holdout` of the documents goes to `validation`, by a
     hash of text and `seed`, so that equal documents go to one side; 0 holds out none, 1 all. Where the sources
-    `validation` are given, they are held out in place of a share. The last, incomplete sequence is dropped from
-    `train`, and filled in `validation` with tokens that do not count. The result does not depend on `workers`
-    (processes; default: the usable CPUs).
+    `validation` are given, they are held out in place of a share.
+
+    The work is cut into tasks, see `cut`. The last, incomplete sequence of a task is dropped from `train`, and filled
+    in `validation` with tokens that do not count. What is done lies beside `out`, in `OUT.tasks`, until all is: whoever
+    asks for the same does what is missing, on any machine that sees the folder. The result depends on none of this, nor
+    on `workers` (processes; default: the usable CPUs). `out` exists only complete.
 
     Raises FileExistsError if `out` exists, and says what differs there; ValueError for arguments out of range, sources
-    that cannot be read (see `DocumentReader`) and a split that would be empty, before tokenising where that can be
-    known. `out` exists afterwards only if all went well.
+    that cannot be read (see `DocumentReader`), a split that would be empty, before tokenising where that can be known,
+    and unfinished work on something else.
     """
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    _check_arguments(seq_len, document_multiple, holdout, seed, workers)
-    encoder = Encoder(tokenizer.checked_template(), seed, parse_special=parse_special, chat=chat)
-    shares = {_reader(sources, field, on_error, chat, max_document_bytes): 0.0 if validation else holdout}
-    if validation:
-        shares[_reader(validation, field, on_error, chat, max_document_bytes)] = 1.0
-    asked = Manifest(
-        vocabulary=encoder.tokenizer.vocabulary,
-        tokenizer_hash=encoder.tokenizer.hash,
-        seq_len=seq_len,
-        document_multiple=document_multiple,
-        holdout=0.0 if validation else holdout,
-        seed=seed,
-        empty_documents=0,
-        field=field or "",
-        parse_special=parse_special,
-        messages=chat is not None,
-        sources=tuple(Source(path=str(file), bytes=file.stat().st_size) for reader in shares for file in reader.files),
-        train=None,
-        validation=None,
-    )
-    _check_new(Path(out), asked)
-    _check_splits(shares, encoder)
-    with new_folder(Path(out)) as folder:
-        splits = _write_splits(folder, shares, encoder, asked, workers, progress)
-        encoder.tokenizer.save(folder)
-        if chat is not None:
-            (folder / CHAT_TEMPLATE).write_text(chat.template, encoding="utf-8")
-        manifest = asked.model_copy(
-            update={
-                "empty_documents": sum(reader.num_empty for reader in shares),
-                "skipped_documents": sum(reader.num_skipped for reader in shares),
-                **splits,
-            }
+
+    def __init__(
+        self,
+        sources: Sequence[str | Path],
+        out: str | Path,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        *,
+        document_multiple: int = 32,
+        holdout: float = 0.05,
+        validation: Sequence[str | Path] = (),
+        seed: int = 1,
+        workers: int | None = None,
+        progress: bool = True,
+        field: str | None = None,
+        on_error: OnError = "stop",
+        parse_special: bool = False,
+        chat: ChatTemplate | None = None,
+        max_document_bytes: int = DOCUMENT_BYTES,
+    ) -> None:
+        self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        _check_arguments(seq_len, document_multiple, holdout, seed, self._workers)
+        self._encoder = Encoder(tokenizer.checked_template(), seed, parse_special=parse_special, chat=chat)
+        self._readers = [(_reader(sources, field, on_error, chat, max_document_bytes), 0.0 if validation else holdout)]
+        if validation:
+            self._readers.append((_reader(validation, field, on_error, chat, max_document_bytes), 1.0))
+        files = [file for reader, _ in self._readers for file in reader.files]
+        asked = Manifest(
+            vocabulary=self._encoder.tokenizer.vocabulary,
+            tokenizer_hash=self._encoder.tokenizer.hash,
+            seq_len=seq_len,
+            document_multiple=document_multiple,
+            holdout=0.0 if validation else holdout,
+            seed=seed,
+            empty_documents=0,
+            field=field or "",
+            parse_special=parse_special,
+            messages=chat is not None,
+            sources=tuple(Source(path=str(file), bytes=file.stat().st_size) for file in files),
+            train=None,
+            validation=None,
         )
-        (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    for reader in shares:
-        reader.tell_left_out()
-    return load_manifest(out)
+        self._out, self._progress = Path(out), progress
+        _check_new(self._out, asked)
+        self.folder = self._out.with_name(f"{self._out.name}.tasks")
+        self._plan = self._begun(asked, chat.template if chat else "") or self._new_plan(asked, chat)
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there are."""
+        return len(self._plan.tasks)
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the tasks that are not done."""
+        done = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        return [number for number in range(self.num_tasks) if folder_of(number) not in done]
+
+    def work(self, numbers: Sequence[int]) -> None:
+        """Do these tasks."""
+        self.store_plan()
+        writer = TaskWriter(self.folder, self._plan.asked, self._encoder, self._readers)
+        tasks = {number: self._plan.tasks[number] for number in numbers}
+        with _progress_bar(self._progress) as bar:
+            shown = bar.add_task("tokenising", total=sum(task.num_bytes for task in tasks.values()))
+            write_tasks(writer, tasks, self._workers, lambda num_bytes: bar.advance(shown, num_bytes))
+
+    def finish(self) -> Manifest:
+        """Do what is missing, make `out` of all tasks, and return its manifest."""
+        try:
+            self.work(self.missing())
+            folders = [self.folder / folder_of(number) for number in range(self.num_tasks)]
+            left_out = merge(folders, self._out, self._plan.asked, self._encoder.tokenizer, self._plan.chat_template)
+        except BaseException as error:
+            # Where there is nothing that it would be worth to go on with, and nobody else is at work.
+            if isinstance(error, EmptySplitError) or [path.name for path in self.folder.iterdir()] == [PLAN_FILE]:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        shutil.rmtree(self.folder, ignore_errors=True)
+        left_out.tell()
+        return load_manifest(self._out)
+
+    def store_plan(self) -> None:
+        """Make `OUT.tasks`, by whose plan others see what there is to do, where it is missing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / PLAN_FILE).exists():
+            write_atomically(self.folder / PLAN_FILE, self._plan.model_dump_json())
+
+    def _begun(self, asked: Manifest, chat_template: str) -> Plan | None:
+        """Return the plan that work has begun by. ValueError: that was work on something else."""
+        if not (self.folder / PLAN_FILE).exists():
+            return None
+        plan = read_plan(self.folder / PLAN_FILE)
+        differences = differing(plan.asked, asked)
+        if plan.chat_template != chat_template:
+            differences.append("the chat template is another")
+        if differences:
+            raise ValueError(
+                f"{self.folder} holds unfinished work on other data:\n  - " + "\n  - ".join(differences) + "\nrepeat "
+                "the command that it began with, remove the folder, or choose another --out"
+            )
+        return plan
+
+    def _new_plan(self, asked: Manifest, chat: ChatTemplate | None) -> Plan:
+        _check_splits(self._readers, self._encoder)
+        tasks = [task for number, (reader, _) in enumerate(self._readers) for task in cut(number, reader)]
+        return Plan(asked=asked, chat_template=chat.template if chat else "", tasks=tuple(tasks))
+
+
+def _in_one_go(make: Callable[P, Preparation]) -> Callable[P, Manifest]:
+    @wraps(make, assigned=("__module__", "__doc__"), updated=())
+    def prepared(*args: P.args, **kwargs: P.kwargs) -> Manifest:
+        return make(*args, **kwargs).finish()
+
+    return prepared
+
+
+# Does what a `Preparation` of the same arguments stands for, and returns the manifest.
+prepare = _in_one_go(Preparation)
 
 
 def _reader(
@@ -121,42 +178,16 @@ def _reader(
 ) -> DocumentReader:
     if chat is None:
         return DocumentReader(sources, field=field or "text", on_error=on_error, max_bytes=max_bytes)
-
-    def conversation(record: dict[str, Any], where: str) -> str:
-        way_out = "a conversation is a list of messages: name its field with --field"
-        messages = check_messages(field_value(record, field or "messages", where, way_out), where)
-        if all(message["role"] != ASSISTANT for message in messages):
-            raise ValueError(f"{where} has no message of the role {ASSISTANT!r}, and there is nothing to train on")
-        return json.dumps([where, messages], default=str)
-
-    return DocumentReader(sources, on_error=on_error, text_of=conversation, max_bytes=max_bytes)
+    text_of = partial(_conversation, field or "messages")
+    return DocumentReader(sources, on_error=on_error, text_of=text_of, max_bytes=max_bytes)
 
 
-def _write_splits(
-    folder: Path,
-    shares: Mapping[DocumentReader, float],
-    encoder: Encoder,
-    asked: Manifest,
-    workers: int,
-    progress: bool,
-) -> dict[str, Split]:
-    """The shards and document hashes of every split; returns their counts."""
-    hashes: dict[SplitName, array[int]] = defaultdict(lambda: array("Q"))
-    names = [name for name, is_there in _splits(shares).items() if is_there]
-    writers = {name: _SplitWriter(folder / name, asked) for name in names}
-    with _progress_bar(progress) as bar:
-        for reader, share in shares.items():
-            task = bar.add_task("tokenising", total=reader.num_bytes)
-            for documents, position in encoded_chunks(reader, replace(encoder, holdout=share), workers):
-                for document in documents:
-                    writers[document.split].add(document)
-                    hashes[document.split].append(document.hash)
-                bar.update(task, completed=position)
-    found: dict[str, Split] = {}
-    for name, writer in writers.items():
-        write_hashes(folder, name, hashes[name])
-        found[name] = writer.finish_dropping() if name == "train" else writer.finish_filling()
-    return found
+def _conversation(field: str, record: dict[str, Any], where: str) -> str:
+    way_out = "a conversation is a list of messages: name its field with --field"
+    messages = check_messages(field_value(record, field, where, way_out), where)
+    if all(message["role"] != ASSISTANT for message in messages):
+        raise ValueError(f"{where} has no message of the role {ASSISTANT!r}, and there is nothing to train on")
+    return json.dumps([where, messages], default=str)
 
 
 def _check_arguments(seq_len: int, document_multiple: int, holdout: float, seed: int, workers: int) -> None:
@@ -188,15 +219,10 @@ def _check_new(out: Path, asked: Manifest) -> None:
     )
 
 
-def _splits(shares: Mapping[DocumentReader, float]) -> dict[SplitName, bool]:
-    """Which splits there will be."""
-    return {"train": min(shares.values()) < 1, "validation": max(shares.values()) > 0}
-
-
-def _check_splits(shares: Mapping[DocumentReader, float], encoder: Encoder) -> None:
+def _check_splits(readers: Sequence[tuple[DocumentReader, float]], encoder: Encoder) -> None:
     """ValueError: a split would have no document. Reads until each has one, which is soon unless that is so."""
-    for reader, share in shares.items():
-        wanted: set[SplitName] = {name for name, there in _splits({reader: share}).items() if there}
+    for reader, share in readers:
+        wanted = set(splits_of(share))
         different: set[str] = set()
         divider = replace(encoder, holdout=share)
         for document in reader:
@@ -221,73 +247,6 @@ def _check_splits(shares: Mapping[DocumentReader, float], encoder: Encoder) -> N
                 f"{which} fell to {name} with holdout={share}; documents are not divided, so give more of them (one a "
                 ".txt file or .jsonl line), name files to hold out with --validation, or change holdout or seed"
             )
-
-
-class _SplitWriter:
-    """Packs the documents of one split and writes the sequences."""
-
-    def __init__(self, folder: Path, data: Manifest) -> None:
-        from bd3_scale.data.mosaicml import MDSWriter  # imports torch, which the workers do not need
-
-        dtype = token_dtype(data.vocabulary)
-        columns = {
-            "tokens": f"ndarray:{np.dtype(dtype).name}:{data.seq_len}",
-            "document_lengths": "ndarray:int32",
-            "counted_lengths": "ndarray:int32",
-        }
-        if data.messages or data.vocabulary.bos_id is not None:
-            columns["shown"] = "ndarray:int32"
-        self._columns = tuple(columns)
-        self._packer = Packer(data.seq_len, data.document_multiple, data.vocabulary.eos_id, dtype)
-        self._shards = MDSWriter(
-            out=str(folder), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
-        )
-        self.num_documents = self._num_sequences = self._num_counted = self._num_shown = self._num_text_bytes = 0
-        self._num_dropped = 0
-
-    def add(self, document: EncodedDocument) -> None:
-        self.num_documents += 1
-        self._num_text_bytes += document.num_bytes
-        self._write(self._packer.add(document.ids, document.shown, trains_end=document.trains_end))
-
-    def finish_dropping(self) -> Split:
-        """Leave the incomplete sequence out."""
-        dropped = self._packer.num_pending
-        if not self._num_sequences:
-            raise ValueError(
-                f"the documents for training fill {dropped} tokens, less than one sequence of seq_len="
-                f"{self._packer.seq_len}; give more text or choose a shorter seq_len"
-            )
-        return self._finish(dropped)
-
-    def finish_filling(self) -> Split:
-        """Complete the incomplete sequence with tokens that do not count."""
-        self._write(self._packer.fill())
-        if not self._num_sequences:
-            raise ValueError("the held-out conversations have no sequence with an answer; give more or longer ones")
-        return self._finish(0)
-
-    def _write(self, sequences: Iterator[PackedSequence]) -> None:
-        for sequence in sequences:
-            if sequence.num_shown == len(sequence.tokens):
-                # Nothing of it could be learnt or measured, as of a long text that a person hands in.
-                self._num_dropped += len(sequence.tokens)
-                continue
-            self._shards.write({name: getattr(sequence, name) for name in self._columns})
-            self._num_sequences += 1
-            self._num_counted += sequence.num_counted
-            self._num_shown += sequence.num_shown
-
-    def _finish(self, dropped: int) -> Split:
-        self._shards.finish()
-        return Split(
-            documents=self.num_documents,
-            sequences=self._num_sequences,
-            counted_tokens=self._num_counted,
-            shown_tokens=self._num_shown,
-            dropped_tokens=dropped + self._num_dropped,
-            text_bytes=self._num_text_bytes,
-        )
 
 
 def _progress_bar(enabled: bool) -> Progress:

@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.data.fields import check_unicode, field_value, kind_of, string_field
 from bd3_scale.data.files import find_files, format_of, named
-from bd3_scale.data.sources import check_unicode, field_value, json_lines, kind_of, lines, string_field, unpacked
+from bd3_scale.data.sources import json_lines, lines, unpacked
 from bd3_scale.resilience.readers import reader
 
 logger = logging.getLogger(__name__)

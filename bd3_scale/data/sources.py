@@ -3,10 +3,10 @@
 A format is a function that yields the pieces of an `OpenFile`, each a document or what has one, registered under the
 suffix of its files with `@source_formats.register(".suffix")`; it raises ValueError for the rest of a damaged file.
 
-A format whose files can be cut says how with `@source_cuts.register(".suffix")`: a function of the file and a number of
-bytes that yields parts of about that size, in order, each a pair of a start and an end as the format counts them (bytes,
-row groups) and its bytes as stored. The format then yields what begins in `OpenFile.part`, and all where that is None.
-Packed files are never cut.
+A format whose files can be cut says how with `@source_cuts.register(".suffix")`: a function of the file and a number
+of bytes that yields parts of about that size, in order, each a start and an end as the format counts them (bytes, row
+groups) and its bytes as stored. The format yields what begins in `OpenFile.part`, and all where that is None. Packed
+files are never cut.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import zstandard
 
+from bd3_scale.data.fields import check_unicode, kind_of, text_in
 from bd3_scale.data.files import find_files, format_of
 from bd3_scale.registry import source_cuts, source_formats
 
@@ -39,13 +40,9 @@ ZSTD_READ_BYTES = 1 << 10
 DOCUMENT_BYTES = 1 << 27
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NUM_KEPT = 5
-NUM_SHOWN = 8
-NAME_A_FIELD = "name the field with --field"
 
 TextOf = Callable[[dict[str, Any], str], str]
 Part = tuple[int, int]
-
-_MISSING = object()
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +61,28 @@ class FilePart(NamedTuple):
     file: int
     num_bytes: int
     part: Part | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How many documents were empty, how many could not be read, and the messages of the first of these."""
+
+    empty: int = 0
+    skipped: int = 0
+    first: tuple[str, ...] = ()
+
+    def __add__(self, other: LeftOut) -> LeftOut:
+        """Return both together."""
+        first = (*self.first, *other.first)[:NUM_KEPT]
+        return LeftOut(self.empty + other.empty, self.skipped + other.skipped, first)
+
+    def tell(self) -> None:
+        """Log the numbers and the messages."""
+        if self.empty:
+            logger.warning("%d documents without a visible character were left out", self.empty)
+        if self.skipped:
+            first = "".join(f"\n  - {message}" for message in self.first)
+            logger.warning("%d that cannot be read were skipped, the first of them:%s", self.skipped, first)
 
 
 class DocumentReader:
@@ -94,7 +113,7 @@ class DocumentReader:
     ) -> None:
         self.files = find_files(sources, (".jsonl",) if text_of else None)
         self._parts: Sequence[FilePart] | None = None
-        self._text_of = text_of or partial(_text_in, field)
+        self._text_of = text_of or partial(text_in, field)
         self._on_error, self._max_bytes = on_error, max_bytes
         self._reset()
 
@@ -130,13 +149,10 @@ class DocumentReader:
                         yield Document(text, before + min(read, num_bytes))
             before += num_bytes
 
-    def tell_left_out(self) -> None:
-        """Log how many documents were empty and how much was skipped, and the first reasons."""
-        if self.num_empty:
-            logger.warning("%d documents without a visible character were left out", self.num_empty)
-        if self.num_skipped:
-            first = "".join(f"\n  - {message}" for message in self.skipped)
-            logger.warning("%d that cannot be read were skipped, the first of them:%s", self.num_skipped, first)
+    @property
+    def left_out(self) -> LeftOut:
+        """What was met so far and is no document."""
+        return LeftOut(empty=self.num_empty, skipped=self.num_skipped, first=tuple(self.skipped))
 
     def _reset(self) -> None:
         self.num_documents = self.num_empty = self.num_skipped = 0
@@ -259,7 +275,7 @@ def json_lines(source: OpenFile) -> Iterator[JsonLine]:
 
 @source_cuts.register(".jsonl")
 def byte_ranges(file: Path, num_bytes: int) -> Iterator[tuple[Part, int]]:
-    """Yield the parts of a file of lines: what begins there belongs to a part, so that no border has to be looked for."""
+    """Yield the parts of a file of lines: a line belongs where it begins, so that no border has to be looked for."""
     size = file.stat().st_size
     for start in range(0, size, num_bytes):
         end = min(start + num_bytes, size)
@@ -295,64 +311,6 @@ def _rest_of_line(stream: BinaryIO) -> int:
         if line.endswith(b"\n"):
             break
     return size
-
-
-def field_value(record: dict[str, Any], field: str, where: str, way_out: str) -> Any:
-    """Return what stands in a field. Raises ValueError, which ends with `way_out`, where there is no such field."""
-    value, around, prefix = _walk(record, field)
-    if value is not _MISSING:
-        return value
-    but = f" but {_listed(around, prefix)}" if around else " and no other"
-    raise ValueError(f'{where} has no field "{field}"{but}: {way_out}')
-
-
-def string_field(record: dict[str, Any], field: str, where: str, way_out: str = NAME_A_FIELD) -> str:
-    """Return the string in a field. Raises ValueError, which ends with `way_out`, where there is none."""
-    value = field_value(record, field, where, way_out)
-    if isinstance(value, str):
-        return value
-    _, around, prefix = _walk(record, field)
-    there = f"; the fields are {_listed(around, prefix)}" if around else ""
-    raise ValueError(f'{where} has {kind_of(value)} in the field "{field}", no string{there}: {way_out}')
-
-
-def _text_in(field: str, record: dict[str, Any], where: str) -> str:
-    return string_field(record, field, where)
-
-
-def kind_of(value: Any) -> str:
-    """Return what a JSON value is, in words."""
-    kinds = {str: "a string", int: "a number", float: "a number", Decimal: "a number", list: "a list"}
-    constants = {None: "null", True: "true", False: "false"}
-    return constants[value] if value is None or isinstance(value, bool) else kinds.get(type(value), "an object")
-
-
-def check_unicode(text: str, where: str) -> None:
-    """Raise ValueError where a text holds half of a surrogate pair, which JSON can escape."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x} at character {error.start + 1}"
-        raise ValueError(f"{where} holds text that is not Unicode ({half} is half of a surrogate pair)") from error
-
-
-def _walk(record: dict[str, Any], field: str) -> tuple[Any, dict[str, Any], str]:
-    """Return the value of a field or `_MISSING`, the innermost object met on the way, and the prefix of its fields."""
-    value: Any = record
-    around, prefix = record, ""
-    for name in [field] if field in record else field.split("."):
-        if not isinstance(value, dict) or name not in value:
-            return _MISSING, around, prefix
-        value = value[name]
-        if isinstance(value, dict):
-            around, prefix = value, f"{prefix}{name}."
-    return value, around, prefix
-
-
-def _listed(record: dict[str, Any], prefix: str) -> str:
-    names = [name if name.isprintable() else repr(name) for name in record]
-    fields = [f"{prefix}{name} ({kind_of(value)})" for name, value in zip(names, record.values(), strict=True)]
-    return ", ".join(fields[:NUM_SHOWN]) + ", …" * (len(fields) > NUM_SHOWN)
 
 
 def _pieces(file: Path, raw: BinaryIO, max_bytes: int, part: Part | None) -> Iterator[Piece | Record]:

@@ -5,45 +5,91 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
 from bd3_scale.data.files import PACKINGS, format_of
-from bd3_scale.data.sources import DocumentReader, FilePart
+from bd3_scale.data.index import INDEX_LIMIT
+from bd3_scale.data.manifest import Counts, Manifest, SplitName
+from bd3_scale.data.sources import DocumentReader, FilePart, LeftOut
 from bd3_scale.registry import source_cuts
+from bd3_scale.resilience.readers import read_regular, reader
 
-# Of source files as stored: a minute's work or a few, of which at most one sequence is lost.
-TASK_BYTES = 1 << 28
+PLAN_FILE = "plan.json"
+# Of source files as stored: some ten seconds of work to a minute, at the end of which a sequence is incomplete.
+TASK_BYTES = 1 << 27
 
-Task = tuple[FilePart, ...]
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def cut(reader: DocumentReader) -> list[Task]:
-    """Return the tasks of a reader's files, in order: runs of files and of parts of files, of about `TASK_BYTES`.
+class Task(_Frozen):
+    """Parts of the files of one of the readers, `reader` by its number."""
 
-    A file above that is cut where its format can be, see `source_cuts`; else it is one task, or the end of one.
+    reader: int
+    parts: tuple[FilePart, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size as stored."""
+        return sum(part.num_bytes for part in self.parts)
+
+
+class Result(_Frozen):
+    """What a task found and wrote."""
+
+    left_out: LeftOut
+    splits: dict[SplitName, Counts]
+
+
+class Plan(_Frozen):
+    """What was asked for, as a manifest without counts, and the tasks that it was cut into."""
+
+    asked: Manifest
+    chat_template: str
+    tasks: tuple[Task, ...]
+
+
+@reader("the plan of a preparation")
+def read_plan(path: Path) -> Plan:
+    """Return the plan in a file. ValueError: there is none."""
+    return Plan.model_validate_json(read_regular(path, INDEX_LIMIT))
+
+
+def cut(number: int, documents: DocumentReader) -> Iterator[Task]:
+    """Yield the tasks of the reader of that number: runs of files and of parts of files, of about `TASK_BYTES`.
+
+    A file above that is cut where its format can be, see `source_cuts`; else it is in a task whole.
     """
-    tasks: list[list[FilePart]] = [[]]
-    for number, file in enumerate(reader.files):
-        for part in _parts(number, file):
-            if tasks[-1] and sum(other.num_bytes for other in tasks[-1]) + part.num_bytes > TASK_BYTES:
-                tasks.append([])
-            tasks[-1] = _joined([*tasks[-1], part])
-    return [tuple(task) for task in tasks]
+    parts: list[FilePart] = []
+    num_bytes = 0
+    for part in _all_parts(documents):
+        if parts and num_bytes + part.num_bytes > TASK_BYTES:
+            yield Task(reader=number, parts=tuple(parts))
+            parts, num_bytes = [], 0
+        num_bytes += part.num_bytes
+        _add(parts, part)
+    yield Task(reader=number, parts=tuple(parts))
 
 
-def _parts(number: int, file: Path) -> Iterator[FilePart]:
-    size = file.stat().st_size
-    kind = format_of(file)
-    is_packed = file.name.lower().endswith(PACKINGS[1:])
-    if size <= TASK_BYTES or is_packed or kind not in source_cuts.names():
-        yield FilePart(number, size)
-        return
-    for part, num_bytes in source_cuts.get(kind)(file, TASK_BYTES):
-        yield FilePart(number, num_bytes, part)
+def _all_parts(documents: DocumentReader) -> Iterator[FilePart]:
+    for whole in documents.parts:
+        file = documents.files[whole.file]
+        if whole.num_bytes > TASK_BYTES and _can_be_cut(file):
+            for part, num_bytes in source_cuts.get(format_of(file))(file, TASK_BYTES):
+                yield FilePart(whole.file, num_bytes, part)
+        else:
+            yield whole
 
 
-def _joined(parts: list[FilePart]) -> list[FilePart]:
-    """Return them with the last two as one where they follow each other in a file."""
-    *before, last = parts
-    if before and last.part and before[-1].file == last.file and before[-1].part:
-        joined = (before[-1].part[0], last.part[1])
-        return [*before[:-1], FilePart(last.file, before[-1].num_bytes + last.num_bytes, joined)]
-    return parts
+def _can_be_cut(file: Path) -> bool:
+    return format_of(file) in source_cuts.names() and not file.name.lower().endswith(PACKINGS[1:])
+
+
+def _add(parts: list[FilePart], part: FilePart) -> None:
+    """Append a part, or lengthen the last one where it follows that one in a file."""
+    last = parts[-1] if parts else None
+    if last and last.file == part.file and last.part and part.part:
+        parts[-1] = FilePart(part.file, last.num_bytes + part.num_bytes, (last.part[0], part.part[1]))
+    else:
+        parts.append(part)

@@ -362,7 +362,7 @@ def train_tokenizer(
             )
         tokenizer = Tokenizer(backend)
         tokenizer.save(folder)
-    reader.tell_left_out()
+    reader.left_out.tell()
     return tokenizer
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from bd3_scale.data import prepare as prepare_module
+from bd3_scale.data import split_writer
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from tests.data.documents import SEQ_LEN, random_texts, write_jsonl
@@ -22,7 +22,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     source = write_jsonl(folder / "text.jsonl", random_texts(150))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "SHARD_BYTES", 2048)
+        patch.setattr(split_writer, "SHARD_BYTES", 2048)
         prepare(
             [source],
             folder / "data",

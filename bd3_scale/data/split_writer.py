@@ -1,0 +1,73 @@
+"""The sequences of one split, packed and written as MDS shards."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bd3_scale.data.encode import EncodedDocument, token_dtype
+from bd3_scale.data.manifest import Counts, Manifest, SplitName
+from bd3_scale.data.overlap import write_hashes
+from bd3_scale.data.packing import PackedSequence, Packer
+
+SHARD_BYTES = 1 << 26
+
+
+class SplitWriter:
+    """Packs the documents of one split into sequences; writes these and the documents' hashes into `folder`."""
+
+    def __init__(self, folder: Path, split: SplitName, data: Manifest) -> None:
+        from bd3_scale.data.mosaicml import MDSWriter  # imports torch, which those that only encode do not need
+
+        dtype = token_dtype(data.vocabulary)
+        columns = {
+            "tokens": f"ndarray:{np.dtype(dtype).name}:{data.seq_len}",
+            "document_lengths": "ndarray:int32",
+            "counted_lengths": "ndarray:int32",
+        }
+        if data.messages or data.vocabulary.bos_id is not None:
+            columns["shown"] = "ndarray:int32"
+        self._folder, self._split = folder, split
+        self._columns = tuple(columns)
+        self._packer = Packer(data.seq_len, data.document_multiple, data.vocabulary.eos_id, dtype)
+        self._shards = MDSWriter(
+            out=str(folder / split), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
+        )
+        self._hashes = array("Q")
+        self._num_sequences = self._num_counted = self._num_shown = self._num_text_bytes = self._num_dropped = 0
+
+    def add(self, document: EncodedDocument) -> None:
+        self._hashes.append(document.hash)
+        self._num_text_bytes += document.num_bytes
+        self._write(self._packer.add(document.ids, document.shown, trains_end=document.trains_end))
+
+    def finish(self) -> Counts:
+        """Leave an incomplete sequence out of `train`, complete it in `validation`, and return what there is."""
+        if self._split == "train":
+            self._num_dropped += self._packer.num_pending
+        else:
+            self._write(self._packer.fill())
+        self._shards.finish()
+        write_hashes(self._folder, self._split, self._hashes)
+        return Counts(
+            documents=len(self._hashes),
+            sequences=self._num_sequences,
+            counted_tokens=self._num_counted,
+            shown_tokens=self._num_shown,
+            dropped_tokens=self._num_dropped,
+            text_bytes=self._num_text_bytes,
+        )
+
+    def _write(self, sequences: Iterator[PackedSequence]) -> None:
+        for sequence in sequences:
+            if sequence.num_shown == len(sequence.tokens):
+                # Nothing of it could be learnt or measured, as of a long text that a person hands in.
+                self._num_dropped += len(sequence.tokens)
+                continue
+            self._shards.write({name: getattr(sequence, name) for name in self._columns})
+            self._num_sequences += 1
+            self._num_counted += sequence.num_counted
+            self._num_shown += sequence.num_shown
