@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -63,15 +64,18 @@ class Encoder:
 
     def split_of(self, text: str) -> SplitName:
         """By a hash of text and seed: equal documents go to one side."""
+        if self.holdout in (0, 1):
+            return "validation" if self.holdout else "train"
         key, data = self.seed.to_bytes(8, "big"), self.key_of(text).encode("utf-8")
         draw = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "big")
         return "validation" if draw < self.holdout * 2**64 else "train"
 
     def _document(self, text: str, ids: list[int]) -> EncodedDocument:
         bos_id = self.tokenizer.vocabulary.bos_id
-        begin = [] if bos_id is None else [bos_id]
-        shown = ((0, 1),) if begin else ()
-        return self._encoded(text, [*begin, *ids], len(text.encode("utf-8")), self.split_of(text), shown, True)
+        shown: tuple[Span, ...] = ()
+        if bos_id is not None:
+            ids, shown = [bos_id, *ids], ((0, 1),)
+        return self._encoded(text, ids, len(text.encode("utf-8")), self.split_of(text), shown, True)
 
     def _conversation(self, source: str) -> EncodedDocument:
         assert self.chat is not None
@@ -90,7 +94,8 @@ class Encoder:
     def _encoded(
         self, text: str, ids: list[int], num_bytes: int, split: SplitName, shown: tuple[Span, ...], trains_end: bool
     ) -> EncodedDocument:
-        tokens = np.array(ids, token_dtype(self.tokenizer.vocabulary))
+        # By way of an array, which takes a list of ints in half the time that numpy does.
+        tokens = np.asarray(array(np.dtype(token_dtype(self.tokenizer.vocabulary)).char, ids))
         return EncodedDocument(tokens, num_bytes, split, document_hash(text), shown, trains_end)
 
 

@@ -1,7 +1,8 @@
 """MosaicML streaming as this package needs it; every import of it goes through here.
 
-Two things are changed. It imports without transformers and torchvision, and what the processes of a node share lies in
-files of a folder that goes with the first of them, in place of POSIX shared memory under names that anybody may take.
+Three things are changed. It imports without transformers and torchvision; what the processes of a node share lies in
+files of a folder that goes with the first of them, in place of POSIX shared memory under names that anybody may take;
+and how a column is encoded is read from its name once, not for every sample.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def _import_streaming() -> None:
 _import_streaming()
 
 import streaming.base.dataset as streaming_dataset  # noqa: E402
+import streaming.base.format.mds.encodings as streaming_encodings  # noqa: E402
 import streaming.base.shared.array as streaming_array  # noqa: E402
 from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
 from streaming.base.hashing import get_hash  # noqa: E402
@@ -146,6 +148,7 @@ class _Lock:
 
 streaming_dataset.get_shm_prefix = _claim_prefix
 streaming_dataset.FileLock = _Lock
+streaming_encodings._get_coder = functools.cache(streaming_encodings._get_coder)
 
 
 def _lock_cache(folder: Path) -> None:

@@ -34,6 +34,8 @@ class PackedSequence:
     @property
     def num_counted(self) -> int:
         """Tokens that count for perplexity."""
+        if not self.num_shown:
+            return int(self.counted_lengths.sum())
         starts = np.cumsum(self.document_lengths) - self.document_lengths
         counted = np.zeros(len(self.tokens), np.bool_)
         for start, length in zip(starts, self.counted_lengths, strict=True):
