@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
 
 from bd3_scale.observe.console import Console, put, say
+
+if TYPE_CHECKING:
+    from bd3_scale.data.prepare import Preparation
 
 app = typer.Typer(help="Tokenise text and write it as shards.", no_args_is_help=True)
 
@@ -50,6 +54,7 @@ def tokenizer(
 
 @app.command(epilog="Example: bd3-scale data prepare corpus/ --out shards --tokenizer bytes --seq-len 256")
 def prepare(
+    context: typer.Context,
     sources: Sources,
     out: Annotated[Path, typer.Option(help="New folder for the shards.")],
     tokenizer: Annotated[str, typer.Option(help="`bytes`, a tokenizer.json, or a folder that holds one.")],
@@ -73,20 +78,38 @@ def prepare(
         bool,
         typer.Option("--messages", help="Lines hold conversations, lists `messages`: only answers are trained on."),
     ] = False,
+    tasks: Annotated[
+        int | None, typer.Option(help="Divide the work into so many shares, for --task or --slurm.", show_default=False)
+    ] = None,
+    task: Annotated[
+        int | None,
+        typer.Option(help="Do this share, from 0; the command without --tasks does what is missing and merges."),
+    ] = None,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="Submit what is missing as an array of --tasks jobs to a site in cluster/profiles, or a YAML file.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tokenise and pack documents into training and validation shards.
 
-    Conversations become text by the chat template beside the tokeniser; special tokens in it are parsed.
+    Conversations become text by the chat template beside the tokeniser; special tokens in it are parsed. What is done
+    stays in OUT.tasks until all is: after a kill, repeat the command.
     """
+    if (tasks is None) != (task is None and slurm is None) or (task is not None and slurm is not None):
+        raise ValueError("give --tasks with --task, for one share of the work, or with --slurm, for a job of them all")
     from bd3_scale.data.chat import ChatTemplate
-    from bd3_scale.data.prepare import prepare as prepare_shards
+    from bd3_scale.data.prepare import Preparation
     from bd3_scale.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     if bos is not None:
         loaded = loaded.with_bos_switch(bos)
-    manifest = prepare_shards(
+    preparation = Preparation(
         sources,
         out,
         loaded,
@@ -102,6 +125,10 @@ def prepare(
         chat=ChatTemplate(Path(tokenizer)) if messages else None,
         max_document_bytes=max_document << 20,
     )
+    if tasks is not None:
+        _prepare_share(preparation, tasks, task, slurm, context, as_json)
+        return
+    manifest = preparation.finish()
     if as_json:
         put(manifest.without_shards())
         return
@@ -111,3 +138,47 @@ def prepare(
             counts = (split.documents, split.sequences, split.sequences * seq_len, split.dropped_tokens)
             table.add_row(name, *(f"{count:,}" for count in counts))
     Console().print(table)
+
+
+def _prepare_share(
+    preparation: Preparation, tasks: int, task: int | None, slurm: str | None, context: typer.Context, as_json: bool
+) -> None:
+    """Do one share of the work, or submit all."""
+    if slurm is not None:
+        from bd3_scale.data.submit import submit
+
+        arguments = _arguments(context, without={"tasks", "task", "slurm"})
+        jobs = submit(preparation, arguments, profile=slurm, shares=tasks, plugins=context.obj or ())
+        if as_json:
+            put(json.dumps({"jobs": jobs, "logs": str(preparation.folder / "logs")}))
+            return
+        *array, merge = jobs
+        say("".join(f"submitted as array {job}, and " for job in array) + f"job {merge} merges; what they say:")
+        say(f"{preparation.folder / 'logs'}; where one fails, repeat the command")
+        return
+    assert task is not None
+    done = preparation.share(task, tasks)
+    preparation.work(done)
+    missing = preparation.missing()
+    if as_json:
+        put(json.dumps({"done": done, "missing": missing}))
+    else:
+        rest = f"{len(missing)} are missing" if missing else "none is missing: the command without --tasks merges them"
+        say(f"share {task} of {tasks}: {len(done)} of {preparation.num_tasks} tasks done; of all, {rest}")
+
+
+def _arguments(context: typer.Context, without: set[str]) -> list[str]:
+    """Return the words that give a command what it was given, but for some parameters and what has its default."""
+    positional, options = [], []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name in without or value is None or value == parameter.get_default(context):
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        if parameter.param_type_name == "argument":
+            positional += [f"./{each}" if str(each).startswith("-") else str(each) for each in values]
+        elif isinstance(value, bool):
+            options.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            options += [f"{parameter.opts[0]}={each}" for each in values]
+    return [*positional, *options]

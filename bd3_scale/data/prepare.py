@@ -110,9 +110,23 @@ class Preparation:
         done = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         return [number for number in range(self.num_tasks) if folder_of(number) not in done]
 
+    def share(self, number: int, shares: int) -> list[int]:
+        """Return the tasks missing of one of so many shares of all tasks. ValueError: there is no such share."""
+        if not 0 <= number < shares:
+            raise ValueError(f"--task {number}: give one from 0 to {shares - 1}, below --tasks")
+        return [task for task in self.missing() if task % shares == number]
+
+    def shares_missing(self, shares: int) -> list[int]:
+        """Return those of so many shares of all tasks that are not done. ValueError: so many cannot be."""
+        if shares < 1:
+            raise ValueError(f"--tasks {shares}: give at least 1")
+        return sorted({task % shares for task in self.missing()})
+
     def work(self, numbers: Sequence[int]) -> None:
         """Do these tasks."""
         self.store_plan()
+        if not numbers:
+            return
         writer = TaskWriter(self.folder, self._plan.asked, self._encoder, self._readers)
         tasks = {number: self._plan.tasks[number] for number in numbers}
         with _progress_bar(self._progress) as bar:

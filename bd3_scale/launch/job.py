@@ -73,19 +73,20 @@ def check_job(recipe: Recipe, profile: Profile, nodes: int, run_dir: Path) -> No
         hint = f"these would fit: {'; '.join(fitting[:6])}" if fitting else "no other layout of these nodes would fit"
         counted = f"{nodes} nodes x {profile.processes} processes = {world} ranks"
         raise RecipeError([*error.problems, f"{counted}; {hint}"]) from None
-    _check_run_dir(run_dir, profile)
+    check_folder(run_dir, profile, "run_dir")
 
 
-def _check_run_dir(run_dir: Path, profile: Profile) -> None:
-    shared = [Path(folder) for folder in profile.shared_storage]
-    if shared and not any(run_dir.is_relative_to(folder) for folder in shared):
+def check_folder(folder: Path, profile: Profile, name: str) -> None:
+    """Raise ValueError where nodes would not see a folder, an option `name`, or SLURM cannot write its logs there."""
+    shared = [Path(each) for each in profile.shared_storage]
+    if shared and not any(folder.is_relative_to(each) for each in shared):
         raise ValueError(
-            f"run_dir {run_dir} is not on shared storage ({', '.join(map(str, shared))} in the profile): other nodes "
-            "would not see it; set run_dir=FOLDER there"
+            f"{name} {folder} is not on shared storage ({', '.join(map(str, shared))} in the profile): other nodes "
+            f"would not see it; set {name}{' ' if name.startswith('--') else '='}FOLDER there"
         )
-    if "\\" in str(run_dir):
+    if "\\" in str(folder):
         raise ValueError(
-            f"run_dir {run_dir} holds a backslash, which SLURM takes out of the names of logs: choose another"
+            f"{name} {folder} holds a backslash, which SLURM takes out of the names of logs: choose another"
         )
 
 

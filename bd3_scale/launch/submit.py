@@ -68,11 +68,14 @@ def make_job(
         chain=chain,
         dependency=dependency,
         exclude=tuple(exclude),
-        python_path=_python_path() if stored.plugins else "",
+        python_path=plugin_path(stored.plugins),
     )
 
 
-def _python_path() -> str:
+def plugin_path(plugins: Sequence[str]) -> str:
+    """Return where these are looked for besides what is installed, for PYTHONPATH; nothing where there are none."""
+    if not plugins:
+        return ""
     folders = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return os.pathsep.join(str(Path(folder).absolute()) for folder in folders)
 
