@@ -99,6 +99,8 @@ def _script(
 def _directives(site: Profile, folder: Path, shares: Sequence[int]) -> Iterator[str]:
     yield f"job-name=prepare-{folder.stem}"
     yield from node_directives(site, 1)
+    if site.exclusive:
+        yield "exclusive"
     yield f"time={site.time_limit}"
     yield "requeue" if site.requeue else "no-requeue"
     yield "open-mode=append"
