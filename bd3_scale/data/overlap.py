@@ -11,13 +11,25 @@ from numpy.typing import NDArray
 
 from bd3_scale.data.manifest import SplitName
 
+# All that `str.split` takes for white space, but for the space itself.
+_SPACES = (
+    "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
 # Of hashes that are held at a time while files of them are merged.
 MERGE_BYTES = 1 << 29
 
 
 def document_hash(text: str) -> int:
     """64 bits of BLAKE2b over the text, whatever its white space."""
-    return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(evenly_spaced(text).encode(), digest_size=8).digest(), "little")
+
+
+def evenly_spaced(text: str) -> str:
+    """Return `" ".join(text.split())`, in less than half the time: not every word becomes a string of its own."""
+    for space in _SPACES:
+        text = text.replace(space, " ")
+    return " ".join(piece for pieces in text.split("  ") if (piece := pieces.strip(" ")))
 
 
 def hashes_file(split: SplitName) -> str:

@@ -63,11 +63,12 @@ class SplitWriter:
 
     def _write(self, sequences: Iterator[PackedSequence]) -> None:
         for sequence in sequences:
-            if sequence.num_shown == len(sequence.tokens):
+            num_shown = sequence.num_shown
+            if num_shown == len(sequence.tokens):
                 # Nothing of it could be learnt or measured, as of a long text that a person hands in.
                 self._num_dropped += len(sequence.tokens)
                 continue
             self._shards.write({name: getattr(sequence, name) for name in self._columns})
             self._num_sequences += 1
             self._num_counted += sequence.num_counted
-            self._num_shown += sequence.num_shown
+            self._num_shown += num_shown

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from bd3_scale.data import index, merge, overlap, tasks
 from bd3_scale.data.encode import Encoder
 from bd3_scale.data.manifest import load_manifest
-from bd3_scale.data.overlap import count_known, hashes_file, merge_hashes, read_hashes
+from bd3_scale.data.overlap import count_known, evenly_spaced, hashes_file, merge_hashes, read_hashes
 from bd3_scale.data.prepare import Preparation
 from bd3_scale.data.sources import DocumentReader, OpenFile, lines
 from bd3_scale.data.tokenizer import load_tokenizer
@@ -312,6 +312,17 @@ def test_hashes_are_merged_as_sets_are(tmp_path_factory: pytest.TempPathFactory,
     assert count_known(merged, found) == len(found)
     assert count_known(read_hashes(folders[0], "train"), merged) == len(set(runs[0]))
     assert (folder / hashes_file("train")).stat().st_size == 8 * len(merged)
+
+
+@given(st.text(st.sampled_from("ab \t\n\r\x1c\x85\xa0\u2009\u2028\u3000é日\u200b") | st.characters(), max_size=60))
+def test_evenly_spaced_text_is_that_of_its_words(text: str) -> None:
+    assert evenly_spaced(text) == " ".join(text.split())
+
+
+def test_every_white_space_is_known() -> None:
+    spaces = "".join(filter(str.isspace, map(chr, range(sys.maxunicode + 1))))
+    assert evenly_spaced(f"a{spaces}b") == "a b"
+    assert all(evenly_spaced(f"a{space}b") == "a b" for space in spaces)
 
 
 def test_an_index_of_a_task_names_files_of_its_own_folder(source: Path, tmp_path: Path) -> None:
