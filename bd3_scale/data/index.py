@@ -74,7 +74,6 @@ class _Index(_Strict):
 _ADAPTER = TypeAdapter(_Index)
 
 
-@reader("an index of shards")
 def merge_indices(path: Path, paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     """Write the index `path` of the shards that the indices `paths` list, numbered anew in this order.
 
@@ -84,12 +83,18 @@ def merge_indices(path: Path, paths: Iterable[Path]) -> Iterator[tuple[Path, str
     with path.open("w", encoding="utf-8") as file:
         file.write('{"shards": [')
         for one in paths:
-            for shard in _read(one, read_regular(one, INDEX_LIMIT)).shards:
+            for shard in read_shards(one):
                 numbered = shard.numbered(number)
                 file.write(", " * (number > 0) + json.dumps(numbered.model_dump(), sort_keys=True))
                 yield one.with_name(shard.stored.basename), numbered.stored.basename
                 number += 1
         file.write('], "version": 2}')
+
+
+@reader("an index of shards")
+def read_shards(path: Path) -> list[_Shard]:
+    """Return what the index of a task says, which may have no shard."""
+    return _read(path, read_regular(path, INDEX_LIMIT)).shards
 
 
 @reader("an index of shards")

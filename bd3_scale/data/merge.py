@@ -15,11 +15,9 @@ from bd3_scale.data.index import INDEX_FILE, merge_indices
 from bd3_scale.data.manifest import MANIFEST_FILE, Counts, Manifest, Split, SplitName
 from bd3_scale.data.overlap import merge_hashes
 from bd3_scale.data.sources import LeftOut
-from bd3_scale.data.tasks import Result
+from bd3_scale.data.tasks import RESULT_FILE, Result, read_result
 from bd3_scale.data.tokenizer import Tokenizer
-from bd3_scale.data.work import RESULT_FILE
 from bd3_scale.resilience.files import new_folder
-from bd3_scale.resilience.readers import read_regular
 
 # What file systems answer that have no hard links, or across which none can be made.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
@@ -35,8 +33,9 @@ def merge(folders: Sequence[Path], out: Path, data: Manifest, tokenizer: Tokeniz
     Shards are linked, not moved, so that a merge that was killed can be done again; where there are no links, copied.
     Raises EmptySplitError where a split has no sequence; FileExistsError if `out` exists.
     """
-    results = [Result.model_validate_json(read_regular(folder / RESULT_FILE)) for folder in folders]
-    splits = {name: _sum(results, name) for name in ("train", "validation") if any(name in r.splits for r in results)}
+    results = [read_result(folder / RESULT_FILE) for folder in folders]
+    names: tuple[SplitName, ...] = ("train", "validation")
+    splits = {name: _sum(results, name) for name in names if any(name in result.splits for result in results)}
     left_out = reduce(add, (result.left_out for result in results), LeftOut())
     for name, counts in splits.items():
         _check_not_empty(name, counts, data)

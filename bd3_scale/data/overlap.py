@@ -16,7 +16,7 @@ _SPACES = (
     "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
 )
-# Of hashes that are held at a time while files of them are merged.
+# Of memory, while files of hashes are merged.
 MERGE_BYTES = 1 << 29
 
 
@@ -43,7 +43,7 @@ def write_hashes(folder: Path, split: SplitName, hashes: Iterable[int]) -> None:
 
 
 def merge_hashes(folders: Sequence[Path], out: Path, split: SplitName) -> None:
-    """Write the hashes of a split that lie in `folders` into one such file of `out`, in memory of `MERGE_BYTES`."""
+    """Write the hashes of a split that lie in `folders` into one such file of `out`, a range of values at a time."""
     files = [path for folder in folders if (path := folder / hashes_file(split)).is_file()]
     # Hashes are spread evenly, so that a range of values is a share of the files.
     num_ranges = 2 * sum(path.stat().st_size for path in files) // MERGE_BYTES + 1
@@ -57,7 +57,12 @@ def merge_hashes(folders: Sequence[Path], out: Path, split: SplitName) -> None:
                 end = int(np.searchsorted(known, border, "right"))
                 runs.append(np.array(known[starts[place] : end]))
                 starts[place] = end
-            np.unique(np.concatenate(runs)).tofile(merged)
+            values = np.concatenate(runs)
+            del runs
+            values.sort()
+            is_first = np.ones(len(values), np.bool_)
+            is_first[1:] = values[1:] != values[:-1]
+            values[is_first].tofile(merged)
 
 
 def read_hashes(folder: Path, split: SplitName) -> NDArray[np.uint64] | None:

@@ -15,6 +15,7 @@ from bd3_scale.registry import source_cuts
 from bd3_scale.resilience.readers import read_regular, reader
 
 PLAN_FILE = "plan.json"
+RESULT_FILE = "task.json"
 # Of source files as stored: some ten seconds of work to a minute, at the end of which a sequence is incomplete.
 TASK_BYTES = 1 << 27
 
@@ -54,6 +55,12 @@ class Plan(_Frozen):
 def read_plan(path: Path) -> Plan:
     """Return the plan in a file. ValueError: there is none."""
     return Plan.model_validate_json(read_regular(path, INDEX_LIMIT))
+
+
+@reader("the result of a task")
+def read_result(path: Path) -> Result:
+    """Return the result in a file. ValueError: there is none."""
+    return Result.model_validate_json(read_regular(path))
 
 
 def cut(number: int, documents: DocumentReader) -> Iterator[Task]:

@@ -22,12 +22,13 @@ from bd3_scale.data.files import format_of
 from bd3_scale.data.manifest import Manifest, SplitName
 from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.split_writer import SplitWriter
-from bd3_scale.data.tasks import Result, Task
+from bd3_scale.data.tasks import RESULT_FILE, Result, Task
 from bd3_scale.registry import import_plugins, source_formats
 from bd3_scale.resilience.files import new_folder
 
-RESULT_FILE = "task.json"
 POLL_SECONDS = 0.2
+# Which one process that reads and writes can feed with chunks to encode.
+FED_WORKERS = 16
 
 # Told how many bytes of the sources have been done since it was told the last time.
 Tell = Callable[[int], object]
@@ -87,7 +88,7 @@ class TaskWriter:
 
 
 def write_tasks(writer: TaskWriter, tasks: Mapping[int, Task], workers: int, tell: Tell) -> None:
-    """Do tasks, by their numbers, in `workers` processes: each does whole tasks, or all encode the chunks of one.
+    """Do tasks, by their numbers, in `workers` processes: each does whole tasks; of few, all encode one's chunks.
 
     Raises:
         ValueError: a source cannot be read, or a process was killed.
@@ -97,7 +98,7 @@ def write_tasks(writer: TaskWriter, tasks: Mapping[int, Task], workers: int, tel
             writer.write(number, task, writer.encoded, tell)
         return
     with _pool(writer, workers) as (pool, shared):
-        if len(tasks) < workers:
+        if len(tasks) < min(workers, FED_WORKERS):
             for number, task in tasks.items():
                 writer.write(number, task, partial(_encoded_by, pool, workers), tell)
         else:

@@ -22,10 +22,11 @@ from bd3_scale.convert.names import named_tensors
 from bd3_scale.convert.official import open_official
 from bd3_scale.convert.official_pickle import load_pickle
 from bd3_scale.data.chat import ChatTemplate
-from bd3_scale.data.index import read_index
+from bd3_scale.data.index import read_index, read_shards
 from bd3_scale.data.manifest import load_manifest
-from bd3_scale.data.prepare import prepare
+from bd3_scale.data.prepare import Preparation, prepare
 from bd3_scale.data.prompts import read_messages, read_prompts
+from bd3_scale.data.tasks import read_plan, read_result
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.generative import Judge
 from bd3_scale.launch.profile import Profile, load_profile
@@ -121,6 +122,13 @@ def prepared_data(folder: Path) -> None:
     prepare([folder / "text.txt"], folder / "data", load_tokenizer("bytes"), 32, holdout=0.0, workers=1, progress=False)
 
 
+def a_task(folder: Path) -> None:
+    """What a preparation leaves that has not come to its end."""
+    (folder / "text.txt").write_text("a few words of text and a few more " * 30)
+    options = {"holdout": 0.0, "workers": 1, "progress": False}
+    Preparation([folder / "text.txt"], folder / "data", load_tokenizer("bytes"), 32, **options).work([0])
+
+
 def prompts(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     (folder / "prompts.txt").write_text("a\nb\n")
@@ -172,6 +180,7 @@ def _index(checkpoint: Path) -> None:
 _WEIGHTS = ("config.json", "model.safetensors.index.json", "a.safetensors")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _IMPORTED = tuple(f"checkpoint/{name}" for name in ("manifest.json", "index.json", "part-00000.safetensors"))
+_TASK = "data.tasks/00000"
 _RUN = ("slurm/attempts.jsonl", "slurm/job.json", "slurm/submitted.json", "metrics.jsonl")
 
 CASES = {
@@ -194,6 +203,15 @@ CASES = {
     ),
     "data.index.read_index": Case(
         prepared_data, lambda folder: read_index(folder / "data/train/index.json"), ("data/train/index.json",)
+    ),
+    "data.index.read_shards": Case(
+        a_task, lambda folder: read_shards(folder / f"{_TASK}/train/index.json"), (f"{_TASK}/train/index.json",)
+    ),
+    "data.tasks.read_plan": Case(
+        a_task, lambda folder: read_plan(folder / "data.tasks/plan.json"), ("data.tasks/plan.json",)
+    ),
+    "data.tasks.read_result": Case(
+        a_task, lambda folder: read_result(folder / f"{_TASK}/task.json"), (f"{_TASK}/task.json",)
     ),
     "data.prompts.read_prompts": Case(prompts, lambda folder: read_prompts(folder), ("prompts.jsonl", "prompts.txt")),
     "data.prompts.read_messages": Case(
