@@ -147,6 +147,8 @@ def test_a_repeated_command_does_what_is_missing(source: Path, tmp_path: Path, m
     first.work([4, 1])
     shutil.rmtree(first.folder / "00004")
     (first.folder / ".00002.0123abcd").mkdir()  # of a machine that went down
+    whole = set(range(first.num_tasks))
+    assert set(begun(source, tmp_path / "out").missing()) == whole - {1}
     encoded: list[str] = []
     encode = Encoder.__call__
     monkeypatch.setattr(Encoder, "__call__", lambda self, texts: encoded.extend(texts) or encode(self, texts))
