@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bd3_scale.data.chat import CHAT_TEMPLATE
 from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, parse_index, read_index
+from bd3_scale.data.packing import Packing
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import write_atomically
@@ -28,9 +29,11 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def _later(**constraints: Any) -> Any:
-    """A field that older manifests lack, which mean its default; it is left out there, so that hashes stay."""
-    return Field(exclude_if=lambda value: not value, **constraints)
+def _later(default: Any = None, **constraints: Any) -> Any:
+    """A field that older manifests lack, which mean its default (`default`, or what is false); it is left out there, so
+    that hashes stay.
+    """
+    return Field(exclude_if=lambda value: not value or value == default, **constraints)
 
 
 class Source(_Frozen):
@@ -47,7 +50,9 @@ class Counts(_Frozen):
     sequences: Count
     counted_tokens: Annotated[Count, Field(description="tokens of its sequences that count for perplexity")]
     shown_tokens: Annotated[int, _later(ge=0, description="tokens of its sequences that are never masked")] = 0
-    dropped_tokens: Annotated[Count, Field(description="tokens of sequences that were not kept: cut, or all shown")]
+    dropped_tokens: Annotated[
+        Count, Field(description="tokens of sequences that were not kept: incomplete, or all shown")
+    ]
     text_bytes: Annotated[Count, Field(description="UTF-8 bytes of its documents, of conversations the assistant's")]
 
 
@@ -66,6 +71,7 @@ class Manifest(_Frozen):
     tokenizer_hash: str
     seq_len: Annotated[int, Field(ge=1)]
     document_multiple: Annotated[int, Field(ge=1)]
+    packing: Annotated[Packing, _later("concatenate")] = "concatenate"
     holdout: Annotated[float, Field(ge=0, le=1)]
     seed: Count
     empty_documents: Count
@@ -96,7 +102,8 @@ class Manifest(_Frozen):
 def differing(old: Manifest, new: Manifest) -> list[str]:
     """What was asked for or read otherwise for two folders of prepared data, a line each."""
     found = []
-    for key in ("seq_len", "document_multiple", "holdout", "seed", "field", "parse_special", "messages"):
+    asked = ("seq_len", "document_multiple", "packing", "holdout", "seed", "field", "parse_special", "messages")
+    for key in asked:
         before, now = getattr(old, key), getattr(new, key)
         if before != now:
             found.append(f"{key} is {'unset' if now == '' else now}, there {'unset' if before == '' else before}")

@@ -66,12 +66,12 @@ def _sum(results: Iterable[Result], name: SplitName) -> Counts:
 def _check_not_empty(name: SplitName, counts: Counts, data: Manifest) -> None:
     if counts.sequences:
         return
-    if name == "train":
+    if name == "train" and data.packing == "concatenate":
         raise EmptySplitError(
             f"the documents for training fill {counts.dropped_tokens} tokens, less than one sequence of seq_len="
             f"{data.seq_len}; give more text or choose a shorter seq_len"
         )
-    raise EmptySplitError("the held-out conversations have no sequence with an answer; give more or longer ones")
+    raise EmptySplitError("the conversations have no sequence with an answer; give more or longer ones")
 
 
 def _link(file: Path, to: Path) -> None:

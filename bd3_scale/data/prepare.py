@@ -18,6 +18,7 @@ from bd3_scale.data.encode import Encoder
 from bd3_scale.data.fields import field_value
 from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, differing, load_manifest, parse_manifest
 from bd3_scale.data.merge import EmptySplitError, merge
+from bd3_scale.data.packing import Packing
 from bd3_scale.data.prompts import check_messages
 from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader
 from bd3_scale.data.tasks import PLAN_FILE, Plan, cut, read_plan
@@ -27,6 +28,7 @@ from bd3_scale.observe.console import Console, label
 from bd3_scale.resilience.files import write_atomically
 from bd3_scale.resilience.readers import read_regular
 
+DOCUMENT_MULTIPLE = 32
 OnError = Literal["stop", "skip"]
 P = ParamSpec("P")
 
@@ -39,15 +41,16 @@ class Preparation:
     `counted_lengths` (int32), and where any token is shown `shown` (int32), see `PackedSequence`. Documents begin with
     `tokenizer.vocabulary.bos_id`, which is shown; `parse_special`: special tokens but the mask that a document spells
     are these tokens. With `chat`, lines hold conversations, of which all but the assistant's part is shown. `field`
-    (default `text`, of conversations `messages`), `on_error` and `max_document_bytes`: see `DocumentReader`. Documents
-    keep their order: training shuffles the sequences. The share `holdout` of the documents goes to `validation`, by a
-    hash of text and `seed`, so that equal documents go to one side; 0 holds out none, 1 all. Where the sources
-    `validation` are given, they are held out in place of a share.
+    (default `text`, of conversations `messages`), `on_error` and `max_document_bytes`: see `DocumentReader`; `packing`:
+    see `Packer` and `BestFitPacker`. Documents keep their order: training shuffles the sequences. The share `holdout`
+    of the documents goes to `validation`, by a hash of text and `seed`, so that equal documents go to one side; 0 holds
+    out none, 1 all. Where the sources `validation` are given, they are held out in place of a share.
 
-    The work is cut into tasks, see `cut`. The last, incomplete sequence of a task is dropped from `train`, and filled
-    in `validation` with tokens that do not count. What is done lies beside `out`, in `OUT.tasks`, until all is: whoever
-    asks for the same does what is missing, on any machine that sees the folder. The result depends on none of this, nor
-    on `workers` (processes; default: the usable CPUs). `out` exists only complete.
+    The work is cut into tasks, see `cut`. The last, incomplete sequence of documents that a task concatenates is
+    dropped from `train`; what else is incomplete is filled with tokens that do not count. What is done lies beside
+    `out`, in `OUT.tasks`, until all is: whoever asks for the same does what is missing, on any machine that sees the
+    folder. The result depends on none of this, nor on `workers` (processes; default: the usable CPUs). `out` exists
+    only complete.
 
     Raises FileExistsError if `out` exists, and says what differs there; ValueError for arguments out of range, sources
     that cannot be read (see `DocumentReader`), a split that would be empty, before tokenising where that can be known,
@@ -61,7 +64,8 @@ class Preparation:
         tokenizer: Tokenizer,
         seq_len: int,
         *,
-        document_multiple: int = 32,
+        document_multiple: int = DOCUMENT_MULTIPLE,
+        packing: Packing = "concatenate",
         holdout: float = 0.05,
         validation: Sequence[str | Path] = (),
         seed: int = 1,
@@ -85,6 +89,7 @@ class Preparation:
             tokenizer_hash=self._encoder.tokenizer.hash,
             seq_len=seq_len,
             document_multiple=document_multiple,
+            packing=packing,
             holdout=0.0 if validation else holdout,
             seed=seed,
             empty_documents=0,

@@ -11,7 +11,7 @@ import numpy as np
 from bd3_scale.data.encode import EncodedDocument, token_dtype
 from bd3_scale.data.manifest import Counts, Manifest, SplitName
 from bd3_scale.data.overlap import write_hashes
-from bd3_scale.data.packing import PackedSequence, Packer
+from bd3_scale.data.packing import PACKERS, PackedSequence
 
 SHARD_BYTES = 1 << 26
 
@@ -28,11 +28,16 @@ class SplitWriter:
             "document_lengths": "ndarray:int32",
             "counted_lengths": "ndarray:int32",
         }
-        if data.messages or data.vocabulary.bos_id is not None:
+        # In training, what fills a sequence would teach that documents are empty; in evaluation it tells of no end.
+        shows_filling = split == "train" and data.packing != "concatenate"
+        if data.messages or data.vocabulary.bos_id is not None or shows_filling:
             columns["shown"] = "ndarray:int32"
         self._folder, self._split = folder, split
         self._columns = tuple(columns)
-        self._packer = Packer(data.seq_len, data.document_multiple, data.vocabulary.eos_id, dtype)
+        self._packer = PACKERS[data.packing](
+            data.seq_len, data.document_multiple, data.vocabulary.eos_id, dtype, shows_filling=shows_filling
+        )
+        self._drops_incomplete = split == "train" and data.packing == "concatenate"
         self._shards = MDSWriter(
             out=str(folder / split), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
         )
@@ -45,8 +50,11 @@ class SplitWriter:
         self._write(self._packer.add(document.ids, document.shown, trains_end=document.trains_end))
 
     def finish(self) -> Counts:
-        """Leave an incomplete sequence out of `train`, complete it in `validation`, and return what there is."""
-        if self._split == "train":
+        """Leave an incomplete sequence of documents to train on out, if they are concatenated; complete any other.
+
+        Returns the counts of what there is.
+        """
+        if self._drops_incomplete:
             self._num_dropped += self._packer.num_pending
         else:
             self._write(self._packer.fill())
