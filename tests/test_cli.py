@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bd3_scale.cli import app, checkpoint_app, convert_app, data_app
+from bd3_scale.data.commands_inspect import app as looking_app
 
 pytestmark = pytest.mark.launch
 
@@ -20,6 +21,7 @@ COMMANDS = [
     for group, typer_app in (
         ([], app),
         (["data"], data_app),
+        (["data"], looking_app),
         (["convert"], convert_app),
         (["checkpoint"], checkpoint_app),
     )

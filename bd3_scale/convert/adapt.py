@@ -10,16 +10,18 @@ from bd3_scale.checkpoint.manifest import MANIFEST, read_manifest
 from bd3_scale.convert.architectures import export_obstacles
 from bd3_scale.convert.importer import ImportPlan, plan_import, run_import
 from bd3_scale.data.manifest import MANIFEST_FILE
-from bd3_scale.data.prepare import prepare
+from bd3_scale.data.prepare import DOCUMENT_MULTIPLE, prepare
+from bd3_scale.data.stored import StoredData
+from bd3_scale.data.waste import waste_note
 from bd3_scale.generate.text import checkpoint_tokenizer
 from bd3_scale.objective import objectives
 from bd3_scale.recipe.checks import check_recipe, world_size_for_launch
 from bd3_scale.recipe.load import load_recipe, resolved_yaml, with_plugins
+from bd3_scale.recipe.preparation import least_multiple
 from bd3_scale.resilience.files import write_atomically
 
 INITIAL = "initial"
 RECIPE = "adapt.yaml"
-DOCUMENT_MULTIPLE = 32
 
 
 def prepare_adaptation(
@@ -65,10 +67,9 @@ def prepare_adaptation(
     _check_same_import(initial, plan)
     recipe = recipe.model_copy(update={"init_from": str(initial)})
     if not prepared:
-        blocks = recipe.diffusion.block_sizes if recipe.data.isolate_documents else ()
-        multiple = math.lcm(DOCUMENT_MULTIPLE, *blocks)
+        multiple = math.lcm(DOCUMENT_MULTIPLE, least_multiple(recipe))
         if recipe.data.seq_len % multiple:
-            multiple = math.lcm(*blocks)
+            multiple = least_multiple(recipe)
         prepare(
             text,
             data,
@@ -77,6 +78,8 @@ def prepare_adaptation(
             document_multiple=multiple,
             validation=validation,
         )
+        if told := waste_note(StoredData(str(data))):
+            note(told)
     write_atomically(recipe.run_path / RECIPE, resolved_yaml(recipe))
     return recipe.run_path / RECIPE
 

@@ -9,16 +9,33 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
+from bd3_scale.data.commands_inspect import app as looking
 from bd3_scale.observe.console import Console, put, say
+from bd3_scale.resilience.terminal import tell
 
 if TYPE_CHECKING:
     from bd3_scale.data.prepare import Preparation
 
-app = typer.Typer(help="Tokenise text and write it as shards.", no_args_is_help=True)
+app = typer.Typer(help="Tokenise text and write it as shards, and look at them.", no_args_is_help=True)
+app.add_typer(looking)
 
 Sources = Annotated[
     list[Path],
     typer.Argument(help="Files such as .txt and .jsonl, also .gz or .zst, and folders of them; links are followed."),
+]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="the recipe's")]
+RecipeFile = Annotated[
+    Path | None, typer.Option(help="YAML file of the training, whose lengths and block sizes decide what fits.")
+]
+Multiple = Annotated[
+    int | None,
+    typer.Option(
+        help="Documents are padded to a multiple of so many tokens.",
+        show_default="the least that suits the recipe's block sizes; without a recipe 32",
+    ),
+]
+PackingOption = Annotated[
+    Literal["concatenate", "best-fit"], typer.Option(help="best-fit: no document is cut that fits into a sequence.")
 ]
 Field = Annotated[
     str | None, typer.Option(help="Of a JSON line, such as document.body.", show_default="text; messages")
@@ -58,8 +75,10 @@ def prepare(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="New folder for the shards.")],
     tokenizer: Annotated[str, typer.Option(help="`bytes`, a tokenizer.json, or a folder that holds one.")],
-    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")],
-    document_multiple: Annotated[int, typer.Option(help="Documents are padded to a multiple of so many tokens.")] = 32,
+    seq_len: SeqLen = None,
+    recipe: RecipeFile = None,
+    document_multiple: Multiple = None,
+    packing: PackingOption = "concatenate",
     holdout: Annotated[float, typer.Option(help="Share of the documents held out for evaluation.")] = 0.05,
     validation: Annotated[
         list[Path] | None, typer.Option(help="Held-out files or folders, in place of --holdout; may be repeated.")
@@ -104,8 +123,11 @@ def prepare(
         raise ValueError("give --tasks with --task, for one share of the work, or with --slurm, for a job of them all")
     from bd3_scale.data.chat import ChatTemplate
     from bd3_scale.data.prepare import Preparation
+    from bd3_scale.data.stored import StoredData
     from bd3_scale.data.tokenizer import load_tokenizer
+    from bd3_scale.data.waste import waste_note
 
+    seq_len, document_multiple = _lengths(recipe, seq_len, document_multiple)
     loaded = load_tokenizer(tokenizer)
     if bos is not None:
         loaded = loaded.with_bos_switch(bos)
@@ -115,6 +137,7 @@ def prepare(
         loaded,
         seq_len,
         document_multiple=document_multiple,
+        packing=packing,
         holdout=holdout,
         validation=validation or (),
         seed=seed,
@@ -129,6 +152,8 @@ def prepare(
         _prepare_share(preparation, tasks, task, slurm, context, as_json)
         return
     manifest = preparation.finish()
+    if note := waste_note(StoredData(str(out))):
+        tell(f"note: {note}")
     if as_json:
         put(manifest.without_shards())
         return
@@ -138,6 +163,19 @@ def prepare(
             counts = (split.documents, split.sequences, split.sequences * seq_len, split.dropped_tokens)
             table.add_row(name, *(f"{count:,}" for count in counts))
     Console().print(table)
+
+
+def _lengths(recipe: Path | None, seq_len: int | None, document_multiple: int | None) -> tuple[int, int]:
+    """Return the sequence length and the document multiple: those given, else a recipe's, else the usual ones."""
+    from bd3_scale.data.prepare import DOCUMENT_MULTIPLE
+    from bd3_scale.recipe.load import load_recipe
+    from bd3_scale.recipe.preparation import preparation
+
+    if recipe is not None:
+        return preparation(load_recipe(recipe), seq_len, document_multiple)
+    if seq_len is None:
+        raise ValueError("how long sequences are is not said: give --seq-len, or --recipe")
+    return seq_len, DOCUMENT_MULTIPLE if document_multiple is None else document_multiple
 
 
 def _prepare_share(

@@ -31,34 +31,38 @@ class _Hashes(_Strict):
     xxh64: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
-class _File(_Strict):
+class ShardFile(_Strict):
+    """A file of the split's folder."""
+
     basename: Name
     bytes: Annotated[int, Field(ge=0, le=SHARD_LIMIT)]
     hashes: _Hashes
 
 
-class _Shard(_Strict):
+class Shard(_Strict):
+    """What an index says of one shard; zip_data: of its packed file, which is the one that is there."""
+
     column_encodings: list[str]
     column_names: list[str]
     column_sizes: list[Count | None]
     compression: Literal["zstd"] | None
     format: Literal["mds"]
     hashes: list[Literal["xxh64"]]
-    raw_data: _File
+    raw_data: ShardFile
     samples: Count
     size_limit: Count
     version: Literal[2]
-    zip_data: _File | None
+    zip_data: ShardFile | None
 
     @property
-    def stored(self) -> _File:
+    def stored(self) -> ShardFile:
         """The file that lies in the folder."""
         return self.zip_data or self.raw_data
 
-    def numbered(self, number: int) -> _Shard:
+    def numbered(self, number: int) -> Shard:
         """Return it with the names that streaming gives the shard of this number."""
 
-        def named(file: _File) -> _File:
+        def named(file: ShardFile) -> ShardFile:
             return file.model_copy(update={"basename": f"shard.{number:05}.{file.basename.split('.', 2)[2]}"})
 
         return self.model_copy(
@@ -67,7 +71,7 @@ class _Shard(_Strict):
 
 
 class _Index(_Strict):
-    shards: list[_Shard]
+    shards: list[Shard]
     version: Literal[2]
 
 
@@ -92,7 +96,7 @@ def merge_indices(path: Path, paths: Iterable[Path]) -> Iterator[tuple[Path, str
 
 
 @reader("an index of shards")
-def read_shards(path: Path) -> list[_Shard]:
+def read_shards(path: Path) -> list[Shard]:
     """Return what the index of a task says, which may have no shard."""
     return _read(path, read_regular(path, INDEX_LIMIT)).shards
 
@@ -105,6 +109,14 @@ def read_index(path: Path) -> tuple[str, ...]:
 
 def parse_index(place: Path | str, content: bytes) -> tuple[str, ...]:
     """Return the XXH64 of each shard's unpacked bytes and its number of samples, as `<hash>/<samples>`.
+
+    Raises as `parse_shards`.
+    """
+    return tuple(f"{shard.raw_data.hashes.xxh64}/{shard.samples}" for shard in parse_shards(place, content))
+
+
+def parse_shards(place: Path | str, content: bytes) -> list[Shard]:
+    """Return what an index says of each shard.
 
     Raises:
         ValueError: `content` is not an index that `prepare` made; `place` and what is wrong are named.
@@ -121,7 +133,7 @@ def parse_index(place: Path | str, content: bytes) -> tuple[str, ...]:
         others = {columns.get(name) for name in ("counted_lengths", "document_lengths", *columns.keys() & {"shown"})}
         if not found or size != int(found[1]) // 8 * int(found[2]) or others != {("ndarray:int32", None)}:
             raise ValueError(f"{place} is damaged: shard {number} has columns {columns}; copy the data again")
-    return tuple(f"{shard.raw_data.hashes.xxh64}/{shard.samples}" for shard in index.shards)
+    return index.shards
 
 
 def _read(place: Path | str, content: bytes) -> _Index:

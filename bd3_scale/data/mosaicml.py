@@ -62,12 +62,13 @@ import streaming.base.dataset as streaming_dataset  # noqa: E402
 import streaming.base.format.mds.encodings as streaming_encodings  # noqa: E402
 import streaming.base.shared.array as streaming_array  # noqa: E402
 from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
+from streaming.base.format import reader_from_json  # noqa: E402
 from streaming.base.hashing import get_hash  # noqa: E402
 from streaming.base.shuffle import get_shuffle  # noqa: E402
 from streaming.base.storage.download import CloudDownloader  # noqa: E402
 from streaming.base.world import World  # noqa: E402
 
-__all__ = ["CloudDownloader", "MDSWriter", "Stream", "StreamingDataset", "get_hash", "get_shuffle"]
+__all__ = ["CloudDownloader", "MDSWriter", "Stream", "StreamingDataset", "get_hash", "get_shuffle", "reader_from_json"]
 
 
 _PROCESS = ExitStack()

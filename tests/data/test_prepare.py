@@ -6,17 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from bd3_scale.cli import app
 from bd3_scale.data.index import read_index
 from bd3_scale.data.manifest import Manifest, Split, load_manifest
 from bd3_scale.data.mosaicml import Stream
 from bd3_scale.data.prepare import prepare
+from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer, train_tokenizer
+from bd3_scale.recipe.checks import check_against_data
+from bd3_scale.recipe.load import load_recipe
+from bd3_scale.recipe.schema import DataRecipe
 from tests.data.documents import SEQ_LEN, random_texts, write_jsonl
 
 BYTES = load_tokenizer("bytes")
@@ -250,3 +258,105 @@ def test_held_out_sources_of_their_own(tmp_path: Path) -> None:
     empty = write_jsonl(tmp_path / "c.jsonl", [])
     with pytest.raises(ValueError, match=r"c\.jsonl: no document"):
         run(sources[:1], tmp_path / "other", validation=[empty])
+
+
+def test_best_fit_cuts_no_document_that_fits_and_fills_what_is_open(tmp_path: Path) -> None:
+    texts = random_texts(80, seed=8, longest=10)
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    manifest = run([source], tmp_path / "out", packing="best-fit", holdout=0.3)
+    assert load_manifest(tmp_path / "out").packing == manifest.packing == "best-fit"
+    found = {name: read(tmp_path / "out", name) for name in ("train", "validation")}
+    assert sorted(chain(*map(documents_of, found.values()))) == sorted(text for text in texts if text.strip())
+    assert manifest.train.dropped_tokens == 0
+    recipe = DataRecipe(path=str(tmp_path / "out"), seq_len=SEQ_LEN)
+    batches = {"validation": held_out_batches(recipe, manifest, batch_size=99, dp_rank=0, dp_size=1)}
+    stream = TrainingStream(
+        recipe.model_copy(update={"shuffle": False, "num_workers": 0}),
+        manifest,
+        global_batch_size=manifest.train.sequences,
+        dp_rank=0,
+        dp_size=1,
+        seed=1,
+    )
+    for name, batch in {"train": next(stream), "validation": next(batches["validation"])}.items():
+        filling = np.array(
+            [sample["document_lengths"][-1] * (not sample["counted_lengths"][-1]) for sample in found[name]]
+        )
+        assert filling.any()
+        # Of training it is shown, so that nobody learns that a document may be empty; measured it does not count.
+        assert batch.shown.sum(1).tolist() == (filling * (name == "train")).tolist()
+        assert (batch.padding & ~batch.shown).sum(1).tolist() == [
+            int(sample["document_lengths"].sum() - sample["counted_lengths"].sum() - fill * (name == "train"))
+            for sample, fill in zip(found[name], filling, strict=True)
+        ]
+        assert int(batch.counted.sum()) == getattr(manifest, name).counted_tokens
+
+
+def test_the_packing_is_known_and_concatenation_writes_what_it_did(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "t.jsonl", random_texts(60))
+    run([source], tmp_path / "out")
+    assert "packing" not in json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert load_manifest(tmp_path / "out").packing == "concatenate"
+    with pytest.raises(FileExistsError, match="packing is best-fit, there concatenate"):
+        run([source], tmp_path / "out", packing="best-fit")
+
+
+def prepare_for(recipe: Path, *options: object) -> Result:
+    command = ["data", "prepare", recipe.parent / "t.jsonl", "--recipe", recipe, "--tokenizer", "bytes", *options]
+    return CliRunner().invoke(app, [*map(str, command), "--workers", "1", "--json"])
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "isolate", "multiple"),
+    [
+        ("{block_size: 4}", True, 4),
+        ("{block_size: 4, block_size_schedule: [{block_size: 1, steps: 2}, {block_size: 16, steps: 2}]}", True, 16),
+        ("{block_size: 4, block_size_choices: [6, 4]}", True, 12),
+        ("{block_size: 48}", True, 48),
+        ("{block_size: 16}", False, 1),
+    ],
+)
+def test_the_multiple_is_that_of_a_recipes_block_sizes(
+    tmp_path: Path, diffusion: str, isolate: bool, multiple: int
+) -> None:
+    write_jsonl(tmp_path / "t.jsonl", random_texts(60))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: r\nmodel: {num_layers: 1, hidden_size: 16, num_attention_heads: 2, ffn_hidden_size: 16}\n"
+        f"diffusion: {diffusion}\ndata: {{path: d, seq_len: 48, isolate_documents: {str(isolate).lower()}}}\n"
+        "train: {steps: 9, global_batch_size: 2, micro_batch_size: 1}\n"
+    )
+    told = prepare_for(recipe, "--out", tmp_path / "out")
+    assert told.exit_code == 0, told.output
+    manifest = load_manifest(tmp_path / "out")
+    assert (manifest.seq_len, manifest.document_multiple) == (48, multiple)
+    check_against_data(load_recipe(recipe), 1, manifest.document_multiple)
+    assert "data.seq_len=48, but --seq-len 96" in str(
+        prepare_for(recipe, "--out", tmp_path / "b", "--seq-len", 96).exception
+    )
+    told = prepare_for(recipe, "--out", tmp_path / "c", "--document-multiple", 3)
+    assert ("does not divide document_multiple=3" in str(told.exception)) == isolate
+    assert (tmp_path / "c").exists() == (not isolate)
+
+
+def test_a_length_must_be_said(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "t.jsonl", random_texts(60))
+    command = ["data", "prepare", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    assert "give --seq-len, or --recipe" in str(CliRunner().invoke(app, command).exception)
+
+
+def test_waste_is_told(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "t.jsonl", ["a tweet", "another tweet"] * 40)
+    command = [
+        "data",
+        "prepare",
+        tmp_path / "t.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--tokenizer",
+        "bytes",
+        "--seq-len",
+        64,
+    ]
+    told = CliRunner().invoke(app, [*map(str, command), "--workers", "1", "--holdout", "0"])
+    assert told.stderr.count("note: padding takes 65.6% of all tokens; it would take 31.2% at") == 1

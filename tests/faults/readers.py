@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
+import zstandard
 from safetensors.torch import save_file
 
 from bd3_scale.checkpoint.manifest import read_manifest
@@ -22,10 +24,11 @@ from bd3_scale.convert.names import named_tensors
 from bd3_scale.convert.official import open_official
 from bd3_scale.convert.official_pickle import load_pickle
 from bd3_scale.data.chat import ChatTemplate
-from bd3_scale.data.index import read_index, read_shards
+from bd3_scale.data.index import Shard, read_index, read_shards
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.prepare import Preparation, prepare
 from bd3_scale.data.prompts import read_messages, read_prompts
+from bd3_scale.data.stored import StoredData, read_sequences
 from bd3_scale.data.tasks import read_plan, read_result
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.generative import Judge
@@ -36,6 +39,7 @@ from bd3_scale.plan.calibrate import read_results
 from bd3_scale.plan.hardware import load_hardware
 from bd3_scale.recipe.load import load_recipe, load_section, recipe_files
 from bd3_scale.recipe.schema import ModelRecipe
+from bd3_scale.resilience.readers import read_regular
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = ModelRecipe(num_layers=2, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16, qk_norm=False)
@@ -129,6 +133,22 @@ def a_task(folder: Path) -> None:
     Preparation([folder / "text.txt"], folder / "data", load_tokenizer("bytes"), 32, **options).work([0])
 
 
+def a_shard(folder: Path) -> None:
+    """The sequences of prepared data, unpacked."""
+    prepared_data(folder)
+    packed = next((folder / "data/train").glob("*.zstd"))
+    (folder / "shard.mds").write_bytes(zstandard.decompress(packed.read_bytes()))
+
+
+def _sequences(folder: Path) -> None:
+    """Read a shard whose index agrees with whatever it holds."""
+    (shard,) = StoredData(str(folder / "data")).shards("train")
+    content = read_regular(folder / "shard.mds")
+    raw = {"basename": "shard.mds", "bytes": len(content), "hashes": {"xxh64": xxhash.xxh64_hexdigest(content)}}
+    told = Shard.model_validate(shard.model_dump() | {"raw_data": raw, "zip_data": None, "compression": None})
+    read_sequences(str(folder / "shard.mds"), told)
+
+
 def prompts(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     (folder / "prompts.txt").write_text("a\nb\n")
@@ -212,6 +232,10 @@ CASES = {
     ),
     "data.tasks.read_result": Case(
         a_task, lambda folder: read_result(folder / f"{_TASK}/task.json"), (f"{_TASK}/task.json",)
+    ),
+    "data.stored.read_sequences": Case(a_shard, _sequences, ("shard.mds",)),
+    "data.stored.read_stored": Case(
+        prepared_data, lambda folder: StoredData(str(folder / "data")).manifest, ("data/manifest.json",)
     ),
     "data.prompts.read_prompts": Case(prompts, lambda folder: read_prompts(folder), ("prompts.jsonl", "prompts.txt")),
     "data.prompts.read_messages": Case(

@@ -1,0 +1,80 @@
+"""What prepared data are, and single sequences of them as text."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+from typing import Any
+
+import numpy as np
+
+from bd3_scale.data.manifest import SplitName
+from bd3_scale.data.stored import Sequences, StoredData
+
+
+def description(data: StoredData) -> dict[str, Any]:
+    """Return what manifest, tokeniser and indices say of prepared data, as JSON holds it.
+
+    Raises as `StoredData`.
+    """
+    manifest = data.manifest
+    names = {what: getattr(manifest.vocabulary, f"{what}_id") for what in ("eos", "mask", "bos")}
+    found = manifest.model_dump(mode="json", exclude={"train", "validation", "sources"})
+    found["data"] = data.place
+    found["packing"] = manifest.packing
+    found["special_tokens"] = {
+        what: data.tokenizer.name_of(token_id) for what, token_id in names.items() if token_id is not None
+    }
+    found["sources"] = [source.model_dump() for source in manifest.sources]
+    found["splits"] = {}
+    for name, split in manifest.splits.items():
+        shards = data.shards(name)
+        found["splits"][name] = split.model_dump(mode="json", exclude={"shards"}) | {
+            "tokens": split.sequences * manifest.seq_len,
+            "shown_tokens": split.shown_tokens,
+            "shards": len(shards),
+            "bytes": sum(shard.stored.bytes for shard in shards),
+            "unpacked_bytes": sum(shard.raw_data.bytes for shard in shards),
+        }
+    return found
+
+
+def sampled(
+    data: StoredData, split: SplitName, number: int, seed: int, ids: Sequence[int] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield sequences as text, in order, as JSON holds them: `ids`, or `number` of them that `seed` draws.
+
+    Each has its `id` and `documents`, the pieces that it consists of: their `tokens`, how many of them are `padding`,
+    whether they are `cut` at their end, and their text as `runs`, of which each is `shown` or not.
+    Raises as `StoredData`; ValueError: a split or an id that is not there.
+    """
+    if split not in data.manifest.splits:
+        raise ValueError(f"{data.place} has no {split} split")
+    shards = data.shards(split)
+    firsts = np.cumsum([0, *(shard.samples for shard in shards)]).tolist()
+    if wrong := [i for i in ids if not 0 <= i < firsts[-1]]:
+        raise ValueError(f"{data.place} has no sequence {wrong[0]} in {split}: the last is {firsts[-1] - 1}")
+    chosen = sorted(ids or random.Random(seed).sample(range(firsts[-1]), min(number, firsts[-1])))
+    for place, here in groupby(chosen, lambda i: bisect_right(firsts, i) - 1):
+        numbers = list(here)
+        found = data.sequences(split, shards[place], [i - firsts[place] for i in numbers])
+        documents = iter(_documents(data, found))
+        for i, pieces in zip(numbers, found.pieces.tolist(), strict=True):
+            yield {"id": i, "documents": list(islice(documents, pieces))}
+
+
+def _documents(data: StoredData, found: Sequences) -> Iterator[dict[str, Any]]:
+    tokens, shown = found.tokens.reshape(-1), found.is_shown.reshape(-1)
+    ends = found.ends_document(data.manifest.vocabulary.eos_id)
+    for start, length, counted, end in zip(found.starts, found.lengths, found.counted, ends, strict=True):
+        ids, flags = (values[start : start + counted].tolist() for values in (tokens, shown))
+        runs, end_of_run = [], 0
+        for is_shown, run in groupby(flags):
+            before, end_of_run = ids[:end_of_run], end_of_run + len(list(run))
+            new = ids[len(before) : end_of_run]
+            text = data.tokenizer.continuation(before, new) if before else data.tokenizer.decode(new)
+            runs.append({"text": text, "shown": is_shown})
+        cut = bool(counted and not end)
+        yield {"tokens": int(length), "padding": int(length - counted), "cut": cut, "runs": runs}

@@ -1,0 +1,141 @@
+"""What prepared sequences consist of: text, padding, documents and where they are cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bd3_scale.data.manifest import Manifest, SplitName
+from bd3_scale.data.stored import Sequences, StoredData
+
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+@dataclass
+class Statistics:
+    """Counts of sequences that are handed in in order, of one split.
+
+    A document is followed over the sequences that it is cut into where documents were concatenated; packed best-fit,
+    each piece of one that is longer than a sequence counts as a document of its own.
+    """
+
+    manifest: Manifest
+    sequences: int = 0
+    text_tokens: int = 0
+    shown_tokens: int = 0
+    counted_tokens: int = 0
+    padding_tokens: int = 0
+    filling_tokens: int = 0
+    ends: int = 0
+    cuts: int = 0
+    fitting_documents: int = 0
+    fitting_documents_cut: int = 0
+    # How many documents have so many tokens, and how many sequences pieces of so many documents.
+    document_lengths: Counter[int] = field(default_factory=Counter)
+    documents_a_sequence: Counter[int] = field(default_factory=Counter)
+    # Of the document that the last sequence left open: tokens of text, tokens with padding, pieces.
+    _open: tuple[int, int, int] = (0, 0, 0)
+
+    def add(self, found: Sequences) -> None:
+        """Take up the sequences that follow."""
+        is_piece, ends = found.counted > 0, found.ends_document(self.manifest.vocabulary.eos_id)
+        text, shown = found.is_text, found.is_shown
+        self.sequences += len(found)
+        self.text_tokens += int(found.counted.sum())
+        self.shown_tokens += int(shown.sum())
+        self.counted_tokens += int((text & ~shown).sum())
+        self.padding_tokens += int((found.lengths - found.counted)[is_piece].sum())
+        self.filling_tokens += int(found.lengths[~is_piece].sum())
+        self.ends += int(ends.sum())
+        self.cuts += int((is_piece & ~ends).sum())
+        rows = np.repeat(np.arange(len(found)), found.pieces)
+        self.documents_a_sequence.update(np.bincount(rows, is_piece, len(found)).astype(int).tolist())
+        self._add_documents(found.counted[is_piece], found.lengths[is_piece], ends[is_piece])
+
+    def finish(self) -> None:
+        """Take up the document that the end of the split cuts, if one is."""
+        if self._open[2]:
+            text, length, pieces = (np.array([value]) for value in self._open)
+            self._add_lengths(text, length, pieces, np.array([False]))
+        self._open = (0, 0, 0)
+
+    def _add_documents(self, counted: NDArray[np.int64], lengths: NDArray[np.int64], ends: NDArray[np.bool_]) -> None:
+        if not len(ends):
+            return
+        closes = ends if self.manifest.packing == "concatenate" else np.ones_like(ends)
+        document: NDArray[np.int64] = np.cumsum(closes) - closes
+        ones = np.ones_like(counted)
+        sums = [np.bincount(document, values).astype(np.int64) for values in (counted, lengths, ones)]
+        for total, before in zip(sums, self._open, strict=True):
+            total[0] += before
+        self._open = (0, 0, 0)
+        if not closes[-1]:
+            text, length, pieces = (int(total[-1]) for total in sums)
+            self._open = (text, length, pieces)
+            sums = [total[:-1] for total in sums]
+        self._add_lengths(sums[0], sums[1], sums[2], ends[closes])
+
+    def _add_lengths(
+        self,
+        text: NDArray[np.int64],
+        length: NDArray[np.int64],
+        pieces: NDArray[np.int64],
+        is_whole: NDArray[np.bool_],
+    ) -> None:
+        fits = is_whole & (length <= self.manifest.seq_len)
+        self.fitting_documents += int(fits.sum())
+        self.fitting_documents_cut += int((fits & (pieces > 1)).sum())
+        self.document_lengths.update(text.tolist())
+
+    def summary(self) -> dict[str, Any]:
+        """Return the counts and quantiles, as JSON holds them."""
+        return {
+            "sequences": self.sequences,
+            "tokens": self.sequences * self.manifest.seq_len,
+            "text_tokens": self.text_tokens,
+            "counted_tokens": self.counted_tokens,
+            "shown_tokens": self.shown_tokens,
+            "padding_tokens": self.padding_tokens,
+            "filling_tokens": self.filling_tokens,
+            "document_ends": self.ends,
+            "cuts": self.cuts,
+            "fitting_documents": self.fitting_documents,
+            "fitting_documents_cut": self.fitting_documents_cut,
+            "document_tokens": described(self.document_lengths),
+            "documents_a_sequence": described(self.documents_a_sequence),
+        }
+
+
+def described(counts: Mapping[int, int]) -> dict[str, float]:
+    """Return mean and quantiles (the value at or below which that share lies) of values that occur so often.
+
+    ValueError: there is none.
+    """
+    if not counts:
+        raise ValueError("the sequences hold no document: prepare the data again")
+    values = np.array(sorted(counts))
+    below = np.cumsum([counts[value] for value in values.tolist()])
+    places = np.searchsorted(below, [max(1.0, quantile * below[-1]) for quantile in QUANTILES])
+    found = {f"{quantile:.0%}": int(values[place]) for quantile, place in zip(QUANTILES, places, strict=True)}
+    return {"mean": sum(value * count for value, count in counts.items()) / int(below[-1]), **found}
+
+
+def statistics(
+    data: StoredData, split: SplitName, progress: Callable[[int, int], object] = lambda done, total: None
+) -> Statistics:
+    """Return what all sequences of a split consist of; `progress` is told how many shards of how many are read.
+
+    Raises as `StoredData`.
+    """
+    found = Statistics(data.manifest)
+    shards = data.shards(split)
+    for number, shard in enumerate(shards, 1):
+        found.add(data.sequences(split, shard))
+        progress(number, len(shards))
+    found.finish()
+    return found

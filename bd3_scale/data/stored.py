@@ -1,0 +1,214 @@
+"""Prepared data as they lie in a folder or an object store, read without streaming: nothing is written beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import xxhash
+import zstandard
+from numpy.typing import NDArray
+
+from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, SHARD_LIMIT, Shard, ShardFile, parse_shards
+from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, SplitName, parse_manifest
+from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from bd3_scale.recipe.load import load_recipe
+from bd3_scale.resilience.leftovers import temporary_folder
+from bd3_scale.resilience.readers import LIMIT_BYTES, read_regular, reader
+
+RECIPES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class StoredData:
+    """The data in the folder `place`, or under that address of an object store.
+
+    Raises FileNotFoundError for what is missing, ValueError for what is damaged, each with the file.
+    """
+
+    place: str
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What they say of themselves, without what indices say."""
+        return parse_manifest(f"{self.place}/{MANIFEST_FILE}", self.read(MANIFEST_FILE))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokeniser that lies beside them."""
+        if not _is_remote(self.place):
+            return load_tokenizer(self.place)
+        with temporary_folder("tokenizer") as aside:
+            for name in TOKENIZER_FILES:
+                (aside / name).write_bytes(self.read(name))
+            return load_tokenizer(aside)
+
+    def shards(self, split: SplitName) -> list[Shard]:
+        """Return what the split's index says of each shard."""
+        name = f"{split}/{INDEX_FILE}"
+        return parse_shards(f"{self.place}/{name}", self.read(name, INDEX_LIMIT))
+
+    def sequences(self, split: SplitName, shard: Shard, numbers: Sequence[int] | None = None) -> Sequences:
+        """Return those sequences of a shard (default: all), whose size and hash are those of the index."""
+        return read_sequences(f"{self.place}/{split}/{shard.stored.basename}", shard, numbers)
+
+    def read(self, name: str, limit: int = LIMIT_BYTES) -> bytes:
+        """Return the bytes of one of their files."""
+        return read_stored(f"{self.place}/{name}", limit)
+
+
+def stored_data(data: str) -> StoredData:
+    """Return the data that a person names: by their folder, their address, or a recipe that trains on them."""
+    if Path(data).suffix in RECIPES:
+        recipe = load_recipe(data).data
+        return StoredData(recipe.remote or recipe.path)
+    return StoredData(data.rstrip("/") or data)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """N sequences of L tokens, which consist of P pieces of documents, in order.
+
+    tokens [N, L], as stored. pieces [N] int64: how many each sequence has. lengths, counted [P] int64: tokens of each
+    piece, and how many of them are its text and its end. shown [R, 3] int64: sequence, first and last + 1 of runs of
+    tokens that are shown, in order.
+    """
+
+    tokens: NDArray[np.unsignedinteger]
+    pieces: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    counted: NDArray[np.int64]
+    shown: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Where each piece begins in all tokens [N · L]."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def ends_document(self, eos_id: int) -> NDArray[np.bool_]:
+        """bool [P]: the piece is the end of its document, and not cut behind. What only fills a sequence is none."""
+        last = self.starts + np.maximum(self.counted, 1) - 1
+        return (self.counted > 0) & (self.tokens.reshape(-1)[last] == eos_id)
+
+    @cached_property
+    def is_text(self) -> NDArray[np.bool_]:
+        """bool [N, L]: text or end of a document, and no padding."""
+        return self._marked(self.starts, self.starts + self.counted)
+
+    @cached_property
+    def is_shown(self) -> NDArray[np.bool_]:
+        """bool [N, L]: is shown."""
+        first, last = (self.shown[:, 0] * self.tokens.shape[1] + self.shown[:, column] for column in (1, 2))
+        return self._marked(first, last)
+
+    def _marked(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool [N, L], true inside runs that do not overlap, given by places in all tokens."""
+        steps = np.zeros(self.tokens.size + 1, np.int8)
+        np.add.at(steps, first, 1)
+        np.add.at(steps, last, -1)
+        return np.cumsum(steps[:-1], dtype=np.int8).astype(np.bool_).reshape(self.tokens.shape)
+
+
+@reader("a shard", path="place")
+def read_sequences(place: str, shard: Shard, numbers: Sequence[int] | None = None) -> Sequences:
+    """Return those sequences of a shard (default: all), of which the file lies at `place`.
+
+    Raises FileNotFoundError: it is missing. ValueError: it is not what its index says, or it holds no sequences.
+    """
+    content = read_stored(place, SHARD_LIMIT)
+    _check(place, content, shard.stored)
+    if shard.zip_data is not None:
+        # Else a few kilobytes could fill the memory.
+        if zstandard.frame_content_size(content) != shard.raw_data.bytes:
+            raise ValueError(
+                f"{place} is damaged: it does not unpack to the {shard.raw_data.bytes:,} bytes of its index"
+            )
+        content = zstandard.ZstdDecompressor().decompress(content)
+        _check(f"{place}, unpacked,", content, shard.raw_data)
+    found = _sequences(content, shard, numbers)
+    if problem := _problem(found, range(shard.samples) if numbers is None else numbers):
+        raise ValueError(f"{place} is damaged: {problem}")
+    return found
+
+
+def _sequences(content: bytes, shard: Shard, numbers: Sequence[int] | None) -> Sequences:
+    from bd3_scale.data.mosaicml import reader_from_json  # imports torch
+
+    header = np.frombuffer(content, "<u4", shard.samples + 2).tolist()
+    if header[0] != shard.samples or header[-1] != len(content):
+        raise ValueError(f"it does not hold {shard.samples} sequences")
+    decode = reader_from_json("", "", shard.model_dump()).decode_sample
+    numbers = range(shard.samples) if numbers is None else numbers
+    samples = [decode(content[header[i + 1] : header[i + 2]]) for i in numbers]
+    for number, sample in zip(numbers, samples, strict=True):
+        if (
+            not sample["document_lengths"].ndim == 1
+            or sample["document_lengths"].shape != sample["counted_lengths"].shape
+        ):
+            raise ValueError(f"sequence {number} has not as many document_lengths as counted_lengths")
+    shown = [(row, *run) for row, sample in enumerate(samples) for run in sample.get("shown", ()) if run[0] < run[1]]
+    return Sequences(
+        tokens=np.stack([sample["tokens"] for sample in samples]),
+        pieces=np.array([len(sample["document_lengths"]) for sample in samples]),
+        lengths=np.concatenate([sample["document_lengths"] for sample in samples]).astype(np.int64),
+        counted=np.concatenate([sample["counted_lengths"] for sample in samples]).astype(np.int64),
+        shown=np.array(shown, np.int64).reshape(-1, 3),
+    )
+
+
+def _problem(found: Sequences, numbers: Sequence[int]) -> str | None:
+    """Return what is wrong with the bounds of documents, if anything is, and in which sequence."""
+    seq_len = found.tokens.shape[1]
+    row = np.repeat(np.arange(len(found)), found.pieces)
+    sums = np.bincount(row, found.lengths, len(found))
+    _, first, last = found.shown.T
+    in_order = np.ones(len(found.shown), np.bool_)
+    in_order[1:] = (found.shown[1:, 0] > found.shown[:-1, 0]) | (first[1:] >= last[:-1])
+    for wrong, what in (
+        (np.flatnonzero(sums != seq_len), f"document_lengths that do not add up to {seq_len}"),
+        (row[found.lengths < 1], "a document without tokens"),
+        (row[(found.counted < 0) | (found.counted > found.lengths)], "more counted tokens than its document has"),
+        (found.shown[(first < 0) | (last > seq_len) | ~in_order, 0], "shown runs outside it, or not in order"),
+    ):
+        if len(wrong):
+            return f"sequence {numbers[wrong[0]]} has {what}"
+    return None
+
+
+def _check(place: str, content: bytes, file: ShardFile) -> None:
+    if len(content) != file.bytes:
+        raise ValueError(
+            f"{place} is damaged: it has {len(content):,} bytes, and its index says {file.bytes:,}; copy it again"
+        )
+    if (found := xxhash.xxh64_hexdigest(content)) != file.hashes.xxh64:
+        raise ValueError(
+            f"{place} is damaged: its hash is {found}, and its index says {file.hashes.xxh64}; copy it again"
+        )
+
+
+def _is_remote(place: str) -> bool:
+    return "://" in place
+
+
+@reader("prepared data", path="place")
+def read_stored(place: str, limit: int) -> bytes:
+    """Return the bytes of a file of prepared data, of at most `limit`.
+
+    Raises FileNotFoundError: it is missing. ValueError: it is larger, no file, or cannot be fetched.
+    """
+    if not _is_remote(place):
+        try:
+            return read_regular(Path(place), limit)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{place} is missing: name a folder of prepared data, or copy it again") from error
+    from bd3_scale.data.mosaicml import CloudDownloader
+
+    with temporary_folder("fetched") as aside:
+        CloudDownloader.direct_download(place, str(aside / "file"))
+        return read_regular(aside / "file", limit)

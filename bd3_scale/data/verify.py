@@ -1,0 +1,122 @@
+"""Whether prepared data are what was written: files against indices, sequences against the manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bd3_scale.data.index import INDEX_FILE, Shard
+from bd3_scale.data.manifest import Manifest, Split, SplitName, check_tokenizer
+from bd3_scale.data.overlap import hashes_file, read_hashes
+from bd3_scale.data.statistics import Statistics
+from bd3_scale.data.stored import Sequences, StoredData
+
+Progress = Callable[[int, int], object]
+
+
+def problems(data: StoredData, progress: Progress = lambda done, total: None) -> Iterator[str]:
+    """Yield what is wrong with prepared data, in one line each; nothing where they are sound.
+
+    Every shard is read: its size and hashes, which must be those of the index, its tokens and where its documents end;
+    then the counts of the manifest and the hashes of documents. What does not lie in a folder of this machine is not
+    searched for files that no index names, nor for hashes of documents. `progress`: shards that are read, of how many.
+
+    Raises FileNotFoundError where there is no manifest, ValueError where it is not valid.
+    """
+    manifest = data.manifest
+    yield from _tokenizer_problems(data)
+    shards: dict[SplitName, list[Shard]] = {}
+    for name in manifest.splits:
+        try:
+            shards[name] = data.shards(name)
+        except (ValueError, OSError) as error:
+            yield str(error)
+    total, done = sum(map(len, shards.values())), 0
+    for name, listed in shards.items():
+        found, damaged = Statistics(manifest), False
+        for shard in listed:
+            try:
+                sequences = data.sequences(name, shard)
+            except (ValueError, OSError) as error:
+                damaged = True
+                yield str(error)
+            else:
+                found.add(sequences)
+                yield from (
+                    f"{data.place}/{name}/{shard.stored.basename}: {what}" for what in _wrong(sequences, manifest)
+                )
+            done += 1
+            progress(done, total)
+        place = f"{data.place}/{name}"
+        if not damaged:
+            yield from (f"{place}: {what}" for what in _differing_counts(manifest.splits[name], found))
+        if Path(place).is_dir():
+            yield from _strange_files(Path(place), listed)
+            yield from _hash_problems(Path(data.place), name, manifest.splits[name])
+
+
+def _tokenizer_problems(data: StoredData) -> Iterator[str]:
+    try:
+        check_tokenizer(data.manifest, data.tokenizer)
+    except (ValueError, OSError) as error:
+        yield f"{data.place}: {error}"
+        return
+    for name in ("size", "eos_id", "mask_id"):
+        said, found = (getattr(one, name) for one in (data.manifest.vocabulary, data.tokenizer.vocabulary))
+        if said != found:
+            yield f"{data.place}: {name} of the vocabulary is {found}, and the manifest says {said}"
+
+
+def _wrong(found: Sequences, manifest: Manifest) -> Iterator[str]:
+    """What no sequence of such data has, with the first that has it."""
+    vocabulary, multiple = manifest.vocabulary, manifest.document_multiple
+    if found.tokens.shape[1] != manifest.seq_len:
+        yield f"its sequences have {found.tokens.shape[1]} tokens, and the manifest says {manifest.seq_len}"
+        return
+    rows = np.repeat(np.arange(len(found)), found.pieces)
+    for wrong, what in (
+        ((found.tokens >= vocabulary.size).any(1), f"an id outside the vocabulary of {vocabulary.size}"),
+        ((found.tokens == vocabulary.mask_id).any(1), f"the id of the mask, {vocabulary.mask_id}"),
+        ((~found.is_text & (found.tokens != vocabulary.eos_id)).any(1), "padding that is not the end of document"),
+        (rows[found.lengths % multiple > 0], f"a document whose length is no multiple of {multiple}"),
+    ):
+        numbers = np.flatnonzero(wrong) if wrong.dtype == np.bool_ else wrong
+        if len(numbers):
+            yield f"sequence {numbers[0]} has {what} (of {len(found)}, {len(set(numbers.tolist()))} do)"
+
+
+def _differing_counts(split: Split, found: Statistics) -> Iterator[str]:
+    for what, said, counted in (
+        ("sequences", split.sequences, found.sequences),
+        ("tokens that count", split.counted_tokens, found.counted_tokens),
+        ("tokens that are shown", split.shown_tokens, found.shown_tokens),
+    ):
+        if said != counted:
+            yield f"{counted:,} {what}, and the manifest says {said:,}"
+    # Of training the last documents may be left out, and text that spells an end of document has more of them.
+    plain = not (found.manifest.parse_special or found.manifest.messages)
+    if plain and (found.ends > split.documents or (found.ends < split.documents and not split.dropped_tokens)):
+        yield f"{found.ends:,} ends of documents, and the manifest says {split.documents:,}"
+
+
+def _strange_files(folder: Path, listed: list[Shard]) -> Iterator[str]:
+    known = {INDEX_FILE, *(file.basename for shard in listed for file in (shard.raw_data, shard.zip_data) if file)}
+    # Names with a dot are of readers that are at work, or were.
+    for name in sorted(name for name in os.listdir(folder) if name not in known and not name.startswith(".")):
+        yield f"{folder / name}: no index names it"
+
+
+def _hash_problems(folder: Path, name: SplitName, split: Split) -> Iterator[str]:
+    place = folder / hashes_file(name)
+    hashes = read_hashes(folder, name)
+    if hashes is None:  # of data from before they were kept
+        return
+    if place.stat().st_size % 8:
+        yield f"{place}: its size is no multiple of 8 bytes"
+    if (hashes[1:] <= hashes[:-1]).any():
+        yield f"{place}: its hashes are not sorted, or one is there twice"
+    if len(hashes) > split.documents:
+        yield f"{place}: {len(hashes):,} documents, and the manifest says {split.documents:,}"

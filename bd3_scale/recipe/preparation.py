@@ -1,0 +1,28 @@
+"""What a recipe says of how its data are prepared."""
+
+from __future__ import annotations
+
+import math
+
+from bd3_scale.recipe.checks import check_block_size
+from bd3_scale.recipe.schema import Recipe, RecipeError
+
+
+def least_multiple(recipe: Recipe) -> int:
+    """Return the tokens to a multiple of which documents are padded at the least: then no block of the recipe's
+    training and evaluations is ragged at the end of a document. 1 where documents are not isolated.
+    """
+    return math.lcm(*recipe.diffusion.block_sizes) if recipe.data.isolate_documents else 1
+
+
+def preparation(recipe: Recipe, seq_len: int | None, document_multiple: int | None) -> tuple[int, int]:
+    """Return the sequence length and the document multiple to prepare a recipe's data with.
+
+    seq_len, document_multiple: what a person asks for; None: as the recipe needs it. RecipeError: it does not suit.
+    """
+    if seq_len not in (None, recipe.data.seq_len):
+        raise RecipeError([f"data.seq_len={recipe.data.seq_len}, but --seq-len {seq_len} is asked for: leave that out"])
+    multiple = least_multiple(recipe) if document_multiple is None else document_multiple
+    for block_size in recipe.diffusion.block_sizes:
+        check_block_size(block_size, recipe.data, multiple)
+    return recipe.data.seq_len, multiple
