@@ -32,7 +32,7 @@ def inspect(data: Data, as_json: AsJson = False) -> None:
     from bd3_scale.data.describe import description
     from bd3_scale.data.stored import stored_data
 
-    found = [description(stored_data(one)) for one in data]
+    found = [description(one) for one in stored_data(data)]
     if as_json:
         put(json.dumps(found))
         return
@@ -81,7 +81,7 @@ def stats(data: Data, split: SplitOption = None, as_json: AsJson = False) -> Non
     from bd3_scale.data.waste import waste_note
 
     found = []
-    for one in map(stored_data, data):
+    for one in stored_data(data):
         here = []
         for name in (split,) if split else one.manifest.splits:
             with Bar(f"{one.place} {name}") as bar:
@@ -142,7 +142,7 @@ def sample(
     from bd3_scale.data.stored import stored_data
 
     found = []
-    for one in map(stored_data, data):
+    for one in stored_data(data):
         name = next(iter(one.manifest.splits)) if split is None else split
         for sequence in sampled(one, name, number, seed, ids or ()):
             found.append({"data": one.place, "split": name} | sequence)
@@ -177,7 +177,7 @@ def verify(data: Data, as_json: AsJson = False) -> None:
     from bd3_scale.data.verify import problems
 
     found: dict[str, list[str]] = {}
-    for one in map(stored_data, data):
+    for one in stored_data(data):
         with Bar(one.place) as bar:
             found[one.place] = list(problems(one, bar.show))
     if as_json:

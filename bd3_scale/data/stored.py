@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,12 +60,14 @@ class StoredData:
         return read_stored(f"{self.place}/{name}", limit)
 
 
-def stored_data(data: str) -> StoredData:
-    """Return the data that a person names: by their folder, their address, or a recipe that trains on them."""
-    if Path(data).suffix in RECIPES:
-        recipe = load_recipe(data).data
-        return StoredData(recipe.remote or recipe.path)
-    return StoredData(data.rstrip("/") or data)
+def stored_data(names: Iterable[str]) -> Iterator[StoredData]:
+    """Yield the data that a person names: by their folder, their address, or a recipe that trains on them."""
+    for name in names:
+        if Path(name).suffix in RECIPES:
+            recipe = load_recipe(name).data
+            yield StoredData(recipe.remote or recipe.path)
+        else:
+            yield StoredData(name.rstrip("/") or name)
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,8 @@ def test_data_may_be_a_recipe_or_lie_in_an_object_store(
         f"data: {{path: cache, remote: 's3://bucket/{prepared.name}', seq_len: 32}}\n"
         "train: {steps: 1, global_batch_size: 2, micro_batch_size: 1}\n"
     )
-    here, there = StoredData(str(prepared)), stored_data(str(recipe))
+    here = StoredData(str(prepared))
+    (there,) = stored_data([str(recipe)])
     assert there.place == f"s3://bucket/{prepared.name}"
     assert description(there) == description(here) | {"data": there.place}
     assert statistics(there, "train").summary() == statistics(here, "train").summary()
