@@ -21,7 +21,8 @@ class Statistics:
     """Counts of sequences that are handed in in order, of one split.
 
     A document is followed over the sequences that it is cut into where documents were concatenated; packed best-fit,
-    each piece of one that is longer than a sequence counts as a document of its own.
+    each piece of one that is longer than a sequence counts as a document of its own. Where preparation left sequences
+    out, what stands before and behind them counts as one document.
     """
 
     manifest: Manifest
