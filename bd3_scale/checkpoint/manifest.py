@@ -12,6 +12,7 @@ import xxhash
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bd3_scale.checkpoint.formats import FORMAT, OLDEST, up_to_date
+from bd3_scale.data.order import EARLIER, DataOrder
 from bd3_scale.objective import Objective, objective_of, objectives
 from bd3_scale.observe.environment import software
 from bd3_scale.recipe.load import recipe_hash
@@ -81,6 +82,7 @@ class CheckpointManifest(BaseModel):
         intervals: the clipped interval of mask rates of every block size whose search has found one.
         ema_warms_up: the decay of the moving average rises from the first update on; absent in those of before, whose
             decay was constant.
+        data_order: how the run orders its data; absent in those of before `data.shuffle_window`, which have version 1.
         files: size in bytes and XXH3-128 of every other file.
         checksum: XXH3-128 of the manifest's own text, with this left empty.
     """
@@ -110,6 +112,7 @@ class CheckpointManifest(BaseModel):
     attention_tiles: dict[str, list[int]] = {}
     intervals: dict[int, tuple[float, float]] = {}
     ema_warms_up: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    data_order: Annotated[DataOrder, Field(exclude_if=lambda value: value == EARLIER)] = EARLIER
     files: dict[Annotated[str, Field(pattern=_INSIDE)], FileRecord] = {}
     checksum: str = ""
 

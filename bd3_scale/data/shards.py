@@ -11,6 +11,7 @@ from typing import Any
 import zstandard
 from numpy.typing import NDArray
 
+from bd3_scale.data.cache import ShardSizes
 from bd3_scale.data.index import INDEX_FILE, SHARD_LIMIT, read_index
 from bd3_scale.data.manifest import Manifest, SplitName
 from bd3_scale.data.mosaicml import Stream, StreamingDataset, get_hash
@@ -67,6 +68,15 @@ class Shards(StreamingDataset):
 
     def __len__(self) -> int:
         return self.num_samples
+
+    @functools.cached_property
+    def sizes(self) -> ShardSizes:
+        """Return the bytes that they take."""
+        files = [shard.file_pairs[0] for shard in self.shards]
+        raw = [unpacked.bytes for unpacked, _ in files]
+        packed = max((zipped.bytes for _, zipped in files if zipped is not None), default=0)
+        beside = self.streams[0].get_index_size() + packed
+        return ShardSizes(sum(raw) / len(self), max(raw), sum(raw), beside)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, NDArray[Any]]:
         shard_id = int(self.spanner[sample_id][0])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from bd3_scale.data.batch import Batch, collate
-from bd3_scale.data.cache import CANONICAL_NODES, SHUFFLE_BLOCK_SAMPLES
+from bd3_scale.data.cache import default_window
+from bd3_scale.data.earlier_order import EarlierOrder
 from bd3_scale.data.loader import Workers
 from bd3_scale.data.manifest import Manifest
-from bd3_scale.data.mosaicml import get_shuffle
+from bd3_scale.data.order import DataOrder, InOrder, Ints, Order, WindowOrder
 from bd3_scale.data.shards import Shards, open_shards
 from bd3_scale.recipe.schema import DataRecipe
 
@@ -25,9 +28,11 @@ class TrainingStream(Iterator[Batch]):
     """The batches of one data-parallel rank, one an optimiser step, without end, from optimiser step `step` on.
 
     An epoch is ⌊N/G⌋ global batches of G = `global_batch_size` of the N sequences, none of them twice. Which sequence
-    stands in which slot of the global batch is a pure function of (seed, step, N, G) and the shard sizes (see
-    `epoch_order`): there is nothing to save for a resume. Rank d of D = `dp_size` holds the slots d·G/D to
+    stands in which slot of the global batch is a pure function of (seed, step, N, G), the shard sizes and `order` (see
+    `bd3_scale.data.order`): there is nothing to save for a resume. Rank d of D = `dp_size` holds the slots d·G/D to
     (d+1)·G/D − 1; ranks that must see the same sequences pass the same `dp_rank`.
+
+    order: that of the run; None: of a new one, see `new_order`.
 
     Collective over all ranks at construction. Raises ValueError if D does not divide G, if N < G, or as `open_shards`
     does; `next` raises ValueError for a damaged shard, and as `Workers` does.
@@ -43,83 +48,76 @@ class TrainingStream(Iterator[Batch]):
         dp_size: int,
         seed: int,
         step: int = 0,
+        order: DataOrder | None = None,
     ) -> None:
         if global_batch_size % dp_size:
             raise ValueError(
                 f"global_batch_size={global_batch_size} must be a multiple of the {dp_size} data-parallel ranks"
             )
         shards = open_shards(data, manifest, "train")
-        self.steps_per_epoch = len(shards) // global_batch_size
-        if not self.steps_per_epoch:
+        if len(shards) < global_batch_size:
             raise ValueError(
                 f"global_batch_size={global_batch_size} exceeds the {len(shards)} training sequences of {data.path}; "
                 f"choose a smaller one or prepare more text"
             )
-        self._steps = steps = _Steps(shards, data, global_batch_size, dp_rank, dp_size, seed, step)
-        # Of the last epoch that was asked for: it takes seconds where there are many sequences.
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        order = order or new_order(data, shards, global_batch_size)
+        self._order_of: Callable[[Ints], Order] = functools.partial(
+            _order_of, order, data.shuffle, shards.samples_per_shard, global_batch_size, seed
+        )
+        slots = np.arange(global_batch_size).reshape(dp_size, -1)[dp_rank]
+        own = self._order_of(slots)
+        self.steps_per_epoch = own.steps_per_epoch
+        steps = _Steps(shards, own, slots, data.isolate_documents, step)
         self._batches: Iterator[Batch] = (
             Workers(steps.batches, data.num_workers, PREFETCH_BATCHES) if data.num_workers else steps.batches(0, 1)
         )
+        self._all_slots = np.arange(global_batch_size)
+
+    @functools.cached_property
+    def _whole(self) -> Order:
+        return self._order_of(self._all_slots)
 
     def batch_at(self, step: int) -> tuple[int, list[int]]:
         """Return epoch and sample ids, by slot, of the whole global batch that follows `step` finished steps."""
-        epoch, first = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._steps.order(epoch)
-        return epoch, self._order[1][first].tolist()
+        epoch, ids = self._whole.at(step)
+        return epoch, ids.tolist()
 
     def __next__(self) -> Batch:
         return next(self._batches)
 
 
-def epoch_order(
-    samples_per_shard: NDArray[np.int64], global_batch_size: int, seed: int, epoch: int, shuffle: bool
-) -> NDArray[np.int64]:
-    """Return the sample ids [⌊N/G⌋, G] of the global batches of an epoch, in order; no id twice.
+def new_order(data: DataRecipe, shards: Shards, global_batch_size: int) -> DataOrder:
+    """Return the order of a run that begins now."""
+    window = data.shuffle_window or default_window(shards.sizes, data.cache_limit, global_batch_size)
+    return DataOrder(version=2, shuffle_window=window)
 
-    The order is streaming's py1e shuffle over canonical nodes, of which each serves a fixed range of slots, so that
-    a rank reads few shards at a time and the nodes of a cluster share out the shards. Their number depends on G alone.
-    """
-    num_samples = int(samples_per_shard.sum())
-    num_steps = num_samples // global_batch_size
+
+def _order_of(
+    order: DataOrder, shuffle: bool, samples_per_shard: Ints, global_batch_size: int, seed: int, slots: Ints
+) -> Order:
     if not shuffle:
-        return np.arange(num_steps * global_batch_size).reshape(num_steps, global_batch_size)
-    num_nodes = math.gcd(global_batch_size, CANONICAL_NODES)
-    order = get_shuffle("py1e", samples_per_shard, num_nodes, seed, epoch, SHUFFLE_BLOCK_SAMPLES)
-    slots_per_node = global_batch_size // num_nodes
-    node_starts = np.arange(num_nodes) * num_samples // num_nodes  # where streaming divides the samples
-    places = node_starts[:, None] + np.arange(num_steps * slots_per_node)
-    return order[places].reshape(num_nodes, num_steps, slots_per_node).swapaxes(0, 1).reshape(num_steps, -1)
+        return InOrder(int(samples_per_shard.sum()), global_batch_size, slots)
+    if order.shuffle_window is None:
+        return EarlierOrder(samples_per_shard, global_batch_size, slots, seed=seed)
+    window = order.shuffle_window
+    return WindowOrder(samples_per_shard, global_batch_size, slots, shuffle_window=window, seed=seed)
 
 
+@dataclass(frozen=True)
 class _Steps:
     """Worker w of W has the steps `step` + w, + W, + 2W, …"""
 
-    def __init__(
-        self, shards: Shards, data: DataRecipe, global_batch_size: int, dp_rank: int, dp_size: int, seed: int, step: int
-    ) -> None:
-        per_rank = global_batch_size // dp_size
-        self._slots = np.arange(dp_rank * per_rank, (dp_rank + 1) * per_rank)
-        self._shards, self._data, self._global_batch_size = shards, data, global_batch_size
-        self._seed, self._step = seed, step
-
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the order of an epoch; see `epoch_order`."""
-        counts = self._shards.samples_per_shard
-        return epoch_order(counts, self._global_batch_size, self._seed, epoch, self._data.shuffle)
+    shards: Shards
+    order: Order
+    slots: Ints
+    isolate_documents: bool
+    step: int
 
     def batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
-        step = self._step + worker
-        while True:
-            epoch, first = divmod(step, len(self._shards) // self._global_batch_size)
-            order = self.order(epoch)
-            mine = order[first::num_workers, self._slots]
-            del order
-            for ids in mine:
-                samples = [self._shards[int(i)] for i in ids]
-                yield collate(samples, ids, self._slots, epoch, self._data.isolate_documents)
-            step += num_workers * len(mine)
+        for step in itertools.count(self.step + worker, num_workers):
+            epoch, ids = self.order.at(step)
+            samples = [self.shards[int(i)] for i in ids]
+            yield collate(samples, ids, self.slots, epoch, self.isolate_documents)
 
 
 def held_out_batches(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bd3_scale.data.cache import node_cache_bytes
+from bd3_scale.data.cache import NodeCache, ShardSizes, default_window
 from bd3_scale.plan import timing
 from bd3_scale.plan.hardware import Hardware
 from bd3_scale.plan.job import Job
@@ -68,12 +68,7 @@ class Forecast:
     @property
     def notes(self) -> list[str]:
         """Return what a person should change, or know."""
-        notes, limit = [], self.recipe.data.cache_limit
-        if limit is not None and (needed := self.node_cache_bytes) is not None and _bytes_of(limit) < needed:
-            notes.append(
-                f"data.cache_limit={limit} is less than the {needed / 1e9:.0f} GB that a node reads from at a time: "
-                "shards would be fetched again and again"
-            )
+        notes = [self.cache_problem] if self.cache_problem else []
         if self.recipe.parallel.offload_optimizer:
             notes.append("the time leaves out the optimiser's arithmetic on the hosts' CPUs, and copies to and fro")
         if schedule := self.recipe.diffusion.block_size_schedule:
@@ -82,16 +77,38 @@ class Forecast:
         return notes
 
     @property
-    def node_cache_bytes(self) -> float | None:
-        """Return what a node keeps of remote data at the least; None where the data are not remote."""
-        if self.recipe.data.remote is None:
+    def node_cache(self) -> NodeCache | None:
+        """Return what a machine keeps of remote data, before there are any; None where the data are not remote."""
+        data, batch, parallel = self.recipe.data, self.recipe.train.global_batch_size, self.recipe.parallel
+        if data.remote is None or not data.shuffle:
             return None
-        return node_cache_bytes(
-            seq_len=self.recipe.data.seq_len,
-            token_bytes=2 if self.vocabulary.size <= 1 << 16 else 4,
-            global_batch_size=self.recipe.train.global_batch_size,
-            nodes=-(-self.gpus // self.hardware.gpus_per_node),
+        sizes = ShardSizes.expected(data.seq_len, self.vocabulary.size)
+        beside, stage = parallel.tensor * parallel.context, self.gpus // parallel.pipeline
+        ranks = range(self.gpus)
+        machines = (
+            ranks[first : first + self.hardware.gpus_per_node] for first in ranks[:: self.hardware.gpus_per_node]
         )
+        dp_ranks = ([rank % stage // beside for rank in machine] for machine in machines)
+        return NodeCache.of_fullest(sizes, batch, dp_ranks, stage // beside)
+
+    @property
+    def shuffle_window(self) -> int:
+        """Return that of the recipe, or what a run would take."""
+        data, batch = self.recipe.data, self.recipe.train.global_batch_size
+        sizes = ShardSizes.expected(data.seq_len, self.vocabulary.size)
+        return data.shuffle_window or default_window(sizes, data.cache_limit, batch)
+
+    @property
+    def cache_problem(self) -> str:
+        """Return why a run would be refused for its cache; empty: it would not."""
+        limit = self.recipe.data.cache_limit
+        if (cache := self.node_cache) is None or limit is None:
+            return ""
+        try:
+            cache.check(limit, self.shuffle_window, may_change=True)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     @property
     def fits(self) -> bool:
@@ -158,7 +175,8 @@ class Forecast:
             "waits": self.waits,
             "run": self.run,
             "checkpoint": self.checkpoint,
-            "node_cache_bytes": self.node_cache_bytes,
+            "node_cache_bytes": self.node_cache and self.node_cache.needed(self.shuffle_window),
+            "shuffle_window": self.shuffle_window,
             "notes": self.notes,
             "assumptions": self.hardware.model_dump(mode="json"),
         }
@@ -305,11 +323,6 @@ def _messages(trace: Trace, hardware: Hardware) -> dict[str, dict[str, float]]:
             group["calls"] += message.calls
             group["seconds"] += timing.message_seconds(key, message, hardware)
     return dict(groups)
-
-
-def _bytes_of(limit: str) -> float:
-    """Return the bytes of such as 100gb, in powers of 1,024 as streaming reads it."""
-    return float(limit[:-2]) * 1024.0 ** (1 + "kmgt".index(limit[-2].lower()))
 
 
 def _family_states(recipe: Recipe) -> tuple[str, ...]:

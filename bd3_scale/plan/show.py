@@ -36,8 +36,8 @@ def show(found: Forecast, tokens: float | None) -> None:
         f"checkpoint {checkpoint['bytes'] / 1e9:,.1f} GB, {checkpoint['bytes_of_a_rank'] / 1e9:.2f} GB a rank: "
         f"{checkpoint['blocked_seconds']:.1f} s of training for the copy, {checkpoint['seconds']:,.0f} s to write"
     )
-    if (cache := found.node_cache_bytes) is not None:
-        say(f"data: a node keeps at least {cache / 1e9:,.0f} GB of {found.recipe.data.remote}\n")
+    if (cache := found.node_cache) is not None:
+        say(f"data: {cache.told(found.shuffle_window)} of {found.recipe.data.remote}\n")
     _losses(found)
     console.print(_parts_table(found), _messages_table(found))
     waits = sum(found.waits.values())

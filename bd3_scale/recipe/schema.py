@@ -195,6 +195,11 @@ class DataRecipe(Section):
     seq_len: PositiveInt = Field(description="L, data tokens a sequence; must equal what was prepared")
     isolate_documents: bool = Field(True, description="documents packed in one sequence do not see each other")
     shuffle: bool = True
+    shuffle_window: PositiveInt | None = Field(
+        None,
+        description="sequences that change places with each other at a time, over all machines; the more, the more of "
+        "remote data each machine keeps; default: what fits into cache_limit on one machine, 65536 to 1048576",
+    )
     num_workers: NonNegativeInt = Field(1, description="loader processes a rank")
 
 

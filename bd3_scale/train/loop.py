@@ -165,6 +165,7 @@ def _manifest(training: Training) -> CheckpointManifest:
         states=engine.zero.names,
         attention_tiles=dict(state.tiles),
         intervals=dict(state.intervals),
+        data_order=state.order,
         ema_warms_up="ema" in engine.zero.names,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from bd3_scale.checkpoint.folder import list_checkpoints, step_of
+from bd3_scale.checkpoint.manifest import read_manifest
 from bd3_scale.checkpoint.verify import check_checkpoint
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.parallel.collective import on_rank_zero
@@ -60,6 +61,7 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
         if not 1 <= step <= run.recipe.train.steps:
             raise ValueError(f"step {step} is none of the run's {run.recipe.train.steps}")
         before = on_rank_zero(lambda: [str(path) for path in list_checkpoints(run.checkpoints)])
+        order = read_manifest(Path(before[-1])).data_order if before else None
         folder = next((Path(path) for path in reversed(before) if (step_of(Path(path)) or 0) < step), None)
         if folder is None:
             start = find_initial(run.recipe, run.data)
@@ -67,7 +69,7 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
             manifest = check_checkpoint(folder, "fast")
             check_resumable(folder, manifest, run.recipe, run.data)
             start = Start(folder, manifest, resumes=True)
-        training = open_training(run, start)
+        training = open_training(run, start, order)
         state, began = training.state, training.state.step
         if dist.get_rank() == 0:
             origin = folder if folder is not None else "the beginning: no checkpoint before it is left"

@@ -209,6 +209,9 @@ def _recipe_differences(
                 "wrote the checkpoint; no run may change such a one: resume with that version, or begin anew with "
                 f"init_from={checkpoint}"
             )
+    window, kept = recipe.data.shuffle_window, manifest.data_order.shuffle_window
+    if window not in (None, kept):
+        yield f"data.shuffle_window is {window}, the checkpoint has {_show(kept)}"
     if ("ema" in manifest.states) != bool(recipe.optimizer.ema_decay):
         yield (
             f"optimizer.ema_decay is {recipe.optimizer.ema_decay}, the checkpoint has "

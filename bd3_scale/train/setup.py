@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,11 @@ from bd3_scale.attention.backends import choose_backend
 from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.source_ids import keep_source_ids, source_ids
+from bd3_scale.data.cache import NodeCache
 from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash, load_manifest
-from bd3_scale.data.stream import TrainingStream
+from bd3_scale.data.order import DataOrder
+from bd3_scale.data.shards import open_shards
+from bd3_scale.data.stream import TrainingStream, new_order
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES
@@ -33,6 +37,7 @@ from bd3_scale.resilience.files import check_writable, remove_aside, write_atomi
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.secret import SECRET_FILE
 from bd3_scale.resilience.signals import ended_by_signals
+from bd3_scale.resilience.terminal import tell
 from bd3_scale.train.inputs import InputsAhead
 from bd3_scale.train.resume import DATA_FILE, Start
 from bd3_scale.train.state import TrainState
@@ -94,10 +99,15 @@ def open_run(recipe: Recipe, stack: ExitStack) -> Run:
     return run
 
 
-def open_training(run: Run, start: Start | None) -> Training:
-    """Return the model, its optimiser and the stream of its data, from `start` on or from the seed (collective)."""
+def open_training(run: Run, start: Start | None, order: DataOrder | None = None) -> Training:
+    """Return the model, its optimiser and the stream of its data, from `start` on or from the seed (collective).
+
+    order: of the data of a run that has begun, where no `start` says it.
+    ValueError: `data.cache_limit` is too small; whatever parts of it raise.
+    """
     recipe, vocabulary = run.recipe, start.manifest.vocabulary if start else run.data.vocabulary
     state = TrainState.at(start)
+    state.order = settle_order(run, state.order or order)
     state.tiles = settle_tiles(recipe, backend_of(run), _dtype(recipe), state.tiles)
     engine = open_engine(recipe, vocabulary, run.groups, device=local_device(), seed=recipe.seed)
     if start is not None:
@@ -110,9 +120,37 @@ def open_training(run: Run, start: Start | None) -> Training:
         dp_size=run.groups.dp.size(),
         seed=recipe.seed,
         step=state.step,
+        order=state.order,
     )
     inputs = InputsAhead(run.objective, recipe, stream, run.groups, state)
     return Training(run, engine, stream, inputs, state)
+
+
+def settle_order(run: Run, kept: DataOrder | None) -> DataOrder:
+    """Return how the run orders its data: as it was `kept`, else as a new one does; say what that needs of a cache
+    (collective).
+
+    ValueError: `data.cache_limit` is less.
+    """
+    data, batch = run.recipe.data, run.recipe.train.global_batch_size
+    shards = open_shards(data, run.data, "train")
+    order = kept or new_order(data, shards, batch)
+    if data.remote is None or not data.shuffle or order.shuffle_window is None:
+        return order
+    machines: dict[int, set[int]] = defaultdict(set)
+    for machine, dp_rank in gather_values([_machine(), run.groups.dp.rank()]):
+        machines[machine].add(dp_rank)
+    cache = NodeCache.of_fullest(shards.sizes, batch, machines.values(), run.groups.dp.size())
+    if data.cache_limit is not None:
+        cache.check(data.cache_limit, order.shuffle_window, may_change=kept is None)
+    if dist.get_rank() == 0:
+        tell(f"data: {cache.told(order.shuffle_window)} of {data.remote}")
+    return order
+
+
+def _machine() -> int:
+    """The number of this rank's machine, where launchers give each as many ranks."""
+    return dist.get_rank() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def backend_of(run: Run) -> str:

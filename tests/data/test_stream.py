@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import signal
 import subprocess
@@ -10,16 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
-from bd3_scale.data.stream import TrainingStream, epoch_order, held_out_batches
+from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.recipe.schema import DataRecipe
 from tests.data.documents import SEQ_LEN
 
@@ -38,34 +34,6 @@ def open_stream(path: Path, **options: Any) -> TrainingStream:
 
 def take(stream: TrainingStream, count: int) -> list[Batch]:
     return list(itertools.islice(stream, count))
-
-
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 24), st.integers(0, 2**62), st.integers(0, 3)
-)
-def test_an_epoch_has_no_sample_twice(shards: list[int], global_batch_size: int, seed: int, epoch: int) -> None:
-    num_samples = sum(shards)
-    for shuffle in (True, False):
-        if num_samples < global_batch_size:
-            continue
-        order = epoch_order(np.array(shards), global_batch_size, seed, epoch, shuffle)
-        assert order.shape == (num_samples // global_batch_size, global_batch_size)
-        assert len(set(order.flatten().tolist())) == order.size
-        assert order.min() >= 0
-        assert order.max() < num_samples
-
-
-def test_shuffling_reaches_every_sample_and_nodes_share_out_the_shards() -> None:
-    shards = np.full(64, 10)
-    orders = [epoch_order(shards, 12, 7, epoch, True) for epoch in range(40)]
-    assert set(np.concatenate(orders).flatten().tolist()) == set(range(640))
-    assert not np.array_equal(orders[0], orders[1])
-    assert not np.array_equal(orders[0], epoch_order(shards, 12, 8, 0, True))
-    # gcd(12, 64) = 4 canonical nodes of three slots, which have 16 of the 64 shards each
-    touched = [set((orders[0][:, 3 * node : 3 * node + 3] // 10).flatten().tolist()) for node in range(4)]
-    assert [len(shards_of_node) for shards_of_node in touched] == [16] * 4
-    assert len(set.union(*touched)) == 64
-    assert sum(math.dist(row[:1], row[1:2]) > 10 for row in orders[0]) > 40  # neighbours in a batch are far apart
 
 
 @pytest.fixture(scope="module")

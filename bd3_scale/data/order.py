@@ -1,0 +1,169 @@
+"""Which training sequence stands where: a pure function of the seed, evaluated where it is asked for.
+
+A global batch of G slots is divided among C = min(64, G) canonical nodes, whatever machines there are: node c has the
+slots ⌊cG/C⌋ to ⌊(c+1)G/C⌋ − 1 of every batch, and the samples ⌊N·lo/G⌋ to ⌊N·hi/G⌋ − 1 of the N, where lo and hi bound
+its slots. These are at least ⌊N/G⌋ samples a slot, as many as an epoch has batches. A machine reads what its canonical
+nodes have, and 64 machines share out the shards.
+
+In every epoch a node puts its shards, or pieces of shards at the ends of its range, in a random order and begins that
+row at a random sample; samples change places within windows of W/C, where W is `data.shuffle_window`. So a sample is
+equally likely to stand at each place of its node's range, and a node reads from the shards of one window at a time.
+
+A permutation is the stable order of Philox4x64-10's raw bits, as `numpy.random.Philox` computes them, so that no other
+part of numpy can change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bd3_scale.recipe.schema import PositiveInt, Section
+
+CANONICAL_NODES = 64
+Ints = NDArray[np.int64]
+
+
+class DataOrder(Section):
+    """How a run orders its data; it keeps that, whatever later versions do, and checkpoints say it.
+
+    Attributes:
+        version: 1 is that of `bd3_scale.data.earlier_order`, 2 that of this module.
+        shuffle_window: W, in sequences; None in version 1, which has none.
+    """
+
+    version: Literal[1, 2] = 2
+    shuffle_window: PositiveInt | None = None
+
+
+EARLIER = DataOrder(version=1)
+
+
+class Order(Protocol):
+    """The sequences of some slots of every global batch."""
+
+    steps_per_epoch: int
+
+    def at(self, step: int) -> tuple[int, Ints]:
+        """Return the epoch, and the sample ids of the slots in the batch that follows `step` finished steps."""
+        ...
+
+
+class InOrder:
+    """Samples as they lie in the shards, an epoch after the other."""
+
+    def __init__(self, num_samples: int, global_batch_size: int, slots: Ints) -> None:
+        self.steps_per_epoch = num_samples // global_batch_size
+        self._global_batch_size, self._slots = global_batch_size, slots
+
+    def at(self, step: int) -> tuple[int, Ints]:
+        epoch, first = divmod(step, self.steps_per_epoch)
+        return epoch, first * self._global_batch_size + self._slots
+
+
+class WindowOrder:
+    """Order 2 of the slots `slots`, int64 [B] that rises; see the module. It keeps a window of each of their nodes."""
+
+    def __init__(
+        self, samples_per_shard: Ints, global_batch_size: int, slots: Ints, *, shuffle_window: int, seed: int
+    ) -> None:
+        shard_ends = np.cumsum(samples_per_shard)
+        self.steps_per_epoch = int(shard_ends[-1]) // global_batch_size
+        bounds = node_slots(global_batch_size)
+        self._nodes = []
+        for node, rows in nodes_of(slots, global_batch_size):
+            order = NodeOrder(shard_ends, global_batch_size, node, shuffle_window=shuffle_window, seed=seed)
+            self._nodes.append((order, bounds[node + 1] - bounds[node], slots[rows] - bounds[node]))
+
+    def at(self, step: int) -> tuple[int, Ints]:
+        epoch, first = divmod(step, self.steps_per_epoch)
+        return epoch, np.concatenate([order.ids(epoch, first * count + own) for order, count, own in self._nodes])
+
+
+class NodeOrder:
+    """The order of one canonical node's samples, of which it keeps one window."""
+
+    def __init__(self, shard_ends: Ints, global_batch_size: int, node: int, *, shuffle_window: int, seed: int) -> None:
+        bounds = node_slots(global_batch_size)[node : node + 2].tolist()
+        first, last = (bound * int(shard_ends[-1]) // global_batch_size for bound in bounds)
+        cut_from, cut_to = np.searchsorted(shard_ends, first, "right"), np.searchsorted(shard_ends, last, "left")
+        starts = np.concatenate([[first], shard_ends[cut_from:cut_to]])
+        lengths = np.diff(starts, append=last)
+        self._starts, self._lengths = starts[lengths > 0], lengths[lengths > 0]
+        self.num_samples = last - first
+        self._window_size = window_of_node(shuffle_window, global_batch_size)
+        self._node, self._seed = node, seed
+        self._row: tuple[int, Ints, Ints, int] | None = None
+        self._window: tuple[int, int, Ints] | None = None
+
+    def ids(self, epoch: int, places: Ints) -> Ints:
+        """Return the samples at `places`, int64 [B] that rises, of the node's `num_samples` in that epoch."""
+        windows, within = np.divmod(places, self._window_size)
+        parts = [self._samples(epoch, int(window))[within[windows == window]] for window in np.unique(windows)]
+        return np.concatenate(parts) if parts else places
+
+    def _samples(self, epoch: int, window: int) -> Ints:
+        if self._window is None or self._window[:2] != (epoch, window):
+            before = self.before_shuffle(epoch, window)
+            random = _bits(len(before), self._seed, epoch, self._node, window, _Purpose.SAMPLES)
+            self._window = epoch, window, before[random.argsort(kind="stable")]
+        return self._window[2]
+
+    def before_shuffle(self, epoch: int, window: int) -> Ints:
+        """Return the samples of a window, shard by shard; none behind the last one."""
+        if self._row is None or self._row[0] != epoch:
+            self._row = epoch, *self._shuffled_shards(epoch)
+        _, ends, offsets, begin = self._row
+        first = window * self._window_size
+        places = np.arange(first, min(first + self._window_size, self.num_samples))
+        places = (places + begin) % self.num_samples
+        return places + offsets[np.searchsorted(ends, places, side="right")]
+
+    def _shuffled_shards(self, epoch: int) -> tuple[Ints, Ints, int]:
+        """Return, of the node's shards in this epoch's order, where each ends, what its places lack of its samples'
+        ids, and the place that comes first.
+        """
+        random = _bits(len(self._starts), self._seed, epoch, self._node, 0, _Purpose.SHARDS)
+        order = random.argsort(kind="stable")
+        lengths = self._lengths[order]
+        ends = np.cumsum(lengths)
+        begin = _bits(1, self._seed, epoch, self._node, 0, _Purpose.BEGIN)[0] % np.uint64(self.num_samples)
+        return ends, self._starts[order] - (ends - lengths), int(begin)
+
+
+def node_slots(global_batch_size: int) -> Ints:
+    """Return the first slot of each canonical node, and behind them the number of slots, int64 [C + 1]."""
+    count = min(CANONICAL_NODES, global_batch_size)
+    return np.arange(count + 1) * global_batch_size // count
+
+
+def nodes_of(slots: Ints, global_batch_size: int) -> Iterator[tuple[int, slice]]:
+    """Yield the canonical nodes that serve `slots`, int64 [B] that rises, each with its own among them."""
+    bounds = np.searchsorted(slots, node_slots(global_batch_size))
+    for node, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        if first < last:
+            yield node, slice(first, last)
+
+
+def window_of_node(shuffle_window: int, global_batch_size: int) -> int:
+    """Return the samples of a window of one canonical node, of `shuffle_window` over all of them."""
+    return max(1, shuffle_window // min(CANONICAL_NODES, global_batch_size))
+
+
+class _Purpose(IntEnum):
+    """Last counter word, none of those of `bd3_scale.diffusion.noise`. The numbers are part of every run's order: add,
+    never renumber.
+    """
+
+    SHARDS = 1 << 32
+    BEGIN = SHARDS + 1
+    SAMPLES = SHARDS + 2
+
+
+def _bits(count: int, seed: int, epoch: int, node: int, window: int, purpose: _Purpose) -> NDArray[np.uint64]:
+    counter = np.array([0, window, node, purpose], dtype=np.uint64)
+    return np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=counter).random_raw(count)
