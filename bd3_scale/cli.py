@@ -190,7 +190,7 @@ def _train(
     recipe: Path, overrides: Sequence[str], plugins: Sequence[str], inject: str = "", options: Sequence[str] = ()
 ) -> None:
     """Check a recipe, and train what it says here or on ranks of our own, which are handed the recipe as resolved."""
-    from bd3_scale.data.manifest import load_manifest
+    from bd3_scale.data.manifest import load_sources
     from bd3_scale.recipe.checks import check_against_data, check_recipe, world_size_for_launch
     from bd3_scale.recipe.load import load_recipe, resolved_yaml, with_plugins
     from bd3_scale.resilience import faults
@@ -208,7 +208,7 @@ def _train(
     os.environ[faults.VARIABLE] = inject
     world_size = int(os.environ["WORLD_SIZE"]) if joins else world_size_for_launch(loaded)
     check_recipe(loaded, world_size)
-    check_against_data(loaded, world_size, load_manifest(loaded.data.path, loaded.data.remote).document_multiple)
+    check_against_data(loaded, world_size, load_sources(loaded.data).document_multiple)
     if joins:
         from bd3_scale.train.main import main as train_here
 
@@ -257,7 +257,7 @@ def submit(
     """Submit a run to SLURM; it resumes by itself after time limits, pre-emption, crashes and hangs."""
     import json
 
-    from bd3_scale.data.manifest import load_manifest
+    from bd3_scale.data.manifest import load_sources
     from bd3_scale.launch.job import script
     from bd3_scale.launch.submit import ask_slurm, make_job
     from bd3_scale.launch.submit import submit as submit_job
@@ -278,7 +278,7 @@ def submit(
         put(script(job), end="")
         return
     # Now that the data must be there.
-    multiple = load_manifest(job.recipe.data.path, job.recipe.data.remote).document_multiple
+    multiple = load_sources(job.recipe.data).document_multiple
     check_against_data(job.recipe, nodes * job.profile.processes, multiple)
     if test_only:
         say(ask_slurm(script(job)))

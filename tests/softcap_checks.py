@@ -116,8 +116,8 @@ def check_evaluation(groups) -> None:
     """A cap that is far away changes nothing, and one at zero leaves a model that knows nothing."""
     tokens = torch.randint(0, VOCABULARY.mask_id, (8, LENGTH), generator=torch.Generator().manual_seed(2))
     every, start = torch.ones(8, LENGTH, dtype=torch.bool), torch.zeros(8, LENGTH, dtype=torch.int32)
-    positions = torch.arange(LENGTH).expand(8, -1)
-    batch = Batch(torch.arange(8), torch.arange(8), 0, tokens, start, positions, every, ~every)
+    positions, ids = torch.arange(LENGTH).expand(8, -1), torch.arange(8)
+    batch = Batch(ids, ids, 0 * ids, 0 * ids, tokens, start, positions, every, ~every)
     objective = BlockDiffusion(DiffusionRecipe(block_size=BLOCK), VOCABULARY)
 
     def nelbo(model) -> float:

@@ -37,7 +37,8 @@ def synthetic(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, ste
     whole = Batch(
         ids=step * batch + slots,
         slots=slots,
-        epoch=0,
+        epochs=torch.zeros_like(slots),
+        source_keys=torch.zeros_like(slots),
         tokens=tokens,
         document_start=torch.zeros(share, length, dtype=torch.int32),
         positions=torch.arange(length).expand(share, -1),

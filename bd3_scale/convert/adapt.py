@@ -56,8 +56,8 @@ def prepare_adaptation(
     check_recipe(recipe, world_size_for_launch(recipe))
     if obstacle := export_obstacles(plan.model, objectives.get(recipe.diffusion.objective))["sdar"]:
         note(f"the adapted model will not run in SGLang or LMDeploy, but in transformers: {obstacle}")
-    initial, data = recipe.run_path / INITIAL, Path(recipe.data.path)
-    prepared = recipe.data.remote is not None or (data / MANIFEST_FILE).is_file()
+    initial, data = recipe.run_path / INITIAL, Path(recipe.data.first_source.path)
+    prepared = recipe.data.first_source.remote is not None or (data / MANIFEST_FILE).is_file()
     if not prepared and not text:
         raise ValueError(f"data.path={data} holds no prepared data: give the text to train on with --text")
     if missing := [str(path) for path in (*text, *validation) if not path.exists()]:

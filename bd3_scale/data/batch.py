@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from torch import Tensor
 class Batch:
     """B sequences of L tokens, on the CPU.
 
-    ids [B] int64: sample numbers in the data set; with `epoch` they key the noise. slots [B] int64: places in the
-    global batch, 0 to G−1. tokens [B, L] int64. document_start [B, L] int32: where in the sequence the document of each
+    ids [B] int64: sample numbers in the data set; with epochs [B] int64, which of its epochs each is of, and
+    source_keys [B] int64, 0 where the data set has no name, they key the noise. slots [B] int64: places in the global
+    batch, 0 to G−1. tokens [B, L] int64. document_start [B, L] int32: where in the sequence the document of each
     position begins. positions [B, L] int64: from 0 in every document. counted [B, L] bool: counts for perplexity.
     shown [B, L] bool: never masked, trained on or counted, as what a document begins with, or a person's part of a
     conversation.
@@ -25,7 +26,8 @@ class Batch:
 
     ids: Tensor
     slots: Tensor
-    epoch: int
+    epochs: Tensor
+    source_keys: Tensor
     tokens: Tensor
     document_start: Tensor
     positions: Tensor
@@ -34,12 +36,10 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         # Arrays are sent as bytes; tensors would lie in /dev/shm, which may be small.
-        return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return {name: value.numpy() for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(
-            {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
-        )
+        vars(self).update({name: torch.from_numpy(value) for name, value in state.items()})
 
     @property
     def padding(self) -> Tensor:
@@ -48,24 +48,31 @@ class Batch:
 
     def take(self, rows: Tensor) -> Batch:
         """The sequences at `rows`, int64."""
-        tensors: dict[str, Any] = {key: value[rows] for key, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        return Batch(**{key: value[rows] for key, value in vars(self).items()})
 
     def split(self, micro_batch_size: int) -> list[Batch]:
         """Consecutive batches of `micro_batch_size` sequences; the last may have fewer."""
-        per_sequence = (self.ids, self.slots, self.tokens, self.document_start, self.positions, self.counted)
-        parts = zip(*(tensor.split(micro_batch_size) for tensor in (*per_sequence, self.shown)), strict=True)
-        return [Batch(ids, slots, self.epoch, *rest) for ids, slots, *rest in parts]
+        parts = zip(*(tensor.split(micro_batch_size) for tensor in vars(self).values()), strict=True)
+        return [Batch(*part) for part in parts]
+
+    @property
+    def noise_keys(self) -> dict[str, Tensor]:
+        """What the noise of each sequence is drawn from, beside the run's seed; see `bd3_scale.diffusion.noise`."""
+        return {"sample_ids": self.ids, "epoch": self.epochs, "source_keys": self.source_keys}
 
 
 def collate(
     samples: Sequence[dict[str, NDArray[Any]]],
     ids: NDArray[np.int64],
     slots: NDArray[np.int64],
-    epoch: int,
     isolate_documents: bool,
+    *,
+    epochs: NDArray[np.int64] | None = None,
+    source_keys: NDArray[np.int64] | None = None,
 ) -> Batch:
-    """The batch of `samples` as the shards hold them. Without `isolate_documents` a sequence is one document."""
+    """The batch of `samples` as the shards hold them. Without `isolate_documents` a sequence is one document. The
+    default of what keys the noise is 0.
+    """
     tokens = np.stack([sample["tokens"] for sample in samples]).astype(np.int64)
     within = np.arange(tokens.shape[1])
     start = np.stack([_per_position(_starts(sample), sample) for sample in samples])
@@ -75,7 +82,8 @@ def collate(
     return Batch(
         ids=torch.from_numpy(ids),
         slots=torch.from_numpy(slots),
-        epoch=epoch,
+        epochs=torch.from_numpy(np.zeros_like(ids) if epochs is None else epochs),
+        source_keys=torch.from_numpy(np.zeros_like(ids) if source_keys is None else source_keys),
         tokens=torch.from_numpy(tokens),
         document_start=torch.from_numpy(document_start.astype(np.int32)),
         positions=torch.from_numpy(within - document_start),

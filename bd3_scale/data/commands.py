@@ -1,4 +1,4 @@
-"""`bd3-scale data tokenizer` and `prepare`; what a command needs is imported when it runs."""
+"""`bd3-scale data tokenizer`, `prepare` and `mixture`; what a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bd3_scale.resilience.terminal import tell
 if TYPE_CHECKING:
     from bd3_scale.data.prepare import Preparation
 
-app = typer.Typer(help="Tokenise text and write it as shards, and look at them.", no_args_is_help=True)
+app = typer.Typer(help="Tokenise text and write it as shards, look at them, mix them.", no_args_is_help=True)
 app.add_typer(looking)
 
 Sources = Annotated[
@@ -220,3 +220,35 @@ def _arguments(context: typer.Context, without: set[str]) -> list[str]:
         else:
             options += [f"{parameter.opts[0]}={each}" for each in values]
     return [*positional, *options]
+
+
+@app.command(epilog="Example: bd3-scale data mixture recipes/mine.yaml")
+def mixture(
+    recipe: Annotated[Path, typer.Argument(help="YAML file with data.sources.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how many tokens and epochs of each source a run takes, by stage."""
+    from bd3_scale.data.manifest import load_sources
+    from bd3_scale.data.mixture import uses
+    from bd3_scale.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    if not loaded.data.sources:
+        raise ValueError(f"{recipe} has no data.sources: it takes all of its sequences from {loaded.data.path}")
+    found = uses(loaded, load_sources(loaded.data))
+    if as_json:
+        put(json.dumps(found, indent=1))
+        return
+    table = Table("steps", "source", "share", "sequences", "tokens", "epochs", "epochs so far", title=loaded.name)
+    for stage in found:
+        for name, use in stage["sources"].items():
+            steps = f"{stage['first_step']:,}–{stage['last_step']:,}" * (name == next(iter(stage["sources"])))
+            counts = (
+                f"{use['sequences']:,}",
+                f"{use['tokens']:,}",
+                f"{use['epochs']:.3g}",
+                f"{use['epochs_so_far']:.3g}",
+            )
+            table.add_row(steps, name, f"{use['share']:.1%}", *counts)
+    Console().print(table)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from bd3_scale.data.mosaicml import get_shuffle
-from bd3_scale.data.order import CANONICAL_NODES, Ints
+from bd3_scale.data.order import CANONICAL_NODES, Ints, Sequences
 
 _BLOCK = 1 << 18
 
@@ -24,12 +24,12 @@ class EarlierOrder:
         # Of the last epoch that was asked for: it takes seconds where there are many sequences.
         self._own: tuple[int, Ints] | None = None
 
-    def at(self, step: int) -> tuple[int, Ints]:
+    def at(self, step: int) -> Sequences:
         epoch, first = divmod(step, self.steps_per_epoch)
         if self._own is None or self._own[0] != epoch:
             order = epoch_order(self._samples_per_shard, self._global_batch_size, self._seed, epoch)
             self._own = epoch, order[:, self._slots]
-        return epoch, self._own[1][first]
+        return Sequences.of_one(epoch, self._own[1][first])
 
 
 def epoch_order(samples_per_shard: Ints, global_batch_size: int, seed: int, epoch: int) -> Ints:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +17,7 @@ from bd3_scale.data.chat import CHAT_TEMPLATE
 from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, parse_index, read_index
 from bd3_scale.data.packing import Packing
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import write_atomically
 from bd3_scale.resilience.leftovers import temporary_folder
@@ -94,9 +97,60 @@ class Manifest(_Frozen):
         """Whether any sequence has tokens that are not trained on."""
         return any(split.shown_tokens > 0 for split in self.splits.values())
 
+    def part(self, source: str) -> Manifest:
+        """Return that of a source by its name; of data that are alone there is one, without a name."""
+        return self
+
     def without_shards(self) -> str:
         """Return it as one line of JSON that holds what its file does: what the indices say of shards is left out."""
         return self.model_dump_json(exclude={"train": {"shards"}, "validation": {"shards"}})
+
+
+class MixedManifest(Manifest):
+    """What several data sets that are mixed say together: counts are summed, and `parts` are their own."""
+
+    parts: dict[str, Manifest] = Field(exclude=True)
+
+    def part(self, source: str) -> Manifest:
+        return self.parts[source]
+
+
+def mixed(parts: Mapping[str, Manifest]) -> Manifest:
+    """Return what the sources of a run say together, by their names; of one without a name its own.
+
+    ValueError: they do not fit together.
+    """
+    names, (first, *others) = list(parts), parts.values()
+    if names == [""]:
+        return first
+    for name, part in zip(names[1:], others, strict=True):
+        if problems := list(_differing_sources(part, first)):
+            raise ValueError(
+                f"data.sources: {name} does not go with {names[0]}: {'; '.join(problems)}; prepare them alike"
+            )
+    together = {
+        "document_multiple": math.gcd(*(part.document_multiple for part in parts.values())),
+        "sources": tuple(source for part in parts.values() for source in part.sources),
+        "train": _sum(part.train for part in parts.values()),
+        "validation": _sum(part.validation for part in parts.values()),
+    }
+    return MixedManifest(**{**dict(first), **together}, parts=dict(parts))
+
+
+def _differing_sources(part: Manifest, first: Manifest) -> Iterator[str]:
+    if part.seq_len != first.seq_len:
+        yield f"its sequences have {part.seq_len} tokens, there {first.seq_len}"
+    if part.vocabulary.bos_id != first.vocabulary.bos_id:
+        begins = ["nothing" if m.vocabulary.bos_id is None else f"the id {m.vocabulary.bos_id}" for m in (part, first)]
+        yield f"its documents begin with {begins[0]}, there with {begins[1]}"
+    elif part.tokenizer_hash != first.tokenizer_hash or part.vocabulary != first.vocabulary:
+        yield f"its tokeniser is {part.tokenizer_hash[:12]}, there {first.tokenizer_hash[:12]}"
+
+
+def _sum(splits: Iterable[Split | None]) -> Split | None:
+    found = [split for split in splits if split is not None]
+    counts = {name: sum(getattr(split, name) for split in found) for name in Split.model_fields if name != "shards"}
+    return Split(**counts) if found else None
 
 
 def differing(old: Manifest, new: Manifest) -> list[str]:
@@ -133,12 +187,17 @@ def _differing_contents(name: str, then: Split, split: Split) -> list[str]:
     return []
 
 
-def data_hash(manifest: Manifest) -> str:
+def data_hash(manifest: Manifest, sources: Sequence[str] | None = None) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of what a training reads: which data a position counts in.
+
+    sources: of data that are mixed, those that count; default: all.
 
     These are the sequences, by the hashes of the shards that `load_manifest` finds, and the tokeniser; not where the
     text lay, how it was divided among sources, or how shards are packed and indexed.
     """
+    if isinstance(manifest, MixedManifest):
+        names = manifest.parts if sources is None else sources
+        return _digits(json.dumps({name: data_hash(manifest.parts[name]) for name in names}, sort_keys=True))
     contents = {
         "tokenizer": manifest.tokenizer_hash,
         "vocabulary": manifest.vocabulary.model_dump(mode="json"),
@@ -179,6 +238,11 @@ def load_manifest(path: str | Path, remote: str | None = None) -> Manifest:
             raise FileNotFoundError(f"{index} is missing; copy the data again")
         found[name] = split.model_copy(update={"shards": read_index(index)})
     return manifest.model_copy(update=found)
+
+
+def load_sources(data: DataRecipe) -> Manifest:
+    """Return what the data of a recipe say, `mixed` where they are several. Raises as that and `load_manifest` do."""
+    return mixed({name: load_manifest(own.path, own.remote) for name, own in data.by_source.items()})
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:

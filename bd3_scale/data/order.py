@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,13 +43,26 @@ class DataOrder(Section):
 EARLIER = DataOrder(version=1)
 
 
+class Sequences(NamedTuple):
+    """Which sequences stand in some slots of a global batch, each int64 [B]: the number of its source, that source's
+    epoch, and the sample's id there.
+    """
+
+    sources: Ints
+    epochs: Ints
+    ids: Ints
+
+    @classmethod
+    def of_one(cls, epoch: int, ids: Ints) -> Sequences:
+        """Return those of a data set that is the only one."""
+        return cls(np.zeros_like(ids), np.full_like(ids, epoch), ids)
+
+
 class Order(Protocol):
     """The sequences of some slots of every global batch."""
 
-    steps_per_epoch: int
-
-    def at(self, step: int) -> tuple[int, Ints]:
-        """Return the epoch, and the sample ids of the slots in the batch that follows `step` finished steps."""
+    def at(self, step: int) -> Sequences:
+        """Return those of the batch that follows `step` finished steps."""
         ...
 
 
@@ -60,9 +73,9 @@ class InOrder:
         self.steps_per_epoch = num_samples // global_batch_size
         self._global_batch_size, self._slots = global_batch_size, slots
 
-    def at(self, step: int) -> tuple[int, Ints]:
+    def at(self, step: int) -> Sequences:
         epoch, first = divmod(step, self.steps_per_epoch)
-        return epoch, first * self._global_batch_size + self._slots
+        return Sequences.of_one(epoch, first * self._global_batch_size + self._slots)
 
 
 class WindowOrder:
@@ -79,15 +92,18 @@ class WindowOrder:
             order = NodeOrder(shard_ends, global_batch_size, node, shuffle_window=shuffle_window, seed=seed)
             self._nodes.append((order, bounds[node + 1] - bounds[node], slots[rows] - bounds[node]))
 
-    def at(self, step: int) -> tuple[int, Ints]:
+    def at(self, step: int) -> Sequences:
         epoch, first = divmod(step, self.steps_per_epoch)
-        return epoch, np.concatenate([order.ids(epoch, first * count + own) for order, count, own in self._nodes])
+        ids = [order.ids(epoch, first * count + own) for order, count, own in self._nodes]
+        return Sequences.of_one(epoch, np.concatenate(ids))
 
 
 class NodeOrder:
-    """The order of one canonical node's samples, of which it keeps one window."""
+    """The order of one canonical node's samples, of which it keeps one window. shuffle_window: None: as they lie."""
 
-    def __init__(self, shard_ends: Ints, global_batch_size: int, node: int, *, shuffle_window: int, seed: int) -> None:
+    def __init__(
+        self, shard_ends: Ints, global_batch_size: int, node: int, *, shuffle_window: int | None, seed: int
+    ) -> None:
         bounds = node_slots(global_batch_size)[node : node + 2].tolist()
         first, last = (bound * int(shard_ends[-1]) // global_batch_size for bound in bounds)
         cut_from, cut_to = np.searchsorted(shard_ends, first, "right"), np.searchsorted(shard_ends, last, "left")
@@ -95,13 +111,15 @@ class NodeOrder:
         lengths = np.diff(starts, append=last)
         self._starts, self._lengths = starts[lengths > 0], lengths[lengths > 0]
         self.num_samples = last - first
-        self._window_size = window_of_node(shuffle_window, global_batch_size)
+        self._window_size = window_of_node(shuffle_window, global_batch_size) if shuffle_window is not None else 0
         self._node, self._seed = node, seed
         self._row: tuple[int, Ints, Ints, int] | None = None
         self._window: tuple[int, int, Ints] | None = None
 
     def ids(self, epoch: int, places: Ints) -> Ints:
         """Return the samples at `places`, int64 [B] that rises, of the node's `num_samples` in that epoch."""
+        if not self._window_size:
+            return self._starts[0] + places
         windows, within = np.divmod(places, self._window_size)
         parts = [self._samples(epoch, int(window))[within[windows == window]] for window in np.unique(windows)]
         return np.concatenate(parts) if parts else places

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,8 +16,9 @@ from bd3_scale.data.batch import Batch, collate
 from bd3_scale.data.cache import default_window
 from bd3_scale.data.earlier_order import EarlierOrder
 from bd3_scale.data.loader import Workers
-from bd3_scale.data.manifest import Manifest
-from bd3_scale.data.order import DataOrder, InOrder, Ints, Order, WindowOrder
+from bd3_scale.data.manifest import Manifest, SplitName
+from bd3_scale.data.mixture import MixtureOrder, source_key
+from bd3_scale.data.order import DataOrder, InOrder, Ints, Order, Sequences, WindowOrder
 from bd3_scale.data.shards import Shards, open_shards
 from bd3_scale.recipe.schema import DataRecipe
 
@@ -29,8 +30,9 @@ class TrainingStream(Iterator[Batch]):
 
     An epoch is ⌊N/G⌋ global batches of G = `global_batch_size` of the N sequences, none of them twice. Which sequence
     stands in which slot of the global batch is a pure function of (seed, step, N, G), the shard sizes and `order` (see
-    `bd3_scale.data.order`): there is nothing to save for a resume. Rank d of D = `dp_size` holds the slots d·G/D to
-    (d+1)·G/D − 1; ranks that must see the same sequences pass the same `dp_rank`.
+    `bd3_scale.data.order`), of sources that are mixed also of their weights and names (see `bd3_scale.data.mixture`):
+    there is nothing to save for a resume. Rank d of D = `dp_size` holds the slots d·G/D to (d+1)·G/D − 1; ranks that
+    must see the same sequences pass the same `dp_rank`.
 
     order: that of the run; None: of a new one, see `new_order`.
 
@@ -54,70 +56,75 @@ class TrainingStream(Iterator[Batch]):
             raise ValueError(
                 f"global_batch_size={global_batch_size} must be a multiple of the {dp_size} data-parallel ranks"
             )
-        shards = open_shards(data, manifest, "train")
-        if len(shards) < global_batch_size:
-            raise ValueError(
-                f"global_batch_size={global_batch_size} exceeds the {len(shards)} training sequences of {data.path}; "
-                f"choose a smaller one or prepare more text"
-            )
-        order = order or new_order(data, shards, global_batch_size)
-        self._order_of: Callable[[Ints], Order] = functools.partial(
-            _order_of, order, data.shuffle, shards.samples_per_shard, global_batch_size, seed
-        )
+        shards = open_sources(data, manifest, "train")
+        for own, recipe in zip(shards.values(), data.by_source.values(), strict=True):
+            if len(own) < global_batch_size:
+                raise ValueError(
+                    f"global_batch_size={global_batch_size} exceeds the {len(own)} training sequences of "
+                    f"{recipe.path}; choose a smaller one or prepare more text"
+                )
+        self._data, self._global_batch_size, self._seed = data, global_batch_size, seed
+        self._samples_per_shard = {name: own.samples_per_shard for name, own in shards.items()}
+        self._kind = order or new_order(data, list(shards.values()), global_batch_size)
         slots = np.arange(global_batch_size).reshape(dp_size, -1)[dp_rank]
-        own = self._order_of(slots)
-        self.steps_per_epoch = own.steps_per_epoch
-        steps = _Steps(shards, own, slots, data.isolate_documents, step)
+        steps = _Steps(shards, self._order_of(slots), slots, data.isolate_documents, step)
         self._batches: Iterator[Batch] = (
             Workers(steps.batches, data.num_workers, PREFETCH_BATCHES) if data.num_workers else steps.batches(0, 1)
         )
-        self._all_slots = np.arange(global_batch_size)
 
     @functools.cached_property
     def _whole(self) -> Order:
-        return self._order_of(self._all_slots)
+        return self._order_of(np.arange(self._global_batch_size))
 
-    def batch_at(self, step: int) -> tuple[int, list[int]]:
-        """Return epoch and sample ids, by slot, of the whole global batch that follows `step` finished steps."""
-        epoch, ids = self._whole.at(step)
-        return epoch, ids.tolist()
+    def batch_at(self, step: int) -> Sequences:
+        """Return the sequences, by slot, of the whole global batch that follows `step` finished steps."""
+        return self._whole.at(step)
+
+    def _order_of(self, slots: Ints) -> Order:
+        window = self._kind.shuffle_window if self._data.shuffle else None
+        how: dict[str, Any] = {"shuffle_window": window, "seed": self._seed}
+        if self._data.sources:
+            return MixtureOrder(self._data, self._samples_per_shard, self._global_batch_size, slots, **how)
+        (counts,) = self._samples_per_shard.values()
+        if not self._data.shuffle:
+            return InOrder(int(counts.sum()), self._global_batch_size, slots)
+        if window is None:
+            return EarlierOrder(counts, self._global_batch_size, slots, seed=self._seed)
+        return WindowOrder(counts, self._global_batch_size, slots, **how)
 
     def __next__(self) -> Batch:
         return next(self._batches)
 
 
-def new_order(data: DataRecipe, shards: Shards, global_batch_size: int) -> DataOrder:
+def open_sources(data: DataRecipe, manifest: Manifest, split: SplitName) -> dict[str, Shards]:
+    """Return the samples of each source by its name, opened as `open_shards` does."""
+    return {name: open_shards(recipe, manifest.part(name), split) for name, recipe in data.by_source.items()}
+
+
+def new_order(data: DataRecipe, shards: Iterable[Shards], global_batch_size: int) -> DataOrder:
     """Return the order of a run that begins now."""
-    window = data.shuffle_window or default_window(shards.sizes, data.cache_limit, global_batch_size)
-    return DataOrder(version=2, shuffle_window=window)
-
-
-def _order_of(
-    order: DataOrder, shuffle: bool, samples_per_shard: Ints, global_batch_size: int, seed: int, slots: Ints
-) -> Order:
-    if not shuffle:
-        return InOrder(int(samples_per_shard.sum()), global_batch_size, slots)
-    if order.shuffle_window is None:
-        return EarlierOrder(samples_per_shard, global_batch_size, slots, seed=seed)
-    window = order.shuffle_window
-    return WindowOrder(samples_per_shard, global_batch_size, slots, shuffle_window=window, seed=seed)
+    windows = (default_window(own.sizes, data.cache_limit, global_batch_size) for own in shards)
+    return DataOrder(version=2, shuffle_window=data.shuffle_window or min(windows))
 
 
 @dataclass(frozen=True)
 class _Steps:
     """Worker w of W has the steps `step` + w, + W, + 2W, …"""
 
-    shards: Shards
+    shards: Mapping[str, Shards]
     order: Order
     slots: Ints
     isolate_documents: bool
     step: int
 
     def batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
+        shards = list(self.shards.values())
+        keys = np.array([source_key(name) for name in self.shards])
         for step in itertools.count(self.step + worker, num_workers):
-            epoch, ids = self.order.at(step)
-            samples = [self.shards[int(i)] for i in ids]
-            yield collate(samples, ids, self.slots, epoch, self.isolate_documents)
+            found = self.order.at(step)
+            samples = [shards[source][sample] for source, sample in zip(found.sources, found.ids.tolist(), strict=True)]
+            how = {"epochs": found.epochs, "source_keys": keys[found.sources]}
+            yield collate(samples, found.ids, self.slots, self.isolate_documents, **how)
 
 
 def held_out_batches(
@@ -167,7 +174,7 @@ def batches_in_order(
     def batches() -> Iterator[Batch]:
         for start in range(0, len(filled), size or 1):
             ids = filled[start : start + size]
-            batch = collate([samples[max(0, int(i))] for i in ids], ids, ids, 0, isolate_documents)
+            batch = collate([samples[max(0, int(i))] for i in ids], ids, ids, isolate_documents)
             batch.counted[torch.from_numpy(ids < 0)] = False
             yield batch
 

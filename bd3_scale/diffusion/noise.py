@@ -2,7 +2,8 @@
 
 Random bits are Philox4x64-10 (Salmon et al., SC 2011) as `numpy.random.Philox` computes it, of which only the raw
 stream is used, so that no other part of numpy can change them. The key is (seed, epoch), or (seed, step) for levels
-stratified over a global batch; the counter words are (index // 4, draw, sample id, purpose). Whatever ranks,
+stratified over a global batch; of several data sets that are mixed each has a key of its own, by which the seed is
+changed (exclusive or). The counter words are (index // 4, draw, sample id, purpose). Whatever ranks,
 micro-batches and workers there are, a sample meets the same noise.
 """
 
@@ -55,9 +56,10 @@ def draw_noise(
     block_start: Tensor,
     *,
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     sample_ids: Tensor,
     schedule: Schedule,
+    source_keys: Tensor | None = None,
     step: int | None = None,
     slots: Tensor | None = None,
     global_batch_size: int | None = None,
@@ -68,6 +70,7 @@ def draw_noise(
     """Masks of a batch on the host, the same however the global batch is split.
 
     block_start: int [B, L], second row of the spans; sample_ids: int [B], each sequence's number in the data set;
+    epoch: of all of them, or int64 [B]; source_keys: int64 [B], of the data set that each is of (default: 0);
     schedule: of the mask rates; shown: bool [B, L], tokens that are never masked, nor counted among those of their
     block (default: none).
 
@@ -93,19 +96,20 @@ def draw_noise(
         batch_levels = all_levels[slots.numpy(force=True)]
     masked = np.empty(starts.shape, dtype=np.bool_)
     rates = np.empty(starts.shape, dtype=np.float32)
-    for row, sample_id in zip(range(num_sequences), sample_ids.tolist(), strict=True):
+    keys = _keys(seed, epoch, source_keys, num_sequences)
+    for row, (key, sample_id) in enumerate(zip(keys, sample_ids.tolist(), strict=True)):
         block, num_blocks = _maskable_blocks(begins[row], maskable[row])
         if begins[row].sum() == 1 and step is not None:
             levels = batch_levels[row, None]
         else:
-            levels = _levels(num_blocks, (seed, epoch), sample_id, _Purpose.BLOCK_ORDER, _Purpose.BLOCK_LEVEL)
+            levels = _levels(num_blocks, key, sample_id, _Purpose.BLOCK_ORDER, _Purpose.BLOCK_LEVEL)
         block_rates = schedule.mask_rate((levels + draw / num_draws) % 1.0)
         rates[row] = block_rates[block]
-        uniform = _uniform(seq_len, (seed, epoch), sample_id, _Purpose.MASK, draw)
+        uniform = _uniform(seq_len, key, sample_id, _Purpose.MASK, draw)
         # Compared in float64: a token is masked with exactly the float32 rate that the loss divides by.
         masked[row] = (uniform < rates[row].astype(np.float64)) & maskable[row]
         if schedule.clip_masked_share and (own := maskable[row]).any():
-            count_uniform = _uniform(num_blocks, (seed, epoch), sample_id, _Purpose.MASK_COUNT, draw)
+            count_uniform = _uniform(num_blocks, key, sample_id, _Purpose.MASK_COUNT, draw)
             masked[row, own] = _clip_shares(
                 masked[row, own], block[own], uniform[own], block_rates, count_uniform, schedule
             )
@@ -179,19 +183,44 @@ def draw_copies(
     ]
 
 
-def draw_block_sizes(sample_ids: Tensor, choices: int, *, seed: int, epoch: int) -> Tensor:
+def draw_block_sizes(
+    sample_ids: Tensor, choices: int, *, seed: int, epoch: int | Tensor, source_keys: Tensor | None = None
+) -> Tensor:
     """int64 [B] in [0, choices): which block size each sequence takes, all equally likely."""
-    drawn = [_uniform(1, (seed, epoch), sample, _Purpose.BLOCK_SIZE)[0] for sample in sample_ids.tolist()]
+    keys = _keys(seed, epoch, source_keys, len(sample_ids))
+    drawn = [
+        _uniform(1, key, sample, _Purpose.BLOCK_SIZE)[0] for key, sample in zip(keys, sample_ids.tolist(), strict=True)
+    ]
     return torch.from_numpy((np.array(drawn) * choices).astype(np.int64))
 
 
-def draw_embedding_noise(sample_ids: Tensor, seq_len: int, *, seed: int, epoch: int, copies: int, rows: int) -> Tensor:
+def draw_embedding_noise(
+    sample_ids: Tensor,
+    seq_len: int,
+    *,
+    seed: int,
+    epoch: int | Tensor,
+    copies: int,
+    rows: int,
+    source_keys: Tensor | None = None,
+) -> Tensor:
     """int64 [copies, B, L] in [1, rows): which noise vector each position takes where it is masked."""
+    keys = _keys(seed, epoch, source_keys, len(sample_ids))
     drawn = [
-        [_uniform(seq_len, (seed, epoch), sample, _Purpose.EMBEDDING, copy) for sample in sample_ids.tolist()]
+        [
+            _uniform(seq_len, key, sample, _Purpose.EMBEDDING, copy)
+            for key, sample in zip(keys, sample_ids.tolist(), strict=True)
+        ]
         for copy in range(copies)
     ]
     return torch.from_numpy(1 + (np.array(drawn) * (rows - 1)).astype(np.int64))
+
+
+def _keys(seed: int, epoch: int | Tensor, source_keys: Tensor | None, count: int) -> list[tuple[int, int]]:
+    """Philox's key of each sequence."""
+    epochs = epoch.tolist() if isinstance(epoch, Tensor) else [epoch] * count
+    sources = [0] * count if source_keys is None else source_keys.tolist()
+    return [(seed ^ source, its_epoch) for source, its_epoch in zip(sources, epochs, strict=True)]
 
 
 def _levels(count: int, key: tuple[int, int], sample_id: int, order: _Purpose, level: _Purpose) -> NDArray[np.float64]:

@@ -74,7 +74,7 @@ class ContinuationBounds:
             shown[row, : len(given)] = True
         start = torch.zeros(tokens.shape, dtype=torch.int32)
         ids = torch.tensor(documents)
-        batch = Batch(ids, ids, 0, tokens, start, torch.arange(length).expand_as(tokens), counted, shown)
+        batch = Batch(ids, ids, 0 * ids, 0 * ids, tokens, start, torch.arange(length).expand_as(tokens), counted, shown)
         noises = [self._noise(pairs, documents, length, draw) for draw in range(self._draws)]
         drawn = [
             self._objective.draw_of(batch, noise, place=placement(self._groups, [self._model])) for noise in noises

@@ -315,7 +315,7 @@ def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | N
     if data.validation is None:
         raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")
     trained = manifest.trained_data()
-    own = trained is not None and recipe.path == trained.path
+    own = trained is not None and recipe.path in (source.path for source in trained.by_source.values())
     found = None if own else read_hashes(Path(recipe.path), "validation")
     known = _trained_hashes(manifest)
     trained_on = None if known is None or found is None else count_known(known, found)
@@ -325,7 +325,11 @@ def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | N
 
 def _trained_hashes(manifest: CheckpointManifest) -> NDArray[np.uint64] | None:
     trained = manifest.trained_data()
-    return None if trained is None else read_hashes(Path(trained.path), "train")
+    if trained is None:
+        return None
+    found = [read_hashes(Path(source.path), "train") for source in trained.by_source.values()]
+    known = [hashes for hashes in found if hashes is not None]
+    return np.concatenate(known) if len(known) == len(found) else None
 
 
 def _prepared(
@@ -380,7 +384,10 @@ def data_recipe(manifest: CheckpointManifest, data_path: str | None) -> DataReci
                 f"this version cannot read which data the run was trained on, as {manifest.writer} recorded it: name "
                 "data that are prepared, with --data"
             )
-        return trained_on
+        if len(trained_on.sources) > 1:
+            folders = ", ".join(source.path for source in trained_on.sources)
+            raise ValueError(f"the run was trained on several data sets: name one of them with --data ({folders})")
+        return trained_on.first_source
     if trained_on is not None:
-        return trained_on.model_copy(update={"path": data_path, "remote": None, "cache_limit": None})
+        return trained_on.first_source.model_copy(update={"path": data_path, "remote": None, "cache_limit": None})
     return DataRecipe(path=data_path, seq_len=load_manifest(data_path).seq_len)

@@ -32,12 +32,26 @@ class HeldOut:
     log-likelihood. None where it was not asked for; where no block is partly padding it is `nelbo`.
     moments: of `block_moments`, for all ranks' sequences in the order of their ids; None for an objective without
         masks.
+    sums, tokens: float64 [draws, sequences] and int64 [sequences], what `nelbo` was estimated from.
     """
 
     nelbo: NelboEstimate
     block_size: int
     moments: Tensor | None
     padded: NelboEstimate | None = None
+    sums: Tensor | None = None
+    tokens: Tensor | None = None
+
+    @classmethod
+    def together(cls, parts: Sequence[HeldOut]) -> HeldOut:
+        """Return what several held-out texts say as one."""
+        if len(parts) == 1:
+            return parts[0]
+        sums = torch.cat([part.sums for part in parts if part.sums is not None], 1)
+        tokens = torch.cat([part.tokens for part in parts if part.tokens is not None])
+        moments = [part.moments for part in parts if part.moments is not None]
+        together = torch.cat(moments, 1) if moments else None
+        return cls(estimate_nelbo(sums, tokens), parts[0].block_size, together, None, sums, tokens)
 
     def intervals(self) -> IntervalSearch:
         """The loss's variance under every clipped interval. ValueError: too little text, or nothing is masked."""
@@ -91,6 +105,8 @@ def evaluate_nelbo(
         objective.block_size,
         torch.cat(everywhere, 1)[:, order] if everywhere else None,
         with_padding_counted if padded else None,
+        all_sums[0],
+        tokens[order],
     )
 
 

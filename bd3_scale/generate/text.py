@@ -88,6 +88,8 @@ def default_min_entropy(manifest: CheckpointManifest) -> float:
     if manifest.vocabulary.size >= SMALLEST_SUBWORD_VOCABULARY:
         return SUBWORD_ENTROPY
     trained = manifest.trained_data()
+    # Of several sources the first, which has the vocabulary of all.
+    trained = trained and trained.first_source
     if trained is None or not (Path(trained.path) / "manifest.json").is_file():
         return 0.0
     data = load_manifest(trained.path)

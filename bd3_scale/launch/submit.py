@@ -21,6 +21,7 @@ from bd3_scale.launch.records import excluded_nodes, read_json
 from bd3_scale.launch.slurm import ACTIVE, ask, job_states, partitions, slurm
 from bd3_scale.observe.environment import source_commit
 from bd3_scale.recipe.load import load_recipe, recipe_files, resolved_yaml, with_plugins
+from bd3_scale.recipe.schema import DataRecipe, DataSource
 from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.runlock import lock_run
 
@@ -51,11 +52,8 @@ def make_job(
         site = site.model_copy(update={"time_limit": time_limit})
     run_dir = loaded.run_path.absolute()
     check_job(loaded, site, nodes, run_dir)
-    absolute = {"path": str(Path(loaded.data.path).absolute())}
-    if loaded.data.remote is not None and "://" not in loaded.data.remote:
-        absolute["remote"] = str(Path(loaded.data.remote).absolute())
     stored = loaded.model_copy(
-        update={"run_dir": str(run_dir), "data": loaded.data.model_copy(update=absolute)}
+        update={"run_dir": str(run_dir), "data": _absolute(loaded.data)}
         | ({"init_from": str(Path(loaded.init_from).absolute())} if loaded.init_from else {})
     )
     return Job(
@@ -70,6 +68,22 @@ def make_job(
         exclude=tuple(exclude),
         python_path=plugin_path(stored.plugins),
     )
+
+
+def _absolute(data: DataRecipe) -> DataRecipe:
+    """Return the data with folders that mean the same in every directory."""
+
+    def found(place: DataRecipe | DataSource) -> dict[str, str]:
+        absolute = {"path": str(Path(place.path).absolute())}
+        if place.remote is not None and "://" not in place.remote:
+            absolute["remote"] = str(Path(place.remote).absolute())
+        return absolute
+
+    if data.sources:
+        return data.model_copy(
+            update={"sources": tuple(source.model_copy(update=found(source)) for source in data.sources)}
+        )
+    return data.model_copy(update=found(data))
 
 
 def plugin_path(plugins: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ class BlockDiffusion(Objective):
 
         diffusion = self.diffusion
         sizes = diffusion.block_sizes_at(keys.step)
-        kinds = draw_block_sizes(batch.ids, len(sizes), seed=keys.seed, epoch=batch.epoch)
+        kinds = draw_block_sizes(choices=len(sizes), seed=keys.seed, **batch.noise_keys)
         block_size = sizes[0] if len(sizes) == 1 else torch.tensor(sizes)[kinds]
         spans = make_spans(batch.document_start, block_size)
         noises = self._training_noise(batch, keys, kinds, spans[1])
@@ -135,8 +135,7 @@ class BlockDiffusion(Objective):
                 copies=self.diffusion.noisy_copies,
                 schedule=self.training_schedule(keys.intervals.get(size)),
                 seed=keys.seed,
-                epoch=batch.epoch,
-                sample_ids=batch.ids[own],
+                **{name: of_each[own] for name, of_each in batch.noise_keys.items()},
                 step=None if keys.global_batch_size is None else keys.step,
                 slots=batch.slots[own],
                 shown=batch.shown[own],

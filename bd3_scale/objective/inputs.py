@@ -106,7 +106,7 @@ def mask_noise(
 ) -> MaskNoise:
     """Return noise on the mask embeddings of `copies` noisy copies of this rank's positions."""
     seq_len = batch.tokens.shape[1]
-    rows = draw_embedding_noise(batch.ids, seq_len, seed=seed, epoch=batch.epoch, copies=copies, rows=NOISE_ROWS)
+    rows = draw_embedding_noise(seq_len=seq_len, seed=seed, copies=copies, rows=NOISE_ROWS, **batch.noise_keys)
     rows = torch.cat(list(rows[:, :, rank_positions(seq_len, context)]), 1)
     return MaskNoise(rows, std).to(device)
 

@@ -39,18 +39,23 @@ WHOLE_BELOW = 100_000
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: the global loss of the step, in nats a token; `losses`: of the sequences of each kind, where there were
-    some; `grad_norm`: the global gradient norm before clipping; `lr`: the learning rate; `flops`: what the step needed,
-    over all ranks (see `model_flops`); `applied`: false where a gradient of any rank was not finite, so that on all
-    ranks weights and optimiser are what they were before.
+    """`loss`: the global loss of the step, in nats a token; `kinds`: of the sequences of each kind the sum of their
+    losses and how many tokens they are; `grad_norm`: the global gradient norm before clipping; `lr`: the learning
+    rate; `flops`: what the step needed, over all ranks (see `model_flops`); `applied`: false where a gradient of any
+    rank was not finite, so that on all ranks weights and optimiser are what they were before.
     """
 
     loss: float
-    losses: tuple[float | None, ...]
+    kinds: tuple[tuple[float, float], ...]
     grad_norm: float
     lr: float
     flops: float
     applied: bool = True
+
+    def loss_of(self, kinds: Iterable[int]) -> float | None:
+        """Return the loss in nats a token of some kinds of sequences; None: there were none."""
+        losses, tokens = zip(*(self.kinds[kind] for kind in kinds), strict=True)
+        return sum(losses) / sum(tokens) if sum(tokens) else None
 
 
 class TrainingEngine:
@@ -128,7 +133,7 @@ class TrainingEngine:
         """Forward and backward over this rank's micro-batches, then one update with learning rate `lr`.
 
         `tokens` is the number of data tokens of the global batch that are trained on, over all ranks; `kinds` that of
-        its block sizes; `meanwhile` is work of the host for the time that a GPU computes gradients.
+        its block sizes and sources; `meanwhile` is work of the host for the time that a GPU computes gradients.
         """
         losses = self.gradients(micro_batches, tokens=tokens, kinds=kinds)
         # Kernels are launched and nobody has waited for one: `update` does, to learn whether a gradient is not finite.
@@ -145,7 +150,7 @@ class TrainingEngine:
         grad_norm, applied = self.update(lr)
         # The host waits for the device once.
         *told, flops, loss, norm = torch.cat([totals, losses.sum()[None], grad_norm[None]]).tolist()
-        by_kind = tuple(loss / count if count else None for loss, count in zip(told[:kinds], told[kinds:], strict=True))
+        by_kind = tuple(zip(told[:kinds], told[kinds:], strict=True))
         return StepResult(loss / tokens, by_kind, norm, lr, flops, applied)
 
     def gradients(self, micro_batches: Sequence[ModelInputs], *, tokens: int, kinds: int = 1) -> Tensor:

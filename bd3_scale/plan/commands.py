@@ -113,11 +113,10 @@ def vocabulary_of(recipe: Recipe, size: int | None) -> Vocabulary:
 
     if size is not None:
         return Vocabulary(size=size, eos_id=0, mask_id=size - 1)
-    if not (Path(recipe.data.path) / MANIFEST_FILE).is_file():
-        raise ValueError(
-            f"{recipe.data.path} holds no prepared data here to read the vocabulary from: give --vocabulary"
-        )
-    return load_manifest(recipe.data.path).vocabulary
+    path = recipe.data.first_source.path
+    if not (Path(path) / MANIFEST_FILE).is_file():
+        raise ValueError(f"{path} holds no prepared data here to read the vocabulary from: give --vocabulary")
+    return load_manifest(path).vocabulary
 
 
 def fake_device() -> str:

@@ -110,7 +110,8 @@ def example_inputs(job: Job, groups: ProcessGroups) -> ModelInputs:
     batch = Batch(
         ids=ids,
         slots=ids % recipe.train.global_batch_size,
-        epoch=0,
+        epochs=torch.zeros_like(ids),
+        source_keys=torch.zeros_like(ids),
         tokens=torch.zeros(size, length, dtype=torch.int64),
         document_start=torch.zeros(size, length, dtype=torch.int32),
         positions=torch.arange(length).expand(size, -1).contiguous(),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from bd3_scale.data.batch import Batch
+from bd3_scale.data.mixture import source_key
 from bd3_scale.diffusion.interval import Interval
 from bd3_scale.model.rows import ModelInputs, Placement
 from bd3_scale.objective import Objective, StepKeys
@@ -21,7 +23,19 @@ def step_inputs(
 ) -> list[ModelInputs]:
     """Return the micro-batches of this rank's part of a global batch, on the host."""
     place = Placement(torch.device("cpu"), (groups.cp.rank(), groups.cp.size()))
-    return [objective.training_inputs(micro, keys, place) for micro in batch.split(recipe.train.micro_batch_size)]
+    micro_batches = batch.split(recipe.train.micro_batch_size)
+    made = [objective.training_inputs(micro, keys, place) for micro in micro_batches]
+    if len(names := list(recipe.data.by_source)) > 1:
+        source_keys = torch.tensor([source_key(name) for name in names])
+        made = [_by_source(inputs, micro, source_keys) for inputs, micro in zip(made, micro_batches, strict=True)]
+    return made
+
+
+def _by_source(inputs: ModelInputs, batch: Batch, source_keys: Tensor) -> ModelInputs:
+    """Return the inputs with the kinds of their sequences divided by source."""
+    sources = (batch.source_keys[:, None] == source_keys).int().argmax(1)
+    kinds = torch.tensor(inputs.kinds or [0] * len(sources)) * len(source_keys) + sources
+    return replace(inputs, kinds=tuple(kinds.tolist()), row_kinds=kinds[inputs.head_rows % len(kinds)])
 
 
 class InputsAhead:

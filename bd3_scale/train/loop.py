@@ -12,6 +12,7 @@ import torch.distributed as dist
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.saver import CheckpointSaver, Saved
 from bd3_scale.checkpoint.store import boxes_to_save
+from bd3_scale.data.manifest import data_hash
 from bd3_scale.observe.metrics import METRICS_FILE, has_evaluation
 from bd3_scale.parallel.collective import any_rank, gather_values, on_rank_zero
 from bd3_scale.parallel.replicas import ReplicasDifferError, check_replicas
@@ -160,7 +161,7 @@ def _manifest(training: Training) -> CheckpointManifest:
         step=state.step,
         skipped=state.skipped,
         vocabulary=engine.chunks[0].vocabulary,
-        data_hash=run.data_hash,
+        data_hash=data_hash(run.data, run.recipe.data.used_before(state.step)),
         world_size=dist.get_world_size(),
         states=engine.zero.names,
         attention_tiles=dict(state.tiles),

@@ -93,9 +93,7 @@ class Report:
             self._drawable = True
             cuda = peak_cuda_bytes()
             more: dict[str, float] = {} if cuda is None else {"peak_cuda_bytes": cuda}
-            if len(self._recipe.diffusion.block_sizes) > 1:
-                losses = zip(self._recipe.diffusion.block_sizes_at(step - 1), result.losses, strict=True)
-                more |= {f"train_loss_block_{size}": loss for size, loss in losses if loss is not None}
+            more |= self._losses_by_kind(step, result)
             if self._peak is not None:
                 more["mfu"] = result.flops / seconds / self._peak / dist.get_world_size()
             self._metrics.write(
@@ -110,6 +108,22 @@ class Report:
             )
         self._progress.step(step, train_loss=result.loss, tokens_per_second=tokens / seconds)
 
+    def _losses_by_kind(self, step: int, result: StepResult) -> dict[str, float]:
+        sizes, sources = self._recipe.diffusion.block_sizes_at(step - 1), list(self._recipe.data.by_source)
+        found: dict[str, float | None] = {}
+        if len(self._recipe.diffusion.block_sizes) > 1:
+            kinds_of = (range(i * len(sources), (i + 1) * len(sources)) for i in range(len(sizes)))
+            found |= {
+                f"train_loss_block_{size}": result.loss_of(kinds) for size, kinds in zip(sizes, kinds_of, strict=True)
+            }
+        if len(sources) > 1:
+            kinds_of = (range(i, len(sources) * len(sizes), len(sources)) for i in range(len(sources)))
+            found |= {
+                f"train_loss_source_{name}": result.loss_of(kinds)
+                for name, kinds in zip(sources, kinds_of, strict=True)
+            }
+        return {name: loss for name, loss in found.items() if loss is not None}
+
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """After an evaluation on held-out sequences, whose intervals training goes on with."""
         if self._metrics is None or self._progress is None:
@@ -119,6 +133,7 @@ class Report:
         more: dict[str, float] = {}
         if len(found) > 1:
             more |= {f"nelbo_block_{held_out.block_size}": held_out.nelbo.nelbo for held_out in found}
+        more |= {f"nelbo_source_{name}": its.nelbo for name, its in evaluation.by_source.items()}
         for search in searches:
             low, high = intervals[search.block_size]
             told = (i.variance for i in search.found if (i.low, i.high) == (low, high))
@@ -137,6 +152,9 @@ class Report:
         self._say(
             f"step {step}: held-out NELBO {estimate.nelbo:.4f} nats a token, perplexity {estimate.perplexity:.2f}"
         )
+        if evaluation.by_source:
+            of_each = ", ".join(f"{name} {its.nelbo:.4f}" for name, its in evaluation.by_source.items())
+            self._say(f"step {step}: by source {of_each}")
         for search in searches:
             low, high = intervals[search.block_size]
             self._say(f"step {step}: blocks of {search.block_size} go on with mask rates {low:.2f} to {high:.2f}")

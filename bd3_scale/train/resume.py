@@ -29,7 +29,7 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.layout import ParameterLayout
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.parallel.zero import ZeroState, ema_decay
-from bd3_scale.recipe.schema import ModelRecipe, Recipe
+from bd3_scale.recipe.schema import MixtureStage, ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.readers import read_regular
 
@@ -81,7 +81,7 @@ class Start:
                     "the moving average was kept at a constant decay so far, and is warmed up from here on: it is not "
                     "bitwise that of the version that began the run"
                 )
-        if self.resumes and self.manifest.data_hash != data_hash(data):
+        if self.resumes and self.manifest.data_hash != data_hash(data, recipe.data.used_before(self.step)):
             found.append(
                 f"{self.checkpoint.name} knows its data by the hash of an earlier version, which covers counts and "
                 "sizes: whether the text is still the same is not known; checkpoints from here on know the contents"
@@ -175,10 +175,11 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
     if manifest.trained_with is None:
         raise ValueError(f"{checkpoint} is an import, and no run goes on from one: name it with init_from={checkpoint}")
     differences = list(_recipe_differences(checkpoint, manifest, manifest.trained_with, recipe))
-    if manifest.data_hash not in (data_hash(data), earlier_data_hash(data)):
+    own_hash = data_hash(data, recipe.data.used_before(manifest.step))
+    if manifest.data_hash not in (own_hash, earlier_data_hash(data)):
         details = "; ".join(_data_differences(checkpoint.parent.parent / DATA_FILE, manifest.data_hash, data))
         differences.append(
-            f"the prepared data (hash {data_hash(data)}) are not those of the checkpoint ({manifest.data_hash})"
+            f"the prepared data (hash {own_hash}) are not those of the checkpoint ({manifest.data_hash})"
             + f": {details}" * bool(details)
         )
     if manifest.step > recipe.train.steps:
@@ -209,6 +210,10 @@ def _recipe_differences(
                 "wrote the checkpoint; no run may change such a one: resume with that version, or begin anew with "
                 f"init_from={checkpoint}"
             )
+    trained = manifest.trained_data()
+    before, now = (data.mixed_before(manifest.step) if data else () for data in (trained, recipe.data))
+    if before != now:
+        yield f"data.stages: the first {manifest.step} steps are {_mixture(now)}, the checkpoint has {_mixture(before)}"
     window, kept = recipe.data.shuffle_window, manifest.data_order.shuffle_window
     if window not in (None, kept):
         yield f"data.shuffle_window is {window}, the checkpoint has {_show(kept)}"
@@ -217,6 +222,11 @@ def _recipe_differences(
             f"optimizer.ema_decay is {recipe.optimizer.ema_decay}, the checkpoint has "
             f"{_show(_at(old, 'optimizer.ema_decay'))}: a moving average is kept from the start"
         )
+
+
+def _mixture(stages: Sequence[MixtureStage]) -> str:
+    told = [f"{dict(sorted(stage.weights.items()))} until {stage.until}" for stage in stages]
+    return ", ".join(told) or "of one data set"
 
 
 def _other_name(manifest: CheckpointManifest, recipe: Recipe) -> str:

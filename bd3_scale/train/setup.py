@@ -18,10 +18,10 @@ from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.source_ids import keep_source_ids, source_ids
 from bd3_scale.data.cache import NodeCache
-from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash, load_manifest
+from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash, load_sources
+from bd3_scale.data.mixture import check_epochs
 from bd3_scale.data.order import DataOrder
-from bd3_scale.data.shards import open_shards
-from bd3_scale.data.stream import TrainingStream, new_order
+from bd3_scale.data.stream import TrainingStream, new_order, open_sources
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.diffusion.interval import LEAST_SEQUENCES
@@ -76,9 +76,12 @@ class Training:
 
     def keys_of(self, step: int) -> dict[str, Any]:
         """Return what the sequences of step `step` and their noise are drawn from."""
-        epoch, ids = self.stream.batch_at(step - 1)
+        found, names = self.stream.batch_at(step - 1), list(self.run.recipe.data.by_source)
+        drawn: dict[str, Any] = {"epoch": int(found.epochs[0])}
+        if self.run.recipe.data.sources:
+            drawn = {"epochs": found.epochs.tolist(), "sources": [names[source] for source in found.sources]}
         intervals = dict(self.state.intervals)
-        return {"seed": self.run.recipe.seed, "epoch": epoch, "sample_ids": ids, "intervals": intervals}
+        return {"seed": self.run.recipe.seed, **drawn, "sample_ids": found.ids.tolist(), "intervals": intervals}
 
 
 def open_run(recipe: Recipe, stack: ExitStack) -> Run:
@@ -93,7 +96,7 @@ def open_run(recipe: Recipe, stack: ExitStack) -> Run:
     secret = recipe.run_path / SECRET_FILE
     with ended_by_signals():
         groups = stack.enter_context(process_groups(recipe.parallel, agree=_agreed(recipe), secret_file=secret))
-    data = load_manifest(recipe.data.path, recipe.data.remote)
+    data = load_sources(recipe.data)
     run = Run(recipe, data, data_hash(data), groups, recipe.run_path)
     _check_against_data(run)
     return run
@@ -130,21 +133,23 @@ def settle_order(run: Run, kept: DataOrder | None) -> DataOrder:
     """Return how the run orders its data: as it was `kept`, else as a new one does; say what that needs of a cache
     (collective).
 
-    ValueError: `data.cache_limit` is less.
+    ValueError: `data.cache_limit` is less, or a source would be seen more often than it may.
     """
-    data, batch = run.recipe.data, run.recipe.train.global_batch_size
-    shards = open_shards(data, run.data, "train")
-    order = kept or new_order(data, shards, batch)
-    if data.remote is None or not data.shuffle or order.shuffle_window is None:
-        return order
+    data, batch, rank = run.recipe.data, run.recipe.train.global_batch_size, run.groups.dp.rank()
+    shards = open_sources(data, run.data, "train")
+    order = kept or new_order(data, shards.values(), batch)
+    check_epochs(data, {name: own.samples_per_shard for name, own in shards.items()}, batch, run.recipe.train.steps)
     machines: dict[int, set[int]] = defaultdict(set)
-    for machine, dp_rank in gather_values([_machine(), run.groups.dp.rank()]):
+    for machine, dp_rank in gather_values([_machine(), rank]):
         machines[machine].add(dp_rank)
-    cache = NodeCache.of_fullest(shards.sizes, batch, machines.values(), run.groups.dp.size())
-    if data.cache_limit is not None:
-        cache.check(data.cache_limit, order.shuffle_window, may_change=kept is None)
-    if dist.get_rank() == 0:
-        tell(f"data: {cache.told(order.shuffle_window)} of {data.remote}")
+    for name, recipe in data.by_source.items():
+        if recipe.remote is None or not data.shuffle or order.shuffle_window is None:
+            continue
+        cache = NodeCache.of_fullest(shards[name].sizes, batch, machines.values(), run.groups.dp.size())
+        if data.cache_limit is not None:
+            cache.check(data.cache_limit, order.shuffle_window, may_change=kept is None)
+        if dist.get_rank() == 0:
+            tell(f"data: {cache.told(order.shuffle_window)} of {recipe.remote}")
     return order
 
 
@@ -173,7 +178,8 @@ def describe_run(run: Run, start: Start | None) -> None:
     write_atomically(run.folder / "recipe.yaml", resolved_yaml(run.recipe))
     write_atomically(run.folder / DATA_FILE, run.data.model_dump_json(indent=2) + "\n")
     write_atomically(run.folder / "recipe.sha256", recipe_hash(run.recipe) + "\n")
-    tokenizer = load_tokenizer(run.recipe.data.path)
+    prepared = run.recipe.data.first_source.path
+    tokenizer = load_tokenizer(prepared)
     check_tokenizer(run.data, tokenizer)
     shutil.rmtree(run.folder / TOKENIZER, ignore_errors=True)
     if start is not None and (start.checkpoint / TOKENIZER).is_dir():
@@ -182,14 +188,15 @@ def describe_run(run: Run, start: Start | None) -> None:
         write_tokenizer(load_tokenizer(beside), beside, run.folder / TOKENIZER)
         keep_source_ids(source_ids(start.checkpoint), run.folder / TOKENIZER)
     else:
-        write_tokenizer(tokenizer, Path(run.recipe.data.path), run.folder / TOKENIZER)
+        write_tokenizer(tokenizer, Path(prepared), run.folder / TOKENIZER)
 
 
 def _agreed(recipe: Recipe) -> str:
     """What must be the same on all ranks: all but where a node keeps its cache of remote data."""
-    if recipe.data.remote is None:
-        return recipe_hash(recipe)
-    return recipe_hash(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": "cache"})}))
+    data = recipe.data
+    sources = tuple(s.model_copy(update={"path": "cache"}) if s.remote else s for s in data.sources)
+    path = "cache" if data.remote else data.path
+    return recipe_hash(recipe.model_copy(update={"data": data.model_copy(update={"path": path, "sources": sources})}))
 
 
 def _with_precision(recipe: Recipe) -> Recipe:
@@ -218,7 +225,7 @@ def _check_against_data(run: Run) -> None:
     check_against_data(recipe, dist.get_world_size(), data.document_multiple)
     if recipe.evaluation.every_steps and data.validation is None:
         raise ValueError(
-            f"evaluation.every_steps is {recipe.evaluation.every_steps}, {recipe.data.path} has no held-out split: "
+            f"evaluation.every_steps is {recipe.evaluation.every_steps}, {_paths(recipe)} has no held-out split: "
             "set it to 0, or prepare the data with --holdout"
         )
     held_out = min(recipe.evaluation.sequences, data.validation.sequences if data.validation is not None else 0)
@@ -230,4 +237,8 @@ def _check_against_data(run: Run) -> None:
     seen = gather_values(run.data_hash)
     different = [rank for rank, its_hash in enumerate(seen) if its_hash != seen[0]]
     if different:
-        raise ValueError(f"ranks {different} see other data in {recipe.data.path} than rank 0")
+        raise ValueError(f"ranks {different} see other data in {_paths(recipe)} than rank 0")
+
+
+def _paths(recipe: Recipe) -> str:
+    return ", ".join(source.path for source in recipe.data.by_source.values())

@@ -22,7 +22,7 @@ from bd3_scale.recipe.schema import DataRecipe
 
 
 def seen(batch: Batch) -> dict[str, Any]:
-    return {"epoch": batch.epoch} | {name: getattr(batch, name).tolist() for name in ("ids", "slots", "tokens")}
+    return {name: getattr(batch, name).tolist() for name in ("ids", "epochs", "slots", "tokens")}
 
 
 def run_rank(rank: int, world: int, port: int, plan: dict[str, Any]) -> None:

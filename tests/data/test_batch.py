@@ -25,7 +25,7 @@ def sample(draw: st.DrawFn, seq_len: int = 12) -> dict[str, np.ndarray]:
 
 def make(samples: list[dict[str, np.ndarray]], isolate_documents: bool) -> Batch:
     ids = np.arange(100, 100 + len(samples))
-    return collate(samples, ids, ids - 100, 3, isolate_documents)
+    return collate(samples, ids, ids - 100, isolate_documents, epochs=ids % 2)
 
 
 @given(st.lists(sample(), min_size=1, max_size=4), st.booleans())
@@ -47,6 +47,8 @@ def test_agrees_with_a_walk_over_the_pieces(samples: list[dict[str, np.ndarray]]
     assert dtypes == {
         "ids": torch.int64,
         "slots": torch.int64,
+        "epochs": torch.int64,
+        "source_keys": torch.int64,
         "tokens": torch.int64,
         "document_start": torch.int32,
         "positions": torch.int64,
@@ -61,5 +63,6 @@ def test_split_keeps_order_and_identity() -> None:
     parts = batch.split(2)
     assert [part.ids.tolist() for part in parts] == [[100, 101], [102, 103], [104]]
     assert [part.slots.tolist() for part in parts] == [[0, 1], [2, 3], [4]]
-    assert [part.epoch for part in parts] == [3, 3, 3]
+    assert [part.epochs.tolist() for part in parts] == [[0, 1], [0, 1], [0]]
+    assert [part.source_keys.tolist() for part in parts] == [[0, 0], [0, 0], [0]]
     assert torch.cat([part.counted for part in parts]).sum(1).tolist() == [0, 1, 2, 3, 4]

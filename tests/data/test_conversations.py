@@ -60,7 +60,7 @@ def samples_of(folder: Path, split: SplitName = "validation") -> list[dict[str, 
 
 def batch_of(samples: Sequence[dict[str, Any]]) -> Batch:
     ids = np.arange(len(samples), dtype=np.int64)
-    return collate(samples, ids, ids, 0, isolate_documents=True)
+    return collate(samples, ids, ids, isolate_documents=True)
 
 
 def batches_of(samples: Sequence[dict[str, Any]], size: int = 3) -> Iterator[Batch]:

@@ -45,16 +45,16 @@ def test_no_id_comes_twice_in_an_epoch_on_any_topology(shards, batch, window, se
     for order in whole:
         assert order.steps_per_epoch == num_steps
         found = [order.at(step) for step in range(epoch * num_steps, (epoch + 1) * num_steps)]
-        assert {its_epoch for its_epoch, _ in found} == {epoch}
-        ids = np.array([ids for _, ids in found])
+        assert all((sequences.epochs == epoch).all() and not sequences.sources.any() for sequences in found)
+        ids = np.array([sequences.ids for sequences in found])
         assert ids.shape == (num_steps, batch)
         assert len(np.unique(ids)) == ids.size
         assert ids.min() >= 0
         assert ids.max() < sum(shards)
     # Ranks begin anywhere and skip, as a resume and loader workers do.
     for step in data.draw(st.permutations(range(epoch * num_steps, (epoch + 1) * num_steps)))[:5]:
-        of_ranks = np.concatenate([order.at(step)[1] for order in parts])
-        assert of_ranks.tolist() == whole[0].at(step)[1].tolist()
+        of_ranks = np.concatenate([order.at(step).ids for order in parts])
+        assert of_ranks.tolist() == whole[0].at(step).ids.tolist()
 
 
 def plainly(shards: Sequence[int], batch: int, node: int, window: int, seed: int, epoch: int) -> list[int]:
@@ -91,9 +91,9 @@ def test_the_order_stays_as_it_is():
     shards = np.array([100, 31, 64, 7, 230, 100, 100])
     new = WindowOrder(shards, 24, np.arange(24), shuffle_window=240, seed=3)
     old = EarlierOrder(shards, 24, np.arange(24), seed=3)
-    assert xxhash.xxh64(np.array([new.at(step)[1] for step in range(60)]).tobytes()).hexdigest() == "0cad430f175a7acf"
-    assert xxhash.xxh64(np.array([old.at(step)[1] for step in range(60)]).tobytes()).hexdigest() == "bc2ccc9bc233b3f6"
-    assert new.at(0)[1][:8].tolist() == [22, 51, 59, 100, 130, 133, 176, 188]
+    assert xxhash.xxh64(np.array([new.at(step).ids for step in range(60)]).tobytes()).hexdigest() == "0cad430f175a7acf"
+    assert xxhash.xxh64(np.array([old.at(step).ids for step in range(60)]).tobytes()).hexdigest() == "bc2ccc9bc233b3f6"
+    assert new.at(0).ids[:8].tolist() == [22, 51, 59, 100, 130, 133, 176, 188]
 
 
 @given(st.integers(1, 3000), st.integers(0, 10**7))
@@ -166,7 +166,7 @@ def test_a_machine_fetches_its_shards_once_with_the_cache_that_it_is_told(batch,
     shards, per_shard, window = np.full(2048, 64), 64, 1 << 15
     slots = np.arange(machines // 2 * batch // machines, (machines // 2 + 1) * batch // machines)
     order = WindowOrder(shards, batch, slots, shuffle_window=window, seed=1)
-    ids = np.concatenate([order.at(step)[1] for step in range(order.steps_per_epoch)])
+    ids = np.concatenate([order.at(step).ids for step in range(order.steps_per_epoch)])
     nodes = len(list(nodes_of(slots, batch)))
     cache = NodeCache(ShardSizes(sequence=1, largest=per_shard), batch, nodes).needed(window) / per_shard
     used = ids // per_shard

@@ -32,7 +32,7 @@ def read_epoch(path: Path, **options: Any) -> list[Batch]:
     recipe = DataRecipe(**({"path": str(path), "seq_len": SEQ_LEN, "num_workers": 0} | options))
     manifest = load_manifest(path, recipe.remote)
     stream = TrainingStream(recipe, manifest, global_batch_size=4, dp_rank=0, dp_size=1, seed=3)
-    return list(itertools.islice(stream, stream.steps_per_epoch))
+    return list(itertools.islice(stream, manifest.train.sequences // 4))
 
 
 def ids(batches: list[Batch]) -> list[list[int]]:
@@ -147,9 +147,10 @@ def test_the_cache_limit_is_kept(data: Path, tmp_path: Path) -> None:
     recipe = DataRecipe(
         path=str(cache), remote=str(data), cache_limit=f"{limit // 1024}kb", seq_len=SEQ_LEN, num_workers=0
     )
-    stream = TrainingStream(recipe, load_manifest(cache, str(data)), global_batch_size=4, dp_rank=0, dp_size=1, seed=3)
+    manifest = load_manifest(cache, str(data))
+    stream = TrainingStream(recipe, manifest, global_batch_size=4, dp_rank=0, dp_size=1, seed=3)
     batches = []
-    for batch in itertools.islice(stream, stream.steps_per_epoch):
+    for batch in itertools.islice(stream, manifest.train.sequences // 4):
         batches.append(batch)
         assert sum(file.stat().st_size for file in (cache / "train").iterdir()) <= limit
     assert ids(batches) == ids(read_epoch(data))

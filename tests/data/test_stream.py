@@ -40,7 +40,7 @@ def take(stream: TrainingStream, count: int) -> list[Batch]:
 def reference(prepared: Path) -> list[Batch]:
     """Two and a half epochs as one process without workers sees them."""
     stream = open_stream(prepared)
-    return take(stream, stream.steps_per_epoch * 5 // 2)
+    return take(stream, load_manifest(prepared).train.sequences // GLOBAL_BATCH * 5 // 2)
 
 
 def test_batches_hold_what_was_prepared(prepared: Path, reference: list[Batch]) -> None:
@@ -50,12 +50,14 @@ def test_batches_hold_what_was_prepared(prepared: Path, reference: list[Batch]) 
     tokens = {int(i): row for batch in in_order for i, row in zip(batch.ids, batch.tokens, strict=True)}
     assert list(tokens) == list(range(steps_per_epoch * GLOBAL_BATCH))
     for step, batch in enumerate(reference):
-        assert batch.epoch == step // steps_per_epoch
+        assert set(batch.epochs.tolist()) == {step // steps_per_epoch}
         assert batch.slots.tolist() == list(range(GLOBAL_BATCH))
         for i, row in zip(batch.ids, batch.tokens, strict=True):
             if int(i) in tokens:
                 assert torch.equal(row, tokens[int(i)])
-    first, second = (torch.cat([batch.ids for batch in reference if batch.epoch == epoch]).tolist() for epoch in (0, 1))
+    first, second = (
+        torch.cat([batch.ids for batch in reference if batch.epochs[0] == epoch]).tolist() for epoch in (0, 1)
+    )
     assert len(set(first)) == len(first) == len(set(second)) == steps_per_epoch * GLOBAL_BATCH
     assert first != second
 
@@ -87,9 +89,8 @@ def check_layout(case: dict[str, Any], results: list[dict[str, Any]], reference:
     for offset in range(case["count"]):
         expected = reference[case["step"] + offset]
         parts = [result["train"][offset] for result in leaders]
-        for name in ("ids", "slots", "tokens"):
+        for name in ("ids", "epochs", "slots", "tokens"):
             assert list(itertools.chain(*(part[name] for part in parts))) == getattr(expected, name).tolist()
-        assert {part["epoch"] for part in parts} == {expected.epoch}
     held_out = [batch["ids"] for result in leaders for batch in result["held_out"]]
     assert sorted(i for i in itertools.chain(*held_out) if i >= 0) == list(range(11))
     assert len({tuple(len(batch["ids"]) for batch in result["held_out"]) for result in leaders}) == 1
@@ -101,7 +102,7 @@ def test_held_out_batches_in_order(prepared: Path) -> None:
     batches = list(held_out_batches(recipe(prepared), manifest, batch_size=4, dp_rank=0, dp_size=1))
     filling = -total % 4
     assert torch.cat([batch.ids for batch in batches]).tolist() == [*range(total), *[-1] * filling]
-    assert all(torch.equal(batch.ids, batch.slots) and batch.epoch == 0 for batch in batches)
+    assert all(torch.equal(batch.ids, batch.slots) and not batch.epochs.any() for batch in batches)
     assert {len(batch.ids) for batch in batches} == {4}
     assert sum(int(batch.counted.sum()) for batch in batches) == manifest.validation.counted_tokens
     second = held_out_batches(recipe(prepared), manifest, batch_size=4, dp_rank=1, dp_size=2, sequences=5)

@@ -29,10 +29,10 @@ def batch(padding: int) -> Batch:
     """Twenty texts of nine tokens, the last of which shares a block of 8 with `padding`."""
     tokens = torch.randint(1, 11, (20, LENGTH), generator=torch.Generator().manual_seed(1))
     tokens[:, TEXT:] = padding
-    place = torch.arange(LENGTH).expand(20, -1)
+    place, ids = torch.arange(LENGTH).expand(20, -1), torch.arange(20)
     start = torch.zeros(20, LENGTH, dtype=torch.int32)
     shown = torch.zeros_like(tokens).bool()
-    return Batch(torch.arange(20), torch.arange(20), 0, tokens, start, place, place < TEXT, shown)
+    return Batch(ids, ids, 0 * ids, 0 * ids, tokens, start, place, place < TEXT, shown)
 
 
 @pytest.mark.parametrize("block_size", [1, 8])
@@ -89,7 +89,7 @@ def test_with_its_padding_counted_the_number_bounds_what_generate_writes(groups,
     tokens = torch.tensor([[*text, VOCABULARY.eos_id]]).expand(400, -1)
     place, ids = torch.arange(6).expand(400, -1), torch.arange(400)
     rows = torch.zeros(400, 6, dtype=torch.int32)
-    one = Batch(ids, ids, 0, tokens, rows, place, place < 5, torch.zeros(400, 6, dtype=torch.bool))
+    one = Batch(ids, ids, 0 * ids, 0 * ids, tokens, rows, place, place < 5, torch.zeros(400, 6, dtype=torch.bool))
     how = {"objective": BlockDiffusion(DiffusionRecipe(block_size=3), VOCABULARY), "draws": 8, "padded": True}
     found = evaluate_nelbo([small], [one], groups, **how)
     bound, error = found.padded.nelbo * 5, found.padded.noise_standard_error * 5

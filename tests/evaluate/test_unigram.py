@@ -12,7 +12,7 @@ from bd3_scale.evaluate.yardsticks import unigram_perplexity
 def batch(tokens, counted):
     tokens, nothing = torch.tensor(tokens), torch.zeros(len(tokens), dtype=torch.int64)
     start, shown = torch.zeros_like(tokens).int(), torch.zeros_like(tokens).bool()
-    return Batch(0, nothing, nothing, tokens, start, tokens, torch.tensor(counted), shown)
+    return Batch(nothing, nothing, nothing, nothing, tokens, start, tokens, torch.tensor(counted), shown)
 
 
 def test_counts_what_perplexity_counts():

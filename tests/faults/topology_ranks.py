@@ -75,9 +75,9 @@ class recording:
             made = self._made(objective, micro, keys, place)
             # The noisy copy, at whatever places this rank of a context-parallel group has.
             places = rank_positions(micro.tokens.shape[1], place.context).tolist()
-            for row, sample in enumerate(micro.ids.tolist()):
+            for row, (sample, epoch) in enumerate(zip(micro.ids.tolist(), micro.epochs.tolist(), strict=True)):
                 noisy = zip(places, made.tokens[row, : len(places)].tolist(), strict=True)
-                self._seen.setdefault((keys.step, micro.epoch, sample), {}).update(noisy)
+                self._seen.setdefault((keys.step, epoch, sample), {}).update(noisy)
             return made
 
         BlockDiffusion.training_inputs = note

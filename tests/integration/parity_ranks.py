@@ -37,7 +37,8 @@ def micro_batches(case: cases.Case, seed: int, groups, size: int = 1) -> list:
         sequences = Batch(
             ids=torch.arange(i, i + size),
             slots=torch.arange(i, i + size),
-            epoch=0,
+            epochs=torch.zeros(size, dtype=torch.int64),
+            source_keys=torch.zeros(size, dtype=torch.int64),
             tokens=batch["clean"][one],
             document_start=batch["document_start"][one].int(),
             positions=batch["positions"][one],

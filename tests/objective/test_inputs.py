@@ -34,7 +34,8 @@ def batch_of(sequences: list[set[int]], seed: int = 0) -> Batch:
     return Batch(
         ids=ids,
         slots=ids,
-        epoch=0,
+        epochs=torch.zeros_like(ids),
+        source_keys=torch.zeros_like(ids),
         tokens=tokens.view_as(document_start),
         document_start=document_start,
         positions=torch.arange(LENGTH) - document_start,

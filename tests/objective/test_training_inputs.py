@@ -21,7 +21,8 @@ CPU = torch.device("cpu")
 BATCH = Batch(
     ids=torch.arange(2),
     slots=torch.arange(2),
-    epoch=0,
+    epochs=torch.zeros(2, dtype=torch.int64),
+    source_keys=torch.zeros(2, dtype=torch.int64),
     tokens=torch.arange(2 * LENGTH).view(2, LENGTH),
     document_start=torch.zeros(2, LENGTH, dtype=torch.int32),
     positions=torch.arange(LENGTH).expand(2, -1),
@@ -82,7 +83,8 @@ def many(sequences: int, first: int = 0) -> Batch:
     return Batch(
         ids=ids,
         slots=torch.arange(sequences),
-        epoch=0,
+        epochs=torch.zeros_like(ids),
+        source_keys=torch.zeros_like(ids),
         tokens=BATCH.tokens[:1].expand(sequences, -1),
         document_start=BATCH.document_start[:1].expand(sequences, -1),
         positions=BATCH.positions[:1].expand(sequences, -1),

@@ -27,7 +27,8 @@ def sequences(count: int, length: int) -> Batch:
     return Batch(
         ids=torch.arange(count),
         slots=torch.arange(count),
-        epoch=0,
+        epochs=torch.zeros(count, dtype=torch.int64),
+        source_keys=torch.zeros(count, dtype=torch.int64),
         tokens=torch.randint(0, 50, (count, length), generator=torch.Generator().manual_seed(0)),
         document_start=torch.zeros(count, length, dtype=torch.int32),
         positions=torch.arange(length).expand(count, -1),

@@ -131,7 +131,7 @@ def batch_of(tokens):
     ids, start = torch.arange(count), torch.zeros(count, length, dtype=torch.int32)
     positions = torch.arange(length).expand(count, -1)
     counted = torch.ones(count, length, dtype=torch.bool)
-    return Batch(ids, ids, 0, tokens, start, positions, counted, ~counted)
+    return Batch(ids, ids, 0 * ids, 0 * ids, tokens, start, positions, counted, ~counted)
 
 
 def nll(model, block):

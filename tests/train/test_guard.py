@@ -14,7 +14,7 @@ from bd3_scale.train.guard import Guard
 
 
 def result(loss, *, applied=True):
-    return StepResult(loss, (loss,), 1.0 if applied else math.inf, 0.1, 1.0, applied)
+    return StepResult(loss, ((loss, 1),), 1.0 if applied else math.inf, 0.1, 1.0, applied)
 
 
 def keys():
