@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_scale.diffusion.noise import Noise, draw_copies, draw_noise
+from bd3_scale.diffusion.noise import Noise, draw_block_sizes, draw_copies, draw_embedding_noise, draw_noise
 from bd3_scale.diffusion.schedule import Schedule
 
 SEED = 2**62 + 12345
@@ -117,6 +117,25 @@ def test_any_split_of_the_batch_draws_the_same(batch: int, seq_len: int, block_s
             assert torch.equal(noise.mask_rate, whole.mask_rate[part])
 
 
+def test_each_sequence_has_the_noise_of_its_own_epoch_and_source() -> None:
+    """As if it were drawn alone; a source without a key has that of a data set that is alone."""
+    starts, ids = block_starts(4, 64, 8), torch.tensor([5, 5, 5, 9])
+    epochs, keys = torch.tensor([3, 3, 0, 3]), torch.tensor([0, 2**62 + 5, 0, 0])
+    mixed = {"sample_ids": ids, "epoch": epochs, "source_keys": keys}
+    noise = draw(starts, **mixed)
+    sizes = draw_block_sizes(choices=1000, seed=SEED, **mixed)
+    vectors = draw_embedding_noise(seq_len=64, seed=SEED, copies=2, rows=1000, **mixed)
+    for row in range(4):
+        own = {"sample_ids": ids[row : row + 1], "epoch": int(epochs[row]), "seed": SEED ^ int(keys[row])}
+        alone = draw(starts[:1], **own)
+        assert torch.equal(noise.masked[row], alone.masked[0])
+        assert torch.equal(noise.mask_rate[row], alone.mask_rate[0])
+        assert sizes[row] == draw_block_sizes(choices=1000, **own)[0]
+        assert torch.equal(vectors[:, row], draw_embedding_noise(seq_len=64, copies=2, rows=1000, **own)[:, 0])
+    assert not torch.equal(noise.masked[0], noise.masked[1])
+    assert not torch.equal(noise.masked[0], noise.masked[2])
+
+
 def test_everything_that_should_change_the_noise_does() -> None:
     starts = block_starts(2, 512, 8)
     base = draw(starts)
@@ -124,6 +143,7 @@ def test_everything_that_should_change_the_noise_does() -> None:
         draw(starts, first_sample=2),
         draw(starts, epoch=4),
         draw(starts, seed=SEED + 1),
+        draw(starts, source_keys=torch.tensor([7, 7])),
         draw(starts, draw=1, num_draws=2),
     ]
     for other in others:

@@ -93,6 +93,22 @@ def test_a_run_goes_on_on_more_ranks_and_with_other_stages_to_come(place, whole)
     assert "data.stages: the first 8 steps are {'code': 0.3, 'web': 0.7} until 4" in said
 
 
+def test_a_run_is_measured_and_replayed(place, whole):
+    said = " ".join(forks.bd3_scale("evaluate", "whole", cwd=place, returncode=2).split())
+    assert "trained on several data sets: name one of them with --data (web, code, math)" in said
+    (found,) = json.loads(forks.bd3_scale("evaluate", "whole", "--data", "code", "--draws", 2, "--json", cwd=place))
+    (recorded,) = [
+        record["nelbo_source_code"] for record in records(whole[1]) if record["step"] == 8 and "nelbo" in record
+    ]
+    assert found["nelbo"] == pytest.approx(recorded, rel=1e-5)
+    assert forks.bd3_scale("generate", "whole", "--prompt", "The ", "--max-new-tokens", 8, cwd=place)
+    replayed = json.loads(forks.bd3_scale("replay", "whole", "--step", 6, cwd=place))
+    assert replayed["same"] is True
+    keys = replayed["keys"]
+    assert len(keys["sources"]) == len(keys["epochs"]) == len(keys["sample_ids"]) == 8
+    assert set(keys["sources"]) == {"web", "math"}
+
+
 def test_what_does_not_go_together_is_refused(place):
     prepare([place / "texts"], place / "short", load_tokenizer("bytes"), 32, holdout=0, workers=1, progress=False)
     once = [{**SOURCES[0]}, {**SOURCES[1], "max_epochs": 0.05}]

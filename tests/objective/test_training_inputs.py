@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -75,6 +76,22 @@ def test_next_token_prediction_sees_no_mask(inputs_of) -> None:
     assert torch.equal(inputs.tokens, BATCH.tokens)
     assert inputs.num_noisy == 0
     assert inputs.targets.tolist() == [t for row in BATCH.tokens.tolist() for t in row[1:]]
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"block_size": 16, "block_size_choices": [4, 8, 16]}, {"mask_noise_std": 0.5, "mask_noise_steps": 4}]
+)
+def test_each_sequence_has_the_noise_of_its_source_and_epoch(inputs_of, how) -> None:
+    """Two sequences of one number, one after the other as if each were alone."""
+    ids = torch.zeros(2, dtype=torch.int64)
+    mixed = replace(BATCH, ids=ids, epochs=torch.tensor([0, 3]), source_keys=torch.tensor([0, 2**61]))
+    both = inputs_of(0, mixed, **how)
+    alone = [inputs_of(0, mixed.take(torch.tensor([row])), **how) for row in range(2)]
+    assert torch.equal(both.tokens, torch.cat([one.tokens for one in alone]))
+    if both.mask_noise is not None:
+        assert torch.equal(both.mask_noise.rows, torch.cat([one.mask_noise.rows for one in alone]))
+    for changed in ({"epochs": ids}, {"source_keys": ids}):
+        assert not torch.equal(inputs_of(0, replace(mixed, **changed), **how).tokens[1], both.tokens[1])
 
 
 def many(sequences: int, first: int = 0) -> Batch:

@@ -45,6 +45,7 @@ def recipe(**changes: object) -> Recipe:
 FOUR_LAYERS = {"model__num_layers": 4, "parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
 FOUR_GROUPS = {"model__num_query_groups": 4, "parallel__tensor": 4, "parallel__sequence": True}
 ONE_BLOCK = {"diffusion__block_size": 64, "data__isolate_documents": False}
+TWO_SOURCES = {"data__path": "", "data__sources": [{"name": name, "path": name} for name in ("a", "b")]}
 
 
 def problems(r: Recipe, world_size: int = 1, document_multiple: int | None = 32) -> tuple[str, ...]:
@@ -109,6 +110,30 @@ def test_names_that_nothing_has_are_refused_with_the_nearest_before_any_rule() -
             ["document_multiple=32", "--document-multiple 64", "isolate_documents=false"],
         ),
         ({"data__cache_limit": "1gb"}, 1, ["cache_limit=1gb", "data.remote"]),
+        ({"data__path": ""}, 1, ["data.path", "is missing", "data.sources"]),
+        (
+            {"data__sources": [{"name": "a", "path": "a", "weight": 1}]},
+            1,
+            ["data.path and data.remote", "leave them out"],
+        ),
+        ({"data__path": "", "data__sources": [{"name": "a", "path": "a"}]}, 1, ["a has no weight", "data.stages"]),
+        ({"data__path": "", "data__sources": [{"name": "a", "path": "a", "weight": 1}] * 2}, 1, ["a, a", "rename one"]),
+        (
+            {**TWO_SOURCES, "data__stages": [{"until": 5, "weights": {"a": 1}}, {"until": 5, "weights": {"b": 1}}]},
+            1,
+            ["`until` is 5, 5", "last one has none"],
+        ),
+        ({**TWO_SOURCES, "data__stages": [{"weights": {"a": 1, "c": 1}}]}, 1, ["stages.0.weights.c", "they are a, b"]),
+        ({**TWO_SOURCES, "data__stages": [{"weights": {}}]}, 1, ["stages.0.weights: is empty"]),
+        (
+            {
+                "data__path": "",
+                "data__sources": [{"name": "a", "path": "a", "weight": 1}],
+                "data__stages": [{"weights": {"a": 1}}],
+            },
+            1,
+            ["a has a weight beside"],
+        ),
         ({"train__recompute": "full", "train__recompute_layers": 3}, 1, ["recompute_layers=3", "2 layers", "lower"]),
         ({"optimizer__warmup_steps": 11}, 1, ["warmup_steps=11", "steps=10"]),
         ({"optimizer__decay_steps": 2}, 1, ["decay_steps=2", "wsd", "cosine"]),
