@@ -63,8 +63,10 @@ class NodeCache:
         """Return the bytes below which shards are fetched again and again: of every canonical node the window in use
         and the next, and the shard that they begin in.
         """
-        window = window_of_node(shuffle_window, self.global_batch_size)
-        read = self.canonical_nodes * (2 * window * self.sizes.sequence + self.sizes.largest)
+        windows = 2 * window_of_node(shuffle_window, self.global_batch_size) * self.sizes.sequence
+        # Whole ones, or two would take turns where a window is less.
+        shards = math.ceil(windows / self.sizes.largest) + 1
+        read = self.canonical_nodes * shards * self.sizes.largest
         return self.sizes.beside + min(read, self.sizes.total)
 
     def fitting(self, cache_limit: str) -> int | None:

@@ -162,8 +162,10 @@ def test_the_first_batch_is_cheap_at_billions_of_sequences():
 
 @pytest.mark.parametrize("batch", [1024, 1000, 1023])
 @pytest.mark.parametrize("machines", [1, 8, 64])
-def test_a_machine_fetches_its_shards_once_with_the_cache_that_it_is_told(batch, machines):
-    shards, per_shard, window = np.full(2048, 64), 64, 1 << 15
+@pytest.mark.parametrize("window", [1 << 15, 1 << 10])
+def test_a_machine_fetches_its_shards_once_with_the_cache_that_it_is_told(batch, machines, window):
+    """Also where a window is less than a shard."""
+    shards, per_shard = np.full(4096, 32), 32
     slots = np.arange(machines // 2 * batch // machines, (machines // 2 + 1) * batch // machines)
     order = WindowOrder(shards, batch, slots, shuffle_window=window, seed=1)
     ids = np.concatenate([order.at(step).ids for step in range(order.steps_per_epoch)])
@@ -173,7 +175,8 @@ def test_a_machine_fetches_its_shards_once_with_the_cache_that_it_is_told(batch,
     touched = len(np.unique(used))
     assert touched <= 1.05 * len(shards) * len(slots) / batch + nodes
     assert _misses(used, round(cache)) <= 1.05 * touched
-    assert _misses(used, round(cache / 4)) > 5 * touched
+    if window > 64 * per_shard:
+        assert _misses(used, round(cache / 4)) > 5 * touched
 
 
 def _misses(shards: np.ndarray, room: int) -> int:

@@ -57,6 +57,7 @@ def save(training: Training, step: int, folder: Path) -> None:
         world_size=dist.get_world_size(),
         states=training.engine.zero.names,
         intervals=training.state.intervals,
+        data_order=training.state.order,
     )
     keep = training.run.recipe.checkpoint
     save_boxes(
