@@ -27,7 +27,8 @@ import numpy as np
 
 from bd3_scale.data.manifest import Manifest
 from bd3_scale.data.order import Ints, NodeOrder, Sequences, node_slots, nodes_of
-from bd3_scale.recipe.schema import DataRecipe, MixtureStage, Recipe
+from bd3_scale.recipe.data import DataRecipe, MixtureStage
+from bd3_scale.recipe.schema import Recipe
 
 # Up to it, products with the phases' denominator stay within int64.
 _WHOLE = 1 << 26

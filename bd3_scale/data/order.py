@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bd3_scale.recipe.schema import PositiveInt, Section
+from bd3_scale.recipe.section import PositiveInt, Section
 
 CANONICAL_NODES = 64
 Ints = NDArray[np.int64]

@@ -6,70 +6,27 @@ machine (world size, data-parallel degree) from the launcher: neither is stored 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 
+from bd3_scale.recipe.data import DataRecipe as DataRecipe
+from bd3_scale.recipe.data import DataSource as DataSource
+from bd3_scale.recipe.data import MixtureStage as MixtureStage
+from bd3_scale.recipe.section import NAME as NAME
+from bd3_scale.recipe.section import NonNegativeFloat as NonNegativeFloat
+from bd3_scale.recipe.section import NonNegativeInt as NonNegativeInt
+from bd3_scale.recipe.section import PositiveFloat as PositiveFloat
+from bd3_scale.recipe.section import PositiveInt as PositiveInt
+from bd3_scale.recipe.section import RecipeError as RecipeError
+from bd3_scale.recipe.section import Section as Section
+from bd3_scale.recipe.section import Share as Share
+from bd3_scale.recipe.section import without_controls as without_controls
 from bd3_scale.registry import MODULE_NAME
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "selective", "full"]
-# Of a run.
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]
-
-
-# C0, DEL, C1, the line and paragraph separators, and halves of a pair, which are what a byte that is no UTF-8 becomes.
-_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
-
-
-def without_controls(text: str) -> str:
-    """Return `text`. ValueError: it holds a control character, which scripts and terminals take for more than text."""
-    if found := _CONTROL.search(text):
-        raise ValueError(f"must be text without control characters (here U+{ord(found[0]):04X})")
-    return text
-
-
-class RecipeError(ValueError):
-    """What is wrong with a recipe: every problem that was found, one line each."""
-
-    def __init__(self, problems: Sequence[str], source: str = "recipe") -> None:
-        self.problems = tuple(problems)
-        separator = "\n  - " if len(self.problems) > 1 else " "
-        super().__init__(f"{source}:" + "".join(separator + problem for problem in self.problems))
-
-
-class Section(BaseModel):
-    """A frozen part of the recipe; an unknown key is an error, and so is a value that would need a conversion, or text
-    with a control character.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _text_is_data(cls, value: Any) -> Any:
-        for text in _texts(value):
-            without_controls(text)
-        return value
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All text in the value of a field; sections in it have seen to theirs."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _texts((*value.keys(), *value.values()))
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _texts(item)
 
 
 class RopeScaling(Section):
@@ -180,85 +137,6 @@ class DiffusionRecipe(Section):
     def mask_noise_at(self, step: int) -> float:
         """Standard deviation of the noise on mask embeddings in the step that follows `step` finished ones."""
         return self.mask_noise_std * max(0.0, 1 - step / self.mask_noise_steps) if self.mask_noise_steps else 0.0
-
-
-class DataSource(Section):
-    """One of several data sets that batches are mixed of."""
-
-    name: str = Field(pattern=NAME, description="keys its order and its noise: it stays for as long as the run does")
-    path: str = Field(description="as data.path")
-    remote: str | None = Field(None, description="as data.remote")
-    weight: PositiveFloat | None = Field(
-        None, description="share of the sequences, relative to those of the others; data.stages have them otherwise"
-    )
-    max_epochs: PositiveFloat | None = Field(None, description="a run that would see its sequences more often ends")
-
-
-class MixtureStage(Section):
-    """Weights of the sources in a range of steps."""
-
-    until: PositiveInt | None = Field(None, description="its last step; of the last stage none")
-    weights: dict[str, PositiveFloat] = Field(description="by source, relative to each other; others take no part")
-
-
-class DataRecipe(Section):
-    """Sharded token sequences as `bd3-scale data prepare` writes them."""
-
-    path: str = Field("", description="folder of the shards, or of the node-local cache when `remote` is set")
-    sources: Annotated[tuple[DataSource, ...], Field(strict=False)] = Field(
-        (), description="in place of path and remote: data sets of one tokeniser to mix"
-    )
-    stages: Annotated[tuple[MixtureStage, ...], Field(strict=False)] = Field(
-        (), description="weights of the sources one after the other; default: each source's weight in all steps"
-    )
-    remote: str | None = Field(None, description="folder or object store that MosaicML streaming reads from")
-    cache_limit: str | None = Field(
-        None,
-        pattern=r"(?i)^\d+(\.\d+)?[kmgt]b$",
-        description="bound on the node-local cache, such as 100gb, of sources on that of each; needs `remote`",
-    )
-    seq_len: PositiveInt = Field(description="L, data tokens a sequence; must equal what was prepared")
-    isolate_documents: bool = Field(True, description="documents packed in one sequence do not see each other")
-    shuffle: bool = True
-    shuffle_window: PositiveInt | None = Field(
-        None,
-        description="sequences that change places with each other at a time, over all machines; the more, the more of "
-        "remote data each machine keeps; default: what fits into cache_limit on one machine, 65536 to 1048576",
-    )
-    num_workers: NonNegativeInt = Field(1, description="loader processes a rank")
-
-    @property
-    def by_source(self) -> dict[str, DataRecipe]:
-        """Each source as if it were alone, by its name; a recipe without sources is one that has no name."""
-        alone = {"sources": (), "stages": ()}
-        own = {s.name: self.model_copy(update={**alone, "path": s.path, "remote": s.remote}) for s in self.sources}
-        return own or {"": self}
-
-    @property
-    def first_source(self) -> DataRecipe:
-        """The first source as if it were alone: all have one tokeniser."""
-        return next(iter(self.by_source.values()))
-
-    @property
-    def mixture(self) -> tuple[MixtureStage, ...]:
-        """The weights of the sources, stage by stage; empty without sources."""
-        weights = {source.name: source.weight for source in self.sources if source.weight is not None}
-        return self.stages or ((MixtureStage(weights=weights),) if weights else ())
-
-    def mixed_before(self, step: int) -> tuple[MixtureStage, ...]:
-        """The stages of the first `step` steps, the last one ending there; empty without sources."""
-        found: list[MixtureStage] = []
-        for stage in self.mixture:
-            if step == (found[-1].until if found else 0):
-                break
-            until = step if stage.until is None else min(stage.until, step)
-            found.append(MixtureStage(until=until, weights=stage.weights))
-        return tuple(found)
-
-    def used_before(self, step: int) -> tuple[str, ...]:
-        """The sources that the first `step` steps read, sorted; the one without a name where it is alone."""
-        used = {name for stage in self.mixed_before(step) for name in stage.weights}
-        return tuple(sorted(used)) if self.sources else ("",)
 
 
 class ParameterGroup(Section):
