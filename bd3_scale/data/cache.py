@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bd3_scale.data.index import SHARD_LIMIT
 from bd3_scale.data.order import node_slots, nodes_of, window_of_node
 
 # Of `data.shuffle_window` where a recipe leaves it out, in sequences; see `default_window`.
 DEFAULT_WINDOW = 1 << 20
 LEAST_DEFAULT = 1 << 16
-# Of shards that nobody has made yet; `prepare` ends one there.
-_SHARD_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class ShardSizes:
     @classmethod
     def expected(cls, seq_len: int, num_ids: int) -> ShardSizes:
         """Return those of data that are not here: tokens alone, in shards as large as `prepare` makes them."""
-        return cls(seq_len * (2 if num_ids <= 1 << 16 else 4), _SHARD_BYTES)
+        return cls(seq_len * (2 if num_ids <= 1 << 16 else 4), SHARD_LIMIT // 4)
 
 
 @dataclass(frozen=True)

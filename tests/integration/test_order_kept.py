@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from bd3_scale.data import prepare as prepare_module
+from bd3_scale.data import split_writer
 from bd3_scale.data.cache import LEAST_DEFAULT
 from bd3_scale.data.order import WindowOrder
 from bd3_scale.data.prepare import prepare
@@ -25,7 +25,7 @@ def place(tmp_path_factory):
     """A recipe beside data of many small shards."""
     folder = tmp_path_factory.mktemp("order")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "SHARD_BYTES", 1 << 13)
+        patch.setattr(split_writer, "SHARD_BYTES", 1 << 13)
         texts = write_topics(folder / "texts")
         prepare([texts], folder / "data", load_tokenizer("bytes"), 64, holdout=0.1, workers=1, progress=False)
     write_recipe(folder / "recipe.yaml")
