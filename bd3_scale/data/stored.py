@@ -64,8 +64,8 @@ def stored_data(names: Iterable[str]) -> Iterator[StoredData]:
     """Yield the data that a person names: by their folder, their address, or a recipe that trains on them."""
     for name in names:
         if Path(name).suffix in RECIPES:
-            recipe = load_recipe(name).data
-            yield StoredData(recipe.remote or recipe.path)
+            for source in load_recipe(name).data.by_source.values():
+                yield StoredData(source.remote or source.path)
         else:
             yield StoredData(name.rstrip("/") or name)
 

@@ -211,6 +211,9 @@ def test_data_may_be_a_recipe_or_lie_in_an_object_store(
     assert statistics(there, "train").summary() == statistics(here, "train").summary()
     assert list(problems(there)) == []
     assert waste_note(there) == waste_note(here)
+    sources = "sources: [{name: a, path: here, weight: 1}, {name: b, path: c, remote: 's3://b', weight: 1}]"
+    recipe.write_text(recipe.read_text().replace(f"path: cache, remote: 's3://bucket/{prepared.name}'", sources))
+    assert [source.place for source in stored_data([str(recipe)])] == ["here", "s3://b"]
 
 
 # ---- verify
