@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bd3_scale.data.ahead import fetched_ahead
 from bd3_scale.data.batch import Batch, collate
 from bd3_scale.data.cache import CANONICAL_NODES, SHUFFLE_BLOCK_SAMPLES
 from bd3_scale.data.loader import Workers
@@ -69,6 +70,11 @@ class TrainingStream(Iterator[Batch]):
             self._order = epoch, self._steps.order(epoch)
         return epoch, self._order[1][first].tolist()
 
+    @property
+    def downloads_per_shard(self) -> float | None:
+        """Return what `Shards.downloads_per_shard` says; None without a remote."""
+        return self._steps.shards.downloads_per_shard if self._steps.shards.has_remote else None
+
     def __next__(self) -> Batch:
         return next(self._batches)
 
@@ -101,24 +107,29 @@ class _Steps:
     ) -> None:
         per_rank = global_batch_size // dp_size
         self._slots = np.arange(dp_rank * per_rank, (dp_rank + 1) * per_rank)
-        self._shards, self._data, self._global_batch_size = shards, data, global_batch_size
+        self.shards, self._data, self._global_batch_size = shards, data, global_batch_size
         self._seed, self._step = seed, step
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Return the order of an epoch; see `epoch_order`."""
-        counts = self._shards.samples_per_shard
+        counts = self.shards.samples_per_shard
         return epoch_order(counts, self._global_batch_size, self._seed, epoch, self._data.shuffle)
 
     def batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
+        for epoch, ids in fetched_ahead(self.shards, self._places(worker, num_workers), len(self._slots)):
+            samples = [self.shards[int(i)] for i in ids]
+            yield collate(samples, ids, self._slots, epoch, self._data.isolate_documents)
+
+    def _places(self, worker: int, num_workers: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield epoch and sample ids of each batch, without end."""
         step = self._step + worker
         while True:
-            epoch, first = divmod(step, len(self._shards) // self._global_batch_size)
+            epoch, first = divmod(step, len(self.shards) // self._global_batch_size)
             order = self.order(epoch)
             mine = order[first::num_workers, self._slots]
             del order
             for ids in mine:
-                samples = [self._shards[int(i)] for i in ids]
-                yield collate(samples, ids, self._slots, epoch, self._data.isolate_documents)
+                yield epoch, ids
             step += num_workers * len(mine)
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from operator import attrgetter
 from typing import Any
 
+from bd3_scale.recipe.data_checks import data_problems
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
 from bd3_scale.registry import Registry, attention_backends, objectives, optimizers, schedules
@@ -78,11 +79,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
             *_block_size_problems(block_size, recipe.data, None),
         )
     )
-    if recipe.data.cache_limit is not None and recipe.data.remote is None:
-        problems.append(
-            f"data.cache_limit={recipe.data.cache_limit} bounds the cache of a remote, and data.remote is not set: "
-            "set data.remote, or leave data.cache_limit out"
-        )
+    problems += data_problems(recipe)
     if problems:
         raise RecipeError(problems)
 

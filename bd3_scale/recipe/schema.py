@@ -21,6 +21,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "selective", "full"]
+DATA_RETRY_MINUTES = 30.0
 # Of a run.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]
@@ -192,6 +193,9 @@ class DataRecipe(Section):
         pattern=r"(?i)^\d+(\.\d+)?[kmgt]b$",
         description="bound on the node-local cache, such as 100gb; needs `remote`",
     )
+    retry_minutes: NonNegativeFloat = Field(
+        DATA_RETRY_MINUTES, description="for which a `remote` that is away is asked again, before the run ends"
+    )
     seq_len: PositiveInt = Field(description="L, data tokens a sequence; must equal what was prepared")
     isolate_documents: bool = Field(True, description="documents packed in one sequence do not see each other")
     shuffle: bool = True
@@ -340,6 +344,13 @@ class Deadlines(Section):
     step: PositiveFloat = 600
     checkpoint: PositiveFloat = 1800
     evaluation: PositiveFloat = 3600
+    data: PositiveFloat | None = Field(
+        None, description="while a rank waits for its batch; default: 15 minutes more than data.retry_minutes"
+    )
+
+    def by_phase(self, data: DataRecipe) -> dict[str, float]:
+        """Return the seconds of each phase of a run that reads `data`."""
+        return self.model_dump() | {"data": self.data or 60 * (data.retry_minutes + 15)}
 
 
 class LaunchRecipe(Section):

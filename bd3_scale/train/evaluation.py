@@ -9,6 +9,7 @@ from bd3_scale.data.stream import held_out_batches
 from bd3_scale.diffusion.interval import Interval, IntervalSearch
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.parallel.collective import on_rank_zero
+from bd3_scale.train.inputs import waited_for
 from bd3_scale.train.setup import Training
 
 
@@ -55,7 +56,7 @@ def _held_out(training: Training, block_size: int) -> HeldOut:
     )
     return evaluate_nelbo(
         training.engine.chunks,
-        batches,
+        waited_for(batches, training.run.heartbeat),
         groups,
         objective=training.run.objective.at(block_size),
         draws=recipe.evaluation.draws,

@@ -30,10 +30,11 @@ from bd3_scale.recipe.checks import check_against_data
 from bd3_scale.recipe.load import recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.files import check_writable, remove_aside, write_atomically
+from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.secret import SECRET_FILE
 from bd3_scale.resilience.signals import ended_by_signals
-from bd3_scale.train.inputs import InputsAhead
+from bd3_scale.train.inputs import InputsAhead, waited_for
 from bd3_scale.train.resume import DATA_FILE, Start
 from bd3_scale.train.state import TrainState
 from bd3_scale.train.tiles import settle_tiles
@@ -48,6 +49,7 @@ class Run:
     data_hash: str
     groups: ProcessGroups
     folder: Path
+    heartbeat: Heartbeat
 
     @property
     def checkpoints(self) -> Path:
@@ -75,9 +77,19 @@ class Training:
         intervals = dict(self.state.intervals)
         return {"seed": self.run.recipe.seed, "epoch": epoch, "sample_ids": ids, "intervals": intervals}
 
+    def data_gauges(self) -> dict[str, float]:
+        """Return what the data cost: for how many seconds this rank waited for the batch of the last step, and from a
+        remote how often each shard has come to this node.
+        """
+        downloads = self.stream.downloads_per_shard
+        found = {} if downloads is None else {"data/downloads_per_shard": downloads}
+        return found | {"data/wait_seconds": self.inputs.waited}
 
-def open_run(recipe: Recipe, stack: ExitStack) -> Run:
+
+def open_run(recipe: Recipe, stack: ExitStack, heartbeat: Heartbeat) -> Run:
     """Meet the other ranks, agree with them on recipe and data, and check that these fit together (collective).
+
+    heartbeat: of this process, which tells from here on when it waits for data.
 
     Raises:
         ValueError, OSError: they do not, or the data cannot be read.
@@ -86,10 +98,14 @@ def open_run(recipe: Recipe, stack: ExitStack) -> Run:
     _set_deterministic(recipe.deterministic)
     # Nothing could be saved before ranks have met, and while they wait for each other they hear no handler.
     secret = recipe.run_path / SECRET_FILE
+    patience = recipe.data.retry_minutes if recipe.data.remote is not None else 0
     with ended_by_signals():
-        groups = stack.enter_context(process_groups(recipe.parallel, agree=_agreed(recipe), secret_file=secret))
-    data = load_manifest(recipe.data.path, recipe.data.remote)
-    run = Run(recipe, data, data_hash(data), groups, recipe.run_path)
+        groups = stack.enter_context(
+            process_groups(recipe.parallel, agree=_agreed(recipe), secret_file=secret, data_minutes=patience)
+        )
+    with heartbeat.during("data"):
+        data = load_manifest(recipe.data.path, recipe.data.remote, retry_minutes=recipe.data.retry_minutes)
+    run = Run(recipe, data, data_hash(data), groups, recipe.run_path, heartbeat)
     _check_against_data(run)
     return run
 
@@ -111,7 +127,7 @@ def open_training(run: Run, start: Start | None) -> Training:
         seed=recipe.seed,
         step=state.step,
     )
-    inputs = InputsAhead(run.objective, recipe, stream, run.groups, state)
+    inputs = InputsAhead(run.objective, recipe, waited_for(stream, run.heartbeat), run.groups, state)
     return Training(run, engine, stream, inputs, state)
 
 
