@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -215,8 +216,10 @@ def parse_manifest(place: Path | str, content: bytes) -> Manifest:
 
 
 def _fetch(remote: str, folder: Path, minutes: float) -> None:
-    from bd3_scale.data.remote import fetch
+    from bd3_scale.data.mosaicml import CloudDownloader
+    from bd3_scale.data.remote import fetch, patiently
 
+    downloader = patiently(functools.partial(CloudDownloader.get, remote), remote, minutes)
     contents: dict[str, bytes] = {}
     with temporary_folder("fetched") as aside:
 
@@ -227,7 +230,7 @@ def _fetch(remote: str, folder: Path, minutes: float) -> None:
                 contents[name] = content
                 return parse(place, content)
 
-            return fetch(place, aside / name, kept, INDEX_LIMIT, minutes)
+            return fetch(place, aside / name, kept, INDEX_LIMIT, minutes, downloader)
 
         manifest = fetched(MANIFEST_FILE, parse_manifest)
         for name in (os.path.join(split, INDEX_FILE) for split in manifest.splits):

@@ -8,11 +8,10 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, stop_any
-from tenacity.wait import wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, stop_any, wait_exponential, wait_random
 
 from bd3_scale.resilience.readers import in_one_line, read_regular
 from bd3_scale.resilience.terminal import tell
@@ -100,7 +99,7 @@ def patiently(action: Callable[[], T], place: str, minutes: float) -> T:
 
     retrying = Retrying(
         retry=retry_if_exception(may_pass),
-        wait=wait_exponential_jitter(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, jitter=FIRST_PAUSE_SECONDS),
+        wait=wait_exponential(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS) + wait_random(0, FIRST_PAUSE_SECONDS),
         stop=stop_any(stop_after_delay(60 * minutes), lambda _: _AWAY.seconds() > 60 * minutes),
         before_sleep=failed,
         reraise=True,
@@ -120,16 +119,20 @@ def patiently(action: Callable[[], T], place: str, minutes: float) -> T:
     return found
 
 
-def fetch(place: str, local: Path, parse: Callable[[bytes], T], limit: int, minutes: float) -> T:
+def fetch(place: str, local: Path, parse: Callable[[bytes], T], limit: int, minutes: float, downloader: Any) -> T:
     """Return `parse` of the content of `place`, in a remote, which is left in `local`; see `patiently`.
 
-    `parse` raises ValueError where the content is damaged; one of more than `limit` bytes is.
+    `parse` raises ValueError where the content is damaged; one of more than `limit` bytes is. downloader: streaming's,
+    for that remote.
     """
-    from bd3_scale.data.mosaicml import CloudDownloader
 
     def once() -> T:
         local.unlink(missing_ok=True)
-        CloudDownloader.direct_download(place, str(local))
+        try:
+            downloader.download(place, str(local))
+        except BaseException:
+            downloader.clean_up()
+            raise
         check_came(place, local)
         try:
             return parse(read_regular(local, limit))
