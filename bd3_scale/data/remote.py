@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, stop_any, wait_exponential, wait_random
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_delay,
+    stop_any,
+    wait_exponential,
+    wait_random,
+)
 
 from bd3_scale.resilience.readers import in_one_line, read_regular
 from bd3_scale.resilience.terminal import tell
@@ -173,7 +181,9 @@ def what_to_mend(error: BaseException, place: str) -> OSError | ValueError | Non
         return error
     # Streaming's and botocore's words about a remote or an endpoint that is none, or a library that is missing.
     if names & _OWN_FAULTS or type(error) in (ValueError, ImportError, ModuleNotFoundError):
-        return ValueError(f"{place} cannot be read: {_said(error)}; correct data.remote, or credentials and their files")
+        return ValueError(
+            f"{place} cannot be read: {_said(error)}; correct data.remote, or credentials and their files"
+        )
     return None
 
 
@@ -184,7 +194,10 @@ def _answer(error: BaseException) -> tuple[int | None, str]:
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status if isinstance(status, int) else None, str(response.get("Error", {}).get("Code", ""))
     # requests, Azure, OCI, Google
-    found = (getattr(response, "status_code", None), *(getattr(error, n, None) for n in ("status_code", "status", "code")))
+    found = (
+        getattr(response, "status_code", None),
+        *(getattr(error, n, None) for n in ("status_code", "status", "code")),
+    )
     return next((int(value) for value in found if isinstance(value, int)), None), ""
 
 

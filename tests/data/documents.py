@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
 
 SEQ_LEN = 32
+
+
+def used_bytes(folder: Path) -> int:
+    """Of all files of a folder, from which others may go meanwhile."""
+    total = 0
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

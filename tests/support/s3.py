@@ -35,20 +35,24 @@ class Store:
     fault: str | None = None
     times: float = float("inf")  # of requests with that fault
     only: str = "shard"  # what is in their path
+    after: int = 0  # so many more of those that nothing happens to
     seconds: float = 0.2
     faults: int = 0
     gets: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fail(self, fault: str | None, times: float = float("inf"), only: str = "shard") -> None:
+    def fail(self, fault: str | None, times: float = float("inf"), only: str = "shard", after: int = 0) -> None:
         with self.lock:
-            self.fault, self.times, self.only = fault, times, only
+            self.fault, self.times, self.only, self.after = fault, times, only, after
 
     def next_fault(self, command: str, path: str) -> str | None:
         with self.lock:
             if self.fault is None or self.only not in path or self.times <= 0:
                 return None
             if self.fault == "truncated" and command == "HEAD":
+                return None
+            if self.after:
+                self.after -= 1
                 return None
             self.times -= 1
             self.faults += 1
@@ -58,9 +62,7 @@ class Store:
         """Put a prepared folder, without what was unpacked, under `name`; returns the remote."""
         for file in folder.rglob("*"):
             if file.is_file() and file.suffix != ".mds":
-                self.client.put_object(
-                    Bucket=BUCKET, Key=f"{name}/{file.relative_to(folder)}", Body=file.read_bytes()
-                )
+                self.client.put_object(Bucket=BUCKET, Key=f"{name}/{file.relative_to(folder)}", Body=file.read_bytes())
         return f"s3://{BUCKET}/{name}"
 
     def upload_copy(self, name: str, other: str) -> str:
