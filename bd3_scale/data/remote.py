@@ -1,10 +1,9 @@
-"""Patience with a remote that is away: what fails for a while is tried again, what a person must mend is told at once."""
+"""Patience with a remote that is away: some failures pass and are tried again, others a person must mend at once."""
 
 from __future__ import annotations
 
 import errno
 import mmap
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from tenacity import (
     Retrying,
     retry_if_exception,
     stop_after_delay,
-    stop_any,
     wait_exponential,
     wait_random,
 )
@@ -108,7 +106,7 @@ def patiently(action: Callable[[], T], place: str, minutes: float) -> T:
     retrying = Retrying(
         retry=retry_if_exception(may_pass),
         wait=wait_exponential(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS) + wait_random(0, FIRST_PAUSE_SECONDS),
-        stop=stop_any(stop_after_delay(60 * minutes), lambda _: _AWAY.seconds() > 60 * minutes),
+        stop=lambda state: stop_after_delay(60 * minutes)(state) or _AWAY.seconds() > 60 * minutes,
         before_sleep=failed,
         reraise=True,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bd3_scale.data import ahead, remote
+from bd3_scale.data import remote
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import TrainingStream

@@ -167,7 +167,7 @@ class _Proxy(BaseHTTPRequestHandler):
         for name, value in headers:
             if name.lower() not in ("content-length", "connection", "transfer-encoding"):
                 self.send_header(name, value)
-        length = dict((name.lower(), value) for name, value in headers).get("content-length", "0")
+        length = {name.lower(): value for name, value in headers}.get("content-length", "0")
         self.send_header("Content-Length", length if self.command == "HEAD" else str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
