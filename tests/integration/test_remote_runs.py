@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.data import prepare as prepare_module
+from bd3_scale.data import split_writer
+from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from tests.support import forks, s3
 from tests.support.programs import BD3_SCALE
@@ -23,9 +24,9 @@ STEPS, STEP_DEADLINE = 10, 5
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("remote")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "SHARD_BYTES", 2048)
+        patch.setattr(split_writer, "SHARD_BYTES", 2048)
         options = {"document_multiple": 32, "holdout": 0.1, "workers": 1, "progress": False}
-        prepare_module.prepare([write_topics(folder / "text")], folder / "data", load_tokenizer("bytes"), 64, **options)
+        prepare([write_topics(folder / "text")], folder / "data", load_tokenizer("bytes"), 64, **options)
     return folder / "data"
 
 
@@ -70,7 +71,9 @@ def test_an_outage_longer_than_a_step_may_take_is_no_hang(
     program = forks.Program(command, cwd=tmp_path, env=os.environ | store.environment())
     try:
         wait_for(lambda: records(run), 60)
-        wait_for(lambda: "waiting for data: s3://corpus/data/train/shard." in program.output(), 20)
+        log = run / "logs/rank1.log"  # whichever rank met it first
+        told = "waiting for data: s3://corpus/data/train/shard."
+        wait_for(lambda: told in program.output() + (log.read_text() if log.exists() else ""), 20)
         time.sleep(STEP_DEADLINE + 3)
         stalled = len(losses(run))
         store.fail(None)
