@@ -218,7 +218,7 @@ def _train(
 
     argv = [sys.executable, "-m", "bd3_scale.train", *options]
     threads = loaded.launch.threads or _default_threads(world_size)
-    deadlines = loaded.launch.deadlines.model_dump()
+    deadlines = loaded.launch.deadlines.by_phase(loaded.data)
     # A replay leaves the run directory alone.
     logs = None if options else loaded.run_path / "logs"
     raise typer.Exit(launch(argv, world_size, threads, logs, deadlines=deadlines, recipe=resolved_yaml(loaded)))

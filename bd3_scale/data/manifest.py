@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,7 +18,7 @@ from bd3_scale.data.chat import CHAT_TEMPLATE
 from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, parse_index, read_index
 from bd3_scale.data.packing import Packing
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
-from bd3_scale.recipe.schema import DataRecipe
+from bd3_scale.recipe.data import DATA_RETRY_MINUTES, DataRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import write_atomically
 from bd3_scale.resilience.leftovers import temporary_folder
@@ -26,6 +27,7 @@ from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 MANIFEST_FILE = "manifest.json"
 SplitName = Literal["train", "validation"]
 Count = Annotated[int, Field(ge=0)]
+T = TypeVar("T")
 
 
 class _Frozen(BaseModel):
@@ -217,17 +219,19 @@ def _digits(text: str) -> str:
 
 
 @reader("prepared data")
-def load_manifest(path: str | Path, remote: str | None = None) -> Manifest:
+def load_manifest(
+    path: str | Path, remote: str | None = None, *, retry_minutes: float = DATA_RETRY_MINUTES
+) -> Manifest:
     """Return the manifest of the prepared data in the folder `path`, with what the indices say of the shards.
 
     With `remote` (a folder or an object store that streaming reads), manifest, tokeniser and indices are fetched from
-    there into `path`, the node-local cache. Raises FileNotFoundError if there is no manifest or index, ValueError if
-    one is not valid or if the cache belongs to other data.
+    there into `path`, the node-local cache; see `patiently`. Raises FileNotFoundError if there is no manifest or index,
+    ValueError if one is not valid or if the cache belongs to other data, OSError as `patiently` does.
     """
     folder = Path(path)
     file = folder / MANIFEST_FILE
     if remote is not None:
-        _fetch(remote, folder)
+        _fetch(remote, folder, retry_minutes)
     elif not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; make the data with `bd3-scale data prepare`")
     manifest = parse_manifest(file, read_regular(file))
@@ -242,7 +246,12 @@ def load_manifest(path: str | Path, remote: str | None = None) -> Manifest:
 
 def load_sources(data: DataRecipe) -> Manifest:
     """Return what the data of a recipe say, `mixed` where they are several. Raises as that and `load_manifest` do."""
-    return mixed({name: load_manifest(own.path, own.remote) for name, own in data.by_source.items()})
+    return mixed(
+        {
+            name: load_manifest(own.path, own.remote, retry_minutes=own.retry_minutes)
+            for name, own in data.by_source.items()
+        }
+    )
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
@@ -273,24 +282,32 @@ def parse_manifest(place: Path | str, content: bytes) -> Manifest:
         raise ValueError(f"{place} is not a valid manifest ({in_one_line(error)}); prepare the data again") from error
 
 
-def _fetch(remote: str, folder: Path) -> None:
+def _fetch(remote: str, folder: Path, minutes: float) -> None:
     from bd3_scale.data.mosaicml import CloudDownloader
+    from bd3_scale.data.remote import fetch, patiently
 
+    downloader = patiently(functools.partial(CloudDownloader.get, remote), remote, minutes)
     contents: dict[str, bytes] = {}
     with temporary_folder("fetched") as aside:
 
-        def fetch(name: str) -> str:
-            CloudDownloader.direct_download(os.path.join(remote, name), str(aside / name))
-            contents[name] = read_regular(aside / name, INDEX_LIMIT)
-            return os.path.join(remote, name)
+        def fetched(name: str, parse: Callable[[str, bytes], T]) -> T:
+            place = os.path.join(remote, name)
 
-        manifest = parse_manifest(fetch(MANIFEST_FILE), contents[MANIFEST_FILE])
+            def kept(content: bytes) -> T:
+                contents[name] = content
+                return parse(place, content)
+
+            return fetch(place, aside / name, kept, INDEX_LIMIT, minutes, downloader)
+
+        manifest = fetched(MANIFEST_FILE, parse_manifest)
         for name in (os.path.join(split, INDEX_FILE) for split in manifest.splits):
-            shards = parse_index(fetch(name), contents[name])
+            shards = fetched(name, parse_index)
             if (folder / name).is_file() and read_index(folder / name) != shards:
                 raise ValueError(f"{folder} caches other data than {remote} holds; empty it or choose another folder")
-        for name in (*TOKENIZER_FILES, *([CHAT_TEMPLATE] if manifest.messages else [])):
-            fetch(name)
+        for name in TOKENIZER_FILES:
+            fetched(name, lambda _, content: json.loads(content))
+        if manifest.messages:
+            fetched(CHAT_TEMPLATE, lambda _, content: content)
     # Every rank of a node does this, so that another one may be reading.
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

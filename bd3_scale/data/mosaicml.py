@@ -64,11 +64,22 @@ import streaming.base.shared.array as streaming_array  # noqa: E402
 from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
 from streaming.base.format import reader_from_json  # noqa: E402
 from streaming.base.hashing import get_hash  # noqa: E402
+from streaming.base.shared.array import SharedArray  # noqa: E402
 from streaming.base.shuffle import get_shuffle  # noqa: E402
 from streaming.base.storage.download import CloudDownloader  # noqa: E402
 from streaming.base.world import World  # noqa: E402
 
-__all__ = ["CloudDownloader", "MDSWriter", "Stream", "StreamingDataset", "get_hash", "get_shuffle", "reader_from_json"]
+__all__ = [
+    "CloudDownloader",
+    "Lock",
+    "MDSWriter",
+    "SharedArray",
+    "Stream",
+    "StreamingDataset",
+    "get_hash",
+    "get_shuffle",
+    "reader_from_json",
+]
 
 
 _PROCESS = ExitStack()
@@ -120,7 +131,7 @@ class _SharedFile:
             os.close(descriptor)
 
 
-class _Lock:
+class Lock:
     """A lock among the processes of a node, in place of the `FileLock` that streaming takes.
 
     That one would make the folder of a run again which has just ended.
@@ -148,7 +159,7 @@ class _Lock:
 
 
 streaming_dataset.get_shm_prefix = _claim_prefix
-streaming_dataset.FileLock = _Lock
+streaming_dataset.FileLock = Lock
 streaming_encodings._get_coder = functools.cache(streaming_encodings._get_coder)
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from bd3_scale.data.cache import ShardSizes
 from bd3_scale.data.index import INDEX_FILE, SHARD_LIMIT, read_index
 from bd3_scale.data.manifest import Manifest, SplitName
-from bd3_scale.data.mosaicml import Stream, StreamingDataset, get_hash
-from bd3_scale.recipe.schema import DataRecipe
+from bd3_scale.data.mosaicml import Lock, SharedArray, Stream, StreamingDataset, get_hash
+from bd3_scale.data.remote import DamagedError, check_came, patiently
+from bd3_scale.recipe.schema import DATA_RETRY_MINUTES, DataRecipe
 from bd3_scale.resilience.leftovers import own_folder
 from bd3_scale.resilience.readers import read_regular
 
@@ -39,7 +42,7 @@ def open_shards(data: DataRecipe, manifest: Manifest, split: SplitName) -> Shard
             f"data.seq_len={data.seq_len}, but {data.path} was prepared with seq_len={manifest.seq_len}; "
             f"set data.seq_len={manifest.seq_len} or prepare the text again"
         )
-    shards = _open(os.path.abspath(data.path), data.remote, data.cache_limit, split)
+    shards = _open(os.path.abspath(data.path), data.remote, data.cache_limit, split, data.retry_minutes)
     if len(shards) != counts.sequences:
         raise ValueError(
             f"{data.path}/{split} holds {len(shards)} sequences, but the manifest says {counts.sequences}; "
@@ -49,22 +52,54 @@ def open_shards(data: DataRecipe, manifest: Manifest, split: SplitName) -> Shard
 
 
 @functools.cache  # what streaming allocates lives until the process ends
-def _open(path: str, remote: str | None, cache_limit: str | None, split: SplitName) -> Shards:
-    return Shards(path, remote, cache_limit, split)
+def _open(path: str, remote: str | None, cache_limit: str | None, split: SplitName, retry_minutes: float) -> Shards:
+    return Shards(path, remote, cache_limit, split, retry_minutes)
 
 
 class Shards(StreamingDataset):
     """Random access to samples, dictionaries of numpy arrays. A shard is fetched, unpacked and compared with its hash
     when a process first touches it; one that was damaged since it was unpacked is unpacked anew. ValueError if it is
-    not what the index says even then.
+    not what the index says even then. A remote that is away is asked again for `retry_minutes`, see `patiently`.
     """
 
-    def __init__(self, path: str, remote: str | None, cache_limit: str | None, split: SplitName) -> None:
+    def __init__(
+        self,
+        path: str,
+        remote: str | None,
+        cache_limit: str | None,
+        split: SplitName,
+        retry_minutes: float = DATA_RETRY_MINUTES,
+    ) -> None:
         if remote is None:
             _check_folder(Path(path, split))
-        stream = _Stream(remote=remote, local=path, split=split, validate_hash=HASH)
+        stream = _Stream(remote=remote, local=path, split=split, validate_hash=HASH, download_retry=1)
+        stream.retry_minutes = retry_minutes
         super().__init__(streams=[stream], cache_limit=cache_limit, batch_size=1)
         self._verified: set[int] = set()
+        # Of all processes of the node: how often each shard has come from the remote, and whether one was read.
+        self._downloads = SharedArray(self.num_shards, np.uint32, f"{self._shm_prefix_int:06}_downloads")
+        self._read = SharedArray(self.num_shards, np.bool_, f"{self._shm_prefix_int:06}_read")
+        stream.downloads = self._downloads
+
+    @property
+    def has_remote(self) -> bool:
+        """Whether shards are fetched."""
+        return self.streams[0].remote is not None
+
+    @property
+    def downloads_per_shard(self) -> float | None:
+        """Return the downloads so far over the shards that were fetched or read, on this node; None before the first.
+
+        It is 1 where every shard came once; above, the cache is smaller than what is in use at a time.
+        """
+        downloads = self._downloads.numpy()
+        touched = int(((downloads > 0) | self._read.numpy()).sum())
+        return int(downloads.sum()) / touched if touched else None
+
+    def of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the shards that hold samples, each once, in the order of first need."""
+        shards = np.searchsorted(self.sample_offset_per_shard, sample_ids, side="right") - 1
+        return shards[np.sort(np.unique(shards, return_index=True)[1])]
 
     def __len__(self) -> int:
         return self.num_samples
@@ -84,15 +119,36 @@ class Shards(StreamingDataset):
             self.prepare_shard(shard_id)
             self._verify(shard_id)
             self._verified.add(shard_id)
+            self._read[shard_id] = True
         return super().get_item(sample_id, retry)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        self.streams[0].preparing.shard_id = shard_id
         try:
             super().prepare_shard(shard_id, blocking)
         except BaseException:
             # Streaming would leave the shard "being prepared", and every other process would wait for it for ever.
             self._shard_states[shard_id] = REMOTE_STATE
             raise
+
+    def is_away(self, shard_id: int) -> bool:
+        """Whether a shard is not here, and nobody on the node is fetching it."""
+        return bool(self._shard_states[shard_id] == REMOTE_STATE)
+
+    def make_room(self, unused_since: int) -> bool:
+        """Remove shards that nobody on the node has used since then, in `time.time_ns`, until two more fit, so that
+        another thread can fetch one, too; return whether they do.
+        """
+        if not self.cache_limit:
+            return True
+        most = self.cache_limit - 2 * self.max_shard_size_across_all_streams
+        with Lock(self._cache_filelock_path):
+            while self.cache_usage > most:
+                here = self._shard_states.numpy() == LOCAL_STATE
+                if self._shard_access_times.numpy()[here].min(initial=unused_since) >= unused_since:
+                    return False
+                self._evict_coldest_shard()
+        return True
 
     def _verify(self, shard_id: int) -> None:
         # Streaming checks what it unpacks; a file that a former run unpacked may have been damaged since.
@@ -124,7 +180,33 @@ class Shards(StreamingDataset):
 
 
 class _Stream(Stream):
-    """Unpacks so that runs which share a folder do not disturb each other, and throws damaged downloads away."""
+    """Unpacks so that runs which share a folder do not disturb each other, throws damaged downloads away, and is
+    patient with its remote.
+    """
+
+    retry_minutes: float
+    downloads: SharedArray
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # Of this process: not every downloader can be used by two threads.
+        self._one_by_one = threading.Lock()
+        self.preparing = threading.local()
+
+    def prepare_shard(self, shard: Any) -> int:
+        if self.remote is None:
+            return super().prepare_shard(shard)
+        packed = [info for info in shard.file_pairs[0] if info is not None][-1]
+        place = os.path.join(self.remote, self.split, packed.basename)
+        with self._one_by_one:
+            return patiently(functools.partial(super().prepare_shard, shard), place, self.retry_minutes)
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        local: str = super()._download_file(from_basename, to_basename)
+        check_came(os.path.join(self.remote or "", self.split, from_basename), Path(local))
+        # Nobody else counts here: a shard is prepared by one at a time.
+        self.downloads[self.preparing.shard_id] += 1
+        return local
 
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
         folder = Path(self.local, self.split or "")
@@ -152,7 +234,7 @@ class _Stream(Stream):
             if self.remote is not None:
                 os.remove(zip_filename)
             origin = self.remote or self.local
-            raise ValueError(
+            raise DamagedError(
                 f"{zip_filename} is damaged: {error}; copy {Path(origin, self.split, zip_info.basename)} again or "
                 f"prepare the data anew"
             ) from error

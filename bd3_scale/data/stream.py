@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bd3_scale.data.ahead import fetched_ahead
 from bd3_scale.data.batch import Batch, collate
 from bd3_scale.data.cache import default_window
 from bd3_scale.data.earlier_order import EarlierOrder
@@ -63,7 +64,7 @@ class TrainingStream(Iterator[Batch]):
                     f"global_batch_size={global_batch_size} exceeds the {len(own)} training sequences of "
                     f"{recipe.path}; choose a smaller one or prepare more text"
                 )
-        self._data, self._global_batch_size, self._seed = data, global_batch_size, seed
+        self._data, self._global_batch_size, self._seed, self._shards = data, global_batch_size, seed, shards
         self._samples_per_shard = {name: own.samples_per_shard for name, own in shards.items()}
         self._kind = order or new_order(data, list(shards.values()), global_batch_size)
         slots = np.arange(global_batch_size).reshape(dp_size, -1)[dp_rank]
@@ -91,6 +92,14 @@ class TrainingStream(Iterator[Batch]):
         if window is None:
             return EarlierOrder(counts, self._global_batch_size, slots, seed=self._seed)
         return WindowOrder(counts, self._global_batch_size, slots, **how)
+
+    @property
+    def downloads_per_shard(self) -> float | None:
+        """Return what `Shards.downloads_per_shard` says of the source whose shards came most often; None without a
+        remote.
+        """
+        found = (own.downloads_per_shard for own in self._shards.values() if own.has_remote)
+        return max((downloads for downloads in found if downloads is not None), default=None)
 
     def __next__(self) -> Batch:
         return next(self._batches)
@@ -120,8 +129,8 @@ class _Steps:
     def batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
         shards = list(self.shards.values())
         keys = np.array([source_key(name) for name in self.shards])
-        for step in itertools.count(self.step + worker, num_workers):
-            found = self.order.at(step)
+        coming = map(self.order.at, itertools.count(self.step + worker, num_workers))
+        for found in fetched_ahead(shards, coming, len(self.slots)):
             samples = [shards[source][sample] for source, sample in zip(found.sources, found.ids.tolist(), strict=True)]
             how = {"epochs": found.epochs, "source_keys": keys[found.sources]}
             yield collate(samples, found.ids, self.slots, self.isolate_documents, **how)

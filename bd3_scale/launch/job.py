@@ -16,6 +16,7 @@ from bd3_scale.launch import supervise
 from bd3_scale.launch.profile import Profile
 from bd3_scale.launch.records import CACHE_OVERRIDE, pattern_of
 from bd3_scale.recipe.checks import check_recipe
+from bd3_scale.recipe.data_checks import deadline_problem
 from bd3_scale.recipe.schema import Recipe, RecipeError, without_controls
 
 SLURM_FOLDER = "slurm"
@@ -73,6 +74,8 @@ def check_job(recipe: Recipe, profile: Profile, nodes: int, run_dir: Path) -> No
         hint = f"these would fit: {'; '.join(fitting[:6])}" if fitting else "no other layout of these nodes would fit"
         counted = f"{nodes} nodes x {profile.processes} processes = {world} ranks"
         raise RecipeError([*error.problems, f"{counted}; {hint}"]) from None
+    if problem := deadline_problem(recipe.data, profile.deadlines, "the profile's deadlines"):
+        raise RecipeError([problem])
     check_folder(run_dir, profile, "run_dir")
 
 
@@ -219,7 +222,7 @@ def supervision(job: Job) -> dict[str, Any]:
         "command": [*command, CACHE_OVERRIDE] if caches else command,
         "cache": f"{profile.scratch}/bd3_scale" if caches else None,
         "preflight": _preflight(job, python),
-        "deadlines": profile.deadlines.model_dump(),
+        "deadlines": profile.deadlines.by_phase(job.recipe.data),
         "warning_seconds": profile.warning_seconds,
         "grace_seconds": 0.75 * profile.warning_seconds,
         "max_failures": profile.max_failures,

@@ -14,9 +14,10 @@ _SILENT_SECONDS = 5.0
 _PAUSE_SECONDS = 60.0
 
 
-def _counted(phase: str) -> str:
-    """By which deadline: a process that has come to its end may still write."""
-    return "checkpoint" if phase in ("stopped", "done", "failed") else phase
+def _deadline(deadlines: Mapping[str, float], phase: str) -> float:
+    # A process that has come to its end may still write. A job of an earlier version has no deadline for data.
+    counted = "checkpoint" if phase in ("stopped", "done", "failed") else phase
+    return deadlines[counted] if counted != "data" else deadlines.get(counted, max(deadlines.values()))
 
 
 class Watch:
@@ -54,18 +55,20 @@ class Watch:
     def _overdue(self, deadlines: Mapping[str, float], now: float) -> str | None:
         states = self.read()
         late: list[str] = []
+        # Whoever waits for its batch keeps the others waiting for it, in a collective of whatever phase.
+        waits = any(state["phase"] == "data" for state in states.values())
         for rank in range(self._ranks):
             state = states.get(rank, {"phase": "start", "step": 0, "beat": 0})
             here = (state["phase"], state["step"])
-            if rank not in self._seen or self._seen[rank][0] != here:
+            if rank not in self._seen or self._seen[rank][0] != here or (waits and state["phase"] != "data"):
                 self._seen[rank] = here, now if rank in self._seen else self._began
             if rank not in self._beats or self._beats[rank][0] != state["beat"]:
                 self._beats[rank] = state["beat"], now
-            if now - self._seen[rank][1] > deadlines[_counted(state["phase"])]:
+            if now - self._seen[rank][1] > _deadline(deadlines, state["phase"]):
                 late.append(state["phase"])
         if not late:
             return None
-        return f"hang in phase {late[0]!r} after {deadlines[_counted(late[0])]:g} s: {self._culprits(states, now)}"
+        return f"hang in phase {late[0]!r} after {_deadline(deadlines, late[0]):g} s: {self._culprits(states, now)}"
 
     def _culprits(self, states: Mapping[int, Mapping[str, Any]], now: float) -> str:
         """The ranks that are behind, those that do not run at all, and where each one was."""

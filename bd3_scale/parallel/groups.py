@@ -88,6 +88,7 @@ def process_groups(
     agree: str = "",
     secret_file: Path | None = None,
     timeout: timedelta = timedelta(minutes=10),
+    data_minutes: float = 0,
 ) -> Iterator[ProcessGroups]:
     """Join the ranks that torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) name; alone without them.
 
@@ -98,6 +99,7 @@ def process_groups(
         agree: what must be the same on all ranks before groups are made, or they would wait for each other for ever.
         timeout: of their meeting, and of each collective unless somebody reads the ranks' heartbeats, who tells a hang
             from a long wait, and names the culprit.
+        data_minutes: for which a rank may wait for its data, while others wait for it in a collective.
 
     Raises:
         ValueError: the layout does not divide the world, ranks do not agree, or the launcher set only a part of the
@@ -105,7 +107,7 @@ def process_groups(
     """
     _check_environment()
     device = local_device()
-    collectives = _WATCHED if is_watched() else timeout
+    collectives = _WATCHED if is_watched() else timeout + timedelta(minutes=data_minutes)
     if device.type == "cuda":
         # They are read when the device is first used.
         told = cuda_variables(parallel, deterministic=torch.are_deterministic_algorithms_enabled())

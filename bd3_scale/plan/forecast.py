@@ -80,7 +80,7 @@ class Forecast:
     def node_cache(self) -> NodeCache | None:
         """Return what a machine keeps of remote data, of each source that is; None where none is."""
         data, batch, parallel = self.recipe.data, self.recipe.train.global_batch_size, self.recipe.parallel
-        if not self.remotes or not data.shuffle:
+        if not data.remotes or not data.shuffle:
             return None
         sizes = ShardSizes.expected(data.seq_len, self.vocabulary.size)
         beside, stage = parallel.tensor * parallel.context, self.gpus // parallel.pipeline
@@ -90,11 +90,6 @@ class Forecast:
         )
         dp_ranks = ([rank % stage // beside for rank in machine] for machine in machines)
         return NodeCache.of_fullest(sizes, batch, dp_ranks, stage // beside)
-
-    @property
-    def remotes(self) -> list[str]:
-        """Return where machines fetch data from."""
-        return [source.remote for source in self.recipe.data.by_source.values() if source.remote is not None]
 
     @property
     def shuffle_window(self) -> int:

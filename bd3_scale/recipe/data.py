@@ -6,7 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from bd3_scale.recipe.section import NAME, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from bd3_scale.recipe.section import NAME, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+DATA_RETRY_MINUTES = 30.0
 
 
 class DataSource(Section):
@@ -44,6 +46,9 @@ class DataRecipe(Section):
         pattern=r"(?i)^\d+(\.\d+)?[kmgt]b$",
         description="bound on the node-local cache, such as 100gb, of sources on that of each; needs `remote`",
     )
+    retry_minutes: NonNegativeFloat = Field(
+        DATA_RETRY_MINUTES, description="for which a `remote` that is away is asked again, before the run ends"
+    )
     seq_len: PositiveInt = Field(description="L, data tokens a sequence; must equal what was prepared")
     isolate_documents: bool = Field(True, description="documents packed in one sequence do not see each other")
     shuffle: bool = True
@@ -60,6 +65,11 @@ class DataRecipe(Section):
         alone = {"sources": (), "stages": ()}
         own = {s.name: self.model_copy(update={**alone, "path": s.path, "remote": s.remote}) for s in self.sources}
         return own or {"": self}
+
+    @property
+    def remotes(self) -> list[str]:
+        """What machines fetch data from."""
+        return [source.remote for source in self.by_source.values() if source.remote is not None]
 
     @property
     def first_source(self) -> DataRecipe:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bd3_scale.recipe.schema import DataRecipe, Recipe
+from bd3_scale.recipe.schema import DataRecipe, Deadlines, Recipe
 
 
 def data_problems(recipe: Recipe) -> Iterator[str]:
     """Yield what is wrong with a recipe's data, whatever they hold."""
     data = recipe.data
-    if data.cache_limit is not None and all(source.remote is None for source in data.by_source.values()):
+    if data.cache_limit is not None and not data.remotes:
         yield (
             f"data.cache_limit={data.cache_limit} bounds the cache of a remote, and data.remote is not set: "
             "set data.remote, or leave data.cache_limit out"
         )
+    if problem := deadline_problem(data, recipe.launch.deadlines, "launch.deadlines"):
+        yield problem
     if not data.path and not data.sources:
         yield "data.path: is missing and has no default; for several data sets give data.sources"
     if data.sources and (data.path or data.remote):
@@ -41,3 +43,15 @@ def _stage_problems(data: DataRecipe, names: list[str]) -> Iterator[str]:
             yield f"data.stages.{number}.weights: is empty: name a source"
         for name in stage.weights.keys() - set(names):
             yield f"data.stages.{number}.weights.{name}: is no source; they are {', '.join(names) or 'none'}"
+
+
+def deadline_problem(data: DataRecipe, deadlines: Deadlines, where: str) -> str | None:
+    """Return why a wait for data would be taken for a hang, or None. where: what `deadlines` are called."""
+    seconds = 60 * data.retry_minutes
+    if deadlines.data is None or deadlines.data > seconds:
+        return None
+    return (
+        f"{where}.data={deadlines.data:g} ends a rank that waits while a remote is asked again for "
+        f"data.retry_minutes={data.retry_minutes:g} ({seconds:g} s): take more than that, or leave it out for 15 "
+        "minutes more"
+    )

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from bd3_scale.recipe.data import DATA_RETRY_MINUTES as DATA_RETRY_MINUTES
 from bd3_scale.recipe.data import DataRecipe as DataRecipe
 from bd3_scale.recipe.data import DataSource as DataSource
 from bd3_scale.recipe.data import MixtureStage as MixtureStage
@@ -281,6 +282,13 @@ class Deadlines(Section):
     step: PositiveFloat = 600
     checkpoint: PositiveFloat = 1800
     evaluation: PositiveFloat = 3600
+    data: PositiveFloat | None = Field(
+        None, description="while a rank waits for its batch; default: 15 minutes more than data.retry_minutes"
+    )
+
+    def by_phase(self, data: DataRecipe) -> dict[str, float]:
+        """Return the seconds of each phase of a run that reads `data`."""
+        return self.model_dump() | {"data": self.data or 60 * (data.retry_minutes + 15)}
 
 
 class LaunchRecipe(Section):

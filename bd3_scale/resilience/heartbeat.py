@@ -22,7 +22,7 @@ from bd3_scale.resilience.terminal import tell
 INTERVAL_SECONDS = 1.0
 _PACKAGE = Path(__file__).parents[1]
 FOLDER_VARIABLE = "BD3_SCALE_HEARTBEATS"
-Phase = Literal["start", "step", "checkpoint", "evaluation", "stopped", "done", "failed"]
+Phase = Literal["start", "step", "data", "checkpoint", "evaluation", "stopped", "done", "failed"]
 
 
 def is_watched() -> bool:
@@ -91,8 +91,8 @@ class Heartbeat:
         self._state["phase"] = phase
 
     @contextmanager
-    def during(self, phase: Literal["checkpoint", "evaluation"]) -> Iterator[None]:
-        """Mark work between steps that has a deadline of its own."""
+    def during(self, phase: Literal["data", "checkpoint", "evaluation"]) -> Iterator[None]:
+        """Mark work that has a deadline of its own; `data`: this rank waits for a batch, and others perhaps for it."""
         before = self._state["phase"]
         self._state["phase"] = phase
         yield

@@ -10,6 +10,7 @@ from bd3_scale.diffusion.interval import Interval, IntervalSearch
 from bd3_scale.diffusion.nelbo import NelboEstimate
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.parallel.collective import on_rank_zero
+from bd3_scale.train.inputs import waited_for
 from bd3_scale.train.setup import Training
 
 
@@ -62,6 +63,7 @@ def _held_out(training: Training, block_size: int) -> dict[str, HeldOut]:
             dp_size=groups.dp.size(),
             sequences=recipe.evaluation.sequences,
         )
+        batches = waited_for(batches, run.heartbeat)
         objective = run.objective.at(block_size)
         draws = recipe.evaluation.draws
         found[name] = evaluate_nelbo(training.engine.chunks, batches, groups, objective=objective, draws=draws)

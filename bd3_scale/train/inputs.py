@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from bd3_scale.model.rows import ModelInputs, Placement
 from bd3_scale.objective import Objective, StepKeys
 from bd3_scale.parallel.groups import ProcessGroups, local_device
 from bd3_scale.recipe.schema import Recipe
+from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.train.state import TrainState
 
 
@@ -38,6 +40,16 @@ def _by_source(inputs: ModelInputs, batch: Batch, source_keys: Tensor) -> ModelI
     return replace(inputs, kinds=tuple(kinds.tolist()), row_kinds=kinds[inputs.head_rows % len(kinds)])
 
 
+def waited_for(batches: Iterator[Batch], heartbeat: Heartbeat) -> Iterator[Batch]:
+    """Yield `batches`; while this rank waits for one, its heartbeat says so."""
+    while True:
+        with heartbeat.during("data"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
 class InputsAhead:
     """The inputs of a run's steps on this rank's device, in their order; those of the next one can be made early.
 
@@ -52,6 +64,8 @@ class InputsAhead:
         self._batches = batches
         self._next = state.step + 1
         self._ahead: _Made | Exception | None = None
+        # Seconds that the batch of the step which was taken last was waited for.
+        self.waited = 0.0
 
     def make_ahead(self) -> None:
         """Make those of the step after the one that was taken last, unless that is the run's last one.
@@ -62,7 +76,7 @@ class InputsAhead:
         if self._next > self._recipe.train.steps:
             return
         try:
-            self._ahead = self._made(next(self._batches))
+            self._ahead = self._next_made()
         except Exception as error:  # noqa: BLE001 - raised again by `take`
             self._ahead = error
 
@@ -71,22 +85,29 @@ class InputsAhead:
         ahead, self._ahead = self._ahead, None
         if isinstance(ahead, Exception):
             raise ahead
-        made = self._made(next(self._batches)) if ahead is None else ahead
+        made = self._next_made() if ahead is None else ahead
         if made.intervals != self._state.intervals:
             # An evaluation between the steps has found other ones.
-            made = self._made(made.batch)
+            made = self._made(made.batch, made.waited)
         self._next += 1
+        self.waited = made.waited
         return made.inputs
 
-    def _made(self, batch: Batch) -> _Made:
+    def _next_made(self) -> _Made:
+        began = time.monotonic()
+        batch = next(self._batches)
+        return self._made(batch, time.monotonic() - began)
+
+    def _made(self, batch: Batch, waited: float) -> _Made:
         recipe, intervals = self._recipe, dict(self._state.intervals)
         keys = StepKeys(self._next - 1, recipe.seed, recipe.train.global_batch_size, intervals)
         on_host = step_inputs(self._objective, recipe, batch, self._groups, keys=keys)
-        return _Made(batch, intervals, [inputs.to(local_device()) for inputs in on_host])
+        return _Made(batch, waited, intervals, [inputs.to(local_device()) for inputs in on_host])
 
 
 @dataclass(frozen=True)
 class _Made:
     batch: Batch
+    waited: float
     intervals: Mapping[int, Interval]
     inputs: list[ModelInputs]

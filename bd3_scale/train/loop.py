@@ -40,7 +40,7 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
         or written; FloatingPointError: loss or gradients are no longer finite.
     """
     with ExitStack() as stack:
-        run = open_run(recipe, stack)
+        run = open_run(recipe, stack, heartbeat)
         stop = stack.enter_context(StopRequest())
         backend = backend_of(run)
         start = _take_run_directory(run, stack)
@@ -101,7 +101,7 @@ def _take_steps(
         saving = saver.in_flight
         result = take_step(training)
         state.finish_step(result)
-        report.trained(step, result, time.monotonic() - began, saving=saving)
+        report.trained(step, result, time.monotonic() - began, saving=saving, gauges=training.data_gauges)
         if found := guard.judge(step, result, partial(training.keys_of, step)):
             report.warned(found)
         heartbeat.finished(step)

@@ -57,7 +57,7 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
         ValueError: the run has no such step, or its checkpoints do not fit the recipe.
     """
     with ExitStack() as stack:
-        run = open_run(recipe, stack)
+        run = open_run(recipe, stack, heartbeat)
         if not 1 <= step <= run.recipe.train.steps:
             raise ValueError(f"step {step} is none of the run's {run.recipe.train.steps}")
         before = on_rank_zero(lambda: [str(path) for path in list_checkpoints(run.checkpoints)])

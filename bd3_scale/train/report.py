@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -83,8 +84,12 @@ class Report:
             if self._recipe.diffusion.search_interval:
                 interval_curve(self._folder / METRICS_FILE, self._folder / "intervals.png")
 
-    def trained(self, step: int, result: StepResult, seconds: float, *, saving: bool) -> None:
-        """After an optimiser step that took `seconds`; `saving`: beside a checkpoint that was being written."""
+    def trained(
+        self, step: int, result: StepResult, seconds: float, *, saving: bool, gauges: Callable[[], dict[str, float]]
+    ) -> None:
+        """After an optimiser step that took `seconds`; `saving`: beside a checkpoint that was being written; `gauges`:
+        give what else is recorded.
+        """
         self._seconds[saving].append(seconds)
         if self._metrics is None or self._progress is None:
             return
@@ -92,7 +97,7 @@ class Report:
         if step % self._recipe.logging.every_steps == 0 or step == self._recipe.train.steps:
             self._drawable = True
             cuda = peak_cuda_bytes()
-            more: dict[str, float] = {} if cuda is None else {"peak_cuda_bytes": cuda}
+            more = gauges() | ({} if cuda is None else {"peak_cuda_bytes": cuda})
             more |= self._losses_by_kind(step, result)
             if self._peak is not None:
                 more["mfu"] = result.flops / seconds / self._peak / dist.get_world_size()

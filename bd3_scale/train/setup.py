@@ -34,11 +34,12 @@ from bd3_scale.recipe.checks import check_against_data
 from bd3_scale.recipe.load import recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.files import check_writable, remove_aside, write_atomically
+from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.secret import SECRET_FILE
 from bd3_scale.resilience.signals import ended_by_signals
 from bd3_scale.resilience.terminal import tell
-from bd3_scale.train.inputs import InputsAhead
+from bd3_scale.train.inputs import InputsAhead, waited_for
 from bd3_scale.train.resume import DATA_FILE, Start
 from bd3_scale.train.state import TrainState
 from bd3_scale.train.tiles import settle_tiles
@@ -53,6 +54,7 @@ class Run:
     data_hash: str
     groups: ProcessGroups
     folder: Path
+    heartbeat: Heartbeat
 
     @property
     def checkpoints(self) -> Path:
@@ -83,9 +85,19 @@ class Training:
         intervals = dict(self.state.intervals)
         return {"seed": self.run.recipe.seed, **drawn, "sample_ids": found.ids.tolist(), "intervals": intervals}
 
+    def data_gauges(self) -> dict[str, float]:
+        """Return what the data cost: for how many seconds this rank waited for the batch of the last step, and from a
+        remote how often each shard has come to this node.
+        """
+        downloads = self.stream.downloads_per_shard
+        found = {} if downloads is None else {"data/downloads_per_shard": downloads}
+        return found | {"data/wait_seconds": self.inputs.waited}
 
-def open_run(recipe: Recipe, stack: ExitStack) -> Run:
+
+def open_run(recipe: Recipe, stack: ExitStack, heartbeat: Heartbeat) -> Run:
     """Meet the other ranks, agree with them on recipe and data, and check that these fit together (collective).
+
+    heartbeat: of this process, which tells from here on when it waits for data.
 
     Raises:
         ValueError, OSError: they do not, or the data cannot be read.
@@ -94,10 +106,14 @@ def open_run(recipe: Recipe, stack: ExitStack) -> Run:
     _set_deterministic(recipe.deterministic)
     # Nothing could be saved before ranks have met, and while they wait for each other they hear no handler.
     secret = recipe.run_path / SECRET_FILE
+    patience = recipe.data.retry_minutes if recipe.data.remotes else 0
     with ended_by_signals():
-        groups = stack.enter_context(process_groups(recipe.parallel, agree=_agreed(recipe), secret_file=secret))
-    data = load_sources(recipe.data)
-    run = Run(recipe, data, data_hash(data), groups, recipe.run_path)
+        groups = stack.enter_context(
+            process_groups(recipe.parallel, agree=_agreed(recipe), secret_file=secret, data_minutes=patience)
+        )
+    with heartbeat.during("data"):
+        data = load_sources(recipe.data)
+    run = Run(recipe, data, data_hash(data), groups, recipe.run_path, heartbeat)
     _check_against_data(run)
     return run
 
@@ -125,7 +141,7 @@ def open_training(run: Run, start: Start | None, order: DataOrder | None = None)
         step=state.step,
         order=state.order,
     )
-    inputs = InputsAhead(run.objective, recipe, stream, run.groups, state)
+    inputs = InputsAhead(run.objective, recipe, waited_for(stream, run.heartbeat), run.groups, state)
     return Training(run, engine, stream, inputs, state)
 
 

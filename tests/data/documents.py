@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
 
+from bd3_scale.data.manifest import load_manifest
+
 SEQ_LEN = 32
+
+
+def used_bytes(folder: Path) -> int:
+    """Of all files of a folder, from which others may go meanwhile."""
+    total = 0
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
+
+
+def steps_per_epoch(folder: Path, global_batch_size: int = 4) -> int:
+    """Of prepared data, or of a cache of them."""
+    train = load_manifest(folder).train
+    assert train is not None
+    return train.sequences // global_batch_size
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

@@ -12,12 +12,13 @@ import pytest
 import xxhash
 import zstandard
 
+from bd3_scale.data import remote
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.shards import Shards, open_shards
 from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.recipe.schema import DataRecipe
-from tests.data.documents import SEQ_LEN
+from tests.data.documents import SEQ_LEN, used_bytes
 
 
 @pytest.fixture
@@ -152,11 +153,12 @@ def test_the_cache_limit_is_kept(data: Path, tmp_path: Path) -> None:
     batches = []
     for batch in itertools.islice(stream, manifest.train.sequences // 4):
         batches.append(batch)
-        assert sum(file.stat().st_size for file in (cache / "train").iterdir()) <= limit
+        assert used_bytes(cache / "train") <= limit
     assert ids(batches) == ids(read_epoch(data))
 
 
-def test_a_damaged_download_is_thrown_away(data: Path, tmp_path: Path) -> None:
+def test_a_damaged_download_is_thrown_away(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.05)
     good = (data / "train" / "shard.00001.mds.zstd").read_bytes()
     flip_a_byte(data / "train" / "shard.00001.mds.zstd")
     with pytest.raises(ValueError, match=r"shard\.00001\.mds\.zstd is damaged"):

@@ -16,6 +16,7 @@ from bd3_scale.objective.inputs import rank_positions
 from bd3_scale.parallel import engine as engine_module
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.recipe.schema import Recipe
+from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.train.resume import find_start
 from bd3_scale.train.setup import Training, open_run, open_training
 from bd3_scale.train.step import take_step
@@ -27,7 +28,7 @@ engine_module.WHOLE_BELOW = 1500
 def go(recipe: Recipe, last: int, out: Path) -> None:
     """From the run's newest checkpoint through step `last`, then save; before, save again what was loaded."""
     with ExitStack() as stack:
-        run = open_run(recipe, stack)
+        run = open_run(recipe, stack, Heartbeat())
         on_rank_zero(lambda: run.checkpoints.mkdir(parents=True, exist_ok=True))
         start = find_start(run.recipe, run.checkpoints, run.data)
         training = open_training(run, start)

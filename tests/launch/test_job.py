@@ -112,6 +112,14 @@ def test_a_run_directory_that_other_nodes_do_not_see_is_refused() -> None:
     check_job(RECIPE, Profile.model_validate(GPU_SITE), 2, Path("/shared/x"))
 
 
+def test_a_wait_for_data_may_take_longer_than_a_remote_is_asked_again() -> None:
+    patient = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"retry_minutes": 60.0})})
+    with pytest.raises(RecipeError, match=r"the profile's deadlines\.data=3600 .*data\.retry_minutes=60 \(3600 s\)"):
+        check_job(patient, Profile.model_validate(CPU_SITE | {"deadlines": {"data": 3600}}), 2, Path("/runs"))
+    assert supervision(dataclasses.replace(job(CPU_SITE), recipe=patient))["deadlines"]["data"] == 4500
+    assert supervision(job(CPU_SITE | {"deadlines": {"data": 1801}}))["deadlines"]["data"] == 1801
+
+
 def test_apptainer_stands_between_srun_and_the_ranks() -> None:
     container = {
         "engine": "apptainer",

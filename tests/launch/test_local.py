@@ -286,6 +286,42 @@ def test_ranks_are_not_taken_for_hung_where_everything_was_stopped(
     assert "ranks [0] do not run" in found
 
 
+def test_ranks_that_wait_for_one_that_waits_for_its_data_are_not_taken_for_hung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    watch = Watch(tmp_path, 2)
+    deadlines = {"start": 20.0, "step": 20.0, "data": 100.0}
+
+    def ask_after(seconds: float, phase: str) -> str | None:
+        nonlocal now
+        (tmp_path / "rank0.json").write_text(f'{{"phase": "{phase}", "step": 3, "beat": {now:.0f}}}')
+        (tmp_path / "rank1.json").write_text(f'{{"phase": "step", "step": 3, "beat": {now:.0f}}}')
+        now += seconds
+        return watch.overdue(deadlines)
+
+    assert [ask_after(seconds, "data") for seconds in (1, 40, 40)] == [None] * 3
+    # Their own deadline begins when the data are there.
+    assert [ask_after(seconds, "step") for seconds in (1, 19)] == [None] * 2
+    assert "hang in phase 'step' after 20 s" in (ask_after(2, "step") or "")
+    assert [ask_after(seconds, "data") for seconds in (1, 50, 49)] == [None] * 3
+    assert "hang in phase 'data' after 100 s" in (ask_after(2, "data") or "")
+
+
+def test_a_job_of_an_earlier_version_has_no_deadline_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    watch = Watch(tmp_path, 1)
+    (tmp_path / "rank0.json").write_text('{"phase": "data", "step": 3, "beat": 7}')
+    deadlines = {"start": 20.0, "step": 20.0, "evaluation": 50.0}
+    assert watch.overdue(deadlines) is None
+    now = 49.0
+    assert watch.overdue(deadlines) is None
+    now = 51.0
+    assert "hang in phase 'data' after 50 s" in (watch.overdue(deadlines) or "")
+
+
 def test_what_cannot_start_leaves_nothing_running_and_no_handler_behind(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(FileNotFoundError):

@@ -134,6 +134,11 @@ def test_names_that_nothing_has_are_refused_with_the_nearest_before_any_rule() -
             1,
             ["a has a weight beside"],
         ),
+        (
+            {"launch__deadlines": {"data": 1800}},
+            1,
+            ["launch.deadlines.data=1800", "data.retry_minutes=30 (1800 s)", "more than that"],
+        ),
         ({"train__recompute": "full", "train__recompute_layers": 3}, 1, ["recompute_layers=3", "2 layers", "lower"]),
         ({"optimizer__warmup_steps": 11}, 1, ["warmup_steps=11", "steps=10"]),
         ({"optimizer__decay_steps": 2}, 1, ["decay_steps=2", "wsd", "cosine"]),

@@ -14,6 +14,7 @@ from bd3_scale.attention import cpu
 from bd3_scale.attention.backends import KernelBackend
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.registry import attention_backends
+from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.train.report import Report
 from bd3_scale.train.setup import open_run
 from tests.attention.cases import Problem, outputs_and_gradients
@@ -54,7 +55,7 @@ def differentiate(path: Path) -> None:
     for deterministic, between in ((True, ""), (False, "plain")):
         recipe = load_recipe(path).model_copy(update={"deterministic": deterministic})
         with ExitStack() as stack:
-            run = open_run(recipe, stack)
+            run = open_run(recipe, stack, Heartbeat())
             outputs_and_gradients(Problem([[8]], [4], None, 1, True, True, 1, 1, 16, 0), torch.float32, "test_asked")
             assert asked.pop() is deterministic
             run.folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from bd3_scale.objective import BlockDiffusion, StepKeys
 from bd3_scale.parallel.engine import StepResult, TrainingEngine
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import Recipe
+from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.train.inputs import InputsAhead, step_inputs
 from bd3_scale.train.setup import Training, open_run, open_training
 from bd3_scale.train.step import take_step, train_on
@@ -40,7 +41,7 @@ def test_inputs_are_made_early_and_are_those_of_their_step(tmp_path: Path, topic
 def compare(path: Path) -> None:
     recipe = load_recipe(path)
     with ExitStack() as stack:
-        run = open_run(recipe, stack)
+        run = open_run(recipe, stack, Heartbeat())
         expected = one_after_the_other(open_training(run, None), recipe)
         events: list[tuple[str, int]] = []
         found = with_inputs_ahead(open_training(run, None), events)
