@@ -100,8 +100,8 @@ def _origin(thing: Any) -> tuple[str, str]:
 
 schedules: Registry[Any] = Registry("noise schedule", "bd3_scale.diffusion.schedule")
 attention_backends: Registry[Any] = Registry("attention backend", "bd3_scale.attention.backends")
-source_formats: Registry[Any] = Registry("source format", "bd3_scale.data.sources")
-source_cuts: Registry[Any] = Registry("source format that can be cut", "bd3_scale.data.sources")
+source_formats: Registry[Any] = Registry("source format", "bd3_scale.data.formats")
+source_cuts: Registry[Any] = Registry("source format that can be cut", "bd3_scale.data.formats")
 objectives: Registry[Any] = Registry("objective", "bd3_scale.objective")
 optimizers: Registry[Any] = Registry("optimizer", "bd3_scale.parallel.optimizer")
 unmasking_rules: Registry[Any] = Registry("unmasking rule", "bd3_scale.generate.unmasking")

@@ -198,7 +198,7 @@ def _reader(
     if chat is None:
         return DocumentReader(sources, field=field or "text", on_error=on_error, max_bytes=max_bytes)
     text_of = partial(_conversation, field or "messages")
-    return DocumentReader(sources, on_error=on_error, text_of=text_of, max_bytes=max_bytes)
+    return DocumentReader(sources, field or "messages", on_error, text_of, max_bytes)
 
 
 def _conversation(field: str, record: dict[str, Any], where: str) -> str:

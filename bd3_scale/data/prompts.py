@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale.data.fields import check_unicode, field_value, kind_of, string_field
-from bd3_scale.data.files import find_files, format_of, named
+from bd3_scale.data.files import SourceFile, find_files, format_of, named
 from bd3_scale.data.sources import json_lines, lines, unpacked
 from bd3_scale.resilience.readers import reader
 
@@ -71,7 +71,7 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
     return value
 
 
-def _prompts_of_jsonl(file: Path) -> list[str]:
+def _prompts_of_jsonl(file: SourceFile) -> list[str]:
     prompts = []
     with file.open("rb") as raw, unpacked(file, raw) as source:
         for line in json_lines(source):
@@ -80,7 +80,7 @@ def _prompts_of_jsonl(file: Path) -> list[str]:
     return prompts
 
 
-def _prompts_of_txt(file: Path) -> list[str]:
+def _prompts_of_txt(file: SourceFile) -> list[str]:
     with file.open("rb") as raw, unpacked(file, raw) as source:
         texts = [line.text() for line in lines(source)]
     blank = [number for number, text in enumerate(texts, 1) if not text.strip()]

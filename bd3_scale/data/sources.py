@@ -1,4 +1,4 @@
-"""Reading documents: `.txt` (one a file) and `.jsonl` (one a line), plain, `.gz` or `.zst`, and folders of them.
+"""Reading documents: of `.txt` (one a file), `.jsonl` (one a line) and what else `formats` knows, and of folders.
 
 A format is a function that yields the pieces of an `OpenFile`, each a document or what has one, registered under the
 suffix of its files with `@source_formats.register(".suffix")`; it raises ValueError for the rest of a damaged file.
@@ -30,16 +30,16 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 import zstandard
 
 from bd3_scale.data.fields import check_unicode, kind_of, text_in
-from bd3_scale.data.files import find_files, format_of
+from bd3_scale.data.files import SourceFile, find_files, format_of
+from bd3_scale.data.zstd import ZstdFile
 from bd3_scale.registry import source_cuts, source_formats
 
 READ_BYTES = 1 << 17
-# A block of a zstd frame takes 4 bytes or more and unpacks to 128 KiB or less, so that this much unpacks to 32 MiB.
-ZSTD_READ_BYTES = 1 << 10
 # A hundred bytes of memory, and more, stand for one of JSON or of text that is tokenised.
 DOCUMENT_BYTES = 1 << 27
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NUM_KEPT = 5
+OF_RECORDS = (".jsonl", ".json", ".parquet", ".arrow")
 
 TextOf = Callable[[dict[str, Any], str], str]
 Part = tuple[int, int]
@@ -95,8 +95,8 @@ class DocumentReader:
         field: of a record, such as a line's JSON object, the one that holds the text; `a.b` is the field b of the
             object a, unless there is a field of that very name.
         on_error: "skip" leaves out what cannot be read: a line, a `.txt` file, or the rest of a damaged file.
-        text_of: makes a document of a line's JSON object and its place, in place of `field`; it raises ValueError
-            with the place. Then `.jsonl` files alone are read.
+        text_of: makes a document of a record, which has `field` or more, and its place; it raises ValueError with the
+            place. Then files of `OF_RECORDS` alone are read.
         max_bytes: of a document, or of its line of JSON.
 
     Raises FileNotFoundError and ValueError as `find_files` does, and while iterating, with "stop", ValueError for a
@@ -111,9 +111,10 @@ class DocumentReader:
         text_of: TextOf | None = None,
         max_bytes: int = DOCUMENT_BYTES,
     ) -> None:
-        self.files = find_files(sources, (".jsonl",) if text_of else None)
+        self.files = find_files(sources, OF_RECORDS if text_of else None)
         self._parts: Sequence[FilePart] | None = None
         self._text_of = text_of or partial(text_in, field)
+        self._field = field
         self._on_error, self._max_bytes = on_error, max_bytes
         self._reset()
 
@@ -158,8 +159,8 @@ class DocumentReader:
         self.num_documents = self.num_empty = self.num_skipped = 0
         self.skipped: list[str] = []
 
-    def _texts(self, file: Path, raw: BinaryIO, part: Part | None) -> Iterator[str]:
-        pieces = _pieces(file, raw, self._max_bytes, part)
+    def _texts(self, file: SourceFile, raw: BinaryIO, part: Part | None) -> Iterator[str]:
+        pieces = _pieces(file, raw, self._max_bytes, part, self._field)
         while True:
             try:
                 piece = next(pieces, None)
@@ -176,12 +177,16 @@ class DocumentReader:
 
 
 class OpenFile(NamedTuple):
-    """An open file: `stream` has its bytes, unpacked, of which a document may have `max_bytes`; `part`: see above."""
+    """An open file: `stream` has its bytes, unpacked, of which a document may have `max_bytes`; `part`: see above.
 
-    file: Path
+    Of a record only `field` is wanted.
+    """
+
+    file: SourceFile
     stream: BinaryIO
     max_bytes: int
     part: Part | None = None
+    field: str = "text"
 
 
 class Record(NamedTuple):
@@ -215,10 +220,7 @@ class Piece(NamedTuple):
     def text(self) -> str:
         """Return the text. Raises ValueError where it is no UTF-8 or too long."""
         if len(self.data) > self.max_bytes:
-            raise ValueError(
-                f"{self.where} is longer than the {self.max_bytes:,} bytes that a document may have; divide it, or "
-                "raise the limit with --max-document-mib of `data prepare` and `data tokenizer`"
-            )
+            raise ValueError(too_long(self.where, self.max_bytes))
         try:
             return self.data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -249,6 +251,14 @@ class Piece(NamedTuple):
         return value
 
 
+def too_long(where: str, max_bytes: int) -> str:
+    """Return what is said of a document above `max_bytes`."""
+    return (
+        f"{where} is longer than the {max_bytes:,} bytes that a document may have; divide it, or raise the limit with "
+        "--max-document-mib of `data prepare` and `data tokenizer`"
+    )
+
+
 class JsonLine(Piece):
     """A line with a JSON object, whose text is in a field."""
 
@@ -274,7 +284,7 @@ def json_lines(source: OpenFile) -> Iterator[JsonLine]:
 
 
 @source_cuts.register(".jsonl")
-def byte_ranges(file: Path, num_bytes: int) -> Iterator[tuple[Part, int]]:
+def byte_ranges(file: SourceFile, num_bytes: int) -> Iterator[tuple[Part, int]]:
     """Yield the parts of a file of lines: a line belongs where it begins, so that no border has to be looked for."""
     size = file.stat().st_size
     for start in range(0, size, num_bytes):
@@ -288,7 +298,7 @@ def lines(source: OpenFile) -> Iterator[Piece]:
     A line ends at a newline, with or without a carriage return, and nowhere else; a byte order mark at the beginning of
     the file is left out. Of a line that is too long a part stands for it. Behind the first part, lines have no numbers.
     """
-    file, stream, max_bytes, part = source
+    file, stream, max_bytes, part, _ = source
     first, last = part or (0, sys.maxsize)
     start = number = 0
     if first:
@@ -313,9 +323,9 @@ def _rest_of_line(stream: BinaryIO) -> int:
     return size
 
 
-def _pieces(file: Path, raw: BinaryIO, max_bytes: int, part: Part | None) -> Iterator[Piece | Record]:
+def _pieces(file: SourceFile, raw: BinaryIO, max_bytes: int, part: Part | None, field: str) -> Iterator[Piece | Record]:
     with unpacked(file, raw, max_bytes) as source:
-        yield from source_formats.get(format_of(file))(source._replace(part=part))
+        yield from source_formats.get(format_of(file))(source._replace(part=part, field=field))
 
 
 def _mark(data: bytes | bytearray) -> int:
@@ -323,14 +333,14 @@ def _mark(data: bytes | bytearray) -> int:
 
 
 @contextmanager
-def unpacked(file: Path, raw: BinaryIO, max_bytes: int = DOCUMENT_BYTES) -> Iterator[OpenFile]:
+def unpacked(file: SourceFile, raw: BinaryIO, max_bytes: int = DOCUMENT_BYTES) -> Iterator[OpenFile]:
     """Give what `file`, opened as `raw`, holds. Raises ValueError where it turns out damaged."""
     name = file.name.lower()
     stream = raw
     if name.endswith(".gz"):
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if name.endswith(".zst"):
-        stream = io.BufferedReader(_ZstdFile(raw), READ_BYTES)
+        stream = io.BufferedReader(ZstdFile(raw), READ_BYTES)
     try:
         yield OpenFile(file, stream, max_bytes)
     except UnicodeDecodeError as error:
@@ -360,34 +370,3 @@ def _decoded(text: str) -> Any:
     finally:
         if was_enabled:
             gc.enable()
-
-
-class _ZstdFile(io.RawIOBase):
-    """The bytes packed in the zstd frames of `raw`; EOFError where the last frame is incomplete.
-
-    `zstandard`'s own reader takes a file that was cut short for a complete one.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._packed = b""
-        self._unpacked = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._unpacked:
-            self._packed = self._packed or self._raw.read(ZSTD_READ_BYTES)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the last zstd frame is incomplete")
-                return 0
-            frame = self._frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self._unpacked = memoryview(frame.decompress(self._packed))
-            self._packed = frame.unused_data
-            self._frame = None if frame.eof else frame
-        size = min(len(buffer), len(self._unpacked))
-        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
-        return size

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from bd3_scale.data.files import PACKINGS, format_of
+from bd3_scale.data.files import PACKINGS, SourceFile, format_of
 from bd3_scale.data.index import INDEX_LIMIT
 from bd3_scale.data.manifest import Counts, Manifest, SplitName
 from bd3_scale.data.sources import DocumentReader, FilePart, LeftOut
@@ -89,7 +89,7 @@ def _all_parts(documents: DocumentReader) -> Iterator[FilePart]:
             yield whole
 
 
-def _can_be_cut(file: Path) -> bool:
+def _can_be_cut(file: SourceFile) -> bool:
     return format_of(file) in source_cuts.names() and not file.name.lower().endswith(PACKINGS[1:])
 
 

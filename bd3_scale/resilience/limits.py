@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import re
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # A rank that is alone has about 90 files open, gloo's sockets most of them, and every other rank adds some.
 LEAST_FILES = 128
@@ -73,3 +75,19 @@ def _address_space() -> float:
 
 def _finite(limit: int) -> float:
     return float("inf") if limit == resource.RLIM_INFINITY else limit
+
+
+@contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """Give this process no more than `num_bytes` of address space beyond what it has, inside the block.
+
+    A library that is about to take more gets none from the system, and most then raise MemoryError.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + num_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (int(min(limit, _finite(soft))), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

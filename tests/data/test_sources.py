@@ -121,7 +121,7 @@ def test_a_format_from_outside_is_read_packed_or_not_beside_the_others(tmp_path:
     assert [document.text for document in DocumentReader([tmp_path / "a.test-csv"], field="id")] == ["1", "2", "3"]
     with pytest.raises(ValueError, match=r'a\.test-csv, row 1 has no field "body" but id \(a string\), text'):
         list(DocumentReader([tmp_path], field="body"))
-    with pytest.raises(ValueError, match=r"give files that end in \.jsonl, \.jsonl\.gz, \.jsonl\.zst, or"):
+    with pytest.raises(ValueError, match=r"give files that end in \.jsonl, \.jsonl\.gz, \.jsonl\.zst, \.json"):
         DocumentReader([tmp_path / "a.test-csv"], text_of=lambda record, where: "")
 
 

@@ -1,0 +1,83 @@
+"""Documents in `.json`: objects in a list, one object, or one a line, as many name what is JSON Lines."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+
+from bd3_scale.data.sources import BYTE_ORDER_MARK, READ_BYTES, JsonLine, OpenFile, json_lines, lines, whole
+from bd3_scale.registry import source_formats
+
+BLANK = b" \t\r\n"
+_BACKSLASH = ord("\\")
+_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.S)
+# Commas are looked for between the values of the list alone.
+_BETWEEN, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\[\]{}]')
+
+
+@source_formats.register(".json")
+def json_file(source: OpenFile) -> Iterator[JsonLine]:
+    """Yield the values of a list, counted from 0, the lines where the first holds all of an object, or one object.
+
+    Of a list or of lines, one is in memory at a time.
+    """
+    stream = io.BufferedReader(source.stream, READ_BYTES)  # type: ignore[type-var]
+    source = source._replace(stream=stream)
+    if stream.peek(1).removeprefix(BYTE_ORDER_MARK).lstrip(BLANK).startswith(b"["):
+        yield from _values(source)
+        return
+    first = next((line for line in lines(source) if line.data.strip()), None)
+    if first is None:
+        return
+    if first.data.rstrip().endswith(b"}"):
+        yield JsonLine(*first)
+        yield from json_lines(source)
+        return
+    (rest,) = whole(source)
+    yield JsonLine(str(source.file), first.data + b"\n" + rest.data, first.start, source.max_bytes)
+
+
+def _values(source: OpenFile) -> Iterator[JsonLine]:
+    """Yield the values of a list as they stand; of one that is too long, a part.
+
+    ValueError: the list does not end, or is not all.
+    """
+    file, kept = source.file, source.max_bytes + 1
+    chunks = iter(lambda: source.stream.read(READ_BYTES), b"")
+    data = bytearray()
+    offset = number = depth = begin = at = 0
+    in_string = False
+    for chunk in chunks:
+        data += chunk
+        while True:
+            if in_string:
+                inside = _IN_STRING.match(data, at)
+                at = inside.end() if inside else at
+                if at == len(data) or data[at] == _BACKSLASH:
+                    break
+                in_string, at = False, at + 1
+            mark = (_BETWEEN if depth == 1 else _INSIDE).search(data, at)
+            if mark is None:
+                at = len(data)
+                break
+            at, kind = mark.end(), mark[0]
+            in_string = kind == b'"'
+            depth += (kind in b"[{") - (kind in b"]}")
+            if kind == b"," or depth == 0:
+                value = data[begin : at - 1]
+                if value.strip() or kind == b"," or number:
+                    yield JsonLine(f"{file}, value {number}", value, offset + begin, source.max_bytes)
+                number += 1
+            if depth == 0:
+                if data[at:].strip(BLANK) or any(more.strip(BLANK) for more in chunks):
+                    raise ValueError(f"{file} goes on behind the end of its list: give each object a line, as .jsonl")
+                return
+            if kind == b"," or (kind == b"[" and depth == 1):
+                begin = at
+        del data[:begin]
+        offset, at, begin = offset + begin, at - begin, 0
+        if at > kept:
+            del data[kept:at]
+            offset, at = offset + at - kept, kept
+    raise ValueError(f"{file} is damaged or cut short (its list does not end): copy or make it again")
