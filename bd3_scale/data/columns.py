@@ -70,9 +70,9 @@ def parquet_rows(source: OpenFile) -> Iterator[Cell]:
             rows = min(max(BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1), 1), BATCH_ROWS)
             batches = file.iter_batches(rows, [number], [source.field], use_threads=False)
             while (batch := _next(batches)) is not None:
-                # Where it stands tells what was read.
                 done = (row - begin + batch.num_rows) / max(group.num_rows, 1)
-                source.stream.seek(read + int(done * _stored_bytes(group)))
+                # How far it stands behind the part's beginning tells what was read.
+                source.stream.seek(first + read + int(done * _stored_bytes(group)))
                 yield from _cells(source, batch, row)
                 row += batch.num_rows
             read += _stored_bytes(group)
@@ -122,13 +122,17 @@ def arrow_rows(source: OpenFile) -> Iterator[Cell]:
 def record_batches(file: SourceFile, num_bytes: int) -> Iterator[tuple[Part, int]]:
     """Yield the record batches of an Arrow file by their bytes, the first with the schema before it."""
     with file.open("rb") as raw, _damage_told(file):
-        _, *ends = _ends(raw, file.stat().st_size)
-        for start, end in itertools.pairwise([0, *ends[:-1], file.stat().st_size]):
+        num_bytes = file.stat().st_size
+        ends = _ends(raw, num_bytes)[1:-1]  # behind the schema, and none behind the last batch
+        for start, end in itertools.pairwise([0, *ends, num_bytes]):
             yield (start, end), end - start
 
 
 def _ends(stream: BinaryIO, num_bytes: int) -> list[int]:
-    """Return where each message of an Arrow stream ends, from what stands before their bodies."""
+    """Return where each message of an Arrow stream ends, from what stands before their bodies.
+
+    EOFError: one does not end in the file.
+    """
     ends = []
     place = _start(stream)
     while place < num_bytes:
@@ -137,7 +141,10 @@ def _ends(stream: BinaryIO, num_bytes: int) -> list[int]:
         if not size:
             break
         metadata = stream.read(min(size, MEMORY_BYTES))
-        ends.append(place := place + 8 + size + _body_length(metadata))
+        place += 8 + size + _body_length(metadata)
+        if not (ends[-1] if ends else 0) < place <= num_bytes:
+            raise EOFError(f"a batch ends at byte {place:,} of {num_bytes:,}")
+        ends.append(place)
     return ends
 
 
@@ -147,12 +154,13 @@ def _start(stream: BinaryIO) -> int:
 
 
 def _body_length(metadata: bytes) -> int:
-    """Return it from a message's flatbuffer: a table says how far back it has its fields' places in it."""
+    """Return it from a message's flatbuffer: where fields are in a table stands in a list so far before the table."""
     (table,) = struct.unpack_from("<I", metadata)
-    (back,) = struct.unpack_from("<i", metadata, table)
-    (place,) = struct.unpack_from("<H", metadata, table - back + 4 + 2 * _BODY_LENGTH)
-    (length,) = struct.unpack_from("<q", metadata, table + place) if place else (0,)
-    return int(length)
+    places = table - struct.unpack_from("<i", metadata, table)[0]
+    (size,) = struct.unpack_from("<H", metadata, places)
+    number = 4 + 2 * _BODY_LENGTH
+    place = struct.unpack_from("<H", metadata, places + number)[0] if number < size else 0
+    return int(struct.unpack_from("<q", metadata, table + place)[0]) if place else 0
 
 
 def _message(stream: BinaryIO) -> Any:
@@ -263,7 +271,7 @@ def _damage_told(file: SourceFile) -> Iterator[None]:
             f"{file} needs more than {MEMORY_BYTES >> 30} GiB of memory for a few rows: divide its documents, or write "
             "it in smaller pages and batches"
         ) from error
-    except (pyarrow.ArrowException, struct.error, OSError) as error:
+    except (pyarrow.ArrowException, struct.error, EOFError, OSError) as error:
         # Pyarrow's own has no number; what the system and remote storage say has one, or a class of its own.
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterator
 
-from bd3_scale.data.sources import BYTE_ORDER_MARK, READ_BYTES, JsonLine, OpenFile, json_lines, lines, whole
+from bd3_scale.data.sources import BYTE_ORDER_MARK, READ_BYTES, JsonLine, OpenFile, lines, whole
 from bd3_scale.registry import source_formats
 
 BLANK = b" \t\r\n"
-_BACKSLASH = ord("\\")
-_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.S)
 # Commas are looked for between the values of the list alone.
 _BETWEEN, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\[\]{}]')
 
@@ -27,12 +26,12 @@ def json_file(source: OpenFile) -> Iterator[JsonLine]:
     if stream.peek(1).removeprefix(BYTE_ORDER_MARK).lstrip(BLANK).startswith(b"["):
         yield from _values(source)
         return
-    first = next((line for line in lines(source) if line.data.strip()), None)
+    read = (line for line in lines(source) if line.data.strip())
+    first = next(read, None)
     if first is None:
         return
     if first.data.rstrip().endswith(b"}"):
-        yield JsonLine(*first)
-        yield from json_lines(source)
+        yield from (JsonLine(*line) for line in itertools.chain([first], read))
         return
     (rest,) = whole(source)
     yield JsonLine(str(source.file), first.data + b"\n" + rest.data, first.start, source.max_bytes)
@@ -52,11 +51,14 @@ def _values(source: OpenFile) -> Iterator[JsonLine]:
         data += chunk
         while True:
             if in_string:
-                inside = _IN_STRING.match(data, at)
-                at = inside.end() if inside else at
-                if at == len(data) or data[at] == _BACKSLASH:
+                quote = data.find(b'"', at)
+                end = len(data) if quote < 0 else quote
+                is_escaped = (end - at - len(data[at:end].rstrip(b"\\"))) % 2 == 1
+                at = end - is_escaped if quote < 0 else quote + 1
+                if quote < 0:
                     break
-                in_string, at = False, at + 1
+                in_string = is_escaped
+                continue
             mark = (_BETWEEN if depth == 1 else _INSIDE).search(data, at)
             if mark is None:
                 at = len(data)

@@ -6,11 +6,14 @@ import gzip
 import json
 import resource
 import shutil
+import struct
 import time
 import zipfile
 from contextlib import contextmanager
 from inspect import signature
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
@@ -22,7 +25,7 @@ from bd3_scale.convert.export import plan_export
 from bd3_scale.convert.importer import plan_import
 from bd3_scale.convert.official import open_official
 from bd3_scale.convert.official_pickle import load_pickle
-from bd3_scale.data import commands
+from bd3_scale.data import columns, commands
 from bd3_scale.data.sources import DOCUMENT_BYTES, DocumentReader
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.recipe.load import load_recipe
@@ -79,6 +82,60 @@ def test_a_document_that_unpacks_to_gigabytes(name, tmp_path):
     path = packed(tmp_path / name, b'{"text": "', b'"}\n')
     with refused(rf"{path}(:1)? is longer than the 134,217,728 bytes that a document may have; .*--max-document-mib"):
         list(DocumentReader([path]))
+
+
+def test_a_value_of_a_list_that_unpacks_to_gigabytes(tmp_path):
+    path = packed(tmp_path / "a.json.zst", b'[{"text": "b"}, {"text": "', b'"}]')
+    with refused(rf"{path}, value 1 is longer than the 134,217,728 bytes that a document may have"):
+        list(DocumentReader([path]))
+
+
+def rows_that_are_one(count):
+    """As many rows of the same 16 MiB, which Parquet stores once."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array(["a" * (16 * MIB)]))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        rows_that_are_one(100_000),
+        pa.ListArray.from_arrays(pa.array([0, 100_000], pa.int32()), rows_that_are_one(100_000)),
+    ],
+    ids=["rows", "a list"],
+)
+def test_a_column_that_unpacks_to_a_terabyte(rows, tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"text": rows}), path, compression="zstd", store_schema=False, dictionary_pagesize_limit=2**28
+    )
+    assert path.stat().st_size < 10_000
+    with refused(
+        rf"{path} needs more than 4 GiB of memory for a few rows: divide its documents, or write it in smaller"
+    ):
+        list(DocumentReader([path]))
+
+
+def test_a_batch_that_says_it_unpacks_to_a_terabyte(tmp_path):
+    path = tmp_path / "a.arrow"
+    table = pa.table({"text": ["a" * 100_000]})
+    with pa.OSFile(str(path), "wb") as file:
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_stream(file, table.schema, options=options) as writer:
+            writer.write_table(table)
+    before, _, after = path.read_bytes().rpartition(struct.pack("<q", 100_000))
+    path.write_bytes(before + struct.pack("<q", 2**40) + after)
+    with refused(rf"{path} needs more than 4 GiB of memory for a few rows"):
+        list(DocumentReader([path]))
+
+
+def test_the_room_of_rows_is_bounded_where_the_system_bounds_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": rows_that_are_one(100_000)})
+    pq.write_table(table, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=2**28)
+    monkeypatch.setattr(columns, "MEMORY_BYTES", ROOM)
+    with pytest.raises(ValueError, match=f"{path} needs more than 1 GiB of memory for a few rows"):
+        list(DocumentReader([path]))
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def test_the_limit_of_a_document_is_raised_by_an_option(tmp_path):
