@@ -1,4 +1,4 @@
-"""`bd3-scale data tokenizer`, `prepare` and `mixture`; what a command needs is imported when it runs."""
+"""`bd3-scale data tokenizer`, `prepare`, `import` and `mixture`; what a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from bd3_scale.observe.console import Console, put, say
 from bd3_scale.resilience.terminal import tell
 
 if TYPE_CHECKING:
+    from bd3_scale.data.manifest import Manifest
     from bd3_scale.data.prepare import Preparation
 
 app = typer.Typer(help="Tokenise text and write it as shards, look at them, mix them.", no_args_is_help=True)
 app.add_typer(looking)
 
 Sources = Annotated[
-    list[Path],
-    typer.Argument(help="Files such as .txt and .jsonl, also .gz or .zst, and folders of them; links are followed."),
+    list[str],
+    typer.Argument(
+        help="Files (.txt, .jsonl and .json, also .gz or .zst; .parquet, .arrow), folders of them, and URLs such as "
+        "s3://bucket/corpus; links are followed."
+    ),
 ]
+Out = Annotated[Path, typer.Option(help="New folder for the shards.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="the recipe's")]
 RecipeFile = Annotated[
     Path | None, typer.Option(help="YAML file of the training, whose lengths and block sizes decide what fits.")
@@ -37,8 +42,11 @@ Multiple = Annotated[
 PackingOption = Annotated[
     Literal["concatenate", "best-fit"], typer.Option(help="best-fit: no document is cut that fits into a sequence.")
 ]
+Holdout = Annotated[float, typer.Option(help="Share of the documents held out for evaluation.")]
+Seed = Annotated[int, typer.Option(help="Decides which documents are held out.")]
+Workers = Annotated[int | None, typer.Option(help="Processes.", show_default="one a core")]
 Field = Annotated[
-    str | None, typer.Option(help="Of a JSON line, such as document.body.", show_default="text; messages")
+    str | None, typer.Option(help="Of a JSON line or a row, such as document.body.", show_default="text; messages")
 ]
 Bos = Annotated[
     bool | None,
@@ -73,18 +81,18 @@ def tokenizer(
 def prepare(
     context: typer.Context,
     sources: Sources,
-    out: Annotated[Path, typer.Option(help="New folder for the shards.")],
+    out: Out,
     tokenizer: Annotated[str, typer.Option(help="`bytes`, a tokenizer.json, or a folder that holds one.")],
     seq_len: SeqLen = None,
     recipe: RecipeFile = None,
     document_multiple: Multiple = None,
     packing: PackingOption = "concatenate",
-    holdout: Annotated[float, typer.Option(help="Share of the documents held out for evaluation.")] = 0.05,
+    holdout: Holdout = 0.05,
     validation: Annotated[
-        list[Path] | None, typer.Option(help="Held-out files or folders, in place of --holdout; may be repeated.")
+        list[str] | None, typer.Option(help="Held-out files or folders, in place of --holdout; may be repeated.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides which documents are held out.")] = 1,
-    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core")] = None,
+    seed: Seed = 1,
+    workers: Workers = None,
     field: Field = None,
     on_error: OnErrorOption = "stop",
     max_document: MaxDocument = 128,
@@ -95,7 +103,7 @@ def prepare(
     ] = False,
     messages: Annotated[
         bool,
-        typer.Option("--messages", help="Lines hold conversations, lists `messages`: only answers are trained on."),
+        typer.Option("--messages", help="Lines or rows hold conversations, `messages`: only answers are trained on."),
     ] = False,
     tasks: Annotated[
         int | None, typer.Option(help="Divide the work into so many shares, for --task or --slurm.", show_default=False)
@@ -123,9 +131,7 @@ def prepare(
         raise ValueError("give --tasks with --task, for one share of the work, or with --slurm, for a job of them all")
     from bd3_scale.data.chat import ChatTemplate
     from bd3_scale.data.prepare import Preparation
-    from bd3_scale.data.stored import StoredData
     from bd3_scale.data.tokenizer import load_tokenizer
-    from bd3_scale.data.waste import waste_note
 
     seq_len, document_multiple = _lengths(recipe, seq_len, document_multiple)
     loaded = load_tokenizer(tokenizer)
@@ -151,18 +157,62 @@ def prepare(
     if tasks is not None:
         _prepare_share(preparation, tasks, task, slurm, context, as_json)
         return
-    manifest = preparation.finish()
-    if note := waste_note(StoredData(str(out))):
-        tell(f"note: {note}")
-    if as_json:
-        put(manifest.without_shards())
-        return
-    table = Table("", "documents", "sequences", "tokens", "dropped tokens", title=f"{out}, {seq_len} tokens a sequence")
-    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
-        if split is not None:
-            counts = (split.documents, split.sequences, split.sequences * seq_len, split.dropped_tokens)
-            table.add_row(name, *(f"{count:,}" for count in counts))
-    Console().print(table)
+    _show(preparation.finish(), out, as_json)
+
+
+@app.command(
+    "import",
+    epilog="Example: bd3-scale data import corpus_text_document --format megatron --tokenizer gpt2/ --out shards "
+    "--seq-len 1024",
+)
+def import_tokens(
+    sources: Annotated[
+        list[str], typer.Argument(help="Folders of MDS with an index.json, or Megatron's files, without .bin and .idx.")
+    ],
+    kind: Annotated[
+        Literal["mds", "mds-documents", "megatron"],
+        typer.Option("--format", help="mds: samples follow each other; mds-documents: each is a document."),
+    ],
+    tokenizer: Annotated[str, typer.Option(help="The one whose ids they are: a tokenizer.json, or its folder.")],
+    out: Out,
+    seq_len: SeqLen = None,
+    recipe: RecipeFile = None,
+    document_multiple: Multiple = None,
+    packing: PackingOption = "concatenate",
+    holdout: Holdout = 0.05,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Such sources to hold out, in place of --holdout; may be repeated.")
+    ] = None,
+    seed: Seed = 1,
+    workers: Workers = None,
+    bos: Bos = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pack documents that other programs tokenised: MosaicML Foundry's MDS, or Megatron's .bin and .idx.
+
+    Documents begin and end as those of `prepare`, whatever stood between them.
+    """
+    from bd3_scale.data.prepare import Preparation
+    from bd3_scale.data.tokenizer import load_tokenizer
+
+    seq_len, document_multiple = _lengths(recipe, seq_len, document_multiple)
+    loaded = load_tokenizer(tokenizer)
+    if bos is not None:
+        loaded = loaded.with_bos_switch(bos)
+    preparation = Preparation(
+        sources,
+        out,
+        loaded,
+        seq_len,
+        document_multiple=document_multiple,
+        packing=packing,
+        holdout=holdout,
+        validation=validation or (),
+        seed=seed,
+        workers=workers,
+        tokens=kind,
+    )
+    _show(preparation.finish(), out, as_json)
 
 
 def _lengths(recipe: Path | None, seq_len: int | None, document_multiple: int | None) -> tuple[int, int]:
@@ -176,6 +226,24 @@ def _lengths(recipe: Path | None, seq_len: int | None, document_multiple: int | 
     if seq_len is None:
         raise ValueError("how long sequences are is not said: give --seq-len, or --recipe")
     return seq_len, DOCUMENT_MULTIPLE if document_multiple is None else document_multiple
+
+
+def _show(manifest: Manifest, out: Path, as_json: bool) -> None:
+    from bd3_scale.data.stored import StoredData
+    from bd3_scale.data.waste import waste_note
+
+    if note := waste_note(StoredData(str(out))):
+        tell(f"note: {note}")
+    if as_json:
+        put(manifest.without_shards())
+        return
+    seq_len = manifest.seq_len
+    table = Table("", "documents", "sequences", "tokens", "dropped tokens", title=f"{out}, {seq_len} tokens a sequence")
+    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        if split is not None:
+            counts = (split.documents, split.sequences, split.sequences * seq_len, split.dropped_tokens)
+            table.add_row(name, *(f"{count:,}" for count in counts))
+    Console().print(table)
 
 
 def _prepare_share(

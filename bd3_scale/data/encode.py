@@ -56,7 +56,7 @@ class Encoder:
         if self.chat is not None:
             return [self._conversation(text) for text in texts]
         encoded = self.tokenizer.encode_batch(texts, self.parse_special)
-        return [self._document(*pair) for pair in zip(texts, encoded, strict=True)]
+        return [self.document(*pair) for pair in zip(texts, encoded, strict=True)]
 
     def key_of(self, text: str) -> str:
         """What makes a document the same as another: its text, of a conversation without its place."""
@@ -70,7 +70,8 @@ class Encoder:
         draw = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "big")
         return "validation" if draw < self.holdout * 2**64 else "train"
 
-    def _document(self, text: str, ids: list[int]) -> EncodedDocument:
+    def document(self, text: str, ids: list[int]) -> EncodedDocument:
+        """Return a document of a text and its ids, to which a beginning is added."""
         bos_id = self.tokenizer.vocabulary.bos_id
         shown: tuple[Span, ...] = ()
         if bos_id is not None:

@@ -84,6 +84,7 @@ class Manifest(_Frozen):
     field: Annotated[str, _later(description="of the JSON lines, where it is not `text`")] = ""
     parse_special: Annotated[bool, _later(description="special tokens that documents spell are parsed")] = False
     messages: Annotated[bool, _later(description="conversations, of which the assistant's part is trained on")] = False
+    tokens: Annotated[str, _later(description="the format of sources that held ids")] = ""
     sources: tuple[Source, ...]
     train: Split | None
     validation: Split | None
@@ -159,7 +160,7 @@ def differing(old: Manifest, new: Manifest) -> list[str]:
     """What was asked for or read otherwise for two folders of prepared data, a line each."""
     found = []
     asked = ("seq_len", "document_multiple", "packing", "holdout", "seed", "field", "parse_special", "messages")
-    for key in asked:
+    for key in (*asked, "tokens"):
         before, now = getattr(old, key), getattr(new, key)
         if before != now:
             found.append(f"{key} is {'unset' if now == '' else now}, there {'unset' if before == '' else before}")

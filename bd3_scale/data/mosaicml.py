@@ -63,6 +63,7 @@ import streaming.base.format.mds.encodings as streaming_encodings  # noqa: E402
 import streaming.base.shared.array as streaming_array  # noqa: E402
 from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
 from streaming.base.format import reader_from_json  # noqa: E402
+from streaming.base.format.mds.encodings import mds_decode  # noqa: E402
 from streaming.base.hashing import get_hash  # noqa: E402
 from streaming.base.shared.array import SharedArray  # noqa: E402
 from streaming.base.shuffle import get_shuffle  # noqa: E402
@@ -78,6 +79,7 @@ __all__ = [
     "StreamingDataset",
     "get_hash",
     "get_shuffle",
+    "mds_decode",
     "reader_from_json",
 ]
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from bd3_scale.data.chat import ASSISTANT, ChatTemplate
 from bd3_scale.data.encode import Encoder
 from bd3_scale.data.fields import field_value
+from bd3_scale.data.imported import Kind, TokenEncoder, TokenReader
 from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, differing, load_manifest, parse_manifest
 from bd3_scale.data.merge import EmptySplitError, merge
 from bd3_scale.data.packing import Packing
@@ -44,7 +45,9 @@ class Preparation:
     (default `text`, of conversations `messages`), `on_error` and `max_document_bytes`: see `DocumentReader`; `packing`:
     see `Packer` and `BestFitPacker`. Documents keep their order: training shuffles the sequences. The share `holdout`
     of the documents goes to `validation`, by a hash of text and `seed`, so that equal documents go to one side; 0 holds
-    out none, 1 all. Where the sources `validation` are given, they are held out in place of a share.
+    out none, 1 all. Where the sources `validation` are given, they are held out in place of a share. `tokens`: the
+    sources hold ids, see `TokenReader`, of which `tokenizer` is the tokeniser; then `field`, `on_error`,
+    `parse_special`, `chat` and `max_document_bytes` are for nothing.
 
     The work is cut into tasks, see `cut`. The last, incomplete sequence of documents that a task concatenates is
     dropped from `train`; what else is incomplete is filled with tokens that do not count. What is done lies beside
@@ -76,13 +79,21 @@ class Preparation:
         parse_special: bool = False,
         chat: ChatTemplate | None = None,
         max_document_bytes: int = DOCUMENT_BYTES,
+        tokens: Kind | None = None,
     ) -> None:
         self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
         _check_arguments(seq_len, document_multiple, holdout, seed, self._workers)
-        self._encoder = Encoder(tokenizer.checked_template(), seed, parse_special=parse_special, chat=chat)
-        self._readers = [(_reader(sources, field, on_error, chat, max_document_bytes), 0.0 if validation else holdout)]
+        kind = TokenEncoder if tokens else Encoder
+        self._encoder = kind(tokenizer.checked_template(), seed, parse_special=parse_special, chat=chat)
+
+        def read(paths: Sequence[str | Path]) -> DocumentReader:
+            if tokens:
+                return TokenReader(paths, tokens, self._encoder.tokenizer)
+            return _reader(paths, field, on_error, chat, max_document_bytes)
+
+        self._readers = [(read(sources), 0.0 if validation else holdout)]
         if validation:
-            self._readers.append((_reader(validation, field, on_error, chat, max_document_bytes), 1.0))
+            self._readers.append((read(validation), 1.0))
         files = [file for reader, _ in self._readers for file in reader.files]
         asked = Manifest(
             vocabulary=self._encoder.tokenizer.vocabulary,
@@ -96,6 +107,7 @@ class Preparation:
             field=field or "",
             parse_special=parse_special,
             messages=chat is not None,
+            tokens=tokens or "",
             sources=tuple(Source(path=str(file), bytes=file.stat().st_size) for file in files),
             train=None,
             validation=None,

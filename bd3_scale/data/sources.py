@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 import zstandard
 
 from bd3_scale.data.fields import check_unicode, kind_of, text_in
-from bd3_scale.data.files import SourceFile, find_files, format_of
+from bd3_scale.data.files import PACKINGS, SourceFile, find_files, format_of
 from bd3_scale.data.zstd import ZstdFile
 from bd3_scale.registry import source_cuts, source_formats
 
@@ -129,6 +129,22 @@ class DocumentReader:
     def parts(self) -> Sequence[FilePart]:
         """What is read: the source files as they are stored, or parts of them."""
         return self._parts or [FilePart(number, file.stat().st_size) for number, file in enumerate(self.files)]
+
+    def cut(self, num_bytes: int) -> Iterator[FilePart]:
+        """Yield the parts; of files above `num_bytes`, parts of about that size where `source_cuts` has the format."""
+        for whole in self.parts:
+            file = self.files[whole.file]
+            kind, is_packed = format_of(file), file.name.lower().endswith(PACKINGS[1:])
+            if whole.num_bytes > num_bytes and kind in source_cuts.names() and not is_packed:
+                for part, size in source_cuts.get(kind)(file, num_bytes):
+                    yield FilePart(whole.file, size, part)
+            else:
+                yield whole
+
+    @property
+    def modules(self) -> set[str]:
+        """The modules that read its formats, by name."""
+        return {source_formats.get(format_of(file)).__module__ for file in self.files}
 
     @property
     def num_bytes(self) -> int:

@@ -7,11 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from bd3_scale.data.files import PACKINGS, SourceFile, format_of
 from bd3_scale.data.index import INDEX_LIMIT
 from bd3_scale.data.manifest import Counts, Manifest, SplitName
 from bd3_scale.data.sources import DocumentReader, FilePart, LeftOut
-from bd3_scale.registry import source_cuts
 from bd3_scale.resilience.readers import read_regular, reader
 
 PLAN_FILE = "plan.json"
@@ -70,27 +68,13 @@ def cut(number: int, documents: DocumentReader) -> Iterator[Task]:
     """
     parts: list[FilePart] = []
     num_bytes = 0
-    for part in _all_parts(documents):
+    for part in documents.cut(TASK_BYTES):
         if parts and num_bytes + part.num_bytes > TASK_BYTES:
             yield Task(reader=number, parts=tuple(parts))
             parts, num_bytes = [], 0
         num_bytes += part.num_bytes
         _add(parts, part)
     yield Task(reader=number, parts=tuple(parts))
-
-
-def _all_parts(documents: DocumentReader) -> Iterator[FilePart]:
-    for whole in documents.parts:
-        file = documents.files[whole.file]
-        if whole.num_bytes > TASK_BYTES and _can_be_cut(file):
-            for part, num_bytes in source_cuts.get(format_of(file))(file, TASK_BYTES):
-                yield FilePart(whole.file, num_bytes, part)
-        else:
-            yield whole
-
-
-def _can_be_cut(file: SourceFile) -> bool:
-    return format_of(file) in source_cuts.names() and not file.name.lower().endswith(PACKINGS[1:])
 
 
 def _add(parts: list[FilePart], part: FilePart) -> None:

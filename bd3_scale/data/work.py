@@ -18,12 +18,11 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from bd3_scale.data.encode import EncodedDocument, Encoder, chunks
-from bd3_scale.data.files import format_of
 from bd3_scale.data.manifest import Manifest, SplitName
 from bd3_scale.data.sources import DocumentReader
 from bd3_scale.data.split_writer import SplitWriter
 from bd3_scale.data.tasks import RESULT_FILE, Result, Task
-from bd3_scale.registry import import_plugins, source_formats
+from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.files import new_folder
 
 POLL_SECONDS = 0.2
@@ -132,8 +131,7 @@ def _pool(writer: TaskWriter, workers: int) -> Iterator[tuple[ProcessPoolExecuto
     # Spawned, because forking a process that has threads (the progress bar, torch) can deadlock.
     context = multiprocessing.get_context("spawn")
     shared = _Shared(context.Value("q", 0), context.Event())
-    kinds = {format_of(file) for reader, _ in writer.readers for file in reader.files}
-    modules = sorted({source_formats.get(kind).__module__ for kind in kinds} - {"__main__"})
+    modules = sorted(set().union(*(reader.modules for reader, _ in writer.readers)) - {"__main__"})
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(modules, writer, shared))
     try:
         yield pool, shared
