@@ -26,6 +26,7 @@ from bd3_scale.convert.official_pickle import load_pickle
 from bd3_scale.data.chat import ChatTemplate
 from bd3_scale.data.index import Shard, read_index, read_shards
 from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.mds import shards
 from bd3_scale.data.prepare import Preparation, prepare
 from bd3_scale.data.prompts import read_messages, read_prompts
 from bd3_scale.data.stored import StoredData, read_sequences
@@ -57,6 +58,15 @@ class Case:
     read: Callable[[Path], object]
     files: tuple[str, ...]
     examples: int = 30
+
+
+def a_foundry_corpus(folder: Path) -> None:
+    file = {"basename": "shard.00000.mds", "bytes": 40, "hashes": {}}
+    columns = {"column_encodings": ["bytes"], "column_names": ["tokens"], "column_sizes": [None]}
+    rest = {"compression": None, "format": "mds", "hashes": [], "samples": 1, "size_limit": 67108864, "version": 2}
+    shard = {**columns, **rest, "raw_data": file, "zip_data": None}
+    (folder / "index.json").write_text(json.dumps({"shards": [shard], "version": 2}))
+    (folder / "shard.00000.mds").write_bytes(b"")
 
 
 def a_recipe(folder: Path) -> None:
@@ -267,6 +277,7 @@ CASES = {
     "plan.calibrate.read_results": Case(
         a_measurement, lambda folder: read_results([folder / "step.json"], load_hardware("h100")), ("step.json",)
     ),
+    "data.mds._read_index": Case(a_foundry_corpus, lambda folder: shards([folder]), ("index.json",)),
     "data.chat._template_and_tokens": Case(a_model, ChatTemplate, (*_TOKENIZER, "chat_template.jinja")),
 }
 
@@ -284,6 +295,7 @@ OPENERS = {
         *("convert.official_pickle._what_it_is", "convert.importer._keep_source_files", "data.chat.template_file"),
         *("data.prompts._prompts_of_jsonl", "data.prompts._prompts_of_txt", "data.tokenizer._read_backend"),
         *("data.tokenizer.converted_sentencepiece", "data.tokenizer_folder.write_tokenizer", "data.manifest._fetch"),
+        "data.remote.fetch",
         *("launch.attempts.read_attempts", "launch.records.read_json", "observe.metrics._lines"),
         *(
             "plan.calibrate._objects",
@@ -292,7 +304,13 @@ OPENERS = {
             "launch.submit.make_job",
         ),
     },
-    "documents, which `tests/data/test_sources.py` spoils": {"data.sources.DocumentReader.__iter__"},
+    "documents, which `tests/data/test_sources.py`, `test_columns.py` and `test_imported.py` spoil": {
+        *("data.sources.DocumentReader.__iter__", "data.columns.parquet_rows", "data.columns.row_groups"),
+        *("data.columns.record_batches", "data.megatron._Index.__init__"),
+    },
+    "what is no such file is told apart": {"data.files._saved_names"},
+    "how remote files are opened": {"data.remote_files.RemoteFile.open"},
+    "what the system says of this process": {"resilience.limits.room_for"},
     "the bytes alone count, which are compared with a hash": {
         *("resilience.files.file_hash", "data.shards.Shards._is_damaged"),
         "data.shards._Stream._decompress_shard_part",
@@ -300,7 +318,7 @@ OPENERS = {
     "a file of its own making, or of the machine": {
         *("checkpoint.folder.name_latest", "checkpoint.store._tidy", "convert.check_export.check_export"),
         *("convert.check_export.problems", "convert.check_export.main", "convert.remote_code_files.remote_code"),
-        *("data.mosaicml._SharedFile.__init__", "data.mosaicml._Lock.acquire", "data.mosaicml._lock_cache"),
+        *("data.mosaicml._SharedFile.__init__", "data.mosaicml.Lock.acquire", "data.mosaicml._lock_cache"),
         "lazy.lazy_names",
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),
