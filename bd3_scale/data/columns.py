@@ -133,7 +133,7 @@ def _ends(stream: BinaryIO, num_bytes: int) -> list[int]:
 
     EOFError: one does not end in the file.
     """
-    ends = []
+    ends: list[int] = []
     place = _start(stream)
     while place < num_bytes:
         stream.seek(place)

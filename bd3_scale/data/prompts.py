@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale.data.fields import check_unicode, field_value, kind_of, string_field
-from bd3_scale.data.files import SourceFile, find_files, format_of, named
+from bd3_scale.data.files import find_files, format_of, named
+from bd3_scale.data.remote_files import SourceFile
 from bd3_scale.data.sources import json_lines, lines, unpacked
 from bd3_scale.resilience.readers import reader
 

@@ -30,7 +30,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 import zstandard
 
 from bd3_scale.data.fields import check_unicode, kind_of, text_in
-from bd3_scale.data.files import PACKINGS, SourceFile, find_files, format_of
+from bd3_scale.data.files import PACKINGS, find_files, format_of
+from bd3_scale.data.remote_files import SourceFile
 from bd3_scale.data.zstd import ZstdFile
 from bd3_scale.registry import source_cuts, source_formats
 
