@@ -284,6 +284,7 @@ OPENERS = {
         *("convert.official_pickle._what_it_is", "convert.importer._keep_source_files", "data.chat.template_file"),
         *("data.prompts._prompts_of_jsonl", "data.prompts._prompts_of_txt", "data.tokenizer._read_backend"),
         *("data.tokenizer.converted_sentencepiece", "data.tokenizer_folder.write_tokenizer", "data.manifest._fetch"),
+        "data.remote.fetch",
         *("launch.attempts.read_attempts", "launch.records.read_json", "observe.metrics._lines"),
         *(
             "plan.calibrate._objects",
@@ -300,7 +301,7 @@ OPENERS = {
     "a file of its own making, or of the machine": {
         *("checkpoint.folder.name_latest", "checkpoint.store._tidy", "convert.check_export.check_export"),
         *("convert.check_export.problems", "convert.check_export.main", "convert.remote_code_files.remote_code"),
-        *("data.mosaicml._SharedFile.__init__", "data.mosaicml._Lock.acquire", "data.mosaicml._lock_cache"),
+        *("data.mosaicml._SharedFile.__init__", "data.mosaicml.Lock.acquire", "data.mosaicml._lock_cache"),
         "lazy.lazy_names",
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),
