@@ -27,6 +27,7 @@ from bd3_scale.data.overlap import count_known, evenly_spaced, hashes_file, merg
 from bd3_scale.data.prepare import Preparation
 from bd3_scale.data.sources import DocumentReader, OpenFile, lines
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.registry import source_cuts
 from tests.data.documents import SEQ_LEN, random_texts, write_jsonl
 from tests.data.test_prepare import read
 
@@ -96,7 +97,7 @@ def test_adjacent_parts_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """As row groups are, many of which fit into a task."""
     (tmp_path / "a.jsonl").write_bytes(b"x" * 4000)
     groups = [((number, number + 1), 400) for number in range(10)]
-    monkeypatch.setattr(tasks.source_cuts, "get", lambda name: lambda file, num_bytes: groups)
+    monkeypatch.setattr(source_cuts, "get", lambda name: lambda file, num_bytes: groups)
     found = [list(task.parts) for task in tasks.cut(0, DocumentReader([tmp_path]))]
     assert found == [[(0, 1200, (0, 3))], [(0, 1200, (3, 6))], [(0, 1200, (6, 9))], [(0, 400, (9, 10))]]
 
