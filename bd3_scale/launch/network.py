@@ -113,13 +113,20 @@ def _nccl_plugin(env: Mapping[str, str]) -> str | None:
 def interfaces(env: Mapping[str, str], *, clustered: bool, sys: Path = SYS) -> list[Finding]:
     """Check the interfaces that gloo and NCCL's bootstrap would take; `clustered`: other nodes must reach them."""
     there = sorted(path.name for path in (sys / "class/net").iterdir()) if (sys / "class/net").is_dir() else []
-    up = [name for name in there if (sys / "class/net" / name / "operstate").read_text().strip() in ("up", "unknown")]
+    up = [name for name in there if _is_up(sys / "class/net" / name)]
     others = [name for name in up if name != "lo"]
     choice = f"one of {' '.join(others)}" if others else "the one that joins the nodes (ip link)"
     return [
         _interface(variable, env.get(variable), up, choice, clustered)
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     ]
+
+
+def _is_up(interface: Path) -> bool:
+    try:
+        return (interface / "operstate").read_text().strip() in ("up", "unknown")
+    except OSError:  # it went away since it was listed, as those of containers do
+        return False
 
 
 def _interface(variable: str, wish: str | None, up: list[str], choice: str, clustered: bool) -> Finding:

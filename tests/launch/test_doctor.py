@@ -159,6 +159,7 @@ def test_interfaces(tmp_path: Path, variables: dict[str, str], clustered: bool, 
     for name, state in {"lo": "unknown", "eth0": "up", "eth1": "down", "ib0": "up"}.items():
         (tmp_path / "class/net" / name).mkdir(parents=True)
         (tmp_path / "class/net" / name / "operstate").write_text(f"{state}\n")
+    (tmp_path / "class/net" / "veth1").mkdir()  # goes away while it is looked at
     found = network.interfaces(variables, clustered=clustered, sys=tmp_path)
     assert [each.verdict for each in found] == [gloo, nccl]
     assert all("eth0 ib0" in each.advice for each in found if each.verdict != "ok")
