@@ -137,6 +137,21 @@ def test_a_field_of_a_struct_and_one_whose_name_has_a_dot(tmp_path: Path, suffix
         assert "\n" not in str(error.value)
 
 
+def test_of_parquet_no_other_column_is_read(tmp_path: Path) -> None:
+    """A damaged one beside it is not met."""
+    path, blobs = tmp_path / "t.parquet", [random.Random(1).randbytes(1000) for _ in range(20)]
+    pq.write_table(pa.table({"a": blobs, "text": ["one", "two"] * 10, "z": blobs}), path, compression="gzip")
+    data = bytearray(path.read_bytes())
+    group = pq.read_metadata(path).row_group(0)
+    for column in (group.column(0), group.column(2)):
+        start = column.dictionary_page_offset
+        data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(data)
+    assert texts(path) == ["one", "two"] * 10
+    with pytest.raises(OSError, match="thrift"):
+        pq.read_table(path)
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_columns_of_numbers_and_rows_without_text(tmp_path: Path, suffix: str) -> None:
     table, path = (
@@ -205,6 +220,28 @@ def test_conversations_in_a_column_are_those_of_lines(tmp_path: Path, suffix: st
     assert made[0].train
     assert made[0].train.sequences > 5
     assert (made[0].train, made[0].validation) == (made[1].train, made[1].validation)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_row_is_counted_from_the_beginning_of_the_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t{suffix}"
+    write(path, pa.table({"text": [*["fine"] * 450, None]}))
+    with pytest.raises(ValueError, match=rf"t\{suffix}, row 450 has null"):
+        texts(path)
+    reader = DocumentReader([path])
+    *_, (part, size) = source_cuts.get(suffix)(path, 1)
+    place = "row 450" if suffix == ".parquet" else f"behind byte {part[0]:,}, row 50"
+    with pytest.raises(ValueError, match=rf"t\{suffix}, {place} has null"):
+        list(reader.only([FilePart(0, size, part)]))
+
+
+def test_a_batch_that_ends_behind_its_file_is_no_part(tmp_path: Path) -> None:
+    path = write_arrow(tmp_path / "t.arrow", pa.table({"text": random_texts(200)}))
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(
+        ValueError, match=r"t\.arrow is damaged or cut short \(.*a batch ends at byte [\d,]+ of [\d,]+\)"
+    ):
+        list(source_cuts.get(".arrow")(path, 1))
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])

@@ -143,7 +143,7 @@ def test_what_stands_in_the_shards_is_text_without_the_source_s_ends(tmp_path: P
     source = write_megatron(tmp_path / "c", [[*document, eos, eos, bos, *document, eos], [eos], document])
     made = imported(source, "megatron", tokenizer, holdout=0.0, document_multiple=1)
     assert made.train
-    assert made.train.documents == 3
+    assert (made.train.documents, made.empty_documents) == (3, 0)
     shards = open_shards(DataRecipe(path=str(tmp_path / "out"), seq_len=L), load_manifest(tmp_path / "out"), "train")
     tokens = np.concatenate([shards[index]["tokens"] for index in range(len(shards))])
     assert tokens.tolist() == ([bos, *document, eos] * 3)[: len(tokens)]
