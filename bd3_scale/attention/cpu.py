@@ -332,7 +332,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _streams(x_BNHD: Tensor, spans: Tensor) -> Tensor:
-    """[B, S, R, H, D] of rows [B, S·R, H, D]."""
+    """Return [B, S, R, H, D] of rows [B, S·R, H, D]."""
     return x_BNHD.unflatten(1, (-1, spans.shape[2]))
 
 
@@ -347,6 +347,6 @@ def _take(x_BSRHD: Tensor, call: _Call, dtype: torch.dtype) -> Tensor:
 
 
 def _by_stream(x_BHND: Tensor, call: _Call) -> Tensor:
-    """The inverse of `_take`."""
+    """Return the inverse of `_take`."""
     num_streams = call.streams.stop - call.streams.start
     return x_BHND.unflatten(2, (num_streams, -1)).permute(0, 2, 3, 1, 4)

@@ -184,7 +184,7 @@ class CheckpointManifest(BaseModel):
         return self._trained("parallel", ParallelRecipe)
 
     def _trained(self, name: str, kind: type[S]) -> S | None:
-        """A section of the run's recipe without the options that this version does not know."""
+        """Return a section of the run's recipe without the options that this version does not know."""
         section = (self.trained_with or {}).get(name)
         if not isinstance(section, dict):
             return None
@@ -205,7 +205,7 @@ class CheckpointDamagedError(ValueError):
 
 @reader("a checkpoint", path="folder")
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """The manifest of a complete checkpoint.
+    """Return the manifest of a complete checkpoint.
 
     Raises:
         CheckpointDamagedError: the folder was left half written, has lost or truncated a file, or another manifest.

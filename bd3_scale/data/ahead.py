@@ -87,7 +87,7 @@ class _Fetcher:
                     return
 
     def _waits_for_room(self, shard_id: int) -> bool:
-        """Whether a shard is to be fetched, once there is room."""
+        """Return whether a shard is to be fetched, once there is room."""
         while not self._ended and self._shards.is_away(shard_id):
             with self._goes_on:
                 unused_since = self._times[0] if len(self._times) == self._times.maxlen else 0

@@ -43,21 +43,21 @@ class Batch:
 
     @property
     def padding(self) -> Tensor:
-        """bool [B, L]: pads a document behind its end."""
+        """Return bool [B, L]: pads a document behind its end."""
         return ~self.counted & ~self.shown
 
     def take(self, rows: Tensor) -> Batch:
-        """The sequences at `rows`, int64."""
+        """Return the sequences at `rows`, int64."""
         return Batch(**{key: value[rows] for key, value in vars(self).items()})
 
     def split(self, micro_batch_size: int) -> list[Batch]:
-        """Consecutive batches of `micro_batch_size` sequences; the last may have fewer."""
+        """Return consecutive batches of `micro_batch_size` sequences; the last may have fewer."""
         parts = zip(*(tensor.split(micro_batch_size) for tensor in vars(self).values()), strict=True)
         return [Batch(*part) for part in parts]
 
     @property
     def noise_keys(self) -> dict[str, Tensor]:
-        """What the noise of each sequence is drawn from, beside the run's seed; see `bd3_scale.diffusion.noise`."""
+        """Return what the noise of each sequence is drawn from beside the seed, see `bd3_scale.diffusion.noise`."""
         return {"sample_ids": self.ids, "epoch": self.epochs, "source_keys": self.source_keys}
 
 
@@ -93,7 +93,7 @@ def collate(
 
 
 def _shown(sample: dict[str, NDArray[Any]], seq_len: int) -> NDArray[np.bool_]:
-    """bool [L]; nothing in shards without the column, as those of before it and of plain text without BOS."""
+    """Return bool [L]; nothing in shards without the column, as those of before it and of plain text without BOS."""
     shown = np.zeros(seq_len, np.bool_)
     for first, last in sample.get("shown", ()):
         shown[first:last] = True

@@ -109,7 +109,7 @@ def default_window(sizes: ShardSizes, cache_limit: str | None, global_batch_size
 
 
 def _gigabytes(size: float) -> str:
-    """As a `cache_limit` is written; rounded up."""
+    """Return it as a `cache_limit` is written, rounded up."""
     unit, scale = ("gb", 2**30) if size > 2**30 else ("mb", 2**20)
     return f"{math.ceil(size / scale * 10) / 10:g}{unit}"
 

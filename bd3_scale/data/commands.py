@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -130,19 +130,13 @@ def prepare(
     if (tasks is None) != (task is None and slurm is None) or (task is not None and slurm is not None):
         raise ValueError("give --tasks with --task, for one share of the work, or with --slurm, for a job of them all")
     from bd3_scale.data.chat import ChatTemplate
-    from bd3_scale.data.prepare import Preparation
-    from bd3_scale.data.tokenizer import load_tokenizer
 
-    seq_len, document_multiple = _lengths(recipe, seq_len, document_multiple)
-    loaded = load_tokenizer(tokenizer)
-    if bos is not None:
-        loaded = loaded.with_bos_switch(bos)
-    preparation = Preparation(
+    preparation = _preparation(
         sources,
         out,
-        loaded,
-        seq_len,
-        document_multiple=document_multiple,
+        tokenizer,
+        bos,
+        _lengths(recipe, seq_len, document_multiple),
         packing=packing,
         holdout=holdout,
         validation=validation or (),
@@ -192,19 +186,12 @@ def import_tokens(
 
     Documents begin and end as those of `prepare`, whatever stood between them.
     """
-    from bd3_scale.data.prepare import Preparation
-    from bd3_scale.data.tokenizer import load_tokenizer
-
-    seq_len, document_multiple = _lengths(recipe, seq_len, document_multiple)
-    loaded = load_tokenizer(tokenizer)
-    if bos is not None:
-        loaded = loaded.with_bos_switch(bos)
-    preparation = Preparation(
+    preparation = _preparation(
         sources,
         out,
-        loaded,
-        seq_len,
-        document_multiple=document_multiple,
+        tokenizer,
+        bos,
+        _lengths(recipe, seq_len, document_multiple),
         packing=packing,
         holdout=holdout,
         validation=validation or (),
@@ -213,6 +200,19 @@ def import_tokens(
         tokens=kind,
     )
     _show(preparation.finish(), out, as_json)
+
+
+def _preparation(
+    sources: list[str], out: Path, tokenizer: str, bos: bool | None, lengths: tuple[int, int], **options: Any
+) -> Preparation:
+    from bd3_scale.data.prepare import Preparation
+    from bd3_scale.data.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    if bos is not None:
+        loaded = loaded.with_bos_switch(bos)
+    seq_len, document_multiple = lengths
+    return Preparation(sources, out, loaded, seq_len, document_multiple=document_multiple, **options)
 
 
 def _lengths(recipe: Path | None, seq_len: int | None, document_multiple: int | None) -> tuple[int, int]:

@@ -25,7 +25,7 @@ SplitOption = Annotated[
 
 @app.command(epilog="Example: bd3-scale data inspect data/quickstart")
 def inspect(data: Data, as_json: AsJson = False) -> None:
-    """What prepared data are: how, from what and with which tokeniser they were made, and how much there is.
+    """Say what prepared data are: how, from what and with which tokeniser they were made, and how much there is.
 
     Reads no shard.
     """
@@ -72,7 +72,7 @@ def _described(one: dict[str, Any]) -> list[tuple[str, str]]:
 
 @app.command(epilog="Example: bd3-scale data stats data/quickstart")
 def stats(data: Data, split: SplitOption = None, as_json: AsJson = False) -> None:
-    """What the sequences consist of: lengths of documents, padding, and where documents are cut.
+    """Say what the sequences consist of: lengths of documents, padding, and where documents are cut.
 
     Reads every shard.
     """

@@ -59,11 +59,11 @@ class Encoder:
         return [self.document(*pair) for pair in zip(texts, encoded, strict=True)]
 
     def key_of(self, text: str) -> str:
-        """What makes a document the same as another: its text, of a conversation without its place."""
+        """Return what makes a document the same as another: its text, of a conversation without its place."""
         return text if self.chat is None else json.dumps(json.loads(text)[1])
 
     def split_of(self, text: str) -> SplitName:
-        """By a hash of text and seed: equal documents go to one side."""
+        """Return where a document goes, by a hash of text and seed: equal ones go to one side."""
         if self.holdout in (0, 1):
             return "validation" if self.holdout else "train"
         key, data = self.seed.to_bytes(8, "big"), self.key_of(text).encode("utf-8")

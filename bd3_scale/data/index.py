@@ -56,7 +56,7 @@ class Shard(_Strict):
 
     @property
     def stored(self) -> ShardFile:
-        """The file that lies in the folder."""
+        """Return the file that lies in the folder."""
         return self.zip_data or self.raw_data
 
     def numbered(self, number: int) -> Shard:

@@ -91,13 +91,13 @@ class Manifest(_Frozen):
 
     @property
     def splits(self) -> dict[SplitName, Split]:
-        """The splits that there are."""
+        """Return the splits that there are."""
         both: tuple[tuple[SplitName, Split | None], ...] = (("train", self.train), ("validation", self.validation))
         return {name: split for name, split in both if split is not None}
 
     @property
     def shows_tokens(self) -> bool:
-        """Whether any sequence has tokens that are not trained on."""
+        """Return whether any sequence has tokens that are not trained on."""
         return any(split.shown_tokens > 0 for split in self.splits.values())
 
     def part(self, source: str) -> Manifest:
@@ -157,7 +157,7 @@ def _sum(splits: Iterable[Split | None]) -> Split | None:
 
 
 def differing(old: Manifest, new: Manifest) -> list[str]:
-    """What was asked for or read otherwise for two folders of prepared data, a line each."""
+    """Return what was asked for or read otherwise for two folders of prepared data, a line each."""
     found = []
     asked = ("seq_len", "document_multiple", "packing", "holdout", "seed", "field", "parse_special", "messages")
     for key in (*asked, "tokens"):

@@ -89,7 +89,7 @@ atexit.register(_PROCESS.close)
 
 
 def _claim_prefix(folders: Sequence[str], remotes: Sequence[str | None], world: World) -> tuple[int, Any]:
-    """The number that the names of a data set's shared memory begin with, after a folder for them was agreed on.
+    """Return the number that the names of a data set's shared memory begin with, after a folder for them was agreed on.
 
     Streaming counts up to the first number that is free: two runs that start together can meet there, it cannot tell
     the memory that a killed run left behind from that of a living one, and a full or small /dev/shm is a SIGBUS. Here

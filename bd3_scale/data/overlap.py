@@ -38,7 +38,7 @@ def hashes_file(split: SplitName) -> str:
 
 
 def write_hashes(folder: Path, split: SplitName, hashes: Iterable[int]) -> None:
-    """The sorted hashes of a split's documents, uint64 little-endian, eight bytes a document."""
+    """Write the sorted hashes of a split's documents, uint64 little-endian, eight bytes a document."""
     np.unique(np.fromiter(hashes, dtype="<u8")).tofile(folder / hashes_file(split))
 
 
@@ -66,20 +66,20 @@ def merge_hashes(folders: Sequence[Path], out: Path, split: SplitName) -> None:
 
 
 def read_hashes(folder: Path, split: SplitName) -> NDArray[np.uint64] | None:
-    """None: data prepared elsewhere, or before hashes were kept."""
+    """Return the hashes of a split; None: data prepared elsewhere, or before hashes were kept."""
     path = folder / hashes_file(split)
     return _mapped(path) if path.is_file() else None
 
 
 def count_known(known: NDArray[np.uint64], found: NDArray[np.uint64]) -> int:
-    """How many of the documents of hashes `found` are among those of hashes `known`, which are sorted."""
+    """Return how many of the documents of hashes `found` are among those of hashes `known`, which are sorted."""
     places = np.searchsorted(known, found)
     inside = places < len(known)
     return int((known[places[inside]] == found[inside]).sum())
 
 
 def hashes_of(texts: Iterable[str]) -> NDArray[np.uint64]:
-    """Of each text."""
+    """Return the hash of each text."""
     return np.fromiter((document_hash(text) for text in texts), dtype="<u8")
 
 

@@ -119,7 +119,7 @@ class Preparation:
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks there are."""
+        """Return how many tasks there are."""
         return len(self._plan.tasks)
 
     def missing(self) -> list[int]:

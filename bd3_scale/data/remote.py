@@ -186,7 +186,7 @@ def what_to_mend(error: BaseException, place: str) -> OSError | ValueError | Non
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """The HTTP status that a store has answered with, and its name of the error, where the client says them."""
+    """Return the HTTP status that a store has answered with, and its name of the error, where the client says them."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

@@ -35,7 +35,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
+        """Return the last part of its path."""
         return self.url.rpartition("/")[2]
 
     def with_name(self, name: str) -> RemoteFile:

@@ -29,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_shards(data: DataRecipe, manifest: Manifest, split: SplitName) -> Shards:
-    """The samples of `split`, opened once a process; collective over all ranks when it opens them.
+    """Return the samples of `split`, opened once a process; collective over all ranks when it opens them.
 
     `load_manifest` has put the index where the shards are, or will be. Raises ValueError if the split is not there, or
     if recipe, manifest and shards contradict each other; FileNotFoundError if a shard is missing.
@@ -83,7 +83,7 @@ class Shards(StreamingDataset):
 
     @property
     def has_remote(self) -> bool:
-        """Whether shards are fetched."""
+        """Return whether shards are fetched."""
         return self.streams[0].remote is not None
 
     @property
@@ -132,7 +132,7 @@ class Shards(StreamingDataset):
             raise
 
     def is_away(self, shard_id: int) -> bool:
-        """Whether a shard is not here, and nobody on the node is fetching it."""
+        """Return whether a shard is not here, and nobody on the node is fetching it."""
         return bool(self._shard_states[shard_id] == REMOTE_STATE)
 
     def make_room(self, unused_since: int) -> bool:

@@ -128,7 +128,7 @@ class DocumentReader:
 
     @property
     def parts(self) -> Sequence[FilePart]:
-        """What is read: the source files as they are stored, or parts of them."""
+        """Return what is read: the source files as they are stored, or parts of them."""
         return self._parts or [FilePart(number, file.stat().st_size) for number, file in enumerate(self.files)]
 
     def cut(self, num_bytes: int) -> Iterator[FilePart]:
@@ -144,7 +144,7 @@ class DocumentReader:
 
     @property
     def modules(self) -> set[str]:
-        """The modules that read its formats, by name."""
+        """Return the modules that read its formats, by name."""
         return {source_formats.get(format_of(file)).__module__ for file in self.files}
 
     @property
@@ -169,7 +169,7 @@ class DocumentReader:
 
     @property
     def left_out(self) -> LeftOut:
-        """What was met so far and is no document."""
+        """Return what was met so far and is no document."""
         return LeftOut(empty=self.num_empty, skipped=self.num_skipped, first=tuple(self.skipped))
 
     def _reset(self) -> None:

@@ -33,12 +33,12 @@ class StoredData:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What they say of themselves, without what indices say."""
+        """Return what they say of themselves, without what indices say."""
         return parse_manifest(f"{self.place}/{MANIFEST_FILE}", self.read(MANIFEST_FILE))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokeniser that lies beside them."""
+        """Return the tokeniser that lies beside them."""
         if not _is_remote(self.place):
             return load_tokenizer(self.place)
         with temporary_folder("tokenizer") as aside:
@@ -90,27 +90,27 @@ class Sequences:
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Where each piece begins in all tokens [N · L]."""
+        """Return where each piece begins in all tokens [N · L]."""
         return np.cumsum(self.lengths) - self.lengths
 
     def ends_document(self, eos_id: int) -> NDArray[np.bool_]:
-        """bool [P]: the piece is the end of its document, and not cut behind. What only fills a sequence is none."""
+        """Return bool [P]: the piece ends its document, and is not cut behind. What fills a sequence is none."""
         last = self.starts + np.maximum(self.counted, 1) - 1
         return (self.counted > 0) & (self.tokens.reshape(-1)[last] == eos_id)
 
     @cached_property
     def is_text(self) -> NDArray[np.bool_]:
-        """bool [N, L]: text or end of a document, and no padding."""
+        """Return bool [N, L]: text or end of a document, and no padding."""
         return self._marked(self.starts, self.starts + self.counted)
 
     @cached_property
     def is_shown(self) -> NDArray[np.bool_]:
-        """bool [N, L]: is shown."""
+        """Return bool [N, L]: is shown."""
         first, last = (self.shown[:, 0] * self.tokens.shape[1] + self.shown[:, column] for column in (1, 2))
         return self._marked(first, last)
 
     def _marked(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """bool [N, L], true inside runs that do not overlap, given by places in all tokens."""
+        """Return bool [N, L], true inside runs that do not overlap, given by places in all tokens."""
         steps = np.zeros(self.tokens.size + 1, np.int8)
         np.add.at(steps, first, 1)
         np.add.at(steps, last, -1)

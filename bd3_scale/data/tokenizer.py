@@ -183,7 +183,7 @@ class Tokenizer:
         return self.decode(ids[1:] if ids and ids[0] == self.vocabulary.bos_id else ids)
 
     def continuation(self, before: Sequence[int], new: Sequence[int], *, final: bool = True) -> str:
-        """What `new` adds to the text of `before`: the decoded whole without the decoded beginning.
+        """Return what `new` adds to the text of `before`: the decoded whole without the decoded beginning.
 
         Unless `final`, bytes at the end that are no whole character yet are held back; of tokens that spell UTF-8, the
         text of more then begins with the text of fewer.
@@ -198,7 +198,7 @@ class Tokenizer:
         return whole[shared:]
 
     def name_of(self, token_id: int) -> str | None:
-        """The token of an id, or None where it has none."""
+        """Return the token of an id, or None where it has none."""
         return self._backend.id_to_token(token_id)
 
     @cached_property
@@ -295,7 +295,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def converted_sentencepiece(path: Path) -> tokenizers.Tokenizer:
-    """What transformers makes of a `tokenizer.model` and the configuration beside it.
+    """Return what transformers makes of a `tokenizer.model` and the configuration beside it.
 
     ValueError: a package is wanting, or transformers knows no conversion; the message says what to do.
     """

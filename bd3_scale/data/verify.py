@@ -71,7 +71,7 @@ def _tokenizer_problems(data: StoredData) -> Iterator[str]:
 
 
 def _wrong(found: Sequences, manifest: Manifest) -> Iterator[str]:
-    """What no sequence of such data has, with the first that has it."""
+    """Yield what no sequence of such data has, with the first that has it."""
     vocabulary, multiple = manifest.vocabulary, manifest.document_multiple
     if found.tokens.shape[1] != manifest.seq_len:
         yield f"its sequences have {found.tokens.shape[1]} tokens, and the manifest says {manifest.seq_len}"

@@ -117,7 +117,7 @@ def draw_noise(
 
 
 def _maskable_blocks(begins: NDArray[np.bool_], maskable: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
-    """The number of each token's block among those with something to mask, int64 [L], and how many these are.
+    """Return the number of each token's block among those with something to mask, int64 [L], and how many these are.
 
     Of a block that is shown whole the number means nothing; there is at least one.
     """
@@ -153,7 +153,7 @@ def _clip_shares(
 
 
 def _binomial(counts: NDArray[np.int64], lengths: NDArray[np.int64], rate: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[K, max + 1]: probability of each count of masks among a block's tokens; 0 above its length."""
+    """Return [K, max + 1]: probability of each count of masks among a block's tokens; 0 above its length."""
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, lengths.max() + 1)))])
     rest = np.maximum(lengths - counts, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -186,7 +186,7 @@ def draw_copies(
 def draw_block_sizes(
     sample_ids: Tensor, choices: int, *, seed: int, epoch: int | Tensor, source_keys: Tensor | None = None
 ) -> Tensor:
-    """int64 [B] in [0, choices): which block size each sequence takes, all equally likely."""
+    """Return int64 [B] in [0, choices): which block size each sequence takes, all equally likely."""
     keys = _keys(seed, epoch, source_keys, len(sample_ids))
     drawn = [
         _uniform(1, key, sample, _Purpose.BLOCK_SIZE)[0] for key, sample in zip(keys, sample_ids.tolist(), strict=True)
@@ -204,7 +204,7 @@ def draw_embedding_noise(
     rows: int,
     source_keys: Tensor | None = None,
 ) -> Tensor:
-    """int64 [copies, B, L] in [1, rows): which noise vector each position takes where it is masked."""
+    """Return int64 [copies, B, L] in [1, rows): which noise vector each position takes where it is masked."""
     keys = _keys(seed, epoch, source_keys, len(sample_ids))
     drawn = [
         [
@@ -224,7 +224,7 @@ def _keys(seed: int, epoch: int | Tensor, source_keys: Tensor | None, count: int
 
 
 def _levels(count: int, key: tuple[int, int], sample_id: int, order: _Purpose, level: _Purpose) -> NDArray[np.float64]:
-    """One noise level from each of `count` equal parts of [0, 1], in random order: (π(i) + u_i) / count."""
+    """Return one noise level from each of `count` equal parts of [0, 1], in random order: (π(i) + u_i) / count."""
     permutation = _uniform(count, key, sample_id, order).argsort(kind="stable")
     return (permutation + _uniform(count, key, sample_id, level)) / count
 

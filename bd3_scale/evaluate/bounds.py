@@ -52,7 +52,7 @@ class ContinuationBounds:
 
     @torch.no_grad()
     def of(self, pairs: Sequence[Pair], documents: Sequence[int]) -> list[float]:
-        """The bound in nats of each continuation after its context; equal `documents` meet equal noise."""
+        """Return the bound in nats of each continuation after its context; equal `documents` meet equal noise."""
         # By length, so that rows of a batch are alike; a row's noise depends on nothing but itself.
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         bounds = [0.0] * len(pairs)

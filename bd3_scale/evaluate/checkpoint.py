@@ -94,7 +94,7 @@ class _Measured:
 
     @classmethod
     def of_data(cls, name: str, recipe: DataRecipe, data: Manifest, tokenizer: Tokenizer, **more: Any) -> Self:
-        """The held-out split of prepared data."""
+        """Return the held-out split of prepared data."""
         assert data.validation is not None
         return cls(
             name,
@@ -217,7 +217,7 @@ def _text_recipe(manifest: CheckpointManifest, block_sizes: Sequence[int]) -> tu
 def _objectives(
     manifest: CheckpointManifest, block_sizes: Sequence[int], *, intervals: bool = False
 ) -> list[Objective]:
-    """What the model was trained for, at each block size."""
+    """Return what the model was trained for, at each block size."""
     trained = manifest.trained_objective()
     if not trained.fills_masks and (intervals or set(block_sizes) - {trained.block_size}):
         raise ValueError(
@@ -340,7 +340,7 @@ def _prepared(
     groups: ProcessGroups,
     stack: ExitStack,
 ) -> list[_Measured]:
-    """The texts in a temporary folder, made by rank 0."""
+    """Return the texts in a temporary folder, made by rank 0."""
     alone = is_alone(groups)
     if not alone and os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
         raise ValueError(
@@ -374,7 +374,7 @@ def _prepared(
 
 
 def data_recipe(manifest: CheckpointManifest, data_path: str | None) -> DataRecipe:
-    """What the run was trained on, or other prepared data. ValueError: there is neither."""
+    """Return what the run was trained on, or other prepared data. ValueError: there is neither."""
     trained_on = manifest.trained_data()
     if data_path is None:
         if trained_on is None and manifest.trained_with is None:

@@ -47,11 +47,11 @@ class Drawing:
         return tokens[:, 0], shares.gather(-1, tokens)[:, 0], torch.special.entr(shares).sum(-1)
 
     def tokens(self, logits_MV: Tensor, uniforms_M: Tensor) -> Tensor:
-        """The tokens of `draw` alone, [M]."""
+        """Return the tokens of `draw` alone, [M]."""
         return self._drawn(logits_MV, self._shares(logits_MV), uniforms_M)[:, 0]
 
     def _drawn(self, logits_MV: Tensor, shares_MV: Tensor, uniforms_M: Tensor) -> Tensor:
-        """[M, 1]."""
+        """Return [M, 1]."""
         if self.temperature == 0:
             return logits_MV.argmax(-1, keepdim=True)
         cumulative = self._truncated(shares_MV).cumsum(-1)
@@ -61,7 +61,7 @@ class Drawing:
         return torch.searchsorted(cumulative, target, right=True)
 
     def _shares(self, logits_MV: Tensor) -> Tensor:
-        """The model's distribution, float64 [M, V], before top-k and top-p."""
+        """Return the model's distribution, float64 [M, V], before top-k and top-p."""
         logits_MV = logits_MV.double()
         return (logits_MV if self.temperature in (0, 1) else logits_MV / self.temperature).softmax(-1)
 

@@ -31,7 +31,7 @@ class Watch:
         self._looked = self._began
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """The newest heartbeat of every rank that has told something."""
+        """Return the newest heartbeat of every rank that has told something."""
         found = {}
         for path in self._folder.glob("rank*.json"):
             if state := read_json(path):
@@ -71,7 +71,7 @@ class Watch:
         return f"hang in phase {late[0]!r} after {_deadline(deadlines, late[0]):g} s: {self._culprits(states, now)}"
 
     def _culprits(self, states: Mapping[int, Mapping[str, Any]], now: float) -> str:
-        """The ranks that are behind, those that do not run at all, and where each one was."""
+        """Return the ranks that are behind, those that do not run at all, and where each one was."""
         if missing := [rank for rank in range(self._ranks) if rank not in states]:
             return f"ranks {missing} never told that they live"
         low = min(state["step"] for state in states.values())

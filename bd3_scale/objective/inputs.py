@@ -95,7 +95,7 @@ def next_token_places(batch: Batch, context: Context = (0, 1)) -> tuple[Tensor, 
 
 
 def _has_next(batch: Batch) -> Tensor:
-    """bool [B, L]: the next token belongs to the same document, and is not shown."""
+    """Return bool [B, L]: the next token belongs to the same document, and is not shown."""
     within = (batch.document_start.roll(-1, 1) == batch.document_start) & ~batch.shown.roll(-1, 1)
     within[:, -1] = False
     return within

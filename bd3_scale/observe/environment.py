@@ -195,7 +195,7 @@ def _cpu_name() -> str:
 
 
 def peak_rss_bytes() -> int:
-    """The most resident memory this process has had, in bytes (VmHWM of proc(5), Linux).
+    """Return the most resident memory this process has had, in bytes (VmHWM of proc(5), Linux).
 
     getrusage(2) is no substitute: its maximum survives exec, so that a small program started by a large one looks
     large.
@@ -205,7 +205,7 @@ def peak_rss_bytes() -> int:
 
 
 def peak_cuda_bytes() -> int | None:
-    """The most memory that PyTorch has allocated on the current CUDA device, in bytes; None without CUDA."""
+    """Return the most memory that PyTorch has allocated on the current CUDA device, in bytes; None without CUDA."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

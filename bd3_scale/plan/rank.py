@@ -131,7 +131,7 @@ def _pairs(inputs: ModelInputs) -> dict[int, int]:
 
 
 def _names(groups: ProcessGroups) -> dict[str, str]:
-    """What each group is for, by its name in torch.distributed."""
+    """Return what each group is for, by its name in torch.distributed."""
     kinds = {
         "tp": "tensor",
         "cp": "context",

@@ -127,7 +127,7 @@ class Parts:
         )
 
     def _parts(self, size: int, replicas: int, recompute: str) -> tuple[Trace, Trace]:
-        """A layer between others, and all that is beside layers, with what the last layer spares."""
+        """Return a layer between others, and all that is beside layers, with what the last layer spares."""
         found = self._known.get((size, replicas, recompute))
         if found is None:
             few, many = _LAYERS
@@ -138,7 +138,7 @@ class Parts:
         return found
 
     def _of(self, layers: int, size: int, replicas: int, recompute: str) -> _Weighted:
-        """A step of other sizes as a sum of those that were traced."""
+        """Return a step of other sizes as a sum of those that were traced."""
 
         def traced(size: int, replicas: int, recompute: str = "none") -> Trace:
             return self._traces[Shape(layers, size, replicas, recompute)]
@@ -251,7 +251,7 @@ def _ends_here(first: bool, last: bool) -> Callable[[Key], bool]:
 
 
 def _only(trace: Trace, keep: Callable[[Key], bool]) -> Trace:
-    """The work and messages of a trace that are kept, without its memory."""
+    """Return the work and messages of a trace that are kept, without its memory."""
     return Trace(
         [],
         {key: work for key, work in trace.work.items() if keep(key)},
@@ -261,7 +261,7 @@ def _only(trace: Trace, keep: Callable[[Key], bool]) -> Trace:
 
 
 def _among(trace: Trace, factor: float) -> Trace:
-    """The trace with messages of so many times as many data-parallel ranks."""
+    """Return the trace with messages of so many times as many data-parallel ranks."""
     messages = {
         key: replace(message, ranks=_more(message.ranks, factor)) if key.direction == "data" else message
         for key, message in trace.messages.items()
@@ -276,7 +276,7 @@ def _more(ranks: tuple[int, ...], factor: float) -> tuple[int, ...]:
 
 
 def _lumped(trace: Trace) -> Trace:
-    """The trace without what tells sizes apart, in names of stretches of memory, too."""
+    """Return the trace without what tells sizes apart, in names of stretches of memory, too."""
     parts = [Trace([], {key._replace(shape=""): work}, {}, {}) for key, work in trace.work.items()]
     for key, message in trace.messages.items():
         _, beside, by_size = key.shape.partition("beside")
@@ -293,7 +293,7 @@ def _twice(parts: Sequence[tuple[float, Trace]]) -> list[tuple[float, float, Tra
 
 
 def _rows(trace: Trace) -> int:
-    """The rows that the products of a layer take, of all tensor-parallel ranks."""
+    """Return the rows that the products of a layer take, of all tensor-parallel ranks."""
     return max(
         int(key.shape.partition("x")[0])
         for key in trace.work

@@ -61,29 +61,29 @@ class DataRecipe(Section):
 
     @property
     def by_source(self) -> dict[str, DataRecipe]:
-        """Each source as if it were alone, by its name; a recipe without sources is one that has no name."""
+        """Return each source as if it were alone, by its name; a recipe without sources is one that has no name."""
         alone = {"sources": (), "stages": ()}
         own = {s.name: self.model_copy(update={**alone, "path": s.path, "remote": s.remote}) for s in self.sources}
         return own or {"": self}
 
     @property
     def remotes(self) -> list[str]:
-        """What machines fetch data from."""
+        """Return what machines fetch data from."""
         return [source.remote for source in self.by_source.values() if source.remote is not None]
 
     @property
     def first_source(self) -> DataRecipe:
-        """The first source as if it were alone: all have one tokeniser."""
+        """Return the first source as if it were alone: all have one tokeniser."""
         return next(iter(self.by_source.values()))
 
     @property
     def mixture(self) -> tuple[MixtureStage, ...]:
-        """The weights of the sources, stage by stage; empty without sources."""
+        """Return the weights of the sources, stage by stage; empty without sources."""
         weights = {source.name: source.weight for source in self.sources if source.weight is not None}
         return self.stages or ((MixtureStage(weights=weights),) if weights else ())
 
     def mixed_before(self, step: int) -> tuple[MixtureStage, ...]:
-        """The stages of the first `step` steps, the last one ending there; empty without sources."""
+        """Return the stages of the first `step` steps, the last one ending there; empty without sources."""
         found: list[MixtureStage] = []
         for stage in self.mixture:
             if step == (found[-1].until if found else 0):
@@ -93,6 +93,6 @@ class DataRecipe(Section):
         return tuple(found)
 
     def used_before(self, step: int) -> tuple[str, ...]:
-        """The sources that the first `step` steps read, sorted; the one without a name where it is alone."""
+        """Return the sources that the first `step` steps read, sorted; the one without a name where it is alone."""
         used = {name for stage in self.mixed_before(step) for name in stage.weights}
         return tuple(sorted(used)) if self.sources else ("",)

@@ -131,7 +131,7 @@ class DiffusionRecipe(Section):
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """Every block size of a training and its evaluations, once."""
+        """Return every block size of a training and its evaluations, once."""
         phases = (phase.block_size for phase in self.block_size_schedule)
         return tuple(dict.fromkeys((*phases, *self.block_size_choices, self.block_size)))
 
@@ -151,7 +151,7 @@ class ParameterGroup(Section):
 
     @property
     def settings(self) -> dict[str, float]:
-        """What is given."""
+        """Return what is given."""
         return self.model_dump(include={"lr_scale", "weight_decay"}, exclude_none=True)
 
 
@@ -332,7 +332,7 @@ class Recipe(Section):
     launch: LaunchRecipe = LaunchRecipe()
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether an evaluation is due between `step` finished steps and the next."""
+        """Return whether an evaluation is due between `step` finished steps and the next."""
         return bool(step and self.evaluation.every_steps) and step % self.evaluation.every_steps == 0
 
     @property
@@ -342,5 +342,5 @@ class Recipe(Section):
 
     @property
     def recomputation(self) -> tuple[Recompute, int | None]:
-        """What is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
+        """Return what is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`."""
         return self.train.recompute, self.train.recompute_layers

@@ -48,7 +48,7 @@ def evaluate(training: Training) -> Evaluation:
 
 
 def _held_out(training: Training, block_size: int) -> dict[str, HeldOut]:
-    """What each source's held-out sequences say, of those that have some."""
+    """Return what each source's held-out sequences say, of those that have some."""
     run, groups = training.run, training.run.groups
     recipe = run.recipe
     found = {}

@@ -80,7 +80,7 @@ def _report(training: Training, backend: str) -> Report:
 
 
 def _tell_changes(training: Training, start: Start | None, guard: Guard, report: Report) -> None:
-    """Of a run that goes on otherwise than before."""
+    """Tell of a run that goes on otherwise than before."""
     run, step = training.run, training.state.step
     if start is not None and (notes := start.notes(run.recipe, run.data)):
         guard.resumed(step, start.changes(run.recipe), notes)
@@ -91,7 +91,7 @@ def _tell_changes(training: Training, start: Start | None, guard: Guard, report:
 def _take_steps(
     training: Training, stop: StopRequest, guard: Guard, saver: CheckpointSaver, heartbeat: Heartbeat, report: Report
 ) -> bool:
-    """All steps that are left; whether a signal ended them before."""
+    """Take all steps that are left; return whether a signal ended them before."""
     run, state, steps = training.run, training.state, training.run.recipe.train.steps
     for step in range(state.step + 1, steps + 1):
         # Before the next step and not after its own, so that a resumed run meets what a checkpoint came before of.
@@ -138,7 +138,7 @@ def _settle(saver: CheckpointSaver, heartbeat: Heartbeat, report: Report, *, wai
 
 
 def _is_evaluated(run: Run) -> bool:
-    """Whether the last evaluation is recorded."""
+    """Return whether the last evaluation is recorded."""
     return on_rank_zero(lambda: has_evaluation(run.folder / METRICS_FILE, run.recipe.train.steps))
 
 

@@ -39,7 +39,7 @@ class Replayed:
 
     @property
     def same(self) -> bool | None:
-        """Whether it is bitwise what the run recorded; None where it recorded nothing."""
+        """Return whether it is bitwise what the run recorded; None where it recorded nothing."""
         if self.recorded is None:
             return None
         # Metrics hold null for what is not finite.

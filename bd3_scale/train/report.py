@@ -186,7 +186,7 @@ class Report:
         )
 
     def warned(self, text: str) -> None:
-        """Of a step that stands out."""
+        """Tell of a step that stands out."""
         self._say(text)
 
     def stopped(self, step: int, by: signal.Signals | None) -> None:

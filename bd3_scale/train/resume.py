@@ -65,7 +65,7 @@ class Start:
         return changed_values(self.manifest.trained_with or {}, recipe) if self.resumes else []
 
     def notes(self, recipe: Recipe, data: Manifest) -> list[str]:
-        """What people should know of a run that goes on."""
+        """Return what people should know of a run that goes on."""
         found = [f"{key} {_show(old)} → {_show(new)}" for key, old, new in self.changes(recipe)]
         if self.resumes:
             found += [
@@ -99,7 +99,7 @@ class Start:
 
 
 def find_start(recipe: Recipe, checkpoints: Path, data: Manifest) -> Start | None:
-    """The newest sound checkpoint of the run, else what `init_from` names, checked before any work (collective).
+    """Return the newest sound checkpoint of the run, else what `init_from` names, checked before any work (collective).
 
     A checkpoint of a run of another name is told: a renamed run goes on from its own ones.
 
@@ -119,7 +119,7 @@ def find_start(recipe: Recipe, checkpoints: Path, data: Manifest) -> Start | Non
 
 
 def find_initial(recipe: Recipe, data: Manifest) -> Start | None:
-    """What `init_from` names, checked as a run's own checkpoint is (collective). ValueError: it does not fit."""
+    """Return what `init_from` names, checked as a run's own checkpoint is (collective). ValueError: it does not fit."""
     if recipe.init_from is None:
         return None
     # On one rank: a run that is still saving may have a newer one for the next that looks.
@@ -133,7 +133,7 @@ def find_initial(recipe: Recipe, data: Manifest) -> Start | None:
 
 
 def check_initial(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe, data: Manifest) -> None:
-    """Whether a training of `recipe` on `data` can begin with the weights of a checkpoint.
+    """Check that a training of `recipe` on `data` can begin with the weights of a checkpoint.
 
     Raises:
         ValueError: model, vocabulary or tokeniser differ; every difference is named.
@@ -161,13 +161,13 @@ def check_initial(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe
 
 
 def _shape(model: ModelRecipe) -> dict[str, Any]:
-    """What two models must share to have the same weights, with defaults spelt out."""
+    """Return what two models must share to have the same weights, with defaults spelt out."""
     explicit = {"head_dim": model.head_size, "num_query_groups": model.query_groups}
     return model.model_dump(mode="json", exclude={"init_std"}) | explicit
 
 
 def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe, data: Manifest) -> None:
-    """Whether a run of `recipe` can continue from a checkpoint.
+    """Check that a run of `recipe` can continue from a checkpoint.
 
     Raises:
         ValueError: the recipe or the data differ in what a run may not change; every difference is named.
@@ -197,7 +197,7 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
 def _recipe_differences(
     checkpoint: Path, manifest: CheckpointManifest, written: Mapping[str, Any], recipe: Recipe
 ) -> Iterator[str]:
-    """What of the recipe that a checkpoint was trained with no run may change, and is not that of `recipe`."""
+    """Yield what of the recipe that a checkpoint was trained with no run may change, and is not that of `recipe`."""
     fixed = (*_FIXED, *(("evaluation",) if recipe.diffusion.search_interval else ()))
     old, new = with_defaults(written, Recipe), _values(recipe)
     for path in fixed:
@@ -230,12 +230,12 @@ def _mixture(stages: Sequence[MixtureStage]) -> str:
 
 
 def _other_name(manifest: CheckpointManifest, recipe: Recipe) -> str:
-    """The name of the run that wrote a checkpoint, empty where it is this one's."""
+    """Return the name of the run that wrote a checkpoint, empty where it is this one's."""
     return "" if manifest.name == recipe.name or manifest.trained_with is None else manifest.name
 
 
 def _data_differences(recorded: Path, known_hash: str, data: Manifest) -> list[str]:
-    """What differs from the data that the run had, where it kept their description."""
+    """Return what differs from the data that the run had, where it kept their description."""
     try:
         old = parse_manifest(recorded, read_regular(recorded))
     except (ValueError, OSError):  # it only helps to explain
@@ -289,7 +289,7 @@ def _values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _at(recipe: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted key; None: there is none."""
+    """Return the value at a dotted key; None: there is none."""
     value: Any = recipe
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -297,7 +297,7 @@ def _at(recipe: Mapping[str, Any], path: str) -> Any:
 
 
 def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What differs of the options that `new` has; what it does not, see `unknown_options`."""
+    """Yield what differs of the options that `new` has; what it does not, see `unknown_options`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in new:
             yield from _differences(f"{path}.{key}", old.get(key), new[key])
@@ -306,7 +306,7 @@ def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]
 
 
 def _show(value: Any) -> str:
-    """A value for people, as one line of no great length: a checkpoint may be a stranger's."""
+    """Return a value for people, as one line of no great length: a checkpoint may be a stranger's."""
     said = "unset" if value is None else str(value)
     said = said if said.isprintable() else ascii(said)[1:-1]
     return said if len(said) <= _WIDTH else f"{said[:_WIDTH]}…"

@@ -170,7 +170,7 @@ def settle_order(run: Run, kept: DataOrder | None) -> DataOrder:
 
 
 def _machine() -> int:
-    """The number of this rank's machine, where launchers give each as many ranks."""
+    """Return the number of this rank's machine, where launchers give each as many ranks."""
     return dist.get_rank() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -208,7 +208,7 @@ def describe_run(run: Run, start: Start | None) -> None:
 
 
 def _agreed(recipe: Recipe) -> str:
-    """What must be the same on all ranks: all but where a node keeps its cache of remote data."""
+    """Return what must be the same on all ranks: all but where a node keeps its cache of remote data."""
     data = recipe.data
     sources = tuple(s.model_copy(update={"path": "cache"}) if s.remote else s for s in data.sources)
     path = "cache" if data.remote else data.path
@@ -216,7 +216,7 @@ def _agreed(recipe: Recipe) -> str:
 
 
 def _with_precision(recipe: Recipe) -> Recipe:
-    """The recipe with `auto` decided: what is stored says how the run was computed."""
+    """Return the recipe with `auto` decided: what is stored says how the run was computed."""
     if recipe.train.precision != "auto":
         return recipe
     precision = "bf16" if has_fast_bf16() else "fp32"
@@ -236,7 +236,7 @@ def _set_deterministic(deterministic: bool) -> None:
 
 
 def _check_against_data(run: Run) -> None:
-    """All ranks see the same data, and the recipe, which the launcher has checked, fits them."""
+    """Check that all ranks see the same data, and that the recipe, which the launcher has checked, fits them."""
     recipe, data = run.recipe, run.data
     check_against_data(recipe, dist.get_world_size(), data.document_multiple)
     if recipe.evaluation.every_steps and data.validation is None:

@@ -70,7 +70,7 @@ def learning_rate(step: int, steps: int, optimizer: OptimizerRecipe) -> float:
 
 
 def _trained_tokens(training: Training, micro_batches: Sequence[ModelInputs]) -> int:
-    """Of the global batch, all but those that are shown; ranks tell each other where there are any (collective)."""
+    """Count those of the global batch less what is shown; ranks tell each other where there is any (collective)."""
     recipe, groups = training.run.recipe, training.run.groups
     if not training.run.data.shows_tokens:
         return recipe.train.global_batch_size * recipe.data.seq_len
@@ -83,7 +83,7 @@ def _trained_tokens(training: Training, micro_batches: Sequence[ModelInputs]) ->
 
 @contextmanager
 def _poisoned(engine: TrainingEngine, step: int) -> Iterator[None]:
-    """A gradient of this rank is NaN inside, where that was asked for."""
+    """Make a gradient of this rank NaN inside, where that was asked for."""
     if not faults.is_poisoned(step):
         yield
         return

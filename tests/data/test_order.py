@@ -142,6 +142,7 @@ def _shared(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.mean(np.abs(np.diff(place[one])) <= 8))
 
 
+@pytest.mark.alone
 def test_the_first_batch_is_cheap_at_billions_of_sequences():
     shards = np.full(600_000, 4000)
     for ranks, most_seconds, most_bytes in ((1, 0.2, 2**26), (64, 0.05, 2**25)):

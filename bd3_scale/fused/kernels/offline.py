@@ -93,5 +93,5 @@ def _type(variant: Variant, name: str) -> str:
 
 
 def _aligned(types: dict[str, str]) -> set[str]:
-    """Every tensor, and the sizes and strides of one whose rows are multiples of 16 numbers."""
+    """Return every tensor, and the sizes and strides of one whose rows are multiples of 16 numbers."""
     return {name for name, kind in types.items() if kind.startswith("*") or name.endswith(("_row", "size", "channels"))}
