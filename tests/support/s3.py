@@ -35,24 +35,20 @@ class Store:
     fault: str | None = None
     times: float = float("inf")  # of requests with that fault
     only: str = "shard"  # what is in their path
-    after: int = 0  # so many more of those that nothing happens to
     seconds: float = 0.2
     faults: int = 0
     gets: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fail(self, fault: str | None, times: float = float("inf"), only: str = "shard", after: int = 0) -> None:
+    def fail(self, fault: str | None, times: float = float("inf"), only: str = "shard") -> None:
         with self.lock:
-            self.fault, self.times, self.only, self.after = fault, times, only, after
+            self.fault, self.times, self.only = fault, times, only
 
     def next_fault(self, command: str, path: str) -> str | None:
         with self.lock:
             if self.fault is None or self.only not in path or self.times <= 0:
                 return None
             if self.fault == "truncated" and command == "HEAD":
-                return None
-            if self.after:
-                self.after -= 1
                 return None
             self.times -= 1
             self.faults += 1
