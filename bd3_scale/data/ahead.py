@@ -54,7 +54,7 @@ class _Fetcher:
 
     def __init__(self, shards: Shards, horizon: int) -> None:
         self.wanted: SimpleQueue[NDArray[np.int64]] = SimpleQueue()
-        self._shards = shards
+        self._files = shards.files
         self._failed: tuple[int, OSError | ValueError] | None = None
         self._times: deque[int] = deque(maxlen=horizon)
         self._goes_on = threading.Condition()
@@ -81,17 +81,17 @@ class _Fetcher:
             for shard_id in self.wanted.get().tolist():
                 try:
                     if self._waits_for_room(shard_id):
-                        self._shards.prepare_shard(shard_id, blocking=False)
+                        self._files.prepare(shard_id, waits=False)
                 except (OSError, ValueError) as error:
                     self._failed = shard_id, error
                     return
 
     def _waits_for_room(self, shard_id: int) -> bool:
         """Return whether a shard is to be fetched, once there is room."""
-        while not self._ended and self._shards.is_away(shard_id):
+        while not self._ended and self._files.is_away(shard_id):
             with self._goes_on:
                 unused_since = self._times[0] if len(self._times) == self._times.maxlen else 0
-                if self._shards.make_room(unused_since):
+                if self._files.make_room(unused_since):
                     return True
                 self._goes_on.wait()
         return False

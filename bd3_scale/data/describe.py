@@ -35,8 +35,8 @@ def description(data: StoredData) -> dict[str, Any]:
             "tokens": split.sequences * manifest.seq_len,
             "shown_tokens": split.shown_tokens,
             "shards": len(shards),
-            "bytes": sum(shard.stored.bytes for shard in shards),
-            "unpacked_bytes": sum(shard.raw_data.bytes for shard in shards),
+            "bytes": shards.stored_bytes,
+            "unpacked_bytes": int(shards.rows["raw_bytes"].sum(dtype=np.int64)),
         }
     return found
 
@@ -53,7 +53,7 @@ def sampled(
     if split not in data.manifest.splits:
         raise ValueError(f"{data.place} has no {split} split")
     shards = data.shards(split)
-    firsts = np.cumsum([0, *(shard.samples for shard in shards)]).tolist()
+    firsts = np.cumsum([0, *shards.rows["samples"].tolist()]).tolist()
     if wrong := [i for i in ids if not 0 <= i < firsts[-1]]:
         raise ValueError(f"{data.place} has no sequence {wrong[0]} in {split}: the last is {firsts[-1] - 1}")
     chosen = sorted(ids or random.Random(seed).sample(range(firsts[-1]), min(number, firsts[-1])))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bd3_scale.data.chat import CHAT_TEMPLATE
-from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, parse_index, read_index
+from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, NO_SHARDS, ShardTable, parse_index, read_index
 from bd3_scale.data.packing import Packing
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from bd3_scale.recipe.data import DATA_RETRY_MINUTES, DataRecipe
@@ -65,7 +64,7 @@ class Split(Counts):
     """One split, with what `load_manifest` finds in its index; the folder's own manifest has the counts."""
 
     sequences: Annotated[int, Field(ge=1)]
-    shards: Annotated[tuple[str, ...], _later(description="XXH64 and samples of each, see `parse_index`")] = ()
+    shards: Annotated[ShardTable, _later(description="XXH64 and samples of each, see `identities`")] = NO_SHARDS
 
 
 class Manifest(_Frozen):
@@ -181,10 +180,10 @@ def differing(old: Manifest, new: Manifest) -> list[str]:
 
 
 def _differing_contents(name: str, then: Split, split: Split) -> list[str]:
-    if then.model_copy(update={"shards": ()}) != split.model_copy(update={"shards": ()}):
+    if then.model_copy(update={"shards": NO_SHARDS}) != split.model_copy(update={"shards": NO_SHARDS}):
         counts = [f"{s.documents:,} documents in {s.sequences:,} sequences" for s in (split, then)]
         return [f"{name} has {counts[0]}, there {counts[1]}"]
-    changed = sum(a != b for a, b in itertools.zip_longest(split.shards, then.shards))
+    changed = split.shards.differing(then.shards)
     if changed and then.shards and split.shards:
         return [f"{name} has as many documents as there, but other contents in {changed} of {len(split.shards)} shards"]
     return []
@@ -205,9 +204,25 @@ def data_hash(manifest: Manifest, sources: Sequence[str] | None = None) -> str:
         "tokenizer": manifest.tokenizer_hash,
         "vocabulary": manifest.vocabulary.model_dump(mode="json"),
         "seq_len": manifest.seq_len,
-        "shards": {name: split.shards for name, split in manifest.splits.items()},
+        "shards": {name: _Identities(split.shards) for name, split in manifest.splits.items()},
     }
-    return _digits(json.dumps(contents, sort_keys=True))
+    digest = hashlib.sha256()
+    for piece in json.JSONEncoder(sort_keys=True).iterencode(contents):
+        digest.update(piece.encode())
+    return digest.hexdigest()[:16]
+
+
+class _Identities(list[str]):
+    """What `ShardTable.identities` says, as a list of which the encoder of JSON sees one at a time."""
+
+    def __init__(self, table: ShardTable) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._table.identities()
 
 
 def earlier_data_hash(manifest: Manifest) -> str:
@@ -232,27 +247,34 @@ def load_manifest(
     folder = Path(path)
     file = folder / MANIFEST_FILE
     if remote is not None:
-        _fetch(remote, folder, retry_minutes)
-    elif not file.is_file():
+        return _fetched(remote, folder, retry_minutes)
+    if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; make the data with `bd3-scale data prepare`")
     manifest = parse_manifest(file, read_regular(file))
-    found: dict[str, Split] = {}
-    for name, split in manifest.splits.items():
-        index = folder / name / INDEX_FILE
-        if not index.is_file():
+    for name in manifest.splits:
+        if not (index := folder / name / INDEX_FILE).is_file():
             raise FileNotFoundError(f"{index} is missing; copy the data again")
-        found[name] = split.model_copy(update={"shards": read_index(index)})
-    return manifest.model_copy(update=found)
+    return with_shards(manifest, lambda name: read_index(folder / name / INDEX_FILE))
 
 
 def load_sources(data: DataRecipe) -> Manifest:
     """Return what the data of a recipe say, `mixed` where they are several. Raises as that and `load_manifest` do."""
-    return mixed(
-        {
-            name: load_manifest(own.path, own.remote, retry_minutes=own.retry_minutes)
-            for name, own in data.by_source.items()
-        }
-    )
+    return mixed(load_parts(data))
+
+
+def load_parts(data: DataRecipe) -> dict[str, Manifest]:
+    """Return what each source of a recipe's data says, by its name."""
+    return {
+        name: load_manifest(own.path, own.remote, retry_minutes=own.retry_minutes)
+        for name, own in data.by_source.items()
+    }
+
+
+def with_shards(manifest: Manifest, table_of: Callable[[SplitName], ShardTable]) -> Manifest:
+    """Return a manifest with what the index of each split says."""
+    splits = manifest.splits.items()
+    found: dict[str, Split] = {name: split.model_copy(update={"shards": table_of(name)}) for name, split in splits}
+    return manifest.model_copy(update=found)
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
@@ -283,7 +305,7 @@ def parse_manifest(place: Path | str, content: bytes) -> Manifest:
         raise ValueError(f"{place} is not a valid manifest ({in_one_line(error)}); prepare the data again") from error
 
 
-def _fetch(remote: str, folder: Path, minutes: float) -> None:
+def _fetched(remote: str, folder: Path, minutes: float) -> Manifest:
     from bd3_scale.data.mosaicml import CloudDownloader
     from bd3_scale.data.remote import fetch, patiently
 
@@ -301,15 +323,18 @@ def _fetch(remote: str, folder: Path, minutes: float) -> None:
             return fetch(place, aside / name, kept, INDEX_LIMIT, minutes, downloader)
 
         manifest = fetched(MANIFEST_FILE, parse_manifest)
-        for name in (os.path.join(split, INDEX_FILE) for split in manifest.splits):
-            shards = fetched(name, parse_index)
-            if (folder / name).is_file() and read_index(folder / name) != shards:
+        tables: dict[SplitName, ShardTable] = {}
+        for split in manifest.splits:
+            name = os.path.join(split, INDEX_FILE)
+            tables[split] = fetched(name, parse_index)
+            if (folder / name).is_file() and read_index(folder / name) != tables[split]:
                 raise ValueError(f"{folder} caches other data than {remote} holds; empty it or choose another folder")
         for name in TOKENIZER_FILES:
             fetched(name, lambda _, content: json.loads(content))
         if manifest.messages:
             fetched(CHAT_TEMPLATE, lambda _, content: content)
-    # Every rank of a node does this, so that another one may be reading.
+    # Another process that uses the same cache may be reading.
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, content)
+    return with_shards(manifest, tables.__getitem__)

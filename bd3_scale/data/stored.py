@@ -12,7 +12,7 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
-from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, SHARD_LIMIT, Shard, ShardFile, parse_shards
+from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, SHARD_LIMIT, Shard, ShardFile, ShardTable, parse_index
 from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, SplitName, parse_manifest
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from bd3_scale.recipe.load import load_recipe
@@ -46,10 +46,10 @@ class StoredData:
                 (aside / name).write_bytes(self.read(name))
             return load_tokenizer(aside)
 
-    def shards(self, split: SplitName) -> list[Shard]:
+    def shards(self, split: SplitName) -> ShardTable:
         """Return what the split's index says of each shard."""
         name = f"{split}/{INDEX_FILE}"
-        return parse_shards(f"{self.place}/{name}", self.read(name, INDEX_LIMIT))
+        return parse_index(f"{self.place}/{name}", self.read(name, INDEX_LIMIT))
 
     def sequences(self, split: SplitName, shard: Shard, numbers: Sequence[int] | None = None) -> Sequences:
         """Return those sequences of a shard (default: all), whose size and hash are those of the index."""

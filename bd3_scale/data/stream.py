@@ -95,10 +95,10 @@ class TrainingStream(Iterator[Batch]):
 
     @property
     def downloads_per_shard(self) -> float | None:
-        """Return what `Shards.downloads_per_shard` says of the source whose shards came most often; None without a
+        """Return what `ShardFiles.downloads_per_shard` says of the source whose shards came most often; None without a
         remote.
         """
-        found = (own.downloads_per_shard for own in self._shards.values() if own.has_remote)
+        found = (own.files.downloads_per_shard for own in self._shards.values() if own.has_remote)
         return max((downloads for downloads in found if downloads is not None), default=None)
 
     def __next__(self) -> Batch:

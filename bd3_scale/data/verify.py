@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3_scale.data.index import INDEX_FILE, Shard
+from bd3_scale.data.index import INDEX_FILE, ShardTable
 from bd3_scale.data.manifest import Manifest, Split, SplitName, check_tokenizer
 from bd3_scale.data.overlap import hashes_file, read_hashes
 from bd3_scale.data.statistics import Statistics
@@ -28,7 +28,7 @@ def problems(data: StoredData, progress: Progress = lambda done, total: None) ->
     """
     manifest = data.manifest
     yield from _tokenizer_problems(data)
-    shards: dict[SplitName, list[Shard]] = {}
+    shards: dict[SplitName, ShardTable] = {}
     for name in manifest.splits:
         try:
             shards[name] = data.shards(name)
@@ -102,7 +102,7 @@ def _differing_counts(split: Split, found: Statistics) -> Iterator[str]:
         yield f"{found.ends:,} ends of documents, and the manifest says {split.documents:,}"
 
 
-def _strange_files(folder: Path, listed: list[Shard]) -> Iterator[str]:
+def _strange_files(folder: Path, listed: ShardTable) -> Iterator[str]:
     known = {INDEX_FILE, *(file.basename for shard in listed for file in (shard.raw_data, shard.zip_data) if file)}
     # Names with a dot are of readers that are at work, or were.
     for name in sorted(name for name in os.listdir(folder) if name not in known and not name.startswith(".")):

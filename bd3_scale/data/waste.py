@@ -54,7 +54,7 @@ def _texts(data: StoredData) -> NDArray[np.int64]:
     split: SplitName = "validation" if data.manifest.train is None else "train"
     shards = data.shards(split)
     found = []
-    for shard in shards[:: -(-len(shards) // SHARDS)]:
+    for shard in map(shards.__getitem__, range(0, len(shards), -(-len(shards) // SHARDS))):
         sequences = data.sequences(split, shard, range(0, shard.samples, -(-shard.samples // SEQUENCES)))
         found.append(sequences.counted[sequences.counted > 0])
     return np.concatenate(found)

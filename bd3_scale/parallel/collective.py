@@ -7,7 +7,8 @@ code run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,19 +27,31 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
     Raises:
         ValueError, OSError: on every rank, where `action` raised one on rank 0; nobody is left waiting.
     """
-    outcome: dict[str, Any] = {}
-    raised: ValueError | OSError | None = None
-    if dist.get_rank() == 0:
-        try:
-            outcome = {"value": action()}
-        except (ValueError, OSError) as error:
-            raised, outcome = error, _told(error)
+    outcome, raised = _outcome(action) if dist.get_rank() == 0 else ({}, None)
     found = json.loads(_broadcast(_as_json(outcome), group))
     if raised is not None:
         raise raised
-    if "value" not in found:
-        raise OSError(*found["system"]) if found["system"] else ValueError(found["error"])
+    _raise_told(found)
     return found["value"]
+
+
+def on_first_of_node(action: Callable[[], T]) -> T:
+    """Run `action` on the first rank of each node and return its result, which must be a value of JSON, on the ranks of
+    the node (collective); without other ranks, here.
+
+    Raises:
+        ValueError, OSError: on every rank, where `action` raised one on any node; nobody is left waiting.
+    """
+    if not dist.is_initialized():
+        return action()
+    first = dist.get_rank() - dist.get_rank() % int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    outcome, raised = _outcome(action) if dist.get_rank() == first else ({}, None)
+    outcomes = gather_values(outcome)
+    if raised is not None:
+        raise raised
+    for found in outcomes:
+        _raise_told(found)
+    return outcomes[first]["value"]
 
 
 def any_rank(flag: bool) -> bool:
@@ -106,6 +119,19 @@ def _as_json(value: object) -> bytes:
     text = json.dumps(value, allow_nan=False)
     assert json.loads(text) == value, "tuples and keys that are no text would arrive as something else"
     return text.encode()
+
+
+def _outcome(action: Callable[[], T]) -> tuple[dict[str, Any], ValueError | OSError | None]:
+    """Return what to tell other ranks of an action, which this one runs, and what it raised."""
+    try:
+        return {"value": action()}, None
+    except (ValueError, OSError) as error:
+        return _told(error), error
+
+
+def _raise_told(outcome: Mapping[str, Any]) -> None:
+    if "error" in outcome:
+        raise OSError(*outcome["system"]) if outcome["system"] else ValueError(outcome["error"])
 
 
 def _told(error: ValueError | OSError) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.source_ids import keep_source_ids, source_ids
 from bd3_scale.data.cache import NodeCache
-from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash, load_sources
+from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash
 from bd3_scale.data.mixture import check_epochs
+from bd3_scale.data.node import load_sources_of_node
 from bd3_scale.data.order import DataOrder
 from bd3_scale.data.stream import TrainingStream, new_order, open_sources
 from bd3_scale.data.tokenizer import load_tokenizer
@@ -112,7 +113,7 @@ def open_run(recipe: Recipe, stack: ExitStack, heartbeat: Heartbeat) -> Run:
             process_groups(recipe.parallel, agree=_agreed(recipe), secret_file=secret, data_minutes=patience)
         )
     with heartbeat.during("data"):
-        data = load_sources(recipe.data)
+        data = load_sources_of_node(recipe.data)
     run = Run(recipe, data, data_hash(data), groups, recipe.run_path, heartbeat)
     _check_against_data(run)
     return run

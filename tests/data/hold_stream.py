@@ -15,6 +15,6 @@ if __name__ == "__main__":
     data = DataRecipe(path=path, remote=remote, seq_len=manifest.seq_len, num_workers=1)
     stream = TrainingStream(data, manifest, global_batch_size=4, dp_rank=0, dp_size=1, seed=1)
     print(next(stream).ids.tolist(), flush=True)
-    print(open_shards(data, manifest, "train")._filelock_root, flush=True)
+    print(open_shards(data, manifest, "train").files.shared_folder, flush=True)
     for _ in sys.stdin:
         print(next(stream).ids.tolist(), flush=True)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.node import load_sources_of_node
 from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.recipe.schema import DataRecipe
 
@@ -36,7 +37,15 @@ def run_rank(rank: int, world: int, port: int, plan: dict[str, Any]) -> None:
     }
     if plan["group"]:
         dist.init_process_group("gloo")
-    manifest = load_manifest(plan["data"]["path"], plan["data"].get("remote"))
+    opened: list[str] = []
+    sys.addaudithook(lambda event, about: opened.append(str(about[0])) if event == "open" else None)
+    if plan["group"]:
+        manifest = load_sources_of_node(DataRecipe(**plan["data"]))
+    else:
+        manifest = load_manifest(plan["data"]["path"], plan["data"].get("remote"))
+    Path(plan["out"], f"{rank}-of-{world}.opened").write_text(
+        json.dumps([place for place in opened if place.endswith("index.json")])
+    )
     results = []
     for case in plan["cases"]:
         data = DataRecipe(**plan["data"], num_workers=case["num_workers"])

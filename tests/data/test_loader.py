@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from bd3_scale.data import loader
+from bd3_scale.data.index import read_index
 from bd3_scale.data.loader import Workers
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.shards import Shards
@@ -182,7 +183,8 @@ def test_batches_need_no_shared_memory(prepared: Path, size: str) -> None:
 def test_a_full_temporary_folder_is_named(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    code, said = in_small(str(tmp_path), "4k", lambda: Shards(str(prepared), None, None, "train"))
+    table = read_index(prepared / "train" / "index.json")
+    code, said = in_small(str(tmp_path), "4k", lambda: Shards(str(prepared), None, None, "train", table))
     assert code == 1
     assert "No space left on device; make room there, or set TMPDIR to another folder" in said
     assert str(tmp_path) in said

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from bd3_scale.cli import app
 from bd3_scale.data.index import read_index
 from bd3_scale.data.manifest import Manifest, Split, load_manifest
-from bd3_scale.data.mosaicml import Stream
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.stream import TrainingStream, held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer, train_tokenizer
@@ -39,7 +38,10 @@ def run(sources: list[Path], out: Path, **options: Any) -> Manifest:
 def read(folder: Path, split: str) -> list[dict[str, Any]]:
     """The samples as streaming itself reads them."""
     index = json.loads((folder / split / "index.json").read_text())
-    from streaming.base.format import reader_from_json  # loads once bd3_scale.data.mosaicml has loaded
+    from streaming import Stream
+    from streaming.base.format import reader_from_json
+
+    import bd3_scale.data.mosaicml  # noqa: F401 - without it streaming imports torchvision
 
     stream = Stream(local=str(folder), split=split, validate_hash="xxh64", keep_zip=True, download_retry=0)
     shards = [reader_from_json(str(folder), split, info) for info in index["shards"]]

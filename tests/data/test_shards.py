@@ -14,6 +14,7 @@ import zstandard
 
 from bd3_scale.data import remote
 from bd3_scale.data.batch import Batch
+from bd3_scale.data.index import read_index
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.shards import Shards, open_shards
 from bd3_scale.data.stream import TrainingStream, held_out_batches
@@ -58,10 +59,10 @@ def test_a_flipped_byte_in_a_packed_shard(data: Path, num_workers: int) -> None:
 @pytest.mark.timeout(30)
 def test_a_damaged_shard_keeps_nobody_waiting(data: Path) -> None:
     flip_a_byte(data / "train" / "shard.00001.mds.zstd")
-    shards = Shards(str(data), None, None, "train")
+    shards = Shards(str(data), None, None, "train", read_index(data / "train" / "index.json"))
     for _ in range(2):
         with pytest.raises(ValueError, match="is damaged"):
-            shards.prepare_shard(1)
+            shards.files.prepare(1)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,9 @@ def test_every_layout_sees_the_same_global_batches(prepared: Path, reference: li
         ranks = [json.loads((tmp_path / f"{rank}-of-{world}.json").read_text()) for rank in range(world)]
         for number, case in enumerate(cases):
             check_layout(case, [rank[number] for rank in ranks], reference)
+    # Where ranks know each other, one of them reads the index of each split.
+    opened = [json.loads((tmp_path / f"{rank}-of-2.opened").read_text()) for rank in range(2)]
+    assert opened == [[str(prepared / split / "index.json") for split in ("train", "validation")], []]
 
 
 def check_layout(case: dict[str, Any], results: list[dict[str, Any]], reference: list[Batch]) -> None:

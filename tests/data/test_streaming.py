@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bd3_scale.data import mosaicml
+from bd3_scale.data import shard_files
+from bd3_scale.data.index import read_index
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.shards import Shards
 
@@ -82,9 +83,9 @@ def test_two_runs_share_an_unread_folder_and_only_what_the_killed_one_left_is_re
         assert not [file for file in (data / "train").iterdir() if file.name.startswith(".")]
         kill_all(killed)
         assert {path.parent for path in (kept, left)} == {temporary}
-        assert {"000000_shard_states", "000000_cache_usage"} <= {path.name for path in left.iterdir()}
+        assert {"states", "usage"} <= {path.name for path in left.iterdir()}
         before = set(kept.iterdir())
-        shards = Shards(str(data), None, None, "train")
+        shards = Shards(str(data), None, None, "train", read_index(data / "train" / "index.json"))
         assert not left.exists()
         assert not Path(f"{left}.lock").exists()
         assert set(kept.iterdir()) == before
@@ -103,20 +104,20 @@ def test_what_a_killed_process_was_unpacking_is_removed_by_the_next(prepared: Pa
     left.mkdir()
     (left / "shard").write_text("half")
     Path(f"{left}.lock").touch()
-    assert Shards(str(data), None, None, "train")[0]["tokens"].shape == (32,)
+    assert Shards(str(data), None, None, "train", read_index(data / "train" / "index.json"))[0]["tokens"].shape == (32,)
     assert not [file for file in (data / "train").iterdir() if file.name.startswith(".")]
 
 
 def test_two_runs_do_not_share_a_cache(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mosaicml, "CACHE_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(shard_files, "CACHE_LOCK_SECONDS", 0.3)
     cache = tmp_path / "cache"
     load_manifest(cache, str(prepared))
     with live_streams(1, cache, prepared) as (process,):
         first_lines(process)
         with pytest.raises(ValueError, match=r"cache/train is in use by another run"):
-            Shards(str(cache), str(prepared), None, "train")
+            Shards(str(cache), str(prepared), None, "train", read_index(cache / "train" / "index.json"))
         kill_all(process)
-        assert len(Shards(str(cache), str(prepared), None, "train")) > 0
+        assert len(Shards(str(cache), str(prepared), None, "train", read_index(cache / "train" / "index.json"))) > 0
 
 
 def test_streaming_is_imported_without_torchvision_and_nothing_is_left_replaced(tmp_path: Path) -> None:

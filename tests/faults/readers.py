@@ -294,7 +294,7 @@ OPENERS = {
         *("convert.official._read_safetensors", "convert.official_pickle._program"),
         *("convert.official_pickle._what_it_is", "convert.importer._keep_source_files", "data.chat.template_file"),
         *("data.prompts._prompts_of_jsonl", "data.prompts._prompts_of_txt", "data.tokenizer._read_backend"),
-        *("data.tokenizer.converted_sentencepiece", "data.tokenizer_folder.write_tokenizer", "data.manifest._fetch"),
+        *("data.tokenizer.converted_sentencepiece", "data.tokenizer_folder.write_tokenizer", "data.manifest._fetched"),
         "data.remote.fetch",
         *("launch.attempts.read_attempts", "launch.records.read_json", "observe.metrics._lines"),
         *(
@@ -313,12 +313,13 @@ OPENERS = {
     "what the system says of this process": {"resilience.limits.room_for"},
     "the bytes alone count, which are compared with a hash": {
         *("resilience.files.file_hash", "data.shards.Shards._is_damaged"),
-        "data.shards._Stream._decompress_shard_part",
+        *("data.shard_files._as_indexed", "data.shards._sample_bytes"),
     },
     "a file of its own making, or of the machine": {
         *("checkpoint.folder.name_latest", "checkpoint.store._tidy", "convert.check_export.check_export"),
         *("convert.check_export.problems", "convert.check_export.main", "convert.remote_code_files.remote_code"),
-        *("data.mosaicml._SharedFile.__init__", "data.mosaicml.Lock.acquire", "data.mosaicml._lock_cache"),
+        *("data.shard_files._shared", "data.shard_files.ShardFiles._locked", "data.shard_files._lock_cache"),
+        *("data.index.ShardTable.load", "data.node._kept"),
         "lazy.lazy_names",
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),

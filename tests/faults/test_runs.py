@@ -249,7 +249,7 @@ def test_what_a_killed_run_left_in_the_temporary_folder_is_removed_by_the_next(s
     wait_for(lambda: not any(is_alive(int(worker)) for worker in workers))
     left = {path.name for path in tmp_path.rglob("*")}
     assert any(name.endswith("wandb-media") for name in left), left
-    assert "000000_cache_filelock" in left
+    assert {"lock", "states"} <= left
     assert all(re.fullmatch(r"bd3_scale-rank-[0-9a-f]{8}(\.lock)?", path.name) for path in tmp_path.iterdir())
     command = [*site.command("next", "1 process"), "train.steps=2", *offline]
     forks.bd3_scale(*command, cwd=site.folder, env=environment)

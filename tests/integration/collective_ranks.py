@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from bd3_scale.parallel.collective import any_rank, gather_tensors, gather_values, on_rank_zero
+from bd3_scale.parallel.collective import any_rank, gather_tensors, gather_values, on_first_of_node, on_rank_zero
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import ParallelRecipe
 
@@ -17,12 +19,24 @@ def fail() -> None:
     raise OSError("rank 0 found the disk full")
 
 
+def fail_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 found nothing")
+
+
 def agree() -> None:
     with process_groups(ParallelRecipe(tensor=2)) as groups:
         rank = dist.get_rank()
         assert on_rank_zero(lambda: f"from rank {dist.get_rank()}") == "from rank 0"
         with pytest.raises(OSError, match="rank 0 found the disk full"):
             on_rank_zero(fail)
+        assert on_first_of_node(lambda: f"from rank {dist.get_rank()}") == "from rank 0"
+        with pytest.raises(OSError, match="rank 0 found the disk full"):
+            on_first_of_node(fail)
+        with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "1"}):  # as if each had a node
+            assert on_first_of_node(lambda: f"from rank {dist.get_rank()}") == f"from rank {rank}"
+            with pytest.raises(ValueError, match="rank 1 found"):
+                on_first_of_node(fail_on_rank_one)
         assert any_rank(rank == 1)
         assert not any_rank(False)
         assert gather_values({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
