@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
-from pydantic_core import core_schema
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
 from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 
@@ -161,28 +160,25 @@ class ShardTable:
         format = ShardFormat.model_validate_json(read_regular(name.with_suffix(".json")))
         return cls(np.load(name.with_suffix(".npy"), mmap_mode="r"), format)
 
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        def written(table: ShardTable) -> list[str]:
-            return list(table.identities())
 
-        return core_schema.no_info_plain_validator_function(
-            cls._known, serialization=core_schema.plain_serializer_function_ser_schema(written)
-        )
-
-    @classmethod
-    def _known(cls, value: Any) -> ShardTable:
-        """Return what `identities` has said."""
-        if isinstance(value, ShardTable):
-            return value
-        if not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
-            raise ValueError("it is no list of shards")
-        found = [re.fullmatch(r"([0-9a-f]{16})/(\d{1,9})", one) for one in value]
-        if None in found:
-            raise ValueError(f"{value[found.index(None)]!r} is not HASH/SAMPLES")
-        return cls(np.array([(int(one[2]), 0, int(one[1], 16), 0, 0) for one in found if one], _ROW), None)
+def _known(value: Any) -> ShardTable:
+    """Return the table of which a run has kept the `identities`."""
+    if isinstance(value, ShardTable):
+        return value
+    if not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
+        raise ValueError("it is no list of shards")
+    found = [re.fullmatch(r"([0-9a-f]{16})/(\d{1,9})", one) for one in value]
+    if None in found:
+        raise ValueError(f"{value[found.index(None)]!r} is not HASH/SAMPLES")
+    return ShardTable(np.array([(int(one[2]), 0, int(one[1], 16), 0, 0) for one in found if one], _ROW), None)
 
 
+def _written(table: ShardTable) -> list[str]:
+    return list(table.identities())
+
+
+# In files of JSON it is the list of its `identities`.
+ShardField = Annotated[ShardTable, PlainValidator(_known), PlainSerializer(_written)]
 NO_SHARDS = ShardTable(np.empty(0, _ROW), None)
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bd3_scale.data.chat import CHAT_TEMPLATE
-from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, NO_SHARDS, ShardTable, parse_index, read_index
+from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, NO_SHARDS, ShardField, ShardTable, parse_index, read_index
 from bd3_scale.data.packing import Packing
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from bd3_scale.recipe.data import DATA_RETRY_MINUTES, DataRecipe
@@ -64,7 +64,7 @@ class Split(Counts):
     """One split, with what `load_manifest` finds in its index; the folder's own manifest has the counts."""
 
     sequences: Annotated[int, Field(ge=1)]
-    shards: Annotated[ShardTable, _later(description="XXH64 and samples of each, see `identities`")] = NO_SHARDS
+    shards: Annotated[ShardField, _later(description="XXH64 and samples of each, see `identities`")] = NO_SHARDS
 
 
 class Manifest(_Frozen):
