@@ -41,6 +41,19 @@ class Batch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({name: torch.from_numpy(value) for name, value in state.items()})
 
+    def to_bytes(self) -> NDArray[np.uint8]:
+        """Return all of it as bytes, uint8 [N]: 32 a sequence and 22 a token."""
+        whole = np.empty(1, _layout(*self.tokens.shape))
+        for name, value in vars(self).items():
+            whole[name] = value.numpy()
+        return whole.view(np.uint8)
+
+    @classmethod
+    def from_bytes(cls, content: NDArray[np.uint8], sequences: int, seq_len: int) -> Batch:
+        """Return what `to_bytes` has made of a batch of that shape. ValueError: `content` has not that many bytes."""
+        (whole,) = content.view(_layout(sequences, seq_len))
+        return cls(**{name: torch.from_numpy(whole[name].copy()) for name in whole.dtype.names})
+
     @property
     def padding(self) -> Tensor:
         """Return bool [B, L]: pads a document behind its end."""
@@ -59,6 +72,19 @@ class Batch:
     def noise_keys(self) -> dict[str, Tensor]:
         """Return what the noise of each sequence is drawn from beside the seed, see `bd3_scale.diffusion.noise`."""
         return {"sample_ids": self.ids, "epoch": self.epochs, "source_keys": self.source_keys}
+
+
+def _layout(sequences: int, seq_len: int) -> np.dtype[Any]:
+    of_sequence = ("ids", "slots", "epochs", "source_keys")
+    of_token = {
+        "tokens": np.int64,
+        "document_start": np.int32,
+        "positions": np.int64,
+        "counted": np.bool_,
+        "shown": np.bool_,
+    }
+    fields = [(name, np.int64, (sequences,)) for name in of_sequence]
+    return np.dtype([*fields, *((name, kind, (sequences, seq_len)) for name, kind in of_token.items())])
 
 
 def collate(

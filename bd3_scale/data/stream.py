@@ -36,6 +36,7 @@ class TrainingStream(Iterator[Batch]):
     must see the same sequences pass the same `dp_rank`.
 
     order: that of the run; None: of a new one, see `new_order`.
+    reads: make batches; else the stream tells which sequences they have, and yields none.
 
     Collective over all ranks at construction. Raises ValueError if D does not divide G, if N < G, or as `open_shards`
     does; `next` raises ValueError for a damaged shard, and as `Workers` does.
@@ -52,6 +53,7 @@ class TrainingStream(Iterator[Batch]):
         seed: int,
         step: int = 0,
         order: DataOrder | None = None,
+        reads: bool = True,
     ) -> None:
         if global_batch_size % dp_size:
             raise ValueError(
@@ -67,11 +69,12 @@ class TrainingStream(Iterator[Batch]):
         self._data, self._global_batch_size, self._seed, self._shards = data, global_batch_size, seed, shards
         self._samples_per_shard = {name: own.samples_per_shard for name, own in shards.items()}
         self._kind = order or new_order(data, list(shards.values()), global_batch_size)
-        slots = np.arange(global_batch_size).reshape(dp_size, -1)[dp_rank]
-        steps = _Steps(shards, self._order_of(slots), slots, data.isolate_documents, step)
-        self._batches: Iterator[Batch] = (
-            Workers(steps.batches, data.num_workers, PREFETCH_BATCHES) if data.num_workers else steps.batches(0, 1)
-        )
+        self._batches: Iterator[Batch] = iter(())
+        if reads:
+            slots = np.arange(global_batch_size).reshape(dp_size, -1)[dp_rank]
+            steps = _Steps(shards, self._order_of(slots), slots, data.isolate_documents, step)
+            workers = data.num_workers
+            self._batches = Workers(steps.batches, workers, PREFETCH_BATCHES) if workers else steps.batches(0, 1)
 
     @functools.cached_property
     def _whole(self) -> Order:

@@ -18,6 +18,10 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# By which a rank ends otherwise; a number of the system decides which OSError it is.
+_KINDS: dict[str, type[ValueError | OSError]]
+_KINDS = {"connection": ConnectionError, "system": OSError, "value": ValueError}
+
 
 def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on rank 0 and return its result, which must be a value of JSON, on all ranks (collective).
@@ -31,7 +35,7 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
     found = json.loads(_broadcast(_as_json(outcome), group))
     if raised is not None:
         raise raised
-    _raise_told(found)
+    raise_told(found)
     return found["value"]
 
 
@@ -50,7 +54,7 @@ def on_first_of_node(action: Callable[[], T]) -> T:
     if raised is not None:
         raise raised
     for found in outcomes:
-        _raise_told(found)
+        raise_told(found)
     return outcomes[first]["value"]
 
 
@@ -126,17 +130,19 @@ def _outcome(action: Callable[[], T]) -> tuple[dict[str, Any], ValueError | OSEr
     try:
         return {"value": action()}, None
     except (ValueError, OSError) as error:
-        return _told(error), error
+        return told_error(error), error
 
 
-def _raise_told(outcome: Mapping[str, Any]) -> None:
+def told_error(error: ValueError | OSError) -> dict[str, Any]:
+    """Return as JSON what other ranks must know to raise an error of the same kind, see `raise_told`."""
+    arguments: list[Any] = [str(error)]
+    if isinstance(error, OSError) and error.errno is not None:
+        arguments = [error.errno, error.strerror, *([str(error.filename)] if error.filename else [])]
+    kind = next(name for name, known in _KINDS.items() if isinstance(error, known))
+    return {"error": kind, "arguments": arguments}
+
+
+def raise_told(outcome: Mapping[str, Any]) -> None:
+    """Raise the error that `told_error` has told; nothing else is one."""
     if "error" in outcome:
-        raise OSError(*outcome["system"]) if outcome["system"] else ValueError(outcome["error"])
-
-
-def _told(error: ValueError | OSError) -> dict[str, Any]:
-    """What the other ranks must know to raise an error of the same kind."""
-    if isinstance(error, OSError):
-        system = [error.errno, error.strerror, str(error.filename)] if error.filename else [error.errno, error.strerror]
-        return {"error": str(error), "system": system if error.errno is not None else [str(error)]}
-    return {"error": str(error), "system": None}
+        raise _KINDS[outcome["error"]](*outcome["arguments"])

@@ -199,7 +199,7 @@ def _join(meeting: Meeting, backend: str, collectives: timedelta) -> None:
     dist.init_process_group(
         backend, store=meeting.store, rank=meeting.rank, world_size=meeting.world_size, timeout=collectives
     )
-    _Joined.meeting = meeting
+    _Joined.meeting, _Joined.timeout = meeting, collectives
 
 
 class _Joined:
@@ -209,6 +209,7 @@ class _Joined:
     """
 
     meeting: Meeting | None = None
+    timeout: timedelta
 
 
 def _secret() -> bytes | None:
@@ -222,6 +223,18 @@ def group_beside_training(timeout: timedelta) -> dist.ProcessGroup:
     Its connections are new ones: its ranks have shown each other that they know the secret.
     """
     group = dist.new_group(backend="gloo", timeout=timeout)
+    show_secret(_secret(), group)
+    return group
+
+
+def group_of_pipeline(groups: ProcessGroups) -> dist.ProcessGroup | None:
+    """Return a gloo group of this rank's pipeline, by stage, for what lies on the host; None where it has one stage
+    (collective).
+    """
+    if groups.pp.size() == 1:
+        return None
+    pipelines = sorted(map(list, {tuple(ranks) for ranks in gather_values(dist.get_process_group_ranks(groups.pp))}))
+    group, _ = dist.new_subgroups_by_enumeration(pipelines, timeout=_Joined.timeout, backend="gloo")
     show_secret(_secret(), group)
     return group
 

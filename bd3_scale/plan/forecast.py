@@ -84,11 +84,11 @@ class Forecast:
             return None
         sizes = ShardSizes.expected(data.seq_len, self.vocabulary.size)
         beside, stage = parallel.tensor * parallel.context, self.gpus // parallel.pipeline
-        ranks = range(self.gpus)
+        ranks = range(stage)  # which alone read
         machines = (
             ranks[first : first + self.hardware.gpus_per_node] for first in ranks[:: self.hardware.gpus_per_node]
         )
-        dp_ranks = ([rank % stage // beside for rank in machine] for machine in machines)
+        dp_ranks = ([rank // beside for rank in machine] for machine in machines)
         return NodeCache.of_fullest(sizes, batch, dp_ranks, stage // beside)
 
     @property

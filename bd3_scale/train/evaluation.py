@@ -63,7 +63,7 @@ def _held_out(training: Training, block_size: int) -> dict[str, HeldOut]:
             dp_size=groups.dp.size(),
             sequences=recipe.evaluation.sequences,
         )
-        batches = waited_for(batches, run.heartbeat)
+        batches = run.pipeline.shared(waited_for(batches, run.heartbeat))
         objective = run.objective.at(block_size)
         draws = recipe.evaluation.draws
         found[name] = evaluate_nelbo(training.engine.chunks, batches, groups, objective=objective, draws=draws)

@@ -22,6 +22,7 @@ from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash
 from bd3_scale.data.mixture import check_epochs
 from bd3_scale.data.node import load_sources_of_node
 from bd3_scale.data.order import DataOrder
+from bd3_scale.data.pipeline import PipelineBatches
 from bd3_scale.data.stream import TrainingStream, new_order, open_sources
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
@@ -30,7 +31,7 @@ from bd3_scale.objective import Objective, objective_of
 from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.parallel.collective import gather_values
 from bd3_scale.parallel.engine import TrainingEngine, open_engine
-from bd3_scale.parallel.groups import ProcessGroups, local_device, process_groups
+from bd3_scale.parallel.groups import ProcessGroups, group_of_pipeline, local_device, process_groups
 from bd3_scale.recipe.checks import check_against_data
 from bd3_scale.recipe.load import recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe
@@ -54,6 +55,7 @@ class Run:
     data: Manifest
     data_hash: str
     groups: ProcessGroups
+    pipeline: PipelineBatches
     folder: Path
     heartbeat: Heartbeat
 
@@ -114,7 +116,8 @@ def open_run(recipe: Recipe, stack: ExitStack, heartbeat: Heartbeat) -> Run:
         )
     with heartbeat.during("data"):
         data = load_sources_of_node(recipe.data)
-    run = Run(recipe, data, data_hash(data), groups, recipe.run_path, heartbeat)
+    pipeline = PipelineBatches(group_of_pipeline(groups))
+    run = Run(recipe, data, data_hash(data), groups, pipeline, recipe.run_path, heartbeat)
     _check_against_data(run)
     return run
 
@@ -141,8 +144,10 @@ def open_training(run: Run, start: Start | None, order: DataOrder | None = None)
         seed=recipe.seed,
         step=state.step,
         order=state.order,
+        reads=run.pipeline.reads,
     )
-    inputs = InputsAhead(run.objective, recipe, waited_for(stream, run.heartbeat), run.groups, state)
+    batches = run.pipeline.shared(waited_for(stream, run.heartbeat))
+    inputs = InputsAhead(run.objective, recipe, batches, run.groups, state)
     return Training(run, engine, stream, inputs, state)
 
 
@@ -157,8 +162,9 @@ def settle_order(run: Run, kept: DataOrder | None) -> DataOrder:
     order = kept or new_order(data, shards.values(), batch)
     check_epochs(data, {name: own.samples_per_shard for name, own in shards.items()}, batch, run.recipe.train.steps)
     machines: dict[int, set[int]] = defaultdict(set)
-    for machine, dp_rank in gather_values([_machine(), rank]):
-        machines[machine].add(dp_rank)
+    for machine, dp_rank, reads in gather_values([_machine(), rank, run.pipeline.reads]):
+        if reads:
+            machines[machine].add(dp_rank)
     for name, recipe in data.by_source.items():
         if recipe.remote is None or not data.shuffle or order.shuffle_window is None:
             continue

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +56,22 @@ def test_agrees_with_a_walk_over_the_pieces(samples: list[dict[str, np.ndarray]]
         "counted": torch.bool,
         "shown": torch.bool,
     }
+
+
+@given(st.integers(0, 40).flatmap(lambda n: st.lists(sample(n + 2), min_size=1, max_size=3)), st.booleans())
+def test_bytes_hold_all_of_it(samples: list[dict[str, np.ndarray]], isolate_documents: bool) -> None:
+    batch = make(samples, isolate_documents)
+    content = batch.to_bytes()
+    sequences, seq_len = batch.tokens.shape
+    assert (content.dtype, content.shape) == (np.uint8, (sequences * (32 + 22 * seq_len),))
+    found = Batch.from_bytes(content, sequences, seq_len)
+    content[:] = 0  # they are copies: the next batch may come into the same memory
+    assert vars(found).keys() == vars(batch).keys()
+    for name, value in vars(batch).items():
+        assert vars(found)[name].dtype == value.dtype, name
+        assert torch.equal(vars(found)[name], value), name
+    with pytest.raises(ValueError, match="must be"):
+        Batch.from_bytes(content[1:], sequences, seq_len)
 
 
 def test_split_keeps_order_and_identity() -> None:

@@ -1,0 +1,118 @@
+"""Batches that the first stage of a pipeline reads, on all of its stages: the later ones read no shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bd3_scale.data.batch import Batch
+from bd3_scale.parallel.collective import raise_told, told_error
+
+
+class _Kind(IntEnum):
+    BATCH = 0
+    END = 1
+    ERROR = 2
+
+
+class PipelineBatches:
+    """Passes batches on, in messages that the host sends while the device computes.
+
+    group: of gloo, of a pipeline's stages in their order, for this alone; None: there is one stage. All stages ask for
+    the same batches in the same order: a message says nothing of what it belongs to.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        # With what they send, which must live as long.
+        self._under_way: list[tuple[dist.Work, Tensor]] = []
+
+    @property
+    def reads(self) -> bool:
+        """Return whether this rank is of the first stage."""
+        return self._group is None or self._group.rank() == 0
+
+    def shared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the first stage's `batches` on every stage; those of later ones are left alone.
+
+        The first stage does not wait until a batch has come, unless it has the next one and the later ones still lack
+        this one. What its `batches` raise is raised on every stage: ValueError and OSError as they are, RuntimeError
+        for others. ConnectionError: another stage is gone.
+        """
+        if self._group is None:
+            return batches
+        return self._sent(batches) if self.reads else self._received()
+
+    def _sent(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                self._send(_Kind.ERROR, (1, 0), np.frombuffer(_told(error), np.uint8).copy())
+                # This rank is about to end, and its connections with it.
+                self._wait()
+                raise
+            if batch is None:
+                self._send(_Kind.END, (0, 0), np.empty(0, np.uint8))
+                return
+            sequences, seq_len = batch.tokens.shape
+            self._send(_Kind.BATCH, (sequences, seq_len), batch.to_bytes())
+            yield batch
+
+    def _received(self) -> Iterator[Batch]:
+        while True:
+            kind, size, *shape = self._receive(torch.empty(4, dtype=torch.long)).tolist()
+            if kind == _Kind.END:
+                return
+            content = self._receive(torch.empty(size, dtype=torch.uint8)).numpy()
+            if kind == _Kind.ERROR:
+                told = json.loads(content.tobytes())
+                raise_told(told)
+                raise RuntimeError(told["failed"])
+            yield Batch.from_bytes(content, *shape)
+
+    def _send(self, kind: _Kind, shape: tuple[int, int], content: NDArray[np.uint8]) -> None:
+        assert self._group is not None
+        self._wait()
+        parts = [torch.tensor([kind, len(content), *shape])]
+        parts += [torch.from_numpy(content)] if len(content) else []
+        with _others_are_there():
+            for part in parts:
+                for stage in range(1, self._group.size()):
+                    work = dist.isend(part, group=self._group, group_dst=stage)
+                    assert work is not None
+                    self._under_way.append((work, part))
+
+    def _wait(self) -> None:
+        with _others_are_there():
+            for work, _ in self._under_way:
+                work.wait()
+        self._under_way.clear()
+
+    def _receive(self, into: Tensor) -> Tensor:
+        with _others_are_there():
+            dist.recv(into, group=self._group, group_src=0)
+        return into
+
+
+def _told(error: Exception) -> bytes:
+    if isinstance(error, (ValueError, OSError)):
+        return json.dumps(told_error(error)).encode()
+    return json.dumps({"failed": f"the first stage of this pipeline read no batch: {error!r}"}).encode()
+
+
+@contextmanager
+def _others_are_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise ConnectionError(f"another stage of this rank's pipeline is gone, or hangs: {why}") from error
