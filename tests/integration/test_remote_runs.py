@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,10 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from tests.support import forks, s3
 from tests.support.programs import BD3_SCALE
 from tests.support.recipes import write_recipe, write_topics
-from tests.support.runs import losses, records, wait_for
+from tests.support.runs import losses, nelbos, records, tensors, wait_for
 
 STEPS, STEP_DEADLINE = 10, 5
+PIPELINE = {"parallel": {"pipeline": 2}, "evaluation": {"every_steps": 5, "sequences": 16, "draws": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def store(server: s3.Store) -> Iterator[s3.Store]:
     server.fail(None)
 
 
-def recipe(folder: Path, **data: object) -> Path:
+def recipe(folder: Path, sections: dict[str, object] | None = None, **data: object) -> Path:
     """Of two ranks whose next shards are soon not there yet."""
     folder.mkdir(exist_ok=True)
     return write_recipe(
@@ -52,6 +55,7 @@ def recipe(folder: Path, **data: object) -> Path:
         train={"steps": STEPS},
         checkpoint={"every_steps": 1},
         launch={"processes": 2, "deadlines": {"step": STEP_DEADLINE}},
+        **sections or {},
     )
 
 
@@ -62,13 +66,74 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     return losses(folder / "runs/tiny")
 
 
+@pytest.fixture(scope="module")
+def undisturbed_pipeline(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    forks.bd3_scale("train", recipe(folder, PIPELINE, path=str(data)), cwd=folder)
+    return folder / "runs/tiny"
+
+
+@contextmanager
+def two_nodes(recipe: Path, store: s3.Store) -> Iterator[list[forks.Program]]:
+    """A rank on each, as launchers start them on nodes with a disk of their own: cache0 and cache1 beside `recipe`."""
+    folder = recipe.parent
+    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(forks.free_port()), "OMP_NUM_THREADS": "1"}
+    nodes = []
+    try:
+        for rank in range(2):
+            command = [sys.executable, "-m", "bd3_scale.train", recipe, f"data.path={folder}/cache{rank}"]
+            environment = os.environ | store.environment() | common | {"RANK": str(rank)}
+            nodes.append(forks.Program(command, cwd=folder, env=environment))
+        yield nodes
+    finally:
+        for node in nodes:
+            node.end()
+
+
+@pytest.mark.slow
+def test_later_stages_of_a_pipeline_fetch_no_shard(store: s3.Store, undisturbed_pipeline: Path, tmp_path: Path) -> None:
+    place = store.upload_copy("data", "pipeline")
+    with two_nodes(recipe(tmp_path, PIPELINE, remote=place), store) as nodes:
+        assert [node.wait() for node in nodes] == [0, 0], "".join(node.output() for node in nodes)
+    run = tmp_path / "runs/tiny"
+    assert losses(run) == losses(undisturbed_pipeline)
+    assert nelbos(run) == nelbos(undisturbed_pipeline)
+    assert set(nelbos(run)) == {5, STEPS}
+    assert tensors(run, STEPS) == tensors(undisturbed_pipeline, STEPS)
+    shards = {key: count for key, count in store.gets.items() if "/pipeline/" in key and "shard." in key}
+    assert {key.rpartition("/")[0].rpartition("/")[2] for key in shards} == {"train", "validation"}
+    assert set(shards.values()) == {1}
+    kept = [{path.name for path in (tmp_path / f"cache{rank}").rglob("shard.*")} for rank in range(2)]
+    assert kept[0]
+    assert not kept[1]
+
+
+@pytest.mark.slow
+def test_data_that_the_first_stage_cannot_read_end_every_stage_with_the_same_line(
+    store: s3.Store, tmp_path: Path
+) -> None:
+    place = store.upload_copy("data", "gone")
+    store.client.delete_object(Bucket=s3.BUCKET, Key="gone/train/shard.00004.mds.zstd")
+    with two_nodes(recipe(tmp_path, PIPELINE, remote=place), store) as nodes:
+        codes = [node.wait() for node in nodes]
+        said = [node.output() for node in nodes]
+    assert codes == [2, 2], said
+    for output in said:
+        assert output.count("error: ") == 1, output
+        assert "error: s3://corpus/gone/train/shard.00004.mds.zstd is not there (404): put it back" in output
+        assert "Traceback" not in output
+    assert 0 < len(losses(tmp_path / "runs/tiny")) < STEPS
+
+
+@pytest.mark.parametrize("layout", [{}, pytest.param(PIPELINE, marks=pytest.mark.slow)], ids=["data", "pipeline"])
 def test_an_outage_longer_than_a_step_may_take_is_no_hang(
-    store: s3.Store, undisturbed: dict[int, tuple[float, float]], tmp_path: Path
+    layout: dict[str, object], store: s3.Store, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     # By its name: two ranks that fetch ahead ask for shards in whatever order.
     store.fail("cut", only="train/shard.00003")
     run = tmp_path / "runs/tiny"
-    command = [BD3_SCALE, "train", recipe(tmp_path, path="cache", remote=f"s3://{s3.BUCKET}/data")]
+    command = [BD3_SCALE, "train", recipe(tmp_path, layout, path="cache", remote=f"s3://{s3.BUCKET}/data")]
     program = forks.Program(command, cwd=tmp_path, env=os.environ | store.environment())
     try:
         wait_for(lambda: records(run))
@@ -80,7 +145,10 @@ def test_an_outage_longer_than_a_step_may_take_is_no_hang(
         store.fail(None)
         assert program.wait() == 0, program.output()
         assert 0 < stalled < STEPS
-        assert losses(run) == undisturbed
+        if layout:
+            assert losses(run) == losses(request.getfixturevalue("undisturbed_pipeline"))
+        else:
+            assert losses(run) == request.getfixturevalue("undisturbed")
         steps = [record for record in records(run) if "train_loss" in record]
         # Rank 0 waited for its batch, or for rank 1, which waited for its own.
         assert min(record["tokens_per_second"] for record in steps) < 8 * 64 / STEP_DEADLINE
