@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -118,3 +119,15 @@ def leave(rank: int) -> None:
             with pytest.raises(ConnectionError, match=r"another stage of this rank's pipeline is gone, or hangs: .+"):
                 list(batches)
         os._exit(0)  # nobody is left to close groups with
+
+
+def end_with_an_error() -> None:
+    """The first stage ends as soon as it may; the others come late, and hear why."""
+    with process_groups(ParallelRecipe(pipeline=STAGES)) as groups:
+        pipeline = PipelineBatches(group_of_pipeline(groups))
+        batches = shared(pipeline, map(int, ["not a batch"]))  # type: ignore[arg-type]
+        if not pipeline.reads:
+            time.sleep(1)
+        with pytest.raises(ValueError, match="not a batch"):
+            next(batches)
+        os._exit(0)
