@@ -57,7 +57,7 @@ class DataRecipe(Section):
         description="sequences that change places with each other at a time, over all machines; the more, the more of "
         "remote data each machine keeps; default: what fits into cache_limit on one machine, 65536 to 1048576",
     )
-    num_workers: NonNegativeInt = Field(1, description="loader processes a rank")
+    num_workers: NonNegativeInt = Field(1, description="loader processes a rank; in a pipeline, of its first stage")
 
     @property
     def by_source(self) -> dict[str, DataRecipe]:
