@@ -12,20 +12,21 @@ from tests.support.recipes import tiny_recipe
 
 
 def test_later_stages_of_a_pipeline_keep_nothing() -> None:
-    """Six ranks on three machines: the second holds the last rank of the first stage and the first of the second."""
+    """Twelve ranks on three machines: the second holds the last two of the first stage and two of the second."""
     recipe = Recipe.model_validate(
         tiny_recipe(
             data={"remote": "s3://bucket/data"},
-            train={"global_batch_size": 96, "micro_batch_size": 1},
+            train={"global_batch_size": 192, "micro_batch_size": 1},
             parallel={"pipeline": 2},
         )
     )
     sizes = ShardSizes.expected(recipe.data.seq_len, 258)
     first_stages, all_ranks = (
-        NodeCache.of_fullest(sizes, 96, machines, 3) for machines in ([[0, 1], [2]], [[0, 1], [2, 0], [1, 2]])
+        NodeCache.of_fullest(sizes, 192, machines, 6)
+        for machines in ([[0, 1, 2, 3], [4, 5]], [[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5]])
     )
     assert first_stages.canonical_nodes < all_ranks.canonical_nodes
     vocabulary = Vocabulary(size=258, eos_id=256, mask_id=257, bos_id=None)
-    hardware = SimpleNamespace(gpus_per_node=2)
-    forecast = Forecast(recipe, vocabulary, 6, hardware, 0, [], None, {}, {}, {})
+    hardware = SimpleNamespace(gpus_per_node=4)
+    forecast = Forecast(recipe, vocabulary, 12, hardware, 0, [], None, {}, {}, {})
     assert forecast.node_cache == first_stages
