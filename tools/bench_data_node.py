@@ -1,0 +1,195 @@
+"""What a machine takes of prepared data: its start, its memory, its downloads; for tools/bench_data.py."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tools.bench_data_child import MIB, cpu_seconds, memory
+from tools.bench_data_loader import BATCH, SEED, batches_of, streaming_as_it_stands
+
+# Of the shards that are made up for a start, all of which have the contents of one.
+START_SEQ_LEN, START_SAMPLES = 32, 4096
+START_BATCH, WORKERS, STEPS = 64, 2, 40
+# Of the cache: a batch with a canonical node a slot, and a limit to what thrashes.
+CACHE_BATCH, MOST_SECONDS = 8, 20.0
+
+
+def multiplied(data: str, out: str, shards: int, made: Iterable[int] | None = None) -> dict[str, Any]:
+    """Write prepared data whose training split is that of `data` over and over: an index of so many shards, and those
+    of them that are to be there (default: all) as links.
+    """
+    source, place = Path(data, "train"), Path(out, "train")
+    place.mkdir(parents=True)
+    own = json.loads((source / "index.json").read_text())["shards"]
+    texts = [json.dumps(shard) for shard in own]
+    with (place / "index.json").open("w") as file:
+        file.write('{"shards": [')
+        for number in range(shards):
+            shard = number % len(own)
+            file.write(", " * (number > 0) + texts[shard].replace(f"shard.{shard:05}.", f"shard.{number:05}."))
+        file.write('], "version": 2}')
+    for number in range(shards) if made is None else made:
+        shard = number % len(own)
+        os.link(source / f"shard.{shard:05}.mds.zstd", place / f"shard.{number:05}.mds.zstd")
+    whole, left = divmod(shards, len(own))
+    counts = [shard["samples"] for shard in own]
+    manifest = json.loads(Path(data, "manifest.json").read_text())
+    manifest["train"]["sequences"] = whole * sum(counts) + sum(counts[:left])
+    Path(out, "manifest.json").write_text(json.dumps(manifest))
+    for path in Path(data).glob("tokenizer*"):
+        os.link(path, Path(out, path.name))
+    return {"sequences": manifest["train"]["sequences"], "bytes": (place / "index.json").stat().st_size}
+
+
+def small_shards(data: str, out: str, seq_len: int, shard_bytes: int) -> dict[str, Any]:
+    """Prepare lines as documents, in shards smaller than is usual."""
+    from bd3_scale.data import split_writer
+    from bd3_scale.data.prepare import prepare
+    from bd3_scale.data.tokenizer import load_tokenizer
+
+    split_writer.SHARD_BYTES = shard_bytes
+    tokenizer = load_tokenizer(f"{data}/tokenizer")
+    found = prepare([f"{data}/lines.jsonl"], out, tokenizer, seq_len, holdout=0.0, workers=1, progress=False)
+    assert found.train is not None
+    return {"sequences": found.train.sequences, "shards": len(found.train.shards)}
+
+
+def read_first(data: str, shards: int) -> set[int]:
+    """Return which of so many shards like those of `data` the first steps of training read, of all ranks."""
+    import numpy as np
+
+    from bd3_scale.data.cache import DEFAULT_WINDOW
+    from bd3_scale.data.order import WindowOrder
+
+    own = json.loads(Path(data, "train/index.json").read_text())["shards"]
+    counts = np.resize([shard["samples"] for shard in own], shards)
+    slots = np.arange(START_BATCH)
+    order = WindowOrder(counts, START_BATCH, slots, shuffle_window=DEFAULT_WINDOW, seed=SEED)
+    ids = np.concatenate([order.at(step).ids for step in range(min(STEPS, order.steps_per_epoch))])
+    return set(np.searchsorted(np.cumsum(counts), ids, side="right").tolist())
+
+
+def bd3_scale_starts(data: str, local: str, meeting: str) -> dict[str, Any]:
+    """Open data as a rank of training does, up to its first batch."""
+    from bd3_scale.data.manifest import load_manifest
+    from bd3_scale.data.stream import TrainingStream
+    from bd3_scale.recipe.schema import DataRecipe
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+    def first() -> object:
+        manifest = load_manifest(local, data)
+        recipe = DataRecipe(path=local, remote=data, seq_len=START_SEQ_LEN, num_workers=WORKERS)
+        how: dict[str, Any] = {"global_batch_size": START_BATCH, "dp_rank": rank, "dp_size": ranks, "seed": SEED}
+        stream = TrainingStream(recipe, manifest, **how)
+        return next(stream), stream
+
+    return _started(first, meeting)
+
+
+def streaming_starts(data: str, local: str, meeting: str) -> dict[str, Any]:
+    """Open the same shards by StreamingDataset as it stands, and PyTorch's loader."""
+    dataset_of = streaming_as_it_stands().StreamingDataset
+
+    def first() -> object:
+        batch = START_BATCH // int(os.environ["WORLD_SIZE"])
+        dataset = dataset_of(remote=data, local=local, split="train", shuffle=True, batch_size=batch)
+        batches = iter(batches_of(dataset, WORKERS))
+        return next(batches), batches
+
+    return _started(first, meeting)
+
+
+def _started(first: Any, meeting: str) -> dict[str, Any]:
+    """Return the seconds to the first batch, of this rank, and the MiB of it and its workers before and after."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    place: dict[str, Any] = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", **place)
+    dist.barrier()
+    before, cpu, began = memory([os.getpid()]), cpu_seconds(), time.perf_counter()
+    batch = first()
+    seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
+    dist.barrier()
+    after = memory([os.getpid()])
+    dist.barrier()
+    del batch
+    dist.destroy_process_group()
+    return {"seconds": seconds, "cpu": cpu, "before": before, "after": after}
+
+
+def memory_kept(data: str, local: str, epochs: int) -> dict[str, Any]:
+    """Return MiB early in the first epoch and at the end of each: of a rank, its largest worker, and all by PSS."""
+    import psutil
+
+    from bd3_scale.data.manifest import load_manifest
+    from bd3_scale.data.stream import TrainingStream
+    from bd3_scale.recipe.schema import DataRecipe
+
+    manifest = load_manifest(local, data)
+    assert manifest.train is not None
+    steps = manifest.train.sequences // BATCH
+    recipe = DataRecipe(path=local, remote=data, seq_len=manifest.seq_len, num_workers=WORKERS)
+    stream = TrainingStream(recipe, manifest, global_batch_size=BATCH, dp_rank=0, dp_size=1, seed=SEED)
+    found, done = [], 0
+    for until in (steps // 10, *(steps * epoch for epoch in range(1, epochs + 1))):
+        for _ in range(until - done):
+            next(stream)
+        done = until
+        gc.collect()
+        workers = [child.memory_info().rss / MIB for child in psutil.Process().children(recursive=True)]
+        found.append([psutil.Process().memory_info().rss / MIB, max(workers), memory([os.getpid()])])
+    return {"mib": found, "steps": steps}
+
+
+def downloads(data: str, caches: str, window: int, share: float, earlier: bool) -> dict[str, Any]:
+    """Return how often shards are fetched in an epoch where the cache has `share` of what `window` needs.
+
+    earlier: by the order of runs that began before there was a window.
+    """
+    from bd3_scale.data.cache import NodeCache
+    from bd3_scale.data.manifest import load_manifest
+    from bd3_scale.data.order import EARLIER, DataOrder
+    from bd3_scale.data.shards import open_shards
+    from bd3_scale.data.stream import TrainingStream
+    from bd3_scale.recipe.schema import DataRecipe
+
+    def recipe(name: str, limit: str | None) -> DataRecipe:
+        place = f"{caches}/{name}"
+        return DataRecipe(path=place, remote=data, cache_limit=limit, seq_len=seq_len, num_workers=0)
+
+    seq_len = load_manifest(f"{caches}/whole", data).seq_len
+    manifest = load_manifest(f"{caches}/limited", data)
+    assert manifest.train is not None
+    sizes = open_shards(recipe("whole", None), manifest, "train").sizes
+    cache = NodeCache(sizes, CACHE_BATCH, CACHE_BATCH)
+    limit = f"{math.ceil(share * cache.needed(window) / 1024)}kb"
+    try:
+        cache.check(limit, window, may_change=True)
+        told = "taken"
+    except ValueError:
+        told = "refused"
+    order = EARLIER if earlier else DataOrder(version=2, shuffle_window=window)
+    how: dict[str, Any] = {"global_batch_size": CACHE_BATCH, "dp_rank": 0, "dp_size": 1, "seed": SEED, "order": order}
+    found = {"limit": limit, "told": told, "why": "", "downloads": None, "epoch": 0.0}
+    try:
+        stream = TrainingStream(recipe("limited", limit), manifest, **how)
+    except ValueError as error:
+        if "is too low" not in str(error):
+            raise
+        return found | {"why": "too little for streaming"}
+    steps = manifest.train.sequences // CACHE_BATCH
+    ends, read = time.monotonic() + MOST_SECONDS, 0
+    while read < steps and time.monotonic() < ends:
+        next(stream)
+        read += 1
+    return found | {"downloads": stream.downloads_per_shard, "epoch": read / steps}
