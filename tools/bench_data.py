@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
 
-from bd3_scale.observe.environment import cpu_in_words, software, source_commit
+from bd3_scale.observe.environment import cpu_in_words, source_commit
 from tools import bench_data_loader, bench_data_node, bench_data_prepare
 from tools.bench_data_child import NotMeasuredError, measured, missing
 
@@ -37,7 +37,17 @@ RANKS = 2
 ALL_THERE = 20_000
 # The memory at which a start is ended, in MiB.
 MOST_MIB = 14_000
-RIVALS = ("tokenizers", "mosaicml-streaming", "megatron-core", "datasets", "datatrove", "litdata", "numpy")
+PACKAGES = (
+    "bd3_scale",
+    "torch",
+    "tokenizers",
+    "mosaicml-streaming",
+    "megatron-core",
+    "datasets",
+    "datatrove",
+    "litdata",
+    "numpy",
+)
 Row = Sequence[str]
 Contenders = Mapping[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]]
 
@@ -198,12 +208,9 @@ def downloads(bench: Bench) -> Iterator[Row]:
     data = _small(bench)
     for window in bench.options.windows:
         for share in (1.0, 0.5, 0.25):
-            found = []
-            for earlier in (False, True):
-                how = {"window": window, "share": share, "earlier": earlier}
-                found.append(bench.once(bench_data_node.downloads, data=data, caches=bench.path("caches"), **how))
-            cells = [one["why"] or f"{one['downloads']:.2f}{' so far' * (one['epoch'] < 1)}" for one in found]
-            yield str(window), found[0]["limit"], found[0]["told"], *cells
+            how = {"window": window, "share": share}
+            found = bench.once(bench_data_node.downloads, data=data, caches=bench.path("caches"), **how)
+            yield str(window), found["limit"], found["told"], *found["orders"]
 
 
 def _small(bench: Bench) -> str:
@@ -219,16 +226,9 @@ def _small(bench: Bench) -> str:
 def packing(bench: Bench) -> Iterator[Row]:
     """Yield the rows of packing."""
     yield "a document is", "tokens, mean", "`--document-multiple`", "`--packing`", "padding", "cut, of those that fit"
-    for name in ("documents", "lines"):
-        for multiple in (32, 4):
-            for how in ("concatenate", "best-fit"):
-                wanted = {"documents": f"{name}.jsonl", "multiple": multiple, "packing": how}
-                found = bench.once(
-                    bench_data_prepare.packed, data=str(bench.folder), out=bench.path("packed"), **wanted
-                )
-                shares = f"{found['padding']:.1%}", f"{found['cut']:.1%}"
-                kind = "one of the text's" if name == "documents" else "a line"
-                yield kind, f"{found['tokens']:.0f}", str(multiple), how, *shares
+    for one in bench.once(bench_data_prepare.packed, data=str(bench.folder), out=bench.path("packed"))["rows"]:
+        numbers = f"{one['tokens']:.0f}", str(one["multiple"]), one["packing"], f"{one['padding']:.1%}"
+        yield one["kind"], *numbers, f"{one['cut']:.1%}"
 
 
 PARTS = {
@@ -243,9 +243,7 @@ PARTS = {
 
 def _versions() -> Iterator[str]:
     yield f"python {sys.version.split()[0]}"
-    for name in ("bd3_scale", "torch"):
-        yield f"{name} {software()[name]}"
-    for name in RIVALS:
+    for name in PACKAGES:
         try:
             yield f"{name} {metadata.version(name)}"
         except metadata.PackageNotFoundError:
@@ -263,7 +261,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--text", type=Path, help="a folder or file; default: the sources of Python's library")
     parser.add_argument("--megabytes", type=float, default=12.0, help="of text")
     parser.add_argument("--vocab-size", type=int, default=16384, help="of the tokeniser that is trained on it")
-    parser.add_argument("--tokens", type=float, default=24e6, help="to read in an epoch")
+    parser.add_argument("--tokens", type=float, default=16e6, help="to read in an epoch")
     parser.add_argument("--rounds", type=int, default=3, help="in which those that are compared take turns")
     parser.add_argument("--shards", type=_numbers, default=[10_000, 600_000], help="of indices, as 100,200")
     parser.add_argument("--shard-bytes", type=int, default=450_000, help="of each of them")

@@ -151,45 +151,47 @@ def memory_kept(data: str, local: str, epochs: int) -> dict[str, Any]:
     return {"mib": found, "steps": steps}
 
 
-def downloads(data: str, caches: str, window: int, share: float, earlier: bool) -> dict[str, Any]:
-    """Return how often shards are fetched in an epoch where the cache has `share` of what `window` needs.
-
-    earlier: by the order of runs that began before there was a window.
+def downloads(data: str, caches: str, window: int, share: float) -> dict[str, Any]:
+    """Return how often shards are fetched in an epoch where the cache has `share` of what `window` needs, by this order
+    and by that of runs which began before there was a window.
     """
     from bd3_scale.data.cache import NodeCache
     from bd3_scale.data.manifest import load_manifest
     from bd3_scale.data.order import EARLIER, DataOrder
     from bd3_scale.data.shards import open_shards
-    from bd3_scale.data.stream import TrainingStream
     from bd3_scale.recipe.schema import DataRecipe
 
-    def recipe(name: str, limit: str | None) -> DataRecipe:
-        place = f"{caches}/{name}"
-        return DataRecipe(path=place, remote=data, cache_limit=limit, seq_len=seq_len, num_workers=0)
-
-    seq_len = load_manifest(f"{caches}/whole", data).seq_len
-    manifest = load_manifest(f"{caches}/limited", data)
-    assert manifest.train is not None
-    sizes = open_shards(recipe("whole", None), manifest, "train").sizes
-    cache = NodeCache(sizes, CACHE_BATCH, CACHE_BATCH)
+    manifest = load_manifest(f"{caches}/whole", data)
+    whole = DataRecipe(path=f"{caches}/whole", remote=data, seq_len=manifest.seq_len, num_workers=0)
+    cache = NodeCache(open_shards(whole, manifest, "train").sizes, CACHE_BATCH, CACHE_BATCH)
     limit = f"{math.ceil(share * cache.needed(window) / 1024)}kb"
     try:
         cache.check(limit, window, may_change=True)
         told = "taken"
     except ValueError:
         told = "refused"
-    order = EARLIER if earlier else DataOrder(version=2, shuffle_window=window)
-    how: dict[str, Any] = {"global_batch_size": CACHE_BATCH, "dp_rank": 0, "dp_size": 1, "seed": SEED, "order": order}
-    found = {"limit": limit, "told": told, "why": "", "downloads": None, "epoch": 0.0}
-    try:
-        stream = TrainingStream(recipe("limited", limit), manifest, **how)
-    except ValueError as error:
-        if "is too low" not in str(error):
-            raise
-        return found | {"why": "too little for streaming"}
+    orders = []
+    for name, order in (("windows", DataOrder(version=2, shuffle_window=window)), ("earlier", EARLIER)):
+        load_manifest(f"{caches}/{name}", data)
+        limited = whole.model_copy(update={"path": f"{caches}/{name}", "cache_limit": limit})
+        try:
+            orders.append(_downloaded(limited, manifest, order))
+        except ValueError:
+            if told == "taken":
+                raise
+            orders.append("not even a few shards")
+    return {"limit": limit, "told": told, "orders": orders}
+
+
+def _downloaded(data: Any, manifest: Any, order: Any) -> str:
+    from bd3_scale.data.stream import TrainingStream
+
+    how = {"global_batch_size": CACHE_BATCH, "dp_rank": 0, "dp_size": 1, "seed": SEED, "order": order}
+    stream = TrainingStream(data, manifest, **how)
     steps = manifest.train.sequences // CACHE_BATCH
-    ends, read = time.monotonic() + MOST_SECONDS, 0
-    while read < steps and time.monotonic() < ends:
+    ends = time.monotonic() + MOST_SECONDS
+    for step in range(steps):
         next(stream)
-        read += 1
-    return found | {"downloads": stream.downloads_per_shard, "epoch": read / steps}
+        if time.monotonic() > ends:
+            return f"{stream.downloads_per_shard:.2f} in {(step + 1) / steps:.0%} of an epoch"
+    return f"{stream.downloads_per_shard:.2f}"

@@ -6,10 +6,11 @@ import json
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from bd3_scale.data.packing import Packing
 from tools.bench_data_child import cpu_seconds
 
 SEQ_LEN = 1024
@@ -148,22 +149,28 @@ def _spent(work: Callable[[], object]) -> dict[str, Any]:
     return {"seconds": cpu_seconds() - began}
 
 
-def packed(data: str, out: str, documents: str, multiple: int, packing: Any) -> dict[str, Any]:
-    """Return the shares of all tokens and documents of prepared data that packing takes and cuts."""
+def packed(data: str, out: str) -> dict[str, Any]:
+    """Return what packing pads, of all tokens, and what it cuts, of the documents that would fit into a sequence."""
     from bd3_scale.data.prepare import prepare
     from bd3_scale.data.statistics import statistics
     from bd3_scale.data.stored import StoredData
     from bd3_scale.data.tokenizer import load_tokenizer
 
-    shutil.rmtree(out, ignore_errors=True)
-    how: dict[str, Any] = {"document_multiple": multiple, "packing": packing, "holdout": 0.0}
-    tokenizer = load_tokenizer(f"{data}/tokenizer")
-    prepare([f"{data}/{documents}"], out, tokenizer, SEQ_LEN, workers=1, progress=False, **how)
-    found = statistics(StoredData(out), "train")
-    total = found.sequences * SEQ_LEN
-    return {
-        "documents": sum(found.document_lengths.values()),
-        "tokens": found.text_tokens / sum(found.document_lengths.values()),
-        "padding": (found.padding_tokens + found.filling_tokens) / total,
-        "cut": found.fitting_documents_cut / max(1, found.fitting_documents),
-    }
+    tokenizer, rows = load_tokenizer(f"{data}/tokenizer"), []
+    for kind, name in (("one of the text's", "documents"), ("a line", "lines")):
+        for multiple, packing in product((32, 4), get_args(Packing)):
+            how: dict[str, Any] = {"document_multiple": multiple, "packing": packing, "holdout": 0.0, "workers": 1}
+            prepare([f"{data}/{name}.jsonl"], out, tokenizer, SEQ_LEN, progress=False, **how)
+            found = statistics(StoredData(out), "train")
+            shutil.rmtree(out)
+            rows.append(
+                {
+                    "kind": kind,
+                    "tokens": found.text_tokens / sum(found.document_lengths.values()),
+                    "multiple": multiple,
+                    "packing": packing,
+                    "padding": (found.padding_tokens + found.filling_tokens) / (found.sequences * SEQ_LEN),
+                    "cut": found.fitting_documents_cut / max(1, found.fitting_documents),
+                }
+            )
+    return {"rows": rows}
