@@ -163,10 +163,12 @@ def packed(data: str, out: str) -> dict[str, Any]:
             prepare([f"{data}/{name}.jsonl"], out, tokenizer, SEQ_LEN, progress=False, **how)
             found = statistics(StoredData(out), "train")
             shutil.rmtree(out)
+            if packing == "concatenate":  # of pieces otherwise
+                mean = found.text_tokens / sum(found.document_lengths.values())
             rows.append(
                 {
                     "kind": kind,
-                    "tokens": found.text_tokens / sum(found.document_lengths.values()),
+                    "tokens": mean,
                     "multiple": multiple,
                     "packing": packing,
                     "padding": (found.padding_tokens + found.filling_tokens) / (found.sequences * SEQ_LEN),

@@ -59,6 +59,8 @@ PARTS = {
         "python tools/bench_step.py --rival --objective all --shapes 256/16/8,1024/16/2 --precisions fp32,bf16",
         20,
     ),
+    "data": Part("data.md", "python tools/bench_data.py", 20),
+    "data-order": Part("data.md", "python tools/bench_order.py", 10),
     "attention-cpu": Part("attention.md", "python tools/bench_attention.py --device cpu", 20),
     "attention-cuda": Part("attention.md", "python tools/bench_attention.py --device cuda", 10, GPU),
     "generate": Part("generate.md", "OMP_NUM_THREADS=1 python tools/bench_generate.py", 10, bare=True),
