@@ -68,7 +68,7 @@ def test_memory_and_packing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_who_is_not_installed_is_said() -> None:
-    with pytest.raises(NotMeasuredError, match="^no_such_package not installed$"):
+    with pytest.raises(NotMeasuredError, match=r"^no_such_package not installed$"):
         bench_data_child.missing("json", "no_such_package")
 
 
