@@ -100,7 +100,9 @@ def datasets(data: str, out: str) -> dict[str, Any]:
         return {"ids": [ids[start : start + SEQ_LEN] for start in range(0, len(ids) - SEQ_LEN + 1, SEQ_LEN)]}
 
     def work() -> None:
-        found = datasets.load_dataset("json", data_files=f"{data}/documents.jsonl", split="train")
+        # Of this round: it would find there what an earlier one has made.
+        kept = f"{out}-cache"
+        found = datasets.load_dataset("json", data_files=f"{data}/documents.jsonl", split="train", cache_dir=kept)
         how = {"batched": True, "remove_columns": found.column_names}
         found.map(tokenised, batch_size=BATCH, **how).map(grouped, batched=True).save_to_disk(out)
 

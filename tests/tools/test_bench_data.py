@@ -26,10 +26,11 @@ def tables(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str
 
 @pytest.mark.slow
 def test_preparing_is_measured_beside_others_that_are_installed(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = {row[0]: row[1:] for row in tables(capsys, "--only", "prepare")}
+    rows = {row[0]: row[1:] for row in tables(capsys, "--only", "prepare", "--rounds", "2")}
     assert rows["bare tokenizers, which only encodes"][1] == "1.00"
     assert all(float(cell) > 0 for cell in rows["bd3-scale data prepare"])
-    assert all(float(row[0]) > 0 for row in rows.values() if "not installed" not in row[0])
+    # In no round anybody finds what an earlier one has made.
+    assert all(0 < float(row[1]) < 2 for row in rows.values() if "not installed" not in row[0])
 
 
 @pytest.mark.slow
