@@ -15,12 +15,14 @@ from torch import Tensor
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.parallel.collective import raise_told, told_error
+from bd3_scale.resilience.signals import StopAskedError
 
 
 class _Kind(IntEnum):
     BATCH = 0
     END = 1
     ERROR = 2
+    STOP = 3
 
 
 class PipelineBatches:
@@ -45,7 +47,7 @@ class PipelineBatches:
 
         The first stage does not wait until a batch has come, unless it has the next one and the later ones still lack
         this one. What its `batches` raise is raised on every stage: ValueError and OSError as they are, RuntimeError
-        for others. ConnectionError: another stage is gone.
+        for others, StopAskedError where a signal ends its wait. ConnectionError: another stage is gone.
         """
         if self._group is None:
             return batches
@@ -55,6 +57,9 @@ class PipelineBatches:
         while True:
             try:
                 batch = next(batches, None)
+            except StopAskedError:
+                self._send(_Kind.STOP, (0, 0), np.empty(0, np.uint8))
+                raise
             except Exception as error:
                 self._send(_Kind.ERROR, (1, 0), np.frombuffer(_told(error), np.uint8).copy())
                 # This rank is about to end, and its connections with it.
@@ -72,6 +77,8 @@ class PipelineBatches:
             kind, size, *shape = self._receive(torch.empty(4, dtype=torch.long)).tolist()
             if kind == _Kind.END:
                 return
+            if kind == _Kind.STOP:
+                raise StopAskedError
             content = self._receive(torch.empty(size, dtype=torch.uint8)).numpy()
             if kind == _Kind.ERROR:
                 told = json.loads(content.tobytes())

@@ -91,7 +91,7 @@ def patiently(action: Callable[[], T], place: str, minutes: float) -> T:
     def may_pass(error: BaseException) -> bool:
         nonlocal damaged
         damaged += isinstance(error, DamagedError)
-        return damaged < TRIES_OF_DAMAGED and what_to_mend(error, place) is None
+        return isinstance(error, Exception) and damaged < TRIES_OF_DAMAGED and what_to_mend(error, place) is None
 
     def failed(state: RetryCallState) -> None:
         _AWAY.failed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,7 @@ from bd3_scale.objective import Objective, StepKeys
 from bd3_scale.parallel.groups import ProcessGroups, local_device
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
+from bd3_scale.resilience.signals import StopAskedError, StopRequest
 from bd3_scale.train.state import TrainState
 
 
@@ -40,10 +42,12 @@ def _by_source(inputs: ModelInputs, batch: Batch, source_keys: Tensor) -> ModelI
     return replace(inputs, kinds=tuple(kinds.tolist()), row_kinds=kinds[inputs.head_rows % len(kinds)])
 
 
-def waited_for(batches: Iterator[Batch], heartbeat: Heartbeat) -> Iterator[Batch]:
-    """Yield `batches`; while this rank waits for one, its heartbeat says so."""
+def waited_for(batches: Iterator[Batch], heartbeat: Heartbeat, stop: StopRequest | None = None) -> Iterator[Batch]:
+    """Yield `batches`; while this rank waits for one, its heartbeat says so, and a signal to `stop` ends the wait, which
+    may be as long as a remote is away: StopAskedError.
+    """
     while True:
-        with heartbeat.during("data"):
+        with heartbeat.during("data"), nullcontext() if stop is None else stop.ends_wait():
             batch = next(batches, None)
         if batch is None:
             return
@@ -66,6 +70,8 @@ class InputsAhead:
         self._ahead: _Made | Exception | None = None
         # Seconds that the batch of the step which was taken last was waited for.
         self.waited = 0.0
+        # Whether a signal has ended the wait for the next batch: then there is no next step.
+        self.given_up = False
 
     def make_ahead(self) -> None:
         """Make those of the step after the one that was taken last, unless that is the run's last one.
@@ -77,6 +83,8 @@ class InputsAhead:
             return
         try:
             self._ahead = self._next_made()
+        except StopAskedError:
+            self.given_up = True
         except Exception as error:  # noqa: BLE001 - raised again by `take`
             self._ahead = error
 

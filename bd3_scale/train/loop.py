@@ -20,7 +20,6 @@ from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience import faults
 from bd3_scale.resilience.files import check_writable
 from bd3_scale.resilience.heartbeat import Heartbeat
-from bd3_scale.resilience.signals import StopRequest
 from bd3_scale.train.evaluation import evaluate
 from bd3_scale.train.guard import Guard
 from bd3_scale.train.report import Report
@@ -41,7 +40,7 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
     """
     with ExitStack() as stack:
         run = open_run(recipe, stack, heartbeat)
-        stop = stack.enter_context(StopRequest())
+        stack.enter_context(run.stop)
         backend = backend_of(run)
         start = _take_run_directory(run, stack)
         training = open_training(run, start)
@@ -52,7 +51,7 @@ def train(recipe: Recipe, heartbeat: Heartbeat) -> None:
         _tell_changes(training, start, guard, report)
         saver = CheckpointSaver(run.checkpoints, run.folder / TOKENIZER, run.recipe.checkpoint)
         try:
-            stopped = _take_steps(training, stop, guard, saver, heartbeat, report)
+            stopped = _take_steps(training, guard, saver, heartbeat, report)
         except (FloatingPointError, ReplicasDifferError):
             # All ranks raise these: the save that they are in comes to its end.
             with heartbeat.during("checkpoint"):
@@ -88,11 +87,15 @@ def _tell_changes(training: Training, start: Start | None, guard: Guard, report:
             report.warned(f"from step {step} on: {note}")
 
 
-def _take_steps(
-    training: Training, stop: StopRequest, guard: Guard, saver: CheckpointSaver, heartbeat: Heartbeat, report: Report
-) -> bool:
+def _take_steps(training: Training, guard: Guard, saver: CheckpointSaver, heartbeat: Heartbeat, report: Report) -> bool:
     """Take all steps that are left; return whether a signal ended them before."""
     run, state, steps = training.run, training.state, training.run.recipe.train.steps
+    stop = run.stop
+    # As beside each step for the one after it: the others wait in no collective of a step that this one cannot begin.
+    training.inputs.make_ahead()
+    if any_rank(training.inputs.given_up):
+        report.stopped(state.step, stop.signal)
+        return True
     for step in range(state.step + 1, steps + 1):
         # Before the next step and not after its own, so that a resumed run meets what a checkpoint came before of.
         if run.recipe.evaluates_at(state.step):

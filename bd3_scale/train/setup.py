@@ -39,7 +39,7 @@ from bd3_scale.resilience.files import check_writable, remove_aside, write_atomi
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.secret import SECRET_FILE
-from bd3_scale.resilience.signals import ended_by_signals
+from bd3_scale.resilience.signals import StopRequest, ended_by_signals
 from bd3_scale.resilience.terminal import tell
 from bd3_scale.train.inputs import InputsAhead, waited_for
 from bd3_scale.train.resume import DATA_FILE, Start
@@ -58,6 +58,7 @@ class Run:
     pipeline: PipelineBatches
     folder: Path
     heartbeat: Heartbeat
+    stop: StopRequest
 
     @property
     def checkpoints(self) -> Path:
@@ -117,7 +118,7 @@ def open_run(recipe: Recipe, stack: ExitStack, heartbeat: Heartbeat) -> Run:
     with heartbeat.during("data"):
         data = load_sources_of_node(recipe.data)
     pipeline = PipelineBatches(group_of_pipeline(groups))
-    run = Run(recipe, data, data_hash(data), groups, pipeline, recipe.run_path, heartbeat)
+    run = Run(recipe, data, data_hash(data), groups, pipeline, recipe.run_path, heartbeat, StopRequest())
     _check_against_data(run)
     return run
 
@@ -146,7 +147,7 @@ def open_training(run: Run, start: Start | None, order: DataOrder | None = None)
         order=state.order,
         reads=run.pipeline.reads,
     )
-    batches = run.pipeline.shared(waited_for(stream, run.heartbeat))
+    batches = run.pipeline.shared(waited_for(stream, run.heartbeat, run.stop))
     inputs = InputsAhead(run.objective, recipe, batches, run.groups, state)
     return Training(run, engine, stream, inputs, state)
 

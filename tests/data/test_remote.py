@@ -16,6 +16,7 @@ from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.recipe.schema import DataRecipe
+from bd3_scale.resilience.signals import StopAskedError
 from tests.data.documents import SEQ_LEN, steps_per_epoch
 from tests.support import s3
 
@@ -88,6 +89,18 @@ def test_manifest_and_index_are_asked_for_again(store: s3.Store, expected: list,
         stream = stream_of(tmp_path / f"cache-{number}")
         assert store.times == 0
         assert seen([next(stream)]) == expected[:1]
+
+
+def test_what_ends_a_wait_is_not_tried_again() -> None:
+    tries = []
+
+    def asked_to_stop() -> None:
+        tries.append(1)
+        raise StopAskedError
+
+    with pytest.raises(StopAskedError):
+        remote.patiently(asked_to_stop, "s3://corpus/data", 0.05)
+    assert len(tries) == 1
 
 
 def test_a_remote_that_stays_away_ends_with_one_line(store: s3.Store, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from tests.support import forks, s3
 from tests.support.programs import BD3_SCALE
 from tests.support.recipes import write_recipe, write_topics
-from tests.support.runs import losses, nelbos, records, tensors, wait_for
+from tests.support.runs import losses, nelbos, newest, records, tensors, wait_for
 
 STEPS, STEP_DEADLINE = 10, 5
 PIPELINE = {"parallel": {"pipeline": 2}, "evaluation": {"every_steps": 5, "sequences": 16, "draws": 2}}
@@ -177,3 +178,43 @@ def test_a_key_that_goes_ends_the_run_with_one_line_and_it_goes_on_when_it_is_ba
     store.client.put_object(**gone, Body=body)
     forks.bd3_scale("train", path, cwd=tmp_path, env=environment)
     assert losses(tmp_path / "runs/tiny") == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "num_workers"), [({}, 0), ({}, 1), (PIPELINE, 1)], ids=["here", "worker", "pipeline"]
+)
+@pytest.mark.parametrize("away", ["train/shard.00003", "train/shard."])
+def test_a_signal_ends_the_wait_for_a_remote_that_is_away(
+    store: s3.Store,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    away: str,
+    layout: dict[str, object],
+    num_workers: int,
+) -> None:
+    store.fail("cut", only=away)
+    run, command = tmp_path / "runs/tiny", [BD3_SCALE, "train"]
+    command += [recipe(tmp_path, layout, path="cache", remote=f"s3://{s3.BUCKET}/data", num_workers=num_workers)]
+    program = forks.Program(command, cwd=tmp_path, env=os.environ | store.environment())
+    try:
+        log = run / "logs/rank1.log"
+        told = "waiting for data: s3://corpus/data/train/shard."
+        wait_for(log.exists)
+        wait_for(lambda: told in program.output() + log.read_text())
+        time.sleep(4)  # until both wait, for data or for the one that does
+        began, done = time.monotonic(), len(losses(run))
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(30) == 0, program.output()
+        assert time.monotonic() - began < 8
+        assert f"stopped after step {len(losses(run))} by" in " ".join(program.output().split())
+        assert newest(run) == len(losses(run)) <= done + 1 < STEPS
+        assert (newest(run) == 0) == (away == "train/shard.")
+    finally:
+        program.end()
+    store.fail(None)
+    forks.bd3_scale(*command[1:], cwd=tmp_path, env=os.environ | store.environment())
+    if layout:
+        assert losses(run) == losses(request.getfixturevalue("undisturbed_pipeline"))
+    else:
+        assert losses(run) == request.getfixturevalue("undisturbed")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bd3_scale.resilience.signals import StopRequest
+from bd3_scale.resilience.signals import StopAskedError, StopRequest
 
 pytestmark = pytest.mark.launch
 
@@ -78,3 +78,19 @@ def test_handlers_come_back() -> None:
         signal.raise_signal(signal.SIGUSR1)
     assert stop.signal is signal.SIGUSR1
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_signal_ends_a_wait_that_it_may_end_and_no_other() -> None:
+    with StopRequest() as stop:
+        with stop.ends_wait():
+            time.sleep(0.01)
+        began = time.monotonic()
+        with pytest.raises(StopAskedError), stop.ends_wait():
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(20)
+        # It was handled; one that comes later waits for the next wait.
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(StopAskedError), stop.ends_wait():
+            time.sleep(20)
+        assert time.monotonic() - began < 10
+        assert stop.signal is signal.SIGTERM
