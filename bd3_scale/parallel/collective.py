@@ -60,10 +60,17 @@ def on_first_of_node(action: Callable[[], T]) -> T:
 
 def any_rank(flag: bool) -> bool:
     """Return whether `flag` is set on any rank (collective)."""
-    # Filled there: a copy would wait for the device as well.
-    value = torch.full((), int(flag), device=_device(None))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
+    return bool(largest(flag)[0])
+
+
+def largest(*values: float) -> list[float]:
+    """Return the largest of all ranks of each value (collective)."""
+    found = torch.zeros(len(values), dtype=torch.float64, device=_device(None))
+    for place, value in zip(found, values, strict=True):
+        # Filled there: a copy would wait for the device as well.
+        place.fill_(value)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def gather_values(value: T, group: dist.ProcessGroup | None = None) -> Sequence[T]:

@@ -43,8 +43,8 @@ def _by_source(inputs: ModelInputs, batch: Batch, source_keys: Tensor) -> ModelI
 
 
 def waited_for(batches: Iterator[Batch], heartbeat: Heartbeat, stop: StopRequest | None = None) -> Iterator[Batch]:
-    """Yield `batches`; while this rank waits for one, its heartbeat says so, and a signal to `stop` ends the wait, which
-    may be as long as a remote is away: StopAskedError.
+    """Yield `batches`; while this rank waits for one, its heartbeat says so, and a signal to `stop` ends the wait with
+    StopAskedError: it may be as long as a remote is away.
     """
     while True:
         with heartbeat.during("data"), nullcontext() if stop is None else stop.ends_wait():

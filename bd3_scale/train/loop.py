@@ -14,7 +14,7 @@ from bd3_scale.checkpoint.saver import CheckpointSaver, Saved
 from bd3_scale.checkpoint.store import boxes_to_save
 from bd3_scale.data.manifest import data_hash
 from bd3_scale.observe.metrics import METRICS_FILE, has_evaluation
-from bd3_scale.parallel.collective import any_rank, gather_values, on_rank_zero
+from bd3_scale.parallel.collective import any_rank, gather_values, largest, on_rank_zero
 from bd3_scale.parallel.replicas import ReplicasDifferError, check_replicas
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience import faults
@@ -103,14 +103,15 @@ def _take_steps(training: Training, guard: Guard, saver: CheckpointSaver, heartb
         began = time.monotonic()
         saving = saver.in_flight
         result = take_step(training)
+        took = time.monotonic() - began
         state.finish_step(result)
-        report.trained(step, result, time.monotonic() - began, saving=saving, gauges=training.data_gauges)
-        if found := guard.judge(step, result, partial(training.keys_of, step)):
-            report.warned(found)
         heartbeat.finished(step)
         faults.reach("collective", step=step)
-        stopping = any_rank(stop.signal is not None)
-        final = stopping or step == steps
+        stopping, waited = largest(stop.signal is not None, training.inputs.waited)
+        report.trained(step, result, took, saving=saving, gauges=partial(training.data_gauges, waited))
+        if found := guard.judge(step, result, partial(training.keys_of, step)):
+            report.warned(found)
+        final = bool(stopping) or step == steps
         saves = final or _due(step, run.recipe.checkpoint.every_steps)
         # Before a save, too: what drifted must not take the place of what did not.
         if (compares := run.recipe.guard.replicas_every_steps) and (saves or _due(step, compares)):

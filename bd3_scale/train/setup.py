@@ -89,13 +89,13 @@ class Training:
         intervals = dict(self.state.intervals)
         return {"seed": self.run.recipe.seed, **drawn, "sample_ids": found.ids.tolist(), "intervals": intervals}
 
-    def data_gauges(self) -> dict[str, float]:
-        """Return what the data cost: for how many seconds this rank waited for the batch of the last step, and from a
+    def data_gauges(self, waited: float) -> dict[str, float]:
+        """Return what the data cost: for how many seconds the batch of the last step was `waited` for, and from a
         remote how often each shard has come to this node.
         """
         downloads = self.stream.downloads_per_shard
         found = {} if downloads is None else {"data/downloads_per_shard": downloads}
-        return found | {"data/wait_seconds": self.inputs.waited}
+        return found | {"data/wait_seconds": waited}
 
 
 def open_run(recipe: Recipe, stack: ExitStack, heartbeat: Heartbeat) -> Run:

@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bd3_scale.parallel.collective import any_rank, gather_tensors, gather_values, on_first_of_node, on_rank_zero
+from bd3_scale.parallel.collective import (
+    any_rank,
+    gather_tensors,
+    gather_values,
+    largest,
+    on_first_of_node,
+    on_rank_zero,
+)
 from bd3_scale.parallel.groups import process_groups
 from bd3_scale.recipe.schema import ParallelRecipe
 
@@ -39,6 +46,7 @@ def agree() -> None:
                 on_first_of_node(fail_on_rank_one)
         assert any_rank(rank == 1)
         assert not any_rank(False)
+        assert largest(rank, 0.25 - rank, rank == 0, -1) == [1, 0.25, 1, -1]
         assert gather_values({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
         assert gather_values(rank, groups.dp_cp) == [rank]
         for size in (rank, 0, 3 - rank):  # other sizes than the other rank's, and none

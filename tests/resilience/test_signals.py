@@ -81,13 +81,16 @@ def test_handlers_come_back() -> None:
 
 
 def test_a_signal_ends_a_wait_that_it_may_end_and_no_other() -> None:
+    def asked(number: signal.Signals) -> None:
+        signal.raise_signal(number)
+        time.sleep(20)
+
     with StopRequest() as stop:
         with stop.ends_wait():
             time.sleep(0.01)
         began = time.monotonic()
         with pytest.raises(StopAskedError), stop.ends_wait():
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(20)
+            asked(signal.SIGTERM)
         # It was handled; one that comes later waits for the next wait.
         signal.raise_signal(signal.SIGUSR1)
         with pytest.raises(StopAskedError), stop.ends_wait():
