@@ -118,8 +118,8 @@ def patiently(action: Callable[[], T], place: str, minutes: float) -> T:
         if told := what_to_mend(error, place):
             raise told from error
         raise ConnectionError(
-            f"{place} has not come for {minutes:g} minutes (data.retry_minutes): {_said(error)}; the run goes on from "
-            f"its last checkpoint when it is started again"
+            f"{place} has not come for {minutes:g} minutes (data.retry_minutes): {_said(error)}; start the "
+            f"command again once it is there; a run goes on from its last checkpoint"
         ) from error
     _AWAY.came()
     return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -16,6 +18,7 @@ from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT, SHARD_LIMIT, Shard, Sh
 from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, SplitName, parse_manifest
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from bd3_scale.recipe.load import load_recipe
+from bd3_scale.recipe.schema import DATA_RETRY_MINUTES
 from bd3_scale.resilience.leftovers import temporary_folder
 from bd3_scale.resilience.readers import LIMIT_BYTES, read_regular, reader
 
@@ -23,13 +26,24 @@ RECIPES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
-class StoredData:
-    """The data in the folder `place`, or under that address of an object store.
+class Store:
+    """How files of an object store are fetched: by streaming's `downloader` for it, with the patience of `fetch`."""
 
-    Raises FileNotFoundError for what is missing, ValueError for what is damaged, each with the file.
+    downloader: Any
+    retry_minutes: float
+
+
+@dataclass(frozen=True)
+class StoredData:
+    """The data in the folder `place`, or under that address of an object store, which is asked again for
+    `retry_minutes` where it is away.
+
+    Raises FileNotFoundError for what is missing, ValueError for what is damaged, each with the file; of an object store
+    OSError as `patiently` does.
     """
 
     place: str
+    retry_minutes: float = DATA_RETRY_MINUTES
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -37,9 +51,18 @@ class StoredData:
         return parse_manifest(f"{self.place}/{MANIFEST_FILE}", self.read(MANIFEST_FILE))
 
     @cached_property
+    def store(self) -> Store | None:
+        """Return the object store that they lie in; None: they lie in a folder."""
+        if "://" not in self.place:
+            return None
+        from bd3_scale.data.mosaicml import CloudDownloader
+
+        return Store(CloudDownloader.get(self.place), self.retry_minutes)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """Return the tokeniser that lies beside them."""
-        if not _is_remote(self.place):
+        if self.store is None:
             return load_tokenizer(self.place)
         with temporary_folder("tokenizer") as aside:
             for name in TOKENIZER_FILES:
@@ -53,11 +76,11 @@ class StoredData:
 
     def sequences(self, split: SplitName, shard: Shard, numbers: Sequence[int] | None = None) -> Sequences:
         """Return those sequences of a shard (default: all), whose size and hash are those of the index."""
-        return read_sequences(f"{self.place}/{split}/{shard.stored.basename}", shard, numbers)
+        return read_sequences(f"{self.place}/{split}/{shard.stored.basename}", shard, numbers, self.store)
 
     def read(self, name: str, limit: int = LIMIT_BYTES) -> bytes:
         """Return the bytes of one of their files."""
-        return read_stored(f"{self.place}/{name}", limit)
+        return read_stored(f"{self.place}/{name}", limit, self.store)
 
 
 def stored_data(names: Iterable[str]) -> Iterator[StoredData]:
@@ -65,7 +88,7 @@ def stored_data(names: Iterable[str]) -> Iterator[StoredData]:
     for name in names:
         if Path(name).suffix in RECIPES:
             for source in load_recipe(name).data.by_source.values():
-                yield StoredData(source.remote or source.path)
+                yield StoredData(source.remote or source.path, source.retry_minutes)
         else:
             yield StoredData(name.rstrip("/") or name)
 
@@ -118,21 +141,22 @@ class Sequences:
 
 
 @reader("a shard", path="place")
-def read_sequences(place: str, shard: Shard, numbers: Sequence[int] | None = None) -> Sequences:
-    """Return those sequences of a shard (default: all), of which the file lies at `place`.
+def read_sequences(
+    place: str, shard: Shard, numbers: Sequence[int] | None = None, store: Store | None = None
+) -> Sequences:
+    """Return those sequences of a shard (default: all), of which the file lies at `place`, of a `store` or a folder.
 
-    Raises FileNotFoundError: it is missing. ValueError: it is not what its index says, or it holds no sequences.
+    Raises as `read_stored` does, and ValueError where it is not what its index says, or holds no sequences.
     """
-    content = read_stored(place, SHARD_LIMIT)
-    _check(place, content, shard.stored)
+    content = read_stored(place, SHARD_LIMIT, store, partial(_checked, file=shard.stored))
     if shard.zip_data is not None:
         # Else a few kilobytes could fill the memory.
         if zstandard.frame_content_size(content) != shard.raw_data.bytes:
             raise ValueError(
                 f"{place} is damaged: it does not unpack to the {shard.raw_data.bytes:,} bytes of its index"
             )
-        content = zstandard.ZstdDecompressor().decompress(content)
-        _check(f"{place}, unpacked,", content, shard.raw_data)
+        with _damage_of(f"{place}, unpacked,"):
+            content = _checked(zstandard.ZstdDecompressor().decompress(content), shard.raw_data)
     found = _sequences(content, shard, numbers)
     if problem := _problem(found, range(shard.samples) if numbers is None else numbers):
         raise ValueError(f"{place} is damaged: {problem}")
@@ -183,34 +207,38 @@ def _problem(found: Sequences, numbers: Sequence[int]) -> str | None:
     return None
 
 
-def _check(place: str, content: bytes, file: ShardFile) -> None:
+def _checked(content: bytes, file: ShardFile) -> bytes:
+    """Return `content`. ValueError: it is not that of `file`."""
     if len(content) != file.bytes:
-        raise ValueError(
-            f"{place} is damaged: it has {len(content):,} bytes, and its index says {file.bytes:,}; copy it again"
-        )
+        raise ValueError(f"it has {len(content):,} bytes, and its index says {file.bytes:,}; copy it again")
     if (found := xxhash.xxh64_hexdigest(content)) != file.hashes.xxh64:
-        raise ValueError(
-            f"{place} is damaged: its hash is {found}, and its index says {file.hashes.xxh64}; copy it again"
-        )
+        raise ValueError(f"its hash is {found}, and its index says {file.hashes.xxh64}; copy it again")
+    return content
 
 
-def _is_remote(place: str) -> bool:
-    return "://" in place
+@contextmanager
+def _damage_of(place: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place} is damaged: {error}") from error
 
 
 @reader("prepared data", path="place")
-def read_stored(place: str, limit: int) -> bytes:
-    """Return the bytes of a file of prepared data, of at most `limit`.
+def read_stored(place: str, limit: int, store: Store | None = None, checked: Callable[[bytes], bytes] = bytes) -> bytes:
+    """Return the bytes of a file of prepared data, of at most `limit`, which `checked` returns if they are not damaged.
 
-    Raises FileNotFoundError: it is missing. ValueError: it is larger, no file, or cannot be fetched.
+    store: in which `place` lies; None: in a folder. Raises FileNotFoundError: it is missing. ValueError: it is larger,
+    damaged, or no file. Of a store OSError as `patiently` does.
     """
-    if not _is_remote(place):
+    if store is None:
         try:
-            return read_regular(Path(place), limit)
+            content = read_regular(Path(place), limit)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{place} is missing: name a folder of prepared data, or copy it again") from error
-    from bd3_scale.data.mosaicml import CloudDownloader
+        with _damage_of(place):
+            return checked(content)
+    from bd3_scale.data.remote import fetch
 
     with temporary_folder("fetched") as aside:
-        CloudDownloader.direct_download(place, str(aside / "file"))
-        return read_regular(aside / "file", limit)
+        return fetch(place, aside / "file", checked, limit, store.retry_minutes, store.downloader)

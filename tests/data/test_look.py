@@ -193,10 +193,10 @@ def test_a_description(tmp_path: Path, prepared: Path) -> None:
 def test_data_may_be_a_recipe_or_lie_in_an_object_store(
     tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(address: str, place: str) -> None:
+    def download(_: CloudDownloader, address: str, place: str) -> None:
         shutil.copy(address.replace("s3://bucket", str(prepared.parent)), place)
 
-    monkeypatch.setattr(CloudDownloader, "direct_download", download)
+    monkeypatch.setattr(CloudDownloader, "download", download)
     recipe = tmp_path / "recipe.yaml"
     model = "{num_layers: 1, hidden_size: 16, num_attention_heads: 2, ffn_hidden_size: 16}"
     recipe.write_text(

@@ -13,8 +13,11 @@ import pytest
 
 from bd3_scale.data import remote
 from bd3_scale.data.batch import Batch
+from bd3_scale.data.describe import description
 from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.stored import StoredData, stored_data
 from bd3_scale.data.stream import TrainingStream
+from bd3_scale.data.verify import problems
 from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.signals import StopAskedError
 from tests.data.documents import SEQ_LEN, steps_per_epoch
@@ -101,6 +104,27 @@ def test_what_ends_a_wait_is_not_tried_again() -> None:
     with pytest.raises(StopAskedError):
         remote.patiently(asked_to_stop, "s3://corpus/data", 0.05)
     assert len(tries) == 1
+
+
+@pytest.mark.slow
+def test_what_is_looked_at_is_asked_for_again(store: s3.Store, prepared: Path, tmp_path: Path) -> None:
+    (there,), here = stored_data([f"s3://{s3.BUCKET}/data/"]), StoredData(str(prepared))
+    store.fail("cut", times=3, only="")
+    assert description(there) == description(here) | {"data": there.place}
+    assert store.faults == 3
+    # What comes cut is found by its hash.
+    store.fail("truncated", times=2)
+    assert list(problems(there)) == []
+    assert store.faults == 5
+    store.fail("truncated", times=remote.TRIES_OF_DAMAGED)
+    (told,) = problems(there)
+    assert told.startswith("s3://corpus/data/train/shard.00000.mds.zstd is damaged: it has ")
+    store.fail("cut")
+    found = list(problems(StoredData(there.place, retry_minutes=0.002)))
+    assert len(found) == len(here.shards("train")) + len(here.shards("validation"))
+    assert "has not come for 0.002 minutes" in found[0]
+    with pytest.raises(FileNotFoundError, match=r"s3://corpus/nowhere/manifest.json is not there \(404\)"):
+        description(StoredData(f"s3://{s3.BUCKET}/nowhere"))
 
 
 def test_a_remote_that_stays_away_ends_with_one_line(store: s3.Store, tmp_path: Path) -> None:
