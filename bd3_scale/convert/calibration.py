@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bd3_scale.convert.quantizer import HessianSum
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.manifest import load_sources
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.diffusion.interval import FULL
 from bd3_scale.model.rows import ModelInputs, Placement, RowContext
@@ -80,7 +80,7 @@ def calibration_batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
     size = min(MICRO_BATCH, sequences)
     stream = TrainingStream(
         data.model_copy(update={"num_workers": 0}),
-        load_manifest(data.path, data.remote),
+        load_sources(data),
         global_batch_size=size,
         dp_rank=0,
         dp_size=1,

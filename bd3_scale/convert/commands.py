@@ -154,7 +154,7 @@ def quantize(
         typer.Option(help="Prepared data to calibrate and measure on.", show_default="what the run trained on"),
     ] = None,
     calibration_sequences: Annotated[int, typer.Option(min=1, help="Training sequences to calibrate on.")] = 128,
-    sequences: Annotated[int, typer.Option(min=1, help="Held-out sequences to measure on, before and after.")] = 256,
+    sequences: Annotated[int, typer.Option(min=1, help="Held-out sequences of each source to measure on.")] = 256,
     draws: Annotated[int, typer.Option(min=1, help="Noise draws a held-out sequence.")] = 4,
     dtype: Annotated[
         Literal["bfloat16", "float16"], typer.Option(help="Of what is not quantised, and of the scales.")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ from bd3_scale.convert.export import ExportPlan, check_undamaged, write_companio
 from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.names import NamedTensor
 from bd3_scale.convert.quantizer import Scheme, gptq, output_error, round_to_nearest
-from bd3_scale.data.manifest import check_tokenizer, load_manifest
+from bd3_scale.data.manifest import check_tokenizer, load_sources
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.nelbo import evaluate_nelbo
+from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective
 from bd3_scale.parallel.groups import ProcessGroups
@@ -110,12 +110,13 @@ def check_data(plan: ExportPlan, data: DataRecipe) -> None:
     """ValueError: `data` was prepared with another tokeniser, lacks a split, or its documents do not divide into the
     model's blocks.
     """
-    prepared = load_manifest(data.path, data.remote)
+    prepared = load_sources(data)
     check_tokenizer(prepared, load_tokenizer(plan.checkpoint / TOKENIZER))
     check_block_size(plan.manifest.block_size, data, prepared.document_multiple)
     if prepared.validation is None or prepared.train is None:
+        paths = ", ".join(source.path for source in data.by_source.values())
         raise ValueError(
-            f"{data.path} needs sequences to calibrate on and a held-out split to measure on: prepare it with --holdout"
+            f"{paths} needs sequences to calibrate on and a held-out split to measure on: prepare it with --holdout"
         )
 
 
@@ -159,7 +160,7 @@ def run_quantize(
         quantizer = _Quantizer(plan, model, scheme, method, advance)
         quantizer.cast()
         before = measure()
-        calibration = Calibration(model, data, objective, calibration_sequences)
+        calibration = Calibration(model, data.as_mixed_before(manifest.step), objective, calibration_sequences)
         sizes = {name: size for t in plan.tensors for name, size in quantizer.sizes(t).items()}
         with TensorReader(plan.checkpoint) as reader:
             write_shards(folder, quantizer.tensors(reader, calibration), sizes)
@@ -201,24 +202,24 @@ class _Measure:
         sequences: int,
         draws: int,
     ) -> None:
-        self._model, self._groups, self._data, self._objective, self._draws = model, groups, data, objective, draws
-        self._manifest = load_manifest(data.path, data.remote)
-        assert self._manifest.validation is not None, "see check_data"
-        self.sequences = min(sequences, self._manifest.validation.sequences)
+        self._model, self._groups, self._objective, self._draws = model, groups, objective, draws
+        prepared = load_sources(data)
+        # Of each source the first so many, as in training.
+        self._parts = [
+            (source, part, min(sequences, part.validation.sequences))
+            for name, source in data.by_source.items()
+            if (part := prepared.part(name)).validation is not None
+        ]
+        self.sequences = sum(count for _, _, count in self._parts)
         self.progress: Callable[[int], object] = lambda sequences: None
 
     def __call__(self) -> Measured:
-        batches = held_out_batches(
-            self._data, self._manifest, batch_size=16, dp_rank=0, dp_size=1, sequences=self.sequences
-        )
-        found = evaluate_nelbo(
-            [self._model],
-            batches,
-            self._groups,
-            objective=self._objective,
-            draws=self._draws,
-            progress=self.progress,
-        ).nelbo
+        how: dict[str, Any] = {"objective": self._objective, "draws": self._draws, "progress": self.progress}
+        parts = []
+        for source, part, count in self._parts:
+            batches = held_out_batches(source, part, batch_size=16, dp_rank=0, dp_size=1, sequences=count)
+            parts.append(evaluate_nelbo([self._model], batches, self._groups, **how))
+        found = HeldOut.together(parts).nelbo
         return Measured(found.nelbo, found.noise_standard_error, found.text_standard_error)
 
 

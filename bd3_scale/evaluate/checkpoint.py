@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, load_manifest
+from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, load_manifest, load_sources
 from bd3_scale.data.memory import packed_texts
 from bd3_scale.data.overlap import count_known, hashes_of, read_hashes
 from bd3_scale.data.stream import batches_in_order, held_out_batches
@@ -45,7 +45,8 @@ LONGEST_CONTEXT = 4096
 class Evaluation:
     """`nelbo` and its standard errors in nats a token; `exact`: it is the likelihood and no bound.
 
-    text: `held-out`, or the name of another text. context: tokens of a sequence, which begins without any before it.
+    text: `held-out`, of several sources the name of the one that it is of, or the name of another text. context: tokens
+    of a sequence, which begins without any before it.
     padded_nelbo: with what pads the last block of a document counted, see `HeldOut`; None where no block is so.
     bits_per_byte: over the bytes of the text of the measured tokens.
     trained_on: how many of its documents the training had, too; None where nothing tells, and of the run's own split.
@@ -154,7 +155,7 @@ def evaluate_checkpoint(
             tokenizer = checkpoint_tokenizer(checkpoint, manifest)
             measured = _prepared(manifest, tokenizer, texts, [size.block_size for size in sizes], groups, stack)
         else:
-            measured = [_held_out(checkpoint, manifest, data_path)]
+            measured = _held_out(checkpoint, manifest, data_path)
         how: dict[str, Any] = {"sequences": sequences, "draws": draws, "intervals": intervals, "progress": progress}
         found = _evaluations(str(checkpoint), manifest.step, model, groups, measured, sizes, **how)
         if not is_alone(groups):
@@ -302,25 +303,33 @@ def _evaluation(
     )
 
 
-def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | None) -> _Measured:
-    recipe = data_recipe(manifest, data_path)
-    data = load_manifest(recipe.path, recipe.remote)
+def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | None) -> list[_Measured]:
+    """Return the held-out splits of the data, one for each source that has one."""
+    recipe, trained = data_recipe(manifest, data_path), manifest.trained_data()
+    data = load_sources(recipe)
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     check_tokenizer(data, tokenizer)
+    paths = ", ".join(source.path for source in recipe.by_source.values())
     if data.vocabulary.bos_id != manifest.vocabulary.bos_id:
         raise ValueError(
-            f"documents of {recipe.path} begin with {data.vocabulary.bos_id}, those of the training with "
+            f"documents of {paths} begin with {data.vocabulary.bos_id}, those of the training with "
             f"{manifest.vocabulary.bos_id}: prepare them again with {bos_option(manifest.vocabulary)}"
         )
     if data.validation is None:
-        raise ValueError(f"{recipe.path} has no held-out split: prepare it with --holdout above 0")
-    trained = manifest.trained_data()
-    own = trained is not None and recipe.path in (source.path for source in trained.by_source.values())
-    found = None if own else read_hashes(Path(recipe.path), "validation")
-    known = _trained_hashes(manifest)
-    trained_on = None if known is None or found is None else count_known(known, found)
+        raise ValueError(f"{paths} has no held-out split: prepare it with --holdout above 0")
     tokenizer = tokenizer.with_bos(manifest.vocabulary.bos_id)
-    return _Measured.of_data("held-out", recipe, data, tokenizer, own=own, trained_on=trained_on)
+    own_paths = [] if trained is None else [source.path for source in trained.by_source.values()]
+    measured = []
+    for name, source in recipe.by_source.items():
+        if (part := data.part(name)).validation is None:
+            continue
+        own = source.path in own_paths
+        found = None if own else read_hashes(Path(source.path), "validation")
+        known = None if found is None else _trained_hashes(manifest)
+        trained_on = None if known is None or found is None else count_known(known, found)
+        told = {"own": own, "trained_on": trained_on}
+        measured.append(_Measured.of_data(name or "held-out", source, part, tokenizer, **told))
+    return measured
 
 
 def _trained_hashes(manifest: CheckpointManifest) -> NDArray[np.uint64] | None:
@@ -384,10 +393,7 @@ def data_recipe(manifest: CheckpointManifest, data_path: str | None) -> DataReci
                 f"this version cannot read which data the run was trained on, as {manifest.writer} recorded it: name "
                 "data that are prepared, with --data"
             )
-        if len(trained_on.sources) > 1:
-            folders = ", ".join(source.path for source in trained_on.sources)
-            raise ValueError(f"the run was trained on several data sets: name one of them with --data ({folders})")
-        return trained_on.first_source
+        return trained_on
     if trained_on is not None:
         return trained_on.first_source.model_copy(update={"path": data_path, "remote": None, "cache_limit": None})
     return DataRecipe(path=data_path, seq_len=load_manifest(data_path).seq_len)

@@ -92,6 +92,18 @@ class DataRecipe(Section):
             found.append(MixtureStage(until=until, weights=stage.weights))
         return tuple(found)
 
+    def as_mixed_before(self, step: int) -> DataRecipe:
+        """Return the same data in one stage, weighted by how much of the first `step` steps each source was."""
+        shares: dict[str, float] = {}
+        begins = 0
+        for stage in self.mixed_before(step):
+            assert stage.until is not None
+            steps, total = stage.until - begins, sum(stage.weights.values())
+            for name, weight in stage.weights.items():
+                shares[name] = shares.get(name, 0.0) + steps * weight / total
+            begins = stage.until
+        return self.model_copy(update={"stages": (MixtureStage(weights=shares),)}) if shares else self
+
     def used_before(self, step: int) -> tuple[str, ...]:
         """Return the sources that the first `step` steps read, sorted; the one without a name where it is alone."""
         used = {name for stage in self.mixed_before(step) for name in stage.weights}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 
+import numpy as np
 import pytest
 import yaml
 
-from bd3_scale.data.mixture import NodeMixture
+from bd3_scale.convert.calibration import calibration_batches
+from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.mixture import NodeMixture, source_key
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.recipe.schema import DataRecipe
@@ -94,19 +98,45 @@ def test_a_run_goes_on_on_more_ranks_and_with_other_stages_to_come(place, whole)
 
 
 def test_a_run_is_measured_and_replayed(place, whole):
-    said = " ".join(forks.bd3_scale("evaluate", "whole", cwd=place, returncode=2).split())
-    assert "trained on several data sets: name one of them with --data (web, code, math)" in said
-    (found,) = json.loads(forks.bd3_scale("evaluate", "whole", "--data", "code", "--draws", 2, "--json", cwd=place))
-    (recorded,) = [
-        record["nelbo_source_code"] for record in records(whole[1]) if record["step"] == 8 and "nelbo" in record
-    ]
-    assert found["nelbo"] == pytest.approx(recorded, rel=1e-5)
+    (recorded,) = [record for record in records(whole[1]) if record["step"] == 8 and "nelbo" in record]
+    found = json.loads(forks.bd3_scale("evaluate", "whole", "--draws", 2, "--json", cwd=place))
+    assert {one["text"]: one["nelbo"] for one in found} == {
+        name: pytest.approx(recorded[f"nelbo_source_{name}"], rel=1e-5) for name in ("web", "code")
+    }
+    assert all(one["own"] for one in found)
+    (of_code,) = json.loads(forks.bd3_scale("evaluate", "whole", "--data", "code", "--draws", 2, "--json", cwd=place))
+    assert of_code == found[1] | {"text": "held-out"}
     assert forks.bd3_scale("generate", "whole", "--prompt", "The ", "--max-new-tokens", 8, cwd=place)
     replayed = json.loads(forks.bd3_scale("replay", "whole", "--step", 6, cwd=place))
     assert replayed["same"] is True
     keys = replayed["keys"]
     assert len(keys["sources"]) == len(keys["epochs"]) == len(keys["sample_ids"]) == 8
     assert set(keys["sources"]) == {"web", "math"}
+
+
+@pytest.mark.slow
+def test_a_run_is_quantised_on_what_it_was_trained_on(place, whole):
+    (recorded,) = [record for record in records(whole[1]) if record["step"] == 8 and "nelbo" in record]
+    how = ("--bits", 4, "--group-size", 16, "--draws", 2, "--calibration-sequences", 8)
+    report = json.loads(forks.bd3_scale("convert", "quantize", "whole", "--out", "small", *how, "--json", cwd=place))
+    # Of all held-out sets, in bf16.
+    assert report["before"]["nelbo"] == pytest.approx(recorded["nelbo"], rel=2e-3)
+    assert report["evaluation_sequences"] == sum(
+        load_manifest(place / name).validation.sequences for name in ("web", "code")
+    )
+
+
+def test_a_model_is_calibrated_on_the_shares_that_it_was_trained_on(place):
+    sources = [{**source, "path": str(place / source["path"])} for source in SOURCES]
+    data = DataRecipe.model_validate({"seq_len": 64, "sources": sources, "stages": STAGES})
+    assert data.as_mixed_before(0) == data
+    data = data.as_mixed_before(8)
+    assert data.stages[0].weights == {"web": 5, "code": 1, "math": 2}
+    batches = calibration_batches(data, 64)
+    taken = Counter(key for batch in batches for key in batch.source_keys.tolist())
+    counts = [taken[source_key(name)] for name in ("web", "code", "math")]
+    assert sum(counts) == 64
+    assert np.allclose(counts, [40, 8, 16], atol=3)
 
 
 def test_what_does_not_go_together_is_refused(place):
