@@ -205,7 +205,9 @@ def supervision(job: Job) -> dict[str, Any]:
     """Return what `launch.supervise` reads from job.json, a pure function of the job."""
     profile = job.profile
     python = profile.container.python if profile.container else job.python
-    caches = job.recipe.data.remote is not None and profile.scratch is not None
+    data = job.recipe.data
+    caches = bool(data.remotes) and profile.scratch is not None
+    sources = [source.model_dump(mode="json") for source in data.sources] if caches else []
     command = [python, "-m", "bd3_scale.train", str(job.folder / "recipe.yaml")]
     return {
         "name": job.name,
@@ -221,8 +223,9 @@ def supervision(job: Job) -> dict[str, Any]:
         "rank_python": python,
         "command": [*command, CACHE_OVERRIDE] if caches else command,
         "cache": f"{profile.scratch}/bd3_scale" if caches else None,
+        **({"sources": sources} if sources else {}),
         "preflight": _preflight(job, python),
-        "deadlines": profile.deadlines.by_phase(job.recipe.data),
+        "deadlines": profile.deadlines.by_phase(data),
         "warning_seconds": profile.warning_seconds,
         "grace_seconds": 0.75 * profile.warning_seconds,
         "max_failures": profile.max_failures,

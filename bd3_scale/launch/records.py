@@ -13,7 +13,7 @@ from typing import Any
 
 from bd3_scale.resilience.terminal import clean
 
-CACHE_OVERRIDE = "data.path={cache}"  # of the command of the ranks; each node puts its own folder there
+CACHE_OVERRIDE = "data.path={cache}"  # of the command of the ranks; each node puts its `cache_override` there
 
 
 def say(text: str) -> None:
@@ -79,3 +79,14 @@ def pattern_of(folder: Path) -> str:
 def cache_folder(job: dict[str, Any]) -> str:
     """This node's cache of remote data: its own even where a test's nodes share a disk."""
     return f"{job['cache']}-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURMD_NODENAME']}"
+
+
+def cache_override(job: dict[str, Any]) -> str:
+    """What tells a rank where its node keeps remote data, of several sources each in a folder of its name."""
+    folder, key = cache_folder(job), "data.path"
+    value: Any = folder
+    if sources := job.get("sources"):
+        key = "data.sources"
+        value = [{**own, "path": f"{folder}/{own['name']}"} if own["remote"] else own for own in sources]
+    # An override's value is YAML, of which JSON is a part.
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"

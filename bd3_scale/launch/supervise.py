@@ -26,7 +26,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import json
 import math
 import os
 import re
@@ -56,6 +55,7 @@ from bd3_scale.launch.ranks import Ranks
 from bd3_scale.launch.records import (
     CACHE_OVERRIDE,
     cache_folder,
+    cache_override,
     excluded_nodes,
     job_fields,
     kill_wait,
@@ -348,9 +348,7 @@ def run_rank(folder: Path) -> None:
     # What comes before the rank can save waits until it can.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     (heartbeats / f"rank{environment['RANK']}.holds").touch()
-    # An override's value is YAML, of which JSON is a part.
-    cache = f"data.path={json.dumps(cache_folder(job), ensure_ascii=False)}"
-    command = [cache if word == CACHE_OVERRIDE else word for word in job["command"]]
+    command = [cache_override(job) if word == CACHE_OVERRIDE else word for word in job["command"]]
     os.execvp(command[0], command)
 
 

@@ -16,9 +16,10 @@ import yaml
 from bd3_scale.launch import supervise
 from bd3_scale.launch.job import Job, check_job, script, supervision
 from bd3_scale.launch.profile import Profile, load_profile
+from bd3_scale.launch.records import cache_override
 from bd3_scale.launch.submit import make_job
 from bd3_scale.recipe.load import load_recipe
-from bd3_scale.recipe.schema import Recipe, RecipeError
+from bd3_scale.recipe.schema import DataSource, Recipe, RecipeError
 
 GOLDEN = Path(__file__).parent / "golden"
 PROFILES = Path(__file__).parents[2] / "cluster/profiles"
@@ -207,6 +208,26 @@ def test_sbatch_reads_every_value_as_it_is_written() -> None:
     assert read["--partition"] == odd
     assert read["--output"] == f"/runs/{odd.replace('%', '%%')}/logs/job-%j.log"
     assert (read["--exclude"], read["--dependency"]) == ("n[1-2],n 3", "-x")
+
+
+def test_each_remote_source_has_a_folder_of_its_own_in_a_cache(tmp_path: Path) -> None:
+    sources = (
+        DataSource(name="web", path="cache", remote="s3://bucket/{cache}: #", weight=1e-9),
+        DataSource(name="code", path="/shared/cöde", weight=1.0, max_epochs=2.0),
+    )
+    data = RECIPE.data.model_copy(update={"path": "", "sources": sources})
+    told = supervision(job(GPU_SITE, recipe=RECIPE.model_copy(update={"data": data})))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_JOB_ID", "7")
+        patch.setenv("SLURMD_NODENAME", "n1")
+        override = cache_override(told)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE.model_dump(mode="json") | {"data": data.model_dump(mode="json")}))
+    found = load_recipe(path, [override]).data.sources
+    assert found == (sources[0].model_copy(update={"path": "/scratch/bd3_scale-7-n1/web"}), sources[1])
+    here = data.model_copy(update={"sources": sources[1:]})
+    told = supervision(job(GPU_SITE, recipe=RECIPE.model_copy(update={"data": here})))
+    assert told["cache"] is None
 
 
 def test_a_rank_s_own_cache_replaces_its_placeholder_and_no_other_text(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -38,7 +39,7 @@ def undisturbed(workplace):
 
     @functools.cache
     def of(processes, tensor, *more):
-        name = f"here {processes} {tensor}"
+        name = f"here {processes} {tensor} {len(more)}"
         layout = [f"launch.processes={processes}", f"parallel.tensor={tensor}", *more]
         forks.bd3_scale("train", "recipe.yaml", f"run_dir={name}", "optimizer.lr=0.001", *layout, cwd=workplace)
         return losses(workplace / name)
@@ -179,3 +180,33 @@ def test_nodes_keep_a_part_of_remote_data_and_leave_nothing(cluster, workplace, 
     assert seen == {"train"}
     assert folders == set(), f"left of job {job} on {nodes}"
     assert losses(run) == undisturbed(2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("slurm training")
+def test_nodes_keep_a_part_of_each_source_and_go_on_after_a_kill(cluster, workplace, undisturbed):
+    scratch = workplace / "scratch of sources"
+    scratch.mkdir()
+    site = workplace / "sources.yaml"
+    deadlines = PROFILE["deadlines"] | {"step": 10}
+    site.write_text(yaml.safe_dump({**SITES["one.yaml"], "scratch": str(scratch), "deadlines": deadlines}))
+    shutil.copytree(workplace / "data", workplace / "other")
+
+    def mixture(**places):
+        sources = [{"name": "web", "path": "data", "weight": 0.75}, {"name": "code", "path": "other", "weight": 0.25}]
+        sources[1] |= places
+        sources[0] |= {"remote": f"{workplace}/data", "path": "nowhere"} if places else {}
+        return ["data.path=''", f"data.sources={json.dumps(sources)}"]
+
+    remote = mixture(path="nowhere at all", remote=f"{workplace}/other")
+    options = [*remote, "data.cache_limit=2mb", "optimizer.lr=0.001", "parallel.tensor=1"]
+    run = submit(cluster, workplace, "sources", *options, "--profile", str(site))
+    seen = set()
+    wait_for_step(cluster, run, 0)
+    seen.update(path.parent.parent.name for path in scratch.glob("*/*/train/*"))
+    os.kill(rank_process(run, 1), signal.SIGKILL)
+    wait(cluster, run, lambda: done(run))
+    assert [attempt["outcome"] for attempt in attempts(run)] == ["requeued", "done"], f"{attempts(run)}\n{logs(run)}"
+    assert seen == {"web", "code"}
+    assert list(scratch.iterdir()) == []
+    assert losses(run) == undisturbed(2, 1, *mixture())
