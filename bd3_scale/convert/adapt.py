@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bd3_scale.checkpoint.manifest import MANIFEST, read_manifest
+from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, read_manifest
 from bd3_scale.convert.architectures import export_obstacles
 from bd3_scale.convert.importer import ImportPlan, plan_import, run_import
 from bd3_scale.data.manifest import MANIFEST_FILE
@@ -44,7 +44,7 @@ def prepare_adaptation(
 
     Raises:
         ValueError, FileNotFoundError: the source cannot be imported or is no next-token model, the recipe is wrong, or
-            there is neither prepared data nor text.
+            there is neither prepared data nor text, or one of several sources is not prepared.
     """
     plan = plan_import(source, mask_token=mask_token, bos=bos)
     if objectives.get(plan.diffusion.objective).fills_masks or plan.tokenizer is None:
@@ -56,29 +56,35 @@ def prepare_adaptation(
     check_recipe(recipe, world_size_for_launch(recipe))
     if obstacle := export_obstacles(plan.model, objectives.get(recipe.diffusion.objective))["sdar"]:
         note(f"the adapted model will not run in SGLang or LMDeploy, but in transformers: {obstacle}")
-    initial, data = recipe.run_path / INITIAL, Path(recipe.data.first_source.path)
-    prepared = recipe.data.first_source.remote is not None or (data / MANIFEST_FILE).is_file()
-    if not prepared and not text:
-        raise ValueError(f"data.path={data} holds no prepared data: give the text to train on with --text")
+    initial = recipe.run_path / INITIAL
+    unprepared = [path for path in recipe.data.folders if not Path(path, MANIFEST_FILE).is_file()]
+    if unprepared and recipe.data.sources:
+        raise ValueError(
+            f"{', '.join(unprepared)} of data.sources hold no prepared data, and --text is prepared for data.path "
+            f"alone: `bd3-scale convert import {source} --out {initial}`, with the options of this command, and then "
+            f"for each `bd3-scale data prepare --tokenizer {initial / TOKENIZER}`"
+        )
+    if unprepared and not text:
+        raise ValueError(f"data.path={unprepared[0]} holds no prepared data: give the text to train on with --text")
     if missing := [str(path) for path in (*text, *validation) if not path.exists()]:
         raise FileNotFoundError(f"{', '.join(missing)} does not exist")
     if not (initial / MANIFEST).is_file():
         run_import(plan, initial, progress)
     _check_same_import(initial, plan)
     recipe = recipe.model_copy(update={"init_from": str(initial)})
-    if not prepared:
+    if unprepared:
         multiple = math.lcm(DOCUMENT_MULTIPLE, least_multiple(recipe))
         if recipe.data.seq_len % multiple:
             multiple = least_multiple(recipe)
         prepare(
             text,
-            data,
+            Path(recipe.data.path),
             checkpoint_tokenizer(initial, read_manifest(initial)),
             recipe.data.seq_len,
             document_multiple=multiple,
             validation=validation,
         )
-        if told := waste_note(StoredData(str(data))):
+        if told := waste_note(StoredData(recipe.data.path)):
             note(told)
     write_atomically(recipe.run_path / RECIPE, resolved_yaml(recipe))
     return recipe.run_path / RECIPE

@@ -72,6 +72,11 @@ class DataRecipe(Section):
         return [source.remote for source in self.by_source.values() if source.remote is not None]
 
     @property
+    def folders(self) -> list[str]:
+        """Return the folders in which data lie that machines do not fetch."""
+        return [source.path for source in self.by_source.values() if source.remote is None]
+
+    @property
     def first_source(self) -> DataRecipe:
         """Return the first source as if it were alone: all have one tokeniser."""
         return next(iter(self.by_source.values()))

@@ -170,6 +170,26 @@ def test_it_is_exported_inspected_and_measured(workplace: Path) -> None:
         command(workplace, "evaluate", "again")
 
 
+@pytest.mark.slow
+def test_it_is_adapted_to_several_sources_once_all_are_prepared(workplace: Path) -> None:
+    sources = [{"name": "a", "path": "data", "weight": 0.5}, {"name": "b", "path": "more", "weight": 0.5}]
+    data = {"seq_len": 64, "num_workers": 0, "sources": sources}
+    (workplace / "mixed.yaml").write_text(yaml.safe_dump(RECIPE | {"data": data}))
+    asked = ["adapt", "model", "mixed.yaml", "--text", "text", "run_dir=mixed"]
+    said = " ".join(forks.bd3_scale(*asked, cwd=workplace, returncode=2).split())
+    assert "error: more of data.sources hold no prepared data" in said
+    assert not (workplace / "mixed/initial").exists()
+    # The way out that it names.
+    assert "`bd3-scale convert import model --out mixed/initial`" in said
+    forks.bd3_scale("convert", "import", "model", "--out", "mixed/initial", cwd=workplace)
+    assert "`bd3-scale data prepare --tokenizer mixed/initial/tokenizer`" in said
+    options = ["--out", "more", "--tokenizer", "mixed/initial/tokenizer", "--seq-len", 64, "--holdout", 0.1]
+    forks.bd3_scale("data", "prepare", "text", *options, cwd=workplace)
+    forks.bd3_scale(*asked, cwd=workplace)
+    assert sorted(losses(workplace / "mixed")) == list(range(1, STEPS + 1))
+    assert yaml.safe_load((workplace / "mixed" / "adapt.yaml").read_text())["data"]["sources"][1]["path"] == "more"
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_it_is_quantised(bits: int, workplace: Path) -> None:
     out = f"int{bits}"
