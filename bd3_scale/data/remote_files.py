@@ -104,7 +104,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        package = "s3fs" if protocol in ("s3", "s3a") else "what it names"
+        package = "'bd3_scale[s3]'" if protocol in ("s3", "s3a") else "what it names"
         raise ValueError(f"{url} needs a package more ({in_one_line(error)}): pip install {package}") from error
     except ValueError as error:
         raise ValueError(f"{url} cannot be read ({error}): give a path, or a URL that fsspec knows") from error

@@ -109,7 +109,7 @@ def test_one_file_parts_and_errors_name_the_url(memory: str) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ValueError, match=r"s3://bucket/x needs a package more .*pip install s3fs") as error:
+    with pytest.raises(ValueError, match=r"s3://bucket/x needs a package more .*pip install 'bd3_scale\[s3\]'") as error:
         find_files(["s3://bucket/x"])
     assert "\n" not in str(error.value)
 
@@ -193,8 +193,6 @@ def test_the_commands_take_urls(tmp_path: Path, memory: str) -> None:
 @pytest.mark.slow
 def test_s3(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server of S3's protocol, read by processes of `data prepare`."""
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
