@@ -109,7 +109,9 @@ def test_one_file_parts_and_errors_name_the_url(memory: str) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ValueError, match=r"s3://bucket/x needs a package more .*pip install 'bd3_scale\[s3\]'") as error:
+    with pytest.raises(
+        ValueError, match=r"s3://bucket/x needs a package more .*pip install 'bd3_scale\[s3\]'"
+    ) as error:
         find_files(["s3://bucket/x"])
     assert "\n" not in str(error.value)
 
