@@ -1,0 +1,332 @@
+"""llama.cpp's C API, by ctypes, in the library of one pinned wheel: models, passes over them, quantised rows.
+
+The structures are those of that release's `llama.h`; a library of another release, or whose defaults are not at the
+places where these structures have them, is refused.
+
+Legend: N rows of a pass, W rows whose logits are wanted, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+PACKAGE, RELEASE = "xllamacpp", "2026.10.11549"
+F32, F16 = 0, 1  # of ggml_type, for caches
+MOST_SEQUENCES = 256
+_NON_CAUSAL = 1
+_FLASH_OFF, _FLASH_AUTO = 0, -1
+_LOG_LINES = 8
+
+
+class _Batch(Structure):
+    _fields_ = (
+        ("n_tokens", c_int32),
+        ("token", POINTER(c_int32)),
+        ("embd", POINTER(c_float)),
+        ("pos", POINTER(c_int32)),
+        ("n_seq_id", POINTER(c_int32)),
+        ("seq_id", POINTER(POINTER(c_int32))),
+        ("logits", POINTER(c_int8)),
+    )
+
+
+class _ModelParams(Structure):
+    _fields_ = (
+        ("devices", c_void_p),
+        ("tensor_buft_overrides", c_void_p),
+        ("n_gpu_layers", c_int32),
+        ("split_mode", c_int32),
+        ("load_mode", c_int32),
+        ("lazy_mode", c_int32),
+        ("main_gpu", c_int32),
+        ("tensor_split", c_void_p),
+        ("progress_callback", c_void_p),
+        ("progress_callback_user_data", c_void_p),
+        ("kv_overrides", c_void_p),
+        ("vocab_only", c_bool),
+        ("check_tensors", c_bool),
+        ("use_extra_bufts", c_bool),
+        ("no_host", c_bool),
+        ("no_alloc", c_bool),
+        ("load_mtp", c_bool),
+    )
+
+
+class _ContextParams(Structure):
+    _fields_ = (
+        ("n_ctx", c_uint32),
+        ("n_batch", c_uint32),
+        ("n_ubatch", c_uint32),
+        ("n_seq_max", c_uint32),
+        ("n_rs_seq", c_uint32),
+        ("n_outputs_max", c_uint32),
+        ("n_outputs_max_per_seq", c_uint32),
+        ("n_threads", c_int32),
+        ("n_threads_batch", c_int32),
+        ("ctx_type", c_int32),
+        ("rope_scaling_type", c_int32),
+        ("pooling_type", c_int32),
+        ("attention_type", c_int32),
+        ("flash_attn_type", c_int32),
+        ("rope_freq_base", c_float),
+        ("rope_freq_scale", c_float),
+        ("yarn_ext_factor", c_float),
+        ("yarn_attn_factor", c_float),
+        ("yarn_beta_fast", c_float),
+        ("yarn_beta_slow", c_float),
+        ("yarn_orig_ctx", c_uint32),
+        ("defrag_thold", c_float),
+        ("cb_eval", c_void_p),
+        ("cb_eval_user_data", c_void_p),
+        ("type_k", c_int32),
+        ("type_v", c_int32),
+        ("abort_callback", c_void_p),
+        ("abort_callback_data", c_void_p),
+        ("embeddings", c_bool),
+        ("offload_kqv", c_bool),
+        ("no_perf", c_bool),
+        ("op_offload", c_bool),
+        ("swa_full", c_bool),
+        ("kv_unified", c_bool),
+        ("samplers", c_void_p),
+        ("n_samplers", c_size_t),
+        ("ctx_other", c_void_p),
+    )
+
+
+# What the release's defaults are: a field that has moved would hold something else.
+_DEFAULTS: dict[type[Structure], dict[str, Any]] = {
+    _ModelParams: {
+        "devices": None, "n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0,
+        "kv_overrides": None, "vocab_only": False, "check_tensors": False, "use_extra_bufts": True, "no_host": False,
+    },
+    _ContextParams: {
+        "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_outputs_max": 0, "n_outputs_max_per_seq": 1,
+        "pooling_type": -1, "attention_type": -1, "flash_attn_type": -1, "yarn_ext_factor": -1.0, "yarn_orig_ctx": 0,
+        "defrag_thold": -1.0, "cb_eval": None, "type_k": F16, "type_v": F16, "embeddings": False, "offload_kqv": True,
+        "no_perf": True, "swa_full": True, "kv_unified": False, "n_samplers": 0, "ctx_other": None,
+    },
+}  # fmt: skip
+
+_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
+_P, _I, _B = c_void_p, c_int32, c_bool
+# Name -> what it returns, and its arguments.
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "llama_backend_init": (None, []),
+    "llama_log_set": (None, [_Log, _P]),
+    "llama_model_default_params": (_ModelParams, []),
+    "llama_context_default_params": (_ContextParams, []),
+    "llama_model_load_from_file": (_P, [c_char_p, _ModelParams]),
+    "llama_model_free": (None, [_P]),
+    "llama_model_meta_val_str": (_I, [_P, c_char_p, c_char_p, c_size_t]),
+    "llama_model_get_vocab": (_P, [_P]),
+    "llama_vocab_n_tokens": (_I, [_P]),
+    "llama_tokenize": (_I, [_P, c_char_p, _I, POINTER(_I), _I, _B, _B]),
+    "llama_init_from_model": (_P, [_P, _ContextParams]),
+    "llama_free": (None, [_P]),
+    "llama_set_causal_attn": (None, [_P, _B]),
+    "llama_batch_init": (_Batch, [_I, _I, _I]),
+    "llama_batch_free": (None, [_Batch]),
+    "llama_decode": (_I, [_P, _Batch]),
+    "llama_synchronize": (None, [_P]),
+    "llama_get_logits": (POINTER(c_float), [_P]),
+    "llama_get_memory": (_P, [_P]),
+    "llama_memory_clear": (None, [_P, _B]),
+    "llama_memory_seq_rm": (_B, [_P, _I, _I, _I]),
+    "llama_memory_seq_cp": (None, [_P, _I, _I, _I, _I]),
+    "ggml_quantize_chunk": (c_size_t, [_I, _P, _P, c_int64, c_int64, c_int64, _P]),
+}
+
+
+class _Library:
+    """The functions of the wheel's library, and the last lines of its log, which say what it refuses."""
+
+    def __init__(self, path: Path) -> None:
+        found = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+        self._log: list[str] = []
+        self._callback = _Log(self._keep)  # as long as the library, which calls it
+        self.llama_log_set(self._callback, None)
+        self.llama_backend_init()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def _keep(self, level: int, text: bytes | None, _: Any) -> None:
+        self._log = [*self._log[1 - _LOG_LINES :], (text or b"").decode(errors="replace").strip()]
+
+    def said(self) -> str:
+        """Return the end of its log, in one line."""
+        return " ".join(line for line in self._log if line.strip("."))[-300:]
+
+
+@cache
+def library() -> Any:
+    """Return the functions of llama.cpp's library. ValueError: it is not installed, or not the release that is meant.
+
+    The wheel's Python module, which has an interface of its own, is not imported.
+    """
+    way_out = f"pip install 'bd3_scale[gguf]' brings {PACKAGE} {RELEASE}"
+    spec = find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"files for llama.cpp need {PACKAGE}, which is not installed: {way_out}")
+    if (found := metadata.version(PACKAGE)) != RELEASE:
+        raise ValueError(f"{PACKAGE} {found} is installed, and its structures may be others: {way_out}")
+    (path,) = Path(spec.origin).parent.glob(f"{PACKAGE}*.so")
+    loaded = _Library(path)
+    for kind, defaults in _DEFAULTS.items():
+        name = "llama_model_default_params" if kind is _ModelParams else "llama_context_default_params"
+        given = getattr(loaded, name)()
+        wrong = {field: getattr(given, field) for field in defaults if getattr(given, field) != defaults[field]}
+        if wrong:
+            raise ValueError(f"the library of {PACKAGE} {RELEASE} has other defaults than its release ({wrong})")
+    return loaded
+
+
+class Model:
+    """A GGUF file that llama.cpp has opened. ValueError: it cannot; the message says what it said."""
+
+    def __init__(self, path: Path, *, vocabulary_only: bool = False) -> None:
+        self.library = library()
+        params = self.library.llama_model_default_params()
+        params.n_gpu_layers, params.vocab_only = 0, vocabulary_only
+        self.pointer = self.library.llama_model_load_from_file(str(path).encode(), params)
+        if not self.pointer:
+            raise ValueError(f"llama.cpp cannot open {path}: {self.library.said()}")
+        self._vocabulary = self.library.llama_model_get_vocab(self.pointer)
+        self.num_tokens = int(self.library.llama_vocab_n_tokens(self._vocabulary))
+
+    def close(self) -> None:
+        """Give its memory back; contexts are closed before."""
+        if self.pointer:
+            self.library.llama_model_free(self.pointer)
+            self.pointer = None
+
+    def metadata(self, key: str) -> str | None:
+        """Return the value of a key as text, None where there is none or it is an array."""
+        size = self.library.llama_model_meta_val_str(self.pointer, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        self.library.llama_model_meta_val_str(self.pointer, key.encode(), buffer, size + 1)
+        return buffer.value.decode(errors="replace")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return what llama.cpp's own tokeniser makes of plain text, without special tokens."""
+        data = text.encode()
+        room = len(data) + 8
+        ids = (c_int32 * room)()
+        count = self.library.llama_tokenize(self._vocabulary, data, len(data), ids, room, False, False)
+        if count < 0:
+            raise ValueError(f"llama.cpp cannot tokenise {text[:60]!r}: it returned {count}")
+        return list(ids[:count])
+
+
+class Context:
+    """A key/value cache of a model and passes over it: rows of a pass see the cache and one another, not causally.
+
+    A row belongs to sequences, and sees the rows of one of them; which, see `generate.gguf`. All rows of a pass go
+    through the layers at once.
+
+    Args:
+        cells: rows that the cache holds. rows: the most of a pass.
+        exact: keys and values in float32 without flash attention, which rounds; else in float16.
+    """
+
+    def __init__(self, model: Model, *, cells: int, rows: int, sequences: int, threads: int, exact: bool) -> None:
+        assert sequences <= MOST_SEQUENCES
+        self._library, self._vocabulary_size, self._rows = model.library, model.num_tokens, rows
+        params = self._library.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = cells, rows, rows, sequences
+        params.n_threads = params.n_threads_batch = threads
+        params.n_outputs_max_per_seq = 0  # as many as are wanted; by default one
+        params.attention_type, params.kv_unified = _NON_CAUSAL, True
+        params.type_k = params.type_v = F32 if exact else F16
+        params.flash_attn_type = _FLASH_OFF if exact else _FLASH_AUTO
+        self._pointer = self._library.llama_init_from_model(model.pointer, params)
+        if not self._pointer:
+            raise ValueError(f"llama.cpp cannot make room for {cells} tokens: {self._library.said()}")
+        self._library.llama_set_causal_attn(self._pointer, False)
+        self._memory = self._library.llama_get_memory(self._pointer)
+        self._batch = self._library.llama_batch_init(rows, 0, sequences)
+
+    def close(self) -> None:
+        """Give its memory back."""
+        if self._pointer:
+            self._library.llama_batch_free(self._batch)
+            self._library.llama_free(self._pointer)
+            self._pointer = None
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[Sequence[int]], wanted: Sequence[bool]
+    ) -> NDArray[np.float32]:
+        """Put N rows into the cache and return the logits of the wanted ones, float32 [W, V], a copy.
+
+        ValueError: llama.cpp refuses them, as where the cache is full.
+        """
+        batch, count = self._batch, len(tokens)
+        assert 0 < count <= self._rows, (count, self._rows)
+        batch.n_tokens = count
+        for row, (token, position, of, want) in enumerate(zip(tokens, positions, sequences, wanted, strict=True)):
+            batch.token[row], batch.pos[row], batch.logits[row] = token, position, want
+            batch.n_seq_id[row] = len(of)
+            for place, sequence in enumerate(of):
+                batch.seq_id[row][place] = sequence
+        if (code := self._library.llama_decode(self._pointer, batch)) != 0:
+            raise ValueError(f"llama.cpp refuses a pass of {count} rows ({code}): {self._library.said()}")
+        outputs = sum(map(bool, wanted))
+        if not outputs:
+            self._library.llama_synchronize(self._pointer)
+            return np.empty((0, self._vocabulary_size), dtype=np.float32)
+        found = self._library.llama_get_logits(self._pointer)
+        return cast(NDArray[np.float32], np.ctypeslib.as_array(found, (outputs, self._vocabulary_size)).copy())
+
+    def remove(self, sequence: int, start: int = -1, end: int = -1) -> None:
+        """Take a sequence's rows at positions [start, end) out of it; −1: from the beginning, or to the end."""
+        if not self._library.llama_memory_seq_rm(self._memory, sequence, start, end):
+            raise ValueError(f"llama.cpp cannot take positions {start} to {end} out of its cache")
+
+    def copy(self, source: int, to: int, start: int = -1) -> None:
+        """Make a sequence's rows at positions from `start` on another's, too; nothing is copied but their names."""
+        self._library.llama_memory_seq_cp(self._memory, source, to, start, -1)
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        self._library.llama_memory_clear(self._memory, True)
+
+
+def quantized_rows(
+    kind: int, rows: NDArray[np.float32], row_bytes: int, importance: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
+    """Return rows in a type of ggml, uint8 [R, row_bytes].
+
+    Args:
+        kind: of `ggml_type`, whose blocks divide a row. rows: [R, columns], contiguous.
+        importance: float32 [columns], the mean squares of what the columns are multiplied with.
+    """
+    assert rows.dtype == np.float32 and rows.flags.c_contiguous
+    out = np.zeros((len(rows), row_bytes), dtype=np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    written = library().ggml_quantize_chunk(
+        kind, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None if weights is None else weights.ctypes.data
+    )
+    assert written == out.nbytes, (written, out.nbytes)
+    return out
+
+
+def in_turn(count: int, size: int) -> Iterator[slice]:
+    """Yield slices of at most `size` that make `count` together."""
+    yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
