@@ -9,7 +9,7 @@ Legend: N rows of a pass, W rows whose logits are wanted, V entries of the vocab
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from importlib import metadata
@@ -90,6 +90,7 @@ class _ContextParams(Structure):
         ("cb_eval_user_data", c_void_p),
         ("type_k", c_int32),
         ("type_v", c_int32),
+        ("moe_cache_size", c_size_t),
         ("abort_callback", c_void_p),
         ("abort_callback_data", c_void_p),
         ("embeddings", c_bool),
@@ -161,9 +162,6 @@ class _Library:
         self._callback = _Log(self._keep)  # as long as the library, which calls it
         self.llama_log_set(self._callback, None)
         self.llama_backend_init()
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
 
     def _keep(self, level: int, text: bytes | None, _: Any) -> None:
         self._log = [*self._log[1 - _LOG_LINES :], (text or b"").decode(errors="replace").strip()]
@@ -271,7 +269,11 @@ class Context:
             self._pointer = None
 
     def decode(
-        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[Sequence[int]], wanted: Sequence[bool]
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[Sequence[int]],
+        wanted: Sequence[bool],
     ) -> NDArray[np.float32]:
         """Put N rows into the cache and return the logits of the wanted ones, float32 [W, V], a copy.
 
@@ -317,7 +319,8 @@ def quantized_rows(
         kind: of `ggml_type`, whose blocks divide a row. rows: [R, columns], contiguous.
         importance: float32 [columns], the mean squares of what the columns are multiplied with.
     """
-    assert rows.dtype == np.float32 and rows.flags.c_contiguous
+    assert rows.dtype == np.float32
+    assert rows.flags.c_contiguous
     out = np.zeros((len(rows), row_bytes), dtype=np.uint8)
     weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     written = library().ggml_quantize_chunk(
@@ -325,8 +328,3 @@ def quantized_rows(
     )
     assert written == out.nbytes, (written, out.nbytes)
     return out
-
-
-def in_turn(count: int, size: int) -> Iterator[slice]:
-    """Yield slices of at most `size` that make `count` together."""
-    yield from (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -61,18 +61,25 @@ def rotary_table(positions: Tensor, model: ModelRecipe, dtype: torch.dtype) -> T
     positions: integers of any shape; returns [2, *positions.shape, D] in `dtype`: cos, and the sines
         with their signs, for every head.
     """
-    exponents = torch.arange(0, model.head_size, 2, dtype=torch.float32, device=positions.device) / model.head_size
-    frequencies = model.rope_theta**-exponents
+    frequencies = plain_frequencies(model, positions.device)
     if model.rope_scaling is not None:
-        frequencies = _stretch(frequencies, model.rope_scaling)
+        frequencies = stretch(frequencies, model.rope_scaling)
     angles = positions.float()[..., None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)
 
 
-def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Stretch as Llama 3 does: waves longer than the trained context / low_freq_factor turn `factor` times slower,
-    those shorter than it / high_freq_factor as before, and those between by an interpolation.
+def plain_frequencies(model: ModelRecipe, device: torch.device | None = None) -> Tensor:
+    """Return the angles that a position turns each pair of channels by, fp32 [D / 2], before any scaling."""
+    exponents = torch.arange(0, model.head_size, 2, dtype=torch.float32, device=device) / model.head_size
+    return model.rope_theta**-exponents
+
+
+def stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Return frequencies as Llama 3 stretches them.
+
+    Waves longer than the trained context / low_freq_factor turn `factor` times slower, those shorter than it /
+    high_freq_factor as before, and those between by an interpolation.
     """
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -1,0 +1,164 @@
+"""From a checkpoint to a GGUF file that `generate` and `evaluate` run through llama.cpp, a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from torch import Tensor
+
+from bd3_scale.checkpoint.manifest import MANIFEST as MANIFEST_FILE
+from bd3_scale.checkpoint.manifest import TOKENIZER
+from bd3_scale.checkpoint.tensors import TensorReader
+from bd3_scale.convert.export import ExportPlan, plan_export
+from bd3_scale.convert.gguf_layout import GgufTensor, architecture_keys, choose_architecture, gguf_tensors
+from bd3_scale.convert.gguf_tokenizer import TokenizerKeys, check_ids, tokenizer_keys
+from bd3_scale.convert.gguf_types import FILE_TYPES, TYPES, FileType, encoded, is_quantized, tensor_type
+from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.data.tokenizer_folder import write_tokenizer
+from bd3_scale.generate import llama_cpp
+from bd3_scale.generate.llama_file import MANIFEST, MIN_ENTROPY, STOP_IDS, SUFFIX
+from bd3_scale.generate.text import checkpoint_tokenizer, default_min_entropy, stop_ids
+from bd3_scale.resilience.leftovers import temporary_folder
+from bd3_scale.resilience.readers import read_regular, reader
+
+# Which linear of ours takes what each tensor of a layer is multiplied with.
+_LINEAR_OF = {
+    "attn_q": "self_attention.linear_qkv",
+    "attn_k": "self_attention.linear_qkv",
+    "attn_v": "self_attention.linear_qkv",
+    "attn_output": "self_attention.linear_proj",
+    "ffn_gate": "mlp.linear_fc1",
+    "ffn_up": "mlp.linear_fc1",
+    "ffn_down": "mlp.linear_fc2",
+}
+# Of a layer's linear, by its name there: the mean squares of what it takes, fp32 [columns].
+Importance = Mapping[tuple[int, str], Tensor]
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """All that a file will hold, but for its weights: `types` has the type of each tensor, by name."""
+
+    export: ExportPlan
+    kind: FileType
+    architecture: str
+    tensors: tuple[GgufTensor, ...]
+    types: Mapping[str, str]
+    tokenizer: Tokenizer
+    tokenizer_keys: TokenizerKeys
+
+    @property
+    def name(self) -> str:
+        return f"{self.export.manifest.name}-{self.kind}{SUFFIX}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(TYPES[self.types[t.name]].size(t.shape) for t in self.tensors)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Return the bytes of all tensors in fp32."""
+        return sum(TYPES["F32"].size(t.shape) for t in self.tensors)
+
+
+@reader("a checkpoint", path="checkpoint")
+def plan_gguf(checkpoint: Path, kind: FileType, *, importance: bool) -> GgufPlan:
+    """Check a checkpoint and decide what a file of it holds.
+
+    importance: whether there is to be an importance matrix.
+
+    ValueError: a damaged checkpoint, no tokeniser, or a model, or a tokeniser, that llama.cpp does not compute; or its
+        library is not here.
+    """
+    llama_cpp.library()
+    export = plan_export(checkpoint, "bd3", "float32")
+    model = export.manifest.model
+    architecture = choose_architecture(model)
+    tokenizer = checkpoint_tokenizer(checkpoint, export.manifest)
+    with temporary_folder("tokeniser") as folder:
+        write_tokenizer(tokenizer, checkpoint / TOKENIZER, folder)
+        keys = tokenizer_keys(tokenizer, folder, int(export.config["vocab_size"]))
+    tensors = tuple(gguf_tensors(export, architecture))
+    types = {t.name: tensor_type(t.name, t.shape, t.layer, kind, model, importance=importance) for t in tensors}
+    return GgufPlan(export, kind, architecture, tensors, types, tokenizer, keys)
+
+
+def write_gguf(
+    plan: GgufPlan, path: Path, importance: Importance | None = None, progress: Callable[[int], object] = lambda done: 0
+) -> None:
+    """Write a file, and read it again to compare every tensor. progress: told the bytes of each tensor, twice.
+
+    ValueError: a weight that a type does not hold, or the disk gave back something else.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, plan.architecture)
+    _add_keys(writer, plan)
+    for tensor in plan.tensors:
+        form = TYPES[plan.types[tensor.name]]
+        raw = gguf.GGMLQuantizationType(form.number)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), form.size(tensor.shape), raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    hashes = {}
+    with TensorReader(plan.export.checkpoint) as reader:
+        for tensor in plan.tensors:
+            data = encoded(tensor.read(reader), plan.types[tensor.name], _importance_of(tensor, importance))
+            hashes[tensor.name] = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(data).view(np.uint8))
+            writer.write_tensor_data(data)
+            progress(data.nbytes)
+    writer.close()
+    for written in gguf.GGUFReader(path).tensors:
+        data = np.ascontiguousarray(written.data)
+        if hashes.pop(written.name) != xxhash.xxh3_128_hexdigest(data.view(np.uint8)):
+            raise ValueError(f"{written.name} was not written as it was read: is the disk sound?")
+        progress(data.nbytes)
+    assert not hashes
+
+
+def _importance_of(tensor: GgufTensor, importance: Importance | None) -> Tensor | None:
+    if importance is None or tensor.layer is None or len(tensor.shape) < 2:
+        return None
+    return importance[tensor.layer, _LINEAR_OF[tensor.name.split(".")[2]]]
+
+
+def _add_keys(writer: Any, plan: GgufPlan) -> None:
+    manifest, keys = plan.export.manifest, plan.tokenizer_keys
+    writer.add_name(manifest.name)
+    writer.add_file_type(FILE_TYPES[plan.kind][0])
+    if is_quantized(plan.kind):
+        writer.add_quantization_version(2)
+    for key, value in architecture_keys(plan.export, plan.architecture).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)
+    for key, text in keys.strings.items():
+        writer.add_string(key, text)
+    for key, number in keys.numbers.items():
+        writer.add_uint32(key, number)
+    for key, flag in keys.flags.items():
+        writer.add_bool(key, flag)
+    writer.add_token_list(keys.tokens)
+    writer.add_token_types(keys.types)
+    if keys.merges is not None:
+        writer.add_token_merges(keys.merges)
+    if keys.scores is not None:
+        writer.add_token_scores(keys.scores)
+    checkpoint = plan.export.checkpoint
+    writer.add_string(MANIFEST, read_regular(checkpoint / MANIFEST_FILE).decode())
+    writer.add_string(STOP_IDS, json.dumps(stop_ids(checkpoint, manifest)))
+    writer.add_string(MIN_ENTROPY, repr(default_min_entropy(manifest)))
+
+
+def check_tokenizer_ids(plan: GgufPlan, path: Path) -> int:
+    """Compare llama.cpp's ids of many texts with training's, and return of how many. ValueError: some are others."""
+    with closing(llama_cpp.Model(path, vocabulary_only=True)) as opened:
+        return check_ids(opened, plan.tokenizer, composed=plan.tokenizer_keys.composed)

@@ -1,0 +1,171 @@
+"""What a GGUF file says of a model: the architectures that llama.cpp computes as ours, their keys and tensors.
+
+An architecture is a graph of llama.cpp, read in its source (`src/models`); whatever a model has that the graph does not
+compute closes it. Tensors are those of the `bd3` export, under llama.cpp's names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bd3_scale.checkpoint.tensors import TensorReader
+from bd3_scale.convert.architectures import ExportFormat
+from bd3_scale.convert.export import ExportPlan
+from bd3_scale.convert.names import NamedTensor
+from bd3_scale.generate.llama_file import BLOCK_LENGTH, SHIFT_LOGITS
+from bd3_scale.model.block import plain_frequencies, stretch
+from bd3_scale.recipe.schema import ModelRecipe
+
+Value = bool | int | float | str
+
+ARCHITECTURES: Mapping[str, ExportFormat] = {
+    f.architecture: f
+    for f in (
+        ExportFormat("bd3", "qwen3", free=frozenset()),
+        ExportFormat("bd3", "qwen2", free=frozenset({"head_bias"}), fixed={"qk_norm": False, "attention_bias": True}),
+        ExportFormat("bd3", "llama", free=frozenset({"rope_scaling", "mlp_bias"}), fixed={"qk_norm": False}),
+        ExportFormat(
+            "bd3",
+            "starcoder2",
+            free=frozenset({"norm_bias", "mlp_bias", "attention_bias"}),
+            fixed={"qk_norm": False, "normalization": "layernorm", "activation": "gelu_tanh"},
+            says={
+                "normalization": "its norm is no LayerNorm",
+                "activation": "its activation is not gelu_tanh, and llama.cpp has no other there",
+                "head_bias": "its head has a bias",
+            },
+        ),
+    )
+}
+# Graphs whose heads make up the hidden size together.
+_SQUARE = ("qwen2", "starcoder2")
+_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def choose_architecture(model: ModelRecipe) -> str:
+    """Return the graph of llama.cpp that computes a model exactly. ValueError: none does, with the reasons."""
+    obstacles = {name: _obstacle(name, f, model) for name, f in ARCHITECTURES.items()}
+    for name, obstacle in obstacles.items():
+        if obstacle is None:
+            return name
+    reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())
+    raise ValueError(
+        f"llama.cpp has no graph that computes this model ({reasons}): `--format bd3` writes it for transformers"
+    )
+
+
+def _obstacle(name: str, form: ExportFormat, model: ModelRecipe) -> str | None:
+    if model.rope_scaling is not None and "rope_scaling" not in form.free:
+        return "its rotary frequencies are scaled as Llama 3's, which this graph does not read"
+    if name in _SQUARE and model.num_attention_heads * model.head_size != model.hidden_size:
+        return f"its heads of {model.head_size} channels do not make up the hidden size {model.hidden_size}"
+    return form.obstacle(model)
+
+
+def architecture_keys(plan: ExportPlan, architecture: str) -> dict[str, Value]:
+    """Return the keys that say what the graph computes, and how blocks are decoded."""
+    model = plan.manifest.model
+    norm = "layer_norm_epsilon" if model.normalization == "layernorm" else "layer_norm_rms_epsilon"
+    own: dict[str, Value] = {
+        "block_count": model.num_layers,
+        "context_length": plan.manifest.max_position_embeddings,
+        "embedding_length": model.hidden_size,
+        "feed_forward_length": model.ffn_hidden_size,
+        "attention.head_count": model.num_attention_heads,
+        "attention.head_count_kv": model.query_groups,
+        "attention.key_length": model.head_size,
+        "attention.value_length": model.head_size,
+        f"attention.{norm}": model.norm_eps,
+        "attention.causal": False,
+        "rope.freq_base": model.rope_theta,
+        "rope.dimension_count": model.head_size,
+        "vocab_size": int(plan.config["vocab_size"]),
+    }
+    decoding: dict[str, Value] = {SHIFT_LOGITS: False, BLOCK_LENGTH: plan.manifest.block_size}
+    return {f"{architecture}.{key}": value for key, value in own.items()} | decoding
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of a file: `read` gives its values in fp32. layer: None outside of layers.
+
+    source: which of the export's it is made of; None of one that is computed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None
+    source: NamedTensor | None
+    read: Callable[[TensorReader], Tensor]
+
+
+def gguf_tensors(plan: ExportPlan, architecture: str) -> Iterator[GgufTensor]:
+    """Yield all tensors of a file, in its order. ValueError: a layer of a plug-in has one that no graph reads."""
+    model, names = plan.manifest.model, set()
+    for tensor in plan.tensors:
+        name, layer = _named(tensor.name)
+        names.add(name)
+        yield GgufTensor(name, tensor.shape, layer, tensor, _reader(plan, tensor, architecture))
+    if model.rope_scaling is not None:
+        plain = plain_frequencies(model)
+        factors = plain / stretch(plain, model.rope_scaling)
+        yield GgufTensor("rope_freqs.weight", tuple(factors.shape), None, None, lambda reader: factors)
+    if architecture == "starcoder2":
+        yield from (_zeros(name, size, layer) for name, size, layer in _biases(model) if name not in names)
+
+
+def _named(name: str) -> tuple[str, int | None]:
+    """Return llama.cpp's name of a tensor, and its layer."""
+    module, _, part = name.rpartition(".")
+    if found := _IN_LAYER.fullmatch(module):
+        if found[2] in _NAMES:
+            return f"blk.{found[1]}.{_NAMES[found[2]]}.{part}", int(found[1])
+    elif module in _OUTSIDE:
+        return f"{_OUTSIDE[module]}.{part}", None
+    raise ValueError(f"no graph of llama.cpp reads a tensor such as {name}, which a plug-in's layer has")
+
+
+def _reader(plan: ExportPlan, tensor: NamedTensor, architecture: str) -> Callable[[TensorReader], Tensor]:
+    heads = {"q_proj": plan.manifest.model.num_attention_heads, "k_proj": plan.manifest.model.query_groups}
+    count = heads.get(tensor.name.split(".")[-2]) if architecture == "llama" else None
+
+    def read(reader: TensorReader) -> Tensor:
+        values = plan.read(reader, tensor).float()
+        if count is None:
+            return values
+        # Its rotary embedding turns neighbouring channels, ours those of two halves.
+        return values.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(values.shape).contiguous()
+
+    return read
+
+
+def _biases(model: ModelRecipe) -> Iterator[tuple[str, int, int | None]]:
+    """Yield what starcoder2's graph adds everywhere: name, size and layer."""
+    sizes = {"attn_norm": model.hidden_size, "ffn_norm": model.hidden_size, "attn_output": model.hidden_size,
+             "ffn_up": model.ffn_hidden_size, "ffn_down": model.hidden_size}  # fmt: skip
+    for layer in range(model.num_layers):
+        yield from ((f"blk.{layer}.{name}.bias", size, layer) for name, size in sizes.items())
+    yield "output_norm.bias", model.hidden_size, None
+
+
+def _zeros(name: str, size: int, layer: int | None) -> GgufTensor:
+    return GgufTensor(name, (size,), layer, None, lambda reader: torch.zeros(size))
