@@ -240,7 +240,8 @@ def _opened(
 
     from bd3_scale.checkpoint.manifest import TOKENIZER, read_manifest
     from bd3_scale.checkpoint.model import load_model
-    from bd3_scale.generate.text import checkpoint_tokenizer, writer_of
+    from bd3_scale.generate.source import checkpoint_source
+    from bd3_scale.generate.text import checkpoint_tokenizer
     from bd3_scale.parallel.groups import lone_groups
 
     manifest = read_manifest(checkpoint)
@@ -249,7 +250,7 @@ def _opened(
     transformer = load_model(checkpoint, manifest, lone_groups(), dtype=dtype, device=where)
     writer = None
     if tokenizer is not None and manifest.fills_masks:
-        writer = writer_of(checkpoint, transformer, manifest, tokenizer)
+        writer = checkpoint_source(checkpoint, manifest).writer(transformer, tokenizer)
         template, entropy = chat_template or writer.chat_template, partial(_least_entropy, manifest)
         writer = replace(writer, chat_template=template, least_entropy=cache(entropy))
     return Model(path, manifest, transformer, tokenizer, writer)

@@ -26,7 +26,7 @@ from bd3_scale.diffusion.interval import candidates
 from bd3_scale.evaluate.generative import Judge, judged
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo, token_nll, weighted_sums
 from bd3_scale.generate.config import SamplingConfig
-from bd3_scale.generate.text import open_writer
+from bd3_scale.generate.source import open_writer
 from bd3_scale.generate.writer import Written
 from bd3_scale.objective import BlockDiffusion, Objective
 from bd3_scale.observe.libraries import quieten_libraries

@@ -113,15 +113,14 @@ def write_gguf(
     with TensorReader(plan.export.checkpoint) as reader:
         for tensor in plan.tensors:
             data = encoded(tensor.read(reader), plan.types[tensor.name], _importance_of(tensor, importance))
-            hashes[tensor.name] = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(data).view(np.uint8))
+            hashes[tensor.name] = xxhash.xxh3_128_hexdigest(data.tobytes())
             writer.write_tensor_data(data)
             progress(data.nbytes)
     writer.close()
     for written in gguf.GGUFReader(path).tensors:
-        data = np.ascontiguousarray(written.data)
-        if hashes.pop(written.name) != xxhash.xxh3_128_hexdigest(data.view(np.uint8)):
+        if hashes.pop(written.name) != xxhash.xxh3_128_hexdigest(written.data.tobytes()):
             raise ValueError(f"{written.name} was not written as it was read: is the disk sound?")
-        progress(data.nbytes)
+        progress(written.data.nbytes)
     assert not hashes
 
 

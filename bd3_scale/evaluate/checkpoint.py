@@ -15,8 +15,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
-from bd3_scale.checkpoint.model import open_model
+from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, load_manifest, load_sources
 from bd3_scale.data.memory import packed_texts
@@ -27,7 +26,7 @@ from bd3_scale.diffusion.interval import LEAST_SEQUENCES, IntervalVariance
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.evaluate.sets import NamedText
 from bd3_scale.evaluate.yardsticks import counted_bytes, unigram_perplexity
-from bd3_scale.generate.text import checkpoint_tokenizer
+from bd3_scale.generate.source import Source, open_source
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective
 from bd3_scale.parallel.collective import on_rank_zero
@@ -148,14 +147,16 @@ def evaluate_checkpoint(
         raise ValueError(f"draws is {draws} and sequences {sequences}: give at least 1")
     if texts and data_path is not None:
         raise ValueError("texts are measured in place of held-out data: give one of --text and --data")
-    sizes = _objectives(read_manifest(checkpoint), block_sizes, intervals=intervals)
     with ExitStack() as stack:
-        model, manifest, groups = stack.enter_context(open_model(checkpoint))
+        source = stack.enter_context(open_source(checkpoint))
+        manifest = source.manifest
+        sizes = _objectives(manifest, block_sizes, intervals=intervals)
+        model, groups = stack.enter_context(source.open())
         if texts:
-            tokenizer = checkpoint_tokenizer(checkpoint, manifest)
-            measured = _prepared(manifest, tokenizer, texts, [size.block_size for size in sizes], groups, stack)
+            asked = [size.block_size for size in sizes]
+            measured = _prepared(manifest, source.tokenizer(), texts, asked, groups, stack)
         else:
-            measured = _held_out(checkpoint, manifest, data_path)
+            measured = _held_out(source, data_path)
         how: dict[str, Any] = {"sequences": sequences, "draws": draws, "intervals": intervals, "progress": progress}
         found = _evaluations(str(checkpoint), manifest.step, model, groups, measured, sizes, **how)
         if not is_alone(groups):
@@ -303,11 +304,12 @@ def _evaluation(
     )
 
 
-def _held_out(checkpoint: Path, manifest: CheckpointManifest, data_path: str | None) -> list[_Measured]:
+def _held_out(opened: Source, data_path: str | None) -> list[_Measured]:
     """Return the held-out splits of the data, one for each source that has one."""
+    manifest = opened.manifest
     recipe, trained = data_recipe(manifest, data_path), manifest.trained_data()
     data = load_sources(recipe)
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    tokenizer = load_tokenizer(opened.tokenizer_folder)
     check_tokenizer(data, tokenizer)
     paths = ", ".join(source.path for source in recipe.by_source.values())
     if data.vocabulary.bos_id != manifest.vocabulary.bos_id:

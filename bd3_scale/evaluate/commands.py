@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Source = Annotated[
+    Path, typer.Argument(help="A checkpoint, a run directory for its newest one, or a .bd3.gguf file for llama.cpp.")
+]
 
 
 @app.command(epilog="Example: bd3-scale evaluate runs/books --text ptb=ptb-test.txt --text notes.jsonl --block-size 4")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
+    checkpoint: Source,
     data: Annotated[str | None, typer.Option(help="Prepared data.", show_default="what the run trained on")] = None,
     text: Annotated[
         list[str] | None,
@@ -49,15 +52,15 @@ def evaluate(
     SET is a tokenised corpus such as ptb, wikitext2, lm1b or lambada, which is
     put back into plain text, whose bytes are counted.
     """
-    from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
     from bd3_scale.evaluate.sets import NamedText
     from bd3_scale.evaluate.tables import as_json_text, show_evaluations
+    from bd3_scale.generate.source import resolve_source
 
     texts = [NamedText.parse(argument) for argument in text or ()]
     with Bar("evaluating") as bar:
         found = evaluate_checkpoint(
-            resolve_checkpoint(checkpoint),
+            resolve_source(checkpoint),
             data_path=data,
             texts=texts,
             block_sizes=block_size or (),
@@ -106,7 +109,7 @@ def harness(
 @app.command(epilog="Example: bd3-scale generative runs/mine --judge models/gpt2 --samples 64 --top-p 0.9")
 @takes_sampling(max_new_tokens=256)
 def generative(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
+    checkpoint: Source,
     judge: Annotated[Path, typer.Option(help="Folder of a causal Hugging Face model that scores the samples.")],
     samples: Annotated[int, typer.Option(min=1, help="Texts, each without a prompt.")] = 64,
     mauve: Annotated[
@@ -123,13 +126,13 @@ def generative(
     import dataclasses
     import json
 
-    from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.evaluate.generative import evaluate_generative
     from bd3_scale.evaluate.tables import show_generative
+    from bd3_scale.generate.source import resolve_source
 
     with Bar("generating") as bar:
         found = evaluate_generative(
-            resolve_checkpoint(checkpoint),
+            resolve_source(checkpoint),
             judge,
             sampling,
             samples=samples,
@@ -147,7 +150,7 @@ def generative(
 @app.command(epilog="Example: bd3-scale generate runs/quickstart --prompt 'def main(' --temperature 0.7 --watch")
 @takes_sampling()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")],
+    checkpoint: Source,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from, once or more.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One a line, or a .jsonl with `prompt`.")] = None,
     chat: Annotated[
@@ -171,16 +174,15 @@ def generate(
     Where a text grows beyond the sequences of the training, a block sees the
     last of them: a sliding window, told with the result.
     """
-    from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.evaluate.tables import show_written
-    from bd3_scale.generate.text import open_writer
+    from bd3_scale.generate.source import open_writer, resolve_source
     from bd3_scale.observe.progress import DenoisingView
 
     prompts = _prompts(prompt or (), prompts_file, messages, chat=chat, infill=infill)
     # One of them: both would draw on the same lines.
     with nullcontext() if watch else Bar("generating") as bar, DenoisingView(watch and is_rank_zero()) as view:
         shown = {"watch": view.show} if bar is None else {"progress": bar.show}
-        with open_writer(resolve_checkpoint(checkpoint)) as writer:
+        with open_writer(resolve_source(checkpoint)) as writer:
             written = list(writer.write(prompts, sampling, infill=infill, stop=stop or (), **shown))
     if is_rank_zero():
         show_written(written, whole=infill, as_json=as_json)

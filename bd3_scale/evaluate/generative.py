@@ -20,7 +20,7 @@ from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.mauve import SMALLEST_SAMPLE, human_texts, mauve
 from bd3_scale.generate.config import SamplingConfig
-from bd3_scale.generate.text import open_writer
+from bd3_scale.generate.source import open_writer
 from bd3_scale.generate.writer import Written
 from bd3_scale.observe.libraries import without_broken_torchvision
 from bd3_scale.resilience.foreign import CONFIG, for_transformers, object_in, weight_files

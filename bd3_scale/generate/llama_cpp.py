@@ -160,8 +160,8 @@ class _Library:
             setattr(self, name, function)
         self._log: list[str] = []
         self._callback = _Log(self._keep)  # as long as the library, which calls it
-        self.llama_log_set(self._callback, None)
-        self.llama_backend_init()
+        found.llama_log_set(self._callback, None)
+        found.llama_backend_init()
 
     def _keep(self, level: int, text: bytes | None, _: Any) -> None:
         self._log = [*self._log[1 - _LOG_LINES :], (text or b"").decode(errors="replace").strip()]

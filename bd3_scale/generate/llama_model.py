@@ -89,13 +89,13 @@ class LlamaCache:
         blocks: Sequence[NDArray[np.int64]],
         noisy: Sequence[NDArray[np.int64]] = (),
         wanted: Sequence[NDArray[np.bool_]] = (),
-    ) -> Iterator[NDArray[np.float32]]:
+    ) -> list[NDArray[np.float32]]:
         """Put clean blocks behind a text's rows, from position `start` on, several a pass.
 
-        noisy, wanted: block by block what is in the places of each clean one, whose logits are yielded, float32 [M, V]
+        noisy, wanted: block by block what is in the places of each clean one, whose logits are returned, float32 [M, V]
         of each pass: a noisy block sees itself and the clean ones before its own.
         """
-        context, home = self.context, self._sequences[text]
+        context, home, found = self.context, self._sequences[text], []
         self._ends[text] = start
         context.remove(home, start)
         per_pass = max(1, min(CHUNK, CHUNK_ROWS // max(map(len, blocks), default=1)))
@@ -103,26 +103,27 @@ class LlamaCache:
             part = slice(first, first + per_pass)
             # The last ones, so that each pattern of sequences is one that was probed.
             scratch = range(CHUNK - len(blocks[part]), CHUNK)
-            begin = start = self._ends[text]
+            begin = self._ends[text]
             before = [home, *scratch]
             for sequence in scratch:
                 context.copy(home, sequence)
-            tokens, positions, sequences = [], [], []
-            starts = []
-            for sequence, block in zip(scratch, blocks[part], strict=True):
-                starts.append(start)
-                tokens += block.tolist()
-                positions += range(start, start + len(block))
-                sequences += [_patterns(sequence, self._own_first)] * len(block)
-                start += len(block)
+            starts = np.cumsum([begin, *map(len, blocks[part])]).tolist()
+            tokens = np.concatenate(blocks[part]).tolist()
+            sequences = [
+                _patterns(own, self._own_first)
+                for own, block in zip(scratch, blocks[part], strict=True)
+                for _ in range(len(block))
+            ]
+            positions = range(begin, starts[-1])
             context.decode(tokens, positions, sequences, [False] * len(tokens))
             if noisy:
-                yield self._noisy(before, starts, noisy[part], wanted[part])
+                found.append(self._noisy(before, starts[:-1], noisy[part], wanted[part]))
             context.copy(scratch[-1], home, begin)
             for sequence in scratch:
                 context.remove(sequence)
-            self.lengths[text] += start - begin
-            self._ends[text] = start
+            self.lengths[text] += starts[-1] - begin
+            self._ends[text] = starts[-1]
+        return found
 
     def _noisy(
         self,
@@ -132,10 +133,11 @@ class LlamaCache:
         wanted: Sequence[NDArray[np.bool_]],
     ) -> NDArray[np.float32]:
         """One pass of noisy blocks, each in the sequence that holds what is before it."""
-        tokens = [int(token) for block in blocks for token in block]
-        positions = [start + place for start, block in zip(starts, blocks, strict=True) for place in range(len(block))]
-        sequences = [[of] for of, block in zip(before, blocks, strict=False) for _ in block]
-        found = self.context.decode(tokens, positions, sequences, np.concatenate(list(wanted)).tolist())
+        rows: list[tuple[int, int, int, bool]] = []
+        for of, start, block, want in zip(before, starts, blocks, wanted, strict=False):
+            rows += [(int(token), start + place, of, bool(want[place])) for place, token in enumerate(block)]
+        tokens, positions, sequences, outputs = zip(*rows, strict=True)
+        found = self.context.decode(tokens, positions, [[of] for of in sequences], outputs)
         for of, start in zip(before, starts, strict=False):
             self.context.remove(of, start)
         return found
@@ -210,8 +212,7 @@ class LlamaModel(nn.Module):
         for text, length in enumerate(kept):
             ends = sorted(set(spans[2, text, :length].tolist()))
             blocks = np.split(clean_BL[text, :length].numpy(), ends[:-1])
-            for _ in cache.append(text, int(positions_BL[text, 0]), blocks if length else []):
-                pass
+            cache.append(text, int(positions_BL[text, 0]), blocks if length else [])
 
     def decode(
         self, block_BL: Tensor, positions_BL: Tensor, cache: LlamaCache, wanted_BL: Tensor | None = None
@@ -239,7 +240,7 @@ class LlamaModel(nn.Module):
         for document in _documents(inputs):
             wanted = [rows >= 0 for rows in document.head_rows]
             if document.clean:
-                found = list(cache.append(0, document.position, document.clean, document.noisy, wanted))
+                found = cache.append(0, document.position, document.clean, document.noisy, wanted)
             else:
                 found = [cache.write(document.noisy[0][None], [document.position], wanted[0][None])]
             rows = np.concatenate(document.head_rows)

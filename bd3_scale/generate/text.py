@@ -1,23 +1,17 @@
-"""Text from a checkpoint: its tokeniser, what ends its texts, and what the recipe knows of context and entropy."""
+"""What a checkpoint says of text: its tokeniser, what ends its texts, and what the recipe knows of their entropy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
-from bd3_scale.checkpoint.model import open_model
+from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest
 from bd3_scale.checkpoint.source_ids import source_ids
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.generate.sampler import ENTROPY_WINDOW, SMALLEST_SUBWORD_VOCABULARY, SUBWORD_ENTROPY
-from bd3_scale.generate.writer import Writer
-from bd3_scale.model.transformer import BlockDiffusionTransformer
 
 # Of the median entropy of held-out windows, where a window cannot reach the paper's 4 nats.
 SHARE_OF_MEDIAN = 0.75
@@ -42,34 +36,6 @@ def stop_ids(checkpoint: Path, manifest: CheckpointManifest) -> tuple[int, ...]:
         ids = part.get("eos_token_id")
         found |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
     return tuple(sorted(i for i in found if 0 <= i < manifest.vocabulary.size))
-
-
-@contextmanager
-def open_writer(checkpoint: Path) -> Iterator[Writer]:
-    """Open a checkpoint for writing text.
-
-    Raises:
-        ValueError: a checkpoint without a tokeniser, damaged, or of a model that fills no masks.
-    """
-    tokenizer = checkpoint_tokenizer(checkpoint, read_manifest(checkpoint))
-    with open_model(checkpoint) as (model, manifest, _):
-        yield writer_of(checkpoint, model, manifest, tokenizer)
-
-
-def writer_of(
-    checkpoint: Path, model: BlockDiffusionTransformer, manifest: CheckpointManifest, tokenizer: Tokenizer
-) -> Writer:
-    """Return what writes text with an open model and all that its checkpoint says; ValueError: it fills no masks."""
-    check_fills_masks(checkpoint, manifest)
-    return Writer(
-        model,
-        tokenizer,
-        block_size=manifest.block_size,
-        context=manifest.max_position_embeddings,
-        eos_ids=stop_ids(checkpoint, manifest),
-        least_entropy=cache(lambda: default_min_entropy(manifest)),
-        chat_template=checkpoint / TOKENIZER,
-    )
 
 
 def check_fills_masks(where: Path, manifest: CheckpointManifest) -> None:

@@ -21,7 +21,8 @@ from bd3_scale.convert.inspect import inspect
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.evaluate.checkpoint import data_recipe, evaluate_checkpoint
 from bd3_scale.generate.config import SamplingConfig
-from bd3_scale.generate.text import default_min_entropy, open_writer
+from bd3_scale.generate.source import open_writer
+from bd3_scale.generate.text import default_min_entropy
 from bd3_scale.observe.environment import source_commit
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import DataRecipe

@@ -1,0 +1,109 @@
+"""What text comes from and what is measured: a checkpoint, or a GGUF file, which llama.cpp runs; not loaded yet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+from bd3_scale.checkpoint.folder import resolve_checkpoint
+from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
+from bd3_scale.checkpoint.model import open_model
+from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_scale.generate.llama_file import ENDING, LlamaFile, open_llama_file
+from bd3_scale.generate.text import check_fills_masks, default_min_entropy, stop_ids
+from bd3_scale.generate.writer import Writer
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.parallel.groups import ProcessGroups, lone_groups
+
+Opened = tuple[BlockDiffusionTransformer, ProcessGroups]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model. tokenizer_folder: of its tokeniser, and perhaps a chat template; open: loads the model."""
+
+    path: Path
+    manifest: CheckpointManifest
+    tokenizer_folder: Path
+    stop_ids: tuple[int, ...]
+    least_entropy: Callable[[], float]
+    open: Callable[[], AbstractContextManager[Opened]]
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokeniser, which begins texts as those of the training began. ValueError: there is none."""
+        if not self.tokenizer_folder.is_dir():
+            raise ValueError(f"{self.path} has no folder {TOKENIZER}: text cannot be read or written with it")
+        return load_tokenizer(self.tokenizer_folder).with_bos(self.manifest.vocabulary.bos_id)
+
+    def writer(self, model: BlockDiffusionTransformer, tokenizer: Tokenizer) -> Writer:
+        """Return what writes text with the model, once it is open. ValueError: it fills no masks."""
+        check_fills_masks(self.path, self.manifest)
+        return Writer(
+            model,
+            tokenizer,
+            block_size=self.manifest.block_size,
+            context=self.manifest.max_position_embeddings,
+            eos_ids=self.stop_ids,
+            least_entropy=self.least_entropy,
+            chat_template=self.tokenizer_folder,
+        )
+
+
+def resolve_source(path: Path) -> Path:
+    """Return a GGUF file as it is, and of anything else the checkpoint. ValueError: there is none."""
+    return path if path.suffix == ENDING else resolve_checkpoint(path)
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """Open a checkpoint, or a file whose name ends in `.gguf`, as far as its description.
+
+    ValueError: it is damaged, or neither.
+    """
+    if path.suffix != ENDING:
+        yield checkpoint_source(path, read_manifest(path))
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"llama.cpp runs {path} in one process: start it without torchrun or srun")
+    with open_llama_file(path) as file:
+        yield Source(
+            path, file.manifest, file.tokenizer, file.stop_ids, lambda: file.min_entropy, lambda: _loaded(file)
+        )
+
+
+def checkpoint_source(checkpoint: Path, manifest: CheckpointManifest) -> Source:
+    """Return a checkpoint's source."""
+
+    @contextmanager
+    def load() -> Iterator[Opened]:
+        with open_model(checkpoint) as (model, _, groups):
+            yield model, groups
+
+    ids = stop_ids(checkpoint, manifest)
+    return Source(checkpoint, manifest, checkpoint / TOKENIZER, ids, cache(lambda: default_min_entropy(manifest)), load)
+
+
+@contextmanager
+def _loaded(file: LlamaFile) -> Iterator[Opened]:
+    with closing(file.load()) as model:
+        # It has what sampling and evaluation ask of a model.
+        yield cast(BlockDiffusionTransformer, model), lone_groups()
+
+
+@contextmanager
+def open_writer(path: Path) -> Iterator[Writer]:
+    """Open a checkpoint or GGUF file for writing text.
+
+    Raises:
+        ValueError: it has no tokeniser, is damaged, or of a model that fills no masks.
+    """
+    with open_source(path) as source:
+        tokenizer = source.tokenizer()
+        check_fills_masks(path, source.manifest)
+        with source.open() as (model, _):
+            yield source.writer(model, tokenizer)
