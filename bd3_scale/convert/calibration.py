@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bd3_scale.convert.quantizer import HessianSum
+from bd3_scale.convert.quantizer import HessianSum, SquareSum
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_sources
 from bd3_scale.data.stream import TrainingStream
@@ -26,6 +27,7 @@ from bd3_scale.recipe.schema import DataRecipe
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 SEED = 0
 MICRO_BATCH = 4
+S = TypeVar("S", HessianSum, SquareSum)
 
 
 class Calibration:
@@ -45,12 +47,19 @@ class Calibration:
         with torch.no_grad():
             self._rows: list[tuple[Tensor, RowContext]] = [model.embed(micro) for micro in inputs]
 
-    @torch.no_grad()
     def hessians(self, layer: int) -> dict[str, HessianSum]:
         """Return Σ x xᵀ over the rows that each linear of `layer` multiplies."""
+        return self._sums(layer, HessianSum)
+
+    def squares(self, layer: int) -> dict[str, SquareSum]:
+        """Return Σ x² over the rows that each linear of `layer` multiplies."""
+        return self._sums(layer, SquareSum)
+
+    @torch.no_grad()
+    def _sums(self, layer: int, kind: type[S]) -> dict[str, S]:
         module = self._model.decoder.layers[layer]
         weights = {name: module.get_parameter(f"{name}.weight") for name in LINEARS}
-        sums = {name: HessianSum(weight.shape[1], weight.device) for name, weight in weights.items()}
+        sums = {name: kind(weight.shape[1], weight.device) for name, weight in weights.items()}
         hooks = [module.get_submodule(name).register_forward_pre_hook(_adder(sums[name])) for name in LINEARS]
         try:
             for hidden, rows in self._rows:
@@ -68,7 +77,7 @@ class Calibration:
             self._rows[index] = module(hidden, None, rows, add=True)[0], rows
 
 
-def _adder(total: HessianSum) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _adder(total: HessianSum | SquareSum) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         total.add(args[0].flatten(0, -2))
 

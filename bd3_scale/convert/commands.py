@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -14,9 +14,15 @@ from bd3_scale.observe.console import Console, put, styled
 from bd3_scale.observe.progress import Bar
 
 if TYPE_CHECKING:
+    from bd3_scale.convert.gguf_report import GgufReport
     from bd3_scale.convert.inspect import Inspection
     from bd3_scale.convert.quantize import QuantizationReport
 
+_MEASURED = (
+    ("held-out NELBO, nats a token", "nelbo"),
+    ("standard error over noise draws", "noise_standard_error"),
+    ("standard error over text", "text_standard_error"),
+)
 app = typer.Typer(help="Checkpoints in and out: import, export, smaller formats.", no_args_is_help=True)
 
 
@@ -28,6 +34,7 @@ def _alone() -> None:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check what is given and say what would be written.")]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k"]
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")]
 
 
@@ -95,10 +102,11 @@ def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="New folder.")],
     kind: Annotated[
-        Literal["sdar", "bd3", "qwen3", "qwen2", "llama"] | None,
+        Literal["sdar", "bd3", "gguf", "qwen3", "qwen2", "llama"] | None,
         typer.Option(
             "--format",
-            help="sdar runs in engines; bd3 is our own for transformers; the others are for next-token models.",
+            help="sdar runs in engines; bd3 is our own for transformers; gguf is a file for llama.cpp, which `generate` "
+            "runs on a CPU; the others are for next-token models.",
             show_default="the first that the model can become",
         ),
     ] = None,
@@ -106,10 +114,30 @@ def export(
         Literal["bfloat16", "float16", "float32"] | None,
         typer.Option(help="Of the weights.", show_default="that of the training"),
     ] = None,
+    type_: Annotated[GgufType | None, typer.Option("--type", help="gguf: of the weights.", show_default="q8_0")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="gguf: prepared data to calibrate and measure on.", show_default="what the run trained on"),
+    ] = None,
+    calibration_sequences: Annotated[
+        int, typer.Option(min=0, help="gguf: training sequences for the importance matrix; 0: none.")
+    ] = 128,
+    sequences: Annotated[
+        int, typer.Option(min=0, help="gguf: held-out sequences to measure on, before and after; 0: none.")
+    ] = 64,
+    draws: Annotated[int, typer.Option(min=1, help="gguf: noise draws a held-out sequence.")] = 2,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a Hugging Face folder that transformers and serving engines load."""
+    """Make a Hugging Face folder that transformers and serving engines load, or a GGUF file for llama.cpp."""
+    if kind == "gguf":
+        if dtype is not None:
+            raise ValueError(f"--dtype {dtype} is for Hugging Face folders: say --type of a GGUF file")
+        given = {"data": data, "calibration_sequences": calibration_sequences, "sequences": sequences, "draws": draws}
+        _export_gguf(checkpoint, out, type_ or "q8_0", given, dry_run=dry_run, as_json=as_json)
+        return
+    if type_ is not None or data is not None:
+        raise ValueError("--type and --data are for GGUF files: give --format gguf with them")
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.export import plan_export, run_export
     from bd3_scale.convert.serving import engines
@@ -134,6 +162,55 @@ def export(
         },
         as_json,
     )
+
+
+def _export_gguf(
+    checkpoint: Path, out: Path, kind: GgufType, given: dict[str, Any], *, dry_run: bool, as_json: bool
+) -> None:
+    import dataclasses
+    import json
+
+    from bd3_scale.checkpoint.folder import resolve_checkpoint
+    from bd3_scale.convert.gguf import plan_gguf
+    from bd3_scale.convert.gguf_export import GgufOptions, run_gguf_export
+    from bd3_scale.convert.gguf_types import uses_importance
+    from bd3_scale.evaluate.checkpoint import data_recipe
+
+    if not uses_importance(kind):
+        given["calibration_sequences"] = 0
+    plan = plan_gguf(resolve_checkpoint(checkpoint), kind, importance=given["calibration_sequences"] > 0)
+    needs_data = given["calibration_sequences"] or given["sequences"]
+    prepared = data_recipe(plan.export.manifest, given["data"]) if needs_data else None
+    if out.exists():
+        raise FileExistsError(f"{out} exists; remove it or choose another folder")
+    if dry_run:
+        entries: dict[str, object] = {"architecture": plan.architecture, "type": kind, "bytes": plan.num_bytes}
+        _report(f"would write {out / plan.name}", entries, as_json)
+        return
+    with Bar("exporting") as bar:
+        report = run_gguf_export(plan, out, GgufOptions(**{**given, "data": prepared}), bar.show)
+    if as_json:
+        put(json.dumps(dataclasses.asdict(report)))
+        return
+    _show_gguf(report, out / plan.name)
+
+
+def _show_gguf(report: GgufReport, path: Path) -> None:
+    table = Table("", "fp32", report.type, "change", title=f"wrote and verified {path}: {report.architecture}")
+    share = report.bytes_after / report.bytes_before
+    table.add_row(
+        "size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB", f"{share:.3f} of it"
+    )
+    measured = (report.before, report.after, report.change)
+    for name, key in _MEASURED if report.before else ():
+        values = (getattr(one, key) for one in measured)
+        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
+    rates = Table("mask rate", "masked tokens", "KL, nats", "same most likely token")
+    for at in report.rates:
+        rates.add_row(f"{at.mask_rate:g}", f"{at.tokens:,}", f"{at.divergence:.2e}", f"{at.same_token:.4f}")
+    console = Console()
+    console.print(table, *([rates] if report.rates else []), sep="\n")
+    console.print(f"run it: bd3-scale generate {path}; programs for autoregressive models write rubbish with it")
 
 
 @app.command(epilog="Example: bd3-scale convert quantize runs/quickstart --bits 4 --out served/quickstart-int4")
@@ -213,11 +290,7 @@ def _show_quantization(report: QuantizationReport, out: Path) -> None:
     title = f"wrote and verified {out}: int{report.bits}, groups of {report.group_size}, {report.method}"
     table = Table("", "before", "after", title=title)
     table.add_row("size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB")
-    for name, key in (
-        ("held-out NELBO, nats a token", "nelbo"),
-        ("standard error over noise draws", "noise_standard_error"),
-        ("standard error over text", "text_standard_error"),
-    ):
+    for name, key in _MEASURED:
         row = (getattr(measured, key) for measured in (report.before, report.after))
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in row))
     errors = Table("weight", "relative output error", title="per layer, worst first")

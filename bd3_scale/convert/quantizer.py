@@ -59,6 +59,17 @@ class HessianSum:
         self.hessian.addmm_(rows.t(), rows)
 
 
+class SquareSum:
+    """Σ x² over the rows x that a weight is multiplied with, fp32 [I]: the diagonal of `HessianSum`."""
+
+    def __init__(self, features: int, device: torch.device | None = None) -> None:
+        self.squares = torch.zeros(features, device=device)
+
+    def add(self, rows: Tensor) -> None:
+        """rows: [N, I]."""
+        self.squares += rows.float().square().sum(0)
+
+
 def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
     """Each weight [O, I] at the nearest multiple of its group's scale.
 

@@ -110,16 +110,23 @@ class BlockDiffusionTransformer(MegatronModule):
         )
         if not self.post_process:
             return hidden_NBX
-        if self.config.sequence_parallel:
-            streams = inputs.num_noisy or inputs.num_streams
-            hidden_MX = gather_rows(hidden_NBX, streams, self.tp_group).flatten(0, 1)[inputs.head_rows]
-        else:
-            hidden_MX = hidden_NBX.flatten(0, 1)[inputs.head_rows]
-            hidden_MX = copy_to_tensor_model_parallel_region(hidden_MX, group=self.tp_group)
         total, loss_M = self.output_layer(
-            hidden_MX, self._head_weight(), inputs.targets, inputs.weights, inputs.row_loss
+            self._head_rows(hidden_NBX, inputs), self._head_weight(), inputs.targets, inputs.weights, inputs.row_loss
         )
         return total, loss_M
+
+    def head_logits(self, inputs: ModelInputs) -> Tensor:
+        """Return the logits of the head's rows, fp32 [M, padded vocabulary], of a model that is whole in a process."""
+        hidden_NBX = self._decode(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans)
+        return self._gathered(self.output_layer(self._head_rows(hidden_NBX, inputs), self._head_weight()))
+
+    def _head_rows(self, hidden_NBX: Tensor, inputs: ModelInputs) -> Tensor:
+        """Return the rows that the head sees, [M, X]."""
+        if self.config.sequence_parallel:
+            streams = inputs.num_noisy or inputs.num_streams
+            return gather_rows(hidden_NBX, streams, self.tp_group).flatten(0, 1)[inputs.head_rows]
+        hidden_MX = hidden_NBX.flatten(0, 1)[inputs.head_rows]
+        return copy_to_tensor_model_parallel_region(hidden_MX, group=self.tp_group)
 
     def embed(self, inputs: ModelInputs) -> tuple[Tensor, RowContext]:
         """Return what the first layer takes: embeddings [N, B, X] and what every layer needs to know of the rows."""

@@ -1,0 +1,135 @@
+"""`convert export --format gguf`: a folder with the file, a model card and a report, which appears whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bd3_scale.checkpoint.model import open_model
+from bd3_scale.convert.calibration import Calibration
+from bd3_scale.convert.check_export import expected_logits
+from bd3_scale.convert.export import check_undamaged
+from bd3_scale.convert.gguf import GgufPlan, Importance, check_tokenizer_ids, write_gguf
+from bd3_scale.convert.gguf_report import GgufReport, HeldOutText
+from bd3_scale.convert.gguf_types import uses_importance
+from bd3_scale.convert.quantize import check_data
+from bd3_scale.convert.serving import gguf_card
+from bd3_scale.generate.llama_file import open_llama_file
+from bd3_scale.generate.llama_model import LlamaModel
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.recipe.schema import DataRecipe
+from bd3_scale.resilience.files import check_writable, new_folder
+
+REPORT = "gguf_report.json"
+# Of the largest logit, by type, how far llama.cpp may be; coarser ones are measured and not checked.
+_TOLERANCES = {"f32": 1e-3, "f16": 2e-2, "bf16": 5e-2, "q8_0": 5e-2}
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """How a file is made and measured.
+
+    data: prepared data with a held-out split, None where neither of the others asks for it. calibration_sequences: of
+    the importance matrix; 0: none. sequences, draws: held-out sequences to measure on, and noise draws of each; 0: none.
+    """
+
+    data: DataRecipe | None
+    calibration_sequences: int
+    sequences: int
+    draws: int
+
+
+def run_gguf_export(
+    plan: GgufPlan, out: Path, options: GgufOptions, progress: Callable[[int, int], object] = lambda done, total: None
+) -> GgufReport:
+    """Write the folder `out`, read the file again, have llama.cpp compute with it, and measure what was lost.
+
+    Raises:
+        FileExistsError: `out` exists; OSError: it cannot be written; ValueError: llama.cpp computes something else, or
+        makes other ids of a text.
+    """
+    if options.data is not None:
+        check_data(plan.export, options.data)
+    check_undamaged(plan.export)
+    check_writable(out.parent, plan.num_bytes)
+    calibrates = options.calibration_sequences if uses_importance(plan.kind) else 0
+    objective = plan.export.manifest.trained_objective()
+    text = None
+    if options.sequences and options.data is not None:
+        text = HeldOutText(options.data, objective, options.sequences, options.draws)
+    with new_folder(out) as folder, open_model(plan.export.checkpoint, torch.float32) as (native, _, _):
+        done, total = 0, 100 + (text.steps if text else 0)
+
+        def advance(count: float) -> None:
+            nonlocal done
+            done += count
+            progress(int(done), total)
+
+        importance = None
+        if calibrates:
+            assert options.data is not None
+            importance = importance_matrix(native, Calibration(native, options.data, objective, calibrates))
+        path = folder / plan.name
+        write_gguf(plan, path, importance, lambda size: advance(100 * size / (2 * plan.num_bytes)))
+        report = GgufReport(
+            type=plan.kind,
+            architecture=plan.architecture,
+            bytes_before=plan.whole_bytes,
+            bytes_after=path.stat().st_size,
+            calibration_sequences=calibrates,
+            checked_texts=check_tokenizer_ids(plan, path),
+            evaluation_sequences=text.sequences if text else 0,
+            draws=options.draws if text else 0,
+        )
+        with open_llama_file(path) as file, closing(file.load()) as model:
+            check_logits(plan, native, model)
+            if text is not None:
+                before, after, change = text.nelbo(native, model, advance)
+                rates = text.rates(native, model, advance)
+                report = dataclasses.replace(report, before=before, after=after, change=change, rates=rates)
+        (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
+        card = gguf_card(plan.name, plan.kind, plan.export.manifest)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return report
+
+
+def importance_matrix(model: BlockDiffusionTransformer, calibration: Calibration) -> Importance:
+    """Return the sum of the squares of what each linear takes, on block diffusion inputs of all mask rates.
+
+    Those that llama.cpp's own tool collects, of text that is read left to right, hold no masked row.
+    """
+    found: dict[tuple[int, str], Tensor] = {}
+    for layer in range(model.recipe.num_layers):
+        found |= {(layer, name): total.squares for name, total in calibration.squares(layer).items()}
+        calibration.advance(layer)
+    return found
+
+
+def check_logits(plan: GgufPlan, native: BlockDiffusionTransformer, model: LlamaModel) -> None:
+    """ValueError: the logits of some clean blocks are not finite, or further from the model's than the type explains."""
+    manifest = plan.export.manifest
+    size, vocabulary = manifest.block_size, manifest.vocabulary
+    ids, logits = expected_logits(native, size, manifest.max_position_embeddings)
+    length = ids.shape[1] // size * size or ids.shape[1]
+    cache, found = model.new_cache(1, length), []
+    for block in ids[:, :length].numpy().reshape(-1, min(size, length)):
+        start = cache.lengths[0]
+        found.append(cache.write(block[None], [start], np.ones((1, len(block)), dtype=np.bool_)))
+        cache.commit([len(block)])
+    theirs = torch.from_numpy(np.concatenate(found))[:, : vocabulary.size]
+    ours = logits[0, :length]
+    kept = ours.isfinite()
+    error = float((theirs - ours)[kept].abs().max() / ours[kept].abs().max())
+    if not error <= _TOLERANCES.get(plan.kind, float("inf")):
+        raise ValueError(
+            f"llama.cpp's logits are off by {error:.1e} of the largest, more than {plan.kind} explains: is it the "
+            "release that is named in pyproject.toml, and is the checkpoint sound?"
+        )

@@ -1,0 +1,151 @@
+"""What a GGUF file costs: its size, and how far what llama.cpp computes with it is from the model in fp32.
+
+The bound of a weak model hardly moves under a coarse format: how often the most likely token stays, and the divergence
+of the distributions, tell more, at several shares of masked tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bd3_scale.attention.spans import make_spans
+from bd3_scale.convert.quantize import Measured
+from bd3_scale.data.batch import Batch
+from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.stream import held_out_batches
+from bd3_scale.diffusion.nelbo import estimate_nelbo
+from bd3_scale.diffusion.noise import draw_noise
+from bd3_scale.diffusion.schedule import Schedule
+from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
+from bd3_scale.generate.llama_model import LlamaModel
+from bd3_scale.model.rows import ModelInputs
+from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.objective import Objective
+from bd3_scale.objective.inputs import corrupt, masked_places
+from bd3_scale.parallel.groups import lone_groups
+from bd3_scale.recipe.schema import DataRecipe
+
+MASK_RATES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+RATE_SEQUENCES = 8  # of which the distributions are compared, at each rate
+ROWS = 256  # whose distributions are compared at once
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class AtRate:
+    """At one mask rate, of so many masked tokens: the mean divergence KL(fp32 ‖ file) in nats, and how often the most
+    likely token is the same.
+    """
+
+    mask_rate: float
+    tokens: int
+    divergence: float
+    same_token: float
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """What a file costs.
+
+    Attributes:
+        bytes_before, bytes_after: of the tensors in fp32, and in the file.
+        calibration_sequences: of the importance matrix; 0: there is none.
+        checked_texts: so many texts have training's ids in llama.cpp.
+        rates: see `AtRate`; empty where nothing was measured.
+        before, after: held-out NELBO of the model in fp32, and of the file; change: their difference on the same text
+            under the same masks.
+    """
+
+    type: str
+    architecture: str
+    bytes_before: int
+    bytes_after: int
+    calibration_sequences: int
+    checked_texts: int
+    evaluation_sequences: int
+    draws: int
+    rates: tuple[AtRate, ...] = ()
+    before: Measured | None = None
+    after: Measured | None = None
+    change: Measured | None = None
+
+
+class HeldOutText:
+    """Held-out sequences that a model and a file of it are measured on."""
+
+    def __init__(self, data: DataRecipe, objective: Objective, sequences: int, draws: int) -> None:
+        self._data, self._objective, self._draws = data, objective, draws
+        self._manifest = load_manifest(data.path, data.remote)
+        assert self._manifest.validation is not None, "see check_data"
+        self.sequences = min(sequences, self._manifest.validation.sequences)
+        self.rate_sequences = min(RATE_SEQUENCES, self.sequences)
+
+    @property
+    def steps(self) -> int:
+        """Return how often `progress` of the two measurements is told of a sequence."""
+        return 2 * self.sequences + len(MASK_RATES) * self.rate_sequences
+
+    def nelbo(
+        self, native: BlockDiffusionTransformer, file: LlamaModel, progress: Progress
+    ) -> tuple[Measured, Measured, Measured]:
+        """Return the NELBO of both, and its change."""
+        before, after = (self._held_out(model, progress) for model in (native, file))
+        assert before.sums is not None
+        assert after.sums is not None
+        assert before.tokens is not None
+        change = estimate_nelbo(after.sums - before.sums, before.tokens)
+        found = (Measured(e.nelbo, e.noise_standard_error, e.text_standard_error)
+                 for e in (before.nelbo, after.nelbo, change))  # fmt: skip
+        first, second, third = found
+        return first, second, third
+
+    def _held_out(self, model: torch.nn.Module, progress: Progress) -> HeldOut:
+        how = {"objective": self._objective, "draws": self._draws, "progress": progress}
+        batches = self._batches(16, self.sequences)
+        return evaluate_nelbo([model], batches, lone_groups(), **how)  # type: ignore[list-item, arg-type]
+
+    def rates(self, native: BlockDiffusionTransformer, file: LlamaModel, progress: Progress) -> tuple[AtRate, ...]:
+        """Return how far the file's distributions are from the model's, at each of `MASK_RATES`."""
+        return tuple(self._at(rate, native, file, progress) for rate in MASK_RATES)
+
+    def _at(self, rate: float, native: BlockDiffusionTransformer, file: LlamaModel, progress: Progress) -> AtRate:
+        tokens, divergence, same = 0, 0.0, 0
+        for batch in self._batches(1, self.rate_sequences):
+            inputs, counts = self._inputs(batch, rate)
+            expected = native.head_logits(inputs)[:, : file.vocabulary.size]
+            for rows, logits in file.head_logits(inputs):
+                kept = counts[rows]
+                ours, theirs = expected[rows[kept]], logits[kept, : file.vocabulary.size]
+                for own, other in zip(ours.split(ROWS), theirs.split(ROWS), strict=True):
+                    divergence += float(divergences(own, other).sum())
+                    same += int((own.argmax(-1) == other.argmax(-1)).sum())
+                    tokens += len(own)
+            progress(1)
+        return AtRate(rate, tokens, divergence / max(1, tokens), same / max(1, tokens))
+
+    def _inputs(self, batch: Batch, rate: float) -> tuple[ModelInputs, Tensor]:
+        """Return what both compute of a batch, of whose tokens so many are masked, and which rows of the head count."""
+        block_size, vocabulary = self._objective.block_size, self._objective.vocabulary
+        batch = self._objective.counting(batch)
+        spans = make_spans(batch.document_start, block_size)
+        how = {"seed": 0, "epoch": 0, "sample_ids": batch.ids, "shown": batch.shown}
+        noise = draw_noise(spans[1], schedule=Schedule(low=rate, high=rate), **how)
+        # What pads a document would tell of its end.
+        noise = type(noise)(noise.masked | batch.padding, noise.mask_rate, noise.weight)
+        inputs = corrupt(batch, [noise], block_size, mask_id=vocabulary.mask_id, device=torch.device("cpu"))
+        return inputs, batch.counted[masked_places(noise, (0, 1))]
+
+    def _batches(self, size: int, sequences: int) -> Iterator[Batch]:
+        yield from held_out_batches(
+            self._data, self._manifest, batch_size=size, dp_rank=0, dp_size=1, sequences=sequences
+        )
+
+
+def divergences(expected: Tensor, found: Tensor) -> Tensor:
+    """Return KL(p ‖ q) in nats of each row, float64 [M], of logits [M, V]; −∞ in both is nothing in both."""
+    p, q = (logits.double().log_softmax(-1) for logits in (expected, found))
+    return torch.where(p.isfinite(), p.exp() * (p - q), 0.0).sum(-1)
