@@ -47,7 +47,7 @@ RESERVED = {
 # What imports the package, and is tested in a folder of its name.
 PRODUCTS = {"tools", "reproduction"}
 # Used where a machine has them: triton comes with a CUDA torch, NVIDIA's apex is built from source.
-OPTIONAL = {"lm_eval", "pyarrow", "sklearn", "triton", "amp_C", "apex"}
+OPTIONAL = {"gguf", "lm_eval", "pyarrow", "sklearn", "triton", "amp_C", "apex"}
 STANDARD_LIBRARY_ALONE = {
     "registry.py",
     "lazy.py",

@@ -105,8 +105,8 @@ def export(
         Literal["sdar", "bd3", "gguf", "qwen3", "qwen2", "llama"] | None,
         typer.Option(
             "--format",
-            help="sdar runs in engines; bd3 is our own for transformers; gguf is a file for llama.cpp, which `generate` "
-            "runs on a CPU; the others are for next-token models.",
+            help="sdar runs in engines; bd3 is our own for transformers; gguf is a file for llama.cpp, through "
+            "which `generate` runs it on a CPU; the others are for next-token models.",
             show_default="the first that the model can become",
         ),
     ] = None,

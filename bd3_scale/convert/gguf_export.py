@@ -1,4 +1,4 @@
-"""`convert export --format gguf`: a folder with the file, a model card and a report, which appears whole or not at all."""
+"""`convert export --format gguf`: a folder with the file, a model card and a report; it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GgufOptions:
     """How a file is made and measured.
 
     data: prepared data with a held-out split, None where neither of the others asks for it. calibration_sequences: of
-    the importance matrix; 0: none. sequences, draws: held-out sequences to measure on, and noise draws of each; 0: none.
+    the importance matrix; 0: none. sequences, draws: held-out sequences to measure on, 0: none, and draws of each.
     """
 
     data: DataRecipe | None
@@ -114,7 +114,7 @@ def importance_matrix(model: BlockDiffusionTransformer, calibration: Calibration
 
 
 def check_logits(plan: GgufPlan, native: BlockDiffusionTransformer, model: LlamaModel) -> None:
-    """ValueError: the logits of some clean blocks are not finite, or further from the model's than the type explains."""
+    """ValueError: the logits of some clean blocks are not finite, or further off than the type explains."""
     manifest = plan.export.manifest
     size, vocabulary = manifest.block_size, manifest.vocabulary
     ids, logits = expected_logits(native, size, manifest.max_position_embeddings)

@@ -108,6 +108,7 @@ class HeldOutText:
         batches = self._batches(16, self.sequences)
         return evaluate_nelbo([model], batches, lone_groups(), **how)  # type: ignore[list-item, arg-type]
 
+    @torch.no_grad()
     def rates(self, native: BlockDiffusionTransformer, file: LlamaModel, progress: Progress) -> tuple[AtRate, ...]:
         """Return how far the file's distributions are from the model's, at each of `MASK_RATES`."""
         return tuple(self._at(rate, native, file, progress) for rate in MASK_RATES)

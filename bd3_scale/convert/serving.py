@@ -39,9 +39,7 @@ def _engines(kind: Format, vocabulary: Vocabulary) -> tuple[Engine, ...]:
         reason = "an autoregressive model like any other"
         return transformers, Engine("SGLang, vLLM", True, reason), Engine("LMDeploy, llama.cpp", True, reason)
     transformers = Engine("transformers", True, "4.5x and 5.x, with trust_remote_code")
-    llama_cpp = Engine(
-        "llama.cpp", False, "it reads GGUF files: `bd3-scale convert export --format gguf` writes one"
-    )
+    llama_cpp = Engine("llama.cpp", False, "it reads GGUF files: `bd3-scale convert export --format gguf` writes one")
     if kind == "bd3":
         reason = "they know SDARForCausalLM alone, which needs q/k norm, RMSNorm and SwiGLU"
         return transformers, Engine("SGLang, LMDeploy, JetEngine, Diffulex", False, reason), llama_cpp
@@ -124,8 +122,8 @@ tags: [block-diffusion, bd3_scale, gguf]
 ---
 # {manifest.name} in GGUF ({kind})
 
-A block diffusion language model (BD3-LM) with blocks of {manifest.block_size} tokens, for a CPU: blocks are written left
-to right, and inside a block masked diffusion fills tokens in parallel.
+A block diffusion language model (BD3-LM) with blocks of {manifest.block_size} tokens, for a CPU: blocks are written
+left to right, and inside a block masked diffusion fills tokens in parallel.
 
 ```
 pip install 'bd3_scale[gguf]'
@@ -134,8 +132,8 @@ bd3-scale generate {file} --prompt 'Once upon a time'
 
 **Programs for autoregressive models load this file, too, and write rubbish.** llama.cpp's own programs and what is
 built on them (`llama-cli`, `llama-server`, Ollama, LM Studio …) predict the next token with causal attention; this
-model fills masks, sees the whole of its block, and predicts each place at that place. The file says so in keys that they
-do not read: `attention.causal` and `diffusion.shift_logits` are false, and `diffusion.block_length` is
+model fills masks, sees the whole of its block, and predicts each place at that place. The file says so in keys that
+they do not read: `attention.causal` and `diffusion.shift_logits` are false, and `diffusion.block_length` is
 {manifest.block_size}.
 
 ## Training

@@ -40,7 +40,7 @@ class _Batch(Structure):
     )
 
 
-class _ModelParams(Structure):
+class ModelParams(Structure):
     _fields_ = (
         ("devices", c_void_p),
         ("tensor_buft_overrides", c_void_p),
@@ -62,7 +62,7 @@ class _ModelParams(Structure):
     )
 
 
-class _ContextParams(Structure):
+class ContextParams(Structure):
     _fields_ = (
         ("n_ctx", c_uint32),
         ("n_batch", c_uint32),
@@ -106,12 +106,12 @@ class _ContextParams(Structure):
 
 
 # What the release's defaults are: a field that has moved would hold something else.
-_DEFAULTS: dict[type[Structure], dict[str, Any]] = {
-    _ModelParams: {
+DEFAULTS: dict[type[Structure], dict[str, Any]] = {
+    ModelParams: {
         "devices": None, "n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0,
         "kv_overrides": None, "vocab_only": False, "check_tensors": False, "use_extra_bufts": True, "no_host": False,
     },
-    _ContextParams: {
+    ContextParams: {
         "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_outputs_max": 0, "n_outputs_max_per_seq": 1,
         "pooling_type": -1, "attention_type": -1, "flash_attn_type": -1, "yarn_ext_factor": -1.0, "yarn_orig_ctx": 0,
         "defrag_thold": -1.0, "cb_eval": None, "type_k": F16, "type_v": F16, "embeddings": False, "offload_kqv": True,
@@ -125,15 +125,15 @@ _P, _I, _B = c_void_p, c_int32, c_bool
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_log_set": (None, [_Log, _P]),
-    "llama_model_default_params": (_ModelParams, []),
-    "llama_context_default_params": (_ContextParams, []),
-    "llama_model_load_from_file": (_P, [c_char_p, _ModelParams]),
+    "llama_model_default_params": (ModelParams, []),
+    "llama_context_default_params": (ContextParams, []),
+    "llama_model_load_from_file": (_P, [c_char_p, ModelParams]),
     "llama_model_free": (None, [_P]),
     "llama_model_meta_val_str": (_I, [_P, c_char_p, c_char_p, c_size_t]),
     "llama_model_get_vocab": (_P, [_P]),
     "llama_vocab_n_tokens": (_I, [_P]),
     "llama_tokenize": (_I, [_P, c_char_p, _I, POINTER(_I), _I, _B, _B]),
-    "llama_init_from_model": (_P, [_P, _ContextParams]),
+    "llama_init_from_model": (_P, [_P, ContextParams]),
     "llama_free": (None, [_P]),
     "llama_set_causal_attn": (None, [_P, _B]),
     "llama_batch_init": (_Batch, [_I, _I, _I]),
@@ -185,8 +185,8 @@ def library() -> Any:
         raise ValueError(f"{PACKAGE} {found} is installed, and its structures may be others: {way_out}")
     (path,) = Path(spec.origin).parent.glob(f"{PACKAGE}*.so")
     loaded = _Library(path)
-    for kind, defaults in _DEFAULTS.items():
-        name = "llama_model_default_params" if kind is _ModelParams else "llama_context_default_params"
+    for kind, defaults in DEFAULTS.items():
+        name = "llama_model_default_params" if kind is ModelParams else "llama_context_default_params"
         given = getattr(loaded, name)()
         wrong = {field: getattr(given, field) for field in defaults if getattr(given, field) != defaults[field]}
         if wrong:

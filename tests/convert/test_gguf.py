@@ -1,0 +1,362 @@
+"""GGUF files: what llama.cpp computes with them, which types and tokenisers they have, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from contextlib import closing
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, pre_tokenizers
+
+from bd3_scale.checkpoint.model import open_model
+from bd3_scale.convert.gguf import GgufPlan, check_tokenizer_ids, plan_gguf, write_gguf
+from bd3_scale.convert.gguf_export import GgufOptions, run_gguf_export
+from bd3_scale.convert.gguf_layout import choose_architecture
+from bd3_scale.convert.gguf_report import divergences
+from bd3_scale.convert.gguf_tokenizer import sample_texts, tokenizer_keys
+from bd3_scale.convert.gguf_types import FILE_TYPES, TYPES, encoded, tensor_type
+from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_scale.data.tokenizer_folder import write_tokenizer
+from bd3_scale.generate import llama_cpp
+from bd3_scale.generate.llama_file import open_llama_file
+from bd3_scale.recipe.schema import DataRecipe, ModelRecipe
+from tests.convert.models import BYTES, LLAMA_SHAPE, OFFICIAL_SHAPE, QWEN_SHAPE, TIED, native_checkpoint
+from tests.data.tokenisers import KINDS, byte_level, write_backend
+from tests.data.tokenisers import write_tokenizer as write_kind
+
+PLAIN = {"qk_norm": False}
+SHAPES = {
+    "qwen3": QWEN_SHAPE,
+    "qwen3, tied": TIED,
+    "qwen2": QWEN_SHAPE.model_copy(update=PLAIN | {"attention_bias": True, "head_bias": True}),
+    "llama": LLAMA_SHAPE,
+    "llama, biases": QWEN_SHAPE.model_copy(update=PLAIN | {"mlp_bias": True}),
+    "starcoder2": OFFICIAL_SHAPE.model_copy(update={"head_bias": False}),
+    "starcoder2, no biases": OFFICIAL_SHAPE.model_copy(
+        update={"head_bias": False, "norm_bias": False, "mlp_bias": False, "attention_bias": False}
+    ),
+}
+NOTHING = GgufOptions(None, 0, 0, 1)
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("gguf")
+    return {
+        name: native_checkpoint(folder / str(number) / "native", shape, BYTES)
+        for number, (name, shape) in enumerate(SHAPES.items())
+    }
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_llama_cpp_computes_the_model(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_gguf(checkpoints[name], "f32", importance=False)
+    assert plan.architecture == name.split(",")[0]
+    report = run_gguf_export(plan, tmp_path / "out", NOTHING)
+    assert (report.checked_texts, report.bytes_before) == (3000, plan.num_bytes)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {plan.name, "README.md", "gguf_report.json"}
+    with (
+        open_model(checkpoints[name]) as (native, _, _),
+        open_llama_file(tmp_path / "out" / plan.name) as file,
+        closing(file.load()) as model,
+    ):
+        ids = torch.randint(0, 256, (1, 8), generator=torch.Generator().manual_seed(1))
+        caches = native.new_cache(1, 8), model.new_cache(1, 8)
+        for start in (0, 4):
+            block, positions = ids[:, start : start + 4], torch.arange(start, start + 4)[None]
+            mine, theirs = (
+                m.decode(block, positions, cache).reshape(4, -1)[:, :258]
+                for m, cache in zip((native, model), caches, strict=True)
+            )
+            # GELU is a table of half precision there.
+            tolerance = 5e-3 if plan.architecture == "starcoder2" else 2e-5
+            assert torch.equal(mine.isfinite(), theirs.isfinite())
+            torch.testing.assert_close(theirs, mine, rtol=0, atol=tolerance)
+            for m, cache in zip((native, model), caches, strict=True):
+                m.prefill(block, positions, None, cache)
+
+
+def test_a_file_says_what_it_is(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "m.bd3.gguf"
+    write_gguf(plan_gguf(checkpoints["qwen3"], "bf16", importance=False), path)
+    reader = gguf.GGUFReader(path)
+    said = {name: field.contents() for name, field in reader.fields.items()}
+    assert said["general.architecture"] == "qwen3"
+    assert said["qwen3.attention.causal"] is False
+    assert said["diffusion.shift_logits"] is False
+    assert said["diffusion.block_length"] == 4
+    assert said["tokenizer.ggml.mask_token_id"] == 257
+    assert said["tokenizer.ggml.eos_token_id"] == said["tokenizer.ggml.padding_token_id"] == 256
+    assert said["tokenizer.ggml.add_bos_token"] is False
+    assert "tokenizer.ggml.bos_token_id" not in said
+    assert "tokenizer.chat_template" not in said
+    assert said["general.file_type"] == 32
+    assert json.loads(said["bd3_scale.manifest"])["name"] == "native"
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert {types[name] for name in types if "norm" in name} == {"F32"}
+    assert types["output.weight"] == types["blk.1.ffn_down.weight"] == "BF16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope_scaling": LLAMA_SHAPE.rope_scaling}, "qwen3: its rotary frequencies are scaled as Llama 3's"),
+        ({"activation": "gelu"}, "starcoder2: it has q/k norm"),
+        (PLAIN | {"head_bias": True}, "qwen2: its query/key/value projection has no bias"),
+        (PLAIN | {"attention_bias": True, "head_dim": 8}, "qwen2: its heads of 8 channels do not make up"),
+    ],
+)
+def test_what_no_graph_computes_is_refused(changes: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=r"llama\.cpp has no graph that computes this model") as raised:
+        choose_architecture(QWEN_SHAPE.model_copy(update=changes))
+    assert reason in str(raised.value)
+    assert "--format bd3" in str(raised.value)
+
+
+def test_other_activations_than_the_table_s_are_refused() -> None:
+    shape = OFFICIAL_SHAPE.model_copy(update={"head_bias": False, "activation": "gelu"})
+    with pytest.raises(ValueError, match="starcoder2: its activation is not gelu_tanh"):
+        choose_architecture(shape)
+    with pytest.raises(ValueError, match="starcoder2: its head has a bias"):
+        choose_architecture(OFFICIAL_SHAPE)
+
+
+def test_next_token_models_are_left_to_llama_cpp_s_own_converter(tmp_path: Path) -> None:
+    checkpoint = native_checkpoint(tmp_path / "native", QWEN_SHAPE, BYTES, block_size=1, objective="next_token")
+    with pytest.raises(ValueError, match="cannot become Bd3ForCausalLM"):
+        plan_gguf(checkpoint, "f32", importance=False)
+
+
+# --- types
+
+
+# The types that `llama_model_quantize` of the pinned release gave the tensors of a file of this shape, by layer or one
+# for all; its bytes were those of our files, with an importance matrix and without.
+WIDE = ModelRecipe(
+    num_layers=16, hidden_size=256, num_attention_heads=8, num_query_groups=4, head_dim=32, ffn_hidden_size=512
+)
+
+
+def sensitive(other: str) -> list[str]:
+    return ["Q6_K" if layer in (0, 1, 4, 7, 10, 13, 14, 15) else other for layer in range(16)]
+
+
+MIXTURES = {
+    "q8_0": {},
+    "q6_k": {},
+    "q5_k_m": {
+        name: ["Q6_K" if layer in SENSITIVE else "Q5_K" for layer in range(16)] for name in ("attn_v", "ffn_down")
+    },
+    "q4_k_m": {
+        name: ["Q6_K" if layer in SENSITIVE else "Q4_K" for layer in range(16)] for name in ("attn_v", "ffn_down")
+    },
+    "q4_0": {},
+    "q4_0 with importance": {"ffn_down": ["Q4_1"] * 2 + ["Q4_0"] * 14},
+    "q3_k_m": {
+        "attn_v": ["Q5_K"] * 2 + ["Q4_K"] * 14,
+        "attn_output": ["Q4_K"] * 16,
+        "ffn_down": ["Q5_K"] + ["Q4_K"] * 15,
+    },
+    "q2_k": {name: ["Q3_K"] * 16 for name in ("attn_v", "attn_output", "ffn_down")},
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_mixture_is_llama_cpp_s(mixture: str) -> None:
+    kind, _, importance = mixture.partition(" with ")
+
+    def chosen(name: str, columns: int = 256, layer: int | None = None, model: ModelRecipe = WIDE) -> str:
+        return tensor_type(name, (64, columns), layer, kind, model, importance=bool(importance))
+
+    default = FILE_TYPES[kind][1]
+    assert chosen("token_embd.weight") == default
+    assert chosen("output.weight") == ("Q8_0" if kind == "q8_0" else "Q6_K")
+    for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        found = [chosen(f"blk.{layer}.{part}.weight", 256, layer) for layer in range(16)]
+        assert found == MIXTURES[mixture].get(part, [default] * 16), part
+    assert tensor_type("blk.0.attn_norm.weight", (256,), 0, kind, WIDE, importance=False) == "F32"
+    smaller = {"q8_0": "Q8_0", "q6_k": "Q8_0", "q5_k_m": "Q5_1", "q4_k_m": "Q5_0"}.get(kind, "Q4_0")
+    assert chosen("blk.3.ffn_up.weight", 288, 3) == smaller
+    assert chosen("blk.3.ffn_up.weight", 100, 3) == "F16"
+    shared = WIDE.model_copy(update={"num_query_groups": 2})
+    assert chosen("blk.3.attn_v.weight", 256, 3, shared) == (
+        "Q4_K" if kind == "q2_k" else chosen("blk.3.attn_v.weight", 256, 3)
+    )
+
+
+@pytest.mark.parametrize("kind", FILE_TYPES)
+def test_values_come_back_from_every_type(kind: str) -> None:
+    """What `gguf`, which is not what quantised them, reads is near the values, the nearer the more bits."""
+    errors = {"F32": 0.0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 1e-2, "Q6_K": 4e-2, "Q5_K": 8e-2, "Q4_K": 0.16,
+              "Q4_0": 0.2, "Q3_K": 0.35, "Q2_K": 0.9}  # fmt: skip
+    values = torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
+    name = FILE_TYPES[kind][1]
+    form = gguf.GGMLQuantizationType(TYPES[name].number)
+    assert (form.name, gguf.GGML_QUANT_SIZES[form]) == (name, (TYPES[name].block, TYPES[name].bytes))
+    data = encoded(values, name, None)
+    assert data.nbytes == TYPES[name].size((6, 512))
+    found = gguf.quants.dequantize(data.view(np.float16) if name == "F16" else data.view(np.uint8)
+                                   if name == "BF16" else data, form)  # fmt: skip
+    error = np.abs(found.reshape(6, 512) - values.numpy()).max() / values.abs().max().item()
+    assert error <= errors[name]
+    assert error > 0 or name == "F32"
+
+
+def test_an_importance_matrix_saves_what_matters() -> None:
+    values = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    importance = torch.ones(256)
+    importance[::16] = 1000.0
+    form = gguf.GGMLQuantizationType.Q2_K
+
+    def error(weights: torch.Tensor | None) -> float:
+        found = torch.from_numpy(gguf.quants.dequantize(encoded(values, "Q2_K", weights), form))
+        return float(((found - values).square() * importance).sum())
+
+    assert error(importance) < 0.5 * error(None)
+
+
+def test_what_a_type_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        encoded(torch.tensor([[float("nan")]]), "F32", None)
+    with pytest.raises(ValueError, match=r"70000 is more than F16 holds: take --type bf16"):
+        encoded(torch.tensor([[70000.0]]), "F16", None)
+
+
+# --- tokenisers
+
+
+def keys_of(tokenizer: Tokenizer, source: Path, folder: Path):
+    folder.mkdir()
+    write_tokenizer(tokenizer, source, folder)
+    return tokenizer_keys(tokenizer, folder, tokenizer.vocabulary.size + 3)
+
+
+def qwen_like():
+    backend = byte_level(400)
+    split = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    return backend
+
+
+@pytest.mark.parametrize("name", ["byte-level", "chat", "begins", "own mask", "llama-2", "qwen2"])
+def test_llama_cpp_makes_the_same_ids(
+    name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "qwen2":
+        source = write_backend(tmp_path / "source", qwen_like(), {"eos_token": "<|endoftext|>"})
+    else:
+        source = write_kind(tmp_path / "source", KINDS[name])
+    tokenizer = load_tokenizer(source)
+    keys = keys_of(tokenizer, source, tmp_path / "folder")
+    # The vocabulary alone is asked: the tensors may be of another model.
+    plan = plan_gguf(checkpoints["qwen3"], "f32", importance=False)
+    plan = GgufPlan(plan.export, plan.kind, plan.architecture, plan.tensors, plan.types, tokenizer, keys)
+    write_gguf(plan, tmp_path / "m.bd3.gguf")
+    assert check_tokenizer_ids(plan, tmp_path / "m.bd3.gguf") == 3000
+    flags = keys.flags
+    assert flags["tokenizer.ggml.add_bos_token"] == (name in ("begins", "llama-2"))
+    # A wrong name of the expression, or other scores, are found out.
+    if keys.merges is not None:
+        wrong = {**keys.strings, "tokenizer.ggml.pre": "llama-bpe" if name != "qwen2" else "gpt-2"}
+        bad = type(keys)(**{**vars(keys), "strings": wrong})
+    else:
+        bad = type(keys)(**{**vars(keys), "scores": [-score for score in keys.scores]})
+    plan = GgufPlan(plan.export, plan.kind, plan.architecture, plan.tensors, plan.types, tokenizer, bad)
+    write_gguf(plan, tmp_path / "bad.bd3.gguf")
+    with pytest.raises(ValueError, match=r"llama\.cpp has no tokeniser like this model's: of "):
+        check_tokenizer_ids(plan, tmp_path / "bad.bd3.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("prefixed", "puts a space before every text"),
+        ("metaspace-always", "no byte-level BPE"),
+        ("unigram", "of the kind Unigram"),
+        ("word-pieces", "of the kind WordPiece"),
+    ],
+)
+def test_other_tokenisers_are_refused(name: str, reason: str, tmp_path: Path) -> None:
+    source = write_kind(tmp_path / "source", KINDS[name])
+    with pytest.raises(ValueError, match=reason):
+        keys_of(load_tokenizer(source), source, tmp_path / "folder")
+
+
+def test_a_chat_template_goes_with_the_model(tmp_path: Path) -> None:
+    source = write_kind(tmp_path / "source", KINDS["chat"])
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    keys = keys_of(load_tokenizer(source), source, tmp_path / "folder")
+    assert keys.strings["tokenizer.chat_template"] == "{{ messages }}"
+    assert sum(token in ("<|im_start|>", "<think>") and kind == 3
+               for token, kind in zip(keys.tokens, keys.types, strict=True)) == 2  # fmt: skip
+
+
+def test_texts_are_of_many_kinds_and_always_the_same() -> None:
+    texts = list(sample_texts(500))
+    assert texts == list(sample_texts(500))
+    everything = "".join(texts)
+    assert all(
+        re.search(pattern, everything)
+        for pattern in ("[А-я]", "[一-龥]", "\r\n", "'LL", "  ", "[\U0001f300-\U0001f600]")
+    )
+
+
+# --- the whole
+
+
+def test_a_file_that_computes_something_else_is_not_kept(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_gguf(checkpoints["llama, biases"], "f32", importance=False)
+    # As the other graphs have query and key, with halves in place of neighbours.
+    wrong = GgufPlan(plan.export, plan.kind, "llama", tuple(
+        type(t)(t.name, t.shape, t.layer, t.source, lambda reader, t=t: plan.export.read(reader, t.source))
+        for t in plan.tensors), plan.types, plan.tokenizer, plan.tokenizer_keys)  # fmt: skip
+    with pytest.raises(ValueError, match=r"llama\.cpp's logits are off by .* more than f32 explains"):
+        run_gguf_export(wrong, tmp_path / "out", NOTHING)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_measures_the_file(topics: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    data = DataRecipe(path=str(topics), seq_len=64)
+    told = []
+    reports = {}
+    for kind in ("f32", "q4_k_m"):
+        plan = plan_gguf(checkpoints["qwen3"], kind, importance=True)
+        options = GgufOptions(data, 4, sequences=4, draws=2)
+        reports[kind] = run_gguf_export(plan, tmp_path / kind, options, lambda done, total: told.append((done, total)))
+    exact, coarse = reports["f32"], reports["q4_k_m"]
+    assert told[-1][0] == told[-1][1]
+    assert json.loads((tmp_path / "q4_k_m" / "gguf_report.json").read_text())["rates"][0]["mask_rate"] == 0.1
+    assert (exact.calibration_sequences, coarse.calibration_sequences) == (0, 4)
+    assert coarse.bytes_after < 0.6 * exact.bytes_after
+    assert exact.before == coarse.before
+    assert exact.after.nelbo == pytest.approx(exact.before.nelbo, abs=1e-6)
+    assert abs(coarse.change.nelbo - (coarse.after.nelbo - coarse.before.nelbo)) < 1e-9
+    assert [at.mask_rate for at in coarse.rates] == [0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
+    for fine, rough in zip(exact.rates, coarse.rates, strict=True):
+        assert fine.tokens == rough.tokens
+        assert fine.divergence < 1e-9 < 1e-4 < rough.divergence
+        assert fine.same_token == 1.0 >= rough.same_token
+    assert exact.rates[0].tokens < 0.2 * exact.rates[-1].tokens
+
+
+def test_divergence_is_that_of_the_distributions() -> None:
+    p, q = torch.tensor([0.5, 0.25, 0.25, 0.0]), torch.tensor([0.25, 0.25, 0.5, 0.0])
+    expected = torch.nn.functional.kl_div(q[:3].log(), p[:3], reduction="sum").double()
+    found = divergences(p.log()[None], q.log()[None] + 3.0)
+    torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0)
+
+
+def test_the_release_is_the_one_that_the_project_pins() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert f"{llama_cpp.PACKAGE}=={llama_cpp.RELEASE}" in project["optional-dependencies"]["gguf"]
