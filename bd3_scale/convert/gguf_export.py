@@ -66,7 +66,7 @@ def run_gguf_export(
     if options.sequences and options.data is not None:
         text = HeldOutText(options.data, objective, options.sequences, options.draws)
     with new_folder(out) as folder, open_model(plan.export.checkpoint, torch.float32) as (native, _, _):
-        done, total = 0, 100 + (text.steps if text else 0)
+        done, total = 0.0, 100 + (text.steps if text else 0)
 
         def advance(count: float) -> None:
             nonlocal done

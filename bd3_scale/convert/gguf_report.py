@@ -30,7 +30,7 @@ from bd3_scale.parallel.groups import lone_groups
 from bd3_scale.recipe.schema import DataRecipe
 
 MASK_RATES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-RATE_SEQUENCES = 8  # of which the distributions are compared, at each rate
+RATE_SEQUENCES = 16  # of which the distributions are compared, at each rate
 ROWS = 256  # whose distributions are compared at once
 Progress = Callable[[int], object]
 
@@ -133,8 +133,8 @@ class HeldOutText:
         block_size, vocabulary = self._objective.block_size, self._objective.vocabulary
         batch = self._objective.counting(batch)
         spans = make_spans(batch.document_start, block_size)
-        how = {"seed": 0, "epoch": 0, "sample_ids": batch.ids, "shown": batch.shown}
-        noise = draw_noise(spans[1], schedule=Schedule(low=rate, high=rate), **how)
+        schedule = Schedule(low=rate, high=rate)
+        noise = draw_noise(spans[1], seed=0, epoch=0, sample_ids=batch.ids, schedule=schedule, shown=batch.shown)
         # What pads a document would tell of its end.
         noise = type(noise)(noise.masked | batch.padding, noise.mask_rate, noise.weight)
         inputs = corrupt(batch, [noise], block_size, mask_id=vocabulary.mask_id, device=torch.device("cpu"))

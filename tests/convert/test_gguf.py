@@ -153,12 +153,8 @@ def sensitive(other: str) -> list[str]:
 MIXTURES = {
     "q8_0": {},
     "q6_k": {},
-    "q5_k_m": {
-        name: ["Q6_K" if layer in SENSITIVE else "Q5_K" for layer in range(16)] for name in ("attn_v", "ffn_down")
-    },
-    "q4_k_m": {
-        name: ["Q6_K" if layer in SENSITIVE else "Q4_K" for layer in range(16)] for name in ("attn_v", "ffn_down")
-    },
+    "q5_k_m": dict.fromkeys(("attn_v", "ffn_down"), sensitive("Q5_K")),
+    "q4_k_m": dict.fromkeys(("attn_v", "ffn_down"), sensitive("Q4_K")),
     "q4_0": {},
     "q4_0 with importance": {"ffn_down": ["Q4_1"] * 2 + ["Q4_0"] * 14},
     "q3_k_m": {
