@@ -23,10 +23,10 @@ from bd3_scale.convert.gguf_types import FILE_TYPES, TYPES, FileType, encoded, i
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.generate import llama_cpp
-from bd3_scale.generate.llama_file import MANIFEST, MIN_ENTROPY, STOP_IDS, SUFFIX
+from bd3_scale.generate.llama_file import MANIFEST, MIN_ENTROPY, STOP_IDS, SUFFIX, seal
 from bd3_scale.generate.text import checkpoint_tokenizer, default_min_entropy, stop_ids
 from bd3_scale.resilience.leftovers import temporary_folder
-from bd3_scale.resilience.readers import read_regular, reader
+from bd3_scale.resilience.readers import read_regular
 
 # Which linear of ours takes what each tensor of a layer is multiplied with.
 _LINEAR_OF = {
@@ -69,7 +69,6 @@ class GgufPlan:
         return sum(TYPES["F32"].size(t.shape) for t in self.tensors)
 
 
-@reader("a checkpoint", path="checkpoint")
 def plan_gguf(checkpoint: Path, kind: FileType, *, importance: bool) -> GgufPlan:
     """Check a checkpoint and decide what a file of it holds.
 
@@ -117,11 +116,13 @@ def write_gguf(
             writer.write_tensor_data(data)
             progress(data.nbytes)
     writer.close()
-    for written in gguf.GGUFReader(path).tensors:
+    back = gguf.GGUFReader(path)
+    for written in back.tensors:
         if hashes.pop(written.name) != xxhash.xxh3_128_hexdigest(written.data.tobytes()):
             raise ValueError(f"{written.name} was not written as it was read: is the disk sound?")
         progress(written.data.nbytes)
     assert not hashes
+    seal(path, back.data_offset)
 
 
 def _importance_of(tensor: GgufTensor, importance: Importance | None) -> Tensor | None:

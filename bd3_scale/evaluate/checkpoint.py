@@ -151,7 +151,7 @@ def evaluate_checkpoint(
         source = stack.enter_context(open_source(checkpoint))
         manifest = source.manifest
         sizes = _objectives(manifest, block_sizes, intervals=intervals)
-        model, groups = stack.enter_context(source.open())
+        model, groups = stack.enter_context(source.load())
         if texts:
             asked = [size.block_size for size in sizes]
             measured = _prepared(manifest, source.tokenizer(), texts, asked, groups, stack)

@@ -7,12 +7,15 @@ text and the entropy below which one is taken for stuck, so that it is decoded a
 from __future__ import annotations
 
 import json
+import os
+import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from bd3_scale.checkpoint.formats import up_to_date
 from bd3_scale.checkpoint.manifest import CheckpointManifest
@@ -21,7 +24,7 @@ from bd3_scale.data.tokenizer import TOKENIZER_FILES
 from bd3_scale.generate import llama_cpp
 from bd3_scale.generate.llama_model import LlamaModel
 from bd3_scale.resilience.leftovers import temporary_folder
-from bd3_scale.resilience.readers import open_regular, reader
+from bd3_scale.resilience.readers import LIMIT_BYTES, open_regular, reader
 
 SUFFIX = ".bd3.gguf"
 ENDING = ".gguf"
@@ -34,6 +37,8 @@ TOKENIZER_JSON = "tokenizer.huggingface.json"
 TOKENIZER_CONFIG = "bd3_scale.tokenizer_config"
 TEMPLATE = "tokenizer.chat_template"
 FILE_TYPE = "general.file_type"
+# Behind the last tensor: a mark, the bytes before the first one, and their XXH3-128.
+_SEAL, _SEAL_MAGIC = struct.Struct("<8sQ16s"), b"bd3gguf1"
 _EXACT = "0"  # float32, whose cache is in float32, too
 
 
@@ -63,22 +68,41 @@ class LlamaFile:
 def open_llama_file(path: Path) -> Iterator[LlamaFile]:
     """Open a file that `convert export --format gguf` wrote.
 
-    ValueError: it is another one, or llama.cpp cannot open it.
+    ValueError: it is another one or damaged, or llama.cpp cannot open it.
     """
-    with ExitStack() as stack:
-        folder = stack.enter_context(temporary_folder("gguf"))
-        opened = stack.enter_context(closing(_open(path)))
-        yield _described(path, opened, folder / "tokenizer")
+    with temporary_folder("gguf") as folder:
+        opened = _open(path)
+        with closing(opened):
+            yield _described(path, opened, folder / "tokenizer")
 
 
+@reader("a GGUF file")
 def _open(path: Path) -> llama_cpp.Model:
+    """Have llama.cpp open a file whose header is what was written: of another it may end the process."""
     with open_regular(path) as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is no GGUF file: give one that `convert export --format gguf` wrote")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _SEAL.size))
+        end = file.read()
+        magic, length, digest = _SEAL.unpack(end) if len(end) == _SEAL.size else (b"", 0, b"")
+        if magic != _SEAL_MAGIC:
+            raise ValueError(
+                f"{path} is no file of `bd3-scale convert export --format gguf`, or is not whole: give one, or write "
+                "it again"
+            )
+        file.seek(0)
+        if length > LIMIT_BYTES or xxhash.xxh3_128_digest(file.read(length)) != digest:
+            raise ValueError(f"{path} is damaged: its header is not what was written; export the model again")
     return llama_cpp.Model(path)
 
 
-@reader("a GGUF file of bd3_scale", path="path")
+def seal(path: Path, header_bytes: int) -> None:
+    """Put the hash of a file's header behind its last tensor, where llama.cpp does not look."""
+    with path.open("rb+") as file:
+        digest = xxhash.xxh3_128_digest(file.read(header_bytes))
+        file.seek(0, os.SEEK_END)
+        file.write(_SEAL.pack(_SEAL_MAGIC, header_bytes, digest))
+
+
 def _described(path: Path, opened: llama_cpp.Model, tokenizer: Path) -> LlamaFile:
     tokenizer.mkdir()
     for name, key in zip(TOKENIZER_FILES, (TOKENIZER_JSON, TOKENIZER_CONFIG), strict=True):
@@ -102,8 +126,5 @@ def _described(path: Path, opened: llama_cpp.Model, tokenizer: Path) -> LlamaFil
 def _value(path: Path, opened: llama_cpp.Model, key: str) -> str:
     found = opened.metadata(key)
     if found is None:
-        raise ValueError(
-            f"{path} has no key {key}: it is a GGUF file of other software; give one that "
-            "`bd3-scale convert export --format gguf` wrote"
-        )
+        raise ValueError(f"{path} has no key {key}, which this version reads: export the model again")
     return found

@@ -25,14 +25,14 @@ Opened = tuple[BlockDiffusionTransformer, ProcessGroups]
 
 @dataclass(frozen=True)
 class Source:
-    """A trained model. tokenizer_folder: of its tokeniser, and perhaps a chat template; open: loads the model."""
+    """A trained model. tokenizer_folder: of its tokeniser, and perhaps a chat template; load: opens the model."""
 
     path: Path
     manifest: CheckpointManifest
     tokenizer_folder: Path
     stop_ids: tuple[int, ...]
     least_entropy: Callable[[], float]
-    open: Callable[[], AbstractContextManager[Opened]]
+    load: Callable[[], AbstractContextManager[Opened]]
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokeniser, which begins texts as those of the training began. ValueError: there is none."""
@@ -80,12 +80,14 @@ def checkpoint_source(checkpoint: Path, manifest: CheckpointManifest) -> Source:
     """Return a checkpoint's source."""
 
     @contextmanager
-    def load() -> Iterator[Opened]:
+    def loaded() -> Iterator[Opened]:
         with open_model(checkpoint) as (model, _, groups):
             yield model, groups
 
     ids = stop_ids(checkpoint, manifest)
-    return Source(checkpoint, manifest, checkpoint / TOKENIZER, ids, cache(lambda: default_min_entropy(manifest)), load)
+    return Source(
+        checkpoint, manifest, checkpoint / TOKENIZER, ids, cache(lambda: default_min_entropy(manifest)), loaded
+    )
 
 
 @contextmanager
@@ -105,5 +107,5 @@ def open_writer(path: Path) -> Iterator[Writer]:
     with open_source(path) as source:
         tokenizer = source.tokenizer()
         check_fills_masks(path, source.manifest)
-        with source.open() as (model, _):
+        with source.load() as (model, _):
             yield source.writer(model, tokenizer)

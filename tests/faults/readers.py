@@ -18,6 +18,7 @@ from bd3_scale.checkpoint.source_ids import source_ids
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.architectures import config_json
 from bd3_scale.convert.export import plan_export, rows_of_source
+from bd3_scale.convert.gguf import plan_gguf, write_gguf
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.convert.inspect import inspect
 from bd3_scale.convert.names import named_tensors
@@ -33,6 +34,7 @@ from bd3_scale.data.stored import StoredData, read_sequences
 from bd3_scale.data.tasks import read_plan, read_result
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.evaluate.generative import Judge
+from bd3_scale.generate.llama_file import open_llama_file
 from bd3_scale.launch.profile import Profile, load_profile
 from bd3_scale.launch.status import read_status
 from bd3_scale.observe.metrics import read_metrics
@@ -109,6 +111,31 @@ def an_import(folder: Path) -> None:
     source.mkdir()
     a_model(source)
     run_import(plan_import(source), folder / "checkpoint")
+
+
+def a_gguf(folder: Path) -> None:
+    """A file for llama.cpp of a block diffusion model."""
+    model, source = MODEL.model_copy(update={"qk_norm": True}), folder / "source"
+    source.mkdir()
+    tensors = {
+        tensor.name: torch.zeros(tensor.shape)
+        for tensor in named_tensors(model, vocab_rows=258, padded_rows=384, tied=False)
+    }
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    ids = {"eos_token_id": 256, "bos_token_id": None, "pad_token_id": 256}
+    config = config_json(
+        "sdar", model, block_size=4, vocab_rows=258, special_ids=ids, mask_id=257, max_position_embeddings=64,
+        dtype="float32",
+    )  # fmt: skip
+    (source / "config.json").write_text(json.dumps(config))
+    load_tokenizer("bytes").save(source)
+    run_import(plan_import(source), folder / "checkpoint")
+    write_gguf(plan_gguf(folder / "checkpoint", "f32", importance=False), folder / "m.bd3.gguf")
+
+
+def _manifest(path: Path) -> object:
+    with open_llama_file(path) as file:
+        return file.manifest
 
 
 def a_dit(folder: Path) -> None:
@@ -273,6 +300,7 @@ CASES = {
         an_import, lambda folder: rows_of_source(folder / "checkpoint"), ("checkpoint/imported/mask_rows.safetensors",)
     ),
     "evaluate.generative._open_judge": Case(a_model, Judge, _WEIGHTS + _TOKENIZER, examples=4),
+    "generate.llama_file._open": Case(a_gguf, lambda folder: _manifest(folder / "m.bd3.gguf"), ("m.bd3.gguf",)),
     "plan.hardware.load_hardware": Case(a_gpu, lambda folder: load_hardware(str(folder / "gpu.yaml")), ("gpu.yaml",)),
     "plan.calibrate.read_results": Case(
         a_measurement, lambda folder: read_results([folder / "step.json"], load_hardware("h100")), ("step.json",)
@@ -320,6 +348,7 @@ OPENERS = {
         *("convert.check_export.problems", "convert.check_export.main", "convert.remote_code_files.remote_code"),
         *("data.shard_files._shared", "data.shard_files.ShardFiles._locked", "data.shard_files._lock_cache"),
         *("data.index.ShardTable.load", "data.node._kept"),
+        *("convert.gguf._add_keys", "convert.gguf_tokenizer.tokenizer_keys", "generate.llama_file.seal"),
         "lazy.lazy_names",
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),
