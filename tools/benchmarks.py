@@ -71,6 +71,15 @@ PARTS = {
         "the run of recipes/tinyshakespeare.yaml, here with diffusion.block_size=16 train.steps=3000",
         bare=True,
     ),
+    "gguf": Part("gguf.md", "OMP_NUM_THREADS=1 python tools/bench_gguf.py", 20, bare=True),
+    "gguf-quality": Part(
+        "gguf.md",
+        "OMP_NUM_THREADS=1 python tools/bench_gguf.py --quality --checkpoint runs/adaptation/adapted "
+        "--types q8_0,q6_k,q4_k_m,q4_0,q3_k_m,q2_k",
+        60,
+        "a trained run with its data",
+        bare=True,
+    ),
     "checkpoint": Part("faults.md", "OMP_NUM_THREADS=1 python tools/bench_checkpoint.py", 15),
     "faults": Part("faults.md", "python tools/fault_campaign.py --kills 100 --seed 2", 120, "an hour"),
     "parity": Part("parity.md", "python -W ignore -m tests.integration.parity", 20, bare=True),

@@ -61,11 +61,10 @@ class LlamaCache:
         self.lengths[text] -= rows
 
     def commit(self, rows: Sequence[int]) -> None:
-        """Keep the first so many of each text's last written rows, and take the others out."""
+        """Keep the first so many of each text's last written rows; `write` takes the others out."""
         for text, more in enumerate(rows):
             self.lengths[text] += more
             self._ends[text] += more
-            self.context.remove(self._sequences[text], self._ends[text])
 
     def write(self, blocks: NDArray[np.int64], starts: Sequence[int], wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Put a block [L'] of each text behind its rows, from a position of its own on, and return the wanted logits,
@@ -74,7 +73,7 @@ class LlamaCache:
         size = blocks.shape[1]
         for text, start in enumerate(starts):
             self._ends[text] = start
-            self.context.remove(self._sequences[text], start)  # of a pass that was not committed
+            self.context.remove(self._sequences[text], start)  # what the pass before left
         return self.context.decode(
             blocks.reshape(-1).tolist(),
             [start + place for start in starts for place in range(size)],
