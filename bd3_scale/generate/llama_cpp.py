@@ -25,7 +25,7 @@ F32, F16 = 0, 1  # of ggml_type, for caches
 MOST_SEQUENCES = 256
 _NON_CAUSAL = 1
 _FLASH_OFF, _FLASH_AUTO = 0, -1
-_LOG_LINES = 8
+_LOG_LINES, _ERROR = 4, 4
 
 
 class _Batch(Structure):
@@ -150,7 +150,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 
 class _Library:
-    """The functions of the wheel's library, and the last lines of its log, which say what it refuses."""
+    """The functions of the wheel's library, and the last errors of its log, which say what it refuses."""
 
     def __init__(self, path: Path) -> None:
         found = ctypes.CDLL(str(path))
@@ -164,11 +164,12 @@ class _Library:
         found.llama_backend_init()
 
     def _keep(self, level: int, text: bytes | None, _: Any) -> None:
-        self._log = [*self._log[1 - _LOG_LINES :], (text or b"").decode(errors="replace").strip()]
+        if level == _ERROR:
+            self._log = [*self._log[1 - _LOG_LINES :], (text or b"").decode(errors="replace").strip()]
 
     def said(self) -> str:
-        """Return the end of its log, in one line."""
-        return " ".join(line for line in self._log if line.strip("."))[-300:]
+        """Return the last errors, in one line."""
+        return "; ".join(self._log)[-300:]
 
 
 @cache
@@ -250,7 +251,6 @@ class Context:
         params = self._library.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = cells, rows, rows, sequences
         params.n_threads = params.n_threads_batch = threads
-        params.n_outputs_max_per_seq = 0  # as many as are wanted; by default one
         params.attention_type, params.kv_unified = _NON_CAUSAL, True
         params.type_k = params.type_v = F32 if exact else F16
         params.flash_attn_type = _FLASH_OFF if exact else _FLASH_AUTO
