@@ -74,10 +74,10 @@ PARTS = {
     "gguf": Part("gguf.md", "OMP_NUM_THREADS=1 python tools/bench_gguf.py", 20, bare=True),
     "gguf-quality": Part(
         "gguf.md",
-        "OMP_NUM_THREADS=1 python tools/bench_gguf.py --quality --checkpoint runs/adaptation/adapted "
+        "OMP_NUM_THREADS=1 python tools/bench_gguf.py --quality --checkpoint runs/any "
         "--types q8_0,q6_k,q4_k_m,q4_0,q3_k_m,q2_k",
         60,
-        "a trained run with its data",
+        "a trained run; gguf.md says which",
         bare=True,
     ),
     "checkpoint": Part("faults.md", "OMP_NUM_THREADS=1 python tools/bench_checkpoint.py", 15),

@@ -162,7 +162,7 @@ def test_a_library_with_other_structures_is_refused(monkeypatch: pytest.MonkeyPa
         llama_cpp.library.cache_clear()
 
 
-def test_a_full_cache_and_a_broken_file_say_so(both, tmp_path: Path) -> None:
+def test_a_full_cache_and_a_broken_file_say_so(both, file: Path, tmp_path: Path) -> None:
     cache = both[1].new_cache(1, 4)
     block, nothing = np.zeros((1, 4), dtype=np.int64), np.zeros((1, 4), dtype=np.bool_)
 
@@ -173,7 +173,14 @@ def test_a_full_cache_and_a_broken_file_say_so(both, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"llama\.cpp refuses a pass of 4 rows"):
         fill()
-    for content, words in ((b"", "is no file of"), (b"GGUF" + bytes(60), "is no file of")):
+    damaged = bytearray(file.read_bytes())
+    damaged[damaged.index(b"diffusion.block_length")] ^= 1
+    for content, words in (
+        (damaged, "is damaged: its header is not what was written"),
+        (damaged[:-100], "is not whole"),
+        (b"", "is no file of"),
+        (b"GGUF" + bytes(60), "is no file of"),
+    ):
         (tmp_path / "x.gguf").write_bytes(content)
         with pytest.raises(ValueError, match=words), open_llama_file(tmp_path / "x.gguf"):
             pass
