@@ -128,7 +128,12 @@ def write_gguf(
 def _importance_of(tensor: GgufTensor, importance: Importance | None) -> Tensor | None:
     if importance is None or tensor.layer is None or len(tensor.shape) < 2:
         return None
-    return importance[tensor.layer, _LINEAR_OF[tensor.name.split(".")[2]]]
+    return importance[tensor.layer, linear_of(tensor.name)]
+
+
+def linear_of(name: str) -> str:
+    """Return which linear of a layer takes what a tensor of llama.cpp is multiplied with, by its name here."""
+    return _LINEAR_OF[name.split(".")[2]]
 
 
 def _add_keys(writer: Any, plan: GgufPlan) -> None:
