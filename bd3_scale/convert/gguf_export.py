@@ -76,7 +76,8 @@ def run_gguf_export(
         importance = None
         if calibrates:
             assert options.data is not None
-            importance = importance_matrix(native, Calibration(native, options.data, objective, calibrates))
+            mixed = options.data.as_mixed_before(plan.export.manifest.step)
+            importance = importance_matrix(native, Calibration(native, mixed, objective, calibrates))
         path = folder / plan.name
         write_gguf(plan, path, importance, lambda size: advance(100 * size / (2 * plan.num_bytes)))
         report = GgufReport(

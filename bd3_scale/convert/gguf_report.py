@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.convert.quantize import Measured
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import load_manifest
+from bd3_scale.data.manifest import load_sources
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.diffusion.nelbo import estimate_nelbo
 from bd3_scale.diffusion.noise import draw_noise
@@ -78,11 +79,16 @@ class HeldOutText:
     """Held-out sequences that a model and a file of it are measured on."""
 
     def __init__(self, data: DataRecipe, objective: Objective, sequences: int, draws: int) -> None:
-        self._data, self._objective, self._draws = data, objective, draws
-        self._manifest = load_manifest(data.path, data.remote)
-        assert self._manifest.validation is not None, "see check_data"
-        self.sequences = min(sequences, self._manifest.validation.sequences)
-        self.rate_sequences = min(RATE_SEQUENCES, self.sequences)
+        self._objective, self._draws = objective, draws
+        prepared = load_sources(data)
+        # Of each source the first so many, as in training.
+        self._parts = [
+            (source, part, min(sequences, part.validation.sequences))
+            for name, source in data.by_source.items()
+            if (part := prepared.part(name)).validation is not None
+        ]
+        self.sequences = sum(count for _, _, count in self._parts)
+        self.rate_sequences = sum(min(RATE_SEQUENCES, count) for _, _, count in self._parts)
 
     @property
     def steps(self) -> int:
@@ -105,8 +111,11 @@ class HeldOutText:
 
     def _held_out(self, model: torch.nn.Module, progress: Progress) -> HeldOut:
         how = {"objective": self._objective, "draws": self._draws, "progress": progress}
-        batches = self._batches(16, self.sequences)
-        return evaluate_nelbo([model], batches, lone_groups(), **how)  # type: ignore[list-item, arg-type]
+        parts = [
+            evaluate_nelbo([model], batches, lone_groups(), **how)  # type: ignore[list-item, arg-type]
+            for batches in self._batches(16, self.sequences)
+        ]
+        return HeldOut.together(parts)
 
     @torch.no_grad()
     def rates(self, native: BlockDiffusionTransformer, file: LlamaModel, progress: Progress) -> tuple[AtRate, ...]:
@@ -115,7 +124,7 @@ class HeldOutText:
 
     def _at(self, rate: float, native: BlockDiffusionTransformer, file: LlamaModel, progress: Progress) -> AtRate:
         tokens, divergence, same = 0, 0.0, 0
-        for batch in self._batches(1, self.rate_sequences):
+        for batch in chain.from_iterable(self._batches(1, RATE_SEQUENCES)):
             inputs, counts = self._inputs(batch, rate)
             expected = native.head_logits(inputs)[:, : file.vocabulary.size]
             for rows, logits in file.head_logits(inputs):
@@ -140,10 +149,10 @@ class HeldOutText:
         inputs = corrupt(batch, [noise], block_size, mask_id=vocabulary.mask_id, device=torch.device("cpu"))
         return inputs, batch.counted[masked_places(noise, (0, 1))]
 
-    def _batches(self, size: int, sequences: int) -> Iterator[Batch]:
-        yield from held_out_batches(
-            self._data, self._manifest, batch_size=size, dp_rank=0, dp_size=1, sequences=sequences
-        )
+    def _batches(self, size: int, most: int) -> Iterator[Iterator[Batch]]:
+        """Yield the batches of each source, of at most so many sequences of it."""
+        for source, part, count in self._parts:
+            yield held_out_batches(source, part, batch_size=size, dp_rank=0, dp_size=1, sequences=min(count, most))
 
 
 def divergences(expected: Tensor, found: Tensor) -> Tensor:
