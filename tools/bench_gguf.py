@@ -47,7 +47,7 @@ from bd3_scale.resilience.leftovers import temporary_folder
 SHAPE = ModelRecipe(num_layers=12, hidden_size=768, num_attention_heads=12, num_query_groups=4, ffn_hidden_size=2048)
 ROWS = 32_000
 PREFIX = 64
-OURS = "bd3_scale, fp32"
+OURS, OURS_BF16 = "bd3_scale, fp32", "bd3_scale, bf16"
 
 
 def random_checkpoint(folder: Path, shape: ModelRecipe, rows: int) -> Path:
@@ -72,8 +72,9 @@ def speeds(checkpoint: Path, folder: Path, types: list[FileType], blocks: list[i
     """Yield for every block size and model the median seconds of a pass, and what share of fp32 its file is."""
     with ExitStack() as stack:
         native, manifest, _ = stack.enter_context(open_model(checkpoint, torch.float32))
-        models: dict[str, Any] = {OURS: native}
-        shares = {OURS: 1.0}
+        halved, _, _ = stack.enter_context(open_model(checkpoint, torch.bfloat16))
+        models: dict[str, Any] = {OURS: native, OURS_BF16: halved}
+        shares = {OURS: 1.0, OURS_BF16: 0.5}
         for kind in types:
             plan = plan_gguf(checkpoint, kind, importance=False)
             write_gguf(plan, folder / plan.name)

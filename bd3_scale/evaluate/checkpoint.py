@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, load_manifest, load_sources
+from bd3_scale.data.manifest import Manifest, bos_option, check_tokenizer, load_manifest
 from bd3_scale.data.memory import packed_texts
+from bd3_scale.data.node import load_sources_of_node
 from bd3_scale.data.overlap import count_known, hashes_of, read_hashes
 from bd3_scale.data.stream import batches_in_order, held_out_batches
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
@@ -305,10 +306,10 @@ def _evaluation(
 
 
 def _held_out(opened: Source, data_path: str | None) -> list[_Measured]:
-    """Return the held-out splits of the data, one for each source that has one."""
+    """Return the held-out splits of the data, one for each source that has one (collective)."""
     manifest = opened.manifest
     recipe, trained = data_recipe(manifest, data_path), manifest.trained_data()
-    data = load_sources(recipe)
+    data = load_sources_of_node(recipe)
     tokenizer = load_tokenizer(opened.tokenizer_folder)
     check_tokenizer(data, tokenizer)
     paths = ", ".join(source.path for source in recipe.by_source.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -163,6 +163,13 @@ def generate(
     *,
     sampling: SamplingConfig,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text, once or more.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(
+            help="Of the weights in memory; a CPU that multiplies bfloat16 is quicker with it.",
+            show_default="the training's",
+        ),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show the text as it loses its masks.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> None:
@@ -174,6 +181,8 @@ def generate(
     Where a text grows beyond the sequences of the training, a block sees the
     last of them: a sliding window, told with the result.
     """
+    import torch
+
     from bd3_scale.evaluate.tables import show_written
     from bd3_scale.generate.source import open_writer, resolve_source
     from bd3_scale.observe.progress import DenoisingView
@@ -182,7 +191,7 @@ def generate(
     # One of them: both would draw on the same lines.
     with nullcontext() if watch else Bar("generating") as bar, DenoisingView(watch and is_rank_zero()) as view:
         shown = {"watch": view.show} if bar is None else {"progress": bar.show}
-        with open_writer(resolve_source(checkpoint)) as writer:
+        with open_writer(resolve_source(checkpoint), dtype and getattr(torch, dtype)) as writer:
             written = list(writer.write(prompts, sampling, infill=infill, stop=stop or (), **shown))
     if is_rank_zero():
         show_written(written, whole=infill, as_json=as_json)

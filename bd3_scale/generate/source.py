@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.model import open_model
@@ -60,14 +62,19 @@ def resolve_source(path: Path) -> Path:
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
+def open_source(path: Path, dtype: torch.dtype | None = None) -> Iterator[Source]:
     """Open a checkpoint, or a file whose name ends in `.gguf`, as far as its description.
 
-    ValueError: it is damaged, or neither.
+    dtype: of a checkpoint's weights in memory; default: that of the training's forward.
+    ValueError: it is damaged, or neither; or a type for a file, which has its own.
     """
     if path.suffix != ENDING:
-        yield checkpoint_source(path, read_manifest(path))
+        yield checkpoint_source(path, read_manifest(path), dtype)
         return
+    if dtype is not None:
+        raise ValueError(
+            f"{path} holds weights of its own types: leave --dtype out, or export the file with another one"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"llama.cpp runs {path} in one process: start it without torchrun or srun")
     with open_llama_file(path) as file:
@@ -76,12 +83,12 @@ def open_source(path: Path) -> Iterator[Source]:
         )
 
 
-def checkpoint_source(checkpoint: Path, manifest: CheckpointManifest) -> Source:
-    """Return a checkpoint's source."""
+def checkpoint_source(checkpoint: Path, manifest: CheckpointManifest, dtype: torch.dtype | None = None) -> Source:
+    """Return a checkpoint's source, see `open_source`."""
 
     @contextmanager
     def loaded() -> Iterator[Opened]:
-        with open_model(checkpoint) as (model, _, groups):
+        with open_model(checkpoint, dtype) as (model, _, groups):
             yield model, groups
 
     ids = stop_ids(checkpoint, manifest)
@@ -98,13 +105,13 @@ def _loaded(file: LlamaFile) -> Iterator[Opened]:
 
 
 @contextmanager
-def open_writer(path: Path) -> Iterator[Writer]:
-    """Open a checkpoint or GGUF file for writing text.
+def open_writer(path: Path, dtype: torch.dtype | None = None) -> Iterator[Writer]:
+    """Open a checkpoint or GGUF file for writing text; dtype: see `open_source`.
 
     Raises:
         ValueError: it has no tokeniser, is damaged, or of a model that fills no masks.
     """
-    with open_source(path) as source:
+    with open_source(path, dtype) as source:
         tokenizer = source.tokenizer()
         check_fills_masks(path, source.manifest)
         with source.load() as (model, _):

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from bd3_scale import load
 from bd3_scale.checkpoint.model import open_model
+from bd3_scale.cli import app
 from bd3_scale.convert.gguf import plan_gguf, write_gguf
 from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
 from bd3_scale.evaluate.sets import NamedText
@@ -79,6 +83,23 @@ def test_texts_and_stop_strings_are_the_checkpoint_s(checkpoint: Path, file: Pat
             written.append([dataclasses.replace(one, seconds=0.0) for one in (*plain, *stopped)])
     assert written[0] == written[1]
     assert written[0][2].stopped_by == "stop string"
+
+
+def test_a_checkpoint_s_weights_are_rounded_if_asked_and_a_file_s_are_its_own(checkpoint: Path, file: Path) -> None:
+    command = ["--prompt", "ab", "--dtype", "bfloat16", "--temperature", "0", "--min-entropy", "0", "--json"]
+    ran = CliRunner().invoke(app, ["generate", str(checkpoint), *command, "--max-new-tokens", "20"])
+    assert ran.exit_code == 0, ran.output
+    model = load(checkpoint, dtype=torch.bfloat16)
+    assert (
+        json.loads(ran.stdout)["text"] == model.generate("ab", temperature=0.0, min_entropy=0.0, max_new_tokens=20).text
+    )
+    with open_writer(checkpoint, torch.bfloat16) as rounded:
+        assert {weight.dtype for weight in rounded.model.parameters()} == {torch.bfloat16}
+    with (
+        pytest.raises(ValueError, match="holds weights of its own types: leave --dtype out"),
+        open_writer(file, torch.bfloat16),
+    ):
+        pass
 
 
 def test_a_file_says_what_its_checkpoint_says(checkpoint: Path, file: Path) -> None:
