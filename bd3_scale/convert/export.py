@@ -260,7 +260,13 @@ def write_companions(
     (folder / CONFIG).write_text(json.dumps(plan.config | dict(extra_config or {}), indent=2) + "\n")
     _write_generation_config(folder, plan)
     if (tokenizer := plan.tokenizer()) is not None:
-        write_tokenizer(tokenizer, plan.checkpoint / TOKENIZER, folder, with_mask=plan.is_block_diffusion)
+        write_tokenizer(
+            tokenizer,
+            plan.checkpoint / TOKENIZER,
+            folder,
+            with_mask=plan.is_block_diffusion,
+            settings=_tokenizer_settings(plan, tokenizer),
+        )
     if plan.kind in ("sdar", "bd3"):
         for name, source in remote_code(plan.kind).items():
             (folder / name).write_text(source, encoding="utf-8")
@@ -270,9 +276,23 @@ def write_companions(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def _tokenizer_settings(plan: ExportPlan, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what `generate(**tokenizer(texts, padding=True, return_tensors="pt"))` needs."""
+    inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+    if not plan.is_block_diffusion:
+        return inputs
+    pad = plan.config["pad_token_id"]
+    name = tokenizer.name_of(pad) if pad >= 0 else None
+    return inputs | {"padding_side": "left"} | ({} if name is None else {"pad_token": name})
+
+
 def _write_generation_config(folder: Path, plan: ExportPlan) -> None:
-    """Write what the source's says, where there is one, else the special ids."""
-    content = source_ids(plan.checkpoint).generation_config or {key: plan.config[key] for key in KEYS}
+    """Write what the source's says, where there is one, else the special ids, and that tokens are drawn from the
+    distribution that the model was trained for.
+    """
+    # transformers has top_k=50 where nothing is said, and other engines refuse the 0 that ends it there.
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": plan.config["vocab_size"], "top_p": 1.0}
+    content = source_ids(plan.checkpoint).generation_config or {key: plan.config[key] for key in KEYS} | drawn
     (folder / GENERATION_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -152,14 +152,22 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))
 """
 
 
-def _serving(kind: Format, block_size: int) -> str:
-    if kind != "sdar":
-        return ""
-    return f"""
-```
-{launch_lines(block_size)}```
+_TRANSFORMERS = """`generate` takes transformers' own arguments: `generation_config`, `streamer` (one block at a time),
+`stop_strings` with `tokenizer`, `stopping_criteria`, prompts of several lengths, padded on the left, with their
+`attention_mask`; beside them `steps`, `unmasking` and `threshold`, which say how many tokens a pass fills in. What it
+does not do, such as beams, it refuses. `pipeline("text-generation", model=".", trust_remote_code=True)` works;
+`transformers serve` does not (4.57 and 5.24): it looks for the class among those of transformers, with
+`--trust-remote-code`, too.
+"""
 
-Blocks are aligned to position 0, the prompt included. Logits are of the same position, without a shift.
+
+def _serving(kind: Format, block_size: int) -> str:
+    if kind not in ("sdar", "bd3"):
+        return ""
+    lines = f"```\n{launch_lines(block_size)}```\n\n" if kind == "sdar" else ""
+    return f"""
+{_TRANSFORMERS}
+{lines}Blocks are aligned to position 0, the prompt included. Logits are of the same position, without a shift.
 """
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bd3_scale.data.chat import CHAT_TEMPLATE, template_file
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -16,11 +18,19 @@ from bd3_scale.resilience.foreign import object_in, settings_of
 _LEFT_OUT = ("added_tokens_decoder", "add_bos_token", "add_eos_token")
 
 
-def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path, *, with_mask: bool = True) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer,
+    source: Path,
+    folder: Path,
+    *,
+    with_mask: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Write a tokeniser into `folder` with what the files of the folder `source` say beyond `Tokenizer.save`.
 
     Nothing is copied as it is: of `tokenizer_config.json` go on the settings that name no code, and a chat template.
-    Without the mask, that token is left out, unless the vocabulary has it in the midst of others.
+    Without the mask, that token is left out, unless the vocabulary has it in the midst of others. `settings` go before
+    those of `source`.
 
     ValueError: a file of `source` leads out of it, is larger than such files are, or holds no JSON or text.
     """
@@ -28,7 +38,7 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path, *, with_ma
     said = {key: value for key, value in object_in(source, TOKENIZER_FILES[1]).items() if key not in _LEFT_OUT}
     tokenizer.save(folder)
     content, own = (read_object(folder / name) for name in TOKENIZER_FILES)
-    config = own | settings_of(said) | own
+    config = own | settings_of(said) | own | dict(settings or {})
     vocabulary = tokenizer.vocabulary
     if not with_mask:
         del config["mask_token"]

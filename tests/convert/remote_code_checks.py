@@ -266,6 +266,7 @@ def check_generation(model) -> None:
     assert dynamic < static == 13
     check_stopping(model, prompt)
     check_sampling(model, prompt)
+    check_arguments_of_transformers(model, prompt)
 
 
 def check_stopping(model, prompt: torch.Tensor) -> None:
@@ -295,8 +296,9 @@ def check_sampling(model, prompt: torch.Tensor) -> None:
         random = torch.Generator().manual_seed(seed)
         return model.generate(prompt, max_new_tokens=9, generator=random, eos_token_id=[], **options).tolist()
 
-    assert sample(0, temperature=1.5) == sample(0, temperature=1.5) != sample(1, temperature=1.5)
-    assert sample(0, temperature=1.0, top_k=1) == sample(1)  # greedy
+    hot = {"do_sample": True, "temperature": 1.5}
+    assert sample(0, **hot) == sample(0, **hot) != sample(1, **hot)
+    assert sample(0, do_sample=True, top_k=1) == sample(1)  # greedy
     module = sys.modules[type(model).__module__.replace("modeling", "generation")]
     rule = module.Unmasking(4, 4, "dynamic", 0.9, temperature=2.0, top_k=4, top_p=0.7)
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0, float("-inf"), 2.0])
@@ -309,6 +311,30 @@ def check_sampling(model, prompt: torch.Tensor) -> None:
     assert_close(frequency, kept / kept.sum(), rtol=0, atol=0.01)
     equal = torch.full((1, 4), 0.5)
     assert rule.choose(equal, torch.tensor([[False, True, True, True]]), 0).tolist() == [[False, True, False, False]]
+
+
+def check_arguments_of_transformers(model, prompt: torch.Tensor) -> None:
+    """Of which test_exported_generate.py looks more closely at each, on one version."""
+    streamer, streamed = transformers.generation.BaseStreamer(), []
+    streamer.put, streamer.end = (lambda value: streamed.append(value.tolist())), (lambda: streamed.append("end"))
+    given = transformers.GenerationConfig(max_new_tokens=9, eos_token_id=[], pad_token_id=PAD)
+    first, second = prompt[:1], prompt[1:, 2:]
+    alone = [
+        model.generate(first, given)[0, 6:].tolist(),
+        model.generate(second, given, streamer=streamer)[0, 4:].tolist(),
+    ]
+    assert streamed == [second.tolist(), alone[1][:4], alone[1][4:8], alone[1][8:], "end"]
+    out = model.generate(
+        inputs=torch.cat([first, torch.nn.functional.pad(second, (2, 0), value=PAD)]),
+        attention_mask=torch.tensor([[1] * 6, [0] * 2 + [1] * 4]),
+        generation_config=given,
+        stopping_criteria=[lambda ids, scores, **more: ids.shape[1] == 6 + 7],
+        return_dict_in_generate=True,
+    )
+    assert out.sequences[:, 6:].tolist() == [new[:7] for new in alone]
+    model.generation_config.repetition_penalty = 1.1  # what its source had
+    assert model.generate(first, given)[0, 6:].tolist() == alone[0]
+    model.generation_config.repetition_penalty = None
 
 
 def check_refusals(model) -> None:
@@ -329,21 +355,23 @@ def check_refusals(model) -> None:
         with pytest.raises(ValueError, match=words):
             model(tokens, **options)
     for words, options in {
-        "attention_mask": {"attention_mask": padded},
-        "max_new_tokens=0": {"max_new_tokens": 0},
+        "padding_side": {"attention_mask": padded.flip(1)},
+        "max_new_tokens": {"max_new_tokens": 0},
         "steps=5": {"steps": 5},
         "block_size=0": {"block_size": 0},
         "unmasking='all'": {"unmasking": "all"},
         "threshold": {"threshold": 1.5},
-        "temperature": {"temperature": -1.0},
-        "top_k": {"top_k": 0},
+        "temperature": {"temperature": -1.0, "do_sample": True},
+        "top_k": {"top_k": -1},
         "top_p": {"top_p": 0.0},
         "mask token": {"input_ids": tokens.masked_fill(tokens == tokens[0, 0], MASK)},
+        "has no num_beams": {"num_beams": 2},
+        "has no assistant_model": {"assistant_model": model},
+        "has no min_p, repetition_penalty": {"repetition_penalty": 1.1, "min_p": 0.1},
+        "has no max_new_token:": {"max_new_token": 2},
     }.items():
         with pytest.raises(ValueError, match=words):
             model.generate(**{"input_ids": tokens, "max_new_tokens": 2, **options})
-    with pytest.raises(TypeError, match="num_beams"):
-        model.generate(tokens, max_new_tokens=2, num_beams=2)
     for key, value in {
         "hidden_act": "relu",
         "normalization": "batchnorm",

@@ -13,11 +13,13 @@ import torch
 
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.convert.export import plan_export, run_export
-from bd3_scale.convert.remote_code import generation_bd3
 from bd3_scale.generate.draw import Drawing
 from bd3_scale.observe.libraries import without_broken_torchvision
 from tests.convert.models import BYTES, LLAMA_SHAPE, QWEN_SHAPE, native_checkpoint
 from tests.generate.sampling import generate
+
+with without_broken_torchvision():
+    from bd3_scale.convert.remote_code import generation_bd3
 
 K = 4
 TEXT = list(b"Once upon a time")

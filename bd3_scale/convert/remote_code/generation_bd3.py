@@ -1,24 +1,48 @@
-"""Drawing the tokens of a block, and choosing which of them stay.
+"""Writing text block by block, with the arguments that transformers' own `generate` has.
 
-Both are the native sampler's (generate/draw.py has the law, generate/unmasking.py the rules "static" and "dynamic"), so
-that a checkpoint writes alike there and here: tokens are drawn from softmax(logits / T) after top-k and top-p; their
-confidence is their probability before these. Everything is computed in float64, but on devices that have none (mps),
-where it is float32.
+What is drawn, and which of it stays, is the native sampler's (generate/draw.py has the law, generate/unmasking.py the
+rules "static" and "dynamic"), so that a checkpoint writes alike there and here: tokens are drawn from
+softmax(logits / T) after top-k and top-p; their confidence is their probability before these. Everything is computed in
+float64, but on devices that have none (mps), where it is float32.
 
-Legend: B sequences, S new tokens, K tokens a block, V vocabulary entries.
+Legend: B sequences, P tokens of the longest prompt, S new tokens, L of both without padding, K tokens a block,
+V vocabulary entries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# What is read of a generation config; and what is this model's own, there or as arguments.
+READ = (
+    *("max_length", "max_new_tokens", "max_time", "stop_strings", "do_sample", "temperature", "top_k", "top_p"),
+    *("num_return_sequences", "return_dict_in_generate", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+OWN = ("block_size", "steps", "unmasking", "threshold")
+# transformers' own, of new tokens, where nobody says how many; as `max_length` it means the same.
+DEFAULT_LENGTH = 20
 
 
 @dataclass(frozen=True)
 class Unmasking:
-    """How tokens are drawn, and which of them stay; see `Bd3ForCausalLM.generate`."""
+    """How tokens are drawn, and which of them stay; see `Bd3GenerationMixin.generate`."""
 
     block_size: int
     steps: int
@@ -80,10 +104,254 @@ def truncate(shares: Tensor, top_k: int | None, top_p: float | None) -> tuple[Te
     return ranked, ids
 
 
-def padded_after_stop(tokens: Tensor, prompt: int, stops: Tensor, pad: int) -> Tensor:
-    """Sequences [B, prompt + S], each padded after its first stop token of those S; as long as the longest needs."""
-    new = tokens[:, prompt:]
-    is_stop = torch.isin(new, stops).int()
-    after = is_stop.cumsum(dim=1) > is_stop
-    longest = int((~after).sum(dim=1).max())
-    return torch.cat([tokens[:, :prompt], new.masked_fill(after, pad)[:, :longest]], dim=1)
+class Bd3GenerationMixin(GenerationMixin):
+    """Generation of a model that has `model`, which takes `store_kv` and `block_size`, and `_logits`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        tokenizer: Any = None,
+        streamer: Any = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Continue prompts [B, P] block by block: [B, P + the longest continuation].
+
+        The mask token is never drawn, and the prompt never changed. A sequence ends at its first stop token after the
+        prompt, at a stop string, or where a criterion says so, and is padded from there. What else it is depends on
+        its own prompt alone, not on its padding or the batch (tokens that are drawn share the random numbers).
+
+        Args:
+            inputs, input_ids: prompts, by either name; None: one that is empty but for BOS, where there is one.
+            generation_config: goes before the model's own, and `options` before both.
+            attention_mask: [B, P], zeros to the left of shorter prompts; None: every id is text. Blocks count from the
+                first token behind the zeros.
+            stopping_criteria: each is asked after each new token of each sequence by itself, as ids [1, P + so many].
+            tokenizer: for `stop_strings`.
+            streamer: of one prompt; is given it, then the new tokens of block after block.
+            generator: of random numbers.
+            options: of these and `generation_config`, the following. Any other is refused.
+            max_new_tokens, max_length, max_time, stop_strings, num_return_sequences, return_dict_in_generate: as
+                elsewhere in transformers; 20 new tokens where neither length is said.
+            do_sample: draw tokens; else the most likely are taken, as at temperature 0, with their probability at
+                temperature 1.
+            temperature, top_k, top_p: draw among the k most likely tokens, then among the fewest whose share of these
+                is at least p. transformers' default of 50 for top_k holds where nothing is said; 0 is all.
+            eos_token_id: one or several, or [] never to stop.
+            pad_token_id: the first stop token by default.
+            block_size: in place of `config.block_size`.
+            steps: denoising passes a block at the most, `block_size` by default; a pass settles at least its share of
+                the block, `block_size // steps` tokens, and one more in the first passes where that leaves a rest.
+            unmasking: "static" settles just that many, the most confident first; "dynamic", the default, settles every
+                token whose confidence exceeds `threshold`, 0.9 by default, where these are more. Confidence is the
+                probability of the drawn token under softmax(logits / temperature), before `top_k` and `top_p`.
+
+        Raises:
+            ValueError: an argument outside its range, one that is not listed here, padding that is not on the left, a
+                prompt that holds the mask token, or a streamer for several.
+        """
+        config = self._asked(generation_config, options)
+        rule = self._rule(config)
+        ids, mask = self._prompts(inputs if input_ids is None else input_ids, attention_mask, config)
+        count = new_tokens(config, ids.shape[1], "max_length" in options)
+        if streamer is not None and len(ids) != 1:
+            raise ValueError(f"streamer takes one text, and here are {len(ids)}: give one prompt, or no streamer")
+        criteria = stopping(config, stopping_criteria, tokenizer)
+        stops, pad = self._stop_and_pad(config)
+        draft = Draft.of(ids, mask, count, rule.block_size, self.config.mask_token_id)
+        if streamer is not None:
+            streamer.put(ids.cpu())
+        for start in self._blocks(draft, rule, generator):
+            draft.end_at(start, stops, criteria)
+            if streamer is not None:
+                streamer.put(draft.tokens[0, draft.new_places(0, start)].cpu())
+        if streamer is not None:
+            streamer.end()
+        whole = draft.padded(pad)
+        return GenerateDecoderOnlyOutput(sequences=whole) if config.return_dict_in_generate else whole
+
+    def _asked(self, given: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+        """Return what is asked for. ValueError: something that this model does not do."""
+        config, rest = self._prepare_generation_config(given, **options)
+        for name in OWN:
+            setattr(config, name, rest.pop(name, getattr(config, name, None)))
+        # In transformers 5 a new config holds nothing, and what holds where nobody says anything stands elsewhere.
+        plain = vars(GenerationConfig()) | getattr(GenerationConfig, "_get_default_generation_params", dict)()
+        own, said = vars(self.generation_config), vars(config)
+        names = [name for name in plain if name not in READ and name[0] != "_" and name != "transformers_version"]
+        other = {name: said[name] for name in names if said.get(name) not in (None, plain[name])}
+        asked = {name for name, value in other.items() if value != own.get(name)}
+        asked |= {name for name, value in rest.items() if value is not None and value is not False}
+        if asked:
+            raise ValueError(
+                f"generate of this model, which fills blocks of masks, has no {', '.join(sorted(asked))}: leave it out"
+            )
+        for name, value in other.items():
+            logger.warning_once(f"the model's generation_config says {name}={value!r}, which has no meaning here")
+        return config
+
+    def _rule(self, config: GenerationConfig) -> Unmasking:
+        size = _first_known(config.block_size, self.config.block_size)
+        return Unmasking(
+            block_size=size,
+            steps=_first_known(config.steps, size),
+            kind=_first_known(config.unmasking, "dynamic"),
+            threshold=_first_known(config.threshold, 0.9),
+            temperature=_first_known(config.temperature, 1.0) if config.do_sample else 0.0,
+            top_k=config.top_k or None,
+            top_p=config.top_p,
+        )
+
+    def _prompts(self, ids: Tensor | None, mask: Tensor | None, config: GenerationConfig) -> tuple[Tensor, Tensor]:
+        """Return ids and where they are text, both [B, P]."""
+        if ids is None:
+            begin = [] if config.bos_token_id is None else [config.bos_token_id]
+            ids = torch.tensor([begin], dtype=torch.long, device=self.device)
+        if ids.dim() != 2:
+            raise ValueError(f"input_ids has the shape {list(ids.shape)}: give [prompts, tokens]")
+        text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask == 1
+        # Each place is text if the one before is: zeros, and then ones.
+        if text.shape != ids.shape or bool((text[:, :-1] & ~text[:, 1:]).any()):
+            raise ValueError(
+                f"attention_mask must be {list(ids.shape)}, as the prompts are, with zeros on the left of shorter ones "
+                "alone: set tokenizer.padding_side = 'left'"
+            )
+        if bool(((ids == self.config.mask_token_id) & text).any()):
+            raise ValueError(f"the prompt holds the mask token, id {self.config.mask_token_id}: give clean tokens")
+        copies = config.num_return_sequences or 1
+        return ids.repeat_interleave(copies, dim=0), text.repeat_interleave(copies, dim=0)
+
+    def _stop_and_pad(self, config: GenerationConfig) -> tuple[Tensor, int]:
+        """Return what ends a sequence and what fills it up: as asked, else as the model's config has them."""
+        eos = _first_known(config.eos_token_id, self.config.eos_token_id, [])
+        stops = eos if isinstance(eos, list) else [eos]
+        pad = _first_known(config.pad_token_id, self.config.pad_token_id, *stops, 0)
+        return torch.tensor(stops, dtype=torch.long, device=self.device), pad
+
+    def _blocks(self, draft: Draft, rule: Unmasking, generator: torch.Generator | None) -> Iterator[int]:
+        """Fill a draft in place, and yield where each block begins that was filled, as soon as it is."""
+        cache, stored, size = DynamicCache(), 0, rule.block_size
+        for start in range(0, draft.tokens.shape[1], size):
+            masked = draft.masked(start)
+            if not masked.any():
+                continue
+            if stored < start:
+                # The blocks that no text has masks in, or has any more.
+                self.model(draft.tokens[:, stored:start], past_key_values=cache, block_size=size)
+                stored = start
+            self._denoise(draft.tokens[:, start : start + size], masked, cache, rule, generator)
+            yield start
+
+    def _denoise(
+        self,
+        block_BK: Tensor,
+        masked_BK: Tensor,
+        cache: DynamicCache,
+        rule: Unmasking,
+        generator: torch.Generator | None,
+    ) -> None:
+        """Fill the masked places of a block in place, in at most `rule.steps` passes that leave the cache as it is."""
+        for step in range(rule.steps):
+            if not masked_BK.any():
+                return
+            hidden = self.model(block_BK, past_key_values=cache, store_kv=False, block_size=rule.block_size)[0]
+            logits = self._logits(hidden)
+            logits[..., self.config.mask_token_id] = float("-inf")
+            logits[..., self.config.num_token_ids or self.config.vocab_size :] = float("-inf")
+            drawn_BK, confidence_BK = rule.draw(logits, generator)
+            settled_BK = rule.choose(confidence_BK, masked_BK, step)
+            block_BK.copy_(torch.where(settled_BK, drawn_BK, block_BK))
+            masked_BK = masked_BK & ~settled_BK
+
+
+@dataclass
+class Draft:
+    """Texts that grow, each from place 0 on, so that their blocks lie below each other.
+
+    prompts: [B, P] as they were given; tokens: [B, L], whole blocks; begins, ends: [B], where the new tokens of each
+    text begin and end.
+    """
+
+    prompts: Tensor
+    tokens: Tensor
+    begins: Tensor
+    ends: Tensor
+    block_size: int
+
+    @classmethod
+    def of(cls, prompts: Tensor, text: Tensor, count: int, block_size: int, mask_id: int) -> Draft:
+        """`text`: [B, P], where prompts are no padding; `count`: of new tokens."""
+        width = prompts.shape[1]
+        begins = text.sum(dim=1)
+        longest = int(begins.max()) + count
+        tokens = prompts.new_full((len(prompts), -(-longest // block_size) * block_size), mask_id)
+        for row, (prompt, begin) in enumerate(zip(prompts, begins.tolist(), strict=True)):
+            tokens[row, :begin] = prompt[width - begin :]
+        return cls(prompts, tokens, begins, begins + count, block_size)
+
+    def masked(self, start: int) -> Tensor:
+        """Return the places to fill of the block at `start`, [B, K]: to its end, even where a text may go less far, as
+        the model has seen blocks.
+        """
+        places = torch.arange(start, start + self.block_size, device=self.tokens.device)
+        return (places >= self.begins[:, None]) & (start < self.ends[:, None])
+
+    def new_places(self, row: int, start: int) -> slice:
+        """Return the new places of a text in the block at `start`."""
+        begin, end = int(self.begins[row]), int(self.ends[row])
+        return slice(max(start, begin), max(start, begin, min(start + self.block_size, end)))
+
+    def end_at(self, start: int, stops: Tensor, criteria: StoppingCriteriaList) -> None:
+        """End texts in the block at `start`, which is filled: at the first of `stops`, or where a criterion holds."""
+        is_stop = torch.isin(self.tokens[:, start : start + self.block_size], stops) & self.masked(start)
+        first = torch.where(is_stop.any(dim=1), start + is_stop.int().argmax(dim=1) + 1, self.ends)
+        self.ends = torch.minimum(self.ends, first)
+        if not criteria:
+            return
+        for row, prompt in enumerate(self.prompts):
+            new = self.new_places(row, start)
+            for end in range(new.start + 1, new.stop + 1):
+                so_far = torch.cat([prompt, self.tokens[row, self.begins[row] : end]])
+                if bool(criteria(so_far[None], None).all()):
+                    self.ends[row] = end
+                    break
+
+    def padded(self, pad: int) -> Tensor:
+        """Return the prompts, as they were given, and what was written, [B, P + S]."""
+        count = int((self.ends - self.begins).max())
+        places = self.begins[:, None] + torch.arange(count, device=self.tokens.device)
+        new = self.tokens.gather(1, places).masked_fill(places >= self.ends[:, None], pad)
+        return torch.cat([self.prompts, new], dim=1)
+
+
+def new_tokens(config: GenerationConfig, width: int, has_length: bool) -> int:
+    """Return how many tokens follow prompts of `width`; has_length: somebody gave this call a `max_length`."""
+    count = config.max_new_tokens
+    if count is None:
+        known = has_length or config.max_length not in (None, DEFAULT_LENGTH)
+        count = config.max_length - width if known else DEFAULT_LENGTH
+    if count < 1:
+        raise ValueError(f"max_new_tokens={count} must be at least 1; a max_length counts the prompt, too")
+    return count
+
+
+def stopping(config: GenerationConfig, given: Sequence[Any] | None, tokenizer: Any) -> StoppingCriteriaList:
+    """Return what ends a text beside its stop tokens."""
+    criteria = StoppingCriteriaList(given or [])
+    if config.stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings needs the tokeniser: give tokenizer=, too")
+        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings))
+    if config.max_time is not None:
+        criteria.append(MaxTimeCriteria(max_time=config.max_time))
+    return criteria
+
+
+def _first_known(*values: Any) -> Any:
+    return next(value for value in values if value is not None)

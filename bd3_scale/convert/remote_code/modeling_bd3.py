@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_bd3 import Bd3Config
-from .generation_bd3 import Unmasking, padded_after_stop
+from .generation_bd3 import Bd3GenerationMixin
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -232,14 +232,14 @@ def _cached_tokens(cache: Any, block_size: int) -> int:
 def _check_mask_and_positions(mask: Tensor | None, position_ids: Tensor | None, positions_S: Tensor) -> None:
     if mask is not None and (mask.dim() != 2 or not bool((mask == 1).all())):
         raise ValueError(
-            "attention_mask must be [B, T] and all ones, as padding is not supported: give prompts of one length, or "
-            "one at a time. The block-causal mask is made here"
+            "attention_mask must be [B, T] and all ones, as forward takes no padding: give sequences of one length, or "
+            "one at a time; generate takes padding on the left. The block-causal mask is made here"
         )
     if position_ids is not None and not bool((position_ids == positions_S.expand_as(position_ids)).all()):
         raise ValueError("position_ids must count from 0 and go on where the cache ends: leave them out")
 
 
-class Bd3ForCausalLM(Bd3PreTrainedModel, GenerationMixin):
+class Bd3ForCausalLM(Bd3PreTrainedModel, Bd3GenerationMixin):
     """The transformer, its head, and generation block by block."""
 
     def __init__(self, config: Bd3Config) -> None:
@@ -288,104 +288,3 @@ class Bd3ForCausalLM(Bd3PreTrainedModel, GenerationMixin):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden).float()
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        *,
-        max_new_tokens: int,
-        attention_mask: Tensor | None = None,
-        block_size: int | None = None,
-        steps: int | None = None,
-        unmasking: str = "dynamic",
-        threshold: float = 0.9,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | list[int] | None = None,
-        pad_token_id: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continue prompts [B, P] block by block: [B, P + the longest continuation], at most `max_new_tokens` longer.
-
-        The mask token is never drawn, and the prompt never changed. A sequence ends at its first stop token after the
-        prompt, and is padded from there.
-
-        Args:
-            attention_mask: all ones, or None: prompts of a batch are of one length.
-            block_size: in place of `config.block_size`.
-            steps: denoising passes a block at the most, `block_size` by default; a pass settles at least its share of
-                the block, `block_size // steps` tokens, and one more in the first passes where that leaves a rest.
-            unmasking: "static" settles just that many, the most confident first; "dynamic" settles every token whose
-                confidence exceeds `threshold` where these are more. Confidence is the probability of the drawn
-                token under softmax(logits / temperature), before `top_k` and `top_p`.
-            temperature: 0 takes the most likely token, with its probability at temperature 1.
-            top_k, top_p: draw among the k most likely tokens, then among the fewest whose share of these is at least p.
-            eos_token_id: one or several, or [] never to stop; `generation_config.eos_token_id` by default.
-            pad_token_id: `generation_config.pad_token_id` by default, else the first stop token.
-
-        Raises:
-            ValueError: an argument outside its range, a padded batch, or a prompt that holds the mask token.
-        """
-        size = self.config.block_size if block_size is None else block_size
-        rule = Unmasking(size, size if steps is None else steps, unmasking, threshold, temperature, top_k, top_p)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        if bool((input_ids == self.config.mask_token_id).any()):
-            raise ValueError(f"the prompt holds the mask token, id {self.config.mask_token_id}: give clean tokens")
-        batch, prompt = input_ids.shape
-        positions = torch.arange(prompt, device=input_ids.device)
-        _check_mask_and_positions(attention_mask, None, positions)
-        stop_ids, pad = self._stop_and_pad(eos_token_id, pad_token_id)
-        stops = input_ids.new_tensor(stop_ids)
-        total = prompt + max_new_tokens
-        whole, end = prompt // size * size, -(-total // size) * size
-        tokens = input_ids.new_full((batch, end), self.config.mask_token_id)
-        tokens[:, :prompt] = input_ids
-        cache = DynamicCache()
-        if whole:
-            self.model(tokens[:, :whole], past_key_values=cache, block_size=size)
-        stopped = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-        for start in range(whole, end, size):
-            block = tokens[:, start : start + size]
-            new = torch.arange(start, start + size, device=tokens.device) >= prompt
-            block[stopped] = pad
-            self._denoise(block, new & ~stopped[:, None], cache, rule, generator)
-            stopped |= (torch.isin(block, stops) & new).any(dim=1)
-            if stopped.all() or start + size == end:
-                break
-            self.model(block, past_key_values=cache, block_size=size)
-        return padded_after_stop(tokens[:, :total], prompt, stops, pad)
-
-    def _stop_and_pad(self, eos: int | list[int] | None, pad: int | None) -> tuple[list[int], int]:
-        """Return what ends a sequence and what fills it up: as asked, else as generation config or config have it."""
-        sources = (self.generation_config, self.config)
-        eos = _first_known(eos, *(source.eos_token_id for source in sources), [])
-        stops = eos if isinstance(eos, list) else [eos]
-        return stops, _first_known(pad, *(source.pad_token_id for source in sources), *stops, 0)
-
-    def _denoise(
-        self,
-        block_BK: Tensor,
-        masked_BK: Tensor,
-        cache: DynamicCache,
-        rule: Unmasking,
-        generator: torch.Generator | None,
-    ) -> None:
-        """Fill the masked places of a block in place, in at most `rule.steps` passes that leave the cache as it is."""
-        for step in range(rule.steps):
-            if not masked_BK.any():
-                return
-            hidden = self.model(block_BK, past_key_values=cache, store_kv=False, block_size=rule.block_size)[0]
-            logits = self._logits(hidden)
-            logits[..., self.config.mask_token_id] = float("-inf")
-            logits[..., self.config.num_token_ids or self.config.vocab_size :] = float("-inf")
-            drawn_BK, confidence_BK = rule.draw(logits, generator)
-            settled_BK = rule.choose(confidence_BK, masked_BK, step)
-            block_BK.copy_(torch.where(settled_BK, drawn_BK, block_BK))
-            masked_BK = masked_BK & ~settled_BK
-
-
-def _first_known(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
