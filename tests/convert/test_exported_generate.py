@@ -141,20 +141,26 @@ def test_a_stop_string_ends_a_text_behind_it(model, tokenizer, place, batch):
         model.generate(**inputs, **how, stop_strings=stops)
 
 
-def test_criteria_are_asked_after_each_token_of_each_text(model):
-    """With what transformers would have given them."""
-    inputs, seen = left_padded([prompt(5), prompt(7, 1)]), []
+@pytest.mark.parametrize("lengths", [(5, 7), (7, 2), (1, 11), (6, 6)])
+def test_criteria_are_asked_as_transformers_asks_them(model, lengths):
+    """After each token of the batch, where texts that have ended are padded; one answers for all texts at once."""
+    inputs, seen = left_padded([prompt(length, seed) for seed, length in enumerate(lengths)]), []
+    width = max(lengths)
 
-    def third_of_the_first(ids: torch.Tensor, scores: object, **more: object) -> bool:
-        seen.append(ids[0].tolist())
-        return ids.shape[1] == 7 + 3 and ids[0, 0] == EOS
+    def after_three_and_six(ids: torch.Tensor, scores: object, **more: object) -> torch.Tensor:
+        seen.append(ids.tolist())
+        return torch.tensor([ids.shape[1] == width + 3, ids.shape[1] == width + 6])
 
-    free = model.generate(**inputs, max_new_tokens=6, eos_token_id=[])
-    found = model.generate(**inputs, max_new_tokens=6, stopping_criteria=[third_of_the_first], eos_token_id=[])
-    assert torch.equal(found[1], free[1])
-    assert found[0].tolist() == free[0, : 7 + 3].tolist() + [EOS] * 3
-    asked = [(0, count) for count in (1, 2, 3)] + [(1, count) for count in range(1, 7)]
-    assert sorted(seen) == sorted(free[row, : 7 + count].tolist() for row, count in asked)
+    def after_eight(ids: torch.Tensor, scores: object, **more: object) -> bool:
+        return ids.shape[1] == width + 8
+
+    how = {"max_new_tokens": 11, "eos_token_id": []}
+    expected = model.generate(**inputs, **how)
+    assert torch.equal(model.generate(**inputs, **how, stopping_criteria=[after_eight]), expected[:, : width + 8])
+    expected[0, width + 3 :] = EOS
+    found = model.generate(**inputs, **how, stopping_criteria=[after_three_and_six, after_eight])
+    assert torch.equal(found, expected[:, : width + 6])
+    assert seen[:6] == [expected[:, : width + count].tolist() for count in range(1, 7)]
 
 
 def test_time_ends_a_text(model):

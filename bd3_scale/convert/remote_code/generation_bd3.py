@@ -132,7 +132,8 @@ class Bd3GenerationMixin(GenerationMixin):
             generation_config: goes before the model's own, and `options` before both.
             attention_mask: [B, P], zeros to the left of shorter prompts; None: every id is text. Blocks count from the
                 first token behind the zeros.
-            stopping_criteria: each is asked after each new token of each sequence by itself, as ids [1, P + so many].
+            stopping_criteria: asked as elsewhere in transformers, after each new token of the batch, [B, P + so many],
+                without scores; a text that is ahead of others, since its prompt is shorter, waits for its answer.
             tokenizer: for `stop_strings`.
             streamer: of one prompt; is given it, then the new tokens of block after block.
             generator: of random numbers.
@@ -159,21 +160,22 @@ class Bd3GenerationMixin(GenerationMixin):
         config = self._asked(generation_config, options)
         rule = self._rule(config)
         ids, mask = self._prompts(inputs if input_ids is None else input_ids, attention_mask, config)
-        count = new_tokens(config, ids.shape[1], "max_length" in options)
+        count = new_tokens(config, ids.shape[1], options.get("max_length") is not None)
         if streamer is not None and len(ids) != 1:
             raise ValueError(f"streamer takes one text, and here are {len(ids)}: give one prompt, or no streamer")
         criteria = stopping(config, stopping_criteria, tokenizer)
         stops, pad = self._stop_and_pad(config)
-        draft = Draft.of(ids, mask, count, rule.block_size, self.config.mask_token_id)
+        draft = Draft.of(ids, mask, count, rule.block_size, self.config.mask_token_id, pad)
         if streamer is not None:
             streamer.put(ids.cpu())
         for start in self._blocks(draft, rule, generator):
-            draft.end_at(start, stops, criteria)
+            draft.end_at(start, stops)
+            draft.end_by(criteria, start + rule.block_size)
             if streamer is not None:
                 streamer.put(draft.tokens[0, draft.new_places(0, start)].cpu())
         if streamer is not None:
             streamer.end()
-        whole = draft.padded(pad)
+        whole = draft.padded(int((draft.ends - draft.begins).max()))
         return GenerateDecoderOnlyOutput(sequences=whole) if config.return_dict_in_generate else whole
 
     def _asked(self, given: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
@@ -275,7 +277,7 @@ class Draft:
     """Texts that grow, each from place 0 on, so that their blocks lie below each other.
 
     prompts: [B, P] as they were given; tokens: [B, L], whole blocks; begins, ends: [B], where the new tokens of each
-    text begin and end.
+    text begin and end; asked: after how many of them criteria were asked.
     """
 
     prompts: Tensor
@@ -283,9 +285,11 @@ class Draft:
     begins: Tensor
     ends: Tensor
     block_size: int
+    pad: int
+    asked: int = 0
 
     @classmethod
-    def of(cls, prompts: Tensor, text: Tensor, count: int, block_size: int, mask_id: int) -> Draft:
+    def of(cls, prompts: Tensor, text: Tensor, count: int, block_size: int, mask_id: int, pad: int) -> Draft:
         """`text`: [B, P], where prompts are no padding; `count`: of new tokens."""
         width = prompts.shape[1]
         begins = text.sum(dim=1)
@@ -293,7 +297,7 @@ class Draft:
         tokens = prompts.new_full((len(prompts), -(-longest // block_size) * block_size), mask_id)
         for row, (prompt, begin) in enumerate(zip(prompts, begins.tolist(), strict=True)):
             tokens[row, :begin] = prompt[width - begin :]
-        return cls(prompts, tokens, begins, begins + count, block_size)
+        return cls(prompts, tokens, begins, begins + count, block_size, pad)
 
     def masked(self, start: int) -> Tensor:
         """Return the places to fill of the block at `start`, [B, K]: to its end, even where a text may go less far, as
@@ -307,26 +311,28 @@ class Draft:
         begin, end = int(self.begins[row]), int(self.ends[row])
         return slice(max(start, begin), max(start, begin, min(start + self.block_size, end)))
 
-    def end_at(self, start: int, stops: Tensor, criteria: StoppingCriteriaList) -> None:
-        """End texts in the block at `start`, which is filled: at the first of `stops`, or where a criterion holds."""
+    def end_at(self, start: int, stops: Tensor) -> None:
+        """End texts at the first of `stops` in the block at `start`, which is filled."""
         is_stop = torch.isin(self.tokens[:, start : start + self.block_size], stops) & self.masked(start)
         first = torch.where(is_stop.any(dim=1), start + is_stop.int().argmax(dim=1) + 1, self.ends)
         self.ends = torch.minimum(self.ends, first)
+
+    def end_by(self, criteria: StoppingCriteriaList, filled: int) -> None:
+        """End texts where criteria say so. filled: how many places of every text are; as many new tokens are asked
+        about as each text has that goes on.
+        """
         if not criteria:
             return
-        for row, prompt in enumerate(self.prompts):
-            new = self.new_places(row, start)
-            for end in range(new.start + 1, new.stop + 1):
-                so_far = torch.cat([prompt, self.tokens[row, self.begins[row] : end]])
-                if bool(criteria(so_far[None], None).all()):
-                    self.ends[row] = end
-                    break
+        counts = torch.where(self.ends <= filled, (self.ends - self.begins).max(), filled - self.begins)
+        for count in range(self.asked + 1, int(counts.min()) + 1):
+            done = criteria(self.padded(count), None)
+            self.ends = torch.where(done, torch.minimum(self.ends, self.begins + count), self.ends)
+            self.asked = count
 
-    def padded(self, pad: int) -> Tensor:
-        """Return the prompts, as they were given, and what was written, [B, P + S]."""
-        count = int((self.ends - self.begins).max())
+    def padded(self, count: int) -> Tensor:
+        """Return the prompts, as they were given, and `count` new tokens, [B, P + count]."""
         places = self.begins[:, None] + torch.arange(count, device=self.tokens.device)
-        new = self.tokens.gather(1, places).masked_fill(places >= self.ends[:, None], pad)
+        new = self.tokens.gather(1, places).masked_fill(places >= self.ends[:, None], self.pad)
         return torch.cat([self.prompts, new], dim=1)
 
 
