@@ -105,7 +105,7 @@ def truncate(shares: Tensor, top_k: int | None, top_p: float | None) -> tuple[Te
 
 
 class Bd3GenerationMixin(GenerationMixin):
-    """Generation of a model that has `model`, which takes `store_kv` and `block_size`, and `_logits`."""
+    """Generation of a model that has `model`, which takes `store_kv`, `block_size` and `padding`, and `_logits`."""
 
     @torch.no_grad()
     def generate(
@@ -133,7 +133,7 @@ class Bd3GenerationMixin(GenerationMixin):
             attention_mask: [B, P], zeros to the left of shorter prompts; None: every id is text. Blocks count from the
                 first token behind the zeros.
             stopping_criteria: asked as elsewhere in transformers, after each new token of the batch, [B, P + so many],
-                without scores; a text that is ahead of others, since its prompt is shorter, waits for its answer.
+                without scores; by as many tokens as a block has, texts may wait for each other.
             tokenizer: for `stop_strings`.
             streamer: of one prompt; is given it, then the new tokens of block after block.
             generator: of random numbers.
@@ -245,9 +245,10 @@ class Bd3GenerationMixin(GenerationMixin):
                 continue
             if stored < start:
                 # The blocks that no text has masks in, or has any more.
-                self.model(draft.tokens[:, stored:start], past_key_values=cache, block_size=size)
+                finished = draft.tokens[:, stored:start]
+                self.model(finished, past_key_values=cache, block_size=size, padding=draft.padding)
                 stored = start
-            self._denoise(draft.tokens[:, start : start + size], masked, cache, rule, generator)
+            self._denoise(draft.tokens[:, start : start + size], masked, cache, draft.padding, rule, generator)
             yield start
 
     def _denoise(
@@ -255,6 +256,7 @@ class Bd3GenerationMixin(GenerationMixin):
         block_BK: Tensor,
         masked_BK: Tensor,
         cache: DynamicCache,
+        padding: Tensor | None,
         rule: Unmasking,
         generator: torch.Generator | None,
     ) -> None:
@@ -262,8 +264,8 @@ class Bd3GenerationMixin(GenerationMixin):
         for step in range(rule.steps):
             if not masked_BK.any():
                 return
-            hidden = self.model(block_BK, past_key_values=cache, store_kv=False, block_size=rule.block_size)[0]
-            logits = self._logits(hidden)
+            how = {"store_kv": False, "block_size": rule.block_size, "padding": padding}
+            logits = self._logits(self.model(block_BK, past_key_values=cache, **how)[0])
             logits[..., self.config.mask_token_id] = float("-inf")
             logits[..., self.config.num_token_ids or self.config.vocab_size :] = float("-inf")
             drawn_BK, confidence_BK = rule.draw(logits, generator)
@@ -274,14 +276,16 @@ class Bd3GenerationMixin(GenerationMixin):
 
 @dataclass
 class Draft:
-    """Texts that grow, each from place 0 on, so that their blocks lie below each other.
+    """Texts that grow, the blocks that they grow from below each other.
 
-    prompts: [B, P] as they were given; tokens: [B, L], whole blocks; begins, ends: [B], where the new tokens of each
-    text begin and end; asked: after how many of them criteria were asked.
+    prompts: [B, P] as they were given; tokens: [B, L], whole blocks; padding: [B], how many places are none of each
+    text, whole blocks, on its left, or None where no text has any; begins, ends: [B], where its new tokens begin and
+    end; asked: after how many of them criteria were asked.
     """
 
     prompts: Tensor
     tokens: Tensor
+    padding: Tensor | None
     begins: Tensor
     ends: Tensor
     block_size: int
@@ -291,13 +295,16 @@ class Draft:
     @classmethod
     def of(cls, prompts: Tensor, text: Tensor, count: int, block_size: int, mask_id: int, pad: int) -> Draft:
         """`text`: [B, P], where prompts are no padding; `count`: of new tokens."""
-        width = prompts.shape[1]
-        begins = text.sum(dim=1)
+        lengths = text.sum(dim=1)
+        whole = lengths // block_size * block_size
+        padding = whole.max() - whole
+        begins = padding + lengths
         longest = int(begins.max()) + count
-        tokens = prompts.new_full((len(prompts), -(-longest // block_size) * block_size), mask_id)
-        for row, (prompt, begin) in enumerate(zip(prompts, begins.tolist(), strict=True)):
-            tokens[row, :begin] = prompt[width - begin :]
-        return cls(prompts, tokens, begins, begins + count, block_size, pad)
+        tokens = prompts.new_full((len(prompts), -(-longest // block_size) * block_size), pad)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        tokens[(places >= padding[:, None]) & (places < begins[:, None])] = prompts[text]
+        tokens[places >= begins[:, None]] = mask_id
+        return cls(prompts, tokens, padding if padding.any() else None, begins, begins + count, block_size, pad)
 
     def masked(self, start: int) -> Tensor:
         """Return the places to fill of the block at `start`, [B, K]: to its end, even where a text may go less far, as

@@ -32,17 +32,17 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def rotary_table(positions_S: Tensor, config: Bd3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each [S, 1, D/2], computed in fp32 (Su et al., 2021).
+def rotary_table(positions: Tensor, config: Bd3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles of positions [..., S]: [..., S, 1, D/2], computed in fp32 (Su et al., 2021).
 
     Made from the config in every forward pass: transformers builds a model without memory for its tensors, so that a
     buffer that no checkpoint holds would be left uninitialised.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions_S.device) / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling is not None:
         frequencies = _stretch(frequencies, config.rope_scaling)
-    angles = (positions_S.float()[:, None] * frequencies)[:, None]
+    angles = (positions.float()[..., None] * frequencies)[..., None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -71,6 +71,16 @@ def block_causal_mask(start: int, end: int, block_size: int, device: torch.devic
         return None
     blocks = torch.arange(end, device=device) // block_size
     return blocks <= blocks[start:, None]
+
+
+def behind_padding(mask: Tensor | None, padding_B: Tensor, start: int, end: int) -> Tensor:
+    """`block_causal_mask` for sequences that begin behind `padding_B` places, [B, 1, S, T].
+
+    Padding sees padding, since what sees nothing at all would be no number.
+    """
+    is_padding = torch.arange(end, device=padding_B.device) < padding_B[:, None]
+    sees = is_padding[:, None, :] == is_padding[:, start:, None]
+    return (sees if mask is None else sees & mask)[:, None]
 
 
 def hidden_norm(config: Bd3Config) -> nn.Module:
@@ -175,6 +185,7 @@ class Bd3Model(Bd3PreTrainedModel):
         use_cache: bool | None = None,
         store_kv: bool = True,
         block_size: int | None = None,
+        padding: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
@@ -188,6 +199,8 @@ class Bd3Model(Bd3PreTrainedModel):
             store_kv: append the S tokens to the cache. A denoising pass does not, since its masked tokens will change;
                 a pass over the finished block does.
             block_size: in place of `config.block_size`.
+            padding: [B], how many places on the left of each sequence, with those in the cache, hold nothing: whole
+                blocks. Positions count from behind them.
 
         Raises:
             ValueError: another attention mask, other positions, another kind of cache, or one that ends inside a block.
@@ -198,9 +211,12 @@ class Bd3Model(Bd3PreTrainedModel):
         end = start + input_ids.shape[1]
         positions = torch.arange(start, end, device=input_ids.device)
         _check_mask_and_positions(attention_mask, position_ids, positions)
+        mask = block_causal_mask(start, end, block_size, input_ids.device)
+        if padding is not None:
+            positions = (positions - padding[:, None]).clamp(min=0)
+            mask = behind_padding(mask, padding, start, end)
         hidden = self.embed_tokens(input_ids)
         rotary = rotary_table(positions, self.config, hidden.dtype)
-        mask = block_causal_mask(start, end, block_size, input_ids.device)
         states = [hidden]
         for layer in self.layers:
             hidden = layer(hidden, rotary, mask, cache)
