@@ -147,17 +147,20 @@ def _example(block_diffusion: bool) -> str:
 
 tokenizer = AutoTokenizer.from_pretrained("."{trust})
 model = AutoModelForCausalLM.from_pretrained("."{trust})
-ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 """
 
 
-_TRANSFORMERS = """`generate` takes transformers' own arguments: `generation_config`, `streamer` (one block at a time),
-`stop_strings` with `tokenizer`, `stopping_criteria`, prompts of several lengths, padded on the left, with their
+_TRANSFORMERS = """`generate` takes transformers' own arguments: `generation_config`, `streamer` (block after block),
+`stop_strings` with `tokenizer`, `stopping_criteria`, and prompts of several lengths, padded on the left, with their
 `attention_mask`; beside them `steps`, `unmasking` and `threshold`, which say how many tokens a pass fills in. What it
-does not do, such as beams, it refuses. `pipeline("text-generation", model=".", trust_remote_code=True)` works;
-`transformers serve` does not (4.57 and 5.24): it looks for the class among those of transformers, with
-`--trust-remote-code`, too.
+does not do, such as beams, it refuses. `do_sample`, `temperature`, `top_k` and `top_p` are those of
+`generation_config.json` where the call says nothing.
+
+`pipeline("text-generation", model=".", trust_remote_code=True)` works; in transformers 4 it draws at a temperature of
+its own, 0.7, where the call names none. `transformers serve` does not (4.57 and 5.24): it looks for the class among
+those of transformers alone, even with `--trust-remote-code`.
 """
 
 
