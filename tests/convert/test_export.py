@@ -174,9 +174,15 @@ def test_config_has_what_engines_read(exported: dict[str, Path]) -> None:
     assert keys.items() <= found.items()
     tokenizer = json.loads((exported["sdar"] / "tokenizer_config.json").read_text())
     assert tokenizer["mask_token"] == "[MASK]"
+    assert (tokenizer["pad_token"], tokenizer["padding_side"]) == ("<|endoftext|>", "left")
+    generation = json.loads((exported["sdar"] / "generation_config.json").read_text())
+    ids = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+    assert generation == ids | {"do_sample": True, "temperature": 1.0, "top_k": 258, "top_p": 1.0}
     card = (exported["sdar"] / "README.md").read_text()
     for words in ("block_size: 4", "--dllm-algorithm-config sglang.yaml", "--dllm-block-length 4", "num_layers: 2"):
         assert words in card
+    for name in ("sdar", "official"):
+        assert "`transformers serve` does not (4.57 and 5.24)" in (exported[name] / "README.md").read_text()
     assert config(exported["official"])["architectures"] == ["Bd3ForCausalLM"]
     assert config(exported["llama"])["rope_scaling"]["rope_type"] == "llama3"
 

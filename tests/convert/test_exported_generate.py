@@ -73,14 +73,14 @@ def left_padded(prompts: list[torch.Tensor], more: int = 0) -> dict[str, torch.T
 )
 def test_padding_on_the_left_changes_nothing(model, lengths, more, count, rule, stop):
     prompts = [prompt(length, seed) for seed, length in enumerate(lengths)]
-    how = {"max_new_tokens": count, "eos_token_id": stop, "pad_token_id": EOS, **rule}
+    how = {"max_new_tokens": count, "eos_token_id": stop, "pad_token_id": 999, **rule}
     padded = left_padded(prompts, more)
     together = model.generate(**padded, **how)
     width = padded["input_ids"].shape[1]
     assert torch.equal(together[:, :width], padded["input_ids"])
     alone = [model.generate(p, **how)[0, p.shape[1] :].tolist() for p in prompts]
     longest = max(map(len, alone))
-    assert together[:, width:].tolist() == [new + [EOS] * (longest - len(new)) for new in alone]
+    assert together[:, width:].tolist() == [new + [999] * (longest - len(new)) for new in alone]
 
 
 @pytest.mark.parametrize("mask", [[[1, 1, 1, 0]], [[1, 0, 1, 1]], [[1, 1, 1]], [[[1, 1, 1, 1]]]])

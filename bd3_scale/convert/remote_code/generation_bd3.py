@@ -172,7 +172,7 @@ class Bd3GenerationMixin(GenerationMixin):
             draft.end_at(start, stops)
             draft.end_by(criteria, start + rule.block_size)
             if streamer is not None:
-                streamer.put(draft.tokens[0, draft.new_places(0, start)].cpu())
+                streamer.put(draft.news(start).cpu())
         if streamer is not None:
             streamer.end()
         whole = draft.padded(int((draft.ends - draft.begins).max()))
@@ -300,10 +300,9 @@ class Draft:
         padding = whole.max() - whole
         begins = padding + lengths
         longest = int(begins.max()) + count
-        tokens = prompts.new_full((len(prompts), -(-longest // block_size) * block_size), pad)
+        tokens = prompts.new_full((len(prompts), -(-longest // block_size) * block_size), mask_id)
         places = torch.arange(tokens.shape[1], device=tokens.device)
         tokens[(places >= padding[:, None]) & (places < begins[:, None])] = prompts[text]
-        tokens[places >= begins[:, None]] = mask_id
         return cls(prompts, tokens, padding if padding.any() else None, begins, begins + count, block_size, pad)
 
     def masked(self, start: int) -> Tensor:
@@ -313,10 +312,9 @@ class Draft:
         places = torch.arange(start, start + self.block_size, device=self.tokens.device)
         return (places >= self.begins[:, None]) & (start < self.ends[:, None])
 
-    def new_places(self, row: int, start: int) -> slice:
-        """Return the new places of a text in the block at `start`."""
-        begin, end = int(self.begins[row]), int(self.ends[row])
-        return slice(max(start, begin), max(start, begin, min(start + self.block_size, end)))
+    def news(self, start: int) -> Tensor:
+        """Return the new tokens of the first text in the block at `start`, [at most K]."""
+        return self.tokens[0, max(start, int(self.begins[0])) : min(start + self.block_size, int(self.ends[0]))]
 
     def end_at(self, start: int, stops: Tensor) -> None:
         """End texts at the first of `stops` in the block at `start`, which is filled."""
