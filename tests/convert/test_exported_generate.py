@@ -63,7 +63,8 @@ def left_padded(prompts: list[torch.Tensor], more: int = 0) -> dict[str, torch.T
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
-    lengths=st.lists(st.integers(0, 11), min_size=1, max_size=4),
+    # Where nothing but masks is seen, they are all equal, and which is taken first hangs on the last bits.
+    lengths=st.lists(st.integers(1, 11), min_size=1, max_size=4),
     more=st.integers(0, 5),
     count=st.integers(1, 9),
     rule=st.sampled_from(

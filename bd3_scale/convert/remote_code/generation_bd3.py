@@ -125,7 +125,8 @@ class Bd3GenerationMixin(GenerationMixin):
 
         The mask token is never drawn, and the prompt never changed. A sequence ends at its first stop token after the
         prompt, at a stop string, or where a criterion says so, and is padded from there. What else it is depends on
-        its own prompt alone, not on its padding or the batch (tokens that are drawn share the random numbers).
+        its own prompt alone, not on its padding or the batch (but for the last bits of the logits, and that tokens that
+        are drawn share the random numbers).
 
         Args:
             inputs, input_ids: prompts, by either name; None: one that is empty but for BOS, where there is one.
@@ -342,7 +343,7 @@ class Draft:
 
 
 def new_tokens(config: GenerationConfig, width: int, has_length: bool) -> int:
-    """Return how many tokens follow prompts of `width`; has_length: somebody gave this call a `max_length`."""
+    """Return how many tokens follow prompts of `width`; has_length: the call itself says `max_length`."""
     count = config.max_new_tokens
     if count is None:
         known = has_length or config.max_length not in (None, DEFAULT_LENGTH)
