@@ -136,6 +136,12 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
             f"block_size={block_size} belongs to block diffusion models, and {name} predicts the next token: leave it "
             "out here, and give the recipe of the adaptation its diffusion.block_size"
         )
+    num_token_ids = _integer(config, "num_token_ids", 0) or None
+    if block_diffusion and num_token_ids is not None and _integer(config, "mask_token_id") >= num_token_ids:
+        raise ValueError(
+            f"config.json of {name} says mask_token_id={config['mask_token_id']}, behind the {num_token_ids} ids in "
+            "use: it was written with --mask-id for engines; import what it was made of, or an export without"
+        )
     block_size = (block_size or _integer(config, "block_size")) if block_diffusion else 1
     eos = config.get("eos_token_id")
     return Architecture(
@@ -147,7 +153,7 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
         vocab_rows=_integer(config, "vocab_size"),
         eos_id=next(iter(eos), None) if isinstance(eos, list) else eos,
         mask_id=_integer(config, "mask_token_id") if block_diffusion else None,
-        num_token_ids=_integer(config, "num_token_ids", 0) or None,
+        num_token_ids=num_token_ids,
         max_position_embeddings=_integer(config, "max_position_embeddings", 2048),
     )
 

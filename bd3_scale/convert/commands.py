@@ -14,9 +14,11 @@ from bd3_scale.observe.console import Console, put, styled
 from bd3_scale.observe.progress import Bar
 
 if TYPE_CHECKING:
+    from bd3_scale.convert.export import ExportPlan
     from bd3_scale.convert.gguf_report import GgufReport
     from bd3_scale.convert.inspect import Inspection
     from bd3_scale.convert.quantize import QuantizationReport
+    from bd3_scale.convert.serving import Packing
 
 _MEASURED = (
     ("held-out NELBO, nats a token", "nelbo"),
@@ -34,6 +36,15 @@ def _alone() -> None:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check what is given and say what would be written.")]
+MaskId = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="sdar: of the mask in what is written; the vocabulary is padded up to it. SGLang and LMDeploy look for "
+        "151669.",
+        show_default="training's",
+    ),
+]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k"]
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its newest one.")]
 
@@ -126,6 +137,7 @@ def export(
         int, typer.Option(min=0, help="gguf: held-out sequences to measure on, before and after; 0: none.")
     ] = 64,
     draws: Annotated[int, typer.Option(min=1, help="gguf: noise draws a held-out sequence.")] = 2,
+    mask_id: MaskId = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -133,6 +145,8 @@ def export(
     if kind == "gguf":
         if dtype is not None:
             raise ValueError(f"--dtype {dtype} is for Hugging Face folders: say --type of a GGUF file")
+        if mask_id is not None:
+            raise ValueError(f"--mask-id {mask_id} is for Hugging Face folders: llama.cpp asks for no id of its own")
         given = {"data": data, "calibration_sequences": calibration_sequences, "sequences": sequences, "draws": draws}
         _export_gguf(checkpoint, out, type_ or "q8_0", given, dry_run=dry_run, as_json=as_json)
         return
@@ -140,9 +154,8 @@ def export(
         raise ValueError("--type and --data are for GGUF files: give --format gguf with them")
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.export import plan_export, run_export
-    from bd3_scale.convert.serving import engines
 
-    plan = plan_export(resolve_checkpoint(checkpoint), kind, dtype)
+    plan = plan_export(resolve_checkpoint(checkpoint), kind, dtype, mask_id)
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
     if not dry_run:
@@ -156,12 +169,26 @@ def export(
             "tensors": len(plan.tensors),
             "bytes": plan.num_bytes,
         }
-        | {
-            e.name: f"{'runs it' if e.runs else 'does not run it'}: {e.reason}"
-            for e in engines(plan.kind, plan.manifest.vocabulary)
-        },
+        | _moved_mask(plan)
+        | _engines(plan),
         as_json,
     )
+
+
+def _moved_mask(plan: ExportPlan) -> dict[str, object]:
+    """Return what a mask with another id than in training costs, nothing where it has none."""
+    if not plan.moves_mask:
+        return {}
+    vocabulary, rows = plan.manifest.vocabulary, plan.config["vocab_size"]
+    padding = f"{plan.padding_bytes:,} bytes: {rows:,} rows of embedding and head in place of {vocabulary.size:,}"
+    return {"mask": f"{plan.mask_id}, {vocabulary.mask_id} in training", "padding": padding}
+
+
+def _engines(plan: ExportPlan, packing: Packing | None = None) -> dict[str, object]:
+    from bd3_scale.convert.serving import engines
+
+    found = engines(plan.kind, plan.mask_id, packing)
+    return {e.name: f"{'runs it' if e.runs else 'does not run it'}: {e.reason}" for e in found}
 
 
 def _export_gguf(
@@ -236,6 +263,7 @@ def quantize(
     dtype: Annotated[
         Literal["bfloat16", "float16"], typer.Option(help="Of what is not quantised, and of the scales.")
     ] = "bfloat16",
+    mask_id: MaskId = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -248,11 +276,11 @@ def quantize(
 
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.export import plan_export
-    from bd3_scale.convert.quantize import check_data, check_quantizable, is_quantized, run_quantize
+    from bd3_scale.convert.quantize import check_data, check_quantizable, is_quantized, packing_of, run_quantize
     from bd3_scale.convert.quantizer import Scheme
     from bd3_scale.evaluate.checkpoint import data_recipe
 
-    plan = plan_export(resolve_checkpoint(checkpoint), None, dtype)
+    plan = plan_export(resolve_checkpoint(checkpoint), None, dtype, mask_id)
     scheme = Scheme(bits=4 if bits == "4" else 8, group_size=group_size)
     chosen = method or ("gptq" if scheme.bits == 4 else "rtn")
     check_quantizable(plan, scheme)
@@ -260,12 +288,14 @@ def quantize(
     check_data(plan, prepared)
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
+    found = _engines(plan, packing_of(plan, scheme, chosen))
     if dry_run:
         numels = {True: 0, False: 0}
         for tensor in plan.tensors:
             numels[is_quantized(tensor)] += tensor.numel
         entries: dict[str, object] = {"method": chosen, "bits": scheme.bits, "group size": group_size}
         entries |= {"weights that are quantised": numels[True], "weights that are kept": numels[False]}
+        entries |= _moved_mask(plan) | found
         _report(f"would write {out}", entries, as_json)
         return
     with Bar("quantising") as bar:
@@ -283,10 +313,10 @@ def quantize(
     if as_json:
         put(json.dumps(dataclasses.asdict(report)))
         return
-    _show_quantization(report, out)
+    _show_quantization(report, out, found)
 
 
-def _show_quantization(report: QuantizationReport, out: Path) -> None:
+def _show_quantization(report: QuantizationReport, out: Path, found: dict[str, object]) -> None:
     title = f"wrote and verified {out}: int{report.bits}, groups of {report.group_size}, {report.method}"
     table = Table("", "before", "after", title=title)
     table.add_row("size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB")
@@ -296,7 +326,10 @@ def _show_quantization(report: QuantizationReport, out: Path) -> None:
     errors = Table("weight", "relative output error", title="per layer, worst first")
     for name, error in sorted(report.errors.items(), key=lambda item: -item[1]):
         errors.add_row(name, f"{error:.2e}")
-    Console().print(errors, table, *(f"engines: {note}" for note in report.notes), sep="\n")
+    runs = Table("engine", "", title="engines")
+    for name, says in found.items():
+        runs.add_row(name, str(says))
+    Console().print(errors, table, runs, *(f"Marlin: {note}" for note in report.notes), sep="\n")
 
 
 @app.command("inspect", epilog="Example: bd3-scale convert inspect runs/quickstart --verify")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +28,11 @@ from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.importer import MASK_ROWS
 from bd3_scale.convert.names import EMBEDDING, HEAD, NATIVE_EMBEDDING, NamedTensor, named_tensors
 from bd3_scale.convert.remote_code_files import remote_code
-from bd3_scale.convert.serving import SGLANG_CONFIG, model_card, sglang_config
+from bd3_scale.convert.serving import ENGINE_MASK_ID, SGLANG_CONFIG, Packing, model_card, sglang_config
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.generate.text import checkpoint_tokenizer
-from bd3_scale.recipe.vocabulary import Vocabulary
+from bd3_scale.recipe.vocabulary import MOST_IDS, Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
 from bd3_scale.resilience.foreign import CONFIG, WEIGHTS, WEIGHTS_INDEX, file_in, object_in, settings_of
 from bd3_scale.resilience.readers import reader
@@ -77,6 +77,8 @@ class ExportPlan:
         """Return the values of a tensor as they are written."""
         boxes = [reader.read(self._stored_name(tensor), *box) for box in tensor.boxes]
         values = tensor.join(boxes).to(self._dtype_of(tensor))
+        if self.moves_mask and tensor.name in (EMBEDDING, HEAD):
+            return self._with_mask_moved(tensor, values)
         mask_id = self.manifest.vocabulary.mask_id
         predicts = tensor.name == HEAD or (tensor.name == EMBEDDING and not self.is_block_diffusion)
         if not predicts or mask_id >= len(values):
@@ -87,12 +89,44 @@ class ExportPlan:
             # Whoever draws the highest logit never meets the mask: its logit is the mean of the others. A tied row
             # would be its embedding.
             others = torch.arange(len(values)) != mask_id
-            values[mask_id] = values[others].float().mean(0).to(values.dtype)
+            values[mask_id] = _mean(values[others])
         return values
+
+    def _with_mask_moved(self, tensor: NamedTensor, values: Tensor) -> Tensor:
+        """Return the rows of all ids, of rows of which the last is the mask's."""
+        size = len(values) - 1
+        moved = values.new_zeros(tensor.shape)
+        moved[:size] = values[:size]
+        if tensor.name == EMBEDDING:
+            moved[self.mask_id] = values[size]
+        else:
+            # What holds for the mask in an engine that leaves no id out holds for what pads: never the highest logit.
+            moved[size:] = _mean(values[:size])
+        return moved
 
     @property
     def is_block_diffusion(self) -> bool:
         return self.kind in ("sdar", "bd3")
+
+    @property
+    def mask_id(self) -> int:
+        """Return the id that the mask has in what is written."""
+        return int(self.config.get("mask_token_id", self.manifest.vocabulary.mask_id))
+
+    @property
+    def padding_bytes(self) -> int:
+        """Return the bytes of rows that no text has, of a mask with another id."""
+        rows = int(self.config["vocab_size"])
+        tables = [size // rows for name, size in self.sizes.items() if self.moves_mask and name in (EMBEDDING, HEAD)]
+        return (rows - self.manifest.vocabulary.size) * sum(tables)
+
+    @property
+    def moves_mask(self) -> bool:
+        return self.mask_id != self.manifest.vocabulary.mask_id
+
+
+def _mean(rows: Tensor) -> Tensor:
+    return rows.float().mean(0).to(rows.dtype)
 
 
 @reader("the rows that a mask took", path="checkpoint")
@@ -116,15 +150,18 @@ def choose_format(manifest: CheckpointManifest, kind: Format | None) -> Format:
 
 
 @reader("a checkpoint", path="checkpoint")
-def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | None = None) -> ExportPlan:
+def plan_export(
+    checkpoint: Path, kind: Format | None = None, dtype: Dtype | None = None, mask_id: int | None = None
+) -> ExportPlan:
     """Check a checkpoint and decide what an export of it holds.
 
     Args:
         kind: format; default: the first that the model can become.
         dtype: default: the precision of its training, or of an import as it came.
+        mask_id: of the mask in what is written, behind a vocabulary that is padded up to it; default: training's.
 
     Raises:
-        ValueError: a damaged checkpoint, or a format that the model cannot become.
+        ValueError: a damaged checkpoint, a format that the model cannot become, or a `mask_id` that it cannot have.
     """
     manifest = read_manifest(checkpoint)
     check_sizes(checkpoint, manifest)
@@ -159,7 +196,43 @@ def plan_export(checkpoint: Path, kind: Format | None = None, dtype: Dtype | Non
         # What the engines of that format read beyond our own keys.
         ours = ("torch_dtype", "block_size", "vocab_size", "tie_word_embeddings")
         config |= settings_of(original) | {key: config[key] for key in ours if key in config}
-    return ExportPlan(checkpoint, manifest, kind, target, stored, config, tuple(tensors))
+    plan = ExportPlan(checkpoint, manifest, kind, target, stored, config, tuple(tensors))
+    return plan if mask_id in (None, vocabulary.mask_id) else _with_mask_at(plan, mask_id)
+
+
+def _with_mask_at(plan: ExportPlan, mask_id: int) -> ExportPlan:
+    """Return a plan whose mask has another id, and whose embedding and head have rows up to that; see `read`."""
+    vocabulary = plan.manifest.vocabulary
+    _check_mask_id(plan.kind, vocabulary, mask_id)
+    config = plan.config | _mask_renumbered(plan.config, vocabulary.mask_id, mask_id)
+    rows = max(config["vocab_size"], mask_id + 1)
+    config |= {"vocab_size": rows, "num_token_ids": vocabulary.size - 1}
+
+    def moved(tensor: NamedTensor) -> NamedTensor:
+        hidden = tensor.shape[1:]
+        return replace(tensor, shape=(rows, *hidden), boxes=(((0, 0), (vocabulary.size, *hidden)),))
+
+    tensors = tuple(moved(t) if t.name in (EMBEDDING, HEAD) else t for t in plan.tensors)
+    return replace(plan, config=config, tensors=tensors)
+
+
+def _check_mask_id(kind: Format, vocabulary: Vocabulary, mask_id: int) -> None:
+    """ValueError: the mask cannot have another id, or not this one."""
+    if kind != "sdar":
+        raise ValueError(
+            f"mask_id={mask_id} is for SDARForCausalLM, whose engines take {ENGINE_MASK_ID} for the mask, and this is "
+            f"an export to {EXPORT_FORMATS[kind].architecture}: leave it out"
+        )
+    if vocabulary.mask_id != vocabulary.size - 1:
+        raise ValueError(
+            f"mask_id={mask_id} would move the mask from {vocabulary.mask_id}, which lies among the "
+            f"{vocabulary.size} ids of the vocabulary, and only one behind all tokens moves: leave it out"
+        )
+    if not vocabulary.size <= mask_id < MOST_IDS:
+        raise ValueError(
+            f"mask_id={mask_id} must lie behind the vocabulary of {vocabulary.size} ids, whose tokens have those "
+            f"before, and below {MOST_IDS}: SGLang and LMDeploy look for {ENGINE_MASK_ID}"
+        )
 
 
 def _special_ids(checkpoint: Path, vocabulary: Vocabulary, block_diffusion: bool) -> dict[str, Any]:
@@ -254,7 +327,7 @@ def write_shards(
 
 
 def write_companions(
-    folder: Path, plan: ExportPlan, extra_config: Mapping[str, Any] | None = None, quantization: str | None = None
+    folder: Path, plan: ExportPlan, extra_config: Mapping[str, Any] | None = None, packing: Packing | None = None
 ) -> None:
     """Write everything but the weights: configuration, tokeniser, code, model card and what engines need."""
     (folder / CONFIG).write_text(json.dumps(plan.config | dict(extra_config or {}), indent=2) + "\n")
@@ -265,6 +338,7 @@ def write_companions(
             plan.checkpoint / TOKENIZER,
             folder,
             with_mask=plan.is_block_diffusion,
+            mask_id=plan.mask_id,
             settings=_tokenizer_settings(plan, tokenizer),
         )
     if plan.kind in ("sdar", "bd3"):
@@ -272,7 +346,7 @@ def write_companions(
             (folder / name).write_text(source, encoding="utf-8")
     if plan.kind == "sdar":
         (folder / SGLANG_CONFIG).write_text(sglang_config(plan.config["block_size"]))
-    card = model_card(plan.kind, plan.config["architectures"][0], plan.manifest, quantization)
+    card = model_card(plan.kind, plan.config, plan.manifest, packing)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -293,7 +367,13 @@ def _write_generation_config(folder: Path, plan: ExportPlan) -> None:
     # transformers has top_k=50 where nothing is said, and other engines refuse the 0 that ends it there.
     drawn = {"do_sample": True, "temperature": 1.0, "top_k": plan.config["vocab_size"], "top_p": 1.0}
     content = source_ids(plan.checkpoint).generation_config or {key: plan.config[key] for key in KEYS} | drawn
+    content |= _mask_renumbered(content, plan.manifest.vocabulary.mask_id, plan.mask_id)
     (folder / GENERATION_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _mask_renumbered(content: Mapping[str, Any], mask_id: int, new_id: int) -> dict[str, int]:
+    """Return what a configuration says of the mask, as of padding with it, with the mask's new id."""
+    return {key: new_id for key, value in content.items() if key.endswith("_token_id") and value == mask_id}
 
 
 def _default_dtype(manifest: CheckpointManifest) -> torch.dtype | None:

@@ -28,6 +28,7 @@ from bd3_scale.convert.export import ExportPlan, check_undamaged, write_companio
 from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.names import NamedTensor
 from bd3_scale.convert.quantizer import Scheme, gptq, output_error, round_to_nearest
+from bd3_scale.convert.serving import Packing
 from bd3_scale.data.manifest import check_tokenizer, load_sources
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
@@ -106,6 +107,12 @@ def kernel_notes(plan: ExportPlan, scheme: Scheme) -> tuple[str, ...]:
     return tuple(f"{name}: {note}" for name, shape in joined.items() for note in engine_notes(shape, scheme))
 
 
+def packing_of(plan: ExportPlan, scheme: Scheme, method: Method) -> Packing:
+    """Return what the card and the table of engines say of the weights."""
+    description = f"int{scheme.bits} in groups of {scheme.group_size} ({method}), compressed-tensors"
+    return Packing(description, kernel_notes(plan, scheme))
+
+
 def check_data(plan: ExportPlan, data: DataRecipe) -> None:
     """ValueError: `data` was prepared with another tokeniser, lacks a split, or its documents do not divide into the
     model's blocks.
@@ -166,8 +173,7 @@ def run_quantize(
             write_shards(folder, quantizer.tensors(reader, calibration), sizes)
         ignored = ["lm_head"]
         config = {"quantization_config": quantization_config(scheme, ignored)}
-        description = f"int{scheme.bits} in groups of {scheme.group_size} ({method}), compressed-tensors"
-        write_companions(folder, plan, config, description)
+        write_companions(folder, plan, config, packing_of(plan, scheme, method))
         quantizer.verify(folder)
         ids, logits = expected_logits(model, manifest.block_size, manifest.max_position_embeddings)
         assert plan.dtype is not None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.convert.architectures import Format
 from bd3_scale.recipe.plain_yaml import dump_yaml
-from bd3_scale.recipe.vocabulary import Vocabulary
 
 ENGINE_MASK_ID = 151669  # of Qwen3's tokeniser; SGLang and LMDeploy know no other for SDAR
+# What is said of these engines was read in their source, of the mask at these commits; none has run an export.
+SGLANG_READ, LMDEPLOY_READ = "0ad4de4", "a574968"
 SGLANG_CONFIG = "sglang.yaml"
 THRESHOLD = 0.9
+MAX_RUNNING_REQUESTS = 32  # at once; SGLang takes one of a diffusion model where nothing is said
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,34 @@ class Engine:
     reason: str
 
 
-def engines(kind: Format, vocabulary: Vocabulary, *, quantised: bool = False) -> tuple[Engine, ...]:
-    """Which engines run an export of `kind`; the reasons are for people."""
-    found = _engines(kind, vocabulary)
-    # SGLang and vLLM's family, and transformers, read compressed-tensors.
-    readers = ("transformers", "SGLang", "vLLM")
-    unread = "it is not known to read compressed-tensors"
-    return tuple(Engine(e.name, False, unread) if quantised and not e.name.startswith(readers) else e for e in found)
+@dataclass(frozen=True)
+class Packing:
+    """How weights are packed in a smaller format. notes: what keeps SGLang's kernel from layers of it."""
+
+    description: str
+    notes: tuple[str, ...]
 
 
-def _engines(kind: Format, vocabulary: Vocabulary) -> tuple[Engine, ...]:
+def engines(kind: Format, mask_id: int, packing: Packing | None = None) -> tuple[Engine, ...]:
+    """Which engines run an export of `kind` whose mask has an id; the reasons are for people."""
+    found = _engines(kind, mask_id)
+    if packing is None:
+        return found
+    return tuple(Engine(e.name, False, reason) if (reason := _unread(e.name, packing)) else e for e in found)
+
+
+def _unread(engine: str, packing: Packing) -> str | None:
+    """Return why an engine does not run what compressed-tensors packed, None where it does."""
+    if engine == "SGLang" and packing.notes:
+        return f"its kernel for packed weights takes no such layers: {'; '.join(packing.notes)}"
+    if engine.startswith(("transformers", "SGLang", "vLLM")):
+        return None
+    if engine == "LMDeploy":
+        return "its PyTorch engine, which alone runs SDAR, reads AWQ, SmoothQuant and FP8, and no compressed-tensors"
+    return "it is not known to read compressed-tensors"
+
+
+def _engines(kind: Format, mask_id: int) -> tuple[Engine, ...]:
     transformers = Engine("transformers", True, "4.5x and 5.x")
     if kind not in ("sdar", "bd3"):
         reason = "an autoregressive model like any other"
@@ -43,31 +65,33 @@ def _engines(kind: Format, vocabulary: Vocabulary) -> tuple[Engine, ...]:
     if kind == "bd3":
         reason = "they know SDARForCausalLM alone, which needs q/k norm, RMSNorm and SwiGLU"
         return transformers, Engine("SGLang, LMDeploy, JetEngine, Diffulex", False, reason), llama_cpp
-    fits = vocabulary.mask_id == ENGINE_MASK_ID
+    fits = mask_id == ENGINE_MASK_ID
     reason = (
         f"the mask has the id {ENGINE_MASK_ID} that it expects"
         if fits
-        else f"it takes {ENGINE_MASK_ID} (Qwen3's tokeniser) for the mask, and here the mask has the id "
-        f"{vocabulary.mask_id}"
+        else f"it takes {ENGINE_MASK_ID} (Qwen3's tokeniser) for the mask, and here the mask has the id {mask_id}: "
+        f"`--mask-id {ENGINE_MASK_ID}` moves it there"
     )
     return (
         transformers,
-        Engine("SGLang", fits, reason),
-        Engine("LMDeploy", fits, reason),
+        Engine("SGLang", fits, f"{reason} (source read at commit {SGLANG_READ})"),
+        Engine("LMDeploy", fits, f"{reason} (source read at commit {LMDEPLOY_READ})"),
         Engine("JetEngine, Diffulex", True, "they read mask_token_id"),
         llama_cpp,
     )
 
 
-def launch_lines(block_size: int) -> str:
-    """How to serve an SDAR export, from inside its folder."""
-    return (
-        f"python -m sglang.launch_server --model-path . --trust-remote-code \\\n"
-        f"    --dllm-algorithm LowConfidence --dllm-algorithm-config {SGLANG_CONFIG}\n"
-        f"lmdeploy serve api_server . --backend pytorch --dllm-block-length {block_size} \\\n"
+def launch_lines(block_size: int, found: Sequence[Engine]) -> str:
+    """How to serve an SDAR export, from inside its folder, with those engines that run it."""
+    lines = {
+        "SGLang": f"python -m sglang.launch_server --model-path . --trust-remote-code \\\n"
+        f"    --dllm-algorithm LowConfidence --dllm-algorithm-config {SGLANG_CONFIG} \\\n"
+        f"    --max-running-requests {MAX_RUNNING_REQUESTS}\n",
+        "LMDeploy": f"lmdeploy serve api_server . --backend pytorch --dllm-block-length {block_size} \\\n"
         f"    --dllm-denoising-steps {block_size} --dllm-unmasking-strategy low_confidence_dynamic \\\n"
-        f"    --dllm-confidence-threshold {THRESHOLD}\n"
-    )
+        f"    --dllm-confidence-threshold {THRESHOLD}\n",
+    }
+    return "".join(lines[engine.name] for engine in found if engine.runs and engine.name in lines)
 
 
 def sglang_config(block_size: int) -> str:
@@ -75,9 +99,11 @@ def sglang_config(block_size: int) -> str:
     return f"block_size: {block_size}\nthreshold: {THRESHOLD}\n"
 
 
-def model_card(kind: Format, architecture: str, manifest: CheckpointManifest, quantization: str | None = None) -> str:
-    """README.md of an export: what it is, how it was trained, how it is run."""
-    block_size, vocabulary = manifest.block_size, manifest.vocabulary
+def model_card(
+    kind: Format, config: Mapping[str, Any], manifest: CheckpointManifest, packing: Packing | None = None
+) -> str:
+    """README.md of an export: what it is, how it was trained, how it is run. config: as it is in config.json."""
+    block_size, mask_id = manifest.block_size, config.get("mask_token_id", manifest.vocabulary.mask_id)
     block_diffusion = kind in ("sdar", "bd3")
     tags = ["block-diffusion", "bd3_scale"] if block_diffusion else ["bd3_scale"]
     what = (
@@ -86,11 +112,9 @@ def model_card(kind: Format, architecture: str, manifest: CheckpointManifest, qu
         if block_diffusion
         else "An autoregressive language model."
     )
-    weights = f"Its weights are in a smaller format: {quantization}.\n" if quantization else ""
-    rows = "\n".join(
-        f"| {e.name} | {'yes' if e.runs else 'no'} | {e.reason} |"
-        for e in engines(kind, vocabulary, quantised=quantization is not None)
-    )
+    weights = f"Its weights are in a smaller format: {packing.description}.\n" if packing else ""
+    found = engines(kind, mask_id, packing)
+    rows = "\n".join(f"| {e.name} | {'yes' if e.runs else 'no'} | {e.reason} |" for e in found)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -98,7 +122,7 @@ tags: [{", ".join(tags)}]
 ---
 # {manifest.name}
 
-{what} Format: `{architecture}`, after {manifest.step:,} steps of training by bd3_scale. {weights}
+{what} Format: `{config["architectures"][0]}`, after {manifest.step:,} steps of training by bd3_scale. {weights}
 ## Run
 
 ```python
@@ -107,7 +131,7 @@ tags: [{", ".join(tags)}]
 | engine | runs it | |
 |---|---|---|
 {rows}
-{_serving(kind, block_size)}
+{_padding(config, manifest)}{_serving(kind, block_size, found)}
 ## Training
 
 {_training(manifest)}"""
@@ -164,13 +188,29 @@ those of transformers alone, even with `--trust-remote-code`.
 """
 
 
-def _serving(kind: Format, block_size: int) -> str:
+def _padding(config: Mapping[str, Any], manifest: CheckpointManifest) -> str:
+    """Return what engines make of a mask that has another id than in training, nothing where it has not."""
+    mask_id = config.get("mask_token_id")
+    if mask_id in (None, manifest.vocabulary.mask_id):
+        return ""
+    return f"""
+The mask has the id {mask_id}, and had {manifest.vocabulary.mask_id} in training: embedding and head are padded up to it
+with {config["vocab_size"] - config["num_token_ids"] - 1:,} rows that no text uses. The code in this folder never draws
+what pads. SGLang and LMDeploy take the head's rows as they are: each of these has the mean of the tokens' logits, which
+is never the highest, so that greedy decoding writes the same tokens; but together they have a share of the probability,
+the larger the smaller the vocabulary. Confidences are lower by it there, and fewer tokens pass a threshold: set it
+lower. Sampling needs a top-k that keeps them out.
+"""
+
+
+def _serving(kind: Format, block_size: int, found: Sequence[Engine]) -> str:
     if kind not in ("sdar", "bd3"):
         return ""
-    lines = f"```\n{launch_lines(block_size)}```\n\n" if kind == "sdar" else ""
+    lines = launch_lines(block_size, found) if kind == "sdar" else ""
+    fenced = f"\n```\n{lines}```\n" if lines else ""
     return f"""
-{_TRANSFORMERS}
-{lines}Blocks are aligned to position 0, the prompt included. Logits are of the same position, without a shift.
+{_TRANSFORMERS}{fenced}
+Blocks are aligned to position 0, the prompt included. Logits are of the same position, without a shift.
 """
 
 

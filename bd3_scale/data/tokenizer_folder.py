@@ -9,7 +9,7 @@ from typing import Any
 
 from bd3_scale.data.chat import CHAT_TEMPLATE, template_file
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
-from bd3_scale.data.tokenizer_json import without_added
+from bd3_scale.data.tokenizer_json import with_mask_at, without_added
 from bd3_scale.resilience.files import read_object
 from bd3_scale.resilience.foreign import object_in, settings_of
 
@@ -24,13 +24,14 @@ def write_tokenizer(
     folder: Path,
     *,
     with_mask: bool = True,
+    mask_id: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a tokeniser into `folder` with what the files of the folder `source` say beyond `Tokenizer.save`.
 
     Nothing is copied as it is: of `tokenizer_config.json` go on the settings that name no code, and a chat template.
-    Without the mask, that token is left out, unless the vocabulary has it in the midst of others. `settings` go before
-    those of `source`.
+    Without the mask, that token is left out, unless the vocabulary has it in the midst of others. mask_id: in place of
+    its own id, see `with_mask_at`. `settings` go before those of `source`.
 
     ValueError: a file of `source` leads out of it, is larger than such files are, or holds no JSON or text.
     """
@@ -44,6 +45,8 @@ def write_tokenizer(
         del config["mask_token"]
         if vocabulary.mask_id == vocabulary.size - 1:
             content = without_added(content, own["mask_token"])
+    elif mask_id is not None and mask_id != vocabulary.mask_id:
+        content = with_mask_at(content, own["mask_token"], mask_id)
     for name, value in zip(TOKENIZER_FILES, (content, config), strict=True):
         (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if template is not None:

@@ -54,6 +54,26 @@ def without_added(content: Json, token: str) -> Json:
     return {**content, "added_tokens": [entry for entry in content["added_tokens"] if entry["content"] != token]}
 
 
+def with_mask_at(content: Json, mask: str, mask_id: int) -> Json:
+    """`content` of a tokeniser whose mask has another id, behind all others, and names for the ids before it.
+
+    The library numbers added tokens by their count, and tells of ids without a token: all are in the vocabulary, with a
+    space in the names that stand for nothing, which no word has.
+    ValueError: the kind of tokeniser has no place for them.
+    """
+    model = content["model"]
+    if not isinstance(model.get("vocab"), Mapping):
+        raise ValueError(
+            f"the tokeniser is of the kind {model.get('type')}, whose tokens are numbered by their place: its mask "
+            "keeps its id"
+        )
+    added = [{**token, "id": mask_id} if token["content"] == mask else token for token in content["added_tokens"]]
+    ids = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+    named = set(ids.values())
+    unused = {f"[unused {i}]": i for i in range(mask_id) if i not in named}
+    return {**content, "added_tokens": added, "model": {**model, "vocab": {**unused, **ids}}}
+
+
 def without_prefix(content: Json) -> Json:
     """`content` of a tokeniser that puts nothing before a text: no `▁` of SentencePiece, no space of GPT-2's kind."""
     return {

@@ -36,7 +36,7 @@ for file in files:
         assert found == sample["tokens"], (folder, sample, found)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert tokenizer("Once").input_ids == list(b"Once")
-    assert (tokenizer.mask_token_id, tokenizer.eos_token_id) == (257, 256)
+    assert (tokenizer.mask_token_id, tokenizer.eos_token_id) == (expected["mask_id"], 256)
     assert (tokenizer.pad_token_id, tokenizer.padding_side) == (256, "left")
     texts, greedy = ["Once upon", "A"], {"max_new_tokens": 13, "do_sample": False, "eos_token_id": []}
     alone = [model.generate(**tokenizer(text, return_tensors="pt"), **greedy)[0].tolist() for text in texts]

@@ -19,9 +19,8 @@ from bd3_scale.convert import export as export_module
 from bd3_scale.convert.architectures import export_obstacles
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
-from bd3_scale.convert.serving import engines
+from bd3_scale.convert.serving import Packing, engines, launch_lines
 from bd3_scale.objective import NextToken
-from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.convert.models import (
     BYTES,
     LLAMA_SHAPE,
@@ -86,8 +85,11 @@ def test_a_fresh_process_of_transformers_computes_the_same(
     version: str, native: dict[str, Path], exported: dict[str, Path], tmp_path: Path
 ) -> None:
     ids = torch.randint(0, 256, (2, 21), generator=torch.Generator().manual_seed(1))
-    for name, checkpoint in native.items():
-        torch.save(native_results(checkpoint, ids) | {"folder": str(exported[name])}, tmp_path / f"{name}.pt")
+    run_export(plan_export(native["sdar"], mask_id=300), tmp_path / "moved", check=False)
+    cases = {name: (checkpoint, exported[name], 257) for name, checkpoint in native.items()}
+    for name, (checkpoint, folder, mask_id) in (cases | {"moved": (native["sdar"], tmp_path / "moved", 300)}).items():
+        expected = native_results(checkpoint, ids) | {"folder": str(folder), "mask_id": mask_id}
+        torch.save(expected, tmp_path / f"{name}.pt")
     other = REPOSITORY / ".venv" / "transformers-5"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
     if version == "5":
@@ -102,7 +104,7 @@ def test_a_fresh_process_of_transformers_computes_the_same(
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert done.stdout.count("equal") == len(native)
+    assert done.stdout.count("equal") == len(native) + 1
 
 
 def test_sdar_comes_back_as_it_went_in(tmp_path: Path) -> None:
@@ -179,23 +181,36 @@ def test_config_has_what_engines_read(exported: dict[str, Path]) -> None:
     ids = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
     assert generation == ids | {"do_sample": True, "temperature": 1.0, "top_k": 258, "top_p": 1.0}
     card = (exported["sdar"] / "README.md").read_text()
-    for words in ("block_size: 4", "--dllm-algorithm-config sglang.yaml", "--dllm-block-length 4", "num_layers: 2"):
+    for words in ("block_size: 4", "num_layers: 2", "`--mask-id 151669` moves it there"):
         assert words in card
     for name in ("sdar", "official"):
         assert "`transformers serve` does not (4.57 and 5.24)" in (exported[name] / "README.md").read_text()
+    assert "--dllm" not in card, "how to launch what does not run it"
     assert config(exported["official"])["architectures"] == ["Bd3ForCausalLM"]
     assert config(exported["llama"])["rope_scaling"]["rope_type"] == "llama3"
 
 
 def test_which_engines_run_it() -> None:
-    qwen = Vocabulary(size=151670, eos_id=151645, mask_id=151669)
-    assert {e.name: e.runs for e in engines("sdar", qwen)}["SGLang"]
-    by_name = {e.name: e for e in engines("sdar", BYTES)}
+    assert {e.name: e.runs for e in engines("sdar", 151669)}["SGLang"]
+    by_name = {e.name: e for e in engines("sdar", 257)}
     assert not by_name["SGLang"].runs
     assert "it takes 151669" in by_name["SGLang"].reason
     assert "here the mask has the id 257" in by_name["SGLang"].reason
     assert by_name["JetEngine, Diffulex"].runs
     assert not by_name["llama.cpp"].runs
+
+
+def test_which_engines_run_packed_weights() -> None:
+    packed = {e.name: e for e in engines("sdar", 151669, Packing("int4", ()))}
+    assert {name for name, engine in packed.items() if engine.runs} == {"transformers", "SGLang"}
+    assert "no compressed-tensors" in packed["LMDeploy"].reason
+    odd = {e.name: e for e in engines("sdar", 151669, Packing("int4", ("down: groups of 16",)))}
+    assert not odd["SGLang"].runs
+    assert "down: groups of 16" in odd["SGLang"].reason
+    lines = launch_lines(4, tuple(packed.values()))
+    assert "--max-running-requests" in lines
+    assert "lmdeploy" not in lines
+    assert launch_lines(4, tuple(odd.values())) == ""
 
 
 def test_formats_that_a_model_cannot_become(native: dict[str, Path], tmp_path: Path) -> None:

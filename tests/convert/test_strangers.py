@@ -244,6 +244,6 @@ def test_a_model_card_holds_a_source_s_name_as_text(folder: Path, tmp_path: Path
     run_import(plan_import(source), tmp_path / "native")
     manifest = read_manifest(tmp_path / "native")
     plan = plan_export(tmp_path / "native")
-    last = model_card(plan.kind, "x", manifest).splitlines()[-1]
+    last = model_card(plan.kind, plan.config, manifest).splitlines()[-1]
     kind = plan.config["architectures"][0]
     assert last.endswith(f"imported from ``` {kind}, a`` b`  # Title [x](y)<img src=z> ```.")
