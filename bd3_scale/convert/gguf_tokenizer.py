@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from bd3_scale.data.chat import template_file
+from bd3_scale.data.chat import chat_template
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from bd3_scale.generate import llama_cpp
 from bd3_scale.generate.llama_file import TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON
@@ -89,7 +89,7 @@ def tokenizer_keys(tokenizer: Tokenizer, folder: Path, rows: int) -> TokenizerKe
     flags = {"add_bos_token": vocabulary.bos_id is not None, "add_eos_token": False, "add_space_prefix": pieces}
     strings = {"tokenizer.ggml.model": family, TOKENIZER_JSON: _text(content), TOKENIZER_CONFIG: _text(config)}
     strings |= {} if pieces else {"tokenizer.ggml.pre": _expression(content)}
-    template = template_file(folder)
+    template = chat_template(folder)
     return TokenizerKeys(
         strings if template is None else {**strings, TEMPLATE: template},
         {f"tokenizer.ggml.{name}_token_id": number for name, number in numbers.items()},

@@ -92,19 +92,26 @@ def template_file(folder: Path) -> str | None:
 
 
 @reader("a chat template", path="folder")
-def _template_and_tokens(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return the template of a tokeniser's folder, and the special tokens that templates know by name."""
-    config = object_in(folder, "special_tokens_map.json") | object_in(folder, TOKENIZER_FILES[1])
-    declared = config.get("chat_template")
+def chat_template(folder: Path) -> str | None:
+    """Return the template of a tokeniser's folder, None where it has none. ValueError: what it has is no text."""
+    declared = object_in(folder, TOKENIZER_FILES[1]).get("chat_template")
     if isinstance(declared, list):  # several, of which transformers takes this one
         declared = {one["name"]: one["template"] for one in declared}.get("default")
-    template = template_file(folder) or declared
-    if not template:
+    template = template_file(folder) or declared or None
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"chat_template of {folder / TOKENIZER_FILES[1]} is no text: put a {CHAT_TEMPLATE} beside it")
+    return template
+
+
+@reader("a chat template", path="folder")
+def _template_and_tokens(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return the template of a tokeniser's folder, and the special tokens that templates know by name."""
+    template = chat_template(folder)
+    if template is None:
         raise ValueError(
             f"{folder} has no chat template: put a {CHAT_TEMPLATE} into it, or give plain text with --prompt"
         )
-    if not isinstance(template, str):
-        raise ValueError(f"chat_template of {folder / TOKENIZER_FILES[1]} is no text: put a {CHAT_TEMPLATE} beside it")
+    config = object_in(folder, "special_tokens_map.json") | object_in(folder, TOKENIZER_FILES[1])
     more = config.get("extra_special_tokens")
     named = config | (more if isinstance(more, dict) else {})
     tokens: dict[str, Any] = {

@@ -18,6 +18,7 @@ from bd3_scale.checkpoint.folder import remove_partial
 from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.source_ids import keep_source_ids, source_ids
 from bd3_scale.data.cache import NodeCache
+from bd3_scale.data.chat import CHAT_TEMPLATE, template_file
 from bd3_scale.data.manifest import Manifest, check_tokenizer, data_hash
 from bd3_scale.data.mixture import check_epochs
 from bd3_scale.data.node import load_sources_of_node
@@ -213,6 +214,11 @@ def describe_run(run: Run, start: Start | None) -> None:
         keep_source_ids(source_ids(start.checkpoint), run.folder / TOKENIZER)
     else:
         write_tokenizer(tokenizer, Path(prepared), run.folder / TOKENIZER)
+    for source in run.recipe.data.by_source.values():
+        # What conversations were written by, which is what the model learns, whatever the training begins with has.
+        if (template := template_file(Path(source.path))) is not None:
+            (run.folder / TOKENIZER / CHAT_TEMPLATE).write_bytes(template.encode())
+            break
 
 
 def _agreed(recipe: Recipe) -> str:

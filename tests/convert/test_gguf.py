@@ -300,6 +300,12 @@ def test_a_chat_template_goes_with_the_model(tmp_path: Path) -> None:
     (source / "chat_template.jinja").write_text("{{ messages }}")
     keys = keys_of(load_tokenizer(source), source, tmp_path / "folder")
     assert keys.strings["tokenizer.chat_template"] == "{{ messages }}"
+    (source / "chat_template.jinja").unlink()
+    said = json.loads((source / "tokenizer_config.json").read_text())
+    for name, template in {"declared": "{{ declared }}", "none": None}.items():
+        (source / "tokenizer_config.json").write_text(json.dumps(said | {"chat_template": template}))
+        found = keys_of(load_tokenizer(source), source, tmp_path / name)
+        assert found.strings.get("tokenizer.chat_template") == template
     assert sum(token in ("<|im_start|>", "<think>") and kind == 3
                for token, kind in zip(keys.tokens, keys.types, strict=True)) == 2  # fmt: skip
 

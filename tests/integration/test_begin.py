@@ -131,6 +131,24 @@ def test_a_model_that_begins_texts_is_adapted_exported_and_writes_the_same(workp
     assert len(end) == 12 or tokens[len(end)] == 256
 
 
+@pytest.mark.slow
+def test_a_run_has_the_template_that_its_conversations_were_written_by(workplace: Path) -> None:
+    """Whatever the model has that it begins with, whose own stays where there are no conversations."""
+    begun = {"model": ONE, "train": {"steps": 1}}
+    write_recipe(workplace / "first.yaml", **begun, data={"path": "topics"}, run_dir="first")
+    forks.bd3_scale("train", "first.yaml", cwd=workplace)
+    assert not list(workplace.glob("first/**/chat_template.jinja")), "none was trained"
+    for folder in ("first/tokenizer", *(str(path) for path in (workplace / "first").glob("checkpoints/*/tokenizer"))):
+        (workplace / folder / "chat_template.jinja").write_text("{{ other }}")
+    for data in ("chats", "topics"):
+        run = f"then-{data}"
+        write_recipe(workplace / f"{run}.yaml", **begun, data={"path": data}, init_from="first", run_dir=run)
+        forks.bd3_scale("train", f"{run}.yaml", cwd=workplace)
+        found = (workplace / run / "tokenizer" / "chat_template.jinja").read_text()
+        expected = (workplace / "model" / "chat_template.jinja").read_text() if data == "chats" else "{{ other }}"
+        assert found == expected
+
+
 def test_a_chat_is_the_text_of_the_template_and_data_that_lie_there_say_what_differs(workplace: Path) -> None:
     from transformers import AutoTokenizer
 
