@@ -237,6 +237,8 @@ def _show_gguf(report: GgufReport, path: Path) -> None:
         rates.add_row(f"{at.mask_rate:g}", f"{at.tokens:,}", f"{at.divergence:.2e}", f"{at.same_token:.4f}")
     console = Console()
     console.print(table, *([rates] if report.rates else []), sep="\n")
+    if report.unchecked is not None:
+        console.print(f"not compared with the model in fp32: {report.unchecked}")
     console.print(f"run it: bd3-scale generate {path}; programs for autoregressive models write rubbish with it")
 
 

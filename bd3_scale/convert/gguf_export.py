@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from bd3_scale.convert.serving import gguf_card
 from bd3_scale.generate.llama_file import open_llama_file
 from bd3_scale.generate.llama_model import LlamaModel
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.observe.environment import available_bytes
 from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.files import check_writable, new_folder
 
@@ -52,6 +53,9 @@ def run_gguf_export(
 ) -> GgufReport:
     """Write the folder `out`, read the file again, have llama.cpp compute with it, and measure what was lost.
 
+    Where nothing is calibrated or measured, a model that does not fit in memory is written a tensor at a time, and what
+    llama.cpp computes is not compared with it.
+
     Raises:
         FileExistsError: `out` exists; OSError: it cannot be written; ValueError: llama.cpp computes something else, or
         makes other ids of a text.
@@ -65,7 +69,11 @@ def run_gguf_export(
     text = None
     if options.sequences and options.data is not None:
         text = HeldOutText(options.data, objective, options.sequences, options.draws)
-    with new_folder(out) as folder, open_model(plan.export.checkpoint, torch.float32) as (native, _, _):
+    unchecked = None if calibrates or text else _too_large(plan)
+    with new_folder(out) as folder, ExitStack() as opened:
+        native = None
+        if unchecked is None:
+            native, _, _ = opened.enter_context(open_model(plan.export.checkpoint, torch.float32))
         done, total = 0.0, 100 + (text.steps if text else 0)
 
         def advance(count: float) -> None:
@@ -76,6 +84,7 @@ def run_gguf_export(
         importance = None
         if calibrates:
             assert options.data is not None
+            assert native is not None
             mixed = options.data.as_mixed_before(plan.export.manifest.step)
             importance = importance_matrix(native, Calibration(native, mixed, objective, calibrates))
         path = folder / plan.name
@@ -89,17 +98,30 @@ def run_gguf_export(
             checked_texts=check_tokenizer_ids(plan, path),
             evaluation_sequences=text.sequences if text else 0,
             draws=options.draws if text else 0,
+            unchecked=unchecked,
         )
-        with open_llama_file(path) as file, closing(file.load()) as model:
-            check_logits(plan, native, model)
-            if text is not None:
-                before, after, change = text.nelbo(native, model, advance)
-                rates = text.rates(native, model, advance)
-                report = dataclasses.replace(report, before=before, after=after, change=change, rates=rates)
+        if native is not None:
+            with open_llama_file(path) as file, closing(file.load()) as model:
+                check_logits(plan, native, model)
+                if text is not None:
+                    before, after, change = text.nelbo(native, model, advance)
+                    rates = text.rates(native, model, advance)
+                    report = dataclasses.replace(report, before=before, after=after, change=change, rates=rates)
         (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
         card = gguf_card(plan.name, plan.kind, plan.export.manifest)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+def _too_large(plan: GgufPlan) -> str | None:
+    """Return why the model in fp32, and llama.cpp's beside it, are not loaded to be compared; None where they fit."""
+    needed, there = plan.whole_bytes + plan.num_bytes, available_bytes()
+    if needed <= there:
+        return None
+    return (
+        f"the model in fp32 and the file take {needed / 1e9:.1f} GB together, and {there / 1e9:.1f} GB of memory are "
+        "left: what llama.cpp computes was not compared; evaluate the file and the checkpoint where both fit"
+    )
 
 
 def importance_matrix(model: BlockDiffusionTransformer, calibration: Calibration) -> Importance:

@@ -57,6 +57,7 @@ class GgufReport:
         calibration_sequences: of the importance matrix; 0: there is none.
         checked_texts: so many texts have training's ids in llama.cpp.
         rates: see `AtRate`; empty where nothing was measured.
+        unchecked: why the logits of the file were not compared with the model's; None where they were.
         before, after: held-out NELBO of the model in fp32, and of the file; change: their difference on the same text
             under the same masks.
     """
@@ -69,6 +70,7 @@ class GgufReport:
     checked_texts: int
     evaluation_sequences: int
     draws: int
+    unchecked: str | None = None
     rates: tuple[AtRate, ...] = ()
     before: Measured | None = None
     after: Measured | None = None

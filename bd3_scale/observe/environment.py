@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import resource
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
@@ -200,8 +201,35 @@ def peak_rss_bytes() -> int:
     getrusage(2) is no substitute: its maximum survives exec, so that a small program started by a large one looks
     large.
     """
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
+    return _bytes(_fields("/proc/self/status")["VmHWM"])
+
+
+def available_bytes() -> int:
+    """Return the memory that this process can still take, in bytes (proc(5), cgroups(7), getrlimit(2); Linux).
+
+    It is the least of what the machine has left, of what control groups allow beyond what the process has, and of what
+    its own limits leave.
+    """
+    own = _fields("/proc/self/status")
+    found = [_bytes(_fields("/proc/meminfo")["MemAvailable"])]
+    groups = Path("/proc/self/cgroup")
+    group = groups.read_text().rstrip().rpartition(":")[2] if groups.is_file() else ""
+    for folder in Path("/sys/fs/cgroup", group.strip("/"), "memory.max").parents:
+        limit = folder / "memory.max"
+        if limit.is_file() and (text := limit.read_text().strip()) != "max":
+            found.append(int(text) - _bytes(own["VmRSS"]))
+    for kind, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        if (soft := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
+            found.append(soft - _bytes(own[used]))
+    return max(0, min(found))
+
+
+def _fields(path: str) -> dict[str, str]:
+    return dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
+
+
+def _bytes(kilobytes: str) -> int:
+    return int(kilobytes.split()[0]) * 1024
 
 
 def peak_cuda_bytes() -> int | None:

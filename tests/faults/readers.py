@@ -356,7 +356,12 @@ OPENERS = {
         *("plan.fake_gpu._shim", "plan.kept._read", "plan.kept._source", "plan.server._be_quiet"),
         *("launch.commands._grown", "launch.local._explain", "launch.ranks.Ranks.explain_failure"),
         *("launch.records.excluded_nodes", "launch.supervise.Supervisor._begin", "processor.fields"),
-        *("observe.environment.peak_rss_bytes", "observe.metrics._wandb_id", "resilience.faults._flip"),
+        *(
+            "observe.environment.available_bytes",
+            "observe.environment._fields",
+            "observe.metrics._wandb_id",
+            "resilience.faults._flip",
+        ),
         *("resilience.files.Lines.__init__", "resilience.files.sync", "resilience.leftovers._make"),
         *("resilience.leftovers._remove_if_left", "resilience.leftovers._spared_by_cleaners"),
         *(
