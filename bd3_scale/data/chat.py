@@ -91,7 +91,6 @@ def template_file(folder: Path) -> str | None:
         raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as such") from error
 
 
-@reader("a chat template", path="folder")
 def chat_template(folder: Path) -> str | None:
     """Return the template of a tokeniser's folder, None where it has none. ValueError: what it has is no text."""
     declared = object_in(folder, TOKENIZER_FILES[1]).get("chat_template")

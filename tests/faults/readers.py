@@ -320,7 +320,12 @@ OPENERS = {
         *("checkpoint.tensors.TensorReader._slice", "checkpoint.storage.SafetensorsReader.read_data"),
         *("convert.official._config_in", "convert.official._is_safetensors", "convert.official._open_safetensors"),
         *("convert.official._read_safetensors", "convert.official_pickle._program"),
-        *("convert.official_pickle._what_it_is", "convert.importer._keep_source_files", "data.chat.template_file"),
+        *(
+            "convert.official_pickle._what_it_is",
+            "convert.importer._keep_source_files",
+            "data.chat.template_file",
+            "data.chat.chat_template",
+        ),
         *("data.prompts._prompts_of_jsonl", "data.prompts._prompts_of_txt", "data.tokenizer._read_backend"),
         *("data.tokenizer.converted_sentencepiece", "data.tokenizer_folder.write_tokenizer", "data.manifest._fetched"),
         "data.remote.fetch",
