@@ -53,13 +53,14 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a run directory, a checkpoint or a Hugging Face folder")
     with _quiet():
-        from bd3_scale.checkpoint.folder import list_checkpoints, resolve_checkpoint
+        from bd3_scale.checkpoint.folder import list_checkpoints, refuse_gguf, resolve_checkpoint
         from bd3_scale.checkpoint.manifest import MANIFEST
         from bd3_scale.convert.importer import plan_import, run_import
         from bd3_scale.convert.official import is_official
         from bd3_scale.resilience.foreign import CONFIG
         from bd3_scale.resilience.leftovers import temporary_folder
 
+        refuse_gguf(source)
         if (source / MANIFEST).is_file() or list_checkpoints(source / "checkpoints"):
             return _opened(source, resolve_checkpoint(source), dtype, device)
         if not (is_official(source) or (source / CONFIG).is_file()):

@@ -19,6 +19,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 _LOG = logging.getLogger(__name__)
 PARTIAL = ".partial-"
 LATEST = "latest"
+GGUF_ENDING = ".gguf"
 
 
 def step_of(folder: Path) -> int | None:
@@ -38,12 +39,22 @@ def resolve_checkpoint(path: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
+    refuse_gguf(path)
     if (path / MANIFEST).is_file():
         return path
     checkpoints = list_checkpoints(path / "checkpoints")
     if not checkpoints:
         raise ValueError(f"{path} is neither a checkpoint nor a run directory with one in {path / 'checkpoints'}")
     return checkpoints[-1]
+
+
+def refuse_gguf(path: Path) -> None:
+    """ValueError: it is a file for llama.cpp, where a checkpoint must be."""
+    if path.suffix == GGUF_ENDING:
+        raise ValueError(
+            f"{path} is a file for llama.cpp, which `generate`, `evaluate`, `generative` and `convert inspect` take: "
+            "give the checkpoint that it was made from here"
+        )
 
 
 def remove_partial(folder: Path) -> list[Path]:

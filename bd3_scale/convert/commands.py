@@ -337,7 +337,10 @@ def _show_quantization(report: QuantizationReport, out: Path, found: dict[str, o
 @app.command("inspect", epilog="Example: bd3-scale convert inspect runs/quickstart --verify")
 def inspect_(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint, a run directory, a Hugging Face folder, or a bd3lms file.")
+        Path,
+        typer.Argument(
+            help="A checkpoint, a run directory, a Hugging Face folder, a .bd3.gguf file, or a bd3lms file."
+        ),
     ],
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and check its hash.")] = False,
     as_json: AsJson = False,

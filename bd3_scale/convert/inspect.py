@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bd3_scale.checkpoint.folder import resolve_checkpoint
-from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, damaged_files, read_manifest
+from bd3_scale.checkpoint.folder import GGUF_ENDING, resolve_checkpoint
+from bd3_scale.checkpoint.formats import up_to_date
+from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, CheckpointManifest, damaged_files, read_manifest
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.architectures import ARCHITECTURES, Format, export_obstacles, read_architecture
 from bd3_scale.convert.folder import open_weights, read_config
+from bd3_scale.convert.gguf_types import FILE_TYPES
 from bd3_scale.convert.official import is_official, open_official
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from bd3_scale.generate.llama_file import FILE_TYPE, check_seal
+from bd3_scale.generate.llama_file import MANIFEST as GGUF_MANIFEST
 from bd3_scale.objective import BlockDiffusion, objectives
 from bd3_scale.recipe.plain_yaml import dump_yaml
 from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe
 from bd3_scale.resilience.foreign import CONFIG, file_in
 from bd3_scale.resilience.readers import reader
+
+LONGEST = 80  # characters of a value that is shown
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ class Inspection:
 
 @reader("a checkpoint")
 def inspect(path: Path, *, verify: bool = False) -> Inspection:
-    """Describe a checkpoint or run directory of this package, a Hugging Face folder or an official bd3lms file.
+    """Describe a checkpoint or run directory of this package, a Hugging Face folder, a file for llama.cpp that this
+    package wrote, or an official bd3lms file.
 
     Args:
         verify: read every file and compare its hash with the one in the manifest.
@@ -64,6 +73,8 @@ def inspect(path: Path, *, verify: bool = False) -> Inspection:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    if path.suffix == GGUF_ENDING:
+        return _inspect_gguf(path)
     if is_official(path):
         return _inspect_official(path)
     if file_in(path, CONFIG):
@@ -150,6 +161,44 @@ def _inspect_huggingface(path: Path) -> Inspection:
         details=details,
         tensors=_infos(weights.shapes, {n: str(d).removeprefix("torch.") for n, d in weights.dtypes.items()}),
     )
+
+
+def _inspect_gguf(path: Path) -> Inspection:
+    check_seal(path)
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError(f"{path} is read with the package gguf: pip install 'bd3_scale[gguf]'") from error
+    file = gguf.GGUFReader(path)
+    keys = {name: _told(field) for name, field in file.fields.items() if not name.startswith("GGUF.")}
+    manifest = CheckpointManifest.model_validate(up_to_date(json.loads(file.fields[GGUF_MANIFEST].contents())))
+    kind = next(name for name, (number, _) in FILE_TYPES.items() if number == keys[FILE_TYPE])
+    return Inspection(
+        path=str(path),
+        kind=f"file for llama.cpp, architecture {keys['general.architecture']}, type {kind}",
+        parameters=sum(int(tensor.n_elements) for tensor in file.tensors),
+        bytes=sum(int(tensor.n_bytes) for tensor in file.tensors),
+        health="its header has its hash; the format keeps none of its tensors",
+        sound=True,
+        exports={},
+        details={
+            "step": manifest.step,
+            **_model_details(manifest.model, manifest.objective, manifest.block_size),
+            **keys,
+        },
+        # The last axis comes first there.
+        tensors=tuple(
+            TensorInfo(t.name, t.tensor_type.name, tuple(int(size) for size in reversed(t.shape))) for t in file.tensors
+        ),
+    )
+
+
+def _told(field: Any) -> object:
+    """Return the value of a key, of an array or a long text its size."""
+    if len(field.types) > 1:
+        return f"{len(field.data):,} values"
+    value = field.contents()
+    return f"{len(value):,} characters" if isinstance(value, str) and len(value) > LONGEST else value
 
 
 def _inspect_official(path: Path) -> Inspection:

@@ -27,7 +27,6 @@ from bd3_scale.resilience.leftovers import temporary_folder
 from bd3_scale.resilience.readers import LIMIT_BYTES, open_regular, reader
 
 SUFFIX = ".bd3.gguf"
-ENDING = ".gguf"
 BLOCK_LENGTH = "diffusion.block_length"
 SHIFT_LOGITS = "diffusion.shift_logits"
 MANIFEST = "bd3_scale.manifest"
@@ -79,6 +78,12 @@ def open_llama_file(path: Path) -> Iterator[LlamaFile]:
 @reader("a GGUF file")
 def _open(path: Path) -> llama_cpp.Model:
     """Have llama.cpp open a file whose header is what was written: of another it may end the process."""
+    check_seal(path)
+    return llama_cpp.Model(path)
+
+
+def check_seal(path: Path) -> None:
+    """ValueError: a file is none of ours, or everything before its first tensor is not what was written."""
     with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _SEAL.size))
@@ -92,7 +97,6 @@ def _open(path: Path) -> llama_cpp.Model:
         file.seek(0)
         if length > LIMIT_BYTES or xxhash.xxh3_128_digest(file.read(length)) != digest:
             raise ValueError(f"{path} is damaged: its header is not what was written; export the model again")
-    return llama_cpp.Model(path)
 
 
 def seal(path: Path, header_bytes: int) -> None:

@@ -12,11 +12,11 @@ from typing import cast
 
 import torch
 
-from bd3_scale.checkpoint.folder import resolve_checkpoint
+from bd3_scale.checkpoint.folder import GGUF_ENDING, resolve_checkpoint
 from bd3_scale.checkpoint.manifest import TOKENIZER, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
-from bd3_scale.generate.llama_file import ENDING, LlamaFile, open_llama_file
+from bd3_scale.generate.llama_file import LlamaFile, open_llama_file
 from bd3_scale.generate.text import check_fills_masks, default_min_entropy, stop_ids
 from bd3_scale.generate.writer import Writer
 from bd3_scale.model.transformer import BlockDiffusionTransformer
@@ -58,7 +58,7 @@ class Source:
 
 def resolve_source(path: Path) -> Path:
     """Return a GGUF file as it is, and of anything else the checkpoint. ValueError: there is none."""
-    return path if path.suffix == ENDING else resolve_checkpoint(path)
+    return path if path.suffix == GGUF_ENDING else resolve_checkpoint(path)
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def open_source(path: Path, dtype: torch.dtype | None = None) -> Iterator[Source
     dtype: of a checkpoint's weights in memory; default: that of the training's forward.
     ValueError: it is damaged, or neither; or a type for a file, which has its own.
     """
-    if path.suffix != ENDING:
+    if path.suffix != GGUF_ENDING:
         yield checkpoint_source(path, read_manifest(path), dtype)
         return
     if dtype is not None:

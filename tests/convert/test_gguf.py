@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import pydoc_data.topics
 import re
-import threading
 import tomllib
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -24,7 +20,6 @@ from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.cli import app
-from bd3_scale.convert import gguf_export
 from bd3_scale.convert.calibration import Calibration
 from bd3_scale.convert.gguf import GgufPlan, check_tokenizer_ids, linear_of, plan_gguf, write_gguf
 from bd3_scale.convert.gguf_export import GgufOptions, importance_matrix, run_gguf_export
@@ -339,61 +334,6 @@ def test_a_file_that_computes_something_else_is_not_kept(
     with pytest.raises(ValueError, match=r"llama\.cpp's logits are off by .* more than f32 explains"):
         run_gguf_export(wrong, tmp_path / "out", NOTHING)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_without_memory_for_it_is_written_and_said_to_be_unchecked(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_gguf(checkpoints["qwen3"], "f32", importance=False)
-    assert run_gguf_export(plan, tmp_path / "checked", NOTHING).unchecked is None
-    monkeypatch.setattr(gguf_export, "available_bytes", lambda: 2 * plan.whole_bytes - 1)
-    report = run_gguf_export(plan, tmp_path / "out", NOTHING)
-    assert report.unchecked is not None
-    assert "what llama.cpp computes was not compared" in report.unchecked
-    assert json.loads((tmp_path / "out" / "gguf_report.json").read_text())["unchecked"] == report.unchecked
-    assert report.checked_texts == 3000
-    assert (tmp_path / "out" / plan.name).read_bytes() == (tmp_path / "checked" / plan.name).read_bytes()
-    monkeypatch.setattr(gguf_export, "available_bytes", lambda: 2 * plan.whole_bytes)
-    assert run_gguf_export(plan, tmp_path / "again", NOTHING).unchecked is None
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_a_model_without_memory_for_it_is_converted_a_tensor_at_a_time(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of 110 MB in fp32, of which the largest tensor has 6."""
-    run_gguf_export(plan_gguf(checkpoints["qwen3"], "f32", importance=False), tmp_path / "warm", NOTHING)
-    shape = ModelRecipe(num_layers=8, hidden_size=512, num_attention_heads=8, ffn_hidden_size=1536)
-    plan = plan_gguf(native_checkpoint(tmp_path / "large" / "native", shape, BYTES), "f32", importance=False)
-    assert plan.whole_bytes > 110e6
-    whole = own_memory(lambda: run_gguf_export(plan, tmp_path / "whole", NOTHING))
-    monkeypatch.setattr(gguf_export, "available_bytes", lambda: 0)
-    assert own_memory(lambda: run_gguf_export(plan, tmp_path / "out", NOTHING)) < 50e6 < 110e6 < whole
-
-
-def own_memory(function: Callable[[], object]) -> int:
-    """Return how many bytes more than before, but for mapped files, this process has at the most meanwhile."""
-
-    def now() -> int:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields["RssAnon"].split()[0]) * 1024
-
-    def watch() -> None:
-        while not done.wait(0.003):
-            seen.append(now())
-
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again
-    done, seen = threading.Event(), [now()]
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        function()
-    finally:
-        done.set()
-        thread.join()
-    return max(seen) - seen[0]
 
 
 def test_the_report_measures_the_file(topics: Path, tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ OPENERS = {
     "a part of a reader": {
         *("checkpoint.tensors.TensorReader._slice", "checkpoint.storage.SafetensorsReader.read_data"),
         *("convert.official._config_in", "convert.official._is_safetensors", "convert.official._open_safetensors"),
-        *("convert.official._read_safetensors", "convert.official_pickle._program"),
+        *("convert.official._read_safetensors", "convert.official_pickle._program", "generate.llama_file.check_seal"),
         *(
             "convert.official_pickle._what_it_is",
             "convert.importer._keep_source_files",
