@@ -313,7 +313,7 @@ def quantize(
             progress=bar.show,
         )
     if as_json:
-        put(json.dumps(dataclasses.asdict(report)))
+        put(json.dumps(dataclasses.asdict(report) | found))
         return
     _show_quantization(report, out, found)
 

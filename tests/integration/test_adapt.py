@@ -200,6 +200,8 @@ def test_it_is_quantised(bits: int, workplace: Path) -> None:
     assert min(report["errors"].values()) > 0
     assert max(report["errors"].values()) < {4: 0.05, 8: 1e-3}[bits]
     assert report["notes"] == []
+    assert report["SGLang"].startswith("does not run it: it takes 151669")
+    assert "no compressed-tensors" in report["LMDeploy"]
     found = tensors(workplace / out)
     assert report["bytes_after"] == sum(tensor.nbytes for tensor in found.values())
     packed = found["model.layers.0.mlp.up_proj.weight_packed"]
@@ -207,6 +209,21 @@ def test_it_is_quantised(bits: int, workplace: Path) -> None:
     assert packed.shape == (128, 128 * bits // 32)
     assert report["after"]["nelbo"] == pytest.approx(report["before"]["nelbo"], rel={4: 0.05, 8: 0.01}[bits])
     assert report["after"]["nelbo"] != report["before"]["nelbo"]
+
+
+@pytest.mark.slow
+def test_it_is_quantised_with_its_mask_where_engines_look(workplace: Path) -> None:
+    """Which transformers loads, and compares with the model, before it is kept."""
+    numbers = ["--calibration-sequences", 2, "--sequences", 2, "--draws", 1, "--bits", 8, "--mask-id", 151669]
+    report = command(workplace, "convert", "quantize", "whole", "--out", "moved", *numbers)
+    assert report["SGLang"].startswith("runs it: the mask has the id 151669")
+    found = tensors(workplace / "moved")
+    assert found["model.embed_tokens.weight"].shape == found["lm_head.weight"].shape == (151670, 128)
+    assert found["model.embed_tokens.weight"][151669].any()
+    assert config(workplace / "moved")["num_token_ids"] == 257
+    card = (workplace / "moved" / "README.md").read_text()
+    assert "sglang.launch_server" in card
+    assert "lmdeploy serve" not in card
 
 
 def test_gptq_loses_less_and_goes_layer_by_layer(workplace: Path) -> None:
