@@ -50,9 +50,9 @@ def test_rows_move_and_padding_never_has_the_highest_logit(native: Path, moved: 
     assert torch.equal(after[EMBEDDING][300], before[EMBEDDING][257])
     assert not after[EMBEDDING][257:300].any()
     assert torch.equal(after[HEAD][:257], before[HEAD][:257])
+    mean = before[HEAD][:257].double().mean(0)
+    assert torch.allclose(after[HEAD][257:].double(), mean.expand(44, -1), atol=1e-6), "the mean of the tokens' logits"
     hidden = torch.randn(2000, 48, generator=torch.Generator().manual_seed(0))
-    # Those of which every token's logit is below 0, too.
-    hidden = torch.cat([hidden, -10 * before[HEAD][:257].mean(0, keepdim=True)])
     assert ((hidden @ after[HEAD].T).argmax(1) < 257).all()
 
 
