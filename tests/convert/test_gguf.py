@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
-import re
 import tomllib
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +12,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, pre_tokenizers
 from typer.testing import CliRunner
 
 from bd3_scale.checkpoint.folder import resolve_checkpoint
@@ -21,21 +19,17 @@ from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.cli import app
 from bd3_scale.convert.calibration import Calibration
-from bd3_scale.convert.gguf import GgufPlan, check_tokenizer_ids, linear_of, plan_gguf, write_gguf
+from bd3_scale.convert.gguf import GgufPlan, linear_of, plan_gguf, write_gguf
 from bd3_scale.convert.gguf_export import GgufOptions, importance_matrix, run_gguf_export
 from bd3_scale.convert.gguf_layout import choose_architecture
 from bd3_scale.convert.gguf_report import divergences
-from bd3_scale.convert.gguf_tokenizer import sample_texts, tokenizer_keys
 from bd3_scale.convert.gguf_types import FILE_TYPES, TYPES, FileType, encoded, tensor_type
 from bd3_scale.data.prepare import prepare
-from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
-from bd3_scale.data.tokenizer_folder import write_tokenizer
+from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.generate import llama_cpp
 from bd3_scale.generate.llama_file import open_llama_file
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe
 from tests.convert.models import BYTES, LLAMA_SHAPE, OFFICIAL_SHAPE, QWEN_SHAPE, TIED, native_checkpoint
-from tests.data.tokenisers import KINDS, byte_level, write_backend
-from tests.data.tokenisers import write_tokenizer as write_kind
 from tests.support import forks
 
 PLAIN = {"qk_norm": False}
@@ -51,9 +45,6 @@ SHAPES = {
     ),
 }
 NOTHING = GgufOptions(None, 0, 0, 1)
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @pytest.fixture(scope="module")
@@ -233,91 +224,6 @@ def test_what_a_type_cannot_hold_is_refused() -> None:
         encoded(torch.tensor([[float("nan")]]), "F32", None)
     with pytest.raises(ValueError, match=r"70000 is more than F16 holds: take --type bf16"):
         encoded(torch.tensor([[70000.0]]), "F16", None)
-
-
-# --- tokenisers
-
-
-def keys_of(tokenizer: Tokenizer, source: Path, folder: Path):
-    folder.mkdir()
-    write_tokenizer(tokenizer, source, folder)
-    return tokenizer_keys(tokenizer, folder, tokenizer.vocabulary.size + 3)
-
-
-def qwen_like():
-    backend = byte_level(400)
-    split = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    return backend
-
-
-@pytest.mark.parametrize("name", ["byte-level", "chat", "begins", "own mask", "llama-2", "qwen2"])
-def test_llama_cpp_makes_the_same_ids(
-    name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if name == "qwen2":
-        source = write_backend(tmp_path / "source", qwen_like(), {"eos_token": "<|endoftext|>"})
-    else:
-        source = write_kind(tmp_path / "source", KINDS[name])
-    tokenizer = load_tokenizer(source)
-    keys = keys_of(tokenizer, source, tmp_path / "folder")
-    # The vocabulary alone is asked: the tensors may be of another model.
-    plan = plan_gguf(checkpoints["qwen3"], "f32", importance=False)
-    plan = GgufPlan(plan.export, plan.kind, plan.architecture, plan.tensors, plan.types, tokenizer, keys)
-    write_gguf(plan, tmp_path / "m.bd3.gguf")
-    assert check_tokenizer_ids(plan, tmp_path / "m.bd3.gguf") == 3000
-    flags = keys.flags
-    assert flags["tokenizer.ggml.add_bos_token"] == (name in ("begins", "llama-2"))
-    # A wrong name of the expression, or other scores, are found out.
-    if keys.merges is not None:
-        wrong = {**keys.strings, "tokenizer.ggml.pre": "llama-bpe" if name != "qwen2" else "gpt-2"}
-        bad = type(keys)(**{**vars(keys), "strings": wrong})
-    else:
-        bad = type(keys)(**{**vars(keys), "scores": [-score for score in keys.scores]})
-    plan = GgufPlan(plan.export, plan.kind, plan.architecture, plan.tensors, plan.types, tokenizer, bad)
-    write_gguf(plan, tmp_path / "bad.bd3.gguf")
-    with pytest.raises(ValueError, match=r"llama\.cpp has no tokeniser like this model's: of "):
-        check_tokenizer_ids(plan, tmp_path / "bad.bd3.gguf")
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("prefixed", "puts a space before every text"),
-        ("metaspace-always", "no byte-level BPE"),
-        ("unigram", "of the kind Unigram"),
-        ("word-pieces", "of the kind WordPiece"),
-    ],
-)
-def test_other_tokenisers_are_refused(name: str, reason: str, tmp_path: Path) -> None:
-    source = write_kind(tmp_path / "source", KINDS[name])
-    with pytest.raises(ValueError, match=reason):
-        keys_of(load_tokenizer(source), source, tmp_path / "folder")
-
-
-def test_a_chat_template_goes_with_the_model(tmp_path: Path) -> None:
-    source = write_kind(tmp_path / "source", KINDS["chat"])
-    (source / "chat_template.jinja").write_text("{{ messages }}")
-    keys = keys_of(load_tokenizer(source), source, tmp_path / "folder")
-    assert keys.strings["tokenizer.chat_template"] == "{{ messages }}"
-    (source / "chat_template.jinja").unlink()
-    said = json.loads((source / "tokenizer_config.json").read_text())
-    for name, template in {"declared": "{{ declared }}", "none": None}.items():
-        (source / "tokenizer_config.json").write_text(json.dumps(said | {"chat_template": template}))
-        found = keys_of(load_tokenizer(source), source, tmp_path / name)
-        assert found.strings.get("tokenizer.chat_template") == template
-    assert sum(token in ("<|im_start|>", "<think>") and kind == 3
-               for token, kind in zip(keys.tokens, keys.types, strict=True)) == 2  # fmt: skip
-
-
-def test_texts_are_of_many_kinds_and_always_the_same() -> None:
-    texts = list(sample_texts(500))
-    assert texts == list(sample_texts(500))
-    everything = "".join(texts)
-    assert all(
-        re.search(pattern, everything)
-        for pattern in ("[А-я]", "[一-龥]", "\r\n", "'LL", "  ", "[\U0001f300-\U0001f600]")
-    )
 
 
 # --- the whole
