@@ -95,6 +95,29 @@ def test_what_is_damaged_is_refused(index: dict[str, Any], data: st.DataObject) 
         parse_index("index.json", json.dumps(index, sort_keys=True).encode())
 
 
+@pytest.mark.parametrize("place", [("raw_data", "bytes"), ("zip_data", "bytes"), ("samples",)])
+def test_an_entry_that_looks_like_the_first_one_is_no_larger_than_a_shard(place: tuple[str, ...]) -> None:
+    index: dict[str, Any] = {"shards": [entry(n, True, 3, [(5, "0" * 16)] * 2) for n in range(3)], "version": 2}
+    *within, name = place
+    target = index["shards"][1]
+    for step in within:
+        target = target[step]
+    target[name] = SHARD_LIMIT
+    parse_index("index.json", json.dumps(index, sort_keys=True).encode())
+    target[name] = SHARD_LIMIT + 1
+    with pytest.raises(ValueError, match=rf"^index\.json is damaged \(shards\.1\.{'.'.join(place)}: .* less than"):
+        parse_index("index.json", json.dumps(index, sort_keys=True).encode())
+
+
+def test_keys_in_an_order_that_looks_like_another_one() -> None:
+    """The packed file's numbers stand where the unpacked one's do in an index of streaming's."""
+    shards = [entry(n, True, 3, [(n, f"{n:016x}"), (9 + n, f"{9 + n:016x}")]) for n in range(3)]
+    order = ("zip_data", "samples", "raw_data")
+    turned = [{name: one[name] for name in (*order, *(one.keys() - set(order)))} for one in shards]
+    table = parse_index("index.json", json.dumps({"shards": turned, "version": 2}).encode())
+    assert [shard.model_dump() for shard in table] == shards
+
+
 @pytest.mark.parametrize(
     "content",
     [

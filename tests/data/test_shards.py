@@ -158,6 +158,11 @@ def test_the_cache_limit_is_kept(data: Path, tmp_path: Path) -> None:
     assert ids(batches) == ids(read_epoch(data))
 
 
+def test_a_cache_that_holds_not_even_four_shards_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.cache_limit is 3,072 bytes; it must .* at least 1mb"):
+        read_epoch(tmp_path / "cache", remote=str(data), cache_limit="3kb", shuffle=False)
+
+
 def test_a_damaged_download_is_thrown_away(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.05)
     good = (data / "train" / "shard.00001.mds.zstd").read_bytes()
