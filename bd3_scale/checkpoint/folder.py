@@ -23,18 +23,18 @@ GGUF_ENDING = ".gguf"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a checkpoint's folder is named by, or None where it has another name."""
+    """Return the step that a checkpoint's folder is named by, or None where it has another name."""
     return int(found[1]) if (found := _STEP.fullmatch(folder.name)) else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run's checkpoint folder, oldest first."""
+    """Return the complete checkpoints of a run's checkpoint folder, oldest first."""
     found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, or the newest one of a run directory.
+    """Return `path` itself if it is a checkpoint, or the newest one of a run directory.
 
     Raises:
         ValueError: there is none.
@@ -49,7 +49,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def refuse_gguf(path: Path) -> None:
-    """ValueError: it is a file for llama.cpp, where a checkpoint must be."""
+    """Raise ValueError if it is a file for llama.cpp, where a checkpoint must be."""
     if path.suffix == GGUF_ENDING:
         raise ValueError(
             f"{path} is a file for llama.cpp, which `generate`, `evaluate`, `generative` and `convert inspect` take: "

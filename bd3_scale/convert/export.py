@@ -137,7 +137,7 @@ def rows_of_source(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def choose_format(manifest: CheckpointManifest, kind: Format | None) -> Format:
-    """`kind` if the model can become it, else the first that it can. ValueError: it cannot, with the reason."""
+    """Return `kind` if the model can become it, else the first that it can. ValueError: it cannot, with the reason."""
     obstacles = export_obstacles(manifest.model, manifest.objective_kind())
     possible = [name for name, obstacle in obstacles.items() if obstacle is None]
     if kind is None and not possible:
@@ -217,7 +217,7 @@ def _with_mask_at(plan: ExportPlan, mask_id: int) -> ExportPlan:
 
 
 def _check_mask_id(kind: Format, vocabulary: Vocabulary, mask_id: int) -> None:
-    """ValueError: the mask cannot have another id, or not this one."""
+    """Raise ValueError if the mask cannot have another id, or not this one."""
     if kind != "sdar":
         raise ValueError(
             f"mask_id={mask_id} is for SDARForCausalLM, whose engines take {ENGINE_MASK_ID} for the mask, and this is "
@@ -275,7 +275,7 @@ def run_export(
 
 
 def _check(plan: ExportPlan, folder: Path) -> None:
-    """ValueError: transformers makes something else of it."""
+    """Raise ValueError if transformers makes something else of it."""
     dtype = torch.bfloat16 if plan.config["torch_dtype"] == "bfloat16" else torch.float32
     ids, logits = _native_logits(plan, dtype)
     check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, dtype)
@@ -290,7 +290,7 @@ def _native_logits(plan: ExportPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def check_undamaged(plan: ExportPlan) -> None:
-    """ValueError: a file of the checkpoint is not what was written, by its hash."""
+    """Raise ValueError if a file of the checkpoint is not what was written, by its hash."""
     if damaged := damaged_files(plan.checkpoint, plan.manifest):
         raise ValueError(f"checkpoint {plan.checkpoint} is damaged: {', '.join(damaged)}; use an earlier one")
 

@@ -44,7 +44,7 @@ Importance = Mapping[tuple[int, str], Tensor]
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """All that a file will hold, but for its weights: `types` has the type of each tensor, by name."""
+    """Hold all that a file will have, but for its weights: `types` has the type of each tensor, by name."""
 
     export: ExportPlan
     kind: FileType

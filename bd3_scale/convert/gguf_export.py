@@ -137,7 +137,7 @@ def importance_matrix(model: BlockDiffusionTransformer, calibration: Calibration
 
 
 def check_logits(plan: GgufPlan, native: BlockDiffusionTransformer, model: LlamaModel) -> None:
-    """ValueError: the logits of some clean blocks are not finite, or further off than the type explains."""
+    """Raise ValueError if the logits of some clean blocks are not finite, or further off than the type explains."""
     manifest = plan.export.manifest
     size, vocabulary = manifest.block_size, manifest.vocabulary
     ids, logits = expected_logits(native, size, manifest.max_position_embeddings)

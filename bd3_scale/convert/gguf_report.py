@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from bd3_scale.attention.spans import make_spans
-from bd3_scale.convert.quantize import Measured
+from bd3_scale.convert.quantize import Measured, held_out_parts
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import load_sources
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.diffusion.nelbo import estimate_nelbo
 from bd3_scale.diffusion.noise import draw_noise
@@ -38,7 +37,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class AtRate:
-    """At one mask rate, of so many masked tokens: the mean divergence KL(fp32 ‖ file) in nats, and how often the most
+    """State, of so many tokens masked at one rate, the mean divergence KL(fp32 ‖ file) in nats, and how often the most
     likely token is the same.
     """
 
@@ -50,7 +49,7 @@ class AtRate:
 
 @dataclass(frozen=True)
 class GgufReport:
-    """What a file costs.
+    """State what a file costs.
 
     Attributes:
         bytes_before, bytes_after: of the tensors in fp32, and in the file.
@@ -82,13 +81,7 @@ class HeldOutText:
 
     def __init__(self, data: DataRecipe, objective: Objective, sequences: int, draws: int) -> None:
         self._objective, self._draws = objective, draws
-        prepared = load_sources(data)
-        # Of each source the first so many, as in training.
-        self._parts = [
-            (source, part, min(sequences, part.validation.sequences))
-            for name, source in data.by_source.items()
-            if (part := prepared.part(name)).validation is not None
-        ]
+        self._parts = held_out_parts(data, sequences)
         self.sequences = sum(count for _, _, count in self._parts)
         self.rate_sequences = sum(min(RATE_SEQUENCES, count) for _, _, count in self._parts)
 
@@ -106,10 +99,7 @@ class HeldOutText:
         assert after.sums is not None
         assert before.tokens is not None
         change = estimate_nelbo(after.sums - before.sums, before.tokens)
-        found = (Measured(e.nelbo, e.noise_standard_error, e.text_standard_error)
-                 for e in (before.nelbo, after.nelbo, change))  # fmt: skip
-        first, second, third = found
-        return first, second, third
+        return Measured.of(before.nelbo), Measured.of(after.nelbo), Measured.of(change)
 
     def _held_out(self, model: torch.nn.Module, progress: Progress) -> HeldOut:
         how = {"objective": self._objective, "draws": self._draws, "progress": progress}

@@ -38,7 +38,7 @@ _EXPRESSIONS = {
 
 @dataclass(frozen=True)
 class TokenizerKeys:
-    """What a file says of its tokeniser: values by their keys, in the types that llama.cpp reads.
+    """Hold what a file says of its tokeniser: values by their keys, in the types that llama.cpp reads.
 
     composed: texts are put into Unicode's NFC first, which llama.cpp leaves to its caller.
     """
@@ -176,7 +176,7 @@ def _expression(content: dict[str, Any]) -> str:
 
 
 def _check_pieces(content: dict[str, Any]) -> None:
-    """ValueError: a SentencePiece tokeniser does not put one ▁ before a text and for each space, or lacks a byte."""
+    """Raise ValueError unless a SentencePiece tokeniser puts ▁ before a text and for each space, and has all bytes."""
     expected = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     normalizer = content["normalizer"] or {}
     if normalizer.get("normalizers") != expected or content["pre_tokenizer"] is not None:

@@ -38,7 +38,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a checkpoint.
+    """State what is known of a checkpoint.
 
     Attributes:
         kind: `bd3_scale`, or the architecture of other software.

@@ -29,9 +29,10 @@ from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.names import NamedTensor
 from bd3_scale.convert.quantizer import Scheme, gptq, output_error, round_to_nearest
 from bd3_scale.convert.serving import Packing
-from bd3_scale.data.manifest import check_tokenizer, load_sources
+from bd3_scale.data.manifest import Manifest, check_tokenizer, load_sources
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.diffusion.nelbo import NelboEstimate
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective
@@ -53,10 +54,15 @@ class Measured:
     noise_standard_error: float | None
     text_standard_error: float | None
 
+    @classmethod
+    def of(cls, found: NelboEstimate) -> Measured:
+        """Return what a report keeps of an estimate."""
+        return cls(found.nelbo, found.noise_standard_error, found.text_standard_error)
+
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What a smaller format costs.
+    """State what a smaller format costs.
 
     Attributes:
         errors: of each weight, ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs X.
@@ -79,7 +85,7 @@ class QuantizationReport:
 
 
 def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
-    """ValueError: a weight's input features do not divide into groups, or a group does not fill whole words."""
+    """Raise ValueError if a weight's input features do not divide into groups, or a group does not fill whole words."""
     each = 32 // scheme.bits
     if scheme.group_size % each:
         raise ValueError(
@@ -95,7 +101,7 @@ def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
 
 
 def kernel_notes(plan: ExportPlan, scheme: Scheme) -> tuple[str, ...]:
-    """What keeps engines' kernels from the layers as they join them on one rank; empty if nothing."""
+    """Return what keeps engines' kernels from the layers as they join them on one rank; empty if nothing."""
     model = plan.manifest.model
     heads, hidden, ffn = model.num_attention_heads * model.head_size, model.hidden_size, model.ffn_hidden_size
     joined = {
@@ -114,8 +120,8 @@ def packing_of(plan: ExportPlan, scheme: Scheme, method: Method) -> Packing:
 
 
 def check_data(plan: ExportPlan, data: DataRecipe) -> None:
-    """ValueError: `data` was prepared with another tokeniser, lacks a split, or its documents do not divide into the
-    model's blocks.
+    """Raise ValueError if `data` was prepared with another tokeniser, lacks a split, or has documents that do not
+    divide into the model's blocks.
     """
     prepared = load_sources(data)
     check_tokenizer(prepared, load_tokenizer(plan.checkpoint / TOKENIZER))
@@ -128,7 +134,7 @@ def check_data(plan: ExportPlan, data: DataRecipe) -> None:
 
 
 def is_quantized(tensor: NamedTensor) -> bool:
-    """The projections of the layers; embedding, norms, biases and head are kept."""
+    """Return the projections of the layers; embedding, norms, biases and head are kept."""
     return ".layers." in tensor.name and tensor.name.endswith("_proj.weight")
 
 
@@ -196,6 +202,18 @@ def run_quantize(
     return report
 
 
+def held_out_parts(data: DataRecipe, sequences: int) -> list[tuple[DataRecipe, Manifest, int]]:
+    """Return each source that has a held-out split, and how many of its sequences to measure on: the first ones, at
+    most so many, as in training.
+    """
+    prepared = load_sources(data)
+    return [
+        (source, part, min(sequences, part.validation.sequences))
+        for name, source in data.by_source.items()
+        if (part := prepared.part(name)).validation is not None
+    ]
+
+
 class _Measure:
     """Held-out NELBO of the model as it is at each call, on the same sequences under the same masks."""
 
@@ -209,13 +227,7 @@ class _Measure:
         draws: int,
     ) -> None:
         self._model, self._groups, self._objective, self._draws = model, groups, objective, draws
-        prepared = load_sources(data)
-        # Of each source the first so many, as in training.
-        self._parts = [
-            (source, part, min(sequences, part.validation.sequences))
-            for name, source in data.by_source.items()
-            if (part := prepared.part(name)).validation is not None
-        ]
+        self._parts = held_out_parts(data, sequences)
         self.sequences = sum(count for _, _, count in self._parts)
         self.progress: Callable[[int], object] = lambda sequences: None
 
@@ -225,8 +237,7 @@ class _Measure:
         for source, part, count in self._parts:
             batches = held_out_batches(source, part, batch_size=16, dp_rank=0, dp_size=1, sequences=count)
             parts.append(evaluate_nelbo([self._model], batches, self._groups, **how))
-        found = HeldOut.together(parts).nelbo
-        return Measured(found.nelbo, found.noise_standard_error, found.text_standard_error)
+        return Measured.of(HeldOut.together(parts).nelbo)
 
 
 class _Quantizer:
@@ -247,7 +258,7 @@ class _Quantizer:
         self.errors: dict[str, float] = {}
 
     def sizes(self, tensor: NamedTensor) -> dict[str, int]:
-        """Bytes of each tensor that is written for one of the model, by name."""
+        """Return the bytes of each tensor that is written for one of the model, by name."""
         if not is_quantized(tensor):
             return {tensor.name: tensor.numel * self._dtype.itemsize}
         groups = tensor.numel // self._scheme.group_size
@@ -262,7 +273,7 @@ class _Quantizer:
             parameter.copy_(parameter.to(self._dtype))
 
     def tensors(self, reader: TensorReader, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
-        """Everything that is written; a layer is calibrated when its first weight comes, behind quantised layers."""
+        """Yield all that is written; a layer is calibrated when its first weight comes, behind quantised layers."""
         layer, hessians = -1, {}
         for tensor in self._plan.tensors:
             self._progress(1)
@@ -291,7 +302,7 @@ class _Quantizer:
         return packed_tensors(tensor.name.removesuffix(".weight"), quantized, self._scheme)
 
     def _box(self, tensor: NamedTensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The rows of a layer's parameter that a box of the stacked tensor is."""
+        """Return the rows of a layer's parameter that a box of the stacked tensor is."""
         name = tensor.key.replace("decoder.layers.", f"decoder.layers.{offset[0]}.")
         return self._parameters[name].data[offset[1] : offset[1] + shape[1]]
 

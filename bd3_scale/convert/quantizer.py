@@ -40,7 +40,7 @@ class QuantizedWeight:
     scales: Tensor
 
     def dequantize(self) -> Tensor:
-        """[O, I] in the type of the scales: what an engine multiplies with."""
+        """Return [O, I] in the type of the scales: what an engine multiplies with."""
         group_size = self.values.shape[1] // self.scales.shape[1]
         return _multiply(self.values.unflatten(1, (-1, group_size)), self.scales[..., None]).flatten(1)
 
@@ -54,7 +54,7 @@ class HessianSum:
         self.hessian = torch.zeros(features, features, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """rows: [N, I]."""
+        """Add rows [N, I]."""
         rows = rows.float()
         self.hessian.addmm_(rows.t(), rows)
 
@@ -66,12 +66,12 @@ class SquareSum:
         self.squares = torch.zeros(features, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """rows: [N, I]."""
+        """Add rows [N, I]."""
         self.squares += rows.float().square().sum(0)
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Each weight [O, I] at the nearest multiple of its group's scale.
+    """Put each weight [O, I] at the nearest multiple of its group's scale.
 
     ValueError: the input features do not divide into groups, or a weight is not finite.
     """
@@ -84,7 +84,7 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -
 def gptq(
     weight: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype, damping: float = 0.01
 ) -> QuantizedWeight:
-    """Column after column at the nearest multiple, its error made up for by the columns that are still to come.
+    """Put column after column at the nearest multiple, its error made up for by the columns that are still to come.
 
     The error of a column is spread as the closed form of optimal brain surgeon says, by the inverse of `hessian`
     [I, I] among the columns to come, which its Cholesky factor holds (paper, section 3.3). The columns with the largest
@@ -121,7 +121,7 @@ def gptq(
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
-    """‖(W − Ŵ)X‖² / ‖WX‖² over the rows X of `hessian`; 0 where nothing comes out."""
+    """Return ‖(W − Ŵ)X‖² / ‖WX‖² over the rows X of `hessian`; 0 where nothing comes out."""
     weight, hessian = weight.double(), hessian.double()
     difference = weight - quantized.dequantize().double()
     whole = float(((weight @ hessian) * weight).sum())
@@ -139,8 +139,10 @@ def _check(weight: Tensor, scheme: Scheme) -> None:
 
 
 def _scales(grouped: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """Of groups [..., size]. At the widest the largest magnitude is in the middle of the last step, as in
-    compressed-tensors; clipping a few weights may cost less than coarse steps for all. The least squared error wins.
+    """Return the scales of groups [..., size].
+
+    At the widest the largest magnitude is in the middle of the last step, as in compressed-tensors; clipping a few
+    weights may cost less than coarse steps for all. The least squared error wins.
     """
     widest = grouped.abs().amax(-1) / ((scheme.highest - scheme.lowest) / 2)
     # A group of zeros needs a scale all the same, and one that the type can hold.
@@ -159,12 +161,12 @@ def _round(weights: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _multiply(values: Tensor, scales: Tensor) -> Tensor:
-    """In the type of the scales, to which engines round the product: of 8 bits in bfloat16 by up to half a step."""
+    """Return the product in the type of the scales, as engines do: of 8 bits in bfloat16 off by up to half a step."""
     return values.to(scales.dtype) * scales
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse, fp32 [I, I]."""
+    """Return the upper Cholesky factor of the damped Hessian's inverse, fp32 [I, I]."""
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
     never_met = diagonal == 0

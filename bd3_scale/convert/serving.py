@@ -21,7 +21,7 @@ MAX_RUNNING_REQUESTS = 32  # at once; SGLang takes one of a diffusion model wher
 
 @dataclass(frozen=True)
 class Engine:
-    """Whether an engine runs an export, and why not."""
+    """Say whether an engine runs an export, and why not."""
 
     name: str
     runs: bool
@@ -30,14 +30,14 @@ class Engine:
 
 @dataclass(frozen=True)
 class Packing:
-    """How weights are packed in a smaller format. notes: what keeps SGLang's kernel from layers of it."""
+    """Say how weights are packed in a smaller format. notes: what keeps SGLang's kernel from layers of it."""
 
     description: str
     notes: tuple[str, ...]
 
 
 def engines(kind: Format, mask_id: int, packing: Packing | None = None) -> tuple[Engine, ...]:
-    """Which engines run an export of `kind` whose mask has an id; the reasons are for people."""
+    """Return which engines run an export of `kind` whose mask has an id; the reasons are for people."""
     found = _engines(kind, mask_id)
     if packing is None:
         return found
@@ -82,7 +82,7 @@ def _engines(kind: Format, mask_id: int) -> tuple[Engine, ...]:
 
 
 def launch_lines(block_size: int, found: Sequence[Engine]) -> str:
-    """How to serve an SDAR export, from inside its folder, with those engines that run it."""
+    """Return how to serve an SDAR export, from inside its folder, with those engines that run it."""
     lines = {
         "SGLang": f"python -m sglang.launch_server --model-path . --trust-remote-code \\\n"
         f"    --dllm-algorithm LowConfidence --dllm-algorithm-config {SGLANG_CONFIG} \\\n"
@@ -95,14 +95,14 @@ def launch_lines(block_size: int, found: Sequence[Engine]) -> str:
 
 
 def sglang_config(block_size: int) -> str:
-    """SGLang's algorithm file: the block size is not read from the model's config."""
+    """Return SGLang's algorithm file: the block size is not read from the model's config."""
     return f"block_size: {block_size}\nthreshold: {THRESHOLD}\n"
 
 
 def model_card(
     kind: Format, config: Mapping[str, Any], manifest: CheckpointManifest, packing: Packing | None = None
 ) -> str:
-    """README.md of an export: what it is, how it was trained, how it is run. config: as it is in config.json."""
+    """Return README.md of an export: what it is, how it was trained, how it is run. config: as it is in config.json."""
     block_size, mask_id = manifest.block_size, config.get("mask_token_id", manifest.vocabulary.mask_id)
     block_diffusion = kind in ("sdar", "bd3")
     tags = ["block-diffusion", "bd3_scale"] if block_diffusion else ["bd3_scale"]
@@ -138,7 +138,7 @@ tags: [{", ".join(tags)}]
 
 
 def gguf_card(file: str, kind: str, manifest: CheckpointManifest) -> str:
-    """README.md beside a GGUF file: what runs it, and what would write rubbish with it."""
+    """Return README.md beside a GGUF file: what runs it, and what would write rubbish with it."""
     return f"""---
 library_name: bd3_scale
 pipeline_tag: text-generation

@@ -74,7 +74,7 @@ class NodeCache:
         return next((window for window in windows if self.needed(window) <= bytes_of(cache_limit)), None)
 
     def check(self, cache_limit: str, shuffle_window: int, *, may_change: bool) -> None:
-        """ValueError: the limit is below what is needed. may_change: the run has not begun with this window."""
+        """Raise ValueError if the limit is below what is needed. may_change: the run has not begun with this window."""
         needed = self.needed(shuffle_window)
         if needed <= bytes_of(cache_limit):
             return

@@ -11,7 +11,7 @@ Json = dict[str, Any]
 
 
 def template_of(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the template of a tokeniser puts before and behind a text."""
+    """Return the ids that the template of a tokeniser puts before and behind a text."""
     found = backend.encode("a", add_special_tokens=True)
     added = [bool(special) for special in found.special_tokens_mask]
     first = added.index(False) if False in added else len(added)
@@ -20,7 +20,7 @@ def template_of(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def beginning_with(content: Json, name: str | None, token_id: int | None) -> Json:
-    """`content` of a tokeniser that puts one token before a text, and before each of a pair, or none."""
+    """Return `content` of a tokeniser that puts one token before a text, and before each of a pair, or none."""
     if name is None:
         return {**content, "post_processor": None}
     special = {"SpecialToken": {"id": name, "type_id": 0}}
@@ -35,7 +35,7 @@ def beginning_with(content: Json, name: str | None, token_id: int | None) -> Jso
 
 
 def without_mask(content: Json, mask: str, secret: str) -> Json:
-    """`content` of a tokeniser whose mask has its id still, and a name that nobody knows.
+    """Return `content` of a tokeniser whose mask has its id still, and a name that nobody knows.
 
     A mask that is an entry of the model's vocabulary, too, only ceases to be a special token.
     """
@@ -50,12 +50,12 @@ def without_mask(content: Json, mask: str, secret: str) -> Json:
 
 
 def without_added(content: Json, token: str) -> Json:
-    """`content` of a tokeniser without an added token."""
+    """Return `content` of a tokeniser without an added token."""
     return {**content, "added_tokens": [entry for entry in content["added_tokens"] if entry["content"] != token]}
 
 
 def with_mask_at(content: Json, mask: str, mask_id: int) -> Json:
-    """`content` of a tokeniser whose mask has another id, behind all others, and names for the ids before it.
+    """Return `content` of a tokeniser whose mask has another id, behind all others, and names for the ids before it.
 
     The library numbers added tokens by their count, and tells of ids without a token: all are in the vocabulary, with a
     space in the names that stand for nothing, which no word has.
@@ -75,7 +75,7 @@ def with_mask_at(content: Json, mask: str, mask_id: int) -> Json:
 
 
 def without_prefix(content: Json) -> Json:
-    """`content` of a tokeniser that puts nothing before a text: no `▁` of SentencePiece, no space of GPT-2's kind."""
+    """Return `content` of a tokeniser that puts nothing before a text: no SentencePiece `▁`, no space as GPT-2's."""
     return {
         **content,
         "normalizer": _without_prefix(content["normalizer"], "normalizers"),

@@ -83,7 +83,7 @@ def _open(path: Path) -> llama_cpp.Model:
 
 
 def check_seal(path: Path) -> None:
-    """ValueError: a file is none of ours, or everything before its first tensor is not what was written."""
+    """Raise ValueError if a file is none of ours, or everything before its first tensor is not what was written."""
     with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _SEAL.size))

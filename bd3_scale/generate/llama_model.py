@@ -131,7 +131,7 @@ class LlamaCache:
         blocks: Sequence[NDArray[np.int64]],
         wanted: Sequence[NDArray[np.bool_]],
     ) -> NDArray[np.float32]:
-        """One pass of noisy blocks, each in the sequence that holds what is before it."""
+        """Return the logits of one pass of noisy blocks, each in the sequence that holds what is before it."""
         rows: list[tuple[int, int, int, bool]] = []
         for of, start, block, want in zip(before, starts, blocks, wanted, strict=False):
             rows += [(int(token), start + place, of, bool(want[place])) for place, token in enumerate(block)]

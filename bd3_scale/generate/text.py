@@ -39,7 +39,7 @@ def stop_ids(checkpoint: Path, manifest: CheckpointManifest) -> tuple[int, ...]:
 
 
 def check_fills_masks(where: Path, manifest: CheckpointManifest) -> None:
-    """ValueError: the model that lies there fills no masks, and writes no text here."""
+    """Raise ValueError if the model that lies there fills no masks, and writes no text here."""
     if not manifest.fills_masks:
         raise ValueError(
             f"{where} was trained for {manifest.objective} and fills no masks, and generation here is block "

@@ -77,12 +77,12 @@ def pattern_of(folder: Path) -> str:
 
 
 def cache_folder(job: dict[str, Any]) -> str:
-    """This node's cache of remote data: its own even where a test's nodes share a disk."""
+    """Return this node's cache of remote data: its own even where a test's nodes share a disk."""
     return f"{job['cache']}-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURMD_NODENAME']}"
 
 
 def cache_override(job: dict[str, Any]) -> str:
-    """What tells a rank where its node keeps remote data, of several sources each in a folder of its name."""
+    """Return what tells a rank where its node keeps remote data, of several sources each in a folder of its name."""
     folder, key = cache_folder(job), "data.path"
     value: Any = folder
     if sources := job.get("sources"):

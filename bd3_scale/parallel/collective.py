@@ -106,7 +106,7 @@ def gather_bytes(data: bytes, group: dist.ProcessGroup | None = None) -> list[by
 
 
 def _broadcast(data: bytes, group: dist.ProcessGroup | None) -> bytes:
-    """Rank 0's bytes, on every rank."""
+    """Return rank 0's bytes, on every rank."""
     device = _device(group)
     size = torch.tensor([len(data)], device=device)
     dist.broadcast(size, src=0, group=group)
@@ -117,7 +117,7 @@ def _broadcast(data: bytes, group: dist.ProcessGroup | None) -> bytes:
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where the tensors of a group's collectives lie."""
+    """Return where the tensors of a group's collectives lie."""
     on_gpu = dist.get_backend(group) != dist.Backend.GLOO and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
