@@ -128,7 +128,7 @@ class NodeOrder:
         if self._window is None or self._window[:2] != (epoch, window):
             before = self.before_shuffle(epoch, window)
             random = _bits(len(before), self._seed, epoch, self._node, window, _Purpose.SAMPLES)
-            self._window = epoch, window, before[_ranked(random)]
+            self._window = epoch, window, before[ranked(random)]
         return self._window[2]
 
     def before_shuffle(self, epoch: int, window: int) -> Ints:
@@ -146,7 +146,7 @@ class NodeOrder:
         ids, and the place that comes first.
         """
         random = _bits(len(self._starts), self._seed, epoch, self._node, 0, _Purpose.SHARDS)
-        order = _ranked(random)
+        order = ranked(random)
         lengths = self._lengths[order]
         ends = np.cumsum(lengths)
         begin = _bits(1, self._seed, epoch, self._node, 0, _Purpose.BEGIN)[0] % np.uint64(self.num_samples)
@@ -182,7 +182,7 @@ class _Purpose(IntEnum):
     SAMPLES = SHARDS + 2
 
 
-def _ranked(random: NDArray[np.uint64]) -> Ints:
+def ranked(random: NDArray[np.uint64]) -> Ints:
     """Return the stable order of numbers: where no two are equal every sort finds it, and the default one sooner."""
     order = random.argsort()
     found = random[order]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bd3_scale.data.cache import NodeCache, ShardSizes
 from bd3_scale.data.earlier_order import EarlierOrder, epoch_order
-from bd3_scale.data.order import InOrder, NodeOrder, Order, WindowOrder, _ranked, node_slots, nodes_of
+from bd3_scale.data.order import InOrder, NodeOrder, Order, WindowOrder, node_slots, nodes_of, ranked
 
 SHARDS = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
 
@@ -145,7 +145,7 @@ def _shared(one: np.ndarray, other: np.ndarray) -> float:
 @pytest.mark.alone
 @given(st.lists(st.integers(0, 5) | st.integers(0, 2**64 - 1), max_size=60))
 def test_the_faster_sort_is_the_stable_one(numbers: list[int]) -> None:
-    found = _ranked(np.array(numbers, np.uint64))
+    found = ranked(np.array(numbers, np.uint64))
     assert found.tolist() == sorted(range(len(numbers)), key=numbers.__getitem__)
 
 
