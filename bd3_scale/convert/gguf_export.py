@@ -30,8 +30,9 @@ from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.files import check_writable, new_folder
 
 REPORT = "gguf_report.json"
-# Of the largest logit, by type, how far llama.cpp may be; coarser ones are measured and not checked.
-_TOLERANCES = {"f32": 1e-3, "f16": 2e-2, "bf16": 5e-2, "q8_0": 5e-2}
+# Norm of the logits' difference by the logits' norm, by type. Random weights, which rounding moves most, are off by 3e-6,
+# 3e-3, 2e-2 and 6e-2 in 8 layers of 512; another graph by 1. Coarser types are measured and not checked.
+_TOLERANCES = {"f32": 1e-3, "f16": 2e-2, "bf16": 1e-1, "q8_0": 2e-1}
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,9 @@ def check_logits(plan: GgufPlan, native: BlockDiffusionTransformer, model: Llama
     theirs = torch.from_numpy(np.concatenate(found))[:, : vocabulary.size]
     ours = logits[0, :length]
     kept = ours.isfinite()
-    error = float((theirs - ours)[kept].abs().max() / ours[kept].abs().max())
+    error = float((theirs - ours)[kept].norm() / ours[kept].norm())
     if not error <= _TOLERANCES.get(plan.kind, float("inf")):
         raise ValueError(
-            f"llama.cpp's logits are off by {error:.1e} of the largest, more than {plan.kind} explains: is it the "
+            f"llama.cpp's logits are off by {error:.1e} of their norm, more than {plan.kind} explains: is it the "
             "release that is named in pyproject.toml, and is the checkpoint sound?"
         )

@@ -32,12 +32,11 @@ ARCHITECTURES: Mapping[str, ExportFormat] = {
         ExportFormat(
             "bd3",
             "starcoder2",
-            free=frozenset({"norm_bias", "mlp_bias", "attention_bias"}),
+            free=frozenset({"norm_bias", "mlp_bias", "attention_bias", "head_bias"}),
             fixed={"qk_norm": False, "normalization": "layernorm", "activation": "gelu_tanh"},
             says={
                 "normalization": "its norm is no LayerNorm",
                 "activation": "its activation is not gelu_tanh, and llama.cpp has no other there",
-                "head_bias": "its head has a bias",
             },
         ),
     )
@@ -58,6 +57,10 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+# Of the tensors outside of layers, those that take up a bias of the head where a graph has none.
+_FOLDED = ("output.weight", "output.bias", "output_norm.bias")
+_SHARE = 0.25  # how far the last norm's output is moved, of its own size: little, for a quantised head rounds that, too
+_LEAST_SCALE = 1e-3
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -121,10 +124,16 @@ class GgufTensor:
 def gguf_tensors(plan: ExportPlan, architecture: str) -> Iterator[GgufTensor]:
     """Yield all tensors of a file, in its order. ValueError: a layer of a plug-in has one that no graph reads."""
     model, names = plan.manifest.model, set()
+    folds = architecture == "starcoder2" and model.head_bias
     for tensor in plan.tensors:
         name, layer = _named(tensor.name)
+        if folds and name in _FOLDED:
+            continue
         names.add(name)
         yield GgufTensor(name, tensor.shape, layer, tensor, _reader(plan, tensor, architecture))
+    if folds:
+        yield from _without_head_bias(plan)
+        names.update(_FOLDED)
     if model.rope_scaling is not None:
         plain = plain_frequencies(model)
         factors = plain / stretch(plain, model.rope_scaling)
@@ -156,6 +165,41 @@ def _reader(plan: ExportPlan, tensor: NamedTensor, architecture: str) -> Callabl
         return values.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(values.shape).contiguous()
 
     return read
+
+
+def _without_head_bias(plan: ExportPlan) -> Iterator[GgufTensor]:
+    """Yield head and last norm's bias of a graph whose head has none, so that its logits are what they were.
+
+    What LayerNorm gives is h = g∘n + β with Σn = 0. So (1/g)ᵀ(g∘n) is 0, and a head W + u(1/g)ᵀ differs from W by the
+    constant u(1/g)ᵀβ alone: β + cg in place of β makes that constant differ from 0, and u is what makes it the bias.
+    """
+    by_name = {_named(t.name)[0]: t for t in plan.tensors}
+    head, norm = by_name["output.weight"], by_name["output_norm.weight"]
+
+    def parts(reader: TensorReader) -> tuple[Tensor, Tensor, Tensor]:
+        """Return g and β of the norm, and c, in fp64."""
+        scale = plan.read(reader, norm).double()
+        bias = by_name.get("output_norm.bias")
+        shift = torch.zeros_like(scale) if bias is None else plan.read(reader, bias).double()
+        if not scale.abs().min() > _LEAST_SCALE * scale.abs().max():
+            raise ValueError(
+                "llama.cpp has no bias of the head here, and the last norm, into which it would go, has a weight of "
+                f"{float(scale.abs().min()):g} beside {float(scale.abs().max()):g}: `--format bd3` writes it as it is"
+            )
+        return scale, shift, _SHARE - (shift / scale).mean()
+
+    def weight(reader: TensorReader) -> Tensor:
+        scale, _, extra = parts(reader)
+        values, bias = (plan.read(reader, by_name[name]).double() for name in ("output.weight", "output.bias"))
+        missing = (bias - values @ (extra * scale)) / (_SHARE * len(scale))
+        return (values + missing[:, None] / scale).float()
+
+    def shifted(reader: TensorReader) -> Tensor:
+        scale, shift, extra = parts(reader)
+        return (shift + extra * scale).float()
+
+    yield GgufTensor("output.weight", head.shape, None, head, weight)
+    yield GgufTensor("output_norm.bias", norm.shape, None, None, shifted)
 
 
 def _biases(model: ModelRecipe) -> Iterator[tuple[str, int, int | None]]:

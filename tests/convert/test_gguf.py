@@ -19,11 +19,13 @@ from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.cli import app
 from bd3_scale.convert.calibration import Calibration
+from bd3_scale.convert.export import ExportPlan
 from bd3_scale.convert.gguf import GgufPlan, linear_of, plan_gguf, write_gguf
 from bd3_scale.convert.gguf_export import GgufOptions, importance_matrix, run_gguf_export
 from bd3_scale.convert.gguf_layout import choose_architecture
 from bd3_scale.convert.gguf_report import divergences
 from bd3_scale.convert.gguf_types import FILE_TYPES, TYPES, FileType, encoded, tensor_type
+from bd3_scale.convert.names import NamedTensor
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.generate import llama_cpp
@@ -39,7 +41,11 @@ SHAPES = {
     "qwen2": QWEN_SHAPE.model_copy(update=PLAIN | {"attention_bias": True, "head_bias": True}),
     "llama": LLAMA_SHAPE,
     "llama, biases": QWEN_SHAPE.model_copy(update=PLAIN | {"mlp_bias": True}),
-    "starcoder2": OFFICIAL_SHAPE.model_copy(update={"head_bias": False}),
+    "starcoder2": OFFICIAL_SHAPE,
+    "starcoder2, a bias of the head alone": OFFICIAL_SHAPE.model_copy(
+        update={"norm_bias": False, "tie_embeddings": True}
+    ),
+    "starcoder2, no bias of the head": OFFICIAL_SHAPE.model_copy(update={"head_bias": False}),
     "starcoder2, no biases": OFFICIAL_SHAPE.model_copy(
         update={"head_bias": False, "norm_bias": False, "mlp_bias": False, "attention_bias": False}
     ),
@@ -122,11 +128,23 @@ def test_what_no_graph_computes_is_refused(changes: dict, reason: str) -> None:
 
 
 def test_other_activations_than_the_table_s_are_refused() -> None:
-    shape = OFFICIAL_SHAPE.model_copy(update={"head_bias": False, "activation": "gelu"})
     with pytest.raises(ValueError, match="starcoder2: its activation is not gelu_tanh"):
-        choose_architecture(shape)
-    with pytest.raises(ValueError, match="starcoder2: its head has a bias"):
-        choose_architecture(OFFICIAL_SHAPE)
+        choose_architecture(OFFICIAL_SHAPE.model_copy(update={"activation": "gelu"}))
+
+
+def test_a_bias_of_the_head_needs_a_last_norm_that_can_take_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_gguf(native_checkpoint(tmp_path / "native", OFFICIAL_SHAPE, BYTES), "f32", importance=False)
+    read = ExportPlan.read
+
+    def with_dead_channel(self: ExportPlan, reader: TensorReader, tensor: NamedTensor) -> torch.Tensor:
+        values = read(self, reader, tensor)
+        if tensor.name == "model.norm.weight":
+            values[5] = 1e-6
+        return values
+
+    monkeypatch.setattr(ExportPlan, "read", with_dead_channel)
+    with pytest.raises(ValueError, match="the last norm, into which it would go, has a weight of 1e-06"):
+        write_gguf(plan, tmp_path / "m.gguf")
 
 
 def test_next_token_models_are_left_to_llama_cpp_s_own_converter(tmp_path: Path) -> None:
