@@ -30,8 +30,8 @@ from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.files import check_writable, new_folder
 
 REPORT = "gguf_report.json"
-# Norm of the logits' difference by the logits' norm, by type. Random weights, which rounding moves most, are off by 3e-6,
-# 3e-3, 2e-2 and 6e-2 in 8 layers of 512; another graph by 1. Coarser types are measured and not checked.
+# Norm of the logits' difference by the logits' norm, by type. Random weights, which rounding moves most, are off by
+# 3e-6, 3e-3, 2e-2 and 6e-2 in 8 layers of 512; another graph by 1. Coarser types are measured and not checked.
 _TOLERANCES = {"f32": 1e-3, "f16": 2e-2, "bf16": 1e-1, "q8_0": 2e-1}
 
 
