@@ -166,4 +166,4 @@ def _add_keys(writer: Any, plan: GgufPlan) -> None:
 def check_tokenizer_ids(plan: GgufPlan, path: Path) -> int:
     """Compare llama.cpp's ids of many texts with training's, and return of how many. ValueError: some are others."""
     with closing(llama_cpp.Model(path, vocabulary_only=True)) as opened:
-        return check_ids(opened, plan.tokenizer, composed=plan.tokenizer_keys.composed)
+        return check_ids(opened, plan.tokenizer, plan.tokenizer_keys)

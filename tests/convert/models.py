@@ -117,7 +117,13 @@ def config(folder: Path) -> dict:
 
 
 def native_checkpoint(
-    folder: Path, model: ModelRecipe, vocabulary: Vocabulary, *, block_size: int = 4, objective: str = "block_diffusion"
+    folder: Path,
+    model: ModelRecipe,
+    vocabulary: Vocabulary,
+    *,
+    block_size: int = 4,
+    objective: str = "block_diffusion",
+    tokenizer: str | Path = "bytes",
 ) -> Path:
     """What a training in one process saves before its first step, with random norms, biases and moving average."""
     recipe = Recipe(
@@ -128,7 +134,7 @@ def native_checkpoint(
         optimizer=OptimizerRecipe(ema_decay=0.9),
         train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1, precision="fp32"),
     )
-    load_tokenizer("bytes").save(folder.parent / "tokenizer")
+    load_tokenizer(tokenizer).save(folder.parent / "tokenizer")
     generator = torch.Generator().manual_seed(3)
     with process_groups(recipe.parallel) as groups:
         how = {"dtype": torch.float32, "device": torch.device("cpu")}
@@ -139,12 +145,11 @@ def native_checkpoint(
             average = fragment.states["ema"]
             average.add_(torch.randn(average.shape, generator=generator), alpha=0.1)
         manifest = CheckpointManifest.of_run(recipe, step=0, vocabulary=vocabulary, states=engine.zero.names)
-        tokenizer = folder.parent / "tokenizer"
         return save_boxes(
             folder,
             manifest,
             boxes_to_save(engine.zero, layouts),
-            tokenizer=tokenizer,
+            tokenizer=folder.parent / "tokenizer",
             keep=CheckpointRecipe(keep_last=1),
         )
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tokenizers import Regex, pre_tokenizers
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from typer.testing import CliRunner
 
+from bd3_scale.cli import app
+from bd3_scale.convert import gguf_tokenizer_forms
 from bd3_scale.convert.gguf import GgufPlan, check_tokenizer_ids, plan_gguf, write_gguf
 from bd3_scale.convert.gguf_tokenizer import sample_texts, tokenizer_keys
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from tests.convert.models import BYTES, QWEN_SHAPE, native_checkpoint
-from tests.data.tokenisers import KINDS, byte_level, write_backend
+from tests.data.tokenisers import KINDS, byte_level, unigram, write_backend
 from tests.data.tokenisers import write_tokenizer as write_kind
 
 QWEN2_WORDS = (
@@ -40,12 +47,35 @@ def qwen_like():
     return backend
 
 
-@pytest.mark.parametrize("name", ["byte-level", "chat", "begins", "own mask", "llama-2", "qwen2"])
+def changed_unigram(change: Callable[[dict[str, Any]], object] = lambda content: None) -> tokenizers.Tokenizer:
+    """Return Unigram of the form that llama.cpp has, and then `change` made to its tokenizer.json."""
+    content = json.loads(unigram().to_str())
+    content["normalizer"] = None
+    content["pre_tokenizer"]["prepend_scheme"] = content["decoder"]["prepend_scheme"] = "never"
+    vocab = content["model"]["vocab"]
+    vocab += [["--", -9.1], ["---", -7.3], ["----", -8.9], ["▁▁", -6.2]]
+    content["model"]["vocab"] = [[piece, float(np.float32(score))] for piece, score in vocab]
+    for place, entry in enumerate(content["added_tokens"][1:]):
+        entry["id"] = len(vocab) + place
+    change(content)
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def not_split(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["split"] = False
+
+
+UNIGRAM = {"unigram": changed_unigram, "unigram, not split": lambda: changed_unigram(not_split)}
+
+
+@pytest.mark.parametrize("name", ["byte-level", "chat", "begins", "own mask", "llama-2", "qwen2", *UNIGRAM])
 def test_llama_cpp_makes_the_same_ids(
     name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "qwen2":
         source = write_backend(tmp_path / "source", qwen_like(), {"eos_token": "<|endoftext|>"})
+    elif name in UNIGRAM:
+        source = write_backend(tmp_path / "source", UNIGRAM[name](), {"eos_token": "</s>"})
     else:
         source = write_kind(tmp_path / "source", KINDS[name])
     tokenizer = load_tokenizer(source)
@@ -54,7 +84,8 @@ def test_llama_cpp_makes_the_same_ids(
     plan = plan_gguf(checkpoint, "f32", importance=False)
     plan = GgufPlan(plan.export, plan.kind, plan.architecture, plan.tensors, plan.types, tokenizer, keys)
     write_gguf(plan, tmp_path / "m.bd3.gguf")
-    assert check_tokenizer_ids(plan, tmp_path / "m.bd3.gguf") == 3000
+    texts = 3000 + (len(keys.tokens) if name in UNIGRAM else 0)
+    assert check_tokenizer_ids(plan, tmp_path / "m.bd3.gguf") == texts
     flags = keys.flags
     assert flags["tokenizer.ggml.add_bos_token"] == (name in ("begins", "llama-2"))
     # A wrong name of the expression, or other scores, are found out.
@@ -74,7 +105,7 @@ def test_llama_cpp_makes_the_same_ids(
     [
         ("prefixed", "puts a space before every text"),
         ("metaspace-always", "no byte-level BPE"),
-        ("unigram", "of the kind Unigram"),
+        ("unigram", "Unigram changes texts by NFKC"),
         ("word-pieces", "of the kind WordPiece"),
     ],
 )
