@@ -114,17 +114,26 @@ def _tokens(content: dict[str, Any], family: str, rows: int) -> tuple[list[str],
 def check_ids(opened: llama_cpp.Model, tokenizer: Tokenizer, keys: TokenizerKeys) -> int:
     """Compare the ids of many texts in llama.cpp and here, and return how many texts these were.
 
-    Where texts are put into NFC, those that it changes are left out. Unigram finds any name in a text, of a special
-    token, too: names are texts then.
+    Where texts are put into NFC, those that it changes are left out.
     ValueError: a text has others.
     """
     texts = [text for text in sample_texts() if not keys.composed or unicodedata.is_normalized("NFC", text)]
     if keys.strings["tokenizer.ggml.model"] == UNIGRAM:
-        texts += keys.tokens
+        texts += _repetitions(keys.tokens)
     for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True):
         if (found := opened.tokenize(text)) != expected:
             raise refusal(f"of {text!r} it makes {expected[:12]}, and llama.cpp {found[:12]}")
     return len(texts)
+
+
+def _repetitions(tokens: list[str]) -> Iterator[str]:
+    """Yield each name of a token, some times over, and each letter up to 40 times.
+
+    Unigram finds any name in a text, a special token's, too. Ways to cut a repetition have the same scores in another
+    order, so that rounding decides: a file has scores in float32, and tokenisers may have longer ones.
+    """
+    for token in tokens:
+        yield from (token * times for times in (range(1, 41) if len(token) == 1 else (1, 2, 3, 7)))
 
 
 def sample_texts(count: int = 3000) -> Iterator[str]:

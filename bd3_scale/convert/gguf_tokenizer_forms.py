@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 BYTE_LEVEL, PIECES, UNIGRAM = "gpt2", "llama", "t5"  # as `tokenizer.ggml.model` has them
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -86,9 +84,6 @@ def _check_unigram(content: dict[str, Any]) -> None:
         raise refusal("its Unigram cuts texts in another way than Metaspace without a ▁ before texts")
     if not all(entry["special"] for entry in content["added_tokens"]):
         raise refusal("its Unigram has added tokens that are not special")
-    # Sums of float32 are exact here; of longer numbers they are not, and decide where repetitions like `-----` are cut.
-    if lacking := [piece for piece, score in model["vocab"] if float(np.float32(score)) != score]:
-        raise refusal(f"the scores of its Unigram, as of {lacking[0]!r}, are longer than llama.cpp's float32")
 
 
 def refusal(reason: str) -> ValueError:

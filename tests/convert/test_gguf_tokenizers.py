@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from typer.testing import CliRunner
 
 from bd3_scale.cli import app
 from bd3_scale.convert import gguf_tokenizer_forms
 from bd3_scale.convert.gguf import GgufPlan, check_tokenizer_ids, plan_gguf, write_gguf
-from bd3_scale.convert.gguf_tokenizer import sample_texts, tokenizer_keys
+from bd3_scale.convert.gguf_tokenizer import TokenizerKeys, sample_texts, tokenizer_keys
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from tests.convert.models import BYTES, QWEN_SHAPE, native_checkpoint
-from tests.data.tokenisers import KINDS, byte_level, unigram, write_backend
+from tests.data.tokenisers import KINDS, SENTENCES, byte_level, unigram, write_backend
 from tests.data.tokenisers import write_tokenizer as write_kind
 
 QWEN2_WORDS = (
@@ -54,7 +55,8 @@ def changed_unigram(change: Callable[[dict[str, Any]], object] = lambda content:
     content["pre_tokenizer"]["prepend_scheme"] = content["decoder"]["prepend_scheme"] = "never"
     vocab = content["model"]["vocab"]
     vocab += [["--", -9.1], ["---", -7.3], ["----", -8.9], ["▁▁", -6.2]]
-    content["model"]["vocab"] = [[piece, float(np.float32(score))] for piece, score in vocab]
+    # Of few digits, so that float32 holds them, and sums are exact.
+    content["model"]["vocab"] = [[piece, round(score * 1024) / 1024] for piece, score in vocab]
     for place, entry in enumerate(content["added_tokens"][1:]):
         entry["id"] = len(vocab) + place
     change(content)
@@ -84,8 +86,8 @@ def test_llama_cpp_makes_the_same_ids(
     plan = plan_gguf(checkpoint, "f32", importance=False)
     plan = GgufPlan(plan.export, plan.kind, plan.architecture, plan.tensors, plan.types, tokenizer, keys)
     write_gguf(plan, tmp_path / "m.bd3.gguf")
-    texts = 3000 + (len(keys.tokens) if name in UNIGRAM else 0)
-    assert check_tokenizer_ids(plan, tmp_path / "m.bd3.gguf") == texts
+    repetitions = [40 if len(token) == 1 else 4 for token in keys.tokens] if name in UNIGRAM else []
+    assert check_tokenizer_ids(plan, tmp_path / "m.bd3.gguf") == 3000 + sum(repetitions)
     flags = keys.flags
     assert flags["tokenizer.ggml.add_bos_token"] == (name in ("begins", "llama-2"))
     # A wrong name of the expression, or other scores, are found out.
@@ -113,6 +115,114 @@ def test_other_tokenisers_are_refused(name: str, reason: str, tmp_path: Path) ->
     source = write_kind(tmp_path / "source", KINDS[name])
     with pytest.raises(ValueError, match=reason):
         keys_of(load_tokenizer(source), source, tmp_path / "folder")
+
+
+def with_bytes(content: dict[str, Any]) -> None:
+    unknown, *rest = content["model"]["vocab"]
+    content["model"] |= {
+        "byte_fallback": True,
+        "vocab": [unknown, *([f"<0x{byte:02X}>", -20.0] for byte in range(256)), *rest],
+    }
+    for entry in content["added_tokens"][1:]:
+        entry["id"] += 256
+
+
+def prefixed_unigram(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["prepend_scheme"] = "always"
+
+
+def words_alone(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}]}
+
+
+def pieces_special(content: dict[str, Any]) -> None:
+    """`[CLS]` among the pieces: text that spells it becomes it here."""
+    content["model"]["vocab"].append(["[CLS]", 0.0])
+    last = len(content["model"]["vocab"]) - 1
+    for place, entry in enumerate(content["added_tokens"][1:]):
+        entry["id"] = last + 1 + place
+    content["added_tokens"].insert(1, {**content["added_tokens"][0], "id": last, "content": "[CLS]"})
+
+
+def long_scores(content: dict[str, Any]) -> None:
+    for entry in content["model"]["vocab"]:
+        entry[1] *= 1.1
+
+
+def plain_added(content: dict[str, Any]) -> None:
+    content["added_tokens"][1]["special"] = False
+
+
+def twice(content: dict[str, Any]) -> None:
+    content["model"]["vocab"][-1][0] = content["model"]["vocab"][-2][0]
+
+
+def with_charsmap(content: dict[str, Any]) -> None:
+    from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
+
+    written = io.BytesIO()
+    SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_writer=written, vocab_size=60, minloglevel=2)
+    charsmap = sentencepiece_model_pb2.ModelProto.FromString(written.getvalue()).normalizer_spec.precompiled_charsmap
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
+    steps = [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}, spaces]
+    content["normalizer"] = {"type": "Sequence", "normalizers": steps}
+
+
+def llama_cpp_differs(tokenizer: Tokenizer, keys: TokenizerKeys, checkpoint: Path, path: Path) -> None:
+    plan = plan_gguf(checkpoint, "f32", importance=False)
+    plan = GgufPlan(plan.export, plan.kind, plan.architecture, plan.tensors, plan.types, tokenizer, keys)
+    write_gguf(plan, path)
+    with pytest.raises(ValueError, match=r"llama\.cpp has no tokeniser like this model's: of "):
+        check_tokenizer_ids(plan, path)
+
+
+@pytest.mark.parametrize("change", [with_bytes, prefixed_unigram, words_alone, pieces_special, long_scores])
+def test_unigram_that_llama_cpp_encodes_otherwise_is_refused(
+    change: Callable[[dict[str, Any]], None], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_backend(tmp_path / "source", changed_unigram(change), {"eos_token": "</s>"})
+    tokenizer = load_tokenizer(source)
+    if change in (with_bytes, prefixed_unigram, words_alone):
+        with pytest.raises(ValueError, match=r"its Unigram (has bytes|cuts texts)"):
+            keys_of(tokenizer, source, tmp_path / "refused")
+    # What is refused by its form is what llama.cpp's ids would refuse.
+    monkeypatch.setattr(gguf_tokenizer_forms, "_check_unigram", lambda content: None)
+    llama_cpp_differs(tokenizer, keys_of(tokenizer, source, tmp_path / "folder"), checkpoint, tmp_path / "m.bd3.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_charsmap, "changes texts by Precompiled, Replace before"),
+        (plain_added, "added tokens that are not special"),
+        (twice, "a piece twice"),
+    ],
+)
+def test_unigram_of_other_forms_is_refused(
+    change: Callable[[dict[str, Any]], None], reason: str, tmp_path: Path
+) -> None:
+    source = write_backend(tmp_path / "source", changed_unigram(change), {"eos_token": "</s>"})
+    with pytest.raises(ValueError, match=reason):
+        keys_of(load_tokenizer(source), source, tmp_path / "folder")
+
+
+@pytest.mark.slow
+def test_a_model_of_unigram_pieces_generates_the_same(tmp_path: Path) -> None:
+    source = write_backend(tmp_path / "source", changed_unigram(), {"eos_token": "</s>"})
+    vocabulary = load_tokenizer(source).vocabulary
+    checkpoint = native_checkpoint(tmp_path / "run" / "native", QWEN_SHAPE, vocabulary, tokenizer=source)
+
+    def told(*arguments: object) -> Any:
+        found = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        assert found.exception is None, found.output
+        return json.loads(found.output)
+
+    file = tmp_path / "out" / "native-f32.bd3.gguf"
+    told("convert", "export", checkpoint, "--format", "gguf", "--type", "f32", "--out", file.parent, "--sequences", 0)
+    sampling = ("--prompt", "The barge ½ <unk>", "--max-new-tokens", 12, "--min-entropy", 0)
+    mine, theirs = (told("generate", path, *sampling) for path in (checkpoint, file))
+    assert mine["text"] == theirs["text"] != ""
+    assert '"t5"' in json.dumps(told("convert", "inspect", file))
 
 
 def test_a_chat_template_goes_with_the_model(tmp_path: Path) -> None:
