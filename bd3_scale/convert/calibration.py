@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.convert.quantizer import HessianSum, SquareSum
 from bd3_scale.data.batch import Batch
-from bd3_scale.data.manifest import load_sources
+from bd3_scale.data.manifest import Manifest, check_tokenizer, load_sources
 from bd3_scale.data.stream import TrainingStream
+from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.interval import FULL
 from bd3_scale.model.rows import ModelInputs, Placement, RowContext
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective, StepKeys
+from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe
+
+if TYPE_CHECKING:
+    from bd3_scale.convert.export import ExportPlan
 
 # The input of each of these is multiplied by the weights that are quantised.
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -82,6 +88,32 @@ def _adder(total: HessianSum | SquareSum) -> Callable[[nn.Module, tuple[Tensor, 
         total.add(args[0].flatten(0, -2))
 
     return add
+
+
+def check_data(plan: ExportPlan, data: DataRecipe) -> None:
+    """Raise ValueError if `data` was prepared with another tokeniser, lacks a split, or has documents that do not
+    divide into the model's blocks.
+    """
+    prepared = load_sources(data)
+    check_tokenizer(prepared, load_tokenizer(plan.checkpoint / TOKENIZER))
+    check_block_size(plan.manifest.block_size, data, prepared.document_multiple)
+    if prepared.validation is None or prepared.train is None:
+        paths = ", ".join(source.path for source in data.by_source.values())
+        raise ValueError(
+            f"{paths} needs sequences to calibrate on and a held-out split to measure on: prepare it with --holdout"
+        )
+
+
+def held_out_parts(data: DataRecipe, sequences: int) -> list[tuple[DataRecipe, Manifest, int]]:
+    """Return each source that has a held-out split, and how many of its sequences to measure on: the first ones, at
+    most so many, as in training.
+    """
+    prepared = load_sources(data)
+    return [
+        (source, part, min(sequences, part.validation.sequences))
+        for name, source in data.by_source.items()
+        if (part := prepared.part(name)).validation is not None
+    ]
 
 
 def calibration_batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:

@@ -158,9 +158,10 @@ def export(
     plan = plan_export(resolve_checkpoint(checkpoint), kind, dtype, mask_id)
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
+    padding = None
     if not dry_run:
         with Bar("exporting", unit="bytes") as bar:
-            run_export(plan, out, bar.show)
+            padding = run_export(plan, out, bar.show)
     _report(
         f"{'would write' if dry_run else 'wrote and verified'} {out}",
         {
@@ -170,6 +171,7 @@ def export(
             "bytes": plan.num_bytes,
         }
         | _moved_mask(plan)
+        | ({} if padding is None else {"what pads has": padding.says})
         | _engines(plan),
         as_json,
     )
@@ -332,6 +334,8 @@ def _show_quantization(report: QuantizationReport, out: Path, found: dict[str, o
     for name, says in found.items():
         runs.add_row(name, str(says))
     Console().print(errors, table, runs, *(f"Marlin: {note}" for note in report.notes), sep="\n")
+    if report.padding is not None:
+        Console().print(f"what pads has {report.padding}")
 
 
 @app.command("inspect", epilog="Example: bd3-scale convert inspect runs/quickstart --verify")

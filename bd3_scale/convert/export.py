@@ -27,6 +27,7 @@ from bd3_scale.convert.check_export import check_export, expected_logits
 from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.importer import MASK_ROWS
 from bd3_scale.convert.names import EMBEDDING, HEAD, NATIVE_EMBEDDING, NamedTensor, named_tensors
+from bd3_scale.convert.padding import Padding, with_padding
 from bd3_scale.convert.remote_code_files import remote_code
 from bd3_scale.convert.serving import ENGINE_MASK_ID, SGLANG_CONFIG, Packing, model_card, sglang_config
 from bd3_scale.data.tokenizer import Tokenizer
@@ -44,7 +45,9 @@ SHARD_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """All that an export will write. `dtype`: what every tensor is cast to; None: as each is stored."""
+    """All that an export will write. `dtype`: what every tensor is cast to; None: as each is stored. `padding`: see
+    `with_padding`; None: the mean.
+    """
 
     checkpoint: Path
     manifest: CheckpointManifest
@@ -53,6 +56,7 @@ class ExportPlan:
     stored: Mapping[str, torch.dtype]
     config: dict[str, Any]
     tensors: tuple[NamedTensor, ...]
+    padding: Padding | None = None
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the training's tokeniser, which begins texts as that did, or None where there is none."""
@@ -100,8 +104,9 @@ class ExportPlan:
         if tensor.name == EMBEDDING:
             moved[self.mask_id] = values[size]
         else:
-            # What holds for the mask in an engine that leaves no id out holds for what pads: never the highest logit.
-            moved[size:] = _mean(values[:size])
+            # Never the highest logit of an engine that leaves no id out.
+            row = None if self.padding is None else self.padding.row
+            moved[size:] = _mean(values[:size]) if row is None else row
         return moved
 
     @property
@@ -246,8 +251,9 @@ def _special_ids(checkpoint: Path, vocabulary: Vocabulary, block_diffusion: bool
 
 def run_export(
     plan: ExportPlan, out: Path, progress: Progress = lambda done, total: None, *, check: bool = True
-) -> None:
-    """Write the folder `out`, read it again and compare every value before it appears.
+) -> Padding | None:
+    """Write the folder `out`, read it again and compare every value before it appears; return what pads a head up to a
+    moved mask.
 
     check: also load it with transformers in a fresh process, see `check_export`; it takes seconds, and the memory of
     the model.
@@ -257,6 +263,7 @@ def run_export(
     """
     check_undamaged(plan)
     check_writable(out.parent, plan.num_bytes)
+    plan = with_padding(plan)
     sizes = plan.sizes
     total = 2 * plan.num_bytes
     with new_folder(out) as folder, TensorReader(plan.checkpoint) as reader:
@@ -272,6 +279,7 @@ def run_export(
             progress(done, total)
         if check:
             _check(plan, folder)
+    return plan.padding
 
 
 def _check(plan: ExportPlan, folder: Path) -> None:
@@ -346,7 +354,7 @@ def write_companions(
             (folder / name).write_text(source, encoding="utf-8")
     if plan.kind == "sdar":
         (folder / SGLANG_CONFIG).write_text(sglang_config(plan.config["block_size"]))
-    card = model_card(plan.kind, plan.config, plan.manifest, packing)
+    card = model_card(plan.kind, plan.config, plan.manifest, packing, plan.padding and plan.padding.says)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

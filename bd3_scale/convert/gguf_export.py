@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from bd3_scale.checkpoint.model import open_model
-from bd3_scale.convert.calibration import Calibration
+from bd3_scale.convert.calibration import Calibration, check_data
 from bd3_scale.convert.check_export import expected_logits
 from bd3_scale.convert.export import check_undamaged
 from bd3_scale.convert.gguf import GgufPlan, Importance, check_tokenizer_ids, write_gguf
 from bd3_scale.convert.gguf_report import GgufReport, HeldOutText
 from bd3_scale.convert.gguf_types import uses_importance
-from bd3_scale.convert.quantize import check_data
 from bd3_scale.convert.serving import gguf_card
 from bd3_scale.generate.llama_file import open_llama_file
 from bd3_scale.generate.llama_model import LlamaModel

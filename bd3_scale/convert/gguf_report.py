@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bd3_scale.attention.spans import make_spans
-from bd3_scale.convert.quantize import Measured, held_out_parts
+from bd3_scale.convert.calibration import held_out_parts
+from bd3_scale.convert.quantize import Measured
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.diffusion.nelbo import estimate_nelbo

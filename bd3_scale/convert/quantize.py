@@ -12,10 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bd3_scale.checkpoint.manifest import TOKENIZER
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
-from bd3_scale.convert.calibration import Calibration
+from bd3_scale.convert.calibration import Calibration, check_data, held_out_parts
 from bd3_scale.convert.check_export import check_export, expected_logits
 from bd3_scale.convert.compressed import (
     engine_notes,
@@ -26,18 +25,16 @@ from bd3_scale.convert.compressed import (
 )
 from bd3_scale.convert.export import ExportPlan, check_undamaged, write_companions, write_shards
 from bd3_scale.convert.folder import open_weights
-from bd3_scale.convert.names import NamedTensor
+from bd3_scale.convert.names import HEAD, NamedTensor
+from bd3_scale.convert.padding import with_padding
 from bd3_scale.convert.quantizer import Scheme, gptq, output_error, round_to_nearest
 from bd3_scale.convert.serving import Packing
-from bd3_scale.data.manifest import Manifest, check_tokenizer, load_sources
 from bd3_scale.data.stream import held_out_batches
-from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.nelbo import NelboEstimate
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective
 from bd3_scale.parallel.groups import ProcessGroups
-from bd3_scale.recipe.checks import check_block_size
 from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.files import check_writable, new_folder
 
@@ -68,6 +65,7 @@ class QuantizationReport:
         errors: of each weight, ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs X.
         before: with the weights in `dtype`; after: with the quantised ones.
         notes: what keeps engines' kernels from it, see `kernel_notes`.
+        padding: see `Padding.says`; None: no mask was moved.
     """
 
     bits: int
@@ -82,6 +80,7 @@ class QuantizationReport:
     before: Measured
     after: Measured
     notes: tuple[str, ...]
+    padding: str | None = None
 
 
 def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
@@ -117,20 +116,6 @@ def packing_of(plan: ExportPlan, scheme: Scheme, method: Method) -> Packing:
     """Return what the card and the table of engines say of the weights."""
     description = f"int{scheme.bits} in groups of {scheme.group_size} ({method}), compressed-tensors"
     return Packing(description, kernel_notes(plan, scheme))
-
-
-def check_data(plan: ExportPlan, data: DataRecipe) -> None:
-    """Raise ValueError if `data` was prepared with another tokeniser, lacks a split, or has documents that do not
-    divide into the model's blocks.
-    """
-    prepared = load_sources(data)
-    check_tokenizer(prepared, load_tokenizer(plan.checkpoint / TOKENIZER))
-    check_block_size(plan.manifest.block_size, data, prepared.document_multiple)
-    if prepared.validation is None or prepared.train is None:
-        paths = ", ".join(source.path for source in data.by_source.values())
-        raise ValueError(
-            f"{paths} needs sequences to calibrate on and a held-out split to measure on: prepare it with --holdout"
-        )
 
 
 def is_quantized(tensor: NamedTensor) -> bool:
@@ -179,7 +164,8 @@ def run_quantize(
             write_shards(folder, quantizer.tensors(reader, calibration), sizes)
         ignored = ["lm_head"]
         config = {"quantization_config": quantization_config(scheme, ignored)}
-        write_companions(folder, plan, config, packing_of(plan, scheme, method))
+        write_companions(folder, quantizer.plan, config, packing_of(plan, scheme, method))
+        padding = quantizer.plan.padding
         quantizer.verify(folder)
         ids, logits = expected_logits(model, manifest.block_size, manifest.max_position_embeddings)
         assert plan.dtype is not None
@@ -197,21 +183,10 @@ def run_quantize(
             before=before,
             after=measure(),
             notes=kernel_notes(plan, scheme),
+            padding=padding and padding.says,
         )
         (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     return report
-
-
-def held_out_parts(data: DataRecipe, sequences: int) -> list[tuple[DataRecipe, Manifest, int]]:
-    """Return each source that has a held-out split, and how many of its sequences to measure on: the first ones, at
-    most so many, as in training.
-    """
-    prepared = load_sources(data)
-    return [
-        (source, part, min(sequences, part.validation.sequences))
-        for name, source in data.by_source.items()
-        if (part := prepared.part(name)).validation is not None
-    ]
 
 
 class _Measure:
@@ -251,7 +226,7 @@ class _Quantizer:
         method: Method,
         progress: Callable[[int], object],
     ) -> None:
-        self._plan, self._scheme, self._method, self._progress = plan, scheme, method, progress
+        self.plan, self._model, self._scheme, self._method, self._progress = plan, model, scheme, method, progress
         assert plan.dtype is not None, "scales need a type of their own"
         self._dtype = plan.dtype
         self._parameters = dict(model.named_parameters())
@@ -275,10 +250,12 @@ class _Quantizer:
     def tensors(self, reader: TensorReader, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
         """Yield all that is written; a layer is calibrated when its first weight comes, behind quantised layers."""
         layer, hessians = -1, {}
-        for tensor in self._plan.tensors:
+        for tensor in self.plan.tensors:
             self._progress(1)
             if not is_quantized(tensor):
-                yield tensor.name, self._plan.read(reader, tensor)
+                if tensor.name == HEAD:  # behind the layers, which are quantised by then
+                    self.plan = with_padding(self.plan, self._model)
+                yield tensor.name, self.plan.read(reader, tensor)
                 continue
             if tensor.boxes[0][0][0] != layer:
                 if layer >= 0:
@@ -309,7 +286,7 @@ class _Quantizer:
     def verify(self, folder: Path) -> None:
         """Unpack what was written and compare it with the weights that are measured."""
         written = open_weights(folder, quantised=True)
-        for tensor in self._plan.tensors:
+        for tensor in self.plan.tensors:
             if is_quantized(tensor):
                 name = tensor.name.removesuffix(".weight")
                 unpacked = unpacked_weight({n: written.read(n) for n in self.sizes(tensor)}, name, self._scheme)

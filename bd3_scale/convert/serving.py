@@ -100,9 +100,16 @@ def sglang_config(block_size: int) -> str:
 
 
 def model_card(
-    kind: Format, config: Mapping[str, Any], manifest: CheckpointManifest, packing: Packing | None = None
+    kind: Format,
+    config: Mapping[str, Any],
+    manifest: CheckpointManifest,
+    packing: Packing | None = None,
+    padding: str | None = None,
 ) -> str:
-    """Return README.md of an export: what it is, how it was trained, how it is run. config: as it is in config.json."""
+    """Return README.md of an export: what it is, how it was trained, how it is run.
+
+    config: as it is in config.json. padding: what is known of rows up to a mask that was moved, see `Padding.says`.
+    """
     block_size, mask_id = manifest.block_size, config.get("mask_token_id", manifest.vocabulary.mask_id)
     block_diffusion = kind in ("sdar", "bd3")
     tags = ["block-diffusion", "bd3_scale"] if block_diffusion else ["bd3_scale"]
@@ -131,7 +138,7 @@ tags: [{", ".join(tags)}]
 | engine | runs it | |
 |---|---|---|
 {rows}
-{_padding(config, manifest)}{_serving(kind, block_size, found)}
+{_padding(config, manifest, padding)}{_serving(kind, block_size, found)}
 ## Training
 
 {_training(manifest)}"""
@@ -188,7 +195,7 @@ those of transformers alone, even with `--trust-remote-code`.
 """
 
 
-def _padding(config: Mapping[str, Any], manifest: CheckpointManifest) -> str:
+def _padding(config: Mapping[str, Any], manifest: CheckpointManifest, padding: str | None) -> str:
     """Return what engines make of a mask that has another id than in training, nothing where it has not."""
     mask_id = config.get("mask_token_id")
     if mask_id in (None, manifest.vocabulary.mask_id):

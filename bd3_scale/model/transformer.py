@@ -117,8 +117,11 @@ class BlockDiffusionTransformer(MegatronModule):
 
     def head_logits(self, inputs: ModelInputs) -> Tensor:
         """Return the logits of the head's rows, fp32 [M, padded vocabulary], of a model that is whole in a process."""
-        hidden_NBX = self._decode(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans)
-        return self._gathered(self.output_layer(self._head_rows(hidden_NBX, inputs), self._head_weight()))
+        return self._gathered(self.output_layer(self.head_inputs(inputs), self._head_weight()))
+
+    def head_inputs(self, inputs: ModelInputs) -> Tensor:
+        """Return what the head multiplies, [M, X], of a model that is whole in a process."""
+        return self._head_rows(self._decode(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans), inputs)
 
     def _head_rows(self, hidden_NBX: Tensor, inputs: ModelInputs) -> Tensor:
         """Return the rows that the head sees, [M, X]."""
