@@ -171,7 +171,7 @@ def export(
             "bytes": plan.num_bytes,
         }
         | _moved_mask(plan)
-        | ({} if padding is None else {"what pads has": padding.says})
+        | ({} if padding is None else {"in engines": padding.says})
         | _engines(plan),
         as_json,
     )
@@ -280,7 +280,8 @@ def quantize(
 
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.export import plan_export
-    from bd3_scale.convert.quantize import check_data, check_quantizable, is_quantized, packing_of, run_quantize
+    from bd3_scale.convert.calibration import check_data
+    from bd3_scale.convert.quantize import check_quantizable, is_quantized, packing_of, run_quantize
     from bd3_scale.convert.quantizer import Scheme
     from bd3_scale.evaluate.checkpoint import data_recipe
 
@@ -335,7 +336,7 @@ def _show_quantization(report: QuantizationReport, out: Path, found: dict[str, o
         runs.add_row(name, str(says))
     Console().print(errors, table, runs, *(f"Marlin: {note}" for note in report.notes), sep="\n")
     if report.padding is not None:
-        Console().print(f"what pads has {report.padding}")
+        Console().print(report.padding)
 
 
 @app.command("inspect", epilog="Example: bd3-scale convert inspect runs/quickstart --verify")

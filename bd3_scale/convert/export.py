@@ -354,7 +354,7 @@ def write_companions(
             (folder / name).write_text(source, encoding="utf-8")
     if plan.kind == "sdar":
         (folder / SGLANG_CONFIG).write_text(sglang_config(plan.config["block_size"]))
-    card = model_card(plan.kind, plan.config, plan.manifest, packing, plan.padding and plan.padding.says)
+    card = model_card(plan.kind, plan.config, plan.manifest, packing, plan.padding.says if plan.padding else None)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

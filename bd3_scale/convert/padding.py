@@ -71,7 +71,7 @@ def with_padding(plan: ExportPlan, model: BlockDiffusionTransformer | None = Non
     needed, there = 4 * sum(tensor.numel for tensor in plan.tensors), available_bytes()
     if needed > there:
         reason = f"the model in fp32 takes {needed / 1e9:.1f} GB, and {there / 1e9:.1f} GB of memory are left"
-        return replace(plan, padding=Padding(None, f"{_mean_because(reason)}; their share was not measured"))
+        return replace(plan, padding=Padding(None, _mean_because(reason)))
     with open_model(plan.checkpoint, torch.float32) as (opened, _, _):
         return replace(plan, padding=_measured(plan, opened))
 
@@ -81,34 +81,37 @@ def _measured(plan: ExportPlan, model: BlockDiffusionTransformer) -> Padding:
     size = plan.manifest.vocabulary.size - 1
     with TensorReader(plan.checkpoint) as reader:
         rows = plan.read(reader, next(tensor for tensor in plan.tensors if tensor.name == HEAD))
-    tokens, mean, count = rows[:size].double(), rows[size], len(rows) - size
+    tokens, mean, count = rows[:size].float(), rows[size].float(), len(rows) - size
     trained, held_out, unread = _text(plan)
     fitted, others = (
         torch.cat([*_own_text(plan, model, tokens, seed), *(_inputs(plan, model, batch)[0] for batch in batches)])
         for seed, batches in enumerate((trained, held_out))
     )
-    others = others.to(rows.dtype).double()  # an engine computes in the type of the weights
-    where = f"{len(others):,} masked tokens of text that the model wrote itself, from random tokens on"
-    where += f" (the run's was not read: {unread})" if unread else " and of held-out text"
-
-    direction = _direction(fitted)
-    lowest = float((fitted @ direction).min())
-    row, kept = mean, _mean_because("what the head multiplies lies on no one side of the origin")
+    others = others.to(rows.dtype).float()  # an engine computes in the type of the weights
+    direction = _direction(fitted.double()).float()
+    row, lowest, kept = mean, float((fitted @ direction).min()), "what the head multiplies has no direction in common"
     if lowest >= LEAST:
         # The mean's logit is below the logarithm of the mean exponential (Jensen), so that SHARE holds on the fit.
-        far = (math.log(count / size) - math.log(SHARE)) / lowest
-        row = (tokens.mean(0) - far * direction).to(rows.dtype)
-        above = ~(others @ row.double() <= others @ mean.double())  # true of what is no number
-        kept = _mean_because(f"other rows had higher logits on {int(above.sum()):,} masked tokens") if above.any() else ""
-    row = mean if kept else row
-    shares = _shares(others, tokens, row.double(), count)
+        row = (mean - (math.log(count / size) - math.log(SHARE)) / lowest * direction).to(rows.dtype).float()
+        above = int((~(others @ row <= others @ mean)).sum())  # counts what is no number, too
+        kept = f"others had higher logits than that on {above:,} masked tokens" if above else ""
+    shares = _shares(others, tokens, mean if kept else row, count)
     median, largest = float(shares.median()), float(shares.max())
-    says = f"{median:.2g} of the probability in the median and {largest:.2g} at most, together, on {where}"
-    return Padding(None if kept else row, f"{kept}; {says}" if kept else says, median, largest)
+    says = (
+        f"padding takes {median:.2g} of the probability in the median and {largest:.2g} at most, on {len(others):,} "
+        "masked tokens of text that the model wrote, from random tokens on, "
+    )
+    says += f"and of none of the run's ({unread})" if unread else "and of held-out text"
+    if kept:
+        return Padding(None, f"{says}: {_mean_because(kept)}", median, largest)
+    return Padding(row.to(rows.dtype), says, median, largest)
 
 
 def _mean_because(reason: str) -> str:
-    return f"each row that pads has the mean of the tokens' logits, since {reason}"
+    return (
+        f"each row of padding has the mean of the tokens' logits, since {reason}; confidences are lower by what all of "
+        "them take, so set thresholds lower, and sample with a top-k"
+    )
 
 
 def _direction(hidden: Tensor) -> Tensor:
@@ -132,9 +135,9 @@ def _shares(hidden: Tensor, tokens: Tensor, row: Tensor, count: int) -> Tensor:
 
 
 def _inputs(plan: ExportPlan, model: BlockDiffusionTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return what the head multiplies at masks of all rates in [0, 1], float64 [M, X], and which rows these are."""
+    """Return what the head multiplies at masks of all rates in [0, 1], fp32 [M, X], and which rows these are."""
     inputs = calibration_inputs(batch, plan.manifest.trained_objective(), next(model.parameters()).device)
-    return model.head_inputs(inputs).cpu().double(), inputs.head_rows.cpu()
+    return model.head_inputs(inputs).float().cpu(), inputs.head_rows.cpu()
 
 
 def _own_text(plan: ExportPlan, model: BlockDiffusionTransformer, tokens: Tensor, seed: int) -> Iterator[Tensor]:
@@ -148,9 +151,7 @@ def _own_text(plan: ExportPlan, model: BlockDiffusionTransformer, tokens: Tensor
         for turn in range(ROUNDS):
             keys = {"ids": ids + start, "slots": ids, "epochs": 0 * ids + turn, "source_keys": 0 * ids + seed}
             starts = torch.zeros(shape, dtype=torch.int32)
-            batch = Batch(
-                **keys, tokens=text, document_start=starts, positions=places, counted=every, shown=~every
-            )
+            batch = Batch(**keys, tokens=text, document_start=starts, positions=places, counted=every, shown=~every)
             hidden, rows = _inputs(plan, model, batch)
             yield hidden
             likely = [(part @ tokens.T).softmax(-1) for part in hidden.split(PIECE)]
@@ -172,6 +173,10 @@ def _text(plan: ExportPlan) -> tuple[list[Batch], list[Batch], str | None]:
         trained = list(calibration_batches(data.as_mixed_before(manifest.step), sequences))
         how = {"batch_size": MICRO_BATCH, "dp_rank": 0, "dp_size": 1}
         parts = held_out_parts(data, sequences)
-        return trained, [b for source, part, n in parts for b in held_out_batches(source, part, sequences=n, **how)], None
+        return (
+            trained,
+            [b for source, part, n in parts for b in held_out_batches(source, part, sequences=n, **how)],
+            None,
+        )
     except (OSError, ValueError) as error:
         return [], [], in_one_line(error)

@@ -183,7 +183,7 @@ def run_quantize(
             before=before,
             after=measure(),
             notes=kernel_notes(plan, scheme),
-            padding=padding and padding.says,
+            padding=padding.says if padding else None,
         )
         (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     return report

@@ -203,10 +203,7 @@ def _padding(config: Mapping[str, Any], manifest: CheckpointManifest, padding: s
     return f"""
 The mask has the id {mask_id}, and had {manifest.vocabulary.mask_id} in training: embedding and head are padded up to it
 with {config["vocab_size"] - config["num_token_ids"] - 1:,} rows that no text uses. The code in this folder never draws
-what pads. SGLang and LMDeploy take the head's rows as they are: each of these has the mean of the tokens' logits, which
-is never the highest, so that greedy decoding writes the same tokens; but together they have a share of the probability,
-the larger the smaller the vocabulary. Confidences are lower by it there, and fewer tokens pass a threshold: set it
-lower. Sampling needs a top-k that keeps them out.
+what pads. SGLang and LMDeploy take all rows of the head into their softmax: {padding}.
 """
 
 
