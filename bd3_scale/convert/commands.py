@@ -279,8 +279,8 @@ def quantize(
     import json
 
     from bd3_scale.checkpoint.folder import resolve_checkpoint
-    from bd3_scale.convert.export import plan_export
     from bd3_scale.convert.calibration import check_data
+    from bd3_scale.convert.export import plan_export
     from bd3_scale.convert.quantize import check_quantizable, is_quantized, packing_of, run_quantize
     from bd3_scale.convert.quantizer import Scheme
     from bd3_scale.evaluate.checkpoint import data_recipe
