@@ -35,7 +35,7 @@ from bd3_scale.resilience.readers import in_one_line
 if TYPE_CHECKING:
     from bd3_scale.convert.export import ExportPlan
 
-LENGTH, SEQUENCES, ROUNDS = 256, 16, 8  # of text that the model writes itself
+LENGTH, SEQUENCES, ROUNDS = 256, 16, 8  # of text that the model writes itself, from random tokens on
 TOKENS = 1 << 14  # of the run's text, to fit to and to measure on
 SHARE = 1e-6  # of the probability, which all that pads may have on any row of the fit
 LEAST = 0.1  # product of the direction with such a row; below it, another text might have one below 0
@@ -68,6 +68,10 @@ def with_padding(plan: ExportPlan, model: BlockDiffusionTransformer | None = Non
         return plan
     if model is not None:
         return replace(plan, padding=_measured(plan, model))
+    try:
+        plan.manifest.trained_objective()
+    except ValueError as error:
+        return replace(plan, padding=Padding(None, _mean_because(str(error))))
     needed, there = 4 * sum(tensor.numel for tensor in plan.tensors), available_bytes()
     if needed > there:
         reason = f"the model in fp32 takes {needed / 1e9:.1f} GB, and {there / 1e9:.1f} GB of memory are left"
@@ -97,11 +101,11 @@ def _measured(plan: ExportPlan, model: BlockDiffusionTransformer) -> Padding:
         kept = f"others had higher logits than that on {above:,} masked tokens" if above else ""
     shares = _shares(others, tokens, mean if kept else row, count)
     median, largest = float(shares.median()), float(shares.max())
+    text = f"the model's own text alone, as no other was read ({unread})" if unread else "held-out and its own text"
     says = (
         f"padding takes {median:.2g} of the probability in the median and {largest:.2g} at most, on {len(others):,} "
-        "masked tokens of text that the model wrote, from random tokens on, "
+        f"masked tokens of {text}"
     )
-    says += f"and of none of the run's ({unread})" if unread else "and of held-out text"
     if kept:
         return Padding(None, f"{says}: {_mean_because(kept)}", median, largest)
     return Padding(row.to(rows.dtype), says, median, largest)
@@ -172,11 +176,9 @@ def _text(plan: ExportPlan) -> tuple[list[Batch], list[Batch], str | None]:
         check_data(plan, data)
         trained = list(calibration_batches(data.as_mixed_before(manifest.step), sequences))
         how = {"batch_size": MICRO_BATCH, "dp_rank": 0, "dp_size": 1}
-        parts = held_out_parts(data, sequences)
-        return (
-            trained,
-            [b for source, part, n in parts for b in held_out_batches(source, part, sequences=n, **how)],
-            None,
-        )
+        parts = [
+            held_out_batches(source, part, sequences=n, **how) for source, part, n in held_out_parts(data, sequences)
+        ]
+        return trained, [batch for part in parts for batch in part], None
     except (OSError, ValueError) as error:
         return [], [], in_one_line(error)

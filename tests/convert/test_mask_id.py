@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from types import ModuleType
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from bd3_scale.attention.spans import make_spans
@@ -18,13 +20,18 @@ from bd3_scale.checkpoint.model import open_model
 from bd3_scale.cli import app
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
+from bd3_scale.convert.quantize import run_quantize
+from bd3_scale.convert.quantizer import Scheme
 from bd3_scale.convert.serving import ENGINE_MASK_ID
+from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.observe.libraries import without_broken_torchvision
+from bd3_scale.recipe.schema import DataRecipe
 from tests.convert.models import BYTES, LLAMA_SHAPE, QWEN_SHAPE, TIED, config, native_checkpoint, sdar_folder, tensors
 from tests.data.tokenisers import KINDS
 from tests.data.tokenisers import write_tokenizer as write_kind
+from tests.support.recipes import write_topics
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -63,6 +70,96 @@ def test_what_the_folder_says_of_it(moved: Path) -> None:
     card = (moved / "README.md").read_text()
     assert "The mask has the id 300, and had 257 in training" in card
     assert "43 rows that no text uses" in card
+    # Nothing is alike in what a head of random weights multiplies.
+    assert re.search(
+        r"softmax: padding takes 0\.\d+ of the probability in the median .* has the mean of .*, since", card
+    )
+    assert "the model's own text alone, as no other was read (FileNotFoundError: unused/manifest.json" in card
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose masked tokens are alike, as training makes them: their embedding is larger than all others."""
+    folder = tmp_path_factory.mktemp("alike")
+    weights = load_file(sdar_folder(folder / "source") / "model.safetensors")
+    weights[EMBEDDING][257] *= 8
+    save_file(weights, folder / "source" / "model.safetensors")
+    run_import(plan_import(folder / "source"), folder / "native")
+    return folder
+
+
+def masked_logits(folder: Path, mask_id: int) -> torch.Tensor:
+    """What the folder's own code computes at the masks of last blocks, behind text and what repeats itself, [M, rows]."""
+    generator = torch.Generator().manual_seed(11)
+    package = ModuleType(folder.name)
+    package.__path__ = [str(folder)]
+    found = []
+    with pytest.MonkeyPatch.context() as patch, without_broken_torchvision(), torch.no_grad():
+        patch.setitem(sys.modules, package.__name__, package)
+        code = importlib.import_module(f"{folder.name}.modeling_sdar")
+        model = code.SDARForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        for length in (4, 20, 100):
+            ids = torch.randint(0, 257, (200, length), generator=generator)
+            ids[:50] = ids[:50, :1]
+            masked = torch.rand(ids.shape, generator=generator) < torch.rand(200, 1, generator=generator)
+            masked[:, :-4] = False
+            found.append(model(ids.masked_fill(masked, mask_id)).logits[masked].double())
+    return torch.cat(found)
+
+
+def test_padding_of_a_trained_model_takes_no_probability(alike: Path) -> None:
+    padding = run_export(plan_export(alike / "native", dtype="bfloat16", mask_id=9000), alike / "far", check=False)
+    run_export(plan_export(alike / "native", dtype="bfloat16"), alike / "plain", check=False)
+    assert padding is not None
+    assert padding.median is not None
+    head, plain = tensors(alike / "far")[HEAD], tensors(alike / "plain")[HEAD]
+    assert torch.equal(head[:257], plain[:257])
+    assert torch.equal(head[257:], padding.row.expand(8744, -1))
+    logits = masked_logits(alike / "far", 9000)
+    assert logits.shape[1] == 9001
+    shares = logits.softmax(1)[:, 257:].sum(1)
+    assert (logits.argmax(1) < 257).all()
+    assert shares.median() < 1e-8
+    assert shares.max() < 1e-3
+    assert 0.01 < shares.median() / padding.median < 100, "as it is told"
+    with_mean = torch.cat([logits[:, :257], logits[:, :257].mean(1, keepdim=True).expand(-1, 8744)], 1)
+    assert with_mean.softmax(1)[:, 257:].sum(1).median() > 0.5
+    card = (alike / "far" / "README.md").read_text()
+    assert f"softmax: {padding.says}.\n" in card
+    assert "the mean" not in card
+
+
+def test_a_model_that_does_not_fit_in_memory_keeps_the_mean(
+    alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bd3_scale.convert.padding.available_bytes", lambda: 10**6)
+    padding = run_export(plan_export(alike / "native", mask_id=3000), tmp_path / "out", check=False)
+    assert padding is not None
+    assert (padding.row, padding.median) == (None, None)
+    assert "since the model in fp32 takes 0.0 GB, and 0.0 GB of memory are left" in padding.says
+    head = tensors(tmp_path / "out")[HEAD]
+    assert torch.allclose(head[257:], head[:257].mean(0), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_s_text_is_measured_on_and_a_quantised_export_has_such_rows(
+    alike: Path, native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare([write_topics(tmp_path / "text")], tmp_path / "unused", load_tokenizer("bytes"), 128, holdout=0.2)
+    monkeypatch.chdir(tmp_path)
+    padding = run_export(plan_export(native, mask_id=300), tmp_path / "out", check=False)
+    assert padding is not None
+    assert "masked tokens of held-out and its own text: each row" in padding.says
+    plan = plan_export(alike / "native", dtype="bfloat16", mask_id=3000)
+    counts = {"calibration_sequences": 4, "evaluation_sequences": 4, "draws": 1}
+    data = DataRecipe(path="unused", seq_len=128)
+    report = run_quantize(plan, tmp_path / "int8", Scheme(bits=8, group_size=16), "rtn", data, **counts)
+    assert report.padding is not None
+    assert "the mean" not in report.padding
+    head = tensors(tmp_path / "int8")[HEAD]
+    assert (head[257:] == head[257]).all()
+    assert (head[257].float() - head[:257].float().mean(0)).norm() > 1
+    assert report.padding in (tmp_path / "int8" / "README.md").read_text()
 
 
 def test_padding_with_the_mask_goes_with_it(tmp_path: Path) -> None:
