@@ -35,7 +35,7 @@ from bd3_scale.resilience.readers import in_one_line
 if TYPE_CHECKING:
     from bd3_scale.convert.export import ExportPlan
 
-LENGTH, SEQUENCES, ROUNDS = 256, 16, 8  # of text that the model writes itself, from random tokens on
+LENGTH, SEQUENCES, ROUNDS = 128, 32, 4  # of text that the model writes itself, from random tokens on
 TOKENS = 1 << 14  # of the run's text, to fit to and to measure on
 SHARE = 1e-6  # of the probability, which all that pads may have on any row of the fit
 LEAST = 0.1  # product of the direction with such a row; below it, another text might have one below 0
@@ -140,22 +140,29 @@ def _shares(hidden: Tensor, tokens: Tensor, row: Tensor, count: int) -> Tensor:
 
 def _inputs(plan: ExportPlan, model: BlockDiffusionTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return what the head multiplies at masks of all rates in [0, 1], fp32 [M, X], and which rows these are."""
+    batch = replace(batch, ids=batch.ids.clamp(min=0))  # what fills a batch has no number
     inputs = calibration_inputs(batch, plan.manifest.trained_objective(), next(model.parameters()).device)
     return model.head_inputs(inputs).float().cpu(), inputs.head_rows.cpu()
 
 
 def _own_text(plan: ExportPlan, model: BlockDiffusionTransformer, tokens: Tensor, seed: int) -> Iterator[Tensor]:
-    """Yield inputs of random tokens that become the model's own text: in each round it draws those that are masked."""
+    """Yield inputs of random tokens that become the model's own text: in each round it draws those that are masked.
+
+    Half of the sequences begin with few tokens that repeat, and half are short documents.
+    """
     block = plan.manifest.block_size
     shape = MICRO_BATCH, max(1, min(LENGTH, plan.manifest.max_position_embeddings) // block) * block
     places, every = torch.arange(shape[1]).expand(shape), torch.ones(shape, dtype=torch.bool)
     ids, generator = torch.arange(MICRO_BATCH), torch.Generator().manual_seed(seed)
     for start in range(0, SEQUENCES, MICRO_BATCH):
-        text = torch.randint(len(tokens), shape, generator=generator)
+        kinds = torch.tensor([1, 8, len(tokens), len(tokens)])[:, None]
+        some = torch.randint(len(tokens), (MICRO_BATCH, len(tokens)), generator=generator)
+        text = some.gather(1, (torch.rand(shape, generator=generator) * kinds).long())
+        starts = places // (2 * block) * (2 * block) if start % (2 * MICRO_BATCH) else torch.zeros_like(places)
         for turn in range(ROUNDS):
             keys = {"ids": ids + start, "slots": ids, "epochs": 0 * ids + turn, "source_keys": 0 * ids + seed}
-            starts = torch.zeros(shape, dtype=torch.int32)
-            batch = Batch(**keys, tokens=text, document_start=starts, positions=places, counted=every, shown=~every)
+            documents = {"document_start": starts.int(), "positions": places - starts}
+            batch = Batch(**keys, **documents, tokens=text, counted=every, shown=~every)
             hidden, rows = _inputs(plan, model, batch)
             yield hidden
             likely = [(part @ tokens.T).softmax(-1) for part in hidden.split(PIECE)]

@@ -82,14 +82,14 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose masked tokens are alike, as training makes them: their embedding is larger than all others."""
     folder = tmp_path_factory.mktemp("alike")
     weights = load_file(sdar_folder(folder / "source") / "model.safetensors")
-    weights[EMBEDDING][257] *= 8
+    weights[EMBEDDING][257] *= 32
     save_file(weights, folder / "source" / "model.safetensors")
     run_import(plan_import(folder / "source"), folder / "native")
     return folder
 
 
 def masked_logits(folder: Path, mask_id: int) -> torch.Tensor:
-    """What the folder's own code computes at the masks of last blocks, behind text and what repeats itself, [M, rows]."""
+    """What the folder's own code computes at masks in the last block, behind text and repetitions, [M, rows]."""
     generator = torch.Generator().manual_seed(11)
     package = ModuleType(folder.name)
     package.__path__ = [str(folder)]
@@ -119,8 +119,8 @@ def test_padding_of_a_trained_model_takes_no_probability(alike: Path) -> None:
     assert logits.shape[1] == 9001
     shares = logits.softmax(1)[:, 257:].sum(1)
     assert (logits.argmax(1) < 257).all()
-    assert shares.median() < 1e-8
-    assert shares.max() < 1e-3
+    assert shares.median() < 1e-6
+    assert shares.max() < 1e-4
     assert 0.01 < shares.median() / padding.median < 100, "as it is told"
     with_mean = torch.cat([logits[:, :257], logits[:, :257].mean(1, keepdim=True).expand(-1, 8744)], 1)
     assert with_mean.softmax(1)[:, 257:].sum(1).median() > 0.5
