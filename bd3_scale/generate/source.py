@@ -20,7 +20,9 @@ from bd3_scale.generate.llama_file import LlamaFile, open_llama_file
 from bd3_scale.generate.text import check_fills_masks, default_min_entropy, stop_ids
 from bd3_scale.generate.writer import Writer
 from bd3_scale.model.transformer import BlockDiffusionTransformer
+from bd3_scale.observe.environment import has_fast_bf16
 from bd3_scale.parallel.groups import ProcessGroups, lone_groups
+from bd3_scale.resilience.terminal import tell
 
 Opened = tuple[BlockDiffusionTransformer, ProcessGroups]
 
@@ -69,6 +71,8 @@ def open_source(path: Path, dtype: torch.dtype | None = None) -> Iterator[Source
     ValueError: it is damaged, or neither; or a type for a file, which has its own.
     """
     if path.suffix != GGUF_ENDING:
+        if dtype == torch.bfloat16 and not has_fast_bf16():
+            tell("warning: this CPU does not multiply bfloat16: float32 is several times as quick")
         yield checkpoint_source(path, read_manifest(path), dtype)
         return
     if dtype is not None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bd3_scale import load
+from bd3_scale import load, processor
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.cli import app
 from bd3_scale.convert.gguf import plan_gguf, write_gguf
@@ -83,6 +83,18 @@ def test_texts_and_stop_strings_are_the_checkpoint_s(checkpoint: Path, file: Pat
             written.append([dataclasses.replace(one, seconds=0.0) for one in (*plain, *stopped)])
     assert written[0] == written[1]
     assert written[0][2].stopped_by == "stop string"
+
+
+def test_bfloat16_is_warned_of_where_the_cpu_emulates_it(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    warnings = []
+    for multiplies in (True, False):
+        monkeypatch.setattr(processor, "multiplies_bf16", lambda answer=multiplies: answer)
+        with open_source(checkpoint, torch.bfloat16):
+            warnings.append(capsys.readouterr().err)
+    assert warnings[0] == ""
+    assert "this CPU does not multiply bfloat16: float32 is several times as quick" in warnings[1]
 
 
 def test_a_checkpoint_s_weights_are_rounded_if_asked_and_a_file_s_are_its_own(checkpoint: Path, file: Path) -> None:

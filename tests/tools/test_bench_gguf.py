@@ -18,9 +18,10 @@ def test_types_are_timed_beside_ours() -> None:
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
     assert [row[:2] for row in rows] == [
-        [size, name] for size in ("4", "8") for name in ("bd3_scale, fp32", "q8_0", "q4_0")
+        [size, name] for size in ("4", "8") for name in ("bd3_scale, fp32", "bd3_scale, bf16", "q8_0", "q4_0")
     ]
-    assert {row[1]: float(row[4]) for row in rows} == {"bd3_scale, fp32": 1.0, "q8_0": 0.269, "q4_0": 0.15}
+    sizes = {"bd3_scale, fp32": 1.0, "bd3_scale, bf16": 0.5, "q8_0": 0.269, "q4_0": 0.15}
+    assert {row[1]: float(row[4]) for row in rows} == sizes
     assert all(float(row[2]) > 0 for row in rows)
 
 
