@@ -260,7 +260,7 @@ def _opened(
 def _least_entropy(manifest: CheckpointManifest) -> float:
     import torch.distributed as dist
 
-    from bd3_scale.generate.sampler import SMALLEST_SUBWORD_VOCABULARY
+    from bd3_scale.generate.draft import SMALLEST_SUBWORD_VOCABULARY
     from bd3_scale.generate.text import default_min_entropy
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or (dist.is_initialized() and dist.get_world_size() > 1)

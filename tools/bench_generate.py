@@ -33,7 +33,8 @@ from bd3_scale.checkpoint.folder import resolve_checkpoint
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.evaluate.bounds import ContinuationBounds
 from bd3_scale.generate.config import SamplingConfig
-from bd3_scale.generate.sampler import Sample, generate_batch
+from bd3_scale.generate.draft import Sample
+from bd3_scale.generate.sampler import generate_batch
 from bd3_scale.model.build import build_model
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective

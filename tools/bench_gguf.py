@@ -102,7 +102,7 @@ def one_pass(model: Any, mask_id: int, size: int) -> Any:
     with torch.inference_mode():
         for start in range(0, PREFIX, size):
             block = torch.arange(start, start + size)[None] % 250
-            model.prefill(block, torch.arange(start, start + size)[None], None, cache)
+            model.prefill(block, torch.arange(start, start + size)[None], cache)
     length = cache.lengths[0]
     block, positions = torch.full((1, size), mask_id), torch.arange(length, length + size)[None]
     everywhere = torch.ones(1, size, dtype=torch.bool)

@@ -38,13 +38,25 @@ class LlamaCache:
     def __init__(self, context: llama_cpp.Context, texts: int, own_first: bool) -> None:
         self.context = context
         self.lengths = [0] * texts
-        self._sequences = [_HOME + text for text in range(texts)]
+        self._slots = range(_HOME, _HOME + texts)
+        self._sequences = list(self._slots)
         self._ends = [0] * texts  # positions; a window has forgotten the first ones
         self._own_first = own_first
 
     def positions(self, starts: Sequence[int], size: int) -> Tensor:
         """Return int64 [B, size], the positions from each text's start on."""
         return torch.tensor(starts)[:, None] + torch.arange(size)
+
+    def add(self) -> None:
+        """Begin a text behind the others, in a place that `keep` freed."""
+        self._sequences.append(min(set(self._slots) - set(self._sequences)))
+        self.lengths.append(0)
+        self._ends.append(0)
+
+    def swap(self, first: int, second: int) -> None:
+        """Let two texts change places."""
+        for values in (self._sequences, self.lengths, self._ends):
+            values[first], values[second] = values[second], values[first]
 
     def keep(self, texts: Sequence[int]) -> None:
         """Go on with these texts alone."""
@@ -77,7 +89,7 @@ class LlamaCache:
         return self.context.decode(
             blocks.reshape(-1).tolist(),
             [start + place for start in starts for place in range(size)],
-            [[sequence] for sequence in self._sequences for _ in range(size)],
+            [[sequence] for sequence in self._sequences[: len(starts)] for _ in range(size)],
             wanted.reshape(-1).tolist(),
         )
 
@@ -193,25 +205,14 @@ class LlamaModel(nn.Module):
         )
         return LlamaCache(self._context, texts, self._own_first)
 
-    def prefill(
-        self,
-        clean_BL: Tensor,
-        positions_BL: Tensor,
-        spans: Tensor | None,
-        cache: LlamaCache,
-        rows: Sequence[int] | None = None,
-    ) -> None:
-        """Append clean rows, as `BlockDiffusionTransformer.prefill` does."""
-        kept = list(rows or [clean_BL.shape[1]] * len(clean_BL))
-        if spans is None:
-            wanted = np.zeros(tuple(clean_BL.shape), dtype=np.bool_)
-            cache.write(clean_BL.numpy(), positions_BL[:, 0].tolist(), wanted)
-            cache.commit(kept)
-            return
-        for text, length in enumerate(kept):
-            ends = sorted(set(spans[2, text, :length].tolist()))
-            blocks = np.split(clean_BL[text, :length].numpy(), ends[:-1])
-            cache.append(text, int(positions_BL[text, 0]), blocks if length else [])
+    def prefill(self, block_BL: Tensor, positions_BL: Tensor, cache: LlamaCache) -> None:
+        """Append a clean block of each text, as `BlockDiffusionTransformer.prefill` does."""
+        cache.write(block_BL.numpy(), positions_BL[:, 0].tolist(), np.zeros(tuple(block_BL.shape), dtype=np.bool_))
+        cache.commit([block_BL.shape[1]] * len(block_BL))
+
+    def append(self, blocks_BL: Tensor, positions_BL: Tensor, cache: LlamaCache, text: int) -> None:
+        """Append clean blocks of one text, as `BlockDiffusionTransformer.append` does."""
+        cache.append(text, int(positions_BL[0, 0]), list(blocks_BL.numpy()))
 
     def decode(
         self, block_BL: Tensor, positions_BL: Tensor, cache: LlamaCache, wanted_BL: Tensor | None = None

@@ -11,7 +11,7 @@ from bd3_scale.checkpoint.source_ids import source_ids
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
-from bd3_scale.generate.sampler import ENTROPY_WINDOW, SMALLEST_SUBWORD_VOCABULARY, SUBWORD_ENTROPY
+from bd3_scale.generate.draft import ENTROPY_WINDOW, SMALLEST_SUBWORD_VOCABULARY, SUBWORD_ENTROPY
 
 # Of the median entropy of held-out windows, where a window cannot reach the paper's 4 nats.
 SHARE_OF_MEDIAN = 0.75

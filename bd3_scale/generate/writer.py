@@ -11,7 +11,8 @@ from pathlib import Path
 from bd3_scale.data.chat import ChatTemplate, Messages
 from bd3_scale.data.tokenizer import INCOMPLETE, MASK, Tokenizer
 from bd3_scale.generate.config import SamplingConfig
-from bd3_scale.generate.sampler import Draft, denoise
+from bd3_scale.generate.draft import Draft
+from bd3_scale.generate.sampler import denoise
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from bd3_scale.attention.dispatch import Decoder, block_attention
-from bd3_scale.model.kv_cache import KVCache
+from bd3_scale.model.kv_cache import Appending, KVCache
 
 
 class Attend(Protocol):
@@ -39,7 +39,6 @@ class AttendToRows:
         spans, num_streams, num_noisy: see `ModelInputs`.
         backend: see `bd3_scale.attention.backends.choose_backend`.
         group: of the context-parallel ranks, whose clean keys are gathered.
-        cache: where the clean keys of a prompt go, in generation.
     """
 
     spans: Tensor
@@ -47,7 +46,6 @@ class AttendToRows:
     num_noisy: int
     backend: str
     group: ProcessGroup
-    cache: KVCache | None = None
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         num_noisy = self.num_noisy
@@ -56,10 +54,6 @@ class AttendToRows:
             # Noisy keys gathered from all ranks stand where clean keys would.
             num_noisy = num_noisy if self._has_clean else 0
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        if self.cache is not None:
-            assert not any(self.cache.lengths)
-            assert num_noisy == 0
-            self.cache.write(layer, k, v)
         out = block_attention(q, k, v, self.spans, num_noisy=num_noisy, backend=self.backend)
         return out.transpose(0, 1).flatten(2)
 
@@ -86,7 +80,7 @@ class AttendToRows:
 class AttendToCache:
     """The rows of a block, [B, L, …], attend to the cached prefix and to each other; their keys stand behind it."""
 
-    cache: KVCache
+    cache: KVCache | Appending
     decoder: Decoder
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

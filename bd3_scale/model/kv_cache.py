@@ -13,11 +13,12 @@ class KVCache:
 
     A denoising pass writes its blocks' keys behind the finished prefixes and leaves `lengths` alone, so that the next
     pass overwrites them; `commit` makes them part of the prefixes. Nothing is copied when a block attends to prefix and
-    itself. It belongs to the weights that it was made with: after a step of training, make another.
+    itself. A pass may be over the first sequences alone. A cache belongs to the weights that it was made with: after a
+    step of training, make another.
 
     layers: of the model, see `Block.for_decoding`; rotary: the last positions decoded, and their table.
 
-    Shapes: B sequences, S rows, G key/value heads of this rank, D dimensions a head.
+    Shapes: B sequences of a pass, S rows, G key/value heads of this rank, D dimensions a head.
     """
 
     def __init__(
@@ -37,31 +38,36 @@ class KVCache:
         self._positions: tuple[tuple[tuple[int, ...], int], Tensor] | None = None
 
     def write(self, layer: int, key_BSGD: Tensor, value_BSGD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Put rows behind the prefixes and return views of prefixes and rows, [B, longest, G, D], and how many each
-        sequence sees, int32 [B], or None where all see as many.
+        """Put rows behind the prefixes of the first B sequences and return views of prefixes and rows, [B, longest, G,
+        D], and how many each sequence sees, int32 [B], or None where all see as many.
 
         Raises:
             ValueError: the cache is too short for them.
         """
-        rows = key_BSGD.shape[1]
-        end = max(self.lengths) + rows
+        sequences, rows = key_BSGD.shape[:2]
+        lengths = self.lengths[:sequences]
+        end = max(lengths) + rows
         if end > self.capacity:
             raise ValueError(
                 f"KV cache of {self.capacity} positions cannot hold {end}; build it with capacity >= {end}"
             )
-        keys, values = self._keys[layer], self._values[layer]
-        if len(set(self.lengths)) == 1:
+        keys, values = self._keys[layer][:sequences], self._values[layer][:sequences]
+        if len(set(lengths)) == 1:
             keys[:, end - rows : end] = key_BSGD
             values[:, end - rows : end] = value_BSGD
             return keys[:, :end], values[:, :end], None
-        if self._seen is None or self._seen[0] != [length + rows for length in self.lengths]:
-            seen = [length + rows for length in self.lengths]
+        seen = [length + rows for length in lengths]
+        if self._seen is None or self._seen[0] != seen:
             self._seen = seen, torch.tensor(seen, dtype=torch.int32, device=keys.device)
         places = self._seen[1].long()[:, None] + torch.arange(-rows, 0, device=keys.device)
-        sequences = torch.arange(len(places), device=keys.device)[:, None]
-        keys[sequences, places] = key_BSGD
-        values[sequences, places] = value_BSGD
+        row = torch.arange(sequences, device=keys.device)[:, None]
+        keys[row, places] = key_BSGD
+        values[row, places] = value_BSGD
         return keys[:, :end], values[:, :end], self._seen[1]
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of all sequences."""
+        return self._keys[layer], self._values[layer]
 
     def positions(self, starts: Sequence[int], size: int) -> Tensor:
         """Return int64 [B, size], the positions from each sequence's start on: one tensor for all passes of a block, so
@@ -74,8 +80,9 @@ class KVCache:
         return self._positions[1]
 
     def commit(self, rows: Sequence[int]) -> None:
-        """Make the first so many of each sequence's last written rows part of its prefix."""
-        self.lengths = [length + more for length, more in zip(self.lengths, rows, strict=True)]
+        """Make the first so many of each of the first sequences' last written rows part of its prefix."""
+        for sequence, more in enumerate(rows):
+            self.lengths[sequence] += more
         assert max(self.lengths) <= self.capacity
 
     def forget(self, sequence: int, rows: int) -> None:
@@ -85,9 +92,53 @@ class KVCache:
             tensor[sequence, :kept] = tensor[sequence, rows : rows + kept].clone()
         self.lengths[sequence] = kept
 
+    def add(self) -> None:
+        """Begin a sequence behind the others, in a place that `keep` freed."""
+        assert len(self.lengths) < len(self._keys[0])
+        self.lengths.append(0)
+
     def keep(self, sequences: Sequence[int]) -> None:
-        """Go on with these sequences alone."""
-        index = torch.tensor(sequences, device=self._keys[0].device)
-        self._keys = [keys[index] for keys in self._keys]
-        self._values = [values[index] for values in self._values]
+        """Go on with these sequences alone, in ascending order."""
+        for place, sequence in enumerate(sequences):
+            self._copy(sequence, place)
         self.lengths = [self.lengths[sequence] for sequence in sequences]
+
+    def swap(self, first: int, second: int) -> None:
+        """Let two sequences change places."""
+        if first == second:
+            return
+        longest = max(self.lengths[first], self.lengths[second])
+        both, turned = [first, second], [second, first]
+        for tensor in (*self._keys, *self._values):
+            tensor[both, :longest] = tensor[turned, :longest]
+        self.lengths[first], self.lengths[second] = self.lengths[second], self.lengths[first]
+
+    def _copy(self, source: int, to: int) -> None:
+        if source != to:
+            for tensor in (*self._keys, *self._values):
+                tensor[to, : self.lengths[source]] = tensor[source, : self.lengths[source]]
+
+
+class Appending:
+    """A cache as n blocks [n, S] of one of its sequences see it: each sees the prefix, the blocks before it and itself.
+
+    The keys that they share are there once.
+    """
+
+    def __init__(self, cache: KVCache, sequence: int) -> None:
+        self.layers = cache.layers
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        self._cache, self._sequence = cache, sequence
+
+    def write(self, layer: int, key_BSGD: Tensor, value_BSGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Put the blocks behind the prefix; returns are those of `KVCache.write`."""
+        count, rows = key_BSGD.shape[:2]
+        start = self._cache.lengths[self._sequence]
+        end = start + count * rows
+        found = []
+        for new, kept in zip((key_BSGD, value_BSGD), self._cache.of_layer(layer), strict=True):
+            mine = kept[self._sequence, :end]
+            mine[start:] = new.flatten(0, 1)
+            found.append(mine.expand(count, *mine.shape))
+        seen = torch.arange(start + rows, end + 1, rows, dtype=torch.int32, device=key_BSGD.device)
+        return found[0], found[1], seen

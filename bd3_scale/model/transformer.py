@@ -7,7 +7,7 @@ X hidden size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ from bd3_scale.model.decoder import Decoder
 from bd3_scale.model.embedding import Embedding
 from bd3_scale.model.exchange import gather_rows, own_rows
 from bd3_scale.model.head import OutputLayer
-from bd3_scale.model.kv_cache import KVCache
+from bd3_scale.model.kv_cache import Appending, KVCache
 from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowContext
 from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe, Recompute
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -133,31 +133,23 @@ class BlockDiffusionTransformer(MegatronModule):
 
     def embed(self, inputs: ModelInputs) -> tuple[Tensor, RowContext]:
         """Return what the first layer takes: embeddings [N, B, X] and what every layer needs to know of the rows."""
-        rows = self._rows(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans, None)
+        rows = self._rows(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans)
         return self._embed(inputs.tokens, rows, inputs.mask_noise), rows
 
     def clean_logits(self, clean_BL: Tensor, positions_BL: Tensor, spans: Tensor) -> Tensor:
         """Return the logits of a clean-only forward, fp32 [B, L, padded vocabulary]."""
         return self._all_logits(self._decode(clean_BL, positions_BL, 0, spans))
 
-    def prefill(
-        self,
-        clean_BL: Tensor,
-        positions_BL: Tensor,
-        spans: Tensor | None,
-        cache: KVCache,
-        rows: Sequence[int] | None = None,
-    ) -> None:
-        """Append clean rows to the cached prefixes; `rows`: only the first so many of each sequence's.
+    def prefill(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache) -> None:
+        """Append a clean block of each of the cache's first B sequences, which sees the prefix and itself."""
+        self._decode_block(block_BL, positions_BL, cache, torch.zeros_like(block_BL, dtype=torch.bool))
+        cache.commit([block_BL.shape[1]] * len(block_BL))
 
-        With `spans` (int32 [3, B, L]) they are whole blocks and the cache is empty; without, they are one block that
-        sees the prefix and itself.
-        """
-        if spans is None:
-            self._decode_block(clean_BL, positions_BL, cache, torch.zeros_like(clean_BL, dtype=torch.bool))
-        else:
-            self._decode(clean_BL, positions_BL, 0, spans, cache)
-        cache.commit(rows or [clean_BL.shape[1]] * len(clean_BL))
+    def append(self, blocks_BL: Tensor, positions_BL: Tensor, cache: KVCache, sequence: int) -> None:
+        """Append clean blocks of one sequence at once, whose last one sees all others."""
+        nowhere = torch.zeros_like(blocks_BL, dtype=torch.bool)
+        self._decode_block(blocks_BL, positions_BL, Appending(cache, sequence), nowhere)
+        cache.lengths[sequence] += blocks_BL.numel()
 
     def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None = None) -> Tensor:
         """Return logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself; the prefix
@@ -194,15 +186,16 @@ class BlockDiffusionTransformer(MegatronModule):
         positions_BR: Tensor,
         num_noisy: int,
         spans: Tensor,
-        cache: KVCache | None = None,
         mask_noise: MaskNoise | None = None,
     ) -> Tensor:
-        rows = self._rows(tokens_BN, positions_BR, num_noisy, spans, cache)
+        rows = self._rows(tokens_BN, positions_BR, num_noisy, spans)
         hidden = self._embed(tokens_BN, rows, mask_noise) if self.pre_process else self.input_tensor
         return self.decoder(hidden, rows)
 
     @torch.no_grad()
-    def _decode_block(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None) -> Tensor:
+    def _decode_block(
+        self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache | Appending, wanted_BL: Tensor | None
+    ) -> Tensor:
         """Return [B, L, X], or [M, X] of the wanted places."""
         # A block's passes share its angles. By identity: to compare values would wait for the device.
         if cache.rotary is None or cache.rotary[0] is not positions_BL:
@@ -216,12 +209,10 @@ class BlockDiffusionTransformer(MegatronModule):
         assert self.decoder.final_layernorm is not None, "generation runs on one stage"
         return cast(Tensor, self.decoder.final_layernorm(hidden, more)[1])
 
-    def _rows(
-        self, tokens_BN: Tensor, positions_BR: Tensor, num_noisy: int, spans: Tensor, cache: KVCache | None
-    ) -> RowContext:
+    def _rows(self, tokens_BN: Tensor, positions_BR: Tensor, num_noisy: int, spans: Tensor) -> RowContext:
         streams = tokens_BN.shape[1] // positions_BR.shape[1]
         table = rotary_table(positions_BR.t(), self.recipe, self.config.params_dtype).repeat(1, streams, 1, 1)
-        attend = AttendToRows(spans, streams, num_noisy, self.attention_backend, self.cp_group, cache)
+        attend = AttendToRows(spans, streams, num_noisy, self.attention_backend, self.cp_group)
         return RowContext(table, attend, streams, num_noisy)
 
     def _embed(self, tokens_BN: Tensor, rows: RowContext, mask_noise: MaskNoise | None) -> Tensor:

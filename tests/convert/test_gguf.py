@@ -87,7 +87,7 @@ def test_llama_cpp_computes_the_model(name: str, checkpoints: dict[str, Path], t
             assert torch.equal(mine.isfinite(), theirs.isfinite())
             torch.testing.assert_close(theirs, mine, rtol=0, atol=tolerance)
             for m, cache in zip((native, model), caches, strict=True):
-                m.prefill(block, positions, None, cache)
+                m.prefill(block, positions, cache)
 
 
 def test_a_file_says_what_it_is(checkpoints: dict[str, Path], tmp_path: Path) -> None:

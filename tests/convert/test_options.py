@@ -30,6 +30,7 @@ from bd3_scale.observe.libraries import without_broken_torchvision
 from bd3_scale.parallel.groups import lone_groups
 from bd3_scale.recipe.schema import ModelRecipe, RopeScaling
 from tests.convert.models import BYTES, LLAMA3_ROPE
+from tests.support.caches import read
 
 BLOCK, LENGTH = 4, 24
 PLAIN = ModelRecipe(num_layers=2, hidden_size=48, num_attention_heads=4, ffn_hidden_size=64)
@@ -118,7 +119,7 @@ def native_logits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ModelRe
             logits = native.clean_logits(ids(), positions, spans)[..., : BYTES.mask_id]
             cache = native.new_cache(len(ids()), LENGTH)
             start = LENGTH - BLOCK
-            native.prefill(ids()[:, :start], positions[:, :start], spans[..., :start], cache)
+            read(native, ids()[:, :start], BLOCK, cache)
             decoded = native.decode(ids()[:, start:], positions[:, start:], cache)[..., : BYTES.mask_id]
         assert difference(decoded, logits[:, start:]) < 1e-5
         return checkpoint, logits

@@ -45,7 +45,7 @@ def log_probs(model, given, block):
     cache = model.new_cache(1, len(given) + size)
     for start in range(0, len(given), size):
         positions = torch.arange(start, start + size)[None]
-        model.prefill(torch.tensor([given[start : start + size]]), positions, None, cache)
+        model.prefill(torch.tensor([given[start : start + size]]), positions, cache)
     positions = torch.arange(len(given), len(given) + size)[None]
     return model.decode(torch.tensor([block]), positions, cache)[0].log_softmax(-1)
 

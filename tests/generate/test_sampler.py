@@ -169,7 +169,7 @@ def test_every_place_of_a_block_is_unmasked_first_equally_often(model, monkeypat
 def log_probability(model, prompt, block, place, token):
     cache = model.new_cache(1, 4)
     clean = torch.tensor([prompt])
-    model.prefill(clean, torch.arange(2)[None], make_spans(torch.zeros_like(clean, dtype=torch.int32), 2), cache)
+    model.prefill(clean, torch.arange(2)[None], cache)
     logits = model.decode(torch.tensor([block]), torch.tensor([[2, 3]]), cache)
     return float((logits[0, place].double() / FLAT).log_softmax(0)[token])
 

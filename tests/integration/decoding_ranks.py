@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bd3_scale.attention.spans import make_spans
 from bd3_scale.model.build import Chunks
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel.groups import lone_groups, process_groups
 from bd3_scale.recipe.schema import ParallelRecipe
 from tests.integration import cases
+from tests.support.caches import read
 
 BATCH, LENGTH, BLOCK, RANKS = 2, 16, 4, 2
 
@@ -36,11 +36,11 @@ def logits(chunks: Chunks) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, 57, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(LENGTH).expand(BATCH, -1)
     cache = model.new_cache(BATCH, LENGTH)
-    model.prefill(tokens[:, :8], positions[:, :8], make_spans(torch.zeros(BATCH, 8, dtype=torch.int32), BLOCK), cache)
+    read(model, tokens[:, :8], BLOCK, cache)
     this, following = ((tokens[:, at : at + BLOCK], positions[:, at : at + BLOCK]) for at in (8, 12))
     wanted = torch.tensor([[True, False, False, True], [False, True, False, False]])
     found = {"whole": model.decode(*this, cache), "some": model.decode(*this, cache, wanted)}
-    model.prefill(*this, None, cache)
+    model.prefill(*this, cache)
     return found | {"following": model.decode(*following, cache)}
 
 

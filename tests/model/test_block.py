@@ -23,6 +23,7 @@ from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.integration import plain_model
 from tests.model.test_recompute import inputs
 from tests.model.test_transformer import positions_of, spans_of
+from tests.support.caches import read
 
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48, "init_std": 0.3}
@@ -47,7 +48,7 @@ def last_block(model, clean):
     """Its logits by the cache and by the whole forward."""
     positions = positions_of(clean)
     cache = model.new_cache(2, clean.shape[1])
-    model.prefill(clean[:, :8], positions[:, :8], spans_of(clean[:, :8], 4), cache)
+    read(model, clean[:, :8], 4, cache)
     found = model.decode(clean[:, 8:], positions[:, 8:], cache)
     expected = model.clean_logits(clean, positions, spans_of(clean, 4))[:, 8:]
     allowed = expected.isfinite()

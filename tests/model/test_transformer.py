@@ -16,6 +16,7 @@ from bd3_scale.model.build import build_model
 from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.attention import plain_backend
+from tests.support.caches import read
 
 LENGTH = 24
 VOCABULARY = Vocabulary(size=60, eos_id=0, mask_id=57)
@@ -67,20 +68,20 @@ def test_cached_blocks_give_the_two_stream_likelihoods(token_nll, model, clean, 
         torch.testing.assert_close(some, logits[masked[:, block]], rtol=1e-5, atol=1e-5)
         expected = two_stream[:, block][masked[:, block]]
         torch.testing.assert_close(nll[masked[:, block]], expected, rtol=1e-5, atol=1e-5)
-        model.prefill(clean[:, block], positions, None, cache)
+        model.prefill(clean[:, block], positions, cache)
     assert cache.lengths == [LENGTH] * 2
 
 
-def test_prefill_at_once_and_block_by_block_give_the_clean_only_forward(model, clean):
+def test_blocks_at_once_and_one_by_one_give_the_clean_only_forward(model, clean):
     positions = positions_of(clean)
     logits = model.clean_logits(clean, positions, spans_of(clean, 4))
     at_once, stepwise = model.new_cache(2, LENGTH), model.new_cache(2, LENGTH)
-    model.prefill(clean[:, :12], positions[:, :12], spans_of(clean[:, :12], 4), at_once)
+    read(model, clean[:, :12], 4, at_once)
     for start in range(0, 12, 4):
         block = slice(start, start + 4)
         expected = logits[:, block]
         torch.testing.assert_close(model.decode(clean[:, block], positions[:, block], stepwise), expected)
-        model.prefill(clean[:, block], positions[:, block], None, stepwise)
+        model.prefill(clean[:, block], positions[:, block], stepwise)
     for cache in (at_once, stepwise):
         found = model.decode(clean[:, 12:16], positions[:, 12:16], cache)
         torch.testing.assert_close(found, logits[:, 12:16], rtol=1e-5, atol=1e-5)
@@ -125,7 +126,7 @@ def test_the_recipe_chooses_the_attention_of_every_pass(token_nll, model, groups
         cache = model.new_cache(2, LENGTH)
         with FlopCounterMode(display=False) as counter:
             nll = token_nll(model, clean, clean, positions, spans, torch.arange(clean.numel()))
-            model.prefill(clean[:, :20], positions[:, :20], spans[:, :, :20], cache)
+            read(model, clean[:, :20], 4, cache)
             logits = model.decode(clean[:, 20:], positions[:, 20:], cache)
         counts = counter.get_flop_counts()["Global"]
         return torch.cat([nll, logits.flatten()]), {op: n for op, n in counts.items() if "bd3_scale" in str(op)}
@@ -138,11 +139,12 @@ def test_the_recipe_chooses_the_attention_of_every_pass(token_nll, model, groups
     by_plug_in, _ = run(build(groups, attention_backend=plain_backend.NAME))
     torch.testing.assert_close(by_plug_in[finite], want[finite], rtol=1e-5, atol=1e-5)
     one_pair = 2 * 4 * 4 * 8  # sequences, heads, two products, head size
-    noisy_and_clean, noisy, prefix, block = 24 * 24 + 24 * 4, (24 * 24 + 24 * 4) // 2, 20 * 24 // 2, 4 * 24
+    noisy_and_clean, noisy, prefix, block = 24 * 24 + 24 * 4, (24 * 24 + 24 * 4) // 2, 20 * 20, 4 * 24
     assert by_operator == {
         # The last layer attends from noisy rows alone.
-        torch.ops.bd3_scale.block_attention: one_pair * (noisy_and_clean + noisy + 2 * prefix),
-        torch.ops.bd3_scale.decode_attention: one_pair * 2 * block,
+        torch.ops.bd3_scale.block_attention: one_pair * (noisy_and_clean + noisy),
+        # Each block of a prompt is counted with the keys of the longest.
+        torch.ops.bd3_scale.decode_attention: one_pair * 2 * (prefix + block),
     }
 
 
