@@ -58,6 +58,11 @@ class Request:
         if window is not None and (window % block_size or window < 2 * block_size):
             raise ValueError(f"window is {window}: give a multiple of the block size {block_size}, twice that or more")
 
+    def capacity(self, block_size: int) -> int:
+        """Return how many tokens of the text the cache holds at the most."""
+        longest = -(-(len(self.prompt) + self.sampling.max_new_tokens) // block_size) * block_size
+        return min(longest, self.window or longest)
+
 
 @dataclass(frozen=True)
 class Sample:

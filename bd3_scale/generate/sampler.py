@@ -34,48 +34,41 @@ def generate_batch(
     eos_ids: Sequence[int] | None = None,
     ends: Callable[[int, list[int]], int | None] = lambda index, tokens: None,
 ) -> list[Sample]:
-    """Continue every prompt, text i with the seed `sampling.seed` + i; see `denoise`."""
-    passes = denoise(model, prompts, sampling, block_size=block_size, window=window, eos_ids=eos_ids, ends=ends)
-    samples = {draft.index: draft.sample for going in passes for draft in going if draft.sample is not None}
-    return [samples[index] for index in range(len(prompts))]
-
-
-def denoise(
-    model: BlockDiffusionTransformer,
-    prompts: Sequence[list[int]],
-    sampling: SamplingConfig,
-    *,
-    block_size: int,
-    window: int | None = None,
-    eos_ids: Sequence[int] | None = None,
-    ends: Callable[[int, list[int]], int | None] = lambda index, tokens: None,
-) -> Iterator[list[Draft]]:
-    """Yield the texts that are not at their end yet, or just reached it, before the first pass and after each.
-
-    All tensor-parallel ranks call it alike and take what it yields to the end (collective).
+    """Continue every prompt, text i with the seed `sampling.seed` + i.
 
     Args:
         window, eos_ids: see `Request`; default: all tokens, and the vocabulary's.
         ends: told a text's number and its generated tokens after each block, how many of them to keep where the text
             ends there, else None.
 
-    Raises:
-        ValueError: no prompt, what `Request.check` refuses, or more steps than the rule takes of such blocks.
+    ValueError: see `denoise`.
     """
-    if not prompts:
+    eos_ids = (model.vocabulary.eos_id,) if eos_ids is None else eos_ids
+    requests = [
+        Request(prompt, sampling, sampling.seed + index, eos_ids, window, partial(ends, index))
+        for index, prompt in enumerate(prompts)
+    ]
+    passes = denoise(model, requests, block_size=block_size)
+    samples = {draft.index: draft.sample for going in passes for draft in going if draft.sample is not None}
+    return [samples[index] for index in range(len(prompts))]
+
+
+def denoise(model: BlockDiffusionTransformer, requests: Sequence[Request], *, block_size: int) -> Iterator[list[Draft]]:
+    """Yield the texts that are not at their end yet, or just reached it, before the first pass and after each.
+
+    All tensor-parallel ranks call it alike and take what it yields to the end (collective).
+
+    Raises:
+        ValueError: no request, what `Request.check` refuses, or more steps than the rule takes of such blocks.
+    """
+    if not requests:
         raise ValueError("there is no prompt: give at least one, which may be empty")
-    vocabulary = model.vocabulary
-    eos_ids = (vocabulary.eos_id,) if eos_ids is None else eos_ids
-    drafts = []
-    for index, prompt in enumerate(prompts):
-        request = Request(prompt, sampling, sampling.seed + index, eos_ids, window, partial(ends, index))
-        request.check(vocabulary, block_size)
-        drafts.append(Draft.of(index, request, block_size, vocabulary.mask_id))
-    longest = max(-(-(len(prompt) + sampling.max_new_tokens) // block_size) * block_size for prompt in prompts)
-    capacity = min(longest, window or longest)
-    denoiser = Denoiser(model, block_size=block_size, slots=len(prompts), capacity=capacity)
-    for draft in drafts:
-        denoiser.join(draft)
+    for request in requests:
+        request.check(model.vocabulary, block_size)
+    capacity = max(request.capacity(block_size) for request in requests)
+    denoiser = Denoiser(model, block_size=block_size, slots=len(requests), capacity=capacity)
+    for index, request in enumerate(requests):
+        denoiser.join(Draft.of(index, request, block_size, model.vocabulary.mask_id))
     while denoiser.reads:
         denoiser.read()
     while going := denoiser.active:

@@ -11,7 +11,7 @@ from pathlib import Path
 from bd3_scale.data.chat import ChatTemplate, Messages
 from bd3_scale.data.tokenizer import INCOMPLETE, MASK, Tokenizer
 from bd3_scale.generate.config import SamplingConfig
-from bd3_scale.generate.draft import Draft
+from bd3_scale.generate.draft import Draft, Request
 from bd3_scale.generate.sampler import denoise
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 
@@ -45,14 +45,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Texts that are sampled together: the number of the first, how they are sampled, and their passes."""
+    """Texts that are sampled together: the number of the first, their prompts, and their passes."""
 
     first: int
     prompts: Sequence[str]
-    infill: bool
-    stop: Sequence[str]
-    min_entropy: float
-    window: int | None
     passes: Iterator[list[Draft]]
 
 
@@ -108,7 +104,7 @@ class Writer:
                         watch(batch.first + draft.index, settled(self.tokenizer.text_of(draft.whole)))
             seconds = time.monotonic() - began
             for index, prompt in enumerate(batch.prompts):
-                yield self._written(prompt, drafts[index], batch, seconds)
+                yield self._written(prompt, drafts[index], stop, infill, seconds)
 
     def stream(
         self,
@@ -130,31 +126,51 @@ class Writer:
                 for draft in going:
                     if not draft.finished:
                         continue
-                    text = self._text(draft, batch)
+                    text = self.text_of(draft, stop, infill=infill)
                     ended = None if draft.sample is None else draft.sample.stopped_by
                     yield Piece(batch.first + draft.index, text[shown[draft.index] :], ended)
                     shown[draft.index] = len(text)
 
+    def request(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        stop: Sequence[str] = (),
+        window: int | None = None,
+        alternatives: int | None = None,
+    ) -> Request:
+        """Return the request of a text; see there."""
+
+        def ends(tokens: list[int]) -> int | None:
+            return kept_tokens(self.tokenizer, prompt, tokens, stop)
+
+        if sampling.min_entropy is None:
+            sampling = replace(sampling, min_entropy=self.least_entropy())
+        return Request(prompt, sampling, seed, self.eos_ids, window, ends, alternatives)
+
+    def window(self, length: int) -> int | None:
+        """Return how many tokens a block of a text of so many tokens sees, None where it sees all of them."""
+        return self.context if length > self.context and self.context >= 2 * self.block_size else None
+
     def _batches(
         self, prompts: Sequence[str | Messages], sampling: SamplingConfig, infill: bool, stop: Sequence[str], size: int
     ) -> Iterator[_Batch]:
-        least = self.least_entropy() if sampling.min_entropy is None else sampling.min_entropy
-        encoded = self._encoded(prompts, infill)
+        sampling = replace(
+            sampling, min_entropy=self.least_entropy() if sampling.min_entropy is None else sampling.min_entropy
+        )
+        encoded = self.encoded(prompts, infill=infill)
         for first in range(0, len(encoded), size):
             texts, ids = zip(*encoded[first : first + size], strict=True)
+            window = self.window(max(map(len, ids)) + sampling.max_new_tokens)
+            requests = [
+                self.request(each, sampling, seed=sampling.seed + first + index, stop=stop, window=window)
+                for index, each in enumerate(ids)
+            ]
+            yield _Batch(first, texts, denoise(self.model, requests, block_size=self.block_size))
 
-            def ends(index: int, tokens: list[int], ids: Sequence[list[int]] = ids) -> int | None:
-                return kept_tokens(self.tokenizer, ids[index], tokens, stop)
-
-            longest = max(map(len, ids)) + sampling.max_new_tokens
-            window = self.context if longest > self.context and self.context >= 2 * self.block_size else None
-            here = replace(sampling, seed=sampling.seed + first, min_entropy=least)
-            passes = denoise(
-                self.model, ids, here, block_size=self.block_size, window=window, eos_ids=self.eos_ids, ends=ends
-            )
-            yield _Batch(first, texts, infill, stop, least, window, passes)
-
-    def _encoded(self, prompts: Sequence[str | Messages], infill: bool) -> list[tuple[str, list[int]]]:
+    def encoded(self, prompts: Sequence[str | Messages], *, infill: bool = False) -> list[tuple[str, list[int]]]:
         """Return the text of every prompt, and its ids; a chat template says itself what a text begins with."""
         template = None if all(isinstance(prompt, str) for prompt in prompts) else ChatTemplate(self.chat_template)
         found = []
@@ -167,26 +183,26 @@ class Writer:
                 found.append((text, self.tokenizer.encode_special(text)))
         return found
 
-    def _written(self, prompt: str, draft: Draft, batch: _Batch, seconds: float) -> Written:
-        sample = draft.sample
+    def _written(self, prompt: str, draft: Draft, stop: Sequence[str], infill: bool, seconds: float) -> Written:
+        sample, request = draft.sample, draft.request
         assert sample is not None
+        assert request.sampling.min_entropy is not None
+        text = self.text_of(draft, stop, infill=infill)
         counts = (sample.stopped_by, sample.nfe, sample.cache_passes)
-        return Written(
-            prompt, self._text(draft, batch), sample.tokens, *counts, batch.min_entropy, batch.window, seconds
-        )
+        return Written(prompt, text, sample.tokens, *counts, request.sampling.min_entropy, request.window, seconds)
 
-    def _text(self, draft: Draft, batch: _Batch) -> str:
+    def text_of(self, draft: Draft, stop: Sequence[str] = (), *, infill: bool = False) -> str:
         """Return what is sure of a text at the end of a block; with gaps, from its beginning on."""
         everything, given = draft.whole, len(draft.prompt)
         if draft.sample is not None:
             prompt = draft.sample.prompt
-            text = text_before(self.tokenizer.continuation(prompt, draft.sample.tokens), batch.stop)
+            text = text_before(self.tokenizer.continuation(prompt, draft.sample.tokens), stop)
         elif len(everything) < given:
             return self.tokenizer.continuation([], everything, final=False)
         else:
             prompt = everything[:given]
-            text = without_start_of(batch.stop, self.tokenizer.continuation(prompt, everything[given:], final=False))
-        return self.tokenizer.text_of(prompt) + text if batch.infill else text
+            text = without_start_of(stop, self.tokenizer.continuation(prompt, everything[given:], final=False))
+        return self.tokenizer.text_of(prompt) + text if infill else text
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, infill: bool) -> list[int]:
@@ -196,7 +212,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, infill: bool) -> list[int]:
     return tokenizer.encode_prompt(prompt, gaps=infill)
 
 
-def kept_tokens(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], stop: Sequence[str]) -> int | None:
+def kept_tokens(tokenizer: Tokenizer, prompt: Sequence[int], tokens: list[int], stop: Sequence[str]) -> int | None:
     """Return the fewest tokens behind a prompt whose text holds one of the strings; None: none is there."""
 
     def holds(count: int) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from bd3_scale.attention.spans import make_spans
 from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.generate.draft import Request
 from bd3_scale.generate.draw import Drawing
 from bd3_scale.generate.sampler import denoise
 from bd3_scale.model.build import build_model
@@ -301,7 +302,9 @@ def test_texts_end_where_they_are_told_to(model):
 def test_what_is_yielded_goes_from_masks_to_the_text(model):
     """Before the first pass and after each, the texts that are not at their end; their blocks are finished in turn."""
     seen, finished, counts = {0: [], 1: []}, {0: [], 1: []}, []
-    for drafts in denoise(model, [[2], [3, 4]], SamplingConfig(max_new_tokens=7, seed=1), block_size=4):
+    sampling = SamplingConfig(max_new_tokens=7)
+    requests = [Request(prompt, sampling, seed, (0,)) for seed, prompt in ((1, [2]), (2, [3, 4]))]
+    for drafts in denoise(model, requests, block_size=4):
         counts.append([draft.generated for draft in drafts])
         for draft in drafts:
             seen[draft.index].append(draft.whole)
@@ -319,7 +322,7 @@ def test_what_is_yielded_goes_from_masks_to_the_text(model):
 
 def test_texts_may_be_written_by_turns(model):
     how = {"block_size": 4, "max_new_tokens": 20}
-    passes = denoise(model, [[2]], SamplingConfig(max_new_tokens=20), block_size=4)
+    passes = denoise(model, [Request([2], SamplingConfig(max_new_tokens=20), 0, (0,))], block_size=4)
     for _ in range(3):
         next(passes)
     assert torch.is_grad_enabled()
