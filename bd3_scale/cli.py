@@ -25,6 +25,7 @@ from bd3_scale.plan.commands import app as plan_app
 from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.output import flush_results, hold_descriptors, outlast, rank_log
 from bd3_scale.resilience.terminal import clean_diagnostics, tell
+from bd3_scale.serve.commands import app as serve_app
 
 app = typer.Typer(
     help="Pretrain, evaluate and sample block diffusion language models.",
@@ -39,6 +40,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(evaluate_app)
 app.add_typer(launch_app)
 app.add_typer(plan_app)
+app.add_typer(serve_app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

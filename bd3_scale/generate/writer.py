@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bd3_scale.data.chat import ChatTemplate, Messages
+from bd3_scale.data.chat import ChatTemplate, Messages, chat_template
 from bd3_scale.data.tokenizer import INCOMPLETE, MASK, Tokenizer
 from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.draft import Draft, Request
@@ -149,6 +149,11 @@ class Writer:
         if sampling.min_entropy is None:
             sampling = replace(sampling, min_entropy=self.least_entropy())
         return Request(prompt, sampling, seed, self.eos_ids, window, ends, alternatives)
+
+    @property
+    def has_chat(self) -> bool:
+        """Return whether it knows how conversations are written."""
+        return chat_template(self.chat_template) is not None
 
     def window(self, length: int) -> int | None:
         """Return how many tokens a block of a text of so many tokens sees, None where it sees all of them."""

@@ -1,0 +1,183 @@
+"""What may be asked for: the bodies of OpenAI's completions and chat completions, and what is ours.
+
+What is not supported is refused by its name, unless it has the value that says nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from bd3_scale.generate.config import SamplingConfig
+
+MOST_STOPS, MOST_TEXTS, MOST_ALTERNATIVES = 16, 128, 20
+# Of OpenAI's: name -> values that ask for nothing. None is one of all.
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+# Those that say who asks, not what for.
+_OF_THE_CLIENT = ("metadata", "prompt_cache_key", "safety_identifier", "user")
+
+
+class StreamOptions(BaseModel):
+    """How a stream is told."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+
+
+class Body(BaseModel):
+    """State what all bodies have. `seed` is of the first text; the others count on."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=1)] = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int | None, Field(ge=1, le=MOST_TEXTS)] = None
+    unmasking: str | None = None
+    steps: Annotated[int | None, Field(ge=1)] = None
+    threshold: Annotated[float | None, Field(allow_inf_nan=False)] = None
+    block_size: Annotated[int | None, Field(ge=1)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_says_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, value in values.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in _NOTHING and value is not None and value not in _NOTHING[name]:
+                raise ValueError(f"{name} is not supported here: leave it out")
+            elif name not in _NOTHING and name not in _OF_THE_CLIENT:
+                raise ValueError(f"{name} is not known here: leave it out")
+        return kept
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        words = [stop] if isinstance(stop, str) else stop or []
+        if len(words) > MOST_STOPS or any(not word or len(word) > 1000 for word in words):
+            raise ValueError(f"give up to {MOST_STOPS} strings of 1 to 1000 characters")
+        return stop
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def first_seed(self) -> int:
+        """Return the seed that was asked for, or another one each time."""
+        return secrets.randbits(31) if self.seed is None else self.seed
+
+    def sampling(self, defaults: SamplingConfig, max_new_tokens: int) -> SamplingConfig:
+        """Return how a text is sampled, by the server's defaults where the body says nothing. ValueError: not so.
+
+        A rule of the body leaves the options of the server's rule out.
+        """
+        rule = self.unmasking or defaults.unmasking
+        same = rule == defaults.unmasking
+        return SamplingConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=defaults.temperature if self.temperature is None else self.temperature,
+            top_k=self.top_k or defaults.top_k,
+            top_p=self.top_p or defaults.top_p,
+            min_entropy=defaults.min_entropy,
+            unmasking=rule,
+            steps=self.steps or (defaults.steps if same else None),
+            threshold=self.threshold if self.threshold is not None else (defaults.threshold if same else None),
+        )
+
+
+class CompletionBody(Body):
+    """Of `/v1/completions`. Prompts are text, or ids of tokens."""
+
+    DEFAULT_TOKENS: ClassVar[int] = 16
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    suffix: str | None = None
+    logprobs: Annotated[int | None, Field(ge=0, le=MOST_ALTERNATIVES)] = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Return each of them."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and all(isinstance(part, int) for part in self.prompt):
+            return [[int(part) for part in self.prompt if isinstance(part, int)]]
+        return [part for part in self.prompt if not isinstance(part, int)]
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a conversation; roles are the chat template's."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: str
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Return what chat templates take."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": text, **named}
+
+
+class ChatBody(Body):
+    """Of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_ALTERNATIVES)] = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs belongs to logprobs: say logprobs=true, too")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

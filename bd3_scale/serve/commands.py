@@ -1,0 +1,63 @@
+"""`bd3-scale serve`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.observe.console import say
+
+app = typer.Typer()
+KEY = "BD3_SCALE_API_KEY"
+
+
+@app.command(epilog="Example: bd3-scale serve runs/quickstart --unmasking dynamic")
+def serve(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A run, a checkpoint, an exported or quantised folder, or a .bd3.gguf file, which llama.cpp runs."
+        ),
+    ],
+    host: Annotated[str, typer.Option(help=f"Another than this machine's own needs a key in {KEY}.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one, which is told.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="By which clients ask for the model.", show_default="the recipe's")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=256, help="Texts that are denoised together.")] = 8,
+    queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; others are told to come back.")] = 64,
+    unmasking: Annotated[
+        str, typer.Option(metavar="RULE", help="Where a request names none; see `bd3-scale generate --help`.")
+    ] = "first-hitting",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of that rule.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of that rule.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt, at the most.")] = 8192,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at the most.")] = 2048,
+    max_seconds: Annotated[float, typer.Option(min=1, help="For an answer, at the most.")] = 600,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(
+            help="Of the weights in memory; a CPU that multiplies bfloat16 is quicker with it.",
+            show_default="the training's",
+        ),
+    ] = None,
+) -> None:
+    """Serve a model to OpenAI's clients, with a page at / that shows a text settle block by block.
+
+    `/v1/completions` and `/v1/chat/completions`, whole or as a stream of settled blocks, `/v1/models`, `/health` and
+    `/metrics` (Prometheus). Requests join and leave between passes; SIGTERM ends it once all answers are given.
+    """
+    from bd3_scale.serve.run import Address, Options, serve_model
+
+    key = os.environ.get(KEY) or None
+    if key is None and host not in ("127.0.0.1", "localhost", "::1"):
+        raise ValueError(
+            f"--host {host} lets other machines ask, and no key is set: put one into {KEY}, or leave --host out"
+        )
+    defaults = SamplingConfig(unmasking=unmasking, steps=steps, threshold=threshold)
+    options = Options(name, batch_size, queue, max_prompt_tokens, max_new_tokens, max_seconds, defaults, dtype)
+    serve_model(path, Address(host, port, key), options, say)

@@ -1,0 +1,247 @@
+"""The thread that writes: it takes texts from a queue, in their order, and denoises as many together as have room.
+
+With tensor parallelism every rank runs the loop; rank 0 has the queue, and tells the others at each turn who joins and
+who leaves, as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.generate.denoiser import Denoiser, law
+from bd3_scale.generate.draft import Draft
+from bd3_scale.generate.writer import Writer
+from bd3_scale.parallel.collective import on_rank_zero
+from bd3_scale.serve.meters import Meters
+
+# Without work the ranks still meet this often, in seconds: one that waits longer takes the others for dead.
+_IDLE = 5.0
+_SECONDS_AT_FIRST = 2.0  # of a text, before one was written
+
+
+class QueueFullError(Exception):
+    """State that no more texts may wait; seconds: after which one may be asked for again."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"as many texts wait as may wait: ask again in {seconds} s")
+        self.seconds = seconds
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that is asked for, see `Writer.request`; in values of JSON, which ranks tell each other."""
+
+    prompt: list[int]
+    sampling: SamplingConfig
+    seed: int
+    stop: tuple[str, ...] = ()
+    alternatives: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Return its tokens, at the most."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+
+@dataclass
+class Job:
+    """A text that somebody waits for.
+
+    listen: told in the engine's thread of the draft after each pass, to its end, or once why there will be none.
+    """
+
+    text: Text
+    listen: Callable[[Draft | str], None]
+    began: float = 0.0
+
+
+class Engine:
+    """A model at work.
+
+    Args:
+        slots: texts at once. waiting: texts that wait for one, at the most.
+
+    Use `start`, then `submit` and `cancel` from any thread, then `stop`. Ranks other than 0 call `follow`.
+    """
+
+    def __init__(self, writer: Writer, *, slots: int, waiting: int, meters: Meters) -> None:
+        self.writer, self.meters = writer, meters
+        self._slots, self._most_waiting = slots, waiting
+        self._threads = torch.get_num_threads()
+        self._condition = threading.Condition()
+        self._waiting: deque[tuple[int, Job]] = deque()
+        self._cancelled: list[int] = []
+        self._stopping = False
+        self._count = 0
+        self._jobs: dict[int, Job] = {}
+        self._drafts: dict[int, Draft] = {}
+        self._seconds = _SECONDS_AT_FIRST
+        self._denoiser = self._fresh()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.failure: str | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Return how many tokens of a text the cache holds: those of the training's sequences, in whole blocks."""
+        size = self.writer.block_size
+        return -(-self.writer.context // size) * size
+
+    def start(self) -> None:
+        """Begin to write what is asked for."""
+        self._thread.start()
+
+    def follow(self) -> None:
+        """Do as rank 0 says, until it stops."""
+        self._run()
+
+    def stop(self) -> None:
+        """End the thread; what is not written yet fails."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        self._thread.join()
+
+    def check(self, sampling: SamplingConfig) -> None:
+        """Raise ValueError if the rule is none for blocks of this model."""
+        law(sampling, self.writer.block_size)
+
+    def submit(self, jobs: list[Job]) -> list[int]:
+        """Put texts into the queue, all or none, and return their numbers. QueueFullError: there is no room."""
+        with self._condition:
+            if self.failure is not None or self._stopping:
+                raise RuntimeError(self.failure or "the server is stopping")
+            there = len(self._waiting)
+            room = self._most_waiting + self._slots - len(self._jobs) - there
+            if len(jobs) > room:
+                turns = (there + len(self._jobs)) / self._slots
+                raise QueueFullError(max(1, round(turns * self._seconds)))
+            numbers = list(range(self._count, self._count + len(jobs)))
+            self._count += len(jobs)
+            now = time.monotonic()
+            for job in jobs:
+                job.began = now
+            self._waiting.extend(zip(numbers, jobs, strict=True))
+            self.meters.waiting.set(len(self._waiting))
+            self._condition.notify_all()
+        return numbers
+
+    def cancel(self, numbers: list[int]) -> None:
+        """Write these texts no further; what is at its end is left alone."""
+        with self._condition:
+            gone = set(numbers)
+            self._waiting = deque((number, job) for number, job in self._waiting if number not in gone)
+            self._cancelled += [number for number in numbers if number in self._jobs]
+            self.meters.waiting.set(len(self._waiting))
+            self._condition.notify_all()
+
+    def _fresh(self) -> Denoiser:
+        return Denoiser(self.writer.model, block_size=self.writer.block_size, slots=self._slots, capacity=self.capacity)
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)  # each thread of Python has a number of its own
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        try:
+            while True:
+                orders = on_rank_zero(self._orders) if several else self._orders()
+                if orders["stop"]:
+                    return
+                self._turn(orders)
+        except BaseException as error:
+            self.failure = f"the engine ended: {error or type(error).__name__}"
+            raise
+        finally:
+            for job in [*self._jobs.values(), *(job for _, job in self._waiting)]:
+                job.listen(self.failure or "the server stopped before the text was written")
+
+    def _orders(self) -> dict[str, Any]:
+        """Return who joins and who leaves; wait for somebody where there is nothing to do."""
+        with self._condition:
+            if not self._jobs:
+                self._condition.wait_for(lambda: self._waiting or self._stopping, _IDLE)
+            leaving, self._cancelled = self._cancelled, []
+            free = self._denoiser.free + len(leaving)
+            joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._jobs |= dict(joining)
+            self.meters.waiting.set(len(self._waiting))
+            texts = [(number, dataclasses.asdict(job.text)) for number, job in joining]
+            return {"stop": self._stopping, "leave": leaving, "join": texts}
+
+    def _turn(self, orders: dict[str, Any]) -> None:
+        """Let texts join and leave, read some of a prompt, run one pass and tell who listens."""
+        try:
+            self._forget(orders["leave"])
+            for number, values in orders["join"]:
+                self._join(number, Text(**{**values, "sampling": SamplingConfig(**values["sampling"])}))
+            if self._denoiser.reads:
+                self._denoiser.read()
+            if any(draft.sample is None for draft in self._denoiser.active):
+                self._advance()
+            self._tell()
+        except (ValueError, RuntimeError, MemoryError) as error:
+            # A rule of a plug-in, or memory: whose text it was is not known, and the next ones may go well.
+            for number in list(self._drafts):
+                self._end(number, f"writing failed: {error or type(error).__name__}")
+            self._denoiser = self._fresh()
+
+    def _join(self, number: int, text: Text) -> None:
+        writer = self.writer
+        request = writer.request(
+            text.prompt,
+            text.sampling,
+            seed=text.seed,
+            stop=text.stop,
+            window=writer.window(text.length),
+            alternatives=text.alternatives,
+        )
+        draft = Draft.of(number, request, writer.block_size, writer.model.vocabulary.mask_id)
+        self._drafts[number] = draft
+        self._denoiser.join(draft)
+
+    def _advance(self) -> None:
+        active = self._denoiser.active
+        began = time.perf_counter()
+        masks = sum(draft.nfe for draft in active)
+        self._denoiser.advance()
+        self.meters.passes.inc(sum(draft.nfe for draft in active) - masks)
+        self.meters.forwards.inc()
+        self.meters.seconds.inc(time.perf_counter() - began)
+
+    def _tell(self) -> None:
+        """Tell listeners of their drafts; texts at their end leave."""
+        active = self._denoiser.active
+        for draft in active:
+            if (job := self._jobs.get(draft.index)) is not None:
+                job.listen(draft)
+        ended = [draft for draft in active if draft.sample is not None]
+        self._denoiser.leave(ended)
+        for draft in ended:
+            self._end(draft.index)
+        self.meters.active.set(len(self._drafts))
+        self.meters.cached.set(sum(len(draft.tokens) - draft.unread for draft in self._drafts.values()))
+
+    def _forget(self, numbers: list[int]) -> None:
+        self._denoiser.leave([self._drafts[number] for number in numbers if number in self._drafts])
+        for number in numbers:
+            self._end(number)
+
+    def _end(self, number: int, failure: str | None = None) -> None:
+        draft = self._drafts.pop(number, None)
+        with self._condition:
+            job = self._jobs.pop(number, None)
+        if job is None:
+            return
+        if failure is not None:
+            job.listen(failure)
+        elif draft is not None and draft.sample is not None:
+            self.meters.tokens.inc(len(draft.sample.tokens))
+            self._seconds += (time.monotonic() - job.began - self._seconds) / 8

@@ -1,0 +1,99 @@
+"""From a model on disk to a server that answers until it is told to end."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import uvicorn
+
+from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.generate.source import open_writer, resolve_source
+from bd3_scale.generate.writer import Writer
+from bd3_scale.serve.engine import Engine
+from bd3_scale.serve.meters import Meters
+from bd3_scale.serve.web import Limits, Web
+
+_BODY_BYTES_PER_TOKEN = 32
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is asked; key: which requests must bear, None: only this machine asks."""
+
+    host: str
+    port: int
+    key: str | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """See `bd3-scale serve --help`."""
+
+    name: str | None
+    batch_size: int
+    queue: int
+    max_prompt_tokens: int
+    max_new_tokens: int
+    max_seconds: float
+    defaults: SamplingConfig
+    dtype: Literal["float32", "bfloat16"] | None
+
+
+def serve_model(path: Path, address: Address, options: Options, say: Callable[..., None]) -> None:
+    """Open a model and answer until SIGTERM or Ctrl-C.
+
+    ValueError, OSError: there is no model, or the port is taken.
+    """
+    dtype = options.dtype and getattr(torch, options.dtype)
+    with open_writer(resolve_source(path), dtype) as writer:
+        leads = not dist.is_initialized() or dist.get_rank() == 0
+        meters = Meters(slots=options.batch_size, capacity=writer.context)
+        engine = Engine(writer, slots=options.batch_size, waiting=options.queue, meters=meters)
+        engine.check(options.defaults)
+        if not leads:
+            engine.follow()
+            return
+        web = Web(
+            engine,
+            name=options.name or path.stem,
+            defaults=options.defaults,
+            limits=Limits(
+                prompt_tokens=options.max_prompt_tokens,
+                new_tokens=options.max_new_tokens,
+                seconds=options.max_seconds,
+                body_bytes=_BODY_BYTES_PER_TOKEN * options.max_prompt_tokens + 65536,
+            ),
+            key=address.key,
+        )
+        with _listening(address) as listener:
+            port = listener.getsockname()[1]
+            say(f"serving {web.name} at http://{address.host}:{port}: /v1/completions" + _chat(writer))
+            config = uvicorn.Config(web.app, log_level="warning", access_log=False, timeout_keep_alive=30)
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+def _chat(writer: Writer) -> str:
+    return ", /v1/chat/completions" if writer.has_chat else " (it has no chat template)"
+
+
+@contextmanager
+def _listening(address: Address) -> Iterator[socket.socket]:
+    """Open the socket before anything is loaded for it. OSError: the port is taken."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address.host, address.port))
+        except OSError as error:
+            raise OSError(
+                f"port {address.port} of {address.host} cannot be listened on ({error.strerror}): choose another with "
+                "--port"
+            ) from error
+        yield listener

@@ -1,0 +1,361 @@
+"""The HTTP side: OpenAI's endpoints over the engine, health, metrics, and a page that shows a text settle."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.serve.answers import Answer, Event, Failure, Listener, Look, Piece
+from bd3_scale.serve.bodies import ChatBody, CompletionBody
+from bd3_scale.serve.engine import Engine, Job, QueueFullError, Text
+from bd3_scale.serve.errors import RefusedError, of_validation
+from bd3_scale.serve.gate import Gate
+
+_PAGE = Path(__file__).with_name("page.html")
+_GLANCE = 0.5  # seconds between looks whether a client is still there
+_EVENTS = "text/event-stream"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for. new_tokens: of one text; seconds: from the question to the end of the answer."""
+
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    body_bytes: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as texts: those behind one another are choices of one prompt. given: tokens of each prompt as a client
+    counts them; gap: see `Listener`.
+    """
+
+    texts: list[Text]
+    given: list[int]
+    answer: Answer
+    gap: int | None = None
+
+
+class Web:
+    """The application of one engine. name: of the model, by which clients ask for it."""
+
+    def __init__(self, engine: Engine, *, name: str, defaults: SamplingConfig, limits: Limits, key: str | None) -> None:
+        self.engine, self.name, self.defaults, self.limits = engine, name, defaults, limits
+        self._created = int(time.time())
+        self.app = FastAPI(title=f"bd3_scale: {name}", docs_url=None, redoc_url=None, lifespan=self._lifespan)
+        self.app.add_middleware(Gate, key=key, most_bytes=limits.body_bytes, meters=engine.meters)
+        self.app.add_exception_handler(RefusedError, _refused)
+        self.app.add_exception_handler(RequestValidationError, _invalid)
+        self.app.add_exception_handler(HTTPException, _http)
+        self.app.get("/v1/models")(self.models)
+        self.app.get("/v1/models/{model:path}")(self.model)
+        self.app.post("/v1/completions", response_model=None)(self.completions)
+        self.app.post("/v1/chat/completions", response_model=None)(self.chat)
+        self.app.post("/denoise", response_model=None)(self.denoise)
+        self.app.get("/health")(self.health)
+        self.app.get("/metrics")(self.metrics)
+        self.app.get("/")(self.page)
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self.engine.start()
+        yield
+        await asyncio.to_thread(self.engine.stop)
+
+    async def models(self) -> dict[str, Any]:
+        """List the model that is served."""
+        return {"object": "list", "data": [self._model()]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        """Describe the model that is served."""
+        self._check_model(model)
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
+        writer = self.engine.writer
+        about = {"block_size": writer.block_size, "context_length": writer.context, "has_chat": writer.has_chat}
+        return {"id": self.name, "object": "model", "created": self._created, "owned_by": "bd3_scale", **about}
+
+    async def health(self) -> Response:
+        """Tell whether the engine runs."""
+        failure = self.engine.failure
+        return JSONResponse({"status": failure or "ok"}, 200 if failure is None else 503)
+
+    async def metrics(self) -> Response:
+        """Tell the counters in Prometheus' text format."""
+        return Response(generate_latest(self.engine.meters.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def page(self) -> HTMLResponse:
+        """Show a page on which a text settles."""
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": policy})
+
+    async def completions(self, body: CompletionBody, request: Request) -> Response:
+        """Continue prompts, or fill what lies between a prompt and a suffix."""
+        asked = await asyncio.to_thread(self._completion, body)
+        return await self._answer(asked, request, stream=body.stream, usage=_wants_usage(body))
+
+    async def chat(self, body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        asked = await asyncio.to_thread(self._chat, body)
+        return await self._answer(asked, request, stream=body.stream, usage=_wants_usage(body))
+
+    async def denoise(self, body: CompletionBody, request: Request) -> Response:
+        """Stream how the first text stands after each pass."""
+        asked = await asyncio.to_thread(self._completion, body)
+        run = Run(self.engine, asked, request, self.limits.seconds, looks=True)
+
+        async def looks() -> AsyncIterator[str]:
+            began = time.monotonic()
+            async with aclosing(run.events()) as events:
+                async for event in events:
+                    if isinstance(event, Failure):
+                        yield _data(RefusedError(event.message, 500).body)
+                    elif isinstance(event, Look):
+                        yield _data({**vars(event), "seconds": round(time.monotonic() - began, 4)})
+
+        return StreamingResponse(looks(), media_type=_EVENTS)
+
+    # --- from bodies to texts
+
+    def _completion(self, body: CompletionBody) -> Asked:
+        self._check_body(body)
+        writer, vocabulary = self.engine.writer, self.engine.writer.model.vocabulary
+        tokens = body.max_tokens or body.DEFAULT_TOKENS
+        prompts = [self._ids(prompt) for prompt in body.prompts]
+        if not prompts:
+            raise RefusedError("there is no prompt: give one, which may be empty", param="prompt")
+        given, gap = [len(prompt) for prompt in prompts], None
+        if body.suffix:
+            if body.stop:
+                raise RefusedError("stop and suffix cannot be together: leave one of them out", param="stop")
+            gap = tokens
+            suffix = writer.tokenizer.encode(body.suffix)
+            prompts = [[*prompt, *[vocabulary.mask_id] * tokens, *suffix] for prompt in prompts]
+        sampling = self._sampling(body, 0 if gap else tokens)
+        return self._asked("completion", body, prompts, given, sampling, gap)
+
+    def _chat(self, body: ChatBody) -> Asked:
+        self._check_body(body)
+        writer = self.engine.writer
+        if not writer.has_chat:
+            raise RefusedError(
+                f"{self.name} has no chat template: its texts were no conversations; ask /v1/completions for them",
+                param="messages",
+            )
+        try:
+            ((_, ids),) = writer.encoded([[message.plain() for message in body.messages]])
+        except ValueError as error:
+            raise RefusedError(str(error), param="messages") from error
+        room = max(writer.block_size, writer.context - len(ids))
+        tokens = body.max_completion_tokens or body.max_tokens or min(room, self.limits.new_tokens)
+        return self._asked("chat", body, [ids], [len(ids)], self._sampling(body, tokens), None)
+
+    def _asked(
+        self,
+        kind: Any,
+        body: CompletionBody | ChatBody,
+        prompts: list[list[int]],
+        given: list[int],
+        sampling: SamplingConfig,
+        gap: int | None,
+    ) -> Asked:
+        limits = self.limits
+        for prompt in prompts:
+            if len(prompt) > limits.prompt_tokens:
+                raise RefusedError(
+                    f"a prompt has {len(prompt):,} tokens, and {limits.prompt_tokens:,} are allowed: shorten it",
+                    code="context_length_exceeded",
+                )
+        if max(sampling.max_new_tokens, gap or 0) > limits.new_tokens:
+            raise RefusedError(f"a text may have {limits.new_tokens:,} new tokens: ask for fewer", param="max_tokens")
+        seed = body.first_seed
+        texts = [
+            Text(prompt, sampling, seed + place * body.choices + choice, body.stops, body.alternatives)
+            for place, prompt in enumerate(prompts)
+            for choice in range(body.choices)
+        ]
+        writer = self.engine.writer
+        if max(text.length for text in texts) > self.engine.capacity and writer.window(10**9) is None:
+            raise RefusedError(
+                f"prompt and answer may have {self.engine.capacity} tokens together: shorten the prompt or the answer",
+                code="context_length_exceeded",
+            )
+        letters = {"completion": "cmpl", "chat": "chatcmpl"}[kind]
+        answer = Answer(
+            kind, f"{letters}-{uuid.uuid4().hex}", self.name, int(time.time()), seed, sum(given), writer.tokenizer,
+            body.alternatives is not None,
+        )  # fmt: skip
+        return Asked(texts, [count for count in given for _ in range(body.choices)], answer, gap)
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        writer = self.engine.writer
+        if isinstance(prompt, str):
+            return writer.encoded([prompt])[0][1]
+        vocabulary = writer.model.vocabulary
+        if bad := [i for i in prompt if not 0 <= i < vocabulary.size or i == vocabulary.mask_id]:
+            raise RefusedError(f"the prompt holds ids {bad[:5]} that are no tokens of {self.name}", param="prompt")
+        return prompt
+
+    def _sampling(self, body: CompletionBody | ChatBody, tokens: int) -> SamplingConfig:
+        try:
+            sampling = body.sampling(self.defaults, tokens)
+            self.engine.check(sampling)
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
+        return sampling
+
+    def _check_body(self, body: CompletionBody | ChatBody) -> None:
+        self._check_model(body.model)
+        size = self.engine.writer.block_size
+        if body.block_size not in (None, size):
+            raise RefusedError(
+                f"block_size is {body.block_size}, and {self.name} writes blocks of {size}: leave it out",
+                param="block_size",
+            )
+        if body.stream_options is not None and not body.stream:
+            raise RefusedError("stream_options belong to stream=true", param="stream_options")
+
+    def _check_model(self, name: str) -> None:
+        if name != self.name:
+            raise RefusedError(
+                f"the model {name!r} is not here: this server has {self.name!r}", 404, param="model",
+                code="model_not_found",
+            )  # fmt: skip
+
+    # --- from texts to answers
+
+    async def _answer(self, asked: Asked, request: Request, *, stream: bool, usage: bool) -> Response:
+        run = Run(self.engine, asked, request, self.limits.seconds)
+        if stream:
+            return StreamingResponse(self._streamed(run, usage), media_type=_EVENTS)
+        pieces: dict[int, list[Piece]] = {}
+        async with aclosing(run.events()) as events:
+            async for event in events:
+                if isinstance(event, Failure):
+                    raise RefusedError(event.message, 500)
+                assert isinstance(event, Piece)
+                pieces.setdefault(event.choice, []).append(event)
+        if run.gone:
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(asked.answer.whole(pieces))
+
+    async def _streamed(self, run: Run, usage: bool) -> AsyncIterator[str]:
+        answer, begun, ends = run.asked.answer, set(), []
+        try:
+            async with aclosing(run.events()) as events:
+                async for event in events:
+                    if isinstance(event, Failure):
+                        yield _data(RefusedError(event.message, 500).body)
+                        return
+                    assert isinstance(event, Piece)
+                    yield _data(answer.chunk(event, first=event.choice not in begun))
+                    begun.add(event.choice)
+                    ends += [event] if event.stopped_by is not None else []
+        except RefusedError as refusal:
+            yield _data(refusal.body)
+            return
+        if usage:
+            yield _data(answer.last_chunk(ends))
+        yield "data: [DONE]\n\n"
+
+
+class Run:
+    """The texts of one request on their way: in the queue from now on, and out of it when nobody wants them.
+
+    RefusedError: there is no room in the queue, or the engine has ended.
+    """
+
+    def __init__(self, engine: Engine, asked: Asked, request: Request, seconds: float, *, looks: bool = False) -> None:
+        self.asked, self._engine, self._request, self._seconds = asked, engine, request, seconds
+        self.gone = False
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def send(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        jobs = [
+            Job(text, Listener(engine.writer, text, choice, send, engine.meters, given, asked.gap, looks))
+            for choice, (text, given) in enumerate(zip(asked.texts, asked.given, strict=True))
+        ]
+        try:
+            self._numbers = engine.submit(jobs)
+        except QueueFullError as error:
+            raise RefusedError(str(error), 429, headers={"Retry-After": str(error.seconds)}) from error
+        except RuntimeError as error:
+            raise RefusedError(str(error), 503) from error
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Yield what comes until all texts are at their end, one has failed, or the client has left.
+
+        RefusedError: it takes too long.
+        """
+        open_texts, looked = len(self.asked.texts), time.monotonic()
+        deadline = looked + self._seconds
+        try:
+            while open_texts:
+                event = await self._next()
+                now = time.monotonic()
+                if now > deadline:
+                    raise RefusedError(f"the answer takes longer than {self._seconds:g} s: ask for less", 504)
+                if now - looked > _GLANCE / 2:
+                    if await self._request.is_disconnected():
+                        self.gone = True
+                        return
+                    looked = now
+                if event is None:
+                    continue
+                yield event
+                if isinstance(event, Failure):
+                    return
+                open_texts -= event.stopped_by is not None
+        finally:
+            self._engine.cancel(self._numbers)
+
+    async def _next(self) -> Event | None:
+        try:
+            return await asyncio.wait_for(self._events.get(), _GLANCE)
+        except TimeoutError:
+            return None
+
+
+def _wants_usage(body: CompletionBody | ChatBody) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage
+
+
+def _data(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    return error.response
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return of_validation(error.errors()).response
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} does not take {request.method}"}
+    return RefusedError(said.get(error.status_code, str(error.detail)), error.status_code).response
