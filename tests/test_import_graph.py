@@ -26,7 +26,7 @@ FLOORS = [
     {"checkpoint"},
     {"generate"},
     {"evaluate"},
-    {"train", "convert"},
+    {"train", "convert", "serve"},
     {"api", "plan"},
     {"cli"},
 ]
@@ -48,6 +48,7 @@ RESERVED = {
 PRODUCTS = {"tools", "reproduction"}
 # Used where a machine has them: triton comes with a CUDA torch, NVIDIA's apex is built from source.
 OPTIONAL = {"gguf", "lm_eval", "pyarrow", "sklearn", "triton", "amp_C", "apex"}
+OPTIONAL |= {"fastapi", "prometheus_client", "starlette", "uvicorn"}
 STANDARD_LIBRARY_ALONE = {
     "registry.py",
     "lazy.py",

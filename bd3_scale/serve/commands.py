@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.observe.console import say
 
 app = typer.Typer()
+_LIBRARIES = ("fastapi", "prometheus_client", "uvicorn")
 KEY = "BD3_SCALE_API_KEY"
 
 
@@ -51,6 +53,8 @@ def serve(
     `/v1/completions` and `/v1/chat/completions`, whole or as a stream of settled blocks, `/v1/models`, `/health` and
     `/metrics` (Prometheus). Requests join and leave between passes; SIGTERM ends it once all answers are given.
     """
+    if missing := [library for library in _LIBRARIES if find_spec(library) is None]:
+        raise ValueError(f"serve needs {', '.join(missing)}: pip install 'bd3_scale[serve]'")
     from bd3_scale.serve.run import Address, Options, serve_model
 
     key = os.environ.get(KEY) or None

@@ -96,4 +96,5 @@ def _listening(address: Address) -> Iterator[socket.socket]:
                 f"port {address.port} of {address.host} cannot be listened on ({error.strerror}): choose another with "
                 "--port"
             ) from error
+        listener.listen(128)  # whoever is told of the address may connect at once
         yield listener
