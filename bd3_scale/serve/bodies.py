@@ -5,6 +5,7 @@ What is not supported is refused by its name, unless it has the value that says 
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -66,6 +67,10 @@ class Body(BaseModel):
     def _without_what_says_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a string holds half a character (a lone surrogate): send whole ones") from error
         kept = {}
         for name, value in values.items():
             if name in cls.model_fields:

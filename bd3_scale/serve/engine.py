@@ -168,7 +168,9 @@ class Engine:
         with self._condition:
             if not self._jobs:
                 self._condition.wait_for(lambda: self._waiting or self._stopping, _IDLE)
-            leaving, self._cancelled = self._cancelled, []
+            # Some reached their end meanwhile.
+            leaving = [number for number in self._cancelled if number in self._drafts]
+            self._cancelled = []
             free = self._denoiser.free + len(leaving)
             joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._jobs |= dict(joining)

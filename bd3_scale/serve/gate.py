@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bd3_scale.serve.errors import RefusedError
 from bd3_scale.serve.meters import Meters
 
+_PASSED_OVER = 16  # times the largest body
 _OPEN = ("/", "/health")
 # A page of another site may have its name point here; whoever asks under that name is not meant.
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -52,6 +53,7 @@ class Gate:
             self._check(scope, headers)
             await self.app(scope, limited, counted)
         except RefusedError as refusal:
+            await self._pass_over(receive)
             await refusal.response(scope, receive, counted)
         finally:
             known = scope["path"] if scope.get("endpoint") or status < 400 else "other"
@@ -75,6 +77,15 @@ class Gate:
             raise RefusedError("the body must be JSON: send `Content-Type: application/json`", 415)
         if (length := headers.get(b"content-length", "")).isdigit() and int(length) > self.most_bytes:
             raise RefusedError(self._too_large, 413)
+
+    async def _pass_over(self, receive: Receive) -> None:
+        """Read what is left of a body, if it is not very large: a client that still writes would not see the answer."""
+        left = _PASSED_OVER * self.most_bytes
+        while left > 0:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
 
     @property
     def _too_large(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,9 @@ def serve_model(path: Path, address: Address, options: Options, say: Callable[..
             port = listener.getsockname()[1]
             say(f"serving {web.name} at http://{address.host}:{port}: /v1/completions" + _chat(writer))
             config = uvicorn.Config(web.app, log_level="warning", access_log=False, timeout_keep_alive=30)
+            # uvicorn gives these signals on, once the last answer is given: the process then ends as it should.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, frame: None)
             uvicorn.Server(config).run(sockets=[listener])
 
 

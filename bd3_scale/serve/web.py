@@ -63,6 +63,7 @@ class Web:
         self.app.add_exception_handler(RefusedError, _refused)
         self.app.add_exception_handler(RequestValidationError, _invalid)
         self.app.add_exception_handler(HTTPException, _http)
+        self.app.add_exception_handler(Exception, _unforeseen)
         self.app.get("/v1/models")(self.models)
         self.app.get("/v1/models/{model:path}")(self.model)
         self.app.post("/v1/completions", response_model=None)(self.completions)
@@ -359,3 +360,8 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} does not take {request.method}"}
     return RefusedError(said.get(error.status_code, str(error.detail)), error.status_code).response
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    """Answer; the server prints the traceback, too."""
+    return RefusedError(f"an error of the server: {type(error).__name__}", 500).response

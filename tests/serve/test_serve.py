@@ -209,7 +209,10 @@ def raw(server: Server, request: bytes) -> bytes:
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.sendall(request)
         connection.settimeout(20)
-        return connection.recv(65536)
+        found = b""
+        while part := connection.recv(65536):
+            found += part
+        return found
 
 
 def posted(body: bytes, *headers: bytes, length: int | None = None) -> bytes:
