@@ -47,32 +47,16 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
         device: default: the GPU of this process (LOCAL_RANK), else the CPU.
 
     Raises:
-        FileNotFoundError, ValueError: there is no model, it is damaged, quantised, or of a kind that is not read here.
+        FileNotFoundError, ValueError: there is no model, it is damaged, or of a kind that is not read here.
     """
     source = Path(path)
-    if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist: give a run directory, a checkpoint or a Hugging Face folder")
     with _quiet():
-        from bd3_scale.checkpoint.folder import list_checkpoints, refuse_gguf, resolve_checkpoint
-        from bd3_scale.checkpoint.manifest import MANIFEST
-        from bd3_scale.convert.importer import plan_import, run_import
-        from bd3_scale.convert.official import is_official
-        from bd3_scale.resilience.foreign import CONFIG
-        from bd3_scale.resilience.leftovers import temporary_folder
+        from bd3_scale.checkpoint.folder import refuse_gguf
+        from bd3_scale.convert.importer import open_checkpoint
 
         refuse_gguf(source)
-        if (source / MANIFEST).is_file() or list_checkpoints(source / "checkpoints"):
-            return _opened(source, resolve_checkpoint(source), dtype, device)
-        if not (is_official(source) or (source / CONFIG).is_file()):
-            raise ValueError(
-                f"{source} holds no model: it is neither a checkpoint ({MANIFEST}), nor a run directory with one in "
-                f"checkpoints/, nor a Hugging Face folder ({CONFIG})"
-            )
-        with temporary_folder("import") as folder:
-            plan = plan_import(source)
-            run_import(plan, folder / "checkpoint")
-            template = Path(plan.tokenizer_source) if plan.tokenizer_source else source
-            return _opened(source, folder / "checkpoint", dtype, device, template)
+        with open_checkpoint(source) as (checkpoint, template):
+            return _opened(source, checkpoint, dtype, device, template)
 
 
 class Model:

@@ -19,6 +19,7 @@ from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
 from bd3_scale.evaluate.sets import NamedText
 from tests.conftest import TESTS
+from tests.convert.models import SHAPE
 
 RUN = TESTS / "fixtures" / "format-3"
 CHECKPOINT = Path("run/checkpoints/step-00000006")
@@ -207,7 +208,10 @@ def test_a_model_of_next_tokens_measures_and_does_not_write(next_token: Path) ->
             lambda path: (
                 path.mkdir(),
                 (path / "config.json").write_text(
-                    '{"architectures": ["Qwen3ForCausalLM"], "quantization_config": {"a": 1}}'
+                    json.dumps(
+                        SHAPE
+                        | {"vocab_size": 9, "architectures": ["Qwen3ForCausalLM"], "quantization_config": {"a": 1}}
+                    )
                 ),
             ),
             ValueError,

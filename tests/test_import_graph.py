@@ -26,8 +26,8 @@ FLOORS = [
     {"checkpoint"},
     {"generate"},
     {"evaluate"},
-    {"train", "convert", "serve"},
-    {"api", "plan"},
+    {"train", "convert"},
+    {"api", "plan", "serve"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd3_scale.convert.folder import Weights
 from bd3_scale.convert.quantizer import QuantizedWeight, Scheme
 from bd3_scale.observe.libraries import without_broken_torchvision
 
@@ -22,6 +23,7 @@ with without_broken_torchvision():
         QuantizationType,
     )
 
+_PACKED = ".weight_packed"
 MARLIN_GROUP_SIZES = (32, 64, 128)
 MARLIN_DIVISORS = (64, 128)  # of output and of input features
 
@@ -91,3 +93,47 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
         ignore=list(ignore),
     )
     return config.model_dump(mode="json")
+
+
+def unpacked_weights(weights: Weights, config: Mapping[str, Any]) -> Weights:
+    """Return the tensors of a folder of `convert quantize`, the packed ones as what they stand for, unpacked as read.
+
+    config: its `quantization_config`. ValueError: it is packed otherwise.
+    """
+    scheme = _scheme_of(config)
+    packed = {name.removesuffix(_PACKED) for name in weights.shapes if name.endswith(_PACKED)}
+    parts = {part for name in packed for part in _parts_of(name)}
+    if lacking := sorted(parts - weights.shapes.keys()):
+        raise ValueError(f"{', '.join(lacking[:3])} are not among the tensors: write the folder again")
+    shapes = {name: shape for name, shape in weights.shapes.items() if name not in parts}
+    dtypes = {name: dtype for name, dtype in weights.dtypes.items() if name not in parts}
+    for name in packed:
+        rows, groups = weights.shapes[f"{name}.weight_scale"]
+        shapes[f"{name}.weight"] = (rows, groups * scheme.group_size)
+        dtypes[f"{name}.weight"] = weights.dtypes[f"{name}.weight_scale"]
+
+    def read(name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module not in packed:
+            return weights.read(name)
+        return unpacked_weight({part: weights.read(part) for part in _parts_of(module)}, module, scheme)
+
+    return Weights(shapes, dtypes, read)
+
+
+def _parts_of(module: str) -> list[str]:
+    return [f"{module}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")]
+
+
+def _scheme_of(config: Mapping[str, Any]) -> Scheme:
+    """Return how a folder is packed. ValueError: not as `convert quantize` packs."""
+    for bits in (4, 8):
+        group = ((config.get("config_groups") or {}).get("group_0") or {}).get("weights") or {}
+        scheme = Scheme(bits, group.get("group_size") or 1)
+        ours = quantization_config(scheme, config.get("ignore") or ())
+        if all(config.get(key) == ours[key] for key in ("quant_method", "format", "config_groups")):
+            return scheme
+    raise ValueError(
+        f"its weights are quantised in a way that is not read here ({config.get('format')!r}): take a folder of "
+        "`bd3-scale convert quantize`, or the weights that it was made from"
+    )

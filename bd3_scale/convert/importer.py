@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Box
-from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER, CheckpointManifest, write_manifest
+from bd3_scale.checkpoint.folder import list_checkpoints, resolve_checkpoint
+from bd3_scale.checkpoint.manifest import IMPORTED, MANIFEST, TOKENIZER, CheckpointManifest, write_manifest
 from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, ids_of_model, keep_source_ids
 from bd3_scale.checkpoint.tensors import TensorReader, TensorWriter, same_bytes
 from bd3_scale.convert.architectures import ARCHITECTURES, read_architecture
@@ -30,6 +32,7 @@ from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
 from bd3_scale.resilience.foreign import CONFIG, file_in, object_in, settings_of
+from bd3_scale.resilience.leftovers import temporary_folder
 from bd3_scale.resilience.readers import reader
 
 Progress = Callable[[int, int], object]
@@ -101,6 +104,7 @@ def plan_import(
     block_size: int | None = None,
     eos_id: int | None = None,
     bos: bool | None = None,
+    unpack: bool = False,
 ) -> ImportPlan:
     """Read and check everything but the weights themselves.
 
@@ -112,6 +116,7 @@ def plan_import(
         block_size: where the source does not say it.
         eos_id: end of document where there is no tokeniser.
         bos: whether texts begin with BOS; default: as the tokeniser's template has it.
+        unpack: take a quantised folder for the weights that its packed ones stand for, to run it; else it is refused.
 
     Raises:
         ValueError, FileNotFoundError: an unsupported architecture, damaged files, missing or extra tensors, a tokeniser
@@ -139,8 +144,14 @@ def plan_import(
             official.max_position_embeddings, official.vocab_size, vocabulary, loaded, found, False, official.weights,
         )  # fmt: skip
     else:
-        architecture = read_architecture(read_config(source), block_size)
-        weights = open_weights(source)
+        config = read_config(source)
+        packing = config.pop("quantization_config", None) if unpack else None
+        architecture = read_architecture(config, block_size)
+        weights = open_weights(source, quantised=packing is not None)
+        if packing is not None:
+            from bd3_scale.convert.compressed import unpacked_weights
+
+            weights = unpacked_weights(weights, packing)
         check_sizes(str(source), architecture.model, weights.shapes)
         eos_id = architecture.eos_id if eos_id is None else eos_id
         rows, mask_id = architecture.vocab_rows, architecture.mask_id
@@ -186,6 +197,29 @@ def run_import(plan: ImportPlan, out: Path, progress: Progress = lambda done, to
                         raise ValueError(f"{box.key} was not written as {tensor.name} was read: is the disk sound?")
                 done += tensor.numel * plan.weights.dtypes[tensor.name].itemsize
                 progress(done, total)
+
+
+@contextmanager
+def open_checkpoint(source: Path) -> Iterator[tuple[Path, Path | None]]:
+    """Yield the checkpoint of a run, a checkpoint, or a folder or file of other software, and of the latter the folder
+    that may have a chat template: it is imported to be run, and the checkpoint removed again.
+
+    FileNotFoundError, ValueError: there is no model, or `plan_import` refuses it.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: give a run directory, a checkpoint or a Hugging Face folder")
+    if (source / MANIFEST).is_file() or list_checkpoints(source / "checkpoints"):
+        yield resolve_checkpoint(source), None
+        return
+    if not (is_official(source) or (source / CONFIG).is_file()):
+        raise ValueError(
+            f"{source} holds no model: it is neither a checkpoint ({MANIFEST}), nor a run directory with one in "
+            f"checkpoints/, nor a Hugging Face folder ({CONFIG})"
+        )
+    with temporary_folder("import") as folder:
+        plan = plan_import(source, unpack=True)
+        run_import(plan, folder / "checkpoint")
+        yield folder / "checkpoint", Path(plan.tokenizer_source) if plan.tokenizer_source else source
 
 
 def _manifest(plan: ImportPlan) -> CheckpointManifest:

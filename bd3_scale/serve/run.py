@@ -6,7 +6,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 import uvicorn
 
+from bd3_scale.checkpoint.folder import GGUF_ENDING
+from bd3_scale.convert.importer import open_checkpoint
 from bd3_scale.generate.config import SamplingConfig
-from bd3_scale.generate.source import open_writer, resolve_source
+from bd3_scale.generate.source import open_writer
 from bd3_scale.generate.writer import Writer
 from bd3_scale.serve.engine import Engine
 from bd3_scale.serve.meters import Meters
@@ -53,7 +55,7 @@ def serve_model(path: Path, address: Address, options: Options, say: Callable[..
     ValueError, OSError: there is no model, or the port is taken.
     """
     dtype = options.dtype and getattr(torch, options.dtype)
-    with open_writer(resolve_source(path), dtype) as writer:
+    with _opened(path, dtype) as writer:
         leads = not dist.is_initialized() or dist.get_rank() == 0
         meters = Meters(slots=options.batch_size, capacity=writer.context)
         engine = Engine(writer, slots=options.batch_size, waiting=options.queue, meters=meters)
@@ -81,6 +83,17 @@ def serve_model(path: Path, address: Address, options: Options, say: Callable[..
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda number, frame: None)
             uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def _opened(path: Path, dtype: torch.dtype | None) -> Iterator[Writer]:
+    """Open a GGUF file, a checkpoint, or a folder of Hugging Face, which is imported for as long."""
+    if path.suffix == GGUF_ENDING:
+        with open_writer(path, dtype) as writer:
+            yield writer
+        return
+    with open_checkpoint(path) as (checkpoint, template), open_writer(checkpoint, dtype) as writer:
+        yield writer if template is None else replace(writer, chat_template=template)
 
 
 def _chat(writer: Writer) -> str:

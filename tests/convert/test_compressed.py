@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import bd3_scale
 from bd3_scale.convert import quantizer
 from bd3_scale.convert.compressed import engine_notes, packed_tensors, quantization_config, unpacked_weight
+from bd3_scale.convert.importer import plan_import
 from bd3_scale.convert.quantizer import Scheme, round_to_nearest
 from bd3_scale.observe import libraries
 from bd3_scale.observe.libraries import without_broken_torchvision
-from tests.convert.models import save_folder, tensors, transformers_model
+from tests.convert.models import save_folder, sdar_folder, tensors, transformers_model
 
 with without_broken_torchvision():
     from compressed_tensors.compressors import PackedQuantizationCompressor
@@ -96,6 +99,35 @@ def test_torchvision_is_hidden_inside_alone_and_inside_another(monkeypatch: pyte
             assert sys.modules["torchvision"] is None
         assert sys.modules["torchvision"] is None
     assert "torchvision" not in sys.modules
+
+
+def test_a_packed_folder_is_run_as_what_it_stands_for_and_imported_no_more(tmp_path: Path) -> None:
+    """`load` unpacks it; an import, which would be trained on, is refused, and other packings are."""
+    folder = sdar_folder(tmp_path / "packed")
+    scheme, written, plain = Scheme(4, 16), {}, {}
+    for name, tensor in tensors(folder).items():
+        if name.endswith("_proj.weight"):
+            quantised = round_to_nearest(tensor, scheme, tensor.dtype)
+            written |= packed_tensors(name.removesuffix(".weight"), quantised, scheme)
+            plain[name] = quantised.dequantize()
+        else:
+            written[name] = plain[name] = tensor
+    shutil.copytree(folder, tmp_path / "plain")
+    for where, found in ((folder, written), (tmp_path / "plain", plain)):
+        for shard in where.glob("*.safetensors*"):
+            shard.unlink()
+        save_file(found, where / "model.safetensors", metadata={"format": "pt"})
+    described = json.loads((folder / "config.json").read_text())
+    described["quantization_config"] = quantization_config(scheme, ["lm_head"])
+    (folder / "config.json").write_text(json.dumps(described))
+    ids = torch.randint(0, 250, (2, 8))
+    assert torch.equal(bd3_scale.load(folder).logits(ids), bd3_scale.load(tmp_path / "plain").logits(ids))
+    with pytest.raises(ValueError, match="the checkpoint is quantised"):
+        plan_import(folder)
+    described["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="quantised in a way that is not read here"):
+        bd3_scale.load(folder)
 
 
 @pytest.mark.launch
