@@ -19,7 +19,6 @@ from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
 from bd3_scale.evaluate.sets import NamedText
 from tests.conftest import TESTS
-from tests.convert.models import SHAPE
 
 RUN = TESTS / "fixtures" / "format-3"
 CHECKPOINT = Path("run/checkpoints/step-00000006")
@@ -204,21 +203,8 @@ def test_a_model_of_next_tokens_measures_and_does_not_write(next_token: Path) ->
             ValueError,
             "nothing cannot be read as a model: architecture None is not supported",
         ),
-        (
-            lambda path: (
-                path.mkdir(),
-                (path / "config.json").write_text(
-                    json.dumps(
-                        SHAPE
-                        | {"vocab_size": 9, "architectures": ["Qwen3ForCausalLM"], "quantization_config": {"a": 1}}
-                    )
-                ),
-            ),
-            ValueError,
-            "quantised",
-        ),
     ],
-    ids=["nothing", "an empty folder", "no model", "quantised"],
+    ids=["nothing", "an empty folder", "no model"],
 )
 def test_what_is_no_model_is_refused(tmp_path: Path, make, error, words: str) -> None:
     make(tmp_path / "nothing")
