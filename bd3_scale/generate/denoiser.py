@@ -24,7 +24,8 @@ from bd3_scale.generate.unmasking import BlindRule, Rule, SightedRule
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.registry import unmasking_rules
 
-# Of a prompt that are read at once: enough for products at full speed, by the type of the device.
+# Of a prompt that are read at once, by the type of the device: enough for products at full speed. While other texts
+# are denoised it is a quarter, so that they wait for it about as long as for a pass.
 _ROWS = {"cpu": 256}
 _ROWS_ELSEWHERE = 2048
 Law = tuple[Rule, Drawing]
@@ -89,7 +90,8 @@ class Denoiser:
     def read(self) -> None:
         """Put the next blocks of the first prompt that is not read into the cache."""
         draft, place = self._reading[0], len(self._active)
-        rows = max(1, _ROWS.get(self._device.type, _ROWS_ELSEWHERE) // self._size) * self._size
+        most = _ROWS.get(self._device.type, _ROWS_ELSEWHERE) // (4 if self._active else 1)
+        rows = max(1, most // self._size) * self._size
         start = len(draft.tokens) - draft.unread
         part = draft.tokens[start : start + rows]
         blocks = torch.tensor(part, device=self._device).view(-1, self._size)
@@ -172,11 +174,16 @@ class Denoiser:
             _keep_likelihoods([texts[i] for i in group], of_group, rows, drawn)
 
 
-@functools.lru_cache(maxsize=64)
 def law(sampling: SamplingConfig, block_size: int) -> Law:
     """Return by which rule places are chosen, and how tokens are drawn. ValueError: not for blocks of this size."""
-    rule = unmasking_rules.get(sampling.unmasking)(block_size, sampling.steps, sampling.threshold)
-    return rule, Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
+    drawing = Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
+    return _rule(sampling.unmasking, sampling.steps, sampling.threshold, block_size), drawing
+
+
+@functools.lru_cache(maxsize=64)
+def _rule(name: str, steps: int | None, threshold: float | None, block_size: int) -> Rule:
+    """Return one object for all texts that have the rule, by which `_groups` knows them."""
+    return unmasking_rules.get(name)(block_size, steps, threshold)
 
 
 def _groups(laws: Sequence[Law]) -> Mapping[Law, list[int]]:

@@ -32,6 +32,9 @@ def serve(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=256, help="Texts that are denoised together.")] = 8,
     queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; others are told to come back.")] = 64,
+    cache_tokens: Annotated[
+        int, typer.Option(min=1, help="Of each text that the cache holds, at the most: it takes memory for them.")
+    ] = 4096,
     unmasking: Annotated[
         str, typer.Option(metavar="RULE", help="Where a request names none; see `bd3-scale generate --help`.")
     ] = "first-hitting",
@@ -63,5 +66,7 @@ def serve(
             f"--host {host} lets other machines ask, and no key is set: put one into {KEY}, or leave --host out"
         )
     defaults = SamplingConfig(unmasking=unmasking, steps=steps, threshold=threshold)
-    options = Options(name, batch_size, queue, max_prompt_tokens, max_new_tokens, max_seconds, defaults, dtype)
+    options = Options(
+        name, batch_size, queue, cache_tokens, max_prompt_tokens, max_new_tokens, max_seconds, defaults, dtype
+    )
     serve_model(path, Address(host, port, key), options, say)

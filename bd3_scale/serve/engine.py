@@ -7,6 +7,7 @@ who leaves, as JSON.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import threading
 import time
 from collections import deque
@@ -69,13 +70,16 @@ class Engine:
     """A model at work.
 
     Args:
-        slots: texts at once. waiting: texts that wait for one, at the most.
+        slots: texts at once. waiting: texts that wait for one, at the most. cache_tokens: of a text that the cache
+            holds, at the most; none holds more than the training's sequences.
 
     Use `start`, then `submit` and `cancel` from any thread, then `stop`. Ranks other than 0 call `follow`.
     """
 
-    def __init__(self, writer: Writer, *, slots: int, waiting: int, meters: Meters) -> None:
+    def __init__(self, writer: Writer, *, slots: int, waiting: int, cache_tokens: int, meters: Meters) -> None:
+        size = writer.block_size
         self.writer, self.meters = writer, meters
+        self.capacity = -(-min(writer.context, cache_tokens) // size) * size
         self._slots, self._most_waiting = slots, waiting
         self._threads = torch.get_num_threads()
         self._condition = threading.Condition()
@@ -90,18 +94,20 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failure: str | None = None
 
-    @property
-    def capacity(self) -> int:
-        """Return how many tokens of a text the cache holds: those of the training's sequences, in whole blocks."""
-        size = self.writer.block_size
-        return -(-self.writer.context // size) * size
+    def holds(self, length: int) -> bool:
+        """Return whether a text of so many tokens can be written: in the cache, or with a window as long as that."""
+        return length <= self.capacity or (
+            self.writer.context <= self.capacity and self.writer.window(length) is not None
+        )
 
     def start(self) -> None:
         """Begin to write what is asked for."""
         self._thread.start()
 
     def follow(self) -> None:
-        """Do as rank 0 says, until it stops."""
+        """Do as rank 0 says, until it stops; signals are rank 0's to answer."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         self._run()
 
     def stop(self) -> None:

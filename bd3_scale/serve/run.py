@@ -42,6 +42,7 @@ class Options:
     name: str | None
     batch_size: int
     queue: int
+    cache_tokens: int
     max_prompt_tokens: int
     max_new_tokens: int
     max_seconds: float
@@ -57,8 +58,15 @@ def serve_model(path: Path, address: Address, options: Options, say: Callable[..
     dtype = options.dtype and getattr(torch, options.dtype)
     with _opened(path, dtype) as writer:
         leads = not dist.is_initialized() or dist.get_rank() == 0
-        meters = Meters(slots=options.batch_size, capacity=writer.context)
-        engine = Engine(writer, slots=options.batch_size, waiting=options.queue, meters=meters)
+        meters = Meters()
+        engine = Engine(
+            writer,
+            slots=options.batch_size,
+            waiting=options.queue,
+            cache_tokens=options.cache_tokens,
+            meters=meters,
+        )
+        meters.capacity.set(options.batch_size * engine.capacity)
         engine.check(options.defaults)
         if not leads:
             engine.follow()

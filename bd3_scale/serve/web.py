@@ -164,7 +164,7 @@ class Web:
             ((_, ids),) = writer.encoded([[message.plain() for message in body.messages]])
         except ValueError as error:
             raise RefusedError(str(error), param="messages") from error
-        room = max(writer.block_size, writer.context - len(ids))
+        room = max(writer.block_size, self.engine.capacity - len(ids))
         tokens = body.max_completion_tokens or body.max_tokens or min(room, self.limits.new_tokens)
         return self._asked("chat", body, [ids], [len(ids)], self._sampling(body, tokens), None)
 
@@ -193,9 +193,10 @@ class Web:
             for choice in range(body.choices)
         ]
         writer = self.engine.writer
-        if max(text.length for text in texts) > self.engine.capacity and writer.window(10**9) is None:
+        if (longest := max(text.length for text in texts)) and not self.engine.holds(longest):
             raise RefusedError(
-                f"prompt and answer may have {self.engine.capacity} tokens together: shorten the prompt or the answer",
+                f"prompt and answer have {longest:,} tokens together, and the cache holds {self.engine.capacity:,} "
+                "(--cache-tokens): shorten one of them",
                 code="context_length_exceeded",
             )
         letters = {"completion": "cmpl", "chat": "chatcmpl"}[kind]
