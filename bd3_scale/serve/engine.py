@@ -96,9 +96,8 @@ class Engine:
 
     def holds(self, length: int) -> bool:
         """Return whether a text of so many tokens can be written: in the cache, or with a window as long as that."""
-        return length <= self.capacity or (
-            self.writer.context <= self.capacity and self.writer.window(length) is not None
-        )
+        slides = self.writer.context == self.capacity and self.writer.window(length) is not None
+        return length <= self.capacity or slides
 
     def start(self) -> None:
         """Begin to write what is asked for."""
