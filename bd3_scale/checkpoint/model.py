@@ -21,12 +21,12 @@ from bd3_scale.recipe.schema import ParallelRecipe
 
 @contextmanager
 def open_model(
-    checkpoint: Path, dtype: torch.dtype | None = None
+    checkpoint: Path, dtype: torch.dtype | None = None, tensor: int | None = None
 ) -> Iterator[tuple[BlockDiffusionTransformer, CheckpointManifest, ProcessGroups]]:
     """The averaged weights where kept, else the last ones, in `dtype` or the training's, and the process groups.
 
     In one process the model is whole; under torchrun or SLURM its matrices are split over as many ranks as in training
-    where this version can tell how many these were, and the other ranks are replicas.
+    where this version can tell how many these were, or over `tensor`, and the other ranks are replicas.
 
     Raises:
         ValueError: the checkpoint is incomplete or damaged.
@@ -37,7 +37,7 @@ def open_model(
         yield load_model(checkpoint, manifest, groups, dtype=dtype), manifest, groups
         return
     trained = manifest.trained_parallel()
-    parallel = ParallelRecipe(tensor=trained.tensor if trained else 1)
+    parallel = ParallelRecipe(tensor=tensor or (trained.tensor if trained else 1))
     with process_groups(parallel) as groups:
         yield load_model(checkpoint, manifest, groups, parallel=parallel, dtype=dtype), manifest, groups
 

@@ -64,16 +64,16 @@ def resolve_source(path: Path) -> Path:
 
 
 @contextmanager
-def open_source(path: Path, dtype: torch.dtype | None = None) -> Iterator[Source]:
+def open_source(path: Path, dtype: torch.dtype | None = None, tensor: int | None = None) -> Iterator[Source]:
     """Open a checkpoint, or a file whose name ends in `.gguf`, as far as its description.
 
-    dtype: of a checkpoint's weights in memory; default: that of the training's forward.
+    dtype: of a checkpoint's weights in memory; default: that of the training's forward. tensor: see `open_model`.
     ValueError: it is damaged, or neither; or a type for a file, which has its own.
     """
     if path.suffix != GGUF_ENDING:
         if dtype == torch.bfloat16 and not has_fast_bf16():
             tell("warning: this CPU does not multiply bfloat16: float32 is several times as quick")
-        yield checkpoint_source(path, read_manifest(path), dtype)
+        yield checkpoint_source(path, read_manifest(path), dtype, tensor)
         return
     if dtype is not None:
         raise ValueError(
@@ -87,12 +87,14 @@ def open_source(path: Path, dtype: torch.dtype | None = None) -> Iterator[Source
         )
 
 
-def checkpoint_source(checkpoint: Path, manifest: CheckpointManifest, dtype: torch.dtype | None = None) -> Source:
+def checkpoint_source(
+    checkpoint: Path, manifest: CheckpointManifest, dtype: torch.dtype | None = None, tensor: int | None = None
+) -> Source:
     """Return a checkpoint's source, see `open_source`."""
 
     @contextmanager
     def loaded() -> Iterator[Opened]:
-        with open_model(checkpoint, dtype) as (model, _, groups):
+        with open_model(checkpoint, dtype, tensor) as (model, _, groups):
             yield model, groups
 
     ids = stop_ids(checkpoint, manifest)
@@ -109,13 +111,13 @@ def _loaded(file: LlamaFile) -> Iterator[Opened]:
 
 
 @contextmanager
-def open_writer(path: Path, dtype: torch.dtype | None = None) -> Iterator[Writer]:
-    """Open a checkpoint or GGUF file for writing text; dtype: see `open_source`.
+def open_writer(path: Path, dtype: torch.dtype | None = None, tensor: int | None = None) -> Iterator[Writer]:
+    """Open a checkpoint or GGUF file for writing text; dtype, tensor: see `open_source`.
 
     Raises:
         ValueError: it has no tokeniser, is damaged, or of a model that fills no masks.
     """
-    with open_source(path, dtype) as source:
+    with open_source(path, dtype, tensor) as source:
         tokenizer = source.tokenizer()
         check_fills_masks(path, source.manifest)
         with source.load() as (model, _):

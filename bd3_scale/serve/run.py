@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -100,7 +101,8 @@ def _opened(path: Path, dtype: torch.dtype | None) -> Iterator[Writer]:
         with open_writer(path, dtype) as writer:
             yield writer
         return
-    with open_checkpoint(path) as (checkpoint, template), open_writer(checkpoint, dtype) as writer:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    with open_checkpoint(path) as (checkpoint, template), open_writer(checkpoint, dtype, ranks) as writer:
         yield writer if template is None else replace(writer, chat_template=template)
 
 
