@@ -29,7 +29,7 @@ window.states = [];
 document.addEventListener("DOMContentLoaded", () => {
   const at = (id) => document.querySelector(id);
   const place = (id) => JSON.stringify(at(id).getBoundingClientRect());
-  const places = () => ["#write", "#form", "dl", "#box", "#state"].map(place);
+  window.places = () => ["#write", "#form", "dl", "#box", "#state"].map(place);
   new MutationObserver(() => states.push({
     masks: document.querySelectorAll("#answer .mask").length, text: at("#answer").textContent, places: places(),
     fresh: [...document.querySelectorAll("#answer .fresh")].map((each) => each.textContent).join(""),
@@ -126,6 +126,7 @@ def test_a_text_settles_pass_by_pass(page: Page, server: Server) -> None:
 
     fill(page, **{name: value for name, value in body.items() if name not in ("model", "steps")}, pace=60)
     fill(page, steps=3)
+    places = page.evaluate("places()")
     page.locator("#prompt").press("Control+Enter")
     expect(page.locator("#write")).to_have_text("Stop")
     expect(page.locator("#state")).to_have_text("The text is whole: it has as many tokens as were asked for.")
@@ -139,7 +140,7 @@ def test_a_text_settles_pass_by_pass(page: Page, server: Server) -> None:
     states = page.evaluate("states")
     shown = [(each["masks"], each["text"]) for each in states]
     assert [each for each, _ in groupby(shown)] == [each for each, _ in groupby(state(e["parts"]) for e in events)]
-    assert len({place for each in states for place in each["places"]}) == 5  # nothing moves
+    assert all(each["places"] == places for each in states)  # nothing moves
 
     usage = answer["usage"]
     tokens, passes = usage["completion_tokens"], usage["denoising_passes"]
@@ -202,7 +203,7 @@ def test_no_script_runs_but_the_pages_own(browser: Browser, server: Server) -> N
 
 
 def test_stop_ends_the_request(page: Page, server: Server) -> None:
-    written = server.meter("generated_tokens_total")
+    passes = server.meter("denoising_passes_total")
     fill(page, max_tokens=2000, suffix="end")  # a gap is filled to its end, whatever the tokens are
     page.locator("#write").click()
     expect(page.locator("#answer .mask").first).to_be_attached()
@@ -211,7 +212,7 @@ def test_stop_ends_the_request(page: Page, server: Server) -> None:
     expect(page.locator("#state")).to_have_text("Stopped.")
     expect(page.locator("#write")).to_have_text("Write")
     server.wait_for("active_texts", 0)
-    assert server.meter("generated_tokens_total") == written  # it did not come to its end
+    assert server.meter("denoising_passes_total") - passes < 2000  # as many as it has tokens
     assert "end" in (page.locator("#text").text_content() or "")
     fill(page, max_tokens=5)
     write(page)
