@@ -118,7 +118,7 @@ def look(*parts: str | int, stopped_by: str | None = None) -> dict[str, Any]:
 
 
 def test_a_text_settles_pass_by_pass(page: Page, server: Server) -> None:
-    body = {"model": "tiny", "prompt": "def\n  x", "max_tokens": 14, "temperature": 0.8, "top_p": 0.95, "seed": 5,
+    body = {"model": "tiny", "prompt": "def\n\n\n\n  x", "max_tokens": 14, "temperature": 0.8, "top_p": 0.95, "seed": 5,
             "unmasking": "static", "steps": 3}  # fmt: skip
     events = [json.loads(line[6:]) for line in post(server, "/denoise", body).splitlines() if line]
     assert max(len(event["parts"]) for event in events) > 2  # masks between text
