@@ -118,6 +118,7 @@ def _listening(address: Address) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((address.host, address.port))
+            listener.listen()  # whoever reads the address may ask from then on
         except OSError as error:
             raise OSError(
                 f"port {address.port} of {address.host} cannot be listened on ({error.strerror}): choose another with "

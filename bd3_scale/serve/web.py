@@ -9,7 +9,6 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,13 +18,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.registry import unmasking_rules
 from bd3_scale.serve.answers import Answer, Event, Failure, Listener, Look, Piece
 from bd3_scale.serve.bodies import ChatBody, CompletionBody
 from bd3_scale.serve.engine import Engine, Job, QueueFullError, Text
 from bd3_scale.serve.errors import RefusedError, of_validation
 from bd3_scale.serve.gate import Gate
+from bd3_scale.serve.page import page
 
-_PAGE = Path(__file__).with_name("page.html")
 _GLANCE = 0.5  # seconds between looks whether a client is still there
 _EVENTS = "text/event-stream"
 
@@ -69,6 +69,7 @@ class Web:
         self.app.post("/v1/completions", response_model=None)(self.completions)
         self.app.post("/v1/chat/completions", response_model=None)(self.chat)
         self.app.post("/denoise", response_model=None)(self.denoise)
+        self.app.post("/denoise/chat", response_model=None)(self.denoise_chat)
         self.app.get("/health")(self.health)
         self.app.get("/metrics")(self.metrics)
         self.app.get("/")(self.page)
@@ -90,7 +91,13 @@ class Web:
 
     def _model(self) -> dict[str, Any]:
         writer = self.engine.writer
-        about = {"block_size": writer.block_size, "context_length": writer.context, "has_chat": writer.has_chat}
+        about = {
+            "block_size": writer.block_size,
+            "context_length": writer.context,
+            "has_chat": writer.has_chat,
+            "unmasking": self.defaults.unmasking,
+            "unmasking_rules": _rules(),
+        }
         return {"id": self.name, "object": "model", "created": self._created, "owned_by": "bd3_scale", **about}
 
     async def health(self) -> Response:
@@ -104,8 +111,7 @@ class Web:
 
     async def page(self) -> HTMLResponse:
         """Show a page on which a text settles."""
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": policy})
+        return page()
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """Continue prompts, or fill what lies between a prompt and a suffix."""
@@ -119,19 +125,11 @@ class Web:
 
     async def denoise(self, body: CompletionBody, request: Request) -> Response:
         """Stream how the first text stands after each pass."""
-        asked = await asyncio.to_thread(self._completion, body)
-        run = Run(self.engine, asked, request, self.limits.seconds, looks=True)
+        return self._looks(await asyncio.to_thread(self._completion, body), request)
 
-        async def looks() -> AsyncIterator[str]:
-            began = time.monotonic()
-            async with aclosing(run.events()) as events:
-                async for event in events:
-                    if isinstance(event, Failure):
-                        yield _data(RefusedError(event.message, 500).body)
-                    elif isinstance(event, Look):
-                        yield _data({**vars(event), "seconds": round(time.monotonic() - began, 4)})
-
-        return StreamingResponse(looks(), media_type=_EVENTS)
+    async def denoise_chat(self, body: ChatBody, request: Request) -> Response:
+        """Stream how the answer to a conversation stands after each pass."""
+        return self._looks(await asyncio.to_thread(self._chat, body), request)
 
     # --- from bodies to texts
 
@@ -258,6 +256,23 @@ class Web:
             return Response(status_code=499)  # nobody reads it
         return JSONResponse(asked.answer.whole(pieces))
 
+    def _looks(self, asked: Asked, request: Request) -> Response:
+        run = Run(self.engine, asked, request, self.limits.seconds, looks=True)
+
+        async def looks() -> AsyncIterator[str]:
+            began = time.monotonic()
+            try:
+                async with aclosing(run.events()) as events:
+                    async for event in events:
+                        if isinstance(event, Failure):
+                            yield _data(RefusedError(event.message, 500).body)
+                        elif isinstance(event, Look):
+                            yield _data({**vars(event), "seconds": round(time.monotonic() - began, 4)})
+            except RefusedError as refusal:
+                yield _data(refusal.body)
+
+        return StreamingResponse(looks(), media_type=_EVENTS)
+
     async def _streamed(self, run: Run, usage: bool) -> AsyncIterator[str]:
         answer, begun, ends = run.asked.answer, set(), []
         try:
@@ -337,6 +352,18 @@ class Run:
             return await asyncio.wait_for(self._events.get(), _GLANCE)
         except TimeoutError:
             return None
+
+
+def _rules() -> dict[str, Any]:
+    """Return what each rule of unmasking takes."""
+    rules = {name: unmasking_rules.get(name) for name in unmasking_rules.names()}
+    return {
+        name: {
+            "takes_steps": rule.takes_steps,
+            "threshold": (taken := rule.takes_threshold) and {"default": taken.default, "range": taken.range},
+        }
+        for name, rule in rules.items()
+    }
 
 
 def _wants_usage(body: CompletionBody | ChatBody) -> bool:

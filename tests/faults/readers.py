@@ -354,7 +354,7 @@ OPENERS = {
         *("data.shard_files._shared", "data.shard_files.ShardFiles._locked", "data.shard_files._lock_cache"),
         *("data.index.ShardTable.load", "data.node._kept"),
         *("convert.gguf._add_keys", "convert.gguf_tokenizer.tokenizer_keys", "generate.llama_file.seal"),
-        "lazy.lazy_names",
+        *("lazy.lazy_names", "serve.page.page"),
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),
         *("launch.doctor._token", "launch.machine.storage", "launch.network.rdma_ports", "launch.network._is_up"),

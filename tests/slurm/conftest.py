@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.missing import unavailable
+
 DEV_SLURM = Path(__file__).parents[2] / "cluster" / "dev-slurm"
 DAEMONS = ("slurmctld", "slurmd", "munged")
 
@@ -51,13 +53,6 @@ class Cluster:
         while not condition():
             assert time.monotonic() < until, f"waited {seconds:g} s for {what}"
             time.sleep(0.1)
-
-
-def unavailable(reason: str) -> None:
-    """A skip that is none where every check has to run."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def started(*options: str) -> Iterator[Cluster]:
