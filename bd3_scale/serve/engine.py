@@ -81,6 +81,7 @@ class Engine:
         self.writer, self.meters = writer, meters
         self.capacity = -(-min(writer.context, cache_tokens) // size) * size
         self._slots, self._most_waiting = slots, waiting
+        self._mask_id = writer.model.vocabulary.mask_id
         self._threads = torch.get_num_threads()
         self._condition = threading.Condition()
         self._waiting: deque[tuple[int, Job]] = deque()
@@ -180,7 +181,7 @@ class Engine:
             joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._jobs |= dict(joining)
             self.meters.waiting.set(len(self._waiting))
-            texts = [(number, dataclasses.asdict(job.text)) for number, job in joining]
+            texts = [[number, {**dataclasses.asdict(job.text), "stop": list(job.text.stop)}] for number, job in joining]
             return {"stop": self._stopping, "leave": leaving, "join": texts}
 
     def _turn(self, orders: dict[str, Any]) -> None:
@@ -250,5 +251,5 @@ class Engine:
         if failure is not None:
             job.listen(failure)
         elif draft is not None and draft.sample is not None:
-            self.meters.tokens.inc(len(draft.sample.tokens))
+            self.meters.tokens.inc(len(draft.sample.tokens) or draft.request.prompt.count(self._mask_id))
             self._seconds += (time.monotonic() - job.began - self._seconds) / 8

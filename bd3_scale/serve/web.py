@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import uuid
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -319,6 +320,8 @@ class Run:
             raise RefusedError(str(error), 429, headers={"Retry-After": str(error.seconds)}) from error
         except RuntimeError as error:
             raise RefusedError(str(error), 503) from error
+        # A client may have left before anybody asks for events, whose end cancels.
+        weakref.finalize(self, engine.cancel, self._numbers)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield what comes until all texts are at their end, one has failed, or the client has left.
