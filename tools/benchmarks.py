@@ -72,6 +72,14 @@ PARTS = {
         bare=True,
     ),
     "gguf": Part("gguf.md", "OMP_NUM_THREADS=1 python tools/bench_gguf.py", 20, bare=True),
+    "serve": Part("serve.md", "OMP_NUM_THREADS=1 python tools/bench_serve.py", 12, bare=True),
+    "serve-trained": Part(
+        "serve.md",
+        "OMP_NUM_THREADS=1 python tools/bench_serve.py --checkpoint runs/quickstart --unmasking dynamic",
+        8,
+        "a run of the quickstart",
+        bare=True,
+    ),
     "gguf-quality": Part(
         "gguf.md",
         "OMP_NUM_THREADS=1 python tools/bench_gguf.py --quality --checkpoint runs/any "
