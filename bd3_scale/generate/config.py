@@ -20,6 +20,7 @@ _CHOICES = "; ".join(f"{name}: {re.split('[.;]', rule.__doc__ or '')[0].lower()}
 _STEPPED = ", ".join(name for name, rule in _RULES.items() if rule.takes_steps)
 _THRESHOLDS = {name: rule.takes_threshold for name, rule in _RULES.items() if rule.takes_threshold}
 _RANGES = "; ".join(f"{name}: {threshold.range}" for name, threshold in _THRESHOLDS.items())
+LEAST_TEMPERATURE = 1e-6  # above 0: logits divided by less may be infinite
 _DEFAULTS = "; ".join(str(threshold.default) for threshold in _THRESHOLDS.values())
 
 
@@ -68,7 +69,10 @@ class SamplingConfig:
                 self.max_new_tokens >= 0,
                 f"max_new_tokens is {self.max_new_tokens}: give at least 1, or a prompt with gaps and 0",
             ),
-            (self.temperature >= 0, f"temperature is {self.temperature}: give 0 (most likely token) or above"),
+            (
+                self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE,
+                f"temperature is {self.temperature}: give 0 (most likely token), or {LEAST_TEMPERATURE} and above",
+            ),
             (self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}: give at least 1, or leave it out"),
             (0 < self.top_p <= 1, f"top_p is {self.top_p}: give a probability above 0, up to 1"),
             (self.min_entropy is None or self.min_entropy >= 0, f"min_entropy is {self.min_entropy}: give nats, 0 up"),

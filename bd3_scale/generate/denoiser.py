@@ -234,5 +234,5 @@ def _keep_likelihoods(texts: Sequence[Draft], places: NDArray[np.bool_], logits_
         if (count := text.request.alternatives) is None:
             continue
         values, ids = logs[row].topk(min(count, logs.shape[1]))
-        most = [(int(i), float(v)) for i, v in zip(ids, values, strict=True)]
+        most = [(int(i), float(v)) for i, v in zip(ids, values, strict=True) if v > -torch.inf]  # of clean tokens
         text.likelihoods[len(text.tokens) + int(place)] = Likelihood(taken[row], most)

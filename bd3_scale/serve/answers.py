@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.data.tokenizer import INCOMPLETE, Tokenizer
 from bd3_scale.generate.draft import Draft, Likelihood
 from bd3_scale.generate.writer import Writer
 from bd3_scale.serve.engine import Text
@@ -51,13 +51,15 @@ class Failure:
 
 
 Event = Piece | Look | Failure
+# When a text is told of: a `Piece` of all of it at its end, one for each block, or a `Look` after each pass.
+Tells = Literal["end", "blocks", "passes"]
 
 
 @dataclass
 class Listener:
     """Makes events of what the engine tells of one text, in the engine's thread.
 
-    gap: of a text with a suffix, how many tokens the client gets, behind the prompt; looks: after each pass.
+    gap: of a text with a suffix, how many tokens the client gets, behind the prompt.
     """
 
     writer: Writer
@@ -66,25 +68,28 @@ class Listener:
     send: Callable[[Event], None]
     meters: Meters
     given: int
+    tells: Tells
     gap: int | None = None
-    looks: bool = False
     _began: float = field(default_factory=time.monotonic)
     _shown: str = ""
     _told: int = 0
+    _begun: bool = False
 
     def __call__(self, news: Draft | str) -> None:
         if isinstance(news, str):
             self.send(Failure(news))
             return
-        if self.looks:
+        if self.tells == "passes":
             self.send(self._look(news))
         elif news.finished and len(news.whole) > self.given:
-            self._piece(news)
+            if not self._begun:
+                self._begun = True
+                self.meters.first_block.observe(time.monotonic() - self._began)
+            if self.tells == "blocks" or news.sample is not None:
+                self._piece(news)
 
     def _piece(self, draft: Draft) -> None:
         text, count, stopped_by = self._state(draft)
-        if not self._shown and not self._told:
-            self.meters.first_block.observe(time.monotonic() - self._began)
         tokens = self._tokens(draft)[:count]
         likelihoods = [
             (token, draft.likelihoods[self.given + place])
@@ -152,16 +157,15 @@ class Answer:
     tokenizer: Tokenizer
     has_likelihoods: bool
 
-    def whole(self, pieces: Mapping[int, Sequence[Piece]]) -> dict[str, Any]:
-        """Return the answer of which all pieces are there, by choice."""
+    def whole(self, pieces: Mapping[int, Piece]) -> dict[str, Any]:
+        """Return the answer of the texts at their end, by choice."""
         choices = []
-        for index, parts in sorted(pieces.items()):
-            text = "".join(part.text for part in parts)
-            likelihoods = [each for part in parts for each in part.likelihoods]
-            said = {"text": text} if self.kind == "completion" else {"message": {"role": "assistant", "content": text}}
-            choices.append(self._choice(index, said, likelihoods, parts[-1].stopped_by))
+        for index, piece in sorted(pieces.items()):
+            message = {"role": "assistant", "content": piece.text}
+            said = {"text": piece.text} if self.kind == "completion" else {"message": message}
+            choices.append(self._choice(index, said, piece.likelihoods, piece.stopped_by))
         name = "text_completion" if self.kind == "completion" else "chat.completion"
-        return {**self._head(name), "choices": choices, "usage": self.usage([parts[-1] for parts in pieces.values()])}
+        return {**self._head(name), "choices": choices, "usage": self.usage(list(pieces.values()))}
 
     def chunk(self, piece: Piece, *, first: bool) -> dict[str, Any]:
         """Return what a stream tells of a piece; first: of its choice."""
@@ -212,7 +216,8 @@ class Answer:
     def _content(self, likelihoods: list[tuple[int, Likelihood]]) -> dict[str, Any]:
         def entry(token: int, value: float) -> dict[str, Any]:
             name = self._name(token)
-            return {"token": name, "logprob": value, "bytes": list(name.encode())}
+            # Where it is but a part of a character, its bytes cannot be told from its text.
+            return {"token": name, "logprob": value, "bytes": None if INCOMPLETE in name else list(name.encode())}
 
         content = [
             {

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from bd3_scale.generate.config import SamplingConfig
 
 MOST_STOPS, MOST_TEXTS, MOST_ALTERNATIVES = 16, 128, 20
+MOST_STEPS = 10_000  # of a block: ancestral unmasking walks through idle ones while the other texts wait
 # Of OpenAI's: name -> values that ask for nothing. None is one of all.
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -54,11 +55,11 @@ class Body(BaseModel):
     top_k: Annotated[int | None, Field(ge=1)] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     stop: str | list[str] | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int | None, Field(ge=1, le=MOST_TEXTS)] = None
     unmasking: str | None = None
-    steps: Annotated[int | None, Field(ge=1)] = None
+    steps: Annotated[int | None, Field(ge=1, le=MOST_STEPS)] = None
     threshold: Annotated[float | None, Field(allow_inf_nan=False)] = None
     block_size: Annotated[int | None, Field(ge=1)] = None
 
@@ -71,6 +72,8 @@ class Body(BaseModel):
             json.dumps(values, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError("a string holds half a character (a lone surrogate): send whole ones") from error
+        except RecursionError as error:
+            raise ValueError("the body is nested too deeply") from error
         kept = {}
         for name, value in values.items():
             if name in cls.model_fields:

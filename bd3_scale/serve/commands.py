@@ -28,7 +28,7 @@ def serve(
     host: Annotated[str, typer.Option(help=f"Another than this machine's own needs a key in {KEY}.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one, which is told.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="By which clients ask for the model.", show_default="the recipe's")
+        str | None, typer.Option(help="By which clients ask for the model.", show_default="that of the path")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=256, help="Texts that are denoised together.")] = 8,
     queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; others are told to come back.")] = 64,
@@ -61,6 +61,8 @@ def serve(
     from bd3_scale.serve.run import Address, Options, serve_model
 
     key = os.environ.get(KEY) or None
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(f"{KEY} holds what no header can bear: put letters, digits and signs into it, without spaces")
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         raise ValueError(
             f"--host {host} lets other machines ask, and no key is set: put one into {KEY}, or leave --host out"

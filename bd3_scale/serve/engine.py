@@ -10,6 +10,7 @@ import dataclasses
 import signal
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ from bd3_scale.generate.denoiser import Denoiser, law
 from bd3_scale.generate.draft import Draft
 from bd3_scale.generate.writer import Writer
 from bd3_scale.parallel.collective import on_rank_zero
+from bd3_scale.resilience.terminal import tell
 from bd3_scale.serve.meters import Meters
 
 # Without work the ranks still meet this often, in seconds: one that waits longer takes the others for dead.
 _IDLE = 5.0
 _SECONDS_AT_FIRST = 2.0  # of a text, before one was written
+# A rule of a plug-in, or memory: whose text it was is not known, and the next ones may go well.
+_OF_A_TEXT = (ValueError, RuntimeError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
 
 
 class QueueFullError(Exception):
@@ -59,6 +63,7 @@ class Job:
     """A text that somebody waits for.
 
     listen: told in the engine's thread of the draft after each pass, to its end, or once why there will be none.
+    began: when the text left the queue.
     """
 
     text: Text
@@ -85,7 +90,7 @@ class Engine:
         self._threads = torch.get_num_threads()
         self._condition = threading.Condition()
         self._waiting: deque[tuple[int, Job]] = deque()
-        self._cancelled: list[int] = []
+        self._cancelled: set[int] = set()
         self._stopping = False
         self._count = 0
         self._jobs: dict[int, Job] = {}
@@ -133,9 +138,6 @@ class Engine:
                 raise QueueFullError(max(1, round(turns * self._seconds)))
             numbers = list(range(self._count, self._count + len(jobs)))
             self._count += len(jobs)
-            now = time.monotonic()
-            for job in jobs:
-                job.began = now
             self._waiting.extend(zip(numbers, jobs, strict=True))
             self.meters.waiting.set(len(self._waiting))
             self._condition.notify_all()
@@ -146,7 +148,7 @@ class Engine:
         with self._condition:
             gone = set(numbers)
             self._waiting = deque((number, job) for number, job in self._waiting if number not in gone)
-            self._cancelled += [number for number in numbers if number in self._jobs]
+            self._cancelled |= gone & self._jobs.keys()
             self.meters.waiting.set(len(self._waiting))
             self._condition.notify_all()
 
@@ -163,7 +165,8 @@ class Engine:
                     return
                 self._turn(orders)
         except BaseException as error:
-            self.failure = f"the engine ended: {error or type(error).__name__}"
+            with self._condition:  # no text is submitted from here on
+                self.failure = f"the engine ended: {error or type(error).__name__}"
             raise
         finally:
             for job in [*self._jobs.values(), *(job for _, job in self._waiting)]:
@@ -175,11 +178,13 @@ class Engine:
             if not self._jobs:
                 self._condition.wait_for(lambda: self._waiting or self._stopping, _IDLE)
             # Some reached their end meanwhile.
-            leaving = [number for number in self._cancelled if number in self._drafts]
-            self._cancelled = []
+            leaving = sorted(self._cancelled & self._drafts.keys())
+            self._cancelled = set()
             free = self._denoiser.free + len(leaving)
             joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._jobs |= dict(joining)
+            for _, job in joining:
+                job.began = time.monotonic()
             self.meters.waiting.set(len(self._waiting))
             texts = [[number, {**dataclasses.asdict(job.text), "stop": list(job.text.stop)}] for number, job in joining]
             return {"stop": self._stopping, "leave": leaving, "join": texts}
@@ -195,11 +200,15 @@ class Engine:
             if any(draft.sample is None for draft in self._denoiser.active):
                 self._advance()
             self._tell()
-        except (ValueError, RuntimeError, MemoryError) as error:
-            # A rule of a plug-in, or memory: whose text it was is not known, and the next ones may go well.
-            for number in list(self._drafts):
-                self._end(number, f"writing failed: {error or type(error).__name__}")
-            self._denoiser = self._fresh()
+            return
+        except _OF_A_TEXT as error:
+            failure = f"writing failed: {error or type(error).__name__}"
+            tell("".join(traceback.format_exception(error)).rstrip())
+        # Not in the handler, whose traceback holds the cache, while there may be no room for two.
+        del self._denoiser
+        for number in [*self._drafts, *(number for number, _ in orders["join"])]:
+            self._end(number, failure)
+        self._denoiser = self._fresh()
 
     def _join(self, number: int, text: Text) -> None:
         writer = self.writer

@@ -56,8 +56,9 @@ class Gate:
             await self._pass_over(receive)
             await refusal.response(scope, receive, counted)
         finally:
-            known = scope["path"] if scope.get("endpoint") or status < 400 else "other"
-            self.meters.requests.labels(known, str(status)).inc()
+            # Those that clients may make up would be counted for ever.
+            path = getattr(scope.get("route"), "path", "other")
+            self.meters.requests.labels(path, str(status)).inc()
 
     def _check(self, scope: Scope, headers: dict[bytes, str]) -> None:
         """Raise RefusedError where the request is not to be read."""
@@ -68,12 +69,12 @@ class Gate:
                     403,
                 )
         elif scope["path"] not in _OPEN:
-            given = headers.get(b"authorization", "").removeprefix("Bearer ").encode()
-            if not hmac.compare_digest(given, self.key.encode()):
+            scheme, _, given = headers.get(b"authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
                 raise RefusedError(
                     "no API key, or not the server's: send `Authorization: Bearer KEY`", 401, code="invalid_api_key"
                 )
-        if scope["method"] == "POST" and not headers.get(b"content-type", "").startswith("application/json"):
+        if scope["method"] == "POST" and not headers.get(b"content-type", "").lower().startswith("application/json"):
             raise RefusedError("the body must be JSON: send `Content-Type: application/json`", 415)
         if (length := headers.get(b"content-length", "")).isdigit() and int(length) > self.most_bytes:
             raise RefusedError(self._too_large, 413)
@@ -94,4 +95,4 @@ class Gate:
 
 def _host_name(header: str) -> str:
     """Return the host of `HOST:PORT` or `[ADDRESS]:PORT`."""
-    return header.partition("]")[0] + "]" if header.startswith("[") else header.partition(":")[0]
+    return (header.partition("]")[0] + "]" if header.startswith("[") else header.partition(":")[0]).lower()

@@ -74,7 +74,7 @@ def serve_model(path: Path, address: Address, options: Options, say: Callable[..
             return
         web = Web(
             engine,
-            name=options.name or path.stem,
+            name=options.name or path.resolve().name.removesuffix(GGUF_ENDING),
             defaults=options.defaults,
             limits=Limits(
                 prompt_tokens=options.max_prompt_tokens,
@@ -86,12 +86,18 @@ def serve_model(path: Path, address: Address, options: Options, say: Callable[..
         )
         with _listening(address) as listener:
             port = listener.getsockname()[1]
-            say(f"serving {web.name} at http://{address.host}:{port}: /v1/completions" + _chat(writer))
             config = uvicorn.Config(web.app, log_level="warning", access_log=False, timeout_keep_alive=30)
-            # uvicorn gives these signals on, once the last answer is given: the process then ends as it should.
+            server = uvicorn.Server(config)
+            # It knows of a signal that comes before it runs; what it gives on, at its end, changes nothing any more.
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, frame: None)
-            uvicorn.Server(config).run(sockets=[listener])
+                signal.signal(number, server.handle_exit)
+            host = f"[{address.host}]" if ":" in address.host else address.host
+            say(f"serving {web.name} at http://{host}:{port}: /v1/completions" + _chat(writer))
+            engine.start()
+            try:
+                server.run(sockets=[listener])
+            finally:
+                engine.stop()  # at a second Ctrl-C, which waits for no answers, it computes with what is closed next
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from starlette.exceptions import HTTPException
 
 from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.registry import unmasking_rules
-from bd3_scale.serve.answers import Answer, Event, Failure, Listener, Look, Piece
-from bd3_scale.serve.bodies import ChatBody, CompletionBody
+from bd3_scale.serve.answers import Answer, Event, Failure, Listener, Look, Piece, Tells
+from bd3_scale.serve.bodies import MOST_TEXTS, ChatBody, CompletionBody
 from bd3_scale.serve.engine import Engine, Job, QueueFullError, Text
 from bd3_scale.serve.errors import RefusedError, of_validation
 from bd3_scale.serve.gate import Gate
@@ -59,7 +60,7 @@ class Web:
     def __init__(self, engine: Engine, *, name: str, defaults: SamplingConfig, limits: Limits, key: str | None) -> None:
         self.engine, self.name, self.defaults, self.limits = engine, name, defaults, limits
         self._created = int(time.time())
-        self.app = FastAPI(title=f"bd3_scale: {name}", docs_url=None, redoc_url=None, lifespan=self._lifespan)
+        self.app = FastAPI(title=f"bd3_scale: {name}", docs_url=None, redoc_url=None)
         self.app.add_middleware(Gate, key=key, most_bytes=limits.body_bytes, meters=engine.meters)
         self.app.add_exception_handler(RefusedError, _refused)
         self.app.add_exception_handler(RequestValidationError, _invalid)
@@ -74,12 +75,6 @@ class Web:
         self.app.get("/health")(self.health)
         self.app.get("/metrics")(self.metrics)
         self.app.get("/")(self.page)
-
-    @asynccontextmanager
-    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self.engine.start()
-        yield
-        await asyncio.to_thread(self.engine.stop)
 
     async def models(self) -> dict[str, Any]:
         """List the model that is served."""
@@ -117,15 +112,15 @@ class Web:
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """Continue prompts, or fill what lies between a prompt and a suffix."""
         asked = await asyncio.to_thread(self._completion, body)
-        return await self._answer(asked, request, stream=body.stream, usage=_wants_usage(body))
+        return await self._answer(asked, request, stream=bool(body.stream), usage=_wants_usage(body))
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         asked = await asyncio.to_thread(self._chat, body)
-        return await self._answer(asked, request, stream=body.stream, usage=_wants_usage(body))
+        return await self._answer(asked, request, stream=bool(body.stream), usage=_wants_usage(body))
 
     async def denoise(self, body: CompletionBody, request: Request) -> Response:
-        """Stream how the first text stands after each pass."""
+        """Stream how a text stands after each pass."""
         return self._looks(await asyncio.to_thread(self._completion, body), request)
 
     async def denoise_chat(self, body: ChatBody, request: Request) -> Response:
@@ -137,10 +132,14 @@ class Web:
     def _completion(self, body: CompletionBody) -> Asked:
         self._check_body(body)
         writer, vocabulary = self.engine.writer, self.engine.writer.model.vocabulary
-        tokens = body.max_tokens or body.DEFAULT_TOKENS
-        prompts = [self._ids(prompt) for prompt in body.prompts]
-        if not prompts:
+        tokens = self._checked(body.max_tokens or body.DEFAULT_TOKENS)
+        if not body.prompts:
             raise RefusedError("there is no prompt: give one, which may be empty", param="prompt")
+        if (count := len(body.prompts) * body.choices) > MOST_TEXTS:
+            raise RefusedError(
+                f"{count:,} texts are asked for, and a request may have {MOST_TEXTS}: send several", param="prompt"
+            )
+        prompts = [self._ids(prompt) for prompt in body.prompts]
         given, gap = [len(prompt) for prompt in prompts], None
         if body.suffix:
             if body.stop:
@@ -164,7 +163,7 @@ class Web:
         except ValueError as error:
             raise RefusedError(str(error), param="messages") from error
         room = max(writer.block_size, self.engine.capacity - len(ids))
-        tokens = body.max_completion_tokens or body.max_tokens or min(room, self.limits.new_tokens)
+        tokens = self._checked(body.max_completion_tokens or body.max_tokens or min(room, self.limits.new_tokens))
         return self._asked("chat", body, [ids], [len(ids)], self._sampling(body, tokens), None)
 
     def _asked(
@@ -183,8 +182,6 @@ class Web:
                     f"a prompt has {len(prompt):,} tokens, and {limits.prompt_tokens:,} are allowed: shorten it",
                     code="context_length_exceeded",
                 )
-        if max(sampling.max_new_tokens, gap or 0) > limits.new_tokens:
-            raise RefusedError(f"a text may have {limits.new_tokens:,} new tokens: ask for fewer", param="max_tokens")
         seed = body.first_seed
         texts = [
             Text(prompt, sampling, seed + place * body.choices + choice, body.stops, body.alternatives)
@@ -205,13 +202,22 @@ class Web:
         )  # fmt: skip
         return Asked(texts, [count for count in given for _ in range(body.choices)], answer, gap)
 
+    def _checked(self, tokens: int) -> int:
+        if tokens > self.limits.new_tokens:
+            raise RefusedError(
+                f"a text may have {self.limits.new_tokens:,} new tokens: ask for fewer", param="max_tokens"
+            )
+        return tokens
+
     def _ids(self, prompt: str | list[int]) -> list[int]:
         writer = self.engine.writer
         if isinstance(prompt, str):
             return writer.encoded([prompt])[0][1]
-        vocabulary = writer.model.vocabulary
-        if bad := [i for i in prompt if not 0 <= i < vocabulary.size or i == vocabulary.mask_id]:
-            raise RefusedError(f"the prompt holds ids {bad[:5]} that are no tokens of {self.name}", param="prompt")
+        size, mask_id = writer.model.vocabulary.size, writer.model.vocabulary.mask_id
+        # Some tokenisers leave ids out, which have no text.
+        wrong = (i for i in prompt if not 0 <= i < size or i == mask_id or writer.tokenizer.name_of(i) is None)
+        if bad := list(itertools.islice(wrong, 5)):
+            raise RefusedError(f"the prompt holds ids {bad} that are no tokens of {self.name}", param="prompt")
         return prompt
 
     def _sampling(self, body: CompletionBody | ChatBody, tokens: int) -> SamplingConfig:
@@ -243,22 +249,24 @@ class Web:
     # --- from texts to answers
 
     async def _answer(self, asked: Asked, request: Request, *, stream: bool, usage: bool) -> Response:
-        run = Run(self.engine, asked, request, self.limits.seconds)
+        run = Run(self.engine, asked, request, self.limits.seconds, "blocks" if stream else "end")
         if stream:
             return StreamingResponse(self._streamed(run, usage), media_type=_EVENTS)
-        pieces: dict[int, list[Piece]] = {}
+        pieces: dict[int, Piece] = {}
         async with aclosing(run.events()) as events:
             async for event in events:
                 if isinstance(event, Failure):
                     raise RefusedError(event.message, 500)
                 assert isinstance(event, Piece)
-                pieces.setdefault(event.choice, []).append(event)
+                pieces[event.choice] = event
         if run.gone:
             return Response(status_code=499)  # nobody reads it
         return JSONResponse(asked.answer.whole(pieces))
 
     def _looks(self, asked: Asked, request: Request) -> Response:
-        run = Run(self.engine, asked, request, self.limits.seconds, looks=True)
+        if len(asked.texts) > 1:
+            raise RefusedError(f"one text is shown as it settles, not {len(asked.texts)}: ask for one")
+        run = Run(self.engine, asked, request, self.limits.seconds, "passes")
 
         async def looks() -> AsyncIterator[str]:
             began = time.monotonic()
@@ -300,18 +308,18 @@ class Run:
     RefusedError: there is no room in the queue, or the engine has ended.
     """
 
-    def __init__(self, engine: Engine, asked: Asked, request: Request, seconds: float, *, looks: bool = False) -> None:
+    def __init__(self, engine: Engine, asked: Asked, request: Request, seconds: float, tells: Tells) -> None:
         self.asked, self._engine, self._request, self._seconds = asked, engine, request, seconds
         self.gone = False
         loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events = events = asyncio.Queue[Event]()
 
-        def send(event: Event) -> None:
+        def send(event: Event) -> None:  # without self, which the engine would keep alive, see below
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         jobs = [
-            Job(text, Listener(engine.writer, text, choice, send, engine.meters, given, asked.gap, looks))
+            Job(text, Listener(engine.writer, text, choice, send, engine.meters, given, tells, asked.gap))
             for choice, (text, given) in enumerate(zip(asked.texts, asked.given, strict=True))
         ]
         try:
@@ -320,8 +328,15 @@ class Run:
             raise RefusedError(str(error), 429, headers={"Retry-After": str(error.seconds)}) from error
         except RuntimeError as error:
             raise RefusedError(str(error), 503) from error
-        # A client may have left before anybody asks for events, whose end cancels.
-        weakref.finalize(self, engine.cancel, self._numbers)
+        # A client may have left before anybody asks for events, whose end cancels. In the loop, since garbage is
+        # collected in any thread, perhaps while the engine holds its lock.
+        numbers = self._numbers
+
+        def forgotten() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(engine.cancel, numbers)
+
+        weakref.finalize(self, forgotten)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield what comes until all texts are at their end, one has failed, or the client has left.
@@ -390,7 +405,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} does not take {request.method}"}
-    return RefusedError(said.get(error.status_code, str(error.detail)), error.status_code).response
+    message = said.get(error.status_code, str(error.detail))
+    return RefusedError(message, error.status_code, headers=error.headers).response
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:

@@ -1,0 +1,102 @@
+"""The engine's turns, one by one: what happens between them is then known."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bd3_scale.generate import open_writer
+from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.generate.draft import Draft
+from bd3_scale.generate.writer import Writer
+from bd3_scale.serve.answers import Event, Listener, Piece
+from bd3_scale.serve.engine import Engine, Job, Text
+from bd3_scale.serve.meters import Meters
+
+
+@pytest.fixture(scope="module")
+def writer(chat_checkpoint: Path) -> Iterator[Writer]:
+    with open_writer(chat_checkpoint) as opened:
+        yield opened
+
+
+@pytest.fixture
+def engine(writer: Writer) -> Engine:
+    return Engine(writer, slots=2, waiting=9, cache_tokens=64, meters=Meters())
+
+
+def turn(engine: Engine) -> None:
+    engine._turn(engine._orders())
+
+
+def job(told: list[Draft | str], prompt: bytes | list[int] = b"ab", **sampling) -> Job:
+    return Job(Text(list(prompt), SamplingConfig(**{"max_new_tokens": 6, **sampling}), 1), told.append)
+
+
+def finish(engine: Engine) -> None:
+    while engine._jobs or engine._waiting:
+        turn(engine)
+
+
+def test_a_text_that_is_cancelled_twice_frees_one_place(engine: Engine) -> None:
+    told: list[list[Draft | str]] = [[] for _ in range(5)]
+    first, *_, last = engine.submit([job(news) for news in told])
+    turn(engine)
+    engine.cancel([first])
+    engine.cancel([first, last, 999])
+    turn(engine)
+    assert len(engine._jobs) == 2
+    finish(engine)
+    assert [bool(news) and news[-1].sample is not None for news in told] == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        ({"prompt": [97, 9999]}, "index out of range"),  # no row of the embedding, in the middle of a pass
+        ({"unmasking": "static", "steps": 9}, "steps is 9"),  # before it joins
+    ],
+    ids=["pass", "join"],
+)
+def test_a_text_that_fails_takes_no_place_and_the_engine_goes_on(engine: Engine, capfd, odd: dict, words: str) -> None:
+    told: list[list[Draft | str]] = [[] for _ in range(3)]
+    wrong, beside, later = told
+    engine.submit([job(wrong, **odd), job(beside), job(later)])
+    finish(engine)
+    assert words in str(wrong[-1])
+    assert str(beside[-1]).startswith("writing failed: ")  # whose fault it was is not known
+    assert later[-1].sample is not None
+    assert engine.failure is None
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_the_last_piece_is_the_text_that_generate_writes(writer: Writer) -> None:
+    """Also where little entropy ends it, which leaves out what a stream has shown already."""
+    events: dict[str, list[Event]] = {"end": [], "blocks": []}
+    writer = dataclasses.replace(writer, eos_ids=())
+    sampling = SamplingConfig(max_new_tokens=400, min_entropy=5.5, seed=2)
+    text = Text(list(b"ab"), sampling, 2)
+    for tells, found in events.items():
+        engine = Engine(writer, slots=1, waiting=1, cache_tokens=128, meters=Meters())
+        engine.submit([Job(text, Listener(writer, text, 0, found.append, engine.meters, 2, tells))])
+        finish(engine)
+    (expected,) = writer.write(["ab"], sampling)
+    assert expected.stopped_by == "entropy"
+    (whole,) = events["end"]
+    assert isinstance(whole, Piece)
+    assert (whole.text, whole.tokens, whole.stopped_by) == (expected.text, len(expected.tokens), "entropy")
+    assert len(events["blocks"]) > 60
+
+
+def test_an_engine_that_has_ended_tells_all(engine: Engine) -> None:
+    told: list[list[Draft | str]] = [[] for _ in range(4)]
+    engine.submit([job(news, max_new_tokens=60) for news in told])
+    engine.start()
+    engine.stop()
+    engine.stop()
+    assert all(isinstance(news[-1], str) for news in told)
+    with pytest.raises(RuntimeError, match="the server is stopping"):
+        engine.submit([job([])])
