@@ -127,7 +127,12 @@ class Engine:
         law(sampling, self.writer.block_size)
 
     def submit(self, jobs: list[Job]) -> list[int]:
-        """Put texts into the queue, all or none, and return their numbers. QueueFullError: there is no room."""
+        """Put texts into the queue, all or none, and return their numbers.
+
+        QueueFullError: there is no room now; ValueError: there never is for so many; RuntimeError: it has ended.
+        """
+        if len(jobs) > (most := self._most_waiting + self._slots):
+            raise ValueError(f"{len(jobs)} texts are asked for, and {most} at once are the most here: ask for fewer")
         with self._condition:
             if self.failure is not None or self._stopping:
                 raise RuntimeError(self.failure or "the server is stopping")

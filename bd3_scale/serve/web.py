@@ -305,7 +305,7 @@ class Web:
 class Run:
     """The texts of one request on their way: in the queue from now on, and out of it when nobody wants them.
 
-    RefusedError: there is no room in the queue, or the engine has ended.
+    tells: see there. RefusedError: there is no room in the queue, or the engine has ended.
     """
 
     def __init__(self, engine: Engine, asked: Asked, request: Request, seconds: float, tells: Tells) -> None:
@@ -326,6 +326,8 @@ class Run:
             self._numbers = engine.submit(jobs)
         except QueueFullError as error:
             raise RefusedError(str(error), 429, headers={"Retry-After": str(error.seconds)}) from error
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
         except RuntimeError as error:
             raise RefusedError(str(error), 503) from error
         # A client may have left before anybody asks for events, whose end cancels. In the loop, since garbage is

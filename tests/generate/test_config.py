@@ -17,6 +17,7 @@ from bd3_scale.generate.config import SamplingConfig, takes_sampling
     [
         ({"max_new_tokens": -1}, "max_new_tokens is -1: give at least 1"),
         ({"temperature": float("nan")}, "temperature is nan: give 0"),
+        ({"temperature": 5e-324}, "temperature is 5e-324: give 0 .*, or 1e-06"),
         ({"top_k": 0}, "top_k is 0: give at least 1, or leave it out"),
         ({"top_p": 0.0}, "top_p is 0.0: give a probability above 0, up to 1"),
         ({"min_entropy": -0.5}, "min_entropy is -0.5: give nats"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from bd3_scale.generate.writer import Writer
 from bd3_scale.serve.answers import Event, Listener, Piece
 from bd3_scale.serve.engine import Engine, Job, Text
 from bd3_scale.serve.meters import Meters
+from bd3_scale.serve.web import Asked, Run
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,24 @@ def test_the_last_piece_is_the_text_that_generate_writes(writer: Writer) -> None
     assert isinstance(whole, Piece)
     assert (whole.text, whole.tokens, whole.stopped_by) == (expected.text, len(expected.tokens), "entropy")
     assert len(events["blocks"]) > 60
+
+
+def test_texts_whose_answer_nobody_asks_for_are_cancelled(engine: Engine) -> None:
+    """A client that leaves before its stream begins: no generator has a `finally` then."""
+    text = Text(list(b"ab"), SamplingConfig(max_new_tokens=6), 1)
+
+    async def ask() -> None:
+        run = Run(engine, Asked([text, text, text], [2, 2, 2], None), None, 9.0, "blocks")
+        turn(engine)
+        assert (len(engine._jobs), len(engine._waiting)) == (2, 1)
+        del run
+        gc.collect()
+        await asyncio.sleep(0)
+
+    asyncio.run(ask())
+    assert not engine._waiting
+    turn(engine)
+    assert not engine._jobs
 
 
 def test_an_engine_that_has_ended_tells_all(engine: Engine) -> None:

@@ -182,6 +182,11 @@ REFUSED = {
     "model": ({"model": "gpt-4"}, "the model 'gpt-4' is not here"),
     "no prompt": ({"prompt": []}, "there is no prompt"),
     "n": ({"n": 1000}, "n: Input should be less than or equal to 128"),
+    "texts": ({"prompt": [""] * 90, "n": 128}, "11,520 texts are asked for, and a request may have 128"),
+    "all at once": ({"prompt": [""] * 90}, "90 texts are asked for, and 72 at once are the most"),
+    "little warmth": ({"temperature": 5e-324}, "temperature is 5e-324: give 0 (most likely token), or 1e-06"),
+    "many steps": ({"extra_body": {"unmasking": "ancestral", "steps": 10**9}}, "steps: Input should be less than"),
+    "a wide gap": ({"suffix": "b", "max_tokens": 10**15}, "a text may have 2,048 new tokens"),
 }
 
 
@@ -277,7 +282,10 @@ def test_models_and_meters(server: Server, client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.model_extra["block_size"], model.model_extra["context_length"]) == (NAME, 4, 128)
     assert client.models.retrieve(NAME).model_extra["has_chat"] is True
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("made-up")
     meters = server.get("/metrics")
+    assert "made-up" not in meters  # a client that makes names up fills no memory with them
     assert 'bd3_scale_requests_total{path="/v1/completions",status="200"}' in meters
     assert "bd3_scale_first_block_seconds_count" in meters
     assert server.meter("denoising_passes_total") > server.meter("forwards_total") > 0
@@ -316,11 +324,26 @@ def test_llama_cpp_writes_the_same_behind_a_key_and_a_short_queue(file: Path, wr
             assert texts[place] == expected.text
         with pytest.raises(openai.BadRequestError, match="has no chat template"):
             client.chat.completions.create(model=NAME, messages=MESSAGES)
-        with pytest.raises(openai.RateLimitError) as raised:
+        with pytest.raises(openai.BadRequestError, match="6 texts are asked for, and 5 at once are the most"):
             client.completions.create(model=NAME, prompt="a", n=6, max_tokens=4)
+        long = {"prompt": "a" * 8000, "n": 5, "max_tokens": 2000}
+        stream = client.completions.create(model=NAME, **long, stream=True)
+        with pytest.raises(openai.RateLimitError) as raised:
+            client.completions.create(model=NAME, prompt="a", max_tokens=4)
         assert int(raised.value.response.headers["retry-after"]) >= 1
+        with pytest.raises(openai.APIError, match="takes longer than 1 s"):
+            list(stream)
+        assert client.completions.create(model=NAME, prompt="a", max_tokens=4).choices
         with pytest.raises(openai.InternalServerError, match="takes longer than 1 s"):
-            client.completions.create(model=NAME, prompt="a" * 8000, n=5, max_tokens=2000)
+            client.completions.create(model=NAME, **long)
+        bare = (
+            b"Authorization: bearer secret",
+            b"Authorization: secret",
+            b"Authorization: Bearer s\xc3\xa9cret",
+            b"X: y",
+        )
+        codes = [raw(server, posted(b"{}", header)).split(b" ", 2)[1] for header in bare]
+        assert codes == [b"400", b"401", b"401", b"401"]  # the first is read, and is no body
         assert client.completions.create(model=NAME, prompt="a", max_tokens=4).choices
 
 
