@@ -326,7 +326,7 @@ def test_llama_cpp_writes_the_same_behind_a_key_and_a_short_queue(file: Path, wr
             client.chat.completions.create(model=NAME, messages=MESSAGES)
         with pytest.raises(openai.BadRequestError, match="6 texts are asked for, and 5 at once are the most"):
             client.completions.create(model=NAME, prompt="a", n=6, max_tokens=4)
-        long = {"prompt": "a" * 8000, "n": 5, "max_tokens": 2000}
+        long = {"prompt": "a" * 4000, "n": 5, "max_tokens": 2000, "suffix": "b"}  # which no EOS ends
         stream = client.completions.create(model=NAME, **long, stream=True)
         with pytest.raises(openai.RateLimitError) as raised:
             client.completions.create(model=NAME, prompt="a", max_tokens=4)
