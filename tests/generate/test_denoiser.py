@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -129,3 +130,16 @@ def test_likelihoods_are_those_of_the_pass_that_took_a_token(model, rule):
                 assert [i for i, _ in found.most_likely] == ids.tolist()
                 assert [v for _, v in found.most_likely] == pytest.approx(values.tolist(), abs=1e-5)
     assert sorted(draft.likelihoods) == list(range(5, 16))
+
+
+def test_the_most_likely_are_clean_tokens(model):
+    """Of a vocabulary of few: the mask, which is −∞, is none of them, and no JSON could tell it."""
+    request = Request([2], SamplingConfig(max_new_tokens=3), 3, (), alternatives=20)
+    draft = Draft.of(0, request, SIZE, MASK)
+    denoiser = Denoiser(model, block_size=SIZE, slots=1, capacity=CAPACITY)
+    denoiser.join(draft)
+    while draft.sample is None:
+        denoiser.advance()
+    for found in draft.likelihoods.values():
+        assert sorted(i for i, _ in found.most_likely) == [i for i in range(12) if i != MASK]
+        assert sum(math.exp(value) for _, value in found.most_likely) == pytest.approx(1)

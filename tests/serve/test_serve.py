@@ -256,6 +256,13 @@ def test_odd_requests_are_answered_in_openai_s_form(server: Server, case: str) -
     assert json.loads(server.get("/health")) == {"status": "ok"}
 
 
+def test_a_deep_body_is_read_or_refused_at_every_depth(server: Server) -> None:
+    """What one part of the server can still follow, the next one cannot."""
+    for depth in range(900, 1000, 3):
+        body = b'{"model":"native","prompt":"a","max_tokens":1,"user":' + b"[" * depth + b"]" * depth + b"}"
+        assert raw(server, posted(body)).split(b" ", 2)[1] in (b"200", b"400"), depth
+
+
 def test_a_large_body_in_parts_is_cut_off(server: Server) -> None:
     chunk = b"%x\r\n%s\r\n" % (100_000, b" " * 100_000)
     found = raw(server, posted(b"", b"Transfer-Encoding: chunked", length=-1) + chunk * 4 + b"0\r\n\r\n")
