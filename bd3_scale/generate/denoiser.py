@@ -25,7 +25,7 @@ from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.registry import unmasking_rules
 
 # Of a prompt that are read at once, by the type of the device: enough for products at full speed. While other texts
-# are denoised it is a quarter, so that they wait for it about as long as for a pass.
+# wait to be denoised it is a quarter, which takes about as long as one of their passes.
 _ROWS = {"cpu": 256}
 _ROWS_ELSEWHERE = 2048
 Law = tuple[Rule, Drawing]
@@ -87,10 +87,10 @@ class Denoiser:
             )
 
     @torch.no_grad()
-    def read(self) -> None:
-        """Put the next blocks of the first prompt that is not read into the cache."""
+    def read(self, *, briefly: bool = False) -> None:
+        """Put the next blocks of the first prompt that is not read into the cache; briefly: others wait for it."""
         draft, place = self._reading[0], len(self._active)
-        most = _ROWS.get(self._device.type, _ROWS_ELSEWHERE) // (4 if self._active else 1)
+        most = _ROWS.get(self._device.type, _ROWS_ELSEWHERE) // (4 if briefly else 1)
         rows = max(1, most // self._size) * self._size
         start = len(draft.tokens) - draft.unread
         part = draft.tokens[start : start + rows]

@@ -201,7 +201,7 @@ class Engine:
             for number, values in orders["join"]:
                 self._join(number, Text(**{**values, "sampling": SamplingConfig(**values["sampling"])}))
             if self._denoiser.reads:
-                self._denoiser.read()
+                self._denoiser.read(briefly=bool(self._denoiser.active))
             if any(draft.sample is None for draft in self._denoiser.active):
                 self._advance()
             self._tell()

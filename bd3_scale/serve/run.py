@@ -118,17 +118,16 @@ def _chat(writer: Writer) -> str:
 
 @contextmanager
 def _listening(address: Address) -> Iterator[socket.socket]:
-    """Open the socket before anything is loaded for it. OSError: the port is taken."""
+    """Listen: whoever is told of the address may connect at once. OSError: the port is taken."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((address.host, address.port))
-            listener.listen()  # whoever reads the address may ask from then on
+            listener.listen(128)
         except OSError as error:
             raise OSError(
                 f"port {address.port} of {address.host} cannot be listened on ({error.strerror}): choose another with "
                 "--port"
             ) from error
-        listener.listen(128)  # whoever is told of the address may connect at once
         yield listener

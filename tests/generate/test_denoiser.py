@@ -66,7 +66,7 @@ def test_texts_that_come_and_go_are_what_they_are_alone(model, monkeypatch, rows
         while waiting and denoiser.free and rng.random() < 0.6:
             denoiser.join(waiting.pop(0))
         if denoiser.reads:
-            denoiser.read()
+            denoiser.read(briefly=rng.random() < 0.5)
         if any(draft.sample is None for draft in denoiser.active):
             denoiser.advance()
         sizes.add(len(denoiser.active))
