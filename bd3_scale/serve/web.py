@@ -7,8 +7,7 @@ import itertools
 import json
 import time
 import uuid
-import weakref
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,14 @@ from starlette.exceptions import HTTPException
 
 from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.registry import unmasking_rules
-from bd3_scale.serve.answers import Answer, Event, Failure, Listener, Look, Piece, Tells
+from bd3_scale.serve.answers import Answer, Failure, Look, Piece
+from bd3_scale.serve.asked import Asked, Run
 from bd3_scale.serve.bodies import MOST_TEXTS, ChatBody, CompletionBody
-from bd3_scale.serve.engine import Engine, Job, QueueFullError, Text
+from bd3_scale.serve.engine import Engine, Text
 from bd3_scale.serve.errors import RefusedError, of_validation
 from bd3_scale.serve.gate import Gate
 from bd3_scale.serve.page import page
 
-_GLANCE = 0.5  # seconds between looks whether a client is still there
 _EVENTS = "text/event-stream"
 
 
@@ -40,18 +39,6 @@ class Limits:
     new_tokens: int
     seconds: float
     body_bytes: int
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request as texts: those behind one another are choices of one prompt. given: tokens of each prompt as a client
-    counts them; gap: see `Listener`.
-    """
-
-    texts: list[Text]
-    given: list[int]
-    answer: Answer
-    gap: int | None = None
 
 
 class Web:
@@ -300,78 +287,6 @@ class Web:
         if usage:
             yield _data(answer.last_chunk(ends))
         yield "data: [DONE]\n\n"
-
-
-class Run:
-    """The texts of one request on their way: in the queue from now on, and out of it when nobody wants them.
-
-    tells: see there. RefusedError: there is no room in the queue, or the engine has ended.
-    """
-
-    def __init__(self, engine: Engine, asked: Asked, request: Request, seconds: float, tells: Tells) -> None:
-        self.asked, self._engine, self._request, self._seconds = asked, engine, request, seconds
-        self.gone = False
-        loop = asyncio.get_running_loop()
-        self._events = events = asyncio.Queue[Event]()
-
-        def send(event: Event) -> None:  # without self, which the engine would keep alive, see below
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        jobs = [
-            Job(text, Listener(engine.writer, text, choice, send, engine.meters, given, tells, asked.gap))
-            for choice, (text, given) in enumerate(zip(asked.texts, asked.given, strict=True))
-        ]
-        try:
-            self._numbers = engine.submit(jobs)
-        except QueueFullError as error:
-            raise RefusedError(str(error), 429, headers={"Retry-After": str(error.seconds)}) from error
-        except ValueError as error:
-            raise RefusedError(str(error)) from error
-        except RuntimeError as error:
-            raise RefusedError(str(error), 503) from error
-        # A client may have left before anybody asks for events, whose end cancels. In the loop, since garbage is
-        # collected in any thread, perhaps while the engine holds its lock.
-        numbers = self._numbers
-
-        def forgotten() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(engine.cancel, numbers)
-
-        weakref.finalize(self, forgotten)
-
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """Yield what comes until all texts are at their end, one has failed, or the client has left.
-
-        RefusedError: it takes too long.
-        """
-        open_texts, looked = len(self.asked.texts), time.monotonic()
-        deadline = looked + self._seconds
-        try:
-            while open_texts:
-                event = await self._next()
-                now = time.monotonic()
-                if now > deadline:
-                    raise RefusedError(f"the answer takes longer than {self._seconds:g} s: ask for less", 504)
-                if now - looked > _GLANCE / 2:
-                    if await self._request.is_disconnected():
-                        self.gone = True
-                        return
-                    looked = now
-                if event is None:
-                    continue
-                yield event
-                if isinstance(event, Failure):
-                    return
-                open_texts -= event.stopped_by is not None
-        finally:
-            self._engine.cancel(self._numbers)
-
-    async def _next(self) -> Event | None:
-        try:
-            return await asyncio.wait_for(self._events.get(), _GLANCE)
-        except TimeoutError:
-            return None
 
 
 def _rules() -> dict[str, Any]:

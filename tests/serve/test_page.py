@@ -20,7 +20,7 @@ from tests.support.missing import unavailable
 pytestmark = pytest.mark.slow
 
 CHROMIUM = "/usr/bin/chromium"
-KEY = "a secret"
+KEY = "a-secret"
 PHONE, DESK = (360, 740), (1100, 760)
 HOSTILE = '<img src=x onerror="window.hit = 1"><script>window.hit = 1</script>&amp;\n\t  <b>b</b>'
 # Of each state of the answer: its masks, its text, and where the parts of the page are.

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import openai
 import pytest
+from typer.testing import CliRunner
 
 import bd3_scale
+from bd3_scale.cli import app
 from bd3_scale.convert.gguf import plan_gguf, write_gguf
 from tests.convert.models import BYTES, QWEN_SHAPE, native_checkpoint
 from tests.serve.servers import COMMAND, Server, served
@@ -383,3 +385,10 @@ def test_a_server_that_cannot_be_says_why(chat_checkpoint: Path, options: tuple[
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert words in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("key", ["a b", "a\nb", "schlüssel"])
+def test_a_key_that_no_header_can_bear_is_refused_at_once(tmp_path: Path, key: str) -> None:
+    done = CliRunner().invoke(app, ["serve", str(tmp_path)], env={"BD3_SCALE_API_KEY": key})
+    assert isinstance(done.exception, ValueError)
+    assert "BD3_SCALE_API_KEY holds what no header can bear" in str(done.exception)
