@@ -57,6 +57,9 @@ def serve_model(path: Path, address: Address, options: Options, say: Callable[..
     ValueError, OSError: there is no model, or the port is taken.
     """
     dtype = options.dtype and getattr(torch, options.dtype)
+    if os.environ.get("RANK", "0") == "0":
+        with _listening(address):
+            pass  # before a model is loaded for nothing
     with _opened(path, dtype) as writer:
         leads = not dist.is_initialized() or dist.get_rank() == 0
         meters = Meters()
