@@ -109,7 +109,7 @@ def check_decoding(groups) -> None:
         assert logits[..., ALLOWED].abs().max() < CAP
         nll = -logits.log_softmax(-1).gather(-1, clean[:, block, None])[..., 0]
         torch.testing.assert_close(nll, training[:, block], rtol=1e-5, atol=1e-5)
-        model.prefill(clean[:, block], positions[:, block], None, cache)
+        model.prefill(clean[:, block], positions[:, block], cache)
 
 
 def check_evaluation(groups) -> None:

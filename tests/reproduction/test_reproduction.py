@@ -154,7 +154,7 @@ def test_a_sequence_costs_its_bound_given_the_first_token(groups, model):
         position = torch.tensor([[place]])
         logits = model.decode(torch.tensor([[mask]]), position, cache).double().log_softmax(-1)
         expected -= float(logits[0, 0, tokens[0, place]]) if place else 0.0
-        model.prefill(tokens[:, place : place + 1], position, None, cache)
+        model.prefill(tokens[:, place : place + 1], position, cache)
     assert counts == [3]
     assert nats == pytest.approx([expected], abs=1e-3)
 
