@@ -68,7 +68,7 @@ def heading(number: int, text: str) -> None:
 def run(*arguments: object, capture: bool = False) -> str:
     """Show and run a `bd3-scale` command; a failure ends the quickstart with the command's exit code."""
     words = [str(argument) for argument in arguments]
-    console.print("[dim]$ bd3-scale", *(json.dumps(w) if " " in w else w for w in words), style="dim")
+    console.print("[dim]$ bd3-scale", *(json.dumps(w) if " " in w else w for w in words), style="dim", soft_wrap=True)
     done = subprocess.run([COMMAND, *words], stdout=subprocess.PIPE if capture else None, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)

@@ -29,7 +29,7 @@ MARLIN_DIVISORS = (64, 128)  # of output and of input features
 
 
 def packed_tensors(name: str, quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """What takes the place of `<name>.weight`: packed values, int32 [O, I·bits/32], scales [O, G] and shape.
+    """Return what takes the place of `<name>.weight`: packed values, int32 [O, I·bits/32], scales [O, G] and shape.
 
     ValueError: a row does not fill whole words, which engines take for granted.
     """
@@ -63,7 +63,7 @@ def unpacked_weight(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) ->
 
 
 def engine_notes(shape: tuple[int, int], scheme: Scheme) -> list[str]:
-    """What keeps Marlin, the CUDA kernel of SGLang for these weights and one of vLLM's, from a layer; empty if nothing.
+    """Return what keeps Marlin, SGLang's CUDA kernel for these weights and one of vLLM's, from a layer; else nothing.
 
     `shape` is the layer's [O, I] on one rank as an engine joins weights: q, k and v are one layer, gate and up another.
     Its conditions are those of `verify_marlin_supports_shape` and `MARLIN_SUPPORTED_GROUP_SIZES` in SGLang.

@@ -374,7 +374,7 @@ def _mask_embedding(plan: ImportPlan, embedding: Tensor) -> Tensor:
 
 
 def _keep_source_files(plan: ImportPlan, folder: Path) -> None:
-    """What an export of the same architecture writes again, and the row that the new mask takes the place of."""
+    """Keep what an export of the same architecture writes again, and the row whose place the new mask takes."""
     contents = {name: settings_of(object_in(plan.source, name)) for name in (CONFIG, GENERATION_CONFIG)}
     if plan.architecture in ARCHITECTURES:
         contents[CONFIG]["architectures"] = [plan.architecture]

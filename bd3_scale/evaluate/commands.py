@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bd3_scale.generate.config import SamplingConfig, takes_sampling
+from bd3_scale.generate.config import SamplingConfig, WeightType, takes_sampling
 from bd3_scale.observe.console import put
 from bd3_scale.observe.progress import Bar, is_rank_zero
 from bd3_scale.resilience.terminal import tell
@@ -163,13 +163,7 @@ def generate(
     *,
     sampling: SamplingConfig,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text, once or more.")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(
-            help="Of the weights in memory; a CPU that multiplies bfloat16 is quicker with it.",
-            show_default="the training's",
-        ),
-    ] = None,
+    dtype: WeightType = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show the text as it loses its masks.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> None:

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -22,6 +22,14 @@ _THRESHOLDS = {name: rule.takes_threshold for name, rule in _RULES.items() if ru
 _RANGES = "; ".join(f"{name}: {threshold.range}" for name, threshold in _THRESHOLDS.items())
 LEAST_TEMPERATURE = 1e-6  # above 0: logits divided by less may be infinite
 _DEFAULTS = "; ".join(str(threshold.default) for threshold in _THRESHOLDS.values())
+
+WeightType = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(
+        help="Of the weights in memory; a CPU that multiplies bfloat16 is quicker with it.",
+        show_default="the training's",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ Law = tuple[Rule, Drawing]
 
 
 class Denoiser:
-    """A model with room for some texts.
+    """Denoise some texts together with one model.
 
     All tensor-parallel ranks call it alike (collective). What a text becomes depends on its own request alone, whatever
     the batch around it (but for the last bits of the logits).

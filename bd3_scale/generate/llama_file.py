@@ -43,7 +43,7 @@ _EXACT = "0"  # float32, whose cache is in float32, too
 
 @dataclass(frozen=True)
 class LlamaFile:
-    """What a file says of its model. tokenizer: the folder of its tokeniser, as long as the file is open."""
+    """Hold what a file says of its model. tokenizer: the folder of its tokeniser, as long as the file is open."""
 
     manifest: CheckpointManifest
     tokenizer: Path

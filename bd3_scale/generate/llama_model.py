@@ -33,7 +33,7 @@ _CLEAR = 0.05
 
 
 class LlamaCache:
-    """What `KVCache` is to our own model: the finished blocks of texts, one sequence of llama.cpp each."""
+    """Hold the finished blocks of texts, as `KVCache` does for our own model, one sequence of llama.cpp each."""
 
     def __init__(self, context: llama_cpp.Context, texts: int, own_first: bool) -> None:
         self.context = context

@@ -19,7 +19,7 @@ _REASONS = {"length": "length", "gap": "length"}
 
 @dataclass(frozen=True)
 class Piece:
-    """What a settled block adds to a choice; `likelihoods`: of its tokens, where they were asked for.
+    """State what a settled block adds to a choice; `likelihoods`: of its tokens, where they were asked for.
 
     stopped_by, tokens, passes: of the whole text, at its end.
     """
@@ -34,7 +34,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Look:
-    """How a text stands after a pass: pieces of text, and numbers of masks between them; as `Piece` at its end."""
+    """State how a text stands after a pass: pieces of it, and numbers of masks between them; as `Piece` at its end."""
 
     choice: int
     parts: list[str | int]
@@ -45,7 +45,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there will be no text."""
+    """State why there will be no text."""
 
     message: str
 
@@ -146,7 +146,7 @@ class Listener:
 
 @dataclass(frozen=True)
 class Answer:
-    """What all objects of an answer have. kind: of the endpoint; prompt_tokens: over all prompts."""
+    """Hold what all objects of an answer have. kind: of the endpoint; prompt_tokens: over all prompts."""
 
     kind: Literal["completion", "chat"]
     identity: str

@@ -19,8 +19,9 @@ _GLANCE = 0.5  # seconds between looks whether a client is still there
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as texts: those behind one another are choices of one prompt. given: tokens of each prompt as a client
-    counts them; gap: see `Listener`.
+    """Hold a request as texts, of which those behind one another are choices of one prompt.
+
+    given: tokens of each prompt as a client counts them; gap: see `Listener`.
     """
 
     texts: list[Text]
@@ -30,7 +31,7 @@ class Asked:
 
 
 class Run:
-    """The texts of one request on their way: in the queue from now on, and out of it when nobody wants them.
+    """Put the texts of one request into the queue, and take them out of it when nobody wants them any more.
 
     tells: see there. RefusedError: there is no room in the queue, or the engine has ended.
     """

@@ -37,7 +37,7 @@ _OF_THE_CLIENT = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 
 
 class StreamOptions(BaseModel):
-    """How a stream is told."""
+    """State how a stream is told."""
 
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
@@ -125,7 +125,7 @@ class Body(BaseModel):
 
 
 class CompletionBody(Body):
-    """Of `/v1/completions`. Prompts are text, or ids of tokens."""
+    """Hold a body of `/v1/completions`. Prompts are text, or ids of tokens."""
 
     DEFAULT_TOKENS: ClassVar[int] = 16
 
@@ -148,7 +148,7 @@ class CompletionBody(Body):
 
 
 class TextPart(BaseModel):
-    """A part of a message's content."""
+    """Hold a part of a message's content."""
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
@@ -156,7 +156,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """A message of a conversation; roles are the chat template's."""
+    """Hold a message of a conversation; roles are the chat template's."""
 
     model_config = ConfigDict(extra="forbid")
     role: str
@@ -171,7 +171,7 @@ class Message(BaseModel):
 
 
 class ChatBody(Body):
-    """Of `/v1/chat/completions`."""
+    """Hold a body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None

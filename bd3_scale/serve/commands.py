@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from bd3_scale.generate.config import SamplingConfig
+from bd3_scale.generate.config import SamplingConfig, WeightType
 from bd3_scale.observe.console import say
 
 app = typer.Typer()
@@ -43,13 +43,7 @@ def serve(
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt, at the most.")] = 8192,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at the most.")] = 2048,
     max_seconds: Annotated[float, typer.Option(min=1, help="For an answer, at the most.")] = 600,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(
-            help="Of the weights in memory; a CPU that multiplies bfloat16 is quicker with it.",
-            show_default="the training's",
-        ),
-    ] = None,
+    dtype: WeightType = None,
 ) -> None:
     """Serve a model to OpenAI's clients, with a page at / that shows a text settle block by block.
 

@@ -44,7 +44,7 @@ class QueueFullError(Exception):
 
 @dataclass(frozen=True)
 class Text:
-    """A text that is asked for, see `Writer.request`; in values of JSON, which ranks tell each other."""
+    """State which text is asked for, see `Writer.request`, in values of JSON, which ranks tell each other."""
 
     prompt: list[int]
     sampling: SamplingConfig
@@ -60,7 +60,7 @@ class Text:
 
 @dataclass
 class Job:
-    """A text that somebody waits for.
+    """Hold a text that somebody waits for.
 
     listen: told in the engine's thread of the draft after each pass, to its end, or once why there will be none.
     began: when the text left the queue.
@@ -72,7 +72,7 @@ class Job:
 
 
 class Engine:
-    """A model at work.
+    """Write with a model what is asked for, in a thread.
 
     Args:
         slots: texts at once. waiting: texts that wait for one, at the most. cache_tokens: of a text that the cache

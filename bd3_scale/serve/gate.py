@@ -19,7 +19,10 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 @dataclass(frozen=True)
 class Gate:
-    """Middleware. key: which requests must bear; None: nobody but this machine can ask, and none is needed."""
+    """Let requests through to the application, or refuse them.
+
+    key: which they must bear; None: nobody but this machine can ask, and none is needed.
+    """
 
     app: ASGIApp
     key: str | None

@@ -29,7 +29,7 @@ _BODY_BYTES_PER_TOKEN = 32
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is asked; key: which requests must bear, None: only this machine asks."""
+    """State where a server is asked; key: which requests must bear, None: only this machine asks."""
 
     host: str
     port: int
@@ -38,7 +38,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Options:
-    """See `bd3-scale serve --help`."""
+    """Hold the options of `bd3-scale serve`."""
 
     name: str | None
     batch_size: int

@@ -33,7 +33,7 @@ _EVENTS = "text/event-stream"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for. new_tokens: of one text; seconds: from the question to the end of the answer."""
+    """State what a request may ask for. new_tokens: of one text; seconds: from the question to the answer's end."""
 
     prompt_tokens: int
     new_tokens: int
@@ -42,7 +42,7 @@ class Limits:
 
 
 class Web:
-    """The application of one engine. name: of the model, by which clients ask for it."""
+    """Answer HTTP for one engine. name: of the model, by which clients ask for it."""
 
     def __init__(self, engine: Engine, *, name: str, defaults: SamplingConfig, limits: Limits, key: str | None) -> None:
         self.engine, self.name, self.defaults, self.limits = engine, name, defaults, limits

@@ -8,7 +8,7 @@ import pytest
 
 
 def unavailable(reason: str) -> None:
-    """A skip that is none where every check has to run."""
+    """Skip the test; fail it where every check has to run, as in continuous integration."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
