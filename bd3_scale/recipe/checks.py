@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 from bd3_scale.recipe.data_checks import data_problems
+from bd3_scale.recipe.moe_checks import moe_problems
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import PADDING_MULTIPLE
 from bd3_scale.registry import Registry, attention_backends, objectives, optimizers, schedules
@@ -58,6 +59,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
         raise RecipeError(problems)
     problems = [
         *_model_problems(recipe.model),
+        *moe_problems(recipe, world_size),
         *_tensor_parallel_problems(recipe.model, recipe.parallel.tensor),
         *_pipeline_problems(recipe),
         *_batch_problems(recipe, world_size),

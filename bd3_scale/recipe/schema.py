@@ -39,6 +39,35 @@ class RopeScaling(Section):
     original_max_position_embeddings: PositiveInt
 
 
+class MoeRecipe(Section):
+    """Mixture of experts in place of the MLP: of each row, `top_k` of `num_experts` SwiGLU experts compute."""
+
+    num_experts: PositiveInt
+    top_k: PositiveInt = Field(description="experts that a row is sent to")
+    ffn_hidden_size: PositiveInt = Field(description="of one expert")
+    shared_ffn_hidden_size: NonNegativeInt = Field(0, description="of the expert that takes every row; 0: none")
+    first_dense_layers: NonNegativeInt = Field(
+        0, description="so many first layers have an MLP of model.ffn_hidden_size instead"
+    )
+    score: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="of a row for each expert: softmax over all (Qwen3-MoE, SDAR-MoE), sigmoid (LLaDA2)"
+    )
+    normalize_top_k: bool = Field(True, description="the scores of a row's experts are divided by their sum")
+    scale: PositiveFloat = Field(1.0, description="factor of what the experts, but the shared one, add")
+    groups: PositiveInt = Field(1, description="experts are divided into so many groups, and of each row ...")
+    top_groups: PositiveInt | None = Field(None, description="... so many take part; default: all")
+    bias: bool = Field(
+        False, description="experts that are chosen less than others get a bias for the choice (DeepSeek-V3)"
+    )
+    bias_update_rate: NonNegativeFloat = Field(0.001, description="by which a step moves each bias")
+    aux_loss: NonNegativeFloat = Field(
+        0.0, description="factor of a loss that is 1 for a sequence whose rows spread evenly over the experts"
+    )
+    z_loss: NonNegativeFloat = Field(
+        0.0, description="factor of the mean square of the router's log-sum-exp (ST-MoE), which keeps logits small"
+    )
+
+
 class ModelRecipe(Section):
     """The transformer. Defaults give the Qwen3 shape, which the serving format needs; see DESIGN on SDAR."""
 
@@ -59,6 +88,10 @@ class ModelRecipe(Section):
     tie_embeddings: bool = False
     rope_theta: PositiveFloat = 10_000.0
     rope_scaling: RopeScaling | None = None
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of a head's channels that rotary embeddings turn"
+    )
+    moe: MoeRecipe | None = Field(None, description="mixture of experts; default: every layer has one MLP")
     init_std: PositiveFloat = 0.02
 
     @property
@@ -70,6 +103,11 @@ class ModelRecipe(Section):
     def head_size(self) -> int:
         """Channels of one head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers with an MLP; those behind them, if any, have a mixture of experts."""
+        return self.num_layers if self.moe is None else self.moe.first_dense_layers
 
 
 class BlockSizePhase(Section):
@@ -205,6 +243,9 @@ class ParallelRecipe(Section):
         None, description="layers of each chunk in the order of the layers; default: as even as they go"
     )
     context: PositiveInt = Field(1, description="ranks that split the positions of a sequence")
+    expert: PositiveInt = Field(
+        1, description="data- and context-parallel ranks that share out the experts; they add no ranks"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
         description="data-parallel ranks divide 0: nothing, 1: optimiser states, 2: and reduced "
