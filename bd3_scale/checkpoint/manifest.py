@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -57,6 +57,11 @@ class FileRecord(BaseModel):
 def file_record(path: Path) -> FileRecord:
     """Return the size and hash of a file as it is now; reads it."""
     return FileRecord(bytes=path.stat().st_size, xxh3=file_hash(path))
+
+
+def weights_state(states: Collection[str]) -> str:
+    """Return which of a checkpoint's states is the model's weights outside training, see `CheckpointManifest`."""
+    return "ema" if "ema" in states else "master"
 
 
 class CheckpointManifest(BaseModel):
@@ -196,7 +201,7 @@ class CheckpointManifest(BaseModel):
     @property
     def weights_state(self) -> str:
         """Return the state that is the model's weights outside training: the average where kept, else the masters."""
-        return "ema" if "ema" in self.states else "master"
+        return weights_state(self.states)
 
 
 class CheckpointDamagedError(ValueError):

@@ -20,6 +20,7 @@ from bd3_scale.checkpoint.manifest import (
     FileRecord,
     damaged_files,
     read_manifest,
+    weights_state,
     write_manifest,
 )
 from bd3_scale.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
@@ -37,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 def boxes_to_save(zero: ZeroState, layouts: Sequence[ParameterLayout]) -> list[Box]:
     """This rank's part of a checkpoint: views of the optimiser's states."""
-    return _state_boxes(zero, layouts, writers_only=True)
+    return _state_boxes(zero, layouts, weights_state(zero.names), writers_only=True)
 
 
 def save_boxes(
@@ -92,7 +93,7 @@ def load_training_state(
             f"{checkpoint} holds no {', '.join(sorted(missing))}: set optimizer.family and optimizer.ema_decay as the "
             "run that wrote it"
         )
-    _load(checkpoint, _state_boxes(zero, layouts, writers_only=False))
+    _load(checkpoint, _state_boxes(zero, layouts, manifest.weights_state, writers_only=False))
     zero.loaded(manifest.step - manifest.skipped)
 
 
@@ -116,6 +117,7 @@ def load_initial_weights(
     for fragment in zero.fragments():
         pieces = by_parameter[id(fragment.parameter)].pieces
         boxes += boxes_of(pieces, fragment.start, {manifest.weights_state: fragment.states["master"]})
+    boxes += _untrained_boxes([layout for layout in layouts if not layout.is_trained], manifest.weights_state)
     _load(checkpoint, boxes)
     for fragment in zero.fragments():
         if "ema" in fragment.states:
@@ -123,14 +125,22 @@ def load_initial_weights(
     zero.loaded(0)
 
 
-def _state_boxes(zero: ZeroState, layouts: Sequence[ParameterLayout], *, writers_only: bool) -> list[Box]:
+def _state_boxes(zero: ZeroState, layouts: Sequence[ParameterLayout], weights: str, *, writers_only: bool) -> list[Box]:
+    """Return boxes of the optimiser's states and, as part of the state `weights`, of what no gradient changes."""
     by_parameter = {id(layout.parameter): layout for layout in layouts}
     boxes: list[Box] = []
     for fragment in zero.fragments():
         layout = by_parameter[id(fragment.parameter)]
-        if (layout.writer and zero.writer) or not writers_only:
+        if not writers_only or (layout.writer and (zero.divided or layout.replica == 0)):
             boxes += boxes_of(layout.pieces, fragment.start, fragment.states)
-    return boxes
+    others = [layout for layout in layouts if not layout.is_trained]
+    if writers_only:
+        others = [layout for layout in others if layout.writer and layout.replica == 0]
+    return boxes + _untrained_boxes(others, weights)
+
+
+def _untrained_boxes(layouts: Sequence[ParameterLayout], state: str) -> list[Box]:
+    return [box for layout in layouts for box in boxes_of(layout.pieces, 0, {state: layout.parameter.view(-1)})]
 
 
 def _load(checkpoint: Path, boxes: Sequence[Box], *, alone: bool = False) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +70,14 @@ def rotary_table(positions: Tensor, model: ModelRecipe, dtype: torch.dtype) -> T
 
 
 def plain_frequencies(model: ModelRecipe, device: torch.device | None = None) -> Tensor:
-    """Return the angles that a position turns each pair of channels by, fp32 [D / 2], before any scaling."""
-    exponents = torch.arange(0, model.head_size, 2, dtype=torch.float32, device=device) / model.head_size
-    return model.rope_theta**-exponents
+    """Return the angles that a position turns each pair of channels by, fp32 [D / 2], before any scaling.
+
+    Channel i is paired with i + D / 2, also where a part of the pairs is turned alone.
+    """
+    turned = model.rotary_channels
+    exponents = torch.arange(0, turned, 2, dtype=torch.float32, device=device) / turned
+    # The channels behind are pairs, too, which stay as they are.
+    return F.pad(model.rope_theta**-exponents, (0, (model.head_size - turned) // 2))
 
 
 def stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -282,11 +287,23 @@ class Block(Part):
         mlp: Part | None = None,
     ) -> None:
         super().__init__(config, group)
-        self.layer, self.num_layers = layer, model.num_layers
+        self.layer, self.num_layers, self.dense_layers = layer, model.num_layers, model.dense_layers
         self.input_layernorm = Norm(model, config, group)
         self.self_attention = Attention(model, config, group, layer=layer, recompute=recompute_attention)
         self.pre_mlp_layernorm = Norm(model, config, group)
         self.mlp = mlp or MLP(model, config, group)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Place the tensors of the layer; those of an MLP are numbered among layers with one, and so are mixtures'."""
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.dense_layers < self.num_layers:
+            dense = self.layer < self.dense_layers
+            number = self.layer if dense else self.layer - self.dense_layers
+            places = ((0, number, self.dense_layers if dense else self.num_layers - self.dense_layers),)
+            entries |= self.mlp.sharded_state_dict(f"{prefix}mlp.", places, metadata)
+        return cast(dict[str, Any], entries)
 
     def forward(
         self, x: Tensor, more: Tensor | None, rows: RowContext, *, add: bool = False

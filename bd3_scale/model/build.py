@@ -11,11 +11,13 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from torch import Tensor
 
 from bd3_scale.attention.backends import choose_backend
 from bd3_scale.model.block import Block
 from bd3_scale.model.config import transformer_config
 from bd3_scale.model.init import initialise_weights
+from bd3_scale.model.mixture import Mixture
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe, Recompute
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -76,11 +78,28 @@ def build_model(
 
 
 def layer_shapes(model: ModelRecipe) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a layer, whole, by its name in checkpoints after `decoder.layers.`."""
+    """Return the shape of each tensor of a layer, whole, by its name in checkpoints after `decoder.layers.`; not every
+    layer has all of them, see `layers_with`.
+    """
     config = transformer_config(model, _WHOLE, dtype=torch.float32, device=torch.device("cpu"), deterministic=False)
+    alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]  # the stub lacks it
+    groups = ProcessGroupCollection(tp=alone, cp=alone, ep=alone, expt_dp=alone)
+    tensors: dict[str, Tensor] = {}
     with torch.device("meta"):
-        layer = Block(model, config, dist.ProcessGroup(0, 1), layer=0)  # type: ignore[call-arg]  # the stub lacks it
-    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+        if model.dense_layers:
+            tensors |= Block(model, config, alone, layer=0).state_dict()
+        if model.moe is not None:
+            tensors |= Block(model, config, alone, layer=0, mlp=Mixture(model, config, groups)).state_dict()
+    # megatron-core's linears have an extra state, which is None.
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def layers_with(model: ModelRecipe, name: str) -> range:
+    """Return the layers that have a tensor of `layer_shapes`, in the order of its first axis in checkpoints."""
+    if not name.startswith("mlp.") or model.moe is None:
+        return range(model.num_layers)
+    of_mixture = name.startswith(("mlp.router.", "mlp.experts.", "mlp.shared_experts."))
+    return range(model.dense_layers, model.num_layers) if of_mixture else range(model.dense_layers)
 
 
 def _mark_split_weights(model: BlockDiffusionTransformer) -> None:

@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         entries: dict[str, Any] = {}
         for layer in cast(Sequence[Block], self.layers):
             own, shared = f"{prefix}layers.{layer.layer}.", f"{prefix}layers."
-            of_layer = layer.sharded_state_dict(own, [(0, layer.layer, layer.num_layers)], metadata)
+            of_layer = layer.sharded_state_dict(own, ((0, layer.layer, layer.num_layers),), metadata)
             replace_prefix_for_sharding(of_layer, own, shared)
             entries |= of_layer
         if self.final_layernorm is not None:

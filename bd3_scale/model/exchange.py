@@ -14,6 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -106,6 +110,24 @@ def sum_rows(rows: Tensor, pieces: int, group: ProcessGroup) -> Tensor:
     """Return this rank's part [n, …] of the sum over ranks of rows [N, …]; its gradient is gathered from all ranks."""
     found: Tensor = _Exchange.apply(rows, _summed, _gathered, pieces, group)
     return found
+
+
+def whole_rows(rows: Tensor, pieces: int, group: ProcessGroup, *, shared_out: bool) -> Tensor:
+    """Return all rows [N, …] for a function whose outputs are to be summed over ranks, see `add_partial_rows`; the
+    gradient of a rank's own is the sum of all ranks'.
+
+    shared_out: a rank has its part [n, …] of them; otherwise all.
+    """
+    if group.size() == 1:
+        return rows
+    return gather_rows(rows, pieces, group) if shared_out else copy_to_tensor_model_parallel_region(rows, group=group)
+
+
+def add_partial_rows(rows: Tensor, pieces: int, group: ProcessGroup, *, shared_out: bool) -> Tensor:
+    """Return the sum over ranks of rows [N, …]; `shared_out`: this rank's part [n, …] of it."""
+    if group.size() == 1:
+        return rows
+    return sum_rows(rows, pieces, group) if shared_out else reduce_from_tensor_model_parallel_region(rows, group=group)
 
 
 def own_rows(rows: Tensor, pieces: int, group: ProcessGroup) -> Tensor:

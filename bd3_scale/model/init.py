@@ -6,6 +6,7 @@ Each layer's full tensor is drawn from a generator keyed by (seed, name, layer),
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from bd3_scale.model.layout import Piece, parameter_layouts
 
 # Projections that write into the residual stream: their variance is divided by its number of writers (GPT-2, §2.3).
-_RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight", "experts.linear_fc2.weight")
 
 
 @torch.no_grad()
@@ -27,6 +28,8 @@ def initialise_weights(model: MegatronModule, *, num_layers: int, init_std: floa
         ValueError: another vector.
     """
     for layout in parameter_layouts([model]):
+        if not layout.is_trained:
+            continue
         flat = layout.parameter.data.view(-1)
         initial = getattr(layout.parameter, "initial", None)
         if initial is not None:
@@ -40,14 +43,22 @@ def initialise_weights(model: MegatronModule, *, num_layers: int, init_std: floa
 def _initial_box(piece: Piece, num_layers: int, init_std: float, seed: int) -> Tensor:
     if piece.key.endswith("bias"):
         return torch.zeros(piece.shape)
-    # The tensors of the decoder's layers carry the layer as a first axis.
-    of_layer = piece.key.startswith("decoder.layers.")
-    if len(piece.full_shape) != 2 + of_layer:
+    # The tensors of the decoder's layers carry the layer as a first axis, and those of experts these as the next ones.
+    is_expert = ".experts." in piece.key
+    if len(piece.full_shape) != 2 + piece.key.startswith("decoder.layers.") and not is_expert:
         raise ValueError(f"{piece.key} is no matrix, and does not say how it begins: give the parameter an `initial`")
     std = init_std / math.sqrt(2 * num_layers) if piece.key.endswith(_RESIDUAL_WRITERS) else init_std
-    layer = piece.offset[0] if of_layer else 0
-    digest = hashlib.sha256(f"{seed}/{piece.key}/{layer}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    full = torch.randn(piece.full_shape[-2:], generator=generator) * std
+    places = [range(o, o + s) for o, s in zip(piece.offset[:-2], piece.shape[:-2], strict=True)]
     rows, columns = (slice(o, o + s) for o, s in zip(piece.offset[-2:], piece.shape[-2:], strict=True))
-    return full[rows, columns]
+    matrices = [
+        _matrix("/".join(map(str, (seed, piece.key, *(place or (0,))))), piece.full_shape[-2:])[rows, columns] * std
+        for place in itertools.product(*places)
+    ]
+    return torch.stack(matrices).view(piece.shape)
+
+
+def _matrix(key: str, shape: tuple[int, ...]) -> Tensor:
+    """Return standard normal numbers that depend on the key alone."""
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,42 @@ class Piece:
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """The pieces of one parameter. `writer`: this rank writes it (its replicas on other ranks and stages do not)."""
+    """The pieces of one parameter, or of a buffer that a checkpoint keeps beside them.
 
-    parameter: nn.Parameter
+    Attributes:
+        writer: this rank writes it (its replicas on other tensor-parallel ranks and stages do not).
+        replica: which of the data-parallel replicas this is, among whom ZeRO divides the states.
+    """
+
+    parameter: Tensor
     pieces: tuple[Piece, ...]
     writer: bool
+    replica: int
+
+    @property
+    def is_trained(self) -> bool:
+        """Return whether gradients change it."""
+        return isinstance(self.parameter, nn.Parameter)
 
 
 def parameter_layouts(chunks: Sequence[MegatronModule]) -> list[ParameterLayout]:
-    """Layouts of all trained parameters of a rank's pipeline chunks, in the order of their `parameters()`."""
-    by_id = {}
+    """Layouts of all trained parameters of a rank's pipeline chunks, in the order of their `parameters()`, and of what
+    else a checkpoint keeps.
+    """
+    by_id, beside = {}, []
     for chunk in chunks:
         for entry in nested_values(chunk.sharded_state_dict()):
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(entry.data, nn.Parameter):
-                by_id[id(entry.data)] = ParameterLayout(entry.data, tuple(_pieces(entry)), _is_writer(entry.replica_id))
+            if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
+                continue
+            layout = ParameterLayout(entry.data, tuple(_pieces(entry)), *_replica(entry.replica_id))
+            if layout.is_trained:
+                by_id[id(entry.data)] = layout
+            else:
+                beside.append(layout)
     named = [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
     missing = [name for name, p in named if id(p) not in by_id]
     assert not missing, f"megatron places no checkpoint tensor for {missing}"
-    return [by_id[id(p)] for _, p in named]
+    return [*(by_id[id(p)] for _, p in named), *beside]
 
 
 def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
@@ -80,6 +98,8 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
         )
 
 
-def _is_writer(replica_id: int | tuple[int, ...]) -> bool:
-    """The last coordinate counts data-parallel replicas, whose states ZeRO divides among them."""
-    return replica_id == 0 if isinstance(replica_id, int) else not any(replica_id[:-1])
+def _replica(replica_id: int | tuple[int, ...]) -> tuple[bool, int]:
+    """Return whether a replica is the writer, and its number among data-parallel ones, its last coordinate."""
+    if isinstance(replica_id, int):
+        return replica_id == 0, 0
+    return not any(replica_id[:-1]), replica_id[-1]

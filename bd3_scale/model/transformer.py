@@ -31,6 +31,7 @@ from bd3_scale.model.embedding import Embedding
 from bd3_scale.model.exchange import gather_rows, own_rows
 from bd3_scale.model.head import OutputLayer
 from bd3_scale.model.kv_cache import Appending, KVCache
+from bd3_scale.model.mixture import Mixture
 from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowContext
 from bd3_scale.recipe.schema import ModelRecipe, ParallelRecipe, Recompute
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -79,7 +80,14 @@ class BlockDiffusionTransformer(MegatronModule):
         first = sum(chunks[:chunk])
         self.decoder = Decoder(
             [
-                Block(model, config, groups.tp, layer=layer, recompute_attention=recomputed == "selective")
+                Block(
+                    model,
+                    config,
+                    groups.tp,
+                    layer=layer,
+                    recompute_attention=recomputed == "selective",
+                    mlp=None if layer < model.dense_layers else Mixture(model, config, groups),
+                )
                 for layer in range(first, first + chunks[chunk])
             ],
             Norm(model, config, groups.tp) if self.post_process else None,
@@ -96,6 +104,12 @@ class BlockDiffusionTransformer(MegatronModule):
             return None
         weight = self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
         return cast(nn.Parameter, weight)
+
+    @property
+    def mixtures(self) -> dict[int, Mixture]:
+        """Return the mixtures of experts by the number of their layer in the model."""
+        layers = cast(Iterable[Block], self.decoder.layers)
+        return {layer.layer: layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)}
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take the previous stage's output from megatron's schedules; the first stage has none."""

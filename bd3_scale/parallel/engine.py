@@ -19,12 +19,13 @@ from bd3_scale.model.build import Chunks, build_model
 from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.model.rows import ModelInputs, to_device
 from bd3_scale.observe.flops import model_flops
+from bd3_scale.parallel.balance import Balance
 from bd3_scale.parallel.groups import DeepSpeedTopology, ProcessGroups
 from bd3_scale.parallel.optimizer import OptimizerFamily
 from bd3_scale.parallel.overlap import GradientSums, WeightGather
-from bd3_scale.parallel.parameter_groups import parameter_groups
+from bd3_scale.parallel.parameter_groups import EXPERTS, parameter_groups
 from bd3_scale.parallel.schedule import forward_backward
-from bd3_scale.parallel.zero import FlatZero, ZeroState
+from bd3_scale.parallel.zero import FlatZero, ZeroState, spreading_experts
 from bd3_scale.recipe.schema import ModelRecipe, OptimizerRecipe, ParallelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.registry import optimizers
@@ -42,7 +43,8 @@ class StepResult:
     """`loss`: the global loss of the step, in nats a token; `kinds`: of the sequences of each kind the sum of their
     losses and how many tokens they are; `grad_norm`: the global gradient norm before clipping; `lr`: the learning
     rate; `flops`: what the step needed, over all ranks (see `model_flops`); `applied`: false where a gradient of any
-    rank was not finite, so that on all ranks weights and optimiser are what they were before.
+    rank was not finite, so that on all ranks weights and optimiser are what they were before; `routed`: how many rows
+    each layer with a mixture sent to each expert, int64 [layers, 2, experts] of noisy and of clean rows, on the host.
     """
 
     loss: float
@@ -51,6 +53,7 @@ class StepResult:
     lr: float
     flops: float
     applied: bool = True
+    routed: Tensor | None = None
 
     def loss_of(self, kinds: Iterable[int]) -> float | None:
         """Return the loss in nats a token of some kinds of sequences; None: there were none."""
@@ -79,8 +82,9 @@ class TrainingEngine:
             [parameter for chunk in chunks for parameter in chunk.parameters()],
             self._family.states,
             optimizer.ema_decay,
-            writer=parallel.zero_stage > 0 or groups.dp_cp.rank() == 0,
+            divided=parallel.zero_stage > 0,
         )
+        self._balance = Balance(chunks)
         self._flat: FlatZero | None = None
         self._sums: GradientSums | None = None
         self._gather: WeightGather | None = None
@@ -90,10 +94,12 @@ class TrainingEngine:
     def _take_over(self, *, divided: bool) -> None:
         """Reduce gradients and gather weights beside computation, in DeepSpeed's place."""
         self._flat = FlatZero(self._engine)
-        flat, ranks = self._flat.groups(), self.groups.dp_cp
+        flat = self._flat.groups(self.groups.dp_cp, self.groups.expt_dp)
         late = [*self._partial_over_tp(), *self._tied()]
-        self._sums = GradientSums(flat, self._chunks, ranks, owned=divided, late=late)
-        self._gather = WeightGather(flat, self._chunks, ranks) if divided and ranks.size() > 1 else None
+        self._sums = GradientSums(flat, self._chunks, owned=divided, late=late)
+        self._gather = WeightGather(flat, self._chunks) if divided and self.groups.dp_cp.size() > 1 else None
+        if self.groups.ep.size() > 1:
+            self._flat.sum_norm_over(flat, (self.groups.dp_cp, self.groups.mp))
 
     @property
     def chunks(self) -> Chunks:
@@ -139,19 +145,24 @@ class TrainingEngine:
         # Kernels are launched and nobody has waited for one: `update` does, to learn whether a gradient is not finite.
         meanwhile()
         mine = torch.tensor([*_tokens_by_kind(micro_batches, kinds), self.flops(micro_batches)], dtype=losses.dtype)
-        totals = torch.cat([losses, to_device(mine, losses.device)])
-        losses = totals[:kinds]
+        # What a stage has a part of, and what every stage has.
+        totals = torch.cat([losses, *self._balance.counts(micro_batches[0].num_noisy), to_device(mine, losses.device)])
+        of_stages = totals[: len(totals) - len(mine)]
         # Before the update: a group's messages come one after the other, so that these would wait behind all weights,
         # and the host for these, which left no weight to arrive beside the next forward.
-        for tensor, group in ((totals, self.groups.dp_cp), (losses, self.groups.pp)):
+        for tensor, group in ((totals, self.groups.dp_cp), (of_stages, self.groups.pp)):
             # A group of one rank would answer as slowly as one of two.
             if group.size() > 1:
                 dist.all_reduce(tensor, group=group)
         grad_norm, applied = self.update(lr)
+        if applied:
+            self._balance.move(of_stages[kinds:])
+        losses = totals[:kinds]
         # The host waits for the device once.
         *told, flops, loss, norm = torch.cat([totals, losses.sum()[None], grad_norm[None]]).tolist()
-        by_kind = tuple(zip(told[:kinds], told[kinds:], strict=True))
-        return StepResult(loss / tokens, by_kind, norm, lr, flops, applied)
+        by_kind = tuple(zip(told[:kinds], told[-kinds:], strict=True))
+        routed = self._balance.by_layer(told[kinds:-kinds])
+        return StepResult(loss / tokens, by_kind, norm, lr, flops, applied, routed)
 
     def gradients(self, micro_batches: Sequence[ModelInputs], *, tokens: int, kinds: int = 1) -> Tensor:
         """Forward and backward of all micro-batches, and ZeRO's reduction; returns this rank's loss sum of each kind of
@@ -164,6 +175,8 @@ class TrainingEngine:
             collecting = self._engine.coalesce_grad_reduction()
         else:
             scale, collecting = 1 / tokens, self._sums.collect(len(micro_batches))
+        sequences = sum(len(inputs.tokens) for inputs in micro_batches) * self.groups.dp.size()
+        self._balance.begin_step(scale * tokens / sequences)
         with collecting:
             losses = forward_backward(self._chunks, micro_batches, self.groups, scale, kinds=kinds)
             _all_reduce_gradients(self._partial_over_tp(), self.groups.tp)
@@ -313,13 +326,16 @@ def _initialise_deepspeed(
     }
     # ZeRO-3 updates in parts, each of which apex would count as a step.
     one_call_on_gpu = device.type == "cuda" and not parallel.offload_optimizer and parallel.zero_stage < 3
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=family.build(of_parameters, on_gpu=one_call_on_gpu),
-        config=config,
-        mpu=DeepSpeedTopology(groups, divide_optimizer=parallel.zero_stage > 0),
-        dist_init_required=False,
-    )
+    topology = DeepSpeedTopology(groups, divide_optimizer=parallel.zero_stage > 0)
+    spread = groups.ep.size() > 1 and any(group.get("moe") for group in of_parameters)
+    with spreading_experts(EXPERTS, topology.sharers_of(groups.expt_dp)) if spread else nullcontext():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=family.build(of_parameters, on_gpu=one_call_on_gpu),
+            config=config,
+            mpu=topology,
+            dist_init_required=False,
+        )
     if bf16:
         # DeepSpeed's grad_accum_dtype is refused or ignored with coalesced reduction; this makes autograd itself sum
         # in fp32.

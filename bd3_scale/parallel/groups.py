@@ -149,11 +149,18 @@ def split_ranks(parallel: ParallelRecipe, *, timeout_minutes: int = 1, beside_gp
             f"{dist.get_world_size()} processes cannot be split by parallel.tensor={parallel.tensor} x "
             f"pipeline={parallel.pipeline} x context={parallel.context}: start a multiple of {parallel.model_size}"
         )
+    if dist.get_world_size() // (parallel.tensor * parallel.pipeline) % parallel.expert:
+        raise ValueError(
+            f"{dist.get_world_size()} processes / (tensor={parallel.tensor} x pipeline={parallel.pipeline}) do not "
+            f"divide into parallel.expert={parallel.expert}: start a multiple of "
+            f"{parallel.tensor * parallel.pipeline * parallel.expert}"
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=(parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None),
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
         # Neighbours talk most: tensor-parallel ranks within a node, stages, which exchange least, farthest apart.
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=beside_gpu,
@@ -252,6 +259,10 @@ class DeepSpeedTopology:
         self._sharers = (
             groups.dp_cp if divide_optimizer else dist.new_group([dist.get_rank()], use_local_synchronization=True)
         )
+
+    def sharers_of(self, ranks: dist.ProcessGroup) -> dist.ProcessGroup:
+        """Return among whom ZeRO divides the states of weights that `ranks` share."""
+        return ranks if self._sharers is self._groups.dp_cp else self._sharers
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._sharers

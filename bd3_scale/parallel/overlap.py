@@ -31,11 +31,13 @@ class FlatGroup:
         parameters: with the place where each begins.
         weights: all of them and some padding, [N], in the model's precision.
         share: elements of a rank's stretch, the last of which are padding.
+        ranks: those that have these weights.
     """
 
     parameters: Sequence[tuple[nn.Parameter, int]]
     weights: Tensor
     share: int
+    ranks: dist.ProcessGroup
 
 
 class Stretch(NamedTuple):
@@ -58,12 +60,11 @@ class GradientSums:
         self,
         flat: Sequence[FlatGroup],
         chunks: Chunks,
-        ranks: dist.ProcessGroup,
         *,
         owned: bool,
         late: Iterable[nn.Parameter],
     ) -> None:
-        self.groups, self._ranks, self._owned = flat, ranks, owned
+        self.groups, self._owned = flat, owned
         self.sums = [torch.zeros_like(group.weights, dtype=torch.float32) for group in flat]
         early = _layers(chunks) | _heads(chunks)
         for parameter in late:
@@ -112,15 +113,15 @@ class GradientSums:
             self._send(self._of_layer[layer])
 
     def _send(self, stretches: Iterable[Stretch]) -> None:
-        if self._ranks.size() == 1:
-            return
         for group, start, end in stretches:
-            sums = self.sums[group][start:end]
+            sums, ranks = self.sums[group][start:end], self.groups[group].ranks
+            if ranks.size() == 1:
+                continue
             if not self._owned:
-                self._under_way.append(dist.all_reduce(sums, group=self._ranks, async_op=True))
+                self._under_way.append(dist.all_reduce(sums, group=ranks, async_op=True))
                 continue
             owner = start // self.groups[group].share
-            self._under_way.append(dist.reduce(sums, group_dst=owner, group=self._ranks, async_op=True))
+            self._under_way.append(dist.reduce(sums, group_dst=owner, group=ranks, async_op=True))
 
 
 class WeightGather:
@@ -129,8 +130,8 @@ class WeightGather:
     `wait` must be called before anything but forward reads weights; forward waits for those of each part by itself.
     """
 
-    def __init__(self, flat: Sequence[FlatGroup], chunks: Chunks, ranks: dist.ProcessGroup) -> None:
-        self._flat, self._ranks = flat, ranks
+    def __init__(self, flat: Sequence[FlatGroup], chunks: Chunks) -> None:
+        self._flat = flat
         parts = _layers(chunks) | _heads(chunks)
         self._order = list(_stretches(flat, parts))
         self._order.sort(key=lambda item: _forward_order(item[0], chunks))
@@ -144,8 +145,10 @@ class WeightGather:
         """Send this rank's weights, and for those of the others."""
         for part, (group, start, end) in self._order:
             flat = self._flat[group]
+            if flat.ranks.size() == 1:
+                continue
             work = dist.broadcast(
-                flat.weights[start:end], group_src=start // flat.share, group=self._ranks, async_op=True
+                flat.weights[start:end], group_src=start // flat.share, group=flat.ranks, async_op=True
             )
             self._under_way[part].append(work)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,9 @@ from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel.collective import gather_values
 from bd3_scale.recipe.schema import OptimizerRecipe, ParameterGroup
 
+# What DeepSpeed calls the groups of parameters that are spread over expert-parallel ranks.
+EXPERTS = "experts"
+
 
 class _Kind(NamedTuple):
     """What the tensors of a group share; groups are in this order, matrices before vectors."""
@@ -27,6 +30,7 @@ class _Kind(NamedTuple):
     is_vector: bool
     lr_scale: float
     weight_decay: float
+    is_spread: bool  # over expert-parallel ranks
 
 
 def parameter_groups(
@@ -41,7 +45,8 @@ def parameter_groups(
     Raises:
         ValueError: a pattern of the recipe matches no tensor of any stage.
     """
-    named = [(_name(layout.pieces), layout.parameter) for layout in parameter_layouts(chunks)]
+    layouts = [layout for layout in parameter_layouts(chunks) if layout.is_trained]
+    named = [(_name(layout.pieces), cast(nn.Parameter, layout.parameter)) for layout in layouts]
     kinds = {name: _kind(name, parameter, optimizer) for name, parameter in named}
     everywhere = {
         name: _Kind(*kind) for stage in gather_values(_as_json(kinds), stages) for name, kind in stage.items()
@@ -52,8 +57,11 @@ def parameter_groups(
         params = [parameter for name, parameter in named if kinds[name] == kind]
         if not params:
             stand_ins.append(nn.Parameter(named[0][1].new_zeros(1)))
+            stand_ins[-1].allreduce = not kind.is_spread  # type: ignore[attr-defined]
             params = stand_ins[-1:]
-        groups.append({"params": params, "lr_scale": kind.lr_scale, "weight_decay": kind.weight_decay})
+        # The last two are DeepSpeed's: such a group is divided among other ranks, see `zero.spreading_experts`.
+        spread = {"moe": True, "name": EXPERTS} if kind.is_spread else {}
+        groups.append({"params": params, "lr_scale": kind.lr_scale, "weight_decay": kind.weight_decay, **spread})
     return groups, stand_ins
 
 
@@ -83,12 +91,12 @@ def _name(pieces: Sequence[Any]) -> str:
 
 def _kind(name: str, parameter: nn.Parameter, optimizer: OptimizerRecipe) -> _Kind:
     """Return what the patterns that match give a tensor, later ones over earlier ones."""
-    is_vector = parameter.ndim < 2
+    is_vector, is_spread = parameter.ndim < 2, not getattr(parameter, "allreduce", True)
     found = {"lr_scale": 1.0, "weight_decay": 0.0 if is_vector else optimizer.weight_decay}
     for group in optimizer.groups:
         if fnmatchcase(name, group.match):
             found |= group.settings
-    return _Kind(is_vector, **found)
+    return _Kind(is_vector, **found, is_spread=is_spread)
 
 
 def _as_json(kinds: dict[str, _Kind]) -> dict[str, list[Any]]:

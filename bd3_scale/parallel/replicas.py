@@ -52,7 +52,9 @@ def check_replicas(
     divided = any(hasattr(layout.parameter, "ds_tensor") for layout in layouts)
     whole = [i for i, layout in enumerate(layouts) if not getattr(layout.parameter, "tensor_model_parallel", False)]
     tied = [of_parameter[id(weight)] for chunk in chunks if (weight := getattr(chunk, "tied_weight", None)) is not None]
-    shared = [([] if divided else list(range(len(layouts))), groups.dp_cp), (whole, groups.tp)]
+    spread = [i for i, layout in enumerate(layouts) if not getattr(layout.parameter, "allreduce", True)]
+    others = [] if divided else sorted(set(range(len(layouts))) - set(spread))
+    shared = [(others, groups.dp_cp), (spread, groups.expt_dp), (whole, groups.tp)]
     shared += [(tied, groups.embd)] if tied else []
     differ = [place for places, group in shared for place in _different(prints, places, group)]
     if any_rank(bool(differ)):
@@ -63,7 +65,7 @@ def check_replicas(
         )
 
 
-def _held(parameter: nn.Parameter) -> Tensor:
+def _held(parameter: Tensor) -> Tensor:
     """What this rank keeps of a weight; ZeRO-3 leaves it a part."""
     part: Tensor = getattr(parameter, "ds_tensor", parameter)
     return part.data

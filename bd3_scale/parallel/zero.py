@@ -42,7 +42,7 @@ class ZeroState:
         states: what the optimiser's family keeps of each (see `OptimizerFamily`); they are made here, with `step`, a
             count that belongs to the optimiser: torch's make theirs at the first step, too late to load into.
         ema_decay: decay of the moving average of the masters, at first a lower one (see `ema_decay`); 0 keeps none.
-        writer: this rank's fragments belong into a checkpoint; false where another rank holds the same ones.
+        divided: data-parallel ranks have different fragments; otherwise all have the same ones.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class ZeroState:
         states: tuple[str, ...],
         ema_decay: float,
         *,
-        writer: bool,
+        divided: bool,
     ) -> None:
         assert not engine.zero_round_robin_gradients(), "round-robin gradients make DeepSpeed's fragment map wrong"
         assert not {"master", "ema", "step"} & set(states), f"{states} are names of what every run keeps"
         self._engine, self._parameters, self._states = engine, parameters, states
         self._ema_decay = ema_decay
-        self.writer = writer
+        self.divided = divided
         self.step = 0  # updates applied
         self._ema = [flat.detach().clone() for flat in self._masters] if ema_decay else []
         for flat in self._masters:
@@ -184,8 +184,12 @@ class FlatZero:
         for hook in self._optimizer._grad_acc_hooks:
             hook.remove()
 
-    def groups(self) -> list[FlatGroup]:
-        """Return the groups of parameters as ZeRO keeps them."""
+    def groups(self, ranks: dist.ProcessGroup, ranks_of_spread: dist.ProcessGroup) -> list[FlatGroup]:
+        """Return the groups of parameters as ZeRO keeps them.
+
+        ranks: those that have the same weights; ranks_of_spread: the same of those that are spread over
+            expert-parallel ranks.
+        """
         optimizer = self._optimizer
         assert not any(map(any, optimizer.round_robin_bit16_padding)), "parameters lie one after the other"
         return [
@@ -193,6 +197,7 @@ class FlatZero:
                 list(zip(parameters, optimizer.round_robin_bit16_offsets[number], strict=True)),
                 optimizer.bit16_groups_flat[number],
                 int(optimizer.partition_size[number]),
+                ranks if getattr(parameters[0], "allreduce", True) else ranks_of_spread,
             )
             for number, parameters in enumerate(optimizer.round_robin_bit16_groups)
         ]
@@ -209,6 +214,31 @@ class FlatZero:
             ]
             assert len(mine) == len(optimizer.params_in_partition[number])
             optimizer.averaged_gradients[number] = _Partition(mine, flat[first : first + group.share])
+
+    def sum_norm_over(self, groups: Sequence[FlatGroup], everyone: Sequence[dist.ProcessGroup]) -> None:
+        """Let the global gradient norm be taken over all ranks of `everyone`, one group after the other.
+
+        DeepSpeed's own would divide that of weights which are spread over ranks by the number of those that share
+        them. Every rank adds what it has of each gradient, or its part of what others have as well.
+        """
+        optimizer = self._optimizer
+
+        def norm() -> Tensor:
+            total = torch.zeros((), dtype=torch.float64, device=groups[0].weights.device)
+            for number, group in enumerate(groups):
+                # Without division all of `ranks` have all.
+                copies = group.ranks.size() // dist.get_world_size(optimizer.real_dp_process_group[number])
+                mine = zip(optimizer.averaged_gradients[number], optimizer.params_in_partition[number], strict=True)
+                for gradient, parameter in mine:
+                    if not getattr(parameter, "ds_pipe_replicated", False) and (
+                        getattr(parameter, "tensor_model_parallel", False) or optimizer.model_parallel_rank == 0
+                    ):
+                        total += gradient.double().square().sum() / copies
+            for ranks in everyone:
+                dist.all_reduce(total, group=ranks)
+            return total.sqrt().float()
+
+        optimizer.scaled_global_norm = norm
 
     @contextmanager
     def gathering_by(self, gather: Callable[[], None]) -> Iterator[None]:
@@ -229,6 +259,28 @@ class _Partition(list):
     def __init__(self, gradients: list[Tensor], flat: Tensor) -> None:
         super().__init__(gradients)
         self.flat_partition = flat
+
+
+@contextmanager
+def spreading_experts(name: str, ranks: dist.ProcessGroup) -> Iterator[None]:
+    """Let ZeRO 1 and 2 that are made inside divide the parameter groups called `name` among `ranks`.
+
+    DeepSpeed does so where it finds its own layers of experts. Nor may it give all data-parallel ranks the weights of
+    the first: they have them, equal where they are to be.
+    """
+    from deepspeed.runtime import engine
+
+    own, broadcast = engine.DeepSpeedZeroOptimizer, engine.DeepSpeedEngine._broadcast_model
+
+    def with_experts(*args: Any, **options: Any) -> Any:
+        groups = {"expert_parallel_group": {name: ranks}, "expert_data_parallel_group": {name: ranks}}
+        return own(*args, **options | groups | {"has_moe_layers": True})
+
+    engine.DeepSpeedZeroOptimizer, engine.DeepSpeedEngine._broadcast_model = with_experts, lambda _: None
+    try:
+        yield
+    finally:
+        engine.DeepSpeedZeroOptimizer, engine.DeepSpeedEngine._broadcast_model = own, broadcast
 
 
 def ema_decay(decay: float, updates: int) -> float:

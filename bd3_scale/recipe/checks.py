@@ -137,6 +137,12 @@ def _model_problems(model: ModelRecipe) -> Iterator[str]:
             f"a head has {model.head_size} channels, and rotary embeddings turn pairs of them: "
             f"set model.head_dim to {_nearest_multiples(model.head_size, 2)}"
         )
+    elif not model.rotary_channels or model.rotary_channels % 2:
+        yield (
+            f"model.rotary_fraction={model.rotary_fraction} of a head's {model.head_size} channels are "
+            f"{model.rotary_channels}, and rotary embeddings turn pairs of them: take a fraction that gives "
+            f"{_nearest_multiples(model.rotary_channels, 2)}"
+        )
     if model.norm_bias and model.normalization == "rmsnorm":
         yield "model.norm_bias=true, but rmsnorm has none: set model.norm_bias=false or model.normalization=layernorm"
 

@@ -54,7 +54,7 @@ def _mixture_problems(model: ModelRecipe, moe: MoeRecipe) -> Iterator[str]:
 def _group_problems(moe: MoeRecipe) -> Iterator[str]:
     top_groups = moe.top_groups or moe.groups
     if top_groups > moe.groups:
-        yield f"model.moe.top_groups={top_groups} are more than model.moe.groups={moe.groups}: take {moe.groups} or less"
+        yield f"model.moe.top_groups={top_groups} are more than model.moe.groups={moe.groups}: take {moe.groups}"
     if moe.num_experts % moe.groups:
         yield (
             f"model.moe.num_experts={moe.num_experts} does not divide into model.moe.groups={moe.groups}: "

@@ -105,6 +105,11 @@ class ModelRecipe(Section):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def rotary_channels(self) -> int:
+        """Return how many channels of a head rotary embeddings turn."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @property
     def dense_layers(self) -> int:
         """Layers with an MLP; those behind them, if any, have a mixture of experts."""
         return self.num_layers if self.moe is None else self.moe.first_dense_layers
