@@ -18,8 +18,7 @@ def moe_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
                 "set model.moe, or leave parallel.expert out"
             )
         return
-    yield from _mixture_problems(model, model.moe)
-    yield from _group_problems(model.moe)
+    yield from mixture_problems(model)
     for name, size in _widths(model.moe).items():
         if size % parallel.tensor:
             yield (
@@ -33,7 +32,11 @@ def _widths(moe: MoeRecipe) -> dict[str, int]:
     return {"ffn_hidden_size": moe.ffn_hidden_size, "shared_ffn_hidden_size": moe.shared_ffn_hidden_size}
 
 
-def _mixture_problems(model: ModelRecipe, moe: MoeRecipe) -> Iterator[str]:
+def mixture_problems(model: ModelRecipe) -> Iterator[str]:
+    """Yield the rules that a model's mixture, where it has one, breaks on any ranks, for people."""
+    if (moe := model.moe) is None:
+        return
+    yield from _group_problems(moe)
     if model.activation != "swiglu" or model.mlp_bias:
         yield (
             f"experts are SwiGLU without biases, and the model has activation={model.activation}, mlp_bias="

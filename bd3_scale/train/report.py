@@ -17,6 +17,7 @@ import torch.distributed as dist
 from bd3_scale.checkpoint.saver import Saved
 from bd3_scale.fused.ops import are_kept_away
 from bd3_scale.observe.environment import peak_cuda_bytes, peak_rss_bytes
+from bd3_scale.observe.experts import ExpertLoad, load_metrics
 from bd3_scale.observe.flops import peak_flops
 from bd3_scale.observe.metrics import METRICS_FILE, MetricsWriter
 from bd3_scale.observe.plot import interval_curve, loss_curve
@@ -43,6 +44,7 @@ class Report:
         self._metrics: MetricsWriter | None = None
         self._progress: TrainingProgress | None = None
         self._drawable = False
+        self._experts = ExpertLoad(folder, recipe.model.dense_layers)
         # Of the last steps, without and beside a save.
         self._seconds: dict[bool, deque[float]] = {saving: deque(maxlen=64) for saving in (False, True)}
 
@@ -81,6 +83,7 @@ class Report:
         self._stack.__exit__(kind, error, trace)
         if self._metrics is not None and error is None and self._drawable:
             loss_curve(self._folder / METRICS_FILE, self._folder / "loss.png")
+            self._experts.write()
             if self._recipe.diffusion.search_interval:
                 interval_curve(self._folder / METRICS_FILE, self._folder / "intervals.png")
 
@@ -94,11 +97,15 @@ class Report:
         if self._metrics is None or self._progress is None:
             return
         tokens = self._recipe.train.global_batch_size * self._recipe.data.seq_len
+        if result.routed is not None:
+            self._experts.add(step, result.routed.numpy())
         if step % self._recipe.logging.every_steps == 0 or step == self._recipe.train.steps:
             self._drawable = True
             cuda = peak_cuda_bytes()
             more = gauges() | ({} if cuda is None else {"peak_cuda_bytes": cuda})
             more |= self._losses_by_kind(step, result)
+            if result.routed is not None:
+                more |= load_metrics(result.routed.numpy(), self._recipe.model.dense_layers)
             if self._peak is not None:
                 more["mfu"] = result.flops / seconds / self._peak / dist.get_world_size()
             self._metrics.write(
