@@ -33,7 +33,8 @@ class Order(NamedTuple):
     def by(cls, keys: Tensor, each: int = 1) -> Order:
         """Return the order by a key of every copy, int64 [M]; those of one key stay as they were."""
         copies = keys.argsort(stable=True)
-        return cls(copies, copies.argsort(), each)
+        numbers = torch.arange(len(copies), device=copies.device)
+        return cls(copies, torch.empty_like(copies).scatter_(0, copies, numbers), each)
 
     def spread(self, rows: Tensor) -> Tensor:
         """Return the copies [M, …] of rows [R, …] in this order."""
