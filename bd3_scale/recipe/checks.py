@@ -29,7 +29,7 @@ def world_size_for_launch(recipe: Recipe) -> int:
     """Processes to start on this machine: `launch.processes`, else one a GPU, else the fewest the layout needs."""
     if recipe.launch.processes is not None:
         return recipe.launch.processes
-    return _gpus() or recipe.parallel.model_size
+    return _gpus() or recipe.parallel.fewest_ranks
 
 
 def _gpus() -> int:

@@ -6,6 +6,7 @@ machine (world size, data-parallel degree) from the launcher: neither is stored 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -262,6 +263,11 @@ class ParallelRecipe(Section):
     def model_size(self) -> int:
         """Ranks that together hold one replica of the model and one sequence."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def fewest_ranks(self) -> int:
+        """Ranks that the layout needs: those of as many replicas as share out the experts."""
+        return self.tensor * self.pipeline * math.lcm(self.context, self.expert)
 
     def chunks(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each pipeline chunk in the order of the layers; chunk c is on stage c mod `pipeline`.

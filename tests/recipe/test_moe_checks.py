@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bd3_scale.recipe.checks import world_size_for_launch
 from bd3_scale.recipe.moe_checks import mixture_problems
 from bd3_scale.recipe.schema import ModelRecipe, MoeRecipe
 from tests.recipe.test_checks import problems, recipe
@@ -53,6 +54,12 @@ def test_what_is_sound_passes(changes, world_size):
 def test_what_breaks_a_rule_is_told_with_the_way_out(changes, world_size, says):
     (found,) = problems(recipe(**changes), world_size)
     assert says in found
+
+
+def test_as_many_processes_start_as_the_experts_need():
+    for parallel, ranks in (({"expert": 4}, 4), ({"expert": 4, "context": 2}, 4), ({"expert": 2, "tensor": 2}, 4)):
+        changes = {f"parallel__{key}": value for key, value in parallel.items()}
+        assert world_size_for_launch(recipe(model__moe=MOE, **changes)) == ranks
 
 
 @given(

@@ -38,7 +38,7 @@ def layouts(path: Path) -> list[tuple[int, list[str]]]:
 def test_it_fits_its_ranks(path: Path) -> None:
     recipe = load_recipe(path)
     nodes, ranks = (
-        map(int, stated(path, "nodes").split(" x ")) if path in MULTI_NODE else (1, recipe.parallel.model_size)
+        map(int, stated(path, "nodes").split(" x ")) if path in MULTI_NODE else (1, recipe.parallel.fewest_ranks)
     )
     check_recipe(recipe, nodes * ranks)
     for gpus, values in layouts(path):
