@@ -98,7 +98,7 @@ class TrainingEngine:
         late = [*self._partial_over_tp(), *self._tied()]
         self._sums = GradientSums(flat, self._chunks, owned=divided, late=late)
         self._gather = WeightGather(flat, self._chunks) if divided and self.groups.dp_cp.size() > 1 else None
-        if self.groups.ep.size() > 1:
+        if not divided and self.groups.ep.size() > 1:
             self._flat.sum_norm_over(flat, (self.groups.dp_cp, self.groups.mp))
 
     @property

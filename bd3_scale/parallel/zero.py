@@ -216,24 +216,22 @@ class FlatZero:
             optimizer.averaged_gradients[number] = _Partition(mine, flat[first : first + group.share])
 
     def sum_norm_over(self, groups: Sequence[FlatGroup], everyone: Sequence[dist.ProcessGroup]) -> None:
-        """Let the global gradient norm be taken over all ranks of `everyone`, one group after the other.
+        """Let the global gradient norm be taken over all ranks of `everyone`, one group after the other, where the
+        states are not divided.
 
-        DeepSpeed's own would divide that of weights which are spread over ranks by the number of those that share
-        them. Every rank adds what it has of each gradient, or its part of what others have as well.
+        DeepSpeed, which then takes every rank for one without others, would leave out what other ranks alone have.
         """
         optimizer = self._optimizer
 
         def norm() -> Tensor:
             total = torch.zeros((), dtype=torch.float64, device=groups[0].weights.device)
             for number, group in enumerate(groups):
-                # Without division all of `ranks` have all.
-                copies = group.ranks.size() // dist.get_world_size(optimizer.real_dp_process_group[number])
                 mine = zip(optimizer.averaged_gradients[number], optimizer.params_in_partition[number], strict=True)
                 for gradient, parameter in mine:
                     if not getattr(parameter, "ds_pipe_replicated", False) and (
                         getattr(parameter, "tensor_model_parallel", False) or optimizer.model_parallel_rank == 0
                     ):
-                        total += gradient.double().square().sum() / copies
+                        total += gradient.double().square().sum() / group.ranks.size()
             for ranks in everyone:
                 dist.all_reduce(total, group=ranks)
             return total.sqrt().float()

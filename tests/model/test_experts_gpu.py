@@ -24,7 +24,12 @@ MODEL = ModelRecipe(
 
 def outputs_and_gradients(dtype: torch.dtype, device: str, counts: list[int]) -> list[Tensor]:
     (model,) = build_model(
-        MODEL, Vocabulary(size=60, eos_id=0, mask_id=57), lone_groups(), dtype=dtype, device=torch.device(device), seed=1
+        MODEL,
+        Vocabulary(size=60, eos_id=0, mask_id=57),
+        lone_groups(),
+        dtype=dtype,
+        device=torch.device(device),
+        seed=1,
     )
     experts = model.mixtures[0].experts
     generator = torch.Generator().manual_seed(0)
