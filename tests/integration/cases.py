@@ -15,6 +15,7 @@ from bd3_scale.recipe.schema import (
     DataRecipe,
     DiffusionRecipe,
     ModelRecipe,
+    MoeRecipe,
     OptimizerRecipe,
     ParallelRecipe,
     Recipe,
@@ -45,6 +46,44 @@ OFFICIAL = ModelRecipe(
     init_std=0.2,
 )
 TIED = WIDE.model_copy(update={"tie_embeddings": True, "activation": "gelu", "normalization": "layernorm"})
+# Of whose three layers with experts each stage, and each of two virtual ones, but the first has one.
+MOE = QWEN.model_copy(
+    update={
+        "moe": MoeRecipe(
+            num_experts=8,
+            top_k=2,
+            ffn_hidden_size=24,
+            shared_ffn_hidden_size=16,
+            first_dense_layers=1,
+            bias=True,
+            bias_update_rate=0.02,
+            aux_loss=0.3,
+            z_loss=0.01,
+        )
+    }
+)
+SIGMOID = QWEN.model_copy(
+    update={
+        "rotary_fraction": 0.5,
+        "moe": MoeRecipe(
+            num_experts=12,
+            top_k=3,
+            ffn_hidden_size=16,
+            shared_ffn_hidden_size=32,
+            first_dense_layers=1,
+            score="sigmoid",
+            groups=4,
+            top_groups=2,
+            scale=2.5,
+            bias=True,
+            bias_update_rate=0.02,
+        ),
+    }
+)
+# Nothing but experts, whose scores are used as they are.
+PURE = QWEN.model_copy(
+    update={"moe": MoeRecipe(num_experts=4, top_k=2, ffn_hidden_size=24, normalize_top_k=False, z_loss=0.01)}
+)
 # So few elements that rounding turns the sign of none of Lion's updates.
 SMALL = ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, init_std=0.2)
 RAGGED = [7, 1, 56]  # document lengths: ragged last blocks, and a document shorter than a block
@@ -53,6 +92,8 @@ ALIGNED = [16, 8, 40]  # whole blocks of 8, as prepared data have
 
 @dataclass(frozen=True)
 class Case:
+    """`unchosen`: an expert of every layer whose bias is so low at first that no row ever goes to it."""
+
     model: ModelRecipe
     block_size: int
     documents: list[int]
@@ -60,6 +101,8 @@ class Case:
     complementary: bool = False
     mask_noise_std: float = 0.0
     objective: str = "block_diffusion"
+    steps: int = STEPS
+    unchosen: int | None = None
 
 
 CASES = {
@@ -76,6 +119,11 @@ CASES = {
     "score-entropy": Case(WIDE, 8, ALIGNED, objective="score_entropy"),
     "mask-noise": Case(QWEN, 8, ALIGNED, copies=2, mask_noise_std=0.3),
     "complementary": Case(QWEN, 8, ALIGNED, copies=2, complementary=True),
+    "moe": Case(MOE, 8, ALIGNED, steps=5),
+    "moe-sigmoid": Case(SIGMOID, 8, ALIGNED, steps=5),
+    "moe-two-copies": Case(MOE, 8, ALIGNED, copies=2, steps=5, unchosen=5),
+    "moe-mdlm": Case(SIGMOID, LENGTH, ALIGNED, steps=5, unchosen=2),
+    "moe-next-token": Case(PURE, 1, RAGGED, objective="next_token"),
 }
 
 
@@ -184,6 +232,54 @@ def _layouts() -> dict[str, Layout]:
     }
 
 
+def _of_mixtures() -> dict[str, Layout]:
+    tp2, pp2, cp2, ep2 = {"tensor": 2}, {"pipeline": 2}, {"context": 2}, {"expert": 2}
+    sp2, vp2 = {**tp2, "sequence": True}, {**pp2, "virtual_pipeline": 2}
+    return {
+        "one moe": Layout(1, "moe"),
+        "one moe-sigmoid": Layout(1, "moe-sigmoid"),
+        "one moe-two-copies": Layout(1, "moe-two-copies"),
+        "one moe-mdlm": Layout(1, "moe-mdlm"),
+        "one moe-next-token": Layout(1, "moe-next-token"),
+        "one moe recompute-full": Layout(1, "moe", train={"recompute": "full"}),
+        "one moe recompute-selective": Layout(1, "moe", train={"recompute": "selective"}),
+        "one moe offload": Layout(1, "moe", {"offload_optimizer": True}),
+        "tp2 moe": Layout(2, "moe", tp2),
+        "tp2 sp moe": Layout(2, "moe", sp2),
+        "pp2 vpp2 moe": Layout(2, "moe", vp2),
+        "dp2 zero3 moe": Layout(2, "moe", {"zero_stage": 3}),
+        "ep2 moe": Layout(2, "moe", ep2),
+        "ep2 moe-sigmoid": Layout(2, "moe-sigmoid", ep2, core=True),
+        "ep2 moe-two-copies": Layout(2, "moe-two-copies", ep2, core=True),
+        "ep2 moe-mdlm": Layout(2, "moe-mdlm", ep2),
+        "ep2 moe-next-token": Layout(2, "moe-next-token", ep2),
+        "ep2 zero0 moe": Layout(2, "moe", {**ep2, "zero_stage": 0}),
+        "ep2 zero2 moe": Layout(2, "moe", {**ep2, "zero_stage": 2}),
+        "ep2 moe recompute-full": Layout(2, "moe", ep2, {"recompute": "full"}),
+        "ep2 moe recompute-selective": Layout(2, "moe", ep2, {"recompute": "selective"}),
+        "ep2 moe groups": Layout(2, "moe", ep2, optimizer="groups"),
+        "ep2 cp2 moe": Layout(2, "moe", {**ep2, **cp2}),
+        "ep2 cp2 moe-mdlm": Layout(2, "moe-mdlm", {**ep2, **cp2}),
+        "ep2 micro-batches of 2 moe": Layout(2, "moe", ep2, {"micro_batch_size": 2}),
+        "ep4 moe": Layout(4, "moe", {"expert": 4}),
+        "ep4 moe-sigmoid": Layout(4, "moe-sigmoid", {"expert": 4}),
+        "ep4 cp2 moe": Layout(4, "moe", {"expert": 4, **cp2}),
+        "ep2 cp2 dp2 moe": Layout(4, "moe-two-copies", {**ep2, **cp2}),
+        "ep2 dp2 zero0 moe": Layout(4, "moe", {**ep2, "zero_stage": 0}),
+        "ep2 dp2 zero1 moe": Layout(4, "moe", {**ep2, "zero_stage": 1}),
+        "ep2 dp2 zero2 moe": Layout(4, "moe", {**ep2, "zero_stage": 2}, core=True),
+        "ep2 tp2 moe": Layout(4, "moe", {**ep2, **tp2}),
+        "ep2 tp2 sp moe": Layout(4, "moe", {**ep2, **sp2}),
+        "ep2 tp2 sp moe-sigmoid": Layout(4, "moe-sigmoid", {**ep2, **sp2}),
+        "ep2 pp2 moe": Layout(4, "moe", {**ep2, **pp2}),
+        "ep2 pp2 vpp2 moe": Layout(4, "moe", {**ep2, **vp2}, core=True),
+        "ep2 pp2 vpp2 recompute-full moe-sigmoid": Layout(4, "moe-sigmoid", {**ep2, **vp2}, {"recompute": "full"}),
+        "ep2 tp2 sp cp2 moe": Layout(8, "moe", {**ep2, **sp2, **cp2}),
+        "ep2 tp2 sp pp2 vpp2 moe": Layout(8, "moe", {**ep2, **sp2, **vp2}),
+        "ep2 pp2 dp2 zero2 moe-two-copies": Layout(8, "moe-two-copies", {**ep2, **pp2, "zero_stage": 2}),
+    }
+
+
 def _of_optimizers() -> dict[str, Layout]:
     tp2, pp2 = {"tensor": 2, "sequence": True}, {"pipeline": 2}
     groups, lion = {"optimizer": "groups"}, {"optimizer": "lion"}
@@ -207,7 +303,7 @@ def _of_optimizers() -> dict[str, Layout]:
     }
 
 
-LAYOUTS = _layouts() | _of_optimizers()
+LAYOUTS = _layouts() | _of_mixtures() | _of_optimizers()
 
 
 def recipe(layout: Layout) -> Recipe:
@@ -218,7 +314,7 @@ def recipe(layout: Layout) -> Recipe:
         diffusion=DiffusionRecipe(block_size=case.block_size, noisy_copies=case.copies, objective=case.objective),
         data=DataRecipe(path="unused", seq_len=LENGTH),
         train=TrainRecipe(
-            steps=STEPS, global_batch_size=BATCH, precision="fp32", **{"micro_batch_size": 1, **layout.train}
+            steps=case.steps, global_batch_size=BATCH, precision="fp32", **{"micro_batch_size": 1, **layout.train}
         ),
         parallel=ParallelRecipe(**layout.parallel),
         optimizer=OptimizerRecipe(lr=0.01, clip_grad_norm=0.5, ema_decay=0.5, **OPTIMIZERS[layout.optimizer]),

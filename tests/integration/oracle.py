@@ -1,11 +1,11 @@
-"""Three optimiser steps of the plain PyTorch model, and how far a layout is from them."""
+"""Optimiser steps of the plain PyTorch model, and how far a layout is from them."""
 
 from __future__ import annotations
 
 import torch
 
 from tests.integration import plain_model
-from tests.integration.cases import BATCH, CASES, LENGTH, STEPS, VOCABULARY, Case, Layout, batch
+from tests.integration.cases import BATCH, CASES, LENGTH, VOCABULARY, Case, Layout, batch
 
 
 def settings(name: str, optimizer: str) -> dict[str, float]:
@@ -16,7 +16,7 @@ def settings(name: str, optimizer: str) -> dict[str, float]:
         return {"lr": 0.01, "weight_decay": decay}
     if name.startswith("embedding"):
         scale = 0.3
-    elif name in {"decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc2.weight"}:
+    elif name.endswith((".linear_fc1.weight", ".linear_fc2.weight")):
         decay = 0.3
     elif "final_layernorm" in name:
         scale, decay = 0.5, 0.05
@@ -42,34 +42,49 @@ class PlainLion(torch.optim.Optimizer):
             self.state[weight]["exp_avg"] = beta2 * momentum + (1 - beta2) * weight.grad
 
 
-def three_steps(case: Case, initial: dict[str, torch.Tensor], of: str = "adamw") -> dict:
+BIAS = "decoder.layers.mlp.router.expert_bias"
+
+
+def plain_steps(case: Case, initial: dict[str, torch.Tensor], bias: torch.Tensor | None, of: str = "adamw") -> dict:
     """The optimizer `of`, clipping by the global norm, gradient accumulation and the moving average, as plain torch
-    does them, with settings a tensor.
+    does them, with settings a tensor; and the experts' biases, from `bias` on.
     """
+    moe = case.model.moe
     weights = {key.removeprefix("master."): value.clone().requires_grad_() for key, value in initial.items()}
     groups = [{"params": [weight]} | settings(name, of) for name, weight in weights.items()]
     optimizer = PlainLion(groups) if of == "lion" else torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-4)
     average = {key: value.detach().clone() for key, value in weights.items()}
-    losses, norms = [], []
-    for step in range(STEPS):
+    losses, norms, loads, gaps = [], [], [], []
+    for step in range(case.steps):
         optimizer.zero_grad()
-        if case.objective == "next_token":
-            loss = plain_model.next_token_loss(weights, case.model, VOCABULARY, batch(case, step))
-        else:
-            loss = plain_model.loss(weights, case.model, VOCABULARY, batch(case, step), case.block_size, case.objective)
-        loss = loss / (BATCH * LENGTH)
-        loss.backward()
+        routed: list[plain_model.Routed] = []
+        tensors = weights if bias is None else weights | {BIAS: bias}
+        loss = loss_of(case, tensors, step, routed) / (BATCH * LENGTH)
+        aux, z = plain_model.balance_losses(routed, moe) if moe else (0.0, 0.0)
+        (loss + moe.aux_loss * aux + moe.z_loss * z if moe else loss).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(weights.values(), 0.5)))
         losses.append(loss.item())
         optimizer.step()
         decay = min(0.5, (2 + step) / (11 + step))  # of update step + 1
         average = {key: decay * average[key] + (1 - decay) * weights[key].detach() for key in weights}
+        if moe:
+            loads.append(plain_model.load(routed, moe.num_experts))
+            gaps.extend(layer.gap for layer in routed)
+            bias = None if bias is None else plain_model.moved(bias, loads[-1], moe)
+    assert min(gaps, default=1) > 1e-6, "an expert hangs on rounding: take another seed"
     assert min(norms) > 0.5, "the clip must act"
     states = {f"master.{key}": weight.detach() for key, weight in weights.items()}
     states |= {f"ema.{key}": value for key, value in average.items()}
     for key, weight in weights.items():
         states |= {f"{name}.{key}": value for name, value in optimizer.state[weight].items() if name != "step"}
-    return {"losses": losses, "norms": norms, "states": states}
+    return {"losses": losses, "norms": norms, "states": states, "routed": loads, "bias": bias}
+
+
+def loss_of(case: Case, weights: dict[str, torch.Tensor], step: int, routed: list) -> torch.Tensor:
+    if case.objective == "next_token":
+        return plain_model.next_token_loss(weights, case.model, VOCABULARY, batch(case, step), routed)
+    of = (VOCABULARY, batch(case, step), case.block_size, case.objective)
+    return plain_model.loss(weights, case.model, *of, routed)
 
 
 class Oracle:
@@ -79,14 +94,22 @@ class Oracle:
         self._known: dict[tuple[str, str], tuple[dict, dict]] = {}
 
     def differences(self, layout: Layout, found: dict) -> dict[str, float]:
-        """‖Δ‖/‖·‖ of losses, norms, and every weight and moving average after the last step."""
+        """‖Δ‖/‖·‖ of losses, norms, and every weight and moving average after the last step; how many rows each expert
+        was sent, and the biases that this moves, must be equal.
+        """
         key = layout.case, layout.optimizer
         if key not in self._known:
-            self._known[key] = found["initial"], three_steps(CASES[key[0]], found["initial"], key[1])
+            steps = plain_steps(CASES[key[0]], found["initial"], found["initial_bias"], key[1])
+            self._known[key] = found["initial"], steps
         initial, expected = self._known[key]
         assert found["initial"].keys() == initial.keys()
         assert all(torch.equal(found["initial"][key], initial[key]) for key in initial), "layouts begin alike"
         assert found["states"].keys() == expected["states"].keys()
+        assert len(found["routed"]) == len(expected["routed"])
+        for step, (ours, plain) in enumerate(zip(found["routed"], expected["routed"], strict=True), 1):
+            assert torch.equal(ours, plain), f"experts were sent other rows in step {step}: {ours} for {plain}"
+        same = found["bias"] is expected["bias"] or torch.equal(found["bias"], expected["bias"])
+        assert same, f"biases are {found['bias']} for {expected['bias']}"
         differ = {
             f"{name} of step {step}": abs(a - b) / abs(b)
             for name in ("losses", "norms")

@@ -1,4 +1,4 @@
-"""One rank of a layout: three optimiser steps, of which rank 0 saves losses, norms, times and full weights."""
+"""One rank of a layout: optimiser steps, of which rank 0 saves losses, norms, times and full weights."""
 
 from __future__ import annotations
 
@@ -84,21 +84,49 @@ def full_states(engine, layouts) -> dict[str, torch.Tensor]:
     return full
 
 
-def three_steps(layout: cases.Layout, groups) -> dict:
+def routers(chunks) -> dict[int, torch.nn.Module]:
+    """By the layer, from 0, in the order of the layers: those of its layers that choose experts."""
+    layers = sorted((layer.layer, layer.mlp) for chunk in chunks for layer in chunk.decoder.layers)
+    return {number: mlp.router for number, mlp in layers if hasattr(mlp, "router")}
+
+
+def expert_bias(chunks) -> torch.Tensor | None:
+    """The biases of all layers' experts, fp32 [layers, E], which ranks with the same layer must have alike; None: the
+    model has none.
+    """
+    mine = {number: getattr(router, "expert_bias", None) for number, router in routers(chunks).items()}
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {number: bias.clone() for number, bias in mine.items() if bias is not None})
+    whole: dict[int, torch.Tensor] = {}
+    for rank in everyone:
+        for number, bias in rank.items():
+            assert bias.dtype == torch.float32
+            assert torch.equal(whole.setdefault(number, bias), bias), f"ranks have other biases in layer {number}"
+    return torch.stack([whole[number] for number in sorted(whole)]) if whole else None
+
+
+def take_steps(layout: cases.Layout, groups) -> dict:
     case, recipe = cases.CASES[layout.case], cases.recipe(layout)
     check_recipe(recipe, dist.get_world_size())
     chunks = cases.build(recipe, groups)
+    if case.unchosen is not None:
+        for router in routers(chunks).values():
+            router.expert_bias[case.unchosen] = -10
     layouts = parameter_layouts(chunks)
     engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
-    initial = full_states(engine, layouts)
+    initial, initial_bias = full_states(engine, layouts), expert_bias(chunks)
     results, seconds = [], []
-    for step in range(cases.STEPS):
+    for step in range(case.steps):
         micros = micro_batches(case, step, groups, layout.micro_batch_size)
         began = time.perf_counter()
         results.append(engine.step(micros, tokens=cases.BATCH * cases.LENGTH, lr=0.01))
         seconds.append(time.perf_counter() - began)
-    assert engine.zero.step == cases.STEPS
+    assert engine.zero.step == case.steps
+    routed = [] if case.model.moe is None else [r.routed.long() for r in results]
     return {
+        "initial_bias": initial_bias,
+        "bias": expert_bias(chunks),
+        "routed": routed,
         "initial": {key: value for key, value in initial.items() if key.startswith("master.")},
         "states": full_states(engine, layouts),
         "losses": [r.loss for r in results],
@@ -110,9 +138,9 @@ def three_steps(layout: cases.Layout, groups) -> dict:
 def run_layout(name: str, out: Path) -> None:
     layout = cases.LAYOUTS[name]
     with process_groups(cases.recipe(layout).parallel) as groups:
-        first = three_steps(layout, groups)
+        first = take_steps(layout, groups)
         for _ in range(layout.repeats - 1):
-            again = three_steps(layout, groups)
+            again = take_steps(layout, groups)
             assert again["losses"] == first["losses"], (again["losses"], first["losses"])
             assert again["norms"] == first["norms"], (again["norms"], first["norms"])
             assert all(torch.equal(again["states"][key], first["states"][key]) for key in first["states"])

@@ -1,4 +1,4 @@
-"""Every parallel layout against one process of plain PyTorch: same weights, three steps, fp32, 1e-5.
+"""Every parallel layout against one process of plain PyTorch: same weights, a few steps, fp32, 1e-5.
 
 `make test` runs the layouts marked `core` in cases.py, `make test-all` all of them; parity.py prints them as a table.
 """
@@ -23,7 +23,7 @@ def oracle() -> Oracle:
     "name",
     [name if layout.core else pytest.param(name, marks=pytest.mark.slow) for name, layout in cases.LAYOUTS.items()],
 )
-def test_three_steps_are_those_of_one_process(name: str, oracle: Oracle, tmp_path: Path) -> None:
+def test_steps_are_those_of_one_process(name: str, oracle: Oracle, tmp_path: Path) -> None:
     found = measure(name, oracle, tmp_path)
     assert found["difference"] <= TOLERANCE, found
 
@@ -34,4 +34,4 @@ def test_the_matrix_holds_what_it_promises() -> None:
     assert {1, 2, 4, 8} <= {layout.world_size for layout in layouts}
     assert {layout.case for layout in layouts} == cases.CASES.keys()
     assert {layout.optimizer for layout in layouts if layout.core} == cases.OPTIMIZERS.keys()
-    assert 10 <= sum(layout.core for layout in layouts) <= 16
+    assert 10 <= sum(layout.core for layout in layouts) <= 20
