@@ -28,6 +28,13 @@ def dense_mask(doc_ids, block_size):
     return mask
 
 
+def dense_masks(doc_ids, block_size):
+    """[B, 2L, 2L]: those of sequences with the same documents are made once, since loops take their time."""
+    sequences = [tuple(row) for row in doc_ids.tolist()]
+    known = {sequence: dense_mask(sequence, block_size) for sequence in set(sequences)}
+    return torch.stack([known[sequence] for sequence in sequences])
+
+
 def norm(x, w, prefix, recipe):
     weight = w[prefix + "weight"]
     if recipe.normalization == "rmsnorm":
@@ -192,7 +199,7 @@ def token_loss(weights, recipe, vocabulary, hidden, targets, objective):
 
 def next_token_loss(weights, recipe, vocabulary, batch, routed=None):
     """Sum of −log p of every token given those before it in its document, but for its first; `routed` as in `loss`."""
-    mask = torch.stack([dense_mask(row.tolist(), 1) for row in batch["doc_ids"]])
+    mask = dense_masks(batch["doc_ids"], 1)
     length = batch["clean"].shape[1]
     passed = []
     hidden = hidden_states(weights, recipe, batch["clean"], batch["positions"], mask[:, length:, length:], 0.0, passed)
@@ -210,7 +217,7 @@ def loss(weights, recipe, vocabulary, batch, block_size, objective="block_diffus
     routed of all copies, a `Routed`.
     """
     length = batch["clean"].shape[1]
-    mask = torch.stack([dense_mask(row.tolist(), block_size) for row in batch["doc_ids"]])
+    mask = dense_masks(batch["doc_ids"], block_size)
     positions = batch["positions"].repeat(1, 2)
     total, passed = 0.0, []
     for copy, (masked, rate) in enumerate(zip(batch["masked"], batch["mask_rate"], strict=True)):
