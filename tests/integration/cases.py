@@ -92,7 +92,9 @@ ALIGNED = [16, 8, 40]  # whole blocks of 8, as prepared data have
 
 @dataclass(frozen=True)
 class Case:
-    """`unchosen`: an expert of every layer whose bias is so low at first that no row ever goes to it."""
+    """`unchosen`: an expert of every layer whose bias is so low at first that no row ever goes to it; `seed`: of
+    batches in which no choice of an expert hangs on rounding.
+    """
 
     model: ModelRecipe
     block_size: int
@@ -103,6 +105,7 @@ class Case:
     objective: str = "block_diffusion"
     steps: int = STEPS
     unchosen: int | None = None
+    seed: int = 0
 
 
 CASES = {
@@ -119,9 +122,9 @@ CASES = {
     "score-entropy": Case(WIDE, 8, ALIGNED, objective="score_entropy"),
     "mask-noise": Case(QWEN, 8, ALIGNED, copies=2, mask_noise_std=0.3),
     "complementary": Case(QWEN, 8, ALIGNED, copies=2, complementary=True),
-    "moe": Case(MOE, 8, ALIGNED, steps=5),
-    "moe-sigmoid": Case(SIGMOID, 8, ALIGNED, steps=5),
-    "moe-two-copies": Case(MOE, 8, ALIGNED, copies=2, steps=5, unchosen=5),
+    "moe": Case(MOE, 8, ALIGNED, steps=5, seed=3),
+    "moe-sigmoid": Case(SIGMOID, 8, ALIGNED, steps=5, seed=3),
+    "moe-two-copies": Case(MOE, 8, ALIGNED, copies=2, steps=5, unchosen=5, seed=12),
     "moe-mdlm": Case(SIGMOID, LENGTH, ALIGNED, steps=5, unchosen=2),
     "moe-next-token": Case(PURE, 1, RAGGED, objective="next_token"),
 }
@@ -340,7 +343,7 @@ def batch(case: Case, seed: int) -> dict[str, torch.Tensor]:
 
     masked: [copies, B, L]; mask_rate: [copies, B, L].
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1000 * case.seed + seed)
     doc_ids = torch.repeat_interleave(torch.arange(len(case.documents)), torch.tensor(case.documents))
     starts = torch.tensor([0, *case.documents[:-1]]).cumsum(0)[doc_ids]
     clean = torch.randint(0, 57, (BATCH, LENGTH), generator=generator)

@@ -1,5 +1,5 @@
-"""The plain mixture of experts, to which every layout is compared, against what is plainer still: row by row in float64,
-with weights and losses written out from the papers' formulas.
+"""The plain mixture of experts, to which every layout is compared, against what is plainer still: row by row in
+float64, with weights and losses written out from the papers' formulas.
 """
 
 from __future__ import annotations
