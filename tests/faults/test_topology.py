@@ -42,6 +42,14 @@ LAYOUTS = {
     "DP4": Layout(4, workers=2),
     "TP2 PP2": Layout(4, {"tensor": 2, "pipeline": 2}),
     "TP2 DP2 ZeRO-3": Layout(4, {"tensor": 2, "zero_stage": 3}),
+    "EP2": Layout(2, {"expert": 2}),
+    "EP2 ZeRO-2": Layout(2, {"expert": 2, "zero_stage": 2}),
+    "EP2 CP2": Layout(2, {"expert": 2, "context": 2}),
+    "EP4 ZeRO-0": Layout(4, {"expert": 4, "zero_stage": 0}),
+    "EP4": Layout(4, {"expert": 4}),
+    "EP2 DP2 ZeRO-2": Layout(4, {"expert": 2, "zero_stage": 2}),
+    "EP2 TP2": Layout(4, {"expert": 2, "tensor": 2, "sequence": True}),
+    "EP2 PP2 VPP2": Layout(4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}),
 }
 LION = {
     "family": "lion",
@@ -50,6 +58,23 @@ LION = {
         {"match": "*layernorm*", "lr_scale": 2, "weight_decay": 0.05},
         {"match": "embedding.*", "lr_scale": 0.3},
     ],
+}
+MIXTURE = {
+    "num_experts": 8,
+    "top_k": 2,
+    "ffn_hidden_size": 16,
+    "shared_ffn_hidden_size": 16,
+    "first_dense_layers": 1,
+    "bias": True,
+    "bias_update_rate": 0.01,
+    "aux_loss": 0.01,
+    "z_loss": 0.001,
+}
+# What a run is of beside its layout: sections of its recipe.
+KINDS: dict[str, dict] = {
+    "dense": {},
+    "lion": {"optimizer": LION},
+    "mixture": {"model": {"moe": MIXTURE, "init_std": 0.2}},
 }
 CORE = [("TP2", "PP2 VPP2"), ("PP2 VPP2", "TP2"), ("DP2", "1"), ("DP2 ZeRO-3", "CP2")]
 OTHERS = [
@@ -75,6 +100,20 @@ OTHERS = [
     ("DP2 ZeRO-2", "DP2"),
     ("DP2 ZeRO-3", "DP2 ZeRO-2"),
 ]
+# Between each two of EP1, 2 and 4, of the stages of ZeRO, and to and from what splits the model.
+OF_MIXTURES = [
+    ("1", "EP4"),
+    ("EP4", "EP2 TP2"),
+    ("EP2 TP2", "EP2 PP2 VPP2"),
+    ("EP2 PP2 VPP2", "1"),
+    ("EP4", "EP2 ZeRO-2"),
+    ("EP2 ZeRO-2", "EP4 ZeRO-0"),
+    ("EP4 ZeRO-0", "EP2 DP2 ZeRO-2"),
+    ("EP2 DP2 ZeRO-2", "EP2 CP2"),
+    ("EP2 CP2", "DP2 ZeRO-3"),
+    ("DP2 ZeRO-3", "EP2 TP2"),
+    ("EP2 PP2 VPP2", "TP2"),
+]
 
 
 class Place:
@@ -90,32 +129,40 @@ class Place:
         assert 1 <= sequences // 24 < LAST, "a run crosses the end of an epoch"
         self._made: dict[str, Path] = {}
 
-    def run(self, name: str, layout: Layout, last: int, begin: Path | None = None, **optimizer: object) -> Path:
+    def run(self, name: str, layout: Layout, last: int, begin: Path | None = None, kind: str = "dense") -> Path:
         """The run directory of `layout` through step `last`, from the checkpoint of `begin` on."""
         run = self.folder / name
         if begin is not None:
             shutil.copytree(begin / "checkpoints", run / "checkpoints")
+        sections = KINDS[kind]
         path = write_recipe(
             self.folder / f"{name}.yaml",
-            model={"num_layers": 4, "num_query_groups": 4},
+            model={"num_layers": 4, "num_query_groups": 4} | sections.get("model", {}),
             diffusion={"mask_rate_high": 0.9},
             data={"path": str(self.folder / "data"), "num_workers": layout.workers},
             train={"steps": 20, "global_batch_size": 24},
             evaluation={"every_steps": 0},
             guard={"replicas_every_steps": 4},
-            optimizer=optimizer,
+            optimizer=sections.get("optimizer", {}),
             parallel=layout.parallel,
             run_dir=str(run),
         )
         forks.run_ranks(go, layout.processes, load_recipe(path), last, run / "found", logs=run / "logs", timeout=120)
         return run
 
-    def begun(self, name: str, **optimizer: object) -> Path:
+    def begun(self, name: str, kind: str = "dense") -> Path:
         """A run of layout `name` up to where it is cut, taken once."""
-        key = f"{optimizer.get('family', '')} begun {name}".strip()
+        key = f"{kind} begun {name}"
         if key not in self._made:
-            self._made[key] = self.run(key, LAYOUTS[name], CUT, **optimizer)
+            self._made[key] = self.run(key, LAYOUTS[name], CUT, kind=kind)
         return self._made[key]
+
+    def whole(self, kind: str) -> dict:
+        """What a run of one process finds that nobody cuts, taken once."""
+        key = f"{kind} whole"
+        if key not in self._made:
+            self._made[key] = self.run(key, Layout(1), LAST, kind=kind)
+        return torch.load(self._made[key] / "found")
 
 
 @pytest.fixture(scope="module")
@@ -123,32 +170,41 @@ def place(tmp_path_factory):
     return Place(tmp_path_factory.mktemp("topology"))
 
 
-@pytest.fixture(scope="module")
-def whole(place):
-    """What a run of one process finds that nobody cuts."""
-    return torch.load(place.run("whole", Layout(1), LAST) / "found")
-
-
-@pytest.fixture(scope="module")
-def lions_whole(place):
-    return torch.load(place.run("lion's whole", Layout(1), LAST, **LION) / "found")
-
-
 @pytest.mark.parametrize(("first", "then"), [*CORE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)])
-def test_on_another_layout_it_goes_on_as_if_nothing_had_been(place, whole, first, then):
-    begun = place.begun(first)
-    run = place.run(f"{first} then {then}", LAYOUTS[then], LAST, begun)
-    check_together(begun, run, whole)
+def test_on_another_layout_it_goes_on_as_if_nothing_had_been(place, first, then):
+    check_goes_on(place, "dense", first, then)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"), [("TP2", "PP2 VPP2"), ("PP2 VPP2", "DP2 ZeRO-3"), ("DP2 ZeRO-3", "CP2"), ("DP2", "TP2")]
 )
-def test_lion_with_groups_goes_on_on_another_layout(place, lions_whole, first, then):
-    begun = place.begun(first, **LION)
-    run = place.run(f"lion: {first} then {then}", LAYOUTS[then], LAST, begun, **LION)
-    check_together(begun, run, lions_whole)
+def test_lion_with_groups_goes_on_on_another_layout(place, first, then):
+    check_goes_on(place, "lion", first, then)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("EP2", "PP2"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OF_MIXTURES)]
+)
+def test_experts_are_shared_out_otherwise_and_biases_go_with_them(place, first, then):
+    begun, _ = check_goes_on(place, "mixture", first, then)
+    with TensorReader(begun / "checkpoints" / f"step-{CUT:08d}") as saved:
+        # Once, with the weights that a model has outside training.
+        (name,) = (name for name in saved.shapes if name.endswith("expert_bias"))
+        assert name == "ema.decoder.layers.mlp.router.expert_bias"
+        bias = torch.as_tensor(saved.read(name, (0, 0), (3, 8)))
+        assert saved.shapes[name] == (3, 8)
+        assert bias.abs().max() > 0.01, "they have moved"
+        assert saved.shapes["master.decoder.layers.mlp.experts.linear_fc1.weight"] == (3, 8, 2, 16, 32)
+        assert saved.shapes["master.decoder.layers.mlp.linear_fc1.weight"] == (1, 128, 32)
+
+
+def check_goes_on(place: Place, kind: str, first: str, then: str) -> tuple[Path, Path]:
+    """A run that is cut on one layout and goes on on another; where it was begun, and where it went on."""
+    begun = place.begun(first, kind)
+    run = place.run(f"{kind} {first} then {then}", LAYOUTS[then], LAST, begun, kind)
+    check_together(begun, run, place.whole(kind))
+    return begun, run
 
 
 def check_together(begun: Path, run: Path, whole: dict) -> None:
@@ -168,10 +224,10 @@ def check_together(begun: Path, run: Path, whole: dict) -> None:
 
 
 @pytest.mark.slow
-def test_from_four_processes_to_one_and_on_to_two(place, whole):
+def test_from_four_processes_to_one_and_on_to_two(place):
     one = place.run("four then one", LAYOUTS["1"], CUT + 2, place.begun("DP4"))
     two = place.run("four, one, two", LAYOUTS["DP2"], LAST, one)
-    found = [torch.load(run / "found") for run in (place.begun("DP4"), one, two)]
+    found, whole = [torch.load(run / "found") for run in (place.begun("DP4"), one, two)], place.whole("dense")
     assert [part["done"] for part in found] == [0, CUT, CUT + 2]
     assert found[0]["seen"] | found[1]["seen"] | found[2]["seen"] == whole["seen"]
     losses = [loss for part in found for loss in part["losses"]]
