@@ -237,8 +237,7 @@ class FlatZero:
             return total.sqrt().float()
 
         optimizer.scaled_global_norm = norm
-        # The norm tells what is not finite, on all ranks at once: DeepSpeed's own check asks those alone that share
-        # weights, and at ZeRO 0 nobody.
+        # That tells all ranks of what is not finite; DeepSpeed's own check would ask nobody else.
         optimizer.check_overflow = lambda **_: None
 
     @contextmanager
