@@ -260,7 +260,7 @@ def _of_mixtures() -> dict[str, Layout]:
         "ep2 zero2 moe": Layout(2, "moe", {**ep2, "zero_stage": 2}),
         "ep2 moe recompute-full": Layout(2, "moe", ep2, {"recompute": "full"}),
         "ep2 moe recompute-selective": Layout(2, "moe", ep2, {"recompute": "selective"}),
-        "ep2 moe groups": Layout(2, "moe", ep2, optimizer="groups"),
+        "ep2 moe-sigmoid groups": Layout(2, "moe-sigmoid", ep2, optimizer="groups"),
         "ep2 cp2 moe": Layout(2, "moe", {**ep2, **cp2}),
         "ep2 cp2 moe-mdlm": Layout(2, "moe-mdlm", {**ep2, **cp2}),
         "ep2 micro-batches of 2 moe": Layout(2, "moe", ep2, {"micro_batch_size": 2}),

@@ -22,7 +22,7 @@ LAYOUTS = [
     (4, {**EP2, "tensor": 2, "sequence": True}),
     (4, {**EP2, "pipeline": 2, "virtual_pipeline": 2}),
 ]
-FAST = LAYOUTS[2]
+FAST = LAYOUTS[0]
 
 
 @pytest.mark.parametrize(
