@@ -63,13 +63,20 @@ RECIPE: dict[str, Any] = {
     "guard": {"replicas_every_steps": 4},
     "logging": {"wandb": {"mode": "disabled"}},
 }
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+_EXPERTS = {
+    "model.moe.num_experts": 4,
+    "model.moe.top_k": 2,
+    "model.moe.ffn_hidden_size": 16,
+    "model.moe.bias": "true",
+}
+LAYOUTS: dict[str, tuple[int, dict[str, int | str]]] = {
     "1 process": (1, {}),
     "TP2": (2, {"parallel.tensor": 2}),
     "PP2": (2, {"parallel.pipeline": 2}),
     "DP2, ZeRO-1": (2, {"parallel.zero_stage": 1}),
     "DP2, ZeRO-3": (2, {"parallel.zero_stage": 3}),
     "CP2": (2, {"parallel.context": 2}),
+    "EP2": (2, {"parallel.expert": 2, **_EXPERTS}),
 }
 
 

@@ -24,6 +24,7 @@ from bd3_scale.recipe.schema import (
     DataRecipe,
     DiffusionRecipe,
     ModelRecipe,
+    MoeRecipe,
     OptimizerRecipe,
     Recipe,
     TrainRecipe,
@@ -41,6 +42,13 @@ RECIPE = Recipe(
     optimizer=OptimizerRecipe(ema_decay=0.5),
     train=TrainRecipe(steps=1, global_batch_size=1, micro_batch_size=1),
 )
+MIXTURE = RECIPE.model_copy(
+    update={
+        "model": RECIPE.model.model_copy(
+            update={"moe": MoeRecipe(num_experts=4, top_k=2, ffn_hidden_size=8, bias=True, bias_update_rate=0.01)}
+        )
+    }
+)
 
 
 def inputs(seed):
@@ -55,9 +63,10 @@ def inputs(seed):
 class Training:
     """A small bf16 model after two steps, or fresh."""
 
-    def __init__(self, groups, seed, steps, zero_stage=1, **optimizer):
+    def __init__(self, groups, seed, steps, zero_stage=1, recipe=RECIPE, **optimizer):
+        self.recipe = recipe
         (self.model,) = chunks = build_model(
-            RECIPE.model, VOCABULARY, groups, dtype=torch.bfloat16, device=torch.device("cpu"), seed=seed
+            recipe.model, VOCABULARY, groups, dtype=torch.bfloat16, device=torch.device("cpu"), seed=seed
         )
         self.layouts = parameter_layouts(chunks)
         parallel = RECIPE.parallel.model_copy(update={"zero_stage": zero_stage})
@@ -69,7 +78,7 @@ class Training:
         tokenizer = folder.parent / "tokenizer"
         tokenizer.mkdir(exist_ok=True)
         (tokenizer / "tokenizer.json").write_text("{}")
-        manifest = manifest_of(step, RECIPE, VOCABULARY.size, self.engine.zero.names)
+        manifest = manifest_of(step, self.recipe, VOCABULARY.size, self.engine.zero.names)
         return save_boxes(
             folder,
             manifest,
@@ -134,6 +143,25 @@ def test_a_model_alone_gets_the_moving_average(trained, folder, groups):
     average = {id(f.parameter): f.states["ema"] for f in trained.engine.zero.fragments()}
     for loaded, original in zip(model.parameters(), trained.model.parameters(), strict=True):
         assert torch.equal(loaded.flatten(), average[id(original)])
+
+
+@pytest.mark.parametrize(("decay", "state"), [(0.5, "ema"), (0.0, "master")])
+def test_biases_of_experts_are_kept_once_and_come_back(groups, folder, decay, state):
+    """With the state that is the model's weights outside training, in fp32; into a training and into a model alone."""
+    written = Training(groups, seed=1, steps=2, recipe=MIXTURE, ema_decay=decay)
+    expected = [mixture.router.expert_bias.clone() for mixture in written.model.mixtures.values()]
+    assert all(bias.any() and bias.dtype == torch.float32 for bias in expected)
+    checkpoint = written.save(folder)
+    index = json.loads((checkpoint / "index.json").read_text())
+    assert [name for name in index if "bias" in name] == [f"{state}.decoder.layers.mlp.router.expert_bias"]
+    other = Training(groups, seed=7, steps=0, zero_stage=3, recipe=MIXTURE, ema_decay=decay)
+    load_training_state(checkpoint, read_manifest(checkpoint), other.engine.zero, other.layouts)
+    how = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "seed": None}
+    (alone,) = build_model(MIXTURE.model, VOCABULARY, groups, **how)
+    load_weights(checkpoint, read_manifest(checkpoint), parameter_layouts([alone]))
+    for model in (other.model, alone):
+        found = [mixture.router.expert_bias for mixture in model.mixtures.values()]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_only_json_and_safetensors_are_written(trained, folder):

@@ -18,6 +18,8 @@ LAYOUTS = {
     "three replicas": (3, "packed", {}, "linear_qkv.weight", 1),
     "tensor-parallel norm": (2, "packed", {"tensor": 2, "sequence": True}, "layernorm", 1),
     "tied over stages": (2, "tied", {"pipeline": 2}, "word_embeddings|output_layer", 1),
+    "one of two copies of experts at ZeRO-1": (4, "moe", {"expert": 2}, "experts.linear_fc1", 3),
+    "biases of experts": (3, "moe", {}, "expert_bias", 1),
     "tensor-parallel norm at ZeRO-3": (4, "packed", {"tensor": 2, "zero_stage": 3}, "layernorm", 3),
 }
 
@@ -30,7 +32,8 @@ def drift(name: str) -> None:
         layouts = parameter_layouts(chunks)
         TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
         check_replicas(chunks, layouts, groups, 0)
-        named = [(n, p) for chunk in chunks for n, p in chunk.named_parameters() if re.search(pattern, n)]
+        tensors = [named for chunk in chunks for named in (*chunk.named_parameters(), *chunk.named_buffers())]
+        named = [(n, tensor) for n, tensor in tensors if re.search(pattern, n)]
         weight = getattr(named[0][1], "ds_tensor", named[0][1]).data
         if dist.get_rank() == culprit:
             weight.view(-1)[3:4].view(torch.int32).bitwise_xor_(1)

@@ -10,10 +10,14 @@ import torch
 from tests.integration.decoding_ranks import RANKS, decode
 from tests.support.forks import run_ranks
 
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("moe", "moe-sigmoid")]
 
-@pytest.mark.parametrize("case", ["ragged", "official", "tied"])
+
+@pytest.mark.parametrize("case", ["ragged", "official", "tied", *SLOW])
 def test_tensor_parallel_ranks_decode_as_one_process(case: str, tmp_path: Path) -> None:
-    """SwiGLU with grouped heads; biases, of which the last is added once; tied embeddings and another activation."""
+    """SwiGLU with grouped heads; biases, of which the last is added once; tied embeddings and another activation;
+    experts, whose biases choose here, too.
+    """
     run_ranks(decode, RANKS, case, tmp_path / "logits.pt", logs=tmp_path)
     found = torch.load(tmp_path / "logits.pt")
     for name, expected in found["one"].items():
