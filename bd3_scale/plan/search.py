@@ -183,14 +183,35 @@ class _Search:
             check_recipe(_laid_out(self.recipe, Split(1, 1, 1), 1, 1, 1), self.gpus)
 
     def look(self, zero_stage: int, context: int) -> None:
-        """Estimate all layouts that split sequences so."""
-        for tensor in _TENSOR:
-            split = Split(tensor, context, zero_stage)
-            if tensor * context > max(self.hardware.gpus_per_node, context) or not any(self._recipes(split)):
+        """Estimate all layouts that split sequences so. Experts are shared out in a node, or where nothing fits so, over
+        nodes.
+        """
+        in_node = self.hardware.gpus_per_node
+        for over_nodes in (False, True):
+            for tensor in _TENSOR:
+                if tensor * context > max(in_node, context):
+                    continue
+                sizes = _EXPERT if self.recipe.model.moe else (1,)
+                splits = [
+                    Split(tensor, context, zero_stage, expert)
+                    for expert in sizes
+                    if (tensor * expert > in_node and expert > 1) == over_nodes
+                ]
+                best = self._best()
+                self._look_at_all(splits)
+                # Where nothing is computed again, smaller parts of layers spare nothing.
+                if best is not None and best is self._best() and best.forecast.recipe.train.recompute == "none":
+                    return
+            if self._best() is not None:
+                return
+
+    def _look_at_all(self, splits: Iterable[Split]) -> None:
+        """Estimate layouts that differ in expert-parallel ranks, until more of them help no longer."""
+        for split in splits:
+            if not any(True for _ in self._recipes(split)):
                 continue
             best = self._best()
             self._look_at(split)
-            # Where nothing is computed again, smaller parts of layers spare nothing.
             if best is not None and best is self._best() and best.forecast.recipe.train.recompute == "none":
                 return
 
@@ -199,7 +220,7 @@ class _Search:
 
     def _look_at(self, split: Split) -> None:
         """Estimate layouts of a split of layers."""
-        parts = Parts(self._traces(split, "none"))
+        parts = Parts(split, self._traces(split, "none"))
         plain = [Layout(self._estimate(parts, recipe)) for recipe in self._recipes(split)]
         found = [each for each in plain if each.possible]
         too_large = [each for each in plain if not each.possible]
@@ -267,7 +288,7 @@ class _Search:
                         yield recipe
 
     def _traces(self, split: Split, recompute: str) -> dict[Shape, Any]:
-        wanted = shapes(recompute)
+        wanted = shapes(recompute, self.recipe.model)
         jobs = [small_job(self.recipe, self.vocabulary, split, shape) for shape in wanted]
         self.progress.expect(len(jobs))
         traced = traces_of(jobs, self.hardware, device=self.device, done=self.progress.one)
@@ -308,7 +329,7 @@ def _in_order(layouts: Iterable[Layout]) -> list[Layout]:
 
 def _laid_out(recipe: Recipe, split: Split, stages: int, chunks: int, size: int) -> Recipe:
     parallel = {
-        **{"tensor": split.tensor, "sequence": split.tensor > 1, "context": split.context},
+        **{"tensor": split.tensor, "sequence": split.tensor > 1, "context": split.context, "expert": split.expert},
         **{"zero_stage": split.zero_stage, "pipeline": stages, "virtual_pipeline": chunks, "layers_per_chunk": None},
     }
     train = {"micro_batch_size": size, "recompute": "none", "recompute_layers": None}
