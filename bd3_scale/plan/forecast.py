@@ -19,7 +19,6 @@ from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-
 # How many more rows than the mean the experts of a rank may get, for which memory is kept. The experts of a rank are
 # many, so that they even out what single ones differ by; masked rows of the first layers look alike, and crowd.
 UNEVEN = 0.25
@@ -83,7 +82,7 @@ class Forecast:
             notes.append(f"all steps are taken for those after the {steps:,} of diffusion.block_size_schedule")
         if self.recipe.parallel.expert > 1:
             notes.append(
-                f"the time takes the experts of all ranks for equally busy, and a step waits for the busiest; memory is "
+                "the time takes the experts of all ranks for equally busy, and a step waits for the busiest; memory is "
                 f"kept for {UNEVEN:.0%} more rows than the mean"
             )
         return notes

@@ -1,9 +1,10 @@
 """Layouts of a run's GPUs that fit, the quickest first: estimated from a few small steps, the best ones traced whole.
 
 What a recipe says beside its layout stays. Tensor-parallel sizes are tried in ascending order until a larger one no
-longer helps though nothing is computed again; recomputation where its layout does not fit without, and would be quicker
-than what fits; ZeRO above 1 and a split of the sequence where nothing else fits. Chunks of layers are even. Of layouts
-that are nearly as quick as the quickest one, the one that splits the model least comes first.
+longer helps though nothing is computed again, and so are expert-parallel ones, in a node first; recomputation where its
+layout does not fit without, and would be quicker than what fits; ZeRO above 1 and a split of the sequence where nothing
+else fits. Chunks of layers are even. Of layouts that are nearly as quick as the quickest one, the one that splits the
+model least comes first.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _EQUAL = 0.03
 ROOM = 0.05
 _TENSOR = (1, 2, 4, 8)
 _CONTEXT = (1, 2, 4, 8)
+_EXPERT = (1, 2, 4, 8, 16, 32, 64)
 _SIZES = (1, 2, 4, 8)
 _MOST_STAGES = 16
 # Of a stage: more of them shorten the bubble by little, and take long to trace.
@@ -39,7 +41,7 @@ _MOST_CHUNKS = 4
 _LONG = 32768
 _KEYS = (
     *("parallel.tensor", "parallel.sequence", "parallel.pipeline", "parallel.virtual_pipeline"),
-    *("parallel.layers_per_chunk", "parallel.context", "parallel.zero_stage"),
+    *("parallel.layers_per_chunk", "parallel.context", "parallel.expert", "parallel.zero_stage"),
     *("train.micro_batch_size", "train.recompute", "train.recompute_layers"),
 )
 
@@ -78,7 +80,8 @@ class Layout:
     @property
     def pieces(self) -> int:
         """Return into how many parts the model is split."""
-        return self.forecast.recipe.parallel.model_size * self.forecast.recipe.parallel.virtual_pipeline
+        parallel = self.forecast.recipe.parallel
+        return parallel.model_size * parallel.virtual_pipeline * parallel.expert
 
 
 @dataclass
@@ -183,9 +186,7 @@ class _Search:
             check_recipe(_laid_out(self.recipe, Split(1, 1, 1), 1, 1, 1), self.gpus)
 
     def look(self, zero_stage: int, context: int) -> None:
-        """Estimate all layouts that split sequences so. Experts are shared out in a node, or where nothing fits so, over
-        nodes.
-        """
+        """Estimate all layouts that split sequences so; experts are in one node, or where nothing fits so, in several."""
         in_node = self.hardware.gpus_per_node
         for over_nodes in (False, True):
             for tensor in _TENSOR:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 IN_FP32 = " in fp32"
 # Groups of ranks that have the same weights, all of them or experts, by how messages between them are called.
