@@ -186,7 +186,7 @@ class _Search:
             check_recipe(_laid_out(self.recipe, Split(1, 1, 1), 1, 1, 1), self.gpus)
 
     def look(self, zero_stage: int, context: int) -> None:
-        """Estimate all layouts that split sequences so; experts are in one node, or where nothing fits so, in several."""
+        """Estimate all layouts that split sequences so; experts are in a node, or where nothing fits so, in several."""
         in_node = self.hardware.gpus_per_node
         for over_nodes in (False, True):
             for tensor in _TENSOR:
