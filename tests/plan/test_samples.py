@@ -31,9 +31,11 @@ LARGE = {
 def large(name: str) -> Job:
     layout, layers, train, parallel, micro_batches = LARGE[name]
     found = job(layout)
+    # More layers without experts than a small step would have otherwise.
+    moe = found.recipe.model.moe and found.recipe.model.moe.model_copy(update={"first_dense_layers": 2})
     recipe = found.recipe.model_copy(
         update={
-            "model": found.recipe.model.model_copy(update={"num_layers": layers}),
+            "model": found.recipe.model.model_copy(update={"num_layers": layers, "moe": moe}),
             "train": found.recipe.train.model_copy(update=train),
             "parallel": found.recipe.parallel.model_copy(update=parallel),
         }
