@@ -131,6 +131,8 @@ class _AllToAll(torch.autograd.Function):
 def on_host(counts: Tensor, total: int) -> list[int]:
     """Return counts, int64, whose sum is `total`; of a tensor without values, counts as even as they go."""
     if isinstance(counts, FakeTensor):
+        # Whoever traces is shown that the host waits.
+        counts.cpu()
         few, more = divmod(total, len(counts))
         return [few + (place < more) for place in range(len(counts))]
     found: list[int] = counts.tolist()

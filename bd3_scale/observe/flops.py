@@ -35,8 +35,8 @@ def model_flops(
     """Count the matrix products of forward and backward that a step cannot do without, in floating-point operations.
 
     The count behind MFU (Chowdhery et al., 2022, appendix B), of the mask's real pairs and the rows that something
-    reads: the last layer makes no queries, attention output or MLP of clean rows where there are noisy ones. Backward
-    is twice forward; what is recomputed there is not counted.
+    reads: the last layer makes no queries, attention output or MLP of clean rows where there are noisy ones. Of a
+    mixture the experts count that a row is sent to. Backward is twice forward; what is recomputed there is not counted.
 
     Args:
         noisy_rows, clean_rows: rows of the forward, over all sequences and noisy copies.
@@ -45,20 +45,25 @@ def model_flops(
     """
     queries = model.num_attention_heads * model.head_size
     keys = 2 * model.query_groups * model.head_size
-    mlp = model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
-    a_row = 2 * model.hidden_size * (2 * queries + mlp)
-    a_key = 2 * model.hidden_size * keys
     last_rows, last_pairs = (noisy_rows, noisy_pairs) if noisy_rows else (clean_rows, clean_pairs)
-    before = model.num_layers - 1
-    rows = before * (noisy_rows + clean_rows) + last_rows
-    pairs = before * (noisy_pairs + clean_pairs) + last_pairs
-    forward = (
-        rows * a_row
-        + model.num_layers * (noisy_rows + clean_rows) * a_key
-        + pairs * 4 * queries
-        + head_rows * 2 * model.hidden_size * vocabulary_size
+    all_rows, all_pairs, before = noisy_rows + clean_rows, noisy_pairs + clean_pairs, model.num_layers - 1
+    # Multiplications by the weights of each kind, one a row and channel of the hidden size.
+    features = (
+        (before * all_rows + last_rows) * 2 * queries
+        + model.num_layers * all_rows * keys
+        + sum((all_rows if layer < before else last_rows) * _mlp_width(model, layer) for layer in range(before + 1))
+        + head_rows * vocabulary_size
     )
-    return 3 * forward
+    pairs = before * all_pairs + last_pairs
+    return 3 * (features * 2 * model.hidden_size + pairs * 4 * queries)
+
+
+def _mlp_width(model: ModelRecipe, layer: int) -> int:
+    """Return by how many vectors of the hidden size a layer's MLP, or of a mixture what a row takes, multiplies it."""
+    if model.moe is None or layer < model.dense_layers:
+        return model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    moe = model.moe
+    return moe.num_experts + 3 * (moe.top_k * moe.ffn_hidden_size + moe.shared_ffn_hidden_size)
 
 
 def peak_flops(dtype: torch.dtype) -> float | None:

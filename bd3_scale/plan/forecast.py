@@ -14,10 +14,14 @@ from bd3_scale.plan.hardware import Hardware
 from bd3_scale.plan.job import Job
 from bd3_scale.plan.kept import traces_of
 from bd3_scale.plan.samples import samples
-from bd3_scale.plan.trace import Trace, combine
+from bd3_scale.plan.trace import Segment, Trace, combine
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
+
+# How many more rows than the mean the experts of a rank may get, for which memory is kept. The experts of a rank are
+# many, so that they even out what single ones differ by; masked rows of the first layers look alike, and crowd.
+UNEVEN = 0.25
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class StageMemory:
         peak_bytes: of its tensors.
         where: in the step the peak is.
         memory: the peak by kind.
-        card_bytes: with CUDA's context, NCCL's buffers and fragmentation.
+        uneven_bytes: of rows that the rank's experts may get beyond the mean, see `UNEVEN`.
+        card_bytes: with these, CUDA's context, NCCL's buffers and fragmentation.
         margin_bytes: left on the card; negative where it does not fit.
     """
 
@@ -36,6 +41,7 @@ class StageMemory:
     peak_bytes: int
     where: str
     memory: dict[str, int]
+    uneven_bytes: int
     card_bytes: int
     margin_bytes: int
 
@@ -74,6 +80,11 @@ class Forecast:
         if schedule := self.recipe.diffusion.block_size_schedule:
             steps = sum(phase.steps for phase in schedule)
             notes.append(f"all steps are taken for those after the {steps:,} of diffusion.block_size_schedule")
+        if self.recipe.parallel.expert > 1:
+            notes.append(
+                "the time takes the experts of all ranks for equally busy, and a step waits for the busiest; memory is "
+                f"kept for {UNEVEN:.0%} more rows than the mean"
+            )
         return notes
 
     @property
@@ -189,6 +200,7 @@ def layout(recipe: Recipe, gpus: int) -> str:
     chunks = f" x {parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
     parts += [f"pipeline {parallel.pipeline}{chunks}"] if parallel.pipeline > 1 else []
     parts += [f"context {parallel.context}"] if parallel.context > 1 else []
+    parts += [f"expert {parallel.expert}"] if parallel.expert > 1 else []
     parts += [f"data {gpus // parallel.model_size}", f"ZeRO {parallel.zero_stage}"]
     parts += [f"micro-batch {train.micro_batch_size}"]
     parts += [f"{train.recompute} recomputation"] if train.recompute != "none" else []
@@ -260,8 +272,10 @@ def traced_stages(recipe: Recipe) -> list[int]:
     """Return the pipeline stages that differ: the first, the last, and of those between the one that holds most."""
     stages = recipe.parallel.pipeline
     chunks = recipe.parallel.chunks(recipe.model.num_layers)
-    layers = [sum(chunks[stage::stages]) for stage in range(stages)]
-    between = max(range(1, stages - 1), key=lambda stage: (layers[stage], -stage), default=0)
+    dense = recipe.model.dense_layers
+    with_experts = [min(layers, max(0, sum(chunks[: chunk + 1]) - dense)) for chunk, layers in enumerate(chunks)]
+    held = [(sum(chunks[stage::stages]), sum(with_experts[stage::stages])) for stage in range(stages)]
+    between = max(range(1, stages - 1), key=lambda stage: (*held[stage], -stage), default=0)
     return sorted({0, between, stages - 1})
 
 
@@ -284,7 +298,7 @@ def assemble(
         gpus,
         hardware,
         round(trace.parameters),
-        [_memory(stage, trace, hardware) for stage, trace in traces.items()],
+        [_memory(stage, trace, recipe, hardware) for stage, trace in traces.items()],
         time,
         _parts(trace, recipe, hardware),
         _messages(trace, hardware),
@@ -292,12 +306,15 @@ def assemble(
     )
 
 
-def _memory(stage: int, trace: Trace, hardware: Hardware) -> StageMemory:
-    peak = trace.peak
-    card = peak.bytes * (1 + hardware.fragmentation) + hardware.overhead_gb * 1e9
+def _memory(stage: int, trace: Trace, recipe: Recipe, hardware: Hardware) -> StageMemory:
+    def uneven(segment: Segment) -> float:
+        return UNEVEN * segment.memory.get("routed", 0.0) * (recipe.parallel.expert > 1)
+
+    peak = max(trace.segments, key=lambda segment: segment.bytes + uneven(segment))
+    card = (peak.bytes + uneven(peak)) * (1 + hardware.fragmentation) + hardware.overhead_gb * 1e9
     by_kind = {kind: round(size) for kind, size in sorted(peak.memory.items(), key=lambda item: -item[1]) if size >= 1}
     margin = math.floor(hardware.memory_bytes - card)
-    return StageMemory(stage, round(peak.bytes), peak.name, by_kind, math.ceil(card), margin)
+    return StageMemory(stage, round(peak.bytes), peak.name, by_kind, round(uneven(peak)), math.ceil(card), margin)
 
 
 def _parts(trace: Trace, recipe: Recipe, hardware: Hardware) -> dict[str, dict[str, float]]:

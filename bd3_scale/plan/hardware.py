@@ -20,6 +20,7 @@ class Hardware(Section):
 
     device: str
     peak_flops: PositiveFloat | None = Field(None, description="dense bf16, FLOP/s; default: of the device")
+    fp32_flops: PositiveFloat = Field(67.0e12, description="of products of fp32 matrices, FLOP/s; default: H100's")
     memory_gb: PositiveFloat
     memory_bandwidth: PositiveFloat
     gpus_per_node: PositiveInt

@@ -30,7 +30,13 @@ def moved_bytes(func: Any, args: Any, kwargs: Any, after: list[Tensor], device_t
             read |= tensors
         written |= tensors if changed else {}
     both = (*read.values(), *written.values())
-    return sum(x.numel() * x.element_size() for x in both if x.device.type == device_type)
+    found = sum(_size(x) for x in both if x.device.type == device_type)
+    # A gather reads a row as often as it returns it.
+    return found + (max(0, _size(after[0]) - _size(args[0])) if name == "index" else 0)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def is_waited_for_later(func: Any, args: Any) -> bool:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bd3_scale.checkpoint.saver import HostCopies
 from bd3_scale.checkpoint.store import boxes_to_save
 from bd3_scale.data.batch import Batch
-from bd3_scale.model.build import layer_shapes
+from bd3_scale.model.build import layer_shapes, layers_with
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.objective import StepKeys, objective_of
 from bd3_scale.parallel.engine import TrainingEngine, open_engine
@@ -97,8 +97,13 @@ def num_parameters(model: ModelRecipe, vocabulary: Vocabulary) -> int:
     embedding = vocabulary.padded_size * model.hidden_size
     norm = model.hidden_size * (1 + model.norm_bias)
     head = embedding * (not model.tie_embeddings) + vocabulary.padded_size * model.head_bias
-    a_layer = sum(math.prod(shape) for shape in layer_shapes(model).values())
-    return embedding + model.num_layers * a_layer + norm + head
+    of_layers = sum(
+        len(layers_with(model, name)) * math.prod(shape)
+        for name, shape in layer_shapes(model).items()
+        # No gradient changes it.
+        if not name.endswith(".expert_bias")
+    )
+    return embedding + of_layers + norm + head
 
 
 def example_inputs(job: Job, groups: ProcessGroups) -> ModelInputs:
@@ -140,6 +145,8 @@ def _names(groups: ProcessGroups) -> dict[str, str]:
         "dp": "data",
         "embd": "tied",
         "mp": "model",
+        "ep": "expert",
+        "expt_dp": "expert-data",
     }
     names: dict[str, str] = {}
     for attribute, kind in kinds.items():

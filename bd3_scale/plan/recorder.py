@@ -26,10 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3_scale.model.block import MLP, Attention, Block, Norm
 from bd3_scale.model.decoder import Decoder
+from bd3_scale.model.experts import Experts
 from bd3_scale.model.head import OutputLayer
+from bd3_scale.model.mixture import Mixture
+from bd3_scale.model.router import Router
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.plan.operators import is_waited_for_later, lies_on, moved_bytes
-from bd3_scale.plan.trace import Key, Message, Segment, Sent, Trace, Work
+from bd3_scale.plan.trace import IN_FP32, REPLICAS, Key, Message, Segment, Sent, Trace, Work, is_product, links_of
 
 # Of CUDA's caching allocator.
 _ROUNDED_TO = 512
@@ -39,6 +42,9 @@ _PARTS: dict[type, str] = {
     Block: "residual",
     Attention: "attention",
     MLP: "mlp",
+    Mixture: "mixture",
+    Router: "router",
+    Experts: "experts",
     Norm: "norm",
     OutputLayer: "head",
 }
@@ -98,7 +104,7 @@ class Recorder(TorchDispatchMode):
         self.messages: dict[Key, Message] = {}
         self.waits: Counter[str] = Counter()
         self.order: list[Sent] = []
-        # By group, in the order in which its link takes them.
+        # By links, in the order in which these take them.
         self._under_way: dict[str, list[_UnderWay]] = {}
 
     @contextmanager
@@ -228,6 +234,8 @@ class Recorder(TorchDispatchMode):
         if name == "_to_copy" and after[0].device != before[0].device and after[0].device.type == "cpu":
             self._waited("copy to the host")
         flops, shape = self._flops(name, args, before, after)
+        if is_product(name) and args[1].dtype == torch.float32:
+            name += IN_FP32
         # A size outside the model follows from how many layers there are, and would be a key of its own.
         key = Key(self._phase, part, direction, name, shape if part else "")
         moved = moved_bytes(func, args, kwargs, after, self._device)
@@ -244,6 +252,10 @@ class Recorder(TorchDispatchMode):
             inner = args[1 if "add" in name else 0].shape[-1]
             out = after[0]
             return 2 * out.numel() * inner, "x".join(map(str, (*out.shape, inner)))
+        if name == "_grouped_mm":
+            # Rows [M, K] by the weights of their experts [e, K, N], or for the gradients of these [N, M] by [M, K].
+            rows, other = args[:2]
+            return 2 * rows.numel() * other.shape[-1], "x".join(map(str, (*rows.shape, *other.shape)))
         if name in ("block_attention", "block_attention_backward"):
             q = before[1] if name.endswith("backward") else before[0]
             a_pair = (10 if name.endswith("backward") else 4) * q.shape[3] * q.shape[2]
@@ -270,13 +282,13 @@ class Recorder(TorchDispatchMode):
             label, ranks = "pipeline", tuple(sorted((peer, dist.get_rank())))
         early = peer is None and is_waited_for_later(func, args)
         # Between replicas gradients leave as backward passes by, cut as the number of layers has it.
-        part = "" if label == "data" else part
+        part = "" if label in REPLICAS else part
         shape = f"{ranks}" if peer is not None else str(size) if part else ""
         key = Key(self._phase, part, label, name, shape)
         message = Message(ranks, 1, size)
         if early:
             works = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.ScriptObject)]
-            self._under_way.setdefault(label, []).append(_UnderWay(dist.Work.unbox(works[-1]), key, message))
+            self._under_way.setdefault(links_of(label), []).append(_UnderWay(dist.Work.unbox(works[-1]), key, message))
         else:
             self._count_message(key, message)
 
@@ -328,7 +340,8 @@ class Recorder(TorchDispatchMode):
     def _kind(self, part: str) -> str:
         if self._phase != "gradients":
             return {"engine": "buckets"}.get(self._phase, self._phase)
-        return {"": "buckets", "gradients": "gradients", "head": "head"}.get(part, "activations")
+        kinds = {"": "buckets", "gradients": "gradients", "head": "head", "mixture": "routed", "experts": "routed"}
+        return kinds.get(part, "activations")
 
     def label(self, tensor: Tensor, kind: str, *, only_outside: bool = False) -> None:
         """Count the memory of a tensor as `kind`, from its birth on; only_outside: unless the model made it."""

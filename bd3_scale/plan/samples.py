@@ -61,7 +61,9 @@ def _by_layers(recipe: Recipe, stage: int) -> list[tuple[Recipe, float]]:
         return [(recipe, 1.0)]
     recomputed = min(train.recompute_layers or mine[0], mine[0]) if train.recompute == "full" else 0
     wanted = (recomputed, mine[0] - recomputed)
-    base = (min(wanted[0], _LAYERS), min(wanted[1], _LAYERS))
+    # Layers without experts come first.
+    few = max(_LAYERS, recipe.model.dense_layers + 2) if recipe.model.moe else _LAYERS
+    base = (min(wanted[0], few), min(wanted[1], few))
     more = [(kind, wanted[kind] - base[kind]) for kind in (0, 1) if wanted[kind] > base[kind]]
     if sum(wanted) <= sum(base) + len(more):
         return [(recipe, 1.0)]

@@ -1,9 +1,10 @@
 """Layouts of a run's GPUs that fit, the quickest first: estimated from a few small steps, the best ones traced whole.
 
 What a recipe says beside its layout stays. Tensor-parallel sizes are tried in ascending order until a larger one no
-longer helps though nothing is computed again; recomputation where its layout does not fit without, and would be quicker
-than what fits; ZeRO above 1 and a split of the sequence where nothing else fits. Chunks of layers are even. Of layouts
-that are nearly as quick as the quickest one, the one that splits the model least comes first.
+longer helps though nothing is computed again, and so are expert-parallel ones, in a node first; recomputation where its
+layout does not fit without, and would be quicker than what fits; ZeRO above 1 and a split of the sequence where nothing
+else fits. Chunks of layers are even. Of layouts that are nearly as quick as the quickest one, the one that splits the
+model least comes first.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _EQUAL = 0.03
 ROOM = 0.05
 _TENSOR = (1, 2, 4, 8)
 _CONTEXT = (1, 2, 4, 8)
+_EXPERT = (1, 2, 4, 8, 16, 32, 64)
 _SIZES = (1, 2, 4, 8)
 _MOST_STAGES = 16
 # Of a stage: more of them shorten the bubble by little, and take long to trace.
@@ -39,7 +41,7 @@ _MOST_CHUNKS = 4
 _LONG = 32768
 _KEYS = (
     *("parallel.tensor", "parallel.sequence", "parallel.pipeline", "parallel.virtual_pipeline"),
-    *("parallel.layers_per_chunk", "parallel.context", "parallel.zero_stage"),
+    *("parallel.layers_per_chunk", "parallel.context", "parallel.expert", "parallel.zero_stage"),
     *("train.micro_batch_size", "train.recompute", "train.recompute_layers"),
 )
 
@@ -78,7 +80,8 @@ class Layout:
     @property
     def pieces(self) -> int:
         """Return into how many parts the model is split."""
-        return self.forecast.recipe.parallel.model_size * self.forecast.recipe.parallel.virtual_pipeline
+        parallel = self.forecast.recipe.parallel
+        return parallel.model_size * parallel.virtual_pipeline * parallel.expert
 
 
 @dataclass
@@ -183,14 +186,33 @@ class _Search:
             check_recipe(_laid_out(self.recipe, Split(1, 1, 1), 1, 1, 1), self.gpus)
 
     def look(self, zero_stage: int, context: int) -> None:
-        """Estimate all layouts that split sequences so."""
-        for tensor in _TENSOR:
-            split = Split(tensor, context, zero_stage)
-            if tensor * context > max(self.hardware.gpus_per_node, context) or not any(self._recipes(split)):
+        """Estimate all layouts that split sequences so; experts are in a node, or where nothing fits so, in several."""
+        in_node = self.hardware.gpus_per_node
+        for over_nodes in (False, True):
+            for tensor in _TENSOR:
+                if tensor * context > max(in_node, context):
+                    continue
+                sizes = _EXPERT if self.recipe.model.moe else (1,)
+                splits = [
+                    Split(tensor, context, zero_stage, expert)
+                    for expert in sizes
+                    if (tensor * expert > in_node and expert > 1) == over_nodes
+                ]
+                best = self._best()
+                self._look_at_all(splits)
+                # Where nothing is computed again, smaller parts of layers spare nothing.
+                if best is not None and best is self._best() and best.forecast.recipe.train.recompute == "none":
+                    return
+            if self._best() is not None:
+                return
+
+    def _look_at_all(self, splits: Iterable[Split]) -> None:
+        """Estimate layouts that differ in expert-parallel ranks, until more of them help no longer."""
+        for split in splits:
+            if not any(True for _ in self._recipes(split)):
                 continue
             best = self._best()
             self._look_at(split)
-            # Where nothing is computed again, smaller parts of layers spare nothing.
             if best is not None and best is self._best() and best.forecast.recipe.train.recompute == "none":
                 return
 
@@ -199,7 +221,7 @@ class _Search:
 
     def _look_at(self, split: Split) -> None:
         """Estimate layouts of a split of layers."""
-        parts = Parts(self._traces(split, "none"))
+        parts = Parts(split, self._traces(split, "none"))
         plain = [Layout(self._estimate(parts, recipe)) for recipe in self._recipes(split)]
         found = [each for each in plain if each.possible]
         too_large = [each for each in plain if not each.possible]
@@ -267,7 +289,7 @@ class _Search:
                         yield recipe
 
     def _traces(self, split: Split, recompute: str) -> dict[Shape, Any]:
-        wanted = shapes(recompute)
+        wanted = shapes(recompute, self.recipe.model)
         jobs = [small_job(self.recipe, self.vocabulary, split, shape) for shape in wanted]
         self.progress.expect(len(jobs))
         traced = traces_of(jobs, self.hardware, device=self.device, done=self.progress.one)
@@ -308,7 +330,7 @@ def _in_order(layouts: Iterable[Layout]) -> list[Layout]:
 
 def _laid_out(recipe: Recipe, split: Split, stages: int, chunks: int, size: int) -> Recipe:
     parallel = {
-        **{"tensor": split.tensor, "sequence": split.tensor > 1, "context": split.context},
+        **{"tensor": split.tensor, "sequence": split.tensor > 1, "context": split.context, "expert": split.expert},
         **{"zero_stage": split.zero_stage, "pipeline": stages, "virtual_pipeline": chunks, "layers_per_chunk": None},
     }
     train = {"micro_batch_size": size, "recompute": "none", "recompute_layers": None}

@@ -51,6 +51,7 @@ def _memory(found: Forecast) -> None:
     """Say what is on the card of a rank of each stage."""
     for rank in found.ranks:
         kinds = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in rank.memory.items() if size > 5e7)
+        kinds += f"; {rank.uneven_bytes / 1e9:.1f} for rows beyond the mean of experts" * bool(rank.uneven_bytes)
         left = f"{rank.margin_bytes / 1e9:.1f} left" if rank.margin_bytes >= 0 else "it does not fit"
         of_stage = f"stage {rank.stage}: " if found.recipe.parallel.pipeline > 1 else ""
         say(
@@ -120,7 +121,7 @@ def _layouts_table(layouts: Sequence[Layout], gpus: int) -> Table:
     for each in layouts:
         parallel, train = each.forecast.recipe.parallel, each.forecast.recipe.train
         chunks = f"x{parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
-        ranks = {"TP": parallel.tensor, "PP": parallel.pipeline, "CP": parallel.context}
+        ranks = {"TP": parallel.tensor, "PP": parallel.pipeline, "CP": parallel.context, "EP": parallel.expert}
         names = [f"{name} {size}{chunks * (name == 'PP')}" for name, size in ranks.items() if size > 1]
         names += [f"DP {gpus // parallel.model_size}", f"micro {train.micro_batch_size}"]
         names += [f"ZeRO {parallel.zero_stage}"] if len(stages) > 1 else []

@@ -3,24 +3,29 @@ takes seconds to trace.
 
 What a step does is linear in the layers of a kind, in the micro-batches and in the sequences of one, and of what ZeRO
 divides in 1 / data-parallel ranks. Six steps tell all of that for one way to split a layer; two more each way to
-recompute it. An estimate: a shape that pays, or costs, a copy of its own is not seen.
+recompute it. Where first layers have no experts and others have, half as many more tell of those. An estimate: a shape
+that pays, or costs, a copy of its own is not seen.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from bd3_scale.plan.job import Job
-from bd3_scale.plan.trace import Key, Message, Segment, Trace, combine
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.plan.trace import REPLICAS, Key, Message, Segment, Trace, combine
+from bd3_scale.recipe.schema import ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 _LAYERS = (3, 4)
+# Of the fewer, with one layer that has no experts.
+_DENSE = 1
 _SIZES = (1, 2)
 _REPLICAS = (2, 8)
 _MICRO_BATCHES = 2
 # What belongs to the weights of a stage, whichever micro-batches are under way.
+_ROWS_KEPT = ("activations", "routed")
 _STATIC = ("weights", "gradients", "optimizer", "update", "buckets")
 # To and from both neighbours.
 _ON_THEIR_WAY = 4
@@ -34,25 +39,38 @@ class Split:
     tensor: int
     context: int
     zero_stage: int
+    expert: int = 1
+
+    def replicas(self, times: int) -> int:
+        """Return data-parallel ranks that are `times` as many as expert-parallel ones need."""
+        return times * (self.expert // math.gcd(self.expert, self.context))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a small step does: `layers` of one stage, `size` sequences a micro-batch, on so many `replicas`."""
+    """What a small step does: `layers` of one stage, the first `dense` of them without experts where others have some,
+    `size` sequences a micro-batch, on `replicas` times as many data-parallel ranks as it takes, see `Split.replicas`.
+    """
 
     layers: int
     size: int
     replicas: int
     recompute: str
+    dense: int = 0
 
 
-def shapes(recompute: str) -> list[Shape]:
+def shapes(recompute: str, model: ModelRecipe) -> list[Shape]:
     """Return the small steps that tell of layers which are recomputed so, beside those that are not recomputed."""
-    if recompute != "none":
-        return [Shape(layers, 1, 2, recompute) for layers in _LAYERS]
     few, many = _REPLICAS
     kinds = [(size, few) for size in _SIZES] + [(_SIZES[0], many)]
-    return [Shape(layers, size, replicas, recompute) for size, replicas in kinds for layers in _LAYERS]
+    if recompute != "none":
+        kinds = kinds[:1]
+    layers = [(count, 0) for count in _LAYERS] + [(_LAYERS[0], _DENSE)] * _has_both_kinds(model)
+    return [Shape(count, *kind, recompute, dense) for kind in kinds for count, dense in layers]
+
+
+def _has_both_kinds(model: ModelRecipe) -> bool:
+    return 0 < model.dense_layers < model.num_layers
 
 
 def small_job(recipe: Recipe, vocabulary: Vocabulary, split: Split, shape: Shape) -> Job:
@@ -60,97 +78,107 @@ def small_job(recipe: Recipe, vocabulary: Vocabulary, split: Split, shape: Shape
     parallel = {
         **{"tensor": split.tensor, "context": split.context, "zero_stage": split.zero_stage},
         **{"sequence": split.tensor > 1, "pipeline": 1, "virtual_pipeline": 1, "layers_per_chunk": None},
+        **{"expert": split.expert},
     }
+    replicas = split.replicas(shape.replicas)
     train = {
-        **{"micro_batch_size": shape.size, "global_batch_size": _MICRO_BATCHES * shape.size * shape.replicas},
+        **{"micro_batch_size": shape.size, "global_batch_size": _MICRO_BATCHES * shape.size * replicas},
         **{"recompute": shape.recompute, "recompute_layers": None},
     }
+    moe = recipe.model.moe and recipe.model.moe.model_copy(update={"first_dense_layers": shape.dense})
     small = recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"num_layers": shape.layers}),
+            "model": recipe.model.model_copy(update={"num_layers": shape.layers, "moe": moe}),
             "parallel": recipe.parallel.model_copy(update=parallel),
             "train": recipe.train.model_copy(update=train),
         }
     )
-    return Job(small, vocabulary, 0, split.tensor * split.context * shape.replicas, _MICRO_BATCHES)
+    return Job(small, vocabulary, 0, split.tensor * split.context * replicas, _MICRO_BATCHES)
 
 
 class Parts:
     """A layer and the ends of a model, from steps that were traced, for any recipe with the same split of a layer."""
 
-    def __init__(self, traces: dict[Shape, Trace]) -> None:
+    def __init__(self, split: Split, traces: dict[Shape, Trace]) -> None:
+        self._split = split
         self._rows = _rows(traces[Shape(_LAYERS[0], 1, _REPLICAS[0], "none")])
         self._traces = {shape: _lumped(trace) for shape, trace in traces.items()}
-        self._known: dict[tuple[int, int, str], tuple[Trace, Trace]] = {}
+        self._known: dict[tuple[int, int, str], tuple[Trace, Trace, Trace]] = {}
 
     def add(self, traces: dict[Shape, Trace]) -> None:
         """Know of another way to recompute, too."""
         self._traces |= {shape: _lumped(trace) for shape, trace in traces.items()}
-
-    def knows(self, recompute: str) -> bool:
-        """Tell whether steps were traced that are recomputed so."""
-        return all(shape in self._traces for shape in shapes(recompute))
 
     def stage(self, recipe: Recipe, gpus: int, stage: int) -> Trace:
         """Return the estimated step of a rank of a stage; see `trace_rank`."""
         parallel, train, model = recipe.parallel, recipe.train, recipe.model
         replicas = gpus // parallel.model_size
         micro_batches = train.global_batch_size // (replicas * train.micro_batch_size)
-        layer, ends = self._parts(train.micro_batch_size, replicas, train.recompute)
+        layer, dense, ends = self._parts(train.micro_batch_size, replicas, train.recompute)
+        whole_model = combine(_twice([(model.num_layers, layer), (_dense(model), dense), (1.0, ends)]))
         mine = parallel.chunks(model.num_layers)[stage :: parallel.pipeline]
+        # As the layers here are on average.
+        layer = combine(_twice([(1.0, layer), (_dense_here(recipe, stage) / sum(mine), dense)]))
         first, last = stage == 0, stage == parallel.pipeline - 1
         # Of the weights at the ends, embedding and head, what is here: tied ones are at both.
         here = 1.0 if first and last else (first + last) * (1.0 if model.tie_embeddings else 0.5)
-        # Layers that have as many weights as those of the stage, beside all weights at the ends.
-        weights = sum(mine) - (1 - here) * ends.parameters / layer.parameters
         repeated = micro_batches / _MICRO_BATCHES
         of_ends = _ends_here(first, last)
         whole = combine(
             _twice(
                 [
                     (sum(mine) * repeated, _only(layer, _in_layers)),
-                    (weights * (micro_batches - 1), _only(layer, _added_up)),
-                    (micro_batches - 1, _only(ends, _added_up)),
+                    (sum(mine) * (micro_batches - 1), _only(layer, _added_up)),
+                    (here * (micro_batches - 1), _only(ends, _added_up)),
                     (repeated, _only(ends, lambda key: _in_layers(key) and of_ends(key))),
-                    (weights, _only(layer, _outside)),
-                    (1.0, _only(ends, _outside)),
+                    (sum(mine), _only(layer, _outside)),
+                    (here, _only(ends, _outside)),
                 ]
             )
         )
         self._send_between(whole, recipe, gpus, stage, micro_batches, ends)
         return replace(
             whole,
-            segments=_segments(layer, ends, recipe, stage, micro_batches, weights, self._message_bytes(recipe)),
+            segments=_segments(layer, ends, recipe, stage, micro_batches, here, self._message_bytes(recipe)),
             micro_batches=micro_batches,
-            flops=(model.num_layers * layer.flops + ends.flops) * repeated,
-            parameters=model.num_layers * layer.parameters + ends.parameters,
+            flops=whole_model.flops * repeated,
+            parameters=whole_model.parameters,
         )
 
-    def _parts(self, size: int, replicas: int, recompute: str) -> tuple[Trace, Trace]:
-        """Return a layer between others, and all that is beside layers, with what the last layer spares."""
+    def _parts(self, size: int, replicas: int, recompute: str) -> tuple[Trace, Trace, Trace]:
+        """Return a layer between others, what one without experts does beyond it, and all that is beside layers, with
+        what the last layer spares.
+        """
         found = self._known.get((size, replicas, recompute))
         if found is None:
             few, many = _LAYERS
-            fewer, more = (combine(_twice(self._of(layers, size, replicas, recompute))) for layers in (few, many))
-            layer = combine(_twice([(1, more), (-1, fewer)]))
-            found = layer, combine(_twice([(1, fewer), (-few, layer)]))
+
+            def step(layers: int, dense: int = 0) -> Trace:
+                return combine(_twice(self._of(Shape(layers, size, replicas, recompute, dense))))
+
+            fewer = step(few)
+            layer = combine(_twice([(1, step(many)), (-1, fewer)]))
+            has_dense = any(shape.dense for shape in self._traces)
+            dense = combine(_twice([(1 / _DENSE, step(few, _DENSE) if has_dense else fewer), (-1 / _DENSE, fewer)]))
+            found = layer, dense, combine(_twice([(1, fewer), (-few, layer)]))
             self._known[size, replicas, recompute] = found
         return found
 
-    def _of(self, layers: int, size: int, replicas: int, recompute: str) -> _Weighted:
-        """Return a step of other sizes as a sum of those that were traced."""
+    def _of(self, wanted: Shape) -> _Weighted:
+        """Return a step of another size on other ranks as a sum of those that were traced."""
 
         def traced(size: int, replicas: int, recompute: str = "none") -> Trace:
-            return self._traces[Shape(layers, size, replicas, recompute)]
+            return self._traces[replace(wanted, size=size, replicas=replicas, recompute=recompute)]
 
+        size, replicas = wanted.size, wanted.replicas / self._split.replicas(1)
         one, two = _SIZES
         few, many = _REPLICAS
         more = (1 / replicas - 1 / few) / (1 / many - 1 / few)
         scaled = _among(traced(one, few), replicas / few)
         parts = [(float(two - size), scaled), (float(size - one), _among(traced(two, few), replicas / few))]
         parts += [(more, traced(one, many)), (-more, traced(one, few))]
-        if recompute != "none":
-            parts += [(float(size), traced(one, few, recompute)), (-float(size), traced(one, few))]
+        if wanted.recompute != "none":
+            parts += [(float(size), traced(one, few, wanted.recompute)), (-float(size), traced(one, few))]
         return parts
 
     def _message_bytes(self, recipe: Recipe) -> float:
@@ -187,15 +215,17 @@ class Parts:
 
 
 def _segments(
-    layer: Trace, ends: Trace, recipe: Recipe, stage: int, micro_batches: int, weights: float, message: float
+    layer: Trace, ends: Trace, recipe: Recipe, stage: int, micro_batches: int, here: float, message: float
 ) -> list[Segment]:
-    """Memory over a step, of the last micro-batch that is under way with all others."""
+    """Memory over a step, of the last micro-batch that is under way with all others; here: which share of the weights
+    at the ends.
+    """
     parallel = recipe.parallel
-    chunk = parallel.chunks(recipe.model.num_layers)[stage :: parallel.pipeline][-1]
+    mine = parallel.chunks(recipe.model.num_layers)[stage :: parallel.pipeline]
+    chunk = mine[-1]
     names = [segment.name for segment in ends.segments]
-    saved = layer.segments[names.index("head forward")].memory.get("activations", 0.0) * chunk
+    saved = layer.segments[names.index("head forward")].memory
     under_way = _under_way(recipe, stage, micro_batches)
-    beside = saved * (under_way - 1)
     # Interleaved schedules send beside computation: what a chunk has sent stays, and some is on its way.
     sent = message * (under_way + _ON_THEIR_WAY) if parallel.virtual_pipeline > 1 else 0.0
     last = stage == parallel.pipeline - 1
@@ -212,15 +242,30 @@ def _segments(
                 continue
             memory = {}
             for kind in of_layer.memory.keys() | of_ends.memory.keys():
-                count = weights if kind in _STATIC else layers
-                memory[kind] = count * of_layer.memory.get(kind, 0.0) + of_ends.memory.get(kind, 0.0)
+                static = kind in _STATIC
+                memory[kind] = (sum(mine) if static else layers) * of_layer.memory.get(kind, 0.0)
+                memory[kind] += (here if static else 1.0) * of_ends.memory.get(kind, 0.0)
             if is_middle:
                 memory.pop("head", None)
             if not after:
-                memory["activations"] = memory.get("activations", 0.0) + beside
+                for kind in _ROWS_KEPT:
+                    memory[kind] = memory.get(kind, 0.0) + saved.get(kind, 0.0) * chunk * (under_way - 1)
                 memory["messages"] = sent
             found.append(Segment(of_ends.name, memory))
     return found
+
+
+def _dense(model: ModelRecipe) -> int:
+    """Return how many layers have no experts where others have."""
+    return model.dense_layers if _has_both_kinds(model) else 0
+
+
+def _dense_here(recipe: Recipe, stage: int) -> int:
+    """Return how many of these are on a stage."""
+    chunks = recipe.parallel.chunks(recipe.model.num_layers)
+    starts = [sum(chunks[:chunk]) for chunk in range(len(chunks))]
+    found = [min(layers, max(0, _dense(recipe.model) - start)) for start, layers in zip(starts, chunks, strict=True)]
+    return sum(found[stage :: recipe.parallel.pipeline])
 
 
 def _under_way(recipe: Recipe, stage: int, micro_batches: int) -> int:
@@ -263,7 +308,7 @@ def _only(trace: Trace, keep: Callable[[Key], bool]) -> Trace:
 def _among(trace: Trace, factor: float) -> Trace:
     """Return the trace with messages of so many times as many data-parallel ranks."""
     messages = {
-        key: replace(message, ranks=_more(message.ranks, factor)) if key.direction == "data" else message
+        key: replace(message, ranks=_more(message.ranks, factor)) if key.direction in REPLICAS else message
         for key, message in trace.messages.items()
     }
     return replace(trace, messages=messages)
@@ -297,5 +342,5 @@ def _rows(trace: Trace) -> int:
     return max(
         int(key.shape.partition("x")[0])
         for key in trace.work
-        if key.name in ("mm", "addmm") and key.part == "attention" and key.direction == "forward"
+        if key.is_product and key.part == "attention" and key.direction == "forward"
     )

@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bd3_scale.plan.hardware import Hardware
-from bd3_scale.plan.trace import Key, Message, Trace, Work
+from bd3_scale.plan.trace import IN_FP32, Key, Message, Trace, Work, links_of
 from bd3_scale.recipe.schema import Recipe
 
 # Seven products where the fused backward has five; see `attention.kernels.backward`.
 DETERMINISTIC_BACKWARD = 1.4
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 _LAYOUT = ("cat", "clone", "copy", "slice", "constant_pad", "index", "embedding", "stack")
 # Share of the largest tensor's bytes that a rank sends, of n ranks.
 _SENT = {
@@ -125,9 +124,10 @@ class Rank:
         """Return what all kernels of an entry take on the device."""
         hardware = self._hardware
         memory = work.bytes / (hardware.stream * hardware.memory_bandwidth)
-        if key.name in _PRODUCTS:
+        if key.is_product:
+            peak = hardware.fp32_flops if key.name.endswith(IN_FP32) else hardware.peak
             # What is put together from steps of other sizes counts some of them negatively.
-            return max(work.flops / (hardware.matmul * hardware.peak), memory, key=abs)
+            return max(work.flops / (hardware.matmul * peak), memory, key=abs)
         if key.name == "block_attention":
             return work.flops / hardware.attention[0]
         if key.name == "block_attention_backward":
@@ -160,17 +160,19 @@ class Rank:
         for key, message in self.trace.messages.items():
             beside = self.kernel_seconds(_MIXED, message.beside)
             hidden[key] = min(message_seconds(key, message, self._hardware), beside, key=abs)
-            covered[key.direction] += self.kernel_seconds(_MIXED, message.alone)
-        for direction, most in covered.items():
-            whole = sum(seconds for key, seconds in hidden.items() if key.direction == direction)
+            covered[links_of(key.direction)] += self.kernel_seconds(_MIXED, message.alone)
+        for links, most in covered.items():
+            whole = sum(seconds for key, seconds in hidden.items() if links_of(key.direction) == links)
             share = max(0.0, min(1.0, most / whole)) if whole > 0 else 1.0
-            hidden |= {key: share * seconds for key, seconds in hidden.items() if key.direction == direction}
+            hidden |= {key: share * seconds for key, seconds in hidden.items() if links_of(key.direction) == links}
         return hidden
 
 
 _MIXED = Key("", "", "", "mm", "")
 _REDUCTION = "gradients between micro-batches and reduction"
 _LAUNCHES = "launches that the GPU waits for"
+_ROUTER = "router in fp32"
+_SORTED = "rows sorted for their experts, and back"
 
 
 def message_seconds(key: Key, message: Message, hardware: Hardware) -> float:
@@ -179,21 +181,37 @@ def message_seconds(key: Key, message: Message, hardware: Hardware) -> float:
         return 0.0
     of_node = Counter(rank // hardware.gpus_per_node for rank in message.ranks)
     stays, in_node = len(of_node) == 1, min(of_node.values())
+    latency = message.calls * hardware.latency_seconds[0 if stays else 1]
+    if key.name == "alltoall_base_":
+        return _all_to_all(message.bytes, len(message.ranks), in_node, hardware) + latency
     # The ranks of a group in one node share out their network cards.
     link = hardware.node_bandwidth if stays else min(hardware.node_bandwidth, in_node * hardware.network_bandwidth)
     sent = message.bytes * _SENT.get(key.name, lambda _: 1.0)(len(message.ranks))
-    return sent / (hardware.collective * link) + message.calls * hardware.latency_seconds[0 if stays else 1]
+    return sent / (hardware.collective * link) + latency
+
+
+def _all_to_all(size: float, ranks: int, in_node: int, hardware: Hardware) -> float:
+    """Return the seconds of `size` bytes, a share of which a rank has for each: over its links inside the node, and at
+    the same time over its network card.
+    """
+    inside = (in_node - 1) / ranks * size / hardware.node_bandwidth
+    across = (ranks - in_node) / ranks * size / hardware.network_bandwidth
+    return max(inside, across) / hardware.collective
 
 
 def reason(key: Key) -> str:
     """Return why the time of a kernel inside the model is not that of the peak, for people."""
     if key.direction == "recomputed":
         return "activations computed again"
-    if key.name in _PRODUCTS:
+    if key.part == "router":
+        return _ROUTER
+    if key.is_product:
         return "matrix products below the peak"
     if key.name.startswith("block_attention"):
         return "attention kernel below the peak"
-    if key.part == "gradients":
+    if key.part == "mixture":
+        return _SORTED
+    if key.part == "gradients" or (key.part == "experts" and key.name == "add_"):
         return "gradients added up in fp32"
     if key.part == "head":
         return "head: cross-entropy"
@@ -216,6 +234,10 @@ REMEDIES: dict[str, str] = {
     "norms": "nothing in a recipe",
     "copies and layouts": "nothing in a recipe",
     "activations, rotation and residuals": "nothing in a recipe",
+    _ROUTER: "nothing in a recipe",
+    _SORTED: "nothing in a recipe",
+    "expert-parallel messages": "fewer expert-parallel ranks, those of a node at the most, where memory allows",
+    "expert-data-parallel messages": "a larger global batch: fewer bytes a step",
     "tensor-parallel messages": "fewer tensor-parallel ranks, where memory allows",
     "context-parallel messages": "fewer context-parallel ranks, where memory allows",
     "pipeline-parallel messages": "parallel.virtual_pipeline above 1: they run beside computation",

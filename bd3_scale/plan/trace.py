@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+IN_FP32 = " in fp32"
+# Groups of ranks that have the same weights, all of them or experts, by how messages between them are called.
+REPLICAS = ("data", "expert-data")
+
 
 class Key(NamedTuple):
     """What is counted together.
@@ -14,7 +19,7 @@ class Key(NamedTuple):
         phase: of the step.
         part: of the model; empty outside it.
         direction: forward, backward or recomputed; of a message the group that it goes over.
-        name: of the operator or collective.
+        name: of the operator or collective; of products of fp32 matrices it says so.
         shape: of a product or message inside the model, and of a message what is computed beside it; elsewhere it
             follows from the number of layers.
     """
@@ -24,6 +29,10 @@ class Key(NamedTuple):
     direction: str
     name: str
     shape: str
+
+    @property
+    def is_product(self) -> bool:
+        return is_product(self.name)
 
 
 @dataclass
@@ -116,6 +125,16 @@ class Trace:
     def peak(self) -> Segment:
         """Return where memory is most."""
         return max(self.segments, key=lambda segment: segment.bytes)
+
+
+def is_product(name: str) -> bool:
+    """Tell whether an operator multiplies matrices."""
+    return name.removesuffix(IN_FP32) in _PRODUCTS
+
+
+def links_of(group: str) -> str:
+    """Return the group whose messages go over the same links as those of `group`, one after the other."""
+    return REPLICAS[0] if group in REPLICAS else group
 
 
 def combine(parts: Sequence[tuple[float, float, Trace]]) -> Trace:

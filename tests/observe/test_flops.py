@@ -13,7 +13,7 @@ from bd3_scale.diffusion.schedule import LINEAR
 from bd3_scale.model.build import build_model
 from bd3_scale.objective.inputs import corrupt, next_tokens
 from bd3_scale.observe.flops import model_flops, peak_flops
-from bd3_scale.recipe.schema import ModelRecipe
+from bd3_scale.recipe.schema import ModelRecipe, MoeRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
@@ -88,6 +88,38 @@ def test_the_formula_counts_what_the_graph_runs(groups, kind, activation):
     }[kind]
     ran = count(groups, model, 60, inputs)
     assert ran == needed(model, 60, inputs) + attention_again(model, inputs)
+
+
+@pytest.mark.parametrize("kind", ["two-stream", "two copies", "autoregressive"])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoeRecipe(num_experts=6, top_k=2, ffn_hidden_size=24),
+        MoeRecipe(
+            num_experts=8,
+            top_k=3,
+            ffn_hidden_size=20,
+            shared_ffn_hidden_size=40,
+            first_dense_layers=1,
+            score="sigmoid",
+            bias=True,
+            groups=4,
+            top_groups=2,
+        ),
+        MoeRecipe(num_experts=4, top_k=1, ffn_hidden_size=16, first_dense_layers=2, aux_loss=0.1, z_loss=0.1),
+    ],
+    ids=["softmax", "one dense, shared", "two dense, losses"],
+)
+def test_the_formula_counts_what_a_mixture_runs(groups, moe, kind):
+    """The experts that a row is sent to, the router and the shared one; of the last layer noisy rows alone."""
+    model = SMALL.model_copy(update={"moe": moe})
+    batch = sequences(2, 32)
+    inputs = {
+        "two-stream": noisy(batch, 8),
+        "two copies": noisy(batch, 8, copies=2),
+        "autoregressive": next_tokens(batch, device=CPU),
+    }[kind]
+    assert count(groups, model, 60, inputs) == needed(model, 60, inputs) + attention_again(model, inputs)
 
 
 def test_each_saving_shows_in_the_graph(groups):

@@ -22,6 +22,9 @@ GOLDEN = Path(__file__).with_name("golden.json")
 BESIDE_STEPS = ("replicas", "evaluation", "save")
 VOCABULARY = Vocabulary(size=300, eos_id=0, mask_id=299)
 
+MOE: dict[str, Any] = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 32, "shared_ffn_hidden_size": 32}
+MOE |= {"first_dense_layers": 1, "score": "sigmoid", "bias": True, "groups": 4, "top_groups": 2}
+
 # What differs from BASE, and the ranks of the world.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO 2, two copies": (2, {"parallel": {"zero_stage": 2}, "diffusion": {"noisy_copies": 2}}),
@@ -47,6 +50,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "ZeRO 0, full recomputation": (2, {"parallel": {"zero_stage": 0}, "train": {"recompute": "full"}}),
     "offload": (2, {"parallel": {"offload_optimizer": True}}),
+    "EP 4, CP 2": (4, {"parallel": {"expert": 4, "context": 2}, "model": {"moe": MOE | {"aux_loss": 0.01}}}),
+    "EP 2, SP 2, PP 2": (
+        8,
+        {
+            "parallel": {"expert": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero_stage": 2},
+            "model": {"num_layers": 4, "moe": MOE},
+        },
+    ),
 }
 BASE: dict[str, dict[str, Any]] = {
     "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
@@ -73,9 +84,10 @@ def job(name: str, rank: int = 0, *, more: int = 0, **settings: Any) -> Job:
     return Job(found, VOCABULARY, rank, world, micro_batches, **settings)
 
 
-def alone(precision: str) -> Job:
-    """A process by itself, whose activations are larger than all else."""
+def alone(precision: str, kind: str = "dense") -> Job:
+    """A process by itself, whose activations are larger than all else; kind: dense, or experts."""
     values = {**BASE, "data": {"path": "none", "seq_len": 512}}
+    values["model"] = values["model"] | ({"moe": MOE, "num_layers": 3} if kind == "experts" else {})
     values["train"] = values["train"] | {"global_batch_size": 4, "precision": precision}
     return Job(Recipe.model_validate({"name": "alone", **values}), VOCABULARY, 0, 1, micro_batches=2)
 

@@ -1,5 +1,5 @@
-"""The memory that a real step takes on the CPU: `python -m tests.plan.real_step NAME` prints the peak that PyTorch's
-allocator saw in the second step, in bytes above what was there before it.
+"""The memory that a real step takes on the CPU: `python -m tests.plan.real_step PRECISION KIND` prints the peak that
+PyTorch's allocator saw in the second step, in bytes above what was there before it; see `layouts.alone`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     torch.set_num_threads(1)
-    job = alone(sys.argv[1])
+    job = alone(*sys.argv[1:])
     megatron_on_cpu.install()
     groups = simulated_groups(job.recipe.parallel, rank=0, world_size=1)
     engine = open_engine(job.recipe, job.vocabulary, groups, device=torch.device("cpu"), seed=1)

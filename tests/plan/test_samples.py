@@ -23,15 +23,19 @@ LARGE = {
     "recomputation of some layers": ("ZeRO 0, full recomputation", 9, {"recompute_layers": 4}, {}, 6),
     "interleaved": ("SP 2, PP 2 x 2, tied", 20, {}, {}, 8),
     "context": ("CP 2, SP 2, mixed blocks", 6, {}, {}, 5),
+    "experts": ("EP 4, CP 2", 7, {}, {}, 4),
+    "experts, some layers recomputed": ("EP 2, SP 2, PP 2", 18, {"recompute": "full", "recompute_layers": 4}, {}, 6),
 }
 
 
 def large(name: str) -> Job:
     layout, layers, train, parallel, micro_batches = LARGE[name]
     found = job(layout)
+    # More layers without experts than a small step would have otherwise.
+    moe = found.recipe.model.moe and found.recipe.model.moe.model_copy(update={"first_dense_layers": 2})
     recipe = found.recipe.model_copy(
         update={
-            "model": found.recipe.model.model_copy(update={"num_layers": layers}),
+            "model": found.recipe.model.model_copy(update={"num_layers": layers, "moe": moe}),
             "train": found.recipe.train.model_copy(update=train),
             "parallel": found.recipe.parallel.model_copy(update=parallel),
         }
@@ -63,17 +67,18 @@ def test_small_steps_tell_a_large_one(name):
         assert told_messages[key][1] == pytest.approx(size, abs=0.1), key
 
 
-def test_memory_is_what_the_allocator_of_a_real_step_sees():
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_memory_is_what_the_allocator_of_a_real_step_sees(kind):
     """In fp32: in bf16 kernels of the CPU have temporaries of their own."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.plan.real_step", "fp32"],
+        [sys.executable, "-W", "ignore", "-m", "tests.plan.real_step", "fp32", kind],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
     real = int(done.stdout.split()[-1])
-    (told,) = trace([alone("fp32")], device="cpu")
+    (told,) = trace([alone("fp32", kind)], device="cpu")
     # Sizes are rounded up to 512 bytes, as on a GPU.
     assert told.peak.bytes - told.segments[0].bytes == pytest.approx(real, rel=0.003)
 

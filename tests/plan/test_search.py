@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from bd3_scale.plan.forecast import assemble, forecast, traced_stages
@@ -21,13 +19,13 @@ HARDWARE = load_hardware("h100")
 
 
 def recipe(
-    *, layers: int = 4, tied: bool = False, batch: int = 16, size: int = 1, recompute="none", **parallel
+    *, layers: int = 4, tied: bool = False, batch: int = 16, size: int = 1, recompute="none", moe=None, **parallel
 ) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "medium",
             "model": {"num_layers": layers, "hidden_size": 2048, "num_attention_heads": 16, "num_query_groups": 8}
-            | {"ffn_hidden_size": 5632, "tie_embeddings": tied},
+            | {"ffn_hidden_size": 5632, "tie_embeddings": tied, "moe": moe},
             "diffusion": {"block_size": 16},
             "data": {"path": "none", "seq_len": 4096},
             "train": {"steps": 1, "global_batch_size": batch, "micro_batch_size": size, "precision": "bf16"}
@@ -37,11 +35,29 @@ def recipe(
     )
 
 
+SPARSE = recipe(
+    layers=9, batch=64, expert=4, moe={"num_experts": 16, "top_k": 4, "ffn_hidden_size": 1024, "first_dense_layers": 1}
+)
 LAYOUTS = {
     "pipeline": (8, recipe(tensor=2, sequence=True, pipeline=2)),
     "one stage": (16, recipe(layers=8, size=2, batch=64)),
     "interleaved, tied": (8, recipe(layers=8, tied=True, pipeline=2, virtual_pipeline=2, size=4, batch=64)),
     "four stages, recomputed": (16, recipe(layers=8, pipeline=4, recompute="full", batch=32, size=2)),
+    "experts": (8, SPARSE),
+    "experts of two stages, recomputed": (
+        16,
+        recipe(
+            layers=8,
+            batch=32,
+            tensor=2,
+            sequence=True,
+            pipeline=2,
+            expert=4,
+            recompute="full",
+            moe={"num_experts": 16, "top_k": 2, "ffn_hidden_size": 1024, "shared_ffn_hidden_size": 1024}
+            | {"first_dense_layers": 2, "score": "sigmoid", "bias": True},
+        ),
+    ),
     "selective": (8, recipe(layers=8, tensor=4, sequence=True, recompute="selective", size=8, batch=64)),
 }
 
@@ -51,13 +67,13 @@ LAYOUTS = {
 def test_an_estimate_is_near_a_whole_trace(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gpus, wanted = LAYOUTS[name]
-    split = Split(wanted.parallel.tensor, 1, 1)
+    split = Split(wanted.parallel.tensor, 1, 1, wanted.parallel.expert)
     traced = {}
     for recompute in dict.fromkeys(["none", wanted.train.recompute]):
-        small = shapes(recompute)
+        small = shapes(recompute, wanted.model)
         jobs = [small_job(wanted, VOCABULARY, split, shape) for shape in small]
         traced |= dict(zip(small, trace_all(jobs, HARDWARE, device="cuda"), strict=True))
-    parts = Parts(traced)
+    parts = Parts(split, traced)
     stages = {stage: parts.stage(wanted, gpus, stage) for stage in traced_stages(wanted)}
     estimate = assemble(wanted, VOCABULARY, gpus, HARDWARE, stages)
     whole = forecast(wanted, VOCABULARY, gpus, HARDWARE)
@@ -100,6 +116,16 @@ def test_where_nothing_fits_it_says_what_is_lacking(tmp_path, monkeypatch):
 
 
 def test_shapes_of_a_split_are_few():
-    """Six steps for a way to split layers, two for a way to recompute: what the time of a search rests on."""
-    assert (len(shapes("none")), len(shapes("selective")), len(shapes("full"))) == (6, 2, 2)
-    assert all(replace(shape, recompute="none").layers in (3, 4) for shape in shapes("full"))
+    """Six steps for a way to split layers, two for a way to recompute: what the time of a search rests on. Half as many
+    more where layers without experts come before those with some.
+    """
+
+    def counts(model) -> list[int]:
+        return [len(shapes(recompute, model)) for recompute in ("none", "selective", "full")]
+
+    mixed = SPARSE.model
+    assert mixed.moe is not None
+    only_experts = mixed.model_copy(update={"moe": mixed.moe.model_copy(update={"first_dense_layers": 0})})
+    assert counts(recipe().model) == counts(only_experts) == [6, 2, 2]
+    assert counts(mixed) == [9, 3, 3]
+    assert all(shape.layers in (3, 4) for shape in shapes("full", mixed))

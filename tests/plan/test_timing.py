@@ -66,6 +66,46 @@ def test_a_message_takes_the_slowest_link_of_its_group(ranks, stride, bandwidth,
     assert gathered == pytest.approx((ranks - 1) / ranks * 1e9 / (0.8 * bandwidth) + latency)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "stride", "seconds"),
+    [
+        (8, 1, 7 / 8 * 1e9 / 450e9 + 15e-6 * 0.8),
+        (16, 1, 8 / 16 * 1e9 / 50e9 + 40e-6 * 0.8),
+        (8, 2, 4 / 8 * 1e9 / 50e9 + 40e-6 * 0.8),
+        (1, 1, 0),
+    ],
+)
+def test_of_an_all_to_all_what_leaves_a_node_goes_over_each_ranks_own_card(ranks, stride, seconds):
+    """Whatever others of the group are in its node; what stays is on its way at the same time."""
+    message = Message(tuple(range(0, ranks * stride, stride)), calls=1, bytes=1e9)
+    found = message_seconds(Key("gradients", "mixture", "expert", "alltoall_base_", "8"), message, H100)
+    assert found == pytest.approx(seconds / 0.8)
+    slow_node = H100.model_copy(update={"node_bandwidth": 1e9})
+    inside = (min(ranks, 8 // stride) - 1) / ranks
+    found = message_seconds(Key("gradients", "mixture", "expert", "alltoall_base_", "8"), message, slow_node)
+    assert found == pytest.approx(inside / 0.8, abs=1e-4)
+
+
+def test_products_in_fp32_take_longer():
+    router = Key("gradients", "router", "forward", "mm in fp32", "1024x256x1024")
+    time = step_time(recipe(), {0: trace({router: Work(1, 0.7 * 67e12, 1)})}, 1, H100)
+    assert time.seconds == pytest.approx(1)
+    assert time.losses["router in fp32"] == pytest.approx(1 - 0.7 * 67 / 989)
+    assert adds_up(time)
+
+
+def test_both_kinds_of_replicas_share_links():
+    """Those of all weights and those of experts: what hides the one does not hide the other as well."""
+    keys = [Key("gradients", "", group, "reduce_", "beside") for group in ("data", "expert-data")]
+    beside = Work(1, 0.1 * 0.70 * 989e12, 0)
+    messages = {key: Message((0, 1), 1, 36e9, beside, Work(1, beside.flops / 2, 0)) for key in keys}
+    time = step_time(recipe(), {0: trace({PRODUCT: Work(1, 989e12, 1)}, messages)}, 2, H100)
+    exposed = sum(time.losses[f"{key.direction}-parallel messages"] for key in keys)
+    seconds = message_seconds(keys[0], messages[keys[0]], H100)
+    assert exposed == pytest.approx(2 * seconds - 0.1)
+    assert adds_up(time)
+
+
 def test_computation_beside_a_message_hides_it():
     key = Key("gradients", "mlp", "tensor", "_allgather_base_", "1 beside 2")
     seconds = message_seconds(key, Message((0, 1), 1, 36e9), H100)

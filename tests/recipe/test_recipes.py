@@ -24,8 +24,13 @@ def stated(path: Path, what: str) -> str:
 def parameters(recipe: Recipe, vocabulary: int) -> int:
     model, hidden = recipe.model, recipe.model.hidden_size
     attention = 2 * hidden * model.head_size * (model.num_attention_heads + model.query_groups) + 2 * model.head_size
-    layer = attention + 3 * hidden * model.ffn_hidden_size + 2 * hidden
-    return model.num_layers * layer + hidden + vocabulary * hidden * (1 if model.tie_embeddings else 2)
+    dense, sparse = model.dense_layers, model.num_layers - model.dense_layers
+    mlps = dense * 3 * hidden * model.ffn_hidden_size
+    if moe := model.moe:
+        width = moe.num_experts * moe.ffn_hidden_size + moe.shared_ffn_hidden_size
+        mlps += sparse * hidden * (moe.num_experts + 3 * width)
+    layers = model.num_layers * (attention + 2 * hidden) + mlps
+    return layers + hidden + vocabulary * hidden * (1 if model.tie_embeddings else 2)
 
 
 def layouts(path: Path) -> list[tuple[int, list[str]]]:
@@ -59,6 +64,9 @@ def test_the_nodes_of_the_comment_are_those_of_the_layout_below(path: Path) -> N
 
 
 def test_there_are_sizes_for_several_nodes() -> None:
-    assert {path.stem for path in MULTI_NODE} >= {"paper-110m", "paper-110m-cpu", "1b", "3b", "8b", "32b"}
+    assert {path.stem for path in MULTI_NODE} >= {
+        *("paper-110m", "paper-110m-cpu", "1b", "3b", "8b", "32b"),
+        *("16b-a1b", "30b-a3b"),
+    }
     ranks = {gpus for path in MULTI_NODE for gpus, _ in layouts(path)}
     assert {min(ranks), max(ranks)} == {8, 512}

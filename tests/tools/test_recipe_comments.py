@@ -27,4 +27,4 @@ def test_comments_are_what_is_predicted(path: Path, tmp_path: Path, monkeypatch:
 
 
 def test_the_quick_one_is_there() -> None:
-    assert {path.stem for path in COMMENTED} == {QUICK, "1b", "3b", "8b", "32b"}
+    assert {path.stem for path in COMMENTED} == {QUICK, "1b", "3b", "8b", "32b", "16b-a1b", "30b-a3b"}
