@@ -223,7 +223,9 @@ def _mask_id(name: str, config: Config, given: int | None, num_token_ids: int | 
     says = config.get("mask_token_id")
     if given is not None and says not in (None, given):
         raise ValueError(f"mask_id={given} is not the mask of {name}: its config.json says mask_token_id={says!r}")
-    found = integer(config, "mask_token_id", ARCHITECTURES[name].unsaid.get("mask_token_id") if given is None else given)
+    found = integer(
+        config, "mask_token_id", ARCHITECTURES[name].unsaid.get("mask_token_id") if given is None else given
+    )
     if num_token_ids is not None and found >= num_token_ids:
         raise ValueError(
             f"config.json of {name} says mask_token_id={found}, behind the {num_token_ids} ids in "

@@ -73,8 +73,8 @@ class ExportPlan:
 
     def _dtype_of(self, tensor: NamedTensor) -> torch.dtype:
         # A step moves an expert's bias by less than bfloat16 tells apart.
-        kept = self.dtype is None or tensor.key.endswith(".expert_bias")
-        return self.stored[self._stored_name(tensor)] if kept else self.dtype
+        stored = self.stored[self._stored_name(tensor)]
+        return stored if self.dtype is None or tensor.key.endswith(".expert_bias") else self.dtype
 
     def _stored_name(self, tensor: NamedTensor) -> str:
         return f"{self.manifest.weights_state}.{tensor.key}"

@@ -24,7 +24,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-# Of the experts of a layer in one tensor each, which no module's name ends.
+# Of the experts of a layer in one tensor each, of which none has the name of a weight.
 _STACKED = re.compile(r"(.+\.mlp\.experts)\.((?:gate|up|down)_proj)")
 _PACKED_DTYPES: Mapping[str, torch.dtype] = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 
@@ -65,9 +65,7 @@ def open_weights(folder: Path, *, quantised: bool = False, experts_apart: bool =
     parts: dict[str, tuple[Path, str, int | None]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
-    known = {**DTYPES, **# Of the experts of a layer in one tensor each, which no module's name ends.
-_STACKED = re.compile(r"(.+\.mlp\.experts)\.((?:gate|up|down)_proj)")
-_PACKED_DTYPES} if quantised else DTYPES
+    known = {**DTYPES, **_PACKED_DTYPES} if quantised else DTYPES
     for path in weight_files(folder).values():
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
@@ -85,9 +83,7 @@ _PACKED_DTYPES} if quantised else DTYPES
     return Weights(shapes, dtypes, partial(_read, parts))
 
 
-def _parts(
-    name: str, shape: tuple[int, ...], experts_apart: bool
-) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
+def _parts(name: str, shape: tuple[int, ...], experts_apart: bool) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
     """Yield what a tensor of a file is made of: name, index on its first axis, shape; by far the most are whole."""
     stacked = _STACKED.fullmatch(name) if experts_apart and len(shape) == 3 else None
     if stacked is None:

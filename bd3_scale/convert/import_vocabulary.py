@@ -64,8 +64,8 @@ def vocabulary_of(
 
 
 def as_official(vocabulary: Vocabulary, tokenizer: Tokenizer | None) -> tuple[Vocabulary, Tokenizer | None]:
-    """Return both with the beginning of text that the official code puts before every sequence: what the tokeniser names so, else
-    its end of text, which is both for GPT-2; of BERT's uncased vocabulary `[CLS]`.
+    """Return both with the beginning of text that the official code puts before every sequence: what the tokeniser
+    names so, else its end of text, which is both for GPT-2; of BERT's uncased vocabulary `[CLS]`.
     """
     declared = None if tokenizer is None else tokenizer.declared_bos_id
     known = BERT_CLS if vocabulary.rows == BERT_SIZE else vocabulary.eos_id

@@ -143,7 +143,9 @@ def plan_import(
         raise ValueError(f"eos_id={eos_id} is for models without a tokeniser, and {found} has one: leave it out")
     if is_official(source):
         if mask_id is not None:
-            raise ValueError(f"mask_id={mask_id} is for config.json of others, and {source} knows its mask: leave it out")
+            raise ValueError(
+                f"mask_id={mask_id} is for config.json of others, and {source} knows its mask: leave it out"
+            )
         official = open_official(source)
         size = block_size or official.block_size
         if size is None:
@@ -169,7 +171,9 @@ def plan_import(
         check_sizes(str(source), architecture.model, weights.shapes)
         eos_id = architecture.eos_id if eos_id is None else eos_id
         rows, mask_id = architecture.vocab_rows, architecture.mask_id
-        vocabulary, loaded = vocabulary_of(found, mask_token, rows, eos_id, mask_id, architecture.num_token_ids, bos=bos)
+        vocabulary, loaded = vocabulary_of(
+            found, mask_token, rows, eos_id, mask_id, architecture.num_token_ids, bos=bos
+        )
         plan = ImportPlan(
             source, architecture.name, architecture.model, architecture.diffusion,
             architecture.max_position_embeddings, rows, vocabulary, loaded, found, mask_id is None, weights,
@@ -292,8 +296,8 @@ def _check_tied_head(plan: ImportPlan) -> None:
         differs[plan.vocabulary.mask_id : plan.vocabulary.mask_id + 1] = False
         if differs.any():
             raise ValueError(
-                f"config.json of {plan.source} ties the head to the embedding, and {HEAD} differs from {plan.embedding}: "
-                "set tie_word_embeddings and trained_with_tied_embeddings to false there"
+                f"config.json of {plan.source} ties the head to the embedding, and {HEAD} differs from "
+                f"{plan.embedding}: set tie_word_embeddings and trained_with_tied_embeddings to false there"
             )
 
 

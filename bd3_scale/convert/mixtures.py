@@ -18,8 +18,8 @@ _SIZES = frozenset({"num_experts", "top_k", "ffn_hidden_size"})
 _TRAINING = frozenset({"bias_update_rate", "aux_loss", "z_loss"})
 # What LLaDA2's code computes whatever its config.json says, and switches of its kin that nothing here is equal to.
 _OF_LLADA2 = {
-    "score_function": "sigmoid", "norm_topk_prob": True, "use_rmsnorm": True, "use_qk_norm": True, "use_bias": False, "use_qkv_bias": False,
-    "norm_head": False, "norm_softmax": False, "using_split_qkv_in_self_attention": False,
+    "score_function": "sigmoid", "norm_topk_prob": True, "use_rmsnorm": True, "use_qk_norm": True, "use_bias": False,
+    "use_qkv_bias": False, "norm_head": False, "norm_softmax": False, "using_split_qkv_in_self_attention": False,
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ class Mixtures:
 
     def obstacle(self, moe: MoeRecipe, architecture: str) -> str | None:
         """Return what the architecture does not have of a mixture, None where it has everything."""
-        has = {name: f.default for name, f in MoeRecipe.model_fields.items()} | self.fixed
+        has = {**{name: f.default for name, f in MoeRecipe.model_fields.items()}, **self.fixed}
         for option, known in has.items():
             value = getattr(moe, option)
             if option not in _SIZES | _TRAINING | self.free and value != known and option != "top_groups":
