@@ -291,7 +291,7 @@ def _model(name: str, config: Config) -> ModelRecipe:
 
 
 def _check_rotary(name: str, of: ExportFormat, model: ModelRecipe) -> None:
-    turned = int(model.head_size * model.rotary_fraction)
+    turned = model.rotary_channels
     if model.rotary_fraction != 1 and "rotary_fraction" not in of.free:
         raise ValueError(f"{name} with partial_rotary_factor={model.rotary_fraction} is not supported: 1 is")
     if turned % 2 or turned == 0:
@@ -376,7 +376,7 @@ def config_json(
     if kind == "bd3":
         config["gated_mlp"] = model.activation == "swiglu"
     if kind == "llada2":
-        config["rotary_dim"] = int(model.head_size * model.rotary_fraction)
+        config["rotary_dim"] = model.rotary_channels
     return config | model.model_dump(mode="json", include=set(of.own_names))
 
 

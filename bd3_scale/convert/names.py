@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Shape
-from bd3_scale.model import build
+from bd3_scale.model.build import layer_shapes, layers_with
 from bd3_scale.recipe.schema import ModelRecipe, MoeRecipe
 
 # Whose names a checkpoint has.
@@ -81,14 +81,11 @@ def named_tensors(
     hidden = model.hidden_size
     vocabulary = (((0, 0), (vocab_rows, hidden)),)
     yield NamedTensor(EMBEDDINGS[style], (vocab_rows, hidden), NATIVE_EMBEDDING, (padded_rows, hidden), vocabulary)
-    first, last = layer_shapes(model, 0), layer_shapes(model, model.num_layers - 1)
-    dense, sparse = (list(_layer_tensors(model, shapes, style)) for shapes in (first, last))
+    shapes = layer_shapes(model)
+    of_a_layer = [(tensor, layers_with(model, tensor.key)) for tensor in _layer_tensors(model, shapes, style)]
     for layer in range(model.num_layers):
-        for tensor in dense if layer < model.dense_layers else sparse:
-            begin = 0 if tensor.key in first else model.dense_layers
-            count = (model.num_layers if tensor.key in last else model.dense_layers) - begin
-            yield tensor.of_layer(layer, begin, count)
-    for part in _parts("input_layernorm", first):
+        yield from (tensor.of_layer(layer, layers) for tensor, layers in of_a_layer if layer in layers)
+    for part in _parts("input_layernorm", shapes):
         whole = (((0,), (hidden,)),)
         yield NamedTensor(f"model.norm.{part}", (hidden,), f"decoder.final_layernorm.{part}", (hidden,), whole)
     if not tied:
@@ -137,20 +134,20 @@ class _OfLayer:
     native: Shape
     place: _Place
 
-    def of_layer(self, layer: int, begin: int, count: int) -> NamedTensor:
-        """Return it for a layer. begin, count: of the layers that have it."""
+    def of_layer(self, layer: int, layers: range) -> NamedTensor:
+        """Return it for one of the layers that have it."""
         shape, boxes = self.place(self.native)
         return NamedTensor(
             name=f"model.layers.{layer}.{self.name}",
             shape=shape,
             key=f"decoder.layers.{self.key}",
-            full_shape=(count, *self.native),
-            boxes=tuple(((layer - begin, *offset), (1, *size)) for offset, size in boxes),
+            full_shape=(len(layers), *self.native),
+            boxes=tuple(((layers.index(layer), *offset), (1, *size)) for offset, size in boxes),
         )
 
 
 def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape], style: Style) -> Iterator[_OfLayer]:
-    """Yield the tensors of a layer with native ones of `shapes`.
+    """Yield the tensors of layers with native ones of `shapes`.
 
     What `_renamed` does not know comes last, whole and under its own name, but that attention is `self_attn` there.
 
@@ -204,7 +201,7 @@ def _attention_as_llada2(model: ModelRecipe) -> Iterator[tuple[str, str, _Place]
     in pairs of two halves of these; here the halves of all channels are the pairs, of which the first turn.
     """
     head, groups = model.head_size, model.query_groups
-    half, turned = head // 2, int(head * model.rotary_fraction) // 2
+    half, turned = head // 2, model.rotary_channels // 2
     channels = [(0, turned), (half, turned), (turned, half - turned), (half + turned, half - turned)]
     queries = model.num_attention_heads // groups
     starts = [group * (queries + 2) * head for group in range(groups)]
@@ -228,21 +225,3 @@ def _mixture(moe: MoeRecipe) -> Iterator[tuple[str, str, _Place]]:
     yield "mlp.shared_experts.gate_proj", "mlp.shared_experts.linear_fc1", _rows((0, shared))
     yield "mlp.shared_experts.up_proj", "mlp.shared_experts.linear_fc1", _rows((shared, shared))
     yield "mlp.shared_experts.down_proj", "mlp.shared_experts.linear_fc2", _whole
-
-
-def layer_shapes(model: ModelRecipe, layer: int) -> dict[str, Shape]:
-    """Return the shapes of a layer's tensors, until the model says them."""
-    shapes = build.layer_shapes(model.model_copy(update={"moe": None}))
-    moe, hidden = model.moe, model.hidden_size
-    if moe is None or layer < model.dense_layers:
-        return shapes
-    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("mlp.")}
-    shapes["mlp.router.weight"] = (moe.num_experts, hidden)
-    if moe.bias:
-        shapes["mlp.router.expert_bias"] = (moe.num_experts,)
-    shapes["mlp.experts.linear_fc1.weight"] = (moe.num_experts, 2, moe.ffn_hidden_size, hidden)
-    shapes["mlp.experts.linear_fc2.weight"] = (moe.num_experts, hidden, moe.ffn_hidden_size)
-    if shared := moe.shared_ffn_hidden_size:
-        shapes["mlp.shared_experts.linear_fc1.weight"] = (2 * shared, hidden)
-        shapes["mlp.shared_experts.linear_fc2.weight"] = (hidden, shared)
-    return shapes

@@ -63,7 +63,7 @@ def test_a_tensor_that_a_layer_has_besides_goes_under_its_own_name(monkeypatch: 
     more = {"self_attention.sinks": (4,), "mlp.experts.weight": (3, 8, 48), "mlp.linear_fc1.scale": (128, 1)}
     known = layer_shapes(QWEN_SHAPE)
     before = [tensor.name for tensor in named_tensors(QWEN_SHAPE, vocab_rows=258, padded_rows=384, tied=False)]
-    monkeypatch.setattr(names, "layer_shapes", lambda model, layer: more | known)
+    monkeypatch.setattr(names, "layer_shapes", lambda model: more | known)
     found = {tensor.name: tensor for tensor in named_tensors(QWEN_SHAPE, vocab_rows=258, padded_rows=384, tied=False)}
     assert [name for name in found if name in before] == before
     for key, shape in more.items():
@@ -76,7 +76,7 @@ def test_a_tensor_that_a_layer_has_besides_goes_under_its_own_name(monkeypatch: 
 
 def test_two_tensors_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = layer_shapes(QWEN_SHAPE) | {"post_attention_layernorm.weight": (48,)}
-    monkeypatch.setattr(names, "layer_shapes", lambda model, layer: shapes)
+    monkeypatch.setattr(names, "layer_shapes", lambda model: shapes)
     with pytest.raises(ValueError, match=r"call the layer's post_attention_layernorm\.weight otherwise"):
         list(named_tensors(QWEN_SHAPE, vocab_rows=258, padded_rows=384, tied=False))
 
