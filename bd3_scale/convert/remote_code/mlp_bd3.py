@@ -48,9 +48,8 @@ class Bd3Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        self.expert_bias: Tensor | None = None
-        if config.moe_router_enable_expert_bias:
-            self.register_buffer("expert_bias", torch.zeros(config.num_experts))
+        bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False)
+        self.expert_bias = bias if config.moe_router_enable_expert_bias else None
 
     def forward(self, x_NX: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts of every row, [N, A], and their weights, fp32 [N, A]."""

@@ -161,8 +161,12 @@ class Bd3PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Bd3DecoderLayer"]  # noqa: RUF012  (transformers reads a plain class attribute)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
-    # A step of training moves it by less than half precision tells apart.
-    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012
+
+    def __init__(self, config: Bd3Config) -> None:
+        super().__init__(config)
+        if config.num_experts and config.moe_router_enable_expert_bias:
+            # A step of training moves it by less than half precision tells apart.
+            self._keep_in_fp32_modules_strict = ["expert_bias"]
 
     def _cache(self, given: DynamicCache | None, use_cache: bool | None) -> DynamicCache | None:
         use_cache = self.config.use_cache if use_cache is None else use_cache
