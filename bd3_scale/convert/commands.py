@@ -7,24 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
-from rich.tree import Tree
 
-from bd3_scale.observe.console import Console, put, styled
+from bd3_scale.convert.tables import show_gguf, show_inspection, show_quantization, show_result
+from bd3_scale.observe.console import put
 from bd3_scale.observe.progress import Bar
 
 if TYPE_CHECKING:
     from bd3_scale.convert.export import ExportPlan
-    from bd3_scale.convert.gguf_report import GgufReport
-    from bd3_scale.convert.inspect import Inspection
-    from bd3_scale.convert.quantize import QuantizationReport
     from bd3_scale.convert.serving import Packing
 
-_MEASURED = (
-    ("held-out NELBO, nats a token", "nelbo"),
-    ("standard error over noise draws", "noise_standard_error"),
-    ("standard error over text", "text_standard_error"),
-)
 app = typer.Typer(help="Checkpoints in and out: import, export, smaller formats.", no_args_is_help=True)
 
 
@@ -90,7 +81,7 @@ def import_(
             run_import(plan, out, bar.show)
     vocabulary = plan.vocabulary
     mask = f"{vocabulary.mask_id}, " + ("new" if plan.new_mask else "the model's own")
-    _report(
+    show_result(
         f"{'would write' if dry_run else 'wrote and verified'} {out}",
         {
             "source": f"{plan.source}, {plan.architecture}",
@@ -162,7 +153,7 @@ def export(
     if not dry_run:
         with Bar("exporting", unit="bytes") as bar:
             padding = run_export(plan, out, bar.show)
-    _report(
+    show_result(
         f"{'would write' if dry_run else 'wrote and verified'} {out}",
         {
             "format": plan.config["architectures"][0],
@@ -214,34 +205,14 @@ def _export_gguf(
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
     if dry_run:
         entries: dict[str, object] = {"architecture": plan.architecture, "type": kind, "bytes": plan.num_bytes}
-        _report(f"would write {out / plan.name}", entries, as_json)
+        show_result(f"would write {out / plan.name}", entries, as_json)
         return
     with Bar("exporting") as bar:
         report = run_gguf_export(plan, out, GgufOptions(**{**given, "data": prepared}), bar.show)
     if as_json:
         put(json.dumps(dataclasses.asdict(report)))
         return
-    _show_gguf(report, out / plan.name)
-
-
-def _show_gguf(report: GgufReport, path: Path) -> None:
-    table = Table("", "fp32", report.type, "change", title=f"wrote and verified {path}: {report.architecture}")
-    share = report.bytes_after / report.bytes_before
-    table.add_row(
-        "size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB", f"{share:.3f} of it"
-    )
-    measured = (report.before, report.after, report.change)
-    for name, key in _MEASURED if report.before else ():
-        values = (getattr(one, key) for one in measured)
-        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
-    rates = Table("mask rate", "masked tokens", "KL, nats", "same most likely token")
-    for at in report.rates:
-        rates.add_row(f"{at.mask_rate:g}", f"{at.tokens:,}", f"{at.divergence:.2e}", f"{at.same_token:.4f}")
-    console = Console()
-    console.print(table, *([rates] if report.rates else []), sep="\n")
-    if report.unchecked is not None:
-        console.print(f"not compared with the model in fp32: {report.unchecked}")
-    console.print(f"run it: bd3-scale generate {path}; programs for autoregressive models write rubbish with it")
+    show_gguf(report, out / plan.name)
 
 
 @app.command(epilog="Example: bd3-scale convert quantize runs/quickstart --bits 4 --out served/quickstart-int4")
@@ -301,7 +272,7 @@ def quantize(
         entries: dict[str, object] = {"method": chosen, "bits": scheme.bits, "group size": group_size}
         entries |= {"weights that are quantised": numels[True], "weights that are kept": numels[False]}
         entries |= _moved_mask(plan) | found
-        _report(f"would write {out}", entries, as_json)
+        show_result(f"would write {out}", entries, as_json)
         return
     with Bar("quantising") as bar:
         report = run_quantize(
@@ -318,25 +289,7 @@ def quantize(
     if as_json:
         put(json.dumps(dataclasses.asdict(report) | found))
         return
-    _show_quantization(report, out, found)
-
-
-def _show_quantization(report: QuantizationReport, out: Path, found: dict[str, object]) -> None:
-    title = f"wrote and verified {out}: int{report.bits}, groups of {report.group_size}, {report.method}"
-    table = Table("", "before", "after", title=title)
-    table.add_row("size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB")
-    for name, key in _MEASURED:
-        row = (getattr(measured, key) for measured in (report.before, report.after))
-        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in row))
-    errors = Table("weight", "relative output error", title="per layer, worst first")
-    for name, error in sorted(report.errors.items(), key=lambda item: -item[1]):
-        errors.add_row(name, f"{error:.2e}")
-    runs = Table("engine", "", title="engines")
-    for name, says in found.items():
-        runs.add_row(name, str(says))
-    Console().print(errors, table, runs, *(f"Marlin: {note}" for note in report.notes), sep="\n")
-    if report.padding is not None:
-        Console().print(report.padding)
+    show_quantization(report, out, found)
 
 
 @app.command("inspect", epilog="Example: bd3-scale convert inspect runs/quickstart --verify")
@@ -360,40 +313,6 @@ def inspect_(
     if as_json:
         put(json.dumps(dataclasses.asdict(found)))
     else:
-        _show(found)
+        show_inspection(found)
     if not found.sound:
         raise typer.Exit(1)
-
-
-def _show(found: Inspection) -> None:
-    console = Console(highlight=False)
-    tree = Tree(styled((found.path, "bold"), f", {found.kind}"))
-    branches: dict[str, Tree] = {}
-    for tensor in found.tensors:
-        *parents, leaf = tensor.name.split(".")
-        branch = tree
-        for depth in range(1, len(parents) + 1):
-            key = ".".join(parents[:depth])
-            branch = branches.get(key) or branches.setdefault(key, branch.add(parents[depth - 1]))
-        branch.add(styled(leaf, (f"  {tensor.dtype} {list(tensor.shape)}", "dim")))
-    table = Table("", "", show_header=False)
-    table.add_row("parameters", f"{found.parameters:,}")
-    table.add_row("size", f"{found.bytes / 1e9:.3f} GB")
-    table.add_row("health", found.health)
-    for key, value in found.details.items():
-        table.add_row(key, str(value))
-    for name, obstacle in found.exports.items():
-        table.add_row(f"export to {name}", "yes" if obstacle is None else f"no: {obstacle}")
-    console.print(tree, table)
-
-
-def _report(title: str, entries: dict[str, object], as_json: bool) -> None:
-    if as_json:
-        import json
-
-        put(json.dumps({"result": title} | entries))
-        return
-    table = Table("", "", title=title, show_header=False)
-    for key, value in entries.items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
