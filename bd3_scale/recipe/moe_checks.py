@@ -28,13 +28,6 @@ def moe_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
     yield from _expert_parallel_problems(recipe, model.moe, world_size)
 
 
-def mixture_problems(model: ModelRecipe) -> Iterator[str]:
-    """Yield the rules that `model.moe` breaks, whatever the ranks."""
-    if model.moe is not None:
-        yield from _mixture_problems(model, model.moe)
-        yield from _group_problems(model.moe)
-
-
 def _widths(moe: MoeRecipe) -> dict[str, int]:
     return {"ffn_hidden_size": moe.ffn_hidden_size, "shared_ffn_hidden_size": moe.shared_ffn_hidden_size}
 
