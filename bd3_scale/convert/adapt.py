@@ -54,7 +54,8 @@ def prepare_adaptation(
     decided = {"model": plan.model.model_dump(mode="json"), "init_from": None}
     recipe = with_plugins(load_recipe(recipe_file, overrides, decided), plugins)
     check_recipe(recipe, world_size_for_launch(recipe))
-    if obstacle := export_obstacles(plan.model, objectives.get(recipe.diffusion.objective))["sdar"]:
+    served = "sdar" if plan.model.moe is None else "sdar_moe"
+    if obstacle := export_obstacles(plan.model, objectives.get(recipe.diffusion.objective))[served]:
         note(f"the adapted model will not run in SGLang or LMDeploy, but in transformers: {obstacle}")
     initial = recipe.run_path / INITIAL
     unprepared = [path for path in recipe.data.folders if not Path(path, MANIFEST_FILE).is_file()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,8 +32,8 @@ MaskId = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="sdar: of the mask in what is written; the vocabulary is padded up to it. SGLang and LMDeploy look for "
-        "151669.",
+        help="sdar, sdar_moe, llada2: of the mask in what is written; the vocabulary is padded up to it. SGLang and "
+        "LMDeploy look for 151669, with llada2 for 156895.",
         show_default="training's",
     ),
 ]
@@ -56,6 +57,14 @@ def import_(
     block_size: Annotated[
         int | None, typer.Option(min=1, help="Of a block diffusion model that does not say its own.")
     ] = None,
+    mask_id: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of the mask of a block diffusion model that does not say its own.",
+            show_default="LLaDA2's",
+        ),
+    ] = None,
     eos_id: Annotated[int | None, typer.Option(min=0, help="End of document, where there is no tokeniser.")] = None,
     bos: Annotated[
         bool | None,
@@ -66,13 +75,19 @@ def import_(
 ) -> None:
     """Make a checkpoint of this package, for any topology, from one of other software.
 
-    Qwen3, Qwen2, Llama and Mistral models come with a mask token added, ready to be adapted; SDAR models and the
-    official bd3lms ones come as they are.
+    Qwen3, Qwen3-MoE, Qwen2, Llama and Mistral models come with a mask token added, ready to be adapted; SDAR,
+    SDAR-MoE and LLaDA2-MoE models and the official bd3lms ones come as they are.
     """
     from bd3_scale.convert.importer import plan_import, run_import
 
     plan = plan_import(
-        source, tokenizer=tokenizer, mask_token=mask_token, block_size=block_size, eos_id=eos_id, bos=bos
+        source,
+        tokenizer=tokenizer,
+        mask_token=mask_token,
+        block_size=block_size,
+        mask_id=mask_id,
+        eos_id=eos_id,
+        bos=bos,
     )
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
@@ -104,10 +119,10 @@ def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="New folder.")],
     kind: Annotated[
-        Literal["sdar", "bd3", "gguf", "qwen3", "qwen2", "llama"] | None,
+        Literal["sdar", "sdar_moe", "llada2", "bd3", "gguf", "qwen3", "qwen3_moe", "qwen2", "llama"] | None,
         typer.Option(
             "--format",
-            help="sdar runs in engines; bd3 is our own for transformers; gguf is a file for llama.cpp, through "
+            help="sdar, sdar_moe and llada2 run in engines; bd3 is our own for transformers; gguf is a file for llama.cpp, through "
             "which `generate` runs it on a CPU; the others are for next-token models.",
             show_default="the first that the model can become",
         ),
@@ -188,7 +203,6 @@ def _export_gguf(
     checkpoint: Path, out: Path, kind: GgufType, given: dict[str, Any], *, dry_run: bool, as_json: bool
 ) -> None:
     import dataclasses
-    import json
 
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.gguf import plan_gguf
@@ -247,7 +261,6 @@ def quantize(
     Embedding, norms and head are kept. The report says what each weight and the held-out perplexity lose.
     """
     import dataclasses
-    import json
 
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.calibration import check_data
@@ -292,6 +305,47 @@ def quantize(
     show_quantization(report, out, found)
 
 
+@app.command(
+    epilog="Example: bd3-scale convert upcycle runs/quickstart --experts 8 --top-k 2 --out checkpoints/quickstart-moe"
+)
+def upcycle(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    experts: Annotated[int, typer.Option(min=1, help="Experts of a layer, each a copy of its MLP.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Experts that a row is sent to.")],
+    dense_layers: Annotated[int, typer.Option(min=0, help="So many first layers stay as they are.")] = 0,
+    bias: Annotated[
+        bool, typer.Option("--bias", help="Experts have a bias for the choice, which balances them in training.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the routers.")] = 1,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a mixture of experts of a dense checkpoint, which computes the same until it is trained.
+
+    A training takes it with init_from and the model that the result names.
+    """
+    from bd3_scale.checkpoint.folder import resolve_checkpoint
+    from bd3_scale.convert.upcycle import plan_upcycle, run_upcycle
+
+    sizes = {"num_experts": experts, "top_k": top_k, "dense_layers": dense_layers}
+    plan = plan_upcycle(resolve_checkpoint(checkpoint), **sizes, bias=bias, seed=seed)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; remove it or choose another folder")
+    if not dry_run:
+        with Bar("upcycling", unit="bytes") as bar:
+            run_upcycle(plan, out, bar.show)
+    show_result(
+        f"{'would write' if dry_run else 'wrote and verified'} {out}",
+        {
+            "source": f"{plan.manifest.weights_state} of step {plan.manifest.step}",
+            "bytes": plan.num_bytes,
+            "model.moe": json.dumps(plan.moe.model_dump(exclude_defaults=True)),
+        },
+        as_json,
+    )
+
+
 @app.command("inspect", epilog="Example: bd3-scale convert inspect runs/quickstart --verify")
 def inspect_(
     checkpoint: Annotated[
@@ -305,7 +359,6 @@ def inspect_(
 ) -> None:
     """Show what a checkpoint is and which exports are open to it, without loading it."""
     import dataclasses
-    import json
 
     from bd3_scale.convert.inspect import inspect
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from bd3_scale.convert.config_values import Config, integer
 from bd3_scale.recipe.moe_checks import mixture_problems
-from bd3_scale.recipe.schema import ModelRecipe, MoeRecipe
+from bd3_scale.recipe.schema import MOE_TRAINING, ModelRecipe, MoeRecipe
 
-# Options of a mixture of which every format has any value, and those that matter in training alone.
+# Options of a mixture of which every format has any value.
 _SIZES = frozenset({"num_experts", "top_k", "ffn_hidden_size"})
-_TRAINING = frozenset({"bias_update_rate", "aux_loss", "z_loss"})
 # What LLaDA2's code computes whatever its config.json says, and switches of its kin that nothing here is equal to.
 _OF_LLADA2 = {
     "score_function": "sigmoid", "norm_topk_prob": True, "use_rmsnorm": True, "use_qk_norm": True, "use_bias": False,
@@ -45,7 +44,7 @@ class Mixtures:
         has = {**{name: f.default for name, f in MoeRecipe.model_fields.items()}, **self.fixed}
         for option, known in has.items():
             value = getattr(moe, option)
-            if option not in _SIZES | _TRAINING | self.free and value != known and option != "top_groups":
+            if option not in _SIZES | MOE_TRAINING | self.free and value != known and option != "top_groups":
                 return f"it has moe.{option}={value!r}, and {architecture} knows {known!r} alone"
         shared = moe.shared_ffn_hidden_size
         if shared % moe.ffn_hidden_size and "shared_ffn_hidden_size" in self.free:

@@ -232,7 +232,7 @@ def _training(manifest: CheckpointManifest) -> str:
         return f"{fence}yaml\n{text}{fence}\n"
     source = manifest.imported_from
     fence = _fence(source, 1)
-    return f"Not trained by bd3_scale: imported from {fence} {source} {fence}.\n"
+    return f"Not trained by bd3_scale as it is: imported from {fence} {source} {fence}.\n"
 
 
 def _fence(text: str, least: int) -> str:
