@@ -122,8 +122,8 @@ def export(
         Literal["sdar", "sdar_moe", "llada2", "bd3", "gguf", "qwen3", "qwen3_moe", "qwen2", "llama"] | None,
         typer.Option(
             "--format",
-            help="sdar, sdar_moe and llada2 run in engines; bd3 is our own for transformers; gguf is a file for llama.cpp, through "
-            "which `generate` runs it on a CPU; the others are for next-token models.",
+            help="sdar, sdar_moe and llada2 run in engines; bd3 is our own for transformers; gguf is a file for "
+            "llama.cpp, through which `generate` runs it on a CPU; the others are for next-token models.",
             show_default="the first that the model can become",
         ),
     ] = None,

@@ -1,10 +1,9 @@
-"""From a dense checkpoint to a mixture of experts that computes the same at first (sparse upcycling, Komatsuzaki et al.,
-2023).
+"""From a dense checkpoint to a mixture of experts that computes the same at first.
 
-Every expert is a copy of the layer's MLP, and the weights of a row's experts add up to 1, so that a layer gives what it
-gave, wherever rows are sent. Routers begin as in a model that is made anew, at random: each sends about as many rows to
-every expert, but alike rows to the same ones, and from the first step on an expert learns of its own rows alone. That is
-what makes experts part; where all rows went to all of them, they would stay copies for ever.
+Sparse upcycling (Komatsuzaki et al., 2023): every expert is a copy of the layer's MLP, and the weights of a row's
+experts add up to 1, so that a layer gives what it gave, wherever rows are sent. Routers begin as in a model made
+from nothing, at random: like rows go to the same experts, and from the first step on each learns of its own rows alone.
+That is what makes experts part; where all rows went to all of them, they would stay copies for ever.
 """
 
 from __future__ import annotations

@@ -163,8 +163,7 @@ def check_initial(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe
 def _shape(model: ModelRecipe) -> dict[str, Any]:
     """Return what two models must share to have the same weights, with defaults spelt out."""
     explicit = {"head_dim": model.head_size, "num_query_groups": model.query_groups}
-    left_out = {"init_std": True, "moe": dict.fromkeys(MOE_TRAINING, True)}
-    return model.model_dump(mode="json", exclude=left_out) | explicit
+    return model.model_dump(mode="json", exclude={"init_std": True, "moe": set(MOE_TRAINING)}) | explicit
 
 
 def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe, data: Manifest) -> None:

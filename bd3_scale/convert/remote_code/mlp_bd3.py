@@ -94,3 +94,10 @@ class Bd3MoE(nn.Module):
             out_NX.index_add_(0, rows, part)
         out = out_NX.to(x.dtype).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)
+
+
+def make_mlp(config: Bd3Config, layer: int) -> nn.Module:
+    """Return the mixture of experts of a layer, or its MLP in the first layers and in a model without experts."""
+    if config.num_experts and layer >= config.first_k_dense_replace:
+        return Bd3MoE(config)
+    return Bd3MLP(config, config.intermediate_size)

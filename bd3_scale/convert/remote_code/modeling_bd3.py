@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_bd3 import Bd3Config
 from .generation_bd3 import Bd3GenerationMixin
-from .mlp_bd3 import Bd3MLP, Bd3MoE
+from .mlp_bd3 import make_mlp
 
 
 def rotary_table(positions: Tensor, config: Bd3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -126,13 +126,6 @@ class Bd3Attention(nn.Module):
     def project(self, out: Tensor) -> Tensor:
         """[B, S, H·D] → [B, S, X]."""
         return self.o_proj(out)
-
-
-def make_mlp(config: Bd3Config, layer: int) -> nn.Module:
-    """Return the mixture of experts of a layer, or its MLP in the first layers and in a model without experts."""
-    if config.num_experts and layer >= config.first_k_dense_replace:
-        return Bd3MoE(config)
-    return Bd3MLP(config, config.intermediate_size)
 
 
 class Bd3DecoderLayer(nn.Module):

@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+# transformers 4 copies those modules alone to where it imports from that this one imports itself.
+from .configuration_bd3 import Bd3Config  # noqa: F401
 from .configuration_llada2_moe import LLaDA2MoeConfig
-from .modeling_bd3 import (
-    Bd3Attention,
-    Bd3DecoderLayer,
-    Bd3ForCausalLM,
-    Bd3Model,
-    hidden_norm,
-    make_mlp,
-)
+from .generation_bd3 import Bd3GenerationMixin  # noqa: F401
+from .mlp_bd3 import make_mlp
+from .modeling_bd3 import Bd3Attention, Bd3DecoderLayer, Bd3ForCausalLM, Bd3Model, hidden_norm
 
 
 def channel_order(size: int, turned: int) -> list[int]:
