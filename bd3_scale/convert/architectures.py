@@ -120,6 +120,7 @@ EXPORT_FORMATS: Mapping[Format, ExportFormat] = {
                 mixtures.llada2_keys,
                 free=_EVERY_MIXTURE - {"score", "bias", "normalize_top_k"},
                 fixed={"score": "sigmoid", "bias": True},
+                counts_shared=True,
             ),
             dense=False,
             style="llada2",

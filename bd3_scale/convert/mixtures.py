@@ -32,12 +32,14 @@ class Mixtures:
         keys: what config.json says of a mixture.
         free: those of which it has any value, beside the sizes.
         fixed: what it has of others, where that is not the recipe's default, which is SDAR-MoE's.
+        counts_shared: its shared expert is so many times as wide as the others.
     """
 
     read: Callable[[str, Config], dict[str, Any] | None]
     keys: Callable[[MoeRecipe], dict[str, Any]]
     free: frozenset[str] = frozenset()
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    counts_shared: bool = False
 
     def obstacle(self, moe: MoeRecipe, architecture: str) -> str | None:
         """Return what the architecture does not have of a mixture, None where it has everything."""
@@ -47,7 +49,7 @@ class Mixtures:
             if option not in _SIZES | MOE_TRAINING | self.free and value != known and option != "top_groups":
                 return f"it has moe.{option}={value!r}, and {architecture} knows {known!r} alone"
         shared = moe.shared_ffn_hidden_size
-        if shared % moe.ffn_hidden_size and "shared_ffn_hidden_size" in self.free:
+        if self.counts_shared and shared % moe.ffn_hidden_size:
             return f"its shared expert of {shared} is no multiple of the {moe.ffn_hidden_size} of the others"
         return None
 
