@@ -115,6 +115,7 @@ class Bd3Config(PretrainedConfig):
         self.mlp_bias = mlp_bias
         self.head_bias = head_bias
         self.rope_theta = rope_theta
+        self.partial_rotary_factor = partial_rotary_factor
         self.rope_scaling = rope_scaling
         if rope_parameters:
             self.rope_parameters = rope_parameters
@@ -126,7 +127,6 @@ class Bd3Config(PretrainedConfig):
         self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.use_sliding_window = use_sliding_window
-        self.partial_rotary_factor = partial_rotary_factor
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.moe_intermediate_size = moe_intermediate_size
@@ -155,13 +155,17 @@ class Bd3Config(PretrainedConfig):
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """`rope_theta` and `rope_scaling` as transformers 5 writes them; what is stored and saved are those two."""
-        return {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
+        """`rope_theta`, `partial_rotary_factor` and `rope_scaling` as transformers 5 writes them; what is stored and saved
+        are those three.
+        """
+        plain = {"rope_theta": self.rope_theta, "partial_rotary_factor": self.partial_rotary_factor}
+        return {"rope_type": "default", **(self.rope_scaling or {}), **plain}
 
     @rope_parameters.setter
     def rope_parameters(self, parameters: dict[str, Any]) -> None:
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        self.rope_theta = parameters.get("rope_theta", self.rope_theta)
+        plain = ("rope_theta", "partial_rotary_factor")
+        scaling = {key: value for key, value in parameters.items() if key not in plain}
+        self.rope_theta, self.partial_rotary_factor = (parameters.get(key, getattr(self, key)) for key in plain)
         self.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
 
     def _check_experts(self) -> None:
