@@ -299,9 +299,11 @@ def _check(plan: ExportPlan, folder: Path) -> None:
 
 
 def _native_logits(plan: ExportPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See `expected_logits`; the model is gone from memory then."""
-    manifest = plan.manifest
+    """Return what `expected_logits` does, of the weights as they are written; the model is gone from memory then."""
+    manifest, written = plan.manifest, getattr(torch, plan.config["torch_dtype"])
     with open_model(plan.checkpoint, dtype) as (model, _, _):
+        for parameter in model.parameters() if written != dtype else ():
+            parameter.data = parameter.data.to(written).to(dtype)
         block_size = manifest.block_size if plan.is_block_diffusion else 1
         return expected_logits(model, block_size, manifest.max_position_embeddings)
 

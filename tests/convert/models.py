@@ -42,6 +42,8 @@ SHAPE = {
     "eos_token_id": 256,
     "initializer_range": 0.2,
 }
+# Of Qwen3-MoE.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
