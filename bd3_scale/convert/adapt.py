@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bd3_scale.checkpoint.manifest import MANIFEST, TOKENIZER, read_manifest
-from bd3_scale.convert.architectures import export_obstacles
+from bd3_scale.convert.architectures import Format, export_obstacles
 from bd3_scale.convert.importer import ImportPlan, plan_import, run_import
 from bd3_scale.data.manifest import MANIFEST_FILE
 from bd3_scale.data.prepare import DOCUMENT_MULTIPLE, prepare
@@ -54,7 +54,8 @@ def prepare_adaptation(
     decided = {"model": plan.model.model_dump(mode="json"), "init_from": None}
     recipe = with_plugins(load_recipe(recipe_file, overrides, decided), plugins)
     check_recipe(recipe, world_size_for_launch(recipe))
-    if obstacle := export_obstacles(plan.model, objectives.get(recipe.diffusion.objective))["sdar"]:
+    served: Format = "sdar" if plan.model.moe is None else "sdar_moe"
+    if obstacle := export_obstacles(plan.model, objectives.get(recipe.diffusion.objective))[served]:
         note(f"the adapted model will not run in SGLang or LMDeploy, but in transformers: {obstacle}")
     initial = recipe.run_path / INITIAL
     unprepared = [path for path in recipe.data.folders if not Path(path, MANIFEST_FILE).is_file()]

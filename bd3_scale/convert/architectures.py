@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from bd3_scale.objective import BlockDiffusion, NextToken, Objective, objectives
-from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, RopeScaling
+from bd3_scale.convert import mixtures
+from bd3_scale.convert.config_values import Config, check_kinds, integer, rope, rope_scaling
+from bd3_scale.convert.mixtures import Mixtures
+from bd3_scale.objective import BLOCK_DIFFUSION_FORMATS, BlockDiffusion, NextToken, Objective, objectives
+from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe, MoeRecipe
 
-Config = Mapping[str, Any]
-Format = Literal["sdar", "bd3", "qwen3", "qwen2", "llama"]
+if TYPE_CHECKING:
+    from bd3_scale.convert.names import Style
+
+Format = Literal["sdar", "sdar_moe", "llada2", "bd3", "qwen3", "qwen3_moe", "qwen2", "llama"]
 
 _ACTIVATIONS = {"swiglu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-_BLOCK_DIFFUSION = ("sdar", "bd3")
 # Options of a model of which every architecture has any value.
 _SIZES = frozenset((
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size",
     "norm_eps", "rope_theta", "tie_embeddings", "init_std",
 ))  # fmt: skip
 # Options that config.json has under names of Hugging Face; where an architecture has others, it is under their own.
-_RENAMED = _SIZES | {"activation", "rope_scaling"}
+_RENAMED = _SIZES | {"activation", "rope_scaling", "rotary_fraction", "moe"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class ExportFormat:
         free: those of which it has any value, beside `_SIZES`.
         fixed: what it has of others, where that is not the recipe's default, which is Qwen3's.
         says: why it has no other value of one, where there is more to say.
+        mixtures: the mixtures of experts that it has; None: dense models alone.
+        dense: it has models without experts.
+        style: whose names its tensors have.
+        prefix: of the classes in the code beside the weights, which block diffusion models have.
+        model_type: in config.json; the name by default.
+        unsaid: what the published models have of what their config.json does not say.
     """
 
     name: Format
@@ -40,6 +50,16 @@ class ExportFormat:
     free: frozenset[str] = frozenset({"rope_scaling"})
     fixed: Mapping[str, Any] = field(default_factory=dict)
     says: Mapping[str, str] = field(default_factory=dict)
+    mixtures: Mixtures | None = None
+    dense: bool = True
+    style: Style = "qwen3"
+    prefix: str = ""
+    model_type: str = ""
+    unsaid: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_block_diffusion(self) -> bool:
+        return self.name in BLOCK_DIFFUSION_FORMATS
 
     @property
     def own_names(self) -> tuple[str, ...]:
@@ -57,30 +77,75 @@ class ExportFormat:
             "head_bias": "its projections have biases",
             **self.says,
         }
+        if model.moe is None and not self.dense:
+            return "it has no experts"
+        if model.moe is not None:
+            found = self.mixtures.obstacle(model.moe, self.architecture) if self.mixtures else "it has experts"
+            if found is not None:
+                return found
         defaults = {name: f.get_default(call_default_factory=True) for name, f in ModelRecipe.model_fields.items()}
         has = {**defaults, **self.fixed}
         for option in (*says, *has):
             value = getattr(model, option)
-            if option not in _SIZES | self.free and value != has[option]:
+            if option not in _SIZES | self.free | {"moe"} and value != has[option]:
                 return says.get(option, f"it has {option}={value!r}, which {self.architecture} does not know")
         return None
 
 
+_SDAR_SAYS = {
+    "qk_norm": "it has no q/k norm, and a norm of unit weights is not the identity; train with model.qk_norm=true",
+    "rope_scaling": "its rotary frequencies are scaled, which engines do not expect of it",
+}
+_EVERY_MIXTURE = frozenset(MoeRecipe.model_fields)
 EXPORT_FORMATS: Mapping[Format, ExportFormat] = {
     f.name: f
     for f in (
+        ExportFormat("sdar", "SDARForCausalLM", free=frozenset(), says=_SDAR_SAYS, prefix="SDAR"),
         ExportFormat(
-            "sdar",
-            "SDARForCausalLM",
+            "sdar_moe",
+            "SDARMoeForCausalLM",
             free=frozenset(),
-            says={
-                "qk_norm": "it has no q/k norm, and a norm of unit weights is not the identity; train with "
-                "model.qk_norm=true",
-                "rope_scaling": "its rotary frequencies are scaled, which engines do not expect of SDAR",
-            },
+            says=_SDAR_SAYS,
+            mixtures=Mixtures(mixtures.read_qwen3_moe, mixtures.qwen3_moe_keys),
+            dense=False,
+            prefix="SDARMoe",
         ),
-        ExportFormat("bd3", "Bd3ForCausalLM", free=frozenset(ModelRecipe.model_fields)),
+        ExportFormat(
+            "llada2",
+            "LLaDA2MoeModelLM",
+            free=frozenset({"rotary_fraction"}),
+            says=_SDAR_SAYS,
+            mixtures=Mixtures(
+                mixtures.read_llada2,
+                mixtures.llada2_keys,
+                free=_EVERY_MIXTURE - {"score", "bias", "normalize_top_k"},
+                fixed={"score": "sigmoid", "bias": True},
+                counts_shared=True,
+            ),
+            dense=False,
+            style="llada2",
+            prefix="LLaDA2Moe",
+            model_type="llada2_moe",
+            unsaid={"block_size": 32, "mask_token_id": 156895},
+        ),
+        ExportFormat(
+            "bd3",
+            "Bd3ForCausalLM",
+            free=frozenset(ModelRecipe.model_fields),
+            mixtures=Mixtures(mixtures.read_bd3, mixtures.bd3_keys, free=_EVERY_MIXTURE),
+            prefix="Bd3",
+        ),
         ExportFormat("qwen3", "Qwen3ForCausalLM"),
+        ExportFormat(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            mixtures=Mixtures(
+                mixtures.read_qwen3_moe,
+                mixtures.qwen3_moe_keys,
+                free=frozenset({"normalize_top_k", "first_dense_layers"}),
+            ),
+            dense=False,
+        ),
         ExportFormat("qwen2", "Qwen2ForCausalLM", fixed={"qk_norm": False, "attention_bias": True}),
         ExportFormat(
             "llama", "LlamaForCausalLM", free=frozenset({"rope_scaling", "mlp_bias"}), fixed={"qk_norm": False}
@@ -112,16 +177,17 @@ class Architecture:
     max_position_embeddings: int
 
 
-def read_architecture(config: Config, block_size: int | None = None) -> Architecture:
+def read_architecture(config: Config, block_size: int | None = None, mask_id: int | None = None) -> Architecture:
     """Return the model that a config.json describes.
 
     Args:
         block_size: in place of the one in a block diffusion model's config.
+        mask_id: of a block diffusion model whose config does not say it.
 
     Raises:
         ValueError: an architecture, or a feature of it, that this package has no equal of.
     """
-    _check_kinds(config)
+    check_kinds(config)
     names = config.get("architectures") or []
     name = names[0] if names else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -130,108 +196,110 @@ def read_architecture(config: Config, block_size: int | None = None) -> Architec
             ", and the checkpoints of the official bd3lms code"
         )
     _refuse_unknown_features(name, config)
-    block_diffusion = ARCHITECTURES[name].name in _BLOCK_DIFFUSION
-    if block_size is not None and not block_diffusion:
-        raise ValueError(
-            f"block_size={block_size} belongs to block diffusion models, and {name} predicts the next token: leave it "
-            "out here, and give the recipe of the adaptation its diffusion.block_size"
-        )
-    num_token_ids = _integer(config, "num_token_ids", 0) or None
-    if block_diffusion and num_token_ids is not None and _integer(config, "mask_token_id") >= num_token_ids:
-        raise ValueError(
-            f"config.json of {name} says mask_token_id={config['mask_token_id']}, behind the {num_token_ids} ids in "
-            "use: it was written with --mask-id for engines; import what it was made of, or an export without"
-        )
-    block_size = (block_size or _integer(config, "block_size")) if block_diffusion else 1
+    of = ARCHITECTURES[name]
+    num_token_ids = integer(config, "num_token_ids", 0) or None
+    if of.is_block_diffusion:
+        mask_id = _mask_id(name, config, mask_id, num_token_ids)
+        block_size = block_size or integer(config, "block_size", of.unsaid.get("block_size"))
+    else:
+        _refuse_block_diffusion(name, block_size, mask_id)
     eos = config.get("eos_token_id")
     return Architecture(
         name=name,
         model=_model(name, config),
         diffusion=DiffusionRecipe(
-            block_size=block_size, objective=objectives.name_of(BlockDiffusion if block_diffusion else NextToken)
+            block_size=block_size or 1,
+            objective=objectives.name_of(BlockDiffusion if of.is_block_diffusion else NextToken),
         ),
-        vocab_rows=_integer(config, "vocab_size"),
+        vocab_rows=integer(config, "vocab_size"),
         eos_id=next(iter(eos), None) if isinstance(eos, list) else eos,
-        mask_id=_integer(config, "mask_token_id") if block_diffusion else None,
+        mask_id=mask_id,
         num_token_ids=num_token_ids,
-        max_position_embeddings=_integer(config, "max_position_embeddings", 2048),
+        max_position_embeddings=integer(config, "max_position_embeddings", 2048),
     )
+
+
+def _mask_id(name: str, config: Config, given: int | None, num_token_ids: int | None) -> int:
+    """Return the mask's id: what config.json says, else what is given, else that of the published models."""
+    says = config.get("mask_token_id")
+    if given is not None and says not in (None, given):
+        raise ValueError(f"mask_id={given} is not the mask of {name}: its config.json says mask_token_id={says!r}")
+    found = integer(
+        config, "mask_token_id", ARCHITECTURES[name].unsaid.get("mask_token_id") if given is None else given
+    )
+    if num_token_ids is not None and found >= num_token_ids:
+        raise ValueError(
+            f"config.json of {name} says mask_token_id={found}, behind the {num_token_ids} ids in "
+            "use: it was written with --mask-id for engines; import what it was made of, or an export without"
+        )
+    if says is None and found >= integer(config, "vocab_size"):
+        raise ValueError(
+            f"config.json of {name} says no mask_token_id, and {found} is none of its {config['vocab_size']} ids: "
+            "give the mask's own with --mask-id"
+        )
+    return found
+
+
+def _refuse_block_diffusion(name: str, block_size: int | None, mask_id: int | None) -> None:
+    if block_size is not None:
+        raise ValueError(
+            f"block_size={block_size} belongs to block diffusion models, and {name} predicts the next token: leave it "
+            "out here, and give the recipe of the adaptation its diffusion.block_size"
+        )
+    if mask_id is not None:
+        raise ValueError(
+            f"mask_id={mask_id} is of a mask that a model knows, and {name} predicts the next token: leave it out; "
+            "--mask-token says which token becomes the mask"
+        )
 
 
 def _model(name: str, config: Config) -> ModelRecipe:
     of = ARCHITECTURES[name]
-    heads, hidden = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")
+    heads, hidden = integer(config, "num_attention_heads"), integer(config, "hidden_size")
     activations = {theirs: ours for ours, theirs in _ACTIVATIONS.items() if ours == "swiglu" or "activation" in of.free}
     act = config.get("hidden_act", "silu")
     if act not in activations:
         raise ValueError(f"hidden_act={act!r} of {name} is not supported; {', '.join(activations)} is")
     sections = {
-        "num_layers": _integer(config, "num_hidden_layers"),
+        "num_layers": integer(config, "num_hidden_layers"),
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_query_groups": _integer(config, "num_key_value_heads", heads),
-        "head_dim": _integer(config, "head_dim", hidden // max(1, heads)),
-        "ffn_hidden_size": _integer(config, "intermediate_size"),
+        "num_query_groups": integer(config, "num_key_value_heads", heads),
+        "head_dim": integer(config, "head_dim", hidden // max(1, heads)),
+        "ffn_hidden_size": integer(config, "intermediate_size"),
         "activation": activations[act],
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "tie_embeddings": bool(config.get("tie_word_embeddings") or config.get("trained_with_tied_embeddings")),
-        "rope_theta": _rope(config)["rope_theta"],
-        "rope_scaling": _rope_scaling(config),
+        "rope_theta": rope(config)["rope_theta"],
+        "rope_scaling": rope_scaling(config),
+        "rotary_fraction": rope(config)["partial_rotary_factor"],
+        "moe": None if of.mixtures is None else of.mixtures.read(name, config),
         **of.fixed,
         **{option: config[option] for option in of.own_names if option in config},
     }
     if of.name == "bd3" and config.get("initializer_range"):
         sections["init_std"] = config["initializer_range"]
     try:
-        return ModelRecipe.model_validate(sections)
+        model = ModelRecipe.model_validate(sections)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, p['loc']))}: {p['msg']}, not {repr(p['input'])[:80]}" for p in error.errors()[:5]
         )
         raise ValueError(f"config.json of {name} describes no model: {problems}") from error
+    mixtures.check_mixture(name, model)
+    _check_rotary(name, of, model)
+    return model
 
 
-_KINDS: Mapping[str, type | tuple[type, ...]] = {
-    "architectures": list,
-    "eos_token_id": (int, list),
-    "layer_types": list,
-    "quantization_config": dict,
-    "rope_parameters": dict,
-    "rope_scaling": dict,
-}
-
-
-def _check_kinds(config: Config) -> None:
-    for key, kinds in _KINDS.items():
-        value = config.get(key)
-        if value is not None and not isinstance(value, kinds):
-            raise ValueError(f"{key}={repr(value)[:80]} in config.json is not of the kind that transformers writes")
-
-
-def _integer(config: Config, key: str, default: int | None = None) -> int:
-    value = default if config.get(key) is None else config[key]
-    name = config["architectures"][0]
-    if value is None:
-        raise ValueError(f"config.json has no {key!r}, which {name} needs")
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{key}={repr(value)[:80]} in config.json is no count: {name} needs a whole number")
-    return value
-
-
-def _rope(config: Config) -> Config:
-    """transformers 5 writes `rope_parameters` in place of `rope_theta` and `rope_scaling`."""
-    found = {"rope_theta": config.get("rope_theta") or 10_000.0, **(config.get("rope_scaling") or {})}
-    return found | (config.get("rope_parameters") or {})
-
-
-def _rope_scaling(config: Config) -> dict[str, Any] | None:
-    rope = _rope(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(f"rope_scaling of type {kind!r} is not supported; none and llama3 are")
-    return {key: rope[key] for key in RopeScaling.model_fields if key in rope}
+def _check_rotary(name: str, of: ExportFormat, model: ModelRecipe) -> None:
+    turned = model.rotary_channels
+    if model.rotary_fraction != 1 and "rotary_fraction" not in of.free:
+        raise ValueError(f"{name} with partial_rotary_factor={model.rotary_fraction} is not supported: 1 is")
+    if turned % 2 or turned == 0:
+        raise ValueError(
+            f"partial_rotary_factor={model.rotary_fraction} in config.json of {name} turns {turned} of "
+            f"{model.head_size} channels, and pairs of channels turn: is it the model's own?"
+        )
 
 
 def _refuse_unknown_features(name: str, config: Config) -> None:
@@ -254,7 +322,7 @@ def export_obstacles(model: ModelRecipe, objective: type[Objective]) -> dict[For
     for f in EXPORT_FORMATS.values():
         shape, trained = f.obstacle(model), objective.export_obstacle(f.name)
         # What no training changes comes first, so that it is known before an adaptation.
-        found[f.name] = (shape or trained) if f.name in _BLOCK_DIFFUSION else (trained or shape)
+        found[f.name] = (shape or trained) if f.is_block_diffusion else (trained or shape)
     return found
 
 
@@ -273,11 +341,10 @@ def config_json(
 
     special_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`.
     """
-    block_diffusion = kind in _BLOCK_DIFFUSION
-    scaling = model.rope_scaling
+    of, scaling = EXPORT_FORMATS[kind], model.rope_scaling
     config: dict[str, Any] = {
-        "architectures": [EXPORT_FORMATS[kind].architecture],
-        "model_type": kind,
+        "architectures": [of.architecture],
+        "model_type": of.model_type or kind,
         "vocab_size": vocab_rows,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -297,23 +364,33 @@ def config_json(
         "attention_dropout": 0.0,
         "initializer_range": model.init_std,
         **special_ids,
-        "tie_word_embeddings": model.tie_embeddings and not block_diffusion,
+        "tie_word_embeddings": model.tie_embeddings and not of.is_block_diffusion,
         "torch_dtype": dtype,
         "use_cache": True,
     }
-    if block_diffusion:
-        module, prefix = kind, {"sdar": "SDAR", "bd3": "Bd3"}[kind]
-        config |= {
-            "auto_map": {
-                "AutoConfig": f"configuration_{module}.{prefix}Config",
-                "AutoModel": f"modeling_{module}.{prefix}Model",
-                "AutoModelForCausalLM": f"modeling_{module}.{prefix}ForCausalLM",
-            },
-            "block_size": block_size,
-            "mask_token_id": mask_id,
-            "fuse_cross_entropy": True,
-            "trained_with_tied_embeddings": model.tie_embeddings,
-        }
+    if of.is_block_diffusion:
+        config |= _block_diffusion_keys(of, model, block_size, mask_id)
+    if model.moe is not None and of.mixtures is not None:
+        config |= of.mixtures.keys(model.moe)
+    if "rotary_fraction" in of.free and model.rotary_fraction != 1:
+        config["partial_rotary_factor"] = model.rotary_fraction
     if kind == "bd3":
         config["gated_mlp"] = model.activation == "swiglu"
-    return config | model.model_dump(mode="json", include=set(EXPORT_FORMATS[kind].own_names))
+    if kind == "llada2":
+        config["rotary_dim"] = model.rotary_channels
+    return config | model.model_dump(mode="json", include=set(of.own_names))
+
+
+def _block_diffusion_keys(of: ExportFormat, model: ModelRecipe, block_size: int, mask_id: int) -> dict[str, Any]:
+    module = of.model_type or of.name
+    return {
+        "auto_map": {
+            "AutoConfig": f"configuration_{module}.{of.prefix}Config",
+            "AutoModel": f"modeling_{module}.{of.prefix}Model",
+            "AutoModelForCausalLM": f"modeling_{module}.{of.architecture}",
+        },
+        "block_size": block_size,
+        "mask_token_id": mask_id,
+        "fuse_cross_entropy": True,
+        "trained_with_tied_embeddings": model.tie_embeddings,
+    }

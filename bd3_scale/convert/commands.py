@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
-from rich.tree import Tree
 
-from bd3_scale.observe.console import Console, put, styled
+from bd3_scale.convert.tables import show_gguf, show_inspection, show_quantization, show_result
+from bd3_scale.observe.console import put
 from bd3_scale.observe.progress import Bar
 
 if TYPE_CHECKING:
     from bd3_scale.convert.export import ExportPlan
-    from bd3_scale.convert.gguf_report import GgufReport
-    from bd3_scale.convert.inspect import Inspection
-    from bd3_scale.convert.quantize import QuantizationReport
     from bd3_scale.convert.serving import Packing
 
-_MEASURED = (
-    ("held-out NELBO, nats a token", "nelbo"),
-    ("standard error over noise draws", "noise_standard_error"),
-    ("standard error over text", "text_standard_error"),
-)
 app = typer.Typer(help="Checkpoints in and out: import, export, smaller formats.", no_args_is_help=True)
 
 
@@ -40,8 +32,8 @@ MaskId = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="sdar: of the mask in what is written; the vocabulary is padded up to it. SGLang and LMDeploy look for "
-        "151669.",
+        help="sdar, sdar_moe, llada2: of the mask in what is written; the vocabulary is padded up to it. SGLang and "
+        "LMDeploy look for 151669, with llada2 for 156895.",
         show_default="training's",
     ),
 ]
@@ -65,6 +57,14 @@ def import_(
     block_size: Annotated[
         int | None, typer.Option(min=1, help="Of a block diffusion model that does not say its own.")
     ] = None,
+    mask_id: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of the mask of a block diffusion model that does not say its own.",
+            show_default="LLaDA2's",
+        ),
+    ] = None,
     eos_id: Annotated[int | None, typer.Option(min=0, help="End of document, where there is no tokeniser.")] = None,
     bos: Annotated[
         bool | None,
@@ -75,13 +75,19 @@ def import_(
 ) -> None:
     """Make a checkpoint of this package, for any topology, from one of other software.
 
-    Qwen3, Qwen2, Llama and Mistral models come with a mask token added, ready to be adapted; SDAR models and the
-    official bd3lms ones come as they are.
+    Qwen3, Qwen3-MoE, Qwen2, Llama and Mistral models come with a mask token added, ready to be adapted; SDAR,
+    SDAR-MoE and LLaDA2-MoE models and the official bd3lms ones come as they are.
     """
     from bd3_scale.convert.importer import plan_import, run_import
 
     plan = plan_import(
-        source, tokenizer=tokenizer, mask_token=mask_token, block_size=block_size, eos_id=eos_id, bos=bos
+        source,
+        tokenizer=tokenizer,
+        mask_token=mask_token,
+        block_size=block_size,
+        mask_id=mask_id,
+        eos_id=eos_id,
+        bos=bos,
     )
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
@@ -90,7 +96,7 @@ def import_(
             run_import(plan, out, bar.show)
     vocabulary = plan.vocabulary
     mask = f"{vocabulary.mask_id}, " + ("new" if plan.new_mask else "the model's own")
-    _report(
+    show_result(
         f"{'would write' if dry_run else 'wrote and verified'} {out}",
         {
             "source": f"{plan.source}, {plan.architecture}",
@@ -113,11 +119,11 @@ def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="New folder.")],
     kind: Annotated[
-        Literal["sdar", "bd3", "gguf", "qwen3", "qwen2", "llama"] | None,
+        Literal["sdar", "sdar_moe", "llada2", "bd3", "gguf", "qwen3", "qwen3_moe", "qwen2", "llama"] | None,
         typer.Option(
             "--format",
-            help="sdar runs in engines; bd3 is our own for transformers; gguf is a file for llama.cpp, through "
-            "which `generate` runs it on a CPU; the others are for next-token models.",
+            help="sdar, sdar_moe and llada2 run in engines; bd3 is our own for transformers; gguf is a file for "
+            "llama.cpp, through which `generate` runs it on a CPU; the others are for next-token models.",
             show_default="the first that the model can become",
         ),
     ] = None,
@@ -162,7 +168,7 @@ def export(
     if not dry_run:
         with Bar("exporting", unit="bytes") as bar:
             padding = run_export(plan, out, bar.show)
-    _report(
+    show_result(
         f"{'would write' if dry_run else 'wrote and verified'} {out}",
         {
             "format": plan.config["architectures"][0],
@@ -197,7 +203,6 @@ def _export_gguf(
     checkpoint: Path, out: Path, kind: GgufType, given: dict[str, Any], *, dry_run: bool, as_json: bool
 ) -> None:
     import dataclasses
-    import json
 
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.gguf import plan_gguf
@@ -214,34 +219,14 @@ def _export_gguf(
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
     if dry_run:
         entries: dict[str, object] = {"architecture": plan.architecture, "type": kind, "bytes": plan.num_bytes}
-        _report(f"would write {out / plan.name}", entries, as_json)
+        show_result(f"would write {out / plan.name}", entries, as_json)
         return
     with Bar("exporting") as bar:
         report = run_gguf_export(plan, out, GgufOptions(**{**given, "data": prepared}), bar.show)
     if as_json:
         put(json.dumps(dataclasses.asdict(report)))
         return
-    _show_gguf(report, out / plan.name)
-
-
-def _show_gguf(report: GgufReport, path: Path) -> None:
-    table = Table("", "fp32", report.type, "change", title=f"wrote and verified {path}: {report.architecture}")
-    share = report.bytes_after / report.bytes_before
-    table.add_row(
-        "size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB", f"{share:.3f} of it"
-    )
-    measured = (report.before, report.after, report.change)
-    for name, key in _MEASURED if report.before else ():
-        values = (getattr(one, key) for one in measured)
-        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
-    rates = Table("mask rate", "masked tokens", "KL, nats", "same most likely token")
-    for at in report.rates:
-        rates.add_row(f"{at.mask_rate:g}", f"{at.tokens:,}", f"{at.divergence:.2e}", f"{at.same_token:.4f}")
-    console = Console()
-    console.print(table, *([rates] if report.rates else []), sep="\n")
-    if report.unchecked is not None:
-        console.print(f"not compared with the model in fp32: {report.unchecked}")
-    console.print(f"run it: bd3-scale generate {path}; programs for autoregressive models write rubbish with it")
+    show_gguf(report, out / plan.name)
 
 
 @app.command(epilog="Example: bd3-scale convert quantize runs/quickstart --bits 4 --out served/quickstart-int4")
@@ -276,7 +261,6 @@ def quantize(
     Embedding, norms and head are kept. The report says what each weight and the held-out perplexity lose.
     """
     import dataclasses
-    import json
 
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.calibration import check_data
@@ -301,7 +285,7 @@ def quantize(
         entries: dict[str, object] = {"method": chosen, "bits": scheme.bits, "group size": group_size}
         entries |= {"weights that are quantised": numels[True], "weights that are kept": numels[False]}
         entries |= _moved_mask(plan) | found
-        _report(f"would write {out}", entries, as_json)
+        show_result(f"would write {out}", entries, as_json)
         return
     with Bar("quantising") as bar:
         report = run_quantize(
@@ -318,25 +302,48 @@ def quantize(
     if as_json:
         put(json.dumps(dataclasses.asdict(report) | found))
         return
-    _show_quantization(report, out, found)
+    show_quantization(report, out, found)
 
 
-def _show_quantization(report: QuantizationReport, out: Path, found: dict[str, object]) -> None:
-    title = f"wrote and verified {out}: int{report.bits}, groups of {report.group_size}, {report.method}"
-    table = Table("", "before", "after", title=title)
-    table.add_row("size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB")
-    for name, key in _MEASURED:
-        row = (getattr(measured, key) for measured in (report.before, report.after))
-        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in row))
-    errors = Table("weight", "relative output error", title="per layer, worst first")
-    for name, error in sorted(report.errors.items(), key=lambda item: -item[1]):
-        errors.add_row(name, f"{error:.2e}")
-    runs = Table("engine", "", title="engines")
-    for name, says in found.items():
-        runs.add_row(name, str(says))
-    Console().print(errors, table, runs, *(f"Marlin: {note}" for note in report.notes), sep="\n")
-    if report.padding is not None:
-        Console().print(report.padding)
+@app.command(
+    epilog="Example: bd3-scale convert upcycle runs/quickstart --experts 8 --top-k 2 --out checkpoints/quickstart-moe"
+)
+def upcycle(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    experts: Annotated[int, typer.Option(min=1, help="Experts of a layer, each a copy of its MLP.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Experts that a row is sent to.")],
+    dense_layers: Annotated[int, typer.Option(min=0, help="So many first layers stay as they are.")] = 0,
+    bias: Annotated[
+        bool, typer.Option("--bias", help="Experts have a bias for the choice, which balances them in training.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the routers.")] = 1,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a mixture of experts of a dense checkpoint, which computes the same until it is trained.
+
+    A training takes it with init_from and the model that the result names.
+    """
+    from bd3_scale.checkpoint.folder import resolve_checkpoint
+    from bd3_scale.convert.upcycle import plan_upcycle, run_upcycle
+
+    sizes = {"num_experts": experts, "top_k": top_k, "dense_layers": dense_layers}
+    plan = plan_upcycle(resolve_checkpoint(checkpoint), **sizes, bias=bias, seed=seed)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; remove it or choose another folder")
+    if not dry_run:
+        with Bar("upcycling", unit="bytes") as bar:
+            run_upcycle(plan, out, bar.show)
+    show_result(
+        f"{'would write' if dry_run else 'wrote and verified'} {out}",
+        {
+            "source": f"{plan.manifest.weights_state} of step {plan.manifest.step}",
+            "bytes": plan.num_bytes,
+            "model.moe": json.dumps(plan.moe.model_dump(exclude_defaults=True)),
+        },
+        as_json,
+    )
 
 
 @app.command("inspect", epilog="Example: bd3-scale convert inspect runs/quickstart --verify")
@@ -352,7 +359,6 @@ def inspect_(
 ) -> None:
     """Show what a checkpoint is and which exports are open to it, without loading it."""
     import dataclasses
-    import json
 
     from bd3_scale.convert.inspect import inspect
 
@@ -360,40 +366,6 @@ def inspect_(
     if as_json:
         put(json.dumps(dataclasses.asdict(found)))
     else:
-        _show(found)
+        show_inspection(found)
     if not found.sound:
         raise typer.Exit(1)
-
-
-def _show(found: Inspection) -> None:
-    console = Console(highlight=False)
-    tree = Tree(styled((found.path, "bold"), f", {found.kind}"))
-    branches: dict[str, Tree] = {}
-    for tensor in found.tensors:
-        *parents, leaf = tensor.name.split(".")
-        branch = tree
-        for depth in range(1, len(parents) + 1):
-            key = ".".join(parents[:depth])
-            branch = branches.get(key) or branches.setdefault(key, branch.add(parents[depth - 1]))
-        branch.add(styled(leaf, (f"  {tensor.dtype} {list(tensor.shape)}", "dim")))
-    table = Table("", "", show_header=False)
-    table.add_row("parameters", f"{found.parameters:,}")
-    table.add_row("size", f"{found.bytes / 1e9:.3f} GB")
-    table.add_row("health", found.health)
-    for key, value in found.details.items():
-        table.add_row(key, str(value))
-    for name, obstacle in found.exports.items():
-        table.add_row(f"export to {name}", "yes" if obstacle is None else f"no: {obstacle}")
-    console.print(tree, table)
-
-
-def _report(title: str, entries: dict[str, object], as_json: bool) -> None:
-    if as_json:
-        import json
-
-        put(json.dumps({"result": title} | entries))
-        return
-    table = Table("", "", title=title, show_header=False)
-    for key, value in entries.items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)

@@ -26,10 +26,10 @@ from bd3_scale.convert.architectures import (
 from bd3_scale.convert.check_export import check_export, expected_logits
 from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.importer import MASK_ROWS
-from bd3_scale.convert.names import EMBEDDING, HEAD, NATIVE_EMBEDDING, NamedTensor, named_tensors
+from bd3_scale.convert.names import HEAD, NATIVE_EMBEDDING, NamedTensor, named_tensors
 from bd3_scale.convert.padding import Padding, with_padding
 from bd3_scale.convert.remote_code_files import remote_code
-from bd3_scale.convert.serving import ENGINE_MASK_ID, SGLANG_CONFIG, Packing, model_card, sglang_config
+from bd3_scale.convert.serving import ENGINE_MASK_IDS, SGLANG_CONFIG, Packing, model_card, sglang_config
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.generate.text import checkpoint_tokenizer
@@ -72,7 +72,9 @@ class ExportPlan:
         return {tensor.name: tensor.numel * self._dtype_of(tensor).itemsize for tensor in self.tensors}
 
     def _dtype_of(self, tensor: NamedTensor) -> torch.dtype:
-        return self.dtype or self.stored[self._stored_name(tensor)]
+        # A step moves an expert's bias by less than bfloat16 tells apart.
+        stored = self.stored[self._stored_name(tensor)]
+        return stored if self.dtype is None or tensor.key.endswith(".expert_bias") else self.dtype
 
     def _stored_name(self, tensor: NamedTensor) -> str:
         return f"{self.manifest.weights_state}.{tensor.key}"
@@ -81,10 +83,10 @@ class ExportPlan:
         """Return the values of a tensor as they are written."""
         boxes = [reader.read(self._stored_name(tensor), *box) for box in tensor.boxes]
         values = tensor.join(boxes).to(self._dtype_of(tensor))
-        if self.moves_mask and tensor.name in (EMBEDDING, HEAD):
+        if self.moves_mask and tensor.is_table:
             return self._with_mask_moved(tensor, values)
         mask_id = self.manifest.vocabulary.mask_id
-        predicts = tensor.name == HEAD or (tensor.name == EMBEDDING and not self.is_block_diffusion)
+        predicts = tensor.name == HEAD or (tensor.is_embedding and not self.is_block_diffusion)
         if not predicts or mask_id >= len(values):
             return values
         if not self.is_block_diffusion and tensor.name in (kept := rows_of_source(self.checkpoint)):
@@ -101,7 +103,7 @@ class ExportPlan:
         size = len(values) - 1
         moved = values.new_zeros(tensor.shape)
         moved[:size] = values[:size]
-        if tensor.name == EMBEDDING:
+        if tensor.is_embedding:
             moved[self.mask_id] = values[size]
         else:
             # Never the highest logit of an engine that leaves no id out.
@@ -111,7 +113,7 @@ class ExportPlan:
 
     @property
     def is_block_diffusion(self) -> bool:
-        return self.kind in ("sdar", "bd3")
+        return EXPORT_FORMATS[self.kind].is_block_diffusion
 
     @property
     def mask_id(self) -> int:
@@ -122,7 +124,7 @@ class ExportPlan:
     def padding_bytes(self) -> int:
         """Return the bytes of rows that no text has, of a mask with another id."""
         rows = int(self.config["vocab_size"])
-        tables = [size // rows for name, size in self.sizes.items() if self.moves_mask and name in (EMBEDDING, HEAD)]
+        tables = [self.sizes[t.name] // rows for t in self.tensors if self.moves_mask and t.is_table]
         return (rows - self.manifest.vocabulary.size) * sum(tables)
 
     @property
@@ -175,7 +177,7 @@ def plan_export(
     with TensorReader(checkpoint) as reader:
         stored = reader.dtypes
     target = getattr(torch, dtype) if dtype else _default_dtype(manifest)
-    block_diffusion = kind in ("sdar", "bd3")
+    block_diffusion = EXPORT_FORMATS[kind].is_block_diffusion
     if block_diffusion:
         rows = max(vocabulary.size, vocabulary.rows)
     else:
@@ -194,7 +196,11 @@ def plan_export(
     if block_diffusion and rows > vocabulary.size:
         config["num_token_ids"] = vocabulary.size
     tensors = named_tensors(
-        manifest.model, vocab_rows=rows, padded_rows=vocabulary.padded_size, tied=config["tie_word_embeddings"]
+        manifest.model,
+        vocab_rows=rows,
+        padded_rows=vocabulary.padded_size,
+        tied=config["tie_word_embeddings"],
+        style=EXPORT_FORMATS[kind].style,
     )
     original = object_in(checkpoint / IMPORTED, CONFIG)
     if original.get("architectures") == config["architectures"]:
@@ -217,15 +223,16 @@ def _with_mask_at(plan: ExportPlan, mask_id: int) -> ExportPlan:
         hidden = tensor.shape[1:]
         return replace(tensor, shape=(rows, *hidden), boxes=(((0, 0), (vocabulary.size, *hidden)),))
 
-    tensors = tuple(moved(t) if t.name in (EMBEDDING, HEAD) else t for t in plan.tensors)
+    tensors = tuple(moved(t) if t.is_table else t for t in plan.tensors)
     return replace(plan, config=config, tensors=tensors)
 
 
 def _check_mask_id(kind: Format, vocabulary: Vocabulary, mask_id: int) -> None:
     """Raise ValueError if the mask cannot have another id, or not this one."""
-    if kind != "sdar":
+    if kind not in ENGINE_MASK_IDS:
+        served = ", ".join(EXPORT_FORMATS[name].architecture for name in ENGINE_MASK_IDS)
         raise ValueError(
-            f"mask_id={mask_id} is for SDARForCausalLM, whose engines take {ENGINE_MASK_ID} for the mask, and this is "
+            f"mask_id={mask_id} is for {served}, whose engines take an id of their own for the mask, and this is "
             f"an export to {EXPORT_FORMATS[kind].architecture}: leave it out"
         )
     if vocabulary.mask_id != vocabulary.size - 1:
@@ -236,7 +243,7 @@ def _check_mask_id(kind: Format, vocabulary: Vocabulary, mask_id: int) -> None:
     if not vocabulary.size <= mask_id < MOST_IDS:
         raise ValueError(
             f"mask_id={mask_id} must lie behind the vocabulary of {vocabulary.size} ids, whose tokens have those "
-            f"before, and below {MOST_IDS}: SGLang and LMDeploy look for {ENGINE_MASK_ID}"
+            f"before, and below {MOST_IDS}: engines look for {ENGINE_MASK_IDS[kind]}"
         )
 
 
@@ -284,15 +291,19 @@ def run_export(
 
 def _check(plan: ExportPlan, folder: Path) -> None:
     """Raise ValueError if transformers makes something else of it."""
-    dtype = torch.bfloat16 if plan.config["torch_dtype"] == "bfloat16" else torch.float32
+    # Where rounding chooses another expert, logits differ by more than it.
+    rounds = plan.config["torch_dtype"] == "bfloat16" and plan.manifest.model.moe is None
+    dtype = torch.bfloat16 if rounds else torch.float32
     ids, logits = _native_logits(plan, dtype)
     check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, dtype)
 
 
 def _native_logits(plan: ExportPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See `expected_logits`; the model is gone from memory then."""
-    manifest = plan.manifest
+    """Return what `expected_logits` does, of the weights as they are written; the model is gone from memory then."""
+    manifest, written = plan.manifest, getattr(torch, plan.config["torch_dtype"])
     with open_model(plan.checkpoint, dtype) as (model, _, _):
+        for parameter in model.parameters() if written != dtype else ():
+            parameter.data = parameter.data.to(written).to(dtype)
         block_size = manifest.block_size if plan.is_block_diffusion else 1
         return expected_logits(model, block_size, manifest.max_position_embeddings)
 
@@ -349,10 +360,10 @@ def write_companions(
             mask_id=plan.mask_id,
             settings=_tokenizer_settings(plan, tokenizer),
         )
-    if plan.kind in ("sdar", "bd3"):
+    if plan.is_block_diffusion:
         for name, source in remote_code(plan.kind).items():
             (folder / name).write_text(source, encoding="utf-8")
-    if plan.kind == "sdar":
+    if plan.kind in ENGINE_MASK_IDS:
         (folder / SGLANG_CONFIG).write_text(sglang_config(plan.config["block_size"]))
     card = model_card(plan.kind, plan.config, plan.manifest, packing, plan.padding.says if plan.padding else None)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# Of the experts of a layer in one tensor each, of which none has the name of a weight.
+_STACKED = re.compile(r"(.+\.mlp\.experts)\.((?:gate|up|down)_proj)")
 _PACKED_DTYPES: Mapping[str, torch.dtype] = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 
 
@@ -48,8 +51,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def open_weights(folder: Path, *, quantised: bool = False) -> Weights:
+def open_weights(folder: Path, *, quantised: bool = False, experts_apart: bool = False) -> Weights:
     """Open the tensors of a folder with `model.safetensors`, or shards and their index; of packed ones if `quantised`.
+
+    experts_apart: of a tensor that stacks the experts of a layer, each is one of its own, as Qwen3-MoE names them.
 
     Raises:
         FileNotFoundError: there are no safetensors files, or one that the index names is missing.
@@ -57,6 +62,7 @@ def open_weights(folder: Path, *, quantised: bool = False) -> Weights:
             is of a type that is no weight's.
     """
     file_of: dict[str, Path] = {}
+    parts: dict[str, tuple[Path, str, int | None]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     known = {**DTYPES, **_PACKED_DTYPES} if quantised else DTYPES
@@ -69,9 +75,22 @@ def open_weights(folder: Path, *, quantised: bool = False) -> Weights:
                         f"{path}: {name} is of type {view.get_dtype()}, and weights are of {', '.join(DTYPES)}: import "
                         "the weights that a quantised checkpoint was made from"
                     )
-                file_of[name], shapes[name], dtypes[name] = path, tuple(view.get_shape()), known[view.get_dtype()]
+                file_of[name] = path
+                for part, index, shape in _parts(name, tuple(view.get_shape()), experts_apart):
+                    parts[part], shapes[part] = (path, name, index), shape
+                    dtypes[part] = known[view.get_dtype()]
     _check_index(folder, file_of)
-    return Weights(shapes, dtypes, partial(_read, file_of))
+    return Weights(shapes, dtypes, partial(_read, parts))
+
+
+def _parts(name: str, shape: tuple[int, ...], experts_apart: bool) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
+    """Yield what a tensor of a file is made of: name, index on its first axis, shape; by far the most are whole."""
+    stacked = _STACKED.fullmatch(name) if experts_apart and len(shape) == 3 else None
+    if stacked is None:
+        yield name, None, shape
+        return
+    for expert in range(shape[0]):
+        yield f"{stacked[1]}.{expert}.{stacked[2]}.weight", expert, shape[1:]
 
 
 def check_sizes(source: str, model: ModelRecipe, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -84,21 +103,33 @@ def check_sizes(source: str, model: ModelRecipe, shapes: Mapping[str, tuple[int,
             "tensors in all: is it the model's own?"
         )
     largest = max((size for shape in shapes.values() for size in shape), default=0)
-    for key, size in (("hidden_size", model.hidden_size), ("intermediate_size", model.ffn_hidden_size)):
+    sizes = {"hidden_size": model.hidden_size}
+    if model.dense_layers:
+        sizes["intermediate_size"] = model.ffn_hidden_size
+    if model.moe is not None:
+        sizes["moe_intermediate_size"] = model.moe.ffn_hidden_size
+    for key, size in sizes.items():
         if size > largest:
             raise ValueError(
                 f"config.json of {source} says {key}={size}, and no tensor of its weights is as large: is it the "
                 "model's own?"
             )
-    for letter, key, heads in (
-        ("q", "num_attention_heads", model.num_attention_heads),
-        ("k", "num_key_value_heads", model.query_groups),
+    routed = max((shape[0] for name, shape in shapes.items() if name.endswith(".mlp.gate.weight") and shape), default=0)
+    if model.moe is not None and model.moe.num_experts > routed:
+        raise ValueError(
+            f"config.json of {source} says num_experts={model.moe.num_experts}, and mlp.gate has {routed} rows in its "
+            "weights: is it the model's own?"
+        )
+    fused = any(name.endswith(".query_key_value.weight") for name in shapes)
+    for module, key, heads in (
+        ("query_key_value" if fused else "q_proj", "num_attention_heads", model.num_attention_heads),
+        ("query_key_value" if fused else "k_proj", "num_key_value_heads", model.query_groups),
     ):
-        weights = [shape for name, shape in shapes.items() if name.endswith(f".{letter}_proj.weight")]
+        weights = [shape for name, shape in shapes.items() if name.endswith(f".{module}.weight")]
         rows = max((shape[0] for shape in weights if shape and 0 not in shape), default=0)
         if heads * model.head_size > rows:
             raise ValueError(
-                f"config.json of {source} says {key}={heads} of {model.head_size} channels, and {letter}_proj has "
+                f"config.json of {source} says {key}={heads} of {model.head_size} channels, and {module} has "
                 f"{rows} rows in its weights: is it the model's own?"
             )
 
@@ -124,6 +155,7 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} is truncated or corrupt ({error}): download it again") from error
 
 
-def _read(file_of: Mapping[str, Path], name: str) -> Tensor:
-    with _open(file_of[name]) as file:
-        return file.get_tensor(name)
+def _read(parts: Mapping[str, tuple[Path, str, int | None]], name: str) -> Tensor:
+    path, whole, index = parts[name]
+    with _open(path) as file:
+        return file.get_tensor(whole) if index is None else file.get_slice(whole)[index]

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import xxhash
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,9 +22,10 @@ from bd3_scale.checkpoint.source_ids import GENERATION_CONFIG, ids_of_model, kee
 from bd3_scale.checkpoint.tensors import TensorReader, TensorWriter, same_bytes
 from bd3_scale.convert.architectures import ARCHITECTURES, read_architecture
 from bd3_scale.convert.folder import Weights, check_sizes, open_weights, read_config
-from bd3_scale.convert.names import EMBEDDING, HEAD, NamedTensor, named_tensors
+from bd3_scale.convert.import_vocabulary import as_official, vocabulary_of
+from bd3_scale.convert.names import EMBEDDINGS, HEAD, NamedTensor, Style, named_tensors
 from bd3_scale.convert.official import is_official, open_official
-from bd3_scale.data.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILES, Tokenizer, load_tokenizer
+from bd3_scale.data.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILES, Tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.objective import objectives
 from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe
@@ -42,7 +42,6 @@ _SOURCE_FILES = {".safetensors", ".bin", ".ckpt", ".pt", ".json"}
 # Of the source's embedding and head, at the id of a mask that is new.
 MASK_ROWS = "mask_rows.safetensors"
 GPT2_EOS, GPT2_SIZE = 50256, 50257
-BERT_CLS, BERT_SIZE = 101, 30522
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,19 @@ class ImportPlan:
                 vocab_rows=self.vocab_rows,
                 padded_rows=self.vocabulary.padded_size,
                 tied=self.model.tie_embeddings,
+                style=self.style,
             )
         )
+
+    @property
+    def style(self) -> Style:
+        """Return whose names the source's tensors have; those of the official code's are Qwen3's by then."""
+        return ARCHITECTURES[self.architecture].style if self.architecture in ARCHITECTURES else "qwen3"
+
+    @property
+    def embedding(self) -> str:
+        """Return the name of the embedding in the source."""
+        return EMBEDDINGS[self.style]
 
     @property
     def num_bytes(self) -> int:
@@ -92,7 +102,7 @@ class ImportPlan:
 
     @property
     def precision(self) -> Literal["bf16", "fp32"]:
-        return "bf16" if self.weights.dtypes[EMBEDDING] == torch.bfloat16 else "fp32"
+        return "bf16" if self.weights.dtypes[self.embedding] == torch.bfloat16 else "fp32"
 
 
 @reader("a model", path="source")
@@ -102,6 +112,7 @@ def plan_import(
     tokenizer: str | None = None,
     mask_token: str | None = None,
     block_size: int | None = None,
+    mask_id: int | None = None,
     eos_id: int | None = None,
     bos: bool | None = None,
     unpack: bool = False,
@@ -114,6 +125,7 @@ def plan_import(
         mask_token: an unused token of the tokeniser that becomes the mask, or the name of a new one; a model that
             predicts the next token needs a mask for its adaptation.
         block_size: where the source does not say it.
+        mask_id: of a block diffusion model whose config.json does not say it.
         eos_id: end of document where there is no tokeniser.
         bos: whether texts begin with BOS; default: as the tokeniser's template has it.
         unpack: take a quantised folder for the weights that its packed ones stand for, to run it; else it is refused.
@@ -130,15 +142,19 @@ def plan_import(
     if found is not None and eos_id is not None:
         raise ValueError(f"eos_id={eos_id} is for models without a tokeniser, and {found} has one: leave it out")
     if is_official(source):
+        if mask_id is not None:
+            raise ValueError(
+                f"mask_id={mask_id} is for config.json of others, and {source} knows its mask: leave it out"
+            )
         official = open_official(source)
         size = block_size or official.block_size
         if size is None:
             raise ValueError(f"{source} does not say its block size: give it with --block-size")
         if eos_id is None and official.vocab_size == GPT2_SIZE + 1:
             eos_id = GPT2_EOS
-        vocabulary, loaded = _vocabulary(found, mask_token, official.vocab_size, eos_id, official.mask_id, bos=bos)
+        vocabulary, loaded = vocabulary_of(found, mask_token, official.vocab_size, eos_id, official.mask_id, bos=bos)
         if official.begins_with_bos and bos is None:
-            vocabulary, loaded = _as_official(vocabulary, loaded)
+            vocabulary, loaded = as_official(vocabulary, loaded)
         plan = ImportPlan(
             source, f"bd3lms DiT ({official.source})", official.model, DiffusionRecipe(block_size=size),
             official.max_position_embeddings, official.vocab_size, vocabulary, loaded, found, False, official.weights,
@@ -146,8 +162,8 @@ def plan_import(
     else:
         config = read_config(source)
         packing = config.pop("quantization_config", None) if unpack else None
-        architecture = read_architecture(config, block_size)
-        weights = open_weights(source, quantised=packing is not None)
+        architecture = read_architecture(config, block_size, mask_id)
+        weights = open_weights(source, quantised=packing is not None, experts_apart=True)
         if packing is not None:
             from bd3_scale.convert.compressed import unpacked_weights
 
@@ -155,7 +171,9 @@ def plan_import(
         check_sizes(str(source), architecture.model, weights.shapes)
         eos_id = architecture.eos_id if eos_id is None else eos_id
         rows, mask_id = architecture.vocab_rows, architecture.mask_id
-        vocabulary, loaded = _vocabulary(found, mask_token, rows, eos_id, mask_id, architecture.num_token_ids, bos=bos)
+        vocabulary, loaded = vocabulary_of(
+            found, mask_token, rows, eos_id, mask_id, architecture.num_token_ids, bos=bos
+        )
         plan = ImportPlan(
             source, architecture.name, architecture.model, architecture.diffusion,
             architecture.max_position_embeddings, rows, vocabulary, loaded, found, mask_id is None, weights,
@@ -248,72 +266,11 @@ def _tokenizer_source(source: Path, tokenizer: str | None) -> str | None:
     return str(folder) if any(file_in(folder, name) for name in names) else None
 
 
-def _vocabulary(
-    tokenizer: str | None,
-    mask_token: str | None,
-    rows: int,
-    eos_id: int | None,
-    mask_id: int | None,
-    num_token_ids: int | None = None,
-    *,
-    bos: bool | None = None,
-) -> tuple[Vocabulary, Tokenizer | None]:
-    """The ids that text, model and mask agree on; mask_id: of a model that has one."""
-    if tokenizer is None:
-        if mask_token is not None:
-            raise ValueError(f"mask_token={mask_token!r} names a token, and there is no tokeniser: give --tokenizer")
-        if mask_id is None:
-            raise ValueError(
-                "there is no tokenizer.json beside the weights, and the mask needs an id: give --tokenizer"
-            )
-        if eos_id is None:
-            raise ValueError("there is no tokenizer.json beside the weights: give --tokenizer, or --eos-id")
-        return _checked(size=num_token_ids or rows, eos_id=eos_id, mask_id=mask_id, rows=rows), None
-    loaded = load_tokenizer(tokenizer, mask_token)
-    loaded = loaded.checked_template() if bos is None else loaded.with_bos_switch(bos)
-    own = loaded.vocabulary
-    # A mask that the tokeniser did not know is its last id, and may lie one behind the embedding.
-    text_ids = own.size - (own.mask_id == own.size - 1)
-    if text_ids > rows:
-        raise ValueError(
-            f"the tokeniser {tokenizer} has ids up to {text_ids - 1}, and the embedding has {rows} rows: give the "
-            "tokeniser that the model was trained with, with --tokenizer"
-        )
-    if mask_id is not None and own.mask_id != mask_id:
-        taken = loaded.name_of(mask_id)
-        says = f"that id is its token {taken!r}" if taken is not None else f"its mask has the id {own.mask_id}"
-        raise ValueError(
-            f"the model's mask has the id {mask_id}, and in the tokeniser {tokenizer} {says}: give the model's own "
-            "tokeniser with --tokenizer, or name its mask with --mask-token"
-        )
-    return _checked(**own.model_dump(exclude={"rows"}), rows=rows), loaded
-
-
-def _as_official(vocabulary: Vocabulary, tokenizer: Tokenizer | None) -> tuple[Vocabulary, Tokenizer | None]:
-    """With the beginning of text that the official code puts before every sequence: what the tokeniser names so, else
-    its end of text, which is both for GPT-2; of BERT's uncased vocabulary `[CLS]`.
-    """
-    declared = None if tokenizer is None else tokenizer.declared_bos_id
-    known = BERT_CLS if vocabulary.rows == BERT_SIZE else vocabulary.eos_id
-    bos_id = known if declared is None else declared
-    return (
-        vocabulary.model_copy(update={"bos_id": bos_id}),
-        None if tokenizer is None else tokenizer.with_bos(bos_id),
-    )
-
-
-def _checked(**ids: Any) -> Vocabulary:
-    try:
-        return Vocabulary(**ids)
-    except ValidationError as error:
-        raise ValueError("; ".join(p["msg"].removeprefix("Value error, ") for p in error.errors())) from error
-
-
 def _check_tensors(plan: ImportPlan) -> None:
     """Every tensor is there in its shape, and no other one."""
     expected = {tensor.name: tensor.shape for tensor in plan.tensors}
     shapes = dict(plan.weights.shapes)
-    if plan.model.tie_embeddings and shapes.get(HEAD) == expected[EMBEDDING]:
+    if plan.model.tie_embeddings and shapes.get(HEAD) == expected[plan.embedding]:
         del shapes[HEAD]
     missing = [name for name in expected if name not in shapes]
     extra = [name for name in shapes if name not in expected and not _NO_WEIGHTS.fullmatch(name)]
@@ -333,22 +290,22 @@ def _check_tensors(plan: ImportPlan) -> None:
 
 def _check_tied_head(plan: ImportPlan) -> None:
     if plan.model.tie_embeddings and HEAD in plan.weights.shapes:
-        head, embedding = plan.weights.read(HEAD), plan.weights.read(EMBEDDING)
+        head, embedding = plan.weights.read(HEAD), plan.weights.read(plan.embedding)
         # An export for engines zeroes the mask's row in the head, which is never predicted.
         differs = (head != embedding).any(1)
         differs[plan.vocabulary.mask_id : plan.vocabulary.mask_id + 1] = False
         if differs.any():
             raise ValueError(
-                f"config.json of {plan.source} ties the head to the embedding, and {HEAD} differs from {EMBEDDING}: "
-                "set tie_word_embeddings and trained_with_tied_embeddings to false there"
+                f"config.json of {plan.source} ties the head to the embedding, and {HEAD} differs from "
+                f"{plan.embedding}: set tie_word_embeddings and trained_with_tied_embeddings to false there"
             )
 
 
 def _native_boxes(plan: ImportPlan, tensor: NamedTensor) -> Iterator[Box]:
     values = plan.weights.read(tensor.name)
     mask_id = plan.vocabulary.mask_id
-    per_row = tensor.name in (EMBEDDING, HEAD, "lm_head.bias")
-    if tensor.name == EMBEDDING and plan.new_mask and mask_id < plan.vocab_rows:
+    per_row = tensor.is_table or tensor.name == "lm_head.bias"
+    if tensor.is_embedding and plan.new_mask and mask_id < plan.vocab_rows:
         values = values.clone()
         values[mask_id] = _mask_embedding(plan, values)
     elif tensor.name == HEAD and plan.new_mask and mask_id < plan.vocab_rows:
@@ -359,7 +316,7 @@ def _native_boxes(plan: ImportPlan, tensor: NamedTensor) -> Iterator[Box]:
         yield Box(f"master.{tensor.key}", data, offset, tensor.full_shape)
     if per_row and plan.vocab_rows < plan.vocabulary.padded_size:
         rest = values.new_zeros(plan.vocabulary.padded_size - plan.vocab_rows, *tensor.shape[1:])
-        if tensor.name == EMBEDDING and plan.new_mask and mask_id >= plan.vocab_rows:
+        if tensor.is_embedding and plan.new_mask and mask_id >= plan.vocab_rows:
             rest[mask_id - plan.vocab_rows] = _mask_embedding(plan, values)
         offset = (plan.vocab_rows, *(0,) * (len(tensor.shape) - 1))
         yield Box(f"master.{tensor.key}", rest, offset, tensor.full_shape)
@@ -385,5 +342,5 @@ def _keep_source_files(plan: ImportPlan, folder: Path) -> None:
     mask_id = plan.vocabulary.mask_id
     if plan.new_mask and mask_id < plan.vocab_rows:
         folder.mkdir(exist_ok=True)
-        names = [t.name for t in plan.tensors if t.name in (EMBEDDING, HEAD)]
+        names = [t.name for t in plan.tensors if t.is_table]
         save_file({name: plan.weights.read(name)[mask_id].clone() for name in names}, folder / MASK_ROWS)

@@ -1,25 +1,29 @@
 """Which boxes of which native tensor make up each tensor of a Hugging Face checkpoint.
 
-Native tensors stack the layers on their first axis; query, key and value are one matrix, whose rows are grouped by
-key/value head (its queries, its key, its value); gate and up projection are one matrix. Names on the other side are
-Qwen3's, of which every supported architecture uses a subset, with biases where a model has them; which tensors a layer
-has, and of what shape, it says itself.
+Native tensors stack the layers that have them on their first axis; query, key and value are one matrix, whose rows are
+grouped by key/value head (its queries, its key, its value); gate and up projection are one matrix; of a mixture, the
+experts of a layer are one tensor. Names on the other side are Qwen3's and Qwen3-MoE's, of which every supported
+architecture but LLaDA2 uses a subset, with biases where a model has them; which tensors a layer has, and of what shape,
+it says itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bd3_scale.checkpoint.boxes import Shape
-from bd3_scale.model.build import layer_shapes
-from bd3_scale.recipe.schema import ModelRecipe
+from bd3_scale.model.build import layer_shapes, layers_with
+from bd3_scale.recipe.schema import ModelRecipe, MoeRecipe
 
-EMBEDDING = "model.embed_tokens.weight"
+# Whose names a checkpoint has.
+Style = Literal["qwen3", "llada2"]
+EMBEDDINGS: Mapping[Style, str] = {"qwen3": "model.embed_tokens.weight", "llada2": "model.word_embeddings.weight"}
 HEAD = "lm_head.weight"
 NATIVE_EMBEDDING = "embedding.word_embeddings.weight"
 NATIVE_HEAD = "output_layer.weight"
@@ -42,6 +46,15 @@ class NamedTensor:
     boxes: tuple[tuple[Shape, Shape], ...]
 
     @property
+    def is_embedding(self) -> bool:
+        return self.name in EMBEDDINGS.values()
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its rows are those of ids."""
+        return self.is_embedding or self.name == HEAD
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -56,19 +69,22 @@ class NamedTensor:
         return torch.cat([box.reshape(-1, *self.shape[1:]) for box in boxes])
 
 
-def named_tensors(model: ModelRecipe, *, vocab_rows: int, padded_rows: int, tied: bool) -> Iterator[NamedTensor]:
+def named_tensors(
+    model: ModelRecipe, *, vocab_rows: int, padded_rows: int, tied: bool, style: Style = "qwen3"
+) -> Iterator[NamedTensor]:
     """Yield all tensors of a model, as Hugging Face orders them.
 
     Args:
         vocab_rows: rows of embedding and head there; here they have `padded_rows`.
         tied: the head is not written; else it is, from the embedding where the native model ties them.
     """
-    hidden, shapes = model.hidden_size, layer_shapes(model)
+    hidden = model.hidden_size
     vocabulary = (((0, 0), (vocab_rows, hidden)),)
-    yield NamedTensor(EMBEDDING, (vocab_rows, hidden), NATIVE_EMBEDDING, (padded_rows, hidden), vocabulary)
+    yield NamedTensor(EMBEDDINGS[style], (vocab_rows, hidden), NATIVE_EMBEDDING, (padded_rows, hidden), vocabulary)
+    shapes = layer_shapes(model)
+    of_a_layer = [(tensor, layers_with(model, tensor.key)) for tensor in _layer_tensors(model, shapes, style)]
     for layer in range(model.num_layers):
-        for name, key, ranges in _layer_tensors(model, shapes):
-            yield _of_layer(layer, model.num_layers, name, key, shapes[key], ranges)
+        yield from (tensor.of_layer(layer, layers) for tensor, layers in of_a_layer if layer in layers)
     for part in _parts("input_layernorm", shapes):
         whole = (((0,), (hidden,)),)
         yield NamedTensor(f"model.norm.{part}", (hidden,), f"decoder.final_layernorm.{part}", (hidden,), whole)
@@ -80,12 +96,58 @@ def named_tensors(model: ModelRecipe, *, vocab_rows: int, padded_rows: int, tied
         yield NamedTensor("lm_head.bias", (vocab_rows,), "output_layer.bias", (padded_rows,), box)
 
 
-# First rows in the native tensor, and how many.
-_Ranges = list[tuple[int, int]]
+# Of the shape of a native tensor within a layer: the shape of a tensor there, and its boxes.
+_Place = Callable[[Shape], tuple[Shape, list[tuple[Shape, Shape]]]]
 
 
-def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, str, _Ranges]]:
-    """Yield name and key of each tensor within a layer, and its rows of the native one.
+def _whole(shape: Shape) -> tuple[Shape, list[tuple[Shape, Shape]]]:
+    return shape, [((0,) * len(shape), shape)]
+
+
+def _rows(*ranges: tuple[int, int]) -> _Place:
+    """Return where a tensor is some rows: the first ones of each range, and how many."""
+
+    def place(shape: Shape) -> tuple[Shape, list[tuple[Shape, Shape]]]:
+        tail = shape[1:]
+        boxes = [((start, *(0,) * len(tail)), (count, *tail)) for start, count in ranges if count]
+        return (sum(count for _, count in ranges), *tail), boxes
+
+    return place
+
+
+def _at(*index: int) -> _Place:
+    """Return where a tensor is what the first axes have at an index."""
+
+    def place(shape: Shape) -> tuple[Shape, list[tuple[Shape, Shape]]]:
+        inner = shape[len(index) :]
+        return inner, [((*index, *(0,) * len(inner)), (*(1,) * len(index), *inner))]
+
+    return place
+
+
+@dataclass(frozen=True)
+class _OfLayer:
+    """A tensor within a layer: its name and shape there, the native one's key and shape, and its boxes in that."""
+
+    name: str
+    key: str
+    native: Shape
+    place: _Place
+
+    def of_layer(self, layer: int, layers: range) -> NamedTensor:
+        """Return it for one of the layers that have it."""
+        shape, boxes = self.place(self.native)
+        return NamedTensor(
+            name=f"model.layers.{layer}.{self.name}",
+            shape=shape,
+            key=f"decoder.layers.{self.key}",
+            full_shape=(len(layers), *self.native),
+            boxes=tuple(((layers.index(layer), *offset), (1, *size)) for offset, size in boxes),
+        )
+
+
+def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape], style: Style) -> Iterator[_OfLayer]:
+    """Yield the tensors of layers with native ones of `shapes`.
 
     What `_renamed` does not know comes last, whole and under its own name, but that attention is `self_attn` there.
 
@@ -93,47 +155,73 @@ def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape]) -> Iterator[
         ValueError: two tensors have one name there.
     """
     others, names = dict.fromkeys(shapes), set()
-    for name, key, ranges in _renamed(model):
+    for name, key, place in _renamed(model, style):
         for part in _parts(key, shapes):
             tensor = f"{key}.{part}"
             others.pop(tensor, None)
             names.add(f"{name}.{part}")
-            yield f"{name}.{part}", tensor, ranges or [(0, shapes[tensor][0])]
+            yield _OfLayer(f"{name}.{part}", tensor, shapes[tensor], place)
     for tensor in others:
         name = tensor.replace("self_attention.", "self_attn.")
         if name in names:
             raise ValueError(f"an export has another tensor of the name {name}: call the layer's {tensor} otherwise")
-        yield name, tensor, [(0, shapes[tensor][0])]
+        yield _OfLayer(name, tensor, shapes[tensor], _whole)
 
 
 def _parts(key: str, shapes: Mapping[str, Shape]) -> list[str]:
-    return [part for part in ("weight", "bias") if f"{key}.{part}" in shapes]
+    return [part for part in ("weight", "bias", "expert_bias") if f"{key}.{part}" in shapes]
 
 
-def _renamed(model: ModelRecipe) -> Iterator[tuple[str, str, _Ranges | None]]:
-    """Yield the names of modules there and here, and the rows of the module here; None: all."""
-    yield "input_layernorm", "input_layernorm", None
-    head, ffn, groups = model.head_size, model.ffn_hidden_size, model.query_groups
+def _renamed(model: ModelRecipe, style: Style) -> Iterator[tuple[str, str, _Place]]:
+    """Yield the names of modules there and here, and where in the module here that there is."""
+    yield "input_layernorm", "input_layernorm", _whole
+    yield from _attention_as_llada2(model) if style == "llada2" else _attention(model)
+    yield "post_attention_layernorm", "pre_mlp_layernorm", _whole
+    ffn = model.ffn_hidden_size
+    for index, name in enumerate(("gate_proj", "up_proj") if model.activation == "swiglu" else ("up_proj",)):
+        yield f"mlp.{name}", "mlp.linear_fc1", _rows((index * ffn, ffn))
+    yield "mlp.down_proj", "mlp.linear_fc2", _whole
+    if model.moe is not None:
+        yield from _mixture(model.moe)
+
+
+def _attention(model: ModelRecipe) -> Iterator[tuple[str, str, _Place]]:
+    head, groups = model.head_size, model.query_groups
     queries = model.num_attention_heads // groups * head
     for letter, start, count in (("q", 0, queries), ("k", queries, head), ("v", queries + head, head)):
         ranges = [(group * (queries + 2 * head) + start, count) for group in range(groups)]
-        yield f"self_attn.{letter}_proj", "self_attention.linear_qkv", ranges
-    yield "self_attn.o_proj", "self_attention.linear_proj", None
-    yield "self_attn.q_norm", "self_attention.q_layernorm", None
-    yield "self_attn.k_norm", "self_attention.k_layernorm", None
-    yield "post_attention_layernorm", "pre_mlp_layernorm", None
-    for index, name in enumerate(("gate_proj", "up_proj") if model.activation == "swiglu" else ("up_proj",)):
-        yield f"mlp.{name}", "mlp.linear_fc1", [(index * ffn, ffn)]
-    yield "mlp.down_proj", "mlp.linear_fc2", None
+        yield f"self_attn.{letter}_proj", "self_attention.linear_qkv", _rows(*ranges)
+    yield "self_attn.o_proj", "self_attention.linear_proj", _whole
+    yield "self_attn.q_norm", "self_attention.q_layernorm", _whole
+    yield "self_attn.k_norm", "self_attention.k_layernorm", _whole
 
 
-def _of_layer(layer: int, num_layers: int, name: str, key: str, shape: Shape, ranges: _Ranges) -> NamedTensor:
-    tail = shape[1:]
-    zeros = (0,) * len(tail)
-    return NamedTensor(
-        name=f"model.layers.{layer}.{name}",
-        shape=(sum(count for _, count in ranges), *tail),
-        key=f"decoder.layers.{key}",
-        full_shape=(num_layers, *shape),
-        boxes=tuple(((layer, start, *zeros), (1, count, *tail)) for start, count in ranges),
-    )
+def _attention_as_llada2(model: ModelRecipe) -> Iterator[tuple[str, str, _Place]]:
+    """Yield those of one matrix for all queries, then all keys, then all values, whose heads turn their first channels
+    in pairs of two halves of these; here the halves of all channels are the pairs, of which the first turn.
+    """
+    head, groups = model.head_size, model.query_groups
+    half, turned = head // 2, model.rotary_channels // 2
+    channels = [(0, turned), (half, turned), (turned, half - turned), (half + turned, half - turned)]
+    queries = model.num_attention_heads // groups
+    starts = [group * (queries + 2) * head for group in range(groups)]
+    heads = [start + query * head for start in starts for query in range(queries)]
+    keys = [start + queries * head for start in starts]
+    turning = [(start + first, count) for start in (*heads, *keys) for first, count in channels]
+    values = [(start + head, head) for start in keys]
+    yield "attention.query_key_value", "self_attention.linear_qkv", _rows(*turning, *values)
+    yield "attention.dense", "self_attention.linear_proj", _whole
+    yield "attention.query_layernorm", "self_attention.q_layernorm", _rows(*channels)
+    yield "attention.key_layernorm", "self_attention.k_layernorm", _rows(*channels)
+
+
+def _mixture(moe: MoeRecipe) -> Iterator[tuple[str, str, _Place]]:
+    yield "mlp.gate", "mlp.router", _whole
+    for expert in range(moe.num_experts):
+        yield f"mlp.experts.{expert}.gate_proj", "mlp.experts.linear_fc1", _at(expert, 0)
+        yield f"mlp.experts.{expert}.up_proj", "mlp.experts.linear_fc1", _at(expert, 1)
+        yield f"mlp.experts.{expert}.down_proj", "mlp.experts.linear_fc2", _at(expert)
+    shared = moe.shared_ffn_hidden_size
+    yield "mlp.shared_experts.gate_proj", "mlp.shared_experts.linear_fc1", _rows((0, shared))
+    yield "mlp.shared_experts.up_proj", "mlp.shared_experts.linear_fc1", _rows((shared, shared))
+    yield "mlp.shared_experts.down_proj", "mlp.shared_experts.linear_fc2", _whole

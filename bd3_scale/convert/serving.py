@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
-from bd3_scale.convert.architectures import Format
+from bd3_scale.convert.architectures import EXPORT_FORMATS, Format
 from bd3_scale.recipe.plain_yaml import dump_yaml
 
 ENGINE_MASK_ID = 151669  # of Qwen3's tokeniser; SGLang and LMDeploy know no other for SDAR
+# Formats that engines run, and the id that these take for the mask; SGLang alone runs LLaDA2.
+ENGINE_MASK_IDS: Mapping[Format, int] = {"sdar": ENGINE_MASK_ID, "sdar_moe": ENGINE_MASK_ID, "llada2": 156895}
 # What is said of these engines was read in their source, of the mask at these commits; none has run an export.
 SGLANG_READ, LMDEPLOY_READ = "0ad4de4", "a574968"
 SGLANG_CONFIG = "sglang.yaml"
@@ -57,32 +59,37 @@ def _unread(engine: str, packing: Packing) -> str | None:
 
 def _engines(kind: Format, mask_id: int) -> tuple[Engine, ...]:
     transformers = Engine("transformers", True, "4.5x and 5.x")
-    if kind not in ("sdar", "bd3"):
+    if not EXPORT_FORMATS[kind].is_block_diffusion:
         reason = "an autoregressive model like any other"
         return transformers, Engine("SGLang, vLLM", True, reason), Engine("LMDeploy, llama.cpp", True, reason)
     transformers = Engine("transformers", True, "4.5x and 5.x, with trust_remote_code")
     llama_cpp = Engine("llama.cpp", False, "it reads GGUF files: `bd3-scale convert export --format gguf` writes one")
     if kind == "bd3":
-        reason = "they know SDARForCausalLM alone, which needs q/k norm, RMSNorm and SwiGLU"
+        reason = "they know SDAR alone, and SGLang LLaDA2, which need q/k norm, RMSNorm and SwiGLU"
         return transformers, Engine("SGLang, LMDeploy, JetEngine, Diffulex", False, reason), llama_cpp
-    fits = mask_id == ENGINE_MASK_ID
+    expected = ENGINE_MASK_IDS[kind]
+    fits = mask_id == expected
     reason = (
-        f"the mask has the id {ENGINE_MASK_ID} that it expects"
+        f"the mask has the id {expected} that it expects"
         if fits
-        else f"it takes {ENGINE_MASK_ID} (Qwen3's tokeniser) for the mask, and here the mask has the id {mask_id}: "
-        f"`--mask-id {ENGINE_MASK_ID}` moves it there"
+        else f"it takes {expected} ({'LLaDA2' if kind == 'llada2' else 'Qwen3'}'s tokeniser) for the mask, and here "
+        f"the mask has the id {mask_id}: `--mask-id {expected}` moves it there"
     )
+    if kind == "llada2":
+        unknown = Engine("LMDeploy, JetEngine, Diffulex", False, "they are not known to run LLaDA2")
+        return transformers, Engine("SGLang", fits, reason), unknown, llama_cpp
+    read = [f" (source read at commit {commit})" * (kind == "sdar") for commit in (SGLANG_READ, LMDEPLOY_READ)]
     return (
         transformers,
-        Engine("SGLang", fits, f"{reason} (source read at commit {SGLANG_READ})"),
-        Engine("LMDeploy", fits, f"{reason} (source read at commit {LMDEPLOY_READ})"),
-        Engine("JetEngine, Diffulex", True, "they read mask_token_id"),
+        Engine("SGLang", fits, reason + read[0]),
+        Engine("LMDeploy", fits, reason + read[1]),
+        Engine("JetEngine, Diffulex" if kind == "sdar" else "JetEngine", True, "they read mask_token_id"),
         llama_cpp,
     )
 
 
 def launch_lines(block_size: int, found: Sequence[Engine]) -> str:
-    """Return how to serve an SDAR export, from inside its folder, with those engines that run it."""
+    """Return how to serve an export, from inside its folder, with those engines that run it."""
     lines = {
         "SGLang": f"python -m sglang.launch_server --model-path . --trust-remote-code \\\n"
         f"    --dllm-algorithm LowConfidence --dllm-algorithm-config {SGLANG_CONFIG} \\\n"
@@ -111,7 +118,7 @@ def model_card(
     config: as it is in config.json. padding: what is known of rows up to a mask that was moved, see `Padding.says`.
     """
     block_size, mask_id = manifest.block_size, config.get("mask_token_id", manifest.vocabulary.mask_id)
-    block_diffusion = kind in ("sdar", "bd3")
+    block_diffusion = EXPORT_FORMATS[kind].is_block_diffusion
     tags = ["block-diffusion", "bd3_scale"] if block_diffusion else ["bd3_scale"]
     what = (
         f"A block diffusion language model (BD3-LM) with blocks of {block_size} tokens: blocks are written left to "
@@ -208,9 +215,9 @@ what pads. SGLang and LMDeploy take all rows of the head into their softmax: {pa
 
 
 def _serving(kind: Format, block_size: int, found: Sequence[Engine]) -> str:
-    if kind not in ("sdar", "bd3"):
+    if not EXPORT_FORMATS[kind].is_block_diffusion:
         return ""
-    lines = launch_lines(block_size, found) if kind == "sdar" else ""
+    lines = launch_lines(block_size, found)
     fenced = f"\n```\n{lines}```\n" if lines else ""
     return f"""
 {_TRANSFORMERS}{fenced}
@@ -225,7 +232,7 @@ def _training(manifest: CheckpointManifest) -> str:
         return f"{fence}yaml\n{text}{fence}\n"
     source = manifest.imported_from
     fence = _fence(source, 1)
-    return f"Not trained by bd3_scale: imported from {fence} {source} {fence}.\n"
+    return f"Not trained by bd3_scale as it is: imported from {fence} {source} {fence}.\n"
 
 
 def _fence(text: str, least: int) -> str:

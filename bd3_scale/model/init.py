@@ -36,11 +36,12 @@ def initialise_weights(model: MegatronModule, *, num_layers: int, init_std: floa
             flat.fill_(initial)
             continue
         for piece in layout.pieces:
-            values = _initial_box(piece, num_layers, init_std, seed)
+            values = initial_box(piece, num_layers, init_std, seed)
             flat[piece.start : piece.start + piece.numel].copy_(values.reshape(-1))
 
 
-def _initial_box(piece: Piece, num_layers: int, init_std: float, seed: int) -> Tensor:
+def initial_box(piece: Piece, num_layers: int, init_std: float, seed: int) -> Tensor:
+    """Return the first values of a box of a full tensor, fp32; see `initialise_weights`."""
     if piece.key.endswith("bias"):
         return torch.zeros(piece.shape)
     # The tensors of the decoder's layers carry the layer as a first axis, and those of experts these as the next ones.

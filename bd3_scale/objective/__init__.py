@@ -3,13 +3,14 @@
 import importlib
 import pkgutil
 
-from bd3_scale.objective.base import Draw, Objective, StepKeys, objective_of
+from bd3_scale.objective.base import BLOCK_DIFFUSION_FORMATS, Draw, Objective, StepKeys, objective_of
 from bd3_scale.objective.block_diffusion import BlockDiffusion
 from bd3_scale.objective.next_token import NextToken
 from bd3_scale.objective.score_entropy import ScoreEntropy
 from bd3_scale.registry import objectives
 
 __all__ = [
+    "BLOCK_DIFFUSION_FORMATS",
     "BlockDiffusion",
     "Draw",
     "NextToken",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 Option = bool | int | float | str
+# Names of the formats that models which fill masks are exported to.
+BLOCK_DIFFUSION_FORMATS = frozenset({"sdar", "sdar_moe", "llada2", "bd3"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,7 @@ class Objective(ABC):
     @classmethod
     def export_obstacle(cls, format_name: str) -> str | None:
         """Return why a model cannot be exported to a format, None where it can; rules of its shape aside."""
-        if format_name in ("sdar", "bd3"):
+        if format_name in BLOCK_DIFFUSION_FORMATS:
             return None
         return "a block diffusion model reads a [MASK] row at the position it predicts, at block_size 1 as well"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from bd3_scale.objective.base import Draw, Objective, StepKeys
+from bd3_scale.objective.base import BLOCK_DIFFUSION_FORMATS, Draw, Objective, StepKeys
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.registry import objectives
 
@@ -59,6 +59,6 @@ class NextToken(Objective):
 
     @classmethod
     def export_obstacle(cls, format_name: str) -> str | None:
-        if format_name in ("sdar", "bd3"):
+        if format_name in BLOCK_DIFFUSION_FORMATS:
             return "it was trained to predict the next token; adapt it to block diffusion first"
         return None

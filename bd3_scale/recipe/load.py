@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from bd3_scale.recipe.plain_yaml import LIMIT_BYTES, dump_yaml, parse_yaml
-from bd3_scale.recipe.schema import Recipe, RecipeError
+from bd3_scale.recipe.schema import MOE_TRAINING, Recipe, RecipeError
 from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.readers import read_regular, reader
 
@@ -29,7 +29,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), sections: Mappi
     """Read a recipe, what it `extends` (relative to the file), and overrides such as `optimizer.lr=1e-3`.
 
     Mappings merge key by key, the extending file over the extended one and the overrides over both; any other value
-    replaces. `sections` are what is decided elsewhere, the model of an import. Scalars follow YAML 1.2's core schema,
+    replaces. `sections` are what is decided elsewhere, the model of an import, beside which a recipe may say how its
+    experts train. Scalars follow YAML 1.2's core schema,
     so that `1e-3` is a number and `no` is text.
 
     Raises:
@@ -40,11 +41,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), sections: Mappi
     merged = _read_extended(path, ())
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
-    if decided := sorted(merged.keys() & (sections or {}).keys()):
+    if decided := sorted(key for key in merged.keys() & (sections or {}).keys() if not _trains_experts(merged[key])):
         raise RecipeError(
             [f"{key}: is decided by the model that is adapted; leave it out" for key in decided], str(path)
         )
-    return _validate({**merged, **(sections or {})}, Recipe, path)
+    return _validate(_merge(dict(sections or {}), merged), Recipe, path)
+
+
+def _trains_experts(section: Any) -> bool:
+    """Whether a section says no more of a model than how its experts train."""
+    moe = section.get("moe") if isinstance(section, dict) else None
+    return isinstance(moe, dict) and section.keys() == {"moe"} and moe.keys() <= MOE_TRAINING
 
 
 @reader("YAML")

@@ -40,6 +40,10 @@ class RopeScaling(Section):
     original_max_position_embeddings: PositiveInt
 
 
+# What of `model.moe` matters in training alone: models with other values of these have the same tensors.
+MOE_TRAINING = frozenset({"bias_update_rate", "aux_loss", "z_loss"})
+
+
 class MoeRecipe(Section):
     """Mixture of experts in place of the MLP: of each row, `top_k` of `num_experts` SwiGLU experts compute."""
 

@@ -29,7 +29,7 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.layout import ParameterLayout
 from bd3_scale.parallel.collective import on_rank_zero
 from bd3_scale.parallel.zero import ZeroState, ema_decay
-from bd3_scale.recipe.schema import MixtureStage, ModelRecipe, Recipe
+from bd3_scale.recipe.schema import MOE_TRAINING, MixtureStage, ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.readers import read_regular
 
@@ -163,7 +163,7 @@ def check_initial(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe
 def _shape(model: ModelRecipe) -> dict[str, Any]:
     """Return what two models must share to have the same weights, with defaults spelt out."""
     explicit = {"head_dim": model.head_size, "num_query_groups": model.query_groups}
-    return model.model_dump(mode="json", exclude={"init_std"}) | explicit
+    return model.model_dump(mode="json", exclude={"init_std": True, "moe": set(MOE_TRAINING)}) | explicit
 
 
 def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe, data: Manifest) -> None:

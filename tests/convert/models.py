@@ -22,6 +22,7 @@ from bd3_scale.recipe.schema import (
     DataRecipe,
     DiffusionRecipe,
     ModelRecipe,
+    MoeRecipe,
     OptimizerRecipe,
     Recipe,
     RopeScaling,
@@ -41,6 +42,8 @@ SHAPE = {
     "eos_token_id": 256,
     "initializer_range": 0.2,
 }
+# Of Qwen3-MoE.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -175,4 +178,17 @@ OFFICIAL_SHAPE = ModelRecipe(
 )
 LLAMA_SHAPE = QWEN_SHAPE.model_copy(update={"qk_norm": False, "rope_scaling": RopeScaling(**{
     key: value for key, value in LLAMA3_ROPE.items() if key != "rope_type"})})  # fmt: skip
+SDAR_MOE_SHAPE = QWEN_SHAPE.model_copy(update={"moe": MoeRecipe(num_experts=4, top_k=2, ffn_hidden_size=24)})
+LLADA2_SHAPE = QWEN_SHAPE.model_copy(update={
+    "num_layers": 3, "head_dim": 16, "rotary_fraction": 0.5,
+    "moe": MoeRecipe(
+        num_experts=6, top_k=2, ffn_hidden_size=24, shared_ffn_hidden_size=48, first_dense_layers=1, score="sigmoid",
+        groups=3, top_groups=2, scale=2.5, bias=True,
+    )})  # fmt: skip
+# What SDAR-MoE has not, nor LLaDA2.
+MIXTURE_SHAPE = LLADA2_SHAPE.model_copy(update={
+    "qk_norm": False, "attention_bias": True, "moe": MoeRecipe(
+        num_experts=6, top_k=3, ffn_hidden_size=24, shared_ffn_hidden_size=20, first_dense_layers=1,
+        normalize_top_k=False, groups=2, top_groups=1, scale=1.5,
+    )})  # fmt: skip
 BYTES = Vocabulary(size=258, eos_id=256, mask_id=257)

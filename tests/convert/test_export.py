@@ -23,9 +23,12 @@ from bd3_scale.convert.serving import Packing, engines, launch_lines
 from bd3_scale.objective import NextToken
 from tests.convert.models import (
     BYTES,
+    LLADA2_SHAPE,
     LLAMA_SHAPE,
+    MIXTURE_SHAPE,
     OFFICIAL_SHAPE,
     QWEN_SHAPE,
+    SDAR_MOE_SHAPE,
     TIED,
     config,
     native_checkpoint,
@@ -38,6 +41,7 @@ from tests.generate.sampling import generate
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = {"sdar": QWEN_SHAPE, "tied": TIED, "official": OFFICIAL_SHAPE, "llama": LLAMA_SHAPE}
+SHAPES |= {"sdar_moe": SDAR_MOE_SHAPE, "llada2": LLADA2_SHAPE, "mixture": MIXTURE_SHAPE}
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from bd3_scale.checkpoint.tensors import TensorReader, same_bytes
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.data.tokenizer import load_tokenizer
-from tests.convert.models import LLAMA3_ROPE, save_folder, sdar_folder, tensors, transformers_model
+from tests.convert.models import EXPERTS, LLAMA3_ROPE, save_folder, sdar_folder, tensors, transformers_model
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,9 @@ def edit_tensors(folder: Path, edit) -> None:
         ("Llama", {"vocab_size": 257, "mlp_bias": True}),
         ("Mistral", {"vocab_size": 257, "sliding_window": None}),
         ("Qwen3", {"vocab_size": 257, "num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": True}),
+        ("Qwen3Moe", {"vocab_size": 257, "num_key_value_heads": 2, **EXPERTS}),
+        ("Qwen3Moe", {"vocab_size": 260, **EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1, 0]}),
+        ("Qwen3Moe", {"vocab_size": 257, **EXPERTS, "decoder_sparse_step": 4}),
     ],
 )
 def test_the_clean_forward_is_that_of_transformers(name: str, config: dict, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_scale.convert import names
-from bd3_scale.convert.names import HEAD, NamedTensor, named_tensors
+from bd3_scale.convert.names import HEAD, NamedTensor, Style, named_tensors
 from bd3_scale.model.build import layer_shapes
-from bd3_scale.recipe.schema import ModelRecipe
-from tests.convert.models import OFFICIAL_SHAPE, QWEN_SHAPE, TIED
+from bd3_scale.recipe.schema import ModelRecipe, MoeRecipe
+from tests.convert.models import LLADA2_SHAPE, OFFICIAL_SHAPE, QWEN_SHAPE, SDAR_MOE_SHAPE, TIED
 
 
 @st.composite
@@ -37,10 +37,58 @@ def models(draw: st.DrawFn) -> ModelRecipe:
     )
 
 
-@given(models())
+@st.composite
+def mixtures(draw: st.DrawFn) -> ModelRecipe:
+    """Models with experts, whose heads have 8 channels, so that any share of them turns that is a whole number of
+    pairs.
+    """
+    layers, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
+    moe = MoeRecipe(
+        num_experts=draw(st.integers(1, 3)),
+        top_k=1,
+        ffn_hidden_size=6,
+        shared_ffn_hidden_size=draw(st.sampled_from([0, 6, 10])),
+        first_dense_layers=draw(st.integers(0, layers - 1)),
+        bias=draw(st.booleans()),
+    )
+    return ModelRecipe(
+        num_layers=layers,
+        hidden_size=12,
+        num_attention_heads=groups * draw(st.sampled_from([1, 2])),
+        num_query_groups=groups,
+        head_dim=8,
+        ffn_hidden_size=10,
+        rotary_fraction=draw(st.sampled_from([0.25, 0.5, 0.75, 1.0])),
+        moe=moe,
+    )
+
+
+@given(st.one_of(models(), mixtures()), st.sampled_from(["qwen3", "llada2"]))
 @settings(deadline=None)
-def test_boxes_tile_the_native_tensors(model: ModelRecipe) -> None:
-    check_tiles(list(named_tensors(model, vocab_rows=128, padded_rows=128, tied=model.tie_embeddings)))
+def test_boxes_tile_the_native_tensors(model: ModelRecipe, style: Style) -> None:
+    named = named_tensors(model, vocab_rows=128, padded_rows=128, tied=model.tie_embeddings, style=style)
+    check_tiles(list(named))
+
+
+@given(mixtures())
+@settings(deadline=None)
+def test_turned_channels_of_llada2_come_first(model: ModelRecipe) -> None:
+    """Of a head there, pair i of those that turn is (i, i + r/2) of its first r channels; here it is (i, i + D/2)."""
+    named = {t.name: t for t in named_tensors(model, vocab_rows=128, padded_rows=128, tied=False, style="llada2")}
+    turned, heads = int(8 * model.rotary_fraction), model.num_attention_heads
+    fused, norm = (named[f"model.layers.0.attention.{name}.weight"] for name in ("query_key_value", "query_layernorm"))
+    # Rows of the native tensor, in the order of theirs, and the channel that each is in its head.
+    rows = torch.tensor([o + i for (_, o, _), (_, n, _) in fused.boxes for i in range(n)])
+    channels = rows[: heads * 8].view(heads, 8) % 8
+    assert torch.equal(channels, channels[:1].expand(heads, 8))
+    assert channels[0].tolist() == [o + i for (_, o), (_, n) in norm.boxes for i in range(n)]
+    pairs = {frozenset(pair.tolist()) for pair in channels[0, :turned].view(2, -1).T}
+    assert pairs == {frozenset((i, i + 4)) for i in range(turned // 2)}
+    values = rows[-model.query_groups * 8 :]
+    assert torch.equal(values, values.sort().values), "values stay"
+    queries = (heads // model.query_groups) * 8
+    blocks = rows[: heads * 8].view(heads, 8).min(1).values
+    assert torch.equal(blocks // (queries + 16), torch.arange(model.query_groups).repeat_interleave(queries // 8))
 
 
 def check_tiles(found: list[NamedTensor]) -> None:
@@ -81,7 +129,7 @@ def test_two_tensors_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         list(named_tensors(QWEN_SHAPE, vocab_rows=258, padded_rows=384, tied=False))
 
 
-@pytest.mark.parametrize("model", [QWEN_SHAPE, OFFICIAL_SHAPE, TIED])
+@pytest.mark.parametrize("model", [QWEN_SHAPE, OFFICIAL_SHAPE, TIED, SDAR_MOE_SHAPE, LLADA2_SHAPE])
 def test_they_are_the_tensors_that_the_model_has(model: ModelRecipe) -> None:
     """Keys and shapes are megatron's own, read from a built model."""
     from bd3_scale.model.build import build_model

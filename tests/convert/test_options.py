@@ -28,7 +28,7 @@ from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.objective import NextToken
 from bd3_scale.observe.libraries import without_broken_torchvision
 from bd3_scale.parallel.groups import lone_groups
-from bd3_scale.recipe.schema import ModelRecipe, RopeScaling
+from bd3_scale.recipe.schema import ModelRecipe, MoeRecipe, RopeScaling
 from tests.convert.models import BYTES, LLAMA3_ROPE
 from tests.support.caches import read
 
@@ -53,9 +53,17 @@ OTHERWISE: dict[str, tuple[object, ...]] = {
     "tie_embeddings": (True,),
     "rope_theta": (100.0,),
     "rope_scaling": (RopeScaling(**{key: LLAMA3_ROPE[key] for key in RopeScaling.model_fields}),),
+    "rotary_fraction": (0.5,),
+    "moe": (
+        MoeRecipe(num_experts=5, top_k=2, ffn_hidden_size=24),
+        MoeRecipe(num_experts=4, top_k=1, ffn_hidden_size=24, normalize_top_k=False, first_dense_layers=1),
+        MoeRecipe(num_experts=4, top_k=2, ffn_hidden_size=24, score="sigmoid", scale=2.5, shared_ffn_hidden_size=20),
+        MoeRecipe(num_experts=4, top_k=1, ffn_hidden_size=24, score="sigmoid", bias=True),
+        MoeRecipe(num_experts=6, top_k=3, ffn_hidden_size=24, groups=3, top_groups=2, bias=True),
+    ),
     "init_std": (0.1,),
 }
-NEEDS = {"norm_bias": {"normalization": "layernorm"}}
+NEEDS = {"norm_bias": {"normalization": "layernorm"}, "rotary_fraction": {"head_dim": 16}}
 # With the same weights the model is the same.
 DRAWS_WEIGHTS = {"init_std"}
 

@@ -21,7 +21,7 @@ TRANSFORMERS_5 = REPOSITORY / ".venv/transformers-5"
 def run_checks(folder: Path, version: str, *more: Path) -> None:
     """remote_code_checks.py in a fresh process, which shares no cache of modules with any other."""
     folder.mkdir()
-    paths = [REPOSITORY / "tests/integration", *([TRANSFORMERS_5] if version == "5" else [])]
+    paths = [REPOSITORY, REPOSITORY / "tests/integration", *([TRANSFORMERS_5] if version == "5" else [])]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "HF_HOME": str(folder / "huggingface"),
@@ -52,17 +52,26 @@ def saved_by_5(tmp_path_factory) -> Path:
 def test_on_transformers_5(saved_by_5):
     """remote_code_checks.py holds the checks."""
     assert (saved_by_5 / "sdar-saved/config.json").is_file()
+    assert (saved_by_5 / "llada2-saved/config.json").is_file()
 
 
 def test_on_transformers_4_which_reads_what_5_saved(tmp_path, saved_by_5):
     run_checks(tmp_path / "4", "4", saved_by_5)
 
 
-@pytest.mark.parametrize(("kind", "prefix"), [("sdar", "SDAR"), ("bd3", "Bd3")])
-def test_a_folder_needs_torch_and_transformers_alone(kind, prefix):
+@pytest.mark.parametrize(
+    ("kind", "model_type", "architecture"),
+    [
+        ("sdar", "sdar", "SDARForCausalLM"),
+        ("sdar_moe", "sdar_moe", "SDARMoeForCausalLM"),
+        ("llada2", "llada2_moe", "LLaDA2MoeModelLM"),
+        ("bd3", "bd3", "Bd3ForCausalLM"),
+    ],
+)
+def test_a_folder_needs_torch_and_transformers_alone(kind, model_type, architecture):
     sources = remote_code(kind)
-    assert f"class {prefix}ForCausalLM(" in sources[f"modeling_{kind}.py"]
-    assert f'model_type = "{kind}"' in sources[f"configuration_{kind}.py"]
+    assert f"class {architecture}(" in sources[f"modeling_{model_type}.py"]
+    assert f'model_type = "{model_type}"' in sources[f"configuration_{model_type}.py"]
     for name, source in sources.items():
         for node in ast.walk(ast.parse(source, name)):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -73,4 +82,4 @@ def test_a_folder_needs_torch_and_transformers_alone(kind, prefix):
                 assert roots <= {"torch", "transformers", *sys.stdlib_module_names}, name
         assert "bd3_scale" not in source
         assert "sdar_scale" not in source
-        assert kind == "bd3" or "bd3" not in source.replace("BD3-LM", "").lower()
+        assert kind in ("bd3", "llada2") or "bd3" not in source.replace("BD3-LM", "").lower()

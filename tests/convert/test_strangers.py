@@ -100,7 +100,7 @@ def check_export_is_ours(folder: Path) -> None:
     names = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     names |= {"tokenizer_config.json", "chat_template.jinja"}
     if kind == "sdar":
-        names |= {"sglang.yaml", *(f"{name}_sdar.py" for name in ("configuration", "generation", "modeling"))}
+        names |= {"sglang.yaml", *(f"{name}_sdar.py" for name in ("configuration", "generation", "mlp", "modeling"))}
     assert {path.name for path in folder.iterdir()} == names
 
 

@@ -31,6 +31,15 @@ class Bd3Config(PretrainedConfig):
         block_size: tokens a block; blocks are counted from the first token of a sequence.
         mask_token_id: what stands for a token that is still to be predicted.
         num_token_ids: ids from this one on pad the vocabulary, and are never drawn; None where none does.
+        partial_rotary_factor: share of a head's channels that rotary embeddings turn.
+        num_experts: of every layer but the first `first_k_dense_replace`; 0: every layer has one MLP.
+        num_experts_per_tok: experts that a token is sent to, each of `moe_intermediate_size`.
+        score_function: of a token for every expert: "softmax" over all of them, or "sigmoid"; experts are weighted by
+            it times `routed_scaling_factor`, and with `norm_topk_prob` by their share of the sum.
+        n_group, topk_group: experts are in so many groups, of which so many take part for a token.
+        moe_router_enable_expert_bias: a bias of each expert counts in the choice, and not in the weight.
+        shared_expert_intermediate_size: of an expert that takes every token; or `num_shared_experts`, in multiples of
+            the others' size.
 
     Raises:
         ValueError: a value, or a feature of another model, that this one does not have.
@@ -72,6 +81,21 @@ class Bd3Config(PretrainedConfig):
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         use_sliding_window: bool = False,
+        partial_rotary_factor: float = 1.0,
+        num_experts: int = 0,
+        num_experts_per_tok: int = 1,
+        moe_intermediate_size: int = 0,
+        norm_topk_prob: bool = True,
+        first_k_dense_replace: int = 0,
+        n_group: int = 1,
+        topk_group: int | None = None,
+        routed_scaling_factor: float = 1.0,
+        score_function: str = "softmax",
+        moe_router_enable_expert_bias: bool = False,
+        num_shared_experts: int = 0,
+        shared_expert_intermediate_size: int = 0,
+        decoder_sparse_step: int = 1,
+        mlp_only_layers: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -91,6 +115,7 @@ class Bd3Config(PretrainedConfig):
         self.mlp_bias = mlp_bias
         self.head_bias = head_bias
         self.rope_theta = rope_theta
+        self.partial_rotary_factor = partial_rotary_factor
         self.rope_scaling = rope_scaling
         if rope_parameters:
             self.rope_parameters = rope_parameters
@@ -102,7 +127,22 @@ class Bd3Config(PretrainedConfig):
         self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.use_sliding_window = use_sliding_window
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size
+        self.norm_topk_prob = norm_topk_prob
+        self.first_k_dense_replace = first_k_dense_replace
+        self.n_group = n_group
+        self.topk_group = topk_group or n_group
+        self.routed_scaling_factor = routed_scaling_factor
+        self.score_function = score_function
+        self.moe_router_enable_expert_bias = moe_router_enable_expert_bias
+        self.num_shared_experts = num_shared_experts
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.decoder_sparse_step = decoder_sparse_step
+        self.mlp_only_layers = mlp_only_layers or []
         self._check()
+        self._check_experts()
         # There is one implementation of this model's attention, whatever a file from elsewhere names.
         kwargs.pop("attn_implementation", None)
         super().__init__(
@@ -115,14 +155,40 @@ class Bd3Config(PretrainedConfig):
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """`rope_theta` and `rope_scaling` as transformers 5 writes them; what is stored and saved are those two."""
-        return {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
+        """`rope_theta`, `partial_rotary_factor` and `rope_scaling` as transformers 5 writes them; what is stored and saved
+        are those three.
+        """
+        plain = {"rope_theta": self.rope_theta, "partial_rotary_factor": self.partial_rotary_factor}
+        return {"rope_type": "default", **(self.rope_scaling or {}), **plain}
 
     @rope_parameters.setter
     def rope_parameters(self, parameters: dict[str, Any]) -> None:
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        self.rope_theta = parameters.get("rope_theta", self.rope_theta)
+        plain = ("rope_theta", "partial_rotary_factor")
+        scaling = {key: value for key, value in parameters.items() if key not in plain}
+        self.rope_theta, self.partial_rotary_factor = (parameters.get(key, getattr(self, key)) for key in plain)
         self.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
+
+    def _check_experts(self) -> None:
+        experts, chosen, groups = self.num_experts, self.num_experts_per_tok, self.n_group
+        for wrong, problem in (
+            (
+                experts and not 1 <= chosen <= experts,
+                f"num_experts_per_tok={chosen} must be 1 to num_experts={experts}",
+            ),
+            (
+                self.score_function not in ("softmax", "sigmoid"),
+                f"score_function={self.score_function!r} must be 'softmax' or 'sigmoid'",
+            ),
+            (groups < 1 or experts % groups, f"n_group={groups} must divide num_experts={experts}"),
+            (not 1 <= self.topk_group <= groups, f"topk_group={self.topk_group} must be 1 to n_group={groups}"),
+            (
+                self.decoder_sparse_step != 1 or self.mlp_only_layers,
+                f"decoder_sparse_step={self.decoder_sparse_step}, mlp_only_layers={self.mlp_only_layers}: every layer "
+                "has experts, but the first first_k_dense_replace",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"{type(self).__name__}: {problem}")
 
     def _check(self) -> None:
         scaling = self.rope_scaling or {}

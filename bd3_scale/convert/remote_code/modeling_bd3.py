@@ -12,8 +12,6 @@ D dimensions a head, K tokens a block, V vocabulary entries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_bd3 import Bd3Config
 from .generation_bd3 import Bd3GenerationMixin
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
+from .mlp_bd3 import make_mlp
 
 
 def rotary_table(positions: Tensor, config: Bd3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -38,10 +31,13 @@ def rotary_table(positions: Tensor, config: Bd3Config, dtype: torch.dtype) -> tu
     Made from the config in every forward pass: transformers builds a model without memory for its tensors, so that a
     buffer that no checkpoint holds would be left uninitialised.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    turned = int(config.head_dim * config.partial_rotary_factor)
+    exponents = torch.arange(0, turned, 2, dtype=torch.float32, device=positions.device) / turned
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling is not None:
         frequencies = _stretch(frequencies, config.rope_scaling)
+    # The pairs behind those that turn stay as they are.
+    frequencies = F.pad(frequencies, (0, (config.head_dim - turned) // 2))
     angles = (positions.float()[..., None] * frequencies)[..., None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -108,11 +104,8 @@ class Bd3Attention(nn.Module):
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None
     ) -> Tensor:
         """hidden [B, S, X] → [B, S, X]; keys and values are appended to the cache."""
-        q_BSHD, k_BSGD, v_BSGD = (
-            projection(hidden).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q_BSHD, k_BSGD = rotate(self.q_norm(q_BSHD), *rotary), rotate(self.k_norm(k_BSGD), *rotary)
+        q_BSHD, k_BSGD, v_BSGD = self.heads_of(hidden)
+        q_BSHD, k_BSGD = rotate(q_BSHD, *rotary), rotate(k_BSGD, *rotary)
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
@@ -120,23 +113,19 @@ class Bd3Attention(nn.Module):
             # PyTorch's fused kernels take a mask, or fewer key than query heads, but not both.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=mask is None)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.project(out.transpose(1, 2).flatten(2))
 
+    def heads_of(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, H, D], keys and values [B, S, G, D] before the rotation, normed where the model norms them."""
+        q_BSHD, k_BSGD, v_BSGD = (
+            projection(hidden).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.q_norm(q_BSHD), self.k_norm(k_BSGD), v_BSGD
 
-class Bd3MLP(nn.Module):
-    def __init__(self, config: Bd3Config) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.gated = config.gated_mlp
-        if self.gated:
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
-            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(self.activation(self.up_proj(x)))
+    def project(self, out: Tensor) -> Tensor:
+        """[B, S, H·D] → [B, S, X]."""
+        return self.o_proj(out)
 
 
 class Bd3DecoderLayer(nn.Module):
@@ -145,13 +134,18 @@ class Bd3DecoderLayer(nn.Module):
         self.input_layernorm = hidden_norm(config)
         self.self_attn = Bd3Attention(config, layer)
         self.post_attention_layernorm = hidden_norm(config)
-        self.mlp = Bd3MLP(config)
+        self.mlp = make_mlp(config, layer)
 
     def forward(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None
     ) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, mask, cache)
+        hidden = hidden + self.attend(self.input_layernorm(hidden), rotary, mask, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def attend(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None
+    ) -> Tensor:
+        return self.self_attn(hidden, rotary, mask, cache)
 
 
 class Bd3PreTrainedModel(PreTrainedModel):
@@ -160,6 +154,12 @@ class Bd3PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Bd3DecoderLayer"]  # noqa: RUF012  (transformers reads a plain class attribute)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+
+    def __init__(self, config: Bd3Config) -> None:
+        super().__init__(config)
+        if config.num_experts and config.moe_router_enable_expert_bias:
+            # A step of training moves it by less than half precision tells apart.
+            self._keep_in_fp32_modules_strict = ["expert_bias"]
 
     def _cache(self, given: DynamicCache | None, use_cache: bool | None) -> DynamicCache | None:
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -215,7 +215,7 @@ class Bd3Model(Bd3PreTrainedModel):
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)
             mask = behind_padding(mask, padding, start, end)
-        hidden = self.embed_tokens(input_ids)
+        hidden = self.embed(input_ids)
         rotary = rotary_table(positions, self.config, hidden.dtype)
         states = [hidden]
         for layer in self.layers:
@@ -229,6 +229,9 @@ class Bd3Model(Bd3PreTrainedModel):
         # By position: transformers 5 has another name for the field of the cache.
         output = BaseModelOutputWithPast(hidden, cache, tuple(states) if keep else None)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids)
 
 
 def _cached_tokens(cache: Any, block_size: int) -> int:
@@ -258,9 +261,11 @@ def _check_mask_and_positions(mask: Tensor | None, position_ids: Tensor | None, 
 class Bd3ForCausalLM(Bd3PreTrainedModel, Bd3GenerationMixin):
     """The transformer, its head, and generation block by block."""
 
+    model_class = Bd3Model
+
     def __init__(self, config: Bd3Config) -> None:
         super().__init__(config)
-        self.model = Bd3Model(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
 

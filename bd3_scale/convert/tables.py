@@ -1,0 +1,98 @@
+"""What conversions print, as tables for people or JSON for scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.tree import Tree
+
+from bd3_scale.observe.console import Console, put, styled
+
+if TYPE_CHECKING:
+    from bd3_scale.convert.gguf_report import GgufReport
+    from bd3_scale.convert.inspect import Inspection
+    from bd3_scale.convert.quantize import QuantizationReport
+
+_MEASURED = (
+    ("held-out NELBO, nats a token", "nelbo"),
+    ("standard error over noise draws", "noise_standard_error"),
+    ("standard error over text", "text_standard_error"),
+)
+
+
+def show_gguf(report: GgufReport, path: Path) -> None:
+    """Print what a file for llama.cpp costs."""
+    table = Table("", "fp32", report.type, "change", title=f"wrote and verified {path}: {report.architecture}")
+    share = report.bytes_after / report.bytes_before
+    table.add_row(
+        "size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB", f"{share:.3f} of it"
+    )
+    measured = (report.before, report.after, report.change)
+    for name, key in _MEASURED if report.before else ():
+        values = (getattr(one, key) for one in measured)
+        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
+    rates = Table("mask rate", "masked tokens", "KL, nats", "same most likely token")
+    for at in report.rates:
+        rates.add_row(f"{at.mask_rate:g}", f"{at.tokens:,}", f"{at.divergence:.2e}", f"{at.same_token:.4f}")
+    console = Console()
+    console.print(table, *([rates] if report.rates else []), sep="\n")
+    if report.unchecked is not None:
+        console.print(f"not compared with the model in fp32: {report.unchecked}")
+    console.print(f"run it: bd3-scale generate {path}; programs for autoregressive models write rubbish with it")
+
+
+def show_quantization(report: QuantizationReport, out: Path, found: dict[str, object]) -> None:
+    """Print what a smaller format costs, and which engines run it."""
+    title = f"wrote and verified {out}: int{report.bits}, groups of {report.group_size}, {report.method}"
+    table = Table("", "before", "after", title=title)
+    table.add_row("size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB")
+    for name, key in _MEASURED:
+        row = (getattr(measured, key) for measured in (report.before, report.after))
+        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in row))
+    errors = Table("weight", "relative output error", title="per layer, worst first")
+    for name, error in sorted(report.errors.items(), key=lambda item: -item[1]):
+        errors.add_row(name, f"{error:.2e}")
+    runs = Table("engine", "", title="engines")
+    for name, says in found.items():
+        runs.add_row(name, str(says))
+    Console().print(errors, table, runs, *(f"Marlin: {note}" for note in report.notes), sep="\n")
+    if report.padding is not None:
+        Console().print(report.padding)
+
+
+def show_inspection(found: Inspection) -> None:
+    """Print what a checkpoint is."""
+    console = Console(highlight=False)
+    tree = Tree(styled((found.path, "bold"), f", {found.kind}"))
+    branches: dict[str, Tree] = {}
+    for tensor in found.tensors:
+        *parents, leaf = tensor.name.split(".")
+        branch = tree
+        for depth in range(1, len(parents) + 1):
+            key = ".".join(parents[:depth])
+            branch = branches.get(key) or branches.setdefault(key, branch.add(parents[depth - 1]))
+        branch.add(styled(leaf, (f"  {tensor.dtype} {list(tensor.shape)}", "dim")))
+    table = Table("", "", show_header=False)
+    table.add_row("parameters", f"{found.parameters:,}")
+    table.add_row("size", f"{found.bytes / 1e9:.3f} GB")
+    table.add_row("health", found.health)
+    for key, value in found.details.items():
+        table.add_row(key, str(value))
+    for name, obstacle in found.exports.items():
+        table.add_row(f"export to {name}", "yes" if obstacle is None else f"no: {obstacle}")
+    console.print(tree, table)
+
+
+def show_result(title: str, entries: dict[str, object], as_json: bool) -> None:
+    """Print what a conversion did, as a table or one JSON object."""
+    if as_json:
+        import json
+
+        put(json.dumps({"result": title} | entries))
+        return
+    table = Table("", "", title=title, show_header=False)
+    for key, value in entries.items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
