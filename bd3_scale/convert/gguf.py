@@ -14,10 +14,10 @@ import xxhash
 from torch import Tensor
 
 from bd3_scale.checkpoint.manifest import MANIFEST as MANIFEST_FILE
-from bd3_scale.checkpoint.manifest import TOKENIZER
+from bd3_scale.checkpoint.manifest import TOKENIZER, read_manifest
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.export import ExportPlan, plan_export
-from bd3_scale.convert.gguf_layout import GgufTensor, architecture_keys, choose_architecture, gguf_tensors
+from bd3_scale.convert.gguf_layout import ARCHITECTURES, GgufTensor, architecture_keys, choose_architecture, gguf_tensors
 from bd3_scale.convert.gguf_tokenizer import TokenizerKeys, check_ids, tokenizer_keys
 from bd3_scale.convert.gguf_types import FILE_TYPES, TYPES, FileType, encoded, is_quantized, tensor_type
 from bd3_scale.data.tokenizer import Tokenizer
@@ -78,9 +78,9 @@ def plan_gguf(checkpoint: Path, kind: FileType, *, importance: bool) -> GgufPlan
         library is not here.
     """
     llama_cpp.library()
-    export = plan_export(checkpoint, "bd3", "float32")
-    model = export.manifest.model
+    model = read_manifest(checkpoint).model
     architecture = choose_architecture(model)
+    export = plan_export(checkpoint, ARCHITECTURES[architecture].name, "float32")
     tokenizer = checkpoint_tokenizer(checkpoint, export.manifest)
     with temporary_folder("tokeniser") as folder:
         write_tokenizer(tokenizer, checkpoint / TOKENIZER, folder)
