@@ -57,6 +57,11 @@ class NamedTensor:
         return self.is_embedding or self.name == HEAD
 
     @property
+    def expert(self) -> int | None:
+        """Return which expert of a layer it is of, None of no one."""
+        return self.boxes[0][0][1] if ".mlp.experts." in self.key else None
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
