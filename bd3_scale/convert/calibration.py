@@ -6,7 +6,7 @@ whole of [0, 1], and noisy and clean rows pass through every layer as in trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,7 +30,7 @@ from bd3_scale.recipe.schema import DataRecipe
 if TYPE_CHECKING:
     from bd3_scale.convert.export import ExportPlan
 
-# The input of each of these, where a layer has it, is multiplied by weights that are quantised; experts are beside them.
+# The input of each of these, where a layer has it, is multiplied by weights that are quantised; so are rows of experts.
 LINEARS = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -41,7 +41,6 @@ LINEARS = (
 )
 SEED = 0
 MICRO_BATCH = 4
-NAMES_TOLD = 8
 S = TypeVar("S", HessianSum, SquareSum)
 
 
@@ -123,14 +122,6 @@ def _expert_adder(of_fc1: list[S], of_fc2: list[S]) -> Callable[[Experts, tuple[
 def place_of(layer: int, expert: int | None) -> str:
     """Return how a report names the weights of a layer, or of one of its experts."""
     return f"layers.{layer}" + ("" if expert is None else f".experts.{expert}")
-
-
-def told(seldom: Mapping[str, int]) -> str:
-    """Return in a sentence where too few rows were met, which is known by `place_of`, and how many."""
-    names = list(seldom)
-    more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
-    least, most = min(seldom.values()), max(seldom.values())
-    return f"{len(names)} met {least} to {most} calibration rows: {', '.join(names[:NAMES_TOLD])}{more}"
 
 
 def check_data(plan: ExportPlan, data: DataRecipe) -> None:

@@ -39,9 +39,7 @@ ARCHITECTURES: Mapping[str, ExportFormat] = {
                 "activation": "its activation is not gelu_tanh, and llama.cpp has no other there",
             },
         ),
-        ExportFormat(
-            "bd3", "qwen3moe", free=frozenset(), mixtures=EXPORT_FORMATS["sdar_moe"].mixtures, dense=False
-        ),
+        ExportFormat("bd3", "qwen3moe", free=frozenset(), mixtures=EXPORT_FORMATS["sdar_moe"].mixtures, dense=False),
         ExportFormat(
             "llada2",
             "bailingmoe2",

@@ -132,7 +132,7 @@ def _mixed(name: str, layer: int | None, kind: FileType, default: str, model: Mo
 def encoded(values: Tensor, kind: str, importance: Tensor | None) -> NDArray[np.generic]:
     """Return the bytes of a tensor as numbers of the type's width, rows of blocks as uint8.
 
-    values: fp32. importance: fp32 [columns], see `quantized_rows`; of experts [E, columns], NaN where none is known.
+    values: fp32. importance: fp32 [columns], see `quantized_rows`.
     ValueError: a value is not finite, in float32 or in the type.
     """
     if not values.isfinite().all():
@@ -144,9 +144,6 @@ def encoded(values: Tensor, kind: str, importance: Tensor | None) -> NDArray[np.
         if not rounded.isfinite().all():
             raise ValueError(f"a weight of {values.abs().max():g} is more than {kind} holds: take --type bf16 or f32")
         return rounded.view(torch.int16).numpy()
-    if values.ndim == 3:
-        own = [None] * len(values) if importance is None else [None if row.isnan().any() else row for row in importance]
-        return np.stack([encoded(expert, kind, row) for expert, row in zip(values, own, strict=True)])
     form = TYPES[kind]
     row_bytes = values.shape[-1] // form.block * form.bytes
     weights = None if importance is None else importance.numpy()

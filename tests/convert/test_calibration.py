@@ -98,13 +98,13 @@ def test_a_layer_sees_the_layers_before_it_as_they_have_become(model, data: Data
     compare(calibration, whole_forward(model, inputs), 1)
 
 
+@torch.no_grad()
 def routed(model, inputs, layer: int) -> dict[str, list[tuple[int, torch.Tensor]]]:
     """Rows and Σ x xᵀ of what each expert of a layer multiplies, in float64, expert by expert, from whole forwards."""
     mixture, met = model.decoder.layers[layer].mlp, []
     hook = mixture.router.register_forward_hook(lambda _, args, found: met.append((args[0].flatten(0, -2), found)))
-    with torch.no_grad():
-        for micro in inputs:
-            model(micro)
+    for micro in inputs:
+        model(micro)
     hook.remove()
     found = {"mlp.experts.linear_fc1": [], "mlp.experts.linear_fc2": []}
     for expert in range(len(mixture.experts.linear_fc1.weight)):
