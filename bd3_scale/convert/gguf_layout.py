@@ -82,6 +82,7 @@ _OUTSIDE = {
     "model.norm": "output_norm",
     "lm_head": "output",
 }
+_MOST_EXPERTS = 1024  # more end the process
 _SIGMOID = 2  # of llama.cpp's functions of a router
 # Of the tensors outside of layers, those that take up a bias of the head where a graph has none.
 _FOLDED = ("output.weight", "output.bias", "output_norm.bias")
@@ -112,6 +113,8 @@ def _obstacle(name: str, form: ExportFormat, model: ModelRecipe) -> str | None:
         return "its rotary frequencies are scaled as Llama 3's, which this graph does not read"
     if name in _SQUARE and model.num_attention_heads * model.head_size != model.hidden_size:
         return f"its heads of {model.head_size} channels do not make up the hidden size {model.hidden_size}"
+    if model.moe is not None and model.moe.num_experts > _MOST_EXPERTS:
+        return f"it has {model.moe.num_experts} experts in a layer, and llama.cpp ends at {_MOST_EXPERTS}"
     if name == "bailingmoe2" and model.moe is not None and not model.moe.shared_ffn_hidden_size:
         return "it has no shared expert, and this graph adds one"
     return form.obstacle(model)

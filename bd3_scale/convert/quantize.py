@@ -15,7 +15,7 @@ from torch import Tensor
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.convert.calibration import Calibration, check_data, held_out_parts, place_of
-from bd3_scale.convert.check_export import check_export, expected_logits
+from bd3_scale.convert.check_export import check_export, expected_logits, round_weights
 from bd3_scale.convert.compressed import (
     engine_notes,
     packed_sizes,
@@ -159,7 +159,10 @@ def run_quantize(
     check_data(plan, data)
     check_undamaged(plan)
     check_writable(out.parent, plan.num_bytes)
-    with new_folder(out) as folder, open_model(plan.checkpoint) as (model, manifest, groups):
+    # Rounding on the way chooses other experts: where there are some, the weights alone are rounded.
+    exact = plan.manifest.model.moe is not None
+    opened = open_model(plan.checkpoint, torch.float32 if exact else None)
+    with new_folder(out) as folder, opened as (model, manifest, groups):
         objective = manifest.trained_objective()
         measure = _Measure(model, groups, data, objective, evaluation_sequences, draws)
         done, total = 0, 2 * measure.sequences + len(plan.tensors)
@@ -171,7 +174,8 @@ def run_quantize(
 
         measure.progress = advance
         quantizer = _Quantizer(plan, model, scheme, method, advance)
-        quantizer.cast()
+        assert plan.dtype is not None, "scales need a type of their own"
+        round_weights(model, plan.dtype)
         before = measure()
         calibration = Calibration(model, data.as_mixed_before(manifest.step), objective, calibration_sequences)
         sizes = {name: size for t in plan.tensors for name, size in quantizer.sizes(t).items()}
@@ -182,8 +186,7 @@ def run_quantize(
         padding = quantizer.plan.padding
         quantizer.verify(folder)
         ids, logits = expected_logits(model, manifest.block_size, manifest.max_position_embeddings)
-        assert plan.dtype is not None
-        check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, plan.dtype)
+        check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, plan.dtype, exact=exact)
         report = QuantizationReport(
             bits=scheme.bits,
             group_size=scheme.group_size,
@@ -242,7 +245,7 @@ class _Quantizer:
         progress: Callable[[int], object],
     ) -> None:
         self.plan, self._model, self._scheme, self._method, self._progress = plan, model, scheme, method, progress
-        assert plan.dtype is not None, "scales need a type of their own"
+        assert plan.dtype is not None
         self._dtype = plan.dtype
         self._parameters = dict(model.named_parameters())
         self.errors: dict[str, float] = {}
@@ -256,12 +259,6 @@ class _Quantizer:
         return packed_sizes(
             tensor.name.removesuffix(".weight"), tensor.numel * self._scheme.bits // 8, groups * self._dtype.itemsize
         )
-
-    @torch.no_grad()
-    def cast(self) -> None:
-        """Round the weights to the type that an export without quantisation has."""
-        for parameter in self._parameters.values():
-            parameter.copy_(parameter.to(self._dtype))
 
     def tensors(self, reader: TensorReader, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
         """Yield all that is written; a layer is calibrated when its first weight comes, behind quantised layers."""

@@ -82,8 +82,9 @@ def _told(seldom: Mapping[str, int]) -> str:
     """Return where calibration met too few rows, and how many these were."""
     names = list(seldom)
     more = f" and {len(names) - _NAMES_TOLD} more" if len(names) > _NAMES_TOLD else ""
-    rows = f"{min(seldom.values()):,} to {max(seldom.values()):,} calibration rows"
-    return f"{', '.join(names[:_NAMES_TOLD])}{more} met {rows}; --calibration-sequences takes more"
+    least, most = f"{min(seldom.values()):,}", f"{max(seldom.values()):,}"
+    rows = least if least == most else f"{least} to {most}"
+    return f"{', '.join(names[:_NAMES_TOLD])}{more} met {rows} calibration rows; --calibration-sequences takes more"
 
 
 def show_inspection(found: Inspection) -> None:

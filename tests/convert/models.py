@@ -164,10 +164,6 @@ QWEN_SHAPE = ModelRecipe(
     num_layers=2, hidden_size=48, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, init_std=0.2
 )
 TIED = QWEN_SHAPE.model_copy(update={"tie_embeddings": True})
-SDAR_MOE_SHAPE = QWEN_SHAPE.model_copy(update={"moe": MoeRecipe(num_experts=6, top_k=2, ffn_hidden_size=32)})
-LLADA2_SHAPE = QWEN_SHAPE.model_copy(update={"num_layers": 3, "rotary_fraction": 0.5, "moe": MoeRecipe(
-    num_experts=12, top_k=3, ffn_hidden_size=32, shared_ffn_hidden_size=64, first_dense_layers=1, score="sigmoid",
-    scale=2.5, groups=4, top_groups=2, bias=True)})  # fmt: skip
 OFFICIAL_SHAPE = ModelRecipe(
     num_layers=2,
     hidden_size=48,

@@ -31,26 +31,10 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.generate import llama_cpp
 from bd3_scale.generate.llama_file import open_llama_file
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe
-from tests.convert.models import (
-    BYTES,
-    LLADA2_SHAPE,
-    LLAMA_SHAPE,
-    OFFICIAL_SHAPE,
-    QWEN_SHAPE,
-    SDAR_MOE_SHAPE,
-    TIED,
-    native_checkpoint,
-)
+from tests.convert.models import BYTES, LLAMA_SHAPE, OFFICIAL_SHAPE, QWEN_SHAPE, TIED, native_checkpoint
 from tests.support import forks
 
 PLAIN = {"qk_norm": False}
-
-
-def mixture(shape: ModelRecipe, of: ModelRecipe, **changes: object) -> ModelRecipe:
-    """A shape with the mixture of another, changed."""
-    return shape.model_copy(update={"moe": of.moe.model_copy(update=changes)})
-
-
 SHAPES = {
     "qwen3": QWEN_SHAPE,
     "qwen3, tied": TIED,
@@ -65,13 +49,6 @@ SHAPES = {
     "starcoder2, no biases": OFFICIAL_SHAPE.model_copy(
         update={"head_bias": False, "norm_bias": False, "mlp_bias": False, "attention_bias": False}
     ),
-    "qwen3moe": SDAR_MOE_SHAPE,
-    "qwen3moe, tied, all experts": mixture(TIED, SDAR_MOE_SHAPE, top_k=6),
-    "bailingmoe2": LLADA2_SHAPE,
-    "bailingmoe2, one expert of each row": mixture(
-        QWEN_SHAPE, LLADA2_SHAPE, top_k=1, groups=1, top_groups=None, shared_ffn_hidden_size=32, first_dense_layers=0
-    ),
-    "bailingmoe2, all groups": mixture(LLADA2_SHAPE, LLADA2_SHAPE, top_groups=None, scale=1.0),
 }
 NOTHING = GgufOptions(None, 0, 0, 1)
 
@@ -391,7 +368,7 @@ def output_error_of(checkpoint: Path, data: DataRecipe, kind: FileType, folder: 
         written = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
         inputs, errors = Calibration(native, data, objective, 512), []
         for layer in range(manifest.model.num_layers):
-            hessians = {name: total.hessian.double() for name, total in inputs.hessians(layer).items()}
+            hessians = {name: total.hessian.double() for name, (total,) in inputs.hessians(layer).items()}
             for tensor in (t for t in plan.tensors if t.layer == layer and len(t.shape) == 2):
                 weight = tensor.read(reader).double()
                 change = torch.from_numpy(written[tensor.name].copy()).double() - weight
