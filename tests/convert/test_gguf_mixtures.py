@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pydoc_data.topics
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -26,6 +27,7 @@ from bd3_scale.convert.gguf_types import FILE_TYPES, encoded, tensor_type
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.convert.quantizer import LEAST_ROWS_OF_SQUARES, SquareSum
 from bd3_scale.convert.tables import show_gguf
+from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.generate.llama_file import open_llama_file
 from bd3_scale.recipe.schema import DataRecipe, ModelRecipe, MoeRecipe
@@ -83,14 +85,13 @@ def test_llama_cpp_computes_the_mixture(name: str, tmp_path: Path) -> None:
     run_gguf_export(plan, tmp_path / "out", NOTHING)
     ids = torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(1))
     ids[0, 29:] = BYTES.mask_id
+    prompts = [[7], [1, 2, 3, 4, 5], [*range(41)]]
     greedy = {"block_size": K, "max_new_tokens": 14, "min_entropy": 0.0, "temperature": 0.0}
     with both(checkpoint, tmp_path / "out" / plan.name) as models:
         mine, theirs = (logits(model, ids)[:, :257] for model in models)
         torch.testing.assert_close(theirs, mine, rtol=0, atol=CLOSE)
         for rule in RULES.values():
-            expected, found = (
-                generate_batch(m, [[7], [1, 2, 3, 4, 5], [*range(41)]], **greedy, **rule) for m in models
-            )
+            expected, found = (generate_batch(model, prompts, **greedy, **rule) for model in models)
             assert found == expected
 
 
@@ -113,8 +114,8 @@ def official(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_llama_cpp_computes_what_the_official_code_does(official: tuple[Path, Path]) -> None:
-    checkpoint, file = official
-    with np.load(checkpoint.parent / "source" / "golden.npz") as values, both(*official) as (_, model):
+    folder = official[0].parent
+    with np.load(folder / "source" / "golden.npz") as values, both(*official) as (_, model):
         for ids, expected, rows in (
             ("clean_ids", "clean_logits", slice(None)),
             ("masked_all_ids", "masked_all_cache_logits", slice(-K, None)),
@@ -211,7 +212,7 @@ def test_each_expert_is_rounded_by_the_rows_that_it_met(topics: Path, tmp_path: 
         update={"hidden_size": 64, "num_attention_heads": 4}
     )
     checkpoint = native_checkpoint(tmp_path / "n" / "native", shape, BYTES)
-    plan = plan_gguf(checkpoint, "q4_k_m", importance=True)
+    plan = plan_gguf(checkpoint, "q4_0", importance=True)
     with open_model(checkpoint, torch.float32) as (native, manifest, _):
         data = DataRecipe(path=str(topics), seq_len=64)
         found = importance_matrix(native, Calibration(native, data, manifest.trained_objective(), 16))
@@ -256,16 +257,21 @@ def test_experts_that_met_few_rows_are_told(topics: Path, tmp_path: Path, capsys
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [SDAR_MOE_SHAPE, SQUARE], ids=["qwen3moe", "bailingmoe2"])
-def test_the_command_line_writes_evaluates_and_generates(shape: ModelRecipe, topics: Path, tmp_path: Path) -> None:
+def test_the_command_line_writes_evaluates_and_generates(shape: ModelRecipe, tmp_path: Path) -> None:
     checkpoint, out = native_checkpoint(tmp_path / "n" / "native", shape, BYTES), tmp_path / "out"
 
     def told(*arguments: object) -> Any:
         found = CliRunner().invoke(app, [*map(str, arguments), "--json"])
         assert found.exception is None, found.output
-        return json.loads(found.output)
+        return json.loads(found.stdout)
 
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(list(pydoc_data.topics.topics.values())[:12]):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text[:2000])
+    data = tmp_path / "data"
+    prepare([tmp_path / "texts"], data, load_tokenizer("bytes"), 128, holdout=0.2, workers=1, progress=False)
     report = told("convert", "export", checkpoint, "--format", "gguf", "--type", "f32", "--out", out,
-                  "--data", topics, "--sequences", 4, "--draws", 2)  # fmt: skip
+                  "--data", data, "--sequences", 4, "--draws", 2)  # fmt: skip
     assert report["change"]["nelbo"] == pytest.approx(0, abs=1e-5)
     assert all(at["same_token"] == 1.0 and at["divergence"] < 1e-8 for at in report["rates"])
     file = out / "native-f32.bd3.gguf"
