@@ -20,6 +20,7 @@ from bd3_scale.data.manifest import Manifest, check_tokenizer, load_sources
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.interval import FULL
+from bd3_scale.model.experts import Experts, rows_of
 from bd3_scale.model.rows import ModelInputs, Placement, RowContext
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective, StepKeys
@@ -29,8 +30,15 @@ from bd3_scale.recipe.schema import DataRecipe
 if TYPE_CHECKING:
     from bd3_scale.convert.export import ExportPlan
 
-# The input of each of these is multiplied by the weights that are quantised.
-LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+# The input of each of these, where a layer has it, is multiplied by weights that are quantised; so are rows of experts.
+LINEARS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
+)
 SEED = 0
 MICRO_BATCH = 4
 S = TypeVar("S", HessianSum, SquareSum)
@@ -53,20 +61,30 @@ class Calibration:
         with torch.no_grad():
             self._rows: list[tuple[Tensor, RowContext]] = [model.embed(micro) for micro in inputs]
 
-    def hessians(self, layer: int) -> dict[str, HessianSum]:
-        """Return Σ x xᵀ over the rows that each linear of `layer` multiplies."""
+    def hessians(self, layer: int) -> dict[str, list[HessianSum]]:
+        """Return Σ x xᵀ over the rows that each linear of `layer` multiplies: of that of experts one for each."""
         return self._sums(layer, HessianSum)
 
-    def squares(self, layer: int) -> dict[str, SquareSum]:
-        """Return Σ x² over the rows that each linear of `layer` multiplies."""
+    def squares(self, layer: int) -> dict[str, list[SquareSum]]:
+        """Return Σ x² over the rows that each linear of `layer` multiplies: of that of experts one for each."""
         return self._sums(layer, SquareSum)
 
     @torch.no_grad()
-    def _sums(self, layer: int, kind: type[S]) -> dict[str, S]:
+    def _sums(self, layer: int, kind: type[S]) -> dict[str, list[S]]:
         module = self._model.decoder.layers[layer]
-        weights = {name: module.get_parameter(f"{name}.weight") for name in LINEARS}
-        sums = {name: kind(weight.shape[1], weight.device) for name, weight in weights.items()}
-        hooks = [module.get_submodule(name).register_forward_pre_hook(_adder(sums[name])) for name in LINEARS]
+        sums: dict[str, list[S]] = {}
+        hooks = []
+        for name, part in module.named_modules():
+            if name in LINEARS:
+                sums[name] = [kind(part.weight.shape[1], part.weight.device)]
+                hooks.append(part.register_forward_pre_hook(_adder(sums[name][0])))
+            elif isinstance(part, Experts):
+                of_experts = [
+                    [kind(weight.shape[-1], weight.device) for _ in weight]
+                    for weight in (part.linear_fc1.weight, part.linear_fc2.weight)
+                ]
+                sums |= zip((f"{name}.linear_fc1", f"{name}.linear_fc2"), of_experts, strict=True)
+                hooks.append(part.register_forward_pre_hook(_expert_adder(*of_experts)))
         try:
             for hidden, rows in self._rows:
                 module(hidden, None, rows)
@@ -88,6 +106,22 @@ def _adder(total: HessianSum | SquareSum) -> Callable[[nn.Module, tuple[Tensor, 
         total.add(args[0].flatten(0, -2))
 
     return add
+
+
+def _expert_adder(of_fc1: list[S], of_fc2: list[S]) -> Callable[[Experts, tuple[Tensor, ...]], None]:
+    def add(experts: Experts, args: tuple[Tensor, ...]) -> None:
+        x_MX, _, counts = args
+        inner_MF = experts.inner(*args)
+        for expert, rows in rows_of(counts, len(x_MX)):
+            of_fc1[expert].add(x_MX[rows])
+            of_fc2[expert].add(inner_MF[rows])
+
+    return add
+
+
+def place_of(layer: int, expert: int | None) -> str:
+    """Return how a report names the weights of a layer, or of one of its experts."""
+    return f"layers.{layer}" + ("" if expert is None else f".experts.{expert}")
 
 
 def check_data(plan: ExportPlan, data: DataRecipe) -> None:

@@ -49,6 +49,13 @@ def expected_logits(model: BlockDiffusionTransformer, block_size: int, max_lengt
     return ids.cpu(), logits[..., : vocabulary.size].float().cpu()
 
 
+@torch.no_grad()
+def round_weights(model: BlockDiffusionTransformer, dtype: torch.dtype) -> None:
+    """Round the weights of a model to those of a type, whatever it computes in."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
 def check_export(
     folder: Path,
     tokenizer: Tokenizer | None,
@@ -56,6 +63,8 @@ def check_export(
     ids: Tensor,
     logits: Tensor,
     dtype: torch.dtype,
+    *,
+    exact: bool = False,
 ) -> None:
     """Load `folder` in a fresh process and compare.
 
@@ -63,12 +72,13 @@ def check_export(
         tokenizer: whose ids training had; None where there is none.
         ids, logits: see `expected_logits`.
         dtype: that the weights are loaded in.
+        exact: it is computed with them in fp32, as the logits were: rounding on the way would choose other experts.
 
     Raises:
         ValueError: transformers cannot load it, the tokeniser has more ids than the model has rows or other ids for a
             text, or the logits differ.
     """
-    expected = expectations(tokenizer, vocabulary, dtype)
+    expected = expectations(tokenizer, vocabulary, dtype, exact=exact)
     with temporary_folder("check") as path:
         scratch = str(path)
         Path(scratch, "expected.json").write_text(json.dumps(expected))
@@ -87,11 +97,14 @@ def check_export(
         )
 
 
-def expectations(tokenizer: Tokenizer | None, vocabulary: Vocabulary, dtype: torch.dtype) -> dict[str, Any]:
+def expectations(
+    tokenizer: Tokenizer | None, vocabulary: Vocabulary, dtype: torch.dtype, *, exact: bool = False
+) -> dict[str, Any]:
     """Return what an export must be like, as JSON holds it."""
     texts = [] if tokenizer is None else [*TEXTS, f"a{tokenizer.name_of(vocabulary.eos_id)}b"]
     return {
         "dtype": str(dtype).removeprefix("torch."),
+        "exact": exact,
         "mask_id": vocabulary.mask_id,
         "texts": {text: tokenizer.encode_prompt(text) for text in texts if tokenizer is not None},
     }
@@ -105,6 +118,7 @@ def _last_words(done: subprocess.CompletedProcess[str]) -> str:
     return (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
+@torch.no_grad()
 def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor) -> Iterator[str]:
     """What is wrong with `folder`, for the fresh process; `expected`: see `expectations`."""
     from bd3_scale.observe.libraries import without_broken_torchvision
@@ -118,6 +132,10 @@ def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust, local_files_only=True
         ).eval()
+        if expected["exact"]:
+            model(ids)  # which unpacks packed weights
+            torch.nn.Module.float(model)  # transformers forbids its own of packed ones
+            dtype = torch.float32
         tokenizer = None
         if expected["texts"]:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -129,8 +147,7 @@ def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor
         found = tokenizer(text).input_ids
         if found != right:
             yield f"{text!r} becomes {found}, and in training {right}"
-    with torch.no_grad():
-        found = model(ids).logits.float()
+    found = model(ids).logits.float()
     known = [i for i in range(min(logits.shape[-1], found.shape[-1])) if i != expected["mask_id"]]
     right, found = logits[..., known], found[..., known]
     if not torch.equal(right.isnan(), found.isnan()):

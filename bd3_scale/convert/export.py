@@ -23,7 +23,7 @@ from bd3_scale.convert.architectures import (
     config_json,
     export_obstacles,
 )
-from bd3_scale.convert.check_export import check_export, expected_logits
+from bd3_scale.convert.check_export import check_export, expected_logits, round_weights
 from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.importer import MASK_ROWS
 from bd3_scale.convert.names import HEAD, NATIVE_EMBEDDING, NamedTensor, named_tensors
@@ -300,10 +300,9 @@ def _check(plan: ExportPlan, folder: Path) -> None:
 
 def _native_logits(plan: ExportPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return what `expected_logits` does, of the weights as they are written; the model is gone from memory then."""
-    manifest, written = plan.manifest, getattr(torch, plan.config["torch_dtype"])
+    manifest = plan.manifest
     with open_model(plan.checkpoint, dtype) as (model, _, _):
-        for parameter in model.parameters() if written != dtype else ():
-            parameter.data = parameter.data.to(written).to(dtype)
+        round_weights(model, getattr(torch, plan.config["torch_dtype"]))
         block_size = manifest.block_size if plan.is_block_diffusion else 1
         return expected_logits(model, block_size, manifest.max_position_embeddings)
 

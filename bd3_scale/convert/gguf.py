@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3_scale.checkpoint.manifest import MANIFEST as MANIFEST_FILE
-from bd3_scale.checkpoint.manifest import TOKENIZER
+from bd3_scale.checkpoint.manifest import TOKENIZER, read_manifest
 from bd3_scale.checkpoint.tensors import TensorReader
+from bd3_scale.convert.calibration import place_of
 from bd3_scale.convert.export import ExportPlan, plan_export
-from bd3_scale.convert.gguf_layout import GgufTensor, architecture_keys, choose_architecture, gguf_tensors
+from bd3_scale.convert.gguf_layout import (
+    ARCHITECTURES,
+    GgufTensor,
+    architecture_keys,
+    choose_architecture,
+    gguf_tensors,
+)
 from bd3_scale.convert.gguf_tokenizer import TokenizerKeys, check_ids, tokenizer_keys
 from bd3_scale.convert.gguf_types import FILE_TYPES, TYPES, FileType, encoded, is_quantized, tensor_type
+from bd3_scale.convert.quantizer import SquareSum
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.generate import llama_cpp
@@ -37,9 +47,16 @@ _LINEAR_OF = {
     "ffn_gate": "mlp.linear_fc1",
     "ffn_up": "mlp.linear_fc1",
     "ffn_down": "mlp.linear_fc2",
+    "ffn_gate_exps": "mlp.experts.linear_fc1",
+    "ffn_up_exps": "mlp.experts.linear_fc1",
+    "ffn_down_exps": "mlp.experts.linear_fc2",
+    "ffn_gate_shexp": "mlp.shared_experts.linear_fc1",
+    "ffn_up_shexp": "mlp.shared_experts.linear_fc1",
+    "ffn_down_shexp": "mlp.shared_experts.linear_fc2",
+    "attn_qkv": "self_attention.linear_qkv",
 }
-# Of a layer's linear, by its name there: the mean squares of what it takes, fp32 [columns].
-Importance = Mapping[tuple[int, str], Tensor]
+# Of a layer's linear, by its name there: the squares of what it takes, summed; of that of experts for each of them.
+Importance = Mapping[tuple[int, str], Sequence[SquareSum]]
 
 
 @dataclass(frozen=True)
@@ -78,9 +95,9 @@ def plan_gguf(checkpoint: Path, kind: FileType, *, importance: bool) -> GgufPlan
         library is not here.
     """
     llama_cpp.library()
-    export = plan_export(checkpoint, "bd3", "float32")
-    model = export.manifest.model
+    model = read_manifest(checkpoint).model
     architecture = choose_architecture(model)
+    export = plan_export(checkpoint, ARCHITECTURES[architecture].name, "float32")
     tokenizer = checkpoint_tokenizer(checkpoint, export.manifest)
     with temporary_folder("tokeniser") as folder:
         write_tokenizer(tokenizer, checkpoint / TOKENIZER, folder)
@@ -111,7 +128,7 @@ def write_gguf(
     hashes = {}
     with TensorReader(plan.export.checkpoint) as reader:
         for tensor in plan.tensors:
-            data = encoded(tensor.read(reader), plan.types[tensor.name], _importance_of(tensor, importance))
+            data = _encoded(tensor.read(reader), plan.types[tensor.name], _importance_of(tensor, importance))
             hashes[tensor.name] = xxhash.xxh3_128_hexdigest(data.tobytes())
             writer.write_tensor_data(data)
             progress(data.nbytes)
@@ -125,15 +142,36 @@ def write_gguf(
     seal(path, back.data_offset)
 
 
-def _importance_of(tensor: GgufTensor, importance: Importance | None) -> Tensor | None:
-    if importance is None or tensor.layer is None or len(tensor.shape) < 2:
-        return None
-    return importance[tensor.layer, linear_of(tensor.name)]
+def _importance_of(tensor: GgufTensor, importance: Importance | None) -> list[Tensor | None]:
+    """Return the importance of columns, fp32 [columns], for each expert of a tensor; None: there is none to go by."""
+    linear = None if tensor.layer is None or len(tensor.shape) < 2 else linear_of(tensor.name)
+    if importance is None or tensor.layer is None or linear is None:
+        return [None] * (tensor.shape[0] if len(tensor.shape) == 3 else 1)
+    return [total.squares if total.is_enough else None for total in importance[tensor.layer, linear]]
 
 
-def linear_of(name: str) -> str:
-    """Return which linear of a layer takes what a tensor of llama.cpp is multiplied with, by its name here."""
-    return _LINEAR_OF[name.split(".")[2]]
+def _encoded(values: Tensor, kind: str, importance: Sequence[Tensor | None]) -> NDArray[np.generic]:
+    """Return the bytes of a tensor, of that of experts of each by its own importance."""
+    if values.ndim < 3:
+        return encoded(values, kind, *importance)
+    return np.stack([encoded(*expert) for expert in zip(values, repeat(kind), importance)])
+
+
+def linear_of(name: str) -> str | None:
+    """Return which linear of a layer takes what a tensor of llama.cpp is multiplied with, by its name here; None of
+    what stays as it is.
+    """
+    return _LINEAR_OF.get(name.split(".")[2])
+
+
+def seldom_met(importance: Importance) -> dict[str, int]:
+    """Return of weights that are rounded without an importance matrix how many rows they met; see `place_of`."""
+    return {
+        place_of(layer, expert if ".experts." in name else None): total.rows
+        for (layer, name), totals in importance.items()
+        for expert, total in enumerate(totals)
+        if not total.is_enough
+    }
 
 
 def _add_keys(writer: Any, plan: GgufPlan) -> None:

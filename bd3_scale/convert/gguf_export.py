@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.convert.calibration import Calibration, check_data
 from bd3_scale.convert.check_export import expected_logits
 from bd3_scale.convert.export import check_undamaged
-from bd3_scale.convert.gguf import GgufPlan, Importance, check_tokenizer_ids, write_gguf
+from bd3_scale.convert.gguf import GgufPlan, Importance, check_tokenizer_ids, seldom_met, write_gguf
 from bd3_scale.convert.gguf_report import GgufReport, HeldOutText
 from bd3_scale.convert.gguf_types import uses_importance
+from bd3_scale.convert.quantizer import SquareSum
 from bd3_scale.convert.serving import gguf_card
 from bd3_scale.generate.llama_file import open_llama_file
 from bd3_scale.generate.llama_model import LlamaModel
@@ -99,6 +99,7 @@ def run_gguf_export(
             evaluation_sequences=text.sequences if text else 0,
             draws=options.draws if text else 0,
             unchecked=unchecked,
+            seldom=seldom_met(importance) if importance else {},
         )
         if native is not None:
             with open_llama_file(path) as file, closing(file.load()) as model:
@@ -129,9 +130,9 @@ def importance_matrix(model: BlockDiffusionTransformer, calibration: Calibration
 
     Those that llama.cpp's own tool collects, of text that is read left to right, hold no masked row.
     """
-    found: dict[tuple[int, str], Tensor] = {}
+    found: dict[tuple[int, str], list[SquareSum]] = {}
     for layer in range(model.recipe.num_layers):
-        found |= {(layer, name): total.squares for name, total in calibration.squares(layer).items()}
+        found |= {(layer, name): totals for name, totals in calibration.squares(layer).items()}
         calibration.advance(layer)
     return found
 

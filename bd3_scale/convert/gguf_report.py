@@ -6,8 +6,8 @@ of the distributions, tell more, at several shares of masked tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -60,6 +60,8 @@ class GgufReport:
         unchecked: why the logits of the file were not compared with the model's; None where they were.
         before, after: held-out NELBO of the model in fp32, and of the file; change: their difference on the same text
             under the same masks.
+        seldom: of weights that met too few rows for the importance matrix, and are rounded without it, how many; see
+            `place_of`.
     """
 
     type: str
@@ -75,6 +77,7 @@ class GgufReport:
     before: Measured | None = None
     after: Measured | None = None
     change: Measured | None = None
+    seldom: Mapping[str, int] = field(default_factory=dict)
 
 
 class HeldOutText:

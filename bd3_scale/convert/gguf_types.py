@@ -84,9 +84,9 @@ def tensor_type(
 ) -> str:
     """Return the type of a tensor in a file of `kind`, by its name in llama.cpp.
 
-    Vectors and norms stay in float32. importance: whether there is an importance matrix.
+    Vectors, norms and routers stay in float32. importance: whether there is an importance matrix.
     """
-    if len(shape) < 2:
+    if len(shape) < 2 or name.endswith(".ffn_gate_inp.weight"):
         return "F32"
     default = FILE_TYPES[kind][1]
     if default in _PLAIN:
@@ -102,7 +102,14 @@ def _mixed(name: str, layer: int | None, kind: FileType, default: str, model: Mo
         return "Q8_0" if kind == "q8_0" else "Q6_K"
     if layer is None:
         return default
-    layers, part = model.num_layers, name.split(".")[2]
+    layers, part = model.num_layers, name.split(".")[2].removesuffix("_exps").removesuffix("_shexp")
+    if part == "attn_qkv":
+        part = "attn_v"
+    if model.moe is not None and model.moe.num_experts == 8:  # as Mixtral, for which these were chosen
+        if part in ("attn_k", "attn_v"):
+            return "Q8_0"
+        if part == "attn_output" and kind in ("q2_k", "q3_k_m", "q4_k_m"):
+            return "Q5_K"
     sensitive = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
     shared = model.num_attention_heads // model.query_groups >= 4
     choices = {

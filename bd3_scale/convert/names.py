@@ -37,6 +37,7 @@ class NamedTensor:
         name, shape: on the Hugging Face side.
         key, full_shape: the native tensor.
         boxes: (offset, shape) in the native tensor; one after the other they are the rows of this tensor.
+        layer: None outside of layers.
     """
 
     name: str
@@ -44,6 +45,7 @@ class NamedTensor:
     key: str
     full_shape: Shape
     boxes: tuple[tuple[Shape, Shape], ...]
+    layer: int | None = None
 
     @property
     def is_embedding(self) -> bool:
@@ -53,6 +55,11 @@ class NamedTensor:
     def is_table(self) -> bool:
         """Whether its rows are those of ids."""
         return self.is_embedding or self.name == HEAD
+
+    @property
+    def expert(self) -> int | None:
+        """Return which expert of a layer it is of, None of no one."""
+        return self.boxes[0][0][1] if ".mlp.experts." in self.key else None
 
     @property
     def numel(self) -> int:
@@ -143,6 +150,7 @@ class _OfLayer:
             key=f"decoder.layers.{self.key}",
             full_shape=(len(layers), *self.native),
             boxes=tuple(((layers.index(layer), *offset), (1, *size)) for offset, size in boxes),
+            layer=layer,
         )
 
 

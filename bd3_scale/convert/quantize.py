@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
-from bd3_scale.convert.calibration import Calibration, check_data, held_out_parts
-from bd3_scale.convert.check_export import check_export, expected_logits
+from bd3_scale.convert.calibration import Calibration, check_data, held_out_parts, place_of
+from bd3_scale.convert.check_export import check_export, expected_logits, round_weights
 from bd3_scale.convert.compressed import (
     engine_notes,
     packed_sizes,
@@ -27,7 +27,7 @@ from bd3_scale.convert.export import ExportPlan, check_undamaged, write_companio
 from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.names import HEAD, NamedTensor
 from bd3_scale.convert.padding import with_padding
-from bd3_scale.convert.quantizer import Scheme, gptq, output_error, round_to_nearest
+from bd3_scale.convert.quantizer import HessianSum, Scheme, gptq, output_error, round_to_nearest
 from bd3_scale.convert.serving import Packing
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.diffusion.nelbo import NelboEstimate
@@ -41,6 +41,8 @@ from bd3_scale.resilience.files import check_writable, new_folder
 Method = Literal["rtn", "gptq"]
 Progress = Callable[[int, int], object]
 REPORT = "quantization_report.json"
+# Native linears whose weights are quantised.
+_LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class QuantizationReport:
         before: with the weights in `dtype`; after: with the quantised ones.
         notes: what keeps engines' kernels from it, see `kernel_notes`.
         padding: see `Padding.says`; None: no mask was moved.
+        seldom: of weights that met too few rows for GPTQ, and are rounded to nearest, how many; see `place_of`.
     """
 
     bits: int
@@ -81,6 +84,7 @@ class QuantizationReport:
     after: Measured
     notes: tuple[str, ...]
     padding: str | None = None
+    seldom: Mapping[str, int] = field(default_factory=dict)
 
 
 def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
@@ -102,13 +106,18 @@ def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
 def kernel_notes(plan: ExportPlan, scheme: Scheme) -> tuple[str, ...]:
     """Return what keeps engines' kernels from the layers as they join them on one rank; empty if nothing."""
     model = plan.manifest.model
-    heads, hidden, ffn = model.num_attention_heads * model.head_size, model.hidden_size, model.ffn_hidden_size
+    heads, hidden = model.num_attention_heads * model.head_size, model.hidden_size
     joined = {
         "query/key/value": (heads + 2 * model.query_groups * model.head_size, hidden),
         "attention output": (hidden, heads),
-        "gate/up": (2 * ffn if model.activation == "swiglu" else ffn, hidden),
-        "down": (hidden, ffn),
     }
+    widths = {"": model.ffn_hidden_size if model.dense_layers else 0}
+    if model.moe is not None:
+        widths |= {"an expert's ": model.moe.ffn_hidden_size, "the shared expert's ": model.moe.shared_ffn_hidden_size}
+    for whose, width in widths.items():
+        if width:
+            joined[f"{whose}gate/up"] = (2 * width if model.activation == "swiglu" else width, hidden)
+            joined[f"{whose}down"] = (hidden, width)
     return tuple(f"{name}: {note}" for name, shape in joined.items() for note in engine_notes(shape, scheme))
 
 
@@ -119,8 +128,14 @@ def packing_of(plan: ExportPlan, scheme: Scheme, method: Method) -> Packing:
 
 
 def is_quantized(tensor: NamedTensor) -> bool:
-    """Return the projections of the layers; embedding, norms, biases and head are kept."""
-    return ".layers." in tensor.name and tensor.name.endswith("_proj.weight")
+    """Return the projections of the layers; embedding, norms, biases, routers and head are kept."""
+    module, _, part = tensor.key.rpartition(".")
+    return part == "weight" and module.endswith(_LINEARS)
+
+
+def _ignored(plan: ExportPlan) -> list[str]:
+    """Return which linear layers engines are told to leave as they are."""
+    return ["lm_head", *(["re:.*mlp.gate$"] if plan.manifest.model.moe is not None else [])]
 
 
 def run_quantize(
@@ -144,7 +159,10 @@ def run_quantize(
     check_data(plan, data)
     check_undamaged(plan)
     check_writable(out.parent, plan.num_bytes)
-    with new_folder(out) as folder, open_model(plan.checkpoint) as (model, manifest, groups):
+    # Rounding on the way chooses other experts: where there are some, the weights alone are rounded.
+    exact = plan.manifest.model.moe is not None
+    opened = open_model(plan.checkpoint, torch.float32 if exact else None)
+    with new_folder(out) as folder, opened as (model, manifest, groups):
         objective = manifest.trained_objective()
         measure = _Measure(model, groups, data, objective, evaluation_sequences, draws)
         done, total = 0, 2 * measure.sequences + len(plan.tensors)
@@ -156,20 +174,19 @@ def run_quantize(
 
         measure.progress = advance
         quantizer = _Quantizer(plan, model, scheme, method, advance)
-        quantizer.cast()
+        assert plan.dtype is not None, "scales need a type of their own"
+        round_weights(model, plan.dtype)
         before = measure()
         calibration = Calibration(model, data.as_mixed_before(manifest.step), objective, calibration_sequences)
         sizes = {name: size for t in plan.tensors for name, size in quantizer.sizes(t).items()}
         with TensorReader(plan.checkpoint) as reader:
             write_shards(folder, quantizer.tensors(reader, calibration), sizes)
-        ignored = ["lm_head"]
-        config = {"quantization_config": quantization_config(scheme, ignored)}
+        config = {"quantization_config": quantization_config(scheme, _ignored(plan))}
         write_companions(folder, quantizer.plan, config, packing_of(plan, scheme, method))
         padding = quantizer.plan.padding
         quantizer.verify(folder)
         ids, logits = expected_logits(model, manifest.block_size, manifest.max_position_embeddings)
-        assert plan.dtype is not None
-        check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, plan.dtype)
+        check_export(folder, plan.tokenizer(), plan.manifest.vocabulary, ids, logits, plan.dtype, exact=exact)
         report = QuantizationReport(
             bits=scheme.bits,
             group_size=scheme.group_size,
@@ -184,6 +201,7 @@ def run_quantize(
             after=measure(),
             notes=kernel_notes(plan, scheme),
             padding=padding.says if padding else None,
+            seldom=quantizer.seldom,
         )
         (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     return report
@@ -227,10 +245,11 @@ class _Quantizer:
         progress: Callable[[int], object],
     ) -> None:
         self.plan, self._model, self._scheme, self._method, self._progress = plan, model, scheme, method, progress
-        assert plan.dtype is not None, "scales need a type of their own"
+        assert plan.dtype is not None
         self._dtype = plan.dtype
         self._parameters = dict(model.named_parameters())
         self.errors: dict[str, float] = {}
+        self.seldom: dict[str, int] = {}
 
     def sizes(self, tensor: NamedTensor) -> dict[str, int]:
         """Return the bytes of each tensor that is written for one of the model, by name."""
@@ -241,15 +260,9 @@ class _Quantizer:
             tensor.name.removesuffix(".weight"), tensor.numel * self._scheme.bits // 8, groups * self._dtype.itemsize
         )
 
-    @torch.no_grad()
-    def cast(self) -> None:
-        """Round the weights to the type that an export without quantisation has."""
-        for parameter in self._parameters.values():
-            parameter.copy_(parameter.to(self._dtype))
-
     def tensors(self, reader: TensorReader, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
         """Yield all that is written; a layer is calibrated when its first weight comes, behind quantised layers."""
-        layer, hessians = -1, {}
+        layer, hessians = None, {}
         for tensor in self.plan.tensors:
             self._progress(1)
             if not is_quantized(tensor):
@@ -257,31 +270,38 @@ class _Quantizer:
                     self.plan = with_padding(self.plan, self._model)
                 yield tensor.name, self.plan.read(reader, tensor)
                 continue
-            if tensor.boxes[0][0][0] != layer:
-                if layer >= 0:
+            assert tensor.layer is not None
+            if tensor.layer != layer:
+                if layer is not None:
                     calibration.advance(layer)
-                layer = tensor.boxes[0][0][0]
+                layer = tensor.layer
                 hessians = calibration.hessians(layer)
             linear = tensor.key.removeprefix("decoder.layers.").removesuffix(".weight")
-            yield from self._quantize(tensor, hessians[linear].hessian).items()
+            expert = tensor.expert
+            total = hessians[linear][expert or 0]
+            if self._method == "gptq" and not total.is_enough:
+                self.seldom[place_of(layer, expert)] = total.rows
+            yield from self._quantize(tensor, total).items()
 
     @torch.no_grad()
-    def _quantize(self, tensor: NamedTensor, hessian: Tensor) -> dict[str, Tensor]:
+    def _quantize(self, tensor: NamedTensor, total: HessianSum) -> dict[str, Tensor]:
         weight = tensor.join([self._box(tensor, *box) for box in tensor.boxes]).float()
-        if self._method == "gptq":
-            quantized = gptq(weight, hessian, self._scheme, self._dtype)
+        if self._method == "gptq" and total.is_enough:
+            quantized = gptq(weight, total.hessian, self._scheme, self._dtype)
         else:
             quantized = round_to_nearest(weight, self._scheme, self._dtype)
-        self.errors[tensor.name] = output_error(weight, quantized, hessian)
+        self.errors[tensor.name] = output_error(weight, quantized, total.hessian)
         values = quantized.dequantize()
         for (offset, _), data in zip(tensor.boxes, (part for _, part in tensor.split(values)), strict=True):
-            self._box(tensor, offset, tuple(data.shape)).copy_(data.squeeze(0))
+            part = self._box(tensor, offset, tuple(data.shape))
+            part.copy_(data.view(part.shape))
         return packed_tensors(tensor.name.removesuffix(".weight"), quantized, self._scheme)
 
     def _box(self, tensor: NamedTensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Return the rows of a layer's parameter that a box of the stacked tensor is."""
-        name = tensor.key.replace("decoder.layers.", f"decoder.layers.{offset[0]}.")
-        return self._parameters[name].data[offset[1] : offset[1] + shape[1]]
+        """Return the part of a layer's parameter that a box of the stacked tensor is."""
+        name = tensor.key.replace("decoder.layers.", f"decoder.layers.{tensor.layer}.")
+        part = tuple(slice(first, first + size) for first, size in zip(offset[1:], shape[1:], strict=True))
+        return self._parameters[name].data[part]
 
     def verify(self, folder: Path) -> None:
         """Unpack what was written and compare it with the weights that are measured."""

@@ -14,6 +14,12 @@ from torch import Tensor
 BLOCK = 128  # columns after which GPTQ makes up for their errors in all that are still to come
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)
 SMALLEST_SCALE = 2.0**-24  # the least that float16 holds
+# Rows for each input feature, below which a Hessian is more chance than inputs: where features are not correlated, GPTQ
+# calibrated on as many rows as features loses 2.7 times what rounding does on other rows, on four times as many 1.1.
+LEAST_ROWS = 4
+# A mean square is a number of its own for each feature: the least rows of which weights by it were never worse than
+# none at all by more than 1 %, whatever the tails of the inputs.
+LEAST_ROWS_OF_SQUARES = 64
 
 
 @dataclass(frozen=True)
@@ -47,27 +53,41 @@ class QuantizedWeight:
 
 class HessianSum:
     """Σ x xᵀ over the rows x that a weight is multiplied with, fp32 [I, I]: half the Hessian of its squared output
-    error in each of its rows.
+    error in each of its rows. rows: how many these are.
     """
 
     def __init__(self, features: int, device: torch.device | None = None) -> None:
+        self.rows = 0
         self.hessian = torch.zeros(features, features, device=device)
 
     def add(self, rows: Tensor) -> None:
         """Add rows [N, I]."""
+        self.rows += len(rows)
         rows = rows.float()
         self.hessian.addmm_(rows.t(), rows)
+
+    @property
+    def is_enough(self) -> bool:
+        """Say whether GPTQ gains by it."""
+        return self.rows >= LEAST_ROWS * len(self.hessian)
 
 
 class SquareSum:
     """Σ x² over the rows x that a weight is multiplied with, fp32 [I]: the diagonal of `HessianSum`."""
 
     def __init__(self, features: int, device: torch.device | None = None) -> None:
+        self.rows = 0
         self.squares = torch.zeros(features, device=device)
 
     def add(self, rows: Tensor) -> None:
         """Add rows [N, I]."""
+        self.rows += len(rows)
         self.squares += rows.float().square().sum(0)
+
+    @property
+    def is_enough(self) -> bool:
+        """Say whether weighing by it gains something."""
+        return self.rows >= LEAST_ROWS_OF_SQUARES
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ _MEASURED = (
     ("standard error over noise draws", "noise_standard_error"),
     ("standard error over text", "text_standard_error"),
 )
+_NAMES_TOLD = 8
 
 
 def show_gguf(report: GgufReport, path: Path) -> None:
@@ -40,6 +43,8 @@ def show_gguf(report: GgufReport, path: Path) -> None:
     console.print(table, *([rates] if report.rates else []), sep="\n")
     if report.unchecked is not None:
         console.print(f"not compared with the model in fp32: {report.unchecked}")
+    if report.seldom:
+        console.print(f"rounded without the importance matrix: {_told(report.seldom)}")
     console.print(f"run it: bd3-scale generate {path}; programs for autoregressive models write rubbish with it")
 
 
@@ -52,14 +57,34 @@ def show_quantization(report: QuantizationReport, out: Path, found: dict[str, ob
         row = (getattr(measured, key) for measured in (report.before, report.after))
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in row))
     errors = Table("weight", "relative output error", title="per layer, worst first")
-    for name, error in sorted(report.errors.items(), key=lambda item: -item[1]):
+    for name, error in sorted(_worst(report.errors).items(), key=lambda item: -item[1]):
         errors.add_row(name, f"{error:.2e}")
     runs = Table("engine", "", title="engines")
     for name, says in found.items():
         runs.add_row(name, str(says))
     Console().print(errors, table, runs, *(f"Marlin: {note}" for note in report.notes), sep="\n")
+    if report.seldom:
+        Console().print(f"rounded to nearest, without GPTQ: {_told(report.seldom)}")
     if report.padding is not None:
         Console().print(report.padding)
+
+
+def _worst(errors: Mapping[str, float]) -> dict[str, float]:
+    """Return the error of each weight, of the experts of a layer the largest."""
+    found: dict[str, float] = {}
+    for name, error in errors.items():
+        group = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+        found[group] = max(error, found.get(group, 0.0))
+    return found
+
+
+def _told(seldom: Mapping[str, int]) -> str:
+    """Return where calibration met too few rows, and how many these were."""
+    names = list(seldom)
+    more = f" and {len(names) - _NAMES_TOLD} more" if len(names) > _NAMES_TOLD else ""
+    least, most = f"{min(seldom.values()):,}", f"{max(seldom.values()):,}"
+    rows = least if least == most else f"{least} to {most}"
+    return f"{', '.join(names[:_NAMES_TOLD])}{more} met {rows} calibration rows; --calibration-sequences takes more"
 
 
 def show_inspection(found: Inspection) -> None:

@@ -53,6 +53,11 @@ class Experts(Part):
         found: Tensor = _Products.apply(x_MX, weights_M, counts, fc1, fc2, totals)
         return found
 
+    def inner(self, x_MX: Tensor, weights_M: Tensor, counts: Tensor) -> Tensor:
+        """Return what `linear_fc2` multiplies of the arguments of `forward`, [M, F]."""
+        wide = grouped_product(x_MX, self.linear_fc1.weight.flatten(1, 2), counts)
+        return _weighted(swiglu(wide), weights_M)
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def grouped_product(x_MK: Tensor, weights_eNK: Tensor, counts: Tensor) -> Tensor
     if _in_one_call(x_MK):
         return torch._grouped_mm(x_MK, weights_eNK.transpose(1, 2), offs=_ends(counts))
     out = x_MK.new_empty(len(x_MK), weights_eNK.shape[1])
-    for expert, rows in _rows_of(counts, len(x_MK)):
+    for expert, rows in rows_of(counts, len(x_MK)):
         product_into(out[rows], x_MK[rows], weights_eNK[expert])
     return out
 
@@ -141,7 +146,7 @@ def _weight_gradient(
         total.view_as(gradient).add_(gradient)
         return None
     sums = torch.zeros_like(weights_eNK) if total is None else total.view_as(weights_eNK)
-    for expert, rows in _rows_of(counts, len(x_MK)):
+    for expert, rows in rows_of(counts, len(x_MK)):
         add_weight_gradient(sums[expert], gradient_MN[rows], x_MK[rows])
     return sums if total is None else None
 
@@ -154,7 +159,7 @@ def _ends(counts: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
-def _rows_of(counts: Tensor, total: int) -> Iterator[tuple[int, slice]]:
+def rows_of(counts: Tensor, total: int) -> Iterator[tuple[int, slice]]:
     """Yield the experts that have rows, and these."""
     start = 0
     for expert, count in enumerate(on_host(counts, total)):

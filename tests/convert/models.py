@@ -142,6 +142,9 @@ def native_checkpoint(
     with process_groups(recipe.parallel) as groups:
         how = {"dtype": torch.float32, "device": torch.device("cpu")}
         chunks = build_model(recipe.model, vocabulary, groups, seed=3, **how)
+        for name, buffer in chunks[0].named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
         layouts = parameter_layouts(chunks)
         engine = TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
         for fragment in engine.zero.fragments():

@@ -12,7 +12,7 @@ from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.model.build import build_model
 from bd3_scale.objective import BlockDiffusion, NextToken
-from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe
+from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, MoeRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 SEQUENCES = 16
@@ -32,11 +32,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataRecipe:
     return DataRecipe(path=str(folder / "data"), seq_len=64)
 
 
+SHAPE = ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, init_std=0.2)
+MIXTURE = MoeRecipe(num_experts=4, top_k=2, ffn_hidden_size=20, shared_ffn_hidden_size=12, first_dense_layers=1)
+
+
+def built(shape: ModelRecipe, groups):
+    (model,) = build_model(shape, BYTES, groups, dtype=torch.float32, device=CPU, seed=1)
+    return model.eval()
+
+
 @pytest.fixture
 def model(groups):
-    shape = ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, init_std=0.2)
-    (built,) = build_model(shape, BYTES, groups, dtype=torch.float32, device=CPU, seed=1)
-    return built.eval()
+    return built(SHAPE, groups)
 
 
 def whole_forward(model, inputs) -> dict[tuple[int, str], torch.Tensor]:
@@ -44,7 +51,7 @@ def whole_forward(model, inputs) -> dict[tuple[int, str], torch.Tensor]:
     sums: dict[tuple[int, str], torch.Tensor] = {}
     hooks = []
     for layer, module in enumerate(model.decoder.layers):
-        for name in LINEARS:
+        for name in linears(module):
 
             def add(_, args, key=(layer, name)) -> None:
                 rows = args[0].flatten(0, -2).double()
@@ -59,10 +66,15 @@ def whole_forward(model, inputs) -> dict[tuple[int, str], torch.Tensor]:
     return sums
 
 
+def linears(module) -> list[str]:
+    return [name for name, _ in module.named_modules() if name in LINEARS]
+
+
 def compare(calibration: Calibration, expected: dict[tuple[int, str], torch.Tensor], layer: int) -> None:
     found = calibration.hessians(layer)
-    assert found.keys() == set(LINEARS)
-    for name, total in found.items():
+    assert {(layer, name) for name in found if ".experts." not in name} == {key for key in expected if key[0] == layer}
+    for _, name in (key for key in expected if key[0] == layer):
+        (total,) = found[name]
         difference = (total.hessian - expected[layer, name]).norm() / expected[layer, name].norm()
         assert difference < 1e-5, name
 
@@ -84,6 +96,50 @@ def test_a_layer_sees_the_layers_before_it_as_they_have_become(model, data: Data
     calibration.advance(0)
     inputs = [calibration_inputs(batch, OBJECTIVE, CPU) for batch in calibration_batches(data, SEQUENCES)]
     compare(calibration, whole_forward(model, inputs), 1)
+
+
+@torch.no_grad()
+def routed(model, inputs, layer: int) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """Rows and Σ x xᵀ of what each expert of a layer multiplies, in float64, expert by expert, from whole forwards."""
+    mixture, met = model.decoder.layers[layer].mlp, []
+    hook = mixture.router.register_forward_hook(lambda _, args, found: met.append((args[0].flatten(0, -2), found)))
+    for micro in inputs:
+        model(micro)
+    hook.remove()
+    found = {"mlp.experts.linear_fc1": [], "mlp.experts.linear_fc2": []}
+    for expert in range(len(mixture.experts.linear_fc1.weight)):
+        gate, up = mixture.experts.linear_fc1.weight[expert].double()
+        sums = {name: [0, 0.0] for name in found}
+        for rows, routing in met:
+            row, place = torch.where(routing.experts == expert)
+            x = rows[row].double()
+            inner = torch.nn.functional.silu(x @ gate.T) * (x @ up.T) * routing.weights[row, place, None].double()
+            for name, values in zip(found, (x, inner), strict=True):
+                sums[name] = [sums[name][0] + len(values), sums[name][1] + values.T @ values]
+        for name, (count, total) in sums.items():
+            found[name].append((count, total))
+    return found
+
+
+def test_each_expert_has_the_rows_that_were_sent_to_it(groups, data: DataRecipe) -> None:
+    model = built(SHAPE.model_copy(update={"moe": MIXTURE}), groups)
+    inputs = [calibration_inputs(batch, OBJECTIVE, CPU) for batch in calibration_batches(data, SEQUENCES)]
+    whole, expected = whole_forward(model, inputs), routed(model, inputs, 1)
+    calibration = Calibration(model, data, OBJECTIVE, SEQUENCES)
+    compare(calibration, whole, 0)
+    calibration.advance(0)
+    compare(calibration, whole, 1)
+    hessians, squares = calibration.hessians(1), calibration.squares(1)
+    for name, of_experts in expected.items():
+        assert len(hessians[name]) == len(squares[name]) == 4
+        counts = [count for count, _ in of_experts]
+        assert [total.rows for total in hessians[name]] == [total.rows for total in squares[name]] == counts
+        # Noisy rows of all sequences, two experts each: nothing reads what the last layer makes of clean ones.
+        assert sum(counts) == 2 * 64 * SEQUENCES
+        assert len(set(counts)) > 1
+        for (_, total), hessian, square in zip(of_experts, hessians[name], squares[name], strict=True):
+            torch.testing.assert_close(hessian.hessian.double(), total, rtol=1e-4, atol=1e-5 * float(total.trace()))
+            torch.testing.assert_close(square.squares, hessian.hessian.diagonal(), rtol=1e-4, atol=1e-6)
 
 
 def test_masks_of_all_rates_and_clean_rows_are_met(data: DataRecipe) -> None:

@@ -368,7 +368,7 @@ def output_error_of(checkpoint: Path, data: DataRecipe, kind: FileType, folder: 
         written = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
         inputs, errors = Calibration(native, data, objective, 512), []
         for layer in range(manifest.model.num_layers):
-            hessians = {name: total.hessian.double() for name, total in inputs.hessians(layer).items()}
+            hessians = {name: total.hessian.double() for name, (total,) in inputs.hessians(layer).items()}
             for tensor in (t for t in plan.tensors if t.layer == layer and len(t.shape) == 2):
                 weight = tensor.read(reader).double()
                 change = torch.from_numpy(written[tensor.name].copy()).double() - weight
