@@ -277,6 +277,8 @@ def _of_mixtures() -> dict[str, Layout]:
         "ep2 pp2 moe": Layout(4, "moe", {**ep2, **pp2}),
         "ep2 pp2 vpp2 moe": Layout(4, "moe", {**ep2, **vp2}, core=True),
         "ep2 pp2 vpp2 recompute-full moe-sigmoid": Layout(4, "moe-sigmoid", {**ep2, **vp2}, {"recompute": "full"}),
+        # One rank has the expert that nobody chooses, and no other.
+        "ep8 moe-two-copies": Layout(8, "moe-two-copies", {"expert": 8}),
         "ep2 tp2 sp cp2 moe": Layout(8, "moe", {**ep2, **sp2, **cp2}),
         "ep2 tp2 sp pp2 vpp2 moe": Layout(8, "moe", {**ep2, **sp2, **vp2}),
         "ep2 pp2 dp2 zero2 moe-two-copies": Layout(8, "moe-two-copies", {**ep2, **pp2, "zero_stage": 2}),
