@@ -126,7 +126,7 @@ def _weighted(rows: Tensor, weights_M: Tensor) -> Tensor:
 
 def grouped_product(x_MK: Tensor, weights_eNK: Tensor, counts: Tensor) -> Tensor:
     """Return [M, N]: rows that lie in the order of their experts by the weight of their own; counts: int64 [e]."""
-    if _in_one_call(x_MK):
+    if _in_one_call(weights_eNK):
         return torch._grouped_mm(x_MK, weights_eNK.transpose(1, 2), offs=_ends(counts))
     out = x_MK.new_empty(len(x_MK), weights_eNK.shape[1])
     for expert, rows in rows_of(counts, len(x_MK)):
@@ -138,7 +138,7 @@ def _weight_gradient(
     total: Tensor | None, gradient_MN: Tensor, x_MK: Tensor, counts: Tensor, weights_eNK: Tensor
 ) -> Tensor | None:
     """Return the gradient [e, N, K] of `grouped_product`'s weights; None: it was added to `total`, fp32."""
-    if _in_one_call(x_MK):
+    if _in_one_call(weights_eNK):
         # Rounded once a micro-batch: no library adds such products to an fp32 sum as it writes.
         gradient = torch._grouped_mm(gradient_MN.t(), x_MK, offs=_ends(counts))
         if total is None:
@@ -151,8 +151,10 @@ def _weight_gradient(
     return sums if total is None else None
 
 
-def _in_one_call(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.bfloat16
+def _in_one_call(weights_eNK: Tensor) -> bool:
+    """Say whether one kernel takes the products of all experts: rows and columns begin at multiples of 16 bytes."""
+    aligned = not any(size % 8 for size in weights_eNK.shape[1:])
+    return weights_eNK.is_cuda and weights_eNK.dtype == torch.bfloat16 and aligned
 
 
 def _ends(counts: Tensor) -> Tensor:

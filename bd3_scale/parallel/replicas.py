@@ -53,7 +53,8 @@ def check_replicas(
     whole = [i for i, layout in enumerate(layouts) if not getattr(layout.parameter, "tensor_model_parallel", False)]
     tied = [of_parameter[id(weight)] for chunk in chunks if (weight := getattr(chunk, "tied_weight", None)) is not None]
     spread = [i for i, layout in enumerate(layouts) if not getattr(layout.parameter, "allreduce", True)]
-    others = [] if divided else sorted(set(range(len(layouts))) - set(spread))
+    # ZeRO-3 divides parameters, and leaves what no gradient changes whole.
+    others = [i for i, layout in enumerate(layouts) if i not in spread and not (divided and layout.is_trained)]
     shared = [(others, groups.dp_cp), (spread, groups.expt_dp), (whole, groups.tp)]
     shared += [(tied, groups.embd)] if tied else []
     differ = [place for places, group in shared for place in _different(prints, places, group)]
