@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -34,6 +35,7 @@ class TensorReader:
         self._checkpoint = checkpoint
         self._index = read_index(checkpoint)
         self._files: dict[str, safe_open] = {}
+        self._places: dict[str, dict[int | None, list[IndexedBox]]] = {}
         self.shapes: Mapping[str, Shape] = {name: tuple(entry.shape) for name, entry in self._index.items()}
         self.dtypes: Mapping[str, torch.dtype] = {
             name: getattr(torch, entry.dtype) for name, entry in self._index.items()
@@ -54,17 +56,33 @@ class TensorReader:
             raise ValueError(f"checkpoint {self._checkpoint} holds no tensor {name}")
         result = torch.empty(shape, dtype=self.dtypes[name])
         read = 0
-        for box in self._index[name].boxes:
+        for box in self._near(name, offset, shape):
+            if not all(
+                a < o + m and o < a + n for a, n, o, m in zip(offset, shape, box.offset, box.shape, strict=True)
+            ):
+                continue
             low = [max(a, b) for a, b in zip(offset, box.offset, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, box.offset, box.shape, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
             source = self._slice(box, box_name(name, box.offset), low, high)
             result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))] = source
             read += source.numel()
         if read != result.numel():
             raise ValueError(f"checkpoint {self._checkpoint} is damaged: the boxes of {name} leave a gap")
         return result
+
+    def _near(self, name: str, offset: Shape, shape: Shape) -> Iterator[IndexedBox]:
+        """Yield the boxes of a tensor that may have a part of a box, by the first axis: an import writes one for each
+        matrix of each expert.
+        """
+        if name not in self._places:
+            self._places[name] = defaultdict(list)
+            for box in self._index[name].boxes:
+                self._places[name][box.offset[0] if box.shape[:1] == [1] else None].append(box)
+        by_place = self._places[name]
+        asked = range(offset[0], offset[0] + shape[0]) if offset else range(0)
+        for place in by_place if len(asked) >= len(by_place) else (None, *asked):
+            if place is None or place in asked:
+                yield from by_place.get(place, ())
 
     def _slice(self, box: IndexedBox, name: str, low: list[int], high: list[int]) -> Tensor:
         file, offset = box.file, box.offset

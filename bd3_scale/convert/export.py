@@ -321,10 +321,13 @@ def write_shards(
 ) -> None:
     """Write tensors as model.safetensors, or as shards with an index; `sizes`: bytes of each, in their order."""
     shards: list[list[str]] = [[]]
+    held = 0
     for name, size in sizes.items():
-        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > SHARD_BYTES:
+        if shards[-1] and held + size > SHARD_BYTES:
             shards.append([])
+            held = 0
         shards[-1].append(name)
+        held += size
     files = [WEIGHTS] if len(shards) == 1 else [
         f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
     ]  # fmt: skip

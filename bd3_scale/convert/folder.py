@@ -80,7 +80,7 @@ def open_weights(folder: Path, *, quantised: bool = False, experts_apart: bool =
                     parts[part], shapes[part] = (path, name, index), shape
                     dtypes[part] = known[view.get_dtype()]
     _check_index(folder, file_of)
-    return Weights(shapes, dtypes, partial(_read, parts))
+    return Weights(shapes, dtypes, partial(_read, parts, {}))
 
 
 def _parts(name: str, shape: tuple[int, ...], experts_apart: bool) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
@@ -155,7 +155,10 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} is truncated or corrupt ({error}): download it again") from error
 
 
-def _read(parts: Mapping[str, tuple[Path, str, int | None]], name: str) -> Tensor:
+def _read(parts: Mapping[str, tuple[Path, str, int | None]], files: dict[Path, Any], name: str) -> Tensor:
+    """Return a tensor. files: those that are open; a header is long where there are many experts."""
     path, whole, index = parts[name]
-    with _open(path) as file:
-        return file.get_tensor(whole) if index is None else file.get_slice(whole)[index]
+    if path not in files:
+        files[path] = _open(path)
+    found: Tensor = files[path].get_tensor(whole) if index is None else files[path].get_slice(whole)[index]
+    return found

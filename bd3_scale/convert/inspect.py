@@ -100,7 +100,7 @@ def _inspect_native(path: Path, verify: bool) -> Inspection:
         parallel, layout = manifest.trained_parallel(), "a layout that this version cannot read"
         if parallel is not None:
             layout = f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}, "
-            layout += f"ZeRO {parallel.zero_stage}"
+            layout += f"expert {parallel.expert}, " * (parallel.expert > 1) + f"ZeRO {parallel.zero_stage}"
         details["written by"] = f"{ranks} ({layout}); any number can read it"
     if manifest.written_by:
         details["software"] = ", ".join(f"{name} {version}" for name, version in manifest.written_by.items())

@@ -24,6 +24,7 @@ from bd3_scale.convert.inspect import inspect
 from bd3_scale.convert.names import named_tensors
 from bd3_scale.convert.official import open_official
 from bd3_scale.convert.official_pickle import load_pickle
+from bd3_scale.convert.upcycle import plan_upcycle
 from bd3_scale.data.chat import ChatTemplate
 from bd3_scale.data.index import Shard, read_index, read_shards
 from bd3_scale.data.manifest import load_manifest
@@ -296,6 +297,9 @@ CASES = {
     "convert.importer.plan_import": Case(a_model, lambda folder: plan_import(folder).tensors, _WEIGHTS + _TOKENIZER),
     "convert.inspect.inspect": Case(a_model, inspect, _WEIGHTS + _TOKENIZER),
     "convert.export.plan_export": Case(an_import, lambda folder: plan_export(folder / "checkpoint"), _IMPORTED[:2]),
+    "convert.upcycle.plan_upcycle": Case(
+        an_import, lambda folder: plan_upcycle(folder / "checkpoint", num_experts=2, top_k=1), _IMPORTED[:2]
+    ),
     "convert.export.rows_of_source": Case(
         an_import, lambda folder: rows_of_source(folder / "checkpoint"), ("checkpoint/imported/mask_rows.safetensors",)
     ),
@@ -350,7 +354,7 @@ OPENERS = {
     },
     "a file of its own making, or of the machine": {
         *("checkpoint.folder.name_latest", "checkpoint.store._tidy", "convert.check_export.check_export"),
-        *("convert.check_export.problems", "convert.check_export.main", "convert.remote_code_files.remote_code"),
+        *("convert.check_export.problems", "convert.check_export.main", "convert.remote_code_files._read"),
         *("data.shard_files._shared", "data.shard_files.ShardFiles._locked", "data.shard_files._lock_cache"),
         *("data.index.ShardTable.load", "data.node._kept"),
         *("convert.gguf._add_keys", "convert.gguf_tokenizer.tokenizer_keys", "generate.llama_file.seal"),

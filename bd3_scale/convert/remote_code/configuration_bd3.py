@@ -155,8 +155,8 @@ class Bd3Config(PretrainedConfig):
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """`rope_theta`, `partial_rotary_factor` and `rope_scaling` as transformers 5 writes them; what is stored and saved
-        are those three.
+        """`rope_theta`, `partial_rotary_factor` and `rope_scaling` as transformers 5 writes them; what is stored and
+        saved are those three.
         """
         plain = {"rope_theta": self.rope_theta, "partial_rotary_factor": self.partial_rotary_factor}
         return {"rope_type": "default", **(self.rope_scaling or {}), **plain}

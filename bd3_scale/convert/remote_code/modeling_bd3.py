@@ -149,7 +149,7 @@ class Bd3DecoderLayer(nn.Module):
 
 
 class Bd3PreTrainedModel(PreTrainedModel):
-    config_class = Bd3Config
+    config_class: type[Bd3Config] = Bd3Config
     base_model_prefix = "model"
     _no_split_modules = ["Bd3DecoderLayer"]  # noqa: RUF012  (transformers reads a plain class attribute)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
