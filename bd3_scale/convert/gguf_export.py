@@ -32,6 +32,8 @@ REPORT = "gguf_report.json"
 # Norm of the logits' difference by the logits' norm, by type. Random weights, which rounding moves most, are off by
 # 3e-6, 3e-3, 2e-2 and 6e-2 in 8 layers of 512; another graph by 1. Coarser types are measured and not checked.
 _TOLERANCES = {"f32": 1e-3, "f16": 2e-2, "bf16": 1e-1, "q8_0": 2e-1}
+# Rounding sends some rows to other experts, which in 8 such layers was up to 0.3.
+_OF_MIXTURES = 0.5
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,10 @@ def check_logits(plan: GgufPlan, native: BlockDiffusionTransformer, model: Llama
     ours = logits[0, :length]
     kept = ours.isfinite()
     error = float((theirs - ours)[kept].norm() / ours[kept].norm())
-    if not error <= _TOLERANCES.get(plan.kind, float("inf")):
+    tolerance = _TOLERANCES.get(plan.kind, float("inf"))
+    if manifest.model.moe is not None and plan.kind != "f32":
+        tolerance = max(tolerance, _OF_MIXTURES)
+    if not error <= tolerance:
         raise ValueError(
             f"llama.cpp's logits are off by {error:.1e} of their norm, more than {plan.kind} explains: is it the "
             "release that is named in pyproject.toml, and is the checkpoint sound?"

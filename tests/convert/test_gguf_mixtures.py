@@ -256,6 +256,21 @@ def test_experts_that_met_few_rows_are_told(topics: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [WIDE, mixture(WIDE, SQUARE)], ids=["qwen3moe", "bailingmoe2"])
+def test_every_type_runs(shape: ModelRecipe, tmp_path: Path) -> None:
+    """Where rounding sends some rows to other experts, too."""
+    small = shape.model_copy(update={"num_layers": 4, "init_std": 0.06})
+    checkpoint = native_checkpoint(tmp_path / "n" / "native", small, BYTES)
+    for kind in FILE_TYPES:
+        plan = plan_gguf(checkpoint, kind, importance=False)
+        report = run_gguf_export(plan, tmp_path / kind, NOTHING)
+        assert report.bytes_after >= plan.num_bytes
+        with both(checkpoint, tmp_path / kind / plan.name) as (_, model):
+            (found,) = generate_batch(model, [[1, 2, 3]], block_size=K, max_new_tokens=9, min_entropy=0.0)
+            assert found.tokens
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [SDAR_MOE_SHAPE, SQUARE], ids=["qwen3moe", "bailingmoe2"])
 def test_the_command_line_writes_evaluates_and_generates(shape: ModelRecipe, tmp_path: Path) -> None:
     checkpoint, out = native_checkpoint(tmp_path / "n" / "native", shape, BYTES), tmp_path / "out"
