@@ -68,6 +68,7 @@ def same_checkpoints(first: Path, second: Path) -> bool:
         return all(torch.equal(one.read(*box), two.read(*box)) for box in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_qwen3_moe_comes_back_as_it_went_in(sources: dict[str, Path], tmp_path: Path) -> None:
     source = sources["qwen3_moe"]
@@ -212,6 +213,7 @@ def test_the_mask_moves_to_where_engines_look(kind: str, mask_id: int, natives: 
         plan_export(natives[kind], mask_id=1 << 24)
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_biases_of_experts_keep_their_precision(natives: dict[str, Path], tmp_path: Path) -> None:
     plan = plan_export(natives["llada2"], dtype="bfloat16")

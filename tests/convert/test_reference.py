@@ -238,6 +238,7 @@ def exported(case: Case) -> Iterator[Any]:
         yield getattr(code, FORMATS[case.name]).from_pretrained(folder, dtype=torch.float32).eval()
 
 
+@pytest.mark.slow
 def test_the_code_of_an_export_computes_the_same(case: Case, exported: Any) -> None:
     with torch.no_grad():
         close(exported(case.ids("clean_ids")).logits[0], case.tensor("clean_logits"), without_mask=False)
@@ -250,6 +251,7 @@ def test_the_code_of_an_export_computes_the_same(case: Case, exported: Any) -> N
             close(found, case.tensor(f"masked_{which}_cache_logits"), without_mask=False)
 
 
+@pytest.mark.slow
 def test_the_code_of_an_export_writes_the_same(case: Case, exported: Any) -> None:
     for prompt in PROMPTS:
         for rule, options in RULES.items():

@@ -116,6 +116,7 @@ def test_what_cannot_become_one(tmp_path: Path) -> None:
         run_upcycle(plan_upcycle(dense, num_experts=4, top_k=2), tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_training_goes_on_from_it_and_experts_part(topics: Path, tmp_path: Path) -> None:
     """The first step has the dense model's loss; a balance by biases begins with the first step, too."""

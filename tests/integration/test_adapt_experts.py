@@ -17,6 +17,8 @@ from tests.support import forks
 from tests.support.recipes import tiny_recipe, write_topics
 from tests.support.runs import losses
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 BALANCE = {"moe": {"aux_loss": 0.01, "z_loss": 0.001}}
 
