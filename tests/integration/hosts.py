@@ -100,12 +100,12 @@ def run(name: str, out: Path) -> None:
 
     from bd3_scale.parallel.groups import process_groups
     from tests.integration import cases
-    from tests.integration.parity_ranks import three_steps
+    from tests.integration.parity_ranks import take_steps
 
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with process_groups(cases.recipe(cases.LAYOUTS[name]).parallel) as groups:
         first = dist.get_rank() - int(os.environ["LOCAL_RANK"])
         assert dist.get_process_group_ranks(groups.tp) == [first, first + 1]
-        found = three_steps(cases.LAYOUTS[name], groups)
+        found = take_steps(cases.LAYOUTS[name], groups)
         if dist.get_rank() == 0:
             torch.save(found, out)

@@ -247,7 +247,7 @@ def test_gptq_loses_less_and_goes_layer_by_layer(workplace: Path) -> None:
                     target[row : row + rows.shape[1]] = rows[0]
         calibration = Calibration(model, manifest.trained_data(), manifest.trained_objective(), 8)
         calibration.advance(0)
-        hessian = calibration.hessians(1)["mlp.linear_fc2"].hessian
+        hessian = calibration.hessians(1)["mlp.linear_fc2"][0].hessian
     difference = weight - unpacked_weight(found, down, scheme).float()
     error = ((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum()
     assert float(error) == pytest.approx(gptq[f"{down}.weight"], rel=1e-3)
