@@ -24,7 +24,7 @@ LARGE = {
     "interleaved": ("SP 2, PP 2 x 2, tied", 20, {}, {}, 8),
     "context": ("CP 2, SP 2, mixed blocks", 6, {}, {}, 5),
     "experts": ("EP 4, CP 2", 7, {}, {}, 4),
-    "experts, some layers recomputed": ("EP 2, SP 2, PP 2", 18, {"recompute": "full", "recompute_layers": 4}, {}, 6),
+    "experts, some layers recomputed": ("EP 2, SP 2, PP 2", 22, {"recompute": "full", "recompute_layers": 4}, {}, 6),
 }
 
 
