@@ -95,7 +95,7 @@ def test_products_in_fp32_take_longer():
 
 
 def test_both_kinds_of_replicas_share_links():
-    """Those of all weights and those of experts: what is computed beside both hides the second after the first is done."""
+    """Messages of all weights and of experts: what is computed beside both hides the second once the first is done."""
     first, second = (Key("gradients", "", group, "reduce_", "beside") for group in ("data", "expert-data"))
     beside = Work(1, 0.1 * 0.70 * 989e12, 0)
     messages = {
