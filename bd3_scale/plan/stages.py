@@ -338,9 +338,6 @@ def _twice(parts: Sequence[tuple[float, Trace]]) -> list[tuple[float, float, Tra
 
 
 def _rows(trace: Trace) -> int:
-    """Return the rows that the products of a layer take, of all tensor-parallel ranks."""
-    return max(
-        int(key.shape.partition("x")[0])
-        for key in trace.work
-        if key.is_product and key.part == "attention" and key.direction == "forward"
-    )
+    """Return the rows of a sequence that a layer takes, of all tensor-parallel ranks."""
+    # Products may take them stream by stream.
+    return max(int(key.shape) for key in trace.work if key.name == "block_attention")
