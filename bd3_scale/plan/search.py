@@ -1,10 +1,10 @@
 """Layouts of a run's GPUs that fit, the quickest first: estimated from a few small steps, the best ones traced whole.
 
 What a recipe says beside its layout stays. Tensor-parallel sizes are tried in ascending order until a larger one no
-longer helps though nothing is computed again, and so are expert-parallel ones, in a node first; recomputation where its
-layout does not fit without, and would be quicker than what fits; ZeRO above 1 and a split of the sequence where nothing
-else fits. Chunks of layers are even. Of layouts that are nearly as quick as the quickest one, the one that splits the
-model least comes first.
+longer helps though nothing is computed again, with every expert-parallel size that a node holds, or where nothing fits so
+larger ones; recomputation where its layout does not fit without, and would be quicker than what fits; ZeRO above 1 and a
+split of the sequence where nothing else fits. Chunks of layers are even. Of layouts that are nearly as quick as the
+quickest one, the one that splits the model least comes first.
 """
 
 from __future__ import annotations
@@ -199,21 +199,13 @@ class _Search:
                     if (tensor * expert > in_node and expert > 1) == over_nodes
                 ]
                 best = self._best()
-                self._look_at_all(splits)
+                for split in splits:
+                    if any(True for _ in self._recipes(split)):
+                        self._look_at(split)
                 # Where nothing is computed again, smaller parts of layers spare nothing.
                 if best is not None and best is self._best() and best.forecast.recipe.train.recompute == "none":
                     return
             if self._best() is not None:
-                return
-
-    def _look_at_all(self, splits: Iterable[Split]) -> None:
-        """Estimate layouts that differ in expert-parallel ranks, until more of them help no longer."""
-        for split in splits:
-            if not any(True for _ in self._recipes(split)):
-                continue
-            best = self._best()
-            self._look_at(split)
-            if best is not None and best is self._best() and best.forecast.recipe.train.recompute == "none":
                 return
 
     def _best(self) -> Layout | None:
