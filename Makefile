@@ -17,7 +17,7 @@ SLURM_WORKERS := 8
 PYTEST = $(BIN)/pytest --junit-xml=build/tests/$(1).xml
 EACH = not slow and
 
-.PHONY: help install install-cuda quickstart check test test-fast test-all parity benchmarks format clean
+.PHONY: help install install-cuda quickstart check test test-fast test-all wheel try-wheel parity benchmarks format clean
 
 help:
 	@echo "make quickstart  train, evaluate and sample a small model on this machine"
@@ -27,6 +27,8 @@ help:
 	@echo "make test-all    the same with every parallel layout, every tile of the kernels and long campaigns"
 	@echo "make parity      every parallel layout against one process, as a table"
 	@echo "make benchmarks  renew the tables of benchmarks/ that this machine can renew (--list: tools/benchmarks.py)"
+	@echo "make wheel       build a wheel and a source archive in build/dist"
+	@echo "make try-wheel   install that wheel into an empty environment and run its quickstart there"
 	@echo "make install     only set up .venv"
 	@echo "make install-cuda  the same with CUDA builds, for GPUs (not run on one)"
 	@echo "make format      format the code and mend what the linter can"
@@ -48,7 +50,7 @@ $(BIN)/pip install --quiet --constraint $(1) torch torchvision
 endef
 
 define install_rest
-DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint $(1) --editable '.[test]'
+DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint $(1) --editable '.[dev]'
 $(BIN)/pip install --quiet --no-deps --upgrade --target .venv/transformers-5 $(TRANSFORMERS_5)
 @touch $@
 endef
@@ -88,6 +90,19 @@ test: check
 
 test-all: EACH =
 test-all: test
+
+wheel: $(INSTALLED)
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist . >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	@ls build/dist/*
+
+# Nothing of this checkout is in reach there: the package finds its recipes, its page and its kernels in the wheel.
+try-wheel: wheel
+	rm -rf build/try
+	$(PYTHON) -m venv build/try/venv
+	build/try/venv/bin/pip install --quiet --constraint constraints.txt torch torchvision
+	DS_BUILD_OPS=0 build/try/venv/bin/pip install --quiet --constraint constraints.txt build/dist/*.whl
+	cd build/try && venv/bin/bd3-scale quickstart
 
 parity: $(INSTALLED)
 	$(BIN)/python -W ignore -m tests.integration.parity

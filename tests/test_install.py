@@ -112,7 +112,7 @@ def test_torch_comes_first_and_the_environment_stays_a_cuda_one(checkout: Path) 
     first, built, rest, second_transformers = noted(checkout)
     assert first.endswith("--constraint constraints-cuda.txt torch torchvision")
     assert "torch.version.cuda" in built
-    assert re.search(r"DS_BUILD_OPS=0 .*--constraint constraints-cuda.txt --editable .\[test\]", rest)
+    assert re.search(r"DS_BUILD_OPS=0 .*--constraint constraints-cuda.txt --editable .\[dev\]", rest)
     assert "--no-deps" in second_transformers
     again = make(checkout, "install")
     assert (again.returncode, len(noted(checkout))) == (0, 4), "what is there already is not replaced by CPU builds"
