@@ -174,5 +174,5 @@ def test_a_model_option_takes_three_files(tmp_path: Path) -> None:
     assert changed(PACKAGE, tmp_path / PACKAGE.name) == [
         "convert/remote_code/modeling_bd3.py",
         "model/head.py",
-        "recipe/schema.py",
+        "recipe/model.py",
     ]

@@ -1,9 +1,10 @@
-"""What every part of a recipe is: frozen, strict, and without control characters."""
+"""Define what all sections of a recipe share: frozen and strict fields, text without control characters, and units."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -13,34 +14,48 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-# Of a run.
+# The pattern of the name of a run or of a data source: it is safe as the name of a folder and in a shell.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
-# C0, DEL, C1, the line and paragraph separators, and halves of a pair, which are what a byte that is no UTF-8 becomes.
+@dataclass(frozen=True)
+class Unit:
+    """The unit of a field that is a quantity: `steps: Annotated[PositiveInt, Unit("steps")]`. Pydantic ignores it.
+
+    A field without a physical unit has the unit `ratio` (a share, a factor, a probability) or `number` (a seed).
+    """
+
+    name: str
+
+
+# C0, DEL, C1, the line and paragraph separators, and surrogates. Python decodes a byte of a command line that is not
+# UTF-8 into a lone surrogate (PEP 383).
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 
 
 def without_controls(text: str) -> str:
-    """Return `text`. ValueError: it holds a control character, which scripts and terminals take for more than text."""
+    """Return `text`. ValueError: it holds a control character, which a script or a terminal would act on."""
     if found := _CONTROL.search(text):
         raise ValueError(f"must be text without control characters (here U+{ord(found[0]):04X})")
     return text
 
 
 class RecipeError(ValueError):
-    """What is wrong with a recipe: every problem that was found, one line each."""
+    """Everything that is wrong with a recipe, one line for each problem.
+
+    Attributes:
+        problems: the lines, without the source.
+    """
 
     def __init__(self, problems: Sequence[str], source: str = "recipe") -> None:
+        """Build the message from `problems`; source: the file, or "override", that they were found in."""
         self.problems = tuple(problems)
         separator = "\n  - " if len(self.problems) > 1 else " "
         super().__init__(f"{source}:" + "".join(separator + problem for problem in self.problems))
 
 
 class Section(BaseModel):
-    """A frozen part of the recipe; an unknown key is an error, and so is a value that would need a conversion, or text
-    with a control character.
-    """
+    """A frozen part of a recipe. Unknown keys, values that need a conversion and control characters are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -53,7 +68,7 @@ class Section(BaseModel):
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All text in the value of a field; sections in it have seen to theirs."""
+    """Yield all text in the value of a field, except that of nested sections, which validate their own."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
