@@ -114,7 +114,7 @@ def losses() -> dict[int, float]:
     path = RUN / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     records = [json.loads(line) for line in lines]
-    return {r["step"]: r["train_loss"] for r in records if "train_loss" in r}
+    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
 
 
 def say_whether_exact(first: dict[int, float]) -> bool:

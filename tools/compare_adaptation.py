@@ -122,7 +122,7 @@ def plot(out: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     for name in ("adapted", "scratch"):
         records = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-        points = [(r["step"], r["nelbo"]) for r in records if "nelbo" in r]
+        points = [(r["step"], r["eval/nelbo"]) for r in records if "eval/nelbo" in r]
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set_xlabel("optimiser step of 2,048 tokens")
     axes.set_ylabel("held-out NELBO, nats a token")

@@ -141,9 +141,9 @@ def steps_of(run: Path) -> dict[int, tuple[float, float, float]]:
     records = [json.loads(line) for line in lines]
     tokens = RECIPE["train"]["global_batch_size"] * RECIPE["data"]["seq_len"]
     return {
-        r["step"]: (r["train_loss"], r["grad_norm"], tokens / r["tokens_per_second"])
+        r["step"]: (r["train/loss"], r["train/grad_norm"], tokens / r["perf/tokens_per_second"])
         for r in records
-        if "train_loss" in r
+        if "train/loss" in r
     }
 
 

@@ -81,12 +81,12 @@ def _state(jobs: dict[str, str], attempts: list[dict[str, Any]], current: bool, 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
     records = read_metrics(run_dir / METRICS_FILE)
-    return [r for r in records if r.get("tokens_per_second") and r.get("tokens") is not None]
+    return [r for r in records if r.get("perf/tokens_per_second") and r.get("train/tokens") is not None]
 
 
 def _last_rate(run_dir: Path) -> float | None:
     records = _records(run_dir)
-    return records[-1]["tokens_per_second"] if records else None
+    return records[-1]["perf/tokens_per_second"] if records else None
 
 
 def _rates(run_dir: Path, steps: int) -> dict[int, float]:
@@ -94,10 +94,10 @@ def _rates(run_dir: Path, steps: int) -> dict[int, float]:
     seconds: dict[int, float] = {}
     before, tokens_before = 0, 0
     for record in _records(run_dir):
-        step, tokens = record["step"], record["tokens"]
+        step, tokens = record["step"], record["train/tokens"]
         if not before < step <= steps:
             continue
-        each = (tokens - tokens_before) / (step - before) / record["tokens_per_second"]
+        each = (tokens - tokens_before) / (step - before) / record["perf/tokens_per_second"]
         seconds |= dict.fromkeys(range(before + 1, step + 1), each)
         before, tokens_before = step, tokens
     return seconds

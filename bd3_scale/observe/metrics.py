@@ -33,6 +33,31 @@ RESUMED = "resumed"
 DAMAGED = ".damaged"
 # An event lists the sequences of a batch, of which none has so many.
 LINE_LIMIT = 1 << 24
+# What versions before 0.2.0 called a metric; a name that ends in `_block_8` or `_source_web` is renamed by its start.
+_EARLIER_NAMES = {
+    "train_loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "lr": "train/lr",
+    "tokens": "train/tokens",
+    "tokens_per_second": "perf/tokens_per_second",
+    "mfu": "perf/mfu",
+    "peak_rss_bytes": "memory/peak_rss_bytes",
+    "peak_cuda_bytes": "memory/peak_cuda_bytes",
+    "nelbo": "eval/nelbo",
+    "nelbo_text_standard_error": "eval/nelbo_text_standard_error",
+    "nelbo_noise_standard_error": "eval/nelbo_noise_standard_error",
+    "perplexity": "eval/perplexity",
+    "mask_rate_low": "interval/mask_rate_low",
+    "mask_rate_high": "interval/mask_rate_high",
+    "loss_variance": "interval/loss_variance",
+    "loss_variance_unclipped": "interval/loss_variance_unclipped",
+    "checkpoint_tries": "checkpoint/tries",
+    "checkpoint_failed": "checkpoint/failed",
+    "checkpoint_blocked_seconds": "checkpoint/blocked_seconds",
+    "checkpoint_seconds": "checkpoint/seconds",
+    "checkpoint_slowdown": "checkpoint/slowdown",
+}
+_NAME = re.compile(r"(.*?)((?:_block_|_source_).*)?", re.DOTALL)
 _WANDB_ID = re.compile(r"([A-Za-z0-9_-]{1,64})\s*")
 Mode = Literal["online", "offline", "disabled"]
 Value = float | int | None
@@ -47,7 +72,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the records of a metrics or events file in order; none where there is no file.
 
     A last line that a killed run left unfinished is left out, and so are damaged lines, with a warning: those that are
-    no JSON object with a whole number as `step`, and of metrics with other values than numbers and null.
+    no JSON object with a whole number as `step`, and of metrics with other values than numbers and null. Metrics that
+    an earlier version wrote have the names of this one.
     """
     records: list[dict[str, Any]] = []
     damaged: set[int] = set()
@@ -68,12 +94,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def read_nelbos(path: Path) -> dict[int, float]:
     """Return the held-out NELBO by step, of those that are finite; as `read_metrics`."""
-    return {record["step"]: record["nelbo"] for record in read_metrics(path) if record.get("nelbo") is not None}
+    return {
+        record["step"]: record["eval/nelbo"] for record in read_metrics(path) if record.get("eval/nelbo") is not None
+    }
 
 
 def has_evaluation(path: Path, step: int) -> bool:
     """Return whether an evaluation at `step` is recorded."""
-    return any(record["step"] == step and "nelbo" in record for record in read_metrics(path))
+    return any(record["step"] == step and "eval/nelbo" in record for record in read_metrics(path))
 
 
 def last_event(run: Path) -> int | None:
@@ -100,7 +128,7 @@ def truncate_after(path: Path, step: int, *, evaluates_again: bool = False) -> N
     for number, line, record in _lines(path):
         if record is None:
             damaged.add(number)
-        elif record["step"] <= step and not (evaluates_again and record["step"] == step and "nelbo" in record):
+        elif record["step"] <= step and not (evaluates_again and record["step"] == step and "eval/nelbo" in record):
             kept.append(line)
     if damaged:
         shutil.copyfile(path, aside)
@@ -126,7 +154,15 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     if "kind" in record:  # an event, of which nothing else is reckoned with
         return record if isinstance(record["kind"], str) else None
-    return record if all(value is None or _is_finite(value) for value in record.values()) else None
+    if not all(value is None or _is_finite(value) for value in record.values()):
+        return None
+    return {_current_name(key): value for key, value in record.items()}
+
+
+def _current_name(key: str) -> str:
+    """Return the name that a metric has in this version."""
+    start, rest = cast(re.Match[str], _NAME.fullmatch(key)).groups(default="")
+    return _EARLIER_NAMES.get(start, start) + rest
 
 
 def _is_finite(value: object) -> bool:
@@ -187,8 +223,8 @@ class MetricsWriter:
         if (run := self._wandb) is not None:
             _unless_wandb_fails(lambda: run.finish(exit_code=0 if error is None else 1))
 
-    def write(self, step: int, **values: Value) -> None:
-        """One record. A number that is not finite becomes null, which JSON can say."""
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Write one record. A number that is not finite becomes null, which JSON can say."""
         record = {"step": step} | {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()

@@ -12,13 +12,13 @@ from bd3_scale.observe.metrics import read_metrics
 
 
 def loss_curve(metrics: Path, out: Path) -> None:
-    """Draw `train_loss` (nats a token, with its running median) and `nelbo` of `metrics.jsonl` over steps as a PNG.
+    """Draw `train/loss` (nats a token, with its running median) and `eval/nelbo` of a metrics file over steps as a PNG.
 
     ValueError: a metrics file without a finite training loss.
     """
     records = read_metrics(metrics)
-    train = [(r["step"], r["train_loss"]) for r in records if r.get("train_loss") is not None]
-    held_out = [(r["step"], r["nelbo"]) for r in records if r.get("nelbo") is not None]
+    train = [(r["step"], r["train/loss"]) for r in records if r.get("train/loss") is not None]
+    held_out = [(r["step"], r["eval/nelbo"]) for r in records if r.get("eval/nelbo") is not None]
     if not train:
         raise ValueError(f"{metrics} holds no training loss: train for at least one step")
 
@@ -49,7 +49,9 @@ def interval_curve(metrics: Path, out: Path) -> None:
     first search there is nothing to draw.
     """
     records = read_metrics(metrics)
-    keys_of_sizes = (re.fullmatch(r"mask_rate_low_block_([0-9]{1,9})", key) for record in records for key in record)
+    keys_of_sizes = (
+        re.fullmatch(r"interval/mask_rate_low_block_([0-9]{1,9})", key) for record in records for key in record
+    )
     sizes = sorted({int(match[1]) for match in keys_of_sizes if match})
     if not sizes:
         return
@@ -59,10 +61,10 @@ def interval_curve(metrics: Path, out: Path) -> None:
     figure = Figure(figsize=(8, 6), layout="constrained")
     rates, variances = figure.subplots(2, sharex=True)
     for number, size in enumerate(sizes):
-        found = [record for record in records if f"mask_rate_low_block_{size}" in record]
+        found = [record for record in records if f"interval/mask_rate_low_block_{size}" in record]
         steps = [record["step"] for record in found]
         keys = ("mask_rate_low", "mask_rate_high", "loss_variance", "loss_variance_unclipped")
-        values = [[record.get(f"{key}_block_{size}") for record in found] for key in keys]
+        values = [[record.get(f"interval/{key}_block_{size}") for record in found] for key in keys]
         low, high, variance, whole = np.array(values, dtype=float)  # null is not a number
         color = f"C{number}"
         # An interval counts until the next evaluation.

@@ -90,7 +90,7 @@ class Guard:
 def _losses_so_far(folder: Path, step: int) -> list[float]:
     """The last ones that the run recorded; events after `step`, which is taken again, are dropped."""
     truncate_after(folder / EVENTS_FILE, step)
-    found = [r["train_loss"] for r in read_metrics(folder / METRICS_FILE) if r.get("train_loss") is not None]
+    found = [r["train/loss"] for r in read_metrics(folder / METRICS_FILE) if r.get("train/loss") is not None]
     return found[-_WINDOW:]
 
 

@@ -91,5 +91,5 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
 def _recorded(folder: Path, step: int) -> list[float | None] | None:
     records = read_metrics(folder / METRICS_FILE)
     return next(
-        ([r["train_loss"], r.get("grad_norm")] for r in records if r["step"] == step and "train_loss" in r), None
+        ([r["train/loss"], r.get("train/grad_norm")] for r in records if r["step"] == step and "train/loss" in r), None
     )

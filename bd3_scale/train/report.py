@@ -102,21 +102,23 @@ class Report:
         if step % self._recipe.logging.every_steps == 0 or step == self._recipe.train.steps:
             self._drawable = True
             cuda = peak_cuda_bytes()
-            more = gauges() | ({} if cuda is None else {"peak_cuda_bytes": cuda})
+            more = gauges() | ({} if cuda is None else {"memory/peak_cuda_bytes": cuda})
             more |= self._losses_by_kind(step, result)
             if result.routed is not None:
                 more |= load_metrics(result.routed.numpy(), self._recipe.model.dense_layers)
             if self._peak is not None:
-                more["mfu"] = result.flops / seconds / self._peak / dist.get_world_size()
+                more["perf/mfu"] = result.flops / seconds / self._peak / dist.get_world_size()
             self._metrics.write(
                 step,
-                train_loss=result.loss,
-                grad_norm=result.grad_norm,
-                lr=result.lr,
-                tokens=step * tokens,
-                tokens_per_second=tokens / seconds,
-                peak_rss_bytes=peak_rss_bytes(),
-                **more,
+                {
+                    "train/loss": result.loss,
+                    "train/grad_norm": result.grad_norm,
+                    "train/lr": result.lr,
+                    "train/tokens": step * tokens,
+                    "perf/tokens_per_second": tokens / seconds,
+                    "memory/peak_rss_bytes": peak_rss_bytes(),
+                    **more,
+                },
             )
         self._progress.step(step, train_loss=result.loss, tokens_per_second=tokens / seconds)
 
@@ -126,12 +128,12 @@ class Report:
         if len(self._recipe.diffusion.block_sizes) > 1:
             kinds_of = (range(i * len(sources), (i + 1) * len(sources)) for i in range(len(sizes)))
             found |= {
-                f"train_loss_block_{size}": result.loss_of(kinds) for size, kinds in zip(sizes, kinds_of, strict=True)
+                f"train/loss_block_{size}": result.loss_of(kinds) for size, kinds in zip(sizes, kinds_of, strict=True)
             }
         if len(sources) > 1:
             kinds_of = (range(i, len(sources) * len(sizes), len(sources)) for i in range(len(sources)))
             found |= {
-                f"train_loss_source_{name}": result.loss_of(kinds)
+                f"train/loss_source_{name}": result.loss_of(kinds)
                 for name, kinds in zip(sources, kinds_of, strict=True)
             }
         return {name: loss for name, loss in found.items() if loss is not None}
@@ -144,21 +146,23 @@ class Report:
         estimate = found[0].nelbo
         more: dict[str, float] = {}
         if len(found) > 1:
-            more |= {f"nelbo_block_{held_out.block_size}": held_out.nelbo.nelbo for held_out in found}
-        more |= {f"nelbo_source_{name}": its.nelbo for name, its in evaluation.by_source.items()}
+            more |= {f"eval/nelbo_block_{held_out.block_size}": held_out.nelbo.nelbo for held_out in found}
+        more |= {f"eval/nelbo_source_{name}": its.nelbo for name, its in evaluation.by_source.items()}
         for search in searches:
             low, high = intervals[search.block_size]
             told = (i.variance for i in search.found if (i.low, i.high) == (low, high))
             values = {"mask_rate_low": low, "mask_rate_high": high, "loss_variance": next(told, math.nan)}
             values |= {"loss_variance_unclipped": search.found[0].variance}
-            more |= {f"{key}_block_{search.block_size}": value for key, value in values.items()}
+            more |= {f"interval/{key}_block_{search.block_size}": value for key, value in values.items()}
         self._metrics.write(
             step,
-            nelbo=estimate.nelbo,
-            nelbo_text_standard_error=estimate.text_standard_error,
-            nelbo_noise_standard_error=estimate.noise_standard_error,
-            perplexity=estimate.perplexity,
-            **more,
+            {
+                "eval/nelbo": estimate.nelbo,
+                "eval/nelbo_text_standard_error": estimate.text_standard_error,
+                "eval/nelbo_noise_standard_error": estimate.noise_standard_error,
+                "eval/perplexity": estimate.perplexity,
+                **more,
+            },
         )
         self._progress.evaluated(estimate.nelbo)
         self._say(
@@ -185,11 +189,13 @@ class Report:
             self._say(f"step {saved.step}: saved {saved.checkpoint}{again}")
         self._metrics.write(
             saved.step,
-            checkpoint_tries=saved.tries,
-            checkpoint_failed=int(saved.checkpoint is None),
-            checkpoint_blocked_seconds=saved.blocked,
-            checkpoint_seconds=saved.seconds,
-            checkpoint_slowdown=slowdown,
+            {
+                "checkpoint/tries": saved.tries,
+                "checkpoint/failed": int(saved.checkpoint is None),
+                "checkpoint/blocked_seconds": saved.blocked,
+                "checkpoint/seconds": saved.seconds,
+                "checkpoint/slowdown": slowdown,
+            },
         )
 
     def warned(self, text: str) -> None:

@@ -23,7 +23,7 @@ def run(tmp_path_factory, groups):
         aside.mkdir(parents=True)
         made[step] = save(aside, step)
     nelbos = {1: 3.0, 2: 1.0, 4: 2.0, 5: 1.5, 7: 1.6}
-    lines = [{"step": step, "nelbo": nelbo} for step, nelbo in nelbos.items()] + [{"step": 8, "train_loss": 1.0}]
+    lines = [{"step": step, "eval/nelbo": nelbo} for step, nelbo in nelbos.items()] + [{"step": 8, "train/loss": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder, made
 

@@ -225,7 +225,7 @@ def a_run(folder: Path) -> None:
     job = {"steps": 10, "exclude": [], "name": "a", "submission": "a", "nodes": 1, "run_dir": str(folder)}
     (slurm / "job.json").write_text(json.dumps(job))
     (slurm / "submitted.json").write_text('{"jobs": ["1"]}')
-    records = [{"step": step, "tokens": 8 * step, "tokens_per_second": 4.0, "nelbo": 1.0} for step in (2, 4)]
+    records = [{"step": step, "train/tokens": 8 * step, "perf/tokens_per_second": 4.0} for step in (2, 4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

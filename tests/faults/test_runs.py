@@ -98,14 +98,14 @@ def test_a_save_that_fails_is_tried_again_and_one_that_keeps_failing_does_not_en
     assert "step 3: saved full/checkpoints/step-00000003 at try 2" in output
     assert "step 6: NOT SAVED after 3 tries" in output
     assert "Read-only file system (injected)" in output
-    saves = {r["step"]: r for r in records(site.folder / "full") if "checkpoint_tries" in r}
-    assert {step: (r["checkpoint_tries"], r["checkpoint_failed"]) for step, r in saves.items()} == {
+    saves = {r["step"]: r for r in records(site.folder / "full") if "checkpoint/tries" in r}
+    assert {step: (r["checkpoint/tries"], r["checkpoint/failed"]) for step, r in saves.items()} == {
         3: (2, 0),
         6: (3, 1),
         9: (1, 0),
         12: (1, 0),
     }
-    assert all(0 <= r["checkpoint_blocked_seconds"] <= r["checkpoint_seconds"] for r in saves.values())
+    assert all(0 <= r["checkpoint/blocked_seconds"] <= r["checkpoint/seconds"] for r in saves.values())
     assert not differences(site.folder / "full", site.undisturbed("DP2, ZeRO-1"))
 
 
@@ -114,10 +114,10 @@ def test_a_slow_save_is_told_and_the_next_waits_for_it(site):
     slow += ["diffusion.search_interval=false"]
     output = run(site, "slow", "1 process", *slow, inject="delay@save.write:step=60,seconds=3")
     assert len(re.findall(r"step \d+: the last checkpoint is being written since \d s", output)) == 1
-    first, last = (r for r in records(site.folder / "slow") if "checkpoint_tries" in r)
+    first, last = (r for r in records(site.folder / "slow") if "checkpoint/tries" in r)
     assert (first["step"], last["step"]) == (60, 100)
-    assert first["checkpoint_seconds"] > 3 > first["checkpoint_blocked_seconds"]
-    assert [r["step"] for r in records(site.folder / "slow") if "train_loss" in r] == list(range(1, 101))
+    assert first["checkpoint/seconds"] > 3 > first["checkpoint/blocked_seconds"]
+    assert [r["step"] for r in records(site.folder / "slow") if "train/loss" in r] == list(range(1, 101))
 
 
 def test_a_last_save_that_keeps_failing_is_an_error(site):

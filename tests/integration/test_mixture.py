@@ -65,21 +65,24 @@ def test_losses_and_bounds_are_told_by_source(whole):
     said, run = whole
     mixture = DataRecipe.model_validate({"seq_len": 64, "sources": SOURCES, "stages": STAGES}).mixture
     nodes = [NodeMixture(mixture, ("web", "code", "math"), 8, node) for node in range(8)]
-    steps = [record for record in records(run) if "train_loss" in record]
+    steps = [record for record in records(run) if "train/loss" in record]
     for record in steps:
         mixed = ("web", "code") if record["step"] <= 4 else ("web", "math")
-        told = {key.removeprefix("train_loss_source_"): value for key, value in record.items() if "_source_" in key}
+        told = {key.removeprefix("train/loss_source_"): value for key, value in record.items() if "_source_" in key}
         assert set(told) == set(mixed)
         taken = sum(node.taken(record["step"]) - node.taken(record["step"] - 1) for node in nodes)
         shares = dict(zip(("web", "code", "math"), taken / 8, strict=True))
         together = sum(told[name] * shares[name] for name in mixed)
-        assert together == pytest.approx(record["train_loss"], rel=1e-6)
-    measured = [record for record in records(run) if "nelbo" in record]
+        assert together == pytest.approx(record["train/loss"], rel=1e-6)
+    measured = [record for record in records(run) if "eval/nelbo" in record]
     assert [record["step"] for record in measured] == [4, 8]
     for record in measured:
-        assert {key for key in record if key.startswith("nelbo_source_")} == {"nelbo_source_web", "nelbo_source_code"}
-        low, high = sorted((record["nelbo_source_web"], record["nelbo_source_code"]))
-        assert low < record["nelbo"] < high
+        assert {key for key in record if key.startswith("eval/nelbo_source_")} == {
+            "eval/nelbo_source_web",
+            "eval/nelbo_source_code",
+        }
+        low, high = sorted((record["eval/nelbo_source_web"], record["eval/nelbo_source_code"]))
+        assert low < record["eval/nelbo"] < high
     assert re.search(r"step 8: by source web \d+\.\d+, code \d+\.\d+", said)
 
 
@@ -98,10 +101,10 @@ def test_a_run_goes_on_on_more_ranks_and_with_other_stages_to_come(place, whole)
 
 
 def test_a_run_is_measured_and_replayed(place, whole):
-    (recorded,) = [record for record in records(whole[1]) if record["step"] == 8 and "nelbo" in record]
+    (recorded,) = [record for record in records(whole[1]) if record["step"] == 8 and "eval/nelbo" in record]
     found = json.loads(forks.bd3_scale("evaluate", "whole", "--draws", 2, "--json", cwd=place))
     assert {one["text"]: one["nelbo"] for one in found} == {
-        name: pytest.approx(recorded[f"nelbo_source_{name}"], rel=1e-5) for name in ("web", "code")
+        name: pytest.approx(recorded[f"eval/nelbo_source_{name}"], rel=1e-5) for name in ("web", "code")
     }
     assert all(one["own"] for one in found)
     (of_code,) = json.loads(forks.bd3_scale("evaluate", "whole", "--data", "code", "--draws", 2, "--json", cwd=place))
@@ -116,11 +119,11 @@ def test_a_run_is_measured_and_replayed(place, whole):
 
 @pytest.mark.slow
 def test_a_run_is_quantised_on_what_it_was_trained_on(place, whole):
-    (recorded,) = [record for record in records(whole[1]) if record["step"] == 8 and "nelbo" in record]
+    (recorded,) = [record for record in records(whole[1]) if record["step"] == 8 and "eval/nelbo" in record]
     how = ("--bits", 4, "--group-size", 16, "--draws", 2, "--calibration-sequences", 8)
     report = json.loads(forks.bd3_scale("convert", "quantize", "whole", "--out", "small", *how, "--json", cwd=place))
     # Of all held-out sets, in bf16.
-    assert report["before"]["nelbo"] == pytest.approx(recorded["nelbo"], rel=2e-3)
+    assert report["before"]["nelbo"] == pytest.approx(recorded["eval/nelbo"], rel=2e-3)
     assert report["evaluation_sequences"] == sum(
         load_manifest(place / name).validation.sequences for name in ("web", "code")
     )

@@ -177,22 +177,24 @@ def test_every_objective_resumes_bitwise_on_data_parallel_ranks(workplace, overr
     assert second == {step: first[step] for step in (5, 6, 7, 8)}
     assert tensor_files(runs[0], 8) == tensor_files(runs[1], 8)
     assert nelbos(runs[0])[8] == nelbos(runs[1])[8] < 5.7
-    evaluated = [[r for r in records(run) if "nelbo" in r] for run in runs]
+    evaluated = [[r for r in records(run) if "eval/nelbo" in r] for run in runs]
     assert evaluated[0] == evaluated[1]
     if PHASES in overrides:
-        for record in (r for r in records(runs[0]) if "train_loss" in r):
-            assert record[f"train_loss_block_{4 if record['step'] <= 5 else 8}"] == record["train_loss"]
-        assert [set(r) & {"nelbo_block_4", "nelbo_block_8"} for r in evaluated[0]] == [
-            {"nelbo_block_4", "nelbo_block_8"},
+        for record in (r for r in records(runs[0]) if "train/loss" in r):
+            assert record[f"train/loss_block_{4 if record['step'] <= 5 else 8}"] == record["train/loss"]
+        assert [set(r) & {"eval/nelbo_block_4", "eval/nelbo_block_8"} for r in evaluated[0]] == [
+            {"eval/nelbo_block_4", "eval/nelbo_block_8"},
             set(),
         ]
     if "diffusion.search_interval=true" in overrides:
-        assert any("train_loss_block_4" in r and "train_loss_block_1" in r for r in records(runs[0]))
+        assert any("train/loss_block_4" in r and "train/loss_block_1" in r for r in records(runs[0]))
         last = evaluated[0][-1]
-        assert {f"{key}_block_{n}" for key in ("nelbo", "mask_rate_low", "loss_variance") for n in (1, 4, 8)} < set(
-            last
-        )
-        assert (last["mask_rate_low_block_1"], last["mask_rate_high_block_1"]) == (1.0, 1.0)
+        assert {
+            f"{key}_block_{n}"
+            for key in ("eval/nelbo", "interval/mask_rate_low", "interval/loss_variance")
+            for n in (1, 4, 8)
+        } < set(last)
+        assert (last["interval/mask_rate_low_block_1"], last["interval/mask_rate_high_block_1"]) == (1.0, 1.0)
         manifest = json.loads((runs[1] / "checkpoints/step-00000008/manifest.json").read_text())
         assert manifest["intervals"]["1"] == [1.0, 1.0]
         assert (runs[1] / "intervals.png").read_bytes().startswith(b"\x89PNG")

@@ -29,10 +29,10 @@ def pixels(image: np.ndarray, colour: tuple[int, int, int]) -> int:
 def test_both_curves_are_drawn(tmp_path: Path) -> None:
     generator = random.Random(0)
     train: list[dict[str, object]] = [
-        {"step": s, "train_loss": 8 * 0.99**s + 3 + generator.gauss(0, 0.3)} for s in range(1, 400)
+        {"step": s, "train/loss": 8 * 0.99**s + 3 + generator.gauss(0, 0.3)} for s in range(1, 400)
     ]
     without = picture(tmp_path, train)
-    held_out: list[dict[str, object]] = [{"step": s, "nelbo": 8 * 0.99**s + 3.2} for s in range(50, 400, 50)]
+    held_out: list[dict[str, object]] = [{"step": s, "eval/nelbo": 8 * 0.99**s + 3.2} for s in range(50, 400, 50)]
     image = picture(tmp_path, train + held_out)
     assert image.shape == (675, 1200, 3)
     assert pixels(image, BLUE) > 500
@@ -41,15 +41,15 @@ def test_both_curves_are_drawn(tmp_path: Path) -> None:
 
 
 def test_an_outlier_and_a_lost_loss_leave_the_curve_in_view(tmp_path: Path) -> None:
-    records: list[dict[str, object]] = [{"step": s, "train_loss": 5 - s / 100} for s in range(1, 300)]
-    records[150]["train_loss"] = 1e6
-    records[20]["train_loss"] = None
+    records: list[dict[str, object]] = [{"step": s, "train/loss": 5 - s / 100} for s in range(1, 300)]
+    records[150]["train/loss"] = 1e6
+    records[20]["train/loss"] = None
     flat = picture(tmp_path, records)
     rows = (flat == BLUE).all(-1).any(1).nonzero()[0]
     assert rows.max() - rows.min() > 300
 
 
 def test_a_single_step_is_a_picture_and_none_is_refused(tmp_path: Path) -> None:
-    assert picture(tmp_path, [{"step": 1, "train_loss": 3.0}]).any()
+    assert picture(tmp_path, [{"step": 1, "train/loss": 3.0}]).any()
     with pytest.raises(ValueError, match="no training loss"):
-        picture(tmp_path, [{"step": 1, "nelbo": 3.0}])
+        picture(tmp_path, [{"step": 1, "eval/nelbo": 3.0}])

@@ -40,7 +40,7 @@ def test_ranks_read_no_pickles_of_each_other(topics: Path, tmp_path: Path) -> No
     run = {"data": {"path": str(topics)}, "run_dir": str(tmp_path / "run"), "parallel": {"tensor": 2}}
     run |= {"train": {"steps": 4}, "evaluation": {"every_steps": 2, "sequences": 8}, "checkpoint": {"every_steps": 2}}
     forks.run_ranks(strangers.trains, 2, write_recipe(tmp_path / "recipe.yaml", **run), logs=tmp_path / "logs")
-    assert [record["step"] for record in records(tmp_path / "run") if "nelbo" in record] == [2, 4]
+    assert [record["step"] for record in records(tmp_path / "run") if "eval/nelbo" in record] == [2, 4]
 
 
 def test_a_local_run_listens_to_nobody_else_and_leaves_nothing_to_meet_in(topics: Path, tmp_path: Path) -> None:

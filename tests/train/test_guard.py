@@ -76,7 +76,7 @@ def test_steps_in_a_row_count_and_a_good_one_begins_anew(guard, tmp_path):
 
 def test_a_resumed_run_forgets_what_comes_after_and_remembers_losses(guard, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": step, "train_loss": 1.0, "grad_norm": 1.0}) + "\n" for step in range(1, 41))
+        "".join(json.dumps({"step": step, "train/loss": 1.0, "train/grad_norm": 1.0}) + "\n" for step in range(1, 41))
     )
     (tmp_path / EVENTS_FILE).write_text('{"step": 30, "kind": "loss_spike"}\n{"step": 45, "kind": "loss_spike"}\n')
     watch = guard(step=40)
