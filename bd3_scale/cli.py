@@ -23,7 +23,7 @@ from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.observe.progress import Bar
 from bd3_scale.plan.commands import app as plan_app
 from bd3_scale.registry import import_plugins
-from bd3_scale.resilience.output import flush_results, hold_descriptors, outlast, rank_log
+from bd3_scale.resilience.output import flush_results, rank_log, reserve_standard_descriptors, survive_broken_streams
 from bd3_scale.resilience.terminal import clean_diagnostics, tell
 from bd3_scale.serve.commands import app as serve_app
 
@@ -47,10 +47,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def main() -> None:
     """Entry point: a person's mistake ends in one `error:` line and exit code 2; BD3_DEBUG=1 shows the traceback."""
-    hold_descriptors()
+    reserve_standard_descriptors()
     quieten_libraries()
     clean_diagnostics()
-    outlast("stderr")
+    survive_broken_streams("stderr")
     try:
         _run()
     except BrokenPipeError:
@@ -204,7 +204,7 @@ def _train(
     loaded = load_recipe(recipe, overrides)
     if not options:
         # Before libraries are imported, by a plug-in perhaps, which keep the streams of then.
-        outlast("stdout", "stderr", log=rank_log(loaded.run_path))
+        survive_broken_streams("stdout", "stderr", log=rank_log(loaded.run_path))
     loaded = with_plugins(loaded, plugins)
     # Never those of a shell that was left behind.
     os.environ[faults.VARIABLE] = inject

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from bd3_scale.checkpoint.manifest import MANIFEST
-from bd3_scale.resilience.files import remove_aside, write_atomically
+from bd3_scale.resilience.files import remove_partial_files, write_atomically
 
 _STEP = re.compile(r"step-(\d{8,})")
 _LOG = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def remove_partial(folder: Path) -> list[Path]:
             shutil.rmtree(path)
         except OSError as error:
             _LOG.warning("%s is left over and cannot be removed: %s", path, error)
-    remove_aside(folder)
+    remove_partial_files(folder)
     return left
 
 

@@ -13,7 +13,7 @@ from bd3_scale.checkpoint.folder import list_checkpoints, name_latest
 from bd3_scale.checkpoint.manifest import CheckpointDamagedError, CheckpointManifest, read_manifest
 from bd3_scale.checkpoint.verify import Mode, check_checkpoint
 from bd3_scale.parallel.collective import gather_values, on_rank_zero
-from bd3_scale.resilience.files import free_name
+from bd3_scale.resilience.files import unused_path
 
 _LOG = logging.getLogger(__name__)
 DAMAGED = "damaged-"
@@ -78,7 +78,7 @@ def _problem(folder: Path, mode: Mode, rank: int, world: int) -> list[str]:
 
 def _take(sound: Path, problems: Sequence[tuple[Path, str]]) -> None:
     for folder, problem in problems:
-        aside = free_name(folder.with_name(DAMAGED + folder.name))
+        aside = unused_path(folder.with_name(DAMAGED + folder.name))
         folder.rename(aside)
         _LOG.warning("%s; it is moved to %s, and an older one is taken", problem, aside.name)
     # Whatever was killed since its name was due.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale.checkpoint.manifest import IMPORTED, TOKENIZER
-from bd3_scale.resilience.foreign import CONFIG, object_in, settings_of
+from bd3_scale.resilience.foreign import CONFIG, object_in, safe_settings
 from bd3_scale.resilience.readers import reader
 
 # Lies beside the tokeniser, which goes from an import to a run, its checkpoints and their exports.
@@ -55,4 +55,6 @@ def _source_ids(config: Any, generation_config: Any) -> SourceIds:
     for content in (config, generation_config):
         if not isinstance(content, dict):
             raise ValueError("config and generation_config must be JSON objects")
-    return SourceIds(settings_of({key: config[key] for key in KEYS if key in config}), settings_of(generation_config))
+    return SourceIds(
+        safe_settings({key: config[key] for key in KEYS if key in config}), safe_settings(generation_config)
+    )

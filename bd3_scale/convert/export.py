@@ -35,7 +35,7 @@ from bd3_scale.data.tokenizer_folder import write_tokenizer
 from bd3_scale.generate.text import checkpoint_tokenizer
 from bd3_scale.recipe.vocabulary import MOST_IDS, Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
-from bd3_scale.resilience.foreign import CONFIG, WEIGHTS, WEIGHTS_INDEX, file_in, object_in, settings_of
+from bd3_scale.resilience.foreign import CONFIG, WEIGHTS, WEIGHTS_INDEX, file_in, object_in, safe_settings
 from bd3_scale.resilience.readers import reader
 
 Progress = Callable[[int, int], object]
@@ -206,7 +206,7 @@ def plan_export(
     if original.get("architectures") == config["architectures"]:
         # What the engines of that format read beyond our own keys.
         ours = ("torch_dtype", "block_size", "vocab_size", "tie_word_embeddings")
-        config |= settings_of(original) | {key: config[key] for key in ours if key in config}
+        config |= safe_settings(original) | {key: config[key] for key in ours if key in config}
     plan = ExportPlan(checkpoint, manifest, kind, target, stored, config, tuple(tensors))
     return plan if mask_id in (None, vocabulary.mask_id) else _with_mask_at(plan, mask_id)
 

@@ -31,7 +31,7 @@ from bd3_scale.objective import objectives
 from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.files import check_writable, new_folder
-from bd3_scale.resilience.foreign import CONFIG, file_in, object_in, settings_of
+from bd3_scale.resilience.foreign import CONFIG, file_in, object_in, safe_settings
 from bd3_scale.resilience.leftovers import temporary_folder
 from bd3_scale.resilience.readers import reader
 
@@ -332,7 +332,7 @@ def _mask_embedding(plan: ImportPlan, embedding: Tensor) -> Tensor:
 
 def _keep_source_files(plan: ImportPlan, folder: Path) -> None:
     """Keep what an export of the same architecture writes again, and the row whose place the new mask takes."""
-    contents = {name: settings_of(object_in(plan.source, name)) for name in (CONFIG, GENERATION_CONFIG)}
+    contents = {name: safe_settings(object_in(plan.source, name)) for name in (CONFIG, GENERATION_CONFIG)}
     if plan.architecture in ARCHITECTURES:
         contents[CONFIG]["architectures"] = [plan.architecture]
     for name, content in contents.items():

@@ -18,7 +18,7 @@ from bd3_scale.data.fields import NAME_A_FIELD, NUM_SHOWN
 from bd3_scale.data.remote_files import SourceFile
 from bd3_scale.data.sources import OpenFile, Part, Record, TextOf, too_long
 from bd3_scale.registry import source_cuts, source_formats
-from bd3_scale.resilience.limits import room_for
+from bd3_scale.resilience.limits import limited_memory
 from bd3_scale.resilience.readers import in_one_line
 
 # Rows that are decoded at a time should have so many bytes, and are no more than that.
@@ -59,7 +59,7 @@ def parquet_rows(source: OpenFile) -> Iterator[Cell]:
     import pyarrow.parquet
 
     with source.file.open("rb") as raw, _damage_told(source.file):
-        with room_for(MEMORY_BYTES):
+        with limited_memory(MEMORY_BYTES):
             file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=READ_BYTES)
         _path(source.file, file.schema_arrow, source.field)
         first, last = source.part or (0, file.metadata.num_row_groups)
@@ -84,7 +84,7 @@ def row_groups(file: SourceFile, num_bytes: int) -> Iterator[tuple[Part, int]]:
     import pyarrow.parquet
 
     with file.open("rb") as raw, _damage_told(file):
-        with room_for(MEMORY_BYTES):
+        with limited_memory(MEMORY_BYTES):
             metadata = pyarrow.parquet.read_metadata(raw)
         for number in range(metadata.num_row_groups):
             yield (number, number + 1), _stored_bytes(metadata.row_group(number))
@@ -111,7 +111,7 @@ def arrow_rows(source: OpenFile) -> Iterator[Cell]:
         while stream.tell() < last and (message := _message(stream)):
             if message.type != "record batch":
                 raise ValueError(f"{file} has a {message.type}, which is not read here: write it as Parquet")
-            with room_for(MEMORY_BYTES):
+            with limited_memory(MEMORY_BYTES):
                 batch = pyarrow.ipc.read_record_batch(message, schema)
                 batch.validate(full=True)  # what it says of places could lead out of the memory that it has
             yield from _cells(source, batch, number, rows)
@@ -168,14 +168,14 @@ def _message(stream: BinaryIO) -> Any:
     import pyarrow
 
     try:
-        with room_for(MEMORY_BYTES):
+        with limited_memory(MEMORY_BYTES):
             return pyarrow.ipc.read_message(stream)
     except EOFError:
         return None
 
 
 def _next(batches: Iterator[Any]) -> Any:
-    with room_for(MEMORY_BYTES):
+    with limited_memory(MEMORY_BYTES):
         return next(batches, None)
 
 

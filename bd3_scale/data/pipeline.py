@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bd3_scale.data.batch import Batch
 from bd3_scale.parallel.collective import raise_told, told_error
-from bd3_scale.resilience.signals import StopAskedError
+from bd3_scale.resilience.signals import StopRequestedError
 
 
 class _Kind(IntEnum):
@@ -47,7 +47,7 @@ class PipelineBatches:
 
         The first stage does not wait until a batch has come, unless it has the next one and the later ones still lack
         this one. What its `batches` raise is raised on every stage: ValueError and OSError as they are, RuntimeError
-        for others, StopAskedError where a signal ends its wait. ConnectionError: another stage is gone.
+        for others, StopRequestedError where a signal ends its wait. ConnectionError: another stage is gone.
         """
         if self._group is None:
             return batches
@@ -57,7 +57,7 @@ class PipelineBatches:
         while True:
             try:
                 batch = next(batches, None)
-            except StopAskedError:
+            except StopRequestedError:
                 self._send(_Kind.STOP, (0, 0), np.empty(0, np.uint8))
                 raise
             except Exception as error:
@@ -78,7 +78,7 @@ class PipelineBatches:
             if kind == _Kind.END:
                 return
             if kind == _Kind.STOP:
-                raise StopAskedError
+                raise StopRequestedError
             content = self._receive(torch.empty(size, dtype=torch.uint8)).numpy()
             if kind == _Kind.ERROR:
                 told = json.loads(content.tobytes())

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from bd3_scale.data.index import INDEX_FILE, SHARD_LIMIT, Shard, ShardFile, ShardTable, shard_names
 from bd3_scale.data.remote import DamagedError, check_came, patiently
 from bd3_scale.parallel.collective import on_first_of_node
-from bd3_scale.resilience.leftovers import own_folder, temporary_folder, try_lock
+from bd3_scale.resilience.leftovers import locked_folder, temporary_folder, try_lock
 from bd3_scale.resilience.readers import read_regular
 
 CACHE_LOCK_SECONDS = 15.0  # the loader workers of a killed run end within one
@@ -165,7 +165,7 @@ class ShardFiles:
 
     def _unpack(self, shard: Shard) -> None:
         """Put a shard's unpacked bytes into the folder. DamagedError: they are not what the index says."""
-        with own_folder(self.folder, ".unpacking.") as aside:
+        with locked_folder(self.folder, ".unpacking.") as aside:
             packed = self._downloaded(shard, aside)
             try:
                 content = _as_indexed(packed, shard.stored)

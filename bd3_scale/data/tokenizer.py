@@ -25,7 +25,7 @@ from bd3_scale.data.tokenizer_json import beginning_with, template_of, without_m
 from bd3_scale.recipe.vocabulary import MOST_IDS, Vocabulary
 from bd3_scale.resilience.files import new_folder, read_object
 from bd3_scale.resilience.foreign import file_in, for_transformers
-from bd3_scale.resilience.readers import panics_told, read_regular, reader
+from bd3_scale.resilience.readers import panics_as_value_errors, read_regular, reader
 
 EOS = "<|endoftext|>"
 MASK = "[MASK]"
@@ -136,13 +136,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as plain text, without any special token and without BOS."""
-        with panics_told(_CANNOT_ENCODE):
+        with panics_as_value_errors(_CANNOT_ENCODE):
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         """`encode` of every text, or `encode_special`, on all cores unless TOKENIZERS_PARALLELISM=false."""
         backend = self._parsing if parse_special else self._backend
-        with panics_told(_CANNOT_ENCODE):
+        with panics_as_value_errors(_CANNOT_ENCODE):
             return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_special(self, text: str) -> list[int]:
@@ -151,7 +151,7 @@ class Tokenizer:
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode_special` of `text`, and where in it each token stands, in characters."""
-        with panics_told(_CANNOT_ENCODE):
+        with panics_as_value_errors(_CANNOT_ENCODE):
             found = self._parsing.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
@@ -163,7 +163,7 @@ class Tokenizer:
         first, *rest = text.split(MASK) if gaps else [text]
         ids = begin + self.encode_special(first)
         for piece in rest:
-            with panics_told(_CANNOT_ENCODE):
+            with panics_as_value_errors(_CANNOT_ENCODE):
                 ids += [self.vocabulary.mask_id, *self._inner.encode(piece, add_special_tokens=False).ids]
         return ids
 

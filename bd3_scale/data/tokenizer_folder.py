@@ -11,7 +11,7 @@ from bd3_scale.data.chat import CHAT_TEMPLATE, template_file
 from bd3_scale.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from bd3_scale.data.tokenizer_json import with_mask_at, without_added
 from bd3_scale.resilience.files import read_object
-from bd3_scale.resilience.foreign import object_in, settings_of
+from bd3_scale.resilience.foreign import object_in, safe_settings
 
 # transformers takes the added tokens from tokenizer.json, where the mask is among them. What texts begin and end with
 # is told by the template there, for every class of tokenisers.
@@ -39,7 +39,7 @@ def write_tokenizer(
     said = {key: value for key, value in object_in(source, TOKENIZER_FILES[1]).items() if key not in _LEFT_OUT}
     tokenizer.save(folder)
     content, own = (read_object(folder / name) for name in TOKENIZER_FILES)
-    config = own | settings_of(said) | own | dict(settings or {})
+    config = own | safe_settings(said) | own | dict(settings or {})
     vocabulary = tokenizer.vocabulary
     if not with_mask:
         del config["mask_token"]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from bd3_scale.launch.watch import Watch
 from bd3_scale.resilience.heartbeat import FOLDER_VARIABLE
 from bd3_scale.resilience.leftovers import temporary_folder
-from bd3_scale.resilience.secret import MEETING_VARIABLE
+from bd3_scale.resilience.secret import RENDEZVOUS_VARIABLE
 from bd3_scale.resilience.signals import stop_signals
 from bd3_scale.resilience.terminal import tell
 
@@ -50,7 +50,7 @@ def launch(
     """Run `argv` in several processes and wait for all of them.
 
     Each gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and OMP_NUM_THREADS, and meets the others in a folder that
-    no other user can enter, BD3_SCALE_MEETING; they listen on the loopback interface alone. Rank 0 writes to this
+    no other user can enter, BD3_SCALE_RENDEZVOUS; they listen on the loopback interface alone. Rank 0 writes to this
     process's stdout and stderr, rank k > 0 appends both to `log_dir/rank<k>.log`, by default in a folder that is
     removed at the end, where the end of the log of a rank that failed has been shown. `stop_signals` are passed on to
     every rank, once each. When a rank fails, the others get SIGTERM and, after `GRACE_SECONDS`, SIGKILL. No rank
@@ -75,7 +75,7 @@ def launch(
         if recipe is not None:
             (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
             argv = [*argv, str(folder / "recipe.yaml")]
-        meeting = {MEETING_VARIABLE: str(folder), **dict.fromkeys(_INTERFACES, "lo")}
+        meeting = {RENDEZVOUS_VARIABLE: str(folder), **dict.fromkeys(_INTERFACES, "lo")}
         if deadlines is None:
             return _run(argv, processes, threads, log_dir, meeting, lambda: None)
         # On this machine: storage that hangs must not keep anybody from saying so.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bd3_scale.launch.findings import Finding, held_to
 from bd3_scale.resilience.files import check_writable, write_atomically
-from bd3_scale.resilience.limits import ENOUGH_FILES, check_limits
+from bd3_scale.resilience.limits import WANTED_OPEN_FILES, check_limits
 
 # NCCL puts what the GPUs of a node exchange there; a container's 64 MB end in "unhandled system error".
 ENOUGH_SHARED_MEMORY = 1 << 30
@@ -36,9 +36,9 @@ def limits(rdma: bool) -> list[Finding]:
             "limits",
             "open files",
             _shown(files),
-            rule=f"{ENOUGH_FILES} or more (ulimit -Hn)",
+            rule=f"{WANTED_OPEN_FILES} or more (ulimit -Hn)",
             advice="ask the site to raise it: a rank opens some files and a socket for every other rank",
-            broken=_less(files, ENOUGH_FILES),
+            broken=_less(files, WANTED_OPEN_FILES),
             verdict="warning",
         )
     )

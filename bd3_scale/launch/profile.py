@@ -12,7 +12,7 @@ from bd3_scale.recipe.load import load_section
 from bd3_scale.recipe.schema import Deadlines, NonNegativeInt, PositiveFloat, PositiveInt, RecipeError, Section
 from bd3_scale.resilience.heartbeat import FOLDER_VARIABLE
 from bd3_scale.resilience.readers import reader
-from bd3_scale.resilience.secret import MEETING_VARIABLE
+from bd3_scale.resilience.secret import RENDEZVOUS_VARIABLE
 
 FOLDER = Path("cluster/profiles")
 TIME_LIMIT = r"^(\d+-)?\d+(:\d+){0,2}$"
@@ -22,7 +22,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OF_THE_SUPERVISOR = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_RESTART_COUNT"),
-    *("SLURMD_NODENAME", FOLDER_VARIABLE, MEETING_VARIABLE),
+    *("SLURMD_NODENAME", FOLDER_VARIABLE, RENDEZVOUS_VARIABLE),
 }
 
 

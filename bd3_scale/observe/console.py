@@ -13,7 +13,7 @@ import rich.console
 from rich.progress import TextColumn
 from rich.text import Text
 
-from bd3_scale.resilience.output import results
+from bd3_scale.resilience.output import writing_results
 from bd3_scale.resilience.terminal import clean
 
 
@@ -33,7 +33,7 @@ class Console(rich.console.Console):
         if self.stderr:
             super().print(*objects, **options)
             return
-        with results():
+        with writing_results():
             super().print(*objects, **options)
 
 
@@ -49,7 +49,7 @@ def styled(*parts: str | tuple[str, str]) -> Text:
 
 def say(text: str) -> None:
     """Print a line to stdout, cleaned. OSError: stdout cannot be written."""
-    with results():
+    with writing_results():
         print(clean(text), flush=True)
 
 
@@ -58,5 +58,5 @@ def put(text: str, end: str = "\n") -> None:
 
     OSError: stdout cannot be written.
     """
-    with results():
+    with writing_results():
         print(clean(text) if sys.stdout.isatty() else text, end=end, flush=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
 from bd3_scale.recipe.schema import WandbRecipe
-from bd3_scale.resilience.files import Lines, free_name, write_atomically
+from bd3_scale.resilience.files import Lines, unused_path, write_atomically
 from bd3_scale.resilience.readers import open_regular, read_regular, reader
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def truncate_after(path: Path, step: int, *, evaluates_again: bool = False) -> N
     """
     if not os.path.lexists(path):
         return
-    aside = free_name(path.with_name(path.name + DAMAGED))
+    aside = unused_path(path.with_name(path.name + DAMAGED))
     if not stat.S_ISREG(path.lstat().st_mode):
         path.rename(aside)
         _LOG.warning("%s is no regular file, and is moved to %s", path, aside.name)

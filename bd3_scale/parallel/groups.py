@@ -25,7 +25,7 @@ from bd3_scale.parallel.collective import gather_values
 from bd3_scale.parallel.meeting import Meeting, meet, show_secret
 from bd3_scale.recipe.schema import ParallelRecipe
 from bd3_scale.resilience.heartbeat import is_watched
-from bd3_scale.resilience.secret import MEETING_VARIABLE
+from bd3_scale.resilience.secret import RENDEZVOUS_VARIABLE
 from bd3_scale.resilience.terminal import tell
 
 ProcessGroups: TypeAlias = ProcessGroupCollection
@@ -192,7 +192,7 @@ def _check_agreement(mine: str) -> None:
 
 def _check_environment() -> None:
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
-    names += [] if MEETING_VARIABLE in os.environ else ["MASTER_ADDR", "MASTER_PORT"]
+    names += [] if RENDEZVOUS_VARIABLE in os.environ else ["MASTER_ADDR", "MASTER_PORT"]
     missing = [name for name in names if name not in os.environ]
     if missing and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise ValueError(

@@ -22,7 +22,7 @@ from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-d
 from torch.distributed.rendezvous import rendezvous
 
 from bd3_scale.parallel.collective import gather_bytes
-from bd3_scale.resilience.secret import MEETING_VARIABLE, SECRET_VARIABLE, shared_secret
+from bd3_scale.resilience.secret import RENDEZVOUS_VARIABLE, SECRET_VARIABLE, shared_secret
 
 _LOG = logging.getLogger(__name__)
 _SEAL_BYTES = 32
@@ -47,7 +47,7 @@ def meet(secret_file: Path | None, timeout: timedelta) -> Meeting:
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return Meeting(HashStore(), 0, 1, None)
-    if folder := os.environ.get(MEETING_VARIABLE):
+    if folder := os.environ.get(RENDEZVOUS_VARIABLE):
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         secret = shared_secret(Path(folder, "secret"))
         found = Meeting(FileStore(str(Path(folder, "ranks")), world_size), rank, world_size, secret)

@@ -1,1 +1,1 @@
-"""What keeps a run whole: stop signals, the run directory's lock, files complete or absent."""
+"""Keep a run whole through crashes, signals, full disks and broken terminals."""

@@ -1,20 +1,20 @@
-"""Faults on demand, for tests and game days: at named points of a run, once on each rank of a run directory.
+"""Inject faults into a run at named points, for tests and drills; each fault happens once per rank and run directory.
 
     bd3-scale train recipe.yaml --inject 'kill@step:step=5,rank=1; full@save.write:step=8; nan@gradient:step=3'
 
-| point                                     | when it is passed                                                        |
+| point                                     | when the run reaches it                                                  |
 |-------------------------------------------|--------------------------------------------------------------------------|
-| start                                     | ranks have met                                                           |
+| start                                     | after the rendezvous of the ranks                                        |
 | step                                      | before an optimiser step                                                 |
-| gradient                                  | while the backward pass of a step runs                                   |
-| collective                                | after a step, when ranks ask each other whether to stop                  |
+| gradient                                  | during the backward pass of a step                                       |
+| collective                                | after a step, when ranks agree whether to stop                           |
 | evaluation                                | before an evaluation                                                     |
-| save.begin, save.write, save.commit,      | before a save's folder is made, its tensors are written, its manifest is |
-| save.rename, save.link, save.remove       | written, it gets its name, `latest` is set, old checkpoints are removed  |
+| save.begin, save.write, save.commit,      | before a save makes its folder, writes its tensors, writes its manifest, |
+| save.rename, save.link, save.remove       | renames the folder, sets `latest`, removes old checkpoints               |
 
-Actions: kill (SIGKILL), stop (SIGSTOP), delay (`seconds=`), nan (in a gradient), flip (a byte of the save's largest
-file), and the errors full (ENOSPC), fail (EIO) and readonly (EROFS). Without `step=` or `rank=` any will do:
-a fault without `rank=` happens on all of them.
+Actions: kill (SIGKILL), stop (SIGSTOP), delay (`seconds=`), nan (in a gradient), flip (a bit in the save's largest
+file), and the errors full (ENOSPC), fail (EIO) and readonly (EROFS). Without `step=` a fault happens at the first step
+that reaches its point; without `rank=` it happens on every rank.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ POINTS = (
     *(f"save.{part}" for part in ("begin", "write", "commit", "rename", "link", "remove")),
 )
 _ERRORS = {"full": errno.ENOSPC, "fail": errno.EIO, "readonly": errno.EROFS}
-# A save's files are there, and their hashes known.
+# At these points the files of a save exist and their hashes are known, so verification must notice the flipped bit.
 _FLIPS = ("save.commit", "save.rename")
 ACTIONS = ("kill", "stop", "delay", "nan", "flip", *_ERRORS)
 
@@ -49,6 +49,7 @@ ACTIONS = ("kill", "stop", "delay", "nan", "flip", *_ERRORS)
 @dataclass(frozen=True)
 class Fault:
     action: str
+    """One fault: what happens, at which point, and on which step and rank (None: any)."""
     point: str
     step: int | None = None
     rank: int | None = None
@@ -59,21 +60,24 @@ class Fault:
 
 
 def parse_faults(text: str) -> list[Fault]:
-    """ValueError: what is not understood, and what would be."""
+    """Parse faults that are separated by `;`. ValueError: names the part that is wrong and shows the syntax."""
     return [_parse(part.strip()) for part in text.split(";") if part.strip()]
 
 
 def _parse(text: str) -> Fault:
-    found = re.fullmatch(r"(\w+)@([\w.]+)(?::(.*))?", text)
-    if not found or found[1] not in ACTIONS or found[2] not in POINTS:
+    match = re.fullmatch(r"(\w+)@([\w.]+)(?::(.*))?", text)
+    if not match or match[1] not in ACTIONS or match[2] not in POINTS:
         raise ValueError(
             f"fault {text!r} is not ACTION@POINT or ACTION@POINT:step=N,rank=K,seconds=S with an action among "
             f"{', '.join(ACTIONS)} and a point among {', '.join(POINTS)}"
         )
-    if (found[1] == "nan") != (found[2] == "gradient") or (found[1] == "flip" and found[2] not in _FLIPS):
-        raise ValueError(f"fault {text!r}: nan belongs to the point gradient, and flip to {' and '.join(_FLIPS)}")
+    if (match[1] == "nan") != (match[2] == "gradient") or (match[1] == "flip" and match[2] not in _FLIPS):
+        raise ValueError(
+            f"fault {text!r}: nan works at the point gradient only, and flip at {' and '.join(_FLIPS)} only; the point "
+            "gradient takes nan only"
+        )
     options: dict[str, float] = {}
-    for option in filter(None, (found[3] or "").split(",")):
+    for option in filter(None, (match[3] or "").split(",")):
         name, _, value = option.partition("=")
         number = float if name == "seconds" else int
         try:
@@ -84,11 +88,11 @@ def _parse(text: str) -> Fault:
                 raise ValueError
         except ValueError:
             raise ValueError(f"fault {text!r}: {option!r} is none of step=N, rank=K, seconds=S") from None
-    return Fault(found[1], found[2], **options)  # type: ignore[arg-type]
+    return Fault(match[1], match[2], **options)  # type: ignore[arg-type]
 
 
 class _Armed:
-    """The faults of this process, where their marks lie, and the step that a point belongs to."""
+    """The faults of this process, the folder of their marks, and the current step."""
 
     faults: Sequence[Fault] = ()
     folder = Path()
@@ -96,7 +100,7 @@ class _Armed:
 
 
 def arm(run_dir: Path) -> None:
-    """Take the faults of $BD3_SCALE_FAULTS for a run. ValueError as `parse_faults`."""
+    """Load the faults of $BD3_SCALE_FAULTS for a run. ValueError as `parse_faults`."""
     _Armed.faults = parse_faults(os.environ.get(VARIABLE, ""))
     _Armed.folder = run_dir / "faults"
     if _Armed.faults:
@@ -106,37 +110,38 @@ def arm(run_dir: Path) -> None:
 
 
 def reach(point: str, *, step: int | None = None, folder: Path | None = None) -> None:
-    """A point of the run; where a fault is armed for it, it happens. `step`: by default that of the point before.
+    """Inject the faults that are armed for this point of the run.
 
-    OSError: one that was asked for.
+    `step` defaults to the step of the last point that gave one. OSError: an injected error.
     """
     if not _Armed.faults:
         return
     if step is not None and not point.startswith("save."):
         _Armed.step = step
     for fault in _due(point, step):
-        _happen(fault, folder)
+        _trigger(fault, folder)
 
 
 def is_poisoned(step: int) -> bool:
-    """Whether a gradient of `step` is to be NaN on this rank."""
+    """Return whether a gradient of `step` is to be NaN on this rank."""
     return bool(_Armed.faults) and bool(list(_due("gradient", step)))
 
 
 def _due(point: str, step: int | None) -> list[Fault]:
     rank = int(os.environ.get("RANK", "0"))
-    here = _Armed.step if step is None else step
+    current_step = _Armed.step if step is None else step
     return [
         fault
         for fault in _Armed.faults
         if fault.point == point
-        and fault.step in (None, here)
+        and fault.step in (None, current_step)
         and fault.rank in (None, rank)
-        and _first(fault, rank if fault.rank is None else fault.rank)
+        and _claim(fault, rank if fault.rank is None else fault.rank)
     ]
 
 
-def _first(fault: Fault, rank: int) -> bool:
+def _claim(fault: Fault, rank: int) -> bool:
+    """Create the mark of a fault; return False if it exists: a restarted run must not meet the same fault again."""
     try:
         (_Armed.folder / f"{fault}@{rank}".replace("/", "_")).touch(exist_ok=False)
     except FileExistsError:
@@ -144,7 +149,7 @@ def _first(fault: Fault, rank: int) -> bool:
     return True
 
 
-def _happen(fault: Fault, folder: Path | None) -> None:
+def _trigger(fault: Fault, folder: Path | None) -> None:
     if fault.action in _ERRORS:
         number = _ERRORS[fault.action]
         raise OSError(number, f"{os.strerror(number)} (injected)")

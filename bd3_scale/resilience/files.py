@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and folders that can be written before hours are spent."""
+"""Write files that appear complete or not at all, and check that a folder is writable before hours are spent."""
 
 from __future__ import annotations
 
@@ -17,75 +17,77 @@ from typing import Any
 
 import xxhash
 
-from bd3_scale.resilience.leftovers import own_folder
+from bd3_scale.resilience.leftovers import locked_folder
 from bd3_scale.resilience.readers import read_regular
 
 _LOG = logging.getLogger(__name__)
-_ASIDE = re.compile(r"\..+\.[0-9a-f]{8}")
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Replace `path` by `data` (text as UTF-8): whoever reads, and whatever crashes, meets the old file or the new one.
+    """Replace the content of `path` with `data` (text as UTF-8): readers see the old file or the new one, never a part.
 
-    OSError: the folder is missing, cannot be written or is full; the old file is then untouched.
+    This also holds after a crash or a power cut. OSError: the folder is missing, not writable or full; the old file
+    is then unchanged.
     """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # In the same folder: rename(2) is atomic only within one file system.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with aside.open("xb") as file:
+        with partial.open("xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        partial.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
-def free_name(path: Path) -> Path:
-    """Return `path`, or where something lies there `path` with the first number behind it that is free."""
+def unused_path(path: Path) -> Path:
+    """Return `path`, or the first of `path`-2, `path`-3 … that does not exist if `path` exists."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
 class Lines:
-    """Lines appended to a file. What cannot be written, as on a full disk, is told once and waits for the next line."""
+    """Lines appended to a file. A failed write, as on a full disk, is logged once and retried with the next line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # A FIFO that nobody reads is an error and no wait, and a link is not followed.
+        # O_NONBLOCK: a FIFO without a reader fails at once and does not wait; O_NOFOLLOW: no link is followed.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
         self._pending = b""
-        self._told = False
+        self._warned = False
 
     def write(self, line: str) -> None:
-        """Append a line and all that wait."""
+        """Append a line, after the lines that are still pending."""
         self._pending += line.encode() + b"\n"
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
-            if not self._told:
-                _LOG.warning("%s cannot be written: %s; its lines wait until it can", self._path, error)
-            self._told = True
+            if not self._warned:
+                _LOG.warning("%s cannot be written: %s; its lines are kept in memory until it can", self._path, error)
+            self._warned = True
 
     def close(self) -> None:
-        """Lines that still wait are lost, with a warning."""
+        """Close the file; pending lines are lost, with a warning."""
         if self._pending:
             _LOG.warning("%s lacks its last %d lines", self._path, self._pending.count(b"\n"))
         self._file.close()
 
 
-def remove_aside(folder: Path) -> None:
-    """Remove what `write_atomically` leaves in a folder if it is killed. Nobody else may write there."""
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a killed `write_atomically` left in a folder. No other process may write there at the same time."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _ASIDE.fullmatch(path.name) and path.is_file():
+        if _PARTIAL.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk: a power cut may undo a rename without it (fsync(2))."""
+    """Flush a file, or the names in a folder, to disk: without it a power cut may undo a rename (fsync(2))."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,34 +97,35 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill aside; it is flushed to disk and renamed to `out` at the end, or removed if the block raises.
+    """Yield a temporary folder to fill; rename it to `out` at the end, or remove it if the block raises.
 
-    Its files get the mode that the umask gives new ones, whoever wrote them: safetensors makes them private. What a
-    process that was killed here has left of the same `out` is removed, see `own_folder`.
+    Everything is flushed to disk before the rename. Files get the mode that the umask gives new files, because
+    safetensors makes its files private. Leftovers of killed processes with the same `out` are removed first, see
+    `locked_folder`.
 
     Raises FileExistsError if `out` exists.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with own_folder(out.parent, f".{out.name}.", 0o777) as aside:
-        mode = aside.stat().st_mode & 0o666
-        yield aside
-        for path in [*aside.rglob("*"), aside]:
+    with locked_folder(out.parent, f".{out.name}.", 0o777) as partial:
+        mode = partial.stat().st_mode & 0o666
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
             if path.is_file():
                 path.chmod(mode)
             sync(path)
         try:
-            aside.rename(out)
+            partial.rename(out)
         except OSError as error:
             if not out.exists():
                 raise
-            raise FileExistsError(f"{out} was made by somebody else in the meantime, and is kept") from error
+            raise FileExistsError(f"{out} was made by another process meanwhile; that one is kept") from error
     sync(out.parent)
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object that a regular file holds. ValueError: it holds none; OSError: there is no such file."""
+    """Return the JSON object in a regular file. ValueError: the file holds something else; OSError: no such file."""
     data = read_regular(path)
     try:
         content = json.loads(data.decode())
@@ -136,7 +139,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def file_hash(path: Path) -> str:
-    """XXH3-128 of a file's bytes, in hexadecimal: quick, and sure against damage, though not against intent."""
+    """Return the XXH3-128 of a file's bytes in hexadecimal: fast, detects damage, but not a deliberate change."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -145,10 +148,11 @@ def file_hash(path: Path) -> str:
 
 
 def check_writable(folder: Path, needed_bytes: int = 0) -> None:
-    """Make `folder` where it is missing and prove that a file can be written there.
+    """Make `folder` if it is missing, and check that a file can be written there.
 
-    OSError (FileExistsError, PermissionError, ENOSPC …) that names the folder where it is a file, cannot be written,
-    or has less than `needed_bytes` free.
+    Raises:
+        OSError (FileExistsError, PermissionError, ENOSPC …): `folder` is a file, is not writable, or has less than
+            `needed_bytes` free; the message names it.
     """
     probe = folder / f".probe.{secrets.token_hex(4)}"
     try:

@@ -1,4 +1,4 @@
-"""What a shell, a site (ulimit) or a GPU lets a process have; standard library alone."""
+"""Check the limits of a process (ulimit) and explain errors that come from them; needs the standard library alone."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# A rank that is alone has about 90 files open, gloo's sockets most of them, and every other rank adds some.
-LEAST_FILES = 128
-ENOUGH_FILES = 65536
-# Below, the threads of gloo cannot start, and the rank hangs.
-LEAST_ADDRESS_SPACE = 4 << 30
+# A single rank has about 90 files open, most of them gloo's sockets, and every other rank adds some.
+MIN_OPEN_FILES = 128
+WANTED_OPEN_FILES = 65536
+# With less, gloo's threads cannot start, and the rank hangs without an error.
+MIN_ADDRESS_SPACE = 4 << 30
 
 _TOO_MANY_FILES = re.compile(r"too many open files", re.IGNORECASE)
-_ASKED_OF_GPU = re.compile(r"Tried to allocate ([\d.]+ \w+)")
-_GPU_HAS = re.compile(r"total capacity of ([\d.]+ \w+)")
+_REQUESTED_OF_GPU = re.compile(r"Tried to allocate ([\d.]+ \w+)")
+_GPU_CAPACITY = re.compile(r"total capacity of ([\d.]+ \w+)")
 _NO_MEMORY = re.compile(r"cannot allocate memory|can't allocate memory|failed to map segment|can't start new thread")
 
 
 def check_limits() -> None:
-    """Let this process open as many files as it may, and see whether its limits leave a rank room.
+    """Raise the limit of open files as far as allowed, and check that the limits suffice for a rank.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not; the message says which `ulimit` to change.
     """
     soft, hard = (_finite(limit) for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
-    if soft < (wanted := min(hard, ENOUGH_FILES)):
+    if soft < (wanted := min(hard, WANTED_OPEN_FILES)):
         resource.setrlimit(resource.RLIMIT_NOFILE, (int(wanted), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    if hard < LEAST_FILES:
+    if hard < MIN_OPEN_FILES:
         raise ValueError(_too_few_files())
-    if _address_space() < LEAST_ADDRESS_SPACE:
+    if _address_space() < MIN_ADDRESS_SPACE:
         raise ValueError(_too_little_address_space())
 
 
-def exhausted(error: BaseException) -> str | None:
-    """Return in one line which limit of this process or its GPU an error comes from, and the way out, or None."""
+def exhausted_limit(error: BaseException) -> str | None:
+    """Return one line with the process or GPU limit that caused an error and the way out, or None for other errors."""
     number, text = getattr(error, "errno", None), str(error)
     if type(error).__name__ == "OutOfMemoryError":
         return _too_little_gpu_memory(text)
@@ -48,23 +48,23 @@ def exhausted(error: BaseException) -> str | None:
 
 def _too_few_files() -> str:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return f"this process may have {limit} files open (ulimit -n), which is too few: set it to {ENOUGH_FILES}"
+    return f"this process may have {limit} files open (ulimit -n), which is too few: set it to {WANTED_OPEN_FILES}"
 
 
 def _too_little_address_space() -> str:
     return (
         f"this process may have {_address_space() / 2**30:.1f} GiB of address space (ulimit -v), which is too little: "
-        "set it to unlimited, and bound memory otherwise, as with a cgroup or SLURM's --mem"
+        "set it to unlimited, and limit memory in another way, such as a cgroup or SLURM's --mem"
     )
 
 
 def _too_little_gpu_memory(text: str) -> str:
-    asked, has = _ASKED_OF_GPU.search(text), _GPU_HAS.search(text)
-    memory = f"memory of {has[1]}" if has else "memory"
-    when = f" when {asked[1]} are asked for" if asked else ""
+    requested, capacity = _REQUESTED_OF_GPU.search(text), _GPU_CAPACITY.search(text)
+    memory = f"memory of {capacity[1]}" if capacity else "memory"
+    when = f" when {requested[1]} are requested" if requested else ""
     return (
         f"the GPU is out of {memory}{when}: set train.recompute=full, a smaller train.micro_batch_size, or more "
-        "parallel.tensor, parallel.pipeline or parallel.zero_stage; another try of the same would end alike, and "
+        "parallel.tensor, parallel.pipeline or parallel.zero_stage; an unchanged restart would fail again; "
         "`bd3-scale plan` predicts what fits"
     )
 
@@ -78,10 +78,11 @@ def _finite(limit: int) -> float:
 
 
 @contextmanager
-def room_for(num_bytes: int) -> Iterator[None]:
-    """Give this process no more than `num_bytes` of address space beyond what it has, inside the block.
+def limited_memory(num_bytes: int) -> Iterator[None]:
+    """Limit this process to `num_bytes` more address space than it has now, inside the block.
 
-    A library that is about to take more gets none from the system, and most then raise MemoryError.
+    For libraries that read untrusted files: when a library asks for more, the kernel refuses, and most libraries then
+    raise MemoryError, where the machine would otherwise run out of memory.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:

@@ -1,4 +1,4 @@
-"""What becomes of a process when its stdout or stderr can no longer be written, with the standard library alone."""
+"""Keep a process alive when its stdout or stderr can no longer be written; needs the standard library alone."""
 
 from __future__ import annotations
 
@@ -17,45 +17,43 @@ from bd3_scale.resilience.terminal import clean, tell
 _DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
 
-def hold_descriptors() -> None:
-    """Put /dev/null where stdin, stdout or stderr are closed: no file that is opened later may take their place."""
+def reserve_standard_descriptors() -> None:
+    """Open /dev/null where stdin, stdout or stderr are closed: a file opened later would get their descriptor."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
-def outlast(*names: Literal["stdout", "stderr"], log: Path | None = None, patience: float = 5.0) -> None:
-    """Make writing to these streams of this process no error, whoever reads them: what is said is no result.
+def survive_broken_streams(*names: Literal["stdout", "stderr"], log: Path | None = None, patience: float = 5.0) -> None:
+    """Make writes to these streams never fail: use it where the output is progress, not a result.
 
-    A stream that breaks (a pipe whose reader went away, a terminal that hung up, a full disk) goes on in `log`, which
-    says so, with what libraries and child processes write to it. Where nobody reads, as behind a terminal that was
-    stopped with Ctrl-S, what is said is left out after `patience` seconds, until somebody does. Called again, it
-    changes the log.
+    When a stream breaks (a pipe whose reader ended, a closed terminal, a full disk), its output goes to `log` instead,
+    with a note, and so does the output of libraries and child processes. When nobody reads, as in a terminal stopped
+    with Ctrl-S, output is dropped after `patience` seconds until somebody reads again. A second call changes the log.
     """
     for name in names:
         stream = getattr(sys, name)
         if (file := _file_behind(stream, name)) is None:
             continue
-        if isinstance(file, _Lasting):
+        if isinstance(file, _SurvivingFile):
             file.log = log
             continue
         with contextlib.suppress(OSError):
             stream.flush()
-        buffer = io.BufferedWriter(_Lasting(name, log, patience))
+        buffer = io.BufferedWriter(_SurvivingFile(name, log, patience))
         setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True))
 
 
 def rank_log(run: Path) -> Path:
-    """Return the file of a run directory in which the output of this rank, or of a launcher, goes on."""
+    """Return the file in a run directory that continues the output of this rank, or of a launcher."""
     return run / "logs" / f"rank{os.environ.get('RANK', '0')}.log"
 
 
 @contextmanager
-def results() -> Iterator[None]:
-    """Write results to stdout inside, which must arrive.
+def writing_results() -> Iterator[None]:
+    """Raise an OSError that names stdout if the results written inside the block do not arrive.
 
-    OSError, which names stdout: it cannot be written. What it held is then given up: else Python would try again at
-    its end, and end with a code of its own.
+    The buffer of stdout is then dropped: otherwise Python would flush it again at exit, fail, and exit with code 120.
     """
     try:
         yield
@@ -68,21 +66,21 @@ def results() -> Iterator[None]:
 
 
 def flush_results() -> None:
-    """Write out what stdout still holds, as `results` does."""
+    """Flush stdout; raises as `writing_results` does."""
     if sys.stdout is not None:
-        with results():
+        with writing_results():
             sys.stdout.flush()
 
 
 def _file_behind(stream: Any, name: str) -> io.FileIO | None:
-    """Return the file of a stream that is still this process's own, and not one that a caller put in its place."""
+    """Return the raw file of a stream if it is still this process's own one, None if a caller replaced the stream."""
     buffer = getattr(stream, "buffer", None)
-    file = getattr(buffer, "raw", buffer)  # PYTHONUNBUFFERED leaves the buffer out
+    file = getattr(buffer, "raw", buffer)  # with PYTHONUNBUFFERED there is no buffer between
     return file if isinstance(file, io.FileIO) and file.fileno() == _DESCRIPTORS[name] else None
 
 
-class _Lasting(io.FileIO):
-    """The file behind a standard stream that others may break."""
+class _SurvivingFile(io.FileIO):
+    """The file of a standard stream whose reader may go away or stop reading."""
 
     def __init__(self, name: str, log: Path | None, patience: float) -> None:
         super().__init__(_DESCRIPTORS[name], "w", closefd=False)
@@ -93,28 +91,28 @@ class _Lasting(io.FileIO):
         self._poll.register(self.fileno(), select.POLLOUT)
 
     def write(self, data: Any, /) -> int:
-        """Write a part of `data`, or all of it to nobody; returns the bytes that are done with."""
+        """Write a part of `data`, or drop all of it; return how many bytes are done with."""
         view = memoryview(data).cast("B")
-        if not self._takes_more():
+        if not self._is_ready():
             return len(view)
         try:
-            # No more than a pipe takes without waiting.
+            # A pipe that poll(2) reports ready takes at least PIPE_BUF bytes without blocking (pipe(7)).
             return super().write(view[: select.PIPE_BUF]) or len(view)
         except OSError as error:
             if self._broken:
                 return len(view)
             self._broken = True
-            self._go_on_in_log(error)
+            self._continue_in_log(error)
             return self.write(view)
 
-    def _takes_more(self) -> bool:
+    def _is_ready(self) -> bool:
         ready = bool(self._poll.poll(0 if self._stuck else 1000 * self._patience))
         if not ready and not self._stuck:
-            self._note("is not read by anybody: what is said meanwhile is left out")
+            self._note("has no reader: its output is dropped until somebody reads")
         self._stuck = not ready
         return ready
 
-    def _go_on_in_log(self, error: OSError) -> None:
+    def _continue_in_log(self, error: OSError) -> None:
         if self.log is None:
             return
         with contextlib.suppress(OSError):
@@ -122,10 +120,10 @@ class _Lasting(io.FileIO):
             descriptor = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             os.dup2(descriptor, self.fileno())
             os.close(descriptor)
-            self._note(f"is lost ({error.strerror}): what is said from here on is in {self.log}")
+            self._note(f"is lost ({error.strerror}): its output continues in {self.log}")
 
     def _note(self, what: str) -> None:
-        """Tell it in the log and on stderr, where that is another."""
+        """Write a note to the log, and to stderr unless that is the broken stream."""
         line = f"note: {self._stream} {what}"
         with contextlib.suppress(OSError):
             if self.log is not None:

@@ -1,4 +1,4 @@
-"""Reading files that others made: sizes are bounded before memory is, and what is wrong is told in one line."""
+"""Read files that others made: bound the size before memory is used, and report what is wrong in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import BinaryIO, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
-# Of a file that is held in memory whole, such as a configuration or a tokeniser; the largest of these have 40 MB.
+# For a file that is held in memory whole, such as a configuration or a tokeniser; the largest known ones have 40 MB.
 LIMIT_BYTES = 1 << 27
 
 P = ParamSpec("P")
@@ -23,37 +23,37 @@ _OURS = f"{__name__.partition('.')[0]}."
 
 
 def read_regular(path: Path, limit: int = LIMIT_BYTES) -> bytes:
-    """Return the bytes of a regular file, of at most `limit`.
+    """Return the bytes of a regular file.
 
     Raises:
-        ValueError: it is a FIFO, a device or a socket, which might never end, or it is larger. OSError: it is missing,
-        a folder, or cannot be read.
+        ValueError: the file is a FIFO, a device or a socket, which might never end, or has more than `limit` bytes.
+        OSError: it is missing, a folder, or not readable.
     """
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"{path} is larger than {limit / 2**20:g} MiB, which no such file should be")
+        raise ValueError(f"{path} is larger than {limit / 2**20:g} MiB, the limit for such a file: check what it is")
     return data
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raises as `read_regular` does, but for the size."""
-    # Without O_NONBLOCK the opening of a FIFO waits for somebody who writes.
+    """Open a regular file for reading. Raises as `read_regular` does, except for the size."""
+    # Without O_NONBLOCK, opening a FIFO blocks until a writer comes.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise ValueError(f"{path} is no regular file (a pipe, a device or a socket): give a file")
+        raise ValueError(f"{path} is not a regular file (a pipe, a device or a socket): give a file")
     return file
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether an error is a panic of a library in Rust, which is no Exception."""
+    """Return whether an error is a panic of a Rust library (PyO3), which derives from BaseException alone."""
     return type(error).__name__ == "PanicException"
 
 
 @contextmanager
-def panics_told(what: str) -> Iterator[None]:
-    """Turn a panic of a library in Rust inside the block into a ValueError that begins with `what`."""
+def panics_as_value_errors(what: str) -> Iterator[None]:
+    """Turn a panic of a Rust library inside the block into a ValueError whose message begins with `what`."""
     try:
         yield
     except BaseException as error:
@@ -63,15 +63,14 @@ def panics_told(what: str) -> Iterator[None]:
 
 
 def reader(what: str, path: str = "path") -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Mark a function that reads a file or folder of others as `what`: it raises ValueError or OSError alone.
+    """Mark a function that reads a foreign file or folder: it then raises ValueError or OSError and nothing else.
 
-    Every other error of the function becomes a ValueError of one line that names the file; so does a ValueError that
-    does not name it, such as json's and pydantic's. Errors of this package's own classes stay, and so does an
-    AssertionError, which is a fault of ours.
-
+    Any other error becomes a ValueError of one line that names the file. So does a ValueError that does not name it,
+    such as those of json and pydantic. Errors of this package's own classes pass unchanged, and so does an
+    AssertionError, which is a bug of this package.
     Args:
-        what: such as "a recipe".
-        path: the parameter that holds the file or folder.
+        what: what the file should be, such as "a recipe".
+        path: the name of the parameter that holds the file or folder.
     """
 
     def mark(function: Callable[P, T]) -> Callable[P, T]:
@@ -86,10 +85,10 @@ def reader(what: str, path: str = "path") -> Callable[[Callable[P, T]], Callable
             except BaseException as error:
                 if not (isinstance(error, Exception) or is_panic(error)) or type(error).__module__.startswith(_OURS):
                     raise
-                place = str(signature.bind(*args, **kwargs).arguments.get(path, "it"))
-                if isinstance(error, ValueError) and not isinstance(error, ValidationError) and place in str(error):
+                name = str(signature.bind(*args, **kwargs).arguments.get(path, "it"))
+                if isinstance(error, ValueError) and not isinstance(error, ValidationError) and name in str(error):
                     raise
-                raise ValueError(f"{place} cannot be read as {what}: {in_one_line(error)}") from error
+                raise ValueError(f"{name} cannot be read as {what}: {in_one_line(error)}") from error
 
         return read
 
@@ -97,15 +96,17 @@ def reader(what: str, path: str = "path") -> Callable[[Callable[P, T]], Callable
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return what an error says, of pydantic's pages the first place and rule, and how many more there are."""
+    """Return the message of an error in one line; of several pydantic errors, the first one and how many more."""
     if isinstance(error, ValidationError):
         details = error.errors(include_url=False, include_context=False, include_input=False)
         more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-        place = ".".join(map(str, details[0]["loc"]))
-        return f"{place}: {details[0]['msg']}{more}" if place else f"{details[0]['msg']}{more}"
+        key = ".".join(map(str, details[0]["loc"]))
+        return f"{key}: {details[0]['msg']}{more}" if key else f"{details[0]['msg']}{more}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, MemoryError):
-        return "it needs more memory than there is"
-    said = " ".join(str(error).split())[:300]
-    return said if isinstance(error, ValueError) and said else f"{type(error).__name__}{': ' if said else ''}{said}"
+        return "it needs more memory than is available"
+    message = " ".join(str(error).split())[:300]
+    if isinstance(error, ValueError) and message:
+        return message
+    return f"{type(error).__name__}{': ' if message else ''}{message}"

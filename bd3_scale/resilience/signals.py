@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop at the next step."""
+"""Turn signals into a request to stop at the next step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGINT ends the process at once inside, as SIGTERM does: Python's own handler waits until C++ code returns."""
+def interrupt_ends_process() -> Iterator[None]:
+    """Let SIGINT end the process at once inside the block: Python's own handler waits until C++ code returns."""
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -25,16 +25,15 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *(() if ignores_hangup else (signal.SIGHUP,)))
 
 
-class StopAskedError(BaseException):
-    """A signal asks to stop, in a wait that it ends. No Exception: what is tried again is tried after those."""
+class StopRequestedError(BaseException):
+    """A signal ended a wait. Not an Exception, because retries catch those and would start the wait again."""
 
 
 class StopRequest:
-    """Notes `stop_signals`, of SIGINT a first one, instead of dying of them; a second SIGINT raises KeyboardInterrupt.
+    """Notes `stop_signals` instead of dying of them; a second SIGINT raises KeyboardInterrupt.
 
-    A context manager for the main thread, which puts the former handlers back at its end. `signal` is the first one
-    that came, or None; nothing comes before it is entered. SLURM warns of the time limit with SIGUSR1 or SIGTERM, as
-    the job asks.
+    A context manager for the main thread; it restores the former handlers at the end. `signal` is the first signal
+    that came, or None. SLURM announces the time limit with SIGUSR1 or SIGTERM, as the job script requests.
     """
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in stop_signals():
             self._previous[number] = signal.signal(number, self._note)
-        # Blocked by a launcher that holds them back until now; see `launch.supervise`.
+        # A launcher blocks these signals in its children until they can handle them; see `launch.supervise`.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._previous)
         return self
 
@@ -56,12 +55,15 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @contextmanager
-    def ends_wait(self) -> Iterator[None]:
-        """Raise StopAskedError where a signal comes inside, or came before: for the main thread's waits for others."""
+    def interrupts_wait(self) -> Iterator[None]:
+        """Raise StopRequestedError if a signal comes inside the block, or came before it.
+
+        For the main thread, where it waits for another process: without the error the wait would go on.
+        """
         self._waits = True
         try:
             if self.signal is not None:
-                raise StopAskedError
+                raise StopRequestedError
             yield
         finally:
             self._waits = False
@@ -72,6 +74,6 @@ class StopRequest:
         self._interrupted |= number == signal.SIGINT
         self.signal = self.signal or signal.Signals(number)
         if self._waits:
-            # Once: the next one may come while this one is handled.
+            # Only once: a second signal may come while the first error is handled.
             self._waits = False
-            raise StopAskedError
+            raise StopRequestedError

@@ -1,4 +1,4 @@
-"""Text of others on its way to a terminal, with the standard library alone."""
+"""Make foreign text safe to print on a terminal; needs the standard library alone."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ import traceback
 import warnings
 from types import TracebackType
 
-# What moves the cursor, sets colours and titles, answers as if typed, or turns the order of letters around: controls
-# but newline and tab, overrides of direction, separators of lines; half characters, which no encoding can write.
+# Characters that move the cursor, set colours or titles, make the terminal answer, or reverse the order of letters:
+# control characters except newline and tab, line separators, bidirectional overrides; and surrogates, which no encoding
+# can write.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
-    r"""Return `text` with control characters as escapes that can be read, such as `\x1b`; newline and tab stay."""
-    return _UNSAFE.sub(lambda found: ascii(found.group())[1:-1], text)
+    r"""Return `text` with control characters as visible escapes such as `\x1b`; newline and tab stay."""
+    return _UNSAFE.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 def tell(text: str) -> None:
-    """Print a line to stderr, cleaned. A stderr that cannot be written is nobody's error: the line is lost."""
+    """Print a line to stderr, cleaned. If stderr cannot be written, the line is lost without an error."""
     with contextlib.suppress(OSError):
         print(clean(text), file=sys.stderr, flush=True)
 
 
 def clean_diagnostics() -> None:
-    """Clean what Python itself prints to stderr from here on: log records, warnings, the traceback of an error."""
+    """Clean what Python itself prints to stderr from now on: log records, warnings, tracebacks."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_CleanFormatter())
     warnings.formatwarning = _clean_warning

@@ -12,7 +12,7 @@ from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.limits import check_limits
-from bd3_scale.resilience.output import outlast, rank_log
+from bd3_scale.resilience.output import rank_log, survive_broken_streams
 from bd3_scale.resilience.terminal import clean_diagnostics, tell
 
 if __name__ == "__main__":
@@ -25,7 +25,7 @@ if __name__ == "__main__":
         recipe = load_recipe(Path(arguments[0]), arguments[1:])
         if step is None:
             # Before libraries are imported, which keep the streams of then.
-            outlast("stdout", "stderr", log=rank_log(recipe.run_path))
+            survive_broken_streams("stdout", "stderr", log=rank_log(recipe.run_path))
         import_plugins(recipe.plugins)
     except ValueError as error:
         tell(f"error: {error}")

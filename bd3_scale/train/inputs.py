@@ -18,7 +18,7 @@ from bd3_scale.objective import Objective, StepKeys
 from bd3_scale.parallel.groups import ProcessGroups, local_device
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
-from bd3_scale.resilience.signals import StopAskedError, StopRequest
+from bd3_scale.resilience.signals import StopRequest, StopRequestedError
 from bd3_scale.train.state import TrainState
 
 
@@ -44,10 +44,10 @@ def _by_source(inputs: ModelInputs, batch: Batch, source_keys: Tensor) -> ModelI
 
 def waited_for(batches: Iterator[Batch], heartbeat: Heartbeat, stop: StopRequest | None = None) -> Iterator[Batch]:
     """Yield `batches`; while this rank waits for one, its heartbeat says so, and a signal to `stop` ends the wait with
-    StopAskedError: it may be as long as a remote is away.
+    StopRequestedError: it may be as long as a remote is away.
     """
     while True:
-        with heartbeat.during("data"), nullcontext() if stop is None else stop.ends_wait():
+        with heartbeat.during("data"), nullcontext() if stop is None else stop.interrupts_wait():
             batch = next(batches, None)
         if batch is None:
             return
@@ -83,7 +83,7 @@ class InputsAhead:
             return
         try:
             self._ahead = self._next_made()
-        except StopAskedError:
+        except StopRequestedError:
             self.given_up = True
         except Exception as error:  # noqa: BLE001 - raised again by `take`
             self._ahead = error

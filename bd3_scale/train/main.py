@@ -21,7 +21,7 @@ from bd3_scale.parallel.groups import is_left_open
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.resilience.leftovers import private_folder, temporary_folder
-from bd3_scale.resilience.limits import exhausted
+from bd3_scale.resilience.limits import exhausted_limit
 from bd3_scale.resilience.output import flush_results
 from bd3_scale.resilience.terminal import tell
 from bd3_scale.train.loop import train
@@ -54,7 +54,7 @@ def main_of_replay(recipe: Recipe, step: int) -> None:
 
 @contextmanager
 def own_temporary_files() -> Iterator[None]:
-    """Inside, the temporary folder of this process and of those it starts is one that goes with it (see `own_folder`).
+    """Give this process and its children a temporary folder of their own that is removed with it, see `locked_folder`.
 
     Weights & Biases and PyTorch leave theirs behind where a run is killed. What torch.compile made for a GPU stays for
     the next run, in a folder that nobody else can write: it is code that runs.
@@ -104,7 +104,7 @@ def _errors_for_people() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = exhausted(error)
+        told = exhausted_limit(error)
         if os.environ.get("BD3_DEBUG") or not (told or isinstance(error, (ValueError, OSError, FloatingPointError))):
             raise
         tell(f"error: {told or error}")

@@ -36,11 +36,11 @@ from bd3_scale.parallel.groups import ProcessGroups, group_of_pipeline, local_de
 from bd3_scale.recipe.checks import check_against_data
 from bd3_scale.recipe.load import recipe_hash, resolved_yaml
 from bd3_scale.recipe.schema import Recipe
-from bd3_scale.resilience.files import check_writable, remove_aside, write_atomically
+from bd3_scale.resilience.files import check_writable, remove_partial_files, write_atomically
 from bd3_scale.resilience.heartbeat import Heartbeat
 from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.secret import SECRET_FILE
-from bd3_scale.resilience.signals import StopRequest, ended_by_signals
+from bd3_scale.resilience.signals import StopRequest, interrupt_ends_process
 from bd3_scale.resilience.terminal import tell
 from bd3_scale.train.inputs import InputsAhead, waited_for
 from bd3_scale.train.resume import DATA_FILE, Start
@@ -112,7 +112,7 @@ def open_run(recipe: Recipe, stack: ExitStack, heartbeat: Heartbeat) -> Run:
     # Nothing could be saved before ranks have met, and while they wait for each other they hear no handler.
     secret = recipe.run_path / SECRET_FILE
     patience = recipe.data.retry_minutes if recipe.data.remotes else 0
-    with ended_by_signals():
+    with interrupt_ends_process():
         groups = stack.enter_context(
             process_groups(recipe.parallel, agree=_agreed(recipe), secret_file=secret, data_minutes=patience)
         )
@@ -195,7 +195,7 @@ def lock_run_directory(run: Run, stack: ExitStack) -> None:
     stack.enter_context(lock_run(run.folder))
     run.checkpoints.mkdir(exist_ok=True)
     remove_partial(run.checkpoints)
-    remove_aside(run.folder)
+    remove_partial_files(run.folder)
 
 
 def describe_run(run: Run, start: Start | None) -> None:

@@ -16,7 +16,7 @@ from bd3_scale.data.batch import Batch, collate
 from bd3_scale.data.pipeline import PipelineBatches
 from bd3_scale.parallel.groups import group_of_pipeline, process_groups
 from bd3_scale.recipe.schema import ParallelRecipe
-from bd3_scale.resilience.signals import StopAskedError
+from bd3_scale.resilience.signals import StopRequestedError
 
 STAGES = 3
 
@@ -92,7 +92,7 @@ def check_errors(pipeline: PipelineBatches) -> None:
         (FileNotFoundError("s3://corpus/x is not there"), OSError, "s3://corpus/x is not there"),
         (OSError(errno.ENOENT, "No such file", "x.mds"), FileNotFoundError, "x.mds"),
         (ConnectionError("nothing has come for 30 minutes"), ConnectionError, "30 minutes"),
-        (StopAskedError(), StopAskedError, ""),
+        (StopRequestedError(), StopRequestedError, ""),
     ):
         batches = shared(pipeline, failing(error))
         check_same(next(batches), batch(7))

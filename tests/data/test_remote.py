@@ -19,7 +19,7 @@ from bd3_scale.data.stored import StoredData, stored_data
 from bd3_scale.data.stream import TrainingStream
 from bd3_scale.data.verify import problems
 from bd3_scale.recipe.schema import DataRecipe
-from bd3_scale.resilience.signals import StopAskedError
+from bd3_scale.resilience.signals import StopRequestedError
 from tests.data.documents import SEQ_LEN, steps_per_epoch
 from tests.support import s3
 
@@ -99,9 +99,9 @@ def test_what_ends_a_wait_is_not_tried_again() -> None:
 
     def asked_to_stop() -> None:
         tries.append(1)
-        raise StopAskedError
+        raise StopRequestedError
 
-    with pytest.raises(StopAskedError):
+    with pytest.raises(StopRequestedError):
         remote.patiently(asked_to_stop, "s3://corpus/data", 0.05)
     assert len(tries) == 1
 

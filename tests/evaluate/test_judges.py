@@ -88,7 +88,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]
         ),
         (unknown_tokenizer, "code that a folder brings is not run: .*Odd"),
         (own_generation, None),
-        (a_pipe, "special_tokens_map.json is no regular file"),
+        (a_pipe, "special_tokens_map.json is not a regular file"),
         (a_setting_that_names_a_pipe, None),
         (pickled_weights, "it has pytorch_model.bin: save it again with safe_serialization=True"),
     ],

@@ -347,7 +347,7 @@ OPENERS = {
     },
     "what is no such file is told apart": {"data.files._saved_names"},
     "how remote files are opened": {"data.remote_files.RemoteFile.open"},
-    "what the system says of this process": {"resilience.limits.room_for"},
+    "what the system says of this process": {"resilience.limits.limited_memory"},
     "the bytes alone count, which are compared with a hash": {
         *("resilience.files.file_hash", "data.shards.Shards._is_damaged"),
         *("data.shard_files._as_indexed", "data.shards._sample_bytes"),
@@ -374,7 +374,7 @@ OPENERS = {
         *("resilience.files.Lines.__init__", "resilience.files.sync", "resilience.leftovers._make"),
         *("resilience.leftovers._remove_if_left", "resilience.leftovers._spared_by_cleaners"),
         *(
-            "resilience.output.hold_descriptors",
+            "resilience.output.reserve_standard_descriptors",
             "resilience.output.results",
             "resilience.output._Lasting._go_on_in_log",
         ),

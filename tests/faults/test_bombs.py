@@ -161,7 +161,7 @@ def test_the_limit_of_a_document_is_raised_by_an_option(tmp_path):
         ('a: !!int "' + "1:" * 100_000 + '1"', "tags are not read"),
         ("a: !!timestamp x", "tags are not read"),
         ("1: 2", "a key is no text"),
-        ("extends: /dev/zero", "no regular file"),
+        ("extends: /dev/zero", "not a regular file"),
     ],
 )
 def test_recipes(text, words, tmp_path):

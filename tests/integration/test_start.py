@@ -66,7 +66,7 @@ from datetime import timedelta
 from pathlib import Path
 
 def raises():
-    while not Path(os.environ["BD3_SCALE_MEETING"], "ranks").exists():
+    while not Path(os.environ["BD3_SCALE_RENDEZVOUS"], "ranks").exists():
         time.sleep(0.05)
     died.touch()
     raise RuntimeError("the accelerator of this rank is gone")

@@ -80,7 +80,7 @@ def test_ranks_get_the_environment_that_torchrun_documents_and_a_private_folder_
 import json, os
 names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"]
 mine = {{name: int(os.environ[name]) for name in names}}
-mine["mode"] = oct(os.stat(os.environ["BD3_SCALE_MEETING"]).st_mode & 0o777)
+mine["mode"] = oct(os.stat(os.environ["BD3_SCALE_RENDEZVOUS"]).st_mode & 0o777)
 mine["interfaces"] = [os.environ[kind + "_SOCKET_IFNAME"] for kind in ("GLOO", "NCCL")]
 open({str(tmp_path / "met")!r} + os.environ["RANK"], "w").write(json.dumps(mine))
 assert "MASTER_PORT" not in os.environ
@@ -125,7 +125,7 @@ time.sleep(60)
 def test_the_rank_that_failed_first_is_blamed_not_the_one_that_lost_its_peer(tmp_path: Path) -> None:
     program = """
 import os, socket, sys, time
-address = os.path.join(os.environ["BD3_SCALE_MEETING"], "socket")
+address = os.path.join(os.environ["BD3_SCALE_RENDEZVOUS"], "socket")
 if os.environ["RANK"] == "0":
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)

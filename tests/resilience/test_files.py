@@ -1,4 +1,4 @@
-"""Writes that fail half-way, readers beside writers, and folders that cannot take a file."""
+"""Test writes that fail half-way, readers during writes, and folders that are not writable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.resilience.files import Lines, check_writable, remove_aside, write_atomically
+from bd3_scale.resilience.files import Lines, check_writable, remove_partial_files, write_atomically
 
 
 @pytest.mark.parametrize(("data", "stored"), [("p̂ = 1\n", "p̂ = 1\n".encode()), (b"\x00\xff", b"\x00\xff")])
@@ -100,7 +100,7 @@ def test_a_folder_without_write_permission(tmp_path: Path) -> None:
 
 
 def test_lines_wait_on_a_full_disk(tmp_path, caplog):
-    """The file-size limit of the process stands in for it: the kernel fails the write half-way through a line."""
+    """Check it with the file-size limit of the process: like a full disk, it fails a write half-way through a line."""
     path = tmp_path / "lines"
     lines = Lines(path)
     lines.write("first")
@@ -114,7 +114,10 @@ def test_lines_wait_on_a_full_disk(tmp_path, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_text() == "first\nseco"
-    assert caplog.text.count("cannot be written: [Errno 27] File too large; its lines wait until it can") == 1
+    assert (
+        caplog.text.count("cannot be written: [Errno 27] File too large; its lines are kept in memory until it can")
+        == 1
+    )
     lines.write("fourth")
     assert path.read_text() == "first\nsecond\nthird\nfourth\n"
     lines.close()
@@ -123,6 +126,6 @@ def test_lines_wait_on_a_full_disk(tmp_path, caplog):
 def test_what_a_killed_write_left_aside_is_removed_and_nothing_else(tmp_path):
     for name in (".latest.0123abcd", ".recipe.yaml.89abcdef", ".lock", "step-00000001", ".hidden", "x.0123abcd"):
         (tmp_path / name).touch()
-    remove_aside(tmp_path)
+    remove_partial_files(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-00000001", ".hidden", "x.0123abcd"}
-    remove_aside(tmp_path / "nowhere")
+    remove_partial_files(tmp_path / "nowhere")

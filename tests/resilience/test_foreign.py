@@ -1,4 +1,4 @@
-"""Files of a stranger's folder, and settings of a stranger's configuration."""
+"""Test that files and settings of foreign model folders are read safely."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.resilience.foreign import file_in, for_transformers, object_in, settings_of, weight_files
+from bd3_scale.resilience.foreign import file_in, for_transformers, object_in, safe_settings, weight_files
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def refused(words: str, *errors: type[Exception]) -> Iterator[None]:
-    """In one line that has the words, and at once."""
+    """Expect an error in one line with these words, at once."""
     began = time.monotonic()
     with pytest.raises(errors or ValueError, match=words) as caught:
         yield
@@ -32,7 +32,7 @@ def refused(words: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def snapshot(cache: Path, name: str, content: str) -> Path:
-    """A folder as the Hugging Face cache has one, where each file is a link to a blob."""
+    """Make a folder of the Hugging Face cache, where each file is a link to a blob."""
     made = cache / "models--org--name" / "snapshots" / "0123"
     made.mkdir(parents=True)
     (cache / "models--org--name" / "blobs").mkdir()
@@ -66,19 +66,19 @@ def test_what_only_looks_like_a_cache_leads_nowhere_else(tmp_path: Path) -> None
     (blobs / "abcd").unlink()
     blobs.rmdir()
     blobs.symlink_to(tmp_path / "home", target_is_directory=True)
-    with refused("leads out of its folder, to .*/home/abcd"):
+    with refused("is a link out of its folder, to .*/home/abcd"):
         object_in(made, "config.json")
     (made / "other.json").symlink_to("../../../models--org--other/blobs/x")
     (tmp_path / "models--org--other" / "blobs").mkdir(parents=True)
     (tmp_path / "models--org--other" / "blobs" / "x").write_text("{}")
-    with refused("leads out of its folder"):
+    with refused("is a link out of its folder"):
         object_in(made, "other.json")
 
 
 @pytest.mark.parametrize("target", ["../secret", "/etc/passwd", "/dev/zero", "..", "/proc/self/mem"])
 def test_a_link_that_leaves_the_folder_is_refused(target: str, folder: Path) -> None:
     (folder / "config.json").symlink_to(target)
-    with refused(r"config\.json leads out of its folder, to /.*: put the file itself in its place"):
+    with refused(r"config\.json is a link out of its folder, to /.*: put the file itself there"):
         object_in(folder, "config.json")
 
 
@@ -87,13 +87,13 @@ def test_what_is_no_file_is_refused_and_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / "b.json")
     (folder / "c.json").symlink_to("b.json")
     for name in ("a.json", "b.json", "c.json"):
-        with refused(f"{name} is no regular file"):
+        with refused(f"{name} is not a regular file"):
             object_in(folder, name)
     (folder / "d.json").symlink_to("e.json")
     (folder / "e.json").symlink_to("d.json")
     (folder / "f.json").symlink_to("nowhere")
     for name in ("d.json", "e.json", "f.json"):
-        with refused(f"{name} is a link that leads nowhere"):
+        with refused(f"{name} is a broken link"):
             object_in(folder, name)
 
 
@@ -101,17 +101,17 @@ def test_weights_are_files_of_the_folder(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     for name in ("../secret", "/etc/passwd", "a/b", "..", "", "../a.safetensors", "pytorch_model.bin", 3, None):
         index.write_text(json.dumps({"weight_map": {"w": name}}))
-        with refused("must hold a `weight_map` from tensors to files beside it"):
+        with refused("must hold a `weight_map` from tensor names to"):
             weight_files(folder)
     index.write_text(json.dumps({"weight_map": {"w": "part.safetensors"}}))
     with refused("lacks part.safetensors", FileNotFoundError):
         weight_files(folder)
     (folder / "part.safetensors").symlink_to("../secret")
-    with refused("part.safetensors leads out of its folder"):
+    with refused("part.safetensors is a link out of its folder"):
         weight_files(folder)
     index.unlink()
     (folder / "model.safetensors").symlink_to("../secret")
-    with refused("model.safetensors leads out of its folder"):
+    with refused("model.safetensors is a link out of its folder"):
         weight_files(folder)
 
 
@@ -141,7 +141,7 @@ def test_settings_that_name_code_or_a_file_do_not_go_on() -> None:
         "pad_token": {"content": "<pad>", "auto_map": code},
         "quantization_config": {"bits": 4, "quant_method": "odd"},
     }
-    assert settings_of({**dropped, **kept}) == kept
+    assert safe_settings({**dropped, **kept}) == kept
 
 
 def test_transformers_is_shown_what_is_known_of_a_folder_alone(folder: Path) -> None:
@@ -160,5 +160,5 @@ def test_transformers_is_shown_what_is_known_of_a_folder_alone(folder: Path) -> 
         assert (known / "tokenizer.json").read_text() == "{}"
     assert not known.exists()
     (folder / "special_tokens_map.json").symlink_to("../secret")
-    with refused("special_tokens_map.json leads out of its folder"), for_transformers(folder):
+    with refused("special_tokens_map.json is a link out of its folder"), for_transformers(folder):
         pass

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bd3_scale.resilience.files import new_folder
-from bd3_scale.resilience.leftovers import own_folder, private_folder, try_lock
+from bd3_scale.resilience.leftovers import locked_folder, private_folder, try_lock
 
 STRANGER = 65534
 PREFIX = "work-"
@@ -25,7 +25,7 @@ def content(parent: Path) -> set[str]:
 
 @contextmanager
 def in_fork(action: Callable[[], None]) -> Iterator[int]:
-    """A process that runs `action` and then waits; it is there when `action` has run."""
+    """Run `action` in a child process that then waits; yield its pid when `action` has run."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -48,7 +48,7 @@ ENTERED: list[AbstractContextManager[Path]] = []
 
 
 def enter(folder: AbstractContextManager[Path]) -> Path:
-    """Begin a block that does not end."""
+    """Enter a block that is never left."""
     ENTERED.append(folder)
     return folder.__enter__()
 
@@ -63,7 +63,7 @@ def kill(pid: int) -> None:
 
 def hold(parent: Path) -> Callable[[], None]:
     def action() -> None:
-        folder = enter(own_folder(parent, PREFIX))
+        folder = enter(locked_folder(parent, PREFIX))
         (folder / "deep").mkdir()
         (folder / "deep" / "file").write_text("x")
 
@@ -71,7 +71,7 @@ def hold(parent: Path) -> Callable[[], None]:
 
 
 def test_a_folder_of_one_s_own_is_private_and_goes_with_the_block(tmp_path: Path) -> None:
-    with own_folder(tmp_path, PREFIX) as folder:
+    with locked_folder(tmp_path, PREFIX) as folder:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert content(tmp_path) == {folder.name, f"{folder.name}.lock"}
         # Locked, it is none that systemd-tmpfiles removes when it has been there for days.
@@ -85,19 +85,19 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_uses_stays(tmp_pa
     with in_fork(hold(tmp_path)) as killed, in_fork(hold(tmp_path)):
         assert len(content(tmp_path)) == 4
         kill(killed)
-        with own_folder(tmp_path, PREFIX) as mine:
+        with locked_folder(tmp_path, PREFIX) as mine:
             (living,) = {path for path in tmp_path.glob("*[0-9a-f]") if path != mine}
             assert (living / "deep" / "file").read_text() == "x"
         assert content(tmp_path) == {living.name, f"{living.name}.lock"}
-    with own_folder(tmp_path, "other-"):
+    with locked_folder(tmp_path, "other-"):
         assert living.exists()  # of another kind
-    with own_folder(tmp_path, PREFIX):
+    with locked_folder(tmp_path, PREFIX):
         pass
     assert content(tmp_path) == set()
 
 
 def test_a_folder_lives_as_long_as_a_child_that_shares_it(tmp_path: Path) -> None:
-    """As loader workers do for a moment after their rank was killed."""
+    """Check it for a child that outlives its parent, as loader workers outlive a killed rank for a moment."""
     pid_file = tmp_path / "child"
     folders = tmp_path / "folders"
     folders.mkdir()
@@ -112,7 +112,7 @@ def test_a_folder_lives_as_long_as_a_child_that_shares_it(tmp_path: Path) -> Non
     with in_fork(action) as parent:
         kill(parent)
         before = content(folders)
-        with own_folder(folders, PREFIX):
+        with locked_folder(folders, PREFIX):
             assert content(folders) > before
     os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
@@ -147,7 +147,7 @@ def test_entries_that_are_no_files_and_links_neither_stop_it_nor_lead_it_elsewhe
     (parent / "work-00000007").mkdir()
     (parent / "work-00000007" / "link").symlink_to(precious)
     before = content(parent)
-    with time_limit(10), own_folder(parent, PREFIX) as folder:
+    with time_limit(10), locked_folder(parent, PREFIX) as folder:
         assert folder.is_dir()
     assert before - content(parent) == {"work-00000007", "work-00000007.lock"}
     assert (precious / "thesis").read_text() == "x"
@@ -165,7 +165,7 @@ def test_nothing_of_another_user_is_opened_or_removed(tmp_path: Path) -> None:
     for name in ("work-00000001.lock", "work-00000001", "work-00000002"):
         os.chown(parent / name, STRANGER, STRANGER)
     before = content(parent)
-    with own_folder(parent, PREFIX):
+    with locked_folder(parent, PREFIX):
         pass
     assert content(parent) == before
 

@@ -12,7 +12,7 @@ import torch
 
 from bd3_scale.launch.supervise import PERSON_MUST_MEND
 from bd3_scale.recipe.schema import Recipe
-from bd3_scale.resilience.limits import check_limits, exhausted
+from bd3_scale.resilience.limits import check_limits, exhausted_limit
 from bd3_scale.train import main
 from tests.support.recipes import tiny_recipe
 
@@ -21,17 +21,17 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def in_fork(limit: int, soft: int, hard: int, action: Callable[[], str | None]) -> str:
-    """What `action` returns, or the ValueError that it raises says, in a process with this limit."""
+    """Return what `action` returns, or the message of its ValueError, in a process with this limit."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             resource.setrlimit(limit, (soft, hard))
             try:
-                said = action()
+                result = action()
             except ValueError as error:
-                said = str(error)
-            os.write(writer, str(said).encode())
+                result = str(error)
+            os.write(writer, str(result).encode())
         finally:
             os._exit(0)
     os.close(writer)
@@ -64,35 +64,37 @@ def test_an_error_that_comes_from_a_limit_names_it() -> None:
         except OSError as error:
             for file in files:
                 os.close(file)
-            return exhausted(error)
+            return exhausted_limit(error)
 
     def allocate() -> str | None:
         try:
             return str(len(bytearray(4 << 40)))
         except MemoryError as error:
-            return exhausted(error)
+            return exhausted_limit(error)
 
     assert "100 files open (ulimit -n)" in in_fork(FILES, 100, 100, open_all)
     assert "(ulimit -v)" in in_fork(MEMORY, 1 << 40, 1 << 40, allocate)
     gloo = RuntimeError("[enforce fail at loop.cc:105] fd_ != -1. -1 vs -1. epoll_create: Too many open files")
-    assert "files open (ulimit -n)" in str(exhausted(gloo))
+    assert "files open (ulimit -n)" in str(exhausted_limit(gloo))
 
 
 def test_a_full_gpu_says_what_was_asked_for_and_what_to_change() -> None:
-    """Words of PyTorch 2.13."""
+    """Check it with the message of PyTorch 2.13."""
     words = (
         "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.20 GiB is "
         "free. Including non-PyTorch memory, this process has 77.90 GiB memory in use."
     )
-    told = str(exhausted(torch.OutOfMemoryError(words)))
-    assert told.startswith(
-        "the GPU is out of memory of 79.10 GiB when 2.50 GiB are asked for: set train.recompute=full"
+    message = str(exhausted_limit(torch.OutOfMemoryError(words)))
+    assert message.startswith(
+        "the GPU is out of memory of 79.10 GiB when 2.50 GiB are requested: set train.recompute=full"
     )
-    assert str(exhausted(torch.OutOfMemoryError("no room"))).startswith("the GPU is out of memory: set train.recompute")
+    assert str(exhausted_limit(torch.OutOfMemoryError("no room"))).startswith(
+        "the GPU is out of memory: set train.recompute"
+    )
 
 
 def test_a_rank_without_room_on_its_gpu_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Exit code 2: a person must mend something, and no supervisor starts it anew."""
+    """Check for exit code 2: a person must fix something, and no supervisor restarts the run."""
 
     def train(recipe: object, heartbeat: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
@@ -106,7 +108,7 @@ def test_a_rank_without_room_on_its_gpu_is_not_tried_again(monkeypatch: pytest.M
 
 def test_other_errors_come_from_no_limit() -> None:
     for error in (ValueError("seed=x"), FileNotFoundError(2, "No such file"), MemoryError(), RuntimeError("mat1 and")):
-        assert exhausted(error) is None
+        assert exhausted_limit(error) is None
 
 
 @pytest.mark.parametrize(("limit", "named"), [("-n 64", "(ulimit -n)"), ("-v 2000000", "(ulimit -v)")])

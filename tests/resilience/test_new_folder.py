@@ -37,7 +37,7 @@ def test_a_folder_that_somebody_else_made_in_the_meantime_is_kept(tmp_path: Path
             out.mkdir()
             (out / "theirs").touch()
 
-    with pytest.raises(FileExistsError, match="by somebody else in the meantime"):
+    with pytest.raises(FileExistsError, match="by another process meanwhile"):
         both_make_it()
     assert list(tmp_path.rglob("*")) == [out, out / "theirs"]
 

@@ -1,4 +1,4 @@
-"""Streams that break, for real: readers that go away, full disks, terminals that hang up or are stopped."""
+"""Test real broken streams: readers that go away, full disks, terminals that hang up or are stopped."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.launch
 SPEAKER = """
 import ctypes, subprocess, sys
 from pathlib import Path
-from bd3_scale.resilience.output import outlast
-outlast("stdout", "stderr", log=Path(sys.argv[1]), patience=0.2)
+from bd3_scale.resilience.output import survive_broken_streams
+survive_broken_streams("stdout", "stderr", log=Path(sys.argv[1]), patience=0.2)
 for number in range(3):
     print("line", number)
     print("error", number, file=sys.stderr)
@@ -45,7 +45,7 @@ def test_a_reader_that_went_away_ends_nothing_and_the_log_has_the_rest(
     log = tmp_path / "logs/rank0.log"
     with (tmp_path / "stderr").open("w") as stderr:
         assert speak(log, stdout=write, stderr=stderr) == 0
-    note = f"note: stdout is lost (Broken pipe): what is said from here on is in {log}\n"
+    note = f"note: stdout is lost (Broken pipe): its output continues in {log}\n"
     assert log.read_text() == f"{note}line 0\nline 1\nline 2\nfrom C\nfrom a child\nthe end"
     assert (tmp_path / "stderr").read_text() == f"{note}error 0\nerror 1\nerror 2\n"
 
@@ -68,9 +68,9 @@ def test_closed_streams_are_no_error_and_no_file_takes_their_place(tmp_path: Pat
     program = """
 import os, sys
 from pathlib import Path
-from bd3_scale.resilience.output import hold_descriptors, outlast
-hold_descriptors()
-outlast("stdout", "stderr", log=Path(sys.argv[1]))
+from bd3_scale.resilience.output import reserve_standard_descriptors, survive_broken_streams
+reserve_standard_descriptors()
+survive_broken_streams("stdout", "stderr", log=Path(sys.argv[1]))
 with Path(sys.argv[1]).open("w") as file:
     assert file.fileno() > 2
     os.write(1, b"by C")
@@ -86,7 +86,7 @@ def test_a_terminal_that_is_stopped_holds_nobody_up(tmp_path: Path) -> None:
     os.write(outer, b"\x13")  # Ctrl-S
     program, _, _ = SPEAKER.partition("libc = ")
     assert speak(tmp_path / "log", program, stdout=inner, stderr=inner) == 0
-    assert (tmp_path / "log").read_text().count("stdout is not read by anybody") == 1
+    assert (tmp_path / "log").read_text().count("stdout has no reader") == 1
     os.close(inner)
     os.close(outer)
 
@@ -95,8 +95,8 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up_and_gets_what_is_said_once_it_
     program = """
 import os, sys
 from pathlib import Path
-from bd3_scale.resilience.output import outlast
-outlast("stdout", log=Path(sys.argv[1]), patience=0.2)
+from bd3_scale.resilience.output import survive_broken_streams
+survive_broken_streams("stdout", log=Path(sys.argv[1]), patience=0.2)
 for _ in range(2000):
     print("x" * 99)
 print("waits", file=sys.stderr)
@@ -106,7 +106,7 @@ print("the end")
     command = [sys.executable, "-c", program, tmp_path / "log"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        assert b"is not read by anybody" in process.stderr.readline()
+        assert b"has no reader" in process.stderr.readline()
         assert process.stderr.readline() == b"waits\n"
         assert process.stdout is not None
         held = os.read(process.stdout.fileno(), 1 << 20)
@@ -114,14 +114,14 @@ print("the end")
     assert process.returncode == 0
     assert 2000 * 100 > len(held + said) >= 1 << 14
     assert said.endswith(b"the end\n")
-    assert (tmp_path / "log").read_text().count("is not read by anybody") == 1
+    assert (tmp_path / "log").read_text().count("has no reader") == 1
 
 
 RESULT = """
 import sys
-from bd3_scale.resilience.output import flush_results, results
+from bd3_scale.resilience.output import flush_results, writing_results
 try:
-    with results():
+    with writing_results():
         print("the result")
     flush_results()
 except OSError as error:

@@ -1,4 +1,4 @@
-"""What the decorator makes of errors; `tests/faults/test_readers.py` spoils what is read."""
+"""Test what the decorator makes of errors; `tests/faults/test_readers.py` damages real files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizers import Regex, models, pre_tokenizers
 
 from bd3_scale.checkpoint.manifest import CheckpointDamagedError
 from bd3_scale.recipe.schema import RecipeError
-from bd3_scale.resilience.readers import panics_told, read_regular, reader
+from bd3_scale.resilience.readers import panics_as_value_errors, read_regular, reader
 
 
 class Point(BaseModel):
@@ -34,7 +34,7 @@ def panic() -> None:
         (lambda: json.loads("["), "Expecting value: line 1 column 2 (char 1)"),
         (lambda: json.loads("[" * 100_000), "it is nested too deeply"),
         (lambda: Point.model_validate({"x": "a"}), "x: Input should be a valid integer"),
-        (lambda: [1] * (1 << 60), "it needs more memory than there is"),
+        (lambda: [1] * (1 << 60), "it needs more memory than is available"),
         (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
         (panic, "PanicException: Onig: Regex search error"),
     ],
@@ -57,7 +57,7 @@ def test_every_error_becomes_one_line_that_names_the_file(action, words) -> None
         RecipeError(["of another file"], "b.yaml"),
         CheckpointDamagedError("checkpoint b is damaged"),
         FileNotFoundError("it is not there"),
-        AssertionError("a fault of ours"),
+        AssertionError("a bug of ours"),
         KeyboardInterrupt(),
     ],
 )
@@ -74,10 +74,10 @@ def test_an_error_that_says_where_stays_as_it_is(error) -> None:
 def test_a_panic_is_told_and_nothing_else() -> None:
     with (
         pytest.raises(ValueError, match="the text cannot be encoded: PanicException"),
-        panics_told("the text cannot be encoded"),
+        panics_as_value_errors("the text cannot be encoded"),
     ):
         panic()
-    with pytest.raises(KeyboardInterrupt), panics_told("it"):
+    with pytest.raises(KeyboardInterrupt), panics_as_value_errors("it"):
         raise KeyboardInterrupt
 
 
@@ -88,5 +88,5 @@ def test_a_file_is_regular_and_bounded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is larger than"):
         read_regular(tmp_path / "a", 4)
     for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(ValueError, match=f"{path} is no regular file"):
+        with pytest.raises(ValueError, match=f"{path} is not a regular file"):
             read_regular(path)

@@ -1,4 +1,4 @@
-"""Two processes and one run directory."""
+"""Test the lock of a run directory with two processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_lock_that_leads_elsewhere_or_is_no_file_is_refused(tmp_path: Path) ->
     assert precious.read_text() == "thesis"
     (tmp_path / ".lock").unlink()
     os.mkfifo(tmp_path / ".lock")
-    with pytest.raises(ValueError, match=r"\.lock is no regular file: remove it"), lock_run(tmp_path):
+    with pytest.raises(ValueError, match=r"\.lock is not a regular file: remove it"), lock_run(tmp_path):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Real signals to real processes."""
+"""Test real signals to real processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bd3_scale.resilience.signals import StopAskedError, StopRequest
+from bd3_scale.resilience.signals import StopRequest, StopRequestedError
 
 pytestmark = pytest.mark.launch
 
@@ -86,14 +86,14 @@ def test_a_signal_ends_a_wait_that_it_may_end_and_no_other() -> None:
         time.sleep(20)
 
     with StopRequest() as stop:
-        with stop.ends_wait():
+        with stop.interrupts_wait():
             time.sleep(0.01)
         began = time.monotonic()
-        with pytest.raises(StopAskedError), stop.ends_wait():
+        with pytest.raises(StopRequestedError), stop.interrupts_wait():
             asked(signal.SIGTERM)
         # It was handled; one that comes later waits for the next wait.
         signal.raise_signal(signal.SIGUSR1)
-        with pytest.raises(StopAskedError), stop.ends_wait():
+        with pytest.raises(StopRequestedError), stop.interrupts_wait():
             time.sleep(20)
         assert time.monotonic() - began < 10
         assert stop.signal is signal.SIGTERM

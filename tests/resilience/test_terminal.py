@@ -1,4 +1,4 @@
-"""What of a text a terminal would obey."""
+"""Test that text cannot control a terminal."""
 
 from __future__ import annotations
 
