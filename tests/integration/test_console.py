@@ -69,7 +69,7 @@ def train(place: Path, program: str, run: str, *overrides: str) -> str:
 
 def test_the_reader_of_a_training_goes_away(place: Path) -> None:
     log = train(place, HEAD, "head")
-    assert log.startswith("note: stdout is lost (Broken pipe): what is said from here on is in head/logs/rank0.log\n")
+    assert log.startswith("note: stdout is lost (Broken pipe): its output continues in head/logs/rank0.log\n")
     assert "step 12: saved head/checkpoints/step-00000012\n" in log
     assert newest(place / "head") == 12
 
