@@ -70,7 +70,7 @@ $(CUDA_INSTALLED): setup.py pyproject.toml constraints-cuda.txt Makefile
 	$(call install_rest,constraints-cuda.txt)
 
 quickstart: $(INSTALLED)
-	$(BIN)/python tools/quickstart.py
+	$(BIN)/bd3-scale quickstart
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -92,6 +92,17 @@ def doors(
     import_plugins(context.obj)
 
 
+@app.command(epilog="Example: bd3-scale quickstart")
+def quickstart() -> None:
+    """Train, kill, resume, measure and sample a small model on this machine, in about four minutes.
+
+    It replaces `data/quickstart*` and `runs/quickstart` in the current folder.
+    """
+    from bd3_scale.quickstart import quickstart as run_quickstart
+
+    run_quickstart()
+
+
 @app.command(epilog="Example: bd3-scale train recipes/tiny.yaml optimizer.lr=1e-3 train.steps=200")
 def train(
     context: typer.Context,

@@ -27,8 +27,9 @@ FLOORS = [
     {"generate"},
     {"evaluate"},
     {"train", "convert"},
-    {"api", "plan", "serve"},
+    {"api", "plan", "serve", "quickstart"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,10 +1,10 @@
 """Layouts of a run's GPUs that fit, the quickest first: estimated from a few small steps, the best ones traced whole.
 
 What a recipe says beside its layout stays. Tensor-parallel sizes are tried in ascending order until a larger one no
-longer helps though nothing is computed again, with every expert-parallel size that a node holds, or where nothing fits so
-larger ones; recomputation where its layout does not fit without, and would be quicker than what fits; ZeRO above 1 and a
-split of the sequence where nothing else fits. Chunks of layers are even. Of layouts that are nearly as quick as the
-quickest one, the one that splits the model least comes first.
+longer helps though nothing is computed again, with every expert-parallel size that a node holds, or where nothing fits
+so larger ones; recomputation where its layout does not fit without, and would be quicker than what fits; ZeRO above 1
+and a split of the sequence where nothing else fits. Chunks of layers are even. Of layouts that are nearly as quick as
+the quickest one, the one that splits the model least comes first.
 """
 
 from __future__ import annotations

@@ -363,6 +363,7 @@ OPENERS = {
         *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),
         *("launch.doctor._token", "launch.machine.storage", "launch.network.rdma_ports", "launch.network._is_up"),
         *("plan.fake_gpu._shim", "plan.kept._read", "plan.kept._source", "plan.server._be_quiet"),
+        "quickstart._write_corpus",
         *("launch.commands._grown", "launch.local._explain", "launch.ranks.Ranks.explain_failure"),
         *("launch.records.excluded_nodes", "launch.supervise.Supervisor._begin", "processor.fields"),
         *(
