@@ -18,6 +18,7 @@ from bd3_scale.data.commands import app as data_app
 from bd3_scale.evaluate.commands import app as evaluate_app
 from bd3_scale.launch.commands import app as launch_app
 from bd3_scale.launch.commands import follow_run
+from bd3_scale.launch.run_commands import app as run_app
 from bd3_scale.observe.console import Console, put, say, styled
 from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.observe.progress import Bar
@@ -40,6 +41,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(evaluate_app)
 app.add_typer(launch_app)
 app.add_typer(plan_app)
+app.add_typer(run_app)
 app.add_typer(serve_app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

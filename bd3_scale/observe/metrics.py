@@ -141,11 +141,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     number = 1
     with open_regular(path) as file:
         while (line := file.readline(LINE_LIMIT)).endswith(b"\n") or len(line) == LINE_LIMIT:
-            yield number, line, _record(line)
+            yield number, line, parse_record(line)
             number += line.endswith(b"\n")
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Return the record or event of a line under the names of this version, or None where the line is damaged."""
     try:
         record = json.loads(line.decode(), parse_constant=_no_number)
     except (ValueError, RecursionError):

@@ -1,0 +1,119 @@
+"""Join the records of a run and its attempts to a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bd3_scale import __version__
+from bd3_scale.launch.attempts import read_attempts
+from bd3_scale.launch.job import SLURM_FOLDER
+from bd3_scale.launch.records import read_json
+from bd3_scale.observe.report_data import RunRecords, differences, read_run, run_for_page, step_seconds
+from bd3_scale.observe.report_page import report_page
+from bd3_scale.resilience.files import write_atomically
+from bd3_scale.resilience.terminal import clean
+
+_TIME = "%Y-%m-%d %H:%M:%S UTC"
+
+
+def write_report(folders: Sequence[Path], out: Path) -> None:
+    """Write the report of one or several runs to `out`, atomically.
+
+    Raises:
+        ValueError: a folder is no run directory. OSError: `out` cannot be written.
+    """
+    runs = [read_run(folder) for folder in folders]
+    shown = [run_for_page(run) | _attempts_of(run) for run in runs]
+    for page, label in zip(shown, _labels(shown), strict=True):
+        page["label"] = label
+    made = time.strftime(_TIME, time.gmtime())
+    recipes = differences([run.recipe for run in runs]) if len(runs) > 1 else []
+    write_atomically(out, report_page(shown, made=made, version=__version__, differences=recipes))
+
+
+def _labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what tells runs apart: their names, or where two have the same name their folders."""
+    names = [run["name"] for run in runs]
+    return names if len(set(names)) == len(names) else [run["folder"] for run in runs]
+
+
+def _attempts_of(run: RunRecords) -> dict[str, Any]:
+    """Return where a run was trained, its attempts, and the share of their time that took steps which still count.
+
+    Only SLURM's attempts have an end that somebody wrote, so that other runs have no goodput.
+    """
+    folder = run.folder / SLURM_FOLDER
+    ended, current = read_attempts(folder), read_json(folder / "current.json")
+    wall = sum(_number(a, "ended") - _number(a, "started") for a in ended)
+    wall += time.time() - _number(current, "started") if current else 0.0
+    useful = sum(step_seconds(run.metrics, run.step).values())
+    lines = [*ended, *([current] if current else [])]
+    attempts = [_slurm_attempt(line, run) for line in lines] if lines else _starts(run)
+    where = _where(run.starts[-1]) if run.starts else (attempts[-1]["where"] if attempts else "not recorded")
+    return {"attempts": attempts, "goodput": useful / wall if useful and wall > 0 else None, "where": where}
+
+
+def _number(record: Mapping[str, Any], key: str) -> float:
+    value = record.get(key)
+    return value if isinstance(value, (int, float)) else 0.0
+
+
+def _slurm_attempt(line: Mapping[str, Any], run: RunRecords) -> dict[str, Any]:
+    began, first = _number(line, "started"), int(_number(line, "from_step"))
+    nodes = line.get("nodes")
+    return {
+        "name": clean(f"attempt {line.get('attempt', '?')}, job {line.get('job_id', '?')}"),
+        "began": datetime.fromtimestamp(began, UTC).strftime(_TIME),
+        "from": first,
+        "to": int(_number(line, "step")) if "ended" in line else max(run.step, first),
+        "text": clean(f"{line['outcome']}: {line.get('reason', '')}" if "outcome" in line else "it runs"),
+        "failure": bool(line.get("failure")),
+        "where": clean(", ".join(map(str, nodes)) if isinstance(nodes, list) else "–"),
+        "software": "–",
+    }
+
+
+def _starts(run: RunRecords) -> list[dict[str, Any]]:
+    """Return the starts of a run without SLURM; each lasts to the step that the next one began from."""
+    firsts = [int(_number(start, "from_step")) for start in run.starts]
+    ends = [*firsts[1:], run.step][: len(firsts)]
+    return [
+        {
+            "name": clean(f"attempt {start.get('attempt', number)}"),
+            "began": clean(str(start.get("began", "–"))),
+            "from": first,
+            "to": max(first, end),
+            "text": "" if number + 1 < len(run.starts) or not run.in_use else "it runs",
+            "failure": False,
+            "where": _where(start),
+            "software": _software(start),
+        }
+        for number, (start, first, end) in enumerate(zip(run.starts, firsts, ends, strict=True))
+    ]
+
+
+def _where(start: Mapping[str, Any]) -> str:
+    """Return the hosts and processors of a start of training in one line."""
+    hosts = start.get("hosts")
+    names = list(dict.fromkeys(map(str, hosts.values() if isinstance(hosts, dict) else hosts or ())))
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    gpus = start.get("gpus") or []
+    devices = [str(gpu.get("name", gpu)) if isinstance(gpu, dict) else str(gpu) for gpu in gpus]
+    device = (
+        f"{len(devices)} × {devices[0]} a host"
+        if devices
+        else f"{start.get('cpu', 'CPU')}, {start.get('cpu_cores', '?')} cores"
+    )
+    return clean(f"{start.get('world_size', '?')} ranks on {shown or 'one host'}: {device}")
+
+
+def _software(start: Mapping[str, Any]) -> str:
+    versions = start.get("versions")
+    named = {key: value for key, value in versions.items() if value} if isinstance(versions, dict) else {}
+    shown = [f"{key} {named[key]}" for key in ("bd3_scale", "torch", "python") if key in named]
+    tree = ", with changed files" if start.get("clean") is False else ""
+    return clean(", ".join([*shown, f"commit {start['commit']}{tree}"] if start.get("commit") else shown) or "–")
