@@ -169,7 +169,7 @@ def remaining_seconds(records: Sequence[Mapping[str, Any]], step: int, steps: in
     return median(recent) * (steps - step) if recent else None
 
 
-def events_for_page(run: RunRecords) -> list[dict[str, str | int]]:
+def run_events(run: RunRecords) -> list[dict[str, str | int]]:
     """Return what stood out, the newest last: step, kind, what happened, and the command that computes it again."""
     events: list[dict[str, str | int]] = []
     for event in run.events[-_MOST_EVENTS:]:
@@ -250,7 +250,7 @@ def run_for_page(run: RunRecords) -> dict[str, Any]:
         "series": run_series(run.metrics),
         "evaluations": [r["step"] for r in run.metrics if "eval/nelbo" in r],
         "saves": saves_for_page(run),
-        "events": events_for_page(run),
+        "events": run_events(run),
         "samples": samples_for_page(run),
         "recipe": {clean(key): as_text(value) for key, value in run.recipe.items()},
         "notes": run.notes,

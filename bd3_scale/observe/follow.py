@@ -1,0 +1,65 @@
+"""Follow the files of a run while they grow."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, parse_record
+from bd3_scale.observe.report_data import SAMPLES_FILE, RunRecords, read_run
+from bd3_scale.resilience.readers import open_regular, reader
+from bd3_scale.resilience.runlock import is_in_use
+
+
+class RecordFollower:
+    """The records of one file of lines. `records` holds them all; `refresh` reads what was appended since."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: tuple[int, int] | None = None
+        self._position = 0
+        self.records: list[dict[str, Any]] = []
+
+    def refresh(self) -> list[dict[str, Any]]:
+        """Return the new records. An unfinished last line waits for the next call; damaged lines are left out.
+
+        A run that resumes replaces its file by a shorter one: then all of it is read again, and is new.
+        """
+        try:
+            return self._read(self._path)
+        except FileNotFoundError:
+            return []
+
+    @reader("records of a run")
+    def _read(self, path: Path) -> list[dict[str, Any]]:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            if self._file != (status.st_dev, status.st_ino) or status.st_size < self._position:
+                self._file, self._position = (status.st_dev, status.st_ino), 0
+                self.records.clear()
+            file.seek(self._position)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._position += len(whole)
+        new = [record for line in whole.splitlines(keepends=True) if (record := parse_record(line)) is not None]
+        self.records += new
+        return new
+
+
+class RunFollower:
+    """A run's records as they come. ValueError: `folder` is no run directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._run = read_run(folder)
+        self._files = [RecordFollower(folder / name) for name in (METRICS_FILE, EVENTS_FILE, SAMPLES_FILE)]
+
+    def refresh(self) -> tuple[RunRecords, list[dict[str, Any]]]:
+        """Return the run as it stands, and the metrics and events that are new since the last call."""
+        new = [file.refresh() for file in self._files]
+        metrics, events, samples = (file.records for file in self._files)
+        self._run = dataclasses.replace(
+            self._run, metrics=metrics, events=events, samples=samples, in_use=is_in_use(self._run.folder)
+        )
+        return self._run, new[0] + new[1]
