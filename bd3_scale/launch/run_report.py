@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bd3_scale import __version__
 from bd3_scale.launch.attempts import read_attempts
 from bd3_scale.launch.job import SLURM_FOLDER
 from bd3_scale.launch.records import read_json
+from bd3_scale.observe.environment import software
 from bd3_scale.observe.report_data import RunRecords, differences, read_run, run_for_page, step_seconds
 from bd3_scale.observe.report_page import report_page
 from bd3_scale.resilience.files import write_atomically
@@ -32,7 +32,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
         page["label"] = label
     made = time.strftime(_TIME, time.gmtime())
     recipes = differences([run.recipe for run in runs]) if len(runs) > 1 else []
-    write_atomically(out, report_page(shown, made=made, version=__version__, differences=recipes))
+    write_atomically(out, report_page(shown, made=made, version=software()["bd3_scale"], differences=recipes))
 
 
 def _labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:

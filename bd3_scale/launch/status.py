@@ -12,6 +12,7 @@ from bd3_scale.launch.attempts import read_attempts
 from bd3_scale.launch.records import read_json
 from bd3_scale.launch.submit import SUBMITTED, active_jobs, close_run, stored
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
+from bd3_scale.observe.report_data import last_value, step_seconds
 from bd3_scale.resilience.readers import reader
 
 
@@ -47,7 +48,8 @@ def read_status(run_dir: Path) -> RunStatus:
     beats = [read_json(path) for path in (folder / "heartbeats").glob("rank*.json")] if current else []
     phases = [beat["phase"] for beat in beats if beat]
     steps = [beat["step"] for beat in beats if beat] or [a["step"] for a in attempts[-1:]]
-    rates = _rates(run_dir, job["steps"])
+    records = read_metrics(run_dir / METRICS_FILE)
+    rates = step_seconds(records, job["steps"])
     step = min(steps, default=0)
     wall = sum(a["ended"] - a["started"] for a in attempts) + (time.time() - current["started"] if current else 0.0)
     useful = sum(seconds for at, seconds in rates.items() if at <= step)
@@ -60,7 +62,7 @@ def read_status(run_dir: Path) -> RunStatus:
         step=step,
         steps=job["steps"],
         saved=max([beat["saved"] for beat in beats if beat] or [a["saved"] for a in attempts[-1:]], default=0),
-        tokens_per_second=_last_rate(run_dir),
+        tokens_per_second=last_value(records, "perf/tokens_per_second"),
         goodput=useful / wall if useful and wall else None,
         eta_seconds=pace * (job["steps"] - step) if pace is not None else None,
         attempts=attempts,
@@ -77,30 +79,6 @@ def _state(jobs: dict[str, str], attempts: list[dict[str, Any]], current: bool, 
         return str(attempts[-1]["outcome"])
     known = read_json(folder / SUBMITTED).get("jobs", [])
     return f"ended without a word, and SLURM no longer knows job {known[-1]}" if known else "not submitted"
-
-
-def _records(run_dir: Path) -> list[dict[str, Any]]:
-    records = read_metrics(run_dir / METRICS_FILE)
-    return [r for r in records if r.get("perf/tokens_per_second") and r.get("train/tokens") is not None]
-
-
-def _last_rate(run_dir: Path) -> float | None:
-    records = _records(run_dir)
-    return records[-1]["perf/tokens_per_second"] if records else None
-
-
-def _rates(run_dir: Path, steps: int) -> dict[int, float]:
-    """Seconds of every step, those between two logged ones taken for as long as the later one."""
-    seconds: dict[int, float] = {}
-    before, tokens_before = 0, 0
-    for record in _records(run_dir):
-        step, tokens = record["step"], record["train/tokens"]
-        if not before < step <= steps:
-            continue
-        each = (tokens - tokens_before) / (step - before) / record["perf/tokens_per_second"]
-        seconds |= dict.fromkeys(range(before + 1, step + 1), each)
-        before, tokens_before = step, tokens
-    return seconds
 
 
 def newest_logs(run_dir: Path, rank: int | None, attempt: int | None) -> Path:

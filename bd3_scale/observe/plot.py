@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from bd3_scale.observe.downsample import running_median
 from bd3_scale.observe.metrics import read_metrics
 
 
@@ -28,7 +28,7 @@ def loss_curve(metrics: Path, out: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     steps, losses = zip(*train, strict=True)
-    medians = _running_median(losses)
+    medians = running_median(losses)
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train loss")
     axes.plot(steps, medians, color="tab:blue", linewidth=1.6, label="train loss, running median")
     if held_out:
@@ -78,9 +78,3 @@ def interval_curve(metrics: Path, out: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(out, format="png", dpi=150)
-
-
-def _running_median(values: Sequence[float]) -> list[float]:
-    """Median of the latest fiftieth of the run at each step; fewer at its start."""
-    window = max(1, len(values) // 50)
-    return [float(np.median(values[max(0, i + 1 - window) : i + 1])) for i in range(len(values))]

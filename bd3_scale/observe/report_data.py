@@ -62,7 +62,7 @@ class RunRecords:
 
     def last(self, metric: str) -> float | None:
         """Return the newest finite value of a metric, or None where there is none."""
-        return next((r[metric] for r in reversed(self.metrics) if r.get(metric) is not None), None)
+        return last_value(self.metrics, metric)
 
 
 @reader("a run", path="folder")
@@ -149,6 +149,11 @@ def as_text(value: Any) -> str:
     return clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
+def last_value(records: Sequence[Mapping[str, Any]], metric: str) -> float | None:
+    """Return the newest finite value of a metric, or None where there is none."""
+    return next((record[metric] for record in reversed(records) if record.get(metric) is not None), None)
+
+
 def step_seconds(records: Sequence[Mapping[str, Any]], steps: int) -> dict[int, float]:
     """Return the seconds of every step up to `steps`; a step between two logged ones counts as the later one."""
     seconds: dict[int, float] = {}
@@ -165,7 +170,7 @@ def step_seconds(records: Sequence[Mapping[str, Any]], steps: int) -> dict[int, 
 
 def remaining_seconds(records: Sequence[Mapping[str, Any]], step: int, steps: int) -> float | None:
     """Return the time of the steps after `step` at the median pace of the last ones; None where no pace is recorded."""
-    recent = list(step_seconds(records[-4 * _RECENT :], 1 << 62).values())[-_RECENT:]
+    recent = list(step_seconds(records, step).values())[-_RECENT:]
     return median(recent) * (steps - step) if recent else None
 
 

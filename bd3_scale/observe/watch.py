@@ -74,7 +74,9 @@ def status_line(run: RunRecords) -> str:
         for name, metric, form, unit in _NUMBERS[:3]
         if (value := run.last(metric)) is not None
     ]
-    return "  ".join([f"{run.name}: {state_of(run)}", f"step {run.step:,}/{run.num_steps or '?'}", *numbers, *_eta(run)])
+    return "  ".join(
+        [f"{run.name}: {state_of(run)}", f"step {run.step:,}/{run.num_steps or '?'}", *numbers, *_eta(run)]
+    )
 
 
 _NUMBERS = (

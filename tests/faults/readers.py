@@ -38,7 +38,9 @@ from bd3_scale.evaluate.generative import Judge
 from bd3_scale.generate.llama_file import open_llama_file
 from bd3_scale.launch.profile import Profile, load_profile
 from bd3_scale.launch.status import read_status
+from bd3_scale.observe.follow import RecordFollower
 from bd3_scale.observe.metrics import read_metrics
+from bd3_scale.observe.report_data import read_run
 from bd3_scale.plan.calibrate import read_results
 from bd3_scale.plan.hardware import load_hardware
 from bd3_scale.recipe.load import load_recipe, load_section, recipe_files
@@ -256,6 +258,10 @@ CASES = {
     ),
     "launch.status.read_status": Case(a_run, read_status, _RUN),
     "observe.metrics.read_metrics": Case(a_run, lambda folder: read_metrics(folder / "metrics.jsonl"), _RUN[-1:]),
+    "observe.report_data.read_run": Case(a_run, read_run, _RUN[-1:]),
+    "observe.follow.RecordFollower._read": Case(
+        a_run, lambda folder: RecordFollower(folder / "metrics.jsonl").refresh(), _RUN[-1:]
+    ),
     "data.manifest.load_manifest": Case(
         prepared_data, lambda folder: load_manifest(folder / "data"), ("data/manifest.json",)
     ),
@@ -333,7 +339,14 @@ OPENERS = {
         *("data.prompts._prompts_of_jsonl", "data.prompts._prompts_of_txt", "data.tokenizer._read_backend"),
         *("data.tokenizer.converted_sentencepiece", "data.tokenizer_folder.write_tokenizer", "data.manifest._fetched"),
         "data.remote.fetch",
-        *("launch.attempts.read_attempts", "launch.records.read_json", "observe.metrics._lines"),
+        *(
+            "launch.attempts.read_attempts",
+            "launch.records.read_json",
+            "observe.metrics._lines",
+            "observe.report_data._records",
+            "observe.report_data._starts",
+            "observe.report_data._recipe",
+        ),
         *(
             "plan.calibrate._objects",
             "recipe.load._read_extended",
@@ -358,7 +371,7 @@ OPENERS = {
         *("data.shard_files._shared", "data.shard_files.ShardFiles._locked", "data.shard_files._lock_cache"),
         *("data.index.ShardTable.load", "data.node._kept"),
         *("convert.gguf._add_keys", "convert.gguf_tokenizer.tokenizer_keys", "generate.llama_file.seal"),
-        *("lazy.lazy_names", "serve.page.page"),
+        *("lazy.lazy_names", "serve.page.page", "observe.report_page.report_page"),
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),
         *("launch.doctor._token", "launch.machine.storage", "launch.network.rdma_ports", "launch.network._is_up"),

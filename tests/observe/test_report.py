@@ -1,0 +1,191 @@
+"""The data of a report: which points are drawn, what is collected, how it is embedded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import median
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bd3_scale.launch.run_report import write_report
+from bd3_scale.observe.downsample import BINS, extremes, running_median
+from bd3_scale.observe.figures import run_series
+from bd3_scale.observe.report_data import differences, read_run, run_events, run_for_page
+from bd3_scale.observe.report_page import json_for_html
+from tests.observe.run_folders import make_run, train_record, write_lines
+
+FINITE = st.floats(-1e9, 1e9)
+
+
+def page_data(page: Path) -> dict:
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert match is not None
+    return json.loads(match[1])
+
+
+@given(st.lists(FINITE, min_size=1, max_size=300), st.integers(1, 20), st.integers(1, 50))
+def test_the_points_that_are_drawn_keep_the_extremes_of_every_bin(values: list[float], bins: int, stride: int) -> None:
+    steps = [7 + stride * i for i in range(len(values))]
+    kept = extremes(steps, values, bins)
+    assert kept == sorted(set(kept))
+    assert {0, len(values) - 1} <= set(kept)
+    assert len(kept) <= max(2 * bins, 2 * bins + 2)
+    width = (steps[-1] - steps[0]) / bins
+    for number in range(bins):
+        low, high = steps[0] + number * width, steps[0] + (number + 1) * width
+        inside = [i for i, step in enumerate(steps) if low < step < high]
+        if inside:
+            # Those on an edge may fall in either bin, so that the bin's own extremes lie within what is kept.
+            near = [values[i] for i in kept if low - 1e-6 <= steps[i] <= high + 1e-6]
+            assert min(near) <= min(values[i] for i in inside)
+            assert max(near) >= max(values[i] for i in inside)
+
+
+def test_a_spike_of_one_step_among_a_hundred_thousand_is_drawn_and_the_curve_is_short() -> None:
+    values = [1.0] * 100_000
+    values[61_234] = 50.0
+    kept = extremes(range(100_000), values)
+    assert 61_234 in kept
+    assert len(kept) <= 2 * BINS + 2
+
+
+@given(st.lists(FINITE, min_size=1, max_size=200))
+def test_the_running_median_is_of_the_latest_fiftieth(values: list[float]) -> None:
+    window = max(1, len(values) // 50)
+    expected = [median(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+    assert running_median(values) == pytest.approx(expected)
+    assert running_median(values, [len(values) - 1]) == pytest.approx(expected[-1:])
+
+
+@settings(max_examples=30)
+@given(st.recursive(st.text() | st.floats(allow_nan=False, allow_infinity=False), st.lists, max_leaves=8))
+def test_no_text_can_leave_the_script_element_that_holds_it(data: object) -> None:
+    text = json_for_html(data)
+    assert json.loads(text) == data
+    assert text.isascii()
+    assert not set("<>&") & set(text)
+
+
+def test_every_figure_of_a_run_has_its_curves(tmp_path: Path) -> None:
+    series = run_series(read_run(make_run(tmp_path / "run")).metrics)
+    labels = {figure: [curve["label"] for curve in curves] for figure, curves in series.items()}
+    assert labels["loss"] == ["training loss"]
+    assert labels["loss_parts"] == ["blocks of 4", "blocks of 16"]  # by number
+    assert labels["step_parts"] == ["whole step", "waiting for data"]
+    assert labels["intervals"] == ["blocks of 4"]
+    assert labels["variance"] == ["blocks of 4, in its interval", "blocks of 4, mask rates 0 to 1"]
+    assert labels.keys() >= {"throughput", "mfu", "memory", "lr", "grad_norm", "experts", "dead_experts", "saves"}
+    assert series["mfu"][0]["y"][0] == 41
+    assert series["memory"][0]["y"][0] == 1.5
+    nelbo = series["nelbo"][0]
+    assert (nelbo["x"], nelbo["y"]) == ([50, 100], [5.5, 5.0])
+    assert (nelbo["low"], nelbo["high"]) == ([5.0, 4.5], [6.0, 5.5])  # 0.3 and 0.4 are independent
+    assert not any(figure.startswith("other:") for figure in series)
+
+
+def test_metrics_of_a_plug_in_are_drawn_and_nulls_left_out() -> None:
+    series = run_series([train_record(1, **{"my/metric": 3.0}), train_record(2, **{"my/metric": None})])
+    assert series["other:my/metric"] == [{"label": "my/metric", "x": [1], "y": [3.0]}]
+
+
+def test_events_have_the_command_that_computes_them_again(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a run")
+    spike, resumed = run_events(read_run(folder))
+    assert spike["command"] == f"bd3-scale replay '{folder}' --step 33"
+    assert (spike["kind"], spike["text"]) == ("loss spike", "loss 9.5, grad norm 3.25, median 4.5")
+    assert (resumed["command"], resumed["text"]) == ("", "optimizer.lr: 0.001 → 0.002; the data moved")
+
+
+def test_a_run_of_an_earlier_version_is_collected_with_notes(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "train_loss": 5.0, "lr": 0.1, "tokens_per_second": 10.0}])
+    (tmp_path / "recipe.yaml").write_text("name: old\nsome: {key: 3}\ntrain: {steps: 4}\n")
+    page = run_for_page(read_run(tmp_path))
+    assert (page["name"], page["steps"], page["state"], page["loss"]) == ("old", 4, "not running", 5.0)
+    assert page["recipe"]["some.key"] == "3"
+    notes = " ".join(page["notes"])
+    assert "recipe.yaml is no recipe of this version: " in notes
+    assert all(word in notes for word in ("No evaluation", "earlier version started", "No samples"))
+
+
+def test_what_is_damaged_is_left_out_with_a_note(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 101, "train/loss": "ten"}\n{"step": 102, "tr')
+    (folder / "attempts/0000/environment.json").write_text("{")
+    (folder / "recipe.yaml").write_bytes(b"\xff")
+    run = read_run(folder)
+    assert run.step == 100
+    notes = " ".join(run.notes)
+    assert "metrics.jsonl: 1 damaged line left out." in notes
+    assert "metrics.jsonl: the last line is unfinished" in notes
+    assert "attempts/0000 cannot be read" in notes
+    assert "the report goes without it" in notes
+    write_report([folder], tmp_path / "page.html")
+
+
+def test_a_folder_that_is_no_run_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no run directory: it has neither recipe\.yaml nor metrics\.jsonl"):
+        write_report([tmp_path], tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("records", [[], [train_record(1)]], ids=["no step", "one step"])
+def test_a_run_that_has_hardly_begun_has_a_report(tmp_path: Path, records: list) -> None:
+    folder = make_run(tmp_path / "run")
+    write_lines(folder / "metrics.jsonl", records)
+    write_report([folder], tmp_path / "page.html")
+    (run,) = page_data(tmp_path / "page.html")["runs"]
+    assert run["step"] == len(records)
+    assert run["state"] == ("not running" if records else "not started")
+
+
+def test_the_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_lines(folder / "metrics.jsonl", [train_record(step) for step in range(1, 6_001)])
+    write_report([folder], tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 800_000
+
+
+def test_attempts_have_their_steps_and_their_machine(tmp_path: Path) -> None:
+    write_report([make_run(tmp_path / "run")], tmp_path / "page.html")
+    (run,) = page_data(tmp_path / "page.html")["runs"]
+    assert run["where"] == "2 ranks on node-a, node-b: A CPU, 8 cores"
+    assert [(each["from"], each["to"]) for each in run["attempts"]] == [(0, 50), (50, 100)]
+    assert run["attempts"][0]["software"] == "bd3_scale 0.2.0, torch 2.13.0, commit abc123, with changed files"
+    assert run["goodput"] is None
+
+
+def test_slurm_s_attempts_take_their_place_and_give_the_goodput(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    line = {
+        "attempt": 0,
+        "job_id": "7",
+        "nodes": ["n1"],
+        "started": 1000.0,
+        "ended": 1050.0,
+        "from_step": 0,
+        "step": 100,
+    }
+    line |= {"saved": 100, "outcome": "done", "reason": "all steps", "failure": False}
+    write_lines(folder / "slurm/attempts.jsonl", [line])
+    write_report([folder], tmp_path / "page.html")
+    (run,) = page_data(tmp_path / "page.html")["runs"]
+    (attempt,) = run["attempts"]
+    assert (attempt["name"], attempt["to"], attempt["text"]) == ("attempt 0, job 7", 100, "done: all steps")
+    seconds = sum(2048 / (8000 + step) for step in range(1, 101))
+    assert run["goodput"] == pytest.approx(seconds / 50)
+
+
+def test_differences_of_recipes_are_by_key() -> None:
+    recipes = [{"a": 1, "b": [1, 2], "c": "x"}, {"a": 1, "b": [1], "d": None}]
+    assert differences(recipes) == [("b", ["[1, 2]", "[1]"]), ("c", ["x", "–"]), ("d", ["–", "null"])]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name) for name in ("one", "two")]
+    write_report(folders, tmp_path / "page.html")
+    assert [run["label"] for run in page_data(tmp_path / "page.html")["runs"]] == [str(folder) for folder in folders]
