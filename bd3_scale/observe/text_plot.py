@@ -8,7 +8,8 @@ from statistics import median
 # A Braille character has 2 × 4 dots; bits by column and row, see the Unicode chart U+2800.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 _BLANK = 0x2800
-_LABEL = 8
+# Such as -1.23e-300 and a space.
+_LABEL = 11
 
 
 def text_plot(steps: Sequence[int], values: Sequence[float], width: int, height: int) -> list[str]:
@@ -17,7 +18,7 @@ def text_plot(steps: Sequence[int], values: Sequence[float], width: int, height:
     Args:
         steps: rising, [n], n ≥ 1.
         values: finite, [n].
-        width, height: in characters, labels included; at least 12 × 2.
+        width, height: in characters, labels included; at least 14 × 2.
     """
     columns = _medians(steps, values, 2 * (width - _LABEL))
     low, high = min(columns.values()), max(columns.values())
@@ -29,7 +30,7 @@ def text_plot(steps: Sequence[int], values: Sequence[float], width: int, height:
         for row in _between(before, level):
             cells[row // 4][x // 2] |= _DOTS[x % 2][row % 4]
         before = level
-    labels = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}"]
+    labels = [f"{high:.3g}", *[""] * (height - 2), f"{low:.3g}"]
     return [f"{label:>{_LABEL - 1}} " + "".join(map(chr, row)) for label, row in zip(labels, cells, strict=True)]
 
 

@@ -136,7 +136,7 @@ def _curve(run: RunRecords, metric: str, title: str, width: int) -> Panel:
     if not points:
         return Panel(styled(("nothing is recorded yet", "dim")), title=styled(title))
     steps, values = zip(*points, strict=True)
-    lines = text_plot(steps, values, max(12, width), _PLOT_HEIGHT)
+    lines = text_plot(steps, values, max(14, width), _PLOT_HEIGHT)
     return Panel(styled("\n".join(lines)), title=styled(f"{title}: now {values[-1]:.4f}"))
 
 

@@ -392,6 +392,11 @@ OPENERS = {
             "resilience.output.results",
             "resilience.output._Lasting._go_on_in_log",
         ),
-        *("resilience.runlock.lock_run", "resilience.secret.shared_secret", "resilience.secret._make"),
+        *(
+            "resilience.runlock.lock_run",
+            "resilience.runlock.is_in_use",
+            "resilience.secret.shared_secret",
+            "resilience.secret._make",
+        ),
     },
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.resilience.runlock import lock_run
+from bd3_scale.resilience.runlock import is_in_use, lock_run
 
 pytestmark = pytest.mark.launch
 
@@ -41,6 +41,17 @@ def test_a_second_training_is_refused_and_told_who_holds_the_run(tmp_path: Path)
         with pytest.raises(ValueError, match=f"process {process.pid} on {socket.gethostname()}"), lock_run(tmp_path):
             pass
         process.kill()
+
+
+def test_who_only_asks_sees_a_holder_and_takes_nothing_from_it(tmp_path: Path) -> None:
+    assert not is_in_use(tmp_path)  # without a lock's file
+    process, _ = hold(tmp_path)
+    with process:
+        assert is_in_use(tmp_path)
+        with pytest.raises(ValueError, match="is in use by process"), lock_run(tmp_path):
+            pass
+        process.kill()
+    assert not is_in_use(tmp_path)
 
 
 def test_a_killed_holder_leaves_the_run_free(tmp_path: Path) -> None:
