@@ -23,7 +23,7 @@ from bd3_scale.data.batch import Batch
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.diffusion.interval import candidates
-from bd3_scale.evaluate.generative import Judge, judged
+from bd3_scale.evaluate.generative import Judge, score_samples
 from bd3_scale.evaluate.nelbo import HeldOut, evaluate_nelbo, token_nll, weighted_sums
 from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.source import open_writer
@@ -205,7 +205,9 @@ def samples(checkpoint: Path, run: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 def judgement(checkpoint: Path, texts: list[Written], judge: Judge) -> dict[str, Any]:
     """Without the paths of this machine."""
-    return {k: v for k, v in asdict(judged(checkpoint, texts, judge)).items() if k not in ("checkpoint", "judge")}
+    return {
+        k: v for k, v in asdict(score_samples(checkpoint, texts, judge)).items() if k not in ("checkpoint", "judge")
+    }
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from bd3_scale.convert.gguf_types import FILE_TYPES, FileType, uses_importance
 from bd3_scale.convert.importer import plan_import, run_import
 from bd3_scale.convert.names import named_tensors
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.checkpoint import data_recipe
+from bd3_scale.evaluate.measured_text import data_recipe
 from bd3_scale.generate.llama_file import open_llama_file
 from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.recipe.schema import ModelRecipe

@@ -1,4 +1,4 @@
-"""Sharded, topology-free checkpoints: complete or absent."""
+"""Save, load and verify sharded checkpoints, which any number of ranks may read; they are complete or absent."""
 
 from bd3_scale.lazy import lazy_names
 

@@ -1,7 +1,9 @@
-"""A rank's states as boxes of the full tensors.
+"""Describe a rank's states as boxes of the full tensors.
 
-ZeRO cuts flattened parameters anywhere, so that a fragment is a stretch of a tensor in row-major order: at most 2n − 1
-boxes of an n-dimensional tensor.
+A checkpoint must be readable under any topology, so it stores tensors and not ranks. ZeRO cuts a *flattened* parameter
+into equal shares, at any element: a rank's share is a stretch of the tensor in row-major order, and a stretch is seldom
+a rectangle. torch.distributed.checkpoint describes shards by an offset and a shape, that is by rectangles; a stretch of
+an n-dimensional tensor makes up at most 2n − 1 of them (n − 1 ragged beginnings, one middle, n − 1 ragged ends).
 """
 
 from __future__ import annotations
@@ -28,13 +30,15 @@ class Box:
 
 
 def split_stretch(shape: Shape, start: int, end: int) -> Iterator[tuple[Shape, Shape]]:
-    """(offset, shape) of the boxes that elements [start, end) of a row-major tensor of `shape` make up, in order."""
+    """Yield (offset, shape) of the boxes that elements [start, end) of a row-major tensor of `shape` make up."""
     if start >= end:
         return
     if len(shape) == 1:
         yield (start,), (end - start,)
         return
     row = math.prod(shape[1:])
+    # The rows [first_whole, last_whole) lie in the stretch as a whole; a ragged row before and one behind are split
+    # again.
     first_whole, last_whole = -(-start // row), end // row
     if first_whole > last_whole:
         yield from _within_row(shape, start // row, start % row, end - start // row * row)
@@ -53,9 +57,9 @@ def _within_row(shape: Shape, index: int, start: int, end: int) -> Iterator[tupl
 
 
 def boxes_of(pieces: Iterable[Piece], start: int, states: Mapping[str, Tensor]) -> Iterator[Box]:
-    """Boxes of flat `states`, which hold the elements from `start` on of the parameter that `pieces` lay out.
+    """Yield the boxes of flat `states`, which hold the elements from `start` on of the parameter that `pieces` lay out.
 
-    The tensor of a box is named `<state>.<key of the piece>`.
+    A box's tensor is named `<state>.<key of the piece>`.
     """
     numel = next(iter(states.values())).numel()
     for piece in pieces:
@@ -64,7 +68,12 @@ def boxes_of(pieces: Iterable[Piece], start: int, states: Mapping[str, Tensor]) 
         position = low - start
         for offset, size in split_stretch(piece.shape, low - piece.start, high - piece.start):
             count = math.prod(size)
-            place = tuple(a + b for a, b in zip(piece.offset, offset, strict=True))
+            origin = tuple(a + b for a, b in zip(piece.offset, offset, strict=True))
             for name, flat in states.items():
-                yield Box(f"{name}.{piece.key}", flat[position : position + count].view(size), place, piece.full_shape)
+                yield Box(
+                    f"{name}.{piece.key}",
+                    flat[position : position + count].view(size),
+                    origin,
+                    piece.full_shape,
+                )
             position += count

@@ -1,4 +1,4 @@
-"""`bd3-scale checkpoint list|verify`; what a command needs is imported when it runs."""
+"""List and verify checkpoints: `bd3-scale checkpoint list|verify`. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -12,44 +12,48 @@ from rich.table import Table
 from bd3_scale.observe.console import Console, put, styled
 from bd3_scale.observe.progress import Bar
 
-app = typer.Typer(help="The checkpoints of a run: what there is, and whether it is sound.", no_args_is_help=True)
+app = typer.Typer(help="List the checkpoints of a run and check that their files are intact.", no_args_is_help=True)
 
-Where = Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for all of its.", metavar="PATH")]
+CheckpointPath = Annotated[
+    Path, typer.Argument(help="A checkpoint, or a run directory for all of its.", metavar="PATH")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command("list", epilog="Example: bd3-scale checkpoint list runs/quickstart")
-def list_command(path: Where, as_json: AsJson = False) -> None:
-    """Steps, sizes and held-out NELBO of the checkpoints of a run, oldest first."""
+def list_command(path: CheckpointPath, as_json: AsJson = False) -> None:
+    """Show steps, sizes and held-out NELBO of the checkpoints of a run, oldest first."""
     from bd3_scale.checkpoint.verify import describe
 
-    found: list[dict[str, Any]] = []
+    checkpoints: list[dict[str, Any]] = []
     for folder in _folders(path):
         try:
-            found.append(describe(folder))
+            checkpoints.append(describe(folder))
         except (ValueError, OSError) as error:
-            found.append({"name": folder.name, "problem": str(error)})
+            checkpoints.append({"name": folder.name, "problem": str(error)})
     if as_json:
-        put(json.dumps(found))
+        put(json.dumps(checkpoints))
         return
     table = Table("checkpoint", "step", "GB", "ranks", "states", "NELBO", "skipped steps", title=str(path))
-    for one in found:
-        if "problem" in one:
-            table.add_row(one["name"], styled((one["problem"], "red")))
+    for entry in checkpoints:
+        if "problem" in entry:
+            table.add_row(entry["name"], styled((entry["problem"], "red")))
             continue
-        nelbo = "" if one["nelbo"] is None else f"{one['nelbo']:.4f}"
-        size, states = f"{one['bytes'] / 1e9:.3f}", ", ".join(one["states"])
-        table.add_row(one["name"], str(one["step"]), size, str(one["ranks"]), states, nelbo, str(one["skipped"]))
+        nelbo = "" if entry["nelbo"] is None else f"{entry['nelbo']:.4f}"
+        size, states = f"{entry['bytes'] / 1e9:.3f}", ", ".join(entry["states"])
+        table.add_row(
+            entry["name"], str(entry["step"]), size, str(entry["ranks"]), states, nelbo, str(entry["skipped"])
+        )
     Console().print(table)
 
 
 @app.command(epilog="Example: bd3-scale checkpoint verify runs/quickstart")
 def verify(
-    path: Where,
+    path: CheckpointPath,
     fast: Annotated[bool, typer.Option("--fast", help="Compare sizes alone, without reading the files.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare every file with the size and hash that were written; exit code 1 where one differs."""
+    """Compare every file with the size and hash that were written; exit code 1 if one differs."""
     from bd3_scale.checkpoint.verify import check_checkpoint
 
     folders = _folders(path)
@@ -72,13 +76,13 @@ def verify(
 
 
 def _folders(path: Path) -> list[Path]:
-    """ValueError: there is none."""
+    """Return the checkpoint at `path`, or all of the run directory `path`. ValueError: there is none."""
     from bd3_scale.checkpoint.folder import list_checkpoints, step_of
     from bd3_scale.checkpoint.manifest import MANIFEST
 
     if (path / MANIFEST).is_file() or step_of(path) is not None:
         return [path]
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if not checkpoints:
         raise ValueError(f"{path} is neither a checkpoint nor a run directory with one in {path / 'checkpoints'}")
-    return found
+    return checkpoints

@@ -1,8 +1,8 @@
-"""Where the checkpoints of a run lie.
+"""Find the checkpoints of a run.
 
-A checkpoint is a folder `step-<n>`: safetensors files, an index, the tokeniser and a manifest. It is written aside
-under a name that starts with a dot, synced and renamed, so that a folder without the dot is complete. The file
-`latest` names the newest one, for people and scripts.
+A checkpoint is a folder `step-<n>`: safetensors files, an index, the tokeniser and a manifest. It is written under a
+temporary name that starts with a dot, synced and renamed, so that a folder without the dot is always complete. The file
+`latest` holds the name of the newest one, for people and scripts.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def refuse_gguf(path: Path) -> None:
-    """Raise ValueError if it is a file for llama.cpp, where a checkpoint must be."""
+    """Raise ValueError if `path` is a file for llama.cpp (GGUF), where a checkpoint must be given."""
     if path.suffix == GGUF_ENDING:
         raise ValueError(
-            f"{path} is a file for llama.cpp, which `generate`, `evaluate`, `generative` and `convert inspect` take: "
-            "give the checkpoint that it was made from here"
+            f"{path} is a file for llama.cpp; only `generate`, `evaluate`, `generative` and `convert inspect` read "
+            "such files. Give the checkpoint that it was made from"
         )
 
 
 def remove_partial(folder: Path) -> list[Path]:
-    """Remove what a killed save left behind; returns what it removed. What is still in use stays, with a warning."""
+    """Remove what a killed save left behind and return its paths. What cannot be removed stays, with a warning."""
     left = sorted(folder.glob(f"{PARTIAL}*")) if folder.is_dir() else []
     for path in left:
         try:

@@ -1,13 +1,13 @@
-"""Formats of the manifest: what earlier versions wrote is brought up to date here, and nowhere else.
+"""Bring manifests of earlier formats up to date; no other module knows these formats.
 
-| format | |
+| format | what it holds |
 |---|---|
-| 3 | the recipe of a run, or of an import, typed whole: `recipe` |
-| 4 | what readers of weights need, by itself; the recipe of a run kept as it was: `trained_with` |
+| 3 | `recipe`: the whole recipe of a run, or of an import, which every reader had to validate |
+| 4 | what readers of weights need, as fields of the manifest; the recipe of a run, unvalidated: `trained_with` |
 
-A new format has a line in this table, its number in `FORMAT`, and the way to it from the one before in `_NEXT`. An
-option of the recipe that goes or gets another name needs none: a resume tells those that it does not know. One whose
-meaning must outlive its name is given its new one here.
+A new format needs a line in this table, its number in `FORMAT`, and a function in `_UPGRADES` that makes it from the
+format before. A recipe option that is removed or renamed needs no new format: a resume reports the options that it does
+not know. If the option's meaning must survive, the function translates it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ OLDEST = 3
 
 
 def up_to_date(content: Any) -> Any:
-    """Return the content of a manifest of any format from `OLDEST` on as this version would have written it.
+    """Return the content of a manifest of any format from `OLDEST` on in the form that this version writes.
 
-    Of what is no manifest at all, or lacks something, as much is returned as there is: who validates it says so.
+    Incomplete content, or content that is no manifest at all, is returned as far as it goes: the validation that
+    follows reports what is missing.
     """
-    while isinstance(content, dict) and content.get("format") in _NEXT:
-        content = _NEXT[content["format"]](content)
+    while isinstance(content, dict) and content.get("format") in _UPGRADES:
+        content = _UPGRADES[content["format"]](content)
     return content
 
 
 def _to_4(content: dict[str, Any]) -> dict[str, Any]:
-    """Format 3 had one `recipe`: of a run the whole of it, of an import the model's sections and its source."""
+    """Convert format 3.
+
+    It had one `recipe`: for a run the whole recipe, for an import the model's sections and its source.
+    """
     content = {**content, "format": 4}
     recipe = content.pop("recipe", None)
     if not isinstance(recipe, dict):
@@ -45,7 +49,7 @@ def _to_4(content: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": recipe.get("max_position_embeddings") if imported else data.get("seq_len"),
         "objective": diffusion.get("objective", "block_diffusion"),
         "block_size": diffusion.get("block_size"),
-        # Of the three that there were, one masks nothing.
+        # Format 3 knew three objectives; next_token is the only one whose model fills no masks.
         "fills_masks": diffusion.get("objective") != "next_token",
         "trained_with": None if imported else recipe,
     }
@@ -58,4 +62,4 @@ def _section(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-_NEXT: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _to_4}
+_UPGRADES: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _to_4}

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself; written last, so that a folder with a sound manifest is complete."""
+"""Write and read a checkpoint's manifest. It is written last, so a folder with a sound manifest is complete."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ TOKENIZER = "tokenizer"
 IMPORTED = "imported"
 
 
-# A path within the checkpoint: none of its parts begins with a dot.
-_INSIDE = r"^[^./\\][^/\\]*(/[^./\\][^/\\]*)*$"
+# A path within the checkpoint: relative, and no part of it begins with a dot, so a hostile manifest cannot name `../x`.
+_PATH_INSIDE = r"^[^./\\][^/\\]*(/[^./\\][^/\\]*)*$"
 Text = Annotated[str, AfterValidator(without_controls)]
 S = TypeVar("S", bound=Section)
 
 
+# The checksum is the last field of the file; the text before and behind it is what the checksum covers.
 _SEALED = re.compile(r'"checksum": "([0-9a-f]{32})"\s*\}\s*\Z')
 
 
@@ -70,24 +71,26 @@ class CheckpointManifest(BaseModel):
     Attributes:
         step: steps done, from which schedules, data position and noise follow.
         skipped: those of them whose gradients were not finite, and which left the optimiser as it was.
-        precision: of the forward in training, or of an imported model's weights.
-        max_position_embeddings: longest sequence that it was trained on.
-        objective: what it was trained for, by its name in a recipe; block_size: tokens a block.
-        objective_options: what the recipe set for a plug-in's objective.
-        fills_masks: a model of that objective fills the masks of a block, and so writes text here.
-        imported_from: the model of other software that it was made of; empty of a run.
-        source_fingerprint: which files an import's weights came from.
-        trained_with: the whole recipe of the run, as JSON. Its options come and go with versions, so that only a resume
-            asks what they mean; None of an import.
+        precision: dtype of the forward in training, or of an imported model's weights.
+        max_position_embeddings: longest sequence of the training, in tokens.
+        objective: name of the training objective, as in a recipe; block_size: tokens per block.
+        objective_options: options that the recipe set for a plug-in's objective.
+        fills_masks: models of that objective fill the masks of a block, and so can generate text here.
+        imported_from: the model of other software that was imported; empty for a run.
+        source_fingerprint: identifies the files that an import's weights came from.
+        trained_with: the whole recipe of the run, as JSON; None for an import. Its options change between versions, so
+            only a resume interprets them.
         written_by: versions of this package, its commit, and of the libraries that wrote the checkpoint.
-        data_hash: hash of the data manifest (tokeniser, sequences) that the position counts in; empty if imported.
+        data_hash: hash of the manifest of the training data (tokeniser, sequences); the data position refers to that
+            data. Empty for an import.
         world_size: ranks that wrote it; any number may read it.
-        states: tensors kept of every parameter, in fp32 but for imported masters, which stay as they came.
+        states: states kept of every parameter, in fp32, except imported masters, which keep their dtype.
         attention_tiles: tiles of the attention kernels, which a bitwise resume needs; empty where none are used.
-        intervals: the clipped interval of mask rates of every block size whose search has found one.
-        ema_warms_up: the decay of the moving average rises from the first update on; absent in those of before, whose
+        intervals: the clipped interval of mask rates, for every block size whose search has found one.
+        ema_warms_up: the decay of the moving average rises from the first update on; absent in older checkpoints, whose
             decay was constant.
-        data_order: how the run orders its data; absent in those of before `data.shuffle_window`, which have version 1.
+        data_order: how the run orders its data; absent in checkpoints older than `data.shuffle_window`, which have
+            version 1.
         files: size in bytes and XXH3-128 of every other file.
         checksum: XXH3-128 of the manifest's own text, with this left empty.
     """
@@ -118,7 +121,7 @@ class CheckpointManifest(BaseModel):
     intervals: dict[int, tuple[float, float]] = {}
     ema_warms_up: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     data_order: Annotated[DataOrder, Field(exclude_if=lambda value: value == EARLIER)] = EARLIER
-    files: dict[Annotated[str, Field(pattern=_INSIDE)], FileRecord] = {}
+    files: dict[Annotated[str, Field(pattern=_PATH_INSIDE)], FileRecord] = {}
     checksum: str = ""
 
     @classmethod
@@ -140,19 +143,19 @@ class CheckpointManifest(BaseModel):
 
     @property
     def writer(self) -> str:
-        """The version and commit that wrote it, for people."""
+        """Return the version and commit that wrote the checkpoint, for messages."""
         version, commit = (self.written_by.get(key, "unknown") for key in ("bd3_scale", "commit"))
         return f"bd3_scale {version} (commit {commit})"
 
     @property
     def plugins(self) -> tuple[str, ...]:
-        """Modules that its run had imported, which nobody imports because they are named here."""
+        """Return the plug-in modules of its run, for messages: code is not run because a file names it."""
         named = (self.trained_with or {}).get("plugins")
         modules = named if isinstance(named, list) else []
         return tuple(name for name in modules if isinstance(name, str) and re.fullmatch(MODULE_NAME, name))
 
     def trained_objective(self) -> Objective:
-        """Return what the model was trained for. ValueError: that is a plug-in's which is not imported."""
+        """Return the training objective. ValueError: it comes from a plug-in that is not imported."""
         if self.objective not in objectives.names():
             raise ValueError(self._missing)
         diffusion = DiffusionRecipe(
@@ -161,13 +164,14 @@ class CheckpointManifest(BaseModel):
         return objective_of(diffusion, self.vocabulary)
 
     def objective_kind(self) -> type[Objective]:
-        """Return the class of what the model was trained for, which says what the model may become.
+        """Return the class of the training objective, which says what the model may be converted to.
 
-        Of a plug-in's that is not imported, what any model that fills masks may become. ValueError: it fills none.
+        For the objective of a plug-in that is not imported, return the base class, which allows what any model that
+        fills masks may become. ValueError: models of that objective fill no masks.
         """
         if self.objective in objectives.names():
-            found: type[Objective] = objectives.get(self.objective)
-            return found
+            objective: type[Objective] = objectives.get(self.objective)
+            return objective
         if not self.fills_masks:
             raise ValueError(self._missing)
         return Objective
@@ -176,20 +180,20 @@ class CheckpointManifest(BaseModel):
     def _missing(self) -> str:
         named = " ".join(f"--plugin {module}" for module in self.plugins or ("MODULE",))
         return (
-            f"the model was trained for the objective {self.objective!r}, which is a plug-in's that is not imported: "
-            f"name its module, as `bd3-scale {named} …`"
+            f"the model was trained for the objective {self.objective!r}, which comes from a plug-in that is not "
+            f"imported: name its module, as in `bd3-scale {named} …`"
         )
 
     def trained_data(self) -> DataRecipe | None:
-        """Return what it was trained on; None: nothing here, or this version cannot read what the recipe says."""
+        """Return the data section of its recipe; None for an import, or if this version cannot read the section."""
         return self._trained("data", DataRecipe)
 
     def trained_parallel(self) -> ParallelRecipe | None:
-        """Return how ranks split it in training; None as of `trained_data`."""
+        """Return how ranks split the model in training; None as in `trained_data`."""
         return self._trained("parallel", ParallelRecipe)
 
     def _trained(self, name: str, kind: type[S]) -> S | None:
-        """Return a section of the run's recipe without the options that this version does not know."""
+        """Return a section of the run's recipe, without the options that this version does not know."""
         section = (self.trained_with or {}).get(name)
         if not isinstance(section, dict):
             return None
@@ -205,7 +209,7 @@ class CheckpointManifest(BaseModel):
 
 
 class CheckpointDamagedError(ValueError):
-    """A checkpoint is not what was written."""
+    """Says that a checkpoint's files differ from what was written."""
 
 
 @reader("a checkpoint", path="folder")
@@ -213,7 +217,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     """Return the manifest of a complete checkpoint.
 
     Raises:
-        CheckpointDamagedError: the folder was left half written, has lost or truncated a file, or another manifest.
+        CheckpointDamagedError: the folder is half written, a file is missing or truncated, or the manifest was changed.
         ValueError: another version wrote it.
     """
     path = folder / MANIFEST
@@ -229,9 +233,9 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     except ValidationError as error:
         raise ValueError(f"{path} cannot be read by this version: {_problem(error)}") from error
     for name, record in manifest.files.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != record.bytes:
-            state = "is missing" if found is None else f"has {found} bytes"
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != record.bytes:
+            state = "is missing" if size is None else f"has {size} bytes"
             raise CheckpointDamagedError(
                 f"checkpoint {folder} is damaged: {name} {state}, {record.bytes} were written; use an earlier "
                 "checkpoint"
@@ -248,14 +252,14 @@ def _problem(error: ValidationError) -> str:
 
 
 def _check_seal(path: Path, text: str) -> None:
-    """Check that the text is what was written, whatever it means."""
+    """Check the manifest's own checksum before anything in its text is interpreted."""
     sealed = _SEALED.search(text)
     damaged = CheckpointDamagedError(f"{path} is damaged: it is not what was written; use an earlier checkpoint")
     if sealed and _digest(text[: sealed.start(1)] + text[sealed.end(1) :]) != sealed[1]:
         raise damaged
     if (written := re.search(r'"format":\s*(\d{1,9})', text)) and not OLDEST <= int(written[1]) <= FORMAT:
         raise ValueError(
-            f"{path} is of format {written[1]}, and formats {OLDEST} to {FORMAT} are read here: use the version that "
+            f"{path} has format {written[1]}; this version reads formats {OLDEST} to {FORMAT}: use the version that "
             "wrote it"
         )
     if not sealed:
@@ -263,20 +267,21 @@ def _check_seal(path: Path, text: str) -> None:
 
 
 def damaged_files(folder: Path, manifest: CheckpointManifest, share: slice = slice(None)) -> list[str]:
-    """Files of a checkpoint, all or a `share` of them, whose bytes are not those that were written; reads them."""
+    """Return the files of a checkpoint, all or a `share` of them, whose hash differs from the written one."""
     files = list(manifest.files.items())[share]
     return [name for name, record in files if file_hash(folder / name) != record.xxh3]
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest, written: Mapping[str, FileRecord]) -> None:
-    """Complete a folder whose other files are there.
+    """Write the manifest of a folder whose other files are complete.
 
-    written: what is known of them from those who wrote them, who may be other processes on other nodes: it counts, and
-    not what this process sees.
+    written: size and hash of files as their writers know them. The writers may be processes on other nodes, and a
+    shared file system may show this process an older state, so these records count, and not what this process would
+    read.
     """
-    seen = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    mine = {name: file_record(path) for name, path in seen.items() if name not in written}
-    files = dict(sorted({**mine, **written}.items()))
+    files_here = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    other = {name: file_record(path) for name, path in files_here.items() if name not in written}
+    files = dict(sorted({**other, **written}.items()))
     whole = manifest.model_copy(update={"written_by": software(), "files": files, "checksum": ""})
     text = whole.model_dump_json(indent=2)
     sealed = text.replace(_seal(""), _seal(_digest(text)))

@@ -1,4 +1,4 @@
-"""A model alone, without its optimiser, from a checkpoint of any topology."""
+"""Load a model without its optimiser, from a checkpoint of any topology."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from bd3_scale.recipe.schema import ParallelRecipe
 def open_model(
     checkpoint: Path, dtype: torch.dtype | None = None, tensor: int | None = None
 ) -> Iterator[tuple[BlockDiffusionTransformer, CheckpointManifest, ProcessGroups]]:
-    """The averaged weights where kept, else the last ones, in `dtype` or the training's, and the process groups.
+    """Load a model and yield it with its manifest and the process groups.
 
-    In one process the model is whole; under torchrun or SLURM its matrices are split over as many ranks as in training
-    where this version can tell how many these were, or over `tensor`, and the other ranks are replicas.
+    The weights are the averaged ones if the training kept them, else the last ones, in `dtype` or that of the training.
+    In one process the model is whole. Under torchrun or SLURM its matrices are split over `tensor` ranks, by default
+    over as many as in training if this version can read that from the manifest; the remaining ranks are replicas.
 
     Raises:
         ValueError: the checkpoint is incomplete or damaged.
@@ -51,9 +52,9 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> BlockDiffusionTransformer:
-    """Return this rank's part of the model; see `open_model`. device: default: `local_device`.
+    """Return this rank's part of the model; see `open_model`. device: `local_device` if None.
 
-    ValueError: the weights are not those of the manifest.
+    ValueError: the weights do not fit the manifest.
     """
     check_sizes(checkpoint, manifest)
     (model,) = build_model(

@@ -1,4 +1,11 @@
-"""Plans for torch.distributed.checkpoint: any number of boxes of one tensor on a rank, on save and on load."""
+"""Plan saves and loads for torch.distributed.checkpoint (DCP) with several boxes of one tensor on a rank.
+
+DCP's default planners derive the shards from a state dict of DTensor or ShardedTensor values, where a rank holds one
+rectangle of a tensor, evenly divided. ZeRO's shares are neither: see `checkpoint.boxes`. These planners therefore pass
+the boxes to DCP as write and read items and leave the state dict empty. DCP does the rest, and that is why it is used:
+it joins the plans of all ranks, checks that the boxes tile each tensor, and on load finds the overlaps between the
+boxes that were written and those that are wanted, so that any topology reads any other.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +28,25 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from bd3_scale.checkpoint.boxes import Box
 
 
-def _by_place(boxes: Sequence[Box]) -> dict[tuple[str, tuple[int, ...]], Tensor]:
+def _data_by_box(boxes: Sequence[Box]) -> dict[tuple[str, tuple[int, ...]], Tensor]:
     return {(box.key, box.offset): box.data for box in boxes}
 
 
 class BoxSavePlanner(DefaultSavePlanner):
-    """Saves `boxes`; together with those of the other ranks they must tile every tensor, which torch checks."""
+    """Saves `boxes`. Together with the boxes of the other ranks they must tile every tensor, which DCP checks."""
 
     def __init__(self, boxes: Sequence[Box]) -> None:
+        # The defaults flatten nested state dicts and rename their keys; there is no state dict here.
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._boxes = boxes
-        self._data = _by_place(boxes)
+        self._data = _data_by_box(boxes)
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([_write_item(box) for box in self._boxes])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
+        # The base class looks the name up in the state dict; here the offset matters too.
         return self._data[index.fqn, tuple(index.offset or ())]
 
 
@@ -54,7 +63,7 @@ def _write_item(box: Box) -> WriteItem:
 
 
 class BoxLoadPlanner(DefaultLoadPlanner):
-    """Loads into the data of `boxes`, in place, whatever boxes the checkpoint was written in.
+    """Loads into the data of `boxes`, in place, from a checkpoint with any other boxes of the same tensors.
 
     Raises:
         ValueError: the checkpoint lacks a tensor, or holds it in another shape.
@@ -63,7 +72,7 @@ class BoxLoadPlanner(DefaultLoadPlanner):
     def __init__(self, boxes: Sequence[Box]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._boxes = boxes
-        self._data = _by_place(boxes)
+        self._data = _data_by_box(boxes)
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None

@@ -1,4 +1,4 @@
-"""Whether a manifest's model is of the tensors beside it, asked before a model is made of its numbers."""
+"""Check that a manifest's model fits the stored tensors, before memory is allocated by the manifest's numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from bd3_scale.recipe.moe_checks import mixture_problems
 
 
 def check_sizes(checkpoint: Path, manifest: CheckpointManifest) -> None:
-    """Raise ValueError where a tensor of the model has another shape than the manifest's, the index is damaged, or the
-    manifest's mixture of experts breaks a rule.
+    """Check the shapes of a model's largest tensors against the index.
+
+    Raises:
+        ValueError: a tensor has another shape than the manifest's model, the index is damaged, or the manifest's
+            mixture of experts breaks a rule.
     """
     model = manifest.model
     if problems := list(mixture_problems(model)):
@@ -35,7 +38,8 @@ def check_sizes(checkpoint: Path, manifest: CheckpointManifest) -> None:
     for name, shape in expected.items():
         entry = index.get(f"{manifest.weights_state}.{name}")
         if entry is None or entry.shape != shape:
-            found = "is missing" if entry is None else f"has the shape {entry.shape}"
+            state = "is missing" if entry is None else f"has the shape {entry.shape}"
             raise ValueError(
-                f"checkpoint {checkpoint} is not of its manifest: {name} {found}, and {shape} is the manifest's"
+                f"checkpoint {checkpoint} does not fit its manifest: {name} {state}, and the manifest's model has "
+                f"{shape}"
             )

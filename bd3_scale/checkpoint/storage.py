@@ -1,7 +1,8 @@
-"""torch.distributed.checkpoint's storage as safetensors files and a JSON index: no pickle is written or read.
+"""Store tensors of torch.distributed.checkpoint as safetensors files and a JSON index.
 
-A rank writes its boxes to one file; `index.json` says which file holds which box of which tensor. A reader maps a file
-and takes from it only the part of a box that it needs.
+DCP's own storage (`FileSystemWriter`) pickles its metadata, and to read a pickle is to run what it says; a checkpoint
+may come from a stranger. Here nothing is pickled. A rank writes its boxes to one file; `index.json` says which file
+holds which box of which tensor. A reader maps a file and copies from it only the part of a box that it needs.
 """
 
 from __future__ import annotations
@@ -35,26 +36,29 @@ from bd3_scale.resilience import faults
 from bd3_scale.resilience.readers import read_regular, reader
 
 INDEX = "index.json"
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# The dtypes of the safetensors format that are written here.
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# Bytes hashed and written at a time: few enough to stay in the CPU's cache between hash and write.
 _CHUNK_BYTES = 1 << 24
-# Of an index: a hundred bytes a box, of which a thousand ranks write a thousand each.
+# Largest index that is read: a thousand ranks that write a thousand boxes each, at a hundred bytes a box, and some
+# room.
 _LIMIT_BYTES = 1 << 30
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
     """Write contiguous floating-point tensors of host memory as a safetensors file, flushed to disk.
 
-    Returns its size and the hash of its bytes. The library's own writer holds Python's lock for most of the time, so
-    that training would wait for a save beside it, and what it wrote would have to be read again for the hash.
+    Returns its size and the hash of its bytes. `safetensors.torch.save_file` holds Python's global lock for most of its
+    time, so training would stand still during a save, and the file would have to be read again to hash it.
 
     OSError: it cannot be written.
     """
-    # Wide types first, so that each tensor is aligned.
+    # The format has no padding between tensors; wide dtypes first keeps each tensor aligned to its element size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     header, end = {}, 0
     for name, tensor in ordered:
         offsets = [end, end + tensor.nbytes]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -65,13 +69,15 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord
             for start in range(0, len(part), _CHUNK_BYTES):
                 chunk = part[start : start + _CHUNK_BYTES]
                 digest.update(chunk)
-                while chunk:
+                while chunk:  # an unbuffered write may write less than it was given
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
     return FileRecord(bytes=8 + len(text) + end, xxh3=digest.hexdigest())
 
 
 class IndexedBox(BaseModel):
+    """One box of a tensor in the index."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
     offset: list[NonNegativeInt]
@@ -80,6 +86,8 @@ class IndexedBox(BaseModel):
 
 
 class IndexedTensor(BaseModel):
+    """One tensor in the index: the boxes tile it."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -92,43 +100,45 @@ _INDEX = TypeAdapter(dict[str, IndexedTensor])
 
 @reader("an index of tensors", path="checkpoint")
 def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
-    """Which file of a checkpoint holds which box of which tensor.
+    """Return the tensors of a checkpoint with their boxes and the files that hold them.
 
-    ValueError: it is damaged, names something outside the checkpoint, or boxes that cannot be in its files.
+    ValueError: the index is damaged, names something outside the checkpoint, or boxes that its files cannot hold.
     """
     path = checkpoint / INDEX
     try:
         index = _INDEX.validate_json(read_regular(path, _LIMIT_BYTES))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        outside = ": that is no file of the checkpoint" if first["loc"][-1:] == ("file",) else ""
-        raise ValueError(f"{path} is damaged ({place}: {first['msg']}{outside}); use an earlier checkpoint") from error
+        key = ".".join(map(str, first["loc"]))
+        outside = ": this is no file of the checkpoint" if first["loc"][-1:] == ("file",) else ""
+        raise ValueError(f"{path} is damaged ({key}: {first['msg']}{outside}); use an earlier checkpoint") from error
     sizes: dict[str, int] = defaultdict(int)
     for name, tensor in index.items():
         for box in tensor.boxes:
             ends = [offset + size for offset, size in zip(box.offset, box.shape, strict=False)]
             fits = len(box.offset) == len(box.shape) == len(tensor.shape)
             if not fits or any(end > size for end, size in zip(ends, tensor.shape, strict=False)):
-                raise ValueError(f"{path} is damaged: a box of {name} is not within it; use an earlier checkpoint")
+                raise ValueError(f"{path} is damaged: a box of {name} exceeds the tensor; use an earlier checkpoint")
             sizes[box.file] += math.prod(box.shape) * getattr(torch, tensor.dtype).itemsize
         if sum(math.prod(box.shape) for box in tensor.boxes) != math.prod(tensor.shape):
-            raise ValueError(f"{path} is damaged: the boxes of {name} do not make it up; use an earlier checkpoint")
+            raise ValueError(
+                f"{path} is damaged: the boxes of {name} do not cover the tensor; use an earlier checkpoint"
+            )
     for file, size in sizes.items():
         if not (checkpoint / file).is_file() or (checkpoint / file).stat().st_size < size:
-            raise ValueError(f"{checkpoint / file} does not hold what {INDEX} says; use an earlier checkpoint")
+            raise ValueError(f"{checkpoint / file} is smaller than {INDEX} says, or missing; use an earlier checkpoint")
     return index
 
 
 def box_name(key: str, offset: Iterable[int]) -> str:
-    """Name in its file of the box of tensor `key` at `offset`."""
+    """Return the name that the box of tensor `key` at `offset` has in its file."""
     return f"{key}@{','.join(map(str, offset))}"
 
 
 def index_entry(
     dtype: torch.dtype, shape: Iterable[int], boxes: Iterable[tuple[Iterable[int], Iterable[int], str]]
 ) -> dict[str, Any]:
-    """Holds what the index says of a tensor; boxes are (offset, shape, file)."""
+    """Return the index's entry of a tensor; boxes are (offset, shape, file)."""
     listed = [{"offset": list(offset), "shape": list(size), "file": file} for offset, size, file in boxes]
     return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "boxes": listed}
 
@@ -149,9 +159,9 @@ def _done(value: Any) -> Future[Any]:
 
 
 class SafetensorsWriter(StorageWriter):
-    """Writes into `folder`, which must exist.
+    """Writes this rank's boxes into `folder`, which must exist.
 
-    written: the file that this rank wrote, if any.
+    written: name, size and hash of the file that this rank wrote, if any.
     """
 
     def __init__(self, folder: Path, rank: int, step: int) -> None:
@@ -160,10 +170,10 @@ class SafetensorsWriter(StorageWriter):
         self.written: dict[str, FileRecord] = {}
 
     def reset(self, checkpoint_id: object = None) -> None:
-        """Nothing is kept between saves."""
+        """Do nothing: no state is kept between saves."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """The folder is there already."""
+        """Do nothing: the folder exists already."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -200,7 +210,7 @@ class SafetensorsReader(StorageReader):
         self._files: dict[MetadataIndex, str] = {}
 
     def reset(self, checkpoint_id: object = None) -> None:
-        """Nothing is kept between loads."""
+        """Do nothing: no state is kept between loads."""
 
     def read_metadata(self) -> Metadata:
         tensors: dict[str, STORAGE_TYPES] = {}

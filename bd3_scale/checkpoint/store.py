@@ -1,4 +1,4 @@
-"""Saving and loading the checkpoints of a run; see `checkpoint.folder` for where they lie."""
+"""Save and load the checkpoints of a run; see `checkpoint.folder` for where they lie."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def boxes_to_save(zero: ZeroState, layouts: Sequence[ParameterLayout]) -> list[Box]:
-    """This rank's part of a checkpoint: views of the optimiser's states."""
+    """Return this rank's part of a checkpoint: views of the optimiser's states."""
     return _state_boxes(zero, layouts, weights_state(zero.names), writers_only=True)
 
 
@@ -50,10 +50,10 @@ def save_boxes(
     keep: CheckpointRecipe,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write the boxes of all ranks as one checkpoint, then drop those that `keep` does not (collective over `group`).
+    """Write the boxes of all ranks as one checkpoint, then delete those that `keep` lets go (collective over `group`).
 
     Raises:
-        OSError: it could not be written; older checkpoints are untouched.
+        OSError: it could not be written; older checkpoints are unchanged.
     """
     target = folder / f"step-{manifest.step:08d}"
     partial = folder / f"{PARTIAL}{target.name}"
@@ -65,24 +65,24 @@ def save_boxes(
         written = {name: FileRecord(**record) for rank in gather_values(mine, group) for name, record in rank.items()}
         on_rank_zero(lambda: _seal(partial, manifest, written), group)
         if keep.verify == "full" and (damaged := "; ".join(filter(None, gather_values(_read_back(partial), group)))):
-            raise OSError(f"what was written reads back as something else: {damaged}")
+            raise OSError(f"these files do not read back as they were written: {damaged}")
         on_rank_zero(lambda: _commit(partial, target, manifest.step), group)
     except (CheckpointException, ValueError, OSError) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"the checkpoint of step {manifest.step} could not be written to {folder}: {_reasons(error)}; "
-            "older ones are whole"
+            "older ones are unchanged"
         ) from error
-    # It is complete: whatever else fails does not make it less.
-    on_rank_zero(lambda: _tidy(folder, keep, manifest.step), group)
+    # The checkpoint is complete; an error from here on must not count as a failed save.
+    on_rank_zero(lambda: _delete_surplus(folder, keep, manifest.step), group)
     return target
 
 
 def load_training_state(
     checkpoint: Path, manifest: CheckpointManifest, zero: ZeroState, layouts: Sequence[ParameterLayout]
 ) -> None:
-    """Load masters, the optimiser's states and moving average in place, on whatever layout this run has (collective).
+    """Load masters, optimiser states and moving average in place, whatever layout this run has (collective).
 
     Raises:
         ValueError: a tensor is missing or has another shape.
@@ -90,8 +90,8 @@ def load_training_state(
     missing = set(zero.names) - set(manifest.states)
     if missing:
         raise ValueError(
-            f"{checkpoint} holds no {', '.join(sorted(missing))}: set optimizer.family and optimizer.ema_decay as the "
-            "run that wrote it"
+            f"{checkpoint} holds no {', '.join(sorted(missing))}: set optimizer.family and optimizer.ema_decay as in "
+            "the run that wrote it"
         )
     _load(checkpoint, _state_boxes(zero, layouts, manifest.weights_state, writers_only=False))
     zero.loaded(manifest.step - manifest.skipped)
@@ -100,8 +100,9 @@ def load_training_state(
 def load_weights(
     checkpoint: Path, manifest: CheckpointManifest, layouts: Sequence[ParameterLayout], *, alone: bool = False
 ) -> None:
-    """Load a model without its optimiser (collective, unless `alone`): the moving average where kept, else the masters,
-    in the model's dtype.
+    """Load a model without its optimiser, in the model's dtype (collective, unless `alone`).
+
+    The weights are the moving average if the checkpoint has one, else the masters.
     """
     state = manifest.weights_state
     boxes = [b for layout in layouts for b in boxes_of(layout.pieces, 0, {state: layout.parameter.data.view(-1)})]
@@ -111,7 +112,7 @@ def load_weights(
 def load_initial_weights(
     checkpoint: Path, manifest: CheckpointManifest, zero: ZeroState, layouts: Sequence[ParameterLayout]
 ) -> None:
-    """Begin a training with the weights of a checkpoint, of any topology (collective); the optimiser begins anew."""
+    """Load the weights of a checkpoint of any topology to start a training (collective); the optimiser starts anew."""
     by_parameter = {id(layout.parameter): layout for layout in layouts}
     boxes: list[Box] = []
     for fragment in zero.fragments():
@@ -126,11 +127,13 @@ def load_initial_weights(
 
 
 def _state_boxes(zero: ZeroState, layouts: Sequence[ParameterLayout], weights: str, *, writers_only: bool) -> list[Box]:
-    """Return boxes of the optimiser's states and, as part of the state `weights`, of what no gradient changes."""
+    """Return boxes of the optimiser's states; parameters without a gradient join the state `weights`."""
     by_parameter = {id(layout.parameter): layout for layout in layouts}
     boxes: list[Box] = []
     for fragment in zero.fragments():
         layout = by_parameter[id(fragment.parameter)]
+        # Where ZeRO divides the states each data-parallel rank has its own share; else replicas hold equal copies, and
+        # the first one writes.
         if not writers_only or (layout.writer and (zero.divided or layout.replica == 0)):
             boxes += boxes_of(layout.pieces, fragment.start, fragment.states)
     others = [layout for layout in layouts if not layout.is_trained]
@@ -151,7 +154,7 @@ def _load(checkpoint: Path, boxes: Sequence[Box], *, alone: bool = False) -> Non
 
 
 def _reasons(error: BaseException) -> str:
-    """The messages of a failed collective save or load, or copy of a folder, each once."""
+    """Return the messages of a failed collective save or load, or of a failed copy of a folder, each once."""
     if isinstance(error, shutil.Error):
         return "; ".join(sorted({str(why) for _, _, why in error.args[0]}))
     if not isinstance(error, CheckpointException):
@@ -168,14 +171,19 @@ def _prepare(partial: Path, tokenizer: Path, step: int) -> None:
 def _seal(partial: Path, manifest: CheckpointManifest, written: Mapping[str, FileRecord]) -> None:
     faults.reach("save.commit", step=manifest.step, folder=partial)
     write_manifest(partial, manifest, written)
-    # Nothing that cannot be read gets a name.
+    # A checkpoint that cannot be read must not get its final name.
     read_manifest(partial)
+    # The files and the folder reach the disk before the rename does: after a power cut a renamed folder is complete.
     for path in [*partial.rglob("*"), partial]:
         sync(path)
 
 
 def _read_back(partial: Path) -> str:
-    """Return what is wrong with this rank's share of the files: they are about to take the place of older ones."""
+    """Read this rank's share of the files again and return which are damaged, "" if none.
+
+    Disks and network file systems have returned other bytes than were written, without an error; older checkpoints are
+    deleted after this one, so it must be known to be readable first.
+    """
     try:
         damaged = damaged_files(partial, read_manifest(partial), slice(dist.get_rank(), None, dist.get_world_size()))
     except (ValueError, OSError) as error:
@@ -191,26 +199,26 @@ def _commit(partial: Path, target: Path, step: int) -> None:
     sync(target.parent)
 
 
-def _tidy(folder: Path, keep: CheckpointRecipe, step: int) -> None:
+def _delete_surplus(folder: Path, keep: CheckpointRecipe, step: int) -> None:
     try:
         faults.reach("save.link", step=step)
         name_latest(folder)
     except OSError as error:
-        _LOG.warning("%s does not name step %d: %s", folder / LATEST, step, error)
+        _LOG.warning("%s cannot be updated to step %d: %s", folder / LATEST, step, error)
     try:
         faults.reach("save.remove", step=step)
         by_step = {number: path for path in list_checkpoints(folder) if (number := step_of(path)) is not None}
         named = (folder / LATEST).read_text().strip() if (folder / LATEST).is_file() else ""
         for path in surplus(by_step, keep, folder.parent):
-            # Where `latest` could not be written, what it names stays.
+            # If `latest` could not be written, the checkpoint that it names stays.
             if path.name != named:
                 _remove(path)
     except (OSError, ValueError) as error:
-        _LOG.warning("checkpoints of %s that may go are still there: %s", folder, error)
+        _LOG.warning("surplus checkpoints of %s cannot be deleted: %s", folder, error)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Under another name first: one that is half removed must not look like a checkpoint."""
+    """Delete a checkpoint, after a rename: one that is half deleted must not look like a checkpoint."""
     aside = checkpoint.with_name(f"{PARTIAL}removed-{checkpoint.name}")
     checkpoint.rename(aside)
     shutil.rmtree(aside)

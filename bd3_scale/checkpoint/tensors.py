@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint one at a time, read and written without a model, for conversion and inspection."""
+"""Read and write the tensors of a checkpoint one at a time, without a model, for conversion and inspection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bd3_scale.checkpoint.storage import INDEX, IndexedBox, box_name, index_entr
 
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:
-    """Both hold the same bits, NaN included."""
+    """Tell whether both tensors hold the same bits; unlike `torch.equal`, equal NaNs count as equal."""
     return first.dtype == second.dtype and torch.equal(
         *(tensor.contiguous().view(torch.uint8) for tensor in (first, second))
     )
@@ -28,14 +28,14 @@ class TensorReader:
     """Reads any box of any tensor of a checkpoint. A context manager: files stay mapped inside.
 
     Attributes:
-        shapes, dtypes: of every tensor, named `<state>.<key>`.
+        shapes, dtypes: those of every tensor, by its name `<state>.<key>`.
     """
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
         self._index = read_index(checkpoint)
         self._files: dict[str, safe_open] = {}
-        self._places: dict[str, dict[int | None, list[IndexedBox]]] = {}
+        self._by_first_index: dict[str, dict[int | None, list[IndexedBox]]] = {}
         self.shapes: Mapping[str, Shape] = {name: tuple(entry.shape) for name, entry in self._index.items()}
         self.dtypes: Mapping[str, torch.dtype] = {
             name: getattr(torch, entry.dtype) for name, entry in self._index.items()
@@ -48,15 +48,15 @@ class TensorReader:
         self._files.clear()
 
     def read(self, name: str, offset: Shape, shape: Shape) -> Tensor:
-        """The box of `shape` at `offset`, in the stored dtype.
+        """Return the box of `shape` at `offset` of the tensor `name`, in the stored dtype.
 
-        ValueError: the checkpoint has no such tensor, or a file of it cannot be read.
+        ValueError: the checkpoint has no such tensor, or one of its files cannot be read.
         """
         if name not in self._index:
             raise ValueError(f"checkpoint {self._checkpoint} holds no tensor {name}")
         result = torch.empty(shape, dtype=self.dtypes[name])
         read = 0
-        for box in self._near(name, offset, shape):
+        for box in self._candidates(name, offset, shape):
             if not all(
                 a < o + m and o < a + n for a, n, o, m in zip(offset, shape, box.offset, box.shape, strict=True)
             ):
@@ -67,22 +67,25 @@ class TensorReader:
             result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))] = source
             read += source.numel()
         if read != result.numel():
-            raise ValueError(f"checkpoint {self._checkpoint} is damaged: the boxes of {name} leave a gap")
+            raise ValueError(f"checkpoint {self._checkpoint} is damaged: the boxes of {name} do not cover it")
         return result
 
-    def _near(self, name: str, offset: Shape, shape: Shape) -> Iterator[IndexedBox]:
-        """Yield the boxes of a tensor that may have a part of a box, by the first axis: an import writes one for each
-        matrix of each expert.
+    def _candidates(self, name: str, offset: Shape, shape: Shape) -> Iterator[IndexedBox]:
+        """Yield the stored boxes that may overlap the wanted one, chosen by their index on the first axis.
+
+        An import writes one box for each matrix of each expert, so a tensor may have ten thousand; to compare each
+        wanted box with each stored one would take quadratic time. Boxes that span several indices are listed under
+        None.
         """
-        if name not in self._places:
-            self._places[name] = defaultdict(list)
+        if name not in self._by_first_index:
+            self._by_first_index[name] = defaultdict(list)
             for box in self._index[name].boxes:
-                self._places[name][box.offset[0] if box.shape[:1] == [1] else None].append(box)
-        by_place = self._places[name]
-        asked = range(offset[0], offset[0] + shape[0]) if offset else range(0)
-        for place in by_place if len(asked) >= len(by_place) else (None, *asked):
-            if place is None or place in asked:
-                yield from by_place.get(place, ())
+                self._by_first_index[name][box.offset[0] if box.shape[:1] == [1] else None].append(box)
+        by_index = self._by_first_index[name]
+        wanted = range(offset[0], offset[0] + shape[0]) if offset else range(0)
+        for index in by_index if len(wanted) >= len(by_index) else (None, *wanted):
+            if index is None or index in wanted:
+                yield from by_index.get(index, ())
 
     def _slice(self, box: IndexedBox, name: str, low: list[int], high: list[int]) -> Tensor:
         file, offset = box.file, box.offset
@@ -99,7 +102,7 @@ class TensorReader:
 
 
 class TensorWriter:
-    """Writes boxes into files of about `file_bytes` in `folder`, and their index at the end.
+    """Writes boxes into files of about `file_bytes` in `folder`, and at the end the index.
 
     Attributes:
         written: the files written so far.
@@ -114,7 +117,7 @@ class TensorWriter:
         self.written: dict[str, FileRecord] = {}
 
     def add(self, box: Box) -> None:
-        """Write a box, whose data is copied, now or with the next ones."""
+        """Add a box, whose data is copied; files are written as boxes add up to `file_bytes`."""
         self._tensors[box.key] = (box.data.dtype, box.full_shape)
         self._boxes.setdefault(box.key, []).append((box.offset, tuple(box.data.shape), self._file))
         self._pending[box_name(box.key, box.offset)] = box.data.clone(memory_format=torch.contiguous_format)
@@ -123,7 +126,7 @@ class TensorWriter:
             self._flush()
 
     def finish(self) -> None:
-        """Write what is pending, and the index."""
+        """Write the remaining boxes and the index."""
         self._flush()
         index = {key: index_entry(*self._tensors[key], boxes) for key, boxes in self._boxes.items()}
         (self._folder / INDEX).write_text(json.dumps(index))

@@ -1,4 +1,4 @@
-"""Whether checkpoints are what was written, and which of them a run keeps."""
+"""Check checkpoints against their manifests, and choose those that a run deletes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ Mode = Literal["full", "fast"]
 
 
 def check_checkpoint(folder: Path, mode: Mode, share: slice = slice(None)) -> CheckpointManifest:
-    """The manifest of a sound checkpoint: `fast` compares sizes, `full` also the hash of each file of `share`.
+    """Return the manifest of a sound checkpoint: `fast` compares sizes, `full` also the hash of each file of `share`.
 
     Raises:
-        CheckpointDamagedError: it is not what was written; what is damaged is named.
+        CheckpointDamagedError: files differ from what was written; the message names them.
         ValueError: it was written by another version.
     """
     manifest = read_manifest(folder)
     step = step_of(folder)
     if step is not None and manifest.step != step:
-        raise CheckpointDamagedError(f"checkpoint {folder} is damaged: its manifest is of step {manifest.step}")
+        raise CheckpointDamagedError(f"checkpoint {folder} is damaged: its manifest says step {manifest.step}")
     if mode == "full" and (damaged := damaged_files(folder, manifest, share)):
         raise CheckpointDamagedError(
-            f"checkpoint {folder} is damaged: {', '.join(damaged)} is not what was written; use an earlier checkpoint"
+            f"checkpoint {folder} is damaged: {', '.join(damaged)} differs from what was written; use an earlier "
+            "checkpoint"
         )
     return manifest
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself, and the NELBO of its step in its run. ValueError: it is damaged."""
+    """Return a checkpoint's step, size and states, and the NELBO that its run measured. ValueError: it is damaged."""
     manifest = read_manifest(folder)
     return {
         "name": folder.name,
@@ -47,15 +48,16 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def surplus(checkpoints: Mapping[int, Path], recipe: CheckpointRecipe, run: Path) -> Sequence[Path]:
-    """Those that may go, of the `checkpoints` of the folder `run` by step; never the newest that is complete."""
+    """Return the `checkpoints` (by step) of the folder `run` that may be deleted, never the newest complete one."""
     steps = sorted(checkpoints)
     kept = set(steps[-recipe.keep_last :])
     if recipe.keep_every_steps:
         kept |= {step for step in steps if step % recipe.keep_every_steps == 0}
     if recipe.keep_best:
-        found = read_nelbos(run / METRICS_FILE)
-        kept |= set(sorted(found.keys() & checkpoints.keys(), key=lambda step: (found[step], step))[: recipe.keep_best])
-    # What a replay of the last step that stood out begins with.
+        nelbos = read_nelbos(run / METRICS_FILE)
+        measured = nelbos.keys() & checkpoints.keys()
+        kept |= set(sorted(measured, key=lambda step: (nelbos[step], step))[: recipe.keep_best])
+    # A replay of the last anomalous step starts from the checkpoint before it.
     if (event := last_event(run)) is not None:
         kept |= set([step for step in steps if step < event][-1:])
     newest = next((step for step in reversed(steps) if _is_complete(checkpoints[step])), None)

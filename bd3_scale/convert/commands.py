@@ -208,7 +208,7 @@ def _export_gguf(
     from bd3_scale.convert.gguf import plan_gguf
     from bd3_scale.convert.gguf_export import GgufOptions, run_gguf_export
     from bd3_scale.convert.gguf_types import uses_importance
-    from bd3_scale.evaluate.checkpoint import data_recipe
+    from bd3_scale.evaluate.measured_text import data_recipe
 
     if not uses_importance(kind):
         given["calibration_sequences"] = 0
@@ -267,7 +267,7 @@ def quantize(
     from bd3_scale.convert.export import plan_export
     from bd3_scale.convert.quantize import check_quantizable, is_quantized, packing_of, run_quantize
     from bd3_scale.convert.quantizer import Scheme
-    from bd3_scale.evaluate.checkpoint import data_recipe
+    from bd3_scale.evaluate.measured_text import data_recipe
 
     plan = plan_export(resolve_checkpoint(checkpoint), None, dtype, mask_id)
     scheme = Scheme(bits=4 if bits == "4" else 8, group_size=group_size)

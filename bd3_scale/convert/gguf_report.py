@@ -111,7 +111,7 @@ class HeldOutText:
             evaluate_nelbo([model], batches, lone_groups(), **how)  # type: ignore[list-item, arg-type]
             for batches in self._batches(16, self.sequences)
         ]
-        return HeldOut.together(parts)
+        return HeldOut.merged(parts)
 
     @torch.no_grad()
     def rates(self, native: BlockDiffusionTransformer, file: LlamaModel, progress: Progress) -> tuple[AtRate, ...]:

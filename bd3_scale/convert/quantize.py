@@ -230,7 +230,7 @@ class _Measure:
         for source, part, count in self._parts:
             batches = held_out_batches(source, part, batch_size=16, dp_rank=0, dp_size=1, sequences=count)
             parts.append(evaluate_nelbo([self._model], batches, self._groups, **how))
-        return Measured.of(HeldOut.together(parts).nelbo)
+        return Measured.of(HeldOut.merged(parts).nelbo)
 
 
 class _Quantizer:

@@ -1,4 +1,4 @@
-"""Likelihood of held-out text."""
+"""Measure the likelihood of text, and the quality of samples."""
 
 from bd3_scale.lazy import lazy_names
 

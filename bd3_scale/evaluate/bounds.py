@@ -1,11 +1,13 @@
-"""Lower bounds of the log-likelihood of continuations, by the NELBO with the context clean.
+"""Compute lower bounds of the log-likelihood of continuations: the NELBO with a clean context.
 
-A continuation's tokens alone are masked, at rates over the whole of [0, 1]; the context stays clean inside their block,
-too, and what would follow the continuation in its last block is always masked, so that nothing tells where it ends.
+Only the tokens of a continuation are masked, at rates over the whole of [0, 1]. The context stays clean, also inside
+the continuation's first block. The positions behind the continuation in its last block are always masked, so that
+nothing tells the model where the continuation ends.
 
-The bound is of the likelihood under the law in which those places behind the continuation stay masked. `generate` fills
-them, too, in an order drawn over the whole block: where the last block is not full, its law is another one. At block
-size 1 no such place is left, and the number is the likelihood itself (but of a score-entropy model).
+The bound is one of the likelihood when those positions behind the continuation stay masked. `generate` fills them too,
+in an order drawn over the whole block; where the last block is not full, it therefore samples from another
+distribution. At block size 1 there are no such positions, and the number is the likelihood itself (except for a
+score-entropy model).
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ Pair = tuple[list[int], list[int]]
 
 
 class ContinuationBounds:
-    """Of one model. max_length: tokens of context and continuation at the most; draws: of the noise of each."""
+    """Computes bounds with one model.
+
+    max_length: most tokens of context and continuation together; draws: noise draws for each continuation.
+    """
 
     def __init__(
         self,
@@ -42,24 +47,25 @@ class ContinuationBounds:
         draws: int,
     ) -> None:
         if not isinstance(objective, BlockDiffusion):
-            raise ValueError("bounds of continuations need a model that fills masks, of block diffusion's kind")
+            raise ValueError("the likelihood of continuations needs a model trained for block diffusion")
         self._model, self._groups, self._objective = model, groups, objective
         self._block_size = block_size = objective.block_size
         self._draws = objective.num_draws(draws)
-        # Of the longest text, whatever a text's length: a place then has one noise for all choices of a question.
+        # Noise is drawn for the longest text, whatever a text's length: a position then has the same noise for all
+        # answers to a question, which makes their differences less noisy.
         length = -(-max_length // block_size) * block_size
         self._block_start = make_spans(torch.zeros(1, length, dtype=torch.int32), block_size)[1]
 
     @torch.no_grad()
     def of(self, pairs: Sequence[Pair], documents: Sequence[int]) -> list[float]:
-        """Return the bound in nats of each continuation after its context; equal `documents` meet equal noise."""
-        # By length, so that rows of a batch are alike; a row's noise depends on nothing but itself.
+        """Return the bound in nats of each continuation after its context; pairs of one document get equal noise."""
+        # Sorted by length, a batch holds rows of similar length and little padding; a row's noise is its own.
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         bounds = [0.0] * len(pairs)
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
-            found = self._batch_bounds([pairs[i] for i in rows], [documents[i] for i in rows])
-            for i, bound in zip(rows, found, strict=True):
+            batch_bounds = self._batch_bounds([pairs[i] for i in rows], [documents[i] for i in rows])
+            for i, bound in zip(rows, batch_bounds, strict=True):
                 bounds[i] = bound
         return bounds
 
@@ -67,14 +73,16 @@ class ContinuationBounds:
         longest = max(len(given) + len(scored) for given, scored in pairs)
         length = -(-longest // self._block_size) * self._block_size
         tokens = torch.full((len(pairs), length), self._model.vocabulary.eos_id)
-        counted, shown = (torch.zeros(tokens.shape, dtype=torch.bool) for _ in range(2))
+        counted, context = (torch.zeros(tokens.shape, dtype=torch.bool) for _ in range(2))
         for row, (given, scored) in enumerate(pairs):
             tokens[row, : len(given) + len(scored)] = torch.tensor(given + scored, dtype=torch.int64)
             counted[row, len(given) : len(given) + len(scored)] = True
-            shown[row, : len(given)] = True
+            context[row, : len(given)] = True
         start = torch.zeros(tokens.shape, dtype=torch.int32)
         ids = torch.tensor(documents)
-        batch = Batch(ids, ids, 0 * ids, 0 * ids, tokens, start, torch.arange(length).expand_as(tokens), counted, shown)
+        batch = Batch(
+            ids, ids, 0 * ids, 0 * ids, tokens, start, torch.arange(length).expand_as(tokens), counted, context
+        )
         noises = [self._noise(pairs, documents, length, draw) for draw in range(self._draws)]
         drawn = [
             self._objective.draw_of(batch, noise, place=placement(self._groups, [self._model])) for noise in noises
@@ -83,7 +91,8 @@ class ContinuationBounds:
         return [-float(bound) for bound in sums.mean(0)]
 
     def _noise(self, pairs: Sequence[Pair], documents: Sequence[int], length: int, draw: int) -> Noise:
-        """Of each row as if it were alone; the context is never masked, and all behind the continuation is."""
+        """Draw the noise of each row independently; the context is never masked, what follows the continuation "
+        "always."""
         masked = torch.ones(len(pairs), length, dtype=torch.bool)
         rate = torch.ones(len(pairs), length)
         for row, ((given, scored), document) in enumerate(zip(pairs, documents, strict=True)):
@@ -103,5 +112,6 @@ class ContinuationBounds:
 
 
 def _reciprocal(rate: Tensor) -> Tensor:
-    # Nothing is masked at rate 0.
+    # The NELBO weights a masked token with 1/p under a linear schedule (Sahoo et al., NeurIPS 2024); at rate 0 no
+    # token is masked, and the weight is not used.
     return torch.where(rate > 0, 1 / rate, 0.0)

@@ -1,4 +1,4 @@
-"""`bd3-scale evaluate`, `harness`, `generative` and `generate`; what a command needs is imported when it runs."""
+"""Define the commands `evaluate`, `harness`, `generative` and `generate`; each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def evaluate(
     block_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Once or more.", show_default="that of the training")
     ] = None,
-    sequences: Annotated[int | None, typer.Option(help="The first so many.", show_default="all")] = None,
+    sequences: Annotated[
+        int | None, typer.Option(help="How many sequences, from the first.", show_default="all")
+    ] = None,
     draws: Annotated[int, typer.Option(help="Noise draws a sequence; block size 1 is exact and takes one.")] = 4,
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Also the training loss's variance under clipped mask-rate intervals.")
@@ -46,11 +48,11 @@ def evaluate(
     """Measure perplexity on held-out or other text: a bound from the NELBO, exact at block size 1.
 
     A sequence has as many tokens as in training and begins without context.
-    Documents see each other where they did in training, else not; their end
-    counts, what pads them does not.
+    Documents of a sequence see each other if they did in training. The token
+    that ends a document counts; padding does not.
 
-    SET is a tokenised corpus such as ptb, wikitext2, lm1b or lambada, which is
-    put back into plain text, whose bytes are counted.
+    SET is a tokenised corpus such as ptb, wikitext2, lm1b or lambada. It is
+    turned into plain text first, and bytes are counted of that.
     """
     from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
     from bd3_scale.evaluate.sets import NamedText
@@ -59,7 +61,7 @@ def evaluate(
 
     texts = [NamedText.parse(argument) for argument in text or ()]
     with Bar("evaluating") as bar:
-        found = evaluate_checkpoint(
+        evaluations = evaluate_checkpoint(
             resolve_source(checkpoint),
             data_path=data,
             texts=texts,
@@ -71,15 +73,15 @@ def evaluate(
         )
     if not is_rank_zero():
         return
-    for name, count in {(result.text, result.trained_on) for result in found if not result.own}:
+    for name, count in {(result.text, result.trained_on) for result in evaluations if not result.own}:
         if count is None:
-            tell(f"{name}: no hashes of the training documents are at hand to tell an overlap by")
+            tell(f"{name}: there are no hashes of the training documents here, so an overlap with them is not checked")
         elif count:
-            tell(f"warning: the training had {count} documents of {name}, too: it measures memory")
+            tell(f"warning: {count} documents of {name} were in the training data, too: the result measures memory")
     if as_json:
-        put(as_json_text(found))
+        put(as_json_text(evaluations))
         return
-    show_evaluations(found)
+    show_evaluations(evaluations)
 
 
 @app.command(epilog="Example: bd3-scale harness runs/mine --tasks hellaswag,lambada_openai --limit 200")
@@ -99,11 +101,11 @@ def harness(
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.evaluate.harness import evaluate_tasks, show_results
 
-    found = evaluate_tasks(resolve_checkpoint(checkpoint), tasks.split(","), folder=include, limit=limit, draws=draws)
+    results = evaluate_tasks(resolve_checkpoint(checkpoint), tasks.split(","), folder=include, limit=limit, draws=draws)
     if as_json:
-        put(json.dumps(found["results"]))
+        put(json.dumps(results["results"]))
     else:
-        show_results(found)
+        show_results(results)
 
 
 @app.command(epilog="Example: bd3-scale generative runs/mine --judge models/gpt2 --samples 64 --top-p 0.9")
@@ -121,7 +123,7 @@ def generative(
 ) -> None:
     """Measure samples: generative perplexity under another model, entropy, repetition, distinct n-grams.
 
-    A low perplexity alone can be had by repeating oneself: read it beside the others.
+    Text that repeats itself has a low perplexity, too: read it together with the other figures.
     """
     import dataclasses
     import json
@@ -131,7 +133,7 @@ def generative(
     from bd3_scale.generate.source import resolve_source
 
     with Bar("generating") as bar:
-        found = evaluate_generative(
+        scores = evaluate_generative(
             resolve_source(checkpoint),
             judge,
             sampling,
@@ -142,16 +144,16 @@ def generative(
     if not is_rank_zero():
         return
     if as_json:
-        put(json.dumps(dataclasses.asdict(found)))
+        put(json.dumps(dataclasses.asdict(scores)))
         return
-    show_generative(found)
+    show_generative(scores)
 
 
 @app.command(epilog="Example: bd3-scale generate runs/quickstart --prompt 'def main(' --temperature 0.7 --watch")
 @takes_sampling()
 def generate(
     checkpoint: Source,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from, once or more.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue, once or more.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One a line, or a .jsonl with `prompt`.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Each --prompt is a message of a person, in the model's chat template.")
@@ -169,11 +171,11 @@ def generate(
 ) -> None:
     """Generate text block by block.
 
-    A special token that a prompt spells is that token, but for the mask. Where
-    documents of the training began with BOS, a prompt does.
+    A special token spelled in a prompt is read as that token, except the mask.
+    If documents of the training began with BOS, so does a prompt.
 
-    Where a text grows beyond the sequences of the training, a block sees the
-    last of them: a sliding window, told with the result.
+    If a text grows longer than the sequences of the training, a block sees a
+    sliding window of that length; the result says so.
     """
     import torch
 
@@ -182,7 +184,7 @@ def generate(
     from bd3_scale.observe.progress import DenoisingView
 
     prompts = _prompts(prompt or (), prompts_file, messages, chat=chat, infill=infill)
-    # One of them: both would draw on the same lines.
+    # Only one of them: both would write to the same lines of the terminal.
     with nullcontext() if watch else Bar("generating") as bar, DenoisingView(watch and is_rank_zero()) as view:
         shown = {"watch": view.show} if bar is None else {"progress": bar.show}
         with open_writer(resolve_source(checkpoint), dtype and getattr(torch, dtype)) as writer:
@@ -194,7 +196,7 @@ def generate(
 def _prompts(
     given: Sequence[str], file: Path | None, messages: Path | None, *, chat: bool, infill: bool
 ) -> list[str | Messages]:
-    """Return what is to be gone on from: texts, an empty one where none is given, or conversations."""
+    """Return the prompts: texts, an empty one if none is given, or conversations."""
     from bd3_scale.data.prompts import read_messages, read_prompts
 
     lines = [*given, *(read_prompts(file) if file else [])]

@@ -1,7 +1,8 @@
-"""How good a checkpoint's samples are: the perplexity that another model gives them, beside what that alone would hide.
+"""Measure a checkpoint's samples: the perplexity under another model, and figures that it would hide.
 
-Text that repeats itself has a low generative perplexity, so that entropy, repetition and distinct n-grams stand beside
-it (Zheng et al., ICLR 2025; Holtzman et al., ICLR 2020; Li et al., NAACL 2016), and MAUVE, which sees both.
+Text that repeats itself has a low generative perplexity, so the results also have entropy (Zheng et al., ICLR 2025),
+repetition (Holtzman et al., ICLR 2020) and distinct n-grams (Li et al., NAACL 2016), and MAUVE, which measures quality
+and diversity together.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from bd3_scale.observe.libraries import without_broken_torchvision
 from bd3_scale.resilience.foreign import CONFIG, for_transformers, object_in, weight_files
 from bd3_scale.resilience.readers import in_one_line, reader
 
-REPEATED = 4
+REPETITION_NGRAM = 4
 
 
 @dataclass(frozen=True)
 class Generative:
-    """Of `samples` texts.
+    """Figures of `samples` texts.
 
-    length_median, length_max: tokens of a text. perplexity: exp of the judge's mean nats a token of its own; None where
-    no text is long enough to judge. entropy: nats, of a text's token frequencies, mean. repetition: share of its
-    4-grams that it had before, mean. distinct_1, distinct_2: different n-grams over all n-grams, of all texts together.
-    nfe_per_token: denoising passes. mauve: against human text, where some was given. stopped_by: how many texts ended
-    how.
+    length_median, length_max: tokens of a text. perplexity: exp of the judge's mean nats per token of its own
+    tokeniser; None if no text is long enough to score. entropy: nats, of a text's token frequencies, mean over texts.
+    repetition: share of a text's 4-grams that occur earlier in it, mean. distinct_1, distinct_2: distinct n-grams over
+    all n-grams, of all texts together. nfe_per_token: denoising passes. mauve: against human text, if some was given.
+    stopped_by: number of texts by the reason of their end.
     """
 
     checkpoint: str
@@ -66,11 +67,11 @@ def evaluate_generative(
     human: Path | None = None,
     progress: Callable[[int, int], object] = lambda done, limit: None,
 ) -> Generative:
-    """Draw `samples` texts without a prompt and let a causal model of Hugging Face, in a local folder, judge them.
+    """Draw `samples` texts without a prompt and score them with a causal Hugging Face model in a local folder.
 
-    human: human text, for MAUVE: as many pieces of `max_new_tokens` tokens.
+    human: file with human text, for MAUVE; as many pieces of `max_new_tokens` tokens are taken from it.
 
-    ValueError: a folder that is none, no sample, or what `Writer.write` and `human_texts` refuse.
+    ValueError: not a model folder, no sample, or what `Writer.write` and `human_texts` refuse.
     """
     if samples < (1 if human is None else SMALLEST_SAMPLE):
         raise ValueError(f"samples is {samples}: give at least 1, and {SMALLEST_SAMPLE} for MAUVE")
@@ -81,13 +82,13 @@ def evaluate_generative(
         references = human_texts(human, tokenizer, count=samples, length=sampling.max_new_tokens)
     with open_writer(checkpoint) as writer:
         texts = list(writer.write([""] * samples, sampling, progress=progress))
-    return judged(checkpoint, texts, reader, references, seed=sampling.seed)
+    return score_samples(checkpoint, texts, reader, references, seed=sampling.seed)
 
 
-def judged(
+def score_samples(
     checkpoint: Path, texts: Sequence[Written], judge: Judge, references: Sequence[str] = (), *, seed: int = 0
 ) -> Generative:
-    """What `judge` says of the `texts` that `checkpoint` wrote; `references`: human ones, for MAUVE."""
+    """Return the figures of the `texts` that `checkpoint` generated; `references`: human texts, for MAUVE."""
     nats, count = 0.0, 0
     for text in texts:
         more, tokens_read = judge.nats(text.text)
@@ -114,19 +115,19 @@ def judged(
 
 
 def entropy(tokens: Sequence[int]) -> float:
-    """Nats, of the frequencies of a text's tokens; 0 of an empty one."""
+    """Return the entropy in nats of a text's token frequencies; 0 for an empty text."""
     share = np.unique(tokens, return_counts=True)[1] / max(1, len(tokens))
     return float(-(share * np.log(share)).sum())
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of a text's 4-grams that stood in it before."""
-    grams = _grams(tokens, REPEATED)
+    """Return the share of a text's 4-grams that occur earlier in it."""
+    grams = _grams(tokens, REPETITION_NGRAM)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def distinct(texts: Sequence[Sequence[int]], size: int) -> float:
-    """Different n-grams of `size` over all of them, in all texts together."""
+    """Return the number of distinct n-grams of `size` over the number of all, in all texts together."""
     grams = [gram for tokens in texts for gram in _grams(tokens, size)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
@@ -146,18 +147,22 @@ def _counts(texts: Sequence[Written]) -> dict[str, int]:
 
 
 class Judge:
-    """A causal model of Hugging Face that reads texts."""
+    """A causal Hugging Face model that scores texts."""
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer, model = _open_judge(folder)
         self.folder = folder
         self._model = model.eval()
         limit = getattr(model.config, "max_position_embeddings", None)
+        # A bound of memory: the logits of a window are [tokens, vocabulary] in float32.
         self._limit = 2048 if limit is None else min(2048, limit)
 
     @torch.no_grad()
     def vector(self, text: str) -> NDArray[np.float64]:
-        """What its last layer makes of the last token, of as many as it takes; zeros of an empty text."""
+        """Return the last layer's hidden state at the last token, of as many as fit; zeros for an empty text.
+
+        This is the feature that MAUVE uses (Pillutla et al., NeurIPS 2021).
+        """
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"][: self._limit]
         if not ids:
             return np.zeros(self._model.config.hidden_size)
@@ -168,43 +173,46 @@ class Judge:
 
     @torch.no_grad()
     def nats(self, text: str) -> tuple[float, int]:
-        """Of its tokens, each given those before it, and their number."""
+        """Return the summed negative log-likelihood of a text's tokens in nats, and the number of tokens scored."""
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         first = self._tokenizer.bos_token_id
         nats, count = 0.0, 0
-        # A window begins with the token that begins text, or else with one that it does not judge.
+        # A causal model cannot score the first token of a window. With a BOS token that token is the BOS; without one,
+        # the first token of each window is left out.
         room = self._limit - (first is not None)
         for start in range(0, len(ids), room):
             window = ([] if first is None else [first]) + ids[start : start + room]
             if len(window) < 2:
                 continue
             row = torch.tensor([window], device=self._model.device)
-            law = self._model(row).logits[0, :-1].float().log_softmax(-1)
-            nats -= float(law.gather(-1, row[0, 1:, None]).sum())
+            log_probs = self._model(row).logits[0, :-1].float().log_softmax(-1)
+            nats -= float(log_probs.gather(-1, row[0, 1:, None]).sum())
             count += len(window) - 1
         return nats, count
 
 
 @reader("a judge", path="folder")
 def _open_judge(folder: Path) -> tuple[Any, Any]:
-    """Return the tokeniser and the model of a folder, of which no code runs.
+    """Return the tokeniser and the model of a folder; no code of the folder is run.
 
-    ValueError: it is no folder of a model that the installed transformers knows by itself; FileNotFoundError: it has no
+    ValueError: it is not the folder of a model class that the installed transformers has; FileNotFoundError: it has no
     weights.
     """
     if not object_in(folder, CONFIG):
-        raise ValueError(f"{folder} is no folder of a Hugging Face model: it has no {CONFIG}")
+        raise ValueError(f"{folder} is not the folder of a Hugging Face model: it has no {CONFIG}")
     weight_files(folder)
-    with without_broken_torchvision(), for_transformers(folder) as known:
+    with without_broken_torchvision(), for_transformers(folder) as model_folder:
         import transformers
 
-        safely = {"trust_remote_code": False, "local_files_only": True}
+        options = {"trust_remote_code": False, "local_files_only": True}
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(known, **safely)
-            return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(known, use_safetensors=True, **safely)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder, **options)
+            return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(
+                model_folder, use_safetensors=True, **options
+            )
         except Exception as error:
             raise ValueError(
-                f"{folder} is no judge that transformers {transformers.__version__} knows, and code that a folder "
-                f"brings is not run: give a causal model of a kind that it has, such as GPT-2, with safetensors and a "
-                f"tokenizer.json ({in_one_line(error).replace(str(known), str(folder))})"
+                f"transformers {transformers.__version__} cannot load the judge {folder}, and code of a folder is not "
+                "run: give a causal model of a class that transformers has, such as GPT-2, with safetensors and a "
+                f"tokenizer.json ({in_one_line(error).replace(str(model_folder), str(folder))})"
             ) from error

@@ -1,8 +1,8 @@
-"""A checkpoint behind the interface of lm-evaluation-harness (Gao et al., 2024): likelihood by the NELBO, and text.
+"""Run a checkpoint behind the interface of lm-evaluation-harness (Gao et al., 2024): likelihoods and text.
 
-A block diffusion model has no likelihood to read off: a continuation is given a lower bound of it, under the law in
-which what is behind the continuation in its last block stays masked (see `bounds`). At block size 1 this is the
-likelihood (but of a score-entropy model). All choices of a question meet the same noise.
+A block diffusion model has no likelihood to read off. For a continuation it gives a lower bound, computed with what
+follows the continuation in its last block masked (see `bounds`). At block size 1 this is the likelihood (except for a
+score-entropy model). All answers to a question get the same noise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Before its version 4, `datasets` asks at a terminal whether to run the code of a data set.
+# `datasets` before version 4 asks at the terminal whether to run the code of a data set; this answers no. It must be
+# set before the import.
 os.environ.setdefault("HF_DATASETS_TRUST_REMOTE_CODE", "0")
 
 try:
@@ -22,12 +23,12 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 except ImportError as error:
-    raise ValueError(f"lm-evaluation-harness is wanting ({error}): pip install 'bd3_scale[harness]'") from error
+    raise ValueError(f"lm-evaluation-harness is not installed ({error}): pip install 'bd3_scale[harness]'") from error
 
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.evaluate.bounds import ContinuationBounds
-from bd3_scale.evaluate.checkpoint import LONGEST_CONTEXT
+from bd3_scale.evaluate.measured_text import LONGEST_CONTEXT
 from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.sampler import generate
 from bd3_scale.generate.text import checkpoint_tokenizer, stop_ids
@@ -41,10 +42,10 @@ DEFAULT_NEW_TOKENS = 256
 
 
 class BlockDiffusionLM(LM):
-    """The model of a checkpoint for `lm_eval.simple_evaluate(model=...)`.
+    """Adapts a checkpoint's model to `lm_eval.simple_evaluate(model=...)`.
 
-    max_length: tokens of context and continuation together; longer contexts lose their beginning. draws: of the noise,
-    for each continuation; its standard error falls with their square root.
+    max_length: tokens of context and continuation together; longer contexts lose their beginning. draws: noise draws
+    for each continuation; the bound's standard error falls with their square root.
     """
 
     def __init__(
@@ -65,19 +66,21 @@ class BlockDiffusionLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the harness's cache of requests."""
+        """Return the name under which the harness caches tokenised requests."""
         return self._tokenizer.hash
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The bound of log p(continuation | context) in nats, and whether greedy decoding gives the continuation."""
+        """Return the bound of log p(continuation | context) in nats, and whether greedy decoding equals it."""
         pairs = [self._pair(*request.args) for request in requests]
         bounds = self._bounds.of(pairs, [request.doc_id or 0 for request in requests])
         greedy = [self._is_greedy(*pair) for pair in pairs]
         return list(zip(bounds, greedy, strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The bound of log p(text) in nats: in windows that each predict what none before has, with the longest context
-        that fits. What is behind a window's end in its last block stays masked, as behind a continuation.
+        """Return the bound of log p(text) in nats, summed over windows of the text.
+
+        Each window scores the tokens that no window before has scored, with the longest context that fits. What follows
+        a window in its last block stays masked, as behind a continuation.
         """
         totals = []
         for request in requests:
@@ -88,7 +91,7 @@ class BlockDiffusionLM(LM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of the strings `until`; greedy unless the task gives a temperature."""
+        """Return continuations up to the first of the strings `until`; greedy unless the task gives a temperature."""
         texts = []
         for request in requests:
             context, options = request.args
@@ -102,7 +105,7 @@ class BlockDiffusionLM(LM):
         return texts
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both as one text has them, so that a token across their border counts with the continuation."""
+        """Return the ids of context and continuation, tokenised as one text; a token that spans both is scored."""
         both, before = (self._tokenizer.encode_prompt(text) for text in (context + continuation, context))
         shared = next((i for i, (a, b) in enumerate(zip(both, before, strict=False)) if a != b), len(before))
         given, scored = both[:shared], both[shared:]
@@ -132,9 +135,9 @@ class BlockDiffusionLM(LM):
 
 
 def windows_of(ids: list[int], length: int, given: int = 0) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield context and what is predicted, `length` together where so many tokens came before.
+    """Yield (context, scored tokens) pairs that cover a text; both together have at most `length` ids.
 
-    The first `given` ids are never predicted: what every text begins with.
+    The first `given` ids, such as BOS, are context only and never scored.
     """
     start = given
     while start < len(ids):
@@ -144,9 +147,9 @@ def windows_of(ids: list[int], length: int, given: int = 0) -> Iterator[tuple[li
 
 
 def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None, limit: int | None, draws: int) -> Any:
-    """Return what `lm_eval.simple_evaluate` finds, in one process.
+    """Return the results of `lm_eval.simple_evaluate`, in one process.
 
-    folder: of further tasks' YAML, whose `!function` runs the code beside it.
+    folder: holds YAML files of further tasks. A `!function` in them runs Python code of that folder: trust it first.
 
     ValueError: an unknown task, several processes, or a next-token model.
     """
@@ -155,15 +158,14 @@ def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None
     manager = TaskManager(include_path=folder)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(
-            f"lm-evaluation-harness knows no task {', '.join(unknown)}: `lm_eval ls tasks` lists them, and --include "
-            "names a folder of your own"
+            f"lm-evaluation-harness has no task {', '.join(unknown)}: `lm_eval ls tasks` lists its tasks; --include "
+            "adds a folder of yours"
         )
     with open_model(checkpoint) as (model, manifest, groups):
         if not manifest.fills_masks:
             raise ValueError(
                 f"{checkpoint} was trained for {manifest.objective} and fills no masks: write it with "
-                "`bd3-scale convert export`, and give the folder to the harness as a model of its own kind, "
-                "`lm_eval --model hf`"
+                "`bd3-scale convert export`, and run the harness on that folder with `lm_eval --model hf`"
             )
         adapter = BlockDiffusionLM(
             model,
@@ -177,6 +179,6 @@ def evaluate_tasks(checkpoint: Path, tasks: Sequence[str], *, folder: str | None
         return lm_eval.simple_evaluate(model=adapter, tasks=list(tasks), task_manager=manager, limit=limit)
 
 
-def show_results(found: Any) -> None:
-    """The harness's own table."""
-    say(make_table(found))
+def show_results(results: Any) -> None:
+    """Print the harness's table of results."""
+    say(make_table(results))

@@ -1,4 +1,4 @@
-"""NELBO perplexity of held-out sequences: the bound over mask rates U[0, 1], exact at block size 1."""
+"""Measure the NELBO perplexity of held-out sequences: the bound over mask rates U[0, 1], exact at block size 1."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from bd3_scale.parallel.schedule import token_losses
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What held-out text says: the NELBO, and what a search of the clipped interval needs of it.
+    """The NELBO of held-out text, and the statistics that the search of the clipped interval needs.
 
-    nelbo: of the counted tokens. What pads a document behind its end is masked throughout and does not count: where a
+    nelbo: of the counted tokens. Padding behind the end of a document is always masked and does not count: where a
     block is partly padding, this bounds the likelihood of its text when nothing behind the end is ever filled in, which
     is not what `generate` does there.
-    padded: with what pads the last block of a document counted, too, and masked as in training, in nats a token that
-    counts. The text is then what `generate` writes up to that block's end, and this an upper bound of its negative
-    log-likelihood. None where it was not asked for; where no block is partly padding it is `nelbo`.
-    moments: of `block_moments`, for all ranks' sequences in the order of their ids; None for an objective without
+    padded: the same with the padding of a document's last block counted, too, and masked as in training, in nats per
+    token of the text. The text is then what `generate` writes up to that block's end, and this an upper bound of its
+    negative log-likelihood. None if not requested; equal to `nelbo` where no block is partly padding.
+    moments: those of `block_moments`, for all ranks' sequences in the order of their ids; None for an objective without
         masks.
-    sums, tokens: float64 [draws, sequences] and int64 [sequences], what `nelbo` was estimated from.
+    sums, tokens: float64 [draws, sequences] and int64 [sequences], from which `nelbo` was estimated.
     """
 
     nelbo: NelboEstimate
@@ -43,18 +43,18 @@ class HeldOut:
     tokens: Tensor | None = None
 
     @classmethod
-    def together(cls, parts: Sequence[HeldOut]) -> HeldOut:
-        """Return what several held-out texts say as one."""
+    def merged(cls, parts: Sequence[HeldOut]) -> HeldOut:
+        """Return the result of several held-out texts taken as one text."""
         if len(parts) == 1:
             return parts[0]
         sums = torch.cat([part.sums for part in parts if part.sums is not None], 1)
         tokens = torch.cat([part.tokens for part in parts if part.tokens is not None])
         moments = [part.moments for part in parts if part.moments is not None]
-        together = torch.cat(moments, 1) if moments else None
-        return cls(estimate_nelbo(sums, tokens), parts[0].block_size, together, None, sums, tokens)
+        merged = torch.cat(moments, 1) if moments else None
+        return cls(estimate_nelbo(sums, tokens), parts[0].block_size, merged, None, sums, tokens)
 
     def intervals(self) -> IntervalSearch:
-        """The loss's variance under every clipped interval. ValueError: too little text, or nothing is masked."""
+        """Return the loss's variance under every clipped interval. ValueError: too little text, or no masks."""
         if self.moments is None:
             raise ValueError("this objective masks nothing: it has no interval of mask rates to search")
         return search_intervals(self.moments, self.block_size)
@@ -71,12 +71,14 @@ def evaluate_nelbo(
     padded: bool = False,
     progress: Callable[[int], object] = lambda sequences: None,
 ) -> HeldOut:
-    """Return the NELBO in nats a counted token over all data-parallel ranks' `batches` (collective).
+    """Return the NELBO in nats per counted token over all data-parallel ranks' `batches` (collective).
 
-    Where `objective.is_exact` it is a negative log-likelihood, left to right. All data-parallel ranks have as many
-    batches, of one shape; a sequence of id −1 only fills one up. `progress` is told the number of sequences finished
-    after each batch. `padded`: also what `HeldOut` calls so, for another pass over the sequences in which a block is
-    partly padding.
+    If `objective.is_exact` it is the negative log-likelihood, left to right. All data-parallel ranks have the same
+    number of batches, of one shape; sequences of id −1 are only there to complete a batch.
+
+    Args:
+        padded: also compute `HeldOut.padded`, with another pass over sequences in which a block is partly padding.
+        progress: called after each batch with the number of sequences that it finished.
     """
     draws = objective.num_draws(draws)
     for chunk in chunks:
@@ -85,25 +87,25 @@ def evaluate_nelbo(
     for batch in batches:
         real = batch.ids >= 0
         batch = objective.counting(batch)
-        # What pads a document tells nothing of its end: it is never shown, and does not count.
+        # A clean padding token would tell the model where the document ends, so padding stays masked in every draw.
         drawn = objective.evaluation_draws(batch, draws, always=batch.padding, place=placement(groups, chunks))
         nll = token_nll(chunks, drawn, groups)
-        found = weighted_sums(drawn, nll, batch.counted)
-        with_padding = _with_padding(chunks, batch, found, groups, objective) if padded else found
-        sums.append(torch.stack([found, with_padding])[:, :, real])
+        batch_sums = weighted_sums(drawn, nll, batch.counted)
+        with_padding = _with_padding(chunks, batch, batch_sums, groups, objective) if padded else batch_sums
+        sums.append(torch.stack([batch_sums, with_padding])[:, :, real])
         if objective.fills_masks:
             moments.append(_moments(nll, drawn, batch.counted, objective.block_size)[:, real])
         counted.append(torch.stack([batch.ids, batch.counted.sum(1)])[:, real])
         progress(int(real.sum()))
     ids, tokens = torch.cat(gather_tensors(torch.cat(counted, 1), groups.dp), 1)
-    order = ids.argsort()  # whatever rank had them
+    order = ids.argsort()  # the result must not depend on which rank had which sequence
     all_sums = torch.cat(gather_tensors(torch.cat(sums, 2), groups.dp), 2)[:, :, order]
     estimate, with_padding_counted = (estimate_nelbo(each, tokens[order]) for each in all_sums)
-    everywhere = gather_tensors(torch.cat(moments, 1), groups.dp) if moments else []
+    all_moments = gather_tensors(torch.cat(moments, 1), groups.dp) if moments else []
     return HeldOut(
         estimate,
         objective.block_size,
-        torch.cat(everywhere, 1)[:, order] if everywhere else None,
+        torch.cat(all_moments, 1)[:, order] if all_moments else None,
         with_padding_counted if padded else None,
         all_sums[0],
         tokens[order],
@@ -111,10 +113,10 @@ def evaluate_nelbo(
 
 
 def _with_padding(chunks: Chunks, batch: Batch, sums: Tensor, groups: ProcessGroups, objective: Objective) -> Tensor:
-    """`sums` [draws, B], of sequences with blocks that are partly padding anew, with that padding counted."""
+    """Return `sums` [draws, B] in which sequences with partly padded blocks are computed anew, that padding counted."""
     start, end = make_spans(batch.document_start, objective.block_size)[1:]
     text = torch.nn.functional.pad(batch.counted.cumsum(1), (1, 0))
-    # Of each position's block: whether any token counts.
+    # Whether any token of each position's block counts, by the cumulative sum at the block's ends.
     in_text = (text.gather(1, end.long()) - text.gather(1, start.long())) > 0
     counts = batch.counted | (batch.padding & in_text)
     rows = (counts != batch.counted).any(1).nonzero()[:, 0]
@@ -128,7 +130,7 @@ def _with_padding(chunks: Chunks, batch: Batch, sums: Tensor, groups: ProcessGro
 
 
 def _moments(nll: Tensor, drawn: Sequence[Draw], counted: Tensor, block_size: int) -> Tensor:
-    """Of the blocks that hold text; what pads a document is not searched for."""
+    """Return `block_moments` of the blocks that hold text; blocks of padding do not take part in the search."""
     rates = torch.stack([draw.mask_rate for draw in drawn if draw.mask_rate is not None])[:, :, ::block_size]
     blocks = (nll * counted).unflatten(2, (-1, block_size)).sum(3)
     return block_moments(blocks, rates, block_size, counted.unflatten(1, (-1, block_size)).any(2))
@@ -136,19 +138,20 @@ def _moments(nll: Tensor, drawn: Sequence[Draw], counted: Tensor, block_size: in
 
 def weighted_sums(drawn: Sequence[Draw], nll: Tensor, counted: Tensor) -> Tensor:
     """Return each draw's estimate of the NELBO of each sequence in nats, float64 [draws, B]; see `token_nll`."""
-    return torch.stack([(one * draw.weight * counted).sum(1) for one, draw in zip(nll, drawn, strict=True)])
+    return torch.stack([(loss * draw.weight * counted).sum(1) for loss, draw in zip(nll, drawn, strict=True)])
 
 
 def token_nll(chunks: Chunks, drawn: Sequence[Draw], groups: ProcessGroups) -> Tensor:
     """Return each draw's loss of every predicted token, float64 [draws, B, L] in nats, 0 elsewhere; on every rank."""
     inputs = [draw.inputs for draw in drawn]
-    # The interleaved schedule takes micro-batches in groups of the number of stages.
+    # The interleaved schedule needs a number of micro-batches that the number of stages divides; the last is repeated.
     filled = inputs + inputs[-1:] * (-len(inputs) % groups.pp.size() if len(chunks) > 1 else 0)
     losses = token_losses(chunks, filled, groups)[: len(inputs)]
     nll = torch.zeros(len(drawn), *drawn[0].weight.shape, dtype=torch.float64)
     for index, (loss, draw) in enumerate(zip(losses, drawn, strict=False)):
         nll[index][draw.sequence, draw.position] = loss.double().cpu()
-    # Of all context-parallel ranks' positions, which only the last stage has.
+    # Each context-parallel rank has the losses of its positions, on the last pipeline stage alone; the others hold
+    # zeros.
     nll = nll.to(placement(groups, chunks).device)
     for group in (groups.cp, groups.pp):
         if group.size() > 1:

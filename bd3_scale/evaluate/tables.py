@@ -1,4 +1,4 @@
-"""Evaluations and texts as people read them."""
+"""Show evaluations and generated texts to people, as tables or JSON."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from bd3_scale.generate.writer import Written
 from bd3_scale.observe.console import Console, put, styled
 
 
-def show_evaluations(found: Sequence[Evaluation]) -> None:
-    """One row each, beside the perplexity of the unigram model.
+def show_evaluations(evaluations: Sequence[Evaluation]) -> None:
+    """Print a table with one row per evaluation, and the perplexity of the unigram model below it.
 
-    Then, where intervals were searched, the best of each and the whole of [0, 1].
+    If intervals were searched, a second table shows the best ones and the whole of [0, 1].
     """
-    first = found[0]
+    first = evaluations[0]
     console = Console()
-    unigram = {result.text: f"{result.text} {result.unigram_perplexity:.2f}" for result in found}
+    unigram = {result.text: f"{result.text} {result.unigram_perplexity:.2f}" for result in evaluations}
     caption = f"Perplexity of the unigram model of the same tokens: {', '.join(unigram.values())}"
-    padded = [f"{r.text} {r.padded_nelbo:.4f} (blocks of {r.block_size})" for r in found if r.padded_nelbo is not None]
+    padded = [
+        f"{r.text} {r.padded_nelbo:.4f} (blocks of {r.block_size})" for r in evaluations if r.padded_nelbo is not None
+    ]
     if padded:
-        caption += f"\nNats with what pads the last block of a document, a bound for `generate`: {', '.join(padded)}"
+        caption += f"\nNats with the padding of a document's last block, a bound for `generate`: {', '.join(padded)}"
     table = Table(
         title=f"{first.checkpoint}: nats a token, in sequences of {first.context}",
         caption=caption,
@@ -39,7 +41,7 @@ def show_evaluations(found: Sequence[Evaluation]) -> None:
     table.add_column("text", overflow="fold")
     for name in ("block", "perplexity", "nats", "± noise", "± text", "bits/byte", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
-    for result in found:
+    for result in evaluations:
         table.add_row(
             result.text,
             str(result.block_size),
@@ -49,13 +51,13 @@ def show_evaluations(found: Sequence[Evaluation]) -> None:
             f"{result.tokens:,}",
         )
     console.print(table)
-    for result in found:
+    for result in evaluations:
         if result.intervals is not None:
             console.print(_intervals(result))
 
 
-def as_json_text(found: Sequence[Evaluation]) -> str:
-    """A list of objects; what is not finite, which JSON cannot say, is null."""
+def as_json_text(evaluations: Sequence[Evaluation]) -> str:
+    """Return the evaluations as a JSON list of objects; numbers that are not finite are null, as JSON has none."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -64,7 +66,7 @@ def as_json_text(found: Sequence[Evaluation]) -> str:
             return [finite(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps([finite(asdict(result)) for result in found])
+    return json.dumps([finite(asdict(result)) for result in evaluations])
 
 
 def _intervals(result: Evaluation) -> Table:
@@ -84,8 +86,8 @@ def _number(value: float | None) -> str:
 
 
 def show_generative(found: Generative) -> None:
-    """One figure a row."""
-    perplexity = "nothing to judge" if found.perplexity is None else f"{found.perplexity:.2f}"
+    """Print the figures, one per row."""
+    perplexity = "no text to score" if found.perplexity is None else f"{found.perplexity:.2f}"
     table = Table("", "", title=f"{found.samples} samples of {found.checkpoint}", show_header=False)
     table.add_row(f"perplexity under {found.judge}", f"{perplexity} ({found.judged_tokens:,} of its tokens)")
     table.add_row("entropy of a text's tokens", f"{found.entropy:.3f} nats")
@@ -100,10 +102,10 @@ def show_generative(found: Generative) -> None:
 
 
 def show_written(written: Sequence[Written], *, whole: bool, as_json: bool = False) -> None:
-    """Each text behind its prompt, or the `whole` of it where gaps were filled, and how it came about.
+    """Print each text behind its prompt, or the `whole` text if gaps were filled, and how it was generated.
 
-    A text is printed as it is, for a program that reads it, but for a terminal: there its controls are escapes.
-    as_json: an object a line instead.
+    A program that reads the output gets the text unchanged. On a terminal its control characters are escaped: a model's
+    output must not be able to control the terminal. as_json: one object per line instead.
     """
     if as_json:
         for text in written:

@@ -37,7 +37,7 @@ def evaluate(training: Training) -> Evaluation:
     with training.engine.zero.evaluation_weights():
         sizes = dict.fromkeys((diffusion.block_size, *diffusion.block_sizes_at(state.step)))
         of_sources = [_held_out(training, block_size) for block_size in sizes]
-    found = [HeldOut.together(list(parts.values())) for parts in of_sources]
+    found = [HeldOut.merged(list(parts.values())) for parts in of_sources]
     by_source = {name: held_out.nelbo for name, held_out in of_sources[0].items()} if len(of_sources[0]) > 1 else {}
     searches = [held_out.intervals() for held_out in found] if diffusion.search_interval else []
     default = (diffusion.mask_rate_low, diffusion.mask_rate_high)

@@ -19,7 +19,8 @@ from bd3_scale.checkpoint.manifest import read_manifest, write_manifest
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.inspect import inspect
 from bd3_scale.data.manifest import load_manifest
-from bd3_scale.evaluate.checkpoint import data_recipe, evaluate_checkpoint
+from bd3_scale.evaluate.checkpoint import evaluate_checkpoint
+from bd3_scale.evaluate.measured_text import data_recipe
 from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.source import open_writer
 from bd3_scale.generate.text import default_min_entropy

@@ -48,8 +48,8 @@ def test_what_is_made_of_checkpoints_alone_says_so_of_a_file(checkpoint: Path, t
     assert str(found.details["bd3_scale.manifest"]).endswith(" characters")
     assert json.loads(run("convert", "inspect", path, "--json").output)["kind"] == found.kind
     for arguments in (("harness", path, "--tasks", "x"), ("convert", "export", path, "--out", tmp_path / "out")):
-        assert "is a file for llama.cpp, which `generate`, `evaluate`" in str(run(*arguments).exception)
-    with pytest.raises(ValueError, match="give the checkpoint that it was made from here"):
+        assert "is a file for llama.cpp; only `generate`, `evaluate`" in str(run(*arguments).exception)
+    with pytest.raises(ValueError, match="Give the checkpoint that it was made from"):
         bd3_scale.load(path)
     content = bytearray(path.read_bytes())
     content[40] ^= 1

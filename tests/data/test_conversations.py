@@ -18,7 +18,7 @@ from bd3_scale.data.manifest import Manifest, Split, SplitName, load_manifest
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.shards import open_shards
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
-from bd3_scale.evaluate.yardsticks import counted_bytes
+from bd3_scale.evaluate.text_statistics import counted_bytes
 from bd3_scale.recipe.schema import DataRecipe
 from tests.data.documents import write_jsonl
 from tests.data.tokenisers import CHAT_TEMPLATE, KINDS, MARKED_TEMPLATE, SENTENCES, write_tokenizer

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.generative import Judge, distinct, entropy, judged, repetition
+from bd3_scale.evaluate.generative import Judge, distinct, entropy, repetition, score_samples
 from bd3_scale.evaluate.mauve import human_texts
 from bd3_scale.generate.writer import Written
 from tests.convert.models import SHAPE, transformers_model
@@ -45,7 +45,7 @@ def test_a_text_costs_what_transformers_says_in_windows(judge, length):
 
 def test_a_text_of_one_token_tells_nothing(judge):
     assert Judge(judge[1]).nats("a") == (0.0, 0)
-    with pytest.raises(ValueError, match="is no folder of a Hugging Face model"):
+    with pytest.raises(ValueError, match="is not the folder of a Hugging Face model"):
         Judge(judge[1] / "nowhere")
 
 
@@ -67,7 +67,7 @@ def test_mauve_puts_human_text_above_text_that_repeats_itself(judge, tmp_path):
 
     def score(texts):
         written = [Written("", text, list(text.encode()), "length", 1, 1, 0.0, None, 0.0) for text in texts]
-        return judged(tmp_path, written, Judge(judge[1]), references, seed=1)
+        return score_samples(tmp_path, written, Judge(judge[1]), references, seed=1)
 
     human, repeated = score(ours), score(["the " * 25] * 100 + ["ab" * 50] * 100)
     assert human.mauve > 0.9

@@ -84,9 +84,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]
     [
         (
             unknown_model,
-            "code that a folder brings is not run: give a causal model of a kind that it has.*model type `odd`",
+            "code of a folder is not run: give a causal model of a class that transformers has.*model type `odd`",
         ),
-        (unknown_tokenizer, "code that a folder brings is not run: .*Odd"),
+        (unknown_tokenizer, "code of a folder is not run: .*Odd"),
         (own_generation, None),
         (a_pipe, "special_tokens_map.json is not a regular file"),
         (a_setting_that_names_a_pipe, None),

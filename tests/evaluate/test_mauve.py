@@ -39,5 +39,5 @@ def test_pieces_are_evenly_over_the_documents(tmp_path):
 
 
 def test_a_few_texts_tell_nothing():
-    with pytest.raises(ValueError, match="MAUVE of 19 texts would tell nothing: take at least 20"):
+    with pytest.raises(ValueError, match="MAUVE of 19 texts says nothing: take at least 20"):
         mauve(np.ones((19, 3)), np.ones((50, 3)), seed=0)

@@ -11,7 +11,7 @@ import torch
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.evaluate.yardsticks import counted_bytes
+from bd3_scale.evaluate.text_statistics import counted_bytes
 from bd3_scale.objective import NextToken
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe
 

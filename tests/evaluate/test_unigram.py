@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bd3_scale.data.batch import Batch
-from bd3_scale.evaluate.yardsticks import unigram_perplexity
+from bd3_scale.evaluate.text_statistics import unigram_perplexity
 
 
 def batch(tokens, counted):

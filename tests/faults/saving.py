@@ -75,7 +75,7 @@ def in_child(action, *arguments) -> int:
                 action(*arguments)
             code = 0
         except OSError as error:
-            code = 2 if "older ones are whole" in str(error) or error.errno in (errno.ENOSPC, errno.EIO) else 4
+            code = 2 if "older ones are unchanged" in str(error) or error.errno in (errno.ENOSPC, errno.EIO) else 4
         except BaseException as error:  # noqa: BLE001 - a fork must never go on as its parent
             print(repr(error), file=sys.stderr, flush=True)
         finally:

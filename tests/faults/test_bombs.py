@@ -203,9 +203,9 @@ def test_sizes_that_a_manifest_alone_has(key, value, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     model = json.loads((checkpoint / "manifest.json").read_text())["model"]
     (checkpoint / "manifest.json").write_text(sealed(checkpoint, model=model | {key: value}))
-    with refused("is not of its manifest: decoder.layers"):
+    with refused("does not fit its manifest: decoder.layers"):
         plan_export(checkpoint)
-    with refused("is not of its manifest: decoder.layers"), open_model(checkpoint):
+    with refused("does not fit its manifest: decoder.layers"), open_model(checkpoint):
         pass
 
 

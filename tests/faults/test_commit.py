@@ -97,7 +97,7 @@ def test_every_damage_to_every_file_is_found(two):
 def test_a_checkpoint_under_another_step_s_name_is_none(two):
     _, newer = two
     renamed = newer.rename(newer.with_name("step-00000003"))
-    assert "its manifest is of step 2" in _damage(renamed)
+    assert "its manifest says step 2" in _damage(renamed)
 
 
 def _damage(checkpoint):
@@ -118,8 +118,8 @@ def test_a_damaged_checkpoint_steps_back_and_is_moved_aside(two, caplog):
     assert check_checkpoint(newer, "fast").step == 2, "of the same size"
     folder, manifest = newest_sound(older.parent, "full")
     assert (folder, manifest.step) == (older, 1)
-    assert f"{tensors.name} is not what was written" in caplog.text
-    assert "moved to damaged-step-00000002" in caplog.text
+    assert f"{tensors.name} differs from what was written" in caplog.text
+    assert "renamed to damaged-step-00000002" in caplog.text
     assert list_checkpoints(older.parent) == [older]
     assert (older.parent / "latest").read_text() == "step-00000001\n"
     (older / "manifest.json").unlink()
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_not_taken_for_damage(two, monkeypatch):
     """Another version's, or one on storage that fails at the moment, stays where it is."""
     older, newer = two
     for content, message in (
-        ('{"format": 2, "step": 2}', "is of format 2, and formats 3 to 4 are read here"),
+        ('{"format": 2, "step": 2}', "has format 2; this version reads formats 3 to 4"),
         (sealed(newer, model={"colour": "blue"}), "cannot be read by this version"),
     ):
         (newer / "manifest.json").write_text(content)

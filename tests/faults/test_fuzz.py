@@ -57,7 +57,7 @@ def test_checkpoint_manifests(data, pristine, checkpoint):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 5}, "is of format 5, and formats 3 to 4 are read here: use the version that wrote it"),
+        ({"format": 5}, "has format 5; this version reads formats 3 to 4: use the version that wrote it"),
         ({"step": "x"}, "cannot be read by this version: step: Input should be a valid integer"),
         ({"model": [1]}, "cannot be read by this version: model: "),
         ({"format": 3, "recipe": {"model": [1]}}, "cannot be read by this version: name: "),

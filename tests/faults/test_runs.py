@@ -94,7 +94,7 @@ def test_a_save_that_fails_is_tried_again_and_one_that_keeps_failing_does_not_en
     inject += "; full@save.begin:step=6; fail@save.write:step=6,rank=1; readonly@save.commit:step=6"
     output = run(site, "full", "DP2, ZeRO-1", inject=inject)
     assert "No space left on device (injected)" in output
-    assert "it is tried again in 2 s" in output
+    assert "another try follows in 2 s" in output
     assert "step 3: saved full/checkpoints/step-00000003 at try 2" in output
     assert "step 6: NOT SAVED after 3 tries" in output
     assert "Read-only file system (injected)" in output
@@ -124,7 +124,7 @@ def test_a_last_save_that_keeps_failing_is_an_error(site):
     inject = "; ".join(f"fail@save.{part}:step={STEPS}" for part in ("begin", "commit", "rename"))
     output = run(site, "last", "1 process", inject=inject, code=2)
     assert f"error: the checkpoint of step {STEPS} could not be written to last/checkpoints" in output
-    assert "older ones are whole" in output
+    assert "older ones are unchanged" in output
     assert newest(site.folder / "last") == STEPS - 3
     run(site, "last", "1 process")
     assert not differences(site.folder / "last", site.undisturbed("1 process"))
@@ -136,11 +136,11 @@ def test_a_byte_that_flipped_on_disk_costs_one_checkpoint(site):
     done = forks.run(verify, cwd=site.folder)
     assert done.returncode == 1
     assert "step-00000009: sound" in done.stdout
-    assert "rank-00000.safetensors is not what was written" in done.stdout
+    assert "rank-00000.safetensors differs from what was written" in done.stdout
     fast = forks.bd3_scale("checkpoint", "verify", "flipped", "--fast", "--json", cwd=site.folder)
     assert json.loads(fast) == {"step-00000009": None, "step-00000012": None}
     output = run(site, "flipped", "1 process")
-    assert "it is moved to damaged-step-00000012, and an older one is taken" in output
+    assert "it is renamed to damaged-step-00000012, and an older checkpoint is used" in output
     assert "resumed after step 9" in output
     assert not differences(site.folder / "flipped", site.undisturbed("1 process"))
     listed = forks.bd3_scale("checkpoint", "list", "flipped", "--json", cwd=site.folder)

@@ -166,7 +166,7 @@ def test_it_is_exported_inspected_and_measured(workplace: Path) -> None:
     assert written["nfe"] >= len(written["tokens"])
     with pytest.raises(FileExistsError, match="served exists; remove it or choose another folder"):
         command(workplace, "convert", "export", "whole", "--out", "served")
-    with pytest.raises(ValueError, match="name some that are prepared, with --data"):
+    with pytest.raises(ValueError, match="name prepared data with --data"):
         command(workplace, "evaluate", "again")
 
 

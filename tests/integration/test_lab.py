@@ -147,7 +147,7 @@ def test_without_the_plug_in_weights_suffice_where_no_idea_of_it_is_asked_for(wo
     [
         (
             "evaluate runs/lab",
-            ["trained for the objective 'focal'", "plug-in's that is not imported", "--plugin bd3_lab …"],
+            ["trained for the objective 'focal'", "comes from a plug-in that is not imported", "--plugin bd3_lab …"],
         ),
         ("train recipe.yaml run_dir=runs/lab train.steps=6", ["the plug-in bd3_lab cannot be imported", "PYTHONPATH"]),
         (

@@ -66,5 +66,5 @@ def test_a_version_does_not_pass_over_a_checkpoint_of_a_later_format(tmp_path):
     (later / "manifest.json").write_text(json.dumps(manifest | {"format": 5, "step": 7}))
     metrics = (folder / "run/metrics.jsonl").read_bytes()
     told = forks.bd3_scale("train", "recipe.yaml", cwd=folder, returncode=2)
-    assert "is of format 5, and formats 3 to 4 are read here" in " ".join(told.split())
+    assert "has format 5; this version reads formats 3 to 4" in " ".join(told.split())
     assert (folder / "run/metrics.jsonl").read_bytes() == metrics

@@ -1,5 +1,6 @@
-"""What measured text is, whoever models it: how many bytes, so that models of different tokenisers compare, and the
-unigram model's perplexity, which any language model must be far below.
+"""Compute figures of a text that do not depend on the model: its bytes and its unigram perplexity.
+
+Bytes make models with different tokenisers comparable. Any language model must be far below the unigram perplexity.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from torch import Tensor
 from bd3_scale.data.batch import Batch
 from bd3_scale.data.tokenizer import INCOMPLETE, Tokenizer
 
-LONGEST_CHARACTER = 4  # bytes
+LONGEST_CHARACTER_BYTES = 4  # of UTF-8 (RFC 3629)
 
 
 def counted_bytes(
     batches: Iterable[Batch], tokenizer: Tokenizer, counts: Callable[[Batch], Tensor] = lambda batch: batch.counted
 ) -> int:
-    """Return the UTF-8 bytes of the text of the counted tokens, ends of documents apart.
+    """Return the UTF-8 bytes of the text of the counted tokens, without the tokens that end documents.
 
-    batches: sequences in the order of the split, from its first: a document that one sequence cuts goes on in the next.
-    counts: bool [B, L], of a batch, the tokens whose bytes are wanted. A character whose bytes are of two tokens counts
-    with the last of them; one that the last sequence cuts is left out.
+    A character whose bytes belong to two tokens counts with the last of them; a character that the last sequence cuts
+    is left out.
+
+    Args:
+        batches: sequences in the order of the split, from its first: a document that one sequence cuts continues in the
+            next.
+        counts: returns, for a batch, the tokens whose bytes are counted, bool [B, L].
     """
     eos_id = tokenizer.vocabulary.eos_id
     total = 0
@@ -43,26 +48,34 @@ def counted_bytes(
 
 
 def _bytes(ids: Sequence[int], flags: Sequence[bool], tokenizer: Tokenizer, *, is_whole: bool) -> int:
-    """Of the counted tokens of one document: each run of them by how much longer it makes the text before it."""
+    """Return the bytes of the counted tokens of one document.
+
+    Tokens are no strings: what a token decodes to depends on those before it. So a run of counted tokens has the length
+    by which it makes the text before it longer.
+    """
     total = 0
-    for place, flag in enumerate([*flags, False]):
-        if flag != (place > 0 and flags[place - 1]):
-            whole = is_whole and place == len(ids)
-            size = len(tokenizer.text_of(ids).encode("utf-8")) if whole else _complete(ids[:place], tokenizer)
+    for index, flag in enumerate([*flags, False]):
+        if flag != (index > 0 and flags[index - 1]):
+            whole = is_whole and index == len(ids)
+            size = len(tokenizer.text_of(ids).encode("utf-8")) if whole else _complete(ids[:index], tokenizer)
             total += -size if flag else size
     return total
 
 
 def _complete(ids: Sequence[int], tokenizer: Tokenizer) -> int:
-    """Of the characters that are whole. Where bytes are tokens, one that is cut spoils those before it, too."""
-    shorter = (ids[: max(0, len(ids) - cut)] for cut in range(LONGEST_CHARACTER))
+    """Return the bytes of the complete characters of a text that may end inside one.
+
+    Decoders replace an incomplete character by U+FFFD; some of them then replace the bytes before it, too. The longest
+    result over the cuts of up to three bytes is the right one.
+    """
+    shorter = (ids[: max(0, len(ids) - cut)] for cut in range(LONGEST_CHARACTER_BYTES))
     return max(len(tokenizer.text_of(part).rstrip(INCOMPLETE).encode("utf-8")) for part in shorter)
 
 
 def unigram_perplexity(batches: Iterable[Batch], vocabulary_size: int) -> float:
-    """Perplexity of the counted tokens under their own frequencies: exp of the empirical entropy in nats.
+    """Return the perplexity of the counted tokens under their own frequencies: exp of the empirical entropy in nats.
 
-    Fitted on the very tokens it scores, so that no unigram model does better on them.
+    The model is fitted to the tokens that it scores, so no unigram model is better on them.
 
     Raises:
         ValueError: there is no counted token.
