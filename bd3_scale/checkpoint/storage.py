@@ -38,7 +38,8 @@ from bd3_scale.resilience.readers import read_regular, reader
 INDEX = "index.json"
 # The dtypes of the safetensors format that are written here.
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# Bytes hashed and written at a time: few enough to stay in the CPU's cache between hash and write.
+# Bytes hashed and written at a time: few enough that they are still in the CPU's last-level cache when they are
+# written.
 _CHUNK_BYTES = 1 << 24
 # Largest index that is read: a thousand ranks that write a thousand boxes each, at a hundred bytes a box, and some
 # room.

@@ -1,4 +1,4 @@
-"""Sampling text block by block."""
+"""Sample text block by block."""
 
 from bd3_scale.lazy import lazy_names
 

@@ -1,4 +1,4 @@
-"""How text is sampled, declared once for Python and for every command that samples. Loads without PyTorch."""
+"""Declare the sampling options once, for Python and for every command that samples. Loads without PyTorch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ import typer
 from bd3_scale.generate.unmasking import check_options
 from bd3_scale.registry import unmasking_rules
 
-# What the command line says of rules; it is declared before plug-ins are imported.
+# The help of the command line lists the rules of the package; plug-ins are imported only after the options are
+# declared.
 _RULES = {name: unmasking_rules.get(name) for name in unmasking_rules.names()}
 _CHOICES = "; ".join(f"{name}: {re.split('[.;]', rule.__doc__ or '')[0].lower()}" for name, rule in _RULES.items())
 _STEPPED = ", ".join(name for name, rule in _RULES.items() if rule.takes_steps)
 _THRESHOLDS = {name: rule.takes_threshold for name, rule in _RULES.items() if rule.takes_threshold}
 _RANGES = "; ".join(f"{name}: {threshold.range}" for name, threshold in _THRESHOLDS.items())
-LEAST_TEMPERATURE = 1e-6  # above 0: logits divided by less may be infinite
+LEAST_TEMPERATURE = 1e-6  # of those above 0: logits divided by less may overflow
 _DEFAULTS = "; ".join(str(threshold.default) for threshold in _THRESHOLDS.values())
 
 WeightType = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option(
-        help="Of the weights in memory; a CPU that multiplies bfloat16 is quicker with it.",
+        help="Type of the weights in memory; bfloat16 is faster on a CPU that multiplies it natively.",
         show_default="the training's",
     ),
 ]
@@ -34,27 +35,29 @@ WeightType = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How text is sampled.
+    """Sampling options.
 
-    temperature, top_k, top_p: see `bd3_scale.generate.draw`. unmasking, steps, threshold: a rule and its options, see
-    `bd3_scale.generate.unmasking`. seed: of the first text, those after it count on. min_entropy: nats, below which the
-    last 256 tokens end the text, which is left without them; default: 4 (the paper's rule), and less for vocabularies
-    of bytes or characters, whose text never reaches 4.
+    temperature, top_k, top_p: see `bd3_scale.generate.draw`. unmasking, steps, threshold: an unmasking rule and its
+    options, see `bd3_scale.generate.unmasking`. seed: of the first text; text i has seed + i. min_entropy: if the
+    entropy of the last 256 tokens falls below it, in nats, the text ends, and these tokens are dropped; default: 4 (the
+    rule of Arriola et al., ICLR 2025), and less for vocabularies of bytes or characters, whose text never reaches 4.
 
     ValueError: a value out of its range, an unknown rule, or an option that the rule does not take.
     """
 
     max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens at the most; EOS ends the text before. 0: only fill gaps.")
+        int, typer.Option(min=0, help="Most tokens to generate; EOS ends a text earlier. 0: only fill gaps.")
     ] = 128
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 1.0
     top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.", show_default="all")] = None
-    top_p: Annotated[float, typer.Option(help="Only the nucleus: the fewest tokens that make this share.")] = 1.0
+    top_p: Annotated[
+        float, typer.Option(help="Only the nucleus: the fewest tokens whose probabilities add up to this.")
+    ] = 1.0
     min_entropy: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Stop where the last 256 tokens have fewer nats, and leave them out.",
+            help="End a text if its last 256 tokens have less entropy in nats, and drop them.",
             show_default="4; for bytes 0.75 of the held-out median",
         ),
     ] = None
@@ -62,17 +65,17 @@ class SamplingConfig:
         str,
         typer.Option(
             metavar="RULE",
-            help=f"What a pass unmasks. {_CHOICES}.",
+            help=f"Which tokens a pass unmasks. {_CHOICES}.",
         ),
     ] = "first-hitting"
     steps: Annotated[
-        int | None, typer.Option(min=1, help=f"Passes a block: {_STEPPED}.", show_default="one a token")
+        int | None, typer.Option(min=1, help=f"Passes per block, for {_STEPPED}.", show_default="one per token")
     ] = None
     threshold: Annotated[float | None, typer.Option(help=f"{_RANGES}.", show_default=_DEFAULTS)] = None
     seed: Annotated[int, typer.Option(min=0, help="Text i depends on seed + i and its prompt alone.")] = 0
 
     def __post_init__(self) -> None:
-        for right, problem in (
+        for is_valid, problem in (
             (
                 self.max_new_tokens >= 0,
                 f"max_new_tokens is {self.max_new_tokens}: give at least 1, or a prompt with gaps and 0",
@@ -86,15 +89,15 @@ class SamplingConfig:
             (self.min_entropy is None or self.min_entropy >= 0, f"min_entropy is {self.min_entropy}: give nats, 0 up"),
             (self.seed >= 0, f"seed is {self.seed}: give 0 or more"),
         ):
-            if not right:
+            if not is_valid:
                 raise ValueError(problem)
         check_options(self.unmasking, self.steps, self.threshold)
 
 
 def takes_sampling(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that turns a command's parameter `sampling: SamplingConfig` into an option for each field.
+    """Return a decorator that replaces a command's parameter `sampling: SamplingConfig` by one option for each field.
 
-    defaults: of the command, where they are not those of the class.
+    defaults: defaults of the command that differ from those of the class.
     """
     hints = get_type_hints(SamplingConfig, include_extras=True)
     options = [

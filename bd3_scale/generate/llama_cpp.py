@@ -1,7 +1,8 @@
-"""llama.cpp's C API, by ctypes, in the library of one pinned wheel: models, passes over them, quantised rows.
+"""Call llama.cpp's C API by ctypes, in the library of one pinned wheel: models, passes and quantised rows.
 
-The structures are those of that release's `llama.h`; a library of another release, or whose defaults are not at the
-places where these structures have them, is refused.
+The structures are those of that release's `llama.h`. The API has no stable ABI: a release may insert a field, and every
+field behind it would be read at the wrong offset, without an error. So a library of another release is refused, and
+also one whose default values are not at the offsets where these structures have them.
 
 Legend: N rows of a pass, W rows whose logits are wanted, V entries of the vocabulary.
 """
@@ -21,14 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 PACKAGE, RELEASE = "xllamacpp", "2026.10.11549"
-F32, F16 = 0, 1  # of ggml_type, for caches
-MOST_SEQUENCES = 256
-_NON_CAUSAL = 1
-_FLASH_OFF, _FLASH_AUTO = 0, -1
-_LOG_LINES, _ERROR = 4, 4
+F32, F16 = 0, 1  # values of `ggml_type`, for caches
+MOST_SEQUENCES = 256  # LLAMA_MAX_SEQ of the release
+_NON_CAUSAL = 1  # LLAMA_ATTENTION_TYPE_NON_CAUSAL
+_FLASH_OFF, _FLASH_AUTO = 0, -1  # LLAMA_FLASH_ATTN_TYPE_*
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_LOG_LINES = 4  # that are kept for messages
 
 
 class _Batch(Structure):
+    """`llama_batch` of llama.h."""
+
     _fields_ = (
         ("n_tokens", c_int32),
         ("token", POINTER(c_int32)),
@@ -41,6 +45,8 @@ class _Batch(Structure):
 
 
 class ModelParams(Structure):
+    """`llama_model_params` of llama.h."""
+
     _fields_ = (
         ("devices", c_void_p),
         ("tensor_buft_overrides", c_void_p),
@@ -63,6 +69,8 @@ class ModelParams(Structure):
 
 
 class ContextParams(Structure):
+    """`llama_context_params` of llama.h."""
+
     _fields_ = (
         ("n_ctx", c_uint32),
         ("n_batch", c_uint32),
@@ -105,7 +113,7 @@ class ContextParams(Structure):
     )
 
 
-# What the release's defaults are: a field that has moved would hold something else.
+# The release's default values: if a field has moved, another value is found at its offset.
 DEFAULTS: dict[type[Structure], dict[str, Any]] = {
     ModelParams: {
         "devices": None, "n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0,
@@ -121,7 +129,7 @@ DEFAULTS: dict[type[Structure], dict[str, Any]] = {
 
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 _P, _I, _B = c_void_p, c_int32, c_bool
-# Name -> what it returns, and its arguments.
+# Name -> return type and argument types. Without them ctypes passes and returns C ints, which cut pointers.
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_log_set": (None, [_Log, _P]),
@@ -150,40 +158,40 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 
 class _Library:
-    """The functions of the wheel's library, and the last errors of its log, which say what it refuses."""
+    """The functions of the wheel's library, and the last errors of its log: functions return NULL or a bare code."""
 
     def __init__(self, path: Path) -> None:
-        found = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
         for name, (result, arguments) in _FUNCTIONS.items():
-            function = getattr(found, name)
+            function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
         self._log: list[str] = []
-        self._callback = _Log(self._keep)  # as long as the library, which calls it
-        found.llama_log_set(self._callback, None)
-        found.llama_backend_init()
+        self._callback = _Log(self._keep)  # the library calls it as long as it is loaded: it must not be collected
+        loaded.llama_log_set(self._callback, None)
+        loaded.llama_backend_init()
 
     def _keep(self, level: int, text: bytes | None, _: Any) -> None:
         if level == _ERROR:
             self._log = [*self._log[1 - _LOG_LINES :], (text or b"").decode(errors="replace").strip()]
 
-    def said(self) -> str:
-        """Return the last errors, in one line."""
+    def last_errors(self) -> str:
+        """Return the last errors of the log, in one line."""
         return "; ".join(self._log)[-300:]
 
 
 @cache
 def library() -> Any:
-    """Return the functions of llama.cpp's library. ValueError: it is not installed, or not the release that is meant.
+    """Return the functions of llama.cpp's library. ValueError: it is not installed, or of another release.
 
-    The wheel's Python module, which has an interface of its own, is not imported.
+    The wheel's Python module is not imported, only the library in it is loaded.
     """
-    way_out = f"pip install 'bd3_scale[gguf]' brings {PACKAGE} {RELEASE}"
+    way_out = f"pip install 'bd3_scale[gguf]' installs {PACKAGE} {RELEASE}"
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise ValueError(f"files for llama.cpp need {PACKAGE}, which is not installed: {way_out}")
-    if (found := metadata.version(PACKAGE)) != RELEASE:
-        raise ValueError(f"{PACKAGE} {found} is installed, and its structures may be others: {way_out}")
+    if (installed := metadata.version(PACKAGE)) != RELEASE:
+        raise ValueError(f"{PACKAGE} {installed} is installed, and its structures may differ: {way_out}")
     (path,) = Path(spec.origin).parent.glob(f"{PACKAGE}*.so")
     loaded = _Library(path)
     for kind, defaults in DEFAULTS.items():
@@ -191,12 +199,14 @@ def library() -> Any:
         given = getattr(loaded, name)()
         wrong = {field: getattr(given, field) for field in defaults if getattr(given, field) != defaults[field]}
         if wrong:
-            raise ValueError(f"the library of {PACKAGE} {RELEASE} has other defaults than its release ({wrong})")
+            raise ValueError(
+                f"the installed library of {PACKAGE} {RELEASE} has other defaults than that release ({wrong})"
+            )
     return loaded
 
 
 class Model:
-    """A GGUF file that llama.cpp has opened. ValueError: it cannot; the message says what it said."""
+    """A GGUF file that llama.cpp has opened. ValueError: it cannot open it; the message holds its log's errors."""
 
     def __init__(self, path: Path, *, vocabulary_only: bool = False) -> None:
         self.library = library()
@@ -204,18 +214,18 @@ class Model:
         params.n_gpu_layers, params.vocab_only = 0, vocabulary_only
         self.pointer = self.library.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
-            raise ValueError(f"llama.cpp cannot open {path}: {self.library.said()}")
+            raise ValueError(f"llama.cpp cannot open {path}: {self.library.last_errors()}")
         self._vocabulary = self.library.llama_model_get_vocab(self.pointer)
         self.num_tokens = int(self.library.llama_vocab_n_tokens(self._vocabulary))
 
     def close(self) -> None:
-        """Give its memory back; contexts are closed before."""
+        """Free its memory; its contexts must be closed before."""
         if self.pointer:
             self.library.llama_model_free(self.pointer)
             self.pointer = None
 
     def metadata(self, key: str) -> str | None:
-        """Return the value of a key as text, None where there is none or it is an array."""
+        """Return the value of a key as text; None if the key is missing or its value is an array."""
         size = self.library.llama_model_meta_val_str(self.pointer, key.encode(), None, 0)
         if size < 0:
             return None
@@ -224,9 +234,9 @@ class Model:
         return buffer.value.decode(errors="replace")
 
     def tokenize(self, text: str) -> list[int]:
-        """Return what llama.cpp's own tokeniser makes of plain text, without special tokens."""
+        """Tokenise plain text with llama.cpp's tokeniser, without special tokens."""
         data = text.encode()
-        room = len(data) + 8
+        room = len(data) + 8  # a token has at least one byte; some tokenisers put a space before the text
         ids = (c_int32 * room)()
         count = self.library.llama_tokenize(self._vocabulary, data, len(data), ids, room, False, False)
         if count < 0:
@@ -235,14 +245,16 @@ class Model:
 
 
 class Context:
-    """A key/value cache of a model and passes over it: rows of a pass see the cache and one another, not causally.
+    """A key/value cache of a model and passes over it. Rows of a pass see the cache and each other, not causally.
 
-    A row belongs to sequences, and sees the rows of one of them; which, see `generate.gguf`. All rows of a pass go
-    through the layers at once.
+    A row belongs to one or several sequences and sees the rows of one of them; see `generate.llama_model`. All rows of
+    a pass go through the layers together (`n_ubatch` equals `n_batch`): in two halves, the first would not see the
+    second.
 
     Args:
-        cells: rows that the cache holds. rows: the most of a pass.
-        exact: keys and values in float32 without flash attention, which rounds; else in float16.
+        cells: rows that the cache holds. rows: most rows of a pass.
+        exact: keys and values in float32 without flash attention; else in float16 with flash attention, which change
+            logits by about 0.01 and 0.03.
     """
 
     def __init__(self, model: Model, *, cells: int, rows: int, sequences: int, threads: int, exact: bool) -> None:
@@ -256,13 +268,13 @@ class Context:
         params.flash_attn_type = _FLASH_OFF if exact else _FLASH_AUTO
         self._pointer = self._library.llama_init_from_model(model.pointer, params)
         if not self._pointer:
-            raise ValueError(f"llama.cpp cannot make room for {cells} tokens: {self._library.said()}")
+            raise ValueError(f"llama.cpp cannot allocate a cache of {cells} tokens: {self._library.last_errors()}")
         self._library.llama_set_causal_attn(self._pointer, False)
         self._memory = self._library.llama_get_memory(self._pointer)
         self._batch = self._library.llama_batch_init(rows, 0, sequences)
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         if self._pointer:
             self._library.llama_batch_free(self._batch)
             self._library.llama_free(self._pointer)
@@ -275,34 +287,38 @@ class Context:
         sequences: Sequence[Sequence[int]],
         wanted: Sequence[bool],
     ) -> NDArray[np.float32]:
-        """Put N rows into the cache and return the logits of the wanted ones, float32 [W, V], a copy.
+        """Write N rows into the cache and return the logits of the wanted ones, float32 [W, V], a copy.
 
-        ValueError: llama.cpp refuses them, as where the cache is full.
+        ValueError: llama.cpp refuses the pass, for instance because the cache is full.
         """
         batch, count = self._batch, len(tokens)
         assert 0 < count <= self._rows, (count, self._rows)
         batch.n_tokens = count
-        for row, (token, position, of, want) in enumerate(zip(tokens, positions, sequences, wanted, strict=True)):
+        for row, (token, position, row_sequences, want) in enumerate(
+            zip(tokens, positions, sequences, wanted, strict=True)
+        ):
             batch.token[row], batch.pos[row], batch.logits[row] = token, position, want
-            batch.n_seq_id[row] = len(of)
-            for place, sequence in enumerate(of):
-                batch.seq_id[row][place] = sequence
+            batch.n_seq_id[row] = len(row_sequences)
+            for index, sequence in enumerate(row_sequences):
+                batch.seq_id[row][index] = sequence
         if (code := self._library.llama_decode(self._pointer, batch)) != 0:
-            raise ValueError(f"llama.cpp refuses a pass of {count} rows ({code}): {self._library.said()}")
+            raise ValueError(f"llama.cpp refuses a pass of {count} rows ({code}): {self._library.last_errors()}")
         outputs = sum(map(bool, wanted))
         if not outputs:
             self._library.llama_synchronize(self._pointer)
             return np.empty((0, self._vocabulary_size), dtype=np.float32)
-        found = self._library.llama_get_logits(self._pointer)
-        return cast(NDArray[np.float32], np.ctypeslib.as_array(found, (outputs, self._vocabulary_size)).copy())
+        logits = self._library.llama_get_logits(self._pointer)  # waits for the pass; the next pass overwrites them
+        return cast(NDArray[np.float32], np.ctypeslib.as_array(logits, (outputs, self._vocabulary_size)).copy())
 
     def remove(self, sequence: int, start: int = -1, end: int = -1) -> None:
-        """Take a sequence's rows at positions [start, end) out of it; −1: from the beginning, or to the end."""
+        """Remove a sequence's rows at positions [start, end); −1: from the beginning, or to the end."""
         if not self._library.llama_memory_seq_rm(self._memory, sequence, start, end):
-            raise ValueError(f"llama.cpp cannot take positions {start} to {end} out of its cache")
+            raise ValueError(f"llama.cpp cannot remove positions {start} to {end} from its cache")
 
     def copy(self, source: int, to: int, start: int = -1) -> None:
-        """Make a sequence's rows at positions from `start` on another's, too; nothing is copied but their names."""
+        """Add the rows of sequence `source` from position `start` on to sequence `to`. No keys or values are copied:
+        the cells of a unified cache only get another sequence id.
+        """
         self._library.llama_memory_seq_cp(self._memory, source, to, start, -1)
 
     def clear(self) -> None:
@@ -313,11 +329,11 @@ class Context:
 def quantized_rows(
     kind: int, rows: NDArray[np.float32], row_bytes: int, importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Return rows in a type of ggml, uint8 [R, row_bytes].
+    """Quantise rows with ggml; returns uint8 [R, row_bytes].
 
     Args:
-        kind: of `ggml_type`, whose blocks divide a row. rows: [R, columns], contiguous.
-        importance: float32 [columns], the mean squares of what the columns are multiplied with.
+        kind: a value of `ggml_type`, whose block size divides a row. rows: float32 [R, columns], contiguous.
+        importance: float32 [columns], mean squares of the activations that the columns are multiplied with.
     """
     assert rows.dtype == np.float32
     assert rows.flags.c_contiguous

@@ -1,7 +1,7 @@
-"""A GGUF file of ours, opened: the model in llama.cpp's hands, and what its checkpoint said of it.
+"""Open a GGUF file that this package exported: the model in llama.cpp, and what its checkpoint said of it.
 
-Beside the keys that llama.cpp reads, a file holds the checkpoint's manifest, the tokeniser's files, the ids that end a
-text and the entropy below which one is taken for stuck, so that it is decoded as the checkpoint is.
+Besides the keys that llama.cpp reads, a file holds the checkpoint's manifest, the tokeniser's files, the ids that end a
+text and the entropy below which a text has degenerated, so that text is generated as from the checkpoint.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ TOKENIZER_JSON = "tokenizer.huggingface.json"
 TOKENIZER_CONFIG = "bd3_scale.tokenizer_config"
 TEMPLATE = "tokenizer.chat_template"
 FILE_TYPE = "general.file_type"
-# Behind the last tensor: a mark, the bytes before the first one, and their XXH3-128.
+# Behind the last tensor: a magic number, the bytes before the first tensor, and their XXH3-128.
 _SEAL, _SEAL_MAGIC = struct.Struct("<8sQ16s"), b"bd3gguf1"
-_EXACT = "0"  # float32, whose cache is in float32, too
+_EXACT = "0"  # the file type of float32 weights (LLAMA_FTYPE_ALL_F32); their cache is float32, too
 
 
 @dataclass(frozen=True)
 class LlamaFile:
-    """Hold what a file says of its model. tokenizer: the folder of its tokeniser, as long as the file is open."""
+    """An open file and its description. tokenizer: folder of its tokeniser, which exists while the file is open."""
 
     manifest: CheckpointManifest
     tokenizer: Path
@@ -53,7 +53,7 @@ class LlamaFile:
     exact: bool
 
     def load(self) -> LlamaModel:
-        """Return the model. ValueError: this build of llama.cpp computes it in a way that is not known."""
+        """Return the model. ValueError: this build of llama.cpp handles sequences in an unknown way."""
         return LlamaModel(
             self.opened,
             self.manifest.vocabulary,
@@ -67,7 +67,7 @@ class LlamaFile:
 def open_llama_file(path: Path) -> Iterator[LlamaFile]:
     """Open a file that `convert export --format gguf` wrote.
 
-    ValueError: it is another one or damaged, or llama.cpp cannot open it.
+    ValueError: it is another kind of file, damaged, or llama.cpp cannot open it.
     """
     with temporary_folder("gguf") as folder:
         opened = _open(path)
@@ -77,13 +77,13 @@ def open_llama_file(path: Path) -> Iterator[LlamaFile]:
 
 @reader("a GGUF file")
 def _open(path: Path) -> llama_cpp.Model:
-    """Have llama.cpp open a file whose header is what was written: of another it may end the process."""
+    """Let llama.cpp open a file after its header is checked: on a damaged one it may abort the process."""
     check_seal(path)
     return llama_cpp.Model(path)
 
 
 def check_seal(path: Path) -> None:
-    """Raise ValueError if a file is none of ours, or everything before its first tensor is not what was written."""
+    """Raise ValueError if a file was not exported here, or the bytes before its first tensor have changed."""
     with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _SEAL.size))
@@ -91,16 +91,16 @@ def check_seal(path: Path) -> None:
         magic, length, digest = _SEAL.unpack(end) if len(end) == _SEAL.size else (b"", 0, b"")
         if magic != _SEAL_MAGIC:
             raise ValueError(
-                f"{path} is no file of `bd3-scale convert export --format gguf`, or is not whole: give one, or write "
-                "it again"
+                f"{path} was not written by `bd3-scale convert export --format gguf`, or is incomplete: export the "
+                "model again"
             )
         file.seek(0)
         if length > LIMIT_BYTES or xxhash.xxh3_128_digest(file.read(length)) != digest:
-            raise ValueError(f"{path} is damaged: its header is not what was written; export the model again")
+            raise ValueError(f"{path} is damaged: its header has changed since it was written; export the model again")
 
 
 def seal(path: Path, header_bytes: int) -> None:
-    """Put the hash of a file's header behind its last tensor, where llama.cpp does not look."""
+    """Append the hash of a file's header behind its last tensor, where llama.cpp does not read."""
     with path.open("rb+") as file:
         digest = xxhash.xxh3_128_digest(file.read(header_bytes))
         file.seek(0, os.SEEK_END)
@@ -115,8 +115,8 @@ def _described(path: Path, opened: llama_cpp.Model, tokenizer: Path) -> LlamaFil
         (tokenizer / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     manifest = CheckpointManifest.model_validate(up_to_date(json.loads(_value(path, opened, MANIFEST))))
     for key, expected in ((BLOCK_LENGTH, str(manifest.block_size)), (SHIFT_LOGITS, "false")):
-        if (found := _value(path, opened, key)) != expected:
-            raise ValueError(f"{path} says {key}={found}, and its manifest {expected}: export the model again")
+        if (value := _value(path, opened, key)) != expected:
+            raise ValueError(f"{path} has {key}={value}, and its manifest {expected}: export the model again")
     return LlamaFile(
         manifest,
         tokenizer,
@@ -128,7 +128,7 @@ def _described(path: Path, opened: llama_cpp.Model, tokenizer: Path) -> LlamaFil
 
 
 def _value(path: Path, opened: llama_cpp.Model, key: str) -> str:
-    found = opened.metadata(key)
-    if found is None:
-        raise ValueError(f"{path} has no key {key}, which this version reads: export the model again")
-    return found
+    value = opened.metadata(key)
+    if value is None:
+        raise ValueError(f"{path} has no key {key}, which this version needs: export the model again")
+    return value

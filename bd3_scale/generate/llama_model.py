@@ -1,13 +1,20 @@
-"""A block diffusion model that llama.cpp runs, with the face of our own: a cache of blocks, passes and losses.
+"""Run a block diffusion model in llama.cpp, behind the interface of the PyTorch model: a cache of blocks, passes and
+losses.
 
-llama.cpp's own programs know causal attention and a whole text seen at once. Through its C API a pass is not causal,
-and what its rows see is told by sequences: a row sees the rows that belong to one of its own sequences. So
+llama.cpp's own programs know two kinds of attention: causal, and a whole text at once. Through its C API a pass can be
+non-causal, and sequence ids control what its rows see: a row sees the cached rows that belong to one of its sequences.
+Thus
 
-- each text is a sequence. A denoising pass puts the block into it, and takes it out again; a finished block stays.
-- several clean blocks go in one pass. Block j belongs to the scratch sequences j … n − 1, of which the first decides
-  what it sees: the blocks up to itself. Which one of several decides is not promised by the API: `_probe` tries it.
+- each text is a sequence. A denoising pass writes the block into it and removes it again; a finished block stays.
+- several clean blocks go in one pass, which is much faster than one by one. Block j belongs to the scratch sequences
+  j … n − 1, and the first of these decides what it sees: the blocks up to j. The API does not promise which one of
+  several sequences decides (it follows from an `unordered_set` in its source), so `_probe` tests it when a model is
+  loaded.
 
-Legend: B texts, L' tokens a block, M places whose logits are wanted, V entries of the vocabulary.
+Checked against the PyTorch model: logits of a float32 file with a float32 cache and without flash attention differ by
+1e-5.
+
+Legend: B texts, L' tokens per block, M positions whose logits are wanted, V entries of the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,42 +31,44 @@ from bd3_scale.generate import llama_cpp
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-CHUNK = 8  # clean blocks that go in one pass at the most, and scratch sequences
+CHUNK = 8  # most clean blocks of one pass, and number of scratch sequences
 CHUNK_ROWS = 256
-_HOME = CHUNK  # sequences below are scratch
-_CELLS = 256  # a multiple of which llama.cpp's caches have
-# Of the error of the wrong hypothesis: what rounding may leave of the right one.
-_CLEAR = 0.05
+_FIRST_TEXT = CHUNK  # sequence of the first text; those below are scratch sequences
+_CELL_MULTIPLE = 256  # llama.cpp pads caches to a multiple of it
+# `_probe` accepts a hypothesis if its error is below this share of the other one's: rounding leaves far less than 5%,
+# and a wrong mask changes logits completely.
+_ACCEPTED_SHARE = 0.05
 
 
 class LlamaCache:
-    """Hold the finished blocks of texts, as `KVCache` does for our own model, one sequence of llama.cpp each."""
+    """Holds the finished blocks of texts, as `KVCache` does for the PyTorch model; each text is one llama.cpp "
+    "sequence."""
 
     def __init__(self, context: llama_cpp.Context, texts: int, own_first: bool) -> None:
         self.context = context
         self.lengths = [0] * texts
-        self._slots = range(_HOME, _HOME + texts)
+        self._slots = range(_FIRST_TEXT, _FIRST_TEXT + texts)
         self._sequences = list(self._slots)
-        self._ends = [0] * texts  # positions; a window has forgotten the first ones
+        self._ends = [0] * texts  # the next position; larger than `lengths` once a window has dropped rows
         self._own_first = own_first
 
     def positions(self, starts: Sequence[int], size: int) -> Tensor:
-        """Return int64 [B, size], the positions from each text's start on."""
+        """Return the positions from each text's start on, int64 [B, size]."""
         return torch.tensor(starts)[:, None] + torch.arange(size)
 
     def add(self) -> None:
-        """Begin a text behind the others, in a place that `keep` freed."""
+        """Add a text behind the others, in a slot that `keep` freed."""
         self._sequences.append(min(set(self._slots) - set(self._sequences)))
         self.lengths.append(0)
         self._ends.append(0)
 
     def swap(self, first: int, second: int) -> None:
-        """Let two texts change places."""
+        """Swap two texts."""
         for values in (self._sequences, self.lengths, self._ends):
             values[first], values[second] = values[second], values[first]
 
     def keep(self, texts: Sequence[int]) -> None:
-        """Go on with these texts alone."""
+        """Keep these texts alone, in this order."""
         for text in set(range(len(self.lengths))) - set(texts):
             self.context.remove(self._sequences[text])
         self.lengths, self._sequences, self._ends = (
@@ -67,28 +76,28 @@ class LlamaCache:
         )
 
     def forget(self, text: int, rows: int) -> None:
-        """Drop the first so many rows of a text."""
+        """Drop the first `rows` rows of a text."""
         start = self._ends[text] - self.lengths[text]
         self.context.remove(self._sequences[text], start, start + rows)
         self.lengths[text] -= rows
 
     def commit(self, rows: Sequence[int]) -> None:
-        """Keep the first so many of each text's last written rows; `write` takes the others out."""
+        """Keep the first `rows` of each text's last written rows; the next `write` removes the others."""
         for text, more in enumerate(rows):
             self.lengths[text] += more
             self._ends[text] += more
 
     def write(self, blocks: NDArray[np.int64], starts: Sequence[int], wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Put a block [L'] of each text behind its rows, from a position of its own on, and return the wanted logits,
+        """Write a block [L'] of each text behind its cached rows, from its own start on; return the wanted logits,
         float32 [M, V].
         """
         size = blocks.shape[1]
         for text, start in enumerate(starts):
             self._ends[text] = start
-            self.context.remove(self._sequences[text], start)  # what the pass before left
+            self.context.remove(self._sequences[text], start)  # rows of the pass before that were not committed
         return self.context.decode(
             blocks.reshape(-1).tolist(),
-            [start + place for start in starts for place in range(size)],
+            [start + offset for start in starts for offset in range(size)],
             [[sequence] for sequence in self._sequences[: len(starts)] for _ in range(size)],
             wanted.reshape(-1).tolist(),
         )
@@ -101,18 +110,19 @@ class LlamaCache:
         noisy: Sequence[NDArray[np.int64]] = (),
         wanted: Sequence[NDArray[np.bool_]] = (),
     ) -> list[NDArray[np.float32]]:
-        """Put clean blocks behind a text's rows, from position `start` on, several a pass.
+        """Write clean blocks behind a text's rows, from position `start` on, several in one pass.
 
-        noisy, wanted: block by block what is in the places of each clean one, whose logits are returned, float32 [M, V]
-        of each pass: a noisy block sees itself and the clean ones before its own.
+        noisy, wanted: for each clean block, a noisy one at the same positions and the positions whose logits are
+        wanted. A noisy block sees itself and the clean blocks before it. Returns their logits, float32 [M, V] for each
+        pass.
         """
-        context, home, found = self.context, self._sequences[text], []
+        context, home, logits = self.context, self._sequences[text], []
         self._ends[text] = start
         context.remove(home, start)
         per_pass = max(1, min(CHUNK, CHUNK_ROWS // max(map(len, blocks), default=1)))
         for first in range(0, len(blocks), per_pass):
             part = slice(first, first + per_pass)
-            # The last ones, so that each pattern of sequences is one that was probed.
+            # The last scratch sequences: then each set of sequences is one that `_probe` has tested.
             scratch = range(CHUNK - len(blocks[part]), CHUNK)
             begin = self._ends[text]
             before = [home, *scratch]
@@ -121,20 +131,20 @@ class LlamaCache:
             starts = np.cumsum([begin, *map(len, blocks[part])]).tolist()
             tokens = np.concatenate(blocks[part]).tolist()
             sequences = [
-                _patterns(own, self._own_first)
-                for own, block in zip(scratch, blocks[part], strict=True)
+                _scratch_sequences(visible, self._own_first)
+                for visible, block in zip(scratch, blocks[part], strict=True)
                 for _ in range(len(block))
             ]
             positions = range(begin, starts[-1])
             context.decode(tokens, positions, sequences, [False] * len(tokens))
             if noisy:
-                found.append(self._noisy(before, starts[:-1], noisy[part], wanted[part]))
+                logits.append(self._noisy(before, starts[:-1], noisy[part], wanted[part]))
             context.copy(scratch[-1], home, begin)
             for sequence in scratch:
                 context.remove(sequence)
             self.lengths[text] += starts[-1] - begin
             self._ends[text] = starts[-1]
-        return found
+        return logits
 
     def _noisy(
         self,
@@ -143,24 +153,25 @@ class LlamaCache:
         blocks: Sequence[NDArray[np.int64]],
         wanted: Sequence[NDArray[np.bool_]],
     ) -> NDArray[np.float32]:
-        """Return the logits of one pass of noisy blocks, each in the sequence that holds what is before it."""
+        """Return the logits of one pass over noisy blocks, each in the sequence that holds the clean blocks before "
+        "it."""
         rows: list[tuple[int, int, int, bool]] = []
-        for of, start, block, want in zip(before, starts, blocks, wanted, strict=False):
-            rows += [(int(token), start + place, of, bool(want[place])) for place, token in enumerate(block)]
+        for sequence, start, block, want in zip(before, starts, blocks, wanted, strict=False):
+            rows += [(int(token), start + i, sequence, bool(want[i])) for i, token in enumerate(block)]
         tokens, positions, sequences, outputs = zip(*rows, strict=True)
-        found = self.context.decode(tokens, positions, [[of] for of in sequences], outputs)
-        for of, start in zip(before, starts, strict=False):
-            self.context.remove(of, start)
-        return found
+        logits = self.context.decode(tokens, positions, [[sequence] for sequence in sequences], outputs)
+        for sequence, start in zip(before, starts, strict=False):
+            self.context.remove(sequence, start)
+        return logits
 
 
 class LlamaModel(nn.Module):
-    """A model in llama.cpp's hands, for `denoise` and `evaluate_nelbo`: logits are −∞ where no clean token is.
+    """A model that llama.cpp runs, for `denoise` and `evaluate_nelbo`; logits of ids that are no clean token are −∞.
 
     Args:
         exact: see `llama_cpp.Context`.
 
-    ValueError: this build of llama.cpp does not compute block diffusion passes in a way that is known.
+    ValueError: this build of llama.cpp handles sequences in an unknown way, see `_probe`.
     """
 
     def __init__(
@@ -171,14 +182,14 @@ class LlamaModel(nn.Module):
         self.vocabulary = vocabulary
         ids = np.arange(opened.num_tokens)
         self._forbidden = (ids == vocabulary.mask_id) | (ids >= vocabulary.size)
-        # Tells where its inputs lie, as the weights of other models do.
+        # Callers find the device of a model's inputs by its parameters; llama.cpp's weights are none of PyTorch's.
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
         self._context: llama_cpp.Context | None = None
         self._own_first = True
         self._own_first = self._probe()
 
     def close(self) -> None:
-        """Give the memory of caches and weights back."""
+        """Free the memory of caches and weights."""
         self._close_context()
         self._opened.close()
 
@@ -188,20 +199,26 @@ class LlamaModel(nn.Module):
             self._context = None
 
     def new_cache(self, batch_size: int, capacity: int) -> LlamaCache:
-        """Return an empty cache for `capacity` positions of each text; the one before is gone."""
+        """Return an empty cache for `capacity` positions of each text; the cache before is closed."""
         return self._cache(batch_size, capacity, self._block_size)
 
     def _cache(self, texts: int, capacity: int, block_size: int) -> LlamaCache:
         self._close_context()
-        if texts > llama_cpp.MOST_SEQUENCES - _HOME:
+        if texts > llama_cpp.MOST_SEQUENCES - _FIRST_TEXT:
             raise ValueError(
-                f"llama.cpp holds {llama_cpp.MOST_SEQUENCES - _HOME} texts at once, not {texts}: write fewer at a time"
+                f"llama.cpp holds {llama_cpp.MOST_SEQUENCES - _FIRST_TEXT} texts at once, not {texts}: generate fewer "
+                "at a time"
             )
-        # A block of each text, or a pass of several blocks, lies beside what is kept.
+        # The cache needs room for a pass besides what is kept: a block of each text, or several blocks of one.
         rows = max(2 * CHUNK_ROWS, texts * block_size)
-        cells = -(-(texts * capacity + rows) // _CELLS) * _CELLS
+        cells = -(-(texts * capacity + rows) // _CELL_MULTIPLE) * _CELL_MULTIPLE
         self._context = llama_cpp.Context(
-            self._opened, cells=cells, rows=rows, sequences=_HOME + texts, threads=self._threads, exact=self._exact
+            self._opened,
+            cells=cells,
+            rows=rows,
+            sequences=_FIRST_TEXT + texts,
+            threads=self._threads,
+            exact=self._exact,
         )
         return LlamaCache(self._context, texts, self._own_first)
 
@@ -217,74 +234,86 @@ class LlamaModel(nn.Module):
     def decode(
         self, block_BL: Tensor, positions_BL: Tensor, cache: LlamaCache, wanted_BL: Tensor | None = None
     ) -> Tensor:
-        """Return logits fp32 [M, V] of the wanted places of a block that sees the cached rows and itself."""
+        """Return logits fp32 [M, V] at the wanted positions of a block that sees the cached rows and itself."""
         wanted = np.ones(tuple(block_BL.shape), dtype=np.bool_) if wanted_BL is None else wanted_BL.numpy()
         return self._logits(cache.write(block_BL.numpy(), positions_BL[:, 0].tolist(), wanted))
 
     @torch.no_grad()
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
-        """Return what `BlockDiffusionTransformer.forward` does of one noisy copy: the weighted sum of the head's rows'
-        losses, and each of them, fp32 [M].
+        """Return the weighted sum of the head rows' losses, and each loss, fp32 [M].
+
+        This is `BlockDiffusionTransformer.forward` for one noisy copy.
         """
         if inputs.row_loss is not None or inputs.num_noisy != 1:
-            raise ValueError("llama.cpp measures the likelihood of masked tokens alone")
+            raise ValueError("with llama.cpp only the likelihood of masked tokens can be measured")
         losses = torch.zeros(len(inputs.targets))
         for rows, logits in self.head_logits(inputs):
             losses[rows] = -logits.log_softmax(-1).gather(-1, inputs.targets[rows][:, None])[:, 0]
         return (losses * inputs.weights).sum(), losses
 
     def head_logits(self, inputs: ModelInputs) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield numbers of rows of the head, int64 [M], and their logits, fp32 [M, V], document after document."""
+        """Yield indices of head rows, int64 [M], and their logits, fp32 [M, V], document by document."""
         longest = int((inputs.spans[2] - inputs.spans[1]).max())
         cache = self._cache(1, inputs.positions.shape[1], longest)
         for document in _documents(inputs):
             wanted = [rows >= 0 for rows in document.head_rows]
             if document.clean:
-                found = cache.append(0, document.position, document.clean, document.noisy, wanted)
+                logits = cache.append(0, document.position, document.clean, document.noisy, wanted)
             else:
-                found = [cache.write(document.noisy[0][None], [document.position], wanted[0][None])]
+                logits = [cache.write(document.noisy[0][None], [document.position], wanted[0][None])]
             rows = np.concatenate(document.head_rows)
-            yield torch.from_numpy(rows[rows >= 0]), self._logits(np.concatenate(found))
+            yield torch.from_numpy(rows[rows >= 0]), self._logits(np.concatenate(logits))
 
-    def _logits(self, found: NDArray[np.float32]) -> Tensor:
-        found[:, self._forbidden] = -np.inf
-        return torch.from_numpy(found)
+    def _logits(self, logits: NDArray[np.float32]) -> Tensor:
+        """Exclude ids that are no clean token, as the PyTorch model's head does: the mask and the padding."""
+        logits[:, self._forbidden] = -np.inf
+        return torch.from_numpy(logits)
 
     def _probe(self) -> bool:
-        """Return whether the first of a row's sequences decides what it sees; else the last does.
+        """Test by experiment whether the first or the last of a row's sequences decides what the row sees.
 
-        ValueError: neither does, a pass is causal, or a sequence has one output alone.
+        Tokens are decoded one by one, each seeing those before it, which needs no assumption. Then all go in one pass,
+        with their sequences ordered for either hypothesis; the right one gives the same logits. Two further passes test
+        that a pass is not causal, and that a sequence may have several outputs (`n_outputs_max_per_seq` of newer
+        releases).
+
+        Returns whether the first decides.
+        ValueError: neither does, a pass is causal, or a sequence has only one output.
         """
         count = min(CHUNK, self.vocabulary.size - 1)
         tokens = [token for token in range(count + 1) if token != self.vocabulary.mask_id][:count]
         scratch = range(CHUNK - count, CHUNK)
-        home, every = [_HOME], [True] * count
-        context = self._cache(1, _CELLS, 1).context
-        alone = np.concatenate([context.decode([t], [i], [home], [True]) for i, t in enumerate(tokens)])
+        home, every = [_FIRST_TEXT], [True] * count
+        context = self._cache(1, _CELL_MULTIPLE, 1).context
+        expected = np.concatenate([context.decode([t], [i], [home], [True]) for i, t in enumerate(tokens)])
         errors = {}
         for own_first in (True, False):
             context.clear()
-            sequences = [_patterns(sequence, own_first) for sequence in scratch]
-            errors[own_first] = _distance(context.decode(tokens, range(count), sequences, every), alone)
+            sequences = [_scratch_sequences(sequence, own_first) for sequence in scratch]
+            errors[own_first] = _distance(context.decode(tokens, range(count), sequences, every), expected)
         context.clear()
         pair = context.decode(tokens[:2], range(2), [home] * 2, [True] * 2)
         context.clear()
         second = context.decode(tokens[:2], range(2), [home] * 2, [False, True])
         right, wrong = sorted(errors.values())
-        seen = _distance(pair[:1], alone[:1])
-        if not (right <= _CLEAR * wrong and right <= _CLEAR * seen and _distance(second, pair[1:]) <= _CLEAR * seen):
+        seen = _distance(pair[:1], expected[:1])
+        if not (
+            right <= _ACCEPTED_SHARE * wrong
+            and right <= _ACCEPTED_SHARE * seen
+            and _distance(second, pair[1:]) <= _ACCEPTED_SHARE * seen
+        ):
             raise ValueError(
-                f"this build of llama.cpp computes passes in a way that is not known here (errors {errors}, sees "
-                f"{seen:g}): use {llama_cpp.PACKAGE} {llama_cpp.RELEASE}, on a machine that it was built for"
+                f"this build of llama.cpp handles sequences in an unknown way (errors {errors}, effect of the next "
+                f"token {seen:g}): use {llama_cpp.PACKAGE} {llama_cpp.RELEASE}, on a machine that it was built for"
             )
         return min(errors, key=errors.__getitem__)
 
 
 @dataclass(frozen=True)
 class _Document:
-    """A document of a text, block by block; head_rows: which row of the head each place is, −1 where none.
+    """A document of a text, block by block. head_rows: the head's row of each position, −1 for none.
 
-    clean: empty where no block sees another one.
+    clean: its clean blocks; empty if no block sees another one.
     """
 
     position: int
@@ -294,7 +323,7 @@ class _Document:
 
 
 def _documents(inputs: ModelInputs) -> Iterator[_Document]:
-    """Yield the documents of which a row of the head is wanted, up to the last such block."""
+    """Yield the documents that have a row of the head, up to the last block with one."""
     texts, length = inputs.positions.shape
     head_rows = np.full((texts, length), -1, dtype=np.int64)
     rows = inputs.head_rows.numpy()
@@ -315,12 +344,12 @@ def _documents(inputs: ModelInputs) -> Iterator[_Document]:
             )
 
 
-def _patterns(sequence: int, own_first: bool) -> list[int]:
-    """Return the scratch sequences of a clean block, so that `sequence` decides what it sees."""
+def _scratch_sequences(sequence: int, own_first: bool) -> list[int]:
+    """Return the scratch sequences of a clean block, ordered so that `sequence` decides what it sees."""
     others = list(range(sequence + 1, CHUNK))
     return [sequence, *others] if own_first else [*others, sequence]
 
 
-def _distance(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    # Of most rows: rounding sends one to another expert now and then, which changes that row by much.
-    return float(np.median(np.abs(found - expected).mean(-1)))
+def _distance(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    # The median over rows: rounding sometimes routes a row to another expert, which changes that row completely.
+    return float(np.median(np.abs(logits - expected).mean(-1)))

@@ -1,4 +1,4 @@
-"""Continuations of some prompts, sampled together from beginning to end; see `denoiser`."""
+"""Sample continuations of prompts together, from beginning to end; see `denoiser`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def generate_batch(
     """Continue every prompt, text i with the seed `sampling.seed` + i.
 
     Args:
-        window, eos_ids: see `Request`; default: all tokens, and the vocabulary's.
-        ends: told a text's number and its generated tokens after each block, how many of them to keep where the text
-            ends there, else None.
+        window, eos_ids: see `Request`; default: all tokens, and the vocabulary's EOS.
+        ends: called with a text's number and its generated tokens after each block; returns how many of them to keep if
+            the text ends there, else None.
 
     ValueError: see `denoise`.
     """
@@ -49,17 +49,17 @@ def generate_batch(
         for index, prompt in enumerate(prompts)
     ]
     passes = denoise(model, requests, block_size=block_size)
-    samples = {draft.index: draft.sample for going in passes for draft in going if draft.sample is not None}
+    samples = {draft.index: draft.sample for drafts in passes for draft in drafts if draft.sample is not None}
     return [samples[index] for index in range(len(prompts))]
 
 
 def denoise(model: BlockDiffusionTransformer, requests: Sequence[Request], *, block_size: int) -> Iterator[list[Draft]]:
-    """Yield the texts that are not at their end yet, or just reached it, before the first pass and after each.
+    """Yield the texts that have not ended, or have just ended, before the first pass and after each.
 
-    All tensor-parallel ranks call it alike and take what it yields to the end (collective).
+    All tensor-parallel ranks call it with equal arguments and iterate to the end (collective).
 
     Raises:
-        ValueError: no request, what `Request.check` refuses, or more steps than the rule takes of such blocks.
+        ValueError: no request, what `Request.check` refuses, or more steps than the rule allows for this block size.
     """
     if not requests:
         raise ValueError("there is no prompt: give at least one, which may be empty")
@@ -71,8 +71,8 @@ def denoise(model: BlockDiffusionTransformer, requests: Sequence[Request], *, bl
         denoiser.join(Draft.of(index, request, block_size, model.vocabulary.mask_id))
     while denoiser.reads:
         denoiser.read()
-    while going := denoiser.active:
-        yield going
-        denoiser.leave([draft for draft in going if draft.sample is not None])
+    while active := denoiser.active:
+        yield active
+        denoiser.leave([draft for draft in active if draft.sample is not None])
         if denoiser.active:
             denoiser.advance()

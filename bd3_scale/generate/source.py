@@ -1,4 +1,4 @@
-"""What text comes from and what is measured: a checkpoint, or a GGUF file, which llama.cpp runs; not loaded yet."""
+"""Describe a model to generate with or to measure, before it is loaded: a checkpoint, or a GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ Opened = tuple[BlockDiffusionTransformer, ProcessGroups]
 
 @dataclass(frozen=True)
 class Source:
-    """A trained model. tokenizer_folder: of its tokeniser, and perhaps a chat template; load: opens the model."""
+    """A trained model that is not loaded yet.
+
+    tokenizer_folder: holds its tokeniser, and perhaps a chat template; load: returns a context manager that loads it.
+    """
 
     path: Path
     manifest: CheckpointManifest
@@ -39,13 +42,13 @@ class Source:
     load: Callable[[], AbstractContextManager[Opened]]
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokeniser, which begins texts as those of the training began. ValueError: there is none."""
+        """Return the tokeniser, with BOS if documents of the training began with it. ValueError: there is none."""
         if not self.tokenizer_folder.is_dir():
             raise ValueError(f"{self.path} has no folder {TOKENIZER}: text cannot be read or written with it")
         return load_tokenizer(self.tokenizer_folder).with_bos(self.manifest.vocabulary.bos_id)
 
     def writer(self, model: BlockDiffusionTransformer, tokenizer: Tokenizer) -> Writer:
-        """Return what writes text with the model, once it is open. ValueError: it fills no masks."""
+        """Return a writer for the loaded model. ValueError: the model fills no masks."""
         check_fills_masks(self.path, self.manifest)
         return Writer(
             model,
@@ -59,25 +62,25 @@ class Source:
 
 
 def resolve_source(path: Path) -> Path:
-    """Return a GGUF file as it is, and of anything else the checkpoint. ValueError: there is none."""
+    """Return the path of a GGUF file unchanged, and for any other path the checkpoint. ValueError: there is none."""
     return path if path.suffix == GGUF_ENDING else resolve_checkpoint(path)
 
 
 @contextmanager
 def open_source(path: Path, dtype: torch.dtype | None = None, tensor: int | None = None) -> Iterator[Source]:
-    """Open a checkpoint, or a file whose name ends in `.gguf`, as far as its description.
+    """Read the description of a checkpoint, or of a file whose name ends in `.gguf`.
 
     dtype: of a checkpoint's weights in memory; default: that of the training's forward. tensor: see `open_model`.
-    ValueError: it is damaged, or neither; or a type for a file, which has its own.
+    ValueError: it is damaged, or neither of both; or `dtype` is given for a GGUF file, whose weights have fixed types.
     """
     if path.suffix != GGUF_ENDING:
         if dtype == torch.bfloat16 and not has_fast_bf16():
-            tell("warning: this CPU does not multiply bfloat16: float32 is several times as quick")
+            tell("warning: this CPU does not multiply bfloat16 natively: float32 is several times as fast")
         yield checkpoint_source(path, read_manifest(path), dtype, tensor)
         return
     if dtype is not None:
         raise ValueError(
-            f"{path} holds weights of its own types: leave --dtype out, or export the file with another one"
+            f"the weights in {path} have fixed types: leave out --dtype, or export the file with another type"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"llama.cpp runs {path} in one process: start it without torchrun or srun")
@@ -90,7 +93,7 @@ def open_source(path: Path, dtype: torch.dtype | None = None, tensor: int | None
 def checkpoint_source(
     checkpoint: Path, manifest: CheckpointManifest, dtype: torch.dtype | None = None, tensor: int | None = None
 ) -> Source:
-    """Return a checkpoint's source, see `open_source`."""
+    """Return the source of a checkpoint; see `open_source`."""
 
     @contextmanager
     def loaded() -> Iterator[Opened]:
@@ -106,16 +109,16 @@ def checkpoint_source(
 @contextmanager
 def _loaded(file: LlamaFile) -> Iterator[Opened]:
     with closing(file.load()) as model:
-        # It has what sampling and evaluation ask of a model.
+        # `LlamaModel` has the methods of the PyTorch model that sampling and evaluation call.
         yield cast(BlockDiffusionTransformer, model), lone_groups()
 
 
 @contextmanager
 def open_writer(path: Path, dtype: torch.dtype | None = None, tensor: int | None = None) -> Iterator[Writer]:
-    """Open a checkpoint or GGUF file for writing text; dtype, tensor: see `open_source`.
+    """Load a checkpoint or GGUF file for generation; dtype, tensor: see `open_source`.
 
     Raises:
-        ValueError: it has no tokeniser, is damaged, or of a model that fills no masks.
+        ValueError: it has no tokeniser, is damaged, or its model fills no masks.
     """
     with open_source(path, dtype, tensor) as source:
         tokenizer = source.tokenizer()

@@ -1,4 +1,4 @@
-"""What a checkpoint says of text: its tokeniser, what ends its texts, and what the recipe knows of their entropy."""
+"""Read what generation needs from a checkpoint: its tokeniser, the ids that end a text, and the entropy of its data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bd3_scale.data.stream import held_out_batches
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.generate.draft import ENTROPY_WINDOW, SMALLEST_SUBWORD_VOCABULARY, SUBWORD_ENTROPY
 
-# Of the median entropy of held-out windows, where a window cannot reach the paper's 4 nats.
+# The threshold as a share of the median entropy of held-out windows, for vocabularies whose text never has 4 nats.
 SHARE_OF_MEDIAN = 0.75
 MEDIAN_SEQUENCES = 256
 
 
 def checkpoint_tokenizer(checkpoint: Path, manifest: CheckpointManifest) -> Tokenizer:
-    """Return the tokeniser of a checkpoint, which begins texts as those of its training began.
+    """Return the tokeniser of a checkpoint, with BOS if documents of the training began with it.
 
     ValueError: there is none.
     """
@@ -29,32 +29,33 @@ def checkpoint_tokenizer(checkpoint: Path, manifest: CheckpointManifest) -> Toke
 
 
 def stop_ids(checkpoint: Path, manifest: CheckpointManifest) -> tuple[int, ...]:
-    """Return the ids that end a text: what ends documents, and every `eos_token_id` of the model that it came from."""
-    said = source_ids(checkpoint)
-    found: set[int] = {manifest.vocabulary.eos_id}
-    for part in (said.config, said.generation_config):
+    """Return the ids that end a text: the vocabulary's EOS, and every `eos_token_id` of an imported model's files."""
+    source = source_ids(checkpoint)
+    stops: set[int] = {manifest.vocabulary.eos_id}
+    for part in (source.config, source.generation_config):
         ids = part.get("eos_token_id")
-        found |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
-    return tuple(sorted(i for i in found if 0 <= i < manifest.vocabulary.size))
+        stops |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+    return tuple(sorted(i for i in stops if 0 <= i < manifest.vocabulary.size))
 
 
-def check_fills_masks(where: Path, manifest: CheckpointManifest) -> None:
-    """Raise ValueError if the model that lies there fills no masks, and writes no text here."""
+def check_fills_masks(path: Path, manifest: CheckpointManifest) -> None:
+    """Raise ValueError if the model at the path `path` fills no masks, and so cannot generate text here."""
     if not manifest.fills_masks:
         raise ValueError(
-            f"{where} was trained for {manifest.objective} and fills no masks, and generation here is block "
-            "diffusion: adapt it with `bd3-scale adapt`, or write it for transformers with `bd3-scale convert export`"
+            f"{path} was trained for {manifest.objective} and fills no masks, but generation here is block diffusion: "
+            "adapt the model with `bd3-scale adapt`, or export it for transformers with `bd3-scale convert export`"
         )
 
 
 def default_min_entropy(manifest: CheckpointManifest) -> float:
-    """Nats, below which the last 256 tokens of a text are taken for stuck; 0 where no held-out text tells a small
-    vocabulary's.
+    """Return the entropy in nats below which the last 256 tokens of a text count as degenerate.
+
+    It is 4 for subword vocabularies, and for small ones a share of the median of held-out text; 0 without such text.
     """
     if manifest.vocabulary.size >= SMALLEST_SUBWORD_VOCABULARY:
         return SUBWORD_ENTROPY
     trained = manifest.trained_data()
-    # Of several sources the first, which has the vocabulary of all.
+    # All sources have the same vocabulary: the first one represents them.
     trained = trained and trained.first_source
     if trained is None or not (Path(trained.path) / "manifest.json").is_file():
         return 0.0

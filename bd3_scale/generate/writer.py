@@ -1,4 +1,4 @@
-"""Text from an open model: prompts and stop strings in words, whole texts and streams of their blocks."""
+"""Generate text with a loaded model: prompts and stop strings as text, whole texts and streams of their blocks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from bd3_scale.model.transformer import BlockDiffusionTransformer
 
 @dataclass(frozen=True)
 class Written:
-    """text: what was generated, or with gaps the whole of it. tokens: generated ids. seconds: of the whole batch.
+    """A generated text. text: what was generated; with gaps the whole text. tokens: generated ids. seconds: of its
+    batch.
 
-    window: tokens that a block sees, itself among them, where the text is longer than the training's sequences.
+    window: tokens that a block sees, including itself, if the text is longer than the training's sequences; else None.
     """
 
     prompt: str
@@ -36,7 +37,8 @@ class Written:
 
 @dataclass(frozen=True)
 class Piece:
-    """The text that a finished block adds to text `index`; stopped_by: what ended the text with it."""
+    """The text that a finished block adds to text `index`; stopped_by: why the text ends with it, None if it goes "
+    "on."""
 
     index: int
     text: str
@@ -45,7 +47,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Texts that are sampled together: the number of the first, their prompts, and their passes."""
+    """Texts that are sampled together: the index of the first, their prompts, and their passes."""
 
     first: int
     prompts: Sequence[str]
@@ -54,10 +56,10 @@ class _Batch:
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes text, as often as it is asked.
+    """Generates text with a loaded model, any number of times.
 
-    context: tokens of the training's sequences. eos_ids: each of them ends a text. least_entropy: asked for the nats
-    that `sampling.min_entropy` leaves open. chat_template: the folder that may have one.
+    context: tokens of the training's sequences. eos_ids: each of them ends a text. least_entropy: returns the nats to
+    use if `sampling.min_entropy` is None. chat_template: the folder that may hold one.
     """
 
     model: BlockDiffusionTransformer
@@ -82,11 +84,11 @@ class Writer:
         """Continue every prompt; text i depends on `sampling.seed` + i and its prompt alone.
 
         Args:
-            prompts: text, or conversations that the chat template makes text of.
+            prompts: texts, or conversations, which the chat template turns into text.
             infill: each `[MASK]` of a prompt is a gap of one token.
-            stop: strings that end a text, which does not hold them.
-            progress: told after each pass how many tokens there are, and the limit, over all texts.
-            watch: told a text's number and what it looks like, after each pass.
+            stop: strings that end a text; the text does not contain them.
+            progress: called after each pass with the tokens generated so far and their limit, over all texts.
+            watch: called after each pass with a text's index and its current text.
 
         Raises:
             ValueError: a conversation without a chat template, or what `denoise` refuses.
@@ -95,13 +97,15 @@ class Writer:
         for batch in self._batches(prompts, sampling, infill, stop, batch_size):
             began = time.monotonic()
             drafts: dict[int, Draft] = {}
-            for going in batch.passes:
-                drafts |= {draft.index: draft for draft in going}
+            for active in batch.passes:
+                drafts |= {draft.index: draft for draft in active}
                 done = batch.first * limit + sum(draft.generated for draft in drafts.values())
                 progress(done, limit * len(prompts))
                 if watch is not None:
-                    for draft in going:
-                        watch(batch.first + draft.index, settled(self.tokenizer.text_of(draft.whole)))
+                    for draft in active:
+                        watch(
+                            batch.first + draft.index, without_partial_characters(self.tokenizer.text_of(draft.whole))
+                        )
             seconds = time.monotonic() - began
             for index, prompt in enumerate(batch.prompts):
                 yield self._written(prompt, drafts[index], stop, infill, seconds)
@@ -115,15 +119,16 @@ class Writer:
         stop: Sequence[str] = (),
         batch_size: int = 16,
     ) -> Iterator[Piece]:
-        """Yield what `write` writes, block by block: the pieces of a text make it, one after the other.
+        """Yield the texts of `write` block by block: the pieces of a text, joined, make the text.
 
-        A text that little entropy ends has then shown what it is left without. Bytes that are no whole character yet,
-        and the beginning of a stop string, are held back; bytes that spell no UTF-8 may be shown otherwise.
+        There are two exceptions. A text that ends by low entropy has already been streamed with the tokens that are
+        dropped then, and bytes that are no valid UTF-8 may be shown differently. Incomplete characters and a possible
+        beginning of a stop string are held back until they are complete.
         """
         for batch in self._batches(prompts, sampling, infill, stop, batch_size):
             shown = [0] * len(batch.prompts)
-            for going in batch.passes:
-                for draft in going:
+            for active in batch.passes:
+                for draft in active:
                     if not draft.finished:
                         continue
                     text = self.text_of(draft, stop, infill=infill)
@@ -141,7 +146,7 @@ class Writer:
         window: int | None = None,
         alternatives: int | None = None,
     ) -> Request:
-        """Return the request of a text; see there."""
+        """Return the `Request` of a text, with this model's ids that end it."""
 
         def ends(tokens: list[int]) -> int | None:
             return kept_tokens(self.tokenizer, prompt, tokens, stop)
@@ -152,11 +157,11 @@ class Writer:
 
     @property
     def has_chat(self) -> bool:
-        """Return whether it knows how conversations are written."""
+        """Return whether there is a chat template."""
         return chat_template(self.chat_template) is not None
 
     def window(self, length: int) -> int | None:
-        """Return how many tokens a block of a text of so many tokens sees, None where it sees all of them."""
+        """Return how many tokens a block of a text of `length` tokens sees, None if it sees all of them."""
         return self.context if length > self.context and self.context >= 2 * self.block_size else None
 
     def _batches(
@@ -176,17 +181,17 @@ class Writer:
             yield _Batch(first, texts, denoise(self.model, requests, block_size=self.block_size))
 
     def encoded(self, prompts: Sequence[str | Messages], *, infill: bool = False) -> list[tuple[str, list[int]]]:
-        """Return the text of every prompt, and its ids; a chat template says itself what a text begins with."""
+        """Return the text and the ids of every prompt. BOS of a conversation comes from the chat template alone."""
         template = None if all(isinstance(prompt, str) for prompt in prompts) else ChatTemplate(self.chat_template)
-        found = []
+        pairs = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                found.append((prompt, encode_prompt(self.tokenizer, prompt, infill)))
+                pairs.append((prompt, encode_prompt(self.tokenizer, prompt, infill)))
             else:
                 assert template is not None
                 text = template.prompt(prompt)
-                found.append((text, self.tokenizer.encode_special(text)))
-        return found
+                pairs.append((text, self.tokenizer.encode_special(text)))
+        return pairs
 
     def _written(self, prompt: str, draft: Draft, stop: Sequence[str], infill: bool, seconds: float) -> Written:
         sample, request = draft.sample, draft.request
@@ -197,7 +202,8 @@ class Writer:
         return Written(prompt, text, sample.tokens, *counts, request.sampling.min_entropy, request.window, seconds)
 
     def text_of(self, draft: Draft, stop: Sequence[str] = (), *, infill: bool = False) -> str:
-        """Return what is sure of a text at the end of a block; with gaps, from its beginning on."""
+        """Return the part of a text that cannot change any more, at the end of a block; with gaps the whole text so "
+        "far."""
         everything, given = draft.whole, len(draft.prompt)
         if draft.sample is not None:
             prompt = draft.sample.prompt
@@ -211,14 +217,14 @@ class Writer:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, infill: bool) -> list[int]:
-    """Return the ids of a prompt; without `infill` a `[MASK]` in it is text like any other."""
+    """Return the ids of a prompt; without `infill` a `[MASK]` in it is ordinary text."""
     if infill and MASK not in prompt:
-        raise ValueError(f"--infill fills the {MASK} of a prompt, and there is none in {prompt[:60]!r}")
+        raise ValueError(f"--infill fills the {MASK} of a prompt, but {prompt[:60]!r} has none")
     return tokenizer.encode_prompt(prompt, gaps=infill)
 
 
 def kept_tokens(tokenizer: Tokenizer, prompt: Sequence[int], tokens: list[int], stop: Sequence[str]) -> int | None:
-    """Return the fewest tokens behind a prompt whose text holds one of the strings; None: none is there."""
+    """Return the fewest tokens behind a prompt whose text contains one of the strings; None if no string occurs."""
 
     def holds(count: int) -> bool:
         text = tokenizer.continuation(prompt, tokens[:count])
@@ -226,6 +232,7 @@ def kept_tokens(tokenizer: Tokenizer, prompt: Sequence[int], tokens: list[int], 
 
     if not stop or not holds(len(tokens)):
         return None
+    # Binary search: once a prefix contains a string, all longer ones do.
     low, high = 0, len(tokens)
     while low < high:
         middle = (low + high) // 2
@@ -233,18 +240,18 @@ def kept_tokens(tokenizer: Tokenizer, prompt: Sequence[int], tokens: list[int], 
     return high
 
 
-def settled(text: str) -> str:
-    """Return a text with masks without the characters that lack bytes, which are still masked or to come."""
+def without_partial_characters(text: str) -> str:
+    """Return a text with masks without its incomplete characters, some of whose bytes are still masked or missing."""
     return re.sub(rf"{INCOMPLETE}+(?={re.escape(MASK)}|$)", "", text)
 
 
 def text_before(text: str, stop: Sequence[str]) -> str:
-    """Return the text up to the first of the strings."""
+    """Return the text before the first occurrence of any of the strings."""
     ends = [text.index(word) for word in stop if word in text]
     return text[: min(ends)] if ends else text
 
 
 def without_start_of(stop: Sequence[str], text: str) -> str:
-    """Return the text without an end with which one of the strings may begin."""
+    """Return the text without an ending that may be the beginning of one of the strings."""
     held = max((size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])), default=0)
     return text[: len(text) - held]

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server for block diffusion."""
+"""Serve block diffusion models over an OpenAI-compatible HTTP API."""

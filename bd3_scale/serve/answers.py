@@ -1,4 +1,4 @@
-"""From drafts to what a client gets: pieces of text as their blocks settle, in OpenAI's objects."""
+"""Turn drafts into what a client receives: pieces of text as blocks are finished, in OpenAI's response objects."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from bd3_scale.data.tokenizer import INCOMPLETE, Tokenizer
 from bd3_scale.generate.draft import Draft, Likelihood
 from bd3_scale.generate.writer import Writer
 from bd3_scale.serve.engine import Text
-from bd3_scale.serve.meters import Meters
+from bd3_scale.serve.server_metrics import ServerMetrics
 
-# What ends a text -> OpenAI's word for it.
+# Why a text ends -> OpenAI's `finish_reason`; all others are "stop".
 _REASONS = {"length": "length", "gap": "length"}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """State what a settled block adds to a choice; `likelihoods`: of its tokens, where they were asked for.
+    """The text that a finished block adds to a choice; `likelihoods`: those of its tokens, if requested.
 
-    stopped_by, tokens, passes: of the whole text, at its end.
+    stopped_by, tokens, passes: of the whole text, set in its last piece.
     """
 
     choice: int
@@ -33,8 +33,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Look:
-    """State how a text stands after a pass: pieces of it, and numbers of masks between them; as `Piece` at its end."""
+class Snapshot:
+    """A text after a pass: its parts are strings, and numbers of masks between them; the last one is like a `Piece`."""
 
     choice: int
     parts: list[str | int]
@@ -45,70 +45,72 @@ class Look:
 
 @dataclass(frozen=True)
 class Failure:
-    """State why there will be no text."""
+    """The reason why a text cannot be generated."""
 
     message: str
 
 
-Event = Piece | Look | Failure
-# When a text is told of: a `Piece` of all of it at its end, one for each block, or a `Look` after each pass.
-Tells = Literal["end", "blocks", "passes"]
+Event = Piece | Snapshot | Failure
+# What a client receives: one `Piece` at the end, one for each block, or a `Snapshot` after each pass.
+Granularity = Literal["end", "blocks", "passes"]
 
 
 @dataclass
 class Listener:
-    """Makes events of what the engine tells of one text, in the engine's thread.
+    """Turns the drafts of one text into events, in the engine's thread.
 
-    gap: of a text with a suffix, how many tokens the client gets, behind the prompt.
+    given: tokens of the prompt. gap: for a text with a suffix, the tokens between prompt and suffix, which are the
+        answer.
     """
 
     writer: Writer
     text: Text
     choice: int
     send: Callable[[Event], None]
-    meters: Meters
+    metrics: ServerMetrics
     given: int
-    tells: Tells
+    granularity: Granularity
     gap: int | None = None
     _began: float = field(default_factory=time.monotonic)
     _shown: str = ""
-    _told: int = 0
-    _begun: bool = False
+    _sent_tokens: int = 0
+    _has_text: bool = False
 
-    def __call__(self, news: Draft | str) -> None:
-        if isinstance(news, str):
-            self.send(Failure(news))
+    def __call__(self, update: Draft | str) -> None:
+        """Send what a draft adds, or a failure with its message."""
+        if isinstance(update, str):
+            self.send(Failure(update))
             return
-        if self.tells == "passes":
-            self.send(self._look(news))
-        elif news.finished and len(news.whole) > self.given:
-            if not self._begun:
-                self._begun = True
-                self.meters.first_block.observe(time.monotonic() - self._began)
-            if self.tells == "blocks" or news.sample is not None:
-                self._piece(news)
+        if self.granularity == "passes":
+            self.send(self._snapshot(update))
+        elif update.finished and len(update.whole) > self.given:
+            if not self._has_text:
+                self._has_text = True
+                self.metrics.first_block.observe(time.monotonic() - self._began)
+            if self.granularity == "blocks" or update.sample is not None:
+                self._piece(update)
 
     def _piece(self, draft: Draft) -> None:
         text, count, stopped_by = self._state(draft)
         tokens = self._tokens(draft)[:count]
         likelihoods = [
-            (token, draft.likelihoods[self.given + place])
-            for place, token in enumerate(tokens)
-            if place >= self._told and self.given + place in draft.likelihoods
+            (token, draft.likelihoods[self.given + index])
+            for index, token in enumerate(tokens)
+            if index >= self._sent_tokens and self.given + index in draft.likelihoods
         ]
         piece = Piece(self.choice, text[len(self._shown) :], likelihoods, stopped_by, count, draft.nfe)
-        self._shown, self._told = text, count
+        self._shown, self._sent_tokens = text, count
         if stopped_by is not None:
-            self.meters.whole.observe(time.monotonic() - self._began)
+            self.metrics.whole.observe(time.monotonic() - self._began)
         self.send(piece)
 
     def _tokens(self, draft: Draft) -> list[int]:
-        """Return what there is behind the prompt, in the gap where there is one."""
+        """Return the tokens behind the prompt; with a suffix, those of the gap."""
         end = None if self.gap is None else self.given + self.gap
         return draft.whole[self.given : end]
 
     def _state(self, draft: Draft) -> tuple[str, int, str | None]:
-        """Return the text that is sure, of how many tokens it is, and what ended it."""
+        """Return the text that cannot change any more, its number of tokens, and why it ended."""
         if self.gap is None:
             sample = draft.sample
             text = self.writer.text_of(draft, self.text.stop)
@@ -121,11 +123,11 @@ class Listener:
         text = self.writer.tokenizer.continuation(draft.whole[: self.given], tokens[:end], final=final)
         return text, end, ("eos" if end < len(tokens) else "gap") if final else None
 
-    def _look(self, draft: Draft) -> Look:
+    def _snapshot(self, draft: Draft) -> Snapshot:
         tokenizer, mask_id = self.writer.tokenizer, self.writer.model.vocabulary.mask_id
         if draft.sample is not None:
             text, count, stopped_by = self._state(draft)
-            return Look(self.choice, [text], draft.nfe, count, stopped_by)
+            return Snapshot(self.choice, [text], draft.nfe, count, stopped_by)
         parts: list[str | int] = []
         run: list[int] = []
         before = draft.whole[: self.given]
@@ -141,12 +143,12 @@ class Listener:
                     parts[-1] += 1
                 else:
                     parts.append(1)
-        return Look(self.choice, parts, draft.nfe, len(self._tokens(draft)), None)
+        return Snapshot(self.choice, parts, draft.nfe, len(self._tokens(draft)), None)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold what all objects of an answer have. kind: of the endpoint; prompt_tokens: over all prompts."""
+    """Builds the response objects of a request. kind: of the endpoint; prompt_tokens: those of all prompts."""
 
     kind: Literal["completion", "chat"]
     identity: str
@@ -158,38 +160,38 @@ class Answer:
     has_likelihoods: bool
 
     def whole(self, pieces: Mapping[int, Piece]) -> dict[str, Any]:
-        """Return the answer of the texts at their end, by choice."""
+        """Return the response of a request without streaming, from the last piece of each choice."""
         choices = []
         for index, piece in sorted(pieces.items()):
             message = {"role": "assistant", "content": piece.text}
-            said = {"text": piece.text} if self.kind == "completion" else {"message": message}
-            choices.append(self._choice(index, said, piece.likelihoods, piece.stopped_by))
+            content = {"text": piece.text} if self.kind == "completion" else {"message": message}
+            choices.append(self._choice(index, content, piece.likelihoods, piece.stopped_by))
         name = "text_completion" if self.kind == "completion" else "chat.completion"
         return {**self._head(name), "choices": choices, "usage": self.usage(list(pieces.values()))}
 
     def chunk(self, piece: Piece, *, first: bool) -> dict[str, Any]:
-        """Return what a stream tells of a piece; first: of its choice."""
+        """Return a stream's chunk of a piece; first: whether it is the first of its choice."""
         if self.kind == "completion":
-            said: dict[str, Any] = {"text": piece.text}
+            content: dict[str, Any] = {"text": piece.text}
             name = "text_completion"
         else:
             role = {"role": "assistant"} if first else {}
-            said, name = {"delta": {**role, "content": piece.text}}, "chat.completion.chunk"
-        choice = self._choice(piece.choice, said, piece.likelihoods, piece.stopped_by)
+            content, name = {"delta": {**role, "content": piece.text}}, "chat.completion.chunk"
+        choice = self._choice(piece.choice, content, piece.likelihoods, piece.stopped_by)
         return {**self._head(name), "choices": [choice]}
 
     def last_chunk(self, ends: Sequence[Piece]) -> dict[str, Any]:
-        """Return the chunk that tells of usage alone."""
+        """Return a stream's last chunk, which holds only the usage."""
         name = "text_completion" if self.kind == "completion" else "chat.completion.chunk"
         return {**self._head(name), "choices": [], "usage": self.usage(ends)}
 
     def usage(self, ends: Sequence[Piece]) -> dict[str, int]:
-        """Return the tokens, and over how many passes they were unmasked."""
-        written = sum(piece.tokens for piece in ends)
+        """Return the numbers of tokens, and of denoising passes over all texts."""
+        completion_tokens = sum(piece.tokens for piece in ends)
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": written,
-            "total_tokens": self.prompt_tokens + written,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
             "denoising_passes": sum(piece.passes for piece in ends),
         }
 
@@ -197,15 +199,16 @@ class Answer:
         return {"id": self.identity, "object": name, "created": self.created, "model": self.model, "seed": self.seed}
 
     def _choice(
-        self, index: int, said: dict[str, Any], likelihoods: list[tuple[int, Likelihood]], stopped_by: str | None
+        self, index: int, content: dict[str, Any], likelihoods: list[tuple[int, Likelihood]], stopped_by: str | None
     ) -> dict[str, Any]:
         logprobs = None
         if self.has_likelihoods:
-            logprobs = self._legacy(likelihoods) if self.kind == "completion" else self._content(likelihoods)
+            has_legacy_form = self.kind == "completion"
+            logprobs = self._legacy_logprobs(likelihoods) if has_legacy_form else self._chat_logprobs(likelihoods)
         reason = None if stopped_by is None else _REASONS.get(stopped_by, "stop")
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason, "stopped_by": stopped_by}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason, "stopped_by": stopped_by}
 
-    def _legacy(self, likelihoods: list[tuple[int, Likelihood]]) -> dict[str, Any]:
+    def _legacy_logprobs(self, likelihoods: list[tuple[int, Likelihood]]) -> dict[str, Any]:
         names = self._name
         return {
             "tokens": [names(token) for token, _ in likelihoods],
@@ -213,10 +216,10 @@ class Answer:
             "top_logprobs": [{names(i): value for i, value in each.most_likely} for _, each in likelihoods],
         }
 
-    def _content(self, likelihoods: list[tuple[int, Likelihood]]) -> dict[str, Any]:
+    def _chat_logprobs(self, likelihoods: list[tuple[int, Likelihood]]) -> dict[str, Any]:
         def entry(token: int, value: float) -> dict[str, Any]:
             name = self._name(token)
-            # Where it is but a part of a character, its bytes cannot be told from its text.
+            # A token that is only a part of a character decodes to U+FFFD, which does not say what its bytes are.
             return {"token": name, "logprob": value, "bytes": None if INCOMPLETE in name else list(name.encode())}
 
         content = [

@@ -1,6 +1,6 @@
-"""What may be asked for: the bodies of OpenAI's completions and chat completions, and what is ours.
+"""Validate request bodies: those of OpenAI's completions and chat completions, and options of this server.
 
-What is not supported is refused by its name, unless it has the value that says nothing.
+An option of OpenAI's that is not supported here is refused by its name, unless its value means "off".
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from bd3_scale.generate.config import SamplingConfig
 
 MOST_STOPS, MOST_TEXTS, MOST_ALTERNATIVES = 16, 128, 20
-MOST_STEPS = 10_000  # of a block: ancestral unmasking walks through idle ones while the other texts wait
-# Of OpenAI's: name -> values that ask for nothing. None is one of all.
-_NOTHING: dict[str, tuple[Any, ...]] = {
+MOST_STEPS = 10_000  # per block: ancestral unmasking loops over idle steps while all other texts wait
+# Unsupported options of OpenAI's API -> values that mean "off", besides null.
+_OFF_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
@@ -32,19 +32,19 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-# Those that say who asks, not what for.
-_OF_THE_CLIENT = ("metadata", "prompt_cache_key", "safety_identifier", "user")
+# Options about the client and not about the text; they are ignored.
+_IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 
 
 class StreamOptions(BaseModel):
-    """State how a stream is told."""
+    """Options of a stream."""
 
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
 
 
 class Body(BaseModel):
-    """State what all bodies have. `seed` is of the first text; the others count on."""
+    """The options that all bodies have. `seed` is that of the first text; text i has seed + i."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -65,23 +65,24 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_says_nothing(cls, values: Any) -> Any:
+    def _drop_off_values(cls, values: Any) -> Any:
+        """Drop unsupported options that are off; refuse others, and text that cannot be encoded."""
         if not isinstance(values, dict):
             return values
         try:
             json.dumps(values, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError("a string holds half a character (a lone surrogate): send whole ones") from error
+            raise ValueError("a string holds half a character (a lone surrogate): send complete characters") from error
         except RecursionError as error:
             raise ValueError("the body is nested too deeply") from error
         kept = {}
         for name, value in values.items():
             if name in cls.model_fields:
                 kept[name] = value
-            elif name in _NOTHING and value is not None and value not in _NOTHING[name]:
+            elif name in _OFF_VALUES and value is not None and value not in _OFF_VALUES[name]:
                 raise ValueError(f"{name} is not supported here: leave it out")
-            elif name not in _NOTHING and name not in _OF_THE_CLIENT:
-                raise ValueError(f"{name} is not known here: leave it out")
+            elif name not in _OFF_VALUES and name not in _IGNORED:
+                raise ValueError(f"{name} is unknown here: leave it out")
         return kept
 
     @field_validator("stop")
@@ -94,24 +95,28 @@ class Body(BaseModel):
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """Return the strings that end a text."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def choices(self) -> int:
+        """Return the number of texts per prompt."""
         return self.n or 1
 
     @property
     def first_seed(self) -> int:
-        """Return the seed that was asked for, or another one each time."""
+        """Return the requested seed, or a random one."""
         return secrets.randbits(31) if self.seed is None else self.seed
 
     def sampling(self, defaults: SamplingConfig, max_new_tokens: int) -> SamplingConfig:
-        """Return how a text is sampled, by the server's defaults where the body says nothing. ValueError: not so.
+        """Return the sampling options: the body's, and the server's defaults for those that it leaves out.
 
-        A rule of the body leaves the options of the server's rule out.
+        If the body names another rule than the default one, the default rule's options do not apply.
+        ValueError: an invalid value.
         """
         rule = self.unmasking or defaults.unmasking
-        same = rule == defaults.unmasking
+        has_default_rule = rule == defaults.unmasking
+        default_threshold = defaults.threshold if has_default_rule else None
         return SamplingConfig(
             max_new_tokens=max_new_tokens,
             temperature=defaults.temperature if self.temperature is None else self.temperature,
@@ -119,13 +124,13 @@ class Body(BaseModel):
             top_p=self.top_p or defaults.top_p,
             min_entropy=defaults.min_entropy,
             unmasking=rule,
-            steps=self.steps or (defaults.steps if same else None),
-            threshold=self.threshold if self.threshold is not None else (defaults.threshold if same else None),
+            steps=self.steps or (defaults.steps if has_default_rule else None),
+            threshold=default_threshold if self.threshold is None else self.threshold,
         )
 
 
 class CompletionBody(Body):
-    """Hold a body of `/v1/completions`. Prompts are text, or ids of tokens."""
+    """A body of `/v1/completions`. Prompts are text, or ids of tokens."""
 
     DEFAULT_TOKENS: ClassVar[int] = 16
 
@@ -135,7 +140,7 @@ class CompletionBody(Body):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Return each of them."""
+        """Return the prompts as a list: the field may hold one text, several, or ids of one or several."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and all(isinstance(part, int) for part in self.prompt):
@@ -144,11 +149,12 @@ class CompletionBody(Body):
 
     @property
     def alternatives(self) -> int | None:
+        """Return how many alternatives per token are requested; None: no log probabilities."""
         return self.logprobs
 
 
 class TextPart(BaseModel):
-    """Hold a part of a message's content."""
+    """A text part of a message's content."""
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
@@ -156,7 +162,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """Hold a message of a conversation; roles are the chat template's."""
+    """A message of a conversation; the chat template decides which roles there are."""
 
     model_config = ConfigDict(extra="forbid")
     role: str
@@ -164,14 +170,14 @@ class Message(BaseModel):
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """Return what chat templates take."""
+        """Return the message as chat templates expect it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         named = {} if self.name is None else {"name": self.name}
         return {"role": self.role, "content": text, **named}
 
 
 class ChatBody(Body):
-    """Hold a body of `/v1/chat/completions`."""
+    """A body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -181,11 +187,12 @@ class ChatBody(Body):
     @model_validator(mode="after")
     def _agrees(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs belongs to logprobs: say logprobs=true, too")
+            raise ValueError("top_logprobs needs logprobs: send logprobs=true, too")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
         return self
 
     @property
     def alternatives(self) -> int | None:
+        """Return how many alternatives per token are requested; None: no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None

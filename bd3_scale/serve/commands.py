@@ -1,4 +1,4 @@
-"""`bd3-scale serve`."""
+"""Define the command `bd3-scale serve`."""
 
 from __future__ import annotations
 
@@ -25,30 +25,33 @@ def serve(
             help="A run, a checkpoint, an exported or quantised folder, or a .bd3.gguf file, which llama.cpp runs."
         ),
     ],
-    host: Annotated[str, typer.Option(help=f"Another than this machine's own needs a key in {KEY}.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one, which is told.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help=f"Address to listen at; one that other machines reach needs a key in {KEY}.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port, which is printed.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="By which clients ask for the model.", show_default="that of the path")
+        str | None, typer.Option(help="Name of the model for clients.", show_default="that of the path")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=256, help="Texts that are denoised together.")] = 8,
-    queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; others are told to come back.")] = 64,
+    queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; further requests get status 429.")] = 64,
     cache_tokens: Annotated[
-        int, typer.Option(min=1, help="Of each text that the cache holds, at the most: it takes memory for them.")
+        int, typer.Option(min=1, help="Most tokens of a text in the cache, whose memory is allocated at the start.")
     ] = 4096,
     unmasking: Annotated[
-        str, typer.Option(metavar="RULE", help="Where a request names none; see `bd3-scale generate --help`.")
+        str, typer.Option(metavar="RULE", help="Default for requests that name none; see `bd3-scale generate --help`.")
     ] = "first-hitting",
-    steps: Annotated[int | None, typer.Option(min=1, help="Of that rule.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Of that rule.")] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt, at the most.")] = 8192,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at the most.")] = 2048,
-    max_seconds: Annotated[float, typer.Option(min=1, help="For an answer, at the most.")] = 600,
+    steps: Annotated[int | None, typer.Option(min=1, help="Option of that rule.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Option of that rule.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 8192,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 2048,
+    max_seconds: Annotated[float, typer.Option(min=1, help="Most seconds for an answer.")] = 600,
     dtype: WeightType = None,
 ) -> None:
-    """Serve a model to OpenAI's clients, with a page at / that shows a text settle block by block.
+    """Serve a model to OpenAI clients, with a page at / that shows how a text loses its masks block by block.
 
-    `/v1/completions` and `/v1/chat/completions`, whole or as a stream of settled blocks, `/v1/models`, `/health` and
-    `/metrics` (Prometheus). Requests join and leave between passes; SIGTERM ends it once all answers are given.
+    Endpoints: `/v1/completions` and `/v1/chat/completions`, as one answer or as a stream of finished blocks,
+    `/v1/models`, `/health` and `/metrics` (Prometheus). Requests join and leave the batch between passes. After SIGTERM
+    the server finishes its answers and ends.
     """
     if missing := [library for library in _LIBRARIES if find_spec(library) is None]:
         raise ValueError(f"serve needs {', '.join(missing)}: pip install 'bd3_scale[serve]'")
@@ -56,10 +59,12 @@ def serve(
 
     key = os.environ.get(KEY) or None
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ValueError(f"{KEY} holds what no header can bear: put letters, digits and signs into it, without spaces")
+        raise ValueError(
+            f"{KEY} cannot be sent in an HTTP header: use ASCII letters, digits and punctuation, without spaces"
+        )
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         raise ValueError(
-            f"--host {host} lets other machines ask, and no key is set: put one into {KEY}, or leave --host out"
+            f"--host {host} lets other machines connect, and no key is set: set {KEY}, or leave out --host"
         )
     defaults = SamplingConfig(unmasking=unmasking, steps=steps, threshold=threshold)
     options = Options(

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form: status, message, and which parameter it is about."""
+"""Report errors in OpenAI's form: status, message, and the parameter that is wrong."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class RefusedError(Exception):
-    """State why a request is not answered.
+    """The reason why a request is not answered.
 
-    param: the field that it is about. code: a word that programs look for.
+    param: the field that is wrong. code: a word that programs can check.
     """
 
     def __init__(
@@ -30,24 +30,26 @@ class RefusedError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """Return OpenAI's object."""
+        """Return OpenAI's error object."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def response(self) -> JSONResponse:
-        """Return the answer."""
+        """Return the HTTP response."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def of_validation(errors: Sequence[Any]) -> RefusedError:
-    """Return the first error that pydantic found in a body, in words."""
+def validation_error(errors: Sequence[Any]) -> RefusedError:
+    """Return the first error that pydantic found in a body, as a message for people."""
     first = errors[0]
     if first["type"] == "json_invalid":
-        return RefusedError(f"the body is no JSON ({first.get('ctx', {}).get('error', first['msg'])})")
-    # What the body is declared as stands first, and names of a union's members behind the field.
-    place = [part for part in first["loc"] if part != "body"]
-    field = next((part for part in place if isinstance(part, str)), None)
-    said = str(first["msg"]).removeprefix("Value error, ")
-    where = ".".join(str(part) for part in place if not isinstance(part, str) or ("[" not in part and "(" not in part))
-    return RefusedError(f"{where}: {said}" if where else said, param=field)
+        return RefusedError(f"the body is not JSON ({first.get('ctx', {}).get('error', first['msg'])})")
+    # FastAPI puts "body" first, and pydantic puts names of a union's members, such as "list[str]", behind the field.
+    location = [part for part in first["loc"] if part != "body"]
+    field = next((part for part in location if isinstance(part, str)), None)
+    problem = str(first["msg"]).removeprefix("Value error, ")
+    path = ".".join(
+        str(part) for part in location if not isinstance(part, str) or ("[" not in part and "(" not in part)
+    )
+    return RefusedError(f"{path}: {problem}" if path else problem, param=field)

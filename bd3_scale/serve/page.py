@@ -1,4 +1,4 @@
-"""The page at `/`, which shows a text settle block by block, and what a browser lets it do."""
+"""Serve the page at `/`, which shows how a text loses its masks, under a strict content security policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAGE = Path(__file__).with_name("page.html")
 
 @functools.cache
 def page() -> HTMLResponse:
-    """Return the page, with a policy under which its own script alone runs, and nobody but this server is asked."""
+    """Return the page, with a policy that lets only its own script run, and only this server be contacted."""
     text = _PAGE.read_text(encoding="utf-8")
     script = text.partition("<script>")[2].partition("</script>")[0]
     policy = {
@@ -27,5 +27,5 @@ def page() -> HTMLResponse:
         "form-action": "'none'",
         "frame-ancestors": "'none'",
     }
-    said = "; ".join(f"{name} {value}" for name, value in policy.items())
-    return HTMLResponse(text, headers={"Content-Security-Policy": said, "X-Content-Type-Options": "nosniff"})
+    header = "; ".join(f"{name} {value}" for name, value in policy.items())
+    return HTMLResponse(text, headers={"Content-Security-Policy": header, "X-Content-Type-Options": "nosniff"})

@@ -1,4 +1,4 @@
-"""From a model on disk to a server that answers until it is told to end."""
+"""Load a model from disk and serve it until a signal ends the server."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.generate.source import open_writer
 from bd3_scale.generate.writer import Writer
 from bd3_scale.serve.engine import Engine
-from bd3_scale.serve.meters import Meters
+from bd3_scale.serve.server_metrics import ServerMetrics
 from bd3_scale.serve.web import Limits, Web
 
-_BODY_BYTES_PER_TOKEN = 32
+_BODY_BYTES_PER_TOKEN = 32  # of a prompt in JSON: a token has a few characters, of up to 12 bytes each as \uXXXX pairs
 
 
 @dataclass(frozen=True)
 class Address:
-    """State where a server is asked; key: which requests must bear, None: only this machine asks."""
+    """The address of a server; key: the key that requests must send, None: only this machine can connect."""
 
     host: str
     port: int
@@ -38,7 +38,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Options:
-    """Hold the options of `bd3-scale serve`."""
+    """The options of `bd3-scale serve`."""
 
     name: str | None
     batch_size: int
@@ -52,27 +52,27 @@ class Options:
 
 
 def serve_model(path: Path, address: Address, options: Options, say: Callable[..., None]) -> None:
-    """Open a model and answer until SIGTERM or Ctrl-C.
+    """Load a model and serve it until SIGTERM or Ctrl-C.
 
-    ValueError, OSError: there is no model, or the port is taken.
+    ValueError, OSError: there is no model, or the port is in use.
     """
     dtype = options.dtype and getattr(torch, options.dtype)
     if os.environ.get("RANK", "0") == "0":
         with _listening(address):
-            pass  # before a model is loaded for nothing
+            pass  # a port in use is reported before the model is loaded, which may take minutes
     with _opened(path, dtype) as writer:
-        leads = not dist.is_initialized() or dist.get_rank() == 0
-        meters = Meters()
+        is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
+        metrics = ServerMetrics()
         engine = Engine(
             writer,
             slots=options.batch_size,
             waiting=options.queue,
             cache_tokens=options.cache_tokens,
-            meters=meters,
+            metrics=metrics,
         )
-        meters.capacity.set(options.batch_size * engine.capacity)
+        metrics.capacity.set(options.batch_size * engine.capacity)
         engine.check(options.defaults)
-        if not leads:
+        if not is_rank_zero:
             engine.follow()
             return
         web = Web(
@@ -91,7 +91,9 @@ def serve_model(path: Path, address: Address, options: Options, say: Callable[..
             port = listener.getsockname()[1]
             config = uvicorn.Config(web.app, log_level="warning", access_log=False, timeout_keep_alive=30)
             server = uvicorn.Server(config)
-            # It knows of a signal that comes before it runs; what it gives on, at its end, changes nothing any more.
+            # uvicorn installs its handlers only in `run`; a signal before that would kill the process. Afterwards it
+            # raises the signals again that it has caught, for the handlers from before `run`: these, which then do
+            # nothing.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, server.handle_exit)
             host = f"[{address.host}]" if ":" in address.host else address.host
@@ -100,12 +102,12 @@ def serve_model(path: Path, address: Address, options: Options, say: Callable[..
             try:
                 server.run(sockets=[listener])
             finally:
-                engine.stop()  # at a second Ctrl-C, which waits for no answers, it computes with what is closed next
+                engine.stop()  # before the model is closed: after a second Ctrl-C the thread may still be in a pass
 
 
 @contextmanager
 def _opened(path: Path, dtype: torch.dtype | None) -> Iterator[Writer]:
-    """Open a GGUF file, a checkpoint, or a folder of Hugging Face, which is imported for as long."""
+    """Open a GGUF file, a checkpoint, or a Hugging Face folder, which is imported into a temporary folder meanwhile."""
     if path.suffix == GGUF_ENDING:
         with open_writer(path, dtype) as writer:
             yield writer
@@ -121,7 +123,7 @@ def _chat(writer: Writer) -> str:
 
 @contextmanager
 def _listening(address: Address) -> Iterator[socket.socket]:
-    """Listen: whoever is told of the address may connect at once. OSError: the port is taken."""
+    """Open a listening socket, so that clients can connect as soon as the address is printed. OSError: port in use."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -130,7 +132,7 @@ def _listening(address: Address) -> Iterator[socket.socket]:
             listener.listen(128)
         except OSError as error:
             raise OSError(
-                f"port {address.port} of {address.host} cannot be listened on ({error.strerror}): choose another with "
+                f"cannot listen on port {address.port} of {address.host} ({error.strerror}): choose another port with "
                 "--port"
             ) from error
         yield listener

@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's endpoints over the engine, health, metrics, and a page that shows a text settle."""
+"""Define the HTTP endpoints over the engine: OpenAI's, health, metrics, and a page that shows a text lose its masks."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from starlette.exceptions import HTTPException
 
 from bd3_scale.generate.config import SamplingConfig
 from bd3_scale.registry import unmasking_rules
-from bd3_scale.serve.answers import Answer, Failure, Look, Piece
-from bd3_scale.serve.asked import Asked, Run
+from bd3_scale.serve.answers import Answer, Failure, Piece, Snapshot
 from bd3_scale.serve.bodies import MOST_TEXTS, ChatBody, CompletionBody
 from bd3_scale.serve.engine import Engine, Text
-from bd3_scale.serve.errors import RefusedError, of_validation
+from bd3_scale.serve.errors import RefusedError, validation_error
 from bd3_scale.serve.gate import Gate
 from bd3_scale.serve.page import page
+from bd3_scale.serve.text_request import Run, TextRequest
 
-_EVENTS = "text/event-stream"
+_EVENT_STREAM = "text/event-stream"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """State what a request may ask for. new_tokens: of one text; seconds: from the question to the answer's end."""
+    """Limits of a request. new_tokens: of one text; seconds: from the request to the end of the answer."""
 
     prompt_tokens: int
     new_tokens: int
@@ -42,13 +42,13 @@ class Limits:
 
 
 class Web:
-    """Answer HTTP for one engine. name: of the model, by which clients ask for it."""
+    """The HTTP application of one engine. name: the model's name for clients."""
 
     def __init__(self, engine: Engine, *, name: str, defaults: SamplingConfig, limits: Limits, key: str | None) -> None:
         self.engine, self.name, self.defaults, self.limits = engine, name, defaults, limits
         self._created = int(time.time())
         self.app = FastAPI(title=f"bd3_scale: {name}", docs_url=None, redoc_url=None)
-        self.app.add_middleware(Gate, key=key, most_bytes=limits.body_bytes, meters=engine.meters)
+        self.app.add_middleware(Gate, key=key, most_bytes=limits.body_bytes, metrics=engine.metrics)
         self.app.add_exception_handler(RefusedError, _refused)
         self.app.add_exception_handler(RequestValidationError, _invalid)
         self.app.add_exception_handler(HTTPException, _http)
@@ -90,59 +90,61 @@ class Web:
 
     async def metrics(self) -> Response:
         """Tell the counters in Prometheus' text format."""
-        return Response(generate_latest(self.engine.meters.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self.engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def page(self) -> HTMLResponse:
-        """Show a page on which a text settles."""
+        """Return the page that shows how a text loses its masks."""
         return page()
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
-        """Continue prompts, or fill what lies between a prompt and a suffix."""
-        asked = await asyncio.to_thread(self._completion, body)
-        return await self._answer(asked, request, stream=bool(body.stream), usage=_wants_usage(body))
+        """Continue prompts, or fill the gap between a prompt and a suffix."""
+        texts = await asyncio.to_thread(self._completion, body)
+        return await self._answer(texts, request, stream=bool(body.stream), usage=_wants_usage(body))
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        asked = await asyncio.to_thread(self._chat, body)
-        return await self._answer(asked, request, stream=bool(body.stream), usage=_wants_usage(body))
+        texts = await asyncio.to_thread(self._chat, body)
+        return await self._answer(texts, request, stream=bool(body.stream), usage=_wants_usage(body))
 
     async def denoise(self, body: CompletionBody, request: Request) -> Response:
-        """Stream how a text stands after each pass."""
-        return self._looks(await asyncio.to_thread(self._completion, body), request)
+        """Stream a text's state after each pass."""
+        return self._snapshots(await asyncio.to_thread(self._completion, body), request)
 
     async def denoise_chat(self, body: ChatBody, request: Request) -> Response:
-        """Stream how the answer to a conversation stands after each pass."""
-        return self._looks(await asyncio.to_thread(self._chat, body), request)
+        """Stream the state of the answer to a conversation after each pass."""
+        return self._snapshots(await asyncio.to_thread(self._chat, body), request)
 
-    # --- from bodies to texts
+    # --- bodies to texts. Chat templates and tokenisers may take seconds: they run in a thread and not in the event
+    # loop.
 
-    def _completion(self, body: CompletionBody) -> Asked:
+    def _completion(self, body: CompletionBody) -> TextRequest:
         self._check_body(body)
         writer, vocabulary = self.engine.writer, self.engine.writer.model.vocabulary
-        tokens = self._checked(body.max_tokens or body.DEFAULT_TOKENS)
+        tokens = self._check_new_tokens(body.max_tokens or body.DEFAULT_TOKENS)
         if not body.prompts:
             raise RefusedError("there is no prompt: give one, which may be empty", param="prompt")
         if (count := len(body.prompts) * body.choices) > MOST_TEXTS:
             raise RefusedError(
-                f"{count:,} texts are asked for, and a request may have {MOST_TEXTS}: send several", param="prompt"
+                f"{count:,} texts are requested, and a request may have {MOST_TEXTS}: send several requests",
+                param="prompt",
             )
         prompts = [self._ids(prompt) for prompt in body.prompts]
         given, gap = [len(prompt) for prompt in prompts], None
         if body.suffix:
             if body.stop:
-                raise RefusedError("stop and suffix cannot be together: leave one of them out", param="stop")
+                raise RefusedError("stop and suffix exclude each other: leave one of them out", param="stop")
             gap = tokens
             suffix = writer.tokenizer.encode(body.suffix)
             prompts = [[*prompt, *[vocabulary.mask_id] * tokens, *suffix] for prompt in prompts]
         sampling = self._sampling(body, 0 if gap else tokens)
-        return self._asked("completion", body, prompts, given, sampling, gap)
+        return self._text_request("completion", body, prompts, given, sampling, gap)
 
-    def _chat(self, body: ChatBody) -> Asked:
+    def _chat(self, body: ChatBody) -> TextRequest:
         self._check_body(body)
         writer = self.engine.writer
         if not writer.has_chat:
             raise RefusedError(
-                f"{self.name} has no chat template: its texts were no conversations; ask /v1/completions for them",
+                f"{self.name} has no chat template, so it was not trained on conversations: use /v1/completions",
                 param="messages",
             )
         try:
@@ -150,10 +152,12 @@ class Web:
         except ValueError as error:
             raise RefusedError(str(error), param="messages") from error
         room = max(writer.block_size, self.engine.capacity - len(ids))
-        tokens = self._checked(body.max_completion_tokens or body.max_tokens or min(room, self.limits.new_tokens))
-        return self._asked("chat", body, [ids], [len(ids)], self._sampling(body, tokens), None)
+        tokens = self._check_new_tokens(
+            body.max_completion_tokens or body.max_tokens or min(room, self.limits.new_tokens)
+        )
+        return self._text_request("chat", body, [ids], [len(ids)], self._sampling(body, tokens), None)
 
-    def _asked(
+    def _text_request(
         self,
         kind: Any,
         body: CompletionBody | ChatBody,
@@ -161,7 +165,7 @@ class Web:
         given: list[int],
         sampling: SamplingConfig,
         gap: int | None,
-    ) -> Asked:
+    ) -> TextRequest:
         limits = self.limits
         for prompt in prompts:
             if len(prompt) > limits.prompt_tokens:
@@ -171,8 +175,8 @@ class Web:
                 )
         seed = body.first_seed
         texts = [
-            Text(prompt, sampling, seed + place * body.choices + choice, body.stops, body.alternatives)
-            for place, prompt in enumerate(prompts)
+            Text(prompt, sampling, seed + index * body.choices + choice, body.stops, body.alternatives)
+            for index, prompt in enumerate(prompts)
             for choice in range(body.choices)
         ]
         writer = self.engine.writer
@@ -182,17 +186,17 @@ class Web:
                 "(--cache-tokens): shorten one of them",
                 code="context_length_exceeded",
             )
-        letters = {"completion": "cmpl", "chat": "chatcmpl"}[kind]
+        prefix = {"completion": "cmpl", "chat": "chatcmpl"}[kind]
         answer = Answer(
-            kind, f"{letters}-{uuid.uuid4().hex}", self.name, int(time.time()), seed, sum(given), writer.tokenizer,
+            kind, f"{prefix}-{uuid.uuid4().hex}", self.name, int(time.time()), seed, sum(given), writer.tokenizer,
             body.alternatives is not None,
         )  # fmt: skip
-        return Asked(texts, [count for count in given for _ in range(body.choices)], answer, gap)
+        return TextRequest(texts, [count for count in given for _ in range(body.choices)], answer, gap)
 
-    def _checked(self, tokens: int) -> int:
+    def _check_new_tokens(self, tokens: int) -> int:
         if tokens > self.limits.new_tokens:
             raise RefusedError(
-                f"a text may have {self.limits.new_tokens:,} new tokens: ask for fewer", param="max_tokens"
+                f"a text may have {self.limits.new_tokens:,} new tokens: request fewer", param="max_tokens"
             )
         return tokens
 
@@ -201,10 +205,10 @@ class Web:
         if isinstance(prompt, str):
             return writer.encoded([prompt])[0][1]
         size, mask_id = writer.model.vocabulary.size, writer.model.vocabulary.mask_id
-        # Some tokenisers leave ids out, which have no text.
+        # Ids of some tokenisers have gaps: an id below the vocabulary's size may have no token.
         wrong = (i for i in prompt if not 0 <= i < size or i == mask_id or writer.tokenizer.name_of(i) is None)
         if bad := list(itertools.islice(wrong, 5)):
-            raise RefusedError(f"the prompt holds ids {bad} that are no tokens of {self.name}", param="prompt")
+            raise RefusedError(f"the prompt has ids {bad} that are no tokens of {self.name}", param="prompt")
         return prompt
 
     def _sampling(self, body: CompletionBody | ChatBody, tokens: int) -> SamplingConfig:
@@ -220,25 +224,25 @@ class Web:
         size = self.engine.writer.block_size
         if body.block_size not in (None, size):
             raise RefusedError(
-                f"block_size is {body.block_size}, and {self.name} writes blocks of {size}: leave it out",
+                f"block_size is {body.block_size}, and {self.name} has blocks of {size}: leave it out",
                 param="block_size",
             )
         if body.stream_options is not None and not body.stream:
-            raise RefusedError("stream_options belong to stream=true", param="stream_options")
+            raise RefusedError("stream_options needs stream=true: send it, too", param="stream_options")
 
     def _check_model(self, name: str) -> None:
         if name != self.name:
             raise RefusedError(
-                f"the model {name!r} is not here: this server has {self.name!r}", 404, param="model",
+                f"there is no model {name!r}: this server has {self.name!r}", 404, param="model",
                 code="model_not_found",
             )  # fmt: skip
 
-    # --- from texts to answers
+    # --- texts to answers
 
-    async def _answer(self, asked: Asked, request: Request, *, stream: bool, usage: bool) -> Response:
-        run = Run(self.engine, asked, request, self.limits.seconds, "blocks" if stream else "end")
+    async def _answer(self, texts: TextRequest, request: Request, *, stream: bool, usage: bool) -> Response:
+        run = Run(self.engine, texts, request, self.limits.seconds, "blocks" if stream else "end")
         if stream:
-            return StreamingResponse(self._streamed(run, usage), media_type=_EVENTS)
+            return StreamingResponse(self._streamed(run, usage), media_type=_EVENT_STREAM)
         pieces: dict[int, Piece] = {}
         async with aclosing(run.events()) as events:
             async for event in events:
@@ -246,31 +250,31 @@ class Web:
                     raise RefusedError(event.message, 500)
                 assert isinstance(event, Piece)
                 pieces[event.choice] = event
-        if run.gone:
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(asked.answer.whole(pieces))
+        if run.client_left:
+            return Response(status_code=499)  # nginx's code for "client closed request"; it is only counted
+        return JSONResponse(texts.answer.whole(pieces))
 
-    def _looks(self, asked: Asked, request: Request) -> Response:
-        if len(asked.texts) > 1:
-            raise RefusedError(f"one text is shown as it settles, not {len(asked.texts)}: ask for one")
-        run = Run(self.engine, asked, request, self.limits.seconds, "passes")
+    def _snapshots(self, texts: TextRequest, request: Request) -> Response:
+        if len(texts.texts) > 1:
+            raise RefusedError(f"this endpoint streams one text, not {len(texts.texts)}: request one")
+        run = Run(self.engine, texts, request, self.limits.seconds, "passes")
 
-        async def looks() -> AsyncIterator[str]:
+        async def snapshots() -> AsyncIterator[str]:
             began = time.monotonic()
             try:
                 async with aclosing(run.events()) as events:
                     async for event in events:
                         if isinstance(event, Failure):
                             yield _data(RefusedError(event.message, 500).body)
-                        elif isinstance(event, Look):
+                        elif isinstance(event, Snapshot):
                             yield _data({**vars(event), "seconds": round(time.monotonic() - began, 4)})
             except RefusedError as refusal:
                 yield _data(refusal.body)
 
-        return StreamingResponse(looks(), media_type=_EVENTS)
+        return StreamingResponse(snapshots(), media_type=_EVENT_STREAM)
 
     async def _streamed(self, run: Run, usage: bool) -> AsyncIterator[str]:
-        answer, begun, ends = run.asked.answer, set(), []
+        answer, begun, ends = run.texts.answer, set(), []
         try:
             async with aclosing(run.events()) as events:
                 async for event in events:
@@ -290,12 +294,12 @@ class Web:
 
 
 def _rules() -> dict[str, Any]:
-    """Return what each rule of unmasking takes."""
+    """Return the options of each unmasking rule."""
     rules = {name: unmasking_rules.get(name) for name in unmasking_rules.names()}
     return {
         name: {
             "takes_steps": rule.takes_steps,
-            "threshold": (taken := rule.takes_threshold) and {"default": taken.default, "range": taken.range},
+            "threshold": (option := rule.takes_threshold) and {"default": option.default, "range": option.range},
         }
         for name, rule in rules.items()
     }
@@ -316,16 +320,17 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return of_validation(error.errors()).response
+    return validation_error(error.errors()).response
 
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    said = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} does not take {request.method}"}
-    message = said.get(error.status_code, str(error.detail))
+    path = request.url.path
+    messages = {404: f"there is no {path} here", 405: f"{path} does not accept {request.method}"}
+    message = messages.get(error.status_code, str(error.detail))
     return RefusedError(message, error.status_code, headers=error.headers).response
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
-    """Answer; the server prints the traceback, too."""
-    return RefusedError(f"an error of the server: {type(error).__name__}", 500).response
+    """Answer with the error's type alone; the server prints the traceback, which may hold other clients' text."""
+    return RefusedError(f"the server failed: {type(error).__name__}", 500).response

@@ -198,7 +198,10 @@ def test_what_a_writer_wrote_counts_and_not_what_rank_0_sees(trained, folder, mo
         path.write_bytes(content)
         return record
 
-    for fault, message in ((hide, "rank-00000.safetensors is missing"), (flip, "as something else: rank-00000.safet")):
+    for fault, message in (
+        (hide, "rank-00000.safetensors is missing"),
+        (flip, "read back as they were written: rank-00000.safet"),
+    ):
         monkeypatch.setattr(storage, "write_tensors", fault)
         with pytest.raises(OSError, match=message):
             trained.save(folder, step=2, keep_last=1)

@@ -366,7 +366,7 @@ OPENERS = {
         *("data.shard_files._as_indexed", "data.shards._sample_bytes"),
     },
     "a file of its own making, or of the machine": {
-        *("checkpoint.folder.name_latest", "checkpoint.store._tidy", "convert.check_export.check_export"),
+        *("checkpoint.folder.name_latest", "checkpoint.store._delete_surplus", "convert.check_export.check_export"),
         *("convert.check_export.problems", "convert.check_export.main", "convert.remote_code_files._read"),
         *("data.shard_files._shared", "data.shard_files.ShardFiles._locked", "data.shard_files._lock_cache"),
         *("data.index.ShardTable.load", "data.node._kept"),

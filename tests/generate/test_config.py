@@ -23,7 +23,7 @@ from bd3_scale.generate.config import SamplingConfig, takes_sampling
         ({"min_entropy": -0.5}, "min_entropy is -0.5: give nats"),
         ({"seed": -1}, "seed is -1: give 0 or more"),
         ({"unmasking": "ancestrl"}, "no unmasking rule is called 'ancestrl': did you mean ancestral"),
-        ({"unmasking": "entropy", "steps": 3}, "steps=3 belongs to ancestral, static, dynamic.* unmasking"),
+        ({"unmasking": "entropy", "steps": 3}, "steps=3 is an option of ancestral, static, dynamic.* unmasking"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_without_a_model(options, message):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.generate.writer import encode_prompt, kept_tokens, settled
+from bd3_scale.generate.writer import encode_prompt, kept_tokens, without_partial_characters
 from tests.support.recipes import tiny_recipe
 
 BYTES = load_tokenizer("bytes")
@@ -18,7 +18,7 @@ def test_the_mask_is_text_unless_gaps_are_asked_for():
     assert BYTES.vocabulary.mask_id not in encode_prompt(BYTES, text, infill=False)
     mask = BYTES.vocabulary.mask_id
     assert encode_prompt(BYTES, text, infill=True) == [97, mask, mask, 98, mask]
-    with pytest.raises(ValueError, match=r"--infill fills the \[MASK\] of a prompt, and there is none in 'abc'"):
+    with pytest.raises(ValueError, match=r"--infill fills the \[MASK\] of a prompt, but 'abc' has none"):
         encode_prompt(BYTES, "abc", infill=True)
 
 
@@ -52,6 +52,6 @@ def test_a_character_whose_bytes_are_masked_is_not_shown_while_it_settles():
     content, mask = list("a日b".encode()), BYTES.vocabulary.mask_id
     shown = []
     for count in range(len(content) + 1):
-        shown.append(settled(BYTES.text_of(content[:count] + [mask] * (len(content) - count))))
+        shown.append(without_partial_characters(BYTES.text_of(content[:count] + [mask] * (len(content) - count))))
     assert [text.replace("[MASK]", "") for text in shown] == ["", "a", "a", "a", "a日", "a日b"]
     assert [text.count("[MASK]") for text in shown] == [5, 4, 3, 2, 1, 0]

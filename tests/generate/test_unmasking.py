@@ -345,21 +345,21 @@ def test_tokens_are_drawn_from_what_the_model_says(model):
         ({"unmasking": "statc"}, "no unmasking rule is called 'statc': did you mean static"),
         ({"unmasking": "entropy", "threshold": -0.1}, "threshold is -0.1: give nats"),
         ({"unmasking": "entropy", "threshold": float("nan")}, "threshold is nan: give nats"),
-        ({"unmasking": "entropy", "steps": 2}, "steps=2 belongs to ancestral, static, dynamic.* unmasking"),
+        ({"unmasking": "entropy", "steps": 2}, "steps=2 is an option of ancestral, static, dynamic.* unmasking"),
         ({"unmasking": "ancestral", "steps": 0}, "steps is 0: give 1"),
         ({"unmasking": "static", "steps": 5}, "steps is 5: give 1 to 4, the tokens of a block"),
         ({"unmasking": "dynamic", "steps": 0}, "steps is 0: give 1 or more"),
         ({"unmasking": "dynamic", "threshold": 0.0}, "threshold is 0.0: give a probability above 0, up to 1"),
         ({"unmasking": "dynamic", "threshold": 1.5}, "threshold is 1.5: give a probability"),
         ({"unmasking": "dynamic", "threshold": float("nan")}, "threshold is nan: give a probability"),
-        ({"steps": 2}, "steps=2 belongs to ancestral, static, dynamic.* unmasking.*leave steps out"),
+        ({"steps": 2}, "steps=2 is an option of ancestral, static, dynamic.* unmasking.*leave out steps"),
         (
             {"threshold": 0.9},
-            "threshold=0.9 belongs to dynamic and entropy.* unmasking, not to first-hitting.*leave threshold out",
+            "threshold=0.9 is an option of dynamic and entropy.* unmasking, not of first-hitting.*leave out threshold",
         ),
         (
             {"unmasking": "static", "threshold": 0.9},
-            "threshold=0.9 belongs to dynamic and entropy.* unmasking, not to static",
+            "threshold=0.9 is an option of dynamic and entropy.* unmasking, not of static",
         ),
     ],
 )
@@ -417,12 +417,14 @@ def test_a_sighted_rule_from_outside_has_options_of_its_own(model):
     assert bold.nfe < default.nfe
     with pytest.raises(ValueError, match=r"threshold is 1\.0: give a probability below 1"):
         generate(model, [2], unmasking="test-doubt", threshold=1.0, **HOW)
-    with pytest.raises(ValueError, match=r"steps=2 belongs to .*dynamic, test-left-to-right unmasking, and test-doubt"):
+    with pytest.raises(
+        ValueError, match=r"steps=2 is an option of .*dynamic, test-left-to-right unmasking, not of test-doubt"
+    ):
         generate(model, [2], unmasking="test-doubt", steps=2, **HOW)
-    with pytest.raises(ValueError, match="belongs to dynamic and entropy and test-doubt unmasking, not to static"):
+    with pytest.raises(ValueError, match="is an option of dynamic and entropy and test-doubt unmasking, not of static"):
         generate(model, [2], unmasking="static", threshold=0.2, **HOW)
 
 
 def test_a_rule_that_takes_nothing_is_named(model):
-    with pytest.raises(ValueError, match="the unmasking rule test-nothing took no place of a block with masks"):
+    with pytest.raises(ValueError, match="the unmasking rule test-nothing chose no position of a block with masks"):
         generate(model, [2], unmasking="test-nothing", **HOW)

@@ -293,7 +293,7 @@ def test_transformers_runs_the_quantised_export(workplace: Path, tmp_path: Path)
         (["adapt", "other", "adapt.yaml", "run_dir=whole"], "was imported from Qwen3ForCausalLM, model"),
         (
             ["generate", "whole/initial"],
-            "was trained for next_token and fills no masks, and generation here is block diffusion",
+            "was trained for next_token and fills no masks, but generation here is block diffusion",
         ),
         (
             ["convert", "quantize", "whole", "--out", "x", "--data", "otherdata"],

@@ -16,7 +16,7 @@ from bd3_scale.generate.draft import Draft
 from bd3_scale.generate.writer import Writer
 from bd3_scale.serve.answers import Event, Listener, Piece
 from bd3_scale.serve.engine import Engine, Job, Text
-from bd3_scale.serve.meters import Meters
+from bd3_scale.serve.server_metrics import ServerMetrics
 from bd3_scale.serve.web import Asked, Run
 
 
@@ -28,7 +28,7 @@ def writer(chat_checkpoint: Path) -> Iterator[Writer]:
 
 @pytest.fixture
 def engine(writer: Writer) -> Engine:
-    return Engine(writer, slots=2, waiting=9, cache_tokens=64, meters=Meters())
+    return Engine(writer, slots=2, waiting=9, cache_tokens=64, metrics=ServerMetrics())
 
 
 def turn(engine: Engine) -> None:
@@ -70,7 +70,7 @@ def test_a_text_that_fails_takes_no_place_and_the_engine_goes_on(engine: Engine,
     engine.submit([job(wrong, **odd), job(beside), job(later)])
     finish(engine)
     assert words in str(wrong[-1])
-    assert str(beside[-1]).startswith("writing failed: ")  # whose fault it was is not known
+    assert str(beside[-1]).startswith("generation failed: ")  # whose fault it was is not known
     assert later[-1].sample is not None
     assert engine.failure is None
     assert "Traceback" in capfd.readouterr().err
@@ -83,8 +83,8 @@ def test_the_last_piece_is_the_text_that_generate_writes(writer: Writer) -> None
     sampling = SamplingConfig(max_new_tokens=400, min_entropy=5.5, seed=2)
     text = Text(list(b"ab"), sampling, 2)
     for tells, found in events.items():
-        engine = Engine(writer, slots=1, waiting=1, cache_tokens=128, meters=Meters())
-        engine.submit([Job(text, Listener(writer, text, 0, found.append, engine.meters, 2, tells))])
+        engine = Engine(writer, slots=1, waiting=1, cache_tokens=128, metrics=ServerMetrics())
+        engine.submit([Job(text, Listener(writer, text, 0, found.append, engine.metrics, 2, tells))])
         finish(engine)
     (expected,) = writer.write(["ab"], sampling)
     assert expected.stopped_by == "entropy"

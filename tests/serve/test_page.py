@@ -258,7 +258,7 @@ def test_a_key_is_asked_for_where_the_server_wants_one(chat_checkpoint: Path, br
     with served(chat_checkpoint, folder=tmp_path, BD3_SCALE_API_KEY=KEY) as server:
         for page in opened(browser, server, refused=True):
             expect(page.get_by_label("API key")).to_be_visible()
-            expect(page.get_by_role("alert")).to_contain_text("no API key")
+            expect(page.get_by_role("alert")).to_contain_text("the API key is missing")
             for wrong in ("wrong", "日本"):
                 page.get_by_label("API key").fill(wrong)
                 page.locator("#write").click()

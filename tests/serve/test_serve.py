@@ -162,7 +162,7 @@ def test_a_gap_before_a_suffix(client: openai.OpenAI, written) -> None:
 
 REFUSED = {
     "frequency_penalty": ({"frequency_penalty": 0.5}, "frequency_penalty is not supported here"),
-    "unknown": ({"extra_body": {"beams": 3}}, "beams is not known here"),
+    "unknown": ({"extra_body": {"beams": 3}}, "beams is unknown here"),
     "echo": ({"echo": True}, "echo is not supported here"),
     "best_of": ({"best_of": 3}, "best_of is not supported here"),
     "temperature": ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
@@ -173,18 +173,18 @@ REFUSED = {
     "rule": ({"extra_body": {"unmasking": "magic"}}, "no unmasking rule is called 'magic'"),
     "steps": ({"extra_body": {"unmasking": "static", "steps": 9}}, "steps is 9: give 1 to 4"),
     "threshold": ({"extra_body": {"threshold": 0.9}}, "threshold=0.9 belongs to dynamic and entropy unmasking"),
-    "block_size": ({"extra_body": {"block_size": 8}}, "native writes blocks of 4"),
+    "block_size": ({"extra_body": {"block_size": 8}}, "native has blocks of 4"),
     "stop": ({"stop": ["a"] * 17}, "stop: give up to 16 strings"),
     "empty stop": ({"stop": ""}, "stop: give up to 16 strings"),
-    "suffix and stop": ({"suffix": "b", "stop": "c"}, "stop and suffix cannot be together"),
+    "suffix and stop": ({"suffix": "b", "stop": "c"}, "stop and suffix exclude each other"),
     "mask": ({"prompt": [97, 257]}, "ids [257] that are no tokens"),
     "ids": ({"prompt": [97, 999]}, "ids [999] that are no tokens"),
-    "usage": ({"stream_options": {"include_usage": True}}, "stream_options belong to stream=true"),
-    "model": ({"model": "gpt-4"}, "the model 'gpt-4' is not here"),
+    "usage": ({"stream_options": {"include_usage": True}}, "stream_options needs stream=true"),
+    "model": ({"model": "gpt-4"}, "there is no model 'gpt-4'"),
     "no prompt": ({"prompt": []}, "there is no prompt"),
     "n": ({"n": 1000}, "n: Input should be less than or equal to 128"),
-    "texts": ({"prompt": [""] * 90, "n": 128}, "11,520 texts are asked for, and a request may have 128"),
-    "all at once": ({"prompt": [""] * 90}, "90 texts are asked for, and 72 at once are the most"),
+    "texts": ({"prompt": [""] * 90, "n": 128}, "11,520 texts are requested, and a request may have 128"),
+    "all at once": ({"prompt": [""] * 90}, "90 texts are requested, and this server takes 72 at once"),
     "little warmth": ({"temperature": 5e-324}, "temperature is 5e-324: give 0 (most likely token), or 1e-06"),
     "many steps": ({"extra_body": {"unmasking": "ancestral", "steps": 10**9}}, "steps: Input should be less than"),
     "a wide gap": ({"suffix": "b", "max_tokens": 10**15}, "a text may have 2,048 new tokens"),
@@ -231,7 +231,7 @@ def posted(body: bytes, *headers: bytes, length: int | None = None) -> bytes:
 
 
 ODD = {
-    "no JSON": (posted(b"{"), b"400", b"the body is no JSON"),
+    "no JSON": (posted(b"{"), b"400", b"the body is not JSON"),
     "a list": (posted(b"[1]"), b"400", b"valid dict"),
     "nothing": (posted(b""), b"400", b"Field required"),
     "a number": (posted(b'{"model": "native", "prompt": 3}'), b"400", b"prompt"),
@@ -332,7 +332,7 @@ def test_llama_cpp_writes_the_same_behind_a_key_and_a_short_queue(file: Path, wr
             assert texts[place] == expected.text
         with pytest.raises(openai.BadRequestError, match="has no chat template"):
             client.chat.completions.create(model=NAME, messages=MESSAGES)
-        with pytest.raises(openai.BadRequestError, match="6 texts are asked for, and 5 at once are the most"):
+        with pytest.raises(openai.BadRequestError, match="6 texts are requested, and this server takes 5 at once"):
             client.completions.create(model=NAME, prompt="a", n=6, max_tokens=4)
         long = {"prompt": "a" * 4000, "n": 5, "max_tokens": 2000, "suffix": "b"}  # which no EOS ends
         stream = client.completions.create(model=NAME, **long, stream=True)
@@ -370,7 +370,7 @@ def test_sigterm_lets_answers_end(chat_checkpoint: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--host", "0.0.0.0"), "no key is set: put one into BD3_SCALE_API_KEY"),
+        (("--host", "0.0.0.0"), "no key is set: set BD3_SCALE_API_KEY"),
         (("--unmasking", "static", "--steps", "9"), "steps is 9: give 1 to 4"),
     ],
 )
@@ -386,11 +386,11 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_opened(tmp_path: Path)
         taken.listen()
         done = CliRunner().invoke(app, ["serve", str(tmp_path), "--port", str(taken.getsockname()[1])])
     assert isinstance(done.exception, OSError)
-    assert "cannot be listened on" in str(done.exception)
+    assert "cannot listen on port" in str(done.exception)
 
 
 @pytest.mark.parametrize("key", ["a b", "a\nb", "schlüssel"])
 def test_a_key_that_no_header_can_bear_is_refused_at_once(tmp_path: Path, key: str) -> None:
     done = CliRunner().invoke(app, ["serve", str(tmp_path)], env={"BD3_SCALE_API_KEY": key})
     assert isinstance(done.exception, ValueError)
-    assert "BD3_SCALE_API_KEY holds what no header can bear" in str(done.exception)
+    assert "BD3_SCALE_API_KEY cannot be sent in an HTTP header" in str(done.exception)
