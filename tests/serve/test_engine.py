@@ -17,7 +17,7 @@ from bd3_scale.generate.writer import Writer
 from bd3_scale.serve.answers import Event, Listener, Piece
 from bd3_scale.serve.engine import Engine, Job, Text
 from bd3_scale.serve.server_metrics import ServerMetrics
-from bd3_scale.serve.web import Asked, Run
+from bd3_scale.serve.text_request import Run, TextRequest
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_texts_whose_answer_nobody_asks_for_are_cancelled(engine: Engine) -> Non
     text = Text(list(b"ab"), SamplingConfig(max_new_tokens=6), 1)
 
     async def ask() -> None:
-        run = Run(engine, Asked([text, text, text], [2, 2, 2], None), None, 9.0, "blocks")
+        run = Run(engine, TextRequest([text, text, text], [2, 2, 2], None), None, 9.0, "blocks")
         turn(engine)
         assert (len(engine._jobs), len(engine._waiting)) == (2, 1)
         del run
