@@ -74,6 +74,7 @@ def _slurm_attempt(line: Mapping[str, Any], run: RunRecords) -> dict[str, Any]:
         "failure": bool(line.get("failure")),
         "where": clean(", ".join(map(str, nodes)) if isinstance(nodes, list) else "–"),
         "software": "–",
+        "command": "",
     }
 
 
@@ -91,6 +92,7 @@ def _starts(run: RunRecords) -> list[dict[str, Any]]:
             "failure": False,
             "where": _where(start),
             "software": _software(start),
+            "command": clean(str(start.get("command", ""))),
         }
         for number, (start, first, end) in enumerate(zip(run.starts, firsts, ends, strict=True))
     ]

@@ -251,6 +251,7 @@ def run_for_page(run: RunRecords) -> dict[str, Any]:
         "nelbo": run.last("eval/nelbo"),
         "rate": run.last("perf/tokens_per_second"),
         "mfu": run.last("perf/mfu"),
+        "seconds": sum(step_seconds(run.metrics, steps).values()) or None,
         "eta": remaining_seconds(run.metrics, steps, run.num_steps or steps) if run.in_use else None,
         "series": run_series(run.metrics),
         "evaluations": [r["step"] for r in run.metrics if "eval/nelbo" in r],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
+
+import numpy as np
 
 # A Braille character has 2 × 4 dots; bits by column and row, see the Unicode chart U+2800.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
@@ -20,7 +22,7 @@ def text_plot(steps: Sequence[int], values: Sequence[float], width: int, height:
         values: finite, [n].
         width, height: in characters, labels included; at least 14 × 2.
     """
-    columns = _medians(steps, values, 2 * (width - _LABEL))
+    columns = _joined(_medians(steps, values, 2 * (width - _LABEL)))
     low, high = min(columns.values()), max(columns.values())
     rows = 4 * height
     levels = {x: round((high - y) / (high - low) * (rows - 1)) if high > low else rows // 2 for x, y in columns.items()}
@@ -41,6 +43,13 @@ def _medians(steps: Sequence[int], values: Sequence[float], columns: int) -> dic
     for step, value in zip(steps, values, strict=True):
         of_columns.setdefault((step - first) * (columns - 1) // span, []).append(value)
     return {column: median(each) for column, each in of_columns.items()}
+
+
+def _joined(columns: Mapping[int, float]) -> dict[int, float]:
+    """Return a value for every column from the first to the last, on straight lines between those that have one."""
+    given = sorted(columns)
+    every = range(given[0], given[-1] + 1)
+    return dict(zip(every, np.interp(every, given, [columns[x] for x in given]).tolist(), strict=True))
 
 
 def _between(before: int | None, level: int) -> range:

@@ -137,7 +137,7 @@ def _curve(run: RunRecords, metric: str, title: str, width: int) -> Panel:
         return Panel(styled(("nothing is recorded yet", "dim")), title=styled(title))
     steps, values = zip(*points, strict=True)
     lines = text_plot(steps, values, max(14, width), _PLOT_HEIGHT)
-    return Panel(styled("\n".join(lines)), title=styled(f"{title}: now {values[-1]:.4f}"))
+    return Panel(styled(("\n".join(lines), "cyan")), title=styled(f"{title}: now {values[-1]:.4f}"))
 
 
 def _numbers(run: RunRecords) -> Panel:

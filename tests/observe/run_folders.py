@@ -82,6 +82,7 @@ def make_run(folder: Path, name: str = "tiny", steps: int = 100, **recipe: str) 
             "attempt": number,
             "began": f"2026-01-0{number + 1}T10:00:00+00:00",
             "from_step": first,
+            "command": "bd3-scale train recipes/tiny.yaml",
             "hosts": ["node-a", "node-b"],
             "world_size": 2,
             "cpu": "A CPU",

@@ -96,6 +96,7 @@ def test_each_figure_is_visible_also_on_a_phone(open_report: Open, tmp_path: Pat
     expect(page.locator("#rest")).to_contain_text(f"bd3-scale replay {tmp_path / 'run'} --step 33")
     expect(page.locator("pre").first).to_have_text("def f(x): return 100")
     expect(page.locator("#figure-timeline rect")).to_have_count(2)
+    expect(page.get_by_role("table", name="Attempts")).to_contain_text("bd3-scale train recipes/tiny.yaml")
 
 
 @pytest.mark.slow
