@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.checkpoint.storage import read_index
-from bd3_scale.recipe.moe_checks import mixture_problems
+from bd3_scale.recipe.moe_rules import mixture_problems
 
 
 def check_sizes(checkpoint: Path, manifest: CheckpointManifest) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bd3_scale.convert.config_values import Config, integer
-from bd3_scale.recipe.moe_checks import mixture_problems
+from bd3_scale.recipe.moe_rules import mixture_problems
 from bd3_scale.recipe.schema import MOE_TRAINING, ModelRecipe, MoeRecipe
 
 # Options of a mixture of which every format has any value.

@@ -24,7 +24,7 @@ from bd3_scale.checkpoint.tensors import TensorReader, TensorWriter, same_bytes
 from bd3_scale.convert.importer import MASK_ROWS
 from bd3_scale.model.init import initial_box
 from bd3_scale.model.layout import Piece
-from bd3_scale.recipe.moe_checks import mixture_problems
+from bd3_scale.recipe.moe_rules import mixture_problems
 from bd3_scale.recipe.schema import ModelRecipe, MoeRecipe
 from bd3_scale.resilience.files import check_writable, new_folder
 from bd3_scale.resilience.foreign import file_in

@@ -16,7 +16,7 @@ from bd3_scale.launch import supervise
 from bd3_scale.launch.profile import Profile
 from bd3_scale.launch.records import CACHE_OVERRIDE, pattern_of
 from bd3_scale.recipe.checks import check_recipe
-from bd3_scale.recipe.data_checks import deadline_problem
+from bd3_scale.recipe.data_rules import deadline_problem
 from bd3_scale.recipe.schema import Recipe, RecipeError, without_controls
 
 SLURM_FOLDER = "slurm"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bd3_scale.recipe.checks import world_size_for_launch
-from bd3_scale.recipe.moe_checks import mixture_problems
+from bd3_scale.recipe.moe_rules import mixture_problems
 from bd3_scale.recipe.schema import ModelRecipe, MoeRecipe
 from tests.recipe.test_checks import problems, recipe
 
