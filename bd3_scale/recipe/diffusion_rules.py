@@ -23,6 +23,7 @@ def _blocks_divide_a_sequence(recipe: Recipe, world_size: int) -> Iterator[str]:
     "diffusion.block_size",
     "diffusion.block_size_schedule",
     "diffusion.block_size_choices",
+    "data.seq_len",
     "data.isolate_documents",
     of=DATA_RULES,
 )
@@ -88,7 +89,13 @@ def _mask_noise_has_both(recipe: Recipe, world_size: int) -> Iterator[str]:
         )
 
 
-@rule("diffusion.noisy_copies", "diffusion.block_size", "data.seq_len")
+@rule(
+    "diffusion.noisy_copies",
+    "diffusion.block_size",
+    "diffusion.block_size_schedule",
+    "diffusion.block_size_choices",
+    "data.seq_len",
+)
 def _copies_share_a_clean_one(recipe: Recipe, world_size: int) -> Iterator[str]:
     """Check that two noisy copies have a clean copy to share: blocks are shorter than the sequence."""
     for block in recipe.diffusion.block_sizes:
@@ -99,7 +106,15 @@ def _copies_share_a_clean_one(recipe: Recipe, world_size: int) -> Iterator[str]:
             )
 
 
-@rule("diffusion.noisy_copies", "diffusion.mask_rate_low", "diffusion.mask_rate_high", "diffusion.search_interval")
+@rule(
+    "diffusion.noisy_copies",
+    "diffusion.mask_rate_low",
+    "diffusion.mask_rate_high",
+    "diffusion.search_interval",
+    "diffusion.block_size",
+    "diffusion.block_size_schedule",
+    "diffusion.block_size_choices",
+)
 def _copies_differ(recipe: Recipe, world_size: int) -> Iterator[str]:
     """Check that two noisy copies differ: the mask rate is not always 1."""
     diffusion = recipe.diffusion
@@ -115,7 +130,13 @@ def _copies_differ(recipe: Recipe, world_size: int) -> Iterator[str]:
         )
 
 
-@rule("diffusion.mask_rate_low", "diffusion.mask_rate_high", "diffusion.block_size")
+@rule(
+    "diffusion.mask_rate_low",
+    "diffusion.mask_rate_high",
+    "diffusion.block_size",
+    "diffusion.block_size_schedule",
+    "diffusion.block_size_choices",
+)
 def _interval_is_open(recipe: Recipe, world_size: int) -> Iterator[str]:
     """Check that mask_rate_low is below mask_rate_high; both may be 1 for blocks of one token."""
     low, high = recipe.diffusion.mask_rate_low, recipe.diffusion.mask_rate_high

@@ -1,4 +1,4 @@
-"""From YAML files and dotted overrides to a validated recipe, and back to text."""
+"""Load a recipe from YAML files and dotted overrides, and write it back as text."""
 
 from __future__ import annotations
 
@@ -6,38 +6,43 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from bd3_scale.recipe.library import find_recipe
 from bd3_scale.recipe.plain_yaml import LIMIT_BYTES, dump_yaml, parse_yaml
 from bd3_scale.recipe.schema import MOE_TRAINING, Recipe, RecipeError
+from bd3_scale.recipe.section import dotted_fields
 from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.readers import read_regular, reader
 
 T = TypeVar("T", bound=BaseModel)
 _LONGEST_CHAIN = 32
-_NUM_TOLD = 20
+_MOST_PROBLEMS = 20
 _WIDTH = 200
 _NAME = re.compile(r"[\w.<-]{1,80}")
 
 
 @reader("a recipe")
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe, what it `extends` (relative to the file), and overrides such as `optimizer.lr=1e-3`.
+    """Read a recipe, the files that it `extends` (relative to the file), and overrides such as `optimizer.lr=1e-3`.
 
     Mappings merge key by key, the extending file over the extended one and the overrides over both; any other value
-    replaces. `sections` are what is decided elsewhere, the model of an import, beside which a recipe may say how its
-    experts train. Scalars follow YAML 1.2's core schema,
-    so that `1e-3` is a number and `no` is text.
+    replaces. Scalars follow YAML 1.2's core schema: `1e-3` is a number, `no` is text.
+
+    Args:
+        path: a file, or where there is none, the name of a recipe of the package, such as "quickstart".
+        sections: sections that are decided elsewhere, such as the model of an import. The recipe must leave them out,
+            except for the keys of `model.moe` that matter in training only.
 
     Raises:
         RecipeError: a file that cannot be read or parsed, a circle of `extends`, an unknown key, a value of the wrong
             type or outside its range. All problems of the merged recipe are listed, each by its dotted path.
     """
-    path = Path(path)
+    path = find_recipe(path)
     merged = _read_extended(path, ())
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
@@ -49,27 +54,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), sections: Mappi
 
 
 def _trains_experts(section: Any) -> bool:
-    """Whether a section says no more of a model than how its experts train."""
+    """Return whether a section sets no more of a model than how its experts train."""
     moe = section.get("moe") if isinstance(section, dict) else None
     return isinstance(moe, dict) and section.keys() == {"moe"} and moe.keys() <= MOE_TRAINING
 
 
 @reader("YAML")
 def load_section(path: Path, section: type[T]) -> T:
-    """Reads a YAML file of other keys than a recipe's by the same rules. RecipeError as of `load_recipe`."""
+    """Read a YAML file with the keys of another section by the same rules. RecipeError: as in `load_recipe`."""
     return _validate(_read_extended(path, ()), section, path)
 
 
 @reader("a recipe")
-def recipe_files(path: Path) -> list[Path]:
-    """A recipe and the files that it extends, absolute. Raises RecipeError as `load_recipe` does."""
+def recipe_files(path: str | Path) -> list[Path]:
+    """Return the absolute paths of a recipe and of the files that it extends. RecipeError: as in `load_recipe`."""
     files: list[Path] = []
-    _read_extended(path, (), files)
+    _read_extended(find_recipe(path), (), files)
     return files
 
 
+@reader("a recipe")
+def merged_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the content of a recipe merged with what it extends, not validated. RecipeError: as in `load_recipe`."""
+    return _read_extended(find_recipe(path), ())
+
+
 def with_plugins(recipe: Recipe, more: Sequence[str] = ()) -> Recipe:
-    """Import the plug-ins of a recipe that a person starts, and `more` of the command line; return it with them all.
+    """Import the plug-ins of a recipe, and `more` from the command line; return the recipe with all of them.
 
     ValueError: one cannot be imported.
     """
@@ -79,18 +90,18 @@ def with_plugins(recipe: Recipe, more: Sequence[str] = ()) -> Recipe:
 
 
 def resolved_yaml(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included; loading it gives an equal recipe."""
+    """Return the whole recipe as YAML, defaults included; loading it gives an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """16 hexadecimal digits of the SHA-256 of the resolved recipe."""
+    """Return 16 hexadecimal digits of the SHA-256 of the resolved recipe."""
     canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def _read_extended(path: Path, extending: tuple[Path, ...], files: list[Path] | None = None) -> dict[str, Any]:
-    """The merged content; every file that was read is appended to `files`."""
+    """Return the merged content of `path`; append every file that was read to `files`."""
     chain = (*extending, path.resolve())
     if files is not None:
         files.append(chain[-1])
@@ -107,8 +118,8 @@ def _read_extended(path: Path, extending: tuple[Path, ...], files: list[Path] | 
     except ValueError as error:
         raise RecipeError([f"is not valid YAML: {error}"], str(path)) from None
     if not isinstance(content, dict):
-        # Not what it holds: `extends` of a stranger's recipe may name any file.
-        raise RecipeError([f"must hold a mapping of keys to values, not {_kind(content)}{by}"], str(path))
+        # A stranger's recipe may name any file in `extends`: the message must not show what it holds.
+        raise RecipeError([f"must hold a mapping of keys to values, not {_type_name(content)}{by}"], str(path))
     if "extends" not in content:
         return content
     base = content.pop("extends")
@@ -124,8 +135,10 @@ def _validate(content: Mapping[str, Any], section: type[T], path: Path) -> T:
         return section.model_validate(content)
     except ValidationError as error:
         details = error.errors()
-        more = [f"and {len(details) - _NUM_TOLD} more"] if len(details) > _NUM_TOLD else []
-        raise RecipeError([*(_explain(detail, section) for detail in details[:_NUM_TOLD]), *more], str(path)) from None
+        more = [f"and {len(details) - _MOST_PROBLEMS} more"] if len(details) > _MOST_PROBLEMS else []
+        raise RecipeError(
+            [*(_explain(detail, section) for detail in details[:_MOST_PROBLEMS]), *more], str(path)
+        ) from None
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -152,9 +165,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
     key = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
-        # Not what may be a line of any file, which `extends` of a stranger's recipe names.
+        # A stranger's recipe may name any file in `extends`: the message must not show a line of it.
         shown = key if _NAME.fullmatch(key) else "a key that is no name"
-        return f"{shown}: unknown key; {_suggestion(key, section)}"
+        return f"{shown}: unknown key; {near_keys(key, section)}"
     if detail["type"] == "missing":
         return f"{key}: is missing and has no default"
     if detail["type"] == "model_type":
@@ -163,7 +176,7 @@ def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
     return f"{key}: {rule}, not {_as_yaml(detail['input'])}"
 
 
-def _kind(content: object) -> str:
+def _type_name(content: object) -> str:
     return {str: "text", list: "a list", type(None): "nothing"}.get(type(content), "a number")
 
 
@@ -173,21 +186,16 @@ def _as_yaml(value: object) -> str:
     return shown if len(shown) <= _WIDTH else f"{shown[:_WIDTH]}…"
 
 
-def _suggestion(key: str, section: type[BaseModel]) -> str:
-    parent, _, name = key.rpartition(".")
+def near_keys(key: str, section: type[BaseModel]) -> str:
+    """Return a hint for a key that `section` does not have: "did you mean optimizer.lr?", or the keys beside it."""
+    parent, _, name = re.sub(r"\.\d+(?=\.)", "[]", key).rpartition(".")
     keys_by_name: dict[str, list[str]] = {}
-    for known in _dotted_keys(section, ""):
+    for known, _ in dotted_fields(section):
         keys_by_name.setdefault(known.rpartition(".")[2], []).append(known)
     siblings = {n: k for n, keys in keys_by_name.items() for k in keys if k.rpartition(".")[0] == parent}
     if near := difflib.get_close_matches(name, siblings, 1):
         return f"did you mean {siblings[near[0]]}?"
     if near := difflib.get_close_matches(name, keys_by_name, 1):
         return f"did you mean {' or '.join(keys_by_name[near[0]])}?"
-    return f"known here: {', '.join(siblings)}"
-
-
-def _dotted_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
+    known_here = siblings or dict.fromkeys(section.model_fields)
+    return f"known here: {', '.join(known_here)}"

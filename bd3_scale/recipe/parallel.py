@@ -23,7 +23,7 @@ class ParallelRecipe(Section):
     virtual_pipeline: Annotated[PositiveInt, Unit("chunks")] = Field(
         1, description="Chunks of layers on each stage. Above 1 the schedule is interleaved."
     )
-    layers_per_chunk: Annotated[tuple[PositiveInt, ...], Field(strict=False)] | None = Field(
+    layers_per_chunk: Annotated[tuple[PositiveInt, ...], Field(strict=False), Unit("layers")] | None = Field(
         None, description="Layers of each chunk, in the order of the layers. Default: as even as possible."
     )
     context: Annotated[PositiveInt, Unit("ranks")] = Field(

@@ -60,6 +60,7 @@ def _zero_3_needs_one_stage(recipe: Recipe, world_size: int) -> Iterator[str]:
     "model.num_layers",
     "parallel.pipeline",
     "parallel.virtual_pipeline",
+    "parallel.layers_per_chunk",
 )
 def _recomputed_layers_exist(recipe: Recipe, world_size: int) -> Iterator[str]:
     """Check that recompute_layers belongs to recompute: full, and is at most the layers of a pipeline chunk."""

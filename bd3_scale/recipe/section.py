@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -76,3 +78,24 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, tuple):
         for item in value:
             yield from _texts(item)
+
+
+def nested_section(annotation: Any) -> type[BaseModel] | None:
+    """Return the section in a field's type: in `Moe`, `Moe | None` or `tuple[Source, ...]`; None: there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    sections = (nested_section(argument) for argument in typing.get_args(annotation))
+    return next((section for section in sections if section is not None), None)
+
+
+def holds_many(annotation: Any) -> bool:
+    """Return whether a field's type is a list, or null or a list."""
+    return typing.get_origin(annotation) is tuple or any(map(holds_many, typing.get_args(annotation)))
+
+
+def dotted_fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield dotted key and field of a section and all sections in it; keys in a list read `data.sources[].name`."""
+    for name, field in section.model_fields.items():
+        yield prefix + name, field
+        if (nested := nested_section(field.annotation)) is not None:
+            yield from dotted_fields(nested, f"{prefix}{name}{'[]' * holds_many(field.annotation)}.")
