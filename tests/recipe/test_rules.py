@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 import pytest
 from pydantic import BaseModel
@@ -54,6 +55,11 @@ def reads() -> Iterator[set[str]]:
         del Section.__getattribute__
 
 
+@cache
+def all_cases() -> list[tuple[Recipe, int]]:
+    return list(cases())
+
+
 def cases() -> Iterator[tuple[Recipe, int]]:
     """Recipes that keep the rules and recipes that break each of them."""
     yield recipe(), 1
@@ -79,7 +85,7 @@ def cases() -> Iterator[tuple[Recipe, int]]:
 
 def keys_read(check: Rule) -> set[str]:
     found: set[str] = set()
-    for case, number in cases():
+    for case, number in all_cases():
         # An unknown name is refused before any rule is asked.
         with reads() as keys, suppress(ValueError):
             list(check.problems(case, number))
