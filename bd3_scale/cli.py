@@ -23,6 +23,7 @@ from bd3_scale.observe.console import Console, put, say, styled
 from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.observe.progress import Bar
 from bd3_scale.plan.commands import app as plan_app
+from bd3_scale.project.commands import app as project_app
 from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.output import flush_results, rank_log, reserve_standard_descriptors, survive_broken_streams
 from bd3_scale.resilience.terminal import clean_diagnostics, tell
@@ -41,6 +42,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(evaluate_app)
 app.add_typer(launch_app)
 app.add_typer(plan_app)
+app.add_typer(project_app)
 app.add_typer(run_app)
 app.add_typer(serve_app)
 
@@ -108,7 +110,7 @@ def quickstart() -> None:
 @app.command(epilog="Example: bd3-scale train recipes/tiny.yaml optimizer.lr=1e-3 train.steps=200")
 def train(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="YAML file.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file, or a name of `bd3-scale recipe list`.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     inject: Annotated[
         str,
@@ -254,7 +256,7 @@ def _default_threads(processes: int) -> int:
 )
 def submit(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="YAML file.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file, or a name of `bd3-scale recipe list`.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     profile: Annotated[str, typer.Option(help="A site in cluster/profiles, or a YAML file.")] = "default",
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the site.")] = 1,

@@ -27,7 +27,7 @@ FLOORS = [
     {"generate"},
     {"evaluate"},
     {"train", "convert"},
-    {"api", "plan", "serve", "quickstart"},
+    {"api", "plan", "serve", "quickstart", "project"},
     {"cli"},
     {"__main__"},
 ]

@@ -20,6 +20,7 @@ from bd3_scale.recipe.parallel_rules import batches_divide
 from bd3_scale.recipe.parallel_rules import data_parallel_size as data_parallel_size
 from bd3_scale.recipe.rules import DATA_RULES as DATA_RULES
 from bd3_scale.recipe.rules import RULES as RULES
+from bd3_scale.recipe.rules import in_order
 from bd3_scale.recipe.schema import Recipe, RecipeError
 from bd3_scale.registry import Registry, attention_backends, objectives, optimizers, schedules
 
@@ -60,7 +61,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
     if problems := list(_name_problems(recipe)):
         raise RecipeError(problems)
     # A rule may say the same of several block sizes: say it once.
-    problems = list(dict.fromkeys(problem for rule in RULES for problem in rule.problems(recipe, world_size)))
+    problems = list(dict.fromkeys(problem for rule in in_order(RULES) for problem in rule.problems(recipe, world_size)))
     if problems:
         raise RecipeError(problems)
 

@@ -192,10 +192,11 @@ def near_keys(key: str, section: type[BaseModel]) -> str:
     keys_by_name: dict[str, list[str]] = {}
     for known, _ in dotted_fields(section):
         keys_by_name.setdefault(known.rpartition(".")[2], []).append(known)
-    siblings = {n: k for n, keys in keys_by_name.items() for k in keys if k.rpartition(".")[0] == parent}
+    siblings = {k.rpartition(".")[2]: k for k, _ in dotted_fields(section) if k.rpartition(".")[0] == parent}
     if near := difflib.get_close_matches(name, siblings, 1):
         return f"did you mean {siblings[near[0]]}?"
-    if near := difflib.get_close_matches(name, keys_by_name, 1):
-        return f"did you mean {' or '.join(keys_by_name[near[0]])}?"
+    elsewhere = {n: outside for n, keys in keys_by_name.items() if (outside := [k for k in keys if "[]" not in k])}
+    if near := difflib.get_close_matches(name, elsewhere, 1):
+        return f"did you mean {' or '.join(elsewhere[near[0]])}?"
     known_here = siblings or dict.fromkeys(section.model_fields)
     return f"known here: {', '.join(known_here)}"

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from bd3_scale.recipe.checks import DATA_RULES, RULES
 from bd3_scale.recipe.load import near_keys
+from bd3_scale.recipe.rules import in_order
 from bd3_scale.recipe.schema import Recipe, RecipeError
 from bd3_scale.recipe.section import Unit, dotted_fields, nested_section
 
@@ -79,7 +80,7 @@ def _describe(key: str, field: FieldInfo) -> FieldDoc:
         default=_default(field),
         unit=_unit(field),
         description=field.description or "",
-        rules=tuple((rule.text, rule.keys) for rule in (*RULES, *DATA_RULES) if key in rule.keys),
+        rules=tuple((rule.text, rule.keys) for rule in in_order((*RULES, *DATA_RULES)) if key in rule.keys),
         is_section=section is not None,
     )
 

@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,13 +55,20 @@ def rule(*keys: str, of: list[Rule] = RULES) -> Callable[[Check], Check]:
     return add
 
 
+def in_order(rules: Iterable[Rule]) -> list[Rule]:
+    """Return rules sorted by their keys: the order of registration depends on which module was imported first."""
+    return sorted(rules, key=lambda each: (each.keys, each.text))
+
+
 def rule_text(docstring: str | None) -> str:
     """Return the rule that the first line of a docstring such as "Check that heads are even." states."""
     first = (docstring or "").partition("\n")[0]
     if not first.startswith(_PREFIX):
         raise ValueError(f"the docstring of a rule begins with {_PREFIX!r}, not {first!r}")
     text = first.removeprefix(_PREFIX)
-    return text[0].upper() + text[1:]
+    # A key keeps its spelling: "num_attention_heads is ..." and "parallel.tensor divides ...".
+    is_key = re.match(r"\w+[._]\w", text) is not None
+    return text if is_key else text[0].upper() + text[1:]
 
 
 def nearest_multiples(value: int, factor: int) -> str:

@@ -43,7 +43,7 @@ from bd3_scale.observe.metrics import read_metrics
 from bd3_scale.observe.report_data import read_run
 from bd3_scale.plan.calibrate import read_results
 from bd3_scale.plan.hardware import load_hardware
-from bd3_scale.recipe.load import load_recipe, load_section, recipe_files
+from bd3_scale.recipe.load import load_recipe, load_section, merged_yaml, recipe_files
 from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.resilience.readers import read_regular
 
@@ -253,6 +253,9 @@ CASES = {
     "recipe.load.recipe_files": Case(
         a_recipe, lambda folder: recipe_files(folder / "recipe.yaml"), ("recipe.yaml", "base.yaml")
     ),
+    "recipe.load.merged_yaml": Case(
+        a_recipe, lambda folder: merged_yaml(folder / "recipe.yaml"), ("recipe.yaml", "base.yaml")
+    ),
     "launch.profile.load_profile": Case(
         a_profile, lambda folder: load_profile(str(folder / "site.yaml")), ("site.yaml",)
     ),
@@ -371,7 +374,11 @@ OPENERS = {
         *("data.shard_files._shared", "data.shard_files.ShardFiles._locked", "data.shard_files._lock_cache"),
         *("data.index.ShardTable.load", "data.node._kept"),
         *("convert.gguf._add_keys", "convert.gguf_tokenizer.tokenizer_keys", "generate.llama_file.seal"),
+<<<<<<< HEAD
         *("lazy.lazy_names", "serve.page.page", "observe.report_page.report_page"),
+=======
+        *("lazy.lazy_names", "serve.page.page", "project.recipes._text"),
+>>>>>>> 402bf95 (recipe list, show, copy and explain; init; the page of the recipe; names stand for recipes of the package)
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),
         *("launch.doctor._token", "launch.machine.storage", "launch.network.rdma_ports", "launch.network._is_up"),

@@ -1,0 +1,1 @@
+"""Begin a project: the recipes of the package, and a starter project."""
