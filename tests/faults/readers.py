@@ -374,11 +374,7 @@ OPENERS = {
         *("data.shard_files._shared", "data.shard_files.ShardFiles._locked", "data.shard_files._lock_cache"),
         *("data.index.ShardTable.load", "data.node._kept"),
         *("convert.gguf._add_keys", "convert.gguf_tokenizer.tokenizer_keys", "generate.llama_file.seal"),
-<<<<<<< HEAD
-        *("lazy.lazy_names", "serve.page.page", "observe.report_page.report_page"),
-=======
-        *("lazy.lazy_names", "serve.page.page", "project.recipes._text"),
->>>>>>> 402bf95 (recipe list, show, copy and explain; init; the page of the recipe; names stand for recipes of the package)
+        *("lazy.lazy_names", "serve.page.page", "observe.report_page.report_page", "project.recipes._text"),
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),
         *("launch.doctor._token", "launch.machine.storage", "launch.network.rdma_ports", "launch.network._is_up"),
