@@ -137,7 +137,7 @@ def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
                         draws=draws,
                     )
                     found[f"{text}, L'={size}"] |= {
-                        "intervals": [asdict(one) for one in held_out.intervals().found],
+                        "intervals": [asdict(one) for one in held_out.intervals().variances],
                         "rates": moments_by_rate(held_out, size),
                     }
     return found

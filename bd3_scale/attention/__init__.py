@@ -1,4 +1,4 @@
-"""Spans, attention of both streams under the block diffusion mask, and decoding."""
+"""Compute attention under the block diffusion mask: spans, training of both streams, and decoding."""
 
 from bd3_scale.lazy import lazy_names
 

@@ -1,7 +1,7 @@
-"""What computes attention: backends by name, and which of them runs.
+"""Register the attention backends and choose the one that runs.
 
-The recipe's wish, the environment's, and what the device and the shapes allow. Loads without PyTorch: recipes name
-backends, and a launcher checks them at once.
+The choice follows from the recipe, from $BD3_SCALE_ATTENTION, and from what the device and the shapes allow. The module
+loads without PyTorch: recipes name backends, and a launcher checks a recipe in half a second.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ KERNEL_HEAD_DIMS = (16, 32, 64, 128, 256)
 class Backend:
     """A way to compute attention, registered with `@attention_backends.register("name")`.
 
-    Shapes are those of `bd3_scale.attention.dispatch`, which has checked them; `check_spans` checks values on CPU.
+    Shapes are those of `bd3_scale.attention.dispatch`, which has checked them. Values are not checked there; on CPU a
+    backend may call `check_spans`.
     """
 
     def obstacle(self, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Return why it cannot take such tensors on a device of this type, or None."""
+        """Return why the backend cannot take such tensors on a device of this type, or None."""
         return None
 
     def block_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> Tensor:
-        """Return the attention of `dispatch.block_attention`, which autograd can differentiate."""
+        """Compute `dispatch.block_attention`; autograd can differentiate the result."""
         raise NotImplementedError
 
     def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
-        """Return the attention of `dispatch.decode_attention`; that of `reference`, where there is no better one."""
+        """Compute `dispatch.decode_attention`; by default with the code of `reference`."""
         from bd3_scale.attention.reference import reference_decode
 
         return reference_decode(q, k, v, lengths, scale)
 
 
 class KernelBackend(Backend):
-    """A backend with a backward of its own, called as operators of torch: see `bd3_scale.attention.ops`.
+    """A backend with a backward of its own, called through torch operators: see `bd3_scale.attention.ops`.
 
-    name: under which it is registered.
+    name: the name under which it is registered.
     """
 
     name: str
@@ -70,7 +71,7 @@ class KernelBackend(Backend):
 
 @attention_backends.register("reference")
 class Reference(Backend):
-    """Dense masks: the oracle."""
+    """Attention by dense masks: the oracle."""
 
     def block_attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> Tensor:
         from bd3_scale.attention.reference import reference_attention
@@ -99,7 +100,8 @@ class Cpu(KernelBackend):
         import torch
         from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-        # Without the operator, which is a third of the call, where nobody looks at it.
+        # The torch operator is a third of a small call's time. It is only needed where something observes operators:
+        # compilation, FLOP counting, fake tensors.
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or q.numel() == 0:
             return super().decode_attention(q, k, v, lengths, scale)
         return cast("Tensor", self.kernels().decode(q, k, v, lengths, scale))
@@ -116,19 +118,20 @@ class Triton(KernelBackend):
 
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
+            return "Triton is not installed"
         if device != "cuda" and not interpreted:
             return f"Triton kernels need a CUDA device, not {device}"
         if interpreted and dtype == torch.bfloat16:
+            # Triton 3.9: `tl.dot` of bfloat16 gives wrong numbers in the interpreter, without an error.
             return "Triton's interpreter multiplies bfloat16 wrongly"
         if not _is_short(dtype):
-            return f"they have no {dtype}"
+            return f"the kernels take float16, bfloat16 and float32, not {dtype}"
         if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
             return "Triton's matrix products need compute capability 8.0"
         if dtype == torch.float32 and head_dim > 128:
-            return f"float32 of head_dim {head_dim} does not fit the registers"
+            return f"float32 with head_dim {head_dim} does not fit into the registers"
         if head_dim not in KERNEL_HEAD_DIMS:
-            return f"head_dim {head_dim} is none of {', '.join(map(str, KERNEL_HEAD_DIMS))}"
+            return f"head_dim is {head_dim} and must be one of {', '.join(map(str, KERNEL_HEAD_DIMS))}"
         return None
 
     def kernels(self) -> Any:
@@ -161,10 +164,10 @@ class Flex(Backend):
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Return the name of a registered backend, for `requested` or, over it, $BD3_SCALE_ATTENTION.
+    """Return the name of the registered backend to use: `requested`, or $BD3_SCALE_ATTENTION where it is set.
 
-    `auto` takes `cpu` for tensors there, and elsewhere `triton`, or with one warning `flex` where the kernels refuse
-    the shape, and `reference` where neither runs.
+    `auto` takes `cpu` for tensors on CPU and `triton` elsewhere. Where the kernels refuse the tensors it takes `flex`,
+    or `reference` where `flex` cannot run either, with one warning.
     ValueError: an unknown name, or a backend that cannot run here.
     """
     wanted = os.environ.get(ENVIRONMENT) or requested
@@ -174,9 +177,9 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, hea
         obstacle = _obstacle(wanted, device.type, dtype, head_dim)
     except ValueError as error:
         source = f"${ENVIRONMENT}" if os.environ.get(ENVIRONMENT) else "attention backend"
-        raise ValueError(f"{source} is neither 'auto' nor the name of one: {error}") from None
+        raise ValueError(f"{source} is neither 'auto' nor a known name: {error}") from None
     if obstacle:
-        raise ValueError(f"attention backend {wanted!r} cannot run: {obstacle}; choose 'auto' to take one that can")
+        raise ValueError(f"attention backend {wanted!r} cannot run: {obstacle}; 'auto' takes a backend that can run")
     return wanted
 
 
@@ -188,7 +191,7 @@ def _automatic(device: str, dtype: torch.dtype, head_dim: int) -> str:
     if not obstacle:
         return "triton"
     fallback = "reference" if _obstacle("flex", device, dtype, head_dim) else "flex"
-    warnings.warn(f"the attention kernels do not run ({obstacle}): {fallback} takes their place", stacklevel=4)
+    warnings.warn(f"the attention kernels cannot run here ({obstacle}): {fallback!r} runs instead", stacklevel=4)
     return fallback
 
 
@@ -205,5 +208,5 @@ def _is_short(dtype: torch.dtype) -> bool:
 
 
 def _with_whole_heads(x: Tensor) -> Tensor:
-    """Return `x` with the numbers of a head side by side, as the kernels read them and write their gradients."""
+    """Return `x` with each head contiguous in memory: the kernels assume stride 1 along head_dim, unchecked."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""Refusals of arguments that do not fit together, each naming the argument."""
+"""Check the arguments of attention calls; each error names the argument."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def check_block_arguments(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> None:
-    """ValueError unless `block_attention` can take these; looks at shapes, dtypes and devices, never at values."""
+    """Raise ValueError unless `block_attention` can take these; reads shapes, dtypes and devices, never values.
+
+    Reading a value of a tensor on a GPU would make the host wait for it, in every layer.
+    """
     _check_qkv(q, k, v, scale)
     if spans.ndim != 3 or spans.shape[0] not in (3, 5) or spans.shape[1] != q.shape[0]:
         raise ValueError(
@@ -22,7 +25,8 @@ def check_block_arguments(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_no
     if num_noisy < 0:
         raise ValueError(f"num_noisy is {num_noisy}: give the number of noisy copies, 0 or more")
     noisy_rows = num_noisy * num_rows
-    # In comparisons alone: a length in a set is a constant to `torch.compile`, and every other length one more graph.
+    # Compare lengths by operators alone. `torch.compile` turns a length that is looked up in a set or tuple into a
+    # constant, and compiles another graph for each further length.
     if q.shape[1] != noisy_rows + num_rows and (num_noisy == 0 or q.shape[1] != noisy_rows):
         allowed = f"{noisy_rows} or {noisy_rows + num_rows}" if num_noisy else f"{num_rows}"
         raise ValueError(
@@ -30,7 +34,8 @@ def check_block_arguments(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_no
             "positions, with or without the clean queries after them"
         )
     num_keys = k.shape[1] - noisy_rows
-    # Clean rows need clean keys; `torch.compile` compares no symbolic number with a boolean.
+    # Clean rows need at least one clean key. An int, because `torch.compile` fails to compare a symbolic length with a
+    # boolean.
     fewest = 1 if q.shape[1] > noisy_rows else 0
     whole = spans.shape[0] == 3
     if num_keys != num_rows if whole and (num_keys or fewest) else num_keys < fewest:
@@ -41,7 +46,7 @@ def check_block_arguments(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_no
 
 
 def check_decode_arguments(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> None:
-    """ValueError unless `decode_attention` can take these; looks at shapes, dtypes and devices, never at values."""
+    """Raise ValueError unless `decode_attention` can take these; reads shapes, dtypes and devices, never values."""
     _check_qkv(q, k, v, scale)
     if lengths is None:
         return

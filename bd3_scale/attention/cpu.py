@@ -1,12 +1,15 @@
-"""Block attention on CPU: one scaled-dot-product attention a chunk of positions, over the keys the chunk can see.
+"""Compute block attention on CPU: one scaled-dot-product attention for each chunk of positions.
 
-The queries of a chunk are its rows of every stream, the keys the ranges that any of them sees: L² + 3L·chunk pairs of
-query and key instead of the 4L² of a dense mask. Inside a large block every stream gets a call of its own, whose rows
-all see the same keys. Each call is PyTorch's flash kernel for CPU (FlashAttention-2, Dao, 2023), which takes grouped
-query heads as they are and keeps no scores; masks are made again in backward.
+The queries of a chunk are its rows of every stream, and its keys are the ranges that any of these rows sees. This takes
+L² + 3L·chunk query-key pairs in place of the 4L² of a dense mask (speed-ups: see `_chunk_size`). Inside a large block
+every stream gets a call of its own, whose rows all see the same keys and need no mask. FlexAttention has no backward on
+CPU.
+
+Each call is PyTorch's flash kernel for CPU (FlashAttention-2, Dao, 2023). It takes grouped query heads without copying
+keys and keeps no scores; the backward makes the masks again.
 
 Legend: B batch, R positions, S streams of query rows (noisy copies, then clean), H query heads, G key/value heads,
-D head size, N rows of a call, K its keys (clean ones, then those of noisy copies).
+D head size, N rows of a call, K keys of a call (clean ones, then those of noisy copies), C noisy copies.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> tuple[Tensor, Tensor]:
-    """`block_attention` and its log-sum-exp [B, H, rows]."""
+    """Compute `block_attention` and its log-sum-exp [B, H, rows]."""
     plan = _plan_of(spans, num_noisy, q.shape[1] // spans.shape[2])
     if plan.is_causal and q.shape[1] == k.shape[1]:
         out_BHND, lse = _flash(*(_dense(x).transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=scale)
         return torch.empty_like(q).copy_(out_BHND.transpose(1, 2)), lse.contiguous()
-    # Rows that see no key are in no call.
+    # Rows that see no key are in no call, so their output must be zero from the start.
     out = torch.empty_like(q) if plan.is_whole else torch.zeros_like(q)
     lse = q.new_zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=_wide(q))
     q, k, v = (_dense(x) for x in (q, k, v))
@@ -61,10 +64,11 @@ def backward(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, deterministic either way; in float32 at the least, but for `_LONG` causal rows.
+    """Compute the gradients of q, k and v; always deterministic.
 
-    A key gathers gradients from every later chunk. And PyTorch's kernel takes two to six times as long in 16 bits for
-    calls of few rows, with AMX and without, since it converts the scores of every pair on their way.
+    The gradients are computed in float32 at least, except for long causal rows (see `_LONG`), for two reasons. A key
+    adds up gradients from every later chunk, and sums in 16 bits would lose digits. And PyTorch's kernel takes two to
+    six times as long in 16 bits for calls of few rows, with AMX and without, because it converts every score.
     """
     plan = _plan_of(spans, num_noisy, q.shape[1] // spans.shape[2])
     wide = _wide(q)
@@ -72,15 +76,14 @@ def backward(
         is_quick = q.dtype is torch.bfloat16 and q.shape[1] >= _LONG and processor.multiplies_bf16()
         dtype = q.dtype if is_quick else wide
         operands = (_dense(x).to(dtype).transpose(1, 2) for x in (grad_out, q, k, v, out))
-        found = _flash_backward(*operands, lse, 0.0, True, scale=scale)
-        grads = zip((q, k, v), found, strict=True)
+        grads = zip((q, k, v), _flash_backward(*operands, lse, 0.0, True, scale=scale), strict=True)
         grad_q, grad_k, grad_v = (torch.empty_like(x).copy_(grad.transpose(1, 2)) for x, grad in grads)
         return grad_q, grad_k, grad_v
     grad_q = torch.empty_like(q, dtype=wide) if plan.is_whole else torch.zeros_like(q, dtype=wide)
     grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (k, v))
     grad_out, q, k, v, out = (_dense(x) for x in (grad_out, q, k, v, out))
-    rows = (grad_out, q, out, lse.transpose(1, 2).unsqueeze(3), grad_q)
-    *rows_BSRHD, lse_BSRH1, grad_q_BSRHD = (_streams(x, spans) for x in rows)
+    of_rows = (grad_out, q, out, lse.transpose(1, 2).unsqueeze(3), grad_q)
+    *rows_BSRHD, lse_BSRH1, grad_q_BSRHD = (_streams(x, spans) for x in of_rows)
     keys, values = (_Keys(x, plan, wide) for x in (k, v))
     for call in plan.backward_calls:
         grad_out_BHND, q_BHND, out_BHND = (_take(x, call, wide) for x in rows_BSRHD)
@@ -96,15 +99,15 @@ def backward(
             attn_mask=plan.mask(call, wide),
             scale=scale,
         )
-        own = _at(grad_q_BSRHD, call)
-        own.add_(_by_stream(grad_q_BHND, call)) if call.adds else own.copy_(_by_stream(grad_q_BHND, call))
+        rows = _at(grad_q_BSRHD, call)
+        rows.add_(_by_stream(grad_q_BHND, call)) if call.adds else rows.copy_(_by_stream(grad_q_BHND, call))
         plan.add(grad_k, call, grad_k_BGKD)
         plan.add(grad_v, call, grad_v_BGKD)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
-    """`decode_attention`: one call where all sequences see as many keys, else one for each, without a mask."""
+    """Compute `decode_attention`: in one call if all sequences see equally many keys, else one call a sequence."""
     q, k, v = _dense(q), _dense(k), _dense(v)
     if lengths is None:
         return _decode(q, k, v, scale)
@@ -120,28 +123,33 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return torch.zeros_like(q)
     if q.shape[2] == k.shape[2]:
         return _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)[0].transpose(1, 2)
-    # Query heads of a group are rows of one head, so that no key is read twice.
+    # The query heads of a group become rows of one head, so that each key is read once.
     q_BGND = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     out_BGND, _ = _flash(q_BGND, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out_BGND.unflatten(2, (-1, q.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-# Causal rows from which PyTorch's backward is quicker in bf16 than in float32, on CPUs that multiply it: 51 ms and 60
-# for two sequences of 1,024 rows in 4 heads on a Zen 4 core, 26 and 21 for eight of 256; on a core with AMX likewise.
+# From this number of causal rows on, PyTorch's backward is faster in bf16 than in float32 on CPUs with bf16 products.
+# One Zen 4 core, 4 heads: 51 ms against 60 ms for two sequences of 1,024 rows, but 26 ms against 21 ms for eight of
+# 256; a core with AMX behaves likewise.
 _LONG = 768
-# Numbers in the masks that a plan keeps, 64 MiB in float32.
+# Upper limit of the numbers in the masks that a plan keeps: 64 MiB in float32.
 _KEPT_MASKS = 1 << 24
-# Of a pass there are two: the last layer's rows are other ones than those of the layers before it.
+# A pass needs two plans, since the last layer has fewer query rows than the layers before it.
 _PLANS = 2
 _last_plans: list[_Plan] = []
 
 
 class _Call(NamedTuple):
-    """Positions of some streams, and the keys that any of their rows sees in any sequence.
+    """One call of the flash kernel: positions of some streams, and the keys that any of their rows sees.
 
-    `clean` and `noisy` are the ranges of clean keys and of keys in each noisy copy of `copies`. Every row sees the
-    clean keys of `shared`; where the call is not `masked`, all keys. What a call that `adds` gives its rows is added to
-    what other calls, before it, gave them.
+    Attributes:
+        positions, streams: the query rows.
+        clean: the range of clean keys that any row sees in any sequence.
+        copies, noisy: the noisy copies, and the range of keys in each of them, that any row sees.
+        shared: the clean keys that every row sees.
+        masked: false where every row sees all keys of the call.
+        adds: whether the gradients of the call's rows are added to those of earlier calls.
     """
 
     positions: slice
@@ -155,12 +163,12 @@ class _Call(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Return where the keys end when the noisy ones follow the clean ones."""
+        """Return the end of the keys when the noisy ones are put behind the clean ones."""
         return self.clean.stop + (self.copies.stop - self.copies.start) * (self.noisy.stop - self.noisy.start)
 
 
 class _Plan:
-    """Holds what to call for, and which keys its rows see."""
+    """The calls for one set of spans, and the keys that each row sees."""
 
     def __init__(self, spans: Tensor, num_noisy: int, num_streams: int) -> None:
         self.spans, self.num_noisy, self.num_streams = spans.clone(), num_noisy, num_streams
@@ -170,7 +178,8 @@ class _Plan:
         every_call = _calls(spans, num_noisy, num_streams)
         calls = [call for call in every_call if call.end > call.clean.start]
         self.is_whole = len(calls) == len(every_call)
-        # Later keys first: what a call puts behind its clean keys, `_Keys`, no call after it reads.
+        # Calls with later keys come first: `_Keys` overwrites the buffer behind a call's clean keys with noisy keys,
+        # and no call after it may read what stood there.
         self.forward_calls, self.backward_calls = (
             sorted(some, key=lambda call: (-call.clean.stop, call.adds))
             for some in (calls, _with_common_keys_apart(calls))
@@ -186,11 +195,11 @@ class _Plan:
             for copy in range(num_noisy)
         ]
         seen += [torch.stack([doc_start, block_end, none, none])] * (num_streams - num_noisy)
-        # For every query row, the clean keys and the rows of noisy keys that it sees, [4, B or 1, S, R].
+        # Start and end of the clean keys, and of the noisy keys, that each query row sees: [4, B or 1, S, R].
         self.seen = torch.stack(seen, 2)
 
     def fits(self, spans: Tensor, num_noisy: int, num_streams: int) -> bool:
-        """Say whether it is the plan of these rows."""
+        """Say whether the plan was made for these spans and streams."""
         same = (num_noisy, num_streams, spans.shape) == (self.num_noisy, self.num_streams, self.spans.shape)
         return same and torch.equal(spans, self.spans)
 
@@ -215,7 +224,7 @@ class _Plan:
         clean_start, clean_end, own_start, own_end = self.seen[:, :, call.streams, call.positions].flatten(2)[..., None]
         mask = torch.zeros(*own_end.shape[:2], call.end - call.clean.start, dtype=dtype)
         mask[..., : len(before)].masked_fill_((before < clean_start) | (before >= clean_end), -torch.inf)
-        # Behind `shared`, the document of every row has started.
+        # Keys behind `shared` lie after the start of every row's document; only their end is compared.
         behind = mask[..., call.shared.stop - call.clean.start :]
         behind[..., : len(after)].masked_fill_(after >= clean_end, -torch.inf)
         behind[..., len(after) :].masked_fill_((noisy < own_start) | (noisy >= own_end), -torch.inf)
@@ -227,12 +236,12 @@ class _Plan:
         num_clean = call.clean.stop - call.clean.start
         piece_BKGD = piece_BGKD.transpose(1, 2)
         clean[:, call.clean] += piece_BKGD[:, :num_clean]
-        own = noisy.unflatten(1, (self.num_noisy, self.num_rows))[:, call.copies, call.noisy]
-        own += piece_BKGD[:, num_clean:].unflatten(1, own.shape[1:3])
+        noisy_rows = noisy.unflatten(1, (self.num_noisy, self.num_rows))[:, call.copies, call.noisy]
+        noisy_rows += piece_BKGD[:, num_clean:].unflatten(1, noisy_rows.shape[1:3])
 
 
 def _plan_of(spans: Tensor, num_noisy: int, num_streams: int) -> _Plan:
-    """Return the plan of these rows: the layers of a pass share one, with its masks, forward and backward."""
+    """Return the plan of these rows; all layers of a pass share it and its masks, in forward and backward."""
     for plan in _last_plans:
         if plan.fits(spans, num_noisy, num_streams):
             return plan
@@ -242,13 +251,16 @@ def _plan_of(spans: Tensor, num_noisy: int, num_streams: int) -> _Plan:
 
 
 def _calls(spans: Tensor, num_noisy: int, num_streams: int) -> list[_Call]:
-    """One call a chunk, or one a stream for chunks within one block; no span falls from one position to the next."""
+    """Return one call for each chunk of positions, or one for each stream of a chunk that lies within one block.
+
+    Spans never decrease from one position to the next, so a chunk's first and last position bound all others.
+    """
     num_rows = spans.shape[2]
     chunk = _chunk_size(spans)
     first = torch.arange(0, num_rows, chunk)
     last = (first + chunk - 1).clamp(max=num_rows - 1)
     lowest, highest = spans[:, :, first].amin(1), spans[:, :, last].amax(1)
-    # Neighbouring chunks within one block are one.
+    # Merge neighbouring chunks that lie within one block: all their rows see the same keys.
     opens = torch.ones_like(first, dtype=torch.bool)
     opens[1:] = (lowest[:, :-1] != highest[:, 1:]).any(0)
     closes = opens.roll(-1)
@@ -261,17 +273,18 @@ def _calls(spans: Tensor, num_noisy: int, num_streams: int) -> list[_Call]:
         for first_stream in range(1 if masked else num_streams):
             streams = slice(first_stream, num_streams if masked else first_stream + 1)
             copies = slice(first_stream, min(streams.stop, num_noisy))
-            # Noisy rows see no clean key of their own block.
+            # Noisy rows do not see the clean keys of their own block, so their clean keys end at block_start.
             clean = slice(low[0], high[2 if streams.stop > num_noisy else 1])
             calls.append(_Call(slice(start, end), streams, clean, copies, slice(low[-2], high[-1]), shared, masked))
     return calls
 
 
 def _with_common_keys_apart(calls: list[_Call]) -> Iterator[_Call]:
-    """The same calls, but where four in a row lie within one document, the keys before them are one call for all four.
+    """Yield the calls; where four in a row lie within one document, their common earlier keys become one call.
 
-    More rows make a better matrix product, without a mask, and fewer gradients of keys to add up: a tenth to a seventh
-    of the time of backward. (In forward, the outputs of two calls would have to be joined, each rounded before.)
+    That call has four times the rows and no mask, which makes a faster matrix product, and it adds fewer gradients of
+    keys: backward takes a tenth to a seventh less time. The forward cannot do this: the outputs of two calls would have
+    to be combined after each was rounded.
     """
     for first in range(0, len(calls), 4):
         group = calls[first : first + 4]
@@ -289,12 +302,14 @@ def _with_common_keys_apart(calls: list[_Call]) -> Iterator[_Call]:
 
 
 def _chunk_size(spans: Tensor) -> int:
-    """Positions of a chunk: 96, or 32 in short sequences, less what would cut a block of the first one's size.
+    """Return the number of positions of a chunk: 96, or 32 in short sequences, rounded down to whole blocks.
 
-    Smaller chunks mask fewer pairs, larger ones make better matrix products: PyTorch's kernel takes tiles of 64 rows
-    from 192 on, 96 positions of two streams. Forward and backward against a dense mask, head size 64, one thread of a
-    Zen 4 core, chunks of 32, 64 and 96: 256 positions 1.66×, 1.64×, 1.54×; 512 positions 2.29×, 2.25×, 2.06×; of 64, 96
-    and 128: 2,048 positions 3.31×, 3.30×, 3.22×; 4,096 positions in bfloat16 2.73×, 3.22×, 3.17×.
+    Smaller chunks mask fewer pairs; larger ones make faster matrix products. PyTorch's kernel takes tiles of 64 rows
+    from 192 rows on, which are 96 positions of two streams. Measured speed-up over a dense mask, forward and backward,
+    head size 64, one thread of a Zen 4 core:
+
+    - chunks of 32, 64, 96: 1.66×, 1.64×, 1.54× at 256 positions; 2.29×, 2.25×, 2.06× at 512;
+    - chunks of 64, 96, 128: 3.31×, 3.30×, 3.22× at 2,048 positions; 2.73×, 3.22×, 3.17× at 4,096 in bfloat16.
     """
     _, block_start, block_end = spans[:3, 0, 0].tolist()
     size = 96 if spans.shape[2] >= 1024 else 32
@@ -302,9 +317,9 @@ def _chunk_size(spans: Tensor) -> int:
 
 
 class _Keys:
-    """Keys, or values, of one call after the other, each a view of one buffer of a dtype.
+    """The keys, or the values, of each call, as views of one buffer: a call needs clean and noisy keys side by side.
 
-    Noisy keys of a call are put behind its clean ones, over clean keys that no later call reads.
+    The noisy keys of a call are copied behind its clean ones, over clean keys that no later call reads.
     """
 
     def __init__(self, k: Tensor, plan: _Plan, dtype: torch.dtype) -> None:
@@ -315,7 +330,7 @@ class _Keys:
         self.buffer[:, :, : clean.shape[2]] = clean
 
     def take(self, call: _Call) -> Tensor:
-        """Return [B, G, K, D]."""
+        """Return the keys of a call, [B, G, K, D]; valid until the next call of `take`."""
         if call.copies.stop > call.copies.start:
             noisy = self.noisy_BGCRD[:, :, call.copies, call.noisy]
             self.buffer[:, :, call.clean.stop : call.end].unflatten(2, noisy.shape[2:4]).copy_(noisy)
@@ -327,12 +342,12 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """With the numbers of a head side by side, which the kernel takes for granted."""
+    """Return `x` with stride 1 along head_dim, which the flash kernel assumes without checking."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _streams(x_BNHD: Tensor, spans: Tensor) -> Tensor:
-    """Return [B, S, R, H, D] of rows [B, S·R, H, D]."""
+    """Return rows [B, S·R, H, D] as [B, S, R, H, D]."""
     return x_BNHD.unflatten(1, (-1, spans.shape[2]))
 
 
@@ -341,12 +356,12 @@ def _at(x_BSRHD: Tensor, call: _Call) -> Tensor:
 
 
 def _take(x_BSRHD: Tensor, call: _Call, dtype: torch.dtype) -> Tensor:
-    """Return [B, H, N, D] in a dtype: the call's rows, one stream after the other."""
+    """Return the call's rows in a dtype, [B, H, N, D], one stream after the other."""
     rows = _at(x_BSRHD, call).permute(0, 3, 1, 2, 4)
     return rows.to(dtype, memory_format=torch.contiguous_format).flatten(2, 3)
 
 
 def _by_stream(x_BHND: Tensor, call: _Call) -> Tensor:
-    """Return the inverse of `_take`."""
+    """Return rows [B, H, N, D] of a call as [B, streams, positions, H, D]: the inverse of `_take`."""
     num_streams = call.streams.stop - call.streams.start
     return x_BHND.unflatten(2, (num_streams, -1)).permute(0, 2, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""Attention of noisy and clean rows, and of a block being decoded: the public face of the room.
+"""Compute attention of noisy and clean rows in training, and of a block in decoding: the public functions of attention.
 
 Legend: B batch, L data tokens a sequence, R query positions (L, or fewer on a context-parallel rank), C noisy copies,
 H query heads, G key/value heads, D head size, Q queries, S keys.
@@ -30,11 +30,11 @@ def block_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention over `noisy ⊕ clean` rows under the block diffusion mask of `spans`.
+    """Compute attention over noisy and clean rows under the block diffusion mask of `spans`.
 
-    A clean query sees the clean keys [doc_start, block_end) of its position; a noisy query sees the clean keys
-    [doc_start, block_start) and the keys of its own block in its own noisy copy. The forms of a call follow from its
-    shapes; H is a multiple of G, and keys are not repeated.
+    A clean query sees the clean keys [doc_start, block_end) of its position. A noisy query sees the clean keys
+    [doc_start, block_start) and the keys of its own block in its own noisy copy. The shapes decide which rows and keys
+    there are. H is a multiple of G (grouped-query attention); keys are not repeated for the query heads of a group.
 
     Args:
         q: [B, C·R + R, H, D], C noisy copies one after the other and then the clean rows, at the same R positions; or
@@ -65,7 +65,9 @@ def decode_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of a block's queries over the cached prefix and the block itself, without a mask; no gradients.
+    """Compute attention of a block's queries over the cached prefix and the block itself; no mask, no gradients.
+
+    A block sees its whole prefix and itself, so decoding needs no mask.
 
     q: [B, Q, H, D]; k and v: [B, S, G, D], the prefix followed by the block; lengths: integers [B], the keys
     [0, lengths) that each sequence sees, where prefixes differ (default: all S); scale and backend as for
@@ -77,8 +79,10 @@ def decode_attention(
 
 
 def decoder(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> Decoder:
-    """Return `decode_attention` of q, k, v, lengths and a scale like these, which chooses no backend again and checks
-    no arguments: a pass of a small model is so short that both would be felt.
+    """Return `decode_attention` as a function of q, k, v, lengths and scale, for one device, dtype and head size.
+
+    It neither checks arguments nor chooses a backend at each call: a pass of a small model is so short that both would
+    take a noticeable share of it.
     """
     chosen = cast(Backend, attention_backends.get(choose_backend(backend, device, dtype, head_size))())
     return chosen.decode_attention

@@ -1,4 +1,5 @@
-"""Compiled FlexAttention (Dong et al., 2024): a second oracle on GPUs, and what runs where the kernels refuse a shape.
+"""Run compiled FlexAttention (Dong et al., 2024): a second oracle on GPUs, and the fallback for shapes that the Triton
+kernels refuse.
 
 Legend: B batch, R query positions, C noisy copies, N query rows, H query heads, G key/value heads, D head size.
 """
@@ -18,12 +19,12 @@ from bd3_scale.attention.spans import own_block
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-# Every layer of a model is called with the same spans; a mask lives as long as they do.
+# Every layer of a model is called with the same spans. The weak keys free a mask together with its spans.
 known_masks = WeakIdKeyDictionary()
 
 
 def flex_block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float) -> Tensor:
-    """`block_attention` of float16, bfloat16 or float32 tensors on CUDA; on CPU forward alone."""
+    """Compute `block_attention` of float16, bfloat16 or float32 tensors on CUDA; on CPU only the forward."""
     if q.numel() == 0:
         return reference_attention(q, k, v, spans, num_noisy, scale)
     block_mask = block_mask_of(spans, num_noisy, q.shape[1], k.shape[1])
@@ -34,8 +35,9 @@ def flex_block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noi
 
 
 def make_mask_mod(spans: Tensor, num_noisy: int, num_rows: int) -> MaskMod:
-    """FlexAttention's `mask_mod(batch, head, row, key)` over noisy copies ⊕ clean, for the first `num_rows` rows."""
-    # Every row sees one range of noisy and one of clean keys: four integers to load a row, and none to compute.
+    """Return FlexAttention's `mask_mod(batch, head, row, key)` for the first `num_rows` of noisy and clean rows."""
+    # Every row sees one range of noisy keys and one of clean keys. The compiled kernel loads these four integers a row;
+    # computed inside of `mask_mod` they would be computed again for every pair.
     noisy_start, noisy_end, clean_start, clean_end = _key_ranges(spans, num_noisy, num_rows)
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def make_mask_mod(spans: Tensor, num_noisy: int, num_rows: int) -> MaskMod:
 
 
 def _key_ranges(spans: Tensor, num_noisy: int, num_rows: int) -> Tensor:
-    """Start and end of the noisy and of the clean keys that each row sees, counted over all keys: int32 [4, B, N]."""
+    """Return start and end of the noisy and of the clean keys of each row, int32 [4, B, N], as indices of all keys."""
     doc_start, block_start, block_end = spans[:3]
     own_start, own_end = own_block(spans)
     size = spans.shape[2]
@@ -63,8 +65,8 @@ def _key_ranges(spans: Tensor, num_noisy: int, num_rows: int) -> Tensor:
 
 
 def block_mask_of(spans: Tensor, num_noisy: int, num_rows: int, num_keys: int) -> BlockMask:
-    """Return FlexAttention's mask of the rows and keys of `spans`, made once for as long as these live."""
-    # In-place changes count as another mask; inference tensors do not count theirs.
+    """Return FlexAttention's mask of the rows and keys of `spans`; it is made once and lives as long as `spans`."""
+    # The version counter tells a mask of other values after an in-place change. Inference tensors have no counter.
     version = 0 if spans.is_inference() else spans._version
     masks = known_masks.setdefault(spans, {})
     form = (num_noisy, num_rows, num_keys, version)
@@ -78,5 +80,5 @@ def block_mask_of(spans: Tensor, num_noisy: int, num_rows: int, num_keys: int) -
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    # Never in parts: uncompiled, both would hold every score of every pair.
+    # `fullgraph`: after a graph break both functions would run uncompiled, and hold the score of every pair in memory.
     return torch.compile(function, fullgraph=True)

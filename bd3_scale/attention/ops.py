@@ -1,8 +1,9 @@
-"""The attention as operators of torch, so that `torch.compile`, activation recomputation and FLOP counting see them.
+"""Register attention as torch operators, which `torch.compile`, activation recomputation and FLOP counting can see.
 
-`bd3_scale::block_attention` and its backward carry the backends with a backward of their own (`KernelBackend`s);
-`bd3_scale::decode_attention` has no backward. Shapes are those of `bd3_scale.attention.dispatch`; `lse` is the
-log-sum-exp of the scaled scores, float32 [B, H, rows], kept for the backend's own backward in the base that it takes.
+`bd3_scale::block_attention` and its backward call the backends with a backward of their own (`KernelBackend`s);
+`bd3_scale::decode_attention` has no backward. Shapes are those of `bd3_scale.attention.dispatch`. `lse` is the
+log-sum-exp of the scaled scores, float32 [B, H, rows]: the backward recomputes the softmax weights from it instead of
+storing them (FlashAttention-2, Dao, 2023). Its base, e or 2, is the backend's own choice.
 """
 
 from typing import Any, cast
@@ -21,9 +22,10 @@ def _kernels(name: str) -> Any:
 
 
 def noisy_rows_as_documents(spans: Tensor, num_noisy: int) -> Tensor:
-    """Return spans of C·R rows that, taken as clean ones, see their own block: C copies of the sequence side by side.
+    """Return the spans that describe C noisy copies without a clean stream as C·R clean rows, copy after copy.
 
-    What a call without a clean stream is made of.
+    Such a row sees its own block only, as a clean row does whose document is its block. The kernels therefore need no
+    third form of call.
     """
     own_start, own_end = own_block(spans)
     num_rows = spans.shape[2]
@@ -31,7 +33,8 @@ def noisy_rows_as_documents(spans: Tensor, num_noisy: int) -> Tensor:
     return torch.cat([documents + copy * num_rows for copy in range(num_noisy)], 2)
 
 
-# Defined without `custom_op`, whose layers (dynamo, checks of aliases) cost a small block more than its attention.
+# `torch.library.define` in place of `custom_op`: the latter's layers (dynamo, alias checks) take longer than the
+# attention of a small block.
 for _signature in (
     "block_attention(Tensor q, Tensor k, Tensor v, Tensor spans, int num_noisy, float scale, str backend)"
     " -> (Tensor, Tensor)",
@@ -42,7 +45,7 @@ for _signature in (
     _name, _parenthesis, _rest = _signature.partition("(")
     torch.library.define(f"bd3_scale::{_name}", _parenthesis + _rest)
 
-# What was checked last: the layers of a pass have the same spans.
+# The spans that were checked last. All layers of a pass have the same ones, and comparing is cheaper than checking.
 _checked: list[tuple[Tensor, int]] = []
 
 
@@ -134,26 +137,29 @@ torch.library.register_autograd("bd3_scale::block_attention", _differentiate, se
 
 
 def _pairs(q: Tensor, k: Tensor, spans: Tensor, num_noisy: int) -> int:
-    """Pairs over all heads; of a fake `spans`, whose values are unknown, the most that its shape allows."""
+    """Count query-key pairs over all heads; for a fake `spans`, which has no values, the most that its shape allows."""
     num_rows = spans.shape[2]
     if isinstance(spans, torch._subclasses.FakeTensor) or spans.is_meta:
         noisy_rows = num_noisy * num_rows
         most = q.shape[0] * (q.shape[1] * (k.shape[1] - noisy_rows) + noisy_rows * num_rows)
         return most * q.shape[2]
-    # Real spans among fake tensors are counted as they are.
+    # Real spans may come with fake tensors (memory planning); under the fake mode their values could not be read.
     with unset_fake_temporarily():
         return q.shape[2] * count_pairs(spans, num_noisy=num_noisy, clean_queries=q.shape[1] > num_noisy * num_rows)
 
 
 @register_flop_formula(torch.ops.bd3_scale.block_attention, get_raw=True)
 def _forward_flops(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, *_: Any, **__: Any) -> int:
-    """Two products over the mask's real pairs."""
+    """Count two matrix products over the pairs that the mask allows: Q·Kᵀ and P·V, 2·D FLOPs a pair each."""
     return 4 * q.shape[3] * _pairs(q, k, spans, num_noisy)
 
 
 @register_flop_formula(torch.ops.bd3_scale.block_attention_backward, get_raw=True)
 def _backward_flops(grad_out: Tensor, q: Tensor, k: Tensor, *rest: Any, **_: Any) -> int:
-    """Five products over the mask's real pairs: the scores again, and the gradients of v, weights, q and k."""
+    """Count five matrix products over the pairs that the mask allows.
+
+    The scores once more, and the gradients of v, of the weights, of q and of k (FlashAttention-2, algorithm 2).
+    """
     spans, num_noisy = rest[3:5]  # after v, out and lse
     return 10 * q.shape[3] * _pairs(q, k, spans, num_noisy)
 

@@ -1,12 +1,19 @@
-"""The block diffusion mask as three integers a position.
+"""Describe the block diffusion mask by three integers a position.
 
-B batch, L data tokens a sequence. Position i of a sequence holds `doc_start` (where its document starts), `block_start`
-and `block_end` (its block, end exclusive). A clean query sees the clean keys [doc_start, block_end); a noisy query sees
-the clean keys [doc_start, block_start) and the noisy keys [block_start, block_end): the block-causal mask of BD3-LM
-(Arriola et al., ICLR 2025, section 3) with documents kept apart.
+Legend: B batch, L data tokens a sequence, R positions of a context-parallel rank.
 
-A context-parallel rank holds R of the positions: its spans are int32 [5, B, R], where two more integers give the row's
-block among the rank's own rows, `own_start` and `own_end`, since noisy keys stay with their rank (see `take_ranges`).
+Position i of a sequence has `doc_start` (the start of its document), `block_start` and `block_end` (its block, end
+exclusive). A clean query sees the clean keys [doc_start, block_end). A noisy query sees the clean keys
+[doc_start, block_start) and the noisy keys [block_start, block_end). This is the block-causal mask of BD3-LM (Arriola
+et al., ICLR 2025, section 3), with documents kept apart.
+
+Why integers: a boolean mask of both streams has 4·L² numbers, 67 million at L = 4096, and a new one would be needed for
+every batch, since documents and block sizes differ. Spans have 3·L integers, and the kernels compare positions with
+them, so that a change of documents or block size compiles nothing anew.
+
+A context-parallel rank has R of the positions, and its spans are int32 [5, B, R]. The first three integers count in the
+clean keys of the whole sequence, which are gathered from all ranks. Noisy keys stay on their rank, so two more
+integers, `own_start` and `own_end`, give the row's block as a range of the rank's own rows (see `take_ranges`).
 """
 
 from __future__ import annotations
@@ -18,12 +25,14 @@ from torch import Tensor
 
 
 def make_spans(document_start: Tensor, block_size: int | Tensor) -> Tensor:
-    """Spans of packed sequences; blocks count from their document's own start and its end cuts the last one short.
+    """Return the spans of packed sequences, int32 [3, B, L]: doc_start, block_start, block_end.
+
+    Blocks count from the start of their document, because a model that generates starts its blocks at the beginning of
+    its text, too. The end of a document cuts its last block short.
 
     document_start: integers [B, L], for each position the position at which its document starts (zeros: one document);
     block_size: of all sequences, or integers [B] of each.
-    Returns int32 [3, B, L]: doc_start, block_start, block_end.
-    ValueError: a `document_start` that does not describe documents side by side, or a block size below 1.
+    ValueError: a `document_start` that does not describe documents one after the other, or a block size below 1.
     """
     if document_start.ndim != 2 or document_start.is_floating_point() or document_start.dtype == torch.bool:
         raise ValueError(
@@ -44,10 +53,10 @@ def make_spans(document_start: Tensor, block_size: int | Tensor) -> Tensor:
 
 
 def check_spans(spans: Tensor, *, num_keys: int | None = None) -> None:
-    """ValueError unless `spans` is int32 [3, B, L] of non-empty documents side by side, each cut into blocks.
+    """Raise ValueError unless `spans` is int32 [3, B, L] of non-empty documents one after the other, cut into blocks.
 
-    With `num_keys`, the clean keys of the sequence, [5, B, R] of `take_ranges` is taken, too: there rows may also see
-    nothing at all. Waits for the device that holds `spans`: meant for the host, where batches are made.
+    With `num_keys`, the number of clean keys of the sequence, also accepts [5, B, R] of `take_ranges`, where a row may
+    see no key at all. The check reads values: on a GPU it would wait for the device, so call it on the host.
     """
     if spans.ndim != 3 or spans.shape[0] not in (3, 5) or spans.dtype != torch.int32:
         raise ValueError(f"spans has shape {tuple(spans.shape)} and dtype {spans.dtype}: make it with make_spans")
@@ -55,11 +64,11 @@ def check_spans(spans: Tensor, *, num_keys: int | None = None) -> None:
     if all(bool(holds.all()) for holds in rules.values()):
         return
     rule, holds = next((rule, holds) for rule, holds in rules.items() if not bool(holds.all()))
-    sequence, place = (~holds).nonzero()[0].tolist()
+    sequence, position = (~holds).nonzero()[0].tolist()
     names = "doc_start, block_start, block_end" + ", own_start, own_end" * (spans.shape[0] == 5)
     made_by = "make_spans" if spans.shape[0] == 3 else "take_ranges"
     raise ValueError(
-        f"spans of sequence {sequence} at position {place} are {spans[:, sequence, place].tolist()} "
+        f"spans of sequence {sequence} at position {position} are {spans[:, sequence, position].tolist()} "
         f"({names}): {rule}; make them with {made_by}"
     )
 
@@ -99,8 +108,8 @@ def _row_rules(spans: Tensor, num_keys: int) -> dict[str, Tensor]:
         & (doc_start <= block_start)
         & (block_start <= block_end)
         & (block_end <= num_keys),
-        "none of them falls from one row to the next": rises,
-        "own_start <= row < own_end, or own_start = own_end = row where none is seen": (own_start >= 0)
+        "none of them decreases from one row to the next": rises,
+        "own_start <= row < own_end, or own_start = own_end = row where no noisy key is seen": (own_start >= 0)
         & (own_start <= row)
         & torch.where(sees_own, row < own_end, own_end == row)
         & (own_end <= spans.shape[2]),
@@ -109,10 +118,11 @@ def _row_rules(spans: Tensor, num_keys: int) -> dict[str, Tensor]:
 
 
 def zigzag_ranges(seq_len: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """Positions of context-parallel rank `rank` of `size`: the rank-th range of 2·size equal ones from either end.
+    """Return the positions of context-parallel rank `rank` of `size`: two of 2·size equal ranges of the sequence.
 
-    Early rows see few clean keys and late ones many: one range of each gives all ranks as many query-key pairs.
-    ValueError: `seq_len` does not divide.
+    They are the `rank`-th range from the start and the `rank`-th from the end. Early rows see few clean keys and late
+    rows many; one range of each gives all ranks equally many query-key pairs (as in Megatron's context parallelism).
+    ValueError: `seq_len` is not divisible by 2·size.
     """
     if size == 1:
         return [(0, seq_len)]
@@ -123,11 +133,13 @@ def zigzag_ranges(seq_len: int, rank: int, size: int) -> list[tuple[int, int]]:
 
 
 def take_ranges(spans: Tensor, ranges: Sequence[tuple[int, int]], *, own_keys: bool = True) -> Tensor:
-    """Spans int32 [5, B, R] of the positions in `ranges`, which are those of one context-parallel rank.
+    """Return the spans int32 [5, B, R] of the positions in `ranges`, those of one context-parallel rank.
 
-    spans: int32 [3, B, L] of the whole sequences, on the host. ranges: [start, end) pairs in ascending order, each of
-    whole blocks of every sequence. Rows are numbered through all ranges, R in sum. Without `own_keys` the rows see no
-    noisy keys of their rank (those of all ranks are gathered in place of clean ones), and ranges may cut blocks.
+    spans: int32 [3, B, L] of the whole sequences, on the host.
+    ranges: [start, end) pairs in ascending order, each of whole blocks of every sequence. Rows are numbered through all
+    ranges; their number is R.
+    own_keys: whether rows see the noisy keys of their rank. False for MDLM, where the noisy keys of all ranks are
+    gathered and take the role of clean keys; ranges may then cut blocks.
     ValueError: ranges that overlap, leave the sequence or cut a block.
     """
     check_spans(spans)
@@ -145,20 +157,22 @@ def take_ranges(spans: Tensor, ranges: Sequence[tuple[int, int]], *, own_keys: b
                 "their rank, so give every rank whole blocks"
             )
         previous_end = end
-    places = torch.cat([torch.arange(start, end, device=spans.device) for start, end in ranges])
-    row = torch.arange(len(places), device=spans.device, dtype=torch.int32)
-    taken = spans[:, :, places]
-    own = taken[1:] + (row - places).to(torch.int32) if own_keys else row.expand(2, spans.shape[1], -1)
+    positions = torch.cat([torch.arange(start, end, device=spans.device) for start, end in ranges])
+    row = torch.arange(len(positions), device=spans.device, dtype=torch.int32)
+    taken = spans[:, :, positions]
+    # A range has whole blocks, so the shift from position to row number is the same for a row and its block's ends.
+    own = taken[1:] + (row - positions).to(torch.int32) if own_keys else row.expand(2, spans.shape[1], -1)
     return torch.cat([taken, own])
 
 
 def own_block(spans: Tensor) -> tuple[Tensor, Tensor]:
-    """First and end row [B, R] of every row's block among the rows themselves."""
+    """Return the first and the end row [B, R] of every row's block, counted in the rows themselves."""
+    # The last two of three or of five: without context parallelism rows are positions.
     return spans[-2], spans[-1]
 
 
 def count_pairs(spans: Tensor, *, num_noisy: int, clean_queries: bool) -> int:
-    """Query-key pairs that the mask lets through, summed over the batch, for one head; waits for the device."""
+    """Count the query-key pairs that the mask allows, summed over the batch, for one head; waits for the device."""
     doc_start, block_start, block_end = spans[:3].long()
     own_start, own_end = own_block(spans.long())
     pairs = num_noisy * (block_start - doc_start + own_end - own_start)

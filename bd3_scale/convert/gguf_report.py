@@ -26,7 +26,7 @@ from bd3_scale.generate.llama_model import LlamaModel
 from bd3_scale.model.rows import ModelInputs
 from bd3_scale.model.transformer import BlockDiffusionTransformer
 from bd3_scale.objective import Objective
-from bd3_scale.objective.inputs import corrupt, masked_places
+from bd3_scale.objective.inputs import corrupt, masked_positions
 from bd3_scale.parallel.groups import lone_groups
 from bd3_scale.recipe.schema import DataRecipe
 
@@ -143,7 +143,7 @@ class HeldOutText:
         # What pads a document would tell of its end.
         noise = type(noise)(noise.masked | batch.padding, noise.mask_rate, noise.weight)
         inputs = corrupt(batch, [noise], block_size, mask_id=vocabulary.mask_id, device=torch.device("cpu"))
-        return inputs, batch.counted[masked_places(noise, (0, 1))]
+        return inputs, batch.counted[masked_positions(noise, (0, 1))]
 
     def _batches(self, size: int, most: int) -> Iterator[Iterator[Batch]]:
         """Yield the batches of each source, of at most so many sequences of it."""

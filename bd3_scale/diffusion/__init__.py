@@ -1,4 +1,4 @@
-"""Noise schedule, counter-based noise and the NELBO."""
+"""Provide noise schedules, counter-based noise, the NELBO and the search of clipped intervals."""
 
 from bd3_scale.lazy import lazy_names
 

@@ -1,12 +1,17 @@
-"""Which clipped interval of mask rates leaves the training loss the least variance.
+"""Find the clipped interval of mask rates that gives the training loss the least variance.
 
-A block masked at rate p with negative log-likelihood S has the loss X = S / p a token of it. Evaluation draws p from
-the whole of [0, 1]; those blocks whose rate falls inside an interval are draws of its own. One pass thus serves every
-interval, all on the same text, levels and masks, and costs nothing that evaluation does not (the paper evaluates
-each interval anew: Arriola et al., ICLR 2025, section 5.2).
+Why clip: the weight 1/p makes a block with few masks very loud, and a block that is masked almost whole says little
+about the text. Drawing p from U[β, ω] alone avoids both ends (BD3-LM: Arriola et al., ICLR 2025, section 5.2).
 
-The variance is the mean of X² minus the mean of X X' over pairs of blocks of different sequences: unbiased, though
-blocks of one sequence share their text and stratify their levels. It needs three sums a sequence and interval.
+Let a block be masked at rate p, and let its masked tokens have the negative log-likelihood S. Its loss a token is
+X = S / (p · block size). Evaluation draws p from U[0, 1]. The blocks whose rate falls inside an interval are a sample
+of U[β, ω], so one evaluation pass measures every interval, on the same text, noise levels and masks. The paper runs
+one evaluation for each interval.
+
+The variance is the mean of X² minus the mean of X · X' over pairs of blocks from different sequences. Blocks of one
+sequence share their text and have stratified noise levels, so they are not independent, and the usual sample
+variance would be biased; pairs from different sequences are independent. The estimate needs three sums for each
+sequence and interval: the number of blocks, the sum of X and the sum of X².
 """
 
 from __future__ import annotations
@@ -21,25 +26,34 @@ from torch import Tensor
 
 Interval = tuple[float, float]
 FULL: Interval = (0.0, 1.0)
+# Standard errors by which another interval must be better before training moves to it. Without such a margin the
+# interval would change at almost every validation, between neighbours that differ by noise alone.
 HYSTERESIS = 3.0
+# Parts of the text that each give a variance of their own, from which the standard error of a gain follows.
 FOLDS = 8
+# Two sequences in each part: a pair of different sequences is the least that the variance needs.
 LEAST_SEQUENCES = 2 * FOLDS
 
 
 def candidates(block_size: int) -> list[Interval]:
-    """[0, 1], then widths 0.5 to 0.9 at starts in steps of 0.05; at block size 1 also [1, 1]."""
-    found = [FULL]
+    """Return the intervals to compare: [0, 1], then widths 0.5 to 0.9 that start at multiples of 0.05.
+
+    At block size 1 also [1, 1]: with every token masked the loss is the exact negative log-likelihood.
+    """
+    intervals = [FULL]
+    # In hundredths, so that the ends are the floats nearest to their decimal numbers: 0.1 + 0.6 would not be 0.7.
     for width in range(50, 100, 10):
-        found += [(start / 100, (start + width) / 100) for start in range(0, 101 - width, 5)]
-    return [*found, (1.0, 1.0)] if block_size == 1 else found
+        intervals += [(start / 100, (start + width) / 100) for start in range(0, 101 - width, 5)]
+    return [*intervals, (1.0, 1.0)] if block_size == 1 else intervals
 
 
 @dataclass(frozen=True)
 class IntervalVariance:
     """Variance of a block's loss (nats a token, squared) under an interval, and its standard error over text and noise.
 
-    Both are infinite at block size 1 from rate 0, where the variance is. The sample's variance of a larger block is
-    finite even there, while the true one is not: its standard error says little.
+    Both are infinite for intervals that start at rate 0 at block size 1, where E[1/p] is computed exactly. The true
+    variance of larger blocks is infinite there, too, but the estimate from a sample is finite: its standard error
+    says little.
     """
 
     low: float
@@ -50,35 +64,39 @@ class IntervalVariance:
 
 @dataclass(frozen=True)
 class IntervalSearch:
-    """The variance of every candidate that the text can tell, for one block size.
+    """The variance of every candidate interval with enough blocks in the text, for one block size.
 
-    _folds: each within parts of the text, [intervals, FOLDS].
+    _folds: the variances within each part of the text, [intervals, FOLDS].
     """
 
     block_size: int
-    found: tuple[IntervalVariance, ...]
+    variances: tuple[IntervalVariance, ...]
     _folds: NDArray[np.float64]
 
     @property
     def best(self) -> IntervalVariance:
-        """That of least variance."""
-        return min(self.found, key=lambda interval: interval.variance)
+        """Return the interval of the least variance."""
+        return min(self.variances, key=lambda interval: interval.variance)
 
     def follow(self, current: Interval) -> Interval:
-        """The best interval where it clearly beats the current one, else the current one.
+        """Return the best interval where it is clearly better than the current one, else the current one.
 
-        Clearly: over parts of the text, the mean logarithm of their variances' ratio is above three standard errors.
-        Text and noise are common to both. A difference would not do: an interval that reaches 0 has so heavy a tail
-        that one block can carry its variance and hide how bad it is. An interval that is no candidate gives way.
+        Clearly means: the mean over parts of the text of log(current variance / best variance) is above HYSTERESIS
+        standard errors. Both variances come from the same text and noise, which cancels most of the noise. The
+        logarithm is needed: an interval that reaches 0 has so heavy a tail that a single block can make up its
+        variance, and in a difference this block would hide that the interval is bad in every other part, too.
+        A current interval that is no candidate is always replaced.
         """
-        best = self.found.index(self.best)
-        at = next((i for i, interval in enumerate(self.found) if (interval.low, interval.high) == current), None)
+        best = self.variances.index(self.best)
+        at = next((i for i, interval in enumerate(self.variances) if (interval.low, interval.high) == current), None)
         if at is None and current in candidates(self.block_size):
+            # The text had too few blocks in the current interval to measure it.
             return current
-        if at is not None and math.isfinite(self.found[at].variance):
+        if at is not None and math.isfinite(self.variances[at].variance):
             with np.errstate(invalid="ignore", divide="ignore"):
                 gain = np.log(self._folds[at] / self._folds[best])
-                # An unbiased variance of little text may be below 0, and tells nothing then.
+                # An unbiased estimate from little text may be below 0. Its logarithm is nan, the comparison is then
+                # false, and the current interval stays.
                 clear = gain.mean() > HYSTERESIS * gain.std(ddof=1) / math.sqrt(FOLDS)
             if not clear:
                 return current
@@ -86,17 +104,18 @@ class IntervalSearch:
 
 
 def block_moments(block_nll: Tensor, block_rate: Tensor, block_size: int, counted: Tensor | None = None) -> Tensor:
-    """float64 [intervals, sequences, 3]: number, sum of X and sum of X² of the blocks inside each candidate.
+    """Return float64 [intervals, sequences, 3]: number, sum of X and sum of X² of the blocks inside each candidate.
 
     block_nll: float64 [draws, sequences, blocks], nats of the masked tokens of a block; block_rate: the rate with which
-    it was masked, of the same shape; counted: bool [sequences, blocks], those that hold text (default: all).
-    At block size 1 all rates are 1: a token's nll m/p under any interval has the mean nll and the mean square
-    nll² E[1/p], which is exact.
+    it was masked, of the same shape; counted: bool [sequences, blocks], the blocks that hold text (default: all).
     """
     text = torch.ones_like(block_nll) if counted is None else counted.double().expand_as(block_nll)
     moments = []
     for low, high in candidates(block_size):
         if block_size == 1:
+            # Evaluation masks every token here, so no rate is drawn and the moments are computed exactly. A token is
+            # masked (m = 1) with probability p and its loss is X = nll · m / p, so E[X] = nll and
+            # E[X²] = nll² · E[1/p]. The nll itself does not depend on p: the token has no neighbours in its block.
             inside, loss = text, block_nll * text
             square = torch.where(loss != 0, loss.square() * _mean_reciprocal(low, high), 0.0)
         else:
@@ -108,48 +127,51 @@ def block_moments(block_nll: Tensor, block_rate: Tensor, block_size: int, counte
 
 
 def search_intervals(moments: Tensor, block_size: int) -> IntervalSearch:
-    """The search over all sequences' `block_moments`, of every data-parallel rank.
+    """Return the variance of each candidate from the `block_moments` of all sequences of all data-parallel ranks.
 
-    Candidates that meet fewer than two sequences in one part of the text are left out.
-    ValueError: fewer than LEAST_SEQUENCES.
+    Candidates with blocks in fewer than two sequences of a part of the text are left out.
+    ValueError: fewer than LEAST_SEQUENCES sequences.
     """
     sums = moments.double().numpy()
     if sums.shape[1] < LEAST_SEQUENCES:
         raise ValueError(
             f"the interval search has {sums.shape[1]} sequences and needs {LEAST_SEQUENCES}: take more held-out text"
         )
-    told = np.all([(sums[:, part::FOLDS, 0] > 0).sum(1) >= 2 for part in range(FOLDS)], axis=0)
-    sums = sums[told]
-    # What one sequence adds is taken off again for the jackknife.
+    measurable = np.all([(sums[:, part::FOLDS, 0] > 0).sum(1) >= 2 for part in range(FOLDS)], axis=0)
+    sums = sums[measurable]
+    # The squares of each sequence's own sums let `_variance` remove pairs of blocks within one sequence.
     each = np.concatenate([sums, np.square(sums[..., :2])], axis=2)
     total = each.sum(1)
     with np.errstate(invalid="ignore"):
         variance, without = _variance(total), _variance(total[:, None] - each)
         folds = np.stack([_variance(each[:, part::FOLDS].sum(1)) for part in range(FOLDS)], axis=1)
-    found = tuple(
+    variances = tuple(
         IntervalVariance(low, high, float(value), _jackknife_error(rest) if math.isfinite(value) else math.inf)
         for (low, high), value, rest in zip(
-            np.array(candidates(block_size))[told].tolist(), variance, without, strict=True
+            np.array(candidates(block_size))[measurable].tolist(), variance, without, strict=True
         )
     )
-    return IntervalSearch(block_size, found, folds)
+    return IntervalSearch(block_size, variances, folds)
 
 
 def _variance(total: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of sums over sequences [..., 5]: blocks, X, X², and the squares of a sequence's first two."""
+    """Return the variance from sums over sequences [..., 5]: n, ΣX, ΣX², Σn_s² and Σ(ΣX)_s², s being a sequence.
+
+    (ΣX)² − Σ_s (ΣX)_s² is the sum of X · X' over pairs from different sequences, n² − Σ_s n_s² is their number.
+    """
     blocks, loss, square, blocks_squared, loss_squared = np.moveaxis(total, -1, 0)
     result: NDArray[np.float64] = square / blocks - (loss**2 - loss_squared) / (blocks**2 - blocks_squared)
     return result
 
 
 def _jackknife_error(without: NDArray[np.float64]) -> float:
-    """Standard error of a statistic from its values without each of n sequences (Efron & Stein, 1981)."""
+    """Return the standard error of a statistic from its values without each of n sequences (Efron & Stein, 1981)."""
     count = len(without)
     return float(math.sqrt((count - 1) / count * np.square(without - without.mean()).sum()))
 
 
 def _mean_reciprocal(low: float, high: float) -> float:
-    """E[1/p] under U[low, high]."""
+    """Return E[1/p] for p from U[low, high]: log(high / low) / (high − low)."""
     if low == high:
         return 1 / low
     return math.log(high / low) / (high - low) if low else math.inf

@@ -1,9 +1,11 @@
-"""The negative evidence lower bound (NELBO) of block diffusion, as a loss and as a measured number.
+"""Weigh token losses into the negative evidence lower bound (NELBO), and estimate it with standard errors.
 
-For one block at noise level t the bound is the integral over t of -α'/(1-α) times the negative log-likelihood (nll)
-of the masked tokens; `schedule` has the factor of each noise schedule, 1/t for the linear one (Arriola et al., ICLR
-2025, section 3; Sahoo et al., NeurIPS 2024). Under a clipped interval of mask rates the sum is a training loss and
-no bound.
+The NELBO of one block is the integral over the noise level t of −α'/(1 − α) times the negative log-likelihood (nll)
+of its masked tokens (BD3-LM: Arriola et al., ICLR 2025, section 3, equation 8; MDLM: Sahoo et al., NeurIPS 2024).
+`schedule` has the factor of each noise schedule; it is 1/t for the linear one. Only masked tokens enter, because the
+model copies the tokens that are shown (the SUBS parameterisation of MDLM), so that these cost nothing.
+
+Under a clipped interval of mask rates the sum is a training loss, and not a bound of the likelihood.
 """
 
 from __future__ import annotations
@@ -18,22 +20,22 @@ from bd3_scale.diffusion.noise import Noise
 
 
 def loss_weight(noise: Noise) -> Tensor:
-    """float32 [B, L], on the host: what multiplies each token's nll; 0 where it is not masked."""
+    """Return the factor of each token's nll, float32 [B, L], on the host; 0 where the token is not masked."""
     return torch.where(noise.masked, noise.weight, 0.0)
 
 
 def sequence_nelbo(token_nll: Tensor, noise: Noise, counted: Tensor) -> Tensor:
-    """One draw's estimate of each sequence's NELBO in nats, float64 [B]; its mean over draws is unbiased.
+    """Estimate each sequence's NELBO in nats from one draw, float64 [B]; the mean over draws is unbiased.
 
     token_nll: float64 [B, L], nats of the masked tokens; counted: bool [B, L], the tokens that perplexity counts. All
-    on the host.
+    tensors are on the host.
     """
     return (token_nll * loss_weight(noise) * counted).sum(1)
 
 
 @dataclass(frozen=True)
 class NelboEstimate:
-    """Nats a counted token; a standard error is None where a single draw, or sequence, leaves it unknown."""
+    """A NELBO in nats a counted token; a standard error is None where one draw, or one sequence, cannot give it."""
 
     nelbo: float
     noise_standard_error: float | None
@@ -44,22 +46,24 @@ class NelboEstimate:
 
     @property
     def perplexity(self) -> float:
-        """exp(nelbo): an upper bound on the model's perplexity, exact at block size 1 with every token masked."""
+        """Return exp(nelbo), an upper bound of the perplexity; exact at block size 1 with every token masked."""
+        # exp(710) overflows a float64, where math.exp raises in place of returning inf.
         return math.exp(self.nelbo) if self.nelbo < 700 else math.inf
 
 
 def estimate_nelbo(sequence_sums: Tensor, num_tokens: Tensor) -> NelboEstimate:
-    """Mean NELBO a token over draws and sequences, with its standard errors.
+    """Return the mean NELBO a token over draws and sequences, with its standard errors.
 
     sequence_sums: float64 [draws, sequences], nats, from `sequence_nelbo`; num_tokens: int [sequences], counted tokens.
 
-    The noise error says how far fresh draws on the same text would move the mean: each sequence's variance over its
-    draws, added up, since sequences draw independently. It is estimated from the draws at hand, and treats those of a
-    sequence as independent, too, although their levels are stratified. The weight 1/p has no finite variance near
-    p = 0, and where few blocks are measured they rarely meet the light rates, so that the figure is usually too small:
-    with few sequences the true error was 1.1 to 1.9 times the one told. The text error says how far other text would
-    move the mean: the ratio estimator's standard error over sequences (Cochran, Sampling Techniques, chapter 6), noise
-    included.
+    The noise error says how far other noise on the same text would move the mean. It adds each sequence's variance over
+    its draws, since sequences draw independently. It also treats the draws of one sequence as independent, although
+    their levels are stratified. It is usually too small: the weight 1/p has no finite variance near p = 0, and few
+    blocks rarely draw such small rates. With few sequences the true error was 1.1 to 1.9 times the estimated one.
+
+    The text error says how far other text would move the mean, noise included. It is the standard error of a ratio
+    estimator over sequences (Cochran, Sampling Techniques, chapter 6), because sequences have unequal numbers of
+    counted tokens.
 
     ValueError: no counted token.
     """

@@ -1,10 +1,14 @@
-"""Counter-based noise: which tokens are masked is a pure function of seed, epoch, sample and draw.
+"""Draw noise by counters: which tokens are masked is a pure function of seed, epoch, sample and draw.
 
-Random bits are Philox4x64-10 (Salmon et al., SC 2011) as `numpy.random.Philox` computes it, of which only the raw
-stream is used, so that no other part of numpy can change them. The key is (seed, epoch), or (seed, step) for levels
-stratified over a global batch; of several data sets that are mixed each has a key of its own, by which the seed is
-changed (exclusive or). The counter words are (index // 4, draw, sample id, purpose). Whatever ranks,
-micro-batches and workers there are, a sample meets the same noise.
+There is no generator with a state. A sample gets the same noise on every layout of ranks, micro-batches and workers,
+nothing is broadcast or checkpointed, and a resumed run masks exactly what the first run would have masked.
+
+Random bits are Philox4x64-10 (Salmon et al., SC 2011), computed by `numpy.random.Philox`. Only its raw stream is used:
+numpy promises that stream for ever, but may change how it makes floats or permutations from it (NEP 19).
+
+- Key: (seed, epoch). Noise levels that are stratified over a global batch use (seed, step). In a mixture each data set
+  has a key of its own, which is combined with the seed by exclusive or: samples of equal ids get different noise.
+- Counter words: (index // 4, draw, sample id, purpose). Philox gives four numbers for each counter.
 """
 
 from __future__ import annotations
@@ -24,8 +28,11 @@ from bd3_scale.diffusion.schedule import Schedule
 
 @dataclass(frozen=True)
 class Noise:
-    """masked: bool [B, L]; mask_rate: float32 [B, L], the probability with which each token's block was masked;
-    weight: float32 [B, L], what a masked token there weighs in the loss, anything where none is.
+    """The masks of a batch.
+
+    masked: bool [B, L].
+    mask_rate: float32 [B, L], the probability with which each token's block was masked.
+    weight: float32 [B, L], the weight that a masked token has in the loss; it has no meaning where no token is masked.
     """
 
     masked: Tensor
@@ -33,14 +40,17 @@ class Noise:
     weight: Tensor
 
 
-def joined(parts: Sequence[Noise], order: Tensor) -> Noise:
-    """Return the noise of several groups of sequences, put in `order`, int64 [B]."""
+def concatenate(parts: Sequence[Noise], order: Tensor) -> Noise:
+    """Concatenate the noise of several groups of sequences, then put the sequences in `order`, int64 [B]."""
     fields = zip(*((part.masked, part.mask_rate, part.weight) for part in parts), strict=True)
     return Noise(*(torch.cat(field)[order] for field in fields))
 
 
 class _Purpose(IntEnum):
-    """Last counter word. The numbers are part of every run's noise: add, never renumber."""
+    """The last counter word, which keeps the streams of one sample apart.
+
+    The numbers are part of every run's noise: add new ones, never change one.
+    """
 
     MASK = 0
     BLOCK_ORDER = 1
@@ -67,18 +77,28 @@ def draw_noise(
     num_draws: int = 1,
     shown: Tensor | None = None,
 ) -> Noise:
-    """Masks of a batch on the host, the same however the global batch is split.
+    """Draw the masks of a batch on the host; they do not depend on how the global batch is split.
 
-    block_start: int [B, L], second row of the spans; sample_ids: int [B], each sequence's number in the data set;
-    epoch: of all of them, or int64 [B]; source_keys: int64 [B], of the data set that each is of (default: 0);
-    schedule: of the mask rates; shown: bool [B, L], tokens that are never masked, nor counted among those of their
-    block (default: none).
+    Args:
+        block_start: int [B, L], the second row of the spans.
+        seed: of the run.
+        epoch: of all sequences, or int64 [B].
+        sample_ids: int [B], each sequence's number in its data set.
+        schedule: maps noise levels to mask rates.
+        source_keys: int64 [B], the key of each sequence's data set in a mixture (default: 0).
+        step, slots, global_batch_size: given together, in training: finished steps, each sequence's index in the
+            global batch (int [B]), and the size of the global batch.
+        draw, num_draws: number of this draw, of so many on the same text.
+        shown: bool [B, L], tokens that are never masked and do not count as tokens of their block (default: none).
 
-    A sequence of K blocks that have something to mask takes one noise level from each K-th of [0, 1], in an order of
-    its own: t_b = (π(b) + u_b) / K. In training, a sequence that is a single block does so among its global batch:
-    `step`, `slots` (int [B], each sequence's place in the global batch) and `global_batch_size` are given together.
-    Without them, in evaluation, its level is its own. Draw d of `num_draws` rotates every level by d / num_draws within
-    [0, 1), which stratifies a block's levels over the draws and leaves each uniform (Cranley & Patterson, 1976).
+    Noise levels are stratified, which lowers the variance of the loss (MDLM and BD3-LM use antithetic levels in the
+    same way). Let a sequence have K blocks with something to mask. Each K-th of [0, 1] gives one level, in random
+    order: t_b = (π(b) + u_b) / K. The permutation π keeps a block's index from determining its noise. A sequence that
+    is one block (MDLM) has nothing to stratify within, so training stratifies its level over the global batch; without
+    `step`, in evaluation, its level is a plain uniform draw.
+
+    Draw d of `num_draws` rotates every level by d / num_draws within [0, 1). This stratifies a block's levels over the
+    draws and leaves each of them uniform (Cranley & Patterson, 1976).
 
     ValueError: `draw` outside [0, num_draws).
     """
@@ -106,20 +126,21 @@ def draw_noise(
         block_rates = schedule.mask_rate((levels + draw / num_draws) % 1.0)
         rates[row] = block_rates[block]
         uniform = _uniform(seq_len, key, sample_id, _Purpose.MASK, draw)
-        # Compared in float64: a token is masked with exactly the float32 rate that the loss divides by.
+        # Compare in float64. In float32 `uniform` would be rounded, a token would be masked with a probability that
+        # differs from the rate that the loss divides by, and the bound would be biased.
         masked[row] = (uniform < rates[row].astype(np.float64)) & maskable[row]
-        if schedule.clip_masked_share and (own := maskable[row]).any():
+        if schedule.clip_masked_share and (can_mask := maskable[row]).any():
             count_uniform = _uniform(num_blocks, key, sample_id, _Purpose.MASK_COUNT, draw)
-            masked[row, own] = _clip_shares(
-                masked[row, own], block[own], uniform[own], block_rates, count_uniform, schedule
+            masked[row, can_mask] = _clip_shares(
+                masked[row, can_mask], block[can_mask], uniform[can_mask], block_rates, count_uniform, schedule
             )
     return Noise(torch.from_numpy(masked), torch.from_numpy(rates), torch.from_numpy(schedule.weight(rates)))
 
 
 def _maskable_blocks(begins: NDArray[np.bool_], maskable: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
-    """Return the number of each token's block among those with something to mask, int64 [L], and how many these are.
+    """Number the blocks that have something to mask: return each token's block number, int64 [L], and their count.
 
-    Of a block that is shown whole the number means nothing; there is at least one.
+    The number has no meaning in a block without a maskable token. The count is at least 1.
     """
     block = np.cumsum(begins) - 1
     has_any = np.zeros(block[-1] + 1, np.bool_)
@@ -135,10 +156,13 @@ def _clip_shares(
     count_uniform: NDArray[np.float64],
     schedule: Schedule,
 ) -> NDArray[np.bool_]:
-    """Masks of one sequence, each block's number drawn from its truncated binomial by inversion, then a subset.
+    """Return the masks of one sequence with each block's share of masks inside the schedule's interval.
 
-    masked, block, uniform [L]: the plain draw, each token's block, and what orders the tokens of a block;
-    block_rates, count_uniform [K].
+    The number of masks of a block comes from its truncated binomial distribution, by inversion of the cumulative
+    distribution. Then the tokens with the smallest `uniform` are masked, a uniform subset of that size.
+
+    masked, block, uniform [L]: the untruncated draw, each token's block, and random numbers that order the tokens of a
+    block; block_rates, count_uniform [K].
     """
     lengths = np.bincount(block)
     counts = np.arange(lengths.max() + 1)
@@ -153,7 +177,10 @@ def _clip_shares(
 
 
 def _binomial(counts: NDArray[np.int64], lengths: NDArray[np.int64], rate: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return [K, max + 1]: probability of each count of masks among a block's tokens; 0 above its length."""
+    """Return the probability of each count of masks among a block's tokens, [K, max + 1]; 0 above the block's length.
+
+    Computed through logarithms: the factorials of a block of more than 170 tokens exceed a float64.
+    """
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, lengths.max() + 1)))])
     rest = np.maximum(lengths - counts, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -166,12 +193,14 @@ def _binomial(counts: NDArray[np.int64], lengths: NDArray[np.int64], rate: NDArr
 def draw_copies(
     block_start: Tensor, *, copies: int, schedule: Schedule, shown: Tensor | None = None, **how: Any
 ) -> list[Noise]:
-    """Noise of each of `copies` noisy copies that share a clean one; further arguments as for `draw_noise`, but
-    the draws are the copies.
+    """Draw the noise of each of `copies` noisy copies that share a clean copy.
 
-    Two copies are complementary where the schedule is mirrored (linear, low + high is 1): what one masks with
-    probability p the other shows, and masks the rest with probability 1 − p, from the same interval; each token is
-    learnt once. Else they are independent draws whose levels differ by half of [0, 1).
+    Further arguments are those of `draw_noise`; a copy is a draw of it.
+
+    Two copies are complementary where the schedule is mirrored (linear with low + high = 1): the second copy masks
+    exactly the tokens that the first shows. Each token is then learnt once, and the second copy's rate 1 − p is
+    distributed as p is, so both are draws of the same schedule. Otherwise the copies are draws whose levels differ by
+    1 / copies, modulo 1.
     """
     if copies == 2 and schedule.is_mirrored:
         noise = draw_noise(block_start, schedule=schedule, shown=shown, **how)
@@ -186,7 +215,7 @@ def draw_copies(
 def draw_block_sizes(
     sample_ids: Tensor, choices: int, *, seed: int, epoch: int | Tensor, source_keys: Tensor | None = None
 ) -> Tensor:
-    """Return int64 [B] in [0, choices): which block size each sequence takes, all equally likely."""
+    """Draw which of `choices` block sizes each sequence takes, all equally likely; int64 [B] in [0, choices)."""
     keys = _keys(seed, epoch, source_keys, len(sample_ids))
     drawn = [
         _uniform(1, key, sample, _Purpose.BLOCK_SIZE)[0] for key, sample in zip(keys, sample_ids.tolist(), strict=True)
@@ -204,7 +233,7 @@ def draw_embedding_noise(
     rows: int,
     source_keys: Tensor | None = None,
 ) -> Tensor:
-    """Return int64 [copies, B, L] in [1, rows): which noise vector each position takes where it is masked."""
+    """Draw which noise vector each position takes where it is masked; int64 [copies, B, L] in [1, rows)."""
     keys = _keys(seed, epoch, source_keys, len(sample_ids))
     drawn = [
         [
@@ -217,20 +246,21 @@ def draw_embedding_noise(
 
 
 def _keys(seed: int, epoch: int | Tensor, source_keys: Tensor | None, count: int) -> list[tuple[int, int]]:
-    """Philox's key of each sequence."""
+    """Return the Philox key of each sequence."""
     epochs = epoch.tolist() if isinstance(epoch, Tensor) else [epoch] * count
     sources = [0] * count if source_keys is None else source_keys.tolist()
-    return [(seed ^ source, its_epoch) for source, its_epoch in zip(sources, epochs, strict=True)]
+    return [(seed ^ source, sample_epoch) for source, sample_epoch in zip(sources, epochs, strict=True)]
 
 
 def _levels(count: int, key: tuple[int, int], sample_id: int, order: _Purpose, level: _Purpose) -> NDArray[np.float64]:
-    """Return one noise level from each of `count` equal parts of [0, 1], in random order: (π(i) + u_i) / count."""
+    """Draw one noise level from each of `count` equal parts of [0, 1], in random order: (π(i) + u_i) / count."""
     permutation = _uniform(count, key, sample_id, order).argsort(kind="stable")
     return (permutation + _uniform(count, key, sample_id, level)) / count
 
 
 def _uniform(count: int, key: tuple[int, int], sample_id: int, purpose: _Purpose, draw: int = 0) -> NDArray[np.float64]:
-    """float64 [count] in [0, 1), multiples of 2^-53; the first n do not depend on `count`."""
+    """Draw float64 [count] in [0, 1), multiples of 2^-53; the first n numbers do not depend on `count`."""
     counter = np.array([0, draw, sample_id, purpose], dtype=np.uint64)
     bits = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=counter).random_raw(count)
+    # The upper 53 bits fill the significand of a float64 exactly, so that no number is rounded up to 1.
     return (bits >> np.uint64(11)) * 2.0**-53

@@ -1,4 +1,4 @@
-"""Noise schedules: from the noise level t in [0, 1] to the mask rate p(t) = 1 − α(t), and what a masked token weighs.
+"""Map the noise level t in [0, 1] to the mask rate p(t) = 1 − α(t), and to the weight of a masked token.
 
 | name          | p(t)             | p'(t) = −α'(t)      | weight p'/p as a function of p |
 |---------------|------------------|---------------------|--------------------------------|
@@ -8,10 +8,12 @@
 | `square_root` | √t               | 1 / (2 √t)          | 1 / (2 p²)                     |
 | `log`         | log₂(1 + t)      | 1 / (ln 2 · (1 + t))| 1 / (ln 2 · 2^p · p)           |
 
-All begin at p(0) = 0 and end at p(1) = 1, so that the NELBO of a model is the same under each: the integral of
-p'/p · f(p) over t is that of f(p)/p over p. They differ in variance alone. The expected square of a token's weight is
-the integral of p'²/p over t: 4 for `square` and π²/4 + π/2 = 4.04 for `cosine`, while it has no bound near t = 0 for
-the others (Arriola et al., ICLR 2025, section 5 and table 8; Sahoo et al., NeurIPS 2024).
+The weight is −α'/(1 − α) = p'/p, the factor of the NELBO (MDLM: Sahoo et al., NeurIPS 2024; BD3-LM: Arriola et al.,
+ICLR 2025, equation 8). All schedules begin at p(0) = 0 and end at p(1) = 1. The NELBO of a model is therefore the same
+under each: substitution turns the integral of p'/p · f(p) over t into the integral of f(p)/p over p. Schedules differ
+in the variance of the estimate alone. The expected square of a token's weighted mask is the integral of p'²/p over t.
+It is 4 for `square` and π²/4 + π/2 = 4.04 for `cosine`, and infinite for the others, because of t near 0 (BD3-LM,
+section 5 and table 8).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _Array = NDArray[np.float64]
 
 
 class Curve:
-    """A noise schedule: p(t) with p(0) = 0 and p(1) = 1, growing; registered with `@schedules.register("name")`.
+    """A noise schedule: p(t) that grows from p(0) = 0 to p(1) = 1; registered with `@schedules.register("name")`.
 
     clips: whether an interval [β, ω] of mask rates may narrow it to β + (ω − β) p(t).
     is_mirrored: whether p(1 − t) = 1 − p(t).
@@ -45,7 +47,7 @@ class Curve:
         raise NotImplementedError
 
     def slope(self, level: _Array) -> _Array:
-        """Return p' at noise levels t."""
+        """Return the derivative p'(t) at noise levels t."""
         raise NotImplementedError
 
     def level(self, rate: _Array) -> _Array:
@@ -53,7 +55,7 @@ class Curve:
         raise NotImplementedError
 
     def problem(self) -> str | None:
-        """Return what of it would make losses wrong without a sign, or None."""
+        """Return a contradiction between the three functions, which would make losses silently wrong, or None."""
         level, step = np.arange(1, 64) / 64, 1e-6
         ends = self.rate(np.array([0.0, 1.0]))
         if not np.allclose(ends, [0, 1]):
@@ -82,7 +84,7 @@ class Linear(Curve):
 @schedules.register("cosine")
 class Cosine(Curve):
     def rate(self, level: _Array) -> _Array:
-        # 1 − cos x, without its cancellation near 0.
+        # 1 − cos x = 2 sin²(x/2). The left side loses all its digits near x = 0, where 1/p is large.
         return 2 * np.sin(level * math.pi / 4) ** 2
 
     def slope(self, level: _Array) -> _Array:
@@ -130,22 +132,24 @@ class Log(Curve):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How noise levels become masks, and masks a loss.
+    """A noise schedule with its clipped interval and the weights of the loss.
 
-    name: of a curve in the registry `schedules`.
-    low, high: the clipped interval [β, ω] of mask rates, onto which a curve that allows it, such as `linear`, is mapped
-    affinely. A clipped loss is the part of the NELBO's integral over p in [β, ω] times 1 / (ω − β), and no bound: the
-    weight of `linear` stays 1/p. num_steps: T of the absorbing D3PM (Austin et al., NeurIPS 2021): t takes the
-    values 1/T … 1, and a masked token weighs T (p(t) − p(t − 1/T)) / p(t); its NELBO falls to the continuous one as T
-    grows. None: continuous time.
-    weights: `nelbo`, those above; `unit_when_heavy`: 1 for every masked token where β > 0.5, as the official code
-    trains (there 1/p is between 1 and 2; without it a block counts by its masks).
-    clip_masked_share: the number of masks of a block is drawn from the binomial distribution truncated to shares
-    inside [β, ω], then which tokens they are; where a block is too short for any such number the untruncated draw
-    stays. The weight remains that of the rate, and the mean share of masks is no longer exactly the rate.
+    Attributes:
+        name: of a curve in the registry `schedules`.
+        low, high: the clipped interval [β, ω] of mask rates. A curve with `clips`, such as `linear`, is mapped onto it
+            affinely. A clipped loss is the part of the NELBO's integral over p in [β, ω], divided by ω − β, and is no
+            bound; the weight of `linear` stays 1/p.
+        num_steps: T of the absorbing D3PM (Austin et al., NeurIPS 2021). The level t takes the values 1/T … 1, and a
+            masked token weighs T (p(t) − p(t − 1/T)) / p(t). The NELBO falls to that of continuous time as T grows.
+            None: continuous time.
+        weights: `nelbo`: the weights above. `unit_when_heavy`: 1 for every masked token where β > 0.5, as the official
+            BD3-LM code trains. There 1/p is between 1 and 2; with unit weights a block counts by its number of masks.
+        clip_masked_share: draw the number of masks of a block from the binomial distribution truncated to shares
+            inside [β, ω], then the masked tokens. A block too short for any such number keeps its untruncated draw.
+            The weight still uses the rate, so the mean share of masks is no longer exactly the rate.
 
-    ValueError: an unknown name, an interval outside 0 <= low <= high <= 1 or one that never masks, a clipped interval
-    of another schedule than linear in continuous time, or T < 1.
+    ValueError: an unknown name, an interval outside 0 <= low <= high <= 1 or with high = 0, which never masks, a
+    clipped interval where the curve does not allow one or with finite T, or T < 1.
     """
 
     name: str = "linear"
@@ -169,13 +173,13 @@ class Schedule:
         if clipped and not (clips and self.num_steps is None):
             kind = self.name if self.num_steps is None else f"finite-T {self.name}"
             raise ValueError(
-                f"mask rates [{self.low}, {self.high}] clip a schedule that allows it, such as linear, in continuous "
-                f"time, and this one is {kind}: leave the interval at 0 to 1"
+                f"mask rates [{self.low}, {self.high}] need a schedule that can be clipped, such as linear, in "
+                f"continuous time, and this one is {kind}: set the interval to 0 and 1, or take the linear schedule"
             )
 
     @property
     def is_mirrored(self) -> bool:
-        """Whether 1 − p is distributed as p is."""
+        """Say whether 1 − p has the distribution of p."""
         return self._curve.is_mirrored and self.num_steps is None and self.low + self.high == 1.0
 
     @property
@@ -184,7 +188,7 @@ class Schedule:
         return curve
 
     def mask_rate(self, noise_level: NDArray[np.float64]) -> NDArray[np.float32]:
-        """p(t) of levels in [0, 1); float32, because that is what the loss divides by and masks are drawn with."""
+        """Return p(t) for levels in [0, 1), in float32: masks are drawn with this number and the loss divides by it."""
         level = noise_level
         if self.num_steps is not None:
             level = (np.floor(level * self.num_steps) + 1) / self.num_steps
@@ -192,25 +196,28 @@ class Schedule:
         return np.clip(rate, self.low, self.high).astype(np.float32)
 
     def weight(self, mask_rate: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What the nll of a token masked at this rate is multiplied by; finite where the rate is above 0."""
+        """Return the factor of a token's nll where it is masked at this rate; finite where the rate is above 0."""
         if self.weights == "unit_when_heavy" and self.low > 0.5:
             return np.ones_like(mask_rate)
         rate, width = mask_rate.astype(np.float64), self.high - self.low
         curve = self._curve
-        with np.errstate(divide="ignore", invalid="ignore"):  # rate 0 masks nothing
+        # At rate 0 the weight is inf or nan, which is never used: nothing is masked there.
+        with np.errstate(divide="ignore", invalid="ignore"):
             if self.num_steps is not None:
+                # level · T is an integer, up to the rounding of the rate to float32; `round` removes that rounding.
                 before = curve.rate((np.round(curve.level(rate) * self.num_steps) - 1) / self.num_steps)
                 weight: NDArray[Any] = self.num_steps * (rate - before) / rate
             elif width:
-                # float32 rates may leave the interval by a rounding.
+                # A float32 rate may lie outside of the interval by its rounding.
                 share = rate if width == 1 else np.clip((rate - self.low) / width, 0, 1)
                 weight = curve.slope(curve.level(share)) / rate
-            else:  # of a single rate, whatever the curve
+            else:
+                # β = ω: the interval has no width to divide by, and every curve gives the same single rate.
                 weight = 1 / rate
         return weight.astype(np.float32)
 
     def admits(self, block_length: NDArray[np.int64], masks: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether so many masks of a block's tokens are a share inside [low, high]; rounding does not count."""
+        """Say whether so many masks of a block's tokens are a share inside [low, high], up to rounding."""
         slack = 1e-9
         inside = (masks >= self.low * block_length - slack) & (masks <= self.high * block_length + slack)
         return inside & (masks <= block_length)

@@ -192,7 +192,7 @@ def _evaluations(
             options: dict[str, Any] = {"objective": objective, "draws": draws, "padded": True, "progress": advance}
             held_out = evaluate_nelbo([model], batches, groups, **options)
             result = _evaluation(name, step, text, objective, held_out, unigram, num_bytes)
-            evaluations.append(replace(result, intervals=held_out.intervals().found) if intervals else result)
+            evaluations.append(replace(result, intervals=held_out.intervals().variances) if intervals else result)
     return evaluations
 
 

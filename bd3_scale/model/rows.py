@@ -67,8 +67,9 @@ class ModelInputs:
         noisy_pairs, clean_pairs: query-key pairs that the mask lets through, by kind of query, for one head.
         trained_tokens: of each sequence, on this rank's positions, how many are not shown.
         mask_noise: what is added to the embeddings of masked tokens.
-        kinds: which of the block sizes of a step each sequence has, on the host; None: all have the first.
-        row_kinds: int64 [M], the same of the sequence of each row of the head.
+        loss_groups: the number of each sequence's group, on the host; the loss is also reported by group, which is a
+            pair of block size and data source. None: all are in group 0.
+        row_loss_groups: int64 [M], the group of the sequence of each row of the head.
     """
 
     tokens: Tensor
@@ -82,8 +83,8 @@ class ModelInputs:
     clean_pairs: int
     trained_tokens: tuple[int, ...] = ()
     mask_noise: MaskNoise | None = None
-    kinds: tuple[int, ...] | None = None
-    row_kinds: Tensor | None = None
+    loss_groups: tuple[int, ...] | None = None
+    row_loss_groups: Tensor | None = None
     row_loss: RowLoss | None = None
 
     @property

@@ -1,4 +1,6 @@
-"""What a model is trained for: `base` has the type, `inputs` what objectives share, and every other file is one."""
+"""Define what a model is trained for: `base` has the abstract class, `inputs` shared code, and each other file is one
+objective.
+"""
 
 import importlib
 import pkgutil
@@ -22,5 +24,6 @@ __all__ = [
 ]
 
 for _file in pkgutil.iter_modules(__path__):
-    if _file.name not in ("base", "inputs"):  # which has PyTorch, that a launcher does without
+    # `inputs` imports PyTorch, which takes seconds; a launcher that only checks a recipe does without it.
+    if _file.name not in ("base", "inputs"):
         importlib.import_module(f"{__name__}.{_file.name}")

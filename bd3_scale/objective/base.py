@@ -1,8 +1,8 @@
-"""What a model is trained for: one type, and one file for each objective.
+"""Define the abstract class of objectives; each objective is one further file.
 
-An objective says what is drawn, how text is corrupted, what a row of the head loses, how a model is measured, and what
-may be done with it afterwards. A launcher reads these files for the rules of a recipe, so that PyTorch is imported
-where tensors are made.
+An objective decides which noise is drawn, how text is corrupted, the loss of a row of the output head, how a model is
+evaluated, and which formats it can be exported to. A launcher imports these files to check a recipe, so PyTorch is
+imported inside the functions that make tensors.
 
 Legend: B sequences, L data tokens a sequence, M rows of the head.
 """
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 
 Option = bool | int | float | str
-# Names of the formats that models which fill masks are exported to.
+# Export formats of models that fill masks.
 BLOCK_DIFFUSION_FORMATS = frozenset({"sdar", "sdar_moe", "llada2", "bd3"})
 
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """One draw of an evaluation, of which the losses of the head's rows times `weight` add up to the measured number.
+    """One draw of an evaluation. The evaluated number is the sum of the losses of the head's rows times `weight`.
 
     Attributes:
         inputs: what the model computes on this rank.
         sequence, position: int64 [M], which token of the batch each row of the head predicts.
         weight: float32 [B, L], on the host; 0 where nothing is predicted.
-        mask_rate: float32 [B, L], the rate that a token was masked with, which the search of the clipped interval
-            needs; None for an objective without masks.
+        mask_rate: float32 [B, L], the rate with which a token was masked, for the search of the clipped interval; None
+            for an objective without masks.
     """
 
     inputs: ModelInputs
@@ -52,13 +52,14 @@ class Draw:
 
 @dataclass(frozen=True)
 class StepKeys:
-    """What the noise of an optimiser step is drawn from, the same on every layout.
+    """The keys of the noise of an optimiser step; they are the same on every layout.
 
     Attributes:
-        step: finished steps before it.
+        step: number of optimiser steps finished before this one.
         seed: of the run.
-        global_batch_size: sequences of the step, over which levels may be stratified; None: of a batch that is alone.
-        intervals: the searched interval of mask rates of a block size, where there is one.
+        global_batch_size: sequences of the step, over which noise levels may be stratified; None: no stratification
+            over a global batch.
+        intervals: the interval of mask rates that the search found for a block size, where it was searched.
     """
 
     step: int
@@ -68,20 +69,20 @@ class StepKeys:
 
 
 class Objective(ABC):
-    """What a model is trained for; `objectives.register("name")` gives a class its name in recipes.
+    """A training objective; `objectives.register("name")` gives a class its name in recipes.
 
     Attributes:
-        fills_masks: a model of it fills the masks of a block: it writes text here, and has block sizes and intervals of
-            mask rates.
-        predicts_first: the first token of a document is predicted, too, and counts.
-        options: what `diffusion.objective_options` of a recipe may set for it, with defaults; `self.options` has the
+        fills_masks: whether a model of this objective fills the masks of a block. Only such a model can generate text
+            here, and only its objective has block sizes and intervals of mask rates.
+        predicts_first: whether the first token of a document is predicted, too, and counts in perplexity.
+        options: what `diffusion.objective_options` of a recipe may set, with the defaults; `self.options` has the
             values.
-        row_loss: what a row of the head loses in training; None: the negative log-likelihood of its target. Else a
+        row_loss: the training loss of a row of the head. None: the negative log-likelihood of its target. Otherwise a
             function of (nll, log_total), both float32 [M] in nats, that PyTorch can differentiate: the negative
-            log-likelihood, and the logarithm of the sum of the exponentials of all logits. Whatever splits the
-            vocabulary over ranks, the gradient of each logit follows from the two derivatives.
-        evaluation_loss: the same of an evaluation, whose sum is to be the likelihood or a bound of it: the negative
-            log-likelihood, whatever was trained, unless the objective knows another.
+            log-likelihood of the target, and the log-sum-exp of all logits. These two suffice however the vocabulary
+            is split over ranks: d loss / d logit_v = ∂/∂log_total · softmax_v + ∂/∂nll · (softmax_v − [v = target]).
+        evaluation_loss: the same for evaluations. Its sum must be the negative log-likelihood or an upper bound of it.
+            None: the negative log-likelihood, whatever the training loss is.
     """
 
     fills_masks: bool = True
@@ -96,12 +97,12 @@ class Objective(ABC):
 
     @classmethod
     def problems(cls, recipe: Recipe) -> Iterator[str]:
-        """Yield what in a recipe does not suit the objective, each with its values and what to change."""
+        """Yield a message for each value in a recipe that does not fit the objective: value, rule, way out."""
         for key, value in recipe.diffusion.objective_options.items():
             default = cls.options.get(key)
             if default is None:
                 known = f"it takes {', '.join(cls.options)}" if cls.options else "it takes none"
-                yield f"diffusion.objective_options.{key}: is no option of {recipe.diffusion.objective}: {known}"
+                yield f"diffusion.objective_options.{key}: is not an option of {recipe.diffusion.objective}: {known}"
             elif type(value) is not type(default) and (type(value), type(default)) != (int, float):
                 yield (
                     f"diffusion.objective_options.{key}: must be a value such as {default!r}, not {value!r} "
@@ -110,37 +111,41 @@ class Objective(ABC):
 
     @property
     def block_size(self) -> int:
-        """Return the tokens of a block."""
+        """Return the number of tokens of a block."""
         return self.diffusion.block_size
 
     def at(self, block_size: int) -> Self:
-        """Return the objective with another block size, which evaluations may take."""
+        """Return the same objective with another block size, for evaluations."""
         return type(self)(self.diffusion.model_copy(update={"block_size": block_size}), self.vocabulary)
 
     @property
     @abstractmethod
     def is_exact(self) -> bool:
-        """Say whether an evaluation gives the likelihood, and no bound of it."""
+        """Say whether an evaluation gives the likelihood itself, not a bound of it."""
 
     def num_draws(self, draws: int) -> int:
-        """Return how many draws an evaluation takes that was asked for `draws`; 1 where all of them would be equal."""
+        """Return the number of draws that an evaluation uses when `draws` are requested; 1 where all would be equal."""
         return draws
 
     @abstractmethod
     def training_inputs(self, batch: Batch, keys: StepKeys, place: Placement) -> ModelInputs:
-        """Return what the model computes on a micro-batch of a step, at `place`: training asks for it on the host,
-        while a GPU computes the step before, and sends it there.
+        """Return the model's inputs for a micro-batch of a step, on the device of `place`.
+
+        Training asks for tensors on the host while the GPU computes the step before, and copies them later.
         """
 
     @abstractmethod
     def evaluation_draws(self, batch: Batch, draws: int, *, always: Tensor, place: Placement) -> list[Draw]:
-        """Return `num_draws(draws)` draws of the noise of a batch, keyed by its sequences' ids and no run's seed.
+        """Return `num_draws(draws)` draws of the noise of a batch.
 
-        always: bool [B, L], tokens that are never shown to the model and do not count, such as a document's padding.
+        The noise is keyed by the ids of the sequences and not by the run's seed: runs with different seeds are
+        compared under the same masks.
+
+        always: bool [B, L], tokens that are always masked and do not count, such as a document's padding.
         """
 
     def counting(self, batch: Batch) -> Batch:
-        """Return the batch with those tokens counted that a model of this objective predicts."""
+        """Return the batch with `counted` limited to the tokens that a model of this objective predicts."""
         if self.predicts_first:
             return batch
         import torch
@@ -149,13 +154,16 @@ class Objective(ABC):
 
     @classmethod
     def export_obstacle(cls, format_name: str) -> str | None:
-        """Return why a model cannot be exported to a format, None where it can; rules of its shape aside."""
+        """Return why a model of this objective cannot be exported to a format, or None where it can.
+
+        Rules about the shape of a model are in `convert`.
+        """
         if format_name in BLOCK_DIFFUSION_FORMATS:
             return None
         return "a block diffusion model reads a [MASK] row at the position it predicts, at block_size 1 as well"
 
 
 def objective_of(diffusion: DiffusionRecipe, vocabulary: Vocabulary) -> Objective:
-    """Return what `diffusion.objective` names. ValueError: no objective has that name."""
+    """Return the objective that `diffusion.objective` names. ValueError: no objective has that name."""
     make: Callable[[DiffusionRecipe, Vocabulary], Objective] = objectives.get(diffusion.objective)
     return make(diffusion, vocabulary)

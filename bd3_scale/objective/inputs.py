@@ -1,8 +1,9 @@
-"""From a batch of clean sequences to what a rank's model takes.
+"""Make a rank's model inputs from a batch of clean sequences.
 
-Everything is computed on the host, with the data: the device never waits to learn how many rows are masked.
+Everything is computed on the host, beside the data. The number of masked rows differs from batch to batch; computed on
+a GPU it would have to be copied back, and the host would wait for the GPU at every micro-batch.
 
-Legend: B sequences, L data tokens a sequence, C noisy copies, R positions of this context-parallel rank.
+Legend: B sequences, L data tokens a sequence, M rows of the head, C context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bd3_scale.diffusion.nelbo import loss_weight
 from bd3_scale.diffusion.noise import Noise, draw_embedding_noise
 from bd3_scale.model.rows import NOISE_ROWS, MaskNoise, ModelInputs, RowLoss
 
-# Rank and number of the ranks that split the positions of a sequence.
+# Rank and number of the context-parallel ranks, which split the positions of a sequence.
 Context = tuple[int, int]
 
 
@@ -33,12 +34,16 @@ def corrupt(
     row_loss: RowLoss | None = None,
     spans: Tensor | None = None,
 ) -> ModelInputs:
-    """Return noisy copies of this rank's positions beside the clean tokens; the loss is the mean over the copies.
+    """Return the inputs of the two-stream forward: the noisy copies of this rank's positions, then the clean tokens.
 
-    block_size: of all sequences, or int64 [B] of each. Where one block is the whole sequence no row would see a clean
-    one, and there are none; sequences of several block sizes always have them. spans: of these blocks, where they are
-    made already.
-    ValueError: documents whose blocks the ranks' ranges would cut.
+    This is the vectorised training of BD3-LM (Arriola et al., ICLR 2025, section 3.2): one forward gives the loss of
+    every block, each conditioned on the clean blocks before it. The loss is the mean over the noisy copies.
+
+    block_size: of all sequences, or int64 [B] of each. Where one block is the whole sequence (MDLM), no noisy row
+    sees a clean one, and the clean rows are left out. With several block sizes they are always there, since
+    the sequences with smaller blocks see them.
+    spans: of these blocks, if they are made already.
+    ValueError: a context-parallel rank's range of positions would cut a block.
     """
     seq_len = batch.tokens.shape[1]
     clean_stream = isinstance(block_size, Tensor) or block_size < seq_len
@@ -65,8 +70,9 @@ def corrupt(
 def next_tokens(
     batch: Batch, *, device: torch.device, context: Context = (0, 1), row_loss: RowLoss | None = None
 ) -> ModelInputs:
-    """Return clean rows alone, each of which sees those before it and predicts the next token of its document, unless
-    that is shown: AR.
+    """Return the inputs of next-token prediction: clean rows with causal attention, and no noisy rows.
+
+    Each row predicts the next token of its document, unless that token is shown.
     """
     seq_len = batch.tokens.shape[1]
     positions = rank_positions(seq_len, context)
@@ -87,15 +93,15 @@ def next_tokens(
     )
 
 
-def next_token_places(batch: Batch, context: Context = (0, 1)) -> tuple[Tensor, Tensor]:
-    """Return sequence and position [M] of the token that each row of the head predicts in what `next_tokens` makes."""
+def next_token_positions(batch: Batch, context: Context = (0, 1)) -> tuple[Tensor, Tensor]:
+    """Return sequence and position [M] of the token that each row of the head predicts, for inputs of `next_tokens`."""
     positions = rank_positions(batch.tokens.shape[1], context)
     sequence, row = _has_next(batch)[:, positions].nonzero().T
     return sequence, positions[row] + 1
 
 
 def _has_next(batch: Batch) -> Tensor:
-    """Return bool [B, L]: the next token belongs to the same document, and is not shown."""
+    """Return bool [B, L]: whether the next token belongs to the same document and is not shown."""
     within = (batch.document_start.roll(-1, 1) == batch.document_start) & ~batch.shown.roll(-1, 1)
     within[:, -1] = False
     return within
@@ -104,22 +110,22 @@ def _has_next(batch: Batch) -> Tensor:
 def mask_noise(
     batch: Batch, std: float, *, copies: int, seed: int, device: torch.device, context: Context = (0, 1)
 ) -> MaskNoise:
-    """Return noise on the mask embeddings of `copies` noisy copies of this rank's positions."""
+    """Return the noise to add to the mask embeddings of this rank's positions, in each of `copies` noisy copies."""
     seq_len = batch.tokens.shape[1]
     rows = draw_embedding_noise(seq_len=seq_len, seed=seed, copies=copies, rows=NOISE_ROWS, **batch.noise_keys)
     rows = torch.cat(list(rows[:, :, rank_positions(seq_len, context)]), 1)
     return MaskNoise(rows, std).to(device)
 
 
-def masked_places(noise: Noise, context: Context) -> tuple[Tensor, Tensor]:
-    """Return sequence and position [M] of each row of the head in what `corrupt` makes of one noise."""
+def masked_positions(noise: Noise, context: Context) -> tuple[Tensor, Tensor]:
+    """Return sequence and position [M] of each row of the head, for inputs that `corrupt` makes of one noise."""
     positions = rank_positions(noise.masked.shape[1], context)
     sequence, row = noise.masked[:, positions].nonzero().T
     return sequence, positions[row]
 
 
 def rank_positions(seq_len: int, context: Context) -> Tensor:
-    """Return the places in a sequence, int64 [L/C], that a context-parallel rank has; in the order of its rows."""
+    """Return the positions of a context-parallel rank in a sequence, int64 [L/C], in the order of its rows."""
     return torch.cat([torch.arange(start, end) for start, end in zigzag_ranges(seq_len, *context)])
 
 
@@ -136,16 +142,17 @@ def _inputs(
     context: Context,
     device: torch.device,
 ) -> ModelInputs:
-    places = rank_positions(spans.shape[2], context)
-    has_clean = tokens.shape[1] // len(places) > num_noisy
-    noisy_pairs = count_pairs(spans[:, :, places], num_noisy=num_noisy, clean_queries=False)
-    clean_pairs = count_pairs(spans[:, :, places], num_noisy=0, clean_queries=True) if has_clean else 0
+    rank_rows = rank_positions(spans.shape[2], context)
+    has_clean = tokens.shape[1] // len(rank_rows) > num_noisy
+    noisy_pairs = count_pairs(spans[:, :, rank_rows], num_noisy=num_noisy, clean_queries=False)
+    clean_pairs = count_pairs(spans[:, :, rank_rows], num_noisy=0, clean_queries=True) if has_clean else 0
     if context[1] > 1:
-        # Without a clean stream the noisy keys of all ranks are gathered.
+        # With a clean stream only clean keys are gathered from other ranks: a noisy key is seen by its own block alone,
+        # and a block lies inside one rank's range. Without it (MDLM) the noisy keys of all ranks are gathered.
         spans = take_ranges(spans, zigzag_ranges(spans.shape[2], *context), own_keys=has_clean)
-    made = ModelInputs(
+    inputs = ModelInputs(
         tokens=tokens,
-        positions=batch.positions[:, places],
+        positions=batch.positions[:, rank_rows],
         spans=spans,
         num_noisy=num_noisy,
         head_rows=head_rows,
@@ -154,6 +161,6 @@ def _inputs(
         row_loss=row_loss,
         noisy_pairs=noisy_pairs,
         clean_pairs=clean_pairs,
-        trained_tokens=tuple((~batch.shown[:, places]).sum(1).tolist()),
+        trained_tokens=tuple((~batch.shown[:, rank_rows]).sum(1).tolist()),
     )
-    return made.to(device)
+    return inputs.to(device)

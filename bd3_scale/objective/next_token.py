@@ -1,4 +1,4 @@
-"""Next-token prediction: the autoregressive baseline, in which no row is masked."""
+"""Train next-token prediction: the autoregressive baseline, in which no row is masked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @objectives.register("next_token")
 class NextToken(Objective):
-    """Clean rows see those before them, and each predicts the next token of its document: exact, left to right."""
+    """The exact likelihood, left to right: each clean row sees the rows before it and predicts the next token."""
 
     fills_masks = False
     predicts_first = False
@@ -28,9 +28,9 @@ class NextToken(Objective):
         yield from super().problems(recipe)
         diffusion = recipe.diffusion
         fields = type(diffusion).model_fields
-        # mask_noise_steps alone is told with mask_noise_std, which it needs.
-        without = fields.keys() - {"objective", "objective_options", "block_size", "mask_noise_steps"}
-        changed = [key for key in fields if key in without and getattr(diffusion, key) != fields[key].default]
+        # mask_noise_steps needs mask_noise_std, so naming the latter is enough.
+        unused = fields.keys() - {"objective", "objective_options", "block_size", "mask_noise_steps"}
+        changed = [key for key in fields if key in unused and getattr(diffusion, key) != fields[key].default]
         if changed or diffusion.block_size != 1:
             yield (
                 f"diffusion.objective={diffusion.objective} masks nothing: set diffusion.block_size=1, and leave "
@@ -52,10 +52,10 @@ class NextToken(Objective):
     def evaluation_draws(self, batch: Batch, draws: int, *, always: Tensor, place: Placement) -> list[Draw]:
         import torch
 
-        from bd3_scale.objective.inputs import next_token_places, next_tokens
+        from bd3_scale.objective.inputs import next_token_positions, next_tokens
 
         inputs = next_tokens(batch, row_loss=self.evaluation_loss, device=place.device, context=place.context)
-        return [Draw(inputs, *next_token_places(batch, place.context), weight=torch.ones(batch.tokens.shape))]
+        return [Draw(inputs, *next_token_positions(batch, place.context), weight=torch.ones(batch.tokens.shape))]
 
     @classmethod
     def export_obstacle(cls, format_name: str) -> str | None:

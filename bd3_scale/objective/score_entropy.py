@@ -1,4 +1,4 @@
-"""Score entropy: SEDD's loss in place of the cross-entropy (Lou et al., ICML 2024)."""
+"""Train with score entropy, the loss of SEDD, in place of the cross-entropy (Lou et al., ICML 2024)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ if TYPE_CHECKING:
 
 @objectives.register("score_entropy")
 class ScoreEntropy(BlockDiffusion):
-    """Block diffusion whose rows give scores that need not sum to 1, and are least at the probabilities."""
+    """Block diffusion whose rows give scores that need not sum to 1; the loss is least at the true probabilities."""
 
     @property
     def is_exact(self) -> bool:
         return False
 
     def row_loss(self, nll_M: Tensor, log_total_M: Tensor) -> Tensor:
-        """Return Σ u − 1 − log u of the target, for scores u (Lou et al., 2024, definition 3.1, absorbing noise).
+        """Return Σ_v u_v − 1 − log u_target for scores u (Lou et al., 2024, definition 3.1, absorbing noise).
 
-        A score is the exponential of its logit over the number of clean tokens, so that all are about 1 / that at
-        first. With the weights of block diffusion it bounds the negative log-likelihood, as the cross-entropy does.
+        The score of a token is exp(logit) / n, where n is the number of clean tokens. An untrained model has logits
+        near 0, so its scores begin near the uniform probabilities 1 / n. With the weights of block diffusion the loss
+        bounds the negative log-likelihood, as the cross-entropy does.
         """
+        # nll = log_total − logit. With s = log_total − log n: −log u_target = nll − s and Σ u = exp(s).
         log_sum = log_total_M - math.log(self.vocabulary.size - 1)
         return nll_M + (log_sum.expm1() - log_sum)
 

@@ -40,32 +40,39 @@ WHOLE_BELOW = 100_000
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: the global loss of the step, in nats a token; `kinds`: of the sequences of each kind the sum of their
-    losses and how many tokens they are; `grad_norm`: the global gradient norm before clipping; `lr`: the learning
-    rate; `flops`: what the step needed, over all ranks (see `model_flops`); `applied`: false where a gradient of any
-    rank was not finite, so that on all ranks weights and optimiser are what they were before; `routed`: how many rows
-    each layer with a mixture sent to each expert, int64 [layers, 2, experts] of noisy and of clean rows, on the host.
+    """The result of an optimiser step, equal on all ranks.
+
+    Attributes:
+        loss: the global loss of the step, in nats a token.
+        groups: for each loss group of sequences (block size and source) the sum of the losses and the number of tokens.
+        grad_norm: the global gradient norm before clipping.
+        lr: the learning rate.
+        flops: the FLOPs that the step needed, over all ranks (see `model_flops`).
+        applied: false where a gradient of any rank was not finite; then weights and optimiser are unchanged everywhere.
+        routed: the number of rows that each layer with experts sent to each expert, int64 [layers, 2, experts] of
+            noisy and of clean rows, on the host.
     """
 
     loss: float
-    kinds: tuple[tuple[float, float], ...]
+    groups: tuple[tuple[float, float], ...]
     grad_norm: float
     lr: float
     flops: float
     applied: bool = True
     routed: Tensor | None = None
 
-    def loss_of(self, kinds: Iterable[int]) -> float | None:
-        """Return the loss in nats a token of some kinds of sequences; None: there were none."""
-        losses, tokens = zip(*(self.kinds[kind] for kind in kinds), strict=True)
+    def loss_of(self, groups: Iterable[int]) -> float | None:
+        """Return the loss in nats a token over some groups of sequences; None: they had no token in this step."""
+        losses, tokens = zip(*(self.groups[group] for group in groups), strict=True)
         return sum(losses) / sum(tokens) if sum(tokens) else None
 
 
 class TrainingEngine:
-    """A rank's pipeline chunks with their ZeRO optimiser, and in `layouts` where their parameters lie in the model.
+    """A rank's pipeline chunks with their ZeRO optimiser; `layouts` says where their parameters lie in the model.
 
-    The loss is divided once by the global batch's number of trained data tokens (DESIGN §4.3), so that uneven numbers
-    of masked tokens bias nothing.
+    The loss is divided once, by the number of trained data tokens of the global batch, which is known before the
+    forward. Dividing by the number of masked tokens of a rank or a micro-batch would weigh tokens unequally, because
+    these numbers differ, and would bias the gradient.
     """
 
     def __init__(
@@ -133,40 +140,44 @@ class TrainingEngine:
         *,
         tokens: int,
         lr: float,
-        kinds: int = 1,
+        num_groups: int = 1,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one update with learning rate `lr`.
+        """Run forward and backward over this rank's micro-batches, then one update with learning rate `lr`.
 
-        `tokens` is the number of data tokens of the global batch that are trained on, over all ranks; `kinds` that of
-        its block sizes and sources; `meanwhile` is work of the host for the time that a GPU computes gradients.
+        `tokens` is the number of data tokens of the global batch that are trained on, over all ranks. `num_groups` is
+        the number of loss groups, pairs of block size and source. `meanwhile` is work that the host does while a GPU
+        computes gradients.
         """
-        losses = self.gradients(micro_batches, tokens=tokens, kinds=kinds)
-        # Kernels are launched and nobody has waited for one: `update` does, to learn whether a gradient is not finite.
+        losses = self.gradients(micro_batches, tokens=tokens, num_groups=num_groups)
+        # So far kernels are only launched. `update` is the first to wait: it reads whether all gradients are finite.
         meanwhile()
-        mine = torch.tensor([*_tokens_by_kind(micro_batches, kinds), self.flops(micro_batches)], dtype=losses.dtype)
-        # What a stage has a part of, and what every stage has.
+        mine = torch.tensor(
+            [*_tokens_by_group(micro_batches, num_groups), self.flops(micro_batches)], dtype=losses.dtype
+        )
+        # Losses and routing counts lie on single pipeline stages and are summed over them; `mine` is on every stage.
         totals = torch.cat([losses, *self._balance.counts(micro_batches[0].num_noisy), to_device(mine, losses.device)])
         of_stages = totals[: len(totals) - len(mine)]
-        # Before the update: a group's messages come one after the other, so that these would wait behind all weights,
-        # and the host for these, which left no weight to arrive beside the next forward.
+        # These go before the update, because a group's collectives run in order. After it they would wait for all
+        # gathers of updated weights, and so would the host, and no gather could overlap with the next forward.
         for tensor, group in ((totals, self.groups.dp_cp), (of_stages, self.groups.pp)):
-            # A group of one rank would answer as slowly as one of two.
+            # An all-reduce of one rank changes nothing and costs a launch all the same.
             if group.size() > 1:
                 dist.all_reduce(tensor, group=group)
         grad_norm, applied = self.update(lr)
         if applied:
-            self._balance.move(of_stages[kinds:])
-        losses = totals[:kinds]
-        # The host waits for the device once.
-        *told, flops, loss, norm = torch.cat([totals, losses.sum()[None], grad_norm[None]]).tolist()
-        by_kind = tuple(zip(told[:kinds], told[-kinds:], strict=True))
-        routed = self._balance.by_layer(told[kinds:-kinds])
-        return StepResult(loss / tokens, by_kind, norm, lr, flops, applied, routed)
+            self._balance.move(of_stages[num_groups:])
+        losses = totals[:num_groups]
+        # One copy to the host for all numbers: every `tolist` waits for the device.
+        *values, flops, loss, norm = torch.cat([totals, losses.sum()[None], grad_norm[None]]).tolist()
+        by_group = tuple(zip(values[:num_groups], values[-num_groups:], strict=True))
+        routed = self._balance.by_layer(values[num_groups:-num_groups])
+        return StepResult(loss / tokens, by_group, norm, lr, flops, applied, routed)
 
-    def gradients(self, micro_batches: Sequence[ModelInputs], *, tokens: int, kinds: int = 1) -> Tensor:
-        """Forward and backward of all micro-batches, and ZeRO's reduction; returns this rank's loss sum of each kind of
-        sequence, float64 [kinds].
+    def gradients(self, micro_batches: Sequence[ModelInputs], *, tokens: int, num_groups: int = 1) -> Tensor:
+        """Run forward and backward of all micro-batches and ZeRO's reduction.
+
+        Returns this rank's sum of losses for each loss group of sequences, float64 [num_groups].
         """
         self._engine.train()
         if self._sums is None:
@@ -178,7 +189,7 @@ class TrainingEngine:
         sequences = sum(len(inputs.tokens) for inputs in micro_batches) * self.groups.dp.size()
         self._balance.begin_step(scale * tokens / sequences)
         with collecting:
-            losses = forward_backward(self._chunks, micro_batches, self.groups, scale, kinds=kinds)
+            losses = forward_backward(self._chunks, micro_batches, self.groups, scale, num_groups=num_groups)
             _all_reduce_gradients(self._partial_over_tp(), self.groups.tp)
             _all_reduce_gradients(self._tied(), self.groups.embd)
         if self._flat is not None and self._sums is not None:
@@ -251,13 +262,13 @@ def open_engine(
     return TrainingEngine(chunks, groups, recipe.optimizer, recipe.parallel)
 
 
-def _tokens_by_kind(micro_batches: Sequence[ModelInputs], kinds: int) -> list[int]:
-    """Tokens of this rank's positions that are trained on, by the kind of their sequence."""
-    counts = [0] * kinds
+def _tokens_by_group(micro_batches: Sequence[ModelInputs], num_groups: int) -> list[int]:
+    """Count the tokens of this rank's positions that are trained on, by the loss group of their sequence."""
+    counts = [0] * num_groups
     for inputs in micro_batches:
-        found = inputs.trained_tokens
-        for kind, count in zip(inputs.kinds or [0] * len(found), found, strict=True):
-            counts[kind] += count
+        trained = inputs.trained_tokens
+        for group, count in zip(inputs.loss_groups or [0] * len(trained), trained, strict=True):
+            counts[group] += count
     return counts
 
 

@@ -20,28 +20,31 @@ from bd3_scale.parallel.groups import ProcessGroups
 
 
 def forward_backward(
-    chunks: Chunks, micro_batches: Sequence[ModelInputs], groups: ProcessGroups, scale: float, *, kinds: int = 1
+    chunks: Chunks, micro_batches: Sequence[ModelInputs], groups: ProcessGroups, scale: float, *, num_groups: int = 1
 ) -> Tensor:
-    """Gradients of the sum of all micro-batches' losses, times `scale`, in the weights' `grad`.
+    """Add to each weight's `grad` the gradient of `scale` times the sum of all micro-batches' losses.
 
-    Returns that sum without `scale`, by the `kinds` of sequences, float64 [kinds]: this rank's part, and zero but on
-    the last stage.
+    Returns the sum without `scale` for each loss group of sequences, float64 [num_groups]: this rank's part; zeros on
+    every stage but the last.
     """
-    # megatron divides by the number of micro-batches and multiplies by the context-parallel ranks, in place.
+    # megatron's schedule divides each loss by the number of micro-batches and multiplies it by the number of
+    # context-parallel ranks (`forward_step_calc_loss`); this undoes both.
     scale = scale * len(micro_batches) / groups.cp.size()
 
     def result(inputs: ModelInputs, total: Tensor, nll: Tensor) -> tuple[Tensor, Tensor]:
-        # megatron scales the loss in place.
-        return total * scale, _by_kind(inputs, total.detach().double().clone(), nll, kinds)
+        # The clone is needed: megatron scales the loss in place, and the reported number would change with it.
+        return total * scale, _by_group(inputs, total.detach().double().clone(), nll, num_groups)
 
     losses = _run(chunks, micro_batches, groups, result)
-    return torch.stack(losses).sum(0) if losses else torch.zeros(kinds, dtype=torch.float64, device=_device(chunks))
+    return (
+        torch.stack(losses).sum(0) if losses else torch.zeros(num_groups, dtype=torch.float64, device=_device(chunks))
+    )
 
 
-def _by_kind(inputs: ModelInputs, total: Tensor, nll: Tensor, kinds: int) -> Tensor:
-    if inputs.row_kinds is None:
-        return torch.cat([total[None], total.new_zeros(kinds - 1)])
-    return total.new_zeros(kinds).index_add_(0, inputs.row_kinds, (nll * inputs.weights).double())
+def _by_group(inputs: ModelInputs, total: Tensor, nll: Tensor, num_groups: int) -> Tensor:
+    if inputs.row_loss_groups is None:
+        return torch.cat([total[None], total.new_zeros(num_groups - 1)])
+    return total.new_zeros(num_groups).index_add_(0, inputs.row_loss_groups, (nll * inputs.weights).double())
 
 
 @torch.no_grad()

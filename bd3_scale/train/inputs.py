@@ -36,10 +36,11 @@ def step_inputs(
 
 
 def _by_source(inputs: ModelInputs, batch: Batch, source_keys: Tensor) -> ModelInputs:
-    """Return the inputs with the kinds of their sequences divided by source."""
+    """Return the inputs with their loss groups divided by source: group = block size index · sources + source."""
     sources = (batch.source_keys[:, None] == source_keys).int().argmax(1)
-    kinds = torch.tensor(inputs.kinds or [0] * len(sources)) * len(source_keys) + sources
-    return replace(inputs, kinds=tuple(kinds.tolist()), row_kinds=kinds[inputs.head_rows % len(kinds)])
+    loss_groups = torch.tensor(inputs.loss_groups or [0] * len(sources)) * len(source_keys) + sources
+    row_groups = loss_groups[inputs.head_rows % len(loss_groups)]
+    return replace(inputs, loss_groups=tuple(loss_groups.tolist()), row_loss_groups=row_groups)
 
 
 def waited_for(batches: Iterator[Batch], heartbeat: Heartbeat, stop: StopRequest | None = None) -> Iterator[Batch]:

@@ -126,15 +126,16 @@ class Report:
         sizes, sources = self._recipe.diffusion.block_sizes_at(step - 1), list(self._recipe.data.by_source)
         found: dict[str, float | None] = {}
         if len(self._recipe.diffusion.block_sizes) > 1:
-            kinds_of = (range(i * len(sources), (i + 1) * len(sources)) for i in range(len(sizes)))
+            groups_of = (range(i * len(sources), (i + 1) * len(sources)) for i in range(len(sizes)))
             found |= {
-                f"train/loss_block_{size}": result.loss_of(kinds) for size, kinds in zip(sizes, kinds_of, strict=True)
+                f"train/loss_block_{size}": result.loss_of(groups)
+                for size, groups in zip(sizes, groups_of, strict=True)
             }
         if len(sources) > 1:
-            kinds_of = (range(i, len(sources) * len(sizes), len(sources)) for i in range(len(sources)))
+            groups_of = (range(i, len(sources) * len(sizes), len(sources)) for i in range(len(sources)))
             found |= {
-                f"train/loss_source_{name}": result.loss_of(kinds)
-                for name, kinds in zip(sources, kinds_of, strict=True)
+                f"train/loss_source_{name}": result.loss_of(groups)
+                for name, groups in zip(sources, groups_of, strict=True)
             }
         return {name: loss for name, loss in found.items() if loss is not None}
 
@@ -150,9 +151,9 @@ class Report:
         more |= {f"eval/nelbo_source_{name}": its.nelbo for name, its in evaluation.by_source.items()}
         for search in searches:
             low, high = intervals[search.block_size]
-            told = (i.variance for i in search.found if (i.low, i.high) == (low, high))
+            told = (i.variance for i in search.variances if (i.low, i.high) == (low, high))
             values = {"mask_rate_low": low, "mask_rate_high": high, "loss_variance": next(told, math.nan)}
-            values |= {"loss_variance_unclipped": search.found[0].variance}
+            values |= {"loss_variance_unclipped": search.variances[0].variance}
             more |= {f"interval/{key}_block_{search.block_size}": value for key, value in values.items()}
         self._metrics.write(
             step,

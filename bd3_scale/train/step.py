@@ -45,7 +45,7 @@ def train_on(
         micro_batches,
         tokens=tokens,
         lr=learning_rate(step - 1, recipe.train.steps, recipe.optimizer),
-        kinds=len(recipe.diffusion.block_sizes_at(step - 1)) * len(recipe.data.by_source),
+        num_groups=len(recipe.diffusion.block_sizes_at(step - 1)) * len(recipe.data.by_source),
         meanwhile=meanwhile,
     )
 

@@ -54,7 +54,7 @@ def altered(row: int, position: int, value: int, spans: Tensor = SPANS) -> Tenso
         ({"scale": 0.0}, "scale is 0.0"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"scale": float("inf")}, "scale is inf"),
-        ({"backend": "fast"}, "neither 'auto' nor the name of one: .*'fast': known are reference, cpu, triton, flex"),
+        ({"backend": "fast"}, "neither 'auto' nor a known name: .*'fast': known are reference, cpu, triton, flex"),
     ],
 )
 def test_misfits_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -121,7 +121,7 @@ def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> N
     ("backend", "device", "message"),
     [
         ("cpu", "meta", "'cpu' cannot run: it takes tensors on CPU, not on meta"),
-        ("triton", "cpu", "'triton' cannot run: Triton kernels need a CUDA device|triton is not installed"),
+        ("triton", "cpu", "'triton' cannot run: Triton kernels need a CUDA device|Triton is not installed"),
         ("flex", "cpu", "'flex' cannot run: .* on CUDA"),
     ],
 )

@@ -69,7 +69,7 @@ def test_variances_and_the_best_interval_of_a_toy_model(toy):
     nll_of_count, best = TOYS[toy]
     search = search_intervals(block_moments(*draws_of(nll_of_count, 2000), BLOCK), BLOCK)
     truth = {interval: true_variance(nll_of_count, *interval) for interval in candidates(BLOCK)}
-    away = [interval for interval in search.found if interval.low >= 0.05]
+    away = [interval for interval in search.variances if interval.low >= 0.05]
     assert len(away) > 20
     for interval in away:
         error = abs(interval.variance - truth[interval.low, interval.high])
@@ -83,7 +83,7 @@ def test_the_estimate_is_that_of_all_pairs_of_other_sequences():
     nll, rates = draws_of(lambda k: k**2 + 1, 17)
     nll *= torch.rand(nll.shape, generator=torch.Generator().manual_seed(0)) + torch.arange(17)[None, :, None]
     search = search_intervals(block_moments(nll, rates, BLOCK), BLOCK)
-    for interval in search.found[::6]:
+    for interval in search.variances[::6]:
         values = [
             (s, float(nll[d, s, k] / (rates[d, s, k] * BLOCK)))
             for d in range(2)
@@ -98,7 +98,7 @@ def test_the_estimate_is_that_of_all_pairs_of_other_sequences():
 
 def test_standard_errors_are_the_spread_over_fresh_draws():
     found = [
-        search_intervals(block_moments(*draws_of(lambda k: k**2, 60, seed=seed), BLOCK), BLOCK).found
+        search_intervals(block_moments(*draws_of(lambda k: k**2, 60, seed=seed), BLOCK), BLOCK).variances
         for seed in range(150)
     ]
     at = candidates(BLOCK).index((0.3, 0.8))
@@ -110,7 +110,7 @@ def test_standard_errors_are_the_spread_over_fresh_draws():
 def test_block_size_one_is_exact_and_wants_every_token_masked():
     nll = torch.rand(1, 500, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
     search = search_intervals(block_moments(nll, torch.ones_like(nll), 1), 1)
-    found = {(i.low, i.high): i.variance for i in search.found}
+    found = {(i.low, i.high): i.variance for i in search.variances}
     assert found[1.0, 1.0] == pytest.approx(nll.var().item(), rel=1e-2)
     assert found[0.5, 1.0] == pytest.approx(
         found[1.0, 1.0] + nll.square().mean().item() * (2 * math.log(2) - 1), rel=1e-9
@@ -149,7 +149,7 @@ def test_an_interval_that_the_text_cannot_tell_is_no_candidate_and_stays():
     generator = torch.Generator().manual_seed(1)
     rates = 0.5 + 0.5 * torch.rand(1, 64, 1, generator=generator)
     search = search_intervals(block_moments(rates * 3, rates, 4), 4)
-    told = {(interval.low, interval.high) for interval in search.found}
+    told = {(interval.low, interval.high) for interval in search.variances}
     assert (0.0, 0.5) not in told
     assert {(0.0, 1.0), (0.5, 1.0)} < told
     assert search.follow((0.0, 0.5)) == (0.0, 0.5)
@@ -164,7 +164,7 @@ def test_text_that_tells_nothing_moves_nothing():
         search = search_intervals(
             block_moments(rates * (1 + torch.rand(16, 1, generator=generator)), rates, 1 << 9), 1 << 9
         )
-        at = next((i for i, found in enumerate(search.found) if (found.low, found.high) == (0.5, 1.0)), None)
+        at = next((i for i, found in enumerate(search.variances) if (found.low, found.high) == (0.5, 1.0)), None)
         if at is not None and not (search._folds[at] > 0).all():
             undecided += 1
             assert search.follow((0.5, 1.0)) == (0.5, 1.0)
@@ -183,4 +183,4 @@ def test_blocks_without_text_are_as_if_they_were_not_there(block_size):
             nll[:, sequence][:, row][:, None], rates[:, sequence][:, row][:, None], block_size
         )[:, 0]
     torch.testing.assert_close(some, alone)
-    assert not search_intervals(some, block_size).found[0].variance < 0
+    assert not search_intervals(some, block_size).variances[0].variance < 0

@@ -245,7 +245,7 @@ def test_copies_are_complementary_only_under_a_mirrored_schedule():
         ({"high": 0.0}, "high > 0"),
         ({"low": math.nan}, "0 <= low <= high <= 1"),
         ({"num_steps": 0}, "T is 0"),
-        ({"name": "cosine", "low": 0.3}, "clip a schedule that allows it.*cosine"),
+        ({"name": "cosine", "low": 0.3}, "need a schedule that can be clipped.*cosine"),
         ({"num_steps": 4, "high": 0.9}, "finite-T linear"),
     ],
 )

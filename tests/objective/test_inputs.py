@@ -13,7 +13,7 @@ from bd3_scale.attention.spans import make_spans
 from bd3_scale.data.batch import Batch
 from bd3_scale.diffusion.noise import Noise
 from bd3_scale.model.rows import ModelInputs
-from bd3_scale.objective.inputs import corrupt, masked_places, next_tokens
+from bd3_scale.objective.inputs import corrupt, masked_positions, next_tokens
 
 MASK_ID, LENGTH, BLOCK = 99, 32, 2
 CPU = torch.device("cpu")
@@ -165,12 +165,12 @@ def test_each_token_predicts_the_next_one_of_its_document(size: int, sequences: 
 @pytest.mark.parametrize("size", CONTEXTS)
 @given(st.integers(1, 3), st.integers(0, 9))
 @settings(max_examples=15)
-def test_masked_places_follow_the_rows_of_the_head(size: int, sequences: int, seed: int) -> None:
+def test_masked_positions_follow_the_rows_of_the_head(size: int, sequences: int, seed: int) -> None:
     batch = batch_of([set()] * sequences)
     noise = noise_of(batch, seed)
     for rank in range(size):
         inputs = corrupt(batch, [noise], BLOCK, mask_id=MASK_ID, device=CPU, context=(rank, size))
-        sequence, position = masked_places(noise, (rank, size))
+        sequence, position = masked_positions(noise, (rank, size))
         rows = inputs.head_rows.tolist()
         assert sequence.tolist() == [row % sequences for row in rows]
         assert position.tolist() == [places_of(rank, size)[row // sequences] for row in rows]

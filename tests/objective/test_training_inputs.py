@@ -115,14 +115,14 @@ def test_each_sequence_draws_a_block_size_that_follows_it(inputs_of) -> None:
     sizes = (1, 8, LENGTH)
     whole = inputs_of(0, many(600), block_size_choices=list(sizes))
     drawn = (whole.spans[2] - whole.spans[1])[:, 0]
-    kinds = torch.tensor(whole.kinds)
+    kinds = torch.tensor(whole.loss_groups)
     assert torch.equal(drawn, torch.tensor(sizes)[kinds])
     counts = torch.bincount(kinds).tolist()
     assert all(abs(count - 200) < 4 * (600 * 2 / 9) ** 0.5 for count in counts), counts
     part = inputs_of(0, many(7, first=100), block_size_choices=list(sizes))
     assert torch.equal(part.spans, whole.spans[:, 100:107])
     rows = {"masked": part.tokens[:, :LENGTH] == 257, "expected": whole.tokens[100:107, :LENGTH] == 257}
-    several = torch.tensor(part.kinds) < 2  # levels of single blocks are stratified over the global batch
+    several = torch.tensor(part.loss_groups) < 2  # levels of single blocks are stratified over the global batch
     assert torch.equal(rows["masked"][several], rows["expected"][several])
     assert part.num_streams == 2, "sequences that are one block keep clean rows beside the others"
 
@@ -134,7 +134,7 @@ def test_each_block_size_has_the_interval_that_was_found_for_it(inputs_of) -> No
     )
     masked = (inputs.tokens[:, :LENGTH] == 257).float().mean(1)
     rate = 1 / inputs.weights
-    kinds, of_row = torch.tensor(inputs.kinds), inputs.row_kinds
+    kinds, of_row = torch.tensor(inputs.loss_groups), inputs.row_loss_groups
     assert torch.equal(of_row, kinds[inputs.head_rows % 400])
     for kind, (low, high) in enumerate([(0.9, 1.0), (0.3, 0.4), (0.5, 0.6)]):
         assert abs(masked[kinds == kind].mean() - (low + high) / 2) < 0.02

@@ -115,7 +115,7 @@ def test_apex_is_known_by_nvidias_own_modules(tmp_path: Path, modules: dict[str,
     [
         ("", "attention_backend=auto takes " + ("triton" if torch.cuda.is_available() else "cpu")),
         ("reference", "takes reference"),
-        ("fast", "$BD3_SCALE_ATTENTION is neither 'auto' nor the name of one: no attention backend is called 'fast'"),
+        ("fast", "$BD3_SCALE_ATTENTION is neither 'auto' nor a known name: no attention backend is called 'fast'"),
     ],
 )
 def test_the_attention_that_would_run_is_told(monkeypatch: pytest.MonkeyPatch, wish: str, words: str) -> None:

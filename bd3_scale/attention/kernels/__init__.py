@@ -1,1 +1,1 @@
-"""Triton kernels of the two-stream attention, forward and backward, and of decoding."""
+"""Compute two-stream attention, forward and backward, and decoding, with Triton kernels."""

@@ -1,8 +1,17 @@
-"""Backward kernels (FlashAttention-2, Dao, 2023) under spans.
+"""Compute the gradients of attention under spans (FlashAttention-2, Dao, 2023, algorithm 2).
 
-Deterministic: `query_gradient_kernel` for dq, `clean_key_gradient_kernel` and `noisy_key_gradient_kernel` for dk and
-dv, one program a tile of one key/value head: seven products. Fused: the key kernels add each tile's part of dq to a
-float32 buffer as they pass, five products, in an order that changes from run to run.
+With weights P = exp2(scale_log2 · Q Kᵀ − lse), recomputed from the log-sum-exp of the forward:
+
+    dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − delta),   dQ = scale · dS K,   dK = scale · dSᵀ Q,
+
+where delta = Σ_d dO ∘ O of each row equals Σ_k P ∘ dP, the term that the softmax adds; `delta_kernel` computes it once.
+The scale is applied when dQ and dK are stored, once an element and not once a pair.
+
+Two forms:
+- Deterministic: `query_gradient_kernel` for dq, `clean_key_gradient_kernel` and `noisy_key_gradient_kernel` for dk and
+  dv, one program for each tile of one key/value head. Seven matrix products, since scores and dP are computed twice.
+- Fused: the key kernels add each tile's part of dq to a float32 buffer by atomic additions. Five products, but the
+  order of the additions, and so the rounding of dq, changes from run to run.
 """
 
 import triton
@@ -15,7 +24,7 @@ from bd3_scale.attention.kernels.common import key_tiles, load_tile, partial_til
 def delta_kernel(
     OUT, GRAD, DELTA, num_heads, total_rows, o_b, o_n, o_h, g_b, g_n, g_h, BM: tl.constexpr, D: tl.constexpr
 ):
-    """DELTA[b, h, row] = Σ_d OUT · GRAD, float32."""
+    """Write DELTA[b, h, row] = Σ_d OUT · GRAD, float32."""
     tiles = tl.cdiv(total_rows, BM)
     row0 = tl.program_id(0) % tiles * BM
     batch_head = tl.program_id(0) // tiles
@@ -28,6 +37,7 @@ def delta_kernel(
 
 @triton.jit
 def _query_step(dq, q, grad, lse, delta, k, v, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Add to dq, without the scale, what one tile of keys gives."""
     weights = tl.math.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
@@ -43,7 +53,7 @@ def query_gradient_kernel(
     NUM_SPANS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of rows; the loops of `forward_kernel`."""
+    """Write dq of one tile of rows; the loops are those of `forward_kernel`."""
     tiles = tl.cdiv(num_rows, BM)
     program = tl.program_id(0)
     stream = program % num_streams
@@ -71,6 +81,7 @@ def query_gradient_kernel(
     grad = load_tile(GRAD, batch, head, row0, limit, g_b, g_n, g_h, BM, D, True, False)
     valid = first + i < num_rows
     statistics = batch_head.to(tl.int64) * (num_streams * num_rows) + row0 + i
+    # exp2(score − inf) is 0: rows that do not exist have no weights.
     lse = tl.load(LSE + statistics, mask=valid, other=float("inf"))
     delta = tl.load(DELTA + statistics, mask=valid, other=0.0)
     group = head // GROUP
@@ -104,7 +115,7 @@ def _key_step(
     BM: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv (and with FUSED to DQ, without the scale) what the BM rows from m0 of one head and stream give.
+    """Add to dk and dv, without the scale, what the BM rows from m0 of one head and stream give; with FUSED also to DQ.
 
     START and END bound the keys that each row of the stream sees; row0 is the stream's first row in q.
     """
@@ -154,6 +165,7 @@ def _store_key_gradients(
     BN: tl.constexpr,
     D: tl.constexpr,
 ):
+    """Store the gradients of one tile of keys; dk gets its scale here."""
     i, d = tl.arange(0, BN)[:, None], tl.arange(0, D)[None, :]
     base = DK + batch.to(tl.int64) * dk_b + group.to(tl.int64) * dk_h + key0.to(tl.int64) * dk_n
     tl.store(base + i * dk_n + d, (dk * scale).to(DK.dtype.element_ty), mask=valid[:, None])
@@ -163,7 +175,11 @@ def _store_key_gradients(
 
 @triton.jit
 def _rows_below(SPAN, num_rows, low, high, SCAN: tl.constexpr):
-    """How many rows have a SPAN of at most `low`, and of at most `high`: where in the rising SPAN they end."""
+    """Count the rows with a SPAN of at most `low`, and of at most `high`.
+
+    SPAN never decreases, so the counts are the indices where those rows end. All rows are compared, SCAN at a time:
+    these loads do not wait for each other, as those of a binary search would.
+    """
     at_low = tl.zeros([SCAN], tl.int32)
     at_high = tl.zeros([SCAN], tl.int32)
     for r in tl.range(0, num_rows, SCAN, num_stages=1):
@@ -182,7 +198,7 @@ def clean_key_gradient_kernel(
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, FUSED: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of clean keys, from the rows of every stream and of the query heads that share it."""
+    """Write dk and dv of one tile of clean keys, from all streams and all query heads that share the key/value head."""
     clean0 = num_noisy * num_rows
     tiles = tl.cdiv(num_keys - clean0, BN)
     n0 = tl.program_id(0) % tiles * BN
@@ -196,7 +212,8 @@ def clean_key_gradient_kernel(
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
 
-    # Rows are in order: those that see key n are the ones from the first with upper > n to the last with start <= n.
+    # Spans never decrease, so the rows that see key n are a range: from the first with upper > n to the last with
+    # doc_start <= n. Over the keys [n0, last] of the tile this gives the rows that see any key and that see all keys.
     sequences = batch_size * num_rows
     DOC_START = SPANS + batch * num_rows
     full_stop, seen_stop = _rows_below(DOC_START, num_rows, n0, last, SCAN)
@@ -237,7 +254,7 @@ def noisy_key_gradient_kernel(
     NUM_SPANS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     FUSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of noisy keys, which only the rows of their own blocks in their own copy see."""
+    """Write dk and dv of one tile of noisy keys, which only rows of the same block and the same copy see."""
     tiles = tl.cdiv(num_rows, BN)
     n0 = tl.program_id(0) % tiles * BN
     copy = tl.program_id(0) // tiles % num_noisy
@@ -254,7 +271,7 @@ def noisy_key_gradient_kernel(
 
     OWN_START = SPANS + (NUM_SPANS - 2) * batch_size * num_rows + batch * num_rows
     OWN_END = OWN_START + batch_size * num_rows
-    # A block's rows and keys are the same positions.
+    # The rows of a block are the positions of its keys, so the keys' own spans give the rows.
     start = tl.load(OWN_START + n0) // BM * BM
     num_tiles = tl.cdiv(tl.load(OWN_END + last) - start, BM)
     for j in range(0, GROUP * num_tiles):

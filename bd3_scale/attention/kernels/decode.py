@@ -1,7 +1,10 @@
-"""Decoding kernels: a block's queries over a cached prefix, split along the keys (Flash-Decoding, Dao et al., 2023).
+"""Compute a block's attention over a cached prefix, split along the keys (Flash-Decoding, Dao et al., 2023).
 
-The query heads that share a key/value head are rows of one tile, so that every key is read once: GROUP·Q rows, padded
-to BM. There is no mask: each row sees every key of its sequence.
+A block has few queries and the prefix many keys, so that one program a head would leave most of the GPU idle.
+`decode_kernel` gives a part of the keys to each program, and `combine_kernel` adds the parts.
+
+The query heads that share a key/value head are rows of one tile, GROUP·Q rows padded to BM: every key is read once.
+There is no mask: each row sees every key of its sequence.
 """
 
 import triton
@@ -19,7 +22,7 @@ def decode_kernel(
     GROUP: tl.constexpr, HAS_LENGTHS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """PART float32 [B, H, Q, splits, D] and LSE (base 2) [B, H, Q, splits] of one split of the keys."""
+    """Write PART, float32 [B, H, Q, splits, D], and LSE (base 2), [B, H, Q, splits], of one split of the keys."""
     split = tl.program_id(0) % num_splits
     row_tile = tl.program_id(0) // num_splits % tl.cdiv(GROUP * num_queries, BM)
     batch_group = tl.program_id(0) // (num_splits * tl.cdiv(GROUP * num_queries, BM))
@@ -65,7 +68,7 @@ def decode_kernel(
 def combine_kernel(
     PART, LSE, OUT, num_heads, num_queries, num_splits, o_b, o_n, o_h, SPLITS: tl.constexpr, D: tl.constexpr
 ):
-    """OUT of one row: its splits weighted by their share of the sum of exponentials."""
+    """Write OUT of one row: the sum of its splits, each weighted by its share of the sum of exponentials."""
     row = tl.program_id(0)
     query = row % num_queries
     head = row // num_queries % num_heads

@@ -1,6 +1,14 @@
-"""Forward kernel: softmax attention in one pass over the keys (FlashAttention-2, Dao, 2023) under spans.
+"""Compute softmax attention in one pass over the keys, under spans (FlashAttention-2, Dao, 2023, algorithm 1).
 
-The log-sum-exp is kept in base 2, −inf in a row that sees nothing: no tile that holds such a row is a full one.
+Scores never leave the chip: `softmax_step` keeps a running maximum `top`, a running sum `total` of exponentials and a
+running output `acc`, and rescales them when the maximum grows.
+
+Exponentials are in base 2, since exp2 is one instruction of the GPU: `scale_log2` is the scale times log2(e). The
+log-sum-exp is therefore kept in base 2, too. It is −inf in a row that sees nothing; a tile with such a row is never a
+full one, so only the masked body meets it.
+
+Capitals in signatures are pointers (or descriptors) and compile-time constants; `x_b, x_n, x_h` are the strides of
+batch, row and head.
 """
 
 import triton
@@ -11,6 +19,7 @@ from bd3_scale.attention.kernels.common import key_tiles, load_tile, partial_til
 
 @triton.jit
 def softmax_step(acc, top, total, scores, v, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Take one tile of scores and values into the running maximum, sum and output (online softmax)."""
     new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
     # −inf − (−inf) would be NaN in a row that has seen nothing yet.
     shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
@@ -29,7 +38,9 @@ def forward_kernel(
     NUM_SPANS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Neighbours are the streams of one tile, which share its clean keys; the longest tiles start first.
+    """Write the output and the base-2 log-sum-exp of one tile of rows of one head and stream."""
+    # Neighbouring programs are the streams of one tile: they read the same clean keys, which are then in the L2 cache.
+    # The last tiles see the most keys and start first, so that no long program is left alone at the end.
     tiles = tl.cdiv(num_rows, BM)
     program = tl.program_id(0)
     stream = program % num_streams
@@ -40,8 +51,12 @@ def forward_kernel(
     first = tile * BM
     last = tl.minimum(first + BM, num_rows) - 1
     i = tl.arange(0, BM)
+    # Rows beyond the last one repeat it, so that their spans can be loaded; they are not stored.
     row = tl.minimum(first + i, last)
 
+    # SPANS is [NUM_SPANS, B, R]: doc_start, block_start, block_end and, on a context-parallel rank, own_start and
+    # own_end. The upper bound of the clean keys is block_start for a noisy row and block_end for a clean one; the last
+    # two of the NUM_SPANS are the row's own noisy block.
     sequences = batch_size * num_rows
     DOC_START = SPANS + batch * num_rows
     UPPER = DOC_START + tl.where(noisy, sequences, 2 * sequences)
@@ -66,6 +81,7 @@ def forward_kernel(
 
     doc_start, upper = tl.load(DOC_START + row), tl.load(UPPER + row)
     own_start, own_end = tl.load(OWN_START + row), tl.load(OWN_END + row)
+    # One stage: there are few partial tiles, and prefetching them would take shared memory from the loop above.
     for j in tl.range(0, num_left + num_right + num_own, num_stages=1):
         n0, is_own = partial_tile(j, full_end, left, num_left, num_right, own, BN)
         key0 = tl.where(is_own, stream * num_rows, clean0) + n0
@@ -76,6 +92,7 @@ def forward_kernel(
         scores = tl.where(seen, tl.dot(q, k.T, input_precision=PRECISION), float("-inf"))
         acc, top, total = softmax_step(acc, top, total, scores, v, scale_log2, True, PRECISION)
 
+    # A row that sees nothing: 0 / 1 is its output, and −inf + log2(1) its log-sum-exp.
     total = tl.where(total > 0.0, total, 1.0)
     out = (acc / total[:, None]).to(OUT.dtype.element_ty)
     lse = top + tl.math.log2(total)

@@ -1,4 +1,4 @@
-"""Launches of the kernels: shapes, strides, tiles and grids. The backend `triton` of `bd3_scale.attention.ops`."""
+"""Launch the kernels with their shapes, strides, tiles and grids: the backend `triton` of `bd3_scale.attention.ops`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOG2_E = math.log2(math.e)
 
 
 class _Call:
-    """What the launches of one call have in common."""
+    """The sizes and options that all launches of one call have in common."""
 
     def __init__(self, q: Tensor, k: Tensor, spans: Tensor, num_noisy: int, scale: float, tma: bool | None) -> None:
         self.batch, rows, self.heads, self.head_dim = q.shape
@@ -56,7 +56,7 @@ class _Call:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, num_noisy: int, scale: float, *, tma: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, rows, H, D] and base-2 log-sum-exp [B, H, rows]; tma: see `_has_tma`, its answer by default."""
+    """Return the output [B, rows, H, D] and the base-2 log-sum-exp [B, H, rows]; tma: default as in `_has_tma`."""
     q, k, v = (_rows_of_vectors(x) for x in (q, k, v))
     call = _Call(q, k, spans, num_noisy, scale, tma)
     tile = call.tile("forward")
@@ -85,7 +85,9 @@ def backward(
     *,
     tma: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; without `deterministic` the fused form, whose dq differs in rounding between runs."""
+    """Return the gradients of q, k and v; without `deterministic` by the fused form, whose dq rounds differently in
+    every run.
+    """
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     grad, q, k, v = (_rows_of_vectors(x) for x in (grad, q, k, v))
     call = _Call(q, k, spans, num_noisy, scale, tma)
@@ -95,6 +97,7 @@ def backward(
             _query_gradient(call, grad, q, k, v, lse, delta, grads[0])
             _key_gradients(call, grad, q, k, v, lse, delta, None, grads)
         else:
+            # float32, as tiles are added one by one, and with rows contiguous within a head, for the atomic additions.
             sum_dq = torch.zeros(
                 call.batch, call.heads, q.shape[1], call.head_dim, dtype=torch.float32, device=q.device
             ).transpose(1, 2)
@@ -104,14 +107,15 @@ def backward(
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
-    """Output [B, Q, H, D] of `decode_attention`."""
+    """Return the output [B, Q, H, D] of `decode_attention`."""
     q, k, v = (_rows_of_vectors(x) for x in (q, k, v))
     batch, num_queries, heads, head_dim = q.shape
     num_keys, groups = k.shape[1:3]
     rows = heads // groups * num_queries
     tile = decode_tile(rows, head_dim, q.dtype)
     programs = batch * groups * triton.cdiv(rows, tile.rows)
-    # Enough splits for two programs a multiprocessor, of two key tiles at the least.
+    # Enough splits to give each multiprocessor two programs; a split has at least two key tiles, since a smaller one
+    # would spend its time on starting and on the later sum.
     most = min(max(triton.cdiv(num_keys, 2 * tile.keys), 1), MOST_SPLITS)
     keys_per_split = triton.cdiv(
         triton.cdiv(num_keys, min(most, triton.cdiv(2 * _processors(q.device), programs))), tile.keys
@@ -165,7 +169,7 @@ def _key_gradients(
     sum_dq: Tensor | None,
     grads: tuple[Tensor, ...],
 ) -> None:
-    """dk and dv of clean and noisy keys; with float32 `sum_dq` [B, rows, H, D], dq is added to it, unscaled."""
+    """Compute dk and dv of clean and noisy keys; with `sum_dq`, float32 [B, rows, H, D], add dq to it, unscaled."""
     fused = sum_dq is not None
     dq = grads[0] if sum_dq is None else sum_dq
     strides = _strides(q, k, v, grad, dq, *grads[1:])
@@ -187,7 +191,7 @@ def _key_gradients(
 
 
 def _streamed(call: _Call, rows: int, *tensors: Tensor) -> tuple[Any, ...]:
-    """The tensors that a kernel loops over in tiles of `rows`; as descriptors where it loads through those."""
+    """Return the tensors that a kernel loops over in tiles of `rows`: as descriptors if it loads by TMA."""
     return tuple(_descriptor(x, rows) for x in tensors) if call.tma else tensors
 
 
@@ -195,19 +199,19 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     if not _fits_descriptor(x):
         x = x.clone(memory_format=torch.contiguous_format)
     heads_first = x.transpose(1, 2)
-    # The stride of a dimension of one is never used, but must be a multiple of 16 bytes all the same.
+    # The stride of a dimension of size 1 is never used, but CUDA refuses one that is no multiple of 16 bytes.
     strides = [x.shape[-1] if n == 1 else s for n, s in zip(heads_first.shape, heads_first.stride(), strict=True)]
     return TensorDescriptor(heads_first, list(heads_first.shape), [*strides[:3], 1], [1, 1, rows, x.shape[-1]])
 
 
 def _fits_descriptor(x: Tensor) -> bool:
-    """The tensor map's rule (CUDA driver API, cuTensorMapEncodeTiled): base and strides in multiples of 16 bytes."""
+    """Say whether base and strides are multiples of 16 bytes (CUDA driver API, cuTensorMapEncodeTiled)."""
     used = [s * x.element_size() for n, s in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1]
     return x.data_ptr() % 16 == 0 and all(s and s % 16 == 0 for s in used)
 
 
 def _rows_of_vectors(x: Tensor) -> Tensor:
-    """The kernels take any strides but that of a row's own elements."""
+    """Return `x` with stride 1 along head_dim, which the kernels assume; they take all other strides as arguments."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -216,8 +220,10 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """float32 products on tensor cores: three tf32 products, near float32's own error, or one where torch's switch
-    for matrix products allows that."""
+    """Return Triton's input precision: float32 products are three tf32 products, with nearly the error of float32.
+
+    They are one tf32 product where torch's switch for matrix products allows it. 16-bit operands ignore the setting.
+    """
     allowed = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "tf32x3"
 

@@ -1,4 +1,4 @@
-"""The attention kernels as they are launched on chips that need not be present; see `bd3_scale.offline`."""
+"""Compile the attention kernels, as they are launched, for chips that need not be present; see `bd3_scale.offline`."""
 
 from __future__ import annotations
 
@@ -33,14 +33,13 @@ _FUNCTIONS = {
     "delta": backward.delta_kernel,
 }
 
-
-# One noisy copy of whole sequences; sizes of one, which Triton compiles as constants; a context-parallel rank's rows of
-# any number of copies.
+# Forms of a launch that compile differently: one noisy copy of whole sequences; sizes of 1, which Triton turns into
+# constants; a context-parallel rank's rows with any number of copies.
 TRAINING, SMALLEST, RANK = "training", "sizes of 1", "a rank's rows"
 
 
 class Variant(NamedTuple):
-    """Name one way in which a kernel is launched."""
+    """One way in which a kernel is launched."""
 
     kernel: str
     head_dim: int
@@ -57,14 +56,15 @@ class Variant(NamedTuple):
 
     @property
     def num_warps(self) -> int:
-        """Return how many warps a program has."""
+        """Return the number of warps of a program."""
         return self.tile.num_warps
 
 
 def variants(chip: int) -> list[Variant]:
     """Return every tile of every kernel for 64, 128 and 256 dimensions a head, as launched on `chip` (90 for sm_90).
 
-    bfloat16 and float32; float16 and the other forms with the first tile of one head dimension.
+    In bfloat16 and float32. float16 and the other forms come with the first tile of one head dimension alone, since
+    each compilation takes seconds.
     """
     capability = divmod(chip, 10)
     found: dict[Variant, None] = {}
@@ -92,7 +92,7 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int
 
 
 def compile_variant(variant: Variant, chip: int) -> Usage:
-    """Return what `compile_kernel` finds of a variant on `sm_<chip>`."""
+    """Compile a variant for `sm_<chip>` and return what `compile_kernel` reads off it."""
     function = _FUNCTIONS[variant.kernel]
     constants = _constants(variant)
     types = {name: _type(variant, name) for name in function.arg_names if name not in constants}

@@ -1,7 +1,8 @@
-"""Tile sizes of the kernels: a short list for each, the choice made among them, and how to keep it.
+"""List the tile sizes of each kernel, and keep the choices made among them.
 
-Different tiles add in another order, so a run that must resume bitwise keeps `choices()` in its checkpoint and hands
-them to `use_choices` before its next step. Without a choice the first of the list is taken: nothing is timed unasked.
+Other tiles add in another order and round differently. A run that must resume bitwise therefore keeps `choices()` in
+its checkpoint and passes them to `use_choices` before its next step. Without a choice the first tile of the list is
+used: only `tuning.tune` measures times.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import torch
 
 KERNELS = ("forward", "query_gradient", "clean_key_gradient", "noisy_key_gradient", "fused_gradient")
 
-
-# Parts of the keys in decoding, at the most: the sum over them holds all in registers.
+# Upper limit of the parts of the keys in decoding: `combine_kernel` holds all parts of a row in registers.
 MOST_SPLITS = 128
-# Rows of a program that multiplies outputs with their gradients.
+# Rows of a program of `delta_kernel`.
 DELTA_ROWS = 64
-# Spans that a program reads at a time in search of the rows that see its keys.
+# Spans that a program of `clean_key_gradient_kernel` loads at a time, to find the rows that see its keys.
 SCAN = 512
 
 
 class Tile(NamedTuple):
-    """Query rows and keys of a tile, warps of a program, and stages of the pipeline that loads tiles."""
+    """The numbers of query rows and keys of a tile, warps of a program, and stages of the pipeline that loads tiles."""
 
     rows: int
     keys: int
@@ -90,7 +90,7 @@ _HOPPER: _Table = {
 _BLACKWELL: _Table = {
     **_HOPPER,
     "clean_key_gradient": {**_HOPPER["clean_key_gradient"], 256: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 2))},
-    # 64×128 of 128 dimensions would need more tensor memory than a processor has.
+    # A tile of 64×128 with 128 dimensions would need more tensor memory than a multiprocessor has.
     "fused_gradient": {**_HOPPER["fused_gradient"], 128: (Tile(64, 64, 8, 2), Tile(32, 128, 8, 2))},
 }
 _FLOAT32 = {64: (Tile(32, 32, 8, 2),), 128: (Tile(16, 16, 8, 1),)}
@@ -99,25 +99,25 @@ _chosen: dict[str, Tile] = {}
 
 
 def candidates(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tile, ...]:
-    """The tiles that `kernel` may use, the default first."""
+    """Return the tiles that `kernel` may use, the default first."""
     tables = {9: _HOPPER, 10: _BLACKWELL}.get(capability[0], _POINTERS)
     by_head_dim = tables[kernel] if dtype.itemsize == 2 else _FLOAT32
     return by_head_dim[max(head_dim, 64)]
 
 
 def candidates_on(device: torch.device, kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """`candidates` for the chip of `device`."""
+    """Return `candidates` for the chip of `device`."""
     return candidates(kernel, head_dim, dtype, _capability(device))
 
 
 def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The tile chosen for `kernel`, or the default."""
+    """Return the tile chosen for `kernel`, or the default."""
     chosen = _chosen.get(_key(kernel, head_dim, dtype, _capability(device)))
     return chosen or candidates_on(device, kernel, head_dim, dtype)[0]
 
 
 def decode_tile(num_rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of the decoding kernel: as many rows as there are, within what the registers hold."""
+    """Return the tile of the decoding kernel: at least `num_rows` rows where the registers can hold them."""
     if dtype.itemsize == 4:
         return Tile(16, 32, 4, 1) if head_dim <= 64 else Tile(16, 16, 8, 1)
     most = 64 if head_dim <= 128 else 32
@@ -125,28 +125,28 @@ def decode_tile(num_rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
 
 
 def uses_tma(capability: tuple[int, int]) -> bool:
-    """Whether loops load through the tensor memory accelerator: on chips that have it and much shared memory beside."""
+    """Say whether loops load by the tensor memory accelerator: on chips with it and with 227 KiB of shared memory."""
     return capability[0] in (9, 10)
 
 
 def choices() -> dict[str, list[int]]:
-    """Every choice made so far, as plain values for a checkpoint."""
+    """Return every choice made so far, as plain values for a checkpoint."""
     return {key: list(tile) for key, tile in _chosen.items()}
 
 
 def use_choices(kept: Mapping[str, Sequence[int]]) -> None:
-    """Take the choices of another process or of a checkpoint in place of one's own."""
+    """Replace the choices of this process by those of another process or of a checkpoint."""
     _chosen.clear()
     _chosen.update({key: Tile(*tile) for key, tile in kept.items()})
 
 
 def choose(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, tile: Tile) -> None:
-    """Use `tile` from now on for such calls of `kernel`."""
+    """Use `tile` from now on for calls of `kernel` with this head_dim, dtype and kind of chip."""
     _chosen[_key(kernel, head_dim, dtype, _capability(device))] = tile
 
 
 def is_chosen(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a choice was made for such calls, or taken over."""
+    """Say whether a tile was chosen for such calls, here or by `use_choices`."""
     return _key(kernel, head_dim, dtype, _capability(device)) in _chosen
 
 
@@ -156,5 +156,5 @@ def _key(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, 
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; (0, 0) under Triton's interpreter."""
+    """Return the compute capability; (0, 0) under Triton's interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

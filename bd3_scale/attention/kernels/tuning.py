@@ -1,4 +1,4 @@
-"""The measured choice among the listed tiles, for one shape on one GPU."""
+"""Choose among the listed tiles by measured times, for one shape on one GPU."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def tune(
     deterministic: bool,
     measure: Callable[[Callable[[], None]], float] = _milliseconds,
 ) -> dict[str, list[int]]:
-    """Choose for every kernel of a training step of this shape the tile that `measure` finds fastest.
+    """Choose the fastest tile by `measure` for every kernel of a training step of this shape.
 
-    Kernels for which there is a choice keep it; a tile that the chip has no room for is none.
+    Kernels that have a choice already keep it: a resumed run must not change its tiles. A tile that needs more shared
+    memory or registers than the chip has is left out.
 
     shape: batch, seq_len, query heads and head_dim of one rank's micro-batch; deterministic: tune the deterministic
     backward, else the fused one; measure: time of a call, by default its median in milliseconds.
