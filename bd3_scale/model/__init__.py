@@ -1,4 +1,4 @@
-"""The block diffusion transformer on megatron-core layers."""
+"""Build the block diffusion transformer on megatron-core's parallel layers."""
 
 from bd3_scale.lazy import lazy_names
 from bd3_scale.model import megatron_core  # noqa: F401

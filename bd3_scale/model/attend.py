@@ -1,4 +1,4 @@
-"""Where the keys that a layer's queries see come from: rows of the same pass, other ranks, a cache.
+"""Attend to the keys that a layer's queries see: of the same pass, gathered from other ranks, or of a cache.
 
 Legend: S streams, R positions of this rank, B sequences, L tokens of a block, H query heads and G key/value heads of
 this tensor-parallel rank, D dimensions a head.
@@ -22,7 +22,7 @@ class Attend(Protocol):
     """Attention of a layer, after its projections, norms and rotation."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [a, b, H, D], key and value [a', b, G, D] → [a, b, H·D], whatever a and b are.
+        """Return [a, b, H·D] for query [a, b, H, D], key and value [a', b, G, D], for any a, a' and b.
 
         layer: counted from zero through all pipeline stages.
         """
@@ -31,9 +31,9 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class AttendToRows:
-    """Noisy and clean rows attend to each other under the mask of block diffusion, given as spans.
+    """Attention among noisy and clean rows, under the block diffusion mask that the spans give.
 
-    Queries are [rows, B, H, D] of the first streams or of all, keys [S·R, B, G, D] of all.
+    Queries are [rows, B, H, D] of the first streams or of all streams; keys are [S·R, B, G, D] of all streams.
 
     Attributes:
         spans, num_streams, num_noisy: see `ModelInputs`.
@@ -51,7 +51,8 @@ class AttendToRows:
         num_noisy = self.num_noisy
         if self.group.size() > 1:
             key, value = self._gather(key, value)
-            # Noisy keys gathered from all ranks stand where clean keys would.
+            # In MDLM noisy keys of all ranks are gathered. They take the place of clean keys, which rows see by the
+            # ranges doc_start to block_end of the spans.
             num_noisy = num_noisy if self._has_clean else 0
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         out = block_attention(q, k, v, self.spans, num_noisy=num_noisy, backend=self.backend)
@@ -64,21 +65,25 @@ class AttendToRows:
     def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return this rank's noisy keys and values, then the clean ones of the whole sequence, by one collective.
 
-        Its backward scatters the summed gradients. Noisy keys are seen by their own block alone, which is on this rank;
-        in MDLM, where a block is the sequence and there is no clean stream, they are gathered instead.
+        The backward of the gather sums the gradients over ranks and scatters them. Noisy keys are not gathered, since
+        only their own block sees them, and it is on this rank. In MDLM, where a block is the whole sequence and there
+        is no clean stream, they are gathered instead.
         """
-        own = key.shape[0] // self.num_streams * self.num_noisy if self._has_clean else 0
-        mine = torch.cat([key[own:], value[own:]], dim=2)
-        everyone = gather_from_sequence_parallel_region(mine, group=self.group)
-        # Every rank holds an early and a late range, see `zigzag_ranges`.
-        early, late = everyone.unflatten(0, (self.group.size(), 2, -1)).unbind(1)
+        num_local = key.shape[0] // self.num_streams * self.num_noisy if self._has_clean else 0
+        to_gather = torch.cat([key[num_local:], value[num_local:]], dim=2)
+        gathered = gather_from_sequence_parallel_region(to_gather, group=self.group)
+        # Every rank holds an early and a late range, see `zigzag_ranges`: the late ones come in reverse order.
+        early, late = gathered.unflatten(0, (self.group.size(), 2, -1)).unbind(1)
         k, v = torch.cat([early, late.flip(0)]).flatten(0, 1).chunk(2, dim=2)
-        return torch.cat([key[:own], k]), torch.cat([value[:own], v])
+        return torch.cat([key[:num_local], k]), torch.cat([value[:num_local], v])
 
 
 @dataclass(frozen=True)
 class AttendToCache:
-    """The rows of a block, [B, L, …], attend to the cached prefix and to each other; their keys stand behind it."""
+    """Attention of the rows of a block, [B, L, …], to the cached prefix and to each other.
+
+    The block's keys are written behind the prefix in the cache, so that prefix and block are one view.
+    """
 
     cache: KVCache | Appending
     decoder: Decoder

@@ -1,4 +1,4 @@
-"""A model from a recipe."""
+"""Build a rank's part of the model from a recipe."""
 
 from __future__ import annotations
 
@@ -39,21 +39,20 @@ def build_model(
     attention_backend: str = "auto",
     recompute: tuple[Recompute, int | None] = ("none", None),
 ) -> Chunks:
-    """Return this rank's part of the model on `device`: its chunks of the pipeline, or one where there is none.
-
-    Weights are drawn from `seed`, the same on every layout, or left uninitialised for a load.
+    """Return this rank's part of the model on `device`: its chunks of the pipeline, one chunk without a pipeline.
 
     Args:
-        recompute: what is computed again in backward, and of how many layers of a chunk; see `TrainRecipe`.
+        seed: weights are drawn from it, the same on every layout; None: weights are left uninitialised, for a load.
+        recompute: what is computed again in backward, and in how many layers of a chunk; see `TrainRecipe`.
 
     Raises:
-        ValueError: the attention cannot run there.
+        ValueError: the attention backend cannot run there.
     """
     config = transformer_config(model, parallel, dtype=dtype, device=device, deterministic=deterministic)
     assert not config.gradient_accumulation_fusion, "it writes main_grad, which ZeRO never reads"
     backend = choose_backend(attention_backend, device, dtype, model.head_size)
     every_stage = range(groups.pp.rank(), len(parallel.chunks(model.num_layers)), groups.pp.size())
-    # megatron-core makes weights on the current GPU.
+    # megatron-core creates weights on the current GPU, whatever the default device is.
     with device, torch.cuda.device(device if device.type == "cuda" else -1):
         chunks = [
             BlockDiffusionTransformer(
@@ -78,19 +77,21 @@ def build_model(
 
 
 def layer_shapes(model: ModelRecipe) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a layer, whole, by its name in checkpoints after `decoder.layers.`; not every
-    layer has all of them, see `layers_with`.
+    """Return the whole shape of each tensor of a layer, by its name in checkpoints after `decoder.layers.`.
+
+    Not every layer has all of them, see `layers_with`.
     """
     config = transformer_config(model, _WHOLE, dtype=torch.float32, device=torch.device("cpu"), deterministic=False)
-    alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]  # the stub lacks it
-    groups = ProcessGroupCollection(tp=alone, cp=alone, ep=alone, expt_dp=alone)
+    # A group of one rank that needs no torch.distributed.
+    single = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]  # the stub lacks it
+    groups = ProcessGroupCollection(tp=single, cp=single, ep=single, expt_dp=single)
     tensors: dict[str, Tensor] = {}
     with torch.device("meta"):
         if model.dense_layers:
-            tensors |= Block(model, config, alone, layer=0).state_dict()
+            tensors |= Block(model, config, single, layer=0).state_dict()
         if model.moe is not None:
-            tensors |= Block(model, config, alone, layer=0, mlp=Mixture(model, config, groups)).state_dict()
-    # megatron-core's linears have an extra state, which is None.
+            tensors |= Block(model, config, single, layer=0, mlp=Mixture(model, config, groups)).state_dict()
+    # megatron-core's linears have an `_extra_state` entry, which is None.
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
@@ -103,10 +104,14 @@ def layers_with(model: ModelRecipe, name: str) -> range:
 
 
 def _mark_split_weights(model: BlockDiffusionTransformer) -> None:
-    """Tell DeepSpeed's gradient norm which weights are split, and which it must not count twice.
+    """Mark the weights that are split over ranks, for DeepSpeed's gradient norm, and those with partial gradients.
 
-    megatron marks the split ones only where it initialises them itself. Under sequence parallelism a gradient of a
-    decoder's tensor that every rank has is of the rank's own rows: the engine sums what is `partial_over_tp`.
+    DeepSpeed counts a weight without the mark as a replica, and counts replicas once. megatron sets the marks only
+    where it initialises weights itself, which it does not do here; without them the gradient norm, and so the clipping,
+    would be silently wrong.
+
+    Under sequence parallelism each rank's gradient of an unsplit tensor, such as a norm's weight, comes from the rank's
+    own rows only. The engine sums the gradients of what is marked `partial_over_tp`.
     """
     for module in model.modules():
         if (
@@ -118,5 +123,6 @@ def _mark_split_weights(model: BlockDiffusionTransformer) -> None:
     for parameter in model.decoder.parameters() if model.config.sequence_parallel else ():
         if not getattr(parameter, "tensor_model_parallel", False):
             parameter.partial_over_tp = True  # type: ignore[attr-defined]
+    # DeepSpeed's norm must count a tied embedding once, although two pipeline stages hold it.
     if model.tied_weight is not None and not model.pre_process:
         model.tied_weight.ds_pipe_replicated = True  # type: ignore[attr-defined]

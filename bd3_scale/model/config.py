@@ -1,4 +1,7 @@
-"""What megatron-core's schedules, linears and embedding read; the layer itself reads the recipe."""
+"""Make the configuration that megatron-core's schedules, linears and embedding read.
+
+Our own layers read the recipe.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,13 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return megatron-core's configuration; weights are left uninitialised, see `initialise_weights`.
 
-    `gradient_accumulation_fusion` stays off: it writes `main_grad`, which DeepSpeed's ZeRO never reads. The interleaved
-    schedule always overlaps its messages, without which two stages, each other's neighbour on both sides, take one
-    message for the other and train on wrong gradients. A sent tensor's memory is given back early only where nobody
-    reads it any more: gloo still does, and so does NCCL where messages overlap (Megatron-LM, pull request 4047).
+    Three settings avoid silent errors of megatron-core 0.16.1:
+
+    - `gradient_accumulation_fusion` is off: it writes gradients to `main_grad`, which DeepSpeed's ZeRO never reads.
+    - `overlap_p2p_comm` is on for the interleaved schedule. Without it two stages that are each other's neighbours in
+      both directions take one message for another, and train on wrong gradients.
+    - `deallocate_pipeline_outputs` frees a sent tensor's memory early. It is off on CPU, since gloo still reads that
+      memory, and off for the interleaved schedule, where NCCL's overlapped messages do (Megatron-LM pull request 4047).
     """
     on_cpu, interleaved = device.type == "cpu", parallel.virtual_pipeline > 1
     return TransformerConfig(

@@ -1,6 +1,7 @@
-"""Rows sent to the experts that they chose, and back: in the order of experts, over expert-parallel ranks.
+"""Send rows to the experts that the router chose, in the order of experts and over expert-parallel ranks, and back.
 
-No sum has an order that a run could change: a row's outputs are gathered and added, never added where they arrive.
+All sums have a fixed order, so that a run can be repeated bitwise: the k outputs of a row are gathered and then added.
+A scatter with atomic additions would add them in the order of their arrival.
 
 Legend: R rows of a rank, k experts of each, M = R·k rows for experts, E experts, e of them of this rank, X hidden size.
 """
@@ -17,34 +18,34 @@ from torch.distributed import ProcessGroup
 
 
 class Order(NamedTuple):
-    """An order of M copies of R rows, k of each.
+    """A permutation of M copies of R rows, k copies of each row.
 
     Attributes:
-        copies: int64 [M], which copy stands at each place; copy c is of row c // k.
-        places: int64 [M], where each copy stands.
+        copies: int64 [M], the copy at each position; copy c is of row c // k.
+        positions: int64 [M], the position of each copy: the inverse permutation.
         each: k.
     """
 
     copies: Tensor
-    places: Tensor
+    positions: Tensor
     each: int = 1
 
     @classmethod
     def by(cls, keys: Tensor, each: int = 1) -> Order:
-        """Return the order by a key of every copy, int64 [M]; those of one key stay as they were."""
+        """Return the order by a key of every copy, int64 [M]; copies of equal keys keep their order."""
         copies = keys.argsort(stable=True)
         numbers = torch.arange(len(copies), device=copies.device)
         return cls(copies, torch.empty_like(copies).scatter_(0, copies, numbers), each)
 
     def spread(self, rows: Tensor) -> Tensor:
         """Return the copies [M, …] of rows [R, …] in this order."""
-        found: Tensor = _Spread.apply(rows, self)
-        return found
+        copies: Tensor = _Spread.apply(rows, self)
+        return copies
 
     def collect(self, copies: Tensor) -> Tensor:
-        """Return rows [R, …] of copies [M, …] in this order, each the sum of its own, added in fp32."""
-        found: Tensor = _Collect.apply(copies, self)
-        return found
+        """Return rows [R, …], each the sum in fp32 of its k copies, for copies [M, …] in this order."""
+        rows: Tensor = _Collect.apply(copies, self)
+        return rows
 
 
 class _Spread(torch.autograd.Function):
@@ -63,9 +64,9 @@ class _Collect(torch.autograd.Function):
     def forward(ctx: Any, copies: Tensor, order: Order) -> Tensor:
         ctx.order = order
         if order.each == 1:
-            return copies[order.places]
-        found = copies[order.places].unflatten(0, (-1, order.each))
-        return found.sum(1, dtype=torch.promote_types(copies.dtype, torch.float32)).to(copies.dtype)
+            return copies[order.positions]
+        of_rows = copies[order.positions].unflatten(0, (-1, order.each))
+        return of_rows.sum(1, dtype=torch.promote_types(copies.dtype, torch.float32)).to(copies.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -73,15 +74,15 @@ class _Collect(torch.autograd.Function):
 
 
 class Exchange:
-    """Copies on their way to the ranks of their experts, and back.
+    """The all-to-all exchange of copies with the ranks of their experts.
 
     Args:
-        counts: int64 [E], how many copies this rank has for each expert; they are in the order of experts.
+        counts: int64 [E], the number of this rank's copies for each expert; the copies are in the order of experts.
         num_copies: M, their sum.
-        group: of expert-parallel ranks, of which each has the next e experts.
+        group: the expert-parallel ranks; each has the next e experts.
 
     Attributes:
-        counts: int64 [e], how many copies came for each expert of this rank, in the order of experts.
+        counts: int64 [e], the number of copies from all ranks for each expert of this rank.
     """
 
     def __init__(self, counts: Tensor, num_copies: int, group: ProcessGroup) -> None:
@@ -92,26 +93,26 @@ class Exchange:
         sent = counts.unflatten(0, (group.size(), -1))
         arriving = torch.empty_like(sent)
         dist.all_to_all_single(arriving, sent, group=group)
-        # The host waits for the device: it makes the memory that copies arrive in.
+        # The host must wait for the device here: it allocates the memory that the copies arrive in.
         both = on_host(torch.cat([sent.sum(1), arriving.sum(1)]), 2 * num_copies)
         self._sent, self._arriving = both[: group.size()], both[group.size() :]
         self.counts = arriving.sum(0)
         experts = torch.arange(sent.shape[1], device=counts.device).repeat(group.size())
-        # From the order of the ranks that they come from to that of experts.
+        # Copies arrive in the order of the sending ranks; this sorts them by expert.
         self._order = Order.by(experts.repeat_interleave(arriving.flatten(), output_size=sum(self._arriving)))
 
     def send(self, copies: Tensor) -> Tensor:
-        """Return the copies, of all ranks, for this rank's experts, in the order of these."""
+        """Return the copies from all ranks for this rank's experts, in the order of experts."""
         if self._group.size() == 1:
             return copies
         return self._order.spread(_AllToAll.apply(copies, self._sent, self._arriving, self._group))
 
     def send_back(self, copies: Tensor) -> Tensor:
-        """Return the copies that this rank had sent, which its experts and those of other ranks have computed."""
+        """Return the outputs of the experts of all ranks for the copies that this rank had sent."""
         if self._group.size() == 1:
             return copies
-        found: Tensor = _AllToAll.apply(self._order.collect(copies), self._arriving, self._sent, self._group)
-        return found
+        returned: Tensor = _AllToAll.apply(self._order.collect(copies), self._arriving, self._sent, self._group)
+        return returned
 
 
 class _AllToAll(torch.autograd.Function):
@@ -129,11 +130,11 @@ class _AllToAll(torch.autograd.Function):
 
 
 def on_host(counts: Tensor, total: int) -> list[int]:
-    """Return counts, int64, whose sum is `total`; of a tensor without values, counts as even as they go."""
+    """Return int64 counts, whose sum is `total`, as a list; a fake tensor has no values and gives equal counts."""
     if isinstance(counts, FakeTensor):
-        # Whoever traces is shown that the host waits.
+        # A trace (`plan`) must show the synchronisation that `tolist` is.
         counts.cpu()
         few, more = divmod(total, len(counts))
-        return [few + (place < more) for place in range(len(counts))]
-    found: list[int] = counts.tolist()
-    return found
+        return [few + (index < more) for index in range(len(counts))]
+    values: list[int] = counts.tolist()
+    return values

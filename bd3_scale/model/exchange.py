@@ -1,8 +1,11 @@
-"""Rows that tensor-parallel ranks share out (sequence parallelism), and the messages that they exchange them by.
+"""Exchange rows among tensor-parallel ranks under sequence parallelism (Korthikanti et al., 2022).
 
-Rows of all streams come in `pieces` of equal length, each of which lies within one stream. Of every piece a rank has
-its own part, so that a piece which is gathered from all ranks is whole and stands where it belongs: rows need no copy
-between the order of ranks and that of streams, and one piece can be on its way while another is computed.
+Between the products of a layer, each tensor-parallel rank holds a part of the rows. They are gathered before a product
+and reduced and scattered after the next one.
+
+The rows of all streams come in `pieces` of equal length, each within one stream. A rank has its part of every piece, so
+a gathered piece is whole and lies at its final position: rows need no copy between the order of ranks and that of
+streams, and one piece can be sent while another is computed.
 
 Legend: N rows of all streams, n of them of this rank, in P pieces: N = P · ranks · (n / P). "…" are further dimensions.
 """
@@ -23,46 +26,47 @@ from torch.distributed import ProcessGroup
 
 
 class Gather:
-    """The rows [N, …] of all ranks, whose pieces arrive one after the other.
+    """The asynchronous all-gather of the rows [N, …] of all ranks, piece by piece.
 
-    `begin(i)` sends for piece i, `piece(i)` waits for it, `rows()` for all.
+    `begin(i)` starts the gather of piece i, `piece(i)` waits for it, `rows()` waits for all.
     """
 
-    def __init__(self, mine: Tensor, pieces: int, group: ProcessGroup) -> None:
-        self._mine = mine.contiguous().unflatten(0, (pieces, -1))
+    def __init__(self, local: Tensor, pieces: int, group: ProcessGroup) -> None:
+        self._local = local.contiguous().unflatten(0, (pieces, -1))
         self._group = group
-        whole = self._mine.new_empty((pieces, group.size() * self._mine.shape[1], *mine.shape[1:]))
+        whole = self._local.new_empty((pieces, group.size() * self._local.shape[1], *local.shape[1:]))
         self._pieces = whole
-        self._under_way: dict[int, Any] = {}
+        self._pending: dict[int, Any] = {}
 
     def begin(self, index: int) -> None:
-        """Send for a piece, where there is one of that number."""
+        """Start the gather of a piece; do nothing if there is no piece of that number."""
         if index < len(self._pieces):
-            self._under_way[index] = dist.all_gather_into_tensor(
-                self._pieces[index], self._mine[index], group=self._group, async_op=True
+            self._pending[index] = dist.all_gather_into_tensor(
+                self._pieces[index], self._local[index], group=self._group, async_op=True
             )
 
     def piece(self, index: int) -> Tensor:
-        """Return a piece, once it is there."""
-        self._under_way.pop(index).wait()
+        """Wait for a piece and return it."""
+        self._pending.pop(index).wait()
         return self._pieces[index]
 
     def begin_all(self) -> None:
-        """Send for every piece."""
+        """Start the gather of every piece."""
         for index in range(len(self._pieces)):
             self.begin(index)
 
     def rows(self) -> Tensor:
-        """Return all rows, once they are there."""
-        for index in list(self._under_way):
+        """Wait for all pieces and return their rows."""
+        for index in list(self._pending):
             self.piece(index)
         return self._pieces.flatten(0, 1)
 
 
 class Reduction:
-    """The sum over ranks of rows [N, …], of which each rank keeps its part [n, …] (or, not `scattered`, all).
+    """The asynchronous sum over ranks of rows [N, …], piece by piece.
 
-    `add(i)` sends the finished piece i of `rows`, while the next one is computed.
+    Each rank keeps its part [n, …] of the sum (reduce-scatter), or all of it where not `scattered` (all-reduce).
+    `add(i)` starts the sum of piece i of `rows`, while the next piece is computed.
     """
 
     def __init__(self, rows: Tensor, pieces: int, group: ProcessGroup, *, scattered: bool) -> None:
@@ -73,61 +77,62 @@ class Reduction:
         if scattered:
             kept = self._pieces.shape[1] // group.size()
             self._kept = rows.new_empty((pieces, kept, *rows.shape[1:]))
-        self._under_way: list[Any] = []
+        self._pending: list[Any] = []
 
     def piece(self, index: int) -> Tensor:
-        """Return the memory of a piece, for what is to be summed."""
+        """Return the memory of a piece, to write this rank's summand into."""
         return self._pieces[index]
 
     def add(self, index: int) -> None:
-        """Send a piece, which is computed."""
+        """Start the sum of a piece whose summand is written."""
         if self._scattered:
             work = dist.reduce_scatter_tensor(self._kept[index], self._pieces[index], group=self._group, async_op=True)
         else:
             work = dist.all_reduce(self._pieces[index], group=self._group, async_op=True)
-        self._under_way.append(work)
+        self._pending.append(work)
 
     def add_all(self) -> None:
-        """Send every piece."""
+        """Start the sum of every piece."""
         for index in range(len(self._pieces)):
             self.add(index)
 
     def result(self) -> Tensor:
-        """Return this rank's part, once every piece is there."""
-        for work in self._under_way:
+        """Wait for every piece and return this rank's part."""
+        for work in self._pending:
             work.wait()
-        self._under_way.clear()
+        self._pending.clear()
         return self._kept.flatten(0, 1)
 
 
-def gather_rows(mine: Tensor, pieces: int, group: ProcessGroup) -> Tensor:
-    """Return the rows [N, …] of all ranks; the gradient of this rank's [n, …] is the sum of all ranks'."""
-    found: Tensor = _Exchange.apply(mine, _gathered, _summed, pieces, group)
-    return found
+def gather_rows(local: Tensor, pieces: int, group: ProcessGroup) -> Tensor:
+    """Return the rows [N, …] of all ranks; the gradient of this rank's rows [n, …] is summed over ranks."""
+    rows: Tensor = _Exchange.apply(local, _gathered, _summed, pieces, group)
+    return rows
 
 
 def sum_rows(rows: Tensor, pieces: int, group: ProcessGroup) -> Tensor:
     """Return this rank's part [n, …] of the sum over ranks of rows [N, …]; its gradient is gathered from all ranks."""
-    found: Tensor = _Exchange.apply(rows, _summed, _gathered, pieces, group)
-    return found
+    part: Tensor = _Exchange.apply(rows, _summed, _gathered, pieces, group)
+    return part
 
 
-def whole_rows(rows: Tensor, pieces: int, group: ProcessGroup, *, shared_out: bool) -> Tensor:
-    """Return all rows [N, …] for a function whose outputs are to be summed over ranks, see `add_partial_rows`; the
-    gradient of a rank's own is the sum of all ranks'.
+def whole_rows(rows: Tensor, pieces: int, group: ProcessGroup, *, scattered: bool) -> Tensor:
+    """Return all rows [N, …] for a function whose outputs are summed over ranks afterwards by `add_partial_rows`.
 
-    shared_out: a rank has its part [n, …] of them; otherwise all.
+    The gradient of the rows is summed over ranks.
+
+    scattered: whether a rank has its part [n, …] of the rows (sequence parallelism); otherwise it has all.
     """
     if group.size() == 1:
         return rows
-    return gather_rows(rows, pieces, group) if shared_out else copy_to_tensor_model_parallel_region(rows, group=group)
+    return gather_rows(rows, pieces, group) if scattered else copy_to_tensor_model_parallel_region(rows, group=group)
 
 
-def add_partial_rows(rows: Tensor, pieces: int, group: ProcessGroup, *, shared_out: bool) -> Tensor:
-    """Return the sum over ranks of rows [N, …]; `shared_out`: this rank's part [n, …] of it."""
+def add_partial_rows(rows: Tensor, pieces: int, group: ProcessGroup, *, scattered: bool) -> Tensor:
+    """Return the sum over ranks of rows [N, …]; with `scattered`, this rank's part [n, …] of it."""
     if group.size() == 1:
         return rows
-    return sum_rows(rows, pieces, group) if shared_out else reduce_from_tensor_model_parallel_region(rows, group=group)
+    return sum_rows(rows, pieces, group) if scattered else reduce_from_tensor_model_parallel_region(rows, group=group)
 
 
 def own_rows(rows: Tensor, pieces: int, group: ProcessGroup) -> Tensor:
@@ -153,8 +158,8 @@ class _Exchange(torch.autograd.Function):
         return ctx.back(gradient, ctx.pieces, ctx.group), None, None, None, None
 
 
-def _gathered(mine: Tensor, pieces: int, group: ProcessGroup) -> Tensor:
-    gather = Gather(mine, pieces, group)
+def _gathered(local: Tensor, pieces: int, group: ProcessGroup) -> Tensor:
+    gather = Gather(local, pieces, group)
     gather.begin_all()
     return gather.rows()
 

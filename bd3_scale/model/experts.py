@@ -1,4 +1,4 @@
-"""The products of experts, each on the rows that were sent to it.
+"""Compute the experts of a mixture, each on the rows that were sent to it.
 
 Legend: M rows in the order of their experts, e experts of this rank, F channels of an expert on this tensor-parallel
 rank, X hidden size.
@@ -24,9 +24,9 @@ from bd3_scale.recipe.schema import ModelRecipe
 
 
 class Experts(Part):
-    """SwiGLU experts (Shazeer, 2020), whose weights of a layer are two tensors.
+    """SwiGLU experts (Shazeer, 2020); the weights of all experts of a layer are two tensors.
 
-    Expert-parallel ranks share out the experts, tensor-parallel ranks the channels of each.
+    Experts are split over expert-parallel ranks, and the channels of each expert over tensor-parallel ranks.
     """
 
     def __init__(self, model: ModelRecipe, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
@@ -35,33 +35,35 @@ class Experts(Part):
         self.ep_group, self.replicas = groups.ep, groups.expt_dp
         experts = model.moe.num_experts // groups.ep.size()
         width = model.moe.ffn_hidden_size // groups.tp.size()
-        # Gate and up have an axis of their own, so that a rank's share of an expert is one box of it.
+        # Gate and up projection are an axis of their own. A rank's share of an expert is then one box of the whole
+        # tensor, and the checkpoint can change the layout without special cases.
         self.linear_fc1 = _Weight((experts, 2, width, model.hidden_size), config)
         self.linear_fc2 = _Weight((experts, model.hidden_size, width), config)
         for weight, dim in ((self.linear_fc1.weight, 2), (self.linear_fc2.weight, 2)):
             set_tensor_model_parallel_attributes(weight, is_parallel=groups.tp.size() > 1, dim=dim, stride=1)
-            # As megatron-core and DeepSpeed mark what data-parallel ranks do not all have.
+            # The mark of megatron-core and DeepSpeed for weights that not all data-parallel ranks have.
             weight.allreduce = groups.ep.size() == 1  # type: ignore[attr-defined]
 
     def forward(self, x_MX: Tensor, weights_M: Tensor, counts: Tensor) -> Tensor:
-        """Return [M, X]: each row's expert of it, times its weight.
+        """Return [M, X]: the output of each row's expert, times the row's weight.
 
-        weights_M: fp32; counts: int64 [e], rows of each expert. Under tensor parallelism the sum over ranks is meant.
+        weights_M: fp32; counts: int64 [e], rows of each expert. Under tensor parallelism the result is a summand, to be
+        summed over ranks.
         """
         fc1, fc2 = self.linear_fc1.weight.flatten(1, 2), self.linear_fc2.weight
         totals = tuple(getattr(layer.weight, "main_grad", None) for layer in (self.linear_fc1, self.linear_fc2))
-        found: Tensor = _Products.apply(x_MX, weights_M, counts, fc1, fc2, totals)
-        return found
+        out: Tensor = _Products.apply(x_MX, weights_M, counts, fc1, fc2, totals)
+        return out
 
     def inner(self, x_MX: Tensor, weights_M: Tensor, counts: Tensor) -> Tensor:
-        """Return what `linear_fc2` multiplies of the arguments of `forward`, [M, F]."""
+        """Return the input of `linear_fc2`, [M, F], for the arguments of `forward`."""
         wide = grouped_product(x_MX, self.linear_fc1.weight.flatten(1, 2), counts)
         return _weighted(swiglu(wide), weights_M)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Place this rank's boxes: its experts, and of each its channels."""
+        """Place this rank's boxes of the whole tensors: its experts, and its channels of each."""
         axis = len(sharded_offsets)
         of_rank = (axis, self.ep_group.rank(), self.ep_group.size())
         entries = {}
@@ -80,7 +82,7 @@ class Experts(Part):
 
 
 class _Weight(nn.Module):
-    """A weight of all experts of a rank, under the name that a linear's has."""
+    """A weight of all experts of a rank; as a module, so that its name ends in `.weight` like that of a linear."""
 
     def __init__(self, shape: tuple[int, ...], config: TransformerConfig) -> None:
         super().__init__()
@@ -88,7 +90,11 @@ class _Weight(nn.Module):
 
 
 class _Products(torch.autograd.Function):
-    """w · down(silu(gate x) · up x); backward makes the activation again."""
+    """w · down(silu(gate x) · up x).
+
+    The weight w multiplies the input of the down projection and not its output, which is the same and has fewer
+    channels to keep. Backward computes the activation again instead of keeping it.
+    """
 
     @staticmethod
     def forward(
@@ -102,7 +108,8 @@ class _Products(torch.autograd.Function):
     ) -> Tensor:
         wide = grouped_product(x_MX, fc1, counts)
         ctx.save_for_backward(x_MX, weights_M, counts, wide, fc1, fc2)
-        # The sums of gradients are no part of the graph, and change while that is there.
+        # Not through `save_for_backward`: other micro-batches add to them before this backward runs, and autograd
+        # refuses a saved tensor that has changed.
         ctx.totals = totals
         return grouped_product(_weighted(swiglu(wide), weights_M), fc2, counts)
 
@@ -112,7 +119,7 @@ class _Products(torch.autograd.Function):
         gradient_MX = gradient_MX.contiguous()
         of_weighted = grouped_product(gradient_MX, fc2.transpose(1, 2), counts)
         of_wide, activated = swiglu_backward(_weighted(of_weighted, weights_M), wide)
-        # Added in fp32, as the scores are.
+        # In fp32, as the router's scores are: this is the only gradient by which the router learns from the loss.
         of_weights = torch.linalg.vecdot(of_weighted.float(), activated.float()).to(weights_M.dtype)
         of_fc2 = _weight_gradient(ctx.totals[1], gradient_MX, _weighted(activated, weights_M), counts, fc2)
         of_fc1 = _weight_gradient(ctx.totals[0], of_wide, x_MX, counts, fc1)
@@ -125,7 +132,7 @@ def _weighted(rows: Tensor, weights_M: Tensor) -> Tensor:
 
 
 def grouped_product(x_MK: Tensor, weights_eNK: Tensor, counts: Tensor) -> Tensor:
-    """Return [M, N]: rows that lie in the order of their experts by the weight of their own; counts: int64 [e]."""
+    """Return [M, N]: each row times the weight of its expert; rows are in the order of experts. counts: int64 [e]."""
     if _in_one_call(weights_eNK):
         return torch._grouped_mm(x_MK, weights_eNK.transpose(1, 2), offs=_ends(counts))
     out = x_MK.new_empty(len(x_MK), weights_eNK.shape[1])
@@ -152,7 +159,10 @@ def _weight_gradient(
 
 
 def _in_one_call(weights_eNK: Tensor) -> bool:
-    """Say whether one kernel takes the products of all experts: rows and columns begin at multiples of 16 bytes."""
+    """Say whether `torch._grouped_mm` takes the products of all experts in one kernel.
+
+    It takes bf16 on CUDA, with rows that begin at multiples of 16 bytes.
+    """
     aligned = not any(size % 8 for size in weights_eNK.shape[1:])
     return weights_eNK.is_cuda and weights_eNK.dtype == torch.bfloat16 and aligned
 
@@ -162,7 +172,7 @@ def _ends(counts: Tensor) -> Tensor:
 
 
 def rows_of(counts: Tensor, total: int) -> Iterator[tuple[int, slice]]:
-    """Yield the experts that have rows, and these."""
+    """Yield each expert that has rows, with the slice of its rows."""
     start = 0
     for expert, count in enumerate(on_host(counts, total)):
         if count:

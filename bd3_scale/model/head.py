@@ -1,4 +1,7 @@
-"""The vocabulary-parallel head and its cross-entropy, in pieces: logits of all rows never exist at once.
+"""Compute the vocabulary-parallel output head and its cross-entropy, in pieces of rows.
+
+The logits of all rows never exist at once. With 16,384 rows and a vocabulary of 128k they would be 8 GiB in fp32, more
+than many models. A piece's logits are turned into their own gradient while they are in memory.
 
 Legend: M rows, X hidden size, V vocabulary entries of this tensor-parallel rank.
 """
@@ -20,15 +23,18 @@ from bd3_scale.model.rows import RowLoss
 from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-# Logits of a piece, 512 MiB: in bf16 2,048 rows of a vocabulary of 128k. Each piece reads and writes the fp32 sum of
-# the weight's gradient, and with much fewer rows a GPU would wait for that.
+# Size of a piece's logits: 512 MiB are 2,048 rows of a vocabulary of 128k in bf16. Each piece reads and writes the
+# whole fp32 gradient of the weight; with far fewer rows a GPU would spend its time on that.
 PIECE_BYTES = 1 << 29
 
 
 class OutputLayer(ColumnParallelLinear):
-    """Logits in fp32, with −∞ where a clean token cannot be: the mask's id and those that pad the vocabulary.
+    """Logits in fp32, with −∞ for the mask token and for the ids that pad the vocabulary.
 
-    owns_weight: False where the embedding's weight is given to `forward`.
+    A clean token is never the mask: its logit is −∞ (the SUBS parameterisation of MDLM, Sahoo et al., NeurIPS 2024).
+    The softmax then normalises over clean tokens alone.
+
+    owns_weight: False where `forward` is given the weight of the embedding.
     """
 
     def __init__(
@@ -56,7 +62,10 @@ class OutputLayer(ColumnParallelLinear):
 
     @torch.no_grad()
     def zero_forbidden_rows(self) -> None:
-        """Rows that no gradient reaches: an engine that does not know what is forbidden meets a logit of zero there."""
+        """Set the rows of forbidden ids to zero; no gradient ever reaches them.
+
+        An inference engine that does not know which ids are forbidden then gets a logit of 0 and not a random one.
+        """
         assert self.weight is not None
         self.weight[self.forbidden_V] = 0
 
@@ -68,11 +77,13 @@ class OutputLayer(ColumnParallelLinear):
         row_weights: Tensor | None = None,
         row_loss: RowLoss | None = None,
     ) -> Any:
-        """Return logits of `hidden` [..., X] as [..., V]; or with `targets` and `row_weights` [M] for rows [M, X] the
-        weighted sum of their losses in nats, a scalar, and each of them, [M] fp32 without gradient: the negative
-        log-likelihood, or what `row_loss` makes of it.
+        """Return the logits [..., V] of `hidden` [..., X], or the loss of rows [M, X].
 
-        hidden is whole on every tensor-parallel rank; its gradient is this rank's part of the sum over them.
+        With `targets` and `row_weights` [M]: returns the weighted sum of the rows' losses in nats, a scalar, and the
+        loss of each row, [M] fp32 without gradient. A row's loss is its negative log-likelihood, or what `row_loss`
+        makes of it.
+
+        `hidden` is whole on every tensor-parallel rank. Its gradient is this rank's part of a sum over the ranks.
         """
         weight = self.weight if weight is None else weight
         assert weight is not None
@@ -83,14 +94,15 @@ class OutputLayer(ColumnParallelLinear):
         )
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """fp32 [..., V] of `hidden` [..., X]."""
+        """Return the logits of `hidden` [..., X], fp32 [..., V]."""
         return F.linear(hidden, weight, self.bias).float().masked_fill_(self.forbidden_V, float("-inf"))
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Σ weight · loss, with gradients made in forward, while a piece's logits are there: nothing is computed twice.
+    """Σ weight · loss, whose gradients are computed in forward, while a piece's logits are in memory.
 
-    The way of fused linear cross-entropy (Liger Kernel, Hsu et al., 2024), on megatron's vocabulary-parallel pieces.
+    Nothing is computed twice: backward only multiplies by the gradient of the sum. This is fused linear cross-entropy
+    (Liger Kernel: Hsu et al., 2024) on megatron's vocabulary-parallel shards.
     """
 
     @staticmethod
@@ -114,7 +126,9 @@ class _CrossEntropy(torch.autograd.Function):
             rows = slice(start, start + piece)
             logits = product(hidden_MX[rows], weight_VX, bias_V)
             loss_M[rows], log_total = _nll(logits, targets_M[rows], layer)
-            # The nll is log_total less the target's logit, and the derivative of log_total the softmax.
+            # nll = log_total − logit[target], and d log_total / d logit = softmax. The gradient of a row's loss by its
+            # logits is therefore (∂nll + ∂total) · softmax − ∂nll · one_hot(target), where ∂nll and ∂total are the
+            # derivatives of the row loss; they are 1 and 0 for the plain nll.
             softmax_scale = target_scale = row_weights_M[rows]
             if row_loss is not None:
                 loss_M[rows], by_nll, by_total = _row_loss(row_loss, loss_M[rows], log_total)
@@ -128,10 +142,12 @@ class _CrossEntropy(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += logits.sum(0, dtype=torch.float32)
         if training:
-            # No part of the graph: it changes while that is there.
+            # Not through `save_for_backward`: other micro-batches add to it before this backward runs, and autograd
+            # refuses a saved tensor that has changed.
             ctx.total = getattr(weight_VX, "main_grad", None)
             ctx.dtypes = weight_VX.dtype, None if bias_V is None else bias_V.dtype
-            grad_weight = torch.zeros_like(weight_VX) if grad_weight is None else grad_weight  # of no rows at all
+            # A micro-batch may have no masked row: the weight's gradient is then zero, not missing.
+            grad_weight = torch.zeros_like(weight_VX) if grad_weight is None else grad_weight
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(loss_M)
         return (loss_M * row_weights_M).sum(), loss_M
@@ -141,7 +157,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         grad_bias = None if grad_bias is None else (grad_bias * grad_loss).to(bias_dtype)
-        # In place: beside a vocabulary's gradient in fp32 there may be no room for another.
+        # In place: there may be no memory for a second fp32 gradient of the whole vocabulary.
         grad_hidden = grad_hidden.mul_(grad_loss)
         if ctx.total is not None:
             ctx.total.addcmul_(grad_weight, grad_loss)
@@ -150,23 +166,27 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _row_loss(row_loss: RowLoss, nll_M: Tensor, log_total_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses [M], and their derivatives by the nll and by log_total."""
+    """Return the losses [M], and their derivatives with respect to the nll and to log_total."""
     with torch.enable_grad():
         nll, log_total = (values.detach().clone().requires_grad_() for values in (nll_M, log_total_M))
         loss = row_loss(nll, log_total)
         if loss.shape != nll.shape:
-            raise ValueError(f"a row loss gives shape {tuple(loss.shape)} for {len(nll)} rows: give one number a row")
+            raise ValueError(
+                f"a row loss gives shape {tuple(loss.shape)} for {len(nll)} rows: return one number for each row"
+            )
         by_nll, by_total = torch.autograd.grad(loss.sum(), (nll, log_total), allow_unused=True, materialize_grads=True)
     return loss.detach(), by_nll, by_total
 
 
 def _nll(logits: Tensor, targets: Tensor, layer: OutputLayer) -> tuple[Tensor, Tensor]:
-    """Return the nll [M], and the logarithm of the sum of the exponentials of all ranks' logits [M]."""
+    """Return the nll [M], and the log-sum-exp of the logits of all ranks [M]."""
     group = layer.tp_group
     highest, total, own = row_statistics(logits, targets, layer.first_id, layer.forbidden_V)
     if group.size() > 1:
         mine = highest.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        # Each rank's sum of exponentials was relative to its own maximum; exp(mine − highest) makes it relative to the
+        # common one. The target's logit is 0 on every rank but the one that has it, so a sum finds it.
         sums = torch.stack([total * (mine - highest).exp(), own])
         dist.all_reduce(sums, group=group)
         total, own = sums

@@ -1,6 +1,7 @@
-"""All weight initialisation, in one place and the same for every parallel layout.
+"""Initialise all weights, equally on every parallel layout.
 
-Each layer's full tensor is drawn from a generator keyed by (seed, name, layer), of which a rank keeps its boxes.
+The full tensor of each layer is drawn from a generator keyed by (seed, name, layer), and a rank keeps its boxes of it.
+A rank therefore draws more numbers than it keeps; in return, layouts can be compared weight by weight.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from torch import Tensor
 
 from bd3_scale.model.layout import Piece, parameter_layouts
 
-# Projections that write into the residual stream: their variance is divided by its number of writers (GPT-2, §2.3).
+# Projections that write into the residual stream. Their variance is divided by the number of writers, 2 · num_layers,
+# so that the stream does not grow with depth (GPT-2: Radford et al., 2019, section 2.3).
 _RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight", "experts.linear_fc2.weight")
 
 
 @torch.no_grad()
 def initialise_weights(model: MegatronModule, *, num_layers: int, init_std: float, seed: int) -> None:
-    """Draw matrices from N(0, init_std²), residual writers scaled by 1/√(2·num_layers); set biases to 0, and a tensor
-    with an attribute `initial` to that.
+    """Draw matrices from N(0, init_std²), residual writers scaled by 1/√(2·num_layers), and set biases to 0.
+
+    A parameter with an attribute `initial` is filled with that number.
 
     Raises:
-        ValueError: another vector.
+        ValueError: a parameter that is none of these.
     """
     for layout in parameter_layouts([model]):
         if not layout.is_trained:
@@ -41,13 +44,13 @@ def initialise_weights(model: MegatronModule, *, num_layers: int, init_std: floa
 
 
 def initial_box(piece: Piece, num_layers: int, init_std: float, seed: int) -> Tensor:
-    """Return the first values of a box of a full tensor, fp32; see `initialise_weights`."""
+    """Return the initial values of a box of a full tensor, fp32; see `initialise_weights`."""
     if piece.key.endswith("bias"):
         return torch.zeros(piece.shape)
-    # The tensors of the decoder's layers carry the layer as a first axis, and those of experts these as the next ones.
+    # Tensors of the decoder's layers have the layer as first axis; those of experts have the experts as next axes.
     is_expert = ".experts." in piece.key
     if len(piece.full_shape) != 2 + piece.key.startswith("decoder.layers.") and not is_expert:
-        raise ValueError(f"{piece.key} is no matrix, and does not say how it begins: give the parameter an `initial`")
+        raise ValueError(f"{piece.key} is no matrix and has no initial value: give the parameter an `initial`")
     std = init_std / math.sqrt(2 * num_layers) if piece.key.endswith(_RESIDUAL_WRITERS) else init_std
     places = [range(o, o + s) for o, s in zip(piece.offset[:-2], piece.shape[:-2], strict=True)]
     rows, columns = (slice(o, o + s) for o, s in zip(piece.offset[-2:], piece.shape[-2:], strict=True))
@@ -60,6 +63,7 @@ def initial_box(piece: Piece, num_layers: int, init_std: float, seed: int) -> Te
 
 def _matrix(key: str, shape: tuple[int, ...]) -> Tensor:
     """Return standard normal numbers that depend on the key alone."""
+    # SHA-256, because Python's own hash of a string differs from process to process.
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randn(shape, generator=generator)

@@ -1,7 +1,8 @@
-"""Where each parameter of a rank lies in the full tensors of the model, whatever the parallel layout.
+"""Find where each parameter of a rank lies in the full tensors of the model, for any parallel layout.
 
-megatron-core's `sharded_state_dict` names and places tensors; this reads it once, before an optimiser takes the
-parameters over.
+megatron-core's `sharded_state_dict` names and places the tensors. It is read once, before DeepSpeed replaces the
+parameters' memory by its own flat buffers. Checkpoints are written in terms of full tensors, which is why a run can go
+on with another layout.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous run of a parameter's elements that is one box of a full tensor.
+    """A contiguous range of a parameter's elements that is one box of a full tensor.
 
     Attributes:
         key: name of the full tensor; all layers share one tensor whose first axis is the layer.
-        start: first element of the run in the flattened parameter.
-        shape: shape of the box, of as many axes as the full tensor.
-        offset: where the box begins in the full tensor.
+        start: first element of the range in the flattened parameter.
+        shape: shape of the box, with as many axes as the full tensor.
+        offset: offset of the box in the full tensor.
         full_shape: shape of the full tensor.
     """
 
@@ -41,11 +42,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """The pieces of one parameter, or of a buffer that a checkpoint keeps beside them.
+    """The pieces of one parameter, or of a buffer that a checkpoint keeps, too.
 
     Attributes:
-        writer: this rank writes it (its replicas on other tensor-parallel ranks and stages do not).
-        replica: which of the data-parallel replicas this is, among whom ZeRO divides the states.
+        writer: whether this rank writes it; replicas on other tensor-parallel ranks and stages do not.
+        replica: number of this rank among the data-parallel replicas, over which ZeRO divides the optimiser states.
     """
 
     parameter: Tensor
@@ -55,15 +56,15 @@ class ParameterLayout:
 
     @property
     def is_trained(self) -> bool:
-        """Return whether gradients change it."""
+        """Return whether it is a parameter, which gradients change, and not a buffer."""
         return isinstance(self.parameter, nn.Parameter)
 
 
 def parameter_layouts(chunks: Sequence[MegatronModule]) -> list[ParameterLayout]:
-    """Layouts of all trained parameters of a rank's pipeline chunks, in the order of their `parameters()`, and of what
-    else a checkpoint keeps.
+    """Return the layouts of a rank's pipeline chunks: all trained parameters, in the order of `parameters()`, and then
+    the buffers that a checkpoint keeps.
     """
-    by_id, beside = {}, []
+    by_id, buffers = {}, []
     for chunk in chunks:
         for entry in nested_values(chunk.sharded_state_dict()):
             if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
@@ -72,16 +73,16 @@ def parameter_layouts(chunks: Sequence[MegatronModule]) -> list[ParameterLayout]
             if layout.is_trained:
                 by_id[id(entry.data)] = layout
             else:
-                beside.append(layout)
+                buffers.append(layout)
     named = [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
     missing = [name for name, p in named if id(p) not in by_id]
     assert not missing, f"megatron places no checkpoint tensor for {missing}"
-    return [*(by_id[id(p)] for _, p in named), *beside]
+    return [*(by_id[id(p)] for _, p in named), *buffers]
 
 
 def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
     parameter = entry.data
-    # A fused gate/up weight is a factory of two tensors, which are views of the parameter.
+    # A fused gate/up weight is a factory that makes two tensors, both views of the parameter.
     parts = (
         [entry]
         if isinstance(entry, ShardedTensor)
@@ -99,7 +100,10 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
 
 
 def _replica(replica_id: int | tuple[int, ...]) -> tuple[bool, int]:
-    """Return whether a replica is the writer, and its number among data-parallel ones, its last coordinate."""
+    """Return whether a replica is the writer, and its number among the data-parallel replicas.
+
+    The last coordinate of megatron's `replica_id` counts data-parallel replicas, the others all further ones.
+    """
     if isinstance(replica_id, int):
         return replica_id == 0, 0
     return not any(replica_id[:-1]), replica_id[-1]

@@ -1,8 +1,14 @@
-"""The products of a layer, split over tensor-parallel ranks, with a backward of our own; and laid out for decoding.
+"""Compute the matrix products of a layer, split over tensor-parallel ranks (Megatron-LM: Shoeybi et al., 2019).
 
-megatron-core's linears hold, place and save the weights. What they compute is here: a rank's rows or sums travel in
-pieces beside the product of the next piece, a weight's gradient is added to its fp32 sum by the product itself, and
-an activation's output is made again in backward instead of kept.
+A `ColumnLinear` splits its output features over ranks, and the `RowLinear` after it its input features: the pair needs
+one sum over ranks. megatron-core's linears hold, place and save the weights. The computation is our own, because of
+three things that theirs do not do:
+
+- pieces of rows are sent while the product of the next piece is computed;
+- the product itself adds a weight's gradient to its fp32 sum;
+- an activation's output is computed again in backward instead of kept.
+
+`packed` lays weights out for decoding.
 
 Legend: N rows of all ranks, n of this one (all of them without sequence parallelism), in pieces, see `exchange`;
 B sequences.
@@ -31,7 +37,7 @@ from bd3_scale.model.products import (
     weight_gradient,
 )
 
-# What oneDNN calls the activations that it applies to a product it still has in registers.
+# oneDNN's names of the activations that it applies to a product while that is in registers.
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 
@@ -39,20 +45,20 @@ class Activation(NamedTuple):
     """A function of each row.
 
     Attributes:
-        backward: from the gradient of its output, and its input: the gradient of the input, and the output again.
+        backward: maps the output's gradient, and the input, to the input's gradient, and the output once more.
     """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class _How(NamedTuple):
-    """How a product is split over the ranks of `group`, where there are several.
+class _Split(NamedTuple):
+    """How a product is split over the ranks of `group`.
 
     Attributes:
-        sequence: ranks have their rows of what is not split by features; otherwise all rows.
-        pieces: in which rows travel.
-        activation: of the input, before the product.
+        sequence: whether tensors that are not split by features are split by rows (sequence parallelism).
+        pieces: the number of pieces in which rows are exchanged.
+        activation: applied to the input before the product.
     """
 
     group: ProcessGroup
@@ -68,14 +74,14 @@ class _How(NamedTuple):
         return x if self.activation is None else self.activation.forward(x)
 
     def activate_backward(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient of x, and what it was made of."""
+        """Return the gradient of x, and the input of the product."""
         return (gradient, x) if self.activation is None else self.activation.backward(gradient, x)
 
 
 class ColumnLinear(layers.ColumnParallelLinear):
-    """x ↦ x Wᵀ + b, of whose features each tensor-parallel rank makes its share.
+    """x ↦ x Wᵀ + b; each tensor-parallel rank computes its share of the output features.
 
-    x is whole on every rank; under sequence parallelism a rank has its rows, and makes its features of all.
+    x is whole on every rank. Under sequence parallelism a rank has its part of the rows, and they are gathered.
     """
 
     weight: Tensor
@@ -89,22 +95,22 @@ class ColumnLinear(layers.ColumnParallelLinear):
     def forward(self, x: Tensor, pieces: int = 1, *, select: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return [N, B, outputs of the rank] for x [n, B, inputs].
 
-        select: rows of weight and bias to use.
+        select: takes the rows of weight and bias to use.
         """
         weight, bias = self.weight, self.bias
         if select is not None:
             weight, bias = select(weight), None if bias is None else select(bias)
-        return _apply(_Column, x, weight, bias, _How(self.tp_group, self.sequence_parallel, pieces))
+        return _apply(_Column, x, weight, bias, _Split(self.tp_group, self.sequence_parallel, pieces))
 
     def for_decoding(self, activation: str | None = None) -> Callable[..., Tensor]:
-        """Return `forward` with the weights of now, and activation(·) of it; see `packed`."""
+        """Return `forward`, followed by the activation, with the present weights; see `packed`."""
         return packed(self.weight, self.bias, activation)
 
 
 class RowLinear(layers.RowParallelLinear):
-    """x ↦ x Wᵀ + b, summed over tensor-parallel ranks, each of which has its share of the features of x.
+    """x ↦ x Wᵀ + b, summed over tensor-parallel ranks; each has its share of the features of x.
 
-    Under sequence parallelism a rank keeps its rows of the sum.
+    Under sequence parallelism a rank keeps its part of the rows of the sum.
     """
 
     weight: Tensor
@@ -113,22 +119,22 @@ class RowLinear(layers.RowParallelLinear):
     def __init__(
         self, inputs: int, outputs: int, *, bias: bool, config: ModelParallelConfig, group: ProcessGroup
     ) -> None:
-        how = {"input_is_parallel": True, "skip_bias_add": False, "tp_group": group}
-        super().__init__(inputs, outputs, config=config, init_method=None, bias=bias, **how)
+        options = {"input_is_parallel": True, "skip_bias_add": False, "tp_group": group}
+        super().__init__(inputs, outputs, config=config, init_method=None, bias=bias, **options)
 
     def forward(self, x: Tensor, pieces: int = 1, *, activation: Activation | None = None) -> Tensor:
         """Return [n, B, outputs] for x [N, B, inputs of the rank].
 
-        activation: of x before the product; backward makes its output again instead of keeping it.
+        activation: applied to x before the product; backward computes its output again instead of keeping it.
         """
-        how = _How(self.tp_group, self.sequence_parallel, pieces, activation)
-        if not how.is_split:
-            return _apply(_Column, x, self.weight, self.bias, how)
-        out = _apply(_Row, x, self.weight, None, how)
+        split = _Split(self.tp_group, self.sequence_parallel, pieces, activation)
+        if not split.is_split:
+            return _apply(_Column, x, self.weight, self.bias, split)
+        out = _apply(_Row, x, self.weight, None, split)
         return out if self.bias is None else out + self.bias
 
     def for_decoding(self) -> Callable[..., Tensor]:
-        """Return `forward` with the weights of now; see `packed`."""
+        """Return `forward` with the present weights; see `packed`."""
         if self.tp_group.size() == 1:
             return packed(self.weight, self.bias)
         product, bias, group = packed(self.weight, None), self.bias, self.tp_group
@@ -141,27 +147,29 @@ class RowLinear(layers.RowParallelLinear):
         return summed
 
 
-def _apply(kind: type[_Column] | type[_Row], x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
+def _apply(kind: type[_Column] | type[_Row], x: Tensor, weight: Tensor, bias: Tensor | None, split: _Split) -> Tensor:
     if not torch.is_grad_enabled():
-        return kind.product(x, weight, bias, how)
-    found: Tensor = kind.apply(x, weight, bias, how)
-    return found
+        return kind.product(x, weight, bias, split)
+    out: Tensor = kind.apply(x, weight, bias, split)
+    return out
 
 
 class _Product(torch.autograd.Function):
-    """What both kinds keep, and the gradients of weight and bias."""
+    """What `_Column` and `_Row` share: the saved tensors, and the gradients of weight and bias."""
 
     @staticmethod
-    def keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> None:
-        ctx.how, ctx.with_bias = how, bias is not None
-        # The sum of gradients is no part of the graph, and changes while that is there.
+    def keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, split: _Split) -> None:
+        ctx.split, ctx.with_bias = split, bias is not None
+        # Not through `save_for_backward`: other micro-batches add to it before this backward runs, and autograd refuses
+        # a saved tensor that has changed.
         ctx.total = getattr(weight, "main_grad", None)
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def parameter_gradients(ctx: Any, gradient: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of weight and bias, of gradients and inputs of all rows; None for a weight whose sum
-        they were added to.
+        """Return the gradients of weight and bias, from the gradients and inputs of all rows.
+
+        The weight's is None where it was added to the weight's sum of gradients.
         """
         gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
         grad_weight = grad_bias = None
@@ -176,84 +184,86 @@ class _Product(torch.autograd.Function):
 
 
 class _Column(_Product):
-    """Features are split, where there are ranks to split them over."""
+    """A product whose output features are split over ranks, or that is whole where there is one rank."""
 
     @staticmethod
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-        if not (how.is_split and how.sequence):
-            return product(how.activate(x).flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
-        gather = Gather(x, how.pieces, how.group)
-        out = x.new_empty((len(x) * how.group.size(), *x.shape[1:-1], len(weight)))
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None, split: _Split) -> Tensor:
+        if not (split.is_split and split.sequence):
+            return product(split.activate(x).flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+        gather = Gather(x, split.pieces, split.group)
+        out = x.new_empty((len(x) * split.group.size(), *x.shape[1:-1], len(weight)))
         gather.begin(0)
-        for index, piece in enumerate(out.unflatten(0, (how.pieces, -1))):
+        for index, piece in enumerate(out.unflatten(0, (split.pieces, -1))):
             arrived = gather.piece(index)
+            # One piece is sent while the one before is computed. Starting all at once would let the gathers take the
+            # GPU's multiprocessors and memory bandwidth from the first product.
             gather.begin(index + 1)
             _into(piece, arrived, weight, bias)
         return out
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-        _Product.keep(ctx, x, weight, bias, how)
-        return _Column.product(x, weight, bias, how)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, split: _Split) -> Tensor:
+        _Product.keep(ctx, x, weight, bias, split)
+        return _Column.product(x, weight, bias, split)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        how: _How = ctx.how
+        split: _Split = ctx.split
         gradient = gradient.contiguous()
         x, weight = ctx.saved_tensors
-        if not how.is_split:
+        if not split.is_split:
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x, x = how.activate_backward(_input_gradient(gradient, weight), x)
+                grad_x, x = split.activate_backward(_input_gradient(gradient, weight), x)
             else:
-                x = how.activate(x)
+                x = split.activate(x)
             return grad_x, *_Product.parameter_gradients(ctx, gradient, x), None
-        gather = Gather(x, how.pieces, how.group) if how.sequence else None
+        gather = Gather(x, split.pieces, split.group) if split.sequence else None
         if gather is not None:
             gather.begin_all()
-        # Whole: rows arrive beside the one product, and gradients leave beside the other.
+        # Not by pieces: the rows arrive during the product for grad_x, and its sum is sent during that for the weight.
         grad_rows = _input_gradient(gradient, weight)
         x = x if gather is None else gather.rows()
-        reduction = Reduction(grad_rows, how.pieces, how.group, scattered=how.sequence)
+        reduction = Reduction(grad_rows, split.pieces, split.group, scattered=split.sequence)
         reduction.add_all()
         of_parameters = _Product.parameter_gradients(ctx, gradient, x)
         return reduction.result(), *of_parameters, None
 
 
 class _Row(_Product):
-    """Features of the input are split, and the product summed over ranks."""
+    """A product whose input features are split over ranks, and whose result is summed over them."""
 
     @staticmethod
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-        assert bias is None, "it is added to the sum, once"
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None, split: _Split) -> Tensor:
+        assert bias is None, "it is added once, to the sum over ranks"
         out = x.new_empty((*x.shape[:-1], len(weight)))
-        reduction = Reduction(out, how.pieces, how.group, scattered=how.sequence)
-        x = how.activate(x)
-        for index, piece in enumerate(x.unflatten(0, (how.pieces, -1))):
+        reduction = Reduction(out, split.pieces, split.group, scattered=split.sequence)
+        x = split.activate(x)
+        for index, piece in enumerate(x.unflatten(0, (split.pieces, -1))):
             _into(reduction.piece(index), piece, weight)
             reduction.add(index)
         return reduction.result()
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-        _Product.keep(ctx, x, weight, bias, how)
-        return _Row.product(x, weight, bias, how)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, split: _Split) -> Tensor:
+        _Product.keep(ctx, x, weight, bias, split)
+        return _Row.product(x, weight, bias, split)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        how: _How = ctx.how
+        split: _Split = ctx.split
         x, weight = ctx.saved_tensors
-        if not how.sequence:
-            grad_x, x = how.activate_backward(_input_gradient(gradient, weight), x)
+        if not split.sequence:
+            grad_x, x = split.activate_backward(_input_gradient(gradient, weight), x)
             return grad_x, *_Product.parameter_gradients(ctx, gradient, x), None
-        gather = Gather(gradient, how.pieces, how.group)
+        gather = Gather(gradient, split.pieces, split.group)
         gather.begin(0)
         grad_x = x.new_empty((*x.shape[:-1], weight.shape[1]))
-        for index, piece in enumerate(grad_x.unflatten(0, (how.pieces, -1))):
+        for index, piece in enumerate(grad_x.unflatten(0, (split.pieces, -1))):
             arrived = gather.piece(index)
             gather.begin(index + 1)
             _into(piece, arrived, weight.t())
-        grad_x, x = how.activate_backward(grad_x, x)
+        grad_x, x = split.activate_backward(grad_x, x)
         return grad_x, *_Product.parameter_gradients(ctx, gather.rows(), x), None
 
 
@@ -266,13 +276,13 @@ def _into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def packed(weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Callable[..., Tensor]:
-    """Return x ↦ activation(x Wᵀ + b) for few rows and without gradients, as long as the weights do not change.
+    """Return x ↦ activation(x Wᵀ + b) for few rows, without gradients; it is valid while the weights do not change.
 
-    On CPU the weight is laid out once: for oneDNN, whose product of few rows takes half as long as torch's own, which
-    lays it out at each call (bf16), or takes a library that is slow on AMD (fp32); small fp32 ones where MKL
-    multiplies, inputs by outputs, see `few_rows_by_onednn`.
+    On CPU the weight is laid out once, in oneDNN's own format. Its product of few rows then takes half as long as
+    torch's, which lays a bf16 weight out at each call and takes a library that is slow on AMD for fp32. Small fp32
+    weights on CPUs where MKL multiplies are transposed instead, see `few_rows_by_onednn`.
 
-    activation: None, or one of a linear that `fuses` it.
+    activation: None, or the activation of a linear that `fuses` it.
     """
     if not _onednn_takes(weight):
         assert activation is None
@@ -291,7 +301,7 @@ def packed(weight: Tensor, bias: Tensor | None, activation: str | None = None) -
 
 
 def fuses(activation: str, linear: ColumnLinear) -> bool:
-    """Return whether decoding can apply this activation of a recipe along with the linear's product."""
+    """Say whether decoding can apply this activation in the same kernel as the linear's product."""
     return type(linear) is ColumnLinear and activation in _FUSED and _onednn_takes(linear.weight)
 
 

@@ -1,11 +1,14 @@
-"""megatron-core as this package needs it, without two seconds of imports; the rooms that use it import this first.
+"""Import megatron-core in two seconds less, and let its layers work without torch.distributed.
 
-megatron-core 0.16.1 compiles its fused functions where they are defined, which brings in the whole compiler of PyTorch
-(dynamo, inductor, sympy, Triton), and asks for Weights & Biases, with which its inference engine would log. Here each
-of those functions is compiled at its first call, and wandb counts as not installed while megatron-core is imported.
+Import this module before any other module of megatron-core.
 
-Its layers drop the group that they are given where torch.distributed is not set up. Here they take it, so that a
-process that is alone needs nothing of torch.distributed; where that is set up, they did so anyway.
+megatron-core 0.16.1 calls `torch.compile` on its fused functions where they are defined, which imports the whole
+compiler of PyTorch (dynamo, inductor, sympy, Triton). It also imports Weights & Biases, for the logs of its inference
+engine. Here each of those functions is compiled at its first call, and wandb counts as not installed while
+megatron-core is imported.
+
+Its layers ignore the group that they are given where torch.distributed is not initialised. Here they use it, so that a
+single process needs no torch.distributed. Where that is initialised nothing changes.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 
 
 def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that is compiled when it is first called, in place of `torch.compile`."""
+    """Return a function that is compiled at its first call; it replaces `torch.compile`."""
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
@@ -28,7 +31,7 @@ def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        # A function that calls another is compiled as one.
+        # Called from a function that is being compiled, it becomes a part of that function.
         return function(*args, **options) if torch.compiler.is_compiling() else compiled()(*args, **options)
 
     return call
@@ -50,14 +53,15 @@ def _import_megatron() -> None:
 
 def _take_given_groups() -> None:
     name = "get_tensor_model_parallel_group_if_none"
-    asked = getattr(importlib.import_module("megatron.core.utils"), name)
+    original = getattr(importlib.import_module("megatron.core.utils"), name)
 
-    @functools.wraps(asked)
+    @functools.wraps(original)
     def group_of(tp_group: Any, *args: Any, **options: Any) -> Any:
-        return asked(tp_group, *args, **options) if tp_group is None else tp_group
+        return original(tp_group, *args, **options) if tp_group is None else tp_group
 
+    # Modules that imported the function by name hold it themselves, so that each must be patched.
     for module in [module for key, module in sys.modules.items() if key.startswith("megatron.core")]:
-        if getattr(module, name, None) is asked:
+        if getattr(module, name, None) is original:
             setattr(module, name, group_of)
 
 

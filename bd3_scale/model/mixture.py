@@ -1,7 +1,7 @@
-"""A mixture of experts in place of a layer's MLP: of each row, a few experts compute.
+"""Replace a layer's MLP by a mixture of experts: a few experts compute for each row.
 
-Every tensor-parallel rank has all rows and its channels of the experts, expert-parallel ranks each have some of the
-experts: rows travel to these and back. No row is dropped, and what a rank computes varies from step to step.
+Every tensor-parallel rank has all rows and its channels of the experts. Every expert-parallel rank has some of the
+experts, and rows are sent to them and back. No row is dropped, so the work of a rank varies from step to step.
 
 Legend: R rows of a rank, k experts of each, M = R·k copies of rows, X hidden size.
 """
@@ -21,7 +21,7 @@ from bd3_scale.recipe.schema import ModelRecipe
 
 
 class Mixture(Part):
-    """Router, experts, and where there is one an expert that every row takes."""
+    """A router, its experts, and optionally a shared expert that every row takes (DeepSeekMoE: Dai et al., 2024)."""
 
     def __init__(self, model: ModelRecipe, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(config, groups.tp)
@@ -36,19 +36,20 @@ class Mixture(Part):
         )
 
     def forward(self, x: Tensor, pieces: int = 1) -> Tensor:
-        """Return […, X] for x […, X], whose rows travel in `pieces`, see `exchange`."""
+        """Return […, X] for x […, X]; under sequence parallelism rows are exchanged in `pieces`, see `exchange`."""
         sequence = self.config.sequence_parallel
-        whole = whole_rows(x, pieces, self.tp_group, shared_out=sequence)
+        whole = whole_rows(x, pieces, self.tp_group, scattered=sequence)
         out = self._mixed(whole, pieces)
-        out = add_partial_rows(out, pieces, self.tp_group, shared_out=sequence)
+        out = add_partial_rows(out, pieces, self.tp_group, scattered=sequence)
         return out if self.shared_experts is None else out + self.shared_experts(x, pieces)
 
     def _mixed(self, x: Tensor, pieces: int) -> Tensor:
-        """Return what this rank's channels of the experts make of the rows, […, X]."""
+        """Return the rows' outputs of this rank's channels of the experts, […, X]."""
         experts, weights, counts = self.router(x, pieces)
         order = Order.by(experts.flatten(), each=self.top_k)
         exchange = Exchange(counts, experts.numel(), self.ep_group)
         copies = exchange.send(order.spread(x.flatten(0, -2)))
-        its_weights = exchange.send(order._replace(each=1).spread(weights.flatten()))
-        found = exchange.send_back(self.experts(copies, its_weights, exchange.counts))
-        return order.collect(found).view_as(x)
+        # A weight belongs to a copy and not to a row, hence each=1.
+        copy_weights = exchange.send(order._replace(each=1).spread(weights.flatten()))
+        outputs = exchange.send_back(self.experts(copies, copy_weights, exchange.counts))
+        return order.collect(outputs).view_as(x)

@@ -1,13 +1,15 @@
-"""Matrix products of the linears and the head, by the library that is quickest on this CPU.
+"""Compute the matrix products of the linears and the head, by the faster library on this CPU.
 
-PyTorch hands fp32 products on x86 to MKL, which takes AVX2 kernels on CPUs that are not Intel's, whatever they can do:
-100 GFLOP/s where oneDNN, which asks the CPU, makes 240 on an AMD core whose AVX-512 is 512 bits wide. On a Zen 4 core,
-which has half of that width, it makes 110 where MKL makes 80 to 99. On Intel's own, MKL is the quicker one.
-So what decides is the CPU's maker and its flags, and no clock: a run and its resume, and all ranks on such machines,
-add in the same order whatever else the machine does. oneDNN must be as exact besides: a switch of PyTorch's or an
-environment variable can make it multiply in bf16, and a product at first use tells.
+On x86 PyTorch gives fp32 products to MKL. On CPUs that are not Intel's, MKL uses AVX2 kernels even if the CPU has
+AVX-512; oneDNN uses what the CPU has. Measured on one core: 100 GFLOP/s by MKL and 240 by oneDNN on an AMD core with
+512-bit units; 80 to 99 and 110 on a Zen 4 core, which has 256-bit units. On Intel's CPUs MKL is faster.
 
-$BD3_SCALE_PRODUCTS=mkl or onednn decides otherwise. Tensors on a GPU, 16-bit ones and fake ones go through PyTorch.
+The choice follows from the CPU's vendor and flags and not from a measured time. A run, its resume, and all ranks on
+such machines therefore add in the same order, whatever else the machine does. A switch of PyTorch, or an environment
+variable, can make oneDNN multiply fp32 in bf16; a product at the first use checks that it does not.
+
+$BD3_SCALE_PRODUCTS=mkl or onednn overrides the choice. Tensors on a GPU, 16-bit tensors and fake tensors go through
+PyTorch.
 
 Legend: M rows, K inputs, N outputs.
 """
@@ -29,12 +31,12 @@ from bd3_scale import processor
 
 ENVIRONMENT = "BD3_SCALE_PRODUCTS"
 LIBRARIES = ("mkl", "onednn")
-# Multiplications below which oneDNN's 20 µs for a call cost more than its kernels save.
+# With fewer multiplications oneDNN's call, which takes 20 µs, costs more than its kernels save.
 _LEAST_WORK = 1 << 22
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ + b [M, N], as F.linear does; autograd does not see it."""
+    """Return x Wᵀ + b [M, N], as F.linear does, but not recorded by autograd."""
     if not _by_onednn(x_MK, len(x_MK) * weight_NK.numel()):
         return F.linear(x_MK, weight_NK, bias_N)
     return _onednn(x_MK, weight_NK, bias_N)
@@ -61,16 +63,17 @@ def weight_gradient(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
     """Return the gradient [N, K] of `product`'s weight."""
     if not _by_onednn(grad_MN, grad_MN.numel() * x_MK.shape[1]):
         return grad_MN.t() @ x_MK
-    # oneDNN copies the transpose of its first operand: let that be the narrower one.
+    # oneDNN copies its first operand when that is a transpose, so the narrower one comes first.
     if grad_MN.shape[1] <= x_MK.shape[1]:
         return _onednn(grad_MN.t(), x_MK.t(), None)
     return _onednn(x_MK.t(), grad_MN.t(), None).t()
 
 
 def add_weight_gradient(total_NK: Tensor | None, grad_MN: Tensor, x_MK: Tensor) -> Tensor:
-    """Return total + `weight_gradient` in fp32 (fp64 of such), in the memory of `total` where there is one.
+    """Return total + `weight_gradient` in fp32 (or fp64), in the memory of `total` where it is given.
 
-    On a GPU the product adds to an fp32 sum as it writes: a bf16 gradient is neither rounded nor passed over again.
+    On a GPU the product adds to the fp32 sum as it writes: the gradient is not rounded to bf16 in between, and memory
+    is passed over once.
     """
     if grad_MN.device.type == "cuda" and grad_MN.dtype.itemsize < 4:
         if total_NK is None:
@@ -90,38 +93,41 @@ def add_weight_gradient(total_NK: Tensor | None, grad_MN: Tensor, x_MK: Tensor) 
 
 @functools.cache
 def fp32_library() -> str:
-    """Return which of LIBRARIES multiplies fp32 matrices on this CPU; ValueError: an environment that asks for another
-    one, or for oneDNN where PyTorch has none.
+    """Return which of LIBRARIES multiplies fp32 matrices on this CPU.
+
+    ValueError: $BD3_SCALE_PRODUCTS names another one, or oneDNN where PyTorch was built without it.
     """
     wanted = os.environ.get(ENVIRONMENT, "")
     if wanted not in ("", *LIBRARIES):
         raise ValueError(f"${ENVIRONMENT} is {wanted!r}: set it to {' or '.join(LIBRARIES)}, or leave it out")
     has_onednn = torch.backends.mkldnn.is_available()
     if wanted == "onednn" and not has_onednn:
-        raise ValueError(f"${ENVIRONMENT} is 'onednn', which this PyTorch was built without: leave it out")
+        raise ValueError(f"${ENVIRONMENT} is 'onednn', and this PyTorch was built without it: unset the variable")
     if wanted:
         return wanted
-    # `is_available` of MKL: elsewhere PyTorch has another library, of which nothing was measured.
+    # Where MKL is not available PyTorch uses a third library, which was not measured: it stays.
     slow = torch.backends.mkl.is_available() and processor.vendor() != "GenuineIntel" and "avx512f" in processor.flags()
     return "onednn" if slow and has_onednn and _onednn_is_exact() else "mkl"
 
 
 def _onednn_is_exact() -> bool:
     """Say whether oneDNN's error against fp64 is at most twice PyTorch's, in a product of 4 M multiplications."""
-    # Whoever counts or traces the step that comes first is not shown this.
+    # Modes that count FLOPs or trace the first step must not see this product.
     with _disable_current_modes():
         generator = torch.Generator().manual_seed(0)
         x, weight = (torch.randn(rows, 256, generator=generator) for rows in (96, 176))
         exact = x.double() @ weight.double().t()
-        ours, theirs = ((found.double() - exact).square().sum() for found in (_onednn(x, weight, None), x @ weight.t()))
+        products = (_onednn(x, weight, None), x @ weight.t())
+        ours, theirs = ((result.double() - exact).square().sum() for result in products)
+        # Of squared errors: a factor of 2 in the error.
         return bool(ours <= 4 * theirs)
 
 
 def few_rows_by_onednn(weight: Tensor) -> bool:
-    """Return whether oneDNN multiplies few fp32 rows by a weight laid out for it.
+    """Say whether oneDNN should multiply few fp32 rows by this weight, laid out in its own format.
 
-    On Intel's CPUs, too, where 16 rows by weights of 512 × 1,536 and more take it 0.7 to 0.85 of the time that they
-    take MKL, inputs by outputs; by 512 × 512 they take it 1.3 of that.
+    Larger weights are faster by oneDNN on Intel's CPUs, too: 16 rows by weights of 512 × 1,536 and more take 0.7 to
+    0.85 of MKL's time with a transposed weight. By 512 × 512 they take 1.3 of it.
     """
     if fp32_library() == "onednn":
         return True
@@ -140,8 +146,8 @@ def _by_onednn(x: Tensor, multiplications: int) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return found
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return out
 
 
 @register_flop_formula(torch.ops.mkldnn._linear_pointwise)

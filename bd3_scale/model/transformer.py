@@ -1,4 +1,4 @@
-"""The block diffusion transformer: embedding, decoder, vocabulary-parallel head; whole, or one chunk of a pipeline.
+"""Define the block diffusion transformer: embedding, decoder layers and output head; whole, or a chunk of a pipeline.
 
 Legend: B sequences, R positions of this rank, S streams, C noisy copies, N rows of this rank, M rows of the head,
 X hidden size.
@@ -40,11 +40,12 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class BlockDiffusionTransformer(MegatronModule):
-    """A transformer over noisy and clean rows whose head never predicts the mask token or vocabulary padding.
+    """A transformer over noisy and clean rows; its head never predicts the mask token or vocabulary padding.
 
     Args:
-        chunk: which of the pipeline's chunks this is, in the order of the layers: the first one has the embedding, the
-            last one the head (and, with tied embeddings, where they are not the same, its own copy of the embedding).
+        chunk: the number of this chunk of the pipeline, in the order of the layers. The first chunk has the embedding,
+            the last one the head; with tied embeddings, a last chunk that is not the first has its own copy of the
+            embedding.
         recompute: see `build_model`.
     """
 
@@ -99,7 +100,7 @@ class BlockDiffusionTransformer(MegatronModule):
 
     @property
     def tied_weight(self) -> nn.Parameter | None:
-        """Return this chunk's copy of an embedding that another stage holds, too; the engine sums their gradients."""
+        """Return this chunk's copy of an embedding that another stage also has, or None; the engine sums gradients."""
         if not self.ties_across_stages or not (self.pre_process or self.post_process):
             return None
         weight = self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
@@ -107,17 +108,19 @@ class BlockDiffusionTransformer(MegatronModule):
 
     @property
     def mixtures(self) -> dict[int, Mixture]:
-        """Return the mixtures of experts by the number of their layer in the model."""
+        """Return the mixtures of experts, by the number of their layer in the model."""
         layers = cast(Iterable[Block], self.decoder.layers)
         return {layer.layer: layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)}
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Take the previous stage's output from megatron's schedules; the first stage has none."""
+        """Receive the previous stage's output; megatron's schedules call this. The first stage has none."""
         self.input_tensor = input_tensor[0]
 
     def forward(self, inputs: ModelInputs) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the rows for the next chunk, [N, B, X]; of the last chunk the weighted sum of the losses at the head's
-        rows, a scalar in nats, and each of them, fp32 [M], without gradient.
+        """Return the rows for the next chunk, [N, B, X]; on the last chunk the losses.
+
+        The losses are their weighted sum, a scalar in nats, and the loss of each row of the head, fp32 [M], without
+        gradient.
         """
         hidden_NBX = self._decode(
             inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans, mask_noise=inputs.mask_noise
@@ -130,15 +133,18 @@ class BlockDiffusionTransformer(MegatronModule):
         return total, loss_M
 
     def head_logits(self, inputs: ModelInputs) -> Tensor:
-        """Return the logits of the head's rows, fp32 [M, padded vocabulary], of a model that is whole in a process."""
+        """Return the logits of the head's rows, fp32 [M, padded vocabulary]; the model must be one chunk."""
         return self._gathered(self.output_layer(self.head_inputs(inputs), self._head_weight()))
 
     def head_inputs(self, inputs: ModelInputs) -> Tensor:
-        """Return what the head multiplies, [M, X], of a model that is whole in a process."""
+        """Return the inputs of the head, [M, X]; the model must be one chunk."""
         return self._head_rows(self._decode(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans), inputs)
 
     def _head_rows(self, hidden_NBX: Tensor, inputs: ModelInputs) -> Tensor:
-        """Return the rows that the head sees, [M, X]."""
+        """Return the rows that the head reads, [M, X].
+
+        Only masked rows are predicted, so that the head computes nothing for the others.
+        """
         if self.config.sequence_parallel:
             streams = inputs.num_noisy or inputs.num_streams
             return gather_rows(hidden_NBX, streams, self.tp_group).flatten(0, 1)[inputs.head_rows]
@@ -146,7 +152,7 @@ class BlockDiffusionTransformer(MegatronModule):
         return copy_to_tensor_model_parallel_region(hidden_MX, group=self.tp_group)
 
     def embed(self, inputs: ModelInputs) -> tuple[Tensor, RowContext]:
-        """Return what the first layer takes: embeddings [N, B, X] and what every layer needs to know of the rows."""
+        """Return the arguments of the first layer: the embeddings [N, B, X] and the context of the rows."""
         rows = self._rows(inputs.tokens, inputs.positions, inputs.num_noisy, inputs.spans)
         return self._embed(inputs.tokens, rows, inputs.mask_noise), rows
 
@@ -155,26 +161,28 @@ class BlockDiffusionTransformer(MegatronModule):
         return self._all_logits(self._decode(clean_BL, positions_BL, 0, spans))
 
     def prefill(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache) -> None:
-        """Append a clean block of each of the cache's first B sequences, which sees the prefix and itself."""
+        """Append a clean block to each of the cache's first B sequences; a block sees the prefix and itself."""
         self._decode_block(block_BL, positions_BL, cache, torch.zeros_like(block_BL, dtype=torch.bool))
         cache.commit([block_BL.shape[1]] * len(block_BL))
 
     def append(self, blocks_BL: Tensor, positions_BL: Tensor, cache: KVCache, sequence: int) -> None:
-        """Append clean blocks of one sequence at once, whose last one sees all others."""
+        """Append several clean blocks to one sequence in one pass; each sees the prefix, earlier blocks and itself."""
         nowhere = torch.zeros_like(blocks_BL, dtype=torch.bool)
         self._decode_block(blocks_BL, positions_BL, Appending(cache, sequence), nowhere)
         cache.lengths[sequence] += blocks_BL.numel()
 
     def decode(self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache, wanted_BL: Tensor | None = None) -> Tensor:
-        """Return logits fp32 [B, L, padded vocabulary] of one block that sees the cached prefix and itself; the prefix
-        stays. With `wanted_BL`, bool, those of its M places alone: [M, padded vocabulary]. Passes that give the same
-        tensor as `positions_BL`, unchanged, share its rotary table (`KVCache.positions`).
+        """Return the logits of one block that sees the cached prefix and itself, fp32 [B, L, padded vocabulary].
+
+        The prefix does not change. With `wanted_BL`, bool with M true values, only their logits are computed and
+        returned: [M, padded vocabulary]. Passes with the same tensor object as `positions_BL`, unchanged, share its
+        rotary table (`KVCache.positions`).
         """
         hidden = self._decode_block(block_BL, positions_BL, cache, wanted_BL)
         return self._gathered(self.output_layer(hidden, self._head_weight()))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """Return an empty cache for `capacity` positions, of the model as it is now."""
+        """Return an empty cache for `capacity` positions; it is valid while the weights do not change."""
         assert not self.config.sequence_parallel
         weight = self.embedding.word_embeddings.weight
         groups = self.recipe.query_groups // self.tp_group.size()
@@ -185,7 +193,11 @@ class BlockDiffusionTransformer(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return megatron's names and places of the weights; the last stage's copy of an embedding is the embedding."""
+        """Return megatron's names and offsets of the weights.
+
+        The last stage's copy of a tied embedding gets the embedding's name and another replica id, so that it is loaded
+        from the same tensor and not written.
+        """
         metadata = {"dp_cp_group": self.dp_cp_group, **(metadata or {})}
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.ties_across_stages and self.post_process:
@@ -210,8 +222,9 @@ class BlockDiffusionTransformer(MegatronModule):
     def _decode_block(
         self, block_BL: Tensor, positions_BL: Tensor, cache: KVCache | Appending, wanted_BL: Tensor | None
     ) -> Tensor:
-        """Return [B, L, X], or [M, X] of the wanted places."""
-        # A block's passes share its angles. By identity: to compare values would wait for the device.
+        """Return the hidden states of a block after the last norm, [B, L, X], or [M, X] of the wanted rows."""
+        # All passes of a block share its rotary table. Tensors are compared by identity: comparing values would make
+        # the host wait for the device.
         if cache.rotary is None or cache.rotary[0] is not positions_BL:
             cache.rotary = positions_BL, rotary_table(positions_BL, self.recipe, self.config.params_dtype)
         dtype, device = self.config.params_dtype, positions_BL.device
@@ -230,12 +243,12 @@ class BlockDiffusionTransformer(MegatronModule):
         return RowContext(table, attend, streams, num_noisy)
 
     def _embed(self, tokens_BN: Tensor, rows: RowContext, mask_noise: MaskNoise | None) -> Tensor:
-        """[N, B, X]; under sequence parallelism this rank's part of the positions, in every stream."""
+        """Return embeddings [N, B, X]; under sequence parallelism of this rank's part of each stream's positions."""
         hidden = self.embedding.word_embeddings(tokens_BN.t(), rows.num_streams)
         return hidden if mask_noise is None else hidden + self._mask_noise(tokens_BN, rows.num_streams, mask_noise)
 
     def _mask_noise(self, tokens_BN: Tensor, num_streams: int, noise: MaskNoise) -> Tensor:
-        """Gaussian noise [N, B, X] for the rows of `_embed` that are masked, zero for the others."""
+        """Return Gaussian noise [N, B, X] for the masked rows of `_embed`, zeros for the others."""
         rows = F.pad(noise.rows, (0, tokens_BN.shape[1] - noise.rows.shape[1]))
         rows = rows.masked_fill(tokens_BN != self.vocabulary.mask_id, 0).t()
         if self.config.sequence_parallel:
@@ -253,8 +266,9 @@ class BlockDiffusionTransformer(MegatronModule):
         return self._gathered(logits).transpose(0, 1)
 
     def _gathered(self, logits: Tensor) -> Tensor:
-        """Return logits of the whole vocabulary; those of one rank without megatron's autograd function, which takes as
-        long as three operators.
+        """Return logits of the whole vocabulary, gathered from the tensor-parallel ranks.
+
+        One rank skips megatron's autograd function, which takes as long as three operators of a decoding pass.
         """
         if self.tp_group.size() == 1:
             return logits

@@ -268,7 +268,10 @@ def test_a_tensor_begins_as_it_says(groups):
     scale = nn.Parameter(torch.empty(32))
     model.decoder.layers[0].mlp.scale = scale
     how = {"num_layers": 2, "init_std": 0.3, "seed": 5}
-    with pytest.raises(ValueError, match=r"decoder\.layers\.mlp\.scale is no matrix.*give the parameter an `initial`"):
+    with pytest.raises(
+        ValueError,
+        match=r"decoder\.layers\.mlp\.scale is no matrix and has no initial value: give the parameter an `initial`",
+    ):
         initialise_weights(model.requires_grad_(), **how)
     scale.initial = 0.1
     initialise_weights(model, **how)

@@ -37,10 +37,14 @@ def test_options_have_defaults_and_values():
 @pytest.mark.parametrize(
     ("objective", "options", "words"),
     [
-        ("test-focal", {"gama": 1}, "objective_options.gama: is no option of test-focal: it takes gamma, name"),
+        ("test-focal", {"gama": 1}, "objective_options.gama: is not an option of test-focal: it takes gamma, name"),
         ("test-focal", {"gamma": "a"}, "objective_options.gamma: must be a value such as 2.0, not 'a'"),
         ("test-focal", {"name": 1}, "objective_options.name: must be a value such as 'x', not 1"),
-        ("block_diffusion", {"gamma": 1}, "objective_options.gamma: is no option of block_diffusion: it takes none"),
+        (
+            "block_diffusion",
+            {"gamma": 1},
+            "objective_options.gamma: is not an option of block_diffusion: it takes none",
+        ),
     ],
 )
 def test_options_that_do_not_suit_are_refused(objective, options, words):

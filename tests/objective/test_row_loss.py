@@ -62,5 +62,5 @@ def test_gradients_are_those_of_all_logits_at_once(layer, monkeypatch, loss):
 
 def test_a_loss_of_the_wrong_shape_is_refused(layer):
     rows = torch.zeros(ROWS, HIDDEN), None, torch.full((ROWS,), 60), torch.ones(ROWS)
-    with pytest.raises(ValueError, match="a row loss gives shape \\(\\) for 11 rows: give one number a row"):
+    with pytest.raises(ValueError, match="a row loss gives shape \\(\\) for 11 rows: return one number for each row"):
         layer(*rows, lambda nll, log_total: nll.sum())
