@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bd3_scale.data.batch import Batch
-from bd3_scale.parallel.collective import raise_told, told_error
+from bd3_scale.parallel.collective import outcome_of_error, raise_error_of
 from bd3_scale.resilience.signals import StopRequestedError
 
 
@@ -82,7 +82,7 @@ class PipelineBatches:
             content = self._receive(torch.empty(size, dtype=torch.uint8)).numpy()
             if kind == _Kind.ERROR:
                 told = json.loads(content.tobytes())
-                raise_told(told)
+                raise_error_of(told)
                 raise RuntimeError(told["failed"])
             yield Batch.from_bytes(content, *shape)
 
@@ -112,7 +112,7 @@ class PipelineBatches:
 
 def _told(error: Exception) -> bytes:
     if isinstance(error, (ValueError, OSError)):
-        return json.dumps(told_error(error)).encode()
+        return json.dumps(outcome_of_error(error)).encode()
     return json.dumps({"failed": f"the first stage of this pipeline read no batch: {error!r}"}).encode()
 
 

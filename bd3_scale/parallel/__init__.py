@@ -1,1 +1,1 @@
-"""Process groups, the DeepSpeed engine and its optimisers, and what megatron-core needs to run on CPU."""
+"""Make process groups and the DeepSpeed engine with its optimisers, and run megatron-core on CPU."""

@@ -1,4 +1,4 @@
-"""How evenly the experts of a model are busy: counts of a step, over all ranks, and the biases that follow."""
+"""Count the rows of each expert over a step, and adjust the routers' biases by the counts of all ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bd3_scale.model.build import Chunks
 
 
 class Balance:
-    """The routers of a rank's chunks; of a model without mixtures everything is empty."""
+    """The routers of a rank's chunks; without mixtures of experts nothing is counted."""
 
     def __init__(self, chunks: Chunks) -> None:
         model = chunks[0].recipe
@@ -21,15 +21,17 @@ class Balance:
         self._device = next(chunks[0].parameters()).device
 
     def begin_step(self, of_a_sequence: float) -> None:
-        """Count anew; of_a_sequence: see `Router.begin_step`."""
+        """Reset the counts; of_a_sequence: see `Router.begin_step`."""
         for router in self._routers.values():
             router.begin_step(of_a_sequence)
 
     def counts(self, num_noisy: int) -> list[Tensor]:
-        """Return the rows that this rank has sent to each expert of each layer of the model, float64 [n], to be summed
-        over data- and context-parallel ranks, and over stages; nothing where there are no mixtures.
+        """Return the numbers of rows that this rank has sent to each expert of each layer of the model, float64 [n].
 
-        num_noisy: streams of noisy rows.
+        They are to be summed over data- and context-parallel ranks and over stages; each stage has zeros for the layers
+        of others. An empty list without mixtures of experts.
+
+        num_noisy: number of streams of noisy rows.
         """
         if not self._shape[0]:
             return []
@@ -40,12 +42,12 @@ class Balance:
         return [counts.flatten()]
 
     def move(self, counts: Tensor) -> None:
-        """Move the biases of this rank's routers by the counts of a global batch, as `counts` gives them."""
+        """Adjust the biases of this rank's routers by the counts of a global batch, in the form of `counts`."""
         if self._shape[0]:
             of_layers = counts.view(self._shape).sum(1)
             for layer, router in self._routers.items():
                 router.balance(of_layers[layer - self._first])
 
     def by_layer(self, counts: Sequence[float]) -> Tensor | None:
-        """Return the counts of a global batch as int64 [layers, 2, experts]; None where there are no mixtures."""
+        """Return the counts of a global batch as int64 [layers, 2, experts]; None without mixtures of experts."""
         return torch.tensor(counts).view(self._shape).long() if self._shape[0] else None

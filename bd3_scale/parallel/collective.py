@@ -1,7 +1,7 @@
-"""Agreement between ranks on things that one of them does or sees.
+"""Exchange values and errors between ranks, and run actions on one rank for all.
 
-What ranks tell each other travels as JSON and as raw numbers, never as a pickle: whoever could send one would have his
-code run.
+Ranks send JSON and raw numbers, never pickles. `torch.distributed.all_gather_object` would unpickle what it receives,
+and whoever could send a pickle could run code on all ranks.
 """
 
 from __future__ import annotations
@@ -18,33 +18,36 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# By which a rank ends otherwise; a number of the system decides which OSError it is.
-_KINDS: dict[str, type[ValueError | OSError]]
-_KINDS = {"connection": ConnectionError, "system": OSError, "value": ValueError}
+# The errors that are sent to other ranks, by name; the first that fits is taken. For an OSError the error number, which
+# is sent as well, decides on the subclass.
+_ERRORS: dict[str, type[ValueError | OSError]]
+_ERRORS = {"connection": ConnectionError, "system": OSError, "value": ValueError}
 
 
 def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on rank 0 and return its result, which must be a value of JSON, on all ranks (collective).
 
-    group: of all ranks; by default the one that training uses.
+    group: a group of all ranks; by default the one that training uses.
 
     Raises:
-        ValueError, OSError: on every rank, where `action` raised one on rank 0; nobody is left waiting.
+        ValueError, OSError: on every rank, if `action` raised it on rank 0; no rank is left waiting.
     """
     outcome, raised = _outcome(action) if dist.get_rank() == 0 else ({}, None)
-    found = json.loads(_broadcast(_as_json(outcome), group))
+    received = json.loads(_broadcast(_as_json(outcome), group))
     if raised is not None:
+        # The original, with its traceback.
         raise raised
-    raise_told(found)
-    return found["value"]
+    raise_error_of(received)
+    return received["value"]
 
 
 def on_first_of_node(action: Callable[[], T]) -> T:
-    """Run `action` on the first rank of each node and return its result, which must be a value of JSON, on the ranks of
-    the node (collective); without other ranks, here.
+    """Run `action` on the first rank of each node and return its result on all ranks of the node (collective).
+
+    The result must be a value of JSON. A single process without torch.distributed runs it directly.
 
     Raises:
-        ValueError, OSError: on every rank, where `action` raised one on any node; nobody is left waiting.
+        ValueError, OSError: on every rank, if `action` raised it on any node; no rank is left waiting.
     """
     if not dist.is_initialized():
         return action()
@@ -53,8 +56,8 @@ def on_first_of_node(action: Callable[[], T]) -> T:
     outcomes = gather_values(outcome)
     if raised is not None:
         raise raised
-    for found in outcomes:
-        raise_told(found)
+    for received in outcomes:
+        raise_error_of(received)
     return outcomes[first]["value"]
 
 
@@ -64,22 +67,25 @@ def any_rank(flag: bool) -> bool:
 
 
 def largest(*values: float) -> list[float]:
-    """Return the largest of all ranks of each value (collective)."""
-    found = torch.zeros(len(values), dtype=torch.float64, device=_device(None))
-    for place, value in zip(found, values, strict=True):
-        # Filled there: a copy would wait for the device as well.
-        place.fill_(value)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.tolist()
+    """Return the maximum over all ranks of each value (collective)."""
+    maxima = torch.zeros(len(values), dtype=torch.float64, device=_device(None))
+    for element, value in zip(maxima, values, strict=True):
+        # `fill_` takes the number as an argument of a kernel; a copy to the device would make the host wait.
+        element.fill_(value)
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    return maxima.tolist()
 
 
 def gather_values(value: T, group: dist.ProcessGroup | None = None) -> Sequence[T]:
-    """Return the value of JSON of every rank of `group`, by default of the world, in their order (collective)."""
+    """Return the values of all ranks of `group` (default: all ranks), in the order of ranks (collective).
+
+    value: a value of JSON.
+    """
     return [json.loads(each) for each in gather_bytes(_as_json(value), group)]
 
 
 def gather_tensors(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """Return the CPU tensor of every rank of `group`, of the same type but of any size, in their order (collective)."""
+    """Return the CPU tensors of all ranks of `group`, of one dtype and any shapes, in rank order (collective)."""
     if group is not None and group.size() == 1:
         return [tensor]
     shapes = gather_values(list(tensor.shape), group)
@@ -92,12 +98,12 @@ def gather_tensors(tensor: Tensor, group: dist.ProcessGroup | None = None) -> li
 
 
 def gather_bytes(data: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
-    """Return the bytes of every rank of `group`, in their order (collective)."""
+    """Return the bytes of all ranks of `group`, in the order of ranks (collective)."""
     device, world = _device(group), dist.get_world_size(group)
     sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=group)
     if dist.get_backend(group) == "fake":
-        # Ranks of a world that does not exist say what this one says.
+        # The simulated world of `plan`: all other ranks are taken to send what this one sends.
         return [data] * world
     longest = max(int(size) for size in sizes)
     parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world)]
@@ -106,7 +112,7 @@ def gather_bytes(data: bytes, group: dist.ProcessGroup | None = None) -> list[by
 
 
 def _broadcast(data: bytes, group: dist.ProcessGroup | None) -> bytes:
-    """Return rank 0's bytes, on every rank."""
+    """Return rank 0's bytes on every rank."""
     device = _device(group)
     size = torch.tensor([len(data)], device=device)
     dist.broadcast(size, src=0, group=group)
@@ -117,7 +123,7 @@ def _broadcast(data: bytes, group: dist.ProcessGroup | None) -> bytes:
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Return where the tensors of a group's collectives lie."""
+    """Return the device on which the tensors of a group's collectives must be."""
     on_gpu = dist.get_backend(group) != dist.Backend.GLOO and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
@@ -128,28 +134,29 @@ def _as_tensor(data: bytes, device: torch.device) -> Tensor:
 
 def _as_json(value: object) -> bytes:
     text = json.dumps(value, allow_nan=False)
-    assert json.loads(text) == value, "tuples and keys that are no text would arrive as something else"
+    # JSON turns tuples into lists and keys into strings, silently.
+    assert json.loads(text) == value, "tuples, and keys that are not strings, would arrive as something else"
     return text.encode()
 
 
 def _outcome(action: Callable[[], T]) -> tuple[dict[str, Any], ValueError | OSError | None]:
-    """Return what to tell other ranks of an action, which this one runs, and what it raised."""
+    """Run an action; return the outcome to send to other ranks, and the error that it raised."""
     try:
         return {"value": action()}, None
     except (ValueError, OSError) as error:
-        return told_error(error), error
+        return outcome_of_error(error), error
 
 
-def told_error(error: ValueError | OSError) -> dict[str, Any]:
-    """Return as JSON what other ranks must know to raise an error of the same kind, see `raise_told`."""
+def outcome_of_error(error: ValueError | OSError) -> dict[str, Any]:
+    """Return an error as a value of JSON from which other ranks raise the same error by `raise_error_of`."""
     arguments: list[Any] = [str(error)]
     if isinstance(error, OSError) and error.errno is not None:
         arguments = [error.errno, error.strerror, *([str(error.filename)] if error.filename else [])]
-    kind = next(name for name, known in _KINDS.items() if isinstance(error, known))
+    kind = next(name for name, known in _ERRORS.items() if isinstance(error, known))
     return {"error": kind, "arguments": arguments}
 
 
-def raise_told(outcome: Mapping[str, Any]) -> None:
-    """Raise the error that `told_error` has told; nothing else is one."""
+def raise_error_of(outcome: Mapping[str, Any]) -> None:
+    """Raise the error of an outcome made by `outcome_of_error`; do nothing for other outcomes."""
     if "error" in outcome:
-        raise _KINDS[outcome["error"]](*outcome["arguments"])
+        raise _ERRORS[outcome["error"]](*outcome["arguments"])

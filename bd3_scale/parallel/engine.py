@@ -1,4 +1,4 @@
-"""One optimiser step: megatron-core's schedule runs the micro-batches, DeepSpeed's ZeRO reduces, clips and updates."""
+"""Run optimiser steps: megatron-core's schedule runs the micro-batches, DeepSpeed's ZeRO reduces, clips and updates."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ from bd3_scale.recipe.schema import ModelRecipe, OptimizerRecipe, ParallelRecipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.registry import optimizers
 
-# Gradients that are reduced outside ZeRO go in buckets of so many elements.
+# Number of elements of a bucket of gradients that are reduced outside ZeRO.
 BUCKET_ELEMENTS = 1 << 26
-# Of ZeRO's, which is allocated whole: 1 GB in bf16.
+# The most elements of ZeRO's bucket. DeepSpeed allocates all of it (1 GB in bf16) even for a small model, so a smaller
+# model gets a smaller bucket below.
 _ZERO_BUCKET_ELEMENTS = 500_000_000
-# ZeRO-3 leaves weights of fewer elements whole on every rank.
+# ZeRO-3 keeps weights with fewer elements whole on every rank: gathering them would take time and save little memory.
 WHOLE_BELOW = 100_000
 
 
@@ -80,7 +81,7 @@ class TrainingEngine:
     ) -> None:
         self._chunks = chunks
         self.groups = groups
-        # ZeRO-3 leaves parameters without a shape.
+        # Before DeepSpeed is initialised: ZeRO-3 then leaves parameters without a shape.
         self.layouts = parameter_layouts(chunks)
         self._family: OptimizerFamily = optimizers.get(optimizer.family)(optimizer)
         self._engine = _initialise_deepspeed(chunks, groups, self._family, parallel)
@@ -99,7 +100,10 @@ class TrainingEngine:
             self._take_over(divided=parallel.zero_stage > 0)
 
     def _take_over(self, *, divided: bool) -> None:
-        """Reduce gradients and gather weights beside computation, in DeepSpeed's place."""
+        """Replace DeepSpeed's gradient reduction and weight gathering by ones that overlap with computation.
+
+        DeepSpeed's own run after the last backward and after the update, while nothing else is computed.
+        """
         self._flat = FlatZero(self._engine)
         flat = self._flat.groups(self.groups.dp_cp, self.groups.expt_dp)
         late = [*self._partial_over_tp(), *self._tied()]
@@ -110,29 +114,33 @@ class TrainingEngine:
 
     @property
     def chunks(self) -> Chunks:
-        """Return this rank's chunks, once all of their weights are there."""
+        """Return this rank's chunks, after all of their weights have been gathered."""
         if self._gather is not None:
             self._gather.wait()
         return self._chunks
 
     @property
     def zero(self) -> ZeroState:
-        """Return the optimiser's state, once no weights are under way that it could overwrite."""
+        """Return the optimiser's state, after all weights have been gathered.
+
+        Without the wait, weights that still arrive could overwrite what a caller writes.
+        """
         if self._gather is not None:
             self._gather.wait()
         return self._zero
 
     @property
     def gradient_sums(self) -> Sequence[Tensor]:
-        """Return the fp32 sums of gradients that live as long as the engine; those that DeepSpeed keeps are not."""
+        """Return the fp32 sums of gradients that live as long as the engine; empty where DeepSpeed keeps the sums."""
         return [] if self._sums is None else self._sums.sums
 
     @property
     def optimizer_name(self) -> str:
-        """Return the family, whose implementation it is, and how many groups of parameters it has, for people."""
+        """Return family, implementation and number of parameter groups of the optimiser, for people."""
         optimizer = self._engine.basic_optimizer
-        whose = self._family.implementation(optimizer)
-        return f"{self._family.recipe.family}{f' ({whose})' * bool(whose)}, {len(optimizer.param_groups)} groups"
+        implementation = self._family.implementation(optimizer)
+        name = f"{self._family.recipe.family}{f' ({implementation})' * bool(implementation)}"
+        return f"{name}, {len(optimizer.param_groups)} groups"
 
     def step(
         self,
@@ -181,12 +189,13 @@ class TrainingEngine:
         """
         self._engine.train()
         if self._sums is None:
-            # DeepSpeed averages over the ranks that hold the same weights.
+            # DeepSpeed averages gradients over the ranks that hold the same weights; the sum is wanted.
             scale = self.groups.dp_cp.size() / tokens
             collecting = self._engine.coalesce_grad_reduction()
         else:
             scale, collecting = 1 / tokens, self._sums.collect(len(micro_batches))
         sequences = sum(len(inputs.tokens) for inputs in micro_batches) * self.groups.dp.size()
+        # Auxiliary losses of experts are means over sequences, while the loss is a mean over tokens.
         self._balance.begin_step(scale * tokens / sequences)
         with collecting:
             losses = forward_backward(self._chunks, micro_batches, self.groups, scale, num_groups=num_groups)
@@ -197,8 +206,9 @@ class TrainingEngine:
         return losses
 
     def update(self, lr: float) -> tuple[Tensor, bool]:
-        """Clip and update with the gradients that `gradients` left, unless one is not finite; returns their global norm
-        before, float64 [], and whether they were applied.
+        """Clip the gradients and update the weights, unless a gradient of any rank is not finite.
+
+        Returns the global gradient norm before clipping, float64 [], and whether the update was applied.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -211,10 +221,9 @@ class TrainingEngine:
         return torch.as_tensor(norm, dtype=torch.float64, device=next(self._chunks[0].parameters()).device), applied
 
     def flops(self, micro_batches: Sequence[ModelInputs], model: ModelRecipe | None = None) -> int:
-        """Return what the whole model needs for this rank's positions, whatever part of it is here; see
-        `model_flops`.
+        """Return the FLOPs of the whole model for this rank's positions; see `model_flops`.
 
-        model: another one, on the same rows.
+        model: count for this model instead, on the same rows.
         """
         return sum(
             model_flops(
@@ -235,18 +244,18 @@ class TrainingEngine:
         return self._flat.gathering_by(self._gather.begin)
 
     def _partial_over_tp(self) -> list[nn.Parameter]:
-        """Return parameters of whose gradients tensor-parallel ranks hold parts, of which ZeRO knows nothing."""
+        """Return the parameters whose gradients must be summed over tensor-parallel ranks, which ZeRO does not do."""
         return [p for chunk in self._chunks for p in chunk.parameters() if getattr(p, "partial_over_tp", False)]
 
     def _tied(self) -> list[nn.Parameter]:
-        """Return this rank's copies of a weight that two stages hold."""
+        """Return this rank's copies of the tied embedding, which two pipeline stages hold."""
         return [chunk.tied_weight for chunk in self._chunks if chunk.tied_weight is not None]
 
 
 def open_engine(
     recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, *, device: torch.device, seed: int | None
 ) -> TrainingEngine:
-    """Return this rank's part of a recipe's model with its optimiser (collective); see `build_model`."""
+    """Build this rank's part of a recipe's model with its optimiser (collective); see `build_model`."""
     chunks = build_model(
         recipe.model,
         vocabulary,
@@ -307,13 +316,15 @@ def _initialise_deepspeed(
     from deepspeed.ops import __compatible_ops__
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # A killed build of this op leaves a lock that later runs wait on for ever; gloo does the same work.
+    # DeepSpeed compiles this op at first use. A compilation that is killed leaves a lock file behind, on which all
+    # later runs wait for ever. gloo does the same work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     bf16 = chunks[0].config.params_dtype == torch.bfloat16
-    of_parameters, stand_ins = parameter_groups(chunks, family.recipe, groups.pp)
-    parts: list[nn.Module] = [*chunks, *([nn.ParameterList(stand_ins)] if stand_ins else [])]
-    # Not a list of one: ZeRO-3, which has no stages, watches the forward passes of the module that it is given.
+    of_parameters, placeholders = parameter_groups(chunks, family.recipe, groups.pp)
+    parts: list[nn.Module] = [*chunks, *([nn.ParameterList(placeholders)] if placeholders else [])]
+    # A single chunk is passed as it is, not in a list: ZeRO-3 gathers weights in hooks on the forward of the module
+    # that it is given, and a ModuleList has no forward.
     model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": device.type == "cuda"}}
     config = {
@@ -332,10 +343,10 @@ def _initialise_deepspeed(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,
-        # It would wait for the GPU before every micro-batch, from the third step on.
+        # The throughput timer synchronises with the GPU before every micro-batch, from the third step on.
         "timers": {"throughput": {"enabled": False}},
     }
-    # ZeRO-3 updates in parts, each of which apex would count as a step.
+    # ZeRO-3 updates in several calls a step. apex counts each call as a step, which makes Adam's bias correction wrong.
     one_call_on_gpu = device.type == "cuda" and not parallel.offload_optimizer and parallel.zero_stage < 3
     topology = DeepSpeedTopology(groups, divide_optimizer=parallel.zero_stage > 0)
     spread = groups.ep.size() > 1 and any(group.get("moe") for group in of_parameters)
@@ -348,8 +359,8 @@ def _initialise_deepspeed(
             dist_init_required=False,
         )
     if bf16:
-        # DeepSpeed's grad_accum_dtype is refused or ignored with coalesced reduction; this makes autograd itself sum
-        # in fp32.
+        # With coalesced reduction DeepSpeed refuses `grad_accum_dtype` (ZeRO-1) or ignores it silently (ZeRO-2 and 3),
+        # and bf16 sums over micro-batches lose small gradients. This makes autograd itself accumulate in fp32.
         for parameter in model.parameters():
             parameter.grad_dtype = torch.float32
     return engine

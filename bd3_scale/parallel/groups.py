@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed by the launcher's environment, split by megatron-core."""
+"""Make the process groups: initialise torch.distributed by the launcher's variables, and split it by megatron-core."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from bd3_scale.model.rows import Placement
 from bd3_scale.parallel import megatron_on_cpu
 from bd3_scale.parallel.collective import gather_values
-from bd3_scale.parallel.meeting import Meeting, meet, show_secret
+from bd3_scale.parallel.rendezvous import Rendezvous, find_ranks, show_secret
 from bd3_scale.recipe.schema import ParallelRecipe
 from bd3_scale.resilience.heartbeat import is_watched
 from bd3_scale.resilience.secret import RENDEZVOUS_VARIABLE
 from bd3_scale.resilience.terminal import tell
 
 ProcessGroups: TypeAlias = ProcessGroupCollection
-# Beyond every deadline of a run.
+# The timeout of collectives where somebody watches the heartbeats: longer than any deadline of a run.
 _WATCHED = timedelta(days=7)
 
 
 def local_device() -> torch.device:
     """Return the GPU of this rank, or the CPU where there is none.
 
-    A site may show each task one GPU alone, whatever the task's number on its node.
+    Some sites let each task see one GPU only, as `cuda:0`, whatever LOCAL_RANK is; hence the remainder.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -44,12 +44,14 @@ def local_device() -> torch.device:
 
 
 def cuda_variables(parallel: ParallelRecipe, *, deterministic: bool) -> dict[str, str]:
-    """Return what CUDA, NCCL and PyTorch are told by variables, without those that a person has set.
+    """Return the environment variables to set for CUDA, NCCL and PyTorch, without those that a person has set.
 
-    Sizes that vary from step to step, as the rows of the head do, fragment memory unless its segments can grow. With
-    tensor parallelism one queue of work keeps a collective before the products that it runs beside (Megatron-LM).
-    Sums in NVLink's switches may differ from call to call (NVIDIA/nccl, issue 1497); PyTorch excludes the algorithm of
-    that name where it is to be deterministic, and this its tree over nodes as well.
+    - PYTORCH_CUDA_ALLOC_CONF: sizes that vary from step to step, such as the number of the head's rows, fragment the
+      memory unless its segments are expandable.
+    - CUDA_DEVICE_MAX_CONNECTIONS, with tensor parallelism: with one queue of work a collective starts before the
+      products that it should overlap with (Megatron-LM's documentation).
+    - NCCL_NVLS_ENABLE, if deterministic: sums in NVLink's switches may differ from call to call (NVIDIA/nccl, issue
+      1497). PyTorch's deterministic mode excludes the algorithm NVLS; this excludes its tree over nodes as well.
     """
     wanted = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     if parallel.tensor > 1:
@@ -62,18 +64,18 @@ def cuda_variables(parallel: ParallelRecipe, *, deterministic: bool) -> dict[str
 
 
 def placement(groups: ProcessGroups, chunks: Sequence[torch.nn.Module] = ()) -> Placement:
-    """Return where this rank computes its inputs: where its part of a model lies, by default `local_device`."""
+    """Return where this rank computes: the device of its part of a model, by default `local_device`."""
     device = next(chunks[0].parameters()).device if chunks else local_device()
     return Placement(device, (groups.cp.rank(), groups.cp.size()))
 
 
 def lone_groups() -> ProcessGroups:
-    """Return the groups of a process that is alone with its model, whatever torch.distributed is set up for.
+    """Return the groups of a process that holds a whole model, whatever torch.distributed is initialised for.
 
-    Each is of one rank and has no backend: nobody is met, nothing is sent, and a collective over one is an error.
+    Each group has one rank and no backend: there is no rendezvous, nothing is sent, and a collective is an error.
     """
-    alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]  # the stub lacks this one
-    return ProcessGroupCollection(**{field.name: alone for field in fields(ProcessGroupCollection)})
+    single = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]  # the stub lacks this one
+    return ProcessGroupCollection(**{field.name: single for field in fields(ProcessGroupCollection)})
 
 
 def is_alone(groups: ProcessGroups) -> bool:
@@ -90,35 +92,39 @@ def process_groups(
     timeout: timedelta = timedelta(minutes=10),
     data_minutes: float = 0,
 ) -> Iterator[ProcessGroups]:
-    """Join the ranks that torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) name; alone without them.
+    """Join the ranks that torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) name.
 
-    Nobody joins who does not know the secret of the run; see `parallel.meeting`.
+    Without these variables the process is the only rank. A process that does not know the secret of the run cannot
+    join; see `parallel.rendezvous`.
 
     Args:
-        secret_file: of ranks that no local launch has started.
-        agree: what must be the same on all ranks before groups are made, or they would wait for each other for ever.
-        timeout: of their meeting, and of each collective unless somebody reads the ranks' heartbeats, who tells a hang
-            from a long wait, and names the culprit.
-        data_minutes: for which a rank may wait for its data, while others wait for it in a collective.
+        secret_file: the file of the secret, for ranks that no local launch has started.
+        agree: a text that must be equal on all ranks. It is compared before groups are made, since ranks with other
+            recipes would make other groups and wait for each other for ever.
+        timeout: of the rendezvous and of each collective. Where somebody watches the ranks' heartbeats, collectives
+            have no such limit: the watcher tells a hang from a long wait, and names the rank that causes it.
+        data_minutes: how long a rank may wait for its data, while other ranks wait for it in a collective.
 
     Raises:
         ValueError: the layout does not divide the world, ranks do not agree, or the launcher set only a part of the
-        variables; ConnectionError: the ranks do not meet within `timeout`.
+            variables.
+        ConnectionError: the ranks do not meet within `timeout`.
     """
     _check_environment()
     device = local_device()
     collectives = _WATCHED if is_watched() else timeout + timedelta(minutes=data_minutes)
     if device.type == "cuda":
-        # They are read when the device is first used.
-        told = cuda_variables(parallel, deterministic=torch.are_deterministic_algorithms_enabled())
-        if told and os.environ.get("RANK", "0") == "0":
-            tell("on a GPU: " + ", ".join(f"{name}={value}" for name, value in told.items()) + "; what you set is kept")
-        os.environ |= told
+        # CUDA and NCCL read them when the device is used for the first time, so they must be set before.
+        variables = cuda_variables(parallel, deterministic=torch.are_deterministic_algorithms_enabled())
+        if variables and os.environ.get("RANK", "0") == "0":
+            listed = ", ".join(f"{name}={value}" for name, value in variables.items())
+            tell(f"on a GPU: {listed}; what you set is kept")
+        os.environ |= variables
         torch.cuda.set_device(device)
     else:
         megatron_on_cpu.install()
     try:
-        _join(meet(secret_file, timeout), "nccl" if device.type == "cuda" else "gloo", collectives)
+        _join(find_ranks(secret_file, timeout), "nccl" if device.type == "cuda" else "gloo", collectives)
     except (RuntimeError, ConnectionError) as error:
         raise ConnectionError(
             f"rank {os.environ.get('RANK', '0')} did not meet the others at {os.environ.get('MASTER_ADDR', 'itself')}: "
@@ -136,12 +142,13 @@ def process_groups(
         if done or not _waits_for_others(device):
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
-            _Joined.meeting = None
+            _Joined.rendezvous = None
 
 
 def split_ranks(parallel: ParallelRecipe, *, timeout_minutes: int = 1, beside_gpu: bool = False) -> ProcessGroups:
-    """Split the world as `parallel` says (collective); beside_gpu: with groups for what is on the CPU, too.
+    """Split the world as `parallel` says (collective).
 
+    beside_gpu: also make gloo groups, for tensors on the CPU.
     ValueError: the layout does not divide the world.
     """
     if dist.get_world_size() % parallel.model_size:
@@ -161,7 +168,8 @@ def split_ranks(parallel: ParallelRecipe, *, timeout_minutes: int = 1, beside_gp
         virtual_pipeline_model_parallel_size=(parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None),
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        # Neighbours talk most: tensor-parallel ranks within a node, stages, which exchange least, farthest apart.
+        # Ranks with neighbouring numbers are on one node. Tensor-parallel ranks exchange most and are neighbours;
+        # pipeline stages exchange least and lie farthest apart.
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=beside_gpu,
         distributed_timeout_minutes=timeout_minutes,
@@ -170,15 +178,17 @@ def split_ranks(parallel: ParallelRecipe, *, timeout_minutes: int = 1, beside_gp
 
 
 def _waits_for_others(device: torch.device) -> bool:
-    """Return whether the groups' end would wait for ranks that still compute: NCCL's does, for minutes, and where one
-    rank fails it would hide the error (torchtitan, pull request 1342).
+    """Say whether destroying the groups would wait for ranks that still compute.
+
+    NCCL's `destroy_process_group` does, for minutes: after an error on one rank it would hang there and hide the error
+    (torchtitan, pull request 1342).
     """
     return device.type == "cuda" and dist.get_world_size() > 1
 
 
 def is_left_open() -> bool:
-    """Return whether an error has left process groups open, whose end would wait for other ranks."""
-    return _Joined.meeting is not None and _waits_for_others(local_device())
+    """Say whether an error has left process groups open, because destroying them would wait for other ranks."""
+    return _Joined.rendezvous is not None and _waits_for_others(local_device())
 
 
 def _check_agreement(mine: str) -> None:
@@ -186,7 +196,8 @@ def _check_agreement(mine: str) -> None:
     different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if different:
         raise ValueError(
-            f"ranks {different} were started with another recipe than rank 0: give all the same file and overrides"
+            f"ranks {different} were started with another recipe than rank 0: give all ranks the same file and "
+            "overrides"
         )
 
 
@@ -196,38 +207,39 @@ def _check_environment() -> None:
     missing = [name for name in names if name not in os.environ]
     if missing and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise ValueError(
-            f"RANK and WORLD_SIZE are set, {', '.join(missing)} not: use torchrun, or export them before "
+            f"RANK and WORLD_SIZE are set, but {', '.join(missing)} not: start with torchrun, or export them "
             "(under SLURM, `bd3-scale submit` does it)"
         )
 
 
-def _join(meeting: Meeting, backend: str, collectives: timedelta) -> None:
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+def _join(rendezvous: Rendezvous, backend: str, collectives: timedelta) -> None:
+    # DeepSpeed reads LOCAL_RANK without a default.
+    os.environ.setdefault("LOCAL_RANK", "0")
     dist.init_process_group(
-        backend, store=meeting.store, rank=meeting.rank, world_size=meeting.world_size, timeout=collectives
+        backend, store=rendezvous.store, rank=rendezvous.rank, world_size=rendezvous.world_size, timeout=collectives
     )
-    _Joined.meeting, _Joined.timeout = meeting, collectives
+    _Joined.rendezvous, _Joined.timeout = rendezvous, collectives
 
 
 class _Joined:
-    """What belongs to the default group, which torch.distributed keeps for the process, too.
+    """What lives as long as the default group of torch.distributed, which is global to the process, too.
 
-    C++ code alone does not keep the store of a meeting alive where that is written in Python.
+    The reference to the store is needed: torch's C++ code does not keep a store alive that is a Python object.
     """
 
-    meeting: Meeting | None = None
+    rendezvous: Rendezvous | None = None
     timeout: timedelta
 
 
 def _secret() -> bytes | None:
-    assert _Joined.meeting is not None, "no process groups are open"
-    return _Joined.meeting.secret
+    assert _Joined.rendezvous is not None, "no process groups are open"
+    return _Joined.rendezvous.secret
 
 
 def group_beside_training(timeout: timedelta) -> dist.ProcessGroup:
-    """Return a gloo group of all ranks, for a thread whose messages cannot be mistaken for training's (collective).
+    """Return a gloo group of all ranks for another thread, whose messages do not mix with training's (collective).
 
-    Its connections are new ones: its ranks have shown each other that they know the secret.
+    It has connections of its own, so its ranks prove to each other again that they know the secret.
     """
     group = dist.new_group(backend="gloo", timeout=timeout)
     show_secret(_secret(), group)
@@ -235,8 +247,8 @@ def group_beside_training(timeout: timedelta) -> dist.ProcessGroup:
 
 
 def group_of_pipeline(groups: ProcessGroups) -> dist.ProcessGroup | None:
-    """Return a gloo group of this rank's pipeline, by stage, for what lies on the host; None where it has one stage
-    (collective).
+    """Return a gloo group of the ranks of this rank's pipeline, in the order of stages, for tensors on the host
+    (collective); None for a pipeline of one stage.
     """
     if groups.pp.size() == 1:
         return None
@@ -247,21 +259,22 @@ def group_of_pipeline(groups: ProcessGroups) -> dist.ProcessGroup | None:
 
 
 class DeepSpeedTopology:
-    """The process groups under the names that DeepSpeed asks of its `mpu` argument; megatron-core dropped some of them.
+    """The process groups under the method names that DeepSpeed expects of its `mpu` argument.
 
-    DeepSpeed calls "model parallel" all ranks that hold parts of one model replica, over which norms are reduced; its
-    data-parallel ranks are all that hold the same weights, among whom it divides the optimiser.
+    megatron-core no longer has some of these names. DeepSpeed's "model parallel" ranks are all that hold parts of one
+    model replica; norms are reduced over them. Its data-parallel ranks hold the same weights, and it divides the
+    optimiser among them.
     """
 
     def __init__(self, groups: ProcessGroups, *, divide_optimizer: bool) -> None:
         self._groups = groups
-        # ZeRO 0 divides among nobody: every rank is alone, and the engine reduces the gradients.
+        # At ZeRO stage 0 nothing is divided: DeepSpeed is given a group of one rank, and the engine reduces gradients.
         self._sharers = (
             groups.dp_cp if divide_optimizer else dist.new_group([dist.get_rank()], use_local_synchronization=True)
         )
 
     def sharers_of(self, ranks: dist.ProcessGroup) -> dist.ProcessGroup:
-        """Return among whom ZeRO divides the states of weights that `ranks` share."""
+        """Return the ranks among which ZeRO divides the states of weights that `ranks` share."""
         return ranks if self._sharers is self._groups.dp_cp else self._sharers
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:

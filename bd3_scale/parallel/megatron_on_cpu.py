@@ -1,7 +1,7 @@
-"""What megatron-core 0.16.1 needs to run on CPU and gloo, in one place.
+"""Patch megatron-core 0.16.1 to run on CPU and gloo; all patches are here.
 
 `tensor_parallel/` and the messages between pipeline stages allocate on `torch.cuda.current_device()`, and
-`pipeline_parallel/schedules.py` counts tokens in tensors on the literal device "cuda".
+`pipeline_parallel/schedules.py` counts tokens in tensors on the literal device "cuda". Both fail without CUDA.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _cpu() -> torch.device:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """torch, whose `zeros` takes the device "cuda" for "cpu"."""
+    """A stand-in for the module torch whose `zeros` replaces the device "cuda" by "cpu"."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

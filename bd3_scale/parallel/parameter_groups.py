@@ -1,8 +1,8 @@
-"""From the recipe's optimizer section to groups of parameters that have one rate and one decay.
+"""Divide parameters into groups with one learning rate and one weight decay, by the recipe's optimizer section.
 
-ZeRO keeps a flat partition of each group, and DeepSpeed reduces gradient norms over all ranks of a model one group
-after the other, having dropped those without parameters: a stage with fewer groups would leave the others waiting.
-So every stage of a pipeline has all groups of the model, in one order.
+ZeRO keeps a flat partition of each group. DeepSpeed drops groups without parameters and then reduces gradient norms
+over all ranks of a model, one group after the other. A pipeline stage with fewer groups would therefore leave the other
+stages waiting for ever. So every stage has all groups of the model, in one order.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from bd3_scale.model.layout import parameter_layouts
 from bd3_scale.parallel.collective import gather_values
 from bd3_scale.recipe.schema import OptimizerRecipe, ParameterGroup
 
-# What DeepSpeed calls the groups of parameters that are spread over expert-parallel ranks.
+# DeepSpeed's name for the parameter groups that are spread over expert-parallel ranks.
 EXPERTS = "experts"
 
 
 class _Kind(NamedTuple):
-    """What the tensors of a group share; groups are in this order, matrices before vectors."""
+    """The properties that the tensors of a group share; groups are sorted by them, matrices before vectors."""
 
     is_vector: bool
     lr_scale: float
@@ -36,11 +36,11 @@ class _Kind(NamedTuple):
 def parameter_groups(
     chunks: Chunks, optimizer: OptimizerRecipe, stages: dist.ProcessGroup
 ) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
-    """Return the parameter groups of this stage (collective over `stages`), and parameters that stand in for those of
-    other stages: one zero that never has a gradient, of each group that has no tensor here.
+    """Return the parameter groups of this stage, and placeholder parameters (collective over `stages`).
 
     A group has `params` in the model's order, `lr_scale` and `weight_decay`. Tensors of fewer than two dimensions do
-    not decay unless the recipe says so.
+    not decay unless the recipe says so. A group without a tensor on this stage gets a placeholder: a single zero that
+    never has a gradient.
 
     Raises:
         ValueError: a pattern of the recipe matches no tensor of any stage.
@@ -52,23 +52,24 @@ def parameter_groups(
         name: _Kind(*kind) for stage in gather_values(_as_json(kinds), stages) for name, kind in stage.items()
     }
     _check_patterns(optimizer.groups, sorted(everywhere))
-    groups, stand_ins = [], []
+    groups, placeholders = [], []
     for kind in sorted(set(everywhere.values())):
         params = [parameter for name, parameter in named if kinds[name] == kind]
         if not params:
-            stand_ins.append(nn.Parameter(named[0][1].new_zeros(1)))
-            stand_ins[-1].allreduce = not kind.is_spread  # type: ignore[attr-defined]
-            params = stand_ins[-1:]
-        # The last two are DeepSpeed's: such a group is divided among other ranks, see `zero.spreading_experts`.
+            placeholders.append(nn.Parameter(named[0][1].new_zeros(1)))
+            placeholders[-1].allreduce = not kind.is_spread  # type: ignore[attr-defined]
+            params = placeholders[-1:]
+        # `moe` and `name` are DeepSpeed's keys of a group that is divided among other ranks, see
+        # `zero.spreading_experts`.
         spread = {"moe": True, "name": EXPERTS} if kind.is_spread else {}
         groups.append({"params": params, "lr_scale": kind.lr_scale, "weight_decay": kind.weight_decay, **spread})
-    return groups, stand_ins
+    return groups, placeholders
 
 
 class Elementwise(torch.optim.Optimizer):
-    """A torch optimiser of a family's `update`.
+    """A torch optimiser that calls a family's `update` for each parameter.
 
-    Whoever makes it also makes the states of each parameter, and `step`, a count of the steps that it has had.
+    The caller creates the states of each parameter, and `step`, the number of its steps.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], settings: dict[str, Any], update: Callable[..., None]) -> None:
@@ -90,13 +91,13 @@ def _name(pieces: Sequence[Any]) -> str:
 
 
 def _kind(name: str, parameter: nn.Parameter, optimizer: OptimizerRecipe) -> _Kind:
-    """Return what the patterns that match give a tensor, later ones over earlier ones."""
+    """Return the properties that the recipe's patterns give a tensor; later patterns override earlier ones."""
     is_vector, is_spread = parameter.ndim < 2, not getattr(parameter, "allreduce", True)
-    found = {"lr_scale": 1.0, "weight_decay": 0.0 if is_vector else optimizer.weight_decay}
+    settings = {"lr_scale": 1.0, "weight_decay": 0.0 if is_vector else optimizer.weight_decay}
     for group in optimizer.groups:
         if fnmatchcase(name, group.match):
-            found |= group.settings
-    return _Kind(is_vector, **found, is_spread=is_spread)
+            settings |= group.settings
+    return _Kind(is_vector, **settings, is_spread=is_spread)
 
 
 def _as_json(kinds: dict[str, _Kind]) -> dict[str, list[Any]]:

@@ -1,4 +1,7 @@
-"""Micro-batches through the pipeline's chunks, by megatron-core's schedules: none, 1F1B or interleaved."""
+"""Run micro-batches through the pipeline's chunks, by megatron-core's schedules: none, 1F1B or interleaved.
+
+1F1B is PipeDream's schedule, interleaved stages are those of Megatron-LM (Narayanan et al., SC 2021).
+"""
 
 from __future__ import annotations
 
@@ -49,9 +52,10 @@ def _by_group(inputs: ModelInputs, total: Tensor, nll: Tensor, num_groups: int) 
 
 @torch.no_grad()
 def token_losses(chunks: Chunks, micro_batches: Sequence[ModelInputs], groups: ProcessGroups) -> list[Tensor]:
-    """The negative log-likelihoods [M] fp32 of each micro-batch; an empty list but on the last stage.
+    """Return the negative log-likelihoods [M], fp32, of each micro-batch; an empty list except on the last stage.
 
-    All ranks of a pipeline give as many micro-batches of one shape, in groups of the stages' number where interleaved.
+    All ranks of a pipeline must pass equally many micro-batches of one shape; with interleaved stages their number is a
+    multiple of the number of stages.
     """
     if groups.pp.size() == 1:
         return [chunks[0](inputs)[1] for inputs in micro_batches]
@@ -66,7 +70,7 @@ def _run(
     *,
     forward_only: bool = False,
 ) -> list[Tensor]:
-    """What the second part of `result` gives for each micro-batch, on the last stage."""
+    """Return the second value of `result` for each micro-batch, on the last stage."""
     first = micro_batches[0]
     rows = first.tokens.shape[1]
     assert all(inputs.tokens.shape == first.tokens.shape for inputs in micro_batches), "stages exchange equal shapes"
@@ -84,7 +88,7 @@ def _run(
         data_iterator=[iter(micro_batches) for _ in chunks],
         model=chunks,
         num_microbatches=len(micro_batches),
-        # Of whole sequences: megatron divides by context- and sequence-parallel ranks.
+        # The length of whole sequences: megatron divides it by the context- and sequence-parallel ranks itself.
         seq_length=rows * groups.cp.size(),
         micro_batch_size=first.tokens.shape[0],
         forward_only=forward_only,

@@ -1,4 +1,4 @@
-"""A world of ranks of which one exists: what it would send goes nowhere, and what it is told is what it said."""
+"""Simulate a world of ranks in the process of one: nothing is sent, and other ranks are taken to send what it sends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bd3_scale.recipe.schema import ParallelRecipe
 
 
 def simulated_groups(parallel: ParallelRecipe, *, rank: int, world_size: int) -> ProcessGroups:
-    """Return the groups of a rank whose world does not exist: collectives return at once, and move nothing.
+    """Return the groups of one rank of a simulated world: collectives return at once and move no data.
 
     ValueError: the layout does not divide the world.
     """
@@ -25,7 +25,7 @@ def simulated_groups(parallel: ParallelRecipe, *, rank: int, world_size: int) ->
 
 
 def watch_messages(waited: Callable[[dist.Work], None]) -> None:
-    """Call `waited` whenever this process waits for a collective or message, which is done at once."""
+    """Call `waited` whenever this process waits for a collective or message; the wait itself returns at once."""
 
     def wait(work: dist.Work, *__: Any, **___: Any) -> bool:
         waited(work)
@@ -35,5 +35,5 @@ def watch_messages(waited: Callable[[dist.Work], None]) -> None:
 
 
 def _trust_other_ranks() -> None:
-    """Leave out that ZeRO-3 compares its order of modules with rank 0, which says nothing."""
+    """Disable ZeRO-3's comparison of its order of modules with rank 0, which a simulated world cannot answer."""
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda _: None

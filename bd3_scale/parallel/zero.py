@@ -1,8 +1,12 @@
-"""The optimiser state that ZeRO divides: fp32 masters, what the optimiser's family keeps, and the moving average, as
-fragments of parameters.
+"""Give access to the optimiser state that ZeRO divides, as fragments of parameters.
 
-The only place that knows DeepSpeed's private names (0.19.8). ZeRO keeps flat fp32 partitions, one a rank for each
-parameter group (ZeRO-3: for each part of one); a parameter's fragment is the stretch of one that belongs to it.
+The state consists of fp32 master weights, the states of the optimiser's family, and the moving average of the masters
+(EMA). ZeRO (Rajbhandari et al., SC 2020) keeps flat fp32 partitions: each rank has one for each parameter group (with
+ZeRO-3 one for each part of a group). A parameter's fragment is the range of a partition that belongs to it. A
+checkpoint stores fragments as boxes of full tensors, so that a run can go on with another layout.
+
+This is the only module that uses DeepSpeed's private names (0.19.8, pinned). They change between versions without
+notice.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from bd3_scale.parallel.overlap import FlatGroup
 class Fragment:
     """A rank's share of one parameter: `numel` elements from `start` of the flattened parameter.
 
-    `states` maps master, the states of the optimiser's family and, where kept, ema to 1-D fp32 views of that many
-    elements; writing to a view changes the optimiser.
+    `states` maps "master", the names of the family's states, and "ema" where an average is kept, to 1-D fp32 views of
+    `numel` elements. Writing to a view changes the optimiser.
     """
 
     parameter: nn.Parameter
@@ -34,15 +38,15 @@ class Fragment:
 
 
 class ZeroState:
-    """Access to the optimiser state of a DeepSpeed engine, and the moving average kept beside it.
+    """The optimiser state of a DeepSpeed engine, and the moving average of its master weights.
 
     Args:
-        engine: what `deepspeed.initialize` returned.
-        parameters: of the model, with what DeepSpeed hangs on them.
-        states: what the optimiser's family keeps of each (see `OptimizerFamily`); they are made here, with `step`, a
-            count that belongs to the optimiser: torch's make theirs at the first step, too late to load into.
-        ema_decay: decay of the moving average of the masters, at first a lower one (see `ema_decay`); 0 keeps none.
-        divided: data-parallel ranks have different fragments; otherwise all have the same ones.
+        engine: the engine that `deepspeed.initialize` returned.
+        parameters: of the model, with the attributes that DeepSpeed has set on them.
+        states: names of the family's states (see `OptimizerFamily`). They are created here, together with `step`, the
+            optimiser's count: torch's optimisers create theirs at the first step, which is too late for loading.
+        ema_decay: decay of the moving average of the masters, lower at first (see `ema_decay`); 0: no average.
+        divided: whether data-parallel ranks have different fragments; otherwise all have the same.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class ZeroState:
         *,
         divided: bool,
     ) -> None:
+        # With this option DeepSpeed's `_hp_mapping` is wrong, and checkpoints would silently mix up parameters.
         assert not engine.zero_round_robin_gradients(), "round-robin gradients make DeepSpeed's fragment map wrong"
         assert not {"master", "ema", "step"} & set(states), f"{states} are names of what every run keeps"
         self._engine, self._parameters, self._states = engine, parameters, states
@@ -82,12 +87,12 @@ class ZeroState:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the states of every fragment."""
+        """Return the names of the states of every fragment."""
         return ("master", *self._states, *(("ema",) if self._ema else ()))
 
     def fragments(self) -> Iterator[Fragment]:
-        """Yield this rank's fragments; parameters of which ZeRO gave it nothing are left out."""
-        for parameter, start, flat, own_start, numel in self._places():
+        """Yield this rank's fragments; a parameter of which the rank has no element is left out."""
+        for parameter, start, flat, own_start, numel in self._locations():
             master = self._masters[flat]
             kept = self._engine.basic_optimizer.state[master]
             flats = {"master": master.detach()} | {name: kept[name] for name in self._states}
@@ -96,9 +101,10 @@ class ZeroState:
             states = {name: values.narrow(0, own_start, numel) for name, values in flats.items()}
             yield Fragment(parameter, start, numel, states)
 
-    def _places(self) -> Iterator[tuple[nn.Parameter, int, int, int, int]]:
-        """Parameter, first element in it, number of the flat partition, first element in that, elements."""
+    def _locations(self) -> Iterator[tuple[nn.Parameter, int, int, int, int]]:
+        """Yield each fragment: parameter, start in it, number of the flat partition, start in that, and length."""
         if not self._divides_weights:
+            # lp and hp are DeepSpeed's "low precision" weights and "high precision" masters.
             for parameter in self._parameters:
                 mapping = parameter._hp_mapping
                 if mapping is not None:
@@ -109,7 +115,7 @@ class ZeroState:
         for parameter in self._parameters:
             view = _local_master(parameter)
             start = int(parameter.partition_numel()) * dist.get_rank(parameter.ds_process_group)
-            # The last rank's partition is padded.
+            # The partition of the last rank is padded; the padding belongs to no fragment.
             numel = min(view.numel(), int(parameter.ds_numel) - start)
             if numel > 0:
                 flat = flats[view.untyped_storage()._cdata]
@@ -117,9 +123,9 @@ class ZeroState:
                 yield parameter, start, flat, own_start, numel
 
     def loaded(self, step: int) -> None:
-        """Take over states that were written into the fragments' views: set the step and recast the model's weights."""
+        """Complete a load, after states were written into the fragments' views: set the step, recast the weights."""
         self.step = step
-        # torch's optimisers count in their states, apex's in its parameter groups.
+        # torch's optimisers count steps in their states, apex's in its parameter groups.
         for flat in self._masters:
             self._engine.basic_optimizer.state[flat]["step"].fill_(step)
         for group in self._engine.basic_optimizer.param_groups:
@@ -128,7 +134,7 @@ class ZeroState:
 
     @torch.no_grad()
     def stepped(self) -> None:
-        """Count an update that was applied, and move the average towards the masters."""
+        """Count an applied update, and move the average towards the masters."""
         self.step += 1
         if not self._ema:
             return
@@ -138,14 +144,15 @@ class ZeroState:
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Let the model's weights be the moving average inside, and bitwise what they were afterwards."""
+        """Replace the model's weights by the moving average inside, and restore them bitwise afterwards."""
         if not self._ema:
             yield
             return
         kept = [master.detach().clone() for master in self._masters]
         self._set_masters(self._ema)
         yield
-        # Not after an exception on one rank: recasting is collective, and the others are somewhere else.
+        # Deliberately not in a `finally`: recasting is collective, and after an exception on one rank the others are
+        # elsewhere, so that it would hang.
         self._set_masters(kept)
 
     @torch.no_grad()
@@ -160,7 +167,8 @@ class ZeroState:
         if not self._divides_weights:
             optimizer.update_lp_params()
             return
-        # A forward leaves weights whole, which the next one would take as they are; small ones are whole always.
+        # A forward without gradients leaves weights gathered, and the next one would use these old values: partition
+        # them first. Small ("persistent") weights are always gathered and must be gathered anew.
         optimizer._partition_all_parameters()
         whole = optimizer.persistent_parameters
         if whole:
@@ -172,23 +180,22 @@ class ZeroState:
 
 
 class FlatZero:
-    """ZeRO 1 or 2 of a DeepSpeed engine, which is told sums of gradients and leaves the gathering of weights to others.
+    """ZeRO 1 or 2 of a DeepSpeed engine, with its reduction of gradients and gathering of weights replaced.
 
-    Its own reduction would pass gradients through a bucket in the model's precision after the last micro-batch, and its
-    own gathering would wait for all weights before the next one.
+    DeepSpeed's reduction starts after the last micro-batch and passes fp32 gradients through a bucket in the model's
+    precision, which rounds them. Its gathering waits for all weights before the next step begins.
     """
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer
-        # What they would do when a gradient is there takes time and sends it.
+        # DeepSpeed's hooks on gradients would copy and reduce each gradient a second time.
         for hook in self._optimizer._grad_acc_hooks:
             hook.remove()
 
     def groups(self, ranks: dist.ProcessGroup, ranks_of_spread: dist.ProcessGroup) -> list[FlatGroup]:
-        """Return the groups of parameters as ZeRO keeps them.
+        """Return the groups of parameters in ZeRO's flat buffers.
 
-        ranks: those that have the same weights; ranks_of_spread: the same of those that are spread over
-            expert-parallel ranks.
+        ranks: the ranks that have the same weights; ranks_of_spread: those that have the same experts.
         """
         optimizer = self._optimizer
         assert not any(map(any, optimizer.round_robin_bit16_padding)), "parameters lie one after the other"
@@ -203,7 +210,7 @@ class FlatZero:
         ]
 
     def take_gradients(self, groups: Sequence[FlatGroup], sums: Sequence[Tensor]) -> None:
-        """Let the next step use `sums`, reduced, of the parameters of each group."""
+        """Let the next update use `sums`, the reduced gradients of each group."""
         optimizer = self._optimizer
         for number, (group, flat) in enumerate(zip(groups, sums, strict=True)):
             first = group.share * dist.get_rank(group=optimizer.real_dp_process_group[number])
@@ -216,10 +223,9 @@ class FlatZero:
             optimizer.averaged_gradients[number] = _Partition(mine, flat[first : first + group.share])
 
     def sum_norm_over(self, groups: Sequence[FlatGroup], everyone: Sequence[dist.ProcessGroup]) -> None:
-        """Let the global gradient norm be taken over all ranks of `everyone`, one group after the other, where the
-        states are not divided.
+        """Compute the global gradient norm over the ranks of `everyone`, group after group, for undivided states.
 
-        DeepSpeed, which then takes every rank for one without others, would leave out what other ranks alone have.
+        At ZeRO stage 0 DeepSpeed is given groups of one rank, so it would leave out the experts of other ranks.
         """
         optimizer = self._optimizer
 
@@ -231,30 +237,31 @@ class FlatZero:
                     if not getattr(parameter, "ds_pipe_replicated", False) and (
                         getattr(parameter, "tensor_model_parallel", False) or optimizer.model_parallel_rank == 0
                     ):
+                        # Each of group.ranks adds the same square.
                         total += gradient.double().square().sum() / group.ranks.size()
             for ranks in everyone:
                 dist.all_reduce(total, group=ranks)
             return total.sqrt().float()
 
         optimizer.scaled_global_norm = norm
-        # That tells all ranks of what is not finite; DeepSpeed's own check would ask nobody else.
+        # If a gradient of one rank is not finite, the norm is not on any. DeepSpeed's own check sees this rank only.
         optimizer.check_overflow = lambda **_: None
 
     @contextmanager
     def gathering_by(self, gather: Callable[[], None]) -> Iterator[None]:
-        """Let `gather` stand in, inside, for the collective that gives every rank the updated weights."""
+        """Replace, inside, DeepSpeed's gathering of updated weights by `gather`."""
         from deepspeed.runtime.zero import stage_1_and_2
 
-        own = stage_1_and_2.all_gather_dp_groups
+        original = stage_1_and_2.all_gather_dp_groups
         stage_1_and_2.all_gather_dp_groups = lambda **_: gather()
         try:
             yield
         finally:
-            stage_1_and_2.all_gather_dp_groups = own
+            stage_1_and_2.all_gather_dp_groups = original
 
 
 class _Partition(list):
-    """The gradients of a rank's parameters in one group, and all of them in one tensor, as DeepSpeed takes them."""
+    """A rank's gradients of one group, as a list and as one flat tensor: the form that DeepSpeed's optimiser reads."""
 
     def __init__(self, gradients: list[Tensor], flat: Tensor) -> None:
         super().__init__(gradients)
@@ -263,37 +270,37 @@ class _Partition(list):
 
 @contextmanager
 def spreading_experts(name: str, ranks: dist.ProcessGroup) -> Iterator[None]:
-    """Let ZeRO 1 and 2 that are made inside divide the parameter groups called `name` among `ranks`.
+    """Let ZeRO 1 and 2 optimisers made inside divide the parameter groups called `name` among `ranks`.
 
-    DeepSpeed does so where it finds its own layers of experts. Nor may it give all data-parallel ranks the weights of
-    the first: they have them, equal where they are to be.
+    DeepSpeed does this only for its own layers of experts. It must also not broadcast the first rank's weights to all
+    data-parallel ranks, as it does at its start: ranks have different experts, and equal weights are equal already.
     """
     from deepspeed.runtime import engine
 
-    own, broadcast = engine.DeepSpeedZeroOptimizer, engine.DeepSpeedEngine._broadcast_model
+    original, broadcast = engine.DeepSpeedZeroOptimizer, engine.DeepSpeedEngine._broadcast_model
 
     def with_experts(*args: Any, **options: Any) -> Any:
         groups = {"expert_parallel_group": {name: ranks}, "expert_data_parallel_group": {name: ranks}}
-        return own(*args, **options | groups | {"has_moe_layers": True})
+        return original(*args, **options | groups | {"has_moe_layers": True})
 
     engine.DeepSpeedZeroOptimizer, engine.DeepSpeedEngine._broadcast_model = with_experts, lambda _: None
     try:
         yield
     finally:
-        engine.DeepSpeedZeroOptimizer, engine.DeepSpeedEngine._broadcast_model = own, broadcast
+        engine.DeepSpeedZeroOptimizer, engine.DeepSpeedEngine._broadcast_model = original, broadcast
 
 
 def ema_decay(decay: float, updates: int) -> float:
-    """Return the decay of a moving average's update number `updates`, from 1: below `decay` while these are few, so
-    that the average soon forgets the weights that training began with.
+    """Return the decay of the moving average at update n (from 1): min(decay, (1 + n) / (10 + n)).
 
-    min(decay, (1 + n) / (10 + n)), as the official BD3-LM code has it (models/ema.py, from torch_ema).
+    It is lower at first, so that the average soon forgets the initial weights. As in the official BD3-LM code
+    (models/ema.py, from torch_ema).
     """
     return min(decay, (1 + updates) / (10 + updates))
 
 
 def _local_master(parameter: nn.Parameter) -> Tensor:
-    """ZeRO-3: a view of this rank's part of a parameter's fp32 master, padding included."""
+    """Return a view of this rank's part of a parameter's fp32 master under ZeRO-3, padding included."""
     from deepspeed.utils import safe_get_local_fp32_param
 
     return safe_get_local_fp32_param(parameter)

@@ -72,8 +72,8 @@ def raises():
     raise RuntimeError("the accelerator of this rank is gone")
 
 def is_killed():
-    from bd3_scale.parallel.meeting import meet
-    meet(None, timedelta(seconds=60))  # returns when both have joined it
+    from bd3_scale.parallel.rendezvous import find_ranks
+    find_ranks(None, timedelta(seconds=60))  # returns when both have joined it
     died.touch()
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -95,7 +95,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def other_recipe(ranks: list[int]) -> str:
-    return f"ranks {ranks} were started with another recipe than rank 0: give all the same file and overrides"
+    return f"ranks {ranks} were started with another recipe than rank 0: give all ranks the same file and overrides"
 
 
 @pytest.mark.parametrize(

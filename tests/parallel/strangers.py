@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore, distributed_c10d
 
 from bd3_scale.parallel.groups import process_groups
-from bd3_scale.parallel.meeting import SealedStore, show_secret
+from bd3_scale.parallel.rendezvous import SealedStore, show_secret
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.schema import ParallelRecipe
 from bd3_scale.resilience.secret import SECRET_VARIABLE

@@ -1,8 +1,9 @@
-"""How the ranks of a run find each other, so that nobody else can join them.
+"""Let the ranks of a run find each other, and nobody else join them.
 
-The ranks of a local launch meet in a file of its private folder. Others meet through a TCPStore, which answers whoever
-can reach it: what is in it is sealed with a secret that lies in a file of the user's own. In both cases all ranks then
-show each other that they know the secret, before they exchange anything else.
+The ranks of a local launch use a file in its private folder. Other ranks use a TCPStore, which answers everyone who can
+reach its port; therefore all keys and values in it are authenticated with a secret, which is in a file that only the
+user can read. In both cases all ranks then prove to each other that they know the secret, before they exchange anything
+else.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _LOG = logging.getLogger(__name__)
 _SEAL_BYTES = 32
 
 
-class Meeting(NamedTuple):
-    """Where ranks find each other's addresses, and what they know each other by; no secret where one is alone."""
+class Rendezvous(NamedTuple):
+    """The store in which ranks find each other's addresses, and their common secret; a single rank has no secret."""
 
     store: Store
     rank: int
@@ -37,20 +38,20 @@ class Meeting(NamedTuple):
     secret: bytes | None
 
 
-def meet(secret_file: Path | None, timeout: timedelta) -> Meeting:
-    """Wait for the ranks that the launcher's variables name; alone where there are none.
+def find_ranks(secret_file: Path | None, timeout: timedelta) -> Rendezvous:
+    """Wait for the ranks that the launcher's variables name; without these variables there is one rank.
 
-    secret_file: seen by all ranks; made by the first of them. $BD3_SCALE_SECRET names another.
+    secret_file: a path that all ranks see; the first rank to come makes the file. $BD3_SCALE_SECRET overrides it.
 
     Raises:
         ValueError: the file is not private. RuntimeError, ConnectionError: the others do not come within `timeout`.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return Meeting(HashStore(), 0, 1, None)
+        return Rendezvous(HashStore(), 0, 1, None)
     if folder := os.environ.get(RENDEZVOUS_VARIABLE):
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         secret = shared_secret(Path(folder, "secret"))
-        found = Meeting(FileStore(str(Path(folder, "ranks")), world_size), rank, world_size, secret)
+        found = Rendezvous(FileStore(str(Path(folder, "ranks")), world_size), rank, world_size, secret)
     else:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         found = _sealed(store, rank, world_size, secret_file)
@@ -58,68 +59,72 @@ def meet(secret_file: Path | None, timeout: timedelta) -> Meeting:
     return found
 
 
-def _sealed(store: Store, rank: int, world_size: int, secret_file: Path | None) -> Meeting:
+def _sealed(store: Store, rank: int, world_size: int, secret_file: Path | None) -> Rendezvous:
     named = os.environ.get(SECRET_VARIABLE)
     if path := Path(named) if named else secret_file:
         secret = shared_secret(path)
-        return Meeting(SealedStore(store, secret), rank, world_size, secret)
+        return Rendezvous(SealedStore(store, secret), rank, world_size, secret)
     if world_size > 1 and rank == 0:
         _LOG.warning(
-            "whoever can reach %s:%s can join these %d ranks: set %s to a file that all of them see, which is made "
-            "where it is missing",
+            "everyone who can reach %s:%s can join these %d ranks: set %s to a path that all of them see; the file is "
+            "made if it is missing",
             os.environ["MASTER_ADDR"],
             os.environ["MASTER_PORT"],
             world_size,
             SECRET_VARIABLE,
         )
-    return Meeting(store, rank, world_size, None)
+    return Rendezvous(store, rank, world_size, None)
 
 
-def _wait_for_all(meeting: Meeting, timeout: timedelta) -> None:
-    """ConnectionError that names who is missing."""
-    keys = [f"bd3_scale/joined/{rank}" for rank in range(meeting.world_size)]
-    meeting.store.set(keys[meeting.rank], "")
+def _wait_for_all(found: Rendezvous, timeout: timedelta) -> None:
+    """Wait until all ranks have come. ConnectionError: some did not; the message names them."""
+    keys = [f"bd3_scale/joined/{rank}" for rank in range(found.world_size)]
+    found.store.set(keys[found.rank], "")
     try:
-        meeting.store.wait(keys, timeout)
+        found.store.wait(keys, timeout)
     except RuntimeError as error:
-        missing = [rank for rank, key in enumerate(keys) if not meeting.store.check([key])]
-        unseen = ", or do not see the same secret file" if meeting.secret is not None else ""
+        missing = [rank for rank, key in enumerate(keys) if not found.store.check([key])]
+        # A rank with another secret writes under other keys, so it looks like a missing one.
+        unseen = ", or do not see the same secret file" if found.secret is not None else ""
         raise ConnectionError(f"ranks {missing} did not come within {timeout.total_seconds():g} s{unseen}") from error
 
 
 def show_secret(secret: bytes | None, group: dist.ProcessGroup | None = None) -> None:
-    """Every rank of `group` shows the others that it knows the secret, which itself does not travel (collective).
+    """Prove to the other ranks of `group` that this rank knows the secret, and check their proofs (collective).
 
-    ConnectionError: a rank does not.
+    The secret itself is not sent: each rank answers a common challenge with an HMAC.
+
+    ConnectionError: the proof of a rank is wrong.
     """
     if secret is None:
         return
-    # Drawn anew by every rank: what somebody has overheard of another meeting is no answer.
+    # Every rank adds random bytes to the challenge, so that an answer recorded in another run is of no use.
     drawn = gather_bytes(secrets.token_bytes(_SEAL_BYTES), group)
-    told = hashlib.sha256(b"".join(drawn)).digest()
+    challenge = hashlib.sha256(b"".join(drawn)).digest()
 
     def answer(rank: int) -> bytes:
-        return hmac.digest(secret, b"rank %d of " % rank + told, "sha256")
+        return hmac.digest(secret, b"rank %d of " % rank + challenge, "sha256")
 
     answers = gather_bytes(answer(dist.get_rank(group)), group)
     if wrong := [rank for rank, given in enumerate(answers) if not hmac.compare_digest(given, answer(rank))]:
         raise ConnectionError(
-            f"ranks {wrong} do not know the secret of this run: strangers take its ports, or its ranks do not see the "
-            "same file"
+            f"ranks {wrong} do not know the secret of this run: other programs use its ports, or its ranks do not see "
+            "the same secret file"
         )
 
 
 class SealedStore(Store):
-    """A store whose keys and values are sealed with a secret: others who reach it can take values away, not make any.
+    """A store whose keys and values are authenticated with a secret: others can delete values, but not forge them.
 
-    `add` alone keeps a plain number, as the server must add to it; no address is agreed on by it.
+    Only `add` keeps a plain number, because the server must add to it; no address is exchanged by it.
     """
 
     def __init__(self, store: Store, secret: bytes) -> None:
         super().__init__()
         self._store: Any = store  # torch's stubs lack a part of it
         self._secret = secret
-        self._clones: list[SealedStore] = []  # C++ code that asks for one does not keep it alive
+        # torch's C++ code calls `clone` and does not keep the Python object alive.
+        self._clones: list[SealedStore] = []
 
     def _key(self, key: str) -> str:
         return hmac.digest(self._secret, b"key " + key.encode(), "sha256").hex()
@@ -132,11 +137,13 @@ class SealedStore(Store):
         self._store.set(self._key(key), self._seal(key, data) + data)
 
     def get(self, key: str) -> bytes:
-        """ConnectionError: the value is none that a rank of this run has put there."""
+        """Return a value. ConnectionError: it was not written by a rank of this run."""
         sealed = self._store.get(self._key(key))
         seal, value = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
         if not hmac.compare_digest(seal, self._seal(key, value)):
-            raise ConnectionError(f"what {key} holds was not written by a rank of this run: a stranger takes its port")
+            raise ConnectionError(
+                f"the value of {key} was not written by a rank of this run: another program uses its port"
+            )
         return value
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
@@ -163,7 +170,7 @@ class SealedStore(Store):
         return self._store.num_keys()
 
     def has_extended_api(self) -> bool:
-        """What the extended interface has beyond this one would pass by the seal."""
+        """Return False: the further methods of the extended interface would bypass the authentication."""
         return False
 
     def set_timeout(self, timeout: timedelta) -> None:
