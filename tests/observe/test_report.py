@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bd3_scale.launch.run_report import write_report
@@ -61,6 +61,7 @@ def test_the_running_median_is_of_the_latest_fiftieth(values: list[float]) -> No
     assert running_median(values, [len(values) - 1]) == pytest.approx(expected[-1:])
 
 
+@example("</script ><!-- & -->")
 @settings(max_examples=30)
 @given(st.recursive(st.text() | st.floats(allow_nan=False, allow_infinity=False), st.lists, max_leaves=8))
 def test_no_text_can_leave_the_script_element_that_holds_it(data: object) -> None:

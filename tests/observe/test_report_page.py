@@ -17,8 +17,9 @@ from tests.support.missing import unavailable
 
 CHROMIUM = "/usr/bin/chromium"
 PHONE, DESK = (375, 740), (1100, 760)
+# Of an end tag a space is enough, and of the page's own marks their name.
 HOSTILE = (
-    '</script><script>window.hit = 1</script><!--<img src=x onerror="window.hit = 1">@DATA@\x1b[31m\u202e & <b>b</b>'
+    '</script ><script>window.hit = 1</script><!--<img src=x onerror="window.hit = 1">@DATA@\x1b[31m\u202e & <b>b</b>'
 )
 Open = Callable[..., Page]
 
@@ -116,6 +117,26 @@ def test_text_of_strangers_is_shown_and_never_run(open_report: Open, tmp_path: P
     for details in page.locator("details").all():
         details.evaluate("each => { each.open = true; }")
     assert not scrolls_sideways(page)
+
+
+@pytest.mark.slow
+def test_no_other_script_and_no_request_is_allowed(browser: Browser, tmp_path: Path) -> None:
+    write_report([make_run(tmp_path / "run")], tmp_path / "report.html")
+    page = browser.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto((tmp_path / "report.html").as_uri())
+    page.evaluate("""() => {
+      const script = document.createElement("script");
+      script.textContent = "window.hit = 1";
+      const image = document.createElement("img");
+      image.src = "http://127.0.0.1:9/x.png";
+      document.body.append(script, image);
+    }""")
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.hit") is None
+    assert [("script-src" in line, "img-src" in line) for line in said] == [(True, False), (False, True)]
+    page.close()
 
 
 @pytest.mark.slow

@@ -42,15 +42,26 @@ def test_only_what_was_appended_is_read_and_an_unfinished_line_waits(tmp_path: P
     assert [record["step"] for record in follower.records] == [1, 2, 3]
 
 
-def test_a_file_that_a_resumed_run_has_replaced_is_read_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [4, 8, 12])
+def test_a_file_that_a_resumed_run_has_replaced_is_read_anew(tmp_path: Path, steps: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [{"step": step, "a": 1} for step in range(1, 9)])
+    follower = RecordFollower(path)
+    follower.refresh()
+    new = [{"step": step, "a": 2} for step in range(1, steps + 1)]
+    write_lines(tmp_path / "aside", new)
+    os.replace(tmp_path / "aside", path)
+    follower.refresh()
+    assert follower.records == new
+
+
+def test_a_file_that_was_cut_in_place_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_lines(path, [{"step": step} for step in range(1, 9)])
     follower = RecordFollower(path)
     follower.refresh()
-    write_lines(tmp_path / "aside", [{"step": step} for step in range(1, 5)])
-    os.replace(tmp_path / "aside", path)
-    follower.refresh()
-    assert [record["step"] for record in follower.records] == [1, 2, 3, 4]
+    write_lines(path, [{"step": 1}])
+    assert follower.refresh() == follower.records == [{"step": 1}]
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.integers(14, 80), st.integers(2, 12))
