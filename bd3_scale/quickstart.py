@@ -22,9 +22,10 @@ from rich.panel import Panel
 
 from bd3_scale.observe.console import Console, styled
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
+from bd3_scale.recipe.library import named_recipe
 from bd3_scale.recipe.load import load_recipe
 
-RECIPE = Path("recipes/quickstart.yaml")
+RECIPE = "quickstart"
 RUN = Path("runs/quickstart")
 CORPUS, TOKENIZER, DATA = Path("data/quickstart-corpus"), Path("data/quickstart-tokenizer"), Path("data/quickstart")
 COMMAND = [sys.executable, "-P", "-m", "bd3_scale"]
@@ -47,7 +48,7 @@ def quickstart() -> None:
     _heading(2, "A tokeniser, and packed shards with a held-out split")
     _run("data", "tokenizer", CORPUS, "--out", TOKENIZER, "--vocab-size", 4096)
     _run("data", "prepare", CORPUS, "--out", DATA, "--tokenizer", TOKENIZER, "--seq-len", 256)
-    saved = load_recipe(RECIPE).checkpoint.every_steps
+    saved = load_recipe(named_recipe(RECIPE)).checkpoint.every_steps
     _heading(3, f"Training, killed {STEPS_BEFORE_KILL} steps after the checkpoint of step {saved}")
     first = _train_and_kill(saved + STEPS_BEFORE_KILL)
     _heading(4, "Resuming from the checkpoint")
@@ -100,7 +101,7 @@ def _write_corpus() -> None:
 
 def _train_and_kill(last: int) -> dict[int, float]:
     """Train, kill the run once step `last` is done, and return the losses until then by step."""
-    words = ["train", str(RECIPE)]
+    words = ["train", RECIPE]
     _show(words)
     # Python's tracker of shared memory would warn of what the kill leaves behind; the next run removes it.
     quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
@@ -161,12 +162,14 @@ def _report_files(seconds: float) -> None:
             f"loss curve   {RUN / 'loss.png'}\n"
             f"checkpoint   {checkpoint}\n\n"
             "Try next:\n"
+            f"  {command} report {RUN}\n"
             f"  {command} generate {RUN} --prompt 'import '\n"
             f"  {command} serve {RUN}\n"
             f"  {command} train {RECIPE} run_dir=runs/longer train.steps=3000\n"
             f"  {command} train {RECIPE} run_dir=runs/autoregressive diffusion.block_size=1\n"
             f"  {command} train {RECIPE} run_dir=runs/split parallel.tensor=2\n"
-            f"  {command} train --help",
+            f"  {command} recipe explain\n"
+            f"  {command} init my-project",
             title=f"{seconds / 60:.1f} minutes",
             expand=False,
         )

@@ -46,7 +46,9 @@ def find_recipe(path: str | Path) -> Path:
     except OSError:
         return Path(path)
     else:
-        return Path(path)
+        # A folder is no recipe: one that is called like a recipe, such as a project's, does not hide that.
+        if not (Path(path).is_dir() and str(path) in library()):
+            return Path(path)
     try:
         return named_recipe(str(path))
     except RecipeError as error:
