@@ -14,7 +14,7 @@ from bd3_scale.launch.records import read_json
 from bd3_scale.observe.environment import software
 from bd3_scale.observe.report_data import RunRecords, differences, read_run, run_for_page, step_seconds
 from bd3_scale.observe.report_page import report_page
-from bd3_scale.resilience.files import write_atomically
+from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.terminal import clean
 
 _TIME = "%Y-%m-%d %H:%M:%S UTC"
@@ -24,9 +24,12 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     """Write the report of one or several runs to `out`, atomically.
 
     Raises:
-        ValueError: a folder is no run directory. OSError: `out` cannot be written.
+        ValueError: a folder is no run directory, or `out` is a folder. OSError: `out` cannot be written.
     """
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name the page in it, such as --out {out / 'report.html'}")
     runs = [read_run(folder) for folder in folders]
+    check_writable(out.absolute().parent)
     shown = [run_for_page(run) | _attempts_of(run) for run in runs]
     for page, label in zip(shown, _labels(shown), strict=True):
         page["label"] = label

@@ -85,7 +85,12 @@ def read_run(folder: Path) -> RunRecords:
     if not starts:
         notes.append("The machine and the versions are not recorded: an earlier version started this run.")
     if not samples:
-        notes.append("No samples are recorded: evaluation.prompts lists prompts to continue at each evaluation.")
+        way = (
+            ""
+            if recipe.get("evaluation.prompts")
+            else ": evaluation.prompts lists texts to continue at each evaluation"
+        )
+        notes.append(f"No samples are recorded{way}.")
     events = _records(folder / EVENTS_FILE, notes)
     return RunRecords(folder, recipe, metrics, events, samples, starts, notes, is_in_use(folder))
 

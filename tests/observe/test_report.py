@@ -10,7 +10,9 @@ from statistics import median
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from bd3_scale.launch.run_commands import app
 from bd3_scale.launch.run_report import write_report
 from bd3_scale.observe.downsample import BINS, extremes, running_median
 from bd3_scale.observe.figures import run_series
@@ -132,6 +134,22 @@ def test_a_folder_that_is_no_run_is_refused_and_nothing_is_written(tmp_path: Pat
     with pytest.raises(ValueError, match=r"is no run directory: it has neither recipe\.yaml nor metrics\.jsonl"):
         write_report([tmp_path], tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_into_the_run_and_says_where(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    result = CliRunner().invoke(app, ["report", str(folder)])
+    assert (result.exit_code, result.output) == (0, f"wrote {folder}/report.html\n")
+    assert page_data(folder / "report.html")["runs"][0]["name"] == "tiny"
+    assert [path.name for path in folder.glob(".*")] == []
+
+
+def test_a_page_that_is_a_folder_or_below_a_file_is_refused(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"is a folder: name the page in it, such as --out .*/run/report\.html"):
+        write_report([folder], folder)
+    with pytest.raises(OSError, match="make it writable or choose another"):
+        write_report([folder], folder / "recipe.yaml/report.html")
 
 
 @pytest.mark.parametrize("records", [[], [train_record(1)]], ids=["no step", "one step"])
