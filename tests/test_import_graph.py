@@ -27,7 +27,8 @@ FLOORS = [
     {"generate"},
     {"evaluate"},
     {"train", "convert"},
-    {"api", "plan", "serve", "quickstart", "project"},
+    {"api", "plan", "serve", "quickstart"},
+    {"project"},
     {"cli"},
     {"__main__"},
 ]

@@ -257,6 +257,15 @@ def load_manifest(
     return with_shards(manifest, lambda name: read_index(folder / name / INDEX_FILE))
 
 
+def check_seq_len(data: DataRecipe, manifest: Manifest) -> None:
+    """Raise ValueError unless the data of one source were prepared with the recipe's sequence length."""
+    if data.seq_len != manifest.seq_len:
+        raise ValueError(
+            f"data.seq_len={data.seq_len}, but {data.path} was prepared with seq_len={manifest.seq_len}; "
+            f"set data.seq_len={manifest.seq_len} or prepare the text again"
+        )
+
+
 def load_sources(data: DataRecipe) -> Manifest:
     """Return what the data of a recipe say, `mixed` where they are several. Raises as that and `load_manifest` do."""
     return mixed(load_parts(data))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bd3_scale.data.cache import ShardSizes, bytes_of
 from bd3_scale.data.index import INDEX_FILE, ShardTable
-from bd3_scale.data.manifest import Manifest, SplitName
+from bd3_scale.data.manifest import Manifest, SplitName, check_seq_len
 from bd3_scale.data.shard_files import ShardFiles
 from bd3_scale.recipe.schema import DATA_RETRY_MINUTES, DataRecipe
 from bd3_scale.resilience.readers import read_regular
@@ -36,11 +36,7 @@ def open_shards(data: DataRecipe, manifest: Manifest, split: SplitName) -> Shard
     counts = manifest.train if split == "train" else manifest.validation
     if counts is None:
         raise ValueError(f"{data.path} has no {split} split (it was prepared with holdout={manifest.holdout})")
-    if data.seq_len != manifest.seq_len:
-        raise ValueError(
-            f"data.seq_len={data.seq_len}, but {data.path} was prepared with seq_len={manifest.seq_len}; "
-            f"set data.seq_len={manifest.seq_len} or prepare the text again"
-        )
+    check_seq_len(data, manifest)
     opened = (os.path.abspath(data.path), data.remote, data.cache_limit, split, data.retry_minutes)
     # Its shared memory lives until the process ends.
     if opened not in _OPEN:

@@ -1,4 +1,4 @@
-"""`bd3-scale doctor --cluster`: what SLURM says of a site's profile, and a node of it examined by a job."""
+"""Examine a site for `bd3-scale doctor --cluster`: compare its profile with SLURM, and let a job examine one node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale.launch.doctor import ANSWER, CLOCK, TOKEN
-from bd3_scale.launch.findings import Finding, held_to
+from bd3_scale.launch.findings import Finding, checked
 from bd3_scale.launch.job import batch_script, container_options, node_directives, site_environment
 from bd3_scale.launch.profile import Preflight, Profile
 from bd3_scale.launch.records import pattern_of, read_json
@@ -32,32 +32,32 @@ CLOCK_POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Visit:
-    """What came of the job: the node's findings and name, and what this machine and the node see of the same files."""
+    """The result of the job: the node's name, and the findings about it and the files it shares with this machine."""
 
     node: str
     findings: list[Finding]
 
 
 def default_folders(profile: Profile) -> list[Path]:
-    """Return where runs of a site lie: its shared storage, or the current folder where it names none."""
+    """Return the folders of a site's runs: its shared storage, or the current folder where the profile names none."""
     return [Path(folder) for folder in profile.shared_storage] or [Path.cwd()]
 
 
 def site(profile: Profile) -> list[Finding]:
-    """Hold a profile against what SLURM says of the site. ValueError: SLURM is not here, or does not answer."""
+    """Compare a profile with what SLURM says about the site. ValueError: SLURM is not here, or does not answer."""
     found = [Finding("SLURM", "version", slurm("sinfo", "--version").strip())]
     name = profile.partition or _default_partition()
     fields = _fields(slurm("scontrol", "show", "partition", name, "--oneliner", check=False))
     if not fields:
-        advice = f"set the profile's `partition` to one of: {partitions()}"
-        return [*found, Finding("SLURM", "partition", f"{name}: there is none", "problem", "it exists", advice)]
+        fix = f"set the profile's `partition` to one of: {partitions()}"
+        return [*found, Finding("SLURM", "partition", f"{name} does not exist", "problem", "it exists", fix)]
     found.append(
-        held_to(
+        checked(
             "SLURM",
             "partition",
             f"{name}: {fields.get('State', '?')}, {fields.get('TotalNodes', '?')} nodes",
             rule="it is UP",
-            advice=f"choose another, or wait: partitions here are {partitions()}",
+            fix=f"choose another, or wait: partitions here are {partitions()}",
             broken=fields.get("State") != "UP",
         )
     )
@@ -83,12 +83,12 @@ def _fields(line: str) -> dict[str, str]:
 
 def _time_limit(profile: Profile, longest: str) -> Finding:
     most = None if longest == "UNLIMITED" else slurm_seconds(longest)
-    return held_to(
+    return checked(
         "SLURM",
         "time limit",
         f"{profile.time_limit} of at most {longest}",
         rule="the profile's time_limit is not above the partition's",
-        advice=f"set time_limit to {longest} or less: the run goes on in job after job",
+        fix=f"set time_limit to {longest} or less: the run goes on in job after job",
         broken=most is not None and slurm_seconds(profile.time_limit) > most,
     )
 
@@ -101,27 +101,27 @@ def slurm_seconds(limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _gres(wanted: int, told: str) -> Finding:
-    most = most_gpus(told)
-    return held_to(
+def _gres(wanted: int, gres: str) -> Finding:
+    most = most_gpus(gres)
+    return checked(
         "SLURM",
         "GPUs of a node (GRES)",
         str(most),
         rule=f"{wanted} or more, the profile's gpus_per_node",
-        advice="set gpus_per_node to what nodes have, or choose another partition (sinfo -o '%R %G')",
+        fix="set gpus_per_node to what nodes have, or choose another partition (sinfo -o '%R %G')",
         broken=most < wanted,
     )
 
 
 def most_gpus(gres: str) -> int:
-    """Return the most GPUs that a node has by sinfo's %G, such as `gpu:h100:8(S:0-1),nvme:1`."""
+    """Return the most GPUs of a node by sinfo's %G, such as `gpu:h100:8(S:0-1),nvme:1`."""
     return max(
         (sum(map(int, re.findall(r"\bgpu:(?:[^:,(\s]+:)?(\d+)", line))) for line in gres.splitlines()), default=0
     )
 
 
 def visit(profile: Profile, folders: Sequence[Path], say: Callable[[str], object]) -> Visit:
-    """Let a job examine one node, and compare what it sees of `folders`, the first of which keeps the answer.
+    """Let a job examine one node, and compare what it reads in `folders`. The first of them holds the job's answer.
 
     ValueError: SLURM refuses the job. OSError: the first folder cannot be written.
     """
@@ -147,11 +147,11 @@ def _limit_of_clocks(profile: Profile) -> float:
 
 @contextmanager
 def _tokens(folders: Sequence[Path]) -> Iterator[dict[str, str]]:
-    """Give each folder a file with a text of its own, for as long as the block runs."""
+    """Write a file with a random text into each folder, for as long as the block runs."""
     tokens = {str(folder.absolute()): secrets.token_hex(8) for folder in folders}
     try:
         for folder, token in tokens.items():
-            # One that cannot be written is told by `machine.storage`.
+            # `machine.storage` reports a folder that cannot be written.
             with contextlib.suppress(OSError):
                 (Path(folder) / TOKEN).write_text(token)
         yield tokens
@@ -175,7 +175,7 @@ def _script(profile: Profile, folders: Sequence[Path], out: Path) -> str:
 
 
 def _wait(batch: Path, out: Path, say: Callable[[str], object]) -> tuple[int, tuple[float, float] | None]:
-    """Submit and wait; gives the job's exit code, and the node's time with the time here when that was seen."""
+    """Submit the job and wait; return its exit code, and the node's time with the time here when it was first read."""
     command = ["sbatch", "--parsable", "--wait", str(batch)]
     seen = None
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -187,8 +187,8 @@ def _wait(batch: Path, out: Path, say: Callable[[str], object]) -> tuple[int, tu
         say(f"job {job} examines one node; Ctrl-C cancels it")
         try:
             while process.poll() is None:
-                if seen is None and (told := (out / CLOCK).read_text()).endswith("\n"):
-                    seen = float(told), time.time()
+                if seen is None and (text := (out / CLOCK).read_text()).endswith("\n"):
+                    seen = float(text), time.time()
                 time.sleep(CLOCK_POLL_SECONDS)
         except BaseException:
             ask("scancel", job)
@@ -198,7 +198,7 @@ def _wait(batch: Path, out: Path, say: Callable[[str], object]) -> tuple[int, tu
 
 def _answer(out: Path) -> dict[str, Any]:
     until = time.monotonic() + LATE_SECONDS
-    # A job that failed may have left none; its log, which came from the same node, tells when all has come.
+    # A failed job may leave no answer. Its log comes from the same node: once it is visible, so are the other files.
     while not (answer := read_json(out / ANSWER)) and not (out / "job.log").exists() and time.monotonic() < until:
         time.sleep(1)
     return answer
@@ -206,23 +206,25 @@ def _answer(out: Path) -> dict[str, Any]:
 
 def _no_answer(out: Path, code: int) -> Finding:
     with contextlib.suppress(OSError):
-        said = [line for line in (out / "job.log").read_text(errors="replace").splitlines() if line.strip()][
+        lines = [line for line in (out / "job.log").read_text(errors="replace").splitlines() if line.strip()][
             -LAST_LINES:
         ]
-        value = f"the job ended with {code}: {' | '.join(said) or 'it said nothing'}"
-        return Finding("SLURM", "job", value, "problem", "it writes an answer", "mend what it says and try again")
+        value = f"the job ended with {code}: {' | '.join(lines) or 'its log is empty'}"
+        return Finding(
+            "SLURM", "job", value, "problem", "it writes an answer", "correct what its log says, and try again"
+        )
     value = f"the job ended with {code}, and neither its answer nor its log are in {out.parent}"
-    advice = "the node does not see that folder: name one on shared storage with --folder, or in the profile"
-    return Finding("storage", str(out.parent), value, "problem", "the node sees the same folder", advice)
+    fix = "the node does not see that folder: name one on shared storage with --folder, or in the profile"
+    return Finding("storage", str(out.parent), value, "problem", "the node sees the same folder", fix)
 
 
 def _same_file(folder: Path, token: str, seen: str) -> Finding:
-    return held_to(
+    return checked(
         "storage",
         f"{folder}: shared",
         "the node reads the same file" if seen == token else seen or "the node reads another file",
-        rule="a file of this machine is the same on the node",
-        advice="put runs and data on storage that all nodes see, and name it in the profile's shared_storage",
+        rule="the node reads the same files as this machine",
+        fix="put runs and data on storage that all nodes see, and name it in the profile's shared_storage",
         broken=seen != token,
     )
 
@@ -230,14 +232,19 @@ def _same_file(folder: Path, token: str, seen: str) -> Finding:
 def _clocks(clock: tuple[float, float] | None, limit: float) -> Finding:
     if clock is None:
         return Finding(
-            "clock", "offset", "not seen", "warning", f"at most {limit:g} s", "try again: the job was too quick"
+            "clock",
+            "offset",
+            "not read",
+            "warning",
+            f"at most {limit:g} s",
+            "run it again: the job ended before its clock was read",
         )
     offset = clock[0] - clock[1]
-    return held_to(
+    return checked(
         "clock",
         "offset",
-        f"{offset:+.1f} s of this machine's",
-        rule=f"at most {limit:g} s (seen within about {CLOCK_POLL_SECONDS:g} s)",
-        advice="tell the site (chronyc tracking, on both)",
+        f"{offset:+.1f} s from this machine's",
+        rule=f"at most {limit:g} s (read within about {CLOCK_POLL_SECONDS:g} s)",
+        fix="synchronise both clocks, or report it to the site (chronyc tracking shows the offset)",
         broken=abs(offset) > limit,
     )

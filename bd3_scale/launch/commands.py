@@ -1,4 +1,4 @@
-"""`bd3-scale status|logs|stop|requeue`: a run, seen and steered; `doctor`: what would keep one from lasting."""
+"""Run `bd3-scale status|logs|stop|requeue`: show a submitted run, and steer it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from bd3_scale.observe.console import Console, put, say, styled
-from bd3_scale.resilience.terminal import tell
-
-if TYPE_CHECKING:
-    from bd3_scale.launch.findings import Finding
+from bd3_scale.observe.console import Console, put, say
 
 app = typer.Typer()
 
@@ -139,65 +135,3 @@ def requeue(run: RunDir) -> None:
     from bd3_scale.launch.submit import requeue as requeue_run
 
     say(requeue_run(run))
-
-
-@app.command(epilog="Example: bd3-scale doctor --cluster mysite --folder /shared/runs")
-def doctor(
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PROFILE",
-            help="A site in cluster/profiles, or a YAML file: ask its SLURM, too, and let a job examine one node.",
-            show_default=False,
-        ),
-    ] = None,
-    folder: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Where runs or data lie; may be repeated. The first keeps the node's answer for the moment.",
-            show_default="the profile's shared_storage, else the current folder",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Tell what this machine has and what would keep a run from starting or lasting; exit code 1 if anything would."""
-    import dataclasses
-    import json
-
-    from bd3_scale.launch.cluster_doctor import default_folders, site, visit
-    from bd3_scale.launch.doctor import examine
-    from bd3_scale.launch.findings import has_problem
-    from bd3_scale.launch.profile import load_profile
-    from bd3_scale.observe.environment import read_environment
-
-    profile = load_profile(cluster) if cluster is not None else None
-    of_slurm = site(profile) if profile else []
-    folders = folder or (default_folders(profile) if profile else [Path.cwd()])
-    environment = read_environment()
-    machines = {"here": examine(environment, folders, gpus=0, clustered=False) + of_slurm}
-    if not as_json:
-        console = Console()
-        console.print(_findings("this machine", machines["here"]))
-    if profile and not has_problem(of_slurm):
-        visited = visit(profile, folders, tell)
-        machines["node"] = visited.findings
-        if not as_json:
-            console.print(_findings(visited.node, visited.findings))
-    if as_json:
-        told = {name: [dataclasses.asdict(each) for each in found] for name, found in machines.items()}
-        put(json.dumps(dataclasses.asdict(environment) | told))
-    raise typer.Exit(any(has_problem(found) for found in machines.values()))
-
-
-def _findings(title: str, found: list[Finding]) -> Table:
-    table = Table("", "", "found", "held to, and what to do", title=title)
-    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
-    topic = ""
-    for each in found:
-        if each.topic != topic:
-            table.add_section()
-        advice = f"{each.rule}\n→ {each.advice}" if each.advice else each.rule
-        verdict = styled((each.verdict, styles[each.verdict]))
-        table.add_row(verdict, f"{each.topic}: {each.name}" if each.topic != topic else each.name, each.value, advice)
-        topic = each.topic
-    return table

@@ -1,4 +1,4 @@
-"""What `bd3-scale doctor` finds: a value, whether it will do, the rule it was held to, and what to do about it."""
+"""Define a finding of `bd3-scale doctor`: a value, its verdict, the rule that it was checked against, and the fix."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ Verdict = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table. A warning costs time or may matter; with a problem a run does not start or does not last.
+    """One line of the table of `bd3-scale doctor`.
 
-    `rule` and `advice` are empty where nothing was asked of the value.
+    Attributes:
+        topic, name: what was looked at.
+        value: what is there.
+        verdict: with a warning, a run may be slower or less safe; with a problem, it does not start or does not last.
+        rule: that the value was checked against; "" where there is none.
+        fix: what a person should do; "" where the value is ok.
     """
 
     topic: str
@@ -21,16 +26,21 @@ class Finding:
     value: str
     verdict: Verdict = "ok"
     rule: str = ""
-    advice: str = ""
+    fix: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a warning or a problem without a way out."""
+        if self.verdict != "ok" and not self.fix:
+            raise ValueError(f"the {self.verdict} {self.topic}: {self.name} names no fix")
 
 
-def held_to(
-    topic: str, name: str, value: str, *, rule: str, advice: str, broken: bool, verdict: Verdict = "problem"
+def checked(
+    topic: str, name: str, value: str, *, rule: str, fix: str, broken: bool, verdict: Verdict = "problem"
 ) -> Finding:
-    """Return the finding of a value that was held to a rule; `verdict` and `advice` where the rule is broken."""
-    return Finding(topic, name, value, verdict if broken else "ok", rule, advice if broken else "")
+    """Return the finding of a value that was checked against a rule; `verdict` and `fix` count where it is broken."""
+    return Finding(topic, name, value, verdict if broken else "ok", rule, fix if broken else "")
 
 
 def has_problem(findings: Iterable[Finding]) -> bool:
-    """Tell whether a run would not start, or not last."""
+    """Return whether a run would not start, or not last."""
     return any(finding.verdict == "problem" for finding in findings)

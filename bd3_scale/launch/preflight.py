@@ -1,12 +1,12 @@
-"""Checks of a job's nodes before its ranks start there: `python -m bd3_scale.launch.preflight`, one task a node.
+"""Check the nodes of a job before its ranks start there: `python -m bd3_scale.launch.preflight`, one task a node.
 
-Every node looks at its GPUs and its scratch folder alone, writes that down, and meets the others for the clocks and
-the interconnect. DIR/<node>.json says what it found:
+Every node first checks its GPUs and its scratch folder and writes a report. Then all nodes together compare their
+clocks and measure the interconnect. DIR/<node>.json is the report:
 
     {"node": "n3", "ok": false, "problems": ["..."], "job_problems": [], "measured": {"allreduce_gbps": 41.7}}
 
-`problems` are this node's and make it not ok; `job_problems` are those that no single node can be blamed for. Exit
-codes: 0 all is well with this node, 3 it has a problem, 1 the job has one.
+`problems` belong to this node and make it not ok. `job_problems` cannot be attributed to one node. Exit codes: 0 no
+problem, 3 this node has a problem, 1 the job has one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REPEATS = 5
 
 @dataclass
 class Report:
-    """What a node found. `doing` names the local check in progress since `since`; None while it waits for others."""
+    """The report of a node. `doing` names the local check in progress since `since`; None while it waits for others."""
 
     path: Path
     node: str
@@ -55,13 +55,15 @@ class Report:
 
     @property
     def exit_code(self) -> int:
+        """Return the exit code of the process."""
         return NODE_PROBLEM if self.problems else JOB_PROBLEM if self.job_problems else 0
 
     def begin(self, check: str | None) -> None:
+        """Note which local check begins now; None: none is in progress."""
         self.doing, self.since = check, time.monotonic()
 
     def write(self) -> None:
-        """OSError: the folder cannot be written."""
+        """Write the report. OSError: the folder cannot be written."""
         found = {"problems": self.problems, "job_problems": self.job_problems, "measured": self.measured}
         write_atomically(self.path, json.dumps({"node": self.node, "ok": not self.problems, **found}, indent=1) + "\n")
 
@@ -70,7 +72,7 @@ def main() -> NoReturn:
     """Check this node by the command line and end the process with the exit code."""
     code = preflight()
     sys.stderr.flush()
-    os._exit(code)  # torch's farewell to nodes that are gone can hang or abort
+    os._exit(code)  # torch's shutdown can hang or abort where other nodes are gone
 
 
 def preflight(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +93,7 @@ def preflight(arguments: Sequence[str] | None = None) -> int:
             report.write()
     except OSError as error:
         report.job_problems.append(f"{error}: --out must be a folder that this node can write")
-    _tell(report)
+    _print_problems(report)
     return report.exit_code
 
 
@@ -100,27 +102,29 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="preflight", description="Check the nodes of a job; srun starts it once on each."
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="shared folder of the reports")
-    parser.add_argument("--gpus", type=int, default=0, help="that a node must have; 0: it works on its CPUs")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs that a node must have; 0: it works on its CPUs")
     parser.add_argument("--scratch", type=Path, required=True, help="folder that must exist and be writable")
-    parser.add_argument("--min-free-gb", type=float, default=0.0, help="10^9 bytes in the scratch folder; 0: not asked")
+    parser.add_argument(
+        "--min-free-gb", type=float, default=0.0, help="10^9 bytes in the scratch folder; 0: not checked"
+    )
     parser.add_argument("--min-allreduce-gbps", type=float, default=0.0, help="bus bandwidth, GB/s; 0: only measured")
     parser.add_argument("--max-clock-skew", type=float, default=5.0, help="seconds from the median clock")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for all of it")
     return parser.parse_args(arguments)
 
 
-def _tell(report: Report) -> None:
+def _print_problems(report: Report) -> None:
     for problem in [*report.problems, *report.job_problems]:
         tell(f"preflight: {report.node}: {problem}")
 
 
 @contextmanager
 def _end_in_time(report: Report, seconds: float) -> Iterator[None]:
-    """Ends the process after `seconds`: drivers and NCCL hang where no exception reaches."""
+    """End the process after `seconds`: drivers and NCCL can hang where no exception reaches them."""
     timer = threading.Timer(seconds, _give_up, (report, seconds))
     timer.daemon = True
     timer.start()
-    # Needs no interpreter lock, for a driver that hangs while torch holds it.
+    # This timer needs no interpreter lock: a driver may hang in a call of torch that holds the lock.
     faulthandler.dump_traceback_later(seconds + 5, exit=True)
     try:
         yield
@@ -133,28 +137,28 @@ def _give_up(report: Report, seconds: float) -> None:
     try:
         late = f"not done {seconds:g} s after the start (--timeout)"
         if not report.doing:
-            report.job_problems.append(_lost_the_others(late))
+            report.job_problems.append(_lost_other_nodes(late))
         elif time.monotonic() - report.since > seconds / 2:
             report.problems.append(f"{report.doing} hung: {late}")
         else:  # what came before took the time: imports from a slow shared folder
             report.job_problems.append(f"{report.doing} was {late}, and began late: give it more time")
-        _tell(report)
+        _print_problems(report)
         report.write()
     finally:
         os._exit(report.exit_code)
 
 
-def _lost_the_others(why: str) -> str:
+def _lost_other_nodes(why: str) -> str:
     return (
-        f"did not meet, or lost, the other nodes at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
-        f"{why}. Look for nodes without a report, and set the profile's `interface` where a node's name stands for a "
-        "loopback address"
+        "could not connect to the other nodes, or lost them, at "
+        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {why}. Look for "
+        "nodes without a report, and set the profile's `interface` where a node's name resolves to a loopback address"
     )
 
 
 def check_node(report: Report, options: argparse.Namespace) -> None:
-    """Check what a node can find out alone."""
-    # The tool first: it runs in a process of its own, and hangs where the driver would hang this one.
+    """Run the checks that need one node only."""
+    # nvidia-smi first: where the driver hangs, it hangs in its own process and not in this one.
     if options.gpus:
         report.begin("nvidia-smi")
         _check_ecc(report)
@@ -183,7 +187,7 @@ def _check_ecc(report: Report) -> None:
 
 
 def uncorrected_errors(table: str) -> dict[str, int]:
-    """Return GPU index -> count, where it is not 0; cards without ECC say [N/A]."""
+    """Return GPU index -> number of errors, where it is not 0; cards without ECC print [N/A]."""
     rows = (line.partition(",") for line in table.splitlines())
     counts = {gpu.strip(): int(count) for gpu, _, count in rows if count.strip().isdigit()}
     return {gpu: count for gpu, count in counts.items() if count}
@@ -206,12 +210,15 @@ def _check_processors(report: Report, torch: Any, gpus: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """Without the stack that torch's errors carry."""
+    """Return the first line of an error: torch appends a C++ stack."""
     return str(error).partition("\n")[0].rstrip(".")
 
 
 def _multiplies(torch: Any, device: str) -> bool:
-    """Whether a product is right to the last bit: such whole numbers are exact in fp32, and in TF32, in any order."""
+    """Return whether a matrix product is right to the last bit.
+
+    Integers from -8 to 8 and their sums of 512 products (below 2^15) are exact in fp32, and in TF32, in any order.
+    """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-8, 9, (512, 512), generator=generator) for _ in range(2))
     product = a.to(device, torch.float32) @ b.to(device, torch.float32)
@@ -220,7 +227,7 @@ def _multiplies(torch: Any, device: str) -> bool:
 
 def _check_scratch(report: Report, scratch: Path, min_free_gb: float) -> None:
     try:
-        # Not made where it is missing: that would fill the root disk where a mount has failed.
+        # A missing folder is not created: where a mount failed, data would fill the root disk.
         disk = os.statvfs(scratch)
         report.measured["free_gb"] = round(disk.f_bavail * disk.f_frsize / 1e9, 2)
         check_writable(scratch, int(min_free_gb * 1e9))
@@ -231,7 +238,7 @@ def _check_scratch(report: Report, scratch: Path, min_free_gb: float) -> None:
 
 
 def check_together(report: Report, options: argparse.Namespace, until: float) -> None:
-    """Check what nodes find out together; nothing where there is one alone. `until`: on the monotonic clock."""
+    """Run the checks that need several nodes; nothing for a single one. until: deadline on the monotonic clock."""
     rank, nodes = int(os.environ.get("SLURM_PROCID", "0")), int(os.environ.get("SLURM_NTASKS", "1"))
     if nodes == 1:
         return
@@ -240,7 +247,7 @@ def check_together(report: Report, options: argparse.Namespace, until: float) ->
         return
     import torch.distributed as dist
 
-    # A second less than the process has, so that torch can say who is missing.
+    # A second less than the process has: torch then reports which rank is missing.
     timeout = timedelta(seconds=max(1.0, until - time.monotonic() - 1))
     address = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
@@ -250,23 +257,23 @@ def check_together(report: Report, options: argparse.Namespace, until: float) ->
             _check_interconnect(report, device, options.min_allreduce_gbps, timeout)
         dist.destroy_process_group()
     except RuntimeError as error:  # torch's errors of network, store and NCCL are of this kind
-        report.job_problems.append(_lost_the_others(_first_line(error)))
+        report.job_problems.append(_lost_other_nodes(_first_line(error)))
 
 
 def _gather(value: float) -> list[float]:
-    """The value of every rank; returns when all have come."""
+    """Return the value of every rank, once all ranks have called this."""
     import torch
     import torch.distributed as dist
 
-    everyone = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, torch.tensor([value], dtype=torch.float64))
-    return [float(each) for each in everyone]
+    values = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, torch.tensor([value], dtype=torch.float64))
+    return [float(each) for each in values]
 
 
 def _check_clocks(report: Report, limit: float) -> None:
     import torch.distributed as dist
 
-    _gather(0)  # so that all look at their clocks at the same moment
+    _gather(0)  # a barrier: all ranks read their clocks at the same moment
     offsets, wrong = wrong_clocks(_gather(time.time()), limit)
     mine = offsets[dist.get_rank()]
     report.measured["clock_offset_s"] = round(mine, 3)
@@ -293,19 +300,19 @@ def wrong_clocks(times: Sequence[float], limit: float) -> tuple[list[float], lis
 
 
 def _agree_on_device(report: Report, gpus: int) -> torch.device | None:
-    """Where all nodes exchange data; None where one has not the GPUs for it, which would let the others wait."""
+    """Return the device for the exchange; None where a node lacks its GPUs: the others would wait for it for ever."""
     import torch
 
     wanted = torch.device("cuda", 0) if gpus else torch.device("cpu")
-    everyone = _gather(gpus if report.computes else -1)
-    if min(everyone) < 0 or min(everyone) != max(everyone):
+    gpus_by_rank = _gather(gpus if report.computes else -1)
+    if min(gpus_by_rank) < 0 or min(gpus_by_rank) != max(gpus_by_rank):
         report.measured["interconnect"] = "not measured: not every node's processors are in order"
         return None
     return wanted
 
 
 def _check_interconnect(report: Report, device: torch.device, floor: float, timeout: timedelta) -> None:
-    """All-reduce over all nodes, a GPU of each, and over single links where that is slower than `floor` (GB/s)."""
+    """Measure an all-reduce over one GPU of each node, and single links where it is slower than `floor` (GB/s)."""
     import torch
     import torch.distributed as dist
 
@@ -315,7 +322,7 @@ def _check_interconnect(report: Report, device: torch.device, floor: float, time
         group = dist.new_group(backend="nccl", timeout=timeout)
     nodes, rank = dist.get_world_size(), dist.get_rank()
     data = torch.zeros((GPU_REDUCE_BYTES if group else CPU_REDUCE_BYTES) // 4, device=device)
-    # The slowest rank's figure counts: all must come to the same verdict, or they would part ways here.
+    # The slowest rank's time counts for all: with different verdicts, some ranks would wait for the others below.
     seconds = max(_gather(_time(lambda: dist.all_reduce(data, group=group), device)))
     bandwidth = 2 * (nodes - 1) / nodes * data.nbytes / seconds / 1e9
     report.measured["allreduce_gbps"] = round(bandwidth, 3)
@@ -333,7 +340,7 @@ def _check_interconnect(report: Report, device: torch.device, floor: float, time
 
 
 def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one `work`, after a first that sets connections up."""
+    """Return the seconds of one `work`, after a first one that sets connections up."""
     import torch
 
     work()
@@ -347,14 +354,15 @@ def _time(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _measure_links(device: torch.device, group: dist.ProcessGroup | None) -> list[float]:
-    """GB/s each way between ranks i and i + 1, the last with the first; links of one rank are measured one by one."""
+    """Return GB/s each way between ranks i and i + 1, the last with the first; a rank measures one link at a time."""
     import torch
     import torch.distributed as dist
 
     nodes, rank = dist.get_world_size(), dist.get_rank()
     out, back = (torch.zeros(LINK_BYTES // 4, device=device) for _ in range(2))
     links = [0.0] * nodes
-    # Even links, odd ones, and the link that closes a ring of odd length, whose ends are both even.
+    # Links that share no rank are measured at the same time: even links, odd links, and in a ring of odd length the
+    # link that closes it.
     rounds = [range(0, nodes - 1, 2), range(1, nodes - nodes % 2, 2), range(nodes - 1, nodes - 1 + nodes % 2)]
     for links_now in rounds:
         seconds = 0.0
@@ -363,9 +371,9 @@ def _measure_links(device: torch.device, group: dist.ProcessGroup | None) -> lis
             if rank in ends:
                 other = ends[1 - ends.index(rank)]
                 seconds = _time(lambda other=other: _swap(out, back, other, group), device)  # type: ignore[misc]
-        everyone = _gather(seconds)
+        seconds_by_rank = _gather(seconds)
         for link in links_now:
-            links[link] = LINK_BYTES / everyone[link] / 1e9
+            links[link] = LINK_BYTES / seconds_by_rank[link] / 1e9
     return links
 
 
@@ -380,7 +388,7 @@ def _swap(out: torch.Tensor, back: torch.Tensor, other: int, group: dist.Process
 def slow_nodes(links: Sequence[float], floor: float) -> list[int]:
     """Return the ranks that explain the slow links of a ring: `links[i]` in GB/s joins rank i and the next.
 
-    Such a rank has two slow links between fast ones; in a longer row of slow links nobody can tell whose they are.
+    Such a rank has two slow links between fast ones. In a longer row of slow links, no rank can be identified.
     """
     n, slow = len(links), [link < floor for link in links]
     return [i for i in range(n) if slow[i - 1] and slow[i] and not slow[i - 2] and not slow[(i + 1) % n]]

@@ -135,9 +135,8 @@ class Forecast:
 
     @property
     def checkpoint(self) -> dict[str, float]:
-        optimizer, parallel = self.recipe.optimizer, self.recipe.parallel
-        states = len(_family_states(self.recipe)) + 1 + bool(optimizer.ema_decay)
-        whole = 4 * self.parameters * states
+        parallel = self.recipe.parallel
+        whole = checkpoint_bytes(self.recipe, self.parameters)
         writers = self.gpus if parallel.zero_stage else parallel.model_size // parallel.context
         return {
             "bytes": whole,
@@ -343,6 +342,11 @@ def _messages(trace: Trace, hardware: Hardware) -> dict[str, dict[str, float]]:
         # In how many a layer's gradients go depends on where ranks' shares end, which small steps do not tell.
         group["calls"] = max(0.0, group["calls"])
     return dict(groups)
+
+
+def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+    """Return the bytes of a checkpoint: fp32 master weights, the optimiser's states and the moving average."""
+    return 4 * parameters * (len(_family_states(recipe)) + 1 + bool(recipe.optimizer.ema_decay))
 
 
 def _family_states(recipe: Recipe) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Run `bd3-scale recipe list|show|copy|explain` and `bd3-scale init`."""
+"""Run `bd3-scale recipe list|show|copy|explain`, `bd3-scale init` and `bd3-scale doctor`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from bd3_scale.observe.console import Console, put, say
+from bd3_scale.observe.console import Console, put, say, styled
+from bd3_scale.resilience.terminal import tell
 
 if TYPE_CHECKING:
+    from bd3_scale.launch.findings import Finding
     from bd3_scale.recipe.reference import FieldDoc
 
 app = typer.Typer()
@@ -144,3 +146,83 @@ def init(folder: Annotated[Path, typer.Argument(help="A new or empty folder.")])
     for path in make_project(folder):
         say(f"wrote {path}")
     say(f"next: put text files into {folder / 'text'}, and follow {folder / 'README.md'}")
+
+
+@app.command(epilog="Example: bd3-scale doctor --recipe mine.yaml train.micro_batch_size=4")
+def doctor(
+    context: typer.Context,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace values of --recipe.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Check the needs of this recipe, too: a YAML file, or a name of `bd3-scale recipe list`.",
+            show_default=False,
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="A site in cluster/profiles, or a YAML file: ask its SLURM, too, and let a job examine one node.",
+            show_default=False,
+        ),
+    ] = None,
+    folder: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of runs or data; may be repeated. The first one holds the node's answer for a moment.",
+            show_default="the profile's shared_storage, else the current folder",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show what this machine has and what would keep a run from starting or lasting; exit code 1 if anything would."""
+    import dataclasses
+    import json
+
+    from bd3_scale.launch.cluster_doctor import default_folders, site, visit
+    from bd3_scale.launch.doctor import examine
+    from bd3_scale.launch.findings import has_problem
+    from bd3_scale.launch.profile import load_profile
+    from bd3_scale.observe.environment import read_environment
+    from bd3_scale.project.needs import needs
+    from bd3_scale.recipe.load import load_recipe
+
+    if overrides and recipe is None:
+        raise ValueError(f"{overrides[0]} replaces a value of a recipe: name it with --recipe")
+    loaded = load_recipe(recipe, overrides or ()) if recipe is not None else None
+    profile = load_profile(cluster) if cluster is not None else None
+    of_slurm = site(profile) if profile else []
+    folders = folder or (default_folders(profile) if profile else [Path.cwd()])
+    environment = read_environment()
+    machines = {"here": examine(environment, folders, gpus=0, clustered=False) + of_slurm}
+    titles = {"here": "this machine"}
+    if loaded is not None:
+        machines["recipe"] = needs(loaded, environment, context.obj or ())
+        titles["recipe"] = f"{recipe} on this machine"
+    if profile and not has_problem(of_slurm):
+        visited = visit(profile, folders, tell)
+        machines["node"], titles["node"] = visited.findings, visited.node
+    if as_json:
+        findings = {name: [dataclasses.asdict(each) for each in found] for name, found in machines.items()}
+        put(json.dumps(dataclasses.asdict(environment) | findings))
+    else:
+        for name, found in machines.items():
+            Console().print(_findings(titles[name], found))
+    raise typer.Exit(any(has_problem(found) for found in machines.values()))
+
+
+def _findings(title: str, findings: list[Finding]) -> Table:
+    table = Table("", "", "found", "rule", "fix", title=title)
+    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    topic = ""
+    for each in findings:
+        if each.topic != topic:
+            table.add_section()
+        verdict = styled((each.verdict, styles[each.verdict]))
+        name = f"{each.topic}: {each.name}" if each.topic != topic else each.name
+        table.add_row(verdict, name, each.value, each.rule, each.fix)
+        topic = each.topic
+    return table

@@ -251,8 +251,16 @@ def _set_deterministic(deterministic: bool) -> None:
 
 def _check_against_data(run: Run) -> None:
     """Check that all ranks see the same data, and that the recipe, which the launcher has checked, fits them."""
-    recipe, data = run.recipe, run.data
-    check_against_data(recipe, dist.get_world_size(), data.document_multiple)
+    check_against_data(run.recipe, dist.get_world_size(), run.data.document_multiple)
+    check_held_out(run.recipe, run.data)
+    seen = gather_values(run.data_hash)
+    different = [rank for rank, its_hash in enumerate(seen) if its_hash != seen[0]]
+    if different:
+        raise ValueError(f"ranks {different} see other data in {_paths(run.recipe)} than rank 0")
+
+
+def check_held_out(recipe: Recipe, data: Manifest) -> None:
+    """Raise ValueError where the held-out split is missing or too small for the recipe's evaluations."""
     if recipe.evaluation.every_steps and data.validation is None:
         raise ValueError(
             f"evaluation.every_steps is {recipe.evaluation.every_steps}, {_paths(recipe)} has no held-out split: "
@@ -264,10 +272,6 @@ def _check_against_data(run: Run) -> None:
             f"diffusion.search_interval needs {LEAST_SEQUENCES} held-out sequences and has {held_out}: raise "
             "evaluation.sequences, or prepare the data with a larger --holdout"
         )
-    seen = gather_values(run.data_hash)
-    different = [rank for rank, its_hash in enumerate(seen) if its_hash != seen[0]]
-    if different:
-        raise ValueError(f"ranks {different} see other data in {_paths(recipe)} than rank 0")
 
 
 def _paths(recipe: Recipe) -> str:

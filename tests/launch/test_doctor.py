@@ -78,7 +78,7 @@ def test_a_build_without_cuda_and_an_old_driver_are_problems_where_there_are_gpu
     none = Driver((), {}, "nvidia-smi is not on this machine")
     assert not has_problem([*software(environment(None, 0), none, 0), *graphics(none, 0)])
     assert named(list(graphics(none, 8)), "cards").verdict == "problem"
-    assert named(list(software(environment(None, 0), Driver((H100,), {}), 0)), "CUDA of torch's build").advice
+    assert named(list(software(environment(None, 0), Driver((H100,), {}), 0)), "CUDA of torch's build").fix
 
 
 def test_cards_and_their_links() -> None:
@@ -129,7 +129,7 @@ def test_adapters_by_what_sysfs_has_of_them(tmp_path: Path) -> None:
     (one_down,) = network.fabric(network.rdma_ports(tmp_path), {}, 8)
     assert one_down.verdict == "warning"
     assert one_down.value.endswith("; down: mlx5_2/1 DOWN")
-    assert "NCCL_IB_HCA=mlx5_0,mlx5_1 " in one_down.advice
+    assert "NCCL_IB_HCA=mlx5_0,mlx5_1 " in one_down.fix
 
 
 def test_efa_needs_a_plug_in(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_interfaces(tmp_path: Path, variables: dict[str, str], clustered: bool, 
     (tmp_path / "class/net" / "veth1").mkdir()  # goes away while it is looked at
     found = network.interfaces(variables, clustered=clustered, sys=tmp_path)
     assert [each.verdict for each in found] == [gloo, nccl]
-    assert all("eth0 ib0" in each.advice for each in found if each.verdict != "ok")
+    assert all("eth0 ib0" in each.fix for each in found if each.verdict != "ok")
 
 
 def test_a_name_that_stands_for_loopback_is_no_way_to_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_limits_where_an_adapter_registers_memory(monkeypatch: pytest.MonkeyPatc
     assert named(found, "locked memory").verdict == "problem"
     assert [named(found, name).verdict for name in ("open files", "core dumps")] == ["warning"] * 2
     told[resource.RLIMIT_NOFILE] = (64, 64)
-    assert "ulimit -n" in named(machine.limits(rdma=True), "for a rank").advice
+    assert "ulimit -n" in named(machine.limits(rdma=True), "for a rank").fix
 
 
 MOUNTS = """\
@@ -275,7 +275,7 @@ Leap status     : {}
     ],
 )
 def test_who_keeps_the_clock(tracking: str, timedate: str, kept: bool | None) -> None:
-    assert machine.clock_is_kept(tracking, timedate) is kept
+    assert machine.clock_is_synchronised(tracking, timedate) is kept
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_too_little_room_and_a_node_that_never_comes(tmp_path: Path) -> None:
     assert time.monotonic() - start < 12 + 4
     assert codes == [3], errors
     assert "GB are needed" in ill["problems"][0]
-    assert "did not meet" in ill["job_problems"][0]
+    assert "could not connect to the other nodes" in ill["job_problems"][0]
     assert ill["measured"]["free_gb"] > 0
 
 

@@ -76,7 +76,7 @@ def test_what_slurm_cannot_give_is_told_without_a_job(cluster, tmp_path, profile
     told = json.loads(done.stdout)
     (problem,) = (finding for finding in told["here"] if finding["verdict"] == "problem")
     assert problem["name"] == name
-    assert words in problem["advice"]
+    assert words in problem["fix"]
     assert "node" not in told
 
 
