@@ -128,7 +128,7 @@ def _data(recipe: Recipe, world_size: int) -> tuple[Manifest | None, list[Findin
     except (ValueError, OSError) as error:
         fix = "prepare the data (`bd3-scale data prepare … --recipe RECIPE`), or correct the recipe as the message says"
         return None, [Finding(TOPIC, "data", str(error), "problem", rule, fix)]
-    sequences = manifest.train.sequences
+    sequences = manifest.train.sequences if manifest.train is not None else 0
     epochs = recipe.train.steps * recipe.train.global_batch_size / max(1, sequences)
     value = f"{where}: {sequences:,} sequences of {manifest.seq_len} tokens, {epochs:.2g} epochs"
     return manifest, [Finding(TOPIC, "data", value, rule=rule)]
