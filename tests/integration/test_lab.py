@@ -58,7 +58,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     ideas, groups = (yaml.safe_load(fenced("yaml", first)) for first in ("plugins:", "optimizer:"))
     recipe |= ideas | {"optimizer": ideas["optimizer"] | groups["optimizer"]}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    commands = [shlex.split(line)[1:] for line in fenced("", "bd3-scale ").splitlines()]
+    commands = [shlex.split(line)[1:] for line in fenced("sh", "bd3-scale ").splitlines()]
     said = {" ".join(words): bd3_scale(folder, *words) for words in commands}
     return folder, said
 
