@@ -17,7 +17,7 @@ SLURM_WORKERS := 8
 PYTEST = $(BIN)/pytest --junit-xml=build/tests/$(1).xml
 EACH = not slow and
 
-.PHONY: help install install-cuda quickstart check test test-fast test-all wheel try-wheel parity benchmarks format clean
+.PHONY: help install install-cuda quickstart check test test-fast test-all wheel try-wheel parity benchmarks docs format clean
 
 help:
 	@echo "make quickstart  train, evaluate and sample a small model on this machine"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-all    the same with every parallel layout, every tile of the kernels and long campaigns"
 	@echo "make parity      every parallel layout against one process, as a table"
 	@echo "make benchmarks  renew the tables of benchmarks/ that this machine can renew (--list: tools/benchmarks.py)"
+	@echo "make docs        build the documents as a site, in build/site"
 	@echo "make wheel       build a wheel and a source archive in build/dist"
 	@echo "make try-wheel   install that wheel into an empty environment and run its quickstart there"
 	@echo "make install     only set up .venv"
@@ -109,6 +110,10 @@ parity: $(INSTALLED)
 
 benchmarks: $(INSTALLED)
 	$(BIN)/python tools/benchmarks.py
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

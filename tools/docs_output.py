@@ -104,7 +104,7 @@ OUTPUTS = {
         "docs/cluster.md",
         ("bd3-scale data prepare corpus/ --out data/bytes --tokenizer bytes --seq-len 64",),
         before=("rm -r data",),
-        keep=r"[^ ]",
+        keep=r"^(?!tokenising).*[^ ]",
         cheap=True,
         show=False,
     ),
