@@ -262,7 +262,7 @@ def test_compiled_and_eager_agree(form: str) -> None:
 
 
 def test_all_lengths_are_one_compiled_graph() -> None:
-    """DESIGN §4.1: no recompilation."""
+    """Check that other spans need no recompilation (docs/architecture.md, five ideas)."""
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     attend = torch.compile(lambda *x: block_attention(*x, backend="cpu"), fullgraph=True, dynamic=True, backend=graphs)
