@@ -6,8 +6,8 @@
 
 A block stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`. Its commands run in a temporary folder with
 a copy of the tiny run in tests/fixtures/format-3, a small corpus and the repository's recipes. A block stays as it was
-if a command ends otherwise than expected. `tests/tools/test_docs_output.py` runs the cheap ones and compares. Exit status 1:
-a block was not renewed.
+if a command ends otherwise than expected. `tests/tools/test_docs_output.py` runs the cheap ones and compares. Exit
+status 1: a block was not renewed.
 """
 
 from __future__ import annotations

@@ -20,14 +20,13 @@ LINKING = [*PAGES, *sorted((ROOT / "benchmarks").glob("*.md"))]
 HELD_ELSEWHERE = {"python.md", "newer-version.md"}
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 OUTPUT = {"text", "console"}
-LANGUAGES = {"sh", "bash", "python", "yaml", "json", "diff", *OUTPUT}
+SHELL = {"", "sh", "bash"}
+LANGUAGES = {*SHELL, "python", "yaml", "json", "diff", *OUTPUT}
 # What a line of a block of commands begins with.
 PROGRAMS = (
     r"(\.venv/bin/|cluster/[\w/.-]+|bd3-scale|python(3\.\d+)?|make|pip|git|cp|mv|mkdir|cd|cat|rm|sh|source|\.|export|"
     r"torchrun|curl|docker|apptainer|apt-get|eval|[A-Z_]+=\S+)"
 )
-# Other pages and commands of this version that are not merged yet.
-COMING = {"docs/recipe.md", "docs/observe.md"}
 SCHEMES = ("https://", "http://", "mailto:")
 
 
@@ -63,8 +62,6 @@ def broken(page: Path, link: str) -> str | None:
         return None if re.fullmatch(r"(https?://[\w.-]+\.\w+(:\d+)?(/\S*)?|mailto:\S+@\S+)", link) else "is no address"
     path, _, anchor = link.partition("#")
     target = (page.parent / path).resolve() if path else page
-    if target.is_relative_to(ROOT) and target.relative_to(ROOT).as_posix() in COMING:
-        return None
     if not target.exists():
         return "is not there"
     if anchor and (target.suffix != ".md" or anchor not in anchors(target)):
@@ -99,7 +96,7 @@ def test_every_output_is_renewed_by_a_script(page: Path) -> None:
             wrong.append(f"{where}: a block begins with its language, one of {sorted(LANGUAGES)}")
         elif language in OUTPUT and content not in under_marks and page.name not in HELD_ELSEWHERE:
             wrong.append(f"{where}: output that no script makes; give it a name in tools/docs_output.py")
-        elif language in ("sh", "bash"):
+        elif language in SHELL:
             for command in re.sub(r"\s*\\\n\s*", " ", content).splitlines():
                 if command.strip() and not re.match(rf"#|{PROGRAMS}(\s|$|&)", command.strip()):
                     wrong.append(f"{where}: {command!r} is no command")
@@ -174,7 +171,7 @@ def test_names_of_the_code_in_the_architecture_are_there() -> None:
 def test_a_reader_finds_it_one_click_from_the_readme(question: str, path: tuple[str, str]) -> None:
     page, words = path
     assert any(link.partition("#")[0] == page for link in links(ROOT / "README.md")), question
-    assert page in COMING or words in (ROOT / page).read_text(encoding="utf-8"), question
+    assert words in (ROOT / page).read_text(encoding="utf-8"), question
 
 
 def test_the_readme_is_short() -> None:
