@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, parse_record
-from bd3_scale.observe.report_data import SAMPLES_FILE, RunRecords, read_run
+from bd3_scale.observe.report_data import SAMPLES_FILE, RunRecords, read_recipe
 from bd3_scale.resilience.readers import open_regular, reader
 from bd3_scale.resilience.runlock import is_in_use
 
@@ -52,7 +52,7 @@ class RunFollower:
     """A run's records as they come. ValueError: `folder` is no run directory."""
 
     def __init__(self, folder: Path) -> None:
-        self._run = read_run(folder)
+        self._run = RunRecords(folder, read_recipe(folder, []), [], [], [], [], [], in_use=False)
         self._files = [RecordFollower(folder / name) for name in (METRICS_FILE, EVENTS_FILE, SAMPLES_FILE)]
 
     def refresh(self) -> tuple[RunRecords, list[dict[str, Any]]]:

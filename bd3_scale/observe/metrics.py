@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -160,6 +161,8 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     return {_current_name(key): value for key, value in record.items()}
 
 
+# Of a hundred thousand records each has the same names; those of a stranger's file are bounded.
+@functools.lru_cache(4096)
 def _current_name(key: str) -> str:
     """Return the name that a metric has in this version."""
     start, rest = cast(re.Match[str], _NAME.fullmatch(key)).groups(default="")

@@ -71,13 +71,11 @@ def read_run(folder: Path) -> RunRecords:
 
     ValueError: it is no run directory. What is missing or damaged in one is left out, with a note.
     """
-    if not (folder / "recipe.yaml").is_file() and not (folder / METRICS_FILE).is_file():
-        raise ValueError(f"{folder} is no run directory: it has neither recipe.yaml nor {METRICS_FILE}")
     notes: list[str] = []
+    recipe = read_recipe(folder, notes)
     metrics = _records(folder / METRICS_FILE, notes)
     samples = _records(folder / SAMPLES_FILE, notes)
     starts = _starts(folder / ATTEMPTS_FOLDER, notes)
-    recipe = _recipe(folder / "recipe.yaml", notes)
     if not metrics:
         notes.append("No step is recorded yet.")
     elif not any(record.get("eval/nelbo") is not None for record in metrics):
@@ -116,8 +114,14 @@ def _starts(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     return starts
 
 
-def _recipe(path: Path, notes: list[str]) -> dict[str, Any]:
-    """Return the recipe by dotted key, with this version's defaults where it can be loaded."""
+def read_recipe(folder: Path, notes: list[str]) -> dict[str, Any]:
+    """Return the recipe of a run by dotted key, with this version's defaults where it can be loaded.
+
+    ValueError: `folder` is no run directory. A recipe that cannot be read becomes a note.
+    """
+    path = folder / "recipe.yaml"
+    if not path.is_file() and not (folder / METRICS_FILE).is_file():
+        raise ValueError(f"{folder} is no run directory: it has neither recipe.yaml nor {METRICS_FILE}")
     try:
         return flat(load_recipe(path).model_dump(mode="json"))
     except (OSError, ValueError) as error:

@@ -348,7 +348,7 @@ OPENERS = {
             "observe.metrics._lines",
             "observe.report_data._records",
             "observe.report_data._starts",
-            "observe.report_data._recipe",
+            "observe.report_data.read_recipe",
         ),
         *(
             "plan.calibrate._objects",
