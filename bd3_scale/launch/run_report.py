@@ -18,6 +18,8 @@ from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.terminal import clean
 
 _TIME = "%Y-%m-%d %H:%M:%S UTC"
+# Seconds since the epoch in the year 5138: what a damaged file may hold beyond it is no date.
+_LARGEST = 1e11
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
@@ -52,7 +54,8 @@ def _attempts_of(run: RunRecords) -> dict[str, Any]:
     folder = run.folder / SLURM_FOLDER
     ended, current = read_attempts(folder), read_json(folder / "current.json")
     wall = sum(_number(a, "ended") - _number(a, "started") for a in ended)
-    wall += time.time() - _number(current, "started") if current else 0.0
+    # An attempt whose batch process died has no end, and no time that could be counted.
+    wall += time.time() - _number(current, "started") if current and run.in_use else 0.0
     useful = sum(step_seconds(run.metrics, run.step).values())
     lines = [*ended, *([current] if current else [])]
     attempts = [_slurm_attempt(line, run) for line in lines] if lines else _starts(run)
@@ -61,21 +64,28 @@ def _attempts_of(run: RunRecords) -> dict[str, Any]:
 
 
 def _number(record: Mapping[str, Any], key: str) -> float:
+    """Return a time or a step of a record; 0 where it holds none, or one that no date has."""
     value = record.get(key)
-    return value if isinstance(value, (int, float)) else 0.0
+    return value if isinstance(value, (int, float)) and 0 <= value < _LARGEST else 0.0
+
+
+def _texts(record: Mapping[str, Any], key: str) -> list[str]:
+    """Return a list of a record as texts; an empty one where it holds none."""
+    value = record.get(key)
+    return [str(each) for each in value] if isinstance(value, list) else []
 
 
 def _slurm_attempt(line: Mapping[str, Any], run: RunRecords) -> dict[str, Any]:
     began, first = _number(line, "started"), int(_number(line, "from_step"))
-    nodes = line.get("nodes")
+    running = "it runs" if run.in_use else "its end is not recorded"
     return {
         "name": clean(f"attempt {line.get('attempt', '?')}, job {line.get('job_id', '?')}"),
         "began": datetime.fromtimestamp(began, UTC).strftime(_TIME),
         "from": first,
         "to": int(_number(line, "step")) if "ended" in line else max(run.step, first),
-        "text": clean(f"{line['outcome']}: {line.get('reason', '')}" if "outcome" in line else "it runs"),
+        "text": clean(f"{line['outcome']}: {line.get('reason', '')}" if "outcome" in line else running),
         "failure": bool(line.get("failure")),
-        "where": clean(", ".join(map(str, nodes)) if isinstance(nodes, list) else "–"),
+        "where": clean(", ".join(_texts(line, "nodes")) or "–"),
         "software": "–",
         "command": "",
     }
@@ -103,16 +113,10 @@ def _starts(run: RunRecords) -> list[dict[str, Any]]:
 
 def _where(start: Mapping[str, Any]) -> str:
     """Return the hosts and processors of a start of training in one line."""
-    hosts = start.get("hosts")
-    names = list(dict.fromkeys(map(str, hosts.values() if isinstance(hosts, dict) else hosts or ())))
+    names, gpus = list(dict.fromkeys(_texts(start, "hosts"))), _texts(start, "gpus")
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    gpus = start.get("gpus") or []
-    devices = [str(gpu.get("name", gpu)) if isinstance(gpu, dict) else str(gpu) for gpu in gpus]
-    device = (
-        f"{len(devices)} × {devices[0]} a host"
-        if devices
-        else f"{start.get('cpu', 'CPU')}, {start.get('cpu_cores', '?')} cores"
-    )
+    cpu = f"{start.get('cpu', 'CPU')}, {start.get('cpu_cores', '?')} cores"
+    device = f"{len(gpus)} × {gpus[0]} a host" if gpus else cpu
     return clean(f"{start.get('world_size', '?')} ranks on {shown or 'one host'}: {device}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from statistics import median
 
@@ -197,6 +198,39 @@ def test_slurm_s_attempts_take_their_place_and_give_the_goodput(tmp_path: Path) 
     assert (attempt["name"], attempt["to"], attempt["text"]) == ("attempt 0, job 7", 100, "done: all steps")
     seconds = sum(2048 / (8000 + step) for step in range(1, 101))
     assert run["goodput"] == pytest.approx(seconds / 50)
+
+
+ANYTHING = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+)
+KEYS = (
+    "attempt",
+    "began",
+    "commit",
+    "clean",
+    "cpu",
+    "ended",
+    "from_step",
+    "gpus",
+    "hosts",
+    "job_id",
+    "nodes",
+    "outcome",
+)
+RECORD = st.dictionaries(st.sampled_from((*KEYS, "started", "step", "versions", "world_size")), ANYTHING, min_size=1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(RECORD, max_size=2), RECORD)
+def test_records_of_attempts_that_hold_anything_have_a_report(lines: list[dict], start: dict) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_lines(folder / "metrics.jsonl", [train_record(1)])
+        write_lines(folder / "slurm/attempts.jsonl", lines)
+        for number in range(2):
+            write_lines(folder / f"attempts/{number}/environment.json", [start])
+        write_report([folder], folder / "page.html")
+        assert page_data(folder / "page.html")["runs"][0]["step"] == 1
 
 
 def test_differences_of_recipes_are_by_key() -> None:
