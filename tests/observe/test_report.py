@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -200,9 +201,8 @@ def test_slurm_s_attempts_take_their_place_and_give_the_goodput(tmp_path: Path) 
     assert run["goodput"] == pytest.approx(seconds / 50)
 
 
-ANYTHING = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
-)
+NUMBERS = st.sampled_from((math.nan, math.inf, -1e300, 1e300, 1 << 70, -1, 1.5))
+ANYTHING = st.none() | st.booleans() | NUMBERS | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
 KEYS = (
     "attempt",
     "began",
