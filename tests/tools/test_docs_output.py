@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,3 +179,19 @@ def test_a_reader_finds_it_one_click_from_the_readme(question: str, path: tuple[
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
     assert TESTS.parent == ROOT
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for page in tmp_path.rglob("*.html"):
+        fetched = re.findall(r'<(?:script|img|iframe)[^>]* src="([^"]+)"', page.read_text(encoding="utf-8"))
+        fetched += re.findall(
+            r'<link[^>]* rel="(?:stylesheet|preload)"[^>]* href="([^"]+)"', page.read_text(encoding="utf-8")
+        )
+        assert [address for address in fetched if "//" in address] == [], page.name
+    api = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert "bd3_scale.api.Model.generate" in api
+    assert "bd3_scale.registry.Registry" in api
