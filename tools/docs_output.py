@@ -50,7 +50,6 @@ class Output:
         cheap: it takes seconds, so that a test repeats it.
         show: whether the block begins with the command line, or what stands above the block says it.
         needs: what not every machine has, or has time for.
-        here: run in the repository's root.
         after: run last, also where a command fails.
     """
 
@@ -62,7 +61,6 @@ class Output:
     cheap: bool = False
     show: bool = True
     needs: str = ""
-    here: bool = False
     after: tuple[str, ...] = ()
 
 
@@ -84,12 +82,11 @@ _NODE_KILLED = (
 OUTPUTS = {
     "quickstart": Output(
         "README.md",
-        ("make quickstart",),
+        ("bd3-scale quickstart",),
         keep=r"^[3-6]\. |^\$ bd3-scale (train|evaluate)|held-out|saved runs|killed|resumed|the loss seq|bitwise equal|"
         r"^NELBO|^perplexity|ended by|tokens/s$",
         show=False,
         needs="five minutes of two cores",
-        here=True,
     ),
     "data-refused": Output(
         "docs/data.md",
@@ -191,9 +188,8 @@ def kept_lines(text: str, keep: str) -> list[str]:
 def measured(output: Output) -> str:
     """Return the block of code, as a page has it. NotRenewedError: a command fails."""
     with tempfile.TemporaryDirectory(prefix="bd3_scale-docs-") as name:
-        folder = ROOT if output.here else Path(name)
-        if not output.here:
-            prepared(folder)
+        folder = Path(name)
+        prepared(folder)
         try:
             for command in output.before:
                 run(command, folder)

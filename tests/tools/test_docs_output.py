@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import TESTS
+from tests.test_import_graph import FLOOR_OF
 from tools.docs_output import OUTPUTS, ROOT, block_of, measured, normalised
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -157,6 +158,17 @@ def test_names_of_the_code_in_the_architecture_are_there() -> None:
         assert set(re.findall(r"`([^`]*)`", names)) <= defined, files
     for path in re.findall(r"`(bd3_scale/[\w/]+\.\w+)`", page):
         assert (ROOT / path).exists(), path
+
+
+def test_the_plan_of_the_rooms_is_that_of_the_import_graph() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = {
+        room: int(floor) - 1 for floor, room in re.findall(r"^\| (\d+) \| `(\w+)(?:/|\.py)` \|", page, re.MULTILINE)
+    }
+    assert rows == {room: FLOOR_OF[room] for room in rows}
+    assert {path.name for path in (ROOT / "bd3_scale").iterdir() if path.is_dir() and path.name in FLOOR_OF} <= set(
+        rows
+    )
 
 
 @pytest.mark.parametrize(
