@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pydoc_data.topics
 import re
 import shlex
 import subprocess
@@ -52,9 +53,8 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.launch
 def test_its_six_commands_lead_from_text_to_a_model_that_writes(tmp_path: Path) -> None:
     make_project(tmp_path / "mine")
-    for number in range(40):
-        lines = [f"The {word} number {number} is {number * 7 % 10}." for word in ("first", "second", "third")] * 20
-        (tmp_path / f"mine/text/{number}.txt").write_text("\n".join(lines))
+    for name, text in pydoc_data.topics.topics.items():
+        (tmp_path / f"mine/text/{name.replace('/', '-')}.txt").write_text(text)
     short = ["train.steps=4", "optimizer.decay_steps=2", "optimizer.warmup_steps=1", "evaluation.every_steps=2"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     for line in commands(tmp_path / "mine"):
