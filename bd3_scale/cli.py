@@ -1,4 +1,4 @@
-"""The command line `bd3-scale`. What a command needs is imported when it runs, so that `--help` answers at once."""
+"""Run the command line `bd3-scale`. A command imports what it needs when it runs: `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 def main() -> None:
-    """Entry point: a person's mistake ends in one `error:` line and exit code 2; BD3_DEBUG=1 shows the traceback."""
+    """Run the command line. A user's mistake ends in an `error:` line and exit code 2, or with BD3_DEBUG=1 a traceback."""
     reserve_standard_descriptors()
     quieten_libraries()
     clean_diagnostics()
@@ -58,18 +58,18 @@ def main() -> None:
     try:
         _run()
     except BrokenPipeError:
-        # The reader of stdout has enough, as `head` does.
+        # The reader of stdout closed it, as `head` does when it has its lines.
         sys.exit(1)
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("BD3_DEBUG"):
             raise
-        said = str(error) or "there is too little memory for this"
-        Console(stderr=True, soft_wrap=True).print(styled(("error: ", "bold red"), said))
+        message = str(error) or "there is too little memory for this"
+        Console(stderr=True, soft_wrap=True).print(styled(("error: ", "bold red"), message))
         sys.exit(2)
 
 
 def _run() -> None:
-    """Run the command; it has not succeeded before what it printed is written."""
+    """Run the command. It succeeds only once its output is written, also to a full disk or a closed pipe."""
     try:
         app()
     except SystemExit:
@@ -78,7 +78,7 @@ def _run() -> None:
 
 
 @app.callback()
-def doors(
+def import_named_plugins(
     context: typer.Context,
     plugin: Annotated[
         list[str] | None,
@@ -91,7 +91,7 @@ def doors(
         ),
     ] = None,
 ) -> None:
-    """Import what the command line and the environment name; `context.obj` keeps it for recipes, which ranks read."""
+    """Import the plug-ins of the command line and the environment; `context.obj` keeps their names for the ranks."""
     context.obj = [module for text in plugin or () for module in re.split(r"[\s,]+", text) if module]
     import_plugins(context.obj)
 
@@ -115,14 +115,14 @@ def train(
     inject: Annotated[
         str,
         typer.Option(
-            help="For game days: faults that happen on purpose, such as 'kill@step:step=5,rank=1; full@save.write'.",
+            help="Inject faults, to practise recovery, such as 'kill@step:step=5,rank=1; full@save.write'.",
             show_default=False,
         ),
     ] = "",
 ) -> None:
-    """Train a model; where the run directory holds a checkpoint, go on from it.
+    """Train a model; where the run directory holds a checkpoint, resume from it.
 
-    Starts `launch.processes` processes on this machine, or joins a run where torchrun or SLURM set RANK and WORLD_SIZE.
+    It starts `launch.processes` processes here, or is one rank where torchrun or SLURM set RANK and WORLD_SIZE.
     """
     _train(recipe, overrides or (), context.obj, inject)
 
@@ -133,7 +133,12 @@ def train(
 def adapt(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(help="Hugging Face folder of the model to begin with.")],
-    recipe: Annotated[Path, typer.Argument(help="YAML file without a model section: the model is the source's.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML file, or a name of `bd3-scale recipe list`, without a model section: the model is the source's."
+        ),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Files or folders to train on, where data.path is not prepared yet.")
@@ -144,12 +149,13 @@ def adapt(
     ] = None,
     bos: Bos = None,
     prepare_only: Annotated[
-        bool, typer.Option("--prepare-only", help="Import and prepare; `bd3-scale train RUN_DIR/adapt.yaml` goes on.")
+        bool,
+        typer.Option("--prepare-only", help="Import and prepare only; `bd3-scale train RUN_DIR/adapt.yaml` trains."),
     ] = False,
 ) -> None:
-    """Make a block diffusion model of an autoregressive one: import it, prepare text with its tokeniser, train on.
+    """Adapt an autoregressive model to block diffusion: import it, prepare text with its tokeniser, train on.
 
-    What is there already is not done again: repeat the command to go on.
+    Finished parts are not repeated: run the same command again to continue.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -172,7 +178,7 @@ def adapt(
             note=lambda text: tell(f"note: {text}"),
         )
     if prepare_only:
-        say(f"prepared; go on with: bd3-scale train {adapted}")
+        say(f"prepared; continue with: bd3-scale train {adapted}")
         return
     _train(adapted, (), context.obj)
 
@@ -183,13 +189,13 @@ def replay(
     run: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     step: Annotated[
-        int | None, typer.Option(min=1, help="Counted from 1.", show_default="the last that stood out")
+        int | None, typer.Option(min=1, help="Step, counted from 1.", show_default="the last one in events.jsonl")
     ] = None,
 ) -> None:
-    """Compute one step again from the checkpoint before it; nothing is written.
+    """Compute one step again from the checkpoint before it, without writing anything.
 
-    Steps whose loss stood out or whose gradients were not finite are in RUN/events.jsonl with their sequences. Prints
-    one JSON object; `same` says whether loss and gradient norm are bitwise those that the run recorded.
+    RUN/events.jsonl has the steps with a loss spike or gradients that are not finite, and their sequences. The output
+    is one JSON object; `same` tells whether loss and gradient norm equal the recorded ones bit by bit.
     """
     recipe = run / "recipe.yaml"
     if not recipe.is_file():
@@ -206,7 +212,7 @@ def replay(
 def _train(
     recipe: Path, overrides: Sequence[str], plugins: Sequence[str], inject: str = "", options: Sequence[str] = ()
 ) -> None:
-    """Check a recipe, and train what it says here or on ranks of our own, which are handed the recipe as resolved."""
+    """Check a recipe, and train it: in this process under a launcher, else in new processes."""
     from bd3_scale.data.manifest import load_sources
     from bd3_scale.recipe.checks import check_against_data, check_recipe, world_size_for_launch
     from bd3_scale.recipe.load import load_recipe, resolved_yaml, with_plugins
@@ -218,10 +224,10 @@ def _train(
         raise ValueError("replay starts its processes itself: run it without a launcher")
     loaded = load_recipe(recipe, overrides)
     if not options:
-        # Before libraries are imported, by a plug-in perhaps, which keep the streams of then.
+        # Before plug-ins import libraries: some libraries keep a reference to the streams that they find.
         survive_broken_streams("stdout", "stderr", log=rank_log(loaded.run_path))
     loaded = with_plugins(loaded, plugins)
-    # Never those of a shell that was left behind.
+    # A value that a shell has exported must not inject faults into this run.
     os.environ[faults.VARIABLE] = inject
     world_size = int(os.environ["WORLD_SIZE"]) if joins else world_size_for_launch(loaded)
     check_recipe(loaded, world_size)
@@ -236,13 +242,13 @@ def _train(
     argv = [sys.executable, "-m", "bd3_scale.train", *options]
     threads = loaded.launch.threads or _default_threads(world_size)
     deadlines = loaded.launch.deadlines.by_phase(loaded.data)
-    # A replay leaves the run directory alone.
+    # A replay writes nothing into the run directory.
     logs = None if options else loaded.run_path / "logs"
     raise typer.Exit(launch(argv, world_size, threads, logs, deadlines=deadlines, recipe=resolved_yaml(loaded)))
 
 
 def _default_threads(processes: int) -> int:
-    """Return the threads of a process: $OMP_NUM_THREADS, for trainings that share a machine, or its share of cores."""
+    """Return the CPU threads of a process: $OMP_NUM_THREADS where it is set, or its share of the cores."""
     inherited = os.environ.get("OMP_NUM_THREADS", "")
     return (
         int(inherited)
@@ -261,14 +267,16 @@ def submit(
     profile: Annotated[str, typer.Option(help="A site in cluster/profiles, or a YAML file.")] = "default",
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the site.")] = 1,
     time_limit: Annotated[
-        str | None, typer.Option("--time", help="Such as 1-00:00:00.", show_default="the profile's")
+        str | None, typer.Option("--time", help="Time limit, such as 1-00:00:00.", show_default="the profile's")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and do nothing.")] = False,
     test_only: Annotated[bool, typer.Option("--test-only", help="Ask SLURM whether and when it would start.")] = False,
-    chain: Annotated[int, typer.Option(min=0, help="Jobs one after the other, where a site forbids requeueing.")] = 0,
-    dependency: Annotated[str | None, typer.Option(help="As sbatch takes it, such as afterok:123.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="A node to leave out; may be repeated.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Show what the run says until it ends.")] = False,
+    chain: Annotated[
+        int, typer.Option(min=0, help="Jobs to submit one after the other, where a site forbids requeueing.")
+    ] = 0,
+    dependency: Annotated[str | None, typer.Option(help="Dependency for sbatch, such as afterok:123.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Node to leave out; may be repeated.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the supervisor's log until the run ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Submit a run to SLURM; it resumes by itself after time limits, pre-emption, crashes and hangs."""
@@ -294,7 +302,7 @@ def submit(
     if dry_run:
         put(script(job), end="")
         return
-    # Now that the data must be there.
+    # A dry run needs no data; a submission does.
     multiple = load_sources(job.recipe.data).document_multiple
     check_against_data(job.recipe, nodes * job.profile.processes, multiple)
     if test_only:

@@ -1,4 +1,4 @@
-"""The typed recipe of a run: schema, loading, cross-field checks."""
+"""Define, load and check the typed recipe of a run."""
 
 from bd3_scale.lazy import lazy_names
 

@@ -1,7 +1,8 @@
-"""YAML as recipes and profiles are written: YAML 1.2's core schema, without what lets a small file become a large one.
+"""Read and write YAML as recipes and profiles use it: YAML 1.2's core schema, with bounds against hostile files.
 
 PyYAML follows YAML 1.1, where `1e-3` is text, `no` is false and `012` is ten. Beyond the core schema, digits may be
-grouped (`10_000`). Aliases, tags, keys that are no text or appear twice, and deep nesting are errors.
+grouped (`10_000`). Errors are: aliases (with which a small file expands to a large value), tags, keys that are not text
+or appear twice, and deep nesting.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import yaml
 LIMIT_BYTES = 1 << 20
 _DEEPEST = 32
 _MOST_VALUES = 10_000
-# Of a problem that is told; what a file says is not for whoever reads a log.
+# Characters of a file that a message shows: a log should not hold the rest of it.
 _WIDTH = 120
 
 
@@ -41,7 +42,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                raise _error("a key is no text; put it in quotes", key.start_mark)
+                raise _error("a key is not text; put it in quotes", key.start_mark)
             if key.value in seen:
                 raise _error(f"key {key.value[:_WIDTH]!r} appears twice", key.start_mark)
             seen.add(key.value)
@@ -63,7 +64,7 @@ for _tag, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly the text that `_Loader` would read as something else."""
+    """Quote exactly the text that `_Loader` would read as something else."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
@@ -72,7 +73,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Return what a document holds. ValueError, of one line with the place in it: it is not YAML, or not plain."""
+    """Return the value of a document. ValueError: it is no YAML, or not plain; one line, with the position."""
     try:
         return yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:

@@ -1,4 +1,4 @@
-"""The token ids a model and its data agree on."""
+"""Define the token ids that a model and its data share."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PADDING_MULTIPLE = 128
-# Sixty times as many as the largest vocabularies have: a table of more would be a mistake, or an attack.
+# The largest vocabularies have about 2^18 ids. A table of more than 2^24 rows would be a mistake, or an attack.
 MOST_IDS = 1 << 24
 
 
 class Vocabulary(BaseModel):
     """Special ids and the number of ids in use, the mask id included.
 
-    rows: rows of the embedding that an imported model brought; no text uses those from `size` on.
-    bos_id: what every document and prompt begins with, always shown and never counted; None: nothing, as it was before
-    there was such a field.
+    Attributes:
+        size: ids in use, the mask id included.
+        eos_id: the end of a document.
+        mask_id: the mask.
+        rows: rows of the embedding of an imported model, which may have more than ids in use; 0: as many as `size`.
+        bos_id: the first token of every document and prompt, always visible and never counted; None: there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -25,7 +28,7 @@ class Vocabulary(BaseModel):
     eos_id: Annotated[int, Field(ge=0)]
     mask_id: Annotated[int, Field(ge=0)]
     rows: Annotated[int, Field(ge=0)] = 0
-    # Left out where there is none, so that what describes such data has the hash that it always had.
+    # Left out of a dump where it is None: data that were prepared before this field existed keep their hash.
     bos_id: Annotated[int | None, Field(ge=0, exclude_if=lambda value: value is None)] = None
 
     @model_validator(mode="after")
@@ -44,5 +47,5 @@ class Vocabulary(BaseModel):
 
     @property
     def padded_size(self) -> int:
-        """Rows of the embedding and the head, rounded up to a multiple of 128, the same for every topology."""
+        """Return the rows of the embedding and the head: a multiple of 128, the same for every layout."""
         return -(-max(self.size, self.rows) // PADDING_MULTIPLE) * PADDING_MULTIPLE

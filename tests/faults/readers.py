@@ -389,11 +389,11 @@ OPENERS = {
             "resilience.faults._flip",
         ),
         *("resilience.files.Lines.__init__", "resilience.files.sync", "resilience.leftovers._make"),
-        *("resilience.leftovers._remove_if_left", "resilience.leftovers._spared_by_cleaners"),
+        *("resilience.leftovers._remove_if_unlocked", "resilience.leftovers._protected_from_cleaners"),
         *(
             "resilience.output.reserve_standard_descriptors",
-            "resilience.output.results",
-            "resilience.output._Lasting._go_on_in_log",
+            "resilience.output._SurvivingFile._continue_in_log",
+            "resilience.output.writing_results",
         ),
         *(
             "resilience.runlock.lock_run",

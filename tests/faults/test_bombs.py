@@ -160,7 +160,7 @@ def test_the_limit_of_a_document_is_raised_by_an_option(tmp_path):
         ("a: " + "9" * 100_000, "too many digits"),
         ('a: !!int "' + "1:" * 100_000 + '1"', "tags are not read"),
         ("a: !!timestamp x", "tags are not read"),
-        ("1: 2", "a key is no text"),
+        ("1: 2", "a key is not text"),
         ("extends: /dev/zero", "not a regular file"),
     ],
 )
