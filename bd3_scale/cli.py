@@ -50,7 +50,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 def main() -> None:
-    """Run the command line. A user's mistake ends in an `error:` line and exit code 2, or with BD3_DEBUG=1 a traceback."""
+    """Run the command line. A user's mistake ends in an `error:` line and exit code 2 (BD3_DEBUG=1: a traceback)."""
     reserve_standard_descriptors()
     quieten_libraries()
     clean_diagnostics()
