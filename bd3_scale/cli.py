@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,13 @@ from bd3_scale.observe.progress import Bar
 from bd3_scale.plan.commands import app as plan_app
 from bd3_scale.project.commands import app as project_app
 from bd3_scale.registry import import_plugins
-from bd3_scale.resilience.output import flush_results, rank_log, reserve_standard_descriptors, survive_broken_streams
+from bd3_scale.resilience.output import (
+    flush_results,
+    label_rank_output,
+    rank_log,
+    reserve_standard_descriptors,
+    survive_broken_streams,
+)
 from bd3_scale.resilience.terminal import clean_diagnostics, tell
 from bd3_scale.serve.commands import app as serve_app
 
@@ -235,6 +242,7 @@ def _train(
     if joins:
         from bd3_scale.train.main import main as train_here
 
+        label_rank_output(loaded.run_path)
         train_here(loaded)
         return
     from bd3_scale.launch.local import launch
@@ -244,6 +252,10 @@ def _train(
     deadlines = loaded.launch.deadlines.by_phase(loaded.data)
     # A replay writes nothing into the run directory.
     logs = None if options else loaded.run_path / "logs"
+    # Ranks see their own command line alone.
+    os.environ["BD3_SCALE_COMMAND"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if not options:
+        survive_broken_streams("stdout", "stderr", log=rank_log(loaded.run_path), label="launcher", copies=True)
     raise typer.Exit(launch(argv, world_size, threads, logs, deadlines=deadlines, recipe=resolved_yaml(loaded)))
 
 

@@ -1,4 +1,4 @@
-"""The doors of the package: named things that a person may add from outside, each kind in a registry.
+"""Hold the extension points of the package: named things that a person may add from outside, each kind in a registry.
 
     from bd3_scale.registry import schedules
 
@@ -106,3 +106,4 @@ objectives: Registry[Any] = Registry("objective", "bd3_scale.objective")
 optimizers: Registry[Any] = Registry("optimizer", "bd3_scale.parallel.optimizer")
 unmasking_rules: Registry[Any] = Registry("unmasking rule", "bd3_scale.generate.unmasking")
 text_sets: Registry[Any] = Registry("text set", "bd3_scale.evaluate.sets")
+loggers: Registry[Any] = Registry("logger", "bd3_scale.observe.loggers")

@@ -42,6 +42,12 @@ from bd3_scale.registry import unmasking_rules
 
 assert "left-to-right: as many" in get_type_hints(SamplingConfig, include_extras=True)["unmasking"].__metadata__[0].help
 print("rule", unmasking_rules.get("left-to-right")(4, 2).choose(np.array([False, True, True, True]), None, None, 0))
+from bd3_scale.observe.loggers import LoggedRun
+from bd3_scale.registry import loggers
+logger = loggers.get("csv")()
+logger.start(LoggedRun(Path(), "", {}))
+logger.log(3, {"train/loss": 2.5})
+print("logger", Path("loss.csv").read_text().strip())
 assert not {"torch", "megatron"} & sys.modules.keys()
 
 from bd3_scale.data import DocumentReader
@@ -138,13 +144,14 @@ def test_from_inside_each_thing_takes_one_file(extended: Path) -> None:
     assert done.stdout.splitlines() == [
         "schedule [0.125]",
         "rule [False  True  True False]",
+        "logger 3,2.5",
         "format ['one', 'two']",
         "set 'a\\nb'",
         "objective tensor([0.0000, 0.5026])",
         "optimizer tensor([-0.0010,  0.0010])",
         "attention True True",
     ]
-    assert len(changed(PACKAGE, extended / PACKAGE.name)) == len(table()) == 7
+    assert len(changed(PACKAGE, extended / PACKAGE.name)) == len(table()) == 8
 
 
 @pytest.mark.launch

@@ -37,7 +37,7 @@ from bd3_scale.parallel.groups import local_device, process_groups
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
-from bd3_scale.train.tiles import settle_tiles
+from bd3_scale.train.tiles import resolve_tiles
 from tools.plain_step import PUBLISHED_DROPOUT, obstacles
 from tools.step_timing import Case, open_case, rows_of, take_turns
 
@@ -234,7 +234,7 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     with process_groups(recipe.parallel) as groups:
         for each in recipes:
-            settle_tiles(each, backend_of(each), dtype_of(each), {})
+            resolve_tiles(each, backend_of(each), dtype_of(each), {})
         objectives = OBJECTIVES[options.objective]
         cases = [open_case(each, vocabulary, groups, objectives, options.dropouts) for each in recipes]
         take_turns(cases, warmup=options.warmup, steps=options.steps)

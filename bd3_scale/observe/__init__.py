@@ -1,4 +1,4 @@
-"""What a person sees of a run: metrics, progress, loss curve, memory, environment."""
+"""Show a run: metrics, loggers, progress, pictures, memory, environment."""
 
 from bd3_scale.lazy import lazy_names
 

@@ -1,7 +1,7 @@
-"""How the project prints: the one place where text of others, such as names, becomes something that rich shows.
+"""Print with rich, safely: text of others, such as names, is never markup, and its control characters are escaped.
 
-Names, titles, cells and labels are plain strings, never markup, and control characters in them are shown as escapes.
-Everything else of rich (tables, trees, bars) is used as it is, on a `Console` of this module.
+This holds for titles, cells and labels. Everything else of rich (tables, trees, bars) is used unchanged, on a `Console`
+of this module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bd3_scale.resilience.terminal import clean
 
 
 class Console(rich.console.Console):
-    """A console on which every string stands for itself, also in tables, trees and their titles.
+    """A console that shows every string literally, also in tables, trees and their titles.
 
     OSError: stdout cannot be written.
     """
@@ -38,12 +38,12 @@ class Console(rich.console.Console):
 
 
 def label(text_format: str) -> TextColumn:
-    """Return a column of a bar with text, in which fields of the task may stand in braces."""
+    """Return a column of a progress bar with text; `{task.fields[NAME]}` in it is replaced."""
     return TextColumn(clean(text_format), markup=False)
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:
-    """Return strings, or strings with a style, as one text."""
+    """Join strings, some of them with a style, to one text."""
     return Text.assemble(*(clean(part) if isinstance(part, str) else (clean(part[0]), part[1]) for part in parts))
 
 
@@ -54,7 +54,7 @@ def say(text: str) -> None:
 
 
 def put(text: str, end: str = "\n") -> None:
-    """Print what a program may read, such as JSON or a text that was generated: cleaned for a terminal alone.
+    """Print output that a program may read, such as JSON or generated text; it is cleaned only for a terminal.
 
     OSError: stdout cannot be written.
     """

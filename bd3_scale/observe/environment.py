@@ -1,4 +1,4 @@
-"""What this machine offers a run: versions, the commit, processors, accelerations; what memory the run has taken."""
+"""Describe the machine and the software of a run (versions, commit, processors), and measure its memory."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _PACKAGES = (
 )
 
 
-# Of those, what decides how a checkpoint came about.
+# Those that decide what a checkpoint contains.
 _WRITERS = ("bd3_scale", "torch", "megatron-core", "deepspeed")
 
 
-# What decides how fast a CPU multiplies matrices, as the kernel spells it and as people do: x86 first, then ARM.
+# Instructions that decide how fast a CPU multiplies matrices, by their names in /proc/cpuinfo: x86 first, then ARM.
 _CPU_FLAGS = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -56,7 +56,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Acceleration:
-    """Something optional that makes a run quicker; `found` on this machine, and `used` by this version of bd3_scale."""
+    """Something optional that makes a run faster; `found`: on this machine, `used`: by this version of bd3_scale."""
 
     name: str
     found: bool
@@ -66,7 +66,7 @@ class Acceleration:
 
 @dataclass(frozen=True)
 class Environment:
-    """`versions` holds None for a package that is not installed; `cpu_cores` counts those this process may use."""
+    """A machine as a run sees it: versions (None: not installed), CPU with the cores of this process, GPUs."""
 
     versions: dict[str, str | None]
     cpu: str
@@ -77,13 +77,13 @@ class Environment:
 
 
 def read_environment() -> Environment:
-    """Looks at this machine; imports torch, and apex and Triton where they are installed."""
+    """Inspect this machine; this imports torch, and apex and Triton if they are installed."""
     import torch
 
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Environment(
-        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        cpu=_cpu_name(),
+        versions=package_versions(),
+        cpu=cpu_name(),
         cpu_cores=len(os.sched_getaffinity(0)),
         cuda=torch.version.cuda,
         gpus=tuple(Gpu(p.name, round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}") for p in properties),
@@ -93,44 +93,45 @@ def read_environment() -> Environment:
 
 @functools.cache
 def software() -> dict[str, str]:
-    """Return the versions of what writes checkpoints, and the commit of this code; imports nothing of it."""
+    """Return the versions of what writes checkpoints, and the commit of this code; imports none of it."""
     versions = {name: version for name in _WRITERS if (version := _version(name)) is not None}
     return versions | {"commit": source_commit()}
 
 
 def source_commit() -> str:
-    """Return the commit of this code, with `+` where files differ from it; `unknown` where it is no git checkout.
+    """Return the commit of this code, with `+` if files differ from it; `unknown` outside a git checkout.
 
-    benchmarks/ holds what was measured: a table that was renewed there makes no other code.
+    Files in benchmarks/ do not count: they hold measurements, not code.
     """
-    # Without a lock: a person may be committing meanwhile.
+    # git status would lock the index, and a commit at the same moment would fail.
     git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
     git += ["--", ":(top)", ":(top,exclude)benchmarks"]
     try:
-        said = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+        lines = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    head = next(line.removeprefix("# branch.oid ") for line in said if line.startswith("# branch.oid "))
-    return head[:12] + "+" * any(not line.startswith("#") for line in said)
+    head = next(line.removeprefix("# branch.oid ") for line in lines if line.startswith("# branch.oid "))
+    return head[:12] + "+" * any(not line.startswith("#") for line in lines)
 
 
 def cpu_flags() -> list[str]:
-    """Return the vector and matrix instructions of this CPU by which its times compare with another's; [] if not told.
+    """Return the vector and matrix instructions of this CPU; [] if the system does not list them.
 
-    The name of a CPU does not say them: some that call themselves "AMD EPYC" have AVX-512 with bf16, some neither.
+    Times of two CPUs compare only with them. The name does not tell: some CPUs named "AMD EPYC" have AVX-512 with bf16,
+    some have neither.
     """
     present = processor.flags()
     return [name for flag, name in _CPU_FLAGS.items() if flag in present]
 
 
 def cpu_in_words() -> str:
-    """Return what a table that was measured here says of its CPU: name, cores that this process may use, flags."""
-    flags = ", ".join(cpu_flags()) or "flags not told"
-    return f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores ({flags})"
+    """Describe this CPU for the caption of a benchmark: name, cores of this process, instructions."""
+    flags = ", ".join(cpu_flags()) or "flags unknown"
+    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores ({flags})"
 
 
 def has_fast_bf16() -> bool:
-    """Tell whether bf16 matrix products run in hardware: on every GPU, or on the CPU where there is no GPU.
+    """Return whether bf16 matrix products run in hardware: on every GPU, or on the CPU if there is no GPU.
 
     GPUs: from compute capability 8.0. CPUs: see `processor.multiplies_bf16`; elsewhere torch emulates bf16 at a loss.
     """
@@ -157,7 +158,7 @@ def find_apex() -> Any:
 
 
 def apex_acceleration() -> Acceleration:
-    """Tell whether NVIDIA's apex is there, and whether it is used."""
+    """Return whether NVIDIA's apex is installed, and whether it is used."""
     import torch
 
     if find_apex() is not None:
@@ -169,7 +170,7 @@ def apex_acceleration() -> Acceleration:
 
 
 def _triton() -> Acceleration:
-    """Triton by the kernels of attention, at the head size that most models have."""
+    """Return whether attention uses Triton, for the most common head size."""
     import torch
 
     from bd3_scale.attention.backends import choose_backend
@@ -191,12 +192,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that a run depends on; None: it is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+def cpu_name() -> str:
+    """Return the name that the CPU gives itself, else the architecture."""
     return processor.fields().get("model name", platform.machine())
 
 
 def peak_rss_bytes() -> int:
-    """Return the most resident memory this process has had, in bytes (VmHWM of proc(5), Linux).
+    """Return the peak resident memory of this process, in bytes (VmHWM of proc(5), Linux).
 
     getrusage(2) is no substitute: its maximum survives exec, so that a small program started by a large one looks
     large.
@@ -205,10 +212,10 @@ def peak_rss_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Return the memory that this process can still take, in bytes (proc(5), cgroups(7), getrlimit(2); Linux).
+    """Return the memory that this process can still allocate, in bytes (proc(5), cgroups(7), getrlimit(2); Linux).
 
-    It is the least of what the machine has left, of what control groups allow beyond what the process has, and of what
-    its own limits leave.
+    It is the minimum of the free memory of the machine, of the rest that the control groups allow, and of the rest of
+    the limits of the process.
     """
     own = _fields("/proc/self/status")
     found = [_bytes(_fields("/proc/meminfo")["MemAvailable"])]
@@ -233,7 +240,7 @@ def _bytes(kilobytes: str) -> int:
 
 
 def peak_cuda_bytes() -> int | None:
-    """Return the most memory that PyTorch has allocated on the current CUDA device, in bytes; None without CUDA."""
+    """Return the peak of the memory that PyTorch allocated on the current CUDA device, in bytes; None without CUDA."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""How evenly a mixture's experts are busy: what a run records of it, and its picture.
+"""Record and draw how evenly the experts of a mixture are loaded.
 
 Legend: S layers with experts, 2 streams (noisy rows, clean rows), E experts; counts are rows sent to an expert.
 """
@@ -17,7 +17,7 @@ from bd3_scale.resilience.files import write_atomically
 
 PICTURE, FILE = "experts.png", "experts.json"
 STREAMS = ("noisy", "clean")
-# The picture and the file are of so many last steps: single ones scatter.
+# The picture and the file sum up so many last steps: the counts of a single step scatter.
 _STEPS = 100
 Counts = NDArray[np.int64]
 
@@ -25,36 +25,36 @@ Counts = NDArray[np.int64]
 def load_metrics(counts: Counts, first_layer: int) -> dict[str, float]:
     """Return the metrics of a step's counts [S, 2, E], whose first layer has that number.
 
-    By layer and stream, and the worst layer of both streams together: the largest count over the mean, which is 1
-    where experts are evenly busy, and how many experts were dead, sent no row.
+    They are given by layer and stream, and for the worst layer over both streams: the largest count over the mean,
+    1 if all experts are equally loaded, and the number of dead experts, which got no row.
     """
     whole = counts.sum(1)
-    found = {
+    metrics = {
         "experts/max_over_mean": float((whole.max(1) / whole.mean(1)).max()),
         "experts/dead": float((whole == 0).sum()),
     }
     for layer, of_streams in enumerate(counts, first_layer):
         for stream, each in zip(STREAMS, of_streams, strict=True):
-            # Of the last layer clean rows are keys alone.
+            # In the last layer clean rows are only keys: no expert sees them.
             if each.any():
-                found[f"experts/layer_{layer}_{stream}_max_over_mean"] = float(each.max() / each.mean())
-                found[f"experts/layer_{layer}_{stream}_dead"] = float((each == 0).sum())
-    return found
+                metrics[f"experts/layer_{layer}_{stream}_max_over_mean"] = float(each.max() / each.mean())
+                metrics[f"experts/layer_{layer}_{stream}_dead"] = float((each == 0).sum())
+    return metrics
 
 
 class ExpertLoad:
-    """The load of the last steps of a run, in `experts.json` and as `experts.png`."""
+    """The load of the experts in the last steps of a run, for `experts.json` and `experts.png`."""
 
     def __init__(self, folder: Path, first_layer: int) -> None:
         self._folder, self._first_layer = folder, first_layer
         self._steps: deque[tuple[int, Counts]] = deque(maxlen=_STEPS)
 
     def add(self, step: int, counts: Counts) -> None:
-        """Take the counts [S, 2, E] of a step."""
+        """Add the counts [S, 2, E] of a step."""
         self._steps.append((step, counts))
 
     def write(self) -> None:
-        """Write both files, where there were steps."""
+        """Write both files, if there were steps."""
         if not self._steps:
             return
         counts = np.sum([each for _, each in self._steps], axis=0)
@@ -66,8 +66,9 @@ class ExpertLoad:
 
 
 def _draw(counts: Counts, first_layer: int, steps: list[int], out: Path) -> None:
-    """Draw the share of each expert by layer, a panel for each stream, as a PNG; experts lie in the order of their
-    load, so that a row that falls steeply is a layer that few experts work for.
+    """Draw the load of each expert by layer as a PNG, with a panel for each stream.
+
+    The experts of a layer are sorted by load: a row that falls steeply is a layer whose rows go to few experts.
     """
     # The object interface needs no display and leaves pyplot's global state alone.
     from matplotlib.figure import Figure
@@ -94,9 +95,9 @@ def _draw(counts: Counts, first_layer: int, steps: list[int], out: Path) -> None
 
 
 def _loads(counts: Counts) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """Yield each stream that has rows, and its counts over the mean, falling, [S, E]; NaN of layers without rows."""
+    """Yield each stream that has rows, with its counts over the mean [S, E], sorted down; NaN in layers without rows."""
     for place, stream in enumerate(STREAMS):
-        found = np.sort(counts[:, place].astype(float), axis=1)[:, ::-1]
-        mean = found.mean(1, keepdims=True)
+        loads = np.sort(counts[:, place].astype(float), axis=1)[:, ::-1]
+        mean = loads.mean(1, keepdims=True)
         if mean.any():
-            yield stream, np.divide(found, mean, out=np.full_like(found, np.nan), where=mean > 0)
+            yield stream, np.divide(loads, mean, out=np.full_like(loads, np.nan), where=mean > 0)

@@ -1,4 +1,4 @@
-"""How many floating-point operations a step needs, and what a GPU can do at the most."""
+"""Count the floating-point operations of a step, and look up the peak rate of a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bd3_scale.recipe.schema import ModelRecipe
 if TYPE_CHECKING:
     import torch
 
-# Dense bf16 in the vendors' data sheets, FLOP/s, by whole words of torch's device name; the first that fits counts.
+# Dense bf16 in the vendors' data sheets, FLOP/s, by whole words of the device name in PyTorch; the first match is taken.
 _PEAK_BF16 = (
     (("B200",), 2250e12),
     (("H200", "NVL"), 835e12),
@@ -32,22 +32,22 @@ def model_flops(
     clean_pairs: int,
     head_rows: int,
 ) -> int:
-    """Count the matrix products of forward and backward that a step cannot do without, in floating-point operations.
+    """Count the floating-point operations of the matrix products that a step needs, forward and backward.
 
-    The count behind MFU (Chowdhery et al., 2022, appendix B), of the mask's real pairs and the rows that something
-    reads: the last layer makes no queries, attention output or MLP of clean rows where there are noisy ones. Of a
-    mixture the experts count that a row is sent to. Backward is twice forward; what is recomputed there is not counted.
+    It is the numerator of MFU (Chowdhery et al., 2022, appendix B). Only the pairs that the mask allows count, and the
+    rows whose result is used: in the last layer, clean rows have no queries, attention output or MLP if there are noisy
+    rows. Of a mixture, the experts that a row is sent to count. Backward is twice forward, without recomputation.
 
     Args:
         noisy_rows, clean_rows: rows of the forward, over all sequences and noisy copies.
         noisy_pairs, clean_pairs: query-key pairs that the mask lets through, by kind of query, for one head.
-        head_rows: rows of which logits are made.
+        head_rows: rows whose logits are computed.
     """
     queries = model.num_attention_heads * model.head_size
     keys = 2 * model.query_groups * model.head_size
     last_rows, last_pairs = (noisy_rows, noisy_pairs) if noisy_rows else (clean_rows, clean_pairs)
     all_rows, all_pairs, before = noisy_rows + clean_rows, noisy_pairs + clean_pairs, model.num_layers - 1
-    # Multiplications by the weights of each kind, one a row and channel of the hidden size.
+    # Multiplications by each kind of weight, for one channel of the hidden size.
     features = (
         (before * all_rows + last_rows) * 2 * queries
         + model.num_layers * all_rows * keys
@@ -59,7 +59,7 @@ def model_flops(
 
 
 def _mlp_width(model: ModelRecipe, layer: int) -> int:
-    """Return by how many vectors of the hidden size a layer's MLP, or of a mixture what a row takes, multiplies it."""
+    """Return the number of weight vectors of the hidden size that a row meets in the MLP or mixture of a layer."""
     if model.moe is None or layer < model.dense_layers:
         return model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
     moe = model.moe
@@ -67,7 +67,7 @@ def _mlp_width(model: ModelRecipe, layer: int) -> int:
 
 
 def peak_flops(dtype: torch.dtype) -> float | None:
-    """Return the FLOP/s of this rank's GPU at `dtype`; None where they are not known: no MFU beats a wrong one."""
+    """Return the FLOP/s of this rank's GPU at `dtype`; None if it is not known: no MFU is better than a wrong one."""
     import torch
 
     if not torch.cuda.is_available() or dtype != torch.bfloat16:
@@ -76,6 +76,6 @@ def peak_flops(dtype: torch.dtype) -> float | None:
 
 
 def peak_of(device_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a GPU by its name in PyTorch; None where it is not known."""
+    """Return the dense bf16 FLOP/s of a GPU by its name in PyTorch; None if it is not known."""
     name = device_name.replace("-", " ").split()
     return next((peak for words, peak in _PEAK_BF16 if set(words) <= set(name)), None)

@@ -1,4 +1,4 @@
-"""What other libraries are kept from: warnings that nobody can act on, and a torchvision built for another PyTorch."""
+"""Hide warnings of other libraries that nobody can act on, and a torchvision built for another PyTorch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_broken_torchvision() -> Iterator[None]:
-    """Inside, a torchvision that does not load counts as not installed: transformers, which would import it for image
-    models, then leaves it out. Without it, importing any model of transformers fails.
+    """Hide a torchvision that does not load inside the block, so that transformers counts it as not installed.
+
+    transformers imports torchvision for image models. If it was built for another PyTorch, that import fails, and with
+    it the import of any model.
     """
-    if sys.modules.get("torchvision", sys) is None:  # inside another
+    if sys.modules.get("torchvision", sys) is None:  # nested in another block
         yield
         return
     try:
@@ -23,9 +25,9 @@ def without_broken_torchvision() -> Iterator[None]:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         sys.modules["torchvision"] = None  # type: ignore[assignment]
-        # It asks once, when it is first imported, as megatron-core and others do.
-        if (asked := sys.modules.get("transformers.utils.import_utils")) is not None:
-            asked._torchvision_available = False  # type: ignore[attr-defined]
+        # transformers decides this once, at its first import, and megatron-core and others may have imported it.
+        if (decided := sys.modules.get("transformers.utils.import_utils")) is not None:
+            decided._torchvision_available = False  # type: ignore[attr-defined]
         try:
             yield
         finally:
@@ -35,13 +37,12 @@ def without_broken_torchvision() -> Iterator[None]:
 
 
 def quieten_libraries() -> None:
-    """Hide what megatron-core, DeepSpeed and torch say of each other at import and call; `doctor` tells what is
-    missing.
+    """Hide the warnings of megatron-core, DeepSpeed and torch about each other; `doctor` reports missing packages.
 
-    To be called before they are imported. `python -W` and PYTHONWARNINGS do not bring them back; nothing of our own is
-    hidden.
+    Call it before they are imported. `python -W` and PYTHONWARNINGS do not bring them back. Warnings of bd3_scale are
+    not hidden.
     """
     for module in ("megatron", "deepspeed", "torch", "streaming"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")
-    # Of megatron-core to itself, about a call of its own; see `model.megatron_core`.
+    # megatron-core warns about a call of its own; see `model.megatron_core`.
     warnings.filterwarnings("ignore", "Warning: tp_group is None", DeprecationWarning)

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Draw pictures of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bd3_scale.observe.metrics import read_metrics
 def loss_curve(metrics: Path, out: Path) -> None:
     """Draw `train/loss` (nats a token, with its running median) and `eval/nelbo` of a metrics file over steps as a PNG.
 
-    ValueError: a metrics file without a finite training loss.
+    ValueError: the file holds no finite training loss.
     """
     records = read_metrics(metrics)
     train = [(r["step"], r["train/loss"]) for r in records if r.get("train/loss") is not None]
@@ -33,7 +33,8 @@ def loss_curve(metrics: Path, out: Path) -> None:
     axes.plot(steps, medians, color="tab:blue", linewidth=1.6, label="train loss, running median")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", markersize=5, label="held-out NELBO")
-    # A few tokens at tiny mask rates can throw single steps far off: they may leave the picture, the medians may not.
+    # Few tokens at a tiny mask rate can give a single step an extreme loss: it may lie outside the picture, the medians
+    # may not.
     shown = [*np.percentile(losses, [1, 99]), *medians, *(nelbo for _, nelbo in held_out)]
     margin = 0.05 * (max(shown) - min(shown)) or 0.1
     axes.set(xlabel="step", ylabel="nats per token", ylim=(min(shown) - margin, max(shown) + margin))
@@ -45,8 +46,8 @@ def loss_curve(metrics: Path, out: Path) -> None:
 def interval_curve(metrics: Path, out: Path) -> None:
     """Draw the searched intervals of `metrics.jsonl` over steps as a PNG, and below the variance of a block's loss.
 
-    A panel each: mask rates; variance (nats a token, squared) inside the interval and in all of [0, 1]. Before the
-    first search there is nothing to draw.
+    One panel shows the mask rates, the other the variance (squared nats a token) inside the interval and in all of
+    [0, 1]. Without a search there is no picture.
     """
     records = read_metrics(metrics)
     keys_of_sizes = (
@@ -61,13 +62,13 @@ def interval_curve(metrics: Path, out: Path) -> None:
     figure = Figure(figsize=(8, 6), layout="constrained")
     rates, variances = figure.subplots(2, sharex=True)
     for number, size in enumerate(sizes):
-        found = [record for record in records if f"interval/mask_rate_low_block_{size}" in record]
-        steps = [record["step"] for record in found]
+        searched = [record for record in records if f"interval/mask_rate_low_block_{size}" in record]
+        steps = [record["step"] for record in searched]
         keys = ("mask_rate_low", "mask_rate_high", "loss_variance", "loss_variance_unclipped")
-        values = [[record.get(f"interval/{key}_block_{size}") for record in found] for key in keys]
+        values = [[record.get(f"interval/{key}_block_{size}") for record in searched] for key in keys]
         low, high, variance, whole = np.array(values, dtype=float)  # null is not a number
         color = f"C{number}"
-        # An interval counts until the next evaluation.
+        # An interval is used until the next evaluation.
         rates.fill_between(steps, low, high, step="post", color=color, alpha=0.25)
         rates.step(steps, np.transpose([low, high]), where="post", color=color, label=[f"blocks of {size}", None])
         variances.plot(steps, variance, "o-", color=color, label=f"blocks of {size}")

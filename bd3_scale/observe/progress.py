@@ -1,6 +1,6 @@
-"""Progress on the console: a bar on a terminal, and elsewhere, of a training, a plain line now and then.
+"""Show progress: a bar on a terminal; elsewhere, for a training, a plain line now and then.
 
-On a terminal also text that loses its masks.
+On a terminal also text while it is denoised.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ HIDDEN = "░"
 
 
 def is_rank_zero() -> bool:
-    """Whether this process speaks for all of a launcher's."""
+    """Return whether this process is rank 0, which prints for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Bar:
-    """A bar on stderr for work whose extent is known as it goes, and nothing where stderr is no terminal.
+    """A bar on stderr for work whose total becomes known on the way; nothing if stderr is no terminal.
 
-    unit: what is counted, of which bytes are shown as such.
+    unit: bytes are shown as kB, MB and so on.
     """
 
     def __init__(self, what: str, unit: Literal["items", "bytes"] = "items") -> None:
@@ -65,10 +65,10 @@ class Bar:
 
 
 class TrainingProgress:
-    """Shows step, train loss, held-out NELBO (both nats a token), tokens a second and the time that remains.
+    """The display of step, train loss, held-out NELBO (both nats a token), tokens a second and remaining time.
 
-    A context manager. num_steps: the last step; first_step: steps already taken; every_seconds: between two lines where
-    the console is no terminal, such as the log of a job.
+    A context manager. num_steps: the last step; first_step: finished steps; every_seconds: between two lines if the
+    console is no terminal, such as the log of a job.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def evaluated(self, nelbo: float) -> None:
-        """Take up the NELBO per token of an evaluation, shown from the next step on."""
+        """Show the NELBO per token of an evaluation from the next step on."""
         self._nelbo = nelbo
 
     def step(self, step: int, *, train_loss: float, tokens_per_second: float) -> None:
@@ -109,7 +109,7 @@ class TrainingProgress:
         nelbo = "" if self._nelbo is None else f"  NELBO {self._nelbo:.4f}"
         numbers = f"loss {train_loss:.4f}{nelbo}  {tokens_per_second:,.0f} tokens/s"
         if self._bar.live.is_started and not self.console.is_terminal:
-            # It hung up, and its place was taken by a file.
+            # The terminal was closed, and the output continues in a file.
             self._bar.stop()
         self._bar.update(self._task, completed=step, numbers=numbers)
         now = time.monotonic()
@@ -120,12 +120,13 @@ class TrainingProgress:
             self.message(f"step {step}/{self._num_steps}  {numbers}  ETA {remaining}")
 
     def message(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """Print a line, above the bar if there is one. A terminal shows the time; another stream labels its lines."""
+        when = f"{time.strftime('%H:%M:%S')} " if self.console.is_terminal else ""
+        self.console.print(when + text, highlight=False, soft_wrap=True)
 
 
 class DenoisingView:
-    """Shows the end of the text that changed last. A context manager; nothing where it is not `shown`."""
+    """A live view of the end of the text that changed last. A context manager; empty unless `shown`."""
 
     def __init__(self, shown: bool) -> None:
         self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True) if shown else None
@@ -142,7 +143,7 @@ class DenoisingView:
             self._live.stop()
 
     def show(self, number: int, text: str) -> None:
-        """What text `number` looks like, with `[MASK]` for each masked token."""
+        """Show text `number`, with `[MASK]` for each masked token."""
         if self._live is None:
             return
         console = self._live.console

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from bd3_scale.parallel.optimizer import OptimizerFamily
 from bd3_scale.parallel.overlap import GradientSums, WeightGather
 from bd3_scale.parallel.parameter_groups import EXPERTS, parameter_groups
 from bd3_scale.parallel.schedule import forward_backward
+from bd3_scale.parallel.timing import StepTimer
 from bd3_scale.parallel.zero import FlatZero, ZeroState, spreading_experts
 from bd3_scale.recipe.schema import ModelRecipe, OptimizerRecipe, ParallelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
@@ -41,7 +43,7 @@ WHOLE_BELOW = 100_000
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of an optimiser step, equal on all ranks.
+    """The result of an optimiser step, equal on all ranks but for `seconds`.
 
     Attributes:
         loss: the global loss of the step, in nats a token.
@@ -52,6 +54,8 @@ class StepResult:
         applied: false where a gradient of any rank was not finite; then weights and optimiser are unchanged everywhere.
         routed: the number of rows that each layer with experts sent to each expert, int64 [layers, 2, experts] of
             noisy and of clean rows, on the host.
+        seconds: the time of the parts of the step on this rank, by name; on a GPU the time of the device, except
+            `data`, which is time of the host.
     """
 
     loss: float
@@ -61,6 +65,7 @@ class StepResult:
     flops: float
     applied: bool = True
     routed: Tensor | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def loss_of(self, groups: Iterable[int]) -> float | None:
         """Return the loss in nats a token over some groups of sequences; None: they had no token in this step."""
@@ -113,6 +118,10 @@ class TrainingEngine:
             self._flat.sum_norm_over(flat, (self.groups.dp_cp, self.groups.mp))
 
     @property
+    def _device(self) -> torch.device:
+        return next(self._chunks[0].parameters()).device
+
+    @property
     def chunks(self) -> Chunks:
         """Return this rank's chunks, after all of their weights have been gathered."""
         if self._gather is not None:
@@ -157,9 +166,15 @@ class TrainingEngine:
         the number of loss groups, pairs of block size and source. `meanwhile` is work that the host does while a GPU
         computes gradients.
         """
+        timer = StepTimer(self._device)
+        start = timer.point()
         losses = self.gradients(micro_batches, tokens=tokens, num_groups=num_groups)
+        timer.part("forward_backward", start, timer.point())
         # So far kernels are only launched. `update` is the first to wait: it reads whether all gradients are finite.
+        began = time.perf_counter()
         meanwhile()
+        data_seconds = time.perf_counter() - began
+        start = timer.point()
         mine = torch.tensor(
             [*_tokens_by_group(micro_batches, num_groups), self.flops(micro_batches)], dtype=losses.dtype
         )
@@ -173,6 +188,7 @@ class TrainingEngine:
             if group.size() > 1:
                 dist.all_reduce(tensor, group=group)
         grad_norm, applied = self.update(lr)
+        timer.part("optimizer", start, timer.point())
         if applied:
             self._balance.move(of_stages[num_groups:])
         losses = totals[:num_groups]
@@ -180,7 +196,8 @@ class TrainingEngine:
         *values, flops, loss, norm = torch.cat([totals, losses.sum()[None], grad_norm[None]]).tolist()
         by_group = tuple(zip(values[:num_groups], values[-num_groups:], strict=True))
         routed = self._balance.by_layer(values[num_groups:-num_groups])
-        return StepResult(loss / tokens, by_group, norm, lr, flops, applied, routed)
+        seconds = {**timer.seconds(), "data": data_seconds}
+        return StepResult(loss / tokens, by_group, norm, lr, flops, applied, routed, seconds)
 
     def gradients(self, micro_batches: Sequence[ModelInputs], *, tokens: int, num_groups: int = 1) -> Tensor:
         """Run forward and backward of all micro-batches and ZeRO's reduction.
@@ -218,7 +235,7 @@ class TrainingEngine:
         if applied:
             self._zero.stepped()
         norm = self._engine.get_global_grad_norm() if applied else math.inf
-        return torch.as_tensor(norm, dtype=torch.float64, device=next(self._chunks[0].parameters()).device), applied
+        return torch.as_tensor(norm, dtype=torch.float64, device=self._device), applied
 
     def flops(self, micro_batches: Sequence[ModelInputs], model: ModelRecipe | None = None) -> int:
         """Return the FLOPs of the whole model for this rank's positions; see `model_flops`.

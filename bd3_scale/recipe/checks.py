@@ -14,6 +14,7 @@ from typing import Any
 from bd3_scale.recipe import data_rules as data_rules
 from bd3_scale.recipe import model_rules as model_rules
 from bd3_scale.recipe import moe_rules as moe_rules
+from bd3_scale.recipe import running_rules as running_rules
 from bd3_scale.recipe import training_rules as training_rules
 from bd3_scale.recipe.diffusion_rules import check_block_size as check_block_size
 from bd3_scale.recipe.parallel_rules import batches_divide
@@ -22,7 +23,7 @@ from bd3_scale.recipe.rules import DATA_RULES as DATA_RULES
 from bd3_scale.recipe.rules import RULES as RULES
 from bd3_scale.recipe.rules import in_order
 from bd3_scale.recipe.schema import Recipe, RecipeError
-from bd3_scale.registry import Registry, attention_backends, objectives, optimizers, schedules
+from bd3_scale.registry import Registry, attention_backends, loggers, objectives, optimizers, schedules
 
 # Keys whose value is a name in a registry, and the name that is allowed besides.
 _NAMES: tuple[tuple[str, Registry[Any], str], ...] = (
@@ -81,9 +82,11 @@ def check_against_data(recipe: Recipe, world_size: int, document_multiple: int) 
 
 
 def _name_problems(recipe: Recipe) -> Iterator[str]:
-    for key, registry, besides in _NAMES:
-        name = attrgetter(key)(recipe)
-        if name == besides:
+    named = [(key, registry, attrgetter(key)(recipe)) for key, registry, _ in _NAMES]
+    named += [("logging.loggers", loggers, name) for name in recipe.logging.loggers]
+    allowed = {key: besides for key, _, besides in _NAMES}
+    for key, registry, name in named:
+        if name == allowed.get(key):
             continue
         try:
             registry.get(name)

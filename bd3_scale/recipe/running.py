@@ -27,6 +27,10 @@ class LoggingRecipe(Section):
         1, description="Steps from one record of the training metrics to the next."
     )
     wandb: WandbRecipe = Field(WandbRecipe(), description="Logging to Weights & Biases.")
+    tensorboard: bool = Field(False, description="Write event files for TensorBoard to RUN/tensorboard.")
+    loggers: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="Further loggers, by their names in `registry.loggers`: those of a plug-in."
+    )
 
 
 class Deadlines(Section):

@@ -83,6 +83,20 @@ class OptimizerRecipe(Section):
     )
 
 
+class ProfileRecipe(Section):
+    """Steps that torch.profiler records, in RUN/profile."""
+
+    steps: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False), Unit("steps")] = Field(
+        description="First and last step of the profile, such as [10, 13]. Recorded steps are slower."
+    )
+    memory: bool = Field(
+        False, description="Record allocations, too: on a GPU also a memory snapshot, on a CPU as events of the trace."
+    )
+    ranks: Annotated[tuple[NonNegativeInt, ...], Field(strict=False), Unit("ranks")] = Field(
+        (0,), description="Ranks that write a profile."
+    )
+
+
 class TrainRecipe(Section):
     """The steps of a training, their batches, and how a step is computed."""
 
@@ -104,6 +118,7 @@ class TrainRecipe(Section):
     recompute_layers: Annotated[PositiveInt | None, Unit("layers")] = Field(
         None, description="With recompute: full, the first so many layers of every pipeline chunk. Default: all layers."
     )
+    profile: ProfileRecipe | None = Field(None, description="Profile of some steps. Default: none is recorded.")
 
 
 class EvaluationRecipe(Section):
@@ -117,6 +132,14 @@ class EvaluationRecipe(Section):
     )
     draws: Annotated[PositiveInt, Unit("draws")] = Field(
         1, description="Draws of noise for each sequence. More draws give a smaller standard error."
+    )
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (),
+        description="Prompts that every evaluation continues: the texts go to RUN/samples.jsonl, the console and the "
+        "loggers.",
+    )
+    prompt_tokens: Annotated[PositiveInt, Unit("tokens")] = Field(
+        64, description="Tokens that a prompt is continued by, at most."
     )
 
 

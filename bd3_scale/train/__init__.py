@@ -1,1 +1,1 @@
-"""The training loop."""
+"""Train a model: the loop, its start and its resume."""

@@ -1,4 +1,4 @@
-"""`python -m bd3_scale.train [--replay=STEP] FILE [key=value …]`: one rank of a run, as the launchers start it.
+"""Run one rank of a training: `python -m bd3_scale.train [--replay=STEP] FILE [key=value …]`, as launchers start it.
 
 FILE: the recipe as the launcher resolved and checked it; what a node has otherwise, such as its cache, comes after it.
 """
@@ -12,7 +12,7 @@ from bd3_scale.observe.libraries import quieten_libraries
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.limits import check_limits
-from bd3_scale.resilience.output import rank_log, survive_broken_streams
+from bd3_scale.resilience.output import label_rank_output, rank_log, survive_broken_streams
 from bd3_scale.resilience.terminal import clean_diagnostics, tell
 
 if __name__ == "__main__":
@@ -33,6 +33,7 @@ if __name__ == "__main__":
     from bd3_scale.train.main import main, main_of_replay
 
     if step is None:
+        label_rank_output(recipe.run_path)
         main(recipe)
     else:
         main_of_replay(recipe, step)

@@ -1,4 +1,4 @@
-"""What is done about steps that go wrong: gradients that are not finite, losses that stand out."""
+"""Check each step: count gradients that are not finite, and report losses far above the last ones."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from bd3_scale.recipe.schema import GuardRecipe
 from bd3_scale.resilience.files import Lines
 
 Keys = Callable[[], dict[str, Any]]
+# Losses that are kept, the fewest that a comparison needs, and those whose median it is made with.
 _WINDOW = 128
 _FEWEST = 32
 _RECENT = 16
-# Of a normal law, standard deviations a median absolute deviation.
+# A spike is measured against the median absolute deviation, which one outlier does not move. For a normal
+# distribution, so many of them are a standard deviation (Rousseeuw & Croux, JASA 1993).
 _DEVIATION = 1.4826
 
 
 class Guard:
-    """Judges every step, and keeps a record of those that stood out; `step`: those that were taken before."""
+    """The check of every step, with a record of the unusual ones in `events.jsonl`; step: finished steps."""
 
     def __init__(self, folder: Path, recipe: GuardRecipe, *, step: int) -> None:
         self._folder, self._recipe = folder, recipe
@@ -37,10 +39,10 @@ class Guard:
         self._events: Lines | None = None
         self._losses.extend(on_rank_zero(lambda: _losses_so_far(folder, step)))
 
-    def judge(self, step: int, result: StepResult, keys: Keys) -> str | None:
-        """After a step: what people should know of it. `keys`: what its sequences and noise are drawn from.
+    def check(self, step: int, result: StepResult, keys: Keys) -> str | None:
+        """Return a warning about a step, or None; keys: from what its sequences and noise are drawn.
 
-        FloatingPointError, on all ranks: too many steps in a row were left out, or the loss is not finite although the
+        FloatingPointError, on all ranks: too many steps in a row were skipped, or the loss is not finite although the
         gradients are.
         """
         if result.applied:
@@ -58,7 +60,7 @@ class Guard:
         return f"step {step}: gradients that are not finite (loss {result.loss:g}), so its update is left out"
 
     def resumed(self, step: int, changes: Sequence[tuple[str, Any, Any]], notes: Sequence[str]) -> None:
-        """Record what a run that goes on after `step` does otherwise than before."""
+        """Record which options of a run change when it resumes after `step`."""
         if dist.get_rank() == 0:
             values = {key: {"before": old, "now": new} for key, old, new in changes}
             self._record({"step": step, "kind": RESUMED, "changes": values, "notes": list(notes)})
@@ -68,17 +70,17 @@ class Guard:
         self._events.write(json.dumps(event))
 
     def _spike(self, step: int, result: StepResult, keys: Keys) -> str | None:
-        found = None
+        warning = None
         if self._recipe.spike_deviations and len(self._losses) >= _FEWEST:
             middle = median(list(self._losses)[-_RECENT:])
-            # From step to step, so that a loss that falls is no spread.
+            # Differences from step to step: a loss that falls steadily is no spread.
             moves = [abs(later - earlier) for earlier, later in itertools.pairwise(self._losses)]
             deviation = max(_DEVIATION * median(moves) / math.sqrt(2), 1e-3 * abs(middle))
             if result.loss > middle + self._recipe.spike_deviations * deviation:
                 self._note("loss_spike", step, result, keys, median=middle, deviation=deviation)
-                found = f"step {step}: loss {result.loss:.4f} stands out of {middle:.4f} ± {deviation:.4f}"
+                warning = f"step {step}: loss {result.loss:.4f} stands out of {middle:.4f} ± {deviation:.4f}"
         self._losses.append(result.loss)
-        return found
+        return warning
 
     def _note(self, kind: str, step: int, result: StepResult, keys: Keys, **more: float) -> None:
         if dist.get_rank() != 0:
@@ -88,10 +90,10 @@ class Guard:
 
 
 def _losses_so_far(folder: Path, step: int) -> list[float]:
-    """The last ones that the run recorded; events after `step`, which is taken again, are dropped."""
+    """Return the last losses on record; drop the events after `step`, for those steps are taken again."""
     truncate_after(folder / EVENTS_FILE, step)
-    found = [r["train/loss"] for r in read_metrics(folder / METRICS_FILE) if r.get("train/loss") is not None]
-    return found[-_WINDOW:]
+    losses = [r["train/loss"] for r in read_metrics(folder / METRICS_FILE) if r.get("train/loss") is not None]
+    return losses[-_WINDOW:]
 
 
 _ADVICE = (

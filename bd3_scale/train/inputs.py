@@ -1,4 +1,4 @@
-"""What a step is computed on, made from the stream's batches while the device is busy with the step before."""
+"""Make the inputs of each step from the batches of the stream, while the device computes the step before."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def _by_source(inputs: ModelInputs, batch: Batch, source_keys: Tensor) -> ModelI
     return replace(inputs, loss_groups=tuple(loss_groups.tolist()), row_loss_groups=row_groups)
 
 
-def waited_for(batches: Iterator[Batch], heartbeat: Heartbeat, stop: StopRequest | None = None) -> Iterator[Batch]:
-    """Yield `batches`; while this rank waits for one, its heartbeat says so, and a signal to `stop` ends the wait with
-    StopRequestedError: it may be as long as a remote is away.
+def with_heartbeat(batches: Iterator[Batch], heartbeat: Heartbeat, stop: StopRequest | None = None) -> Iterator[Batch]:
+    """Yield `batches`; during a wait the heartbeat is in the phase `data`, and a signal to `stop` ends the wait with
+    StopRequestedError, since it may last as long as a remote store is unreachable.
     """
     while True:
         with heartbeat.during("data"), nullcontext() if stop is None else stop.interrupts_wait():
@@ -56,10 +56,10 @@ def waited_for(batches: Iterator[Batch], heartbeat: Heartbeat, stop: StopRequest
 
 
 class InputsAhead:
-    """The inputs of a run's steps on this rank's device, in their order; those of the next one can be made early.
+    """The inputs of the steps on this rank's device, in order; those of the next step can be made ahead.
 
-    No thread makes them: while kernels run that a step has launched, the host has nothing else to do, and where it
-    computes itself, a thread would take its time.
+    No thread makes them. On a GPU the host is idle once it has launched the kernels of a step; on a CPU a thread would
+    compete with the step for the cores.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class InputsAhead:
         self._batches = batches
         self._next = state.step + 1
         self._ahead: _Made | Exception | None = None
-        # Seconds that the batch of the step which was taken last was waited for.
+        # Seconds of the wait for the batch of the last step.
         self.waited = 0.0
-        # Whether a signal has ended the wait for the next batch: then there is no next step.
+        # True if a signal has ended the wait for the next batch: then there is no next step.
         self.given_up = False
 
     def make_ahead(self) -> None:
-        """Make those of the step after the one that was taken last, unless that is the run's last one.
+        """Make the inputs of the step after the last one taken, unless the run has no more steps.
 
-        An error waits until they are taken: the step under way has all that it needs, and may be due for a checkpoint.
+        An error is raised by `take`, not here: the current step has all that it needs, and may be due for a checkpoint.
         """
-        assert self._ahead is None, "inputs that were made ahead are to be taken first"
+        assert self._ahead is None, "take the inputs that were made ahead first"
         if self._next > self._recipe.train.steps:
             return
         try:
@@ -96,7 +96,7 @@ class InputsAhead:
             raise ahead
         made = self._next_made() if ahead is None else ahead
         if made.intervals != self._state.intervals:
-            # An evaluation between the steps has found other ones.
+            # An evaluation between the steps has changed the intervals.
             made = self._made(made.batch, made.waited)
         self._next += 1
         self.waited = made.waited

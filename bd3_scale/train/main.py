@@ -1,4 +1,4 @@
-"""What a rank runs."""
+"""Run a training, or the replay of a step, in the process of a rank."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def main(recipe: Recipe) -> None:
-    """Train in this process; what a person can mend ends it with a message, without a traceback.
+    """Train in this process; an error that a person can mend ends it with a message, without a traceback.
 
-    The exit code is 2 where another try cannot help, 1 where it may: ranks did not meet, a loader worker was killed.
+    The exit code is 2 if another try cannot help, 1 if it may: ranks could not connect, a loader worker was killed.
     """
-    with _at_once_where_others_wait(), _errors_for_people(), own_temporary_files(), Heartbeat() as heartbeat:
+    with _immediate_exit_on_error(), _errors_for_people(), own_temporary_files(), Heartbeat() as heartbeat:
         train(recipe, heartbeat)
 
 
 def main_of_replay(recipe: Recipe, step: int) -> None:
     """Compute a step again; rank 0 prints a line of JSON."""
-    with _at_once_where_others_wait(), _errors_for_people(), own_temporary_files(), Heartbeat() as heartbeat:
-        found = replay(recipe, step, heartbeat)
+    with _immediate_exit_on_error(), _errors_for_people(), own_temporary_files(), Heartbeat() as heartbeat:
+        replayed = replay(recipe, step, heartbeat)
         heartbeat.end("done")
         if os.environ.get("RANK", "0") == "0":
-            told = asdict(found) | {"same": found.same}
-            # As in the metrics: JSON knows no other numbers.
-            told |= {key: told[key] if math.isfinite(told[key]) else None for key in ("loss", "grad_norm")}
-            put(json.dumps(told))
+            result = asdict(replayed) | {"same": replayed.same}
+            # As in the metrics: JSON has no NaN and no infinity.
+            result |= {key: result[key] if math.isfinite(result[key]) else None for key in ("loss", "grad_norm")}
+            put(json.dumps(result))
             flush_results()
 
 
@@ -83,9 +83,9 @@ def own_temporary_files() -> Iterator[None]:
 
 
 @contextmanager
-def _at_once_where_others_wait() -> Iterator[None]:
-    """End at once where an error leaves a save or groups of GPUs behind: their threads wait for ranks that are gone,
-    and would turn an orderly end into a hang, or into an abort with another exit code.
+def _immediate_exit_on_error() -> Iterator[None]:
+    """Exit at once if an error leaves a save or groups of GPUs behind: their threads wait for ranks that are gone,
+    and would turn an orderly exit into a hang, or into an abort with another exit code.
     """
     try:
         yield
@@ -104,8 +104,8 @@ def _errors_for_people() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = exhausted_limit(error)
-        if os.environ.get("BD3_DEBUG") or not (told or isinstance(error, (ValueError, OSError, FloatingPointError))):
+        limit = exhausted_limit(error)
+        if os.environ.get("BD3_DEBUG") or not (limit or isinstance(error, (ValueError, OSError, FloatingPointError))):
             raise
-        tell(f"error: {told or error}")
+        tell(f"error: {limit or error}")
         raise SystemExit(1 if isinstance(error, ConnectionError) else 2) from None

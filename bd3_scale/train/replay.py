@@ -1,4 +1,4 @@
-"""One step of a run computed again, from the checkpoint before it."""
+"""Compute a step of a run again, from the checkpoint before it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from bd3_scale.train.step import take_step
 
 @dataclass(frozen=True)
 class Replayed:
-    """A step as it was computed again, from `began` finished ones; `recorded`: loss and gradient norm of the run, where
-    it has them; `keys`: what its sequences and noise were drawn from.
+    """A step that was computed again, starting after `began` finished steps; recorded: loss and gradient norm of the
+    run, if it has them; keys: from what its sequences and noise were drawn.
     """
 
     step: int
@@ -39,18 +39,18 @@ class Replayed:
 
     @property
     def same(self) -> bool | None:
-        """Return whether it is bitwise what the run recorded; None where it recorded nothing."""
+        """Return whether it is bitwise what the run recorded; None if the run recorded nothing."""
         if self.recorded is None:
             return None
-        # Metrics hold null for what is not finite.
-        found = (self.loss if abs(self.loss) < float("inf") else None, self.grad_norm if self.applied else None)
-        return found == self.recorded
+        # Metrics hold null for a number that is not finite.
+        computed = (self.loss if abs(self.loss) < float("inf") else None, self.grad_norm if self.applied else None)
+        return computed == self.recorded
 
 
 def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
-    """Go from the newest checkpoint before `step`, or from the beginning, through that step (collective).
+    """Compute the steps from the newest checkpoint before `step`, or from the beginning, up to `step` (collective).
 
-    Nothing is written: the run directory stays as it is. The result is bitwise the run's on the same layout and
+    Nothing is written to the run directory. The result is bitwise the run's on the same layout and
     hardware.
 
     Raises:
@@ -83,8 +83,8 @@ def replay(recipe: Recipe, step: int, heartbeat: Heartbeat) -> Replayed:
             result = take_step(training)
             state.finish_step(result)
             heartbeat.finished(number)
-        found = on_rank_zero(lambda: _recorded(run.folder, step))
-        recorded = (found[0], found[1]) if found is not None else None
+        values = on_rank_zero(lambda: _recorded(run.folder, step))
+        recorded = (values[0], values[1]) if values is not None else None
         return Replayed(step, began, result.loss, result.grad_norm, result.applied, recorded, keys)
 
 

@@ -1,4 +1,4 @@
-"""Where a run begins or goes on from, and whether it may."""
+"""Find the checkpoint that a run starts or resumes from, and check that it fits recipe and data."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.readers import read_regular
 
 _LOG = logging.getLogger(__name__)
-# The data's manifest as a run had it, in the run directory.
+# The manifest of the data that the run began with, in the run directory.
 DATA_FILE = "data.json"
 _WIDTH = 200
-# What may not change within a run: weights, noise and data position would mean something else, and another family of
-# optimisers would miss its states; nor may evaluation where it searches the interval of the noise.
+# What may not change within a run: the weights, the noise and the position in the data would mean something else, and
+# another family of optimisers would miss its states.
 _FIXED = (
     "seed",
     "model",
@@ -50,25 +50,27 @@ _FIXED = (
     "train.global_batch_size",
     "train.precision",
 )
+# Fixed as well if evaluations search the interval of mask rates: other evaluations would find other noise.
+_SEARCHED = ("evaluation.every_steps", "evaluation.sequences", "evaluation.draws")
 
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint of this run to go on from, or of another one whose weights it begins with."""
+    """A checkpoint that the run resumes from, or one of another run whose weights it begins with."""
 
     checkpoint: Path
     manifest: CheckpointManifest
     resumes: bool
 
     def changes(self, recipe: Recipe) -> list[tuple[str, Any, Any]]:
-        """See `changed_values`; nothing where no run is resumed."""
+        """Return the changed values, see `changed_values`; none if no run is resumed."""
         return changed_values(self.manifest.trained_with or {}, recipe) if self.resumes else []
 
     def notes(self, recipe: Recipe, data: Manifest) -> list[str]:
-        """Return what people should know of a run that goes on."""
-        found = [f"{key} {_show(old)} → {_show(new)}" for key, old, new in self.changes(recipe)]
+        """Return the notes for people about a resumed run."""
+        notes = [f"{key} {_show(old)} → {_show(new)}" for key, old, new in self.changes(recipe)]
         if self.resumes:
-            found += [
+            notes += [
                 f"{_show(key)}={_show(value)} is no option of this version, and was one of {self.manifest.writer}, "
                 "which wrote the checkpoint: the run goes on without it"
                 for key, value in unknown_options(self.manifest.trained_with or {}, _values(recipe))
@@ -77,23 +79,24 @@ class Start:
         if self.resumes and average and not self.manifest.ema_warms_up:
             updates = self.manifest.step - self.manifest.skipped
             if ema_decay(average, updates + 1) < average:
-                found.append(
+                notes.append(
                     "the moving average was kept at a constant decay so far, and is warmed up from here on: it is not "
                     "bitwise that of the version that began the run"
                 )
         if self.resumes and self.manifest.data_hash != data_hash(data, recipe.data.used_before(self.step)):
-            found.append(
+            notes.append(
                 f"{self.checkpoint.name} knows its data by the hash of an earlier version, which covers counts and "
                 "sizes: whether the text is still the same is not known; checkpoints from here on know the contents"
             )
-        return found
+        return notes
 
     @property
     def step(self) -> int:
+        """Return the finished steps of the run."""
         return self.manifest.step if self.resumes else 0
 
     def load(self, zero: ZeroState, layouts: Sequence[ParameterLayout]) -> None:
-        """Load what is taken over, in place (collective)."""
+        """Load the training state, or the weights alone, in place (collective)."""
         load = load_training_state if self.resumes else load_initial_weights
         load(self.checkpoint, self.manifest, zero, layouts)
 
@@ -101,7 +104,7 @@ class Start:
 def find_start(recipe: Recipe, checkpoints: Path, data: Manifest) -> Start | None:
     """Return the newest sound checkpoint of the run, else what `init_from` names, checked before any work (collective).
 
-    A checkpoint of a run of another name is told: a renamed run goes on from its own ones.
+    A checkpoint of a run of another name gives a warning: a renamed run resumes from its own ones.
 
     Raises:
         ValueError: none is sound, or recipe or data do not fit it.
@@ -119,10 +122,10 @@ def find_start(recipe: Recipe, checkpoints: Path, data: Manifest) -> Start | Non
 
 
 def find_initial(recipe: Recipe, data: Manifest) -> Start | None:
-    """Return what `init_from` names, checked as a run's own checkpoint is (collective). ValueError: it does not fit."""
+    """Return the checkpoint of `init_from`, checked like one of the run (collective). ValueError: it does not fit."""
     if recipe.init_from is None:
         return None
-    # On one rank: a run that is still saving may have a newer one for the next that looks.
+    # On one rank: if the other run is still saving, each rank might see another newest checkpoint.
     initial = Path(recipe.init_from)
     checkpoint = Path(on_rank_zero(lambda: str(resolve_checkpoint(initial))))
     if problem := check_together(checkpoint, recipe.checkpoint.verify):
@@ -161,7 +164,7 @@ def check_initial(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe
 
 
 def _shape(model: ModelRecipe) -> dict[str, Any]:
-    """Return what two models must share to have the same weights, with defaults spelt out."""
+    """Return what two models must share to have the same weights, with derived defaults filled in."""
     explicit = {"head_dim": model.head_size, "num_query_groups": model.query_groups}
     return model.model_dump(mode="json", exclude={"init_std": True, "moe": set(MOE_TRAINING)}) | explicit
 
@@ -197,8 +200,8 @@ def check_resumable(checkpoint: Path, manifest: CheckpointManifest, recipe: Reci
 def _recipe_differences(
     checkpoint: Path, manifest: CheckpointManifest, written: Mapping[str, Any], recipe: Recipe
 ) -> Iterator[str]:
-    """Yield what of the recipe that a checkpoint was trained with no run may change, and is not that of `recipe`."""
-    fixed = (*_FIXED, *(("evaluation",) if recipe.diffusion.search_interval else ()))
+    """Yield the values of `recipe` that no run may change and that differ from the checkpoint's."""
+    fixed = (*_FIXED, *((*_SEARCHED,) if recipe.diffusion.search_interval else ()))
     old, new = with_defaults(written, Recipe), _values(recipe)
     for path in fixed:
         for key, before, after in _differences(path, _at(old, path), _at(new, path)):
@@ -225,26 +228,26 @@ def _recipe_differences(
 
 
 def _mixture(stages: Sequence[MixtureStage]) -> str:
-    told = [f"{dict(sorted(stage.weights.items()))} until {stage.until}" for stage in stages]
-    return ", ".join(told) or "of one data set"
+    stages_shown = [f"{dict(sorted(stage.weights.items()))} until {stage.until}" for stage in stages]
+    return ", ".join(stages_shown) or "of one data set"
 
 
 def _other_name(manifest: CheckpointManifest, recipe: Recipe) -> str:
-    """Return the name of the run that wrote a checkpoint, empty where it is this one's."""
+    """Return the name of the run that wrote a checkpoint; empty if it is the name of this run."""
     return "" if manifest.name == recipe.name or manifest.trained_with is None else manifest.name
 
 
 def _data_differences(recorded: Path, known_hash: str, data: Manifest) -> list[str]:
-    """Return what differs from the data that the run had, where it kept their description."""
+    """Return the differences from the data of the run, if it kept their manifest."""
     try:
         old = parse_manifest(recorded, read_regular(recorded))
-    except (ValueError, OSError):  # it only helps to explain
+    except (ValueError, OSError):  # the manifest only helps to explain
         return []
     return differing(old, data) if known_hash in (data_hash(old), earlier_data_hash(old)) else []
 
 
 def changed_values(written: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Any, Any]]:
-    """Return what a resumed run has otherwise: dotted keys of options that this version knows, before and now.
+    """Return the changed options of a resumed run that this version knows: dotted key, value before, value now.
 
     written: the recipe that a checkpoint was trained with; an option that is not in it had its default.
     """
@@ -253,12 +256,12 @@ def changed_values(written: Mapping[str, Any], recipe: Recipe) -> list[tuple[str
 
 
 def unknown_options(written: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the options of a recipe, by dotted keys and with their values, that are not in that of this version."""
+    """Yield the options of a recipe that this version does not know: dotted key and value."""
     for key, value in written.items():
         if key not in known:
             yield key, value
         elif isinstance(value, dict) and isinstance(known[key], dict):
-            yield from ((f"{key}.{inner}", its) for inner, its in unknown_options(value, known[key]))
+            yield from ((f"{key}.{inner}", option) for inner, option in unknown_options(value, known[key]))
 
 
 def with_defaults(written: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]:
@@ -274,9 +277,7 @@ def with_defaults(written: Mapping[str, Any], section: type[BaseModel]) -> dict[
 
 
 def _may_matter(key: str, written: Mapping[str, Any], fixed: Sequence[str]) -> bool:
-    """Whether an unknown option may be what no run may change: of such a section, or one of its section under another
-    name.
-    """
+    """Return whether an unknown option may be a fixed one: in a fixed section, or a fixed option under another name."""
     section = key.rpartition(".")[0]
     return any(
         f"{key}.".startswith(f"{path}.") or (path.rpartition(".")[0] == section and _at(written, path) is None)
@@ -289,7 +290,7 @@ def _values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _at(recipe: Mapping[str, Any], path: str) -> Any:
-    """Return the value at a dotted key; None: there is none."""
+    """Return the value at a dotted key, None if there is none."""
     value: Any = recipe
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -297,7 +298,7 @@ def _at(recipe: Mapping[str, Any], path: str) -> Any:
 
 
 def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what differs of the options that `new` has; what it does not, see `unknown_options`."""
+    """Yield the differences of the options that `new` has; for the others see `unknown_options`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in new:
             yield from _differences(f"{path}.{key}", old.get(key), new[key])
@@ -306,7 +307,7 @@ def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]
 
 
 def _show(value: Any) -> str:
-    """Return a value for people, as one line of no great length: a checkpoint may be a stranger's."""
-    said = "unset" if value is None else str(value)
-    said = said if said.isprintable() else ascii(said)[1:-1]
-    return said if len(said) <= _WIDTH else f"{said[:_WIDTH]}…"
+    """Return a value as one short line: a checkpoint may come from a stranger."""
+    text = "unset" if value is None else str(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}…"

@@ -1,4 +1,4 @@
-"""What a training consists of before its first step."""
+"""Open a run: process groups, data, model, optimiser, and the run directory."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from bd3_scale.resilience.runlock import lock_run
 from bd3_scale.resilience.secret import SECRET_FILE
 from bd3_scale.resilience.signals import StopRequest, interrupt_ends_process
 from bd3_scale.resilience.terminal import tell
-from bd3_scale.train.inputs import InputsAhead, waited_for
+from bd3_scale.train.inputs import InputsAhead, with_heartbeat
 from bd3_scale.train.resume import DATA_FILE, Start
 from bd3_scale.train.state import TrainState
-from bd3_scale.train.tiles import settle_tiles
+from bd3_scale.train.tiles import resolve_tiles
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the parts of one training share on a rank."""
+    """What all parts of a training share on a rank."""
 
     recipe: Recipe
     data: Manifest
@@ -67,13 +67,13 @@ class Run:
 
     @property
     def objective(self) -> Objective:
-        """Return what the model is trained for."""
+        """Return the training objective."""
         return objective_of(self.recipe.diffusion, self.data.vocabulary)
 
 
 @dataclass(frozen=True)
 class Training:
-    """A run's model with its optimiser and its data, and how far they have come."""
+    """A run with its model, optimiser, data and progress."""
 
     run: Run
     engine: TrainingEngine
@@ -82,34 +82,37 @@ class Training:
     state: TrainState
 
     def keys_of(self, step: int) -> dict[str, Any]:
-        """Return what the sequences of step `step` and their noise are drawn from."""
-        found, names = self.stream.batch_at(step - 1), list(self.run.recipe.data.by_source)
-        drawn: dict[str, Any] = {"epoch": int(found.epochs[0])}
+        """Return the keys from which the sequences of step `step` and their noise are drawn."""
+        batch, names = self.stream.batch_at(step - 1), list(self.run.recipe.data.by_source)
+        drawn: dict[str, Any] = {"epoch": int(batch.epochs[0])}
         if self.run.recipe.data.sources:
-            drawn = {"epochs": found.epochs.tolist(), "sources": [names[source] for source in found.sources]}
+            drawn = {"epochs": batch.epochs.tolist(), "sources": [names[source] for source in batch.sources]}
         intervals = dict(self.state.intervals)
-        return {"seed": self.run.recipe.seed, **drawn, "sample_ids": found.ids.tolist(), "intervals": intervals}
+        return {"seed": self.run.recipe.seed, **drawn, "sample_ids": batch.ids.tolist(), "intervals": intervals}
 
     def data_gauges(self, waited: float) -> dict[str, float]:
-        """Return what the data cost: for how many seconds the batch of the last step was `waited` for, and from a
-        remote how often each shard has come to this node.
+        """Return the metrics of the data.
+
+        They are the seconds that the last step `waited` for its batch, and, with a remote, how often each shard has
+        been downloaded to this node.
         """
         downloads = self.stream.downloads_per_shard
-        found = {} if downloads is None else {"data/downloads_per_shard": downloads}
-        return found | {"data/wait_seconds": waited}
+        remote = {} if downloads is None else {"data/downloads_per_shard": downloads}
+        return remote | {"data/wait_seconds": waited}
 
 
 def open_run(recipe: Recipe, stack: ExitStack, heartbeat: Heartbeat) -> Run:
-    """Meet the other ranks, agree with them on recipe and data, and check that these fit together (collective).
+    """Connect the ranks, agree on recipe and data, and check that these fit together (collective).
 
-    heartbeat: of this process, which tells from here on when it waits for data.
+    heartbeat: of this process; from here on it reports waits for data.
 
     Raises:
         ValueError, OSError: they do not, or the data cannot be read.
     """
     recipe = _with_precision(recipe)
     _set_deterministic(recipe.deterministic)
-    # Nothing could be saved before ranks have met, and while they wait for each other they hear no handler.
+    # Before the ranks are connected there is nothing to save, and no Python signal handler runs while they wait in C
+    # code: a signal simply ends the process.
     secret = recipe.run_path / SECRET_FILE
     patience = recipe.data.retry_minutes if recipe.data.remotes else 0
     with interrupt_ends_process():
@@ -125,15 +128,15 @@ def open_run(recipe: Recipe, stack: ExitStack, heartbeat: Heartbeat) -> Run:
 
 
 def open_training(run: Run, start: Start | None, order: DataOrder | None = None) -> Training:
-    """Return the model, its optimiser and the stream of its data, from `start` on or from the seed (collective).
+    """Return model, optimiser and data stream, loaded from `start` or initialised from the seed (collective).
 
-    order: of the data of a run that has begun, where no `start` says it.
+    order: of the data, for a run that has begun and has no `start`.
     ValueError: `data.cache_limit` is too small; whatever parts of it raise.
     """
     recipe, vocabulary = run.recipe, start.manifest.vocabulary if start else run.data.vocabulary
     state = TrainState.at(start)
-    state.order = settle_order(run, state.order or order)
-    state.tiles = settle_tiles(recipe, backend_of(run), _dtype(recipe), state.tiles)
+    state.order = resolve_order(run, state.order or order)
+    state.tiles = resolve_tiles(recipe, backend_of(run), _dtype(recipe), state.tiles)
     engine = open_engine(recipe, vocabulary, run.groups, device=local_device(), seed=recipe.seed)
     if start is not None:
         start.load(engine.zero, engine.layouts)
@@ -148,14 +151,13 @@ def open_training(run: Run, start: Start | None, order: DataOrder | None = None)
         order=state.order,
         reads=run.pipeline.reads,
     )
-    batches = run.pipeline.shared(waited_for(stream, run.heartbeat, run.stop))
+    batches = run.pipeline.shared(with_heartbeat(stream, run.heartbeat, run.stop))
     inputs = InputsAhead(run.objective, recipe, batches, run.groups, state)
     return Training(run, engine, stream, inputs, state)
 
 
-def settle_order(run: Run, kept: DataOrder | None) -> DataOrder:
-    """Return how the run orders its data: as it was `kept`, else as a new one does; say what that needs of a cache
-    (collective).
+def resolve_order(run: Run, kept: DataOrder | None) -> DataOrder:
+    """Return the order of the data: the `kept` one, else that of a new run; print the cache that it needs (collective).
 
     ValueError: `data.cache_limit` is less, or a source would be seen more often than it may.
     """
@@ -179,18 +181,18 @@ def settle_order(run: Run, kept: DataOrder | None) -> DataOrder:
 
 
 def _machine() -> int:
-    """Return the number of this rank's machine, where launchers give each as many ranks."""
+    """Return the number of this rank's machine; launchers give each machine the same number of ranks."""
     return dist.get_rank() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def backend_of(run: Run) -> str:
-    """Return the attention that this run takes here. ValueError: it cannot run."""
+    """Return the attention backend of this run. ValueError: it cannot run here."""
     recipe = run.recipe
     return choose_backend(recipe.attention_backend, local_device(), _dtype(recipe), recipe.model.head_size)
 
 
 def lock_run_directory(run: Run, stack: ExitStack) -> None:
-    """Keep others out of the run directory until `stack` closes, and remove what a killed save left; on rank 0."""
+    """Lock the run directory until `stack` closes, and remove the remains of a killed save; on rank 0."""
     check_writable(run.folder)
     stack.enter_context(lock_run(run.folder))
     run.checkpoints.mkdir(exist_ok=True)
@@ -199,7 +201,7 @@ def lock_run_directory(run: Run, stack: ExitStack) -> None:
 
 
 def describe_run(run: Run, start: Start | None) -> None:
-    """Write recipe, tokeniser and what the data say of themselves into the run directory; on rank 0."""
+    """Write recipe, tokeniser and the manifest of the data into the run directory; on rank 0."""
     write_atomically(run.folder / "recipe.yaml", resolved_yaml(run.recipe))
     write_atomically(run.folder / DATA_FILE, run.data.model_dump_json(indent=2) + "\n")
     write_atomically(run.folder / "recipe.sha256", recipe_hash(run.recipe) + "\n")
@@ -208,21 +210,22 @@ def describe_run(run: Run, start: Start | None) -> None:
     check_tokenizer(run.data, tokenizer)
     shutil.rmtree(run.folder / TOKENIZER, ignore_errors=True)
     if start is not None and (start.checkpoint / TOKENIZER).is_dir():
-        # The same tokeniser, with what an imported one has beside it, such as a chat template.
-        beside = start.checkpoint / TOKENIZER
-        write_tokenizer(load_tokenizer(beside), beside, run.folder / TOKENIZER)
+        # The same tokeniser, with the further files of an imported one, such as a chat template.
+        folder = start.checkpoint / TOKENIZER
+        write_tokenizer(load_tokenizer(folder), folder, run.folder / TOKENIZER)
         keep_source_ids(source_ids(start.checkpoint), run.folder / TOKENIZER)
     else:
         write_tokenizer(tokenizer, Path(prepared), run.folder / TOKENIZER)
     for source in run.recipe.data.by_source.values():
-        # What conversations were written by, which is what the model learns, whatever the training begins with has.
+        # The template that the training conversations were written with: the model learns this one, not that of the
+        # checkpoint it begins with.
         if (template := template_file(Path(source.path))) is not None:
             (run.folder / TOKENIZER / CHAT_TEMPLATE).write_bytes(template.encode())
             break
 
 
 def _agreed(recipe: Recipe) -> str:
-    """Return what must be the same on all ranks: all but where a node keeps its cache of remote data."""
+    """Return the part of the recipe that must be the same on all ranks: all but the path of a node's cache."""
     data = recipe.data
     sources = tuple(s.model_copy(update={"path": "cache"}) if s.remote else s for s in data.sources)
     path = "cache" if data.remote else data.path
@@ -230,7 +233,7 @@ def _agreed(recipe: Recipe) -> str:
 
 
 def _with_precision(recipe: Recipe) -> Recipe:
-    """Return the recipe with `auto` decided: what is stored says how the run was computed."""
+    """Return the recipe with `auto` resolved, so that checkpoints record the precision of the run."""
     if recipe.train.precision != "auto":
         return recipe
     precision = "bf16" if has_fast_bf16() else "fp32"
@@ -245,26 +248,31 @@ def _set_deterministic(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    # It would fill every new tensor with NaN, to make reads of uninitialised memory repeatable.
+    # Otherwise PyTorch fills every new tensor with NaN, which takes time (torch.utils.deterministic).
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _check_against_data(run: Run) -> None:
-    """Check that all ranks see the same data, and that the recipe, which the launcher has checked, fits them."""
+    """Check that all ranks see the same data, and that the recipe fits them."""
     check_against_data(run.recipe, dist.get_world_size(), run.data.document_multiple)
     check_held_out(run.recipe, run.data)
     seen = gather_values(run.data_hash)
-    different = [rank for rank, its_hash in enumerate(seen) if its_hash != seen[0]]
+    different = [rank for rank, seen_hash in enumerate(seen) if seen_hash != seen[0]]
     if different:
         raise ValueError(f"ranks {different} see other data in {_paths(run.recipe)} than rank 0")
 
 
 def check_held_out(recipe: Recipe, data: Manifest) -> None:
-    """Raise ValueError where the held-out split is missing or too small for the recipe's evaluations."""
+    """Raise ValueError if the held-out split is missing or too small for the recipe's evaluations and prompts."""
     if recipe.evaluation.every_steps and data.validation is None:
         raise ValueError(
             f"evaluation.every_steps is {recipe.evaluation.every_steps}, {_paths(recipe)} has no held-out split: "
             "set it to 0, or prepare the data with --holdout"
+        )
+    if recipe.evaluation.prompts and data.validation is None:
+        raise ValueError(
+            f"evaluation.prompts are continued at evaluations, and {_paths(recipe)} has no held-out split to evaluate "
+            "on: leave them out, or prepare the data with --holdout"
         )
     held_out = min(recipe.evaluation.sequences, data.validation.sequences if data.validation is not None else 0)
     if recipe.diffusion.search_interval and held_out < LEAST_SEQUENCES:

@@ -1,4 +1,4 @@
-"""How far a training has come."""
+"""Hold the progress of a training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bd3_scale.train.resume import Start
 
 @dataclass
 class TrainState:
-    """What the loop changes as it goes, on every rank alike, and checkpoints keep beside weights and optimiser.
+    """What the loop changes, the same on every rank; checkpoints keep it beside the weights and the optimiser.
 
-    step: finished optimiser steps. skipped: those of them whose gradients were not finite, so that their update was
-    left out. intervals: of mask rates, by block size, where an evaluation has searched one. tiles: of the attention
-    kernels: other ones add in another order, and a resumed run is bitwise the run that was not interrupted. order: of
-    the data; None until it is settled.
+    step: finished optimiser steps. skipped: those whose update was skipped, since their
+    gradients were not finite. intervals: of mask rates, by block size, after an evaluation has searched for them.
+    tiles: of the attention kernels. Other tiles add in another order, and a resumed run must be bitwise the run that
+    was not interrupted. order: of the data; None until it is resolved.
     """
 
     step: int = 0
@@ -29,7 +29,7 @@ class TrainState:
 
     @classmethod
     def at(cls, start: Start | None) -> TrainState:
-        """Return that of the checkpoint a run goes on from; a new one, also with the weights of another, is at 0."""
+        """Return the state of the checkpoint that a run resumes from; a new run is at step 0, whatever its weights."""
         if start is None or not start.resumes:
             return cls()
         kept = start.manifest

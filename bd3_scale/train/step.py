@@ -1,4 +1,4 @@
-"""One optimiser step of a run, and its learning rate."""
+"""Take one optimiser step of a run; compute its learning rate."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from bd3_scale.train.setup import Training
 
 
 def take_step(training: Training) -> StepResult:
-    """Forward, backward and update of the next step, on the next batch of the stream; the host then makes the inputs of
-    the one after it while the device computes.
-    """
+    """Take the next step, on the next batch of the stream; the host makes the inputs of the one after it meanwhile."""
     recipe, inputs, step = training.run.recipe, training.inputs, training.state.step + 1
     micro_batches = inputs.take()
     faults.reach("step", step=step)
@@ -70,20 +68,20 @@ def learning_rate(step: int, steps: int, optimizer: OptimizerRecipe) -> float:
 
 
 def _trained_tokens(training: Training, micro_batches: Sequence[ModelInputs]) -> int:
-    """Count those of the global batch less what is shown; ranks tell each other where there is any (collective)."""
+    """Count the tokens of the global batch that are trained on: all but those shown as context (collective)."""
     recipe, groups = training.run.recipe, training.run.groups
     if not training.run.data.shows_tokens:
         return recipe.train.global_batch_size * recipe.data.seq_len
     mine = sum(sum(inputs.trained_tokens) for inputs in micro_batches)
     count = torch.full((), mine, device=local_device())
     dist.all_reduce(count, group=groups.dp_cp)
-    # Of a batch without one there is no loss either.
+    # A batch without such a token has no loss; its divisor must not be 0.
     return max(1, int(count))
 
 
 @contextmanager
 def _poisoned(engine: TrainingEngine, step: int) -> Iterator[None]:
-    """Make a gradient of this rank NaN inside, where that was asked for."""
+    """Make a gradient of this rank NaN inside the block, if a fault was injected for this step."""
     if not faults.is_poisoned(step):
         yield
         return
@@ -92,7 +90,7 @@ def _poisoned(engine: TrainingEngine, step: int) -> Iterator[None]:
     def poison(gradient: Tensor | None) -> Tensor | None:
         if gradient is not None:
             return gradient * math.nan
-        # Autograd has none of a weight whose function added it to the sum by itself.
+        # Autograd passes none if the function of the weight has added the gradient to the sum itself.
         parameter.main_grad.fill_(math.nan)
         return None
 

@@ -1,4 +1,4 @@
-"""The attention kernels' tiles of a run, chosen once.
+"""Choose the tiles of the attention kernels, once for a run.
 
 A benchmark imports this file where PyTorch, megatron-core and DeepSpeed alone are installed.
 """
@@ -15,11 +15,11 @@ from bd3_scale.parallel.groups import local_device
 from bd3_scale.recipe.schema import Recipe
 
 
-def settle_tiles(
+def resolve_tiles(
     recipe: Recipe, backend: str, dtype: torch.dtype, kept: Mapping[str, Sequence[int]]
 ) -> dict[str, list[int]]:
-    """Return the tiles that the attention kernels take: `kept` ones, and for kernels that have none those that rank 0
-    finds fastest, on all ranks (collective). Backends without tiles have none.
+    """Return the tiles of the attention kernels: the `kept` ones, and for other kernels those that are fastest on
+    rank 0, the same on all ranks (collective). Only the backend `triton` has tiles.
     """
     if backend != "triton":
         return {}

@@ -385,7 +385,7 @@ OPENERS = {
         *(
             "observe.environment.available_bytes",
             "observe.environment._fields",
-            "observe.metrics._wandb_id",
+            "observe.loggers.weights_and_biases._run_id",
             "resilience.faults._flip",
         ),
         *("resilience.files.Lines.__init__", "resilience.files.sync", "resilience.leftovers._make"),

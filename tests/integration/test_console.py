@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,10 @@ def train(place: Path, program: str, run: str, *overrides: str) -> str:
 
 def test_the_reader_of_a_training_goes_away(place: Path) -> None:
     log = train(place, HEAD, "head")
-    assert log.startswith("note: stdout is lost (Broken pipe): its output continues in head/logs/rank0.log\n")
+    note = "note: stdout is lost (Broken pipe): its output continues in head/logs/rank0.log\n"
+    assert log.count(note) == 1
+    first, _, _ = log.partition("\n")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[rank 0\] \S.*", first), "kept from its first line on"
     assert "step 12: saved head/checkpoints/step-00000012\n" in log
     assert newest(place / "head") == 12
 
@@ -84,7 +88,7 @@ def test_the_disk_behind_both_streams_is_full(place: Path) -> None:
 def test_a_terminal_hangs_up(place: Path) -> None:
     log = train(place, TERMINAL, "terminal", "train.steps=100000")
     step = max(losses(place / "terminal"))
-    assert f"stopped after step {step} by SIGHUP: the same command goes on from here\n" in log
+    assert f"stopped after step {step} by SIGHUP: the same command continues from here\n" in log
     assert newest(place / "terminal") == step < 100000
 
 

@@ -67,6 +67,10 @@ def test_a_run_used_what_the_plug_in_adds(workplace) -> None:
     folder, said = workplace
     (trained,) = (text for command, text in said.items() if command.startswith("train"))
     assert "attention: double; optimizer: signum, 3 groups" in trained
+    rows = [line.split(",") for line in (folder / "runs/lab/loss.csv").read_text().splitlines()]
+    assert {int(step): float(loss) for step, loss in rows} == {
+        n: loss for n, (loss, _) in losses(folder / "runs/lab").items()
+    }
     assert json.loads((folder / "data/manifest.json").read_text())["train"]["documents"] < 24
     manifest = json.loads((folder / f"runs/lab/checkpoints/step-{STEPS:08d}/manifest.json").read_text())
     assert manifest["states"] == ["master", "momentum"]
@@ -172,6 +176,7 @@ def test_without_the_plug_in_a_recipe_that_does_not_name_it_lists_what_is_unknow
         "diffusion.noise_schedule",
         "attention_backend",
         "optimizer.family",
+        "logging.loggers",
     ]
 
 

@@ -99,7 +99,7 @@ def test_asked_to_stop_it_saves_and_goes_on_bitwise(workplace):
         process.send_signal(number)
         output = "".join(process.communicate())
         assert process.returncode == 0, output
-        assert f"by {number.name}: the same command goes on" in output
+        assert f"by {number.name}: the same command continues" in output
         assert step <= max(losses(run)) < STEPS
     train(workplace, "asked")
     assert losses(run) == losses(workplace / "whole")

@@ -12,29 +12,31 @@ from pathlib import Path
 
 import pytest
 
+from bd3_scale.observe.loggers.base import LoggedRun
+from bd3_scale.observe.loggers.run import RunLoggers
 from bd3_scale.observe.metrics import (
     LINE_LIMIT,
-    MetricsWriter,
     last_event,
     read_metrics,
     read_nelbos,
     truncate_after,
 )
 from bd3_scale.observe.plot import loss_curve
-from bd3_scale.recipe.schema import WandbRecipe
+from bd3_scale.recipe.running import LoggingRecipe, WandbRecipe
 
 OFF = WandbRecipe(mode="disabled")
 EARLIER = Path(__file__).parents[1] / "fixtures" / "format-3" / "run"
 
 
-def writer(run_dir: Path, after_step: int = 0, recipe: WandbRecipe = OFF) -> MetricsWriter:
-    return MetricsWriter(run_dir, recipe, after_step=after_step, name="tiny", config={"seed": 1})
+def writer(run_dir: Path, after_step: int = 0, recipe: WandbRecipe = OFF) -> RunLoggers:
+    config = {"seed": 1, "logging": {"wandb": recipe.model_dump()}}
+    return RunLoggers(LoggedRun(run_dir, "tiny", config, after_step), LoggingRecipe(wandb=recipe))
 
 
 def test_records_are_strict_json_lines_readable_before_the_end(tmp_path: Path) -> None:
     with writer(tmp_path) as metrics:
-        metrics.write(1, {"train/loss": 2.5, "train/tokens": 7})
-        metrics.write(2, {"train/loss": math.nan, "train/lr": math.inf})
+        metrics.log(1, {"train/loss": 2.5, "train/tokens": 7})
+        metrics.log(2, {"train/loss": math.nan, "train/lr": math.inf})
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
 
     def refuse(constant: str) -> None:
@@ -50,13 +52,13 @@ def test_resuming_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path:
     path = tmp_path / "metrics.jsonl"
     with writer(tmp_path) as metrics:
         for step in range(1, 6):
-            metrics.write(step, {"train/loss": float(step)})
-        metrics.write(5, {"eval/nelbo": 3.0})
+            metrics.log(step, {"train/loss": float(step)})
+        metrics.log(5, {"eval/nelbo": 3.0})
     with path.open("a") as file:
         file.write('{"step": 6, "train_lo')
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4, 5, 5]
     with writer(tmp_path, after_step=3) as metrics:
-        metrics.write(4, {"train/loss": 40.0})
+        metrics.log(4, {"train/loss": 40.0})
     assert [(r["step"], r["train/loss"]) for r in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
@@ -65,11 +67,12 @@ def test_a_run_killed_between_writes_loses_none_of_them(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from bd3_scale.observe.metrics import MetricsWriter
-from bd3_scale.recipe.schema import WandbRecipe
-metrics = MetricsWriter(Path(sys.argv[1]), WandbRecipe(mode="disabled"), after_step=0, name="", config={})
+from bd3_scale.observe.loggers.base import LoggedRun
+from bd3_scale.observe.loggers.run import RunLoggers
+from bd3_scale.recipe.running import LoggingRecipe, WandbRecipe
+metrics = RunLoggers(LoggedRun(Path(sys.argv[1]), "", {}), LoggingRecipe(wandb=WandbRecipe(mode="disabled")))
 for step in range(1, 101):
-    metrics.write(step, {"train/loss": 1.0})
+    metrics.log(step, {"train/loss": 1.0})
 os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60).returncode == -9
@@ -152,7 +155,7 @@ def test_what_is_no_file_is_moved_away_and_neither_waited_for_nor_followed(tmp_p
     make(path)
     assert read_metrics(path) == []
     with writer(tmp_path) as metrics:
-        metrics.write(1, {"train/loss": 1.0})
+        metrics.log(1, {"train/loss": 1.0})
     assert read_metrics(path) == [{"step": 1, "train/loss": 1.0}]
     assert not path.is_symlink()
     assert os.path.lexists(tmp_path / "metrics.jsonl.damaged")
@@ -166,7 +169,7 @@ def test_what_is_no_file_is_moved_away_and_neither_waited_for_nor_followed(tmp_p
 def test_an_id_of_wandb_that_is_none_is_drawn_anew(tmp_path: Path, make) -> None:
     make(tmp_path / "wandb_id")
     with writer(tmp_path, recipe=WandbRecipe(mode="offline")) as metrics:
-        metrics.write(1, {"train/loss": 1.0})
+        metrics.log(1, {"train/loss": 1.0})
     run_id = (tmp_path / "wandb_id").read_text()
     assert {p.stem for p in (tmp_path / "wandb").rglob("*.wandb")} == {f"run-{run_id}"}
 
@@ -180,7 +183,7 @@ def test_wandb_offline_keeps_one_run_over_a_resume(tmp_path: Path, monkeypatch: 
         warnings.simplefilter("error", UserWarning)
         for after_step in (0, 1):
             with writer(tmp_path, after_step, WandbRecipe(mode="auto")) as metrics:
-                metrics.write(after_step + 1, {"train/loss": 1.0})
+                metrics.log(after_step + 1, {"train/loss": 1.0})
     run_id = (tmp_path / "wandb_id").read_text()
     assert len([*(tmp_path / "wandb").glob("offline-run-*")]) >= 1
     assert {p.stem for p in (tmp_path / "wandb").rglob("*.wandb")} == {f"run-{run_id}"}
@@ -191,7 +194,7 @@ def test_wandb_disabled_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for recipe in (OFF, WandbRecipe(mode="auto")):
         with writer(tmp_path, recipe=recipe) as metrics:
-            metrics.write(1, {"train/loss": 1.0})
+            metrics.log(1, {"train/loss": 1.0})
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -201,9 +204,9 @@ def test_a_wandb_failure_warns_once_and_the_metrics_go_on(tmp_path: Path, monkey
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with writer(tmp_path, recipe=WandbRecipe(mode="auto")) as metrics:
-            metrics.write(1, {"train/loss": 1.0})
-            metrics.write(2, {"train/loss": 1.0})
-    assert sum("Weights & Biases failed" in str(w.message) for w in caught) == 1
+            metrics.log(1, {"train/loss": 1.0})
+            metrics.log(2, {"train/loss": 1.0})
+    assert sum("the logger wandb failed" in str(w.message) for w in caught) == 1
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
@@ -223,8 +226,8 @@ def test_a_file_of_an_earlier_version_is_read_by_the_names_of_this_one_and_goes_
         *(f"checkpoint/{name}" for name in ("tries", "failed", "blocked_seconds", "seconds", "slowdown")),
     }
     # The evaluation after step 6 is dropped by what it is called now, since it is run again.
-    with MetricsWriter(tmp_path, OFF, after_step=6, evaluates_again=True, name="", config={}) as metrics:
-        metrics.write(7, {"train/loss": 4.5})
+    with RunLoggers(LoggedRun(tmp_path, "", {}, 6, True), LoggingRecipe(wandb=OFF)) as metrics:
+        metrics.log(7, {"train/loss": 4.5})
     assert [(r["step"], r["train/loss"]) for r in read_metrics(path) if "train/loss" in r][-2:] == [
         (6, 4.9187633991241455),
         (7, 4.5),

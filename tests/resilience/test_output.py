@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +141,75 @@ def test_a_result_that_cannot_be_written_is_an_error_that_names_stdout(
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     # Not Python's own 120 of a stream that it cannot flush at its end.
     assert (done.returncode, done.stderr) == (1, "told: [Errno 28] No space left on device: 'stdout'\n")
+
+
+KEEPS = """
+import os, subprocess, sys
+from pathlib import Path
+from bd3_scale.resilience.output import survive_broken_streams
+from bd3_scale.resilience.terminal import tell
+from bd3_scale.observe.progress import TrainingProgress
+survive_broken_streams("stderr")
+survive_broken_streams("stdout", "stderr", log=Path(sys.argv[1]), label="rank 0", copies=True, patience=0.2)
+with TrainingProgress(3) as progress:
+    for step in (1, 2, 3):
+        progress.step(step, train_loss=2.0, tokens_per_second=9.0)
+        progress.message(f"step {step}: saved \\x1b[31mred")
+print("two\\nlines", end="")
+print(" and an end")
+tell("error: of stderr")
+subprocess.run(["echo", "from a child"], check=False)
+"""
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[rank 0\] "
+KEPT = ["step 1: saved \\x1b[31mred", "two", "lines and an end", "error: of stderr"]
+
+
+def unstamped(lines: list[str]) -> list[str]:
+    assert all(re.match(STAMP, line) for line in lines), lines
+    return [re.sub(STAMP, "", line, count=1) for line in lines]
+
+
+def test_lines_carry_time_and_speaker_and_are_kept_over_attempts(tmp_path: Path) -> None:
+    log = tmp_path / "logs/rank0.log"
+    for attempt in (1, 2):
+        with (tmp_path / "console").open("w") as console:
+            assert speak(log, KEEPS, stdout=console, stderr=console) == 0
+        said = (tmp_path / "console").read_text().splitlines()
+        said.remove("from a child")
+        kept = unstamped(log.read_text().splitlines())
+        assert len(kept) == attempt * len(said), "every line once"
+        assert kept[-len(said) :] == unstamped(said)
+        assert set(KEPT) < set(kept)
+        assert sum(line.startswith("step 3/3  loss 2.0000") for line in kept) == attempt
+
+
+def test_a_terminal_shows_the_time_alone_and_its_bar_is_not_kept(tmp_path: Path) -> None:
+    outer, inner = pty.openpty()
+    log = tmp_path / "rank0.log"
+    with subprocess.Popen([sys.executable, "-c", KEEPS, log], stdout=inner, stderr=inner) as process:
+        os.close(inner)
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal has no writer any more
+            while piece := os.read(outer, 1 << 16):
+                shown += piece
+        assert process.wait(60) == 0
+    os.close(outer)
+    assert re.search(rb"\d\d:\d\d:\d\d step 1: saved", shown)
+    assert b"[rank 0]" not in shown
+    text = log.read_text()
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
+    kept = unstamped(text.splitlines())
+    assert set(KEPT) < set(kept)
+    assert [line for line in kept if line.startswith("step 2")] == ["step 2: saved \\x1b[31mred"]
+
+
+def test_what_breaks_in_the_middle_is_kept_once(tmp_path: Path) -> None:
+    log, program = tmp_path / "rank0.log", KEEPS.replace("print(", "os.dup2(full, 1); print(", 1)
+    program = program.replace("import os,", "import os; full = os.open('/dev/full', os.O_WRONLY)\nimport os,", 1)
+    with (tmp_path / "console").open("w") as console:
+        assert speak(log, program, stdout=console, stderr=console) == 0
+    kept = [line for line in log.read_text().splitlines() if line != "from a child"]
+    kept = [re.sub(STAMP, "", line, count=1) for line in kept]
+    for line in KEPT:
+        assert kept.count(line) == 1, kept
+    assert sum("stdout is lost" in line for line in kept) == 1

@@ -9,7 +9,7 @@ import torch
 
 from bd3_scale.attention.kernels import tiles
 from bd3_scale.recipe.schema import DataRecipe, DiffusionRecipe, ModelRecipe, Recipe, TrainRecipe
-from bd3_scale.train.tiles import settle_tiles
+from bd3_scale.train.tiles import resolve_tiles
 
 CHIP = torch.device("cpu")
 
@@ -41,12 +41,12 @@ def test_the_choice_of_a_checkpoint_comes_back_and_is_not_timed_again(groups: ob
     tiles.use_choices({})
     assert tiles.tile_for("forward", 128, torch.bfloat16, CHIP) == default
 
-    assert settle_tiles(RECIPE, "triton", torch.bfloat16, kept) == kept
+    assert resolve_tiles(RECIPE, "triton", torch.bfloat16, kept) == kept
 
     assert tiles.choices() == kept
     assert tiles.tile_for("forward", 128, torch.bfloat16, CHIP) != default
 
 
 def test_backends_without_tiles_leave_them_alone() -> None:
-    assert settle_tiles(RECIPE, "cpu", torch.bfloat16, {"forward": [1, 2, 3, 4]}) == {}
+    assert resolve_tiles(RECIPE, "cpu", torch.bfloat16, {"forward": [1, 2, 3, 4]}) == {}
     assert tiles.choices() == {}

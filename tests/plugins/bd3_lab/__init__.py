@@ -8,9 +8,11 @@ from bd3_scale.data.sources import lines
 from bd3_scale.diffusion import Curve
 from bd3_scale.generate.unmasking import BlindRule
 from bd3_scale.objective import BlockDiffusion, NextToken
+from bd3_scale.observe.loggers import Logger
 from bd3_scale.parallel.optimizer import OptimizerFamily
 from bd3_scale.registry import (
     attention_backends,
+    loggers,
     objectives,
     optimizers,
     schedules,
@@ -101,3 +103,16 @@ def tsv(source):
             columns = cells
         else:
             yield Record(row.where, dict(zip(columns, cells, strict=False)))
+
+
+@loggers.register("csv")
+class CsvLoss(Logger):
+    """The training loss as a table; steps that a resumed run takes again stand in it twice."""
+
+    def start(self, run):
+        self.path = run.folder / "loss.csv"
+
+    def log(self, step, values):
+        if "train/loss" in values:
+            with self.path.open("a") as table:
+                table.write(f"{step},{values['train/loss']}\n")
