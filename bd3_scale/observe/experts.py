@@ -95,7 +95,7 @@ def _draw(counts: Counts, first_layer: int, steps: list[int], out: Path) -> None
 
 
 def _loads(counts: Counts) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """Yield each stream that has rows, with its counts over the mean [S, E], sorted down; NaN in layers without rows."""
+    """Yield each stream with rows, and its counts over the mean [S, E], sorted down; NaN in layers without rows."""
     for place, stream in enumerate(STREAMS):
         loads = np.sort(counts[:, place].astype(float), axis=1)[:, ::-1]
         mean = loads.mean(1, keepdims=True)

@@ -9,7 +9,7 @@ from bd3_scale.recipe.schema import ModelRecipe
 if TYPE_CHECKING:
     import torch
 
-# Dense bf16 in the vendors' data sheets, FLOP/s, by whole words of the device name in PyTorch; the first match is taken.
+# Dense bf16 in the vendors' data sheets, FLOP/s, by whole words of the device name in PyTorch; the first match counts.
 _PEAK_BF16 = (
     (("B200",), 2250e12),
     (("H200", "NVL"), 835e12),

@@ -82,11 +82,10 @@ def check_against_data(recipe: Recipe, world_size: int, document_multiple: int) 
 
 
 def _name_problems(recipe: Recipe) -> Iterator[str]:
-    named = [(key, registry, attrgetter(key)(recipe)) for key, registry, _ in _NAMES]
-    named += [("logging.loggers", loggers, name) for name in recipe.logging.loggers]
-    allowed = {key: besides for key, _, besides in _NAMES}
-    for key, registry, name in named:
-        if name == allowed.get(key):
+    named = [(key, registry, attrgetter(key)(recipe), besides) for key, registry, besides in _NAMES]
+    named += [("logging.loggers", loggers, name, "") for name in recipe.logging.loggers]
+    for key, registry, name, besides in named:
+        if name == besides:
             continue
         try:
             registry.get(name)
