@@ -54,7 +54,7 @@ def _prompts_can_be_continued(recipe: Recipe, world_size: int) -> Iterator[str]:
             yield f"evaluation.prompts need {limit}, and it is {str(value).lower()}: {later}"
 
 
-@rule("logging.loggers", "logging.wandb", "logging.tensorboard")
+@rule("logging.loggers")
 def _own_loggers_have_keys(recipe: Recipe, world_size: int) -> Iterator[str]:
     """Check that the loggers of the package are turned on by their own keys."""
     for name in recipe.logging.loggers:

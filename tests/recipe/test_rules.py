@@ -30,6 +30,9 @@ OTHERS: list[dict[str, object]] = [
     {"checkpoint__keep_best": 1, "checkpoint__every_steps": 2, "evaluation__every_steps": 2},
     {"data__cache_limit": "1gb", "launch__deadlines": {"data": 1.0}},
     {"diffusion__loss_weights": "unit_when_heavy"},
+    {"train__profile": {"steps": [3, 1], "ranks": [0, 1]}},
+    {"evaluation__prompts": ["Once"], "parallel__pipeline": 2},
+    {"logging__loggers": ["tensorboard"]},
 ]
 
 
