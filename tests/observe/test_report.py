@@ -203,21 +203,22 @@ def test_slurm_s_attempts_take_their_place_and_give_the_goodput(tmp_path: Path) 
 
 NUMBERS = st.sampled_from((math.nan, math.inf, -1e300, 1e300, 1 << 70, -1, 1.5))
 ANYTHING = st.none() | st.booleans() | NUMBERS | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+TIMES = st.fixed_dictionaries({"started": NUMBERS, "ended": NUMBERS, "from_step": NUMBERS, "step": NUMBERS})
 KEYS = (
     "attempt",
     "began",
     "commit",
     "clean",
     "cpu",
-    "ended",
-    "from_step",
     "gpus",
     "hosts",
     "job_id",
     "nodes",
     "outcome",
+    "started",
+    "versions",
 )
-RECORD = st.dictionaries(st.sampled_from((*KEYS, "started", "step", "versions", "world_size")), ANYTHING, min_size=1)
+RECORD = st.tuples(TIMES, st.dictionaries(st.sampled_from(KEYS), ANYTHING)).map(lambda pair: pair[0] | pair[1])
 
 
 @settings(max_examples=40, deadline=None)
