@@ -1,7 +1,7 @@
-"""Queries, keys and values of a product, normed and turned by their positions.
+"""Split a product into queries, keys and values, and apply the norms of heads and the rotary position embedding.
 
-Legend: N rows of B sequences; G key/value heads, q query heads for each of them, D dimensions a head. Heads of a
-key/value group stand together: its queries, its key, its value.
+Legend: N rows of B sequences; G key/value heads, q query heads for each of them, D dimensions a head. The heads of a
+key/value group are neighbours: its queries, its key, its value.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def qkv_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries [N, B, G·q, D], keys and values [N, B, G, D] of `qkv` [N, B, G·(q+2)·D].
 
-    Queries and keys are RMS-normed where there are weights [D], both or neither, and turned by `rotate`. Values, which
-    nothing changes, may be a view of qkv: do not write to them.
+    Queries and keys are RMS-normed where weights [D] are given, both or neither, and rotated by `rotate`. Values are
+    unchanged and may be a view of qkv: do not write to them.
 
     num_queries: q; with 0 the queries are empty.
     cos, sin: [N, B, D], see `rotate`.
@@ -41,37 +41,42 @@ def qkv_heads(
 def qkv_heads_(
     qkv: Tensor, num_queries: int, weight: Tensor | None, rotary: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `qkv_heads` in the memory of qkv, without gradients: queries and keys together, in half as many operators,
-    which are what a decoded block costs.
+    """Compute `qkv_heads` in the memory of qkv, without gradients.
 
-    weight: [q + 1, D], those of a group's queries and its key; rotary: cos and sin [2, N, B, D].
+    Queries and keys are processed together, in half as many operators: the time of a decoding pass depends on the
+    number of operators.
+
+    weight: [q + 1, D], the norm weights of a group's queries and of its key; rotary: cos and sin [2, N, B, D].
     """
     _, rows, batch, size = rotary.shape
     if ops.kernels_take(qkv, head=size):
         q_weight, k_weight = (None, None) if weight is None else (weight[0], weight[-1])
         return qkv_heads(qkv, num_queries, q_weight, k_weight, rotary[0], rotary[1], eps)
     heads = qkv.view(rows, batch, -1, num_queries + 2, size)
-    found = heads.narrow(3, 0, num_queries + 1)
+    rotated = heads.narrow(3, 0, num_queries + 1)
     cos, sin = rotary.view(2, rows, batch, 1, 1, size).unbind()
-    rotate(found if weight is None else norm_forward(found, weight, eps)[0], cos, sin, found)
+    rotate(rotated if weight is None else norm_forward(rotated, weight, eps)[0], cos, sin, rotated)
     query = heads.select(3, 0) if num_queries == 1 else heads.narrow(3, 0, num_queries).flatten(2, 3)
     return query, heads.select(3, num_queries), heads.select(3, num_queries + 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turn the pairs (i, i + D/2) of heads x [..., D]: half-split, as in Llama and Qwen (Su et al., 2021).
+    """Rotate the pairs (i, i + D/2) of heads x [..., D]: RoPE (Su et al., 2021), half-split as in Llama and Qwen.
 
-    cos, sin: broadcast to x; the sines of the first half are negative. out: where the result goes.
+    cos, sin: broadcast to x; the sines of the first half are negative. out: the tensor to write the result into.
     """
-    # (low, high) ↦ (low · cos − high · sin, high · cos + low · sin), since the table's sines of the first half are
-    # negative. `roll` gives a new tensor, (high, low), which the others change in place: a decoded block is so small
-    # that the number of operators is what it costs.
+    # (low, high) ↦ (low · cos − high · sin, high · cos + low · sin): x · cos + (high, low) · (−sin, sin), with the
+    # signs already in the table. `roll` makes the new tensor (high, low), and the other two operators work in place.
+    # The number of operators determines the time of a small decoded block.
     turned = x.roll(x.shape[-1] // 2, -1).mul_(sin)
     return turned.addcmul_(x, cos) if out is None else torch.addcmul(turned, x, cos, out=out)
 
 
 class _QKVHeads(torch.autograd.Function):
-    """Its backward norms again and writes the gradient of all heads once; autograd's own would add up parts of it."""
+    """`qkv_heads` with a backward that computes the norms again and writes the gradient of all heads once.
+
+    Autograd's own backward would make a gradient of the size of qkv for each of the three outputs, and add them.
+    """
 
     @staticmethod
     def forward(
@@ -85,7 +90,7 @@ class _QKVHeads(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.num_queries, ctx.eps = num_queries, eps
-        # Without norms the gradient of qkv does not depend on qkv, which then is not kept.
+        # Without norms the gradient of qkv does not depend on qkv, so it is not kept.
         ctx.save_for_backward(None if q_weight is None else qkv, q_weight, k_weight, cos, sin)
         return _forward(qkv, num_queries, q_weight, k_weight, cos, sin, eps)
 
@@ -114,7 +119,7 @@ def _forward(
     value = value.squeeze(-2)
     if ops.kernels_take(qkv, head=size):
         query, key = ops.qkv_heads(qkv, num_queries, q_weight, k_weight, cos, sin, eps)
-        # Without norms nothing else keeps qkv, and a view would, on a GPU, where memory is short.
+        # Without norms nothing needs qkv any more, but a view of it would keep all of it in the GPU's memory.
         return query, key, value.contiguous() if q_weight is None else value
     if q_weight is not None and k_weight is not None:
         query, key = norm_forward(query, q_weight, eps)[0], norm_forward(key, k_weight, eps)[0]
@@ -148,10 +153,11 @@ def _backward(
     of_query, of_key, of_value = grad.split([num_queries, 1, 1], dim=-2)
     of_value.copy_(grad_value[:, :, :, None])
     grads = (grad_query.unflatten(2, (groups, num_queries)), grad_key[:, :, :, None])
+    # The gradient of a rotation is the rotation by the opposite angle.
     cos, sin = cos[:, :, None, None], -sin[:, :, None, None]
     if qkv is None or q_weight is None or k_weight is None:
-        for turned, out in zip(grads, (of_query, of_key), strict=True):
-            rotate(turned, cos, sin, out)
+        for gradient, out in zip(grads, (of_query, of_key), strict=True):
+            rotate(gradient, cos, sin, out)
         return grad.flatten(2), None, None
     query, key, _ = qkv.unflatten(-1, shape).split([num_queries, 1, 1], dim=-2)
     turned_query, turned_key = (rotate(x, cos, sin) for x in grads)

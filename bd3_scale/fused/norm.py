@@ -1,6 +1,9 @@
-"""RMSNorm (Zhang & Sennrich, 2019) of a residual sum, with its arithmetic in fp32.
+"""Compute RMSNorm (Zhang & Sennrich, 2019) of a residual sum, with arithmetic in fp32.
 
-Legend: X hidden size; r = 1 / √(mean of x² + eps), one number a row; x̂ = x · r.
+y = w · x̂ with x̂ = x · r and r = 1 / √(mean of x² + eps), one number for each row. Squares of bf16 numbers summed over
+thousands of channels in bf16 would lose all but two digits, hence fp32.
+
+Legend: X hidden size.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from bd3_scale.fused.parts import CACHED, parts
 
 
 def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + more, or x where there is no more, and its norm, both [..., X], of x and more [..., X], weight [X]."""
+    """Return the sum x + more (x alone where `more` is None) and its norm, both [..., X]; weight: [X]."""
     leaves = (x, more, weight)
     if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
         return _AddRMSNorm.apply(x, more, weight, eps)
@@ -24,7 +27,7 @@ def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> 
 
 
 class _AddRMSNorm(torch.autograd.Function):
-    """Keeps the sum, which the next residual sum keeps anyway, and r."""
+    """`add_rms_norm`, which keeps for backward the sum, a tensor that exists anyway, and r."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -59,7 +62,7 @@ def _backward(
 
 
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the norm of x [..., X], and its r."""
+    """Return the norm of x [..., X], and r."""
     scale = norm_scale(x, eps)
     if x.dtype == scale.dtype or x.numel() <= CACHED:
         return (x * scale).mul_(weight).to(x.dtype), scale
@@ -70,7 +73,7 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
 
 
 def norm_scale(x: Tensor, eps: float) -> Tensor:
-    """Return r of x [..., X]: [..., 1], fp32 (fp64 of such x)."""
+    """Return r of x [..., X]: [..., 1] in fp32, or in fp64 for fp64 x."""
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -79,22 +82,24 @@ def norm_scale(x: Tensor, eps: float) -> Tensor:
 def norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, grad_x: Tensor | None = None, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and weight: r · (w · g − x̂ · mean(w · g · x̂)), and Σ g · x̂ over rows.
+    """Return the gradients of x and weight, r · (w · g − x̂ · mean(w · g · x̂)) and Σ g · x̂ over rows.
 
-    grad_x: where the first goes, to a new tensor otherwise; more: what is added to it.
+    The second term of the first gradient comes from r, which depends on all channels of a row.
+
+    grad_x: the tensor to write the first into, a new one by default; more: a tensor to add to it.
     """
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if grad_x is None else grad_x
     wide = weight.to(scale.dtype)
     grad_weight: Tensor | None = None
     for rows in parts(x):
-        unit, own = x[rows] * scale[rows], grad[rows].to(scale.dtype)
-        product = own * unit
+        unit, gradient = x[rows] * scale[rows], grad[rows].to(scale.dtype)
+        product = gradient * unit
         flat = product.flatten(0, -2)
         grad_weight = flat.sum(0) if grad_weight is None else grad_weight.add_(flat.sum(0))
         mean = torch.mv(flat, wide).div_(x.shape[-1]).view(scale[rows].shape)
-        found = torch.mul(own, wide, out=product).addcmul_(unit, mean, value=-1)
+        by_unit = torch.mul(gradient, wide, out=product).addcmul_(unit, mean, value=-1)
         if more is None:
-            torch.mul(found, scale[rows], out=grad_x[rows])
+            torch.mul(by_unit, scale[rows], out=grad_x[rows])
         else:
-            torch.addcmul(more[rows], found, scale[rows], out=grad_x[rows])
+            torch.addcmul(more[rows], by_unit, scale[rows], out=grad_x[rows])
     return grad_x, torch.zeros_like(weight) if grad_weight is None else grad_weight

@@ -1,7 +1,8 @@
-"""The kernels as operators of torch, so that a trace sees them, with what each reads and writes.
+"""Register the kernels as torch operators, which a trace can see, with the bytes that each reads and writes.
 
-Liger Kernel 0.8.5 would not do: no kernel of its is an operator of torch.library, none splits q, k and v, SwiGLU takes
-two tensors, and the vocabulary-parallel cross-entropy writes fp32 exponentials beside the logits.
+Liger Kernel 0.8.5 does not fit here: its kernels are not operators of torch.library, none splits q, k and v, its SwiGLU
+takes two tensors where ours is one product, and its vocabulary-parallel cross-entropy writes fp32 exponentials in
+addition to the logits.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from bd3_scale.fused.kernels.tiles import head_tile, norm_tile, programs
 
-# Set to `plain` it keeps the kernels away: to compare with, or where a GPU, driver or Triton does not take them.
+# `plain` disables the kernels: for comparisons, or where a GPU, driver or Triton version cannot run them.
 ENVIRONMENT = "BD3_SCALE_FUSED"
-# Triton reads its switch once, and so it is read here.
+# Read once, at import, because Triton reads its variable once.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDEST_NORM = 16_384
 HEAD_SIZES = range(16, 257, 2)
@@ -26,22 +27,22 @@ _NUMBERS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def kernels_take(x: Tensor, *, norm: int = 1, head: int = HEAD_SIZES[0]) -> bool:
-    """Return whether the kernels take tensors like x: fp16, bf16 or fp32 on CUDA, or in Triton's interpreter.
+    """Say whether the kernels take tensors like x: fp16, bf16 or fp32 on CUDA, or in Triton's interpreter.
 
-    norm: channels that are normed, at most WIDEST_NORM; head: dimensions of a head, one of HEAD_SIZES. All else is for
-    plain PyTorch.
+    norm: number of channels that are normed, at most WIDEST_NORM; head: dimensions of a head, one of HEAD_SIZES.
+    Otherwise plain PyTorch computes.
     """
     if not (x.device.type == "cuda" or INTERPRETED) or x.dtype not in _NUMBERS:
         return False
-    return norm <= WIDEST_NORM and head in HEAD_SIZES and not are_kept_away()
+    return norm <= WIDEST_NORM and head in HEAD_SIZES and not are_disabled()
 
 
-def are_kept_away() -> bool:
-    """Return whether $BD3_SCALE_FUSED keeps the kernels away. ValueError: it is none of its values."""
-    wish = os.environ.get(ENVIRONMENT, "")
-    if wish not in ("", "plain"):
-        raise ValueError(f"${ENVIRONMENT} is {wish!r}: set it to 'plain' to keep the kernels away, or leave it out")
-    return wish == "plain"
+def are_disabled() -> bool:
+    """Say whether $BD3_SCALE_FUSED disables the kernels. ValueError: it has another value than `plain`."""
+    value = os.environ.get(ENVIRONMENT, "")
+    if value not in ("", "plain"):
+        raise ValueError(f"${ENVIRONMENT} is {value!r}: set it to 'plain' to disable the kernels, or leave it out")
+    return value == "plain"
 
 
 def _launch() -> Any:
@@ -51,9 +52,9 @@ def _launch() -> Any:
 
 
 def _define(schema: str) -> Any:
-    """Define an operator that runs the function of its name in `kernels.launch`.
+    """Define an operator that calls the function of the same name in `kernels.launch`.
 
-    Without `custom_op`, whose layers (autograd, checks of aliases) cost more time than a small kernel.
+    Not by `custom_op`: its layers (autograd, alias checks) take longer than a small kernel.
     """
     name = schema.partition("(")[0]
     torch.library.define(f"bd3_scale::{name}", schema.removeprefix(name))
@@ -175,7 +176,7 @@ def _qkv_heads_bytes(
     sin: Tensor,
     eps: float,
 ) -> int:
-    """Values are neither read nor written."""
+    """Count the bytes of `qkv_heads`; values are neither read nor written."""
     return 2 * _size(qkv) * (num_queries + 1) // (num_queries + 2) + _size(q_weight, k_weight, cos, sin)
 
 
@@ -207,7 +208,7 @@ def _logit_gradient_bytes(logits: Tensor, targets: Tensor, first_id: int, forbid
     return _size(logits, logits, targets, forbidden, *of_rows)
 
 
-# By an operator's name, a function of its arguments: the bytes that its kernel reads and writes, each once.
+# For each operator, a function of its arguments that returns the bytes that its kernel reads and writes.
 TRAFFIC: dict[str, Callable[..., int]] = {
     "swiglu": _swiglu_bytes,
     "swiglu_backward": _swiglu_backward_bytes,

@@ -1,4 +1,7 @@
-"""Parts of tensors that pass through several operators while they are in a CPU's caches: memory is slower than that."""
+"""Divide tensors into parts that stay in a CPU's cache while several operators work on them.
+
+Without this each operator would read and write the whole tensor in main memory.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Numbers of a part and thread: 512 KiB in fp32.
+# Numbers of a part for each thread: 512 KiB in fp32, about the size of a core's L2 cache.
 CACHED = 1 << 17
-# At most so many parts of a tensor without data.
+# The most parts of a fake tensor.
 _TRACED = 8
 
 
 def parts(x: Tensor) -> Iterator[slice]:
-    """Yield slices of the first dimension of `x`, in order; on other devices than a CPU one of all."""
+    """Yield slices of the first dimension of `x`, in order; on other devices than a CPU one slice of all."""
     length = len(x)
     step = length
     if x.device.type == "cpu" and x.numel():
         step = CACHED * torch.get_num_threads() * length // x.numel()
         if isinstance(x, FakeTensor):
-            # A trace of a large model would take minutes over them.
+            # Tracing all parts of a large model would take minutes.
             step = max(step, -(-length // _TRACED))
     step = max(1, step)
     for start in range(0, length, step):

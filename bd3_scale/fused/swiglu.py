@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer, 2020), which keeps its input alone for backward."""
+"""Compute SwiGLU (Shazeer, 2020), and keep only its input for backward."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from bd3_scale.fused import ops
 
 def swiglu(x: Tensor) -> Tensor:
     """Return silu(gate) · up, [..., F], of x = [gate, up], [..., 2F]."""
-    # Decoding needs no gradient, and a function of autograd costs more time than a block's arithmetic.
+    # Decoding needs no gradient, and an autograd function takes longer than the arithmetic of a small block.
     return _SwiGLU.apply(x) if torch.is_grad_enabled() and x.requires_grad else _forward(x)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Autograd's own would keep gate, up and silu(gate), and join the gradients of the halves by a copy."""
+    """SwiGLU with its own backward.
+
+    Autograd's would keep gate, up and silu(gate), and concatenate the gradients of the two halves by a copy.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -38,9 +41,9 @@ def _forward(x: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x [..., 2F] and swiglu(x) again, of the gradient of swiglu(x) [..., F].
+    """Return the gradient of x [..., 2F], and swiglu(x) once more, from the gradient of swiglu(x) [..., F].
 
-    A product that follows needs both in backward: kernels read x once for them.
+    The backward of the product that follows needs both; the kernel reads x once for the two.
     """
     if ops.kernels_take(x):
         return ops.swiglu_backward(grad, x)

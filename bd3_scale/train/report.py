@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.checkpoint.saver import Saved
-from bd3_scale.fused.ops import are_kept_away
+from bd3_scale.fused.ops import are_disabled
 from bd3_scale.observe.environment import peak_cuda_bytes, peak_rss_bytes
 from bd3_scale.observe.experts import ExpertLoad, load_metrics
 from bd3_scale.observe.flops import peak_flops
@@ -85,7 +85,7 @@ class Report:
                 # The backward of this backend alone depends on the recipe.
                 backward = _BACKWARD[self._recipe.deterministic] * (self._attention == "triton")
                 # $BD3_SCALE_FUSED turns the fused kernels off.
-                plain = "; between products: plain PyTorch" * are_kept_away()
+                plain = "; between products: plain PyTorch" * are_disabled()
                 self._say(f"attention: {self._attention}{backward}{plain}; optimizer: {self._optimizer}")
         return self
 

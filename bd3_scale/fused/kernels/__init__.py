@@ -1,1 +1,1 @@
-"""Triton kernels of what stands between a layer's products."""
+"""Compute what lies between a layer's matrix products, with Triton kernels."""

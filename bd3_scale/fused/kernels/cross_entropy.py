@@ -1,4 +1,4 @@
-"""Pieces of a vocabulary-parallel cross-entropy over logits [M, V] in their own dtype, with arithmetic in fp32."""
+"""Compute statistics and gradient of a vocabulary-parallel cross-entropy of logits [M, V], with arithmetic in fp32."""
 
 import triton
 import triton.language as tl
@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def row_statistics_kernel(LOGITS, TARGETS, FORBIDDEN, FOUND, num_rows, size, first_id, logits_row, BLOCK: tl.constexpr):
-    """FOUND [3, M]: highest, Σ exp(logit − highest), and the target's logit, of one row in one pass.
+    """Write FOUND [3, M] of one row: maximum, Σ exp(logit − maximum), and the target's logit, in one pass.
 
-    The highest is one number for the whole program, so that every logit takes one exponential (Milakov & Gimelshein,
-    2018); the sum stays spread over the lanes until the end.
+    This is online softmax (Milakov & Gimelshein, 2018). The maximum is one number for the whole program, so that every
+    logit takes one exponential; the sum stays distributed over the lanes until the end.
     """
     row = tl.program_id(0)
     base = LOGITS + row.to(tl.int64) * logits_row
@@ -22,7 +22,7 @@ def row_statistics_kernel(LOGITS, TARGETS, FORBIDDEN, FOUND, num_rows, size, fir
         logits = tl.load(base + i, mask=inside, other=0.0).to(tl.float32)
         logits = tl.where(forbidden != 0, float("-inf"), logits)
         new = tl.maximum(highest, tl.max(logits, 0))
-        # Of entries that are all −∞ itself would make a NaN.
+        # If all entries so far are −∞, the difference −∞ − (−∞) would be nan.
         reference = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp(highest - reference) + tl.exp(logits - reference)
         highest = new
@@ -40,7 +40,7 @@ def row_statistics_kernel(LOGITS, TARGETS, FORBIDDEN, FOUND, num_rows, size, fir
 def logit_gradient_kernel(
     LOGITS, TARGETS, FORBIDDEN, LOG_TOTAL, SOFTMAX_SCALE, TARGET_SCALE, size, first_id, logits_row, BLOCK: tl.constexpr
 ):
-    """LOGITS = exp(LOGITS − LOG_TOTAL) · SOFTMAX_SCALE − [is the target] · TARGET_SCALE, BLOCK entries of one row."""
+    """Write LOGITS = exp(LOGITS − LOG_TOTAL) · SOFTMAX_SCALE − [is the target] · TARGET_SCALE, for BLOCK entries."""
     blocks = tl.cdiv(size, BLOCK)
     row = tl.program_id(0) // blocks
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -1,8 +1,8 @@
-"""Queries and keys of a product, RMS-normed and turned, forward and backward, in fp32 with one rounding at the end.
+"""Apply RMSNorm and rotation to queries and keys, forward and backward, in fp32 with one rounding at the end.
 
-Legend: M rows; a row of QKV has GROUPS key/value heads, each with its Q queries, its key and its value side by side, of
-D dimensions. A program takes tiles of HEADS heads, counted through all rows, as their halves of HALF = D/2 channels
-(padded to PADDED, a power of two), which rotation mixes.
+Legend: M rows. A row of QKV has GROUPS key/value heads, each with its Q queries, its key and its value as neighbours,
+of D dimensions. A program takes tiles of HEADS heads, counted through all rows. It loads each head as two halves of
+HALF = D/2 channels (padded to PADDED, a power of two), because the rotation mixes channel i with channel i + D/2.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _halves(P, at, i, valid, HALF: tl.constexpr):
-    """The halves of heads that start `at` [HEADS] numbers from P, each [HEADS, PADDED] in fp32."""
+    """Load the halves of heads that start `at` [HEADS] numbers from P, each [HEADS, PADDED] in fp32."""
     first = P + at[:, None] + i[None, :]
     low = tl.load(first, mask=valid, other=0.0).to(tl.float32)
     return low, tl.load(first + HALF, mask=valid, other=0.0).to(tl.float32)
@@ -26,7 +26,7 @@ def _store_halves(P, at, i, valid, low, high, HALF: tl.constexpr):
 
 @triton.jit
 def _weights(QW, KW, of_group, i, Q: tl.constexpr, HALF: tl.constexpr):
-    """The halves of the norms' weights as the heads take them, [HEADS, PADDED]; 1 for values."""
+    """Load the halves of the norm's weight of each head, [HEADS, PADDED]; 1 for values."""
     valid = i < HALF
     of_query, of_key = (of_group < Q)[:, None], (of_group == Q)[:, None]
     low = tl.load(KW + i, mask=valid, other=0.0).to(tl.float32)[None, :]
@@ -39,7 +39,7 @@ def _weights(QW, KW, of_group, i, Q: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _scale(low, high, eps, HALF: tl.constexpr):
-    """1 / √(mean of squares + eps) of each head, [HEADS, 1]."""
+    """Return 1 / √(mean of squares + eps) of each head, [HEADS, 1]."""
     return tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
 
 
@@ -49,7 +49,7 @@ def qkv_heads_kernel(
     Q: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """QUERY [M, GROUPS·Q, D] and KEY [M, GROUPS, D] of a tile of query and key heads."""
+    """Write QUERY [M, GROUPS·Q, D] and KEY [M, GROUPS, D] of a tile of query and key heads."""
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     row = (head // (GROUPS * (Q + 1))).to(tl.int64)
     group = head // (Q + 1) % GROUPS
@@ -77,13 +77,13 @@ def _gradient(
     GRAD_QUERY, GRAD_KEY, GRAD_VALUE, row, group, of_group, i, valid,
     Q: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of heads of all three kinds, as halves."""
+    """Load the gradients of a tile of query, key and value heads, as halves."""
     own = ((row * GROUPS + group) * Q + of_group) * (2 * HALF)
     shared = (row * GROUPS + group) * (2 * HALF)
     low, high = _halves(GRAD_QUERY, own, i, valid & (of_group < Q)[:, None], HALF)
     k_low, k_high = _halves(GRAD_KEY, shared, i, valid & (of_group == Q)[:, None], HALF)
     v_low, v_high = _halves(GRAD_VALUE, shared, i, valid & (of_group > Q)[:, None], HALF)
-    # Each is 0 where another is not.
+    # A head is of one of the three sorts, and the masks make the other two loads 0.
     return low + k_low + v_low, high + k_high + v_high
 
 
@@ -93,10 +93,10 @@ def qkv_heads_backward_kernel(
     Q: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """GRAD [M, GROUPS·(Q + 2)·D] of `tiles` tiles of all heads; PART [programs, 2, D], the sums over these of the
-    gradients of both norms' weights.
+    """Write GRAD [M, GROUPS·(Q + 2)·D] of `tiles` tiles of heads, and PART [programs, 2, D].
 
-    Each program has the same tiles in every run, so that sums are reproducible.
+    PART has the sums over these tiles of the gradients of the two norms' weights. Each program has the same tiles in
+    every run, and parts are summed afterwards: atomic additions would change the rounding from run to run.
     """
     i = tl.arange(0, PADDED)
     q_part_low = tl.zeros([HEADS, PADDED], tl.float32)
@@ -128,7 +128,7 @@ def qkv_heads_backward_kernel(
             low *= w_low
             high *= w_high
             mean = ((tl.sum(low * x_low, 1) + tl.sum(high * x_high, 1)) / (2 * HALF))[:, None]
-            # The gradient of a value passes as it is.
+            # Values have no norm: their gradient is unchanged.
             scale = tl.where((of_group <= Q)[:, None], scale, 1.0)
             low = (low - x_low * mean) * scale
             high = (high - x_high * mean) * scale

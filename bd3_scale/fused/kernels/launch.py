@@ -1,4 +1,4 @@
-"""Launches of the kernels: shapes, strides, tiles and grids. What the operators of `bd3_scale.fused.ops` run."""
+"""Launch the kernels with their shapes, strides, tiles and grids, for the operators of `bd3_scale.fused.ops`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bd3_scale.fused.kernels.tiles import BLOCK, LOGITS, head_tile, norm_tile, p
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """Return [..., F] of x [..., 2F]."""
+    """Return swiglu(x), [..., F], for x [..., 2F]."""
     channels = x.shape[-1] // 2
     out = x.new_empty((*x.shape[:-1], channels))
     rows = _rows(x)
@@ -29,7 +29,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x [..., 2F], and [..., F] of x again."""
+    """Return the gradient of x [..., 2F], and swiglu(x) once more, [..., F]."""
     channels = x.shape[-1] // 2
     grad_x, out = x.new_empty(x.shape), x.new_empty(grad.shape)
     grad, x = _rows(grad), _rows(x)
@@ -42,7 +42,7 @@ def swiglu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum, empty where there is no more, and its norm [..., X], and r [..., 1] in fp32."""
+    """Return the sum (empty where `more` is None), its norm [..., X], and r [..., 1] in fp32."""
     total, normed = x.new_empty(0 if more is None else x.shape), x.new_empty(x.shape)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     has_more, x = more is not None, _rows(x)
@@ -60,7 +60,7 @@ def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> 
 def add_rms_norm_backward(
     grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of the sum [..., X], and the weight's in parts [P, X], fp32."""
+    """Return the gradient of the sum [..., X], and that of the weight in parts [P, X], fp32, which are to be summed."""
     grad = total.new_empty(total.shape)
     grad_normed, total, scale = _rows(grad_normed), _rows(total).contiguous(), scale.contiguous()
     more = grad_normed if grad_total is None else _rows(grad_total)
@@ -116,7 +116,10 @@ def qkv_heads_backward(
     sin: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of qkv [N, B, G·(q+2)·D], and the weights' in parts [P, 2, D], fp32; without norms P is 0."""
+    """Return the gradient of qkv [N, B, G·(q+2)·D], and those of the weights in parts [P, 2, D], fp32.
+
+    Without norms P is 0.
+    """
     groups, size = grad_key.shape[-2:]
     heads = groups * (num_queries + 2)
     grad = grad_key.new_empty((*grad_key.shape[:-2], heads * size))
@@ -138,16 +141,16 @@ def qkv_heads_backward(
 
 
 def row_statistics(logits: Tensor, targets: Tensor, first_id: int, forbidden: Tensor) -> Tensor:
-    """Return fp32 [3, M]: highest, Σ exp(logit − highest), the target's logit."""
-    found = logits.new_empty((3, len(logits)), dtype=torch.float32)
+    """Return fp32 [3, M]: maximum, Σ exp(logit − maximum), the target's logit."""
+    statistics = logits.new_empty((3, len(logits)), dtype=torch.float32)
     logits = _rows(logits)
     if len(logits):
         with _on(logits.device):
             logits_kernels.row_statistics_kernel[(len(logits),)](
-                logits, targets.contiguous(), _bytes(forbidden), found, *logits.shape, first_id, logits.stride(0),
+                logits, targets.contiguous(), _bytes(forbidden), statistics, *logits.shape, first_id, logits.stride(0),
                 BLOCK=LOGITS.block, num_warps=LOGITS.num_warps,
             )  # fmt: skip
-    return found
+    return statistics
 
 
 def logit_gradient_(
@@ -159,7 +162,7 @@ def logit_gradient_(
     softmax_scale: Tensor,
     target_scale: Tensor,
 ) -> None:
-    """Turn logits [M, V], whose entries of a row stand side by side, into their gradient."""
+    """Turn logits [M, V], with contiguous rows, into their gradient, in place."""
     assert logits.stride(1) == 1 or logits.shape[1] == 1, logits.stride()
     if logits.numel():
         of_rows = (x.contiguous() for x in (log_total, softmax_scale, target_scale))
@@ -172,13 +175,13 @@ def logit_gradient_(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return x [..., X] as [M, X], its rows anywhere and the numbers of a row side by side."""
+    """Return x [..., X] as [M, X] with contiguous rows; the stride between rows may be any."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def _weight(weight: Tensor | None, instead: Tensor) -> Tensor:
-    """Return a norm's weight; where there is no norm something that no program reads."""
+    """Return a norm's weight; without a norm any tensor, since a kernel needs a pointer but will not read it."""
     return instead if weight is None else weight.contiguous()
 
 

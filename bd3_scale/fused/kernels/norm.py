@@ -1,4 +1,4 @@
-"""RMSNorm of a residual sum, forward and backward, in fp32.
+"""Compute RMSNorm of a residual sum, forward and backward, in fp32.
 
 Legend: X hidden size, BLOCK the power of two that holds it, ROWS rows of a tile, r = 1 / √(mean of x² + eps).
 """
@@ -12,7 +12,7 @@ def add_rms_norm_kernel(
     A, B, WEIGHT, TOTAL, NORMED, SCALE, num_rows, size, eps, a_row, b_row,
     HAS_B: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """TOTAL = A + B and NORMED, its norm, [M, X]; SCALE [M] = r. A tile of ROWS rows. Without B, TOTAL is A."""
+    """Write TOTAL = A + B, its norm NORMED, both [M, X], and SCALE [M] = r, of ROWS rows; without B, A is normed."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     i = tl.arange(0, BLOCK)
     valid = (row < num_rows)[:, None] & (i < size)[None, :]
@@ -20,7 +20,7 @@ def add_rms_norm_kernel(
     x = tl.load(A + row[:, None] * a_row + i[None, :], mask=valid, other=0.0).to(tl.float32)
     if HAS_B:
         x += tl.load(B + row[:, None] * b_row + i[None, :], mask=valid, other=0.0).to(tl.float32)
-        # What is normed, and what backward reads, is the sum as it is kept.
+        # The norm is computed of the rounded sum: backward reads that one, and must see the same numbers.
         total = x.to(TOTAL.dtype.element_ty)
         tl.store(TOTAL + at, total, mask=valid)
         x = total.to(tl.float32)
@@ -35,9 +35,10 @@ def add_rms_norm_backward_kernel(
     GRAD_TOTAL, GRAD_NORMED, TOTAL, WEIGHT, SCALE, GRAD, PART, num_rows, size, tiles, total_grad_row, normed_grad_row,
     HAS_TOTAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """GRAD = GRAD_TOTAL + r · (w · g − x̂ · mean(w · g · x̂)) of `tiles` tiles; PART [programs, X] = Σ g · x̂ over these.
+    """Write GRAD = GRAD_TOTAL + r · (w · g − x̂ · mean(w · g · x̂)) of `tiles` tiles, and PART [programs, X].
 
-    g is GRAD_NORMED and x̂ = TOTAL · r. Each program has the same tiles in every run, so that sums are reproducible.
+    g is GRAD_NORMED and x̂ = TOTAL · r. PART is Σ g · x̂ over the program's tiles, its part of the weight's gradient.
+    Each program has the same tiles in every run, so that sums are reproducible.
     """
     i = tl.arange(0, BLOCK)
     inside = i < size

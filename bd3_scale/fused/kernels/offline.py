@@ -1,4 +1,4 @@
-"""The kernels as they are launched on chips that need not be present; see `bd3_scale.offline`."""
+"""Compile the kernels, as they are launched, for chips that need not be present; see `bd3_scale.offline`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FUNCTIONS = {
 
 
 class Variant(NamedTuple):
-    """Name one way in which a kernel is launched: `size` is of a row that is normed, or of a head."""
+    """One way in which a kernel is launched; `size` is that of a row that is normed, or of a head."""
 
     kernel: str
     dtype: torch.dtype
@@ -42,14 +42,14 @@ class Variant(NamedTuple):
 
     @property
     def num_warps(self) -> int:
-        """Return how many warps a program has."""
+        """Return the number of warps of a program."""
         if self.kernel.startswith("add_rms_norm"):
             return norm_tile(self.size).num_warps
         return LOGITS.num_warps if self.kernel in ("row_statistics", "logit_gradient_") else 4
 
 
 def variants() -> list[Variant]:
-    """Return every kernel in its commonest form, then in its others: fp32 and fp16, narrow and wide rows and heads."""
+    """Return every kernel in its most common form, then in others: fp32 and fp16, narrow and wide rows and heads."""
     common = {"qkv": 128, "add": 4096}
     found = [Variant(kernel, torch.bfloat16, common.get(kernel[:3], 0)) for kernel in _FUNCTIONS]
     for first in list(found):
@@ -64,7 +64,7 @@ def variants() -> list[Variant]:
 
 
 def compile_variant(variant: Variant, chip: int) -> Usage:
-    """Return what `compile_kernel` finds of a variant on `sm_<chip>`."""
+    """Compile a variant for `sm_<chip>` and return what `compile_kernel` reads off it."""
     function = _FUNCTIONS[variant.kernel]
     constants = {name: value for name, value in _constants(variant).items() if name in function.arg_names}
     types = {name: _type(variant, name) for name in function.arg_names if name not in constants}
@@ -93,5 +93,5 @@ def _type(variant: Variant, name: str) -> str:
 
 
 def _aligned(types: dict[str, str]) -> set[str]:
-    """Return every tensor, and the sizes and strides of one whose rows are multiples of 16 numbers."""
+    """Return the arguments that are multiples of 16: tensors, and sizes and strides, in the common case."""
     return {name for name, kind in types.items() if kind.startswith("*") or name.endswith(("_row", "size", "channels"))}

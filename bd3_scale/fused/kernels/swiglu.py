@@ -1,6 +1,7 @@
-"""SwiGLU, forward and backward, in fp32 with one rounding at the end.
+"""Compute SwiGLU, forward and backward, in fp32 with one rounding at the end.
 
-A program takes BLOCK of the F channels of one row; of x the first F are the gate and the others the up projection.
+A program takes BLOCK of the F channels of one row. The first F numbers of a row of x are the gate, the others the up
+projection.
 """
 
 import triton
@@ -9,6 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _place(channels, BLOCK: tl.constexpr):
+    """Return the row and the channels of this program, and which channels exist."""
     blocks = tl.cdiv(channels, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -17,7 +19,7 @@ def _place(channels, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_kernel(X, OUT, channels, x_row, BLOCK: tl.constexpr):
-    """OUT [M, F] = silu(gate) · up."""
+    """Write OUT [M, F] = silu(gate) · up."""
     row, i, valid = _place(channels, BLOCK)
     gate = tl.load(X + row * x_row + i, mask=valid, other=0.0).to(tl.float32)
     up = tl.load(X + row * x_row + channels + i, mask=valid, other=0.0).to(tl.float32)
@@ -27,7 +29,10 @@ def swiglu_kernel(X, OUT, channels, x_row, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_kernel(GRAD, X, GRAD_X, OUT, channels, grad_row, x_row, BLOCK: tl.constexpr):
-    """GRAD_X [M, 2F], the gradients of gate and up; silu' = σ · (1 + gate · (1 − σ)). OUT [M, F] again."""
+    """Write GRAD_X [M, 2F], the gradients of gate and up, and OUT [M, F] once more.
+
+    silu(g) = g · σ(g) has the derivative σ · (1 + g · (1 − σ)), which is σ + silu · (1 − σ).
+    """
     row, i, valid = _place(channels, BLOCK)
     grad = tl.load(GRAD + row * grad_row + i, mask=valid, other=0.0).to(tl.float32)
     gate = tl.load(X + row * x_row + i, mask=valid, other=0.0).to(tl.float32)

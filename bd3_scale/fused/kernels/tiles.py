@@ -1,28 +1,29 @@
-"""Tiles of the kernels, from sizes alone, so that sums have the same order in every run and on every GPU."""
+"""Choose the tiles of the kernels by sizes alone, so that sums have the same order in every run and on every GPU."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Channels of a program of SwiGLU: with four warps 16 bytes a thread and load, the widest there is.
+# Channels of a program of SwiGLU: with four warps a thread loads 16 bytes at a time, the widest load.
 BLOCK = 1024
-# Numbers of a tile of rows or heads, where one of them is not more; a thread has 16 of them.
+# Numbers of a tile of rows or heads, unless a single row or head has more. With four warps 16 for each thread.
 NUMBERS = 2048
-# Parts in which the gradient of a norm's weight is added up: some programs for each processor of the largest GPU.
+# The most parts in which the gradient of a norm's weight is summed: several programs for each multiprocessor of the
+# largest GPU.
 PARTS = 1024
-# Tiles of a program at the least where it adds up: a part costs as much as half a row.
+# The least tiles of a program that sums: writing and reading a part costs as much memory traffic as half a row.
 LEAST_TILES = 8
 
 
 class LogitsTile(NamedTuple):
-    """Entries that a program takes of a row at a time, and its warps."""
+    """The number of entries of a row that a program takes at a time, and its warps."""
 
     block: int
     num_warps: int
 
 
 class NormTile(NamedTuple):
-    """Rows of a tile, the power of two that holds a row, and warps of a program."""
+    """The rows of a tile, the power of two that holds a row, and the warps of a program."""
 
     rows: int
     block: int
@@ -30,7 +31,7 @@ class NormTile(NamedTuple):
 
 
 class HeadTile(NamedTuple):
-    """Heads of a tile, the power of two that holds half a head, and warps of a program."""
+    """The heads of a tile, the power of two that holds half a head, and the warps of a program."""
 
     heads: int
     padded: int
@@ -54,7 +55,7 @@ def head_tile(size: int) -> HeadTile:
 
 
 def programs(count: int, of_tile: int) -> tuple[int, int]:
-    """Return how many programs pass over `count` rows or heads, `of_tile` in a tile, and the tiles of each."""
+    """Return the number of programs for `count` rows or heads, `of_tile` in a tile, and the tiles of each program."""
     num_tiles = -(-count // of_tile)
     tiles = max(LEAST_TILES, -(-num_tiles // PARTS))
     return -(-num_tiles // tiles), tiles
