@@ -1,1 +1,1 @@
-"""What a recipe will need and take on a cluster, found out without one: its real code runs on fake devices."""
+"""Predict what a recipe needs and takes on a cluster, without one: its real code runs on fake devices."""

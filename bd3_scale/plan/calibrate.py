@@ -1,7 +1,7 @@
-"""Measured values in the place of assumptions: what a GPU reached in `tools/bench_step.py` and `bench_attention.py`.
+"""Replace assumptions about a GPU by what it reached in `tools/bench_step.py` and `tools/bench_attention.py`.
 
-The time of one step is one number. It tells one factor for all that kernels of a GPU reach of its peak and its memory
-bandwidth; the attention's own measurement tells its rates apart from that. Links are not measured.
+The time of a step is one number and determines one factor: the share of its peak and of its memory bandwidth that a
+GPU's kernels reach. The rates of attention come from their own benchmark. Links are not measured.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 from bd3_scale.resilience.readers import read_regular, reader
 
-# Halvings of the range in which the factor is looked for.
+# Bisections of the range of the factor.
 _ROUNDS = 50
 _PHASES = ("forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A step that was measured, in seconds, beside what is predicted of it before and after calibration."""
+    """The seconds of a measured step by phase, and those predicted before and after calibration."""
 
     gpus: int
     measured: dict[str, float]
@@ -40,37 +40,37 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Measured:
-    """What files of results say: rates of attention, forward and backward, and a step."""
+    """The content of files of results: rates of attention, forward and backward, and a step."""
 
     attention: tuple[float, float] | None = None
     step: dict[str, Any] | None = None
 
 
 def calibrate(hardware: Hardware, files: Sequence[Path], *, device: str = "cuda") -> tuple[Hardware, Comparison | None]:
-    """Return the hardware with measured values, and the measured step beside the prediction, where there is one.
+    """Return the hardware with measured values, and a comparison with the measured step if the files have one.
 
     ValueError: the files hold no such results, they come from other hardware, or no efficiency explains them.
     """
-    found = read_results(files, hardware)
-    if found.attention is not None:
-        hardware = _with(hardware, ("attention",), attention=found.attention)
-    if found.step is None:
+    results = read_results(files, hardware)
+    if results.attention is not None:
+        hardware = _with(hardware, ("attention",), attention=results.attention)
+    if results.step is None:
         return hardware, None
-    return _fit(hardware, found.step, device=device, with_attention=found.attention is None)
+    return _fit(hardware, results.step, device=device, with_attention=results.attention is None)
 
 
 @reader("results of a benchmark", path="files")
 def read_results(files: Sequence[Path], hardware: Hardware) -> Measured:
-    """Return what the files say of the hardware. ValueError: see `calibrate`."""
+    """Read the results for the hardware from the files. ValueError: see `calibrate`."""
     attention: list[dict[str, Any]] = []
     step = None
     for path in files:
         header, *rows = _objects(path)
-        # The attention's benchmark tells the version of CUDA behind the name.
+        # The attention benchmark appends the version of CUDA to the name.
         if str(header["hardware"]).partition(", CUDA")[0] != hardware.device:
             raise ValueError(
                 f"{path} was measured on {header['hardware']!r}, and the plan is for {hardware.device!r}: measure on "
-                "that, or give --gpu a file that describes what it was measured on"
+                "that GPU, or give --gpu a file that describes the GPU it was measured on"
             )
         attention += rows
         for row in header.get("rows", ()):
@@ -88,11 +88,11 @@ def read_results(files: Sequence[Path], hardware: Hardware) -> Measured:
 
 
 def _objects(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, a line each; the first one names the hardware."""
-    found = [json.loads(line) for line in read_regular(path).decode().splitlines() if line.strip()]
-    if not found or not all(isinstance(each, dict) for each in found) or "hardware" not in found[0]:
+    """Return the JSON objects of a file, one a line; the first one names the hardware."""
+    objects = [json.loads(line) for line in read_regular(path).decode().splitlines() if line.strip()]
+    if not objects or not all(isinstance(each, dict) for each in objects) or "hardware" not in objects[0]:
         raise ValueError(f"{path} holds no results of tools/bench_step.py --json or tools/bench_attention.py --json")
-    return found
+    return objects
 
 
 def _median_rate(rows: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -103,7 +103,7 @@ def _median_rate(rows: Sequence[dict[str, Any]], name: str) -> float | None:
 def _fit(hardware: Hardware, step: dict[str, Any], *, device: str, with_attention: bool) -> tuple[Hardware, Comparison]:
     recipe, vocabulary, gpus = _what_ran(step)
     stages = trace_stages(recipe, vocabulary, gpus, hardware, device=device)
-    # A training makes its inputs beside the step before.
+    # Training makes the inputs of a step during the step before, so the benchmark's time for data does not count.
     measured = {name: step["seconds"][name] for name in _PHASES}
     measured["step"] = step["seconds"]["step"] - step["seconds"]["data"]
 
@@ -112,8 +112,8 @@ def _fit(hardware: Hardware, step: dict[str, Any], *, device: str, with_attentio
 
     names = ("matmul", "stream", *(("attention",) if with_attention else ()))
     most = 1 / max(hardware.matmul, hardware.stream)
-    found = _solve(lambda factor: seconds(_scaled(hardware, factor, names)), measured["step"], most)
-    calibrated = _with(_scaled(hardware, found, names), names)
+    factor = _solve(lambda factor: seconds(_scaled(hardware, factor, names)), measured["step"], most)
+    calibrated = _with(_scaled(hardware, factor, names), names)
     return calibrated, Comparison(
         gpus,
         measured,
@@ -123,12 +123,13 @@ def _fit(hardware: Hardware, step: dict[str, Any], *, device: str, with_attentio
 
 
 def _solve(seconds: Callable[[float], float], wanted: float, most: float) -> float:
-    """Return the factor of all efficiencies with which a step takes as long as it did."""
+    """Return the factor of all efficiencies at which a step takes the measured time, by bisection."""
     low, high = 1e-3, most
     if not seconds(high) <= wanted <= seconds(low):
         raise ValueError(
-            f"the measured step took {wanted:.3f} s, and with whatever share of its peak the GPU is predicted to take "
-            f"{seconds(high):.3f} to {seconds(low):.3f} s: something beside its kernels decides, or it is no such GPU"
+            f"the measured step took {wanted:.3f} s, and a prediction at any share of the GPU's peak is between "
+            f"{seconds(high):.3f} and {seconds(low):.3f} s: something other than its kernels sets the time, or it is "
+            "another GPU"
         )
     for _ in range(_ROUNDS):
         middle = (low * high) ** 0.5
@@ -153,7 +154,7 @@ def _what_ran(step: dict[str, Any]) -> tuple[Recipe, Vocabulary, int]:
 
 
 def _predicted(recipe: Recipe, stages: dict[int, Trace], gpus: int, hardware: Hardware) -> dict[str, float]:
-    """Seconds of the phases that the benchmark tells apart; a pipeline's bubble belongs to none."""
+    """Return the predicted seconds of the benchmark's phases; a pipeline's bubble belongs to none of them."""
     time = timing.step_time(recipe, stages, gpus, hardware)
     slowest = max((timing.Rank(trace, recipe, hardware) for trace in stages.values()), key=lambda rank: rank.inside)
     by_phase = dict.fromkeys(_PHASES, 0.0)
@@ -174,6 +175,6 @@ def _scaled(hardware: Hardware, factor: float, names: Sequence[str]) -> Hardware
 
 
 def _with(hardware: Hardware, names: Sequence[str], **values: Any) -> Hardware:
-    """The hardware with values, of which it is known that they were measured."""
+    """Return the hardware with these values, marked as measured."""
     measured = tuple(dict.fromkeys([*hardware.measured, *names]))
     return hardware.model_copy(update={**values, "measured": measured})

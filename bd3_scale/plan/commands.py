@@ -1,4 +1,4 @@
-"""`bd3-scale plan`: what a recipe needs and takes on GPUs, before anybody pays for them."""
+"""Run `bd3-scale plan`: predict what a recipe needs and takes on GPUs, before anybody pays for them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def plan(
 
 
 def calibrated(hardware: Hardware, files: list[Path], out: Path | None) -> Hardware:
-    """Return hardware with what was measured, tell it beside what was assumed, and keep it where `out` is given."""
+    """Return the hardware with measured values; print them with the assumed ones, and write them to `out` if given."""
     from bd3_scale.plan.calibrate import calibrate
     from bd3_scale.recipe.plain_yaml import dump_yaml
     from bd3_scale.resilience.files import write_atomically
@@ -88,7 +88,7 @@ def calibrated(hardware: Hardware, files: list[Path], out: Path | None) -> Hardw
 
 
 def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: Hardware, *, as_json: bool) -> None:
-    """Print layouts of GPUs that fit, the quickest first, and what to put into the recipe for the best one."""
+    """Print the layouts of the GPUs that fit, the fastest first, and the recipe's values for the best one."""
     from bd3_scale.plan.search import search
     from bd3_scale.plan.show import show_layouts
 
@@ -104,7 +104,7 @@ def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: 
 
 
 def vocabulary_of(recipe: Recipe, size: int | None) -> Vocabulary:
-    """Return `size` ids, or those of the recipe's data where these are here.
+    """Return a vocabulary of `size` ids, or that of the recipe's data if it is on this machine.
 
     ValueError: neither is known.
     """
@@ -115,16 +115,16 @@ def vocabulary_of(recipe: Recipe, size: int | None) -> Vocabulary:
         return Vocabulary(size=size, eos_id=0, mask_id=size - 1)
     path = recipe.data.first_source.path
     if not (Path(path) / MANIFEST_FILE).is_file():
-        raise ValueError(f"{path} holds no prepared data here to read the vocabulary from: give --vocabulary")
+        raise ValueError(f"{path} holds no prepared data to read the vocabulary from: give --vocabulary")
     return load_manifest(path).vocabulary
 
 
 def fake_device() -> str:
-    """Return what fake devices are taken for, and say what differs where they cannot be GPUs."""
+    """Return the type of the fake devices; print what differs if they cannot be GPUs."""
     from bd3_scale.plan.fake_gpu import obstacle
 
     why = obstacle()
     if why is None:
         return "cuda"
-    tell(f"note: fake devices are taken for CPUs ({why}): norms and activations count as several kernels each")
+    tell(f"note: fake devices are CPUs here ({why}): norms and activations count as several kernels each")
     return "cpu"

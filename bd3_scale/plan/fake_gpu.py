@@ -1,7 +1,8 @@
-"""A GPU that PyTorch believes in, for fake tensors alone.
+"""Make PyTorch behave as if there were a GPU, for fake tensors only.
 
-It changes torch for the whole process, which is one of `plan`'s own. Where torch finds no GPU its core has no code that
-answers for one, or code that asks the driver: fifty lines of C++ answer in its place, where there is a compiler.
+This changes torch for the whole process, so `plan` runs it in processes of its own. A CPU build of torch has no device
+guard for CUDA, and a CUDA build without a GPU has one that asks the driver. Fifty lines of C++, compiled here, register
+a guard that answers without a driver.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-# Kernels of a CUDA build that a CPU build takes apart.
+# Operators that are one kernel in a CUDA build, and are decomposed into several in a CPU build.
 _ONE_KERNEL = ("_fused_rms_norm", "_fused_rms_norm_backward", "silu_backward")
 _libraries: list[Any] = []
 _listeners: list[Callable[[str], None]] = []
@@ -34,16 +35,16 @@ _listeners: list[Callable[[str], None]] = []
 def obstacle() -> str | None:
     """Return why there can be no fake GPU here, or None."""
     if not torch.cuda.is_available() and shutil.which(_compiler()[0]) is None:
-        return f"torch finds no CUDA here, and there is no compiler {_compiler()[0]}: install g++, or set CXX"
+        return f"torch finds no CUDA, and there is no compiler {_compiler()[0]}: install g++, or set CXX"
     return None
 
 
 def install(name: str, memory_bytes: int) -> None:
-    """Make torch believe in one GPU.
+    """Make torch behave as if there were GPUs of this name and memory.
 
-    OSError: the shim cannot be built.
+    OSError: the C++ part cannot be compiled.
     """
-    # What asks a CPU build for its CUDA functions when it is imported must see that there is none.
+    # Import first the modules that look for CUDA functions at import: a CPU build does not have these functions.
     import torch._dynamo
     import torch._inductor.config
 
@@ -61,18 +62,18 @@ def install(name: str, memory_bytes: int) -> None:
 
 
 def install_without_gpu() -> None:
-    """Let DeepSpeed and ours work on fake tensors of the CPU."""
+    """Let DeepSpeed and this package work on fake tensors of the CPU."""
     fake_tensor.init_gpu_context = lambda _: None  # type: ignore[assignment]
     FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[assignment,method-assign]
-    # DeepSpeed moves a model to where it is already, which fake weights refuse.
+    # DeepSpeed calls `.to` with the device that the model is on, and fake weights cannot be replaced.
     torch.nn.Module._apply = lambda self, fn, recurse=True: self  # type: ignore[method-assign]
-    # Fake streams are none of PyTorch's, and fake values would be asked for one by one.
+    # `record_stream` refuses our stream objects. `tolist` would read the values of a fake tensor one by one.
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     FakeTensor.tolist = _tolist  # type: ignore[assignment,method-assign]
 
 
 def watch(listener: Callable[[str], None]) -> None:
-    """Tell `listener` of each call that would wait for the device, by its name."""
+    """Call `listener` with the name of each function by which the host would wait for the device."""
     _listeners[:] = [listener]
 
 
@@ -82,14 +83,14 @@ def _waited(call: str) -> None:
 
 
 def _tolist(tensor: torch.Tensor) -> Any:
-    """Return zeros."""
+    """Return zeros of the tensor's shape: a fake tensor has no values."""
     if tensor.device.type == "cuda":
         _waited("tolist")
     return np.zeros(tuple(tensor.shape), np.float64 if tensor.is_floating_point() else np.int64).tolist()
 
 
 def _answer(cuda: Any, properties: SimpleNamespace) -> None:
-    """Answer what Python code asks of torch.cuda."""
+    """Replace the functions of torch.cuda that Python code calls."""
 
     class Event:
         def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -160,7 +161,7 @@ def _never_run(*_: Any, **__: Any) -> None:
 
 
 def _shim() -> Path:
-    """Build the C++ part once for each torch; return its shared library."""
+    """Compile the C++ part, once for each version of torch; return the path of its shared library."""
     key = hashlib.sha256(_SOURCE.read_bytes() + f"{torch.__version__} {torch.__file__}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bd3_scale"
     target = folder / f"fake_gpu-{key}.so"
@@ -180,7 +181,7 @@ def _compile(arguments: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = " ".join(done.stderr.split())[:400]
-        raise OSError(f"{command[0]} cannot build {_SOURCE.name} against torch {torch.__version__}: {said}")
+        raise OSError(f"{command[0]} cannot compile {_SOURCE.name} against torch {torch.__version__}: {said}")
 
 
 def _compiler() -> list[str]:

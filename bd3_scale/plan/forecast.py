@@ -1,4 +1,4 @@
-"""What a run needs and takes: its ranks are traced on fake devices, and hardware says how long that takes."""
+"""Predict what a run needs and takes: trace its ranks on fake devices, and compute times from data of the hardware."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from bd3_scale.data.cache import NodeCache, ShardSizes, default_window
 from bd3_scale.plan import timing
 from bd3_scale.plan.hardware import Hardware
 from bd3_scale.plan.job import Job
-from bd3_scale.plan.kept import traces_of
 from bd3_scale.plan.samples import samples
 from bd3_scale.plan.trace import Segment, Trace, combine
+from bd3_scale.plan.trace_cache import traces_of
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-# How many more rows than the mean the experts of a rank may get, for which memory is kept. The experts of a rank are
-# many, so that they even out what single ones differ by; masked rows of the first layers look alike, and crowd.
+# Memory is reserved for this many more rows than the mean, which the experts of a rank may get. A rank has many
+# experts, whose loads partly even out; but masked rows of the first layers are alike and choose the same experts.
 UNEVEN = 0.25
 
 
@@ -29,12 +29,12 @@ class StageMemory:
     """Memory of a rank of one pipeline stage, in bytes.
 
     Attributes:
-        peak_bytes: of its tensors.
-        where: in the step the peak is.
-        memory: the peak by kind.
-        uneven_bytes: of rows that the rank's experts may get beyond the mean, see `UNEVEN`.
-        card_bytes: with these, CUDA's context, NCCL's buffers and fragmentation.
-        margin_bytes: left on the card; negative where it does not fit.
+        peak_bytes: peak of its tensors.
+        where: the segment of the step with the peak.
+        memory: the peak by category.
+        uneven_bytes: for rows that the rank's experts may get beyond the mean, see `UNEVEN`.
+        card_bytes: both together, with CUDA's context, NCCL's buffers and fragmentation.
+        margin_bytes: what is left on the card; negative if it does not fit.
     """
 
     stage: int
@@ -48,16 +48,16 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run as predicted: nothing in it was measured.
+    """The prediction of a run; nothing in it was measured.
 
     Attributes:
-        time: of a step; see `timing.StepTime`.
+        time: the time of a step; see `timing.StepTime`.
         parts: floating-point operations, bytes of memory traffic, launches and seconds of a step by part of the model,
-            of one rank of the slowest stage.
-        messages: bytes, calls and seconds of a step by group of ranks, of that rank.
-        waits: of the host for the device in a step, by what and where.
-        run: steps, seconds, GPU hours and cost to the last step, with evaluations and saves.
-        checkpoint: bytes, of all ranks and of one, and seconds that training waits and that it takes to write.
+            for one rank of the slowest stage.
+        messages: bytes, calls and seconds of a step by group of ranks, for that rank.
+        waits: how often the host waits for the device in a step, by function and line of code.
+        run: steps, seconds, GPU hours and cost until the last step, with evaluations and saves.
+        checkpoint: its bytes, of all ranks and of one, the seconds that training waits, and those to write it.
     """
 
     recipe: Recipe
@@ -73,45 +73,46 @@ class Forecast:
 
     @property
     def notes(self) -> list[str]:
-        """Return what a person should change, or know."""
+        """Return what a person should change or know."""
         notes = [self.cache_problem] if self.cache_problem else []
         if self.recipe.parallel.offload_optimizer:
-            notes.append("the time leaves out the optimiser's arithmetic on the hosts' CPUs, and copies to and fro")
+            notes.append("the time does not include the optimiser's arithmetic on the hosts' CPUs, nor its copies")
         if schedule := self.recipe.diffusion.block_size_schedule:
             steps = sum(phase.steps for phase in schedule)
-            notes.append(f"all steps are taken for those after the {steps:,} of diffusion.block_size_schedule")
+            notes.append(f"all steps are predicted as those after the {steps:,} of diffusion.block_size_schedule")
         if self.recipe.parallel.expert > 1:
             notes.append(
-                "the time takes the experts of all ranks for equally busy, and a step waits for the busiest; memory is "
-                f"kept for {UNEVEN:.0%} more rows than the mean"
+                "the time assumes equal loads of all ranks' experts, but a step waits for the largest load; memory is "
+                f"reserved for {UNEVEN:.0%} more rows than the mean"
             )
         return notes
 
     @property
     def node_cache(self) -> NodeCache | None:
-        """Return what a machine keeps of remote data, of each source that is; None where none is."""
+        """Return the cache that a machine needs for the remote sources of data; None without remote sources."""
         data, batch, parallel = self.recipe.data, self.recipe.train.global_batch_size, self.recipe.parallel
         if not data.remotes or not data.shuffle:
             return None
         sizes = ShardSizes.expected(data.seq_len, self.vocabulary.size)
-        beside, stage = parallel.tensor * parallel.context, self.gpus // parallel.pipeline
-        ranks = range(stage)  # which alone read
+        ranks_per_replica, stage = parallel.tensor * parallel.context, self.gpus // parallel.pipeline
+        # Only the ranks of the first stage read data.
+        ranks = range(stage)
         machines = (
             ranks[first : first + self.hardware.gpus_per_node] for first in ranks[:: self.hardware.gpus_per_node]
         )
-        dp_ranks = ([rank // beside for rank in machine] for machine in machines)
-        return NodeCache.of_fullest(sizes, batch, dp_ranks, stage // beside)
+        dp_ranks = ([rank // ranks_per_replica for rank in machine] for machine in machines)
+        return NodeCache.of_fullest(sizes, batch, dp_ranks, stage // ranks_per_replica)
 
     @property
     def shuffle_window(self) -> int:
-        """Return that of the recipe, or what a run would take."""
+        """Return the shuffle window of the recipe, or the one that a run would choose."""
         data, batch = self.recipe.data, self.recipe.train.global_batch_size
         sizes = ShardSizes.expected(data.seq_len, self.vocabulary.size)
         return data.shuffle_window or default_window(sizes, data.cache_limit, batch)
 
     @property
     def cache_problem(self) -> str:
-        """Return why a run would be refused for its cache; empty: it would not."""
+        """Return why a run would be refused because of its cache; an empty string if it would not."""
         limit = self.recipe.data.cache_limit
         if (cache := self.node_cache) is None or limit is None:
             return ""
@@ -148,9 +149,9 @@ class Forecast:
     @property
     def run(self) -> dict[str, float]:
         train, evaluation = self.recipe.train, self.recipe.evaluation
-        # The last one is after the last step, whether it is due there or not; so is the last save.
+        # There is always an evaluation, and a save, after the last step.
         evaluations = -(-train.steps // evaluation.every_steps) if evaluation.every_steps else 1
-        # A forward is a third of a step's work.
+        # A forward is about a third of a step's work: backward is twice the forward.
         an_evaluation = self.time.seconds / 3 * evaluation.sequences * evaluation.draws / train.global_batch_size
         every = self.recipe.checkpoint.every_steps
         saves = -(-train.steps // every) if every else 1
@@ -166,7 +167,7 @@ class Forecast:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it as values of JSON; seconds, bytes and dollars."""
+        """Return the prediction as values of JSON, in seconds, bytes and dollars."""
         return {
             "predicted": True,
             "recipe": self.recipe.name,
@@ -193,7 +194,7 @@ class Forecast:
 
 
 def layout(recipe: Recipe, gpus: int) -> str:
-    """Return how ranks share the work, for people."""
+    """Return a description of the layout, for people."""
     parallel, train = recipe.parallel, recipe.train
     parts = [f"tensor {parallel.tensor}{' with sequence' * parallel.sequence}"] if parallel.tensor > 1 else []
     chunks = f" x {parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
@@ -215,10 +216,10 @@ def forecast(
     device: str = "cuda",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Forecast:
-    """Return what a run of `recipe` on `gpus` needs and takes.
+    """Predict what a run of `recipe` on `gpus` needs and takes.
 
-    device: that fake devices are taken for; progress: is told how many ranks of how many were traced.
-    ValueError: the recipe does not fit itself or the number of GPUs.
+    device: the type of the fake devices; progress: is called with the number of traced ranks and of all ranks to trace.
+    ValueError: the recipe contradicts itself, or does not fit the number of GPUs.
     """
     recipe = with_gpu_precision(recipe)
     traces = trace_stages(recipe, vocabulary, gpus, hardware, device=device, progress=progress)
@@ -234,7 +235,7 @@ def trace_stages(
     device: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, Trace]:
-    """Return the step of a rank of each stage that differs; arguments and errors as of `forecast`."""
+    """Return the trace of a rank of each stage that differs; arguments and errors are those of `forecast`."""
     check_recipe(recipe, gpus)
     stages = traced_stages(recipe)
     last_phase = _after_schedule(recipe)
@@ -256,19 +257,19 @@ def trace_stages(
 
 
 def with_gpu_precision(recipe: Recipe) -> Recipe:
-    """Return the recipe with `auto` decided as on a GPU."""
+    """Return the recipe with the precision `auto` resolved as on a GPU."""
     if recipe.train.precision != "auto":
         return recipe
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
 
 
 def _after_schedule(recipe: Recipe) -> Recipe:
-    """Return the recipe with the block sizes of its last steps, which are most of them, from the first step on."""
+    """Return the recipe with the block sizes of its last phase, which has most of the steps, for all steps."""
     return recipe.model_copy(update={"diffusion": recipe.diffusion.model_copy(update={"block_size_schedule": ()})})
 
 
 def traced_stages(recipe: Recipe) -> list[int]:
-    """Return the pipeline stages that differ: the first, the last, and of those between the one that holds most."""
+    """Return the pipeline stages to trace: the first, the last, and the one between them with the most layers."""
     stages = recipe.parallel.pipeline
     chunks = recipe.parallel.chunks(recipe.model.num_layers)
     dense = recipe.model.dense_layers
@@ -288,7 +289,7 @@ def _job(recipe: Recipe, vocabulary: Vocabulary, gpus: int, stage: int) -> Job:
 def assemble(
     recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: Hardware, traces: dict[int, Trace]
 ) -> Forecast:
-    """Return what the traced stages of a run say of it."""
+    """Compute the prediction of a run from its traced stages."""
     time = timing.step_time(recipe, traces, gpus, hardware)
     trace = traces[max(traces, key=lambda stage: timing.Rank(traces[stage], recipe, hardware).inside)]
     return Forecast(
@@ -311,9 +312,9 @@ def _memory(stage: int, trace: Trace, recipe: Recipe, hardware: Hardware) -> Sta
 
     peak = max(trace.segments, key=lambda segment: segment.bytes + uneven(segment))
     card = (peak.bytes + uneven(peak)) * (1 + hardware.fragmentation) + hardware.overhead_gb * 1e9
-    by_kind = {kind: round(size) for kind, size in sorted(peak.memory.items(), key=lambda item: -item[1]) if size >= 1}
+    memory = {name: round(size) for name, size in sorted(peak.memory.items(), key=lambda item: -item[1]) if size >= 1}
     margin = math.floor(hardware.memory_bytes - card)
-    return StageMemory(stage, round(peak.bytes), peak.name, by_kind, round(uneven(peak)), math.ceil(card), margin)
+    return StageMemory(stage, round(peak.bytes), peak.name, memory, round(uneven(peak)), math.ceil(card), margin)
 
 
 def _parts(trace: Trace, recipe: Recipe, hardware: Hardware) -> dict[str, dict[str, float]]:
@@ -339,7 +340,8 @@ def _messages(trace: Trace, hardware: Hardware) -> dict[str, dict[str, float]]:
             group["calls"] += message.calls
             group["seconds"] += timing.message_seconds(key, message, hardware)
     for group in groups.values():
-        # In how many a layer's gradients go depends on where ranks' shares end, which small steps do not tell.
+        # A layer's gradients are cut into messages where ranks' shards end. Small models are cut elsewhere, and their
+        # weighted sum may be negative.
         group["calls"] = max(0.0, group["calls"])
     return dict(groups)
 

@@ -1,4 +1,4 @@
-"""The hardware that a plan is made for: data sheets, and what of them is expected to be reached."""
+"""Describe the hardware of a plan: values of data sheets, and the share of them that is expected in practice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KNOWN = Path(__file__).with_suffix(".yaml")
 
 
 class Hardware(Section):
-    """One kind of GPU in its node; `hardware.yaml` says what each value is, with units."""
+    """One type of GPU in its node; `hardware.yaml` explains each value, with its unit."""
 
     device: str
     peak_flops: PositiveFloat | None = Field(None, description="dense bf16, FLOP/s; default: of the device")
@@ -55,10 +55,11 @@ class Hardware(Section):
 
 @reader("a GPU", path="name")
 def load_hardware(name: str) -> Hardware:
-    """Return a kind of GPU by its name in `hardware.yaml`, or as a YAML file of one entry describes it; such a file may
-    say `extends: h100`, and change what differs.
+    """Return a type of GPU by its name in `hardware.yaml`, or from a YAML file with the values of one.
 
-    ValueError: there is none of the name, or the file is wrong.
+    Such a file may say `extends: h100` and give only the values that differ.
+
+    ValueError: there is no GPU of that name, or the file is wrong.
     """
     from bd3_scale.observe.flops import peak_of
 
@@ -72,18 +73,18 @@ def load_hardware(name: str) -> Hardware:
         except ValueError as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from None
         if not isinstance(entry, dict):
-            raise ValueError(f"{path} is no description of a GPU: keys and values, as in {KNOWN.name}")
+            raise ValueError(f"{path} does not describe a GPU: give keys and values, as in {KNOWN.name}")
     else:
-        raise ValueError(f"--gpu {name} is none of {', '.join(known)}, and no YAML file that describes one")
+        raise ValueError(f"--gpu {name} is neither one of {', '.join(known)} nor a YAML file that describes a GPU")
     try:
         while (base := entry.pop("extends", None)) is not None:
             if not isinstance(base, str) or base.lower() not in known:
-                raise ValueError(f"{source}: extends {base!r}, which is none of {', '.join(known)}")
+                raise ValueError(f"{source}: extends {base!r}, and must extend one of {', '.join(known)}")
             entry = {**known[base.lower()], **entry}
-        found = Hardware(**entry)
+        hardware = Hardware(**entry)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise ValueError(f"{source}: {problems}") from None
-    if found.peak_flops is None and peak_of(found.device) is None:
-        raise ValueError(f"{source}: the peak of {found.device!r} is not known: give peak_flops")
-    return found
+    if hardware.peak_flops is None and peak_of(hardware.device) is None:
+        raise ValueError(f"{source}: the peak of {hardware.device!r} is not known: give peak_flops")
+    return hardware

@@ -1,4 +1,4 @@
-"""One rank of a run whose step is to be traced."""
+"""Describe one rank of a run whose step is to be traced."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from bd3_scale.recipe.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Job:
-    """One rank of a world, and what of a run it does.
+    """One rank of a world, and what it runs.
 
     Attributes:
-        recipe: with a precision that is not `auto`.
-        micro_batches: of a step.
-        steps: of which the last is traced; the first one makes what later ones have.
-        beyond: whether it evaluates, compares replicas and saves, too, which its memory must allow.
-        whole: the model whose floating-point operations and parameters count, where the recipe's has fewer layers.
+        recipe: with a precision other than `auto`.
+        micro_batches: their number in a step.
+        steps: their number; the last one is traced, since the first one allocates what later ones find allocated.
+        beyond: whether the rank also evaluates, compares replicas and saves, for which there must be memory, too.
+        whole: the model whose floating-point operations and parameters count, if the recipe's model has fewer layers.
     """
 
     recipe: Recipe

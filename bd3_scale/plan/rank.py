@@ -1,4 +1,4 @@
-"""One rank of a run on a fake device: its real code, from the model to the save."""
+"""Run one rank of a run on a fake device: its real code, from the model to the save."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ from bd3_scale.train.step import train_on
 
 
 def trace_rank(job: Job, device: torch.device) -> Trace:
-    """Return what the last step of a rank asks of a fake `device`; memory and order also of what comes beside steps."""
+    """Return the trace of the last step of a rank on a fake `device`.
+
+    Memory and the order of messages also cover what happens between steps, if the job asks for it.
+    """
     recipe = job.recipe
     groups = simulated_groups(recipe.parallel, rank=job.rank, world_size=job.world_size)
     inputs = example_inputs(job, groups)
@@ -51,7 +54,7 @@ def trace_rank(job: Job, device: torch.device) -> Trace:
         model = job.whole or recipe.model
         trace = recorder.trace(job.micro_batches, engine.flops(micro_batches, model))
         if job.beyond:
-            _beside_steps(recorder, engine, micro_batches, groups)
+            _between_steps(recorder, engine, micro_batches, groups)
             trace = replace(trace, segments=recorder.segments())
     return replace(trace, parameters=num_parameters(model, job.vocabulary))
 
@@ -60,7 +63,7 @@ def _step(
     recorder: Recorder, engine: TrainingEngine, micro_batches: Sequence[ModelInputs], recipe: Recipe, step: int
 ) -> None:
     tokens = recipe.train.global_batch_size * recipe.data.seq_len
-    # What comes after the backward pass is the update.
+    # `meanwhile` is called after the backward pass, when the update begins.
     with recorder.phase("gradients"):
         train_on(
             engine, recipe, micro_batches, step=step, tokens=tokens, meanwhile=lambda: recorder.enter_phase("update")
@@ -78,7 +81,7 @@ def _label(recorder: Recorder, engine: TrainingEngine) -> None:
             recorder.label(state, "optimizer")
 
 
-def _beside_steps(
+def _between_steps(
     recorder: Recorder,
     engine: TrainingEngine,
     micro_batches: Sequence[ModelInputs],
@@ -100,7 +103,7 @@ def num_parameters(model: ModelRecipe, vocabulary: Vocabulary) -> int:
     of_layers = sum(
         len(layers_with(model, name)) * math.prod(shape)
         for name, shape in layer_shapes(model).items()
-        # No gradient changes it.
+        # It is a buffer and no weight.
         if not name.endswith(".expert_bias")
     )
     return embedding + of_layers + norm + head
@@ -129,15 +132,15 @@ def example_inputs(job: Job, groups: ProcessGroups) -> ModelInputs:
 
 
 def _pairs(inputs: ModelInputs) -> dict[int, int]:
-    """Return the query-key pairs of a micro-batch by the number of a sequence's rows that ask for keys."""
+    """Return the query-key pairs of a micro-batch, by the number of query rows of a sequence."""
     noisy_rows = inputs.num_noisy * inputs.positions.shape[1]
-    every = inputs.noisy_pairs + inputs.clean_pairs
-    return {noisy_rows: inputs.noisy_pairs, inputs.tokens.shape[1]: every}
+    all_pairs = inputs.noisy_pairs + inputs.clean_pairs
+    return {noisy_rows: inputs.noisy_pairs, inputs.tokens.shape[1]: all_pairs}
 
 
 def _names(groups: ProcessGroups) -> dict[str, str]:
     """Return what each group is for, by its name in torch.distributed."""
-    kinds = {
+    purposes = {
         "tp": "tensor",
         "cp": "context",
         "pp": "pipeline",
@@ -149,8 +152,8 @@ def _names(groups: ProcessGroups) -> dict[str, str]:
         "expt_dp": "expert-data",
     }
     names: dict[str, str] = {}
-    for attribute, kind in kinds.items():
+    for attribute, purpose in purposes.items():
         group = getattr(groups, attribute, None)
         if group is not None:
-            names.setdefault(group.group_name, kind)
+            names.setdefault(group.group_name, purpose)
     return names

@@ -1,7 +1,8 @@
-"""Small steps that tell a large one: layers between a chunk's first and last are alike, and so are micro-batches.
+"""Derive the trace of a large step from those of small steps.
 
-What adds up over a step is linear in the number of layers of a kind and of micro-batches, and memory in the layers. A
-few steps of three and four layers and a few micro-batches determine it.
+Layers between a chunk's first and last are alike, and so are micro-batches. Work and messages of a step are therefore
+linear in the number of layers of each sort and in the number of micro-batches, and memory is linear in the layers. A
+few steps of three and four layers with few micro-batches determine these linear functions.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from dataclasses import dataclass, replace
 from bd3_scale.plan.job import Job
 from bd3_scale.recipe.schema import Recipe
 
-# First, last and one between them.
+# A first layer, a last one, and one between them.
 _LAYERS = 3
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A step, and the weights with which what adds up in it, and its memory, make the whole one's; see `combine`."""
+    """A small step, and its weights in the sums for the work, and for the memory, of the whole step; see `combine`."""
 
     job: Job
     weight: float
@@ -25,7 +26,7 @@ class Sample:
 
 
 def samples(job: Job, stage: int) -> list[Sample]:
-    """Return the steps that tell the step of `job`, a rank of the pipeline's stage `stage`."""
+    """Return the small steps that determine the step of `job`, a rank of the pipeline's stage `stage`."""
     by_layers = _by_layers(job.recipe, stage)
     by_batches = _by_batches(job.recipe, job.micro_batches)
     most = by_batches[-1][0]
@@ -41,7 +42,7 @@ def samples(job: Job, stage: int) -> list[Sample]:
 
 
 def _by_batches(recipe: Recipe, wanted: int) -> list[tuple[int, float]]:
-    """Numbers of micro-batches with weights; the last one keeps as many alive as the whole step."""
+    """Return numbers of micro-batches with weights; the last one keeps as many activations alive as the whole step."""
     stages = recipe.parallel.pipeline
     group = stages if recipe.parallel.virtual_pipeline > 1 else 1
     few, more = 2 * stages, 2 * stages + group
@@ -52,30 +53,30 @@ def _by_batches(recipe: Recipe, wanted: int) -> list[tuple[int, float]]:
 
 
 def _by_layers(recipe: Recipe, stage: int) -> list[tuple[Recipe, float]]:
-    """Recipes of fewer layers with weights."""
+    """Return recipes with fewer layers, and their weights."""
     parallel, train = recipe.parallel, recipe.train
     chunks = parallel.chunks(recipe.model.num_layers)
     mine = chunks[stage :: parallel.pipeline]
-    # What ZeRO-3 fetches ahead depends on the sizes of all layers.
+    # Chunks of unequal length are traced whole, and so is ZeRO-3, whose prefetching depends on the sizes of all layers.
     if len(set(mine)) > 1 or parallel.zero_stage == 3:
         return [(recipe, 1.0)]
     recomputed = min(train.recompute_layers or mine[0], mine[0]) if train.recompute == "full" else 0
     wanted = (recomputed, mine[0] - recomputed)
-    # Layers without experts come first.
+    # The layers without experts, which come first, must all be in the small model.
     few = max(_LAYERS, recipe.model.dense_layers + 2) if recipe.model.moe else _LAYERS
     base = (min(wanted[0], few), min(wanted[1], few))
     more = [(kind, wanted[kind] - base[kind]) for kind in (0, 1) if wanted[kind] > base[kind]]
     if sum(wanted) <= sum(base) + len(more):
         return [(recipe, 1.0)]
-    found = [(_with_layers(recipe, base), 1.0 - sum(extra for _, extra in more))]
+    weighted = [(_with_layers(recipe, base), 1.0 - sum(extra for _, extra in more))]
     for kind, extra in more:
         layers = (base[0] + (kind == 0), base[1] + (kind == 1))
-        found.append((_with_layers(recipe, layers), float(extra)))
-    return found
+        weighted.append((_with_layers(recipe, layers), float(extra)))
+    return weighted
 
 
 def _with_layers(recipe: Recipe, layers: tuple[int, int]) -> Recipe:
-    """The recipe with so many layers a chunk that are recomputed, and that are not."""
+    """Return the recipe with these numbers of layers a chunk: recomputed ones, and others."""
     parallel = recipe.parallel.model_copy(update={"layers_per_chunk": None})
     chunks = parallel.pipeline * parallel.virtual_pipeline
     kept = layers[0] if layers[0] and layers[1] else None

@@ -1,10 +1,15 @@
-"""Layouts of a run's GPUs that fit, the quickest first: estimated from a few small steps, the best ones traced whole.
+"""Search the layouts of a run's GPUs that fit, the fastest first.
 
-What a recipe says beside its layout stays. Tensor-parallel sizes are tried in ascending order until a larger one no
-longer helps though nothing is computed again, with every expert-parallel size that a node holds, or where nothing fits
-so larger ones; recomputation where its layout does not fit without, and would be quicker than what fits; ZeRO above 1
-and a split of the sequence where nothing else fits. Chunks of layers are even. Of layouts that are nearly as quick as
-the quickest one, the one that splits the model least comes first.
+Layouts are estimated from a few small steps, and the best ones are then traced whole. Everything else in the recipe
+stays as it is. The search tries:
+
+- tensor-parallel sizes in ascending order, until a larger one does not help although nothing is recomputed;
+- every expert-parallel size that a node can hold, and larger ones if nothing fits;
+- recomputation for a layout that does not fit without it and would be faster than those that fit;
+- ZeRO above 1 and context parallelism, if nothing else fits.
+
+All chunks of a pipeline have equally many layers. Among layouts that are nearly as fast as the fastest, the one that
+splits the model least comes first.
 """
 
 from __future__ import annotations
@@ -17,27 +22,28 @@ from typing import Any
 
 from bd3_scale.plan.forecast import Forecast, assemble, forecast, layout, traced_stages, with_gpu_precision
 from bd3_scale.plan.hardware import Hardware
-from bd3_scale.plan.kept import traces_of
 from bd3_scale.plan.stages import Parts, Shape, Split, shapes, small_job
+from bd3_scale.plan.trace_cache import traces_of
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import Recipe, RecipeError
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-# How far estimates were from whole traces, rounded up: of seconds, of bytes.
+# The largest relative errors of estimates against whole traces that were seen, rounded up: of seconds, of bytes.
 TIME_ERROR = 0.02
 MEMORY_ERROR = 0.04
-# What differs by less is equally quick, as far as anybody can predict.
+# Layouts whose times differ by less count as equally fast: predictions are not more exact than that.
 _EQUAL = 0.03
-# Of a card, what stays free: for a micro-batch with more masks than the average one, and for what nobody measured yet.
+# The share of a card that stays free: for micro-batches with more masks than the average, and for what is not modelled.
 ROOM = 0.05
 _TENSOR = (1, 2, 4, 8)
 _CONTEXT = (1, 2, 4, 8)
 _EXPERT = (1, 2, 4, 8, 16, 32, 64)
 _SIZES = (1, 2, 4, 8)
 _MOST_STAGES = 16
-# Of a stage: more of them shorten the bubble by little, and take long to trace.
+# Chunks of a stage: more of them shorten the bubble by little, and take long to trace.
 _MOST_CHUNKS = 4
-# Where attention, whose work grows with the square, and single sequences fill a GPU.
+# From this sequence length on context parallelism is always tried: attention, whose work grows with the square of the
+# length, dominates, and a single sequence fills a GPU.
 _LONG = 32768
 _KEYS = (
     *("parallel.tensor", "parallel.sequence", "parallel.pipeline", "parallel.virtual_pipeline"),
@@ -48,11 +54,11 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout with what is known of it.
+    """A layout and its forecast.
 
     Attributes:
-        forecast: estimated, or of a whole trace.
-        estimate: what was estimated before the whole trace.
+        forecast: from an estimate, or from a whole trace.
+        estimate: the estimate before the whole trace; None without a whole trace.
     """
 
     forecast: Forecast
@@ -68,25 +74,25 @@ class Layout:
 
     @property
     def margin_bytes(self) -> int:
-        """Return what is left on the fullest card."""
+        """Return the bytes that are left on the fullest card."""
         return min(rank.margin_bytes for rank in self.forecast.ranks)
 
     @property
     def possible(self) -> bool:
-        """Tell whether it fits with room to spare; of an estimate whether it may."""
+        """Say whether it fits with ROOM to spare; for an estimate, whether it may fit within MEMORY_ERROR."""
         error, room = 0.0 if self.verified else MEMORY_ERROR, ROOM * self.forecast.hardware.memory_bytes
         return all(rank.margin_bytes >= room - error * rank.card_bytes for rank in self.forecast.ranks)
 
     @property
     def pieces(self) -> int:
-        """Return into how many parts the model is split."""
+        """Return the number of parts into which the model is split."""
         parallel = self.forecast.recipe.parallel
         return parallel.model_size * parallel.virtual_pipeline * parallel.expert
 
 
 @dataclass
 class Found:
-    """What a search has found: layouts that fit, the verified and quickest ones first, or why there is none."""
+    """The result of a search: the layouts that fit, verified ones first and the fastest first, or why none fits."""
 
     recipe: Recipe
     gpus: int
@@ -94,7 +100,7 @@ class Found:
     reason: str | None = None
 
     def overrides(self, found: Layout) -> list[str]:
-        """Return what of the recipe a layout changes, as KEY=VALUE."""
+        """Return the values of the recipe that a layout changes, as KEY=VALUE."""
         return [
             f"{key}={_as_yaml(new)}"
             for key in _KEYS
@@ -102,7 +108,7 @@ class Found:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it as values of JSON; seconds and bytes."""
+        """Return the result as values of JSON, in seconds and bytes."""
         return {
             "predicted": True,
             "recipe": self.recipe.name,
@@ -134,9 +140,9 @@ def search(
     best: int = 3,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
-    """Return layouts of `recipe` on `gpus`, of which the `best` ones are verified.
+    """Search the layouts of `recipe` on `gpus`, and verify the `best` ones by whole traces.
 
-    device, progress: as in `forecast`. ValueError: the recipe does not fit itself, whatever its layout.
+    device, progress: as in `forecast`. ValueError: the recipe contradicts itself in every layout.
     """
     looked = _Search(with_gpu_precision(recipe), vocabulary, gpus, hardware, device, _Progress(progress))
     looked.check()
@@ -153,7 +159,7 @@ def search(
 
 @dataclass
 class _Progress:
-    """Traces that are done, of those that are known to be needed."""
+    """The number of finished traces, and of those known to be needed."""
 
     tell: Callable[[int, int], None]
     done: int = 0
@@ -170,7 +176,7 @@ class _Progress:
 
 @dataclass
 class _Search:
-    """Layouts that were looked at so far."""
+    """A search in progress, with the layouts that were estimated so far."""
 
     recipe: Recipe
     vocabulary: Vocabulary
@@ -181,12 +187,12 @@ class _Search:
     layouts: list[Layout] = field(default_factory=list)
 
     def check(self) -> None:
-        """Check that some layout would do, as far as the recipe goes. RecipeError: the problems of the plainest one."""
+        """Check that the recipe allows some layout. RecipeError: none; the message is that of the simplest layout."""
         if not any(True for tensor in _TENSOR for _ in self._recipes(Split(tensor, 1, 1))):
             check_recipe(_laid_out(self.recipe, Split(1, 1, 1), 1, 1, 1), self.gpus)
 
     def look(self, zero_stage: int, context: int) -> None:
-        """Estimate all layouts that split sequences so; experts are in a node, or where nothing fits so, in several."""
+        """Estimate all layouts with this ZeRO stage and context size; experts span nodes only if nothing else fits."""
         in_node = self.hardware.gpus_per_node
         for over_nodes in (False, True):
             for tensor in _TENSOR:
@@ -202,7 +208,7 @@ class _Search:
                 for split in splits:
                     if any(True for _ in self._recipes(split)):
                         self._look_at(split)
-                # Where nothing is computed again, smaller parts of layers spare nothing.
+                # If the best layout recomputes nothing, splitting layers further saves no time.
                 if best is not None and best is self._best() and best.forecast.recipe.train.recompute == "none":
                     return
             if self._best() is not None:
@@ -212,13 +218,13 @@ class _Search:
         return min((each for each in self.layouts if each.possible), key=lambda each: each.seconds, default=None)
 
     def _look_at(self, split: Split) -> None:
-        """Estimate layouts of a split of layers."""
+        """Estimate the layouts with this split of a layer."""
         parts = Parts(split, self._traces(split, "none"))
         plain = [Layout(self._estimate(parts, recipe)) for recipe in self._recipes(split)]
         found = [each for each in plain if each.possible]
         too_large = [each for each in plain if not each.possible]
         for recompute in ("selective", "full"):
-            # Without recomputation a step is quicker than with it.
+            # A step without recomputation is a lower bound of the time with it.
             hopeful = [each for each in too_large if self._would_help(each, found)]
             if not hopeful:
                 break
@@ -234,7 +240,7 @@ class _Search:
         return layout.seconds * (1 + TIME_ERROR) < best
 
     def verified(self, count: int) -> list[Layout]:
-        """Return the layouts that fit, the best `count` of them as whole traces say, in their order."""
+        """Return the layouts that fit in their order; the best `count` are verified by whole traces."""
         possible = _in_order(each for each in self.layouts if each.possible)
         verified: list[Layout] = []
         while possible and len(verified) < count:
@@ -245,7 +251,7 @@ class _Search:
         return _in_order(verified) + possible if verified else []
 
     def with_divided_weights(self) -> list[Layout]:
-        """Return a layout that fits with ZeRO-3, if one does: weights are divided, too."""
+        """Return a layout with ZeRO-3, which divides the weights as well, if one fits."""
         for tensor in reversed(_TENSOR):
             recipe = _recomputed(_laid_out(self.recipe, Split(tensor, 1, 3), 1, 1, 1), "full")
             if tensor <= self.hardware.gpus_per_node and _is_allowed(recipe, self.gpus):
@@ -255,21 +261,21 @@ class _Search:
         return []
 
     def lacking(self) -> str:
-        """Return which layout comes nearest to fitting, what it lacks, and what would help."""
+        """Return a message with the layout that comes nearest to fitting, what it lacks, and what would help."""
         nearest = max(self.layouts, key=lambda each: each.margin_bytes)
         lack = ROOM * self.hardware.memory_bytes - nearest.margin_bytes
         rank = min(nearest.forecast.ranks, key=lambda rank: rank.margin_bytes)
-        kind, size = next(iter(rank.memory.items()))
+        category, size = next(iter(rank.memory.items()))
         return (
             f"no layout of {self.recipe.name} fits {self.gpus} {self.hardware.device}. The nearest, "
             f"{layout(nearest.forecast.recipe, self.gpus)}, lacks {lack / 1e9:.1f} GB of "
             f"{self.hardware.memory_gb:g}, of which {ROOM:.0%} are to stay free, on stage {rank.stage}, most of it "
-            f"{kind} ({size / 1e9:.1f} GB): "
-            f"{_HELP.get(kind, 'more or larger GPUs')}"
+            f"{category} ({size / 1e9:.1f} GB): "
+            f"{_HELP.get(category, 'more or larger GPUs')}"
         )
 
     def _recipes(self, split: Split) -> Iterator[Recipe]:
-        """Layouts that the recipe's rules allow, without recomputation."""
+        """Yield the recipe in each layout that its rules allow, without recomputation."""
         layers = self.recipe.model.num_layers
         for stages in range(1, min(_MOST_STAGES, layers) + 1):
             for chunks in range(1, min(_MOST_CHUNKS, layers // stages) + 1):
@@ -310,7 +316,7 @@ _HELP = {
 
 
 def _in_order(layouts: Iterable[Layout]) -> list[Layout]:
-    """The quickest first, but among those that may be the quickest the one that splits the model least."""
+    """Return the layouts, the fastest first; those nearly as fast as the fastest come by how little they split."""
     found = list(layouts)
     quickest = min((each.seconds for each in found), default=0.0)
 

@@ -1,9 +1,11 @@
-"""A process that ranks are forked from: it imports once what takes seconds, and changes nothing itself.
+"""Serve traces of ranks, each from a process forked from this one, which imports once what takes seconds.
 
     python -m bd3_scale.plan.server cuda|cpu FD
 
-The descriptor is a socket. Requests are (number, job, hardware) and answers (number, trace or exception); a
-request None forgets what has not begun. The end of the socket ends the server and its ranks.
+A trace changes PyTorch and DeepSpeed for good, so each needs a process of its own; forked ones need no imports.
+
+The descriptor is a socket. A request is (number, job, hardware), an answer (number, trace or exception). A request None
+drops the jobs that have not begun. When the socket is closed the server and its ranks end.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ Request = tuple[int, Job, Hardware]
 
 
 def main() -> None:
-    """Serve until the other end of the socket is closed; ranks that are still at work are ended then."""
-    # Ctrl-C is for whoever asks; the socket tells of their end.
+    """Serve until the other end of the socket is closed; ranks that still run are killed then."""
+    # Ctrl-C goes to the whole process group. The client handles it, and its end closes the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     device, requests = sys.argv[1], Connection(int(sys.argv[2]))
     waiting: deque[Request] = deque()
@@ -84,7 +86,7 @@ def _ended(receiver: Connection, number: int, job: Job, process: BaseProcess) ->
         process.join()
     except EOFError:
         process.join()
-        killed = ": it was killed, maybe for want of memory" if process.exitcode == -signal.SIGKILL else ""
+        killed = ": it was killed, maybe because memory ran out" if process.exitcode == -signal.SIGKILL else ""
         outcome = ChildProcessError(f"the process of rank {job.rank} ended with {process.exitcode}{killed}")
     receiver.close()
     return number, outcome
@@ -94,7 +96,7 @@ def _trace(sender: Connection, job: Job, hardware: Hardware, device: str) -> Non
     os.environ |= {"RANK": str(job.rank), "WORLD_SIZE": str(job.world_size), "LOCAL_RANK": "0"}
     os.environ |= {"LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     if not os.environ.get("BD3_DEBUG"):
-        _be_quiet()
+        _silence_libraries()
     try:
         sender.send(trace_here(job, hardware, device))
     except Exception as error:
@@ -105,7 +107,7 @@ def _trace(sender: Connection, job: Job, hardware: Hardware, device: str) -> Non
 
 
 def trace_here(job: Job, hardware: Hardware, device: str) -> Trace:
-    """Trace a job in this process, whose PyTorch and DeepSpeed are of no use for anything else afterwards."""
+    """Trace a job in this process; its PyTorch and DeepSpeed cannot be used for anything else afterwards."""
     import_plugins(job.recipe.plugins)
     torch.set_num_threads(1)
     if device == "cuda":
@@ -116,8 +118,8 @@ def trace_here(job: Job, hardware: Hardware, device: str) -> Trace:
     return trace_rank(job, torch.device("cpu"))
 
 
-def _be_quiet() -> None:
-    """Keep to ourselves what libraries say of a GPU that is not there."""
+def _silence_libraries() -> None:
+    """Hide what libraries print about a GPU that does not exist."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""What `bd3-scale plan` prints, the most important first."""
+"""Print the results of `bd3-scale plan`, the most important first."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bd3_scale.plan.hardware import Hardware
 from bd3_scale.plan.search import MEMORY_ERROR, TIME_ERROR, Found, Layout
 from bd3_scale.plan.timing import largest
 
-# Layouts that a search lists.
+# The most layouts that a search lists.
 _LISTED = 10
 
 
 def show(found: Forecast, tokens: float | None) -> None:
-    """Print what a person wants to know, the most important first."""
+    """Print a forecast, the most important first."""
     hardware, time, run = found.hardware, found.time, found.run
     console = Console()
     say(f"{found.recipe.name}: {found.parameters / 1e9:.2f} B parameters on {found.gpus} {hardware.device}")
@@ -48,20 +48,20 @@ def show(found: Forecast, tokens: float | None) -> None:
 
 
 def _memory(found: Forecast) -> None:
-    """Say what is on the card of a rank of each stage."""
+    """Print the memory on the card of a rank of each stage."""
     for rank in found.ranks:
-        kinds = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in rank.memory.items() if size > 5e7)
-        kinds += f"; {rank.uneven_bytes / 1e9:.1f} for rows beyond the mean of experts" * bool(rank.uneven_bytes)
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in rank.memory.items() if size > 5e7)
+        parts += f"; {rank.uneven_bytes / 1e9:.1f} for rows beyond the mean of experts" * bool(rank.uneven_bytes)
         left = f"{rank.margin_bytes / 1e9:.1f} left" if rank.margin_bytes >= 0 else "it does not fit"
         of_stage = f"stage {rank.stage}: " if found.recipe.parallel.pipeline > 1 else ""
         say(
             f"{of_stage}{rank.card_bytes / 1e9:.1f} GB on a card of {found.hardware.memory_gb:g}, {left}; tensors "
-            f"{rank.peak_bytes / 1e9:.1f} at the peak ({rank.where})\n  {kinds}"
+            f"{rank.peak_bytes / 1e9:.1f} at the peak ({rank.where})\n  {parts}"
         )
 
 
 def _losses(found: Forecast) -> None:
-    """Say what a step takes beyond its FLOPs at the peak."""
+    """Print what a step takes in addition to its FLOPs at the peak."""
     say(f"beyond {found.time.needed:.2f} s of FLOPs at the peak, a step takes")
     for name, seconds, remedy in largest(found.time.losses):
         say(f"  {seconds:6.2f} s  {seconds / found.time.seconds:5.1%}  {name}\n{' ' * 19}{remedy}")
@@ -101,7 +101,7 @@ def _assumptions(hardware: Hardware) -> str:
 
 
 def show_layouts(found: Found, hardware: Hardware) -> None:
-    """Print layouts of GPUs that fit, the best first, and what to put into the recipe for that."""
+    """Print the layouts that fit, the best first, and the recipe's values for the best one."""
     if not found.layouts:
         return
     Console().print(_layouts_table(found.layouts[:_LISTED], found.gpus))

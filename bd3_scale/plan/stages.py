@@ -1,10 +1,11 @@
-"""The step of any pipeline stage put together from a few small steps of models of one stage: milliseconds for what
-takes seconds to trace.
+"""Estimate the step of any pipeline stage from a few small steps of models of one stage.
 
-What a step does is linear in the layers of a kind, in the micro-batches and in the sequences of one, and of what ZeRO
-divides in 1 / data-parallel ranks. Six steps tell all of that for one way to split a layer; two more each way to
-recompute it. Where first layers have no experts and others have, half as many more tell of those. An estimate: a shape
-that pays, or costs, a copy of its own is not seen.
+An estimate takes milliseconds, a trace seconds. The work and memory of a step are linear in the number of layers of
+each sort, in the number of micro-batches, and in the number of sequences of a micro-batch. What ZeRO divides is linear
+in 1 / (data-parallel ranks). Six small steps determine these functions for one split of a layer, and two more for each
+way of recomputation. In models whose first layers have no experts, half as many more determine those layers.
+
+It is an estimate because some shapes need a copy that others do not, which the small steps may not show.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ from bd3_scale.recipe.schema import ModelRecipe, Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 _LAYERS = (3, 4)
-# Of the fewer, with one layer that has no experts.
+# The number of layers without experts, in the small models with such layers.
 _DENSE = 1
 _SIZES = (1, 2)
 _REPLICAS = (2, 8)
 _MICRO_BATCHES = 2
-# What belongs to the weights of a stage, whichever micro-batches are under way.
+# Categories of memory that each pending micro-batch adds to.
 _ROWS_KEPT = ("activations", "routed")
+# Categories that depend on the weights of a stage and not on micro-batches.
 _STATIC = ("weights", "gradients", "optimizer", "update", "buckets")
-# To and from both neighbours.
+# Messages of an interleaved schedule that are being sent at a time: to and from both neighbours.
 _ON_THEIR_WAY = 4
 _Weighted = list[tuple[float, Trace]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """How ranks split a layer, and what of its state data-parallel ranks divide."""
+    """How ranks split a layer, and which of its states data-parallel ranks divide."""
 
     tensor: int
     context: int
@@ -42,14 +44,20 @@ class Split:
     expert: int = 1
 
     def replicas(self, times: int) -> int:
-        """Return data-parallel ranks that are `times` as many as expert-parallel ones need."""
+        """Return `times` the least number of data-parallel ranks that the expert-parallel size needs."""
         return times * (self.expert // math.gcd(self.expert, self.context))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a small step does: `layers` of one stage, the first `dense` of them without experts where others have some,
-    `size` sequences a micro-batch, on `replicas` times as many data-parallel ranks as it takes, see `Split.replicas`.
+    """The shape of a small step.
+
+    Attributes:
+        layers: their number, in one stage.
+        size: sequences of a micro-batch.
+        replicas: factor of the least number of data-parallel ranks, see `Split.replicas`.
+        recompute: the way of recomputation.
+        dense: the number of first layers without experts, in models where others have experts.
     """
 
     layers: int
@@ -60,13 +68,13 @@ class Shape:
 
 
 def shapes(recompute: str, model: ModelRecipe) -> list[Shape]:
-    """Return the small steps that tell of layers which are recomputed so, beside those that are not recomputed."""
+    """Return the small steps needed for a way of recomputation, in addition to those without recomputation."""
     few, many = _REPLICAS
-    kinds = [(size, few) for size in _SIZES] + [(_SIZES[0], many)]
+    loads = [(size, few) for size in _SIZES] + [(_SIZES[0], many)]
     if recompute != "none":
-        kinds = kinds[:1]
+        loads = loads[:1]
     layers = [(count, 0) for count in _LAYERS] + [(_LAYERS[0], _DENSE)] * _has_both_kinds(model)
-    return [Shape(count, *kind, recompute, dense) for kind in kinds for count, dense in layers]
+    return [Shape(count, *load, recompute, dense) for load in loads for count, dense in layers]
 
 
 def _has_both_kinds(model: ModelRecipe) -> bool:
@@ -97,7 +105,7 @@ def small_job(recipe: Recipe, vocabulary: Vocabulary, split: Split, shape: Shape
 
 
 class Parts:
-    """A layer and the ends of a model, from steps that were traced, for any recipe with the same split of a layer."""
+    """The traces of a layer and of the ends of a model, for any recipe with the same split of a layer."""
 
     def __init__(self, split: Split, traces: dict[Shape, Trace]) -> None:
         self._split = split
@@ -106,7 +114,7 @@ class Parts:
         self._known: dict[tuple[int, int, str], tuple[Trace, Trace, Trace]] = {}
 
     def add(self, traces: dict[Shape, Trace]) -> None:
-        """Know of another way to recompute, too."""
+        """Add the traces of another way of recomputation."""
         self._traces |= {shape: _lumped(trace) for shape, trace in traces.items()}
 
     def stage(self, recipe: Recipe, gpus: int, stage: int) -> Trace:
@@ -117,10 +125,10 @@ class Parts:
         layer, dense, ends = self._parts(train.micro_batch_size, replicas, train.recompute)
         whole_model = combine(_twice([(model.num_layers, layer), (_dense(model), dense), (1.0, ends)]))
         mine = parallel.chunks(model.num_layers)[stage :: parallel.pipeline]
-        # As the layers here are on average.
+        # The average of the layers of this stage.
         layer = combine(_twice([(1.0, layer), (_dense_here(recipe, stage) / sum(mine), dense)]))
         first, last = stage == 0, stage == parallel.pipeline - 1
-        # Of the weights at the ends, embedding and head, what is here: tied ones are at both.
+        # The share of the end weights (embedding and head) on this stage; tied ones are on both end stages.
         here = 1.0 if first and last else (first + last) * (1.0 if model.tie_embeddings else 0.5)
         repeated = micro_batches / _MICRO_BATCHES
         of_ends = _ends_here(first, last)
@@ -146,8 +154,9 @@ class Parts:
         )
 
     def _parts(self, size: int, replicas: int, recompute: str) -> tuple[Trace, Trace, Trace]:
-        """Return a layer between others, what one without experts does beyond it, and all that is beside layers, with
-        what the last layer spares.
+        """Return the traces of a middle layer, of the difference of a layer without experts, and of all outside layers.
+
+        The last one includes the (negative) difference of the model's last layer, which computes less.
         """
         found = self._known.get((size, replicas, recompute))
         if found is None:
@@ -165,11 +174,12 @@ class Parts:
         return found
 
     def _of(self, wanted: Shape) -> _Weighted:
-        """Return a step of another size on other ranks as a sum of those that were traced."""
+        """Return a step with another size and other replicas as a weighted sum of traced steps."""
 
         def traced(size: int, replicas: int, recompute: str = "none") -> Trace:
             return self._traces[replace(wanted, size=size, replicas=replicas, recompute=recompute)]
 
+        # Linear in the size through the traces of two sizes, and linear in 1 / replicas through those of two numbers.
         size, replicas = wanted.size, wanted.replicas / self._split.replicas(1)
         one, two = _SIZES
         few, many = _REPLICAS
@@ -182,7 +192,7 @@ class Parts:
         return parts
 
     def _message_bytes(self, recipe: Recipe) -> float:
-        """Bytes of what a stage tells the next one of a micro-batch."""
+        """Return the bytes that a stage sends to the next one for a micro-batch."""
         parallel, train = recipe.parallel, recipe.train
         rows = self._rows * train.micro_batch_size / (parallel.tensor if parallel.sequence else 1)
         return rows * recipe.model.hidden_size * (4 if train.precision == "fp32" else 2)
@@ -190,14 +200,14 @@ class Parts:
     def _send_between(
         self, trace: Trace, recipe: Recipe, gpus: int, stage: int, micro_batches: int, ends: Trace
     ) -> None:
-        """Add what stages tell each other: rows, twice, to and from each chunk, and the gradients of tied weights."""
+        """Add the messages between stages: rows and their gradients of each chunk, and gradients of tied weights."""
         parallel = recipe.parallel
         if parallel.pipeline == 1:
             return
         apart = gpus // parallel.pipeline
         sent = 4 * parallel.virtual_pipeline - 2 * (stage in (0, parallel.pipeline - 1))
         size = self._message_bytes(recipe)
-        # Chunks of an interleaved schedule go round: the last stage sends to the first one.
+        # In an interleaved schedule the last stage also sends to the first one.
         goes_round = parallel.virtual_pipeline > 1
         others = {
             (stage + step) % parallel.pipeline
@@ -217,23 +227,25 @@ class Parts:
 def _segments(
     layer: Trace, ends: Trace, recipe: Recipe, stage: int, micro_batches: int, here: float, message: float
 ) -> list[Segment]:
-    """Memory over a step, of the last micro-batch that is under way with all others; here: which share of the weights
-    at the ends.
+    """Return the memory over a step, at the micro-batch with the most others pending.
+
+    here: the share of the end weights on this stage; message: the bytes of a message between stages.
     """
     parallel = recipe.parallel
     mine = parallel.chunks(recipe.model.num_layers)[stage :: parallel.pipeline]
     chunk = mine[-1]
     names = [segment.name for segment in ends.segments]
     saved = layer.segments[names.index("head forward")].memory
-    under_way = _under_way(recipe, stage, micro_batches)
-    # Interleaved schedules send beside computation: what a chunk has sent stays, and some is on its way.
-    sent = message * (under_way + _ON_THEIR_WAY) if parallel.virtual_pipeline > 1 else 0.0
+    pending = _pending(recipe, stage, micro_batches)
+    # Interleaved schedules overlap messages with computation: outputs that were sent stay in memory, see
+    # `deallocate_pipeline_outputs` in `model.config`, and further messages are being sent.
+    sent = message * (pending + _ON_THEIR_WAY) if parallel.virtual_pipeline > 1 else 0.0
     last = stage == parallel.pipeline - 1
-    # Interleaved schedules have the last stage go backward through chunks of middle layers, too.
+    # In interleaved schedules the last stage has chunks of middle layers, too.
     has_middle = not last or parallel.virtual_pipeline > 1
-    found = []
+    segments = []
     for is_middle in [False] * last + [True] * has_middle:
-        # Where no layer is like the last one, which keeps less.
+        # A chunk without the model's last layer, which keeps less than others, has one more full layer.
         layers = chunk + is_middle
         for index, (of_layer, of_ends) in enumerate(zip(layer.segments, ends.segments, strict=True)):
             in_layer = "first layer" in of_ends.name or "middle layer" in of_ends.name
@@ -249,27 +261,31 @@ def _segments(
                 memory.pop("head", None)
             if not after:
                 for kind in _ROWS_KEPT:
-                    memory[kind] = memory.get(kind, 0.0) + saved.get(kind, 0.0) * chunk * (under_way - 1)
+                    memory[kind] = memory.get(kind, 0.0) + saved.get(kind, 0.0) * chunk * (pending - 1)
                 memory["messages"] = sent
-            found.append(Segment(of_ends.name, memory))
-    return found
+            segments.append(Segment(of_ends.name, memory))
+    return segments
 
 
 def _dense(model: ModelRecipe) -> int:
-    """Return how many layers have no experts where others have."""
+    """Return the number of layers without experts, in a model where others have experts."""
     return model.dense_layers if _has_both_kinds(model) else 0
 
 
 def _dense_here(recipe: Recipe, stage: int) -> int:
-    """Return how many of these are on a stage."""
+    """Return how many layers without experts are on a stage."""
     chunks = recipe.parallel.chunks(recipe.model.num_layers)
     starts = [sum(chunks[:chunk]) for chunk in range(len(chunks))]
-    found = [min(layers, max(0, _dense(recipe.model) - start)) for start, layers in zip(starts, chunks, strict=True)]
-    return sum(found[stage :: recipe.parallel.pipeline])
+    dense = [min(layers, max(0, _dense(recipe.model) - start)) for start, layers in zip(starts, chunks, strict=True)]
+    return sum(dense[stage :: recipe.parallel.pipeline])
 
 
-def _under_way(recipe: Recipe, stage: int, micro_batches: int) -> int:
-    """Micro-batches times chunks whose backward has not begun when another one's forward ends, at the most."""
+def _pending(recipe: Recipe, stage: int, micro_batches: int) -> int:
+    """Return the most forward passes of chunks that wait for their backward at a time.
+
+    1F1B: p − stage micro-batches. Interleaved with v chunks: 2 (p − stage − 1) + (v − 1) p + 1 (Narayanan et al., SC
+    2021, and megatron-core's warm-up).
+    """
     parallel = recipe.parallel
     later = parallel.pipeline - stage - 1
     if parallel.virtual_pipeline == 1:
@@ -283,7 +299,7 @@ def _in_layers(key: Key) -> bool:
 
 
 def _added_up(key: Key) -> bool:
-    """Tell what all micro-batches do but the first one, which has nothing to add to."""
+    """Say whether all micro-batches but the first do this: adding gradients, for which the first has no summand."""
     return key.phase == "gradients" and key.part == "gradients"
 
 
@@ -296,7 +312,7 @@ def _ends_here(first: bool, last: bool) -> Callable[[Key], bool]:
 
 
 def _only(trace: Trace, keep: Callable[[Key], bool]) -> Trace:
-    """Return the work and messages of a trace that are kept, without its memory."""
+    """Return the work and messages of a trace whose keys `keep` accepts, without its memory."""
     return Trace(
         [],
         {key: work for key, work in trace.work.items() if keep(key)},
@@ -306,7 +322,7 @@ def _only(trace: Trace, keep: Callable[[Key], bool]) -> Trace:
 
 
 def _among(trace: Trace, factor: float) -> Trace:
-    """Return the trace with messages of so many times as many data-parallel ranks."""
+    """Return the trace with its messages between `factor` times as many data-parallel ranks."""
     messages = {
         key: replace(message, ranks=_more(message.ranks, factor)) if key.direction in REPLICAS else message
         for key, message in trace.messages.items()
@@ -315,20 +331,23 @@ def _among(trace: Trace, factor: float) -> Trace:
 
 
 def _more(ranks: tuple[int, ...], factor: float) -> tuple[int, ...]:
-    """As many times as many ranks, as far apart."""
+    """Return `factor` times as many ranks, at the same distance."""
     apart = ranks[1] - ranks[0]
     return tuple(range(ranks[0], ranks[0] + round(len(ranks) * factor) * apart, apart))
 
 
 def _lumped(trace: Trace) -> Trace:
-    """Return the trace without what tells sizes apart, in names of stretches of memory, too."""
+    """Return the trace with shapes removed from its keys, and the sort of recomputation from names of segments.
+
+    Traces of different sizes then have the same keys and segments, and can be added.
+    """
     parts = [Trace([], {key._replace(shape=""): work}, {}, {}) for key, work in trace.work.items()]
     for key, message in trace.messages.items():
-        _, beside, by_size = key.shape.partition("beside")
-        parts.append(Trace([], {}, {key._replace(shape=beside + by_size): message}, {}))
+        _, marker, by_work = key.shape.partition("overlapping")
+        parts.append(Trace([], {}, {key._replace(shape=marker + by_work): message}, {}))
     whole = combine([(1.0, 1.0, part) for part in parts])
     segments = [Segment(segment.name.replace(" recomputed", ""), segment.memory) for segment in trace.segments]
-    # Gradients are still fewer while those of the first micro-batch come.
+    # Drop the segments of the first micro-batch, in which not all gradients are allocated yet.
     later = segments[2 + (len(segments) - 4) // _MICRO_BATCHES :]
     return replace(trace, work=whole.work, messages=whole.messages, segments=later)
 
@@ -338,6 +357,6 @@ def _twice(parts: Sequence[tuple[float, Trace]]) -> list[tuple[float, float, Tra
 
 
 def _rows(trace: Trace) -> int:
-    """Return the rows of a sequence that a layer takes, of all tensor-parallel ranks."""
-    # Products may take them stream by stream.
+    """Return the rows of a sequence that a layer computes, over all tensor-parallel ranks."""
+    # From attention, which takes all rows at once; products may take them stream by stream.
     return max(int(key.shape) for key in trace.work if key.name == "block_attention")

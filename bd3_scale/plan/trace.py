@@ -1,4 +1,4 @@
-"""What a rank's step consists of, as numbers that add up: work, messages, waits, and memory over time."""
+"""Define the trace of a rank's step as numbers that can be added: work, messages, waits, and memory over time."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import NamedTuple
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 IN_FP32 = " in fp32"
-# Groups of ranks that have the same weights, all of them or experts, by how messages between them are called.
+# Names of the groups of ranks that have the same weights: all weights, or the same experts.
 REPLICAS = ("data", "expert-data")
 
 
 class Key(NamedTuple):
-    """What is counted together.
+    """The properties of operators, or of messages, that are counted together.
 
     Attributes:
-        phase: of the step.
-        part: of the model; empty outside it.
-        direction: forward, backward or recomputed; of a message the group that it goes over.
-        name: of the operator or collective; of products of fp32 matrices it says so.
-        shape: of a product or message inside the model, and of a message what is computed beside it; elsewhere it
-            follows from the number of layers.
+        phase: phase of the step.
+        part: part of the model; empty outside of it.
+        direction: forward, backward or recomputed; for a message the group that it goes over.
+        name: name of the operator or collective; products of fp32 matrices have a suffix.
+        shape: for a product or message inside the model, its shape, and for a message the work that it overlaps with.
+            Elsewhere it is empty, because shapes depend on the number of layers there.
     """
 
     phase: str
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 @dataclass
 class Work:
-    """Kernels: how many, their floating-point operations, and bytes of their inputs and outputs."""
+    """The number of kernels, their floating-point operations, and the bytes of their inputs and outputs."""
 
     calls: float = 0
     flops: float = 0
@@ -52,35 +52,35 @@ class Work:
 
 @dataclass
 class Message:
-    """Collectives or messages over one group: how many, and bytes of the largest tensor of each.
+    """Collectives or messages over one group: their number, and the bytes of the largest tensor of each.
 
     Attributes:
-        ranks: of the group, or the two of a message, which say what lies in one node.
-        beside: what the device computes between the begin of each and the wait for it.
-        alone: of that, what it computes while no older message of the group is under way.
+        ranks: the ranks of the group, or the two of a message; they determine which links are inside a node.
+        overlapped: what the device computes between the start of each message and the wait for it.
+        exclusive: the part of that which it computes while no older message of the group is pending.
     """
 
     ranks: tuple[int, ...]
     calls: float = 0
     bytes: float = 0
-    beside: Work = field(default_factory=Work)
-    alone: Work = field(default_factory=Work)
+    overlapped: Work = field(default_factory=Work)
+    exclusive: Work = field(default_factory=Work)
 
     def add(self, other: Message, weight: float = 1.0) -> None:
-        """Count others of the same group."""
+        """Add the numbers of other messages of the same group."""
         self.calls += weight * other.calls
         self.bytes += weight * other.bytes
-        _add_work(self.beside, other.beside, weight)
-        _add_work(self.alone, other.alone, weight)
+        _add_work(self.overlapped, other.overlapped, weight)
+        _add_work(self.exclusive, other.exclusive, weight)
 
 
 class Sent(NamedTuple):
     """A collective, or a message between two ranks.
 
     Attributes:
-        ranks: of its group.
-        tensors: their types and shapes.
-        peer: of a message, the other rank.
+        ranks: the ranks of its group.
+        tensors: dtypes and shapes of its tensors.
+        peer: the other rank of a message; None for a collective.
     """
 
     ranks: tuple[int, ...]
@@ -91,7 +91,7 @@ class Sent(NamedTuple):
 
 @dataclass
 class Segment:
-    """A stretch of a step, and what was in memory when it was most, in bytes by kind."""
+    """A segment of a step, and its peak of memory, in bytes by category."""
 
     name: str
     memory: dict[str, float]
@@ -103,13 +103,13 @@ class Segment:
 
 @dataclass
 class Trace:
-    """One rank's step.
+    """The trace of one rank's step.
 
     Attributes:
-        micro_batches: of the step.
-        flops: that the whole model needs for this rank's positions, of all micro-batches.
-        parameters: of the whole model.
-        order: what was sent, from the first step on.
+        micro_batches: their number.
+        flops: the FLOPs of the whole model for this rank's positions, over all micro-batches.
+        parameters: the number of parameters of the whole model.
+        order: the collectives and messages, from the first step on.
     """
 
     segments: list[Segment]
@@ -123,30 +123,30 @@ class Trace:
 
     @property
     def peak(self) -> Segment:
-        """Return where memory is most."""
+        """Return the segment with the highest peak of memory."""
         return max(self.segments, key=lambda segment: segment.bytes)
 
 
 def is_product(name: str) -> bool:
-    """Tell whether an operator multiplies matrices."""
+    """Say whether an operator multiplies matrices."""
     return name.removesuffix(IN_FP32) in _PRODUCTS
 
 
 def links_of(group: str) -> str:
-    """Return the group whose messages go over the same links as those of `group`, one after the other."""
+    """Return the group whose messages share links with those of `group`, so that they are sent one after the other."""
     return REPLICAS[0] if group in REPLICAS else group
 
 
 def combine(parts: Sequence[tuple[float, float, Trace]]) -> Trace:
-    """Return the sum of traces, each with its weight for what adds up over a step, and for memory.
+    """Return the weighted sum of traces; each has a weight for work, messages and waits, and another for memory.
 
-    Stretches of memory correspond in their order, whose names are the same.
+    The traces must have the same segments in the same order.
     """
     names = next([segment.name for segment in trace.segments] for _, weight, trace in parts if weight)
     whole = Trace([Segment(name, {}) for name in names], {}, {}, {})
     for weight, memory_weight, trace in parts:
         if memory_weight:
-            assert [segment.name for segment in trace.segments] == names, "steps of one kind have the same stretches"
+            assert [segment.name for segment in trace.segments] == names, "steps to be added have the same segments"
             for target, segment in zip(whole.segments, trace.segments, strict=True):
                 _add(target.memory, segment.memory, memory_weight)
         for key, work in trace.work.items():

@@ -1,4 +1,4 @@
-"""Ranks that are traced each in a process of its own, for what they change in PyTorch and DeepSpeed."""
+"""Trace ranks in processes of their own, because a trace changes PyTorch and DeepSpeed for the whole process."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _servers: dict[str, _Server] = {}
 def trace_all(
     jobs: Sequence[Job], hardware: Hardware, *, device: str, done: Callable[[], None] = lambda: None
 ) -> list[Trace]:
-    """Return the trace of each job, as many at a time as there are cores.
+    """Return the trace of each job; as many jobs run at a time as there are cores.
 
-    device: "cuda" or "cpu", what the fake devices are taken for; done: is called after each.
-    ValueError: the recipe cannot run so; OSError: the fake GPU cannot be built, or a process of a rank was killed;
+    device: "cuda" or "cpu", the type of the fake devices; done: is called after each trace.
+    ValueError: the recipe cannot run so; OSError: the fake GPU cannot be compiled, or the process of a rank was killed;
     RuntimeError: anything else that a rank raised.
     """
     with _lock:
@@ -40,11 +40,14 @@ def trace_all(
 
 
 class _Server:
-    """`bd3_scale.plan.server`, which lives until this process ends; DeepSpeed is told of the device at its import."""
+    """The process of `bd3_scale.plan.server`, which lives until this process ends.
+
+    There is one for each type of device, since DeepSpeed chooses its device when it is imported.
+    """
 
     def __init__(self, device: str) -> None:
         ours, theirs = socket.socketpair()
-        # What is imported here is found there, plug-ins above all.
+        # The server must find the modules that this process finds, plug-ins above all.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         environment |= {"DS_ACCELERATOR": device}
         with theirs:
@@ -61,19 +64,19 @@ class _Server:
         return self._process.poll() is None
 
     def trace(self, jobs: Sequence[Job], hardware: Hardware, done: Callable[[], None]) -> list[Trace]:
-        numbers = {next(_numbers): place for place, _ in enumerate(jobs)}
-        found: list[Any] = [None] * len(jobs)
+        numbers = {next(_numbers): index for index, _ in enumerate(jobs)}
+        traces: list[Any] = [None] * len(jobs)
         try:
-            for number, place in numbers.items():
-                self._connection.send((number, jobs[place], hardware))
+            for number, index in numbers.items():
+                self._connection.send((number, jobs[index], hardware))
             while numbers:
                 number, outcome = self._connection.recv()
                 if number not in numbers:
-                    # Of a call before, which did not wait for all.
+                    # An answer to an earlier call, which ended before it had all its answers.
                     continue
                 if isinstance(outcome, Exception):
                     raise outcome
-                found[numbers.pop(number)] = outcome
+                traces[numbers.pop(number)] = outcome
                 done()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise ChildProcessError(
@@ -82,4 +85,4 @@ class _Server:
         finally:
             if numbers and self.is_alive:
                 self._connection.send(None)
-        return found
+        return traces

@@ -102,7 +102,7 @@ def test_products_beside_messages(traces, part):
     whole = 3 * column + (stream * KEYS if part == "attention" else 0)
     beside: dict[str, float] = defaultdict(float)
     for key, message in traces["sequence"].messages.items():
-        beside[key.name] += message.alone.flops * (key.part == part)
+        beside[key.name] += message.exclusive.flops * (key.part == part)
     assert {name: flops for name, flops in beside.items() if flops} == {
         "_allgather_base_": column + row + whole,
         "_reduce_scatter_base_": row + whole,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bd3_scale.plan.meetings import disagreements
+from bd3_scale.plan.matching import disagreements
 from bd3_scale.plan.trace import Sent
 
 

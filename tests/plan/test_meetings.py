@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from bd3_scale.plan.meetings import disagreements
+from bd3_scale.plan.matching import disagreements
 from tests.plan.layouts import GOLDEN, LAYOUTS, job, measured, trace
 
 pytestmark = pytest.mark.launch

@@ -163,7 +163,7 @@ def test_hardware_of_a_file(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=why):
             load_hardware(str(file))
-    with pytest.raises(ValueError, match="is none of h100"):
+    with pytest.raises(ValueError, match="is neither one of h100"):
         load_hardware("h99")
 
 

@@ -1,6 +1,6 @@
-"""Whether the ranks of a run meet: what each would send and wait for, compared before any of them runs.
+"""Compare the collectives and messages of all ranks of a run, before any of them runs.
 
-A collective that one rank leaves out, or that two groups call in another order on two ranks, hangs a run for good.
+A collective that one rank omits, or that two ranks call in different orders, makes a run hang for ever.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from bd3_scale.plan.trace import Sent
 
 
 def disagreements(orders: Mapping[int, Sequence[Sent]]) -> list[str]:
-    """Return what does not match between the messages of all ranks, for people; none where every one is met.
+    """Return what does not match between the collectives and messages of all ranks, for people; empty if all match.
 
-    orders: what each rank of the world sends and waits for, in its order.
+    orders: the collectives and messages of each rank of the world, in their order.
     """
     collectives = {rank: [sent for sent in order if sent.peer is None] for rank, order in orders.items()}
-    found = list(_of_groups(collectives))
-    # Where a group differs ranks wait for each other at once, which says less.
-    return [*(found or _deadlock(collectives)), *_of_pairs(orders)]
+    differences = list(_of_groups(collectives))
+    # A difference within a group also causes a deadlock, whose description would say less.
+    return [*(differences or _deadlock(collectives)), *_of_pairs(orders)]
 
 
 def _of_groups(orders: Mapping[int, Sequence[Sent]]) -> Iterator[str]:
-    """Collectives of a group that are not the same on all its ranks."""
+    """Yield the collectives of a group that are not equal on all its ranks."""
     by_group: dict[tuple[int, ...], dict[int, list[Sent]]] = defaultdict(dict)
     for rank, order in orders.items():
         for sent in order:
@@ -43,7 +43,7 @@ def _of_groups(orders: Mapping[int, Sequence[Sent]]) -> Iterator[str]:
 
 
 def _deadlock(orders: Mapping[int, Sequence[Sent]]) -> list[str]:
-    """Let all ranks run, each to the collective that it waits in, until nobody comes further."""
+    """Simulate all ranks, each until the collective that it waits in, until no rank can go on; return who waits."""
     at = dict.fromkeys(orders, 0)
 
     def waits_in(rank: int) -> Sent | None:
@@ -63,7 +63,7 @@ def _deadlock(orders: Mapping[int, Sequence[Sent]]) -> list[str]:
 
 
 def _of_pairs(orders: Mapping[int, Sequence[Sent]]) -> Iterator[str]:
-    """Messages between two ranks that are not received as they are sent."""
+    """Yield the messages between two ranks that are not received as they are sent."""
     sent_to: dict[tuple[int, int, tuple[int, ...]], list[str]] = defaultdict(list)
     received: dict[tuple[int, int, tuple[int, ...]], list[str]] = defaultdict(list)
     for rank, order in orders.items():

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from bd3_scale.plan import kept
+from bd3_scale.plan import trace_cache
 from bd3_scale.plan.hardware import load_hardware
-from bd3_scale.plan.kept import traces_of
 from bd3_scale.plan.trace import Key, Message, Segment, Sent, Trace, Work
+from bd3_scale.plan.trace_cache import traces_of
 from tests.plan.layouts import job
 
 TRACE = Trace(
@@ -36,7 +36,7 @@ def traced(tmp_path, monkeypatch):
         return [replace(TRACE, order=[Sent((0, 1), "allreduce_", "float32[4]", None)])] * len(jobs)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kept, "trace_all", trace_all)
+    monkeypatch.setattr(trace_cache, "trace_all", trace_all)
     return found
 
 
@@ -69,7 +69,7 @@ def test_what_matters_makes_another_trace(traced, monkeypatch):
         asked(changed)
     asked(one, hardware="h200")
     asked(one, device="cpu")
-    monkeypatch.setattr(kept, "_source", lambda: "of another version")
+    monkeypatch.setattr(trace_cache, "_source", lambda: "of another version")
     asked(one)
     assert len(traced) == 9
 
@@ -86,7 +86,7 @@ def test_what_does_not_matter_does_not(traced):
 def test_a_damaged_file_is_made_anew(traced, damage):
     one = job("offload")
     asked(one)
-    (path,) = kept.folder().iterdir()
+    (path,) = trace_cache.folder().iterdir()
     path.write_bytes(damage)
     assert asked(one)[0].work == TRACE.work
     assert len(traced) == 2
