@@ -1,9 +1,9 @@
-"""A trained model in Python: `bd3_scale.load`, without a launcher, a process group, or anything left open.
+"""Load a trained model in Python by `bd3_scale.load`, without a launcher or process groups.
 
     model = bd3_scale.load("runs/mine")
     print(model.generate("def main(").text)
 
-Loads without PyTorch, which comes with `load`.
+The module itself does not import PyTorch; `load` does.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
     from bd3_scale.generate.writer import Piece, Writer, Written
     from bd3_scale.model.transformer import BlockDiffusionTransformer
 
-# What a model is, of the manifest's fields.
+# The fields of the manifest that describe a model.
 _CONFIG = ("name", "step", "objective", "block_size", "max_position_embeddings", "precision", "model", "vocabulary")
-_NO_TOKENIZER = "has no tokeniser: it takes and gives ids, and no text"
+_NO_TOKENIZER = "has no tokeniser: the model takes and returns token ids, not text"
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Model:
-    """Load a model: its averaged weights where the training kept them, else the last ones.
+    """Load a model: the moving average of its weights if the training kept one, else the last weights.
 
-    Any number of models may be loaded, also by a process that has, or will have, process groups of its own: each
-    process holds the whole model, and talks to no other.
+    Any number of models may be loaded, also by a process that has, or will have, process groups of its own. Each
+    process holds the whole model and communicates with no other.
 
     Args:
         path: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face folder or file that
-            `bd3-scale convert import` takes, which is imported into the temporary folder and removed from there.
-        dtype: of the weights in memory; default: that of the training's forward, or of an imported model.
+            `bd3-scale convert import` takes. The latter is imported into a temporary folder, which is removed.
+        dtype: of the weights in memory; default: that of the training's forward, or of the imported model.
         device: default: the GPU of this process (LOCAL_RANK), else the CPU.
 
     Raises:
-        FileNotFoundError, ValueError: there is no model, it is damaged, or of a kind that is not read here.
+        FileNotFoundError, ValueError: there is no model, it is damaged, or its format is not supported here.
     """
     source = Path(path)
     with _quiet():
@@ -63,10 +63,9 @@ class Model:
     """A model with its tokeniser, made by `load`.
 
     Attributes:
-        path: what it was loaded from.
-        manifest: all that its checkpoint says of itself.
-        transformer: the PyTorch module, in eval mode, for what is not offered here; its parameters may be changed
-            between calls.
+        path: the path that it was loaded from.
+        manifest: the manifest of its checkpoint.
+        transformer: the PyTorch module, in eval mode, for everything else; its parameters may be changed between calls.
     """
 
     def __init__(
@@ -92,12 +91,12 @@ class Model:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Return what the model is, as plain values: its shape under `model`, its ids under `vocabulary`."""
+        """Return a description of the model as plain values: its shape under `model`, its ids under `vocabulary`."""
         return self.manifest.model_dump(include=set(_CONFIG))
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """ValueError: the model came without one."""
+        """Return the model's tokeniser. ValueError: the model has none."""
         if self._tokenizer is None:
             raise ValueError(f"{self.path} {_NO_TOKENIZER}")
         return self._tokenizer
@@ -129,14 +128,14 @@ class Model:
 
         Args:
             prompts: a text or a conversation for one result, or a list of them for a list of results. A conversation is
-                a list of messages with `role` and `content`, which the model's chat template makes text of.
-            infill: each `[MASK]` of a prompt is a gap of one token; the result's text is then the whole of it.
-            stop: a string, or several, that end a text, which does not hold them.
+                a list of messages with `role` and `content`, from which the model's chat template makes a text.
+            infill: fill each `[MASK]` of a prompt, a gap of one token; the result's text then includes the prompt.
+            stop: a string, or several, that end a text; the result does not contain them.
             sampling: fields of `bd3_scale.generate.SamplingConfig`, such as max_new_tokens, temperature, seed. Text i
-                depends on seed + i and its prompt alone.
+                depends on seed + i and its own prompt only.
 
         Raises:
-            TypeError: an unknown field. ValueError: a value that does not suit, or a model of next tokens.
+            TypeError: an unknown field. ValueError: a value that is not allowed, or a model of next tokens.
         """
         texts, is_one = _several(prompts)
         written = list(self._writer.write(texts, _config_of(sampling), infill=infill, stop=_strings(stop)))
@@ -150,9 +149,9 @@ class Model:
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Iterator[Piece]:
-        """Yield what `generate` writes, block by block: each piece has the `text` that a finished block adds.
+        """Yield what `generate` returns, block by block: each piece has the `text` that a finished block adds.
 
-        Of several prompts a piece tells the `index`; `stopped_by` is None but for the last piece of a text.
+        A piece has the `index` of its prompt; `stopped_by` is None except in the last piece of a text.
         """
         texts, _ = _several(prompts)
         return self._writer.stream(texts, _config_of(sampling), infill=infill, stop=_strings(stop))
@@ -161,12 +160,13 @@ class Model:
         """Measure a text, or several together, as `bd3-scale evaluate --text` measures a file of them.
 
         The result's `nelbo` is in nats a token, over mask rates in [0, 1] and `draws` draws of the noise, with its
-        standard errors: an upper bound of the negative log-likelihood, which it is itself where `exact`. Texts are cut
-        into sequences as long as the training's, each without context before it; their ends count. Equal texts meet
-        equal noise. `perplexity` and `bits_per_byte` are of the same number.
+        standard errors. It is an upper bound of the negative log-likelihood; where `exact`, it is the negative
+        log-likelihood itself. Texts are cut into sequences of the training's length, each without context before it;
+        the end of a text counts as a token. Equal texts are measured under equal noise. `perplexity` and
+        `bits_per_byte` are computed from the same number.
 
         block_size: default: that of the training.
-        ValueError: text shorter than a block, a block size that does not divide the sequences, or no draw.
+        ValueError: a text shorter than a block, a block size that does not divide the sequences, or draws below 1.
         """
         from bd3_scale.evaluate.checkpoint import evaluate_texts
 
@@ -177,14 +177,14 @@ class Model:
     def logits(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]], *, block_size: int | None = None) -> Tensor:
         """Return fp32 logits [B, L, vocabulary] of ids [B, L], or [L] for one sequence, in one forward without noise.
 
-        A position sees all blocks before its own, and its own as a whole, as an exported model's forward does; −∞ is
-        what is never predicted, such as the mask. Ids may be masks: where they are in the last block alone, its rows
-        are the model's law of those tokens given all others, which `generate` draws from. At clean positions of a
-        block diffusion model the row has seen the token that it would predict. A model of next tokens predicts at each
-        position the token behind it.
+        A position sees all blocks before its own and its whole own block, as in an exported model's forward. Tokens
+        that are never predicted, such as the mask, have −∞. Ids may be masks: if only the last block has masks, its
+        rows give the model's distribution of those tokens given all others, from which `generate` draws. At a clean
+        position of a block diffusion model the row has seen the token that it would predict. A model of next tokens
+        predicts at each position the token after it.
 
         block_size: default: that of the training.
-        ValueError: ids that are not in the vocabulary, or no integers [B, L].
+        ValueError: ids that are not in the vocabulary, or not integers [B, L].
         """
         import torch
 
@@ -200,8 +200,8 @@ class Model:
         spans = make_spans(torch.zeros(tokens.shape, dtype=torch.int32), block_size or self.manifest.block_size)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         with torch.no_grad():
-            found = self.transformer.clean_logits(tokens.to(device), positions.to(device), spans.to(device))
-        return found[..., :size]
+            logits = self.transformer.clean_logits(tokens.to(device), positions.to(device), spans.to(device))
+        return logits[..., :size]
 
     @property
     def _writer(self) -> Writer:
@@ -220,7 +220,10 @@ def _opened(
     device: torch.device | str | None,
     chat_template: Path | None = None,
 ) -> Model:
-    """chat_template: the folder that may have one, where the checkpoint will not stay."""
+    """Return the model of a checkpoint.
+
+    chat_template: the folder that may have a chat template, if the checkpoint is temporary.
+    """
     import torch
 
     from bd3_scale.checkpoint.manifest import TOKENIZER, read_manifest
@@ -250,14 +253,14 @@ def _least_entropy(manifest: CheckpointManifest) -> float:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or (dist.is_initialized() and dist.get_world_size() > 1)
     if several and manifest.vocabulary.size < SMALLEST_SUBWORD_VOCABULARY:
         raise ValueError(
-            "among several processes min_entropy has no default for a vocabulary of bytes, which held-out text gives "
-            "that all of them would have to read together: give min_entropy=0, or a number of nats"
+            "min_entropy has no default for a vocabulary of bytes among several processes: the default comes from "
+            "held-out text, which all of them would have to read together. Give min_entropy=0, or a number of nats"
         )
     return default_min_entropy(manifest)
 
 
 def _several(prompts: str | Messages | Sequence[str | Messages]) -> tuple[list[str | Messages], bool]:
-    """Prompts, and whether one alone was given."""
+    """Return a list of prompts, and whether a single prompt was given."""
     if isinstance(prompts, str) or (prompts and all(isinstance(each, Mapping) for each in prompts)):
         return [cast("str | Messages", prompts)], True
     return list(cast("Sequence[str | Messages]", prompts)), False
@@ -275,7 +278,7 @@ def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what libraries say of each other at import; a notebook's own filters stay as they are."""
+    """Hide the warnings of libraries at import; the warning filters of a notebook stay as they are."""
     from bd3_scale.observe.libraries import quieten_libraries
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Packages that offer the names of their modules, and import each when it is first used (PEP 562)."""
+"""Let packages offer the names of their modules, and import each module at its first use (PEP 562)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package that offers what its `__init__.pyi` imports.
+    """Return `__getattr__` and `__dir__` of a package that offers the names that its `__init__.pyi` imports.
 
         __getattr__, __dir__ = lazy_names(__name__)
 
-    Type checkers read the same file, so that a name stands in one place; nothing is read before one is asked for.
+    Type checkers read the same file, so each name is written once. The file is read when the first name is used.
     """
     module = sys.modules[package]
 

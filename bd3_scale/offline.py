@@ -1,6 +1,7 @@
-"""Compilation of Triton kernels for chips that need not be present, and what the compiled code uses.
+"""Compile Triton kernels for chips that need not be present, and read off what the compiled code uses.
 
-Needs Triton alone: its wheel brings the assembler and the disassembler.
+No GPU and no CUDA toolkit is needed: Triton's wheel contains ptxas and cuobjdump. A register that spills, or a product
+that misses the tensor cores, shows in the compiled code, where the interpreter would hide it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, technical specifications).
+# The most shared memory of one program, in bytes, by compute capability (CUDA C++ Programming Guide, technical
+# specifications).
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
-# The last two are those of 16 bytes, the widest.
+# SASS instructions to count: tensor-core products, TMA, asynchronous copies, spills (LDL, STL), atomic additions, and
+# loads and stores of 16 bytes, the widest.
 _COUNTED = (
     "HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "UTMAREDG", "LDGSTS", "LDL", "STL", "RED", "REDG", "LDG.E.128",
     "STG.E.128",
@@ -32,7 +35,7 @@ Variant = TypeVar("Variant")
 
 
 class Usage(NamedTuple):
-    """Hold what one compiled variant takes; `instructions` counts SASS instructions by the start of their names."""
+    """The resources of a compiled variant; `instructions` counts SASS instructions by the beginning of their names."""
 
     registers: int
     stack: int
@@ -43,7 +46,8 @@ class Usage(NamedTuple):
 def compile_all(
     compile_variant: Callable[[Variant, int], Usage], work: Sequence[tuple[int, Variant]]
 ) -> Iterator[Usage]:
-    """Apply `compile_variant` to each variant and its chip, on all processors, in order and as they are ready."""
+    """Apply `compile_variant` to each variant and its chip, on all processors; yield results in order."""
+    # Spawned, not forked: a fork of a process with threads, as PyTorch has them, may deadlock.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(compile_variant, [variant for _, variant in work], [chip for chip, _ in work])
 
@@ -58,10 +62,11 @@ def compile_kernel(
     num_warps: int,
     num_stages: int,
 ) -> Usage:
-    """Compile for `sm_<chip>` and read registers, stack and shared memory (bytes) and instructions off the binary.
+    """Compile for `sm_<chip>`; read registers, stack and shared memory (in bytes) and instructions off the binary.
 
-    types: of arguments by name, as Triton writes them; those that are in `constants` need none.
-    aligned: arguments that are multiples of 16, in bytes where they are pointers.
+    types: Triton's types of the arguments, by name; arguments in `constants` need none.
+    aligned: arguments that are multiples of 16, or pointers to multiples of 16 bytes. Triton generates wide loads only
+        for these.
     """
     names = list(function.arg_names)
     source = ASTSource(

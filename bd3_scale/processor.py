@@ -1,4 +1,4 @@
-"""What Linux says of the first processor: its maker, its name, what it can do."""
+"""Read the properties of the first processor from Linux: its vendor, its name and its flags."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def fields() -> Mapping[str, str]:
 
 
 def flags() -> frozenset[str]:
-    """Return what it can do, such as "avx512f" (`flags` on x86, `Features` on ARM)."""
+    """Return its instruction set extensions, such as "avx512f" (`flags` on x86, `Features` on ARM)."""
     return frozenset(f"{fields().get('flags', '')} {fields().get('Features', '')}".split())
 
 
 def multiplies_bf16() -> bool:
-    """Say whether it has bf16 products: AVX512-BF16 or AMX on x86, the BF16 extension on ARM."""
+    """Say whether it multiplies bf16 in hardware: AVX512-BF16 or AMX on x86, the BF16 extension on ARM."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags())
 
 
 def vendor() -> str:
-    """Return who made it, such as "GenuineIntel" or "AuthenticAMD"; "" on ARM."""
+    """Return its vendor, such as "GenuineIntel" or "AuthenticAMD"; "" on ARM."""
     return fields().get("vendor_id", "")

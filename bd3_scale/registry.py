@@ -1,15 +1,16 @@
-"""Hold the extension points of the package: named things that a person may add from outside, each kind in a registry.
+"""Keep the registries: the extension points of the package, where a person may add named things from outside.
 
     from bd3_scale.registry import schedules
 
     @schedules.register("smoothstep")
     class Smoothstep: ...
 
-A recipe names modules of that kind under `plugins`, and the command line with `--plugin`; importing one runs its
-decorators. What the package brings is registered in the same way, by the module that a registry names as its home.
+A recipe names such modules under `plugins`, the command line with `--plugin`. Importing a module runs its decorators.
+What the package itself has is registered in the same way, by the module that a registry calls its home.
 
-Standard library alone: every room may import this one, and it imports none. The homes of what a recipe names
-(schedules, objectives, optimisers, attention backends) load without PyTorch: a launcher checks a recipe at once.
+This module uses the standard library only: every other package may import it, and it imports none. The homes of what a
+recipe names (schedules, objectives, optimisers, attention backends) load without PyTorch, so that a launcher checks a
+recipe in half a second.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-# Of a plug-in: a module by its dotted name.
+# The name of a plug-in: that of a module, with dots.
 MODULE_NAME = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
 
 T = TypeVar("T")
@@ -28,69 +29,69 @@ Registered = TypeVar("Registered")
 
 
 class Registry(Generic[T]):
-    """Things of one kind by their names.
+    """A registry of things of one kind, by name.
 
-    kind: what one of them is called in a message; home: the module that registers the package's own.
+    kind: the word for one of them in a message; home: the module that registers those of the package.
     """
 
     def __init__(self, kind: str, home: str) -> None:
         self._kind, self._home = kind, home
-        self._found: dict[str, T] = {}
+        self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
-        """Return a decorator that gives a class or function its name here.
+        """Return a decorator that registers a class or function under a name.
 
-        ValueError: another one has the name. The same definition, run again as in a notebook, takes its own place.
+        ValueError: another one has the name. The same definition, run again in a notebook, replaces the earlier one.
         """
 
         def add(thing: Registered) -> Registered:
-            holder = self._found.get(name)
+            holder = self._entries.get(name)
             if holder is not None and _origin(holder) != _origin(thing):
                 raise ValueError(
-                    f"the {self._kind} {name!r} of {_origin(thing)[0]} has the name of one of {_origin(holder)[0]}: "
-                    "choose another name"
+                    f"the {self._kind} {name!r} of {_origin(thing)[0]} has the same name as one of "
+                    f"{_origin(holder)[0]}: choose another name"
                 )
-            self._found[name] = thing  # type: ignore[assignment]
+            self._entries[name] = thing  # type: ignore[assignment]
             return thing
 
         return add
 
     def name_of(self, thing: T) -> str:
         """Return the name that a registered thing has."""
-        return next(name for name, held in self._found.items() if held is thing)
+        return next(name for name, held in self._entries.items() if held is thing)
 
     def names(self) -> tuple[str, ...]:
         """Return all names: the package's, then those of imported plug-ins."""
         importlib.import_module(self._home)
-        return tuple(self._found)
+        return tuple(self._entries)
 
     def get(self, name: str) -> T:
-        """Return what has this name. ValueError: nothing has; the message lists the nearest."""
-        if name in self._found:
-            return self._found[name]
+        """Return the thing of this name. ValueError: there is none; the message lists similar names."""
+        if name in self._entries:
+            return self._entries[name]
         known = self.names()
-        if name in self._found:
-            return self._found[name]
+        if name in self._entries:
+            return self._entries[name]
         near = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
         raise ValueError(
-            f"no {self._kind} is called {name!r}: {hint} One of a plug-in's needs its module, as `plugins: [MODULE]` "
-            "in the recipe or `bd3-scale --plugin MODULE …`"
+            f"no {self._kind} is called {name!r}: {hint} If a plug-in defines it, name its module, as "
+            "`plugins: [MODULE]` in the recipe or `bd3-scale --plugin MODULE …`"
         )
 
 
 def import_plugins(modules: Sequence[str]) -> None:
-    """Import modules that register things. ValueError: one cannot be imported, or its name is none of a module."""
+    """Import modules that register things. ValueError: one cannot be imported, or is not a module's name."""
     for module in modules:
         if not re.fullmatch(MODULE_NAME, module):
-            raise ValueError(f"the plug-in {module!r} is no module: give its dotted name, such as my_lab.bd3")
+            raise ValueError(f"the plug-in {module!r} is not the name of a module: give one such as my_lab.bd3")
         try:
             importlib.import_module(module)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
                 f"the plug-in {module} cannot be imported ({reason}): install it where bd3_scale is, or put the folder "
-                "that holds it on PYTHONPATH; the current folder is not looked in"
+                "that contains it on PYTHONPATH; the current folder is not searched"
             ) from error
 
 
