@@ -162,7 +162,7 @@ def test_it_touches_no_process_group(model: bd3_scale.Model, monkeypatch: pytest
         assert mine._get_sequence_number_for_group() == before  # counts collectives
         dist.barrier()
         assert mine._get_sequence_number_for_group() > before
-        with pytest.raises(ValueError, match="min_entropy has no default for a vocabulary of bytes among several processes"):
+        with pytest.raises(ValueError, match=r"min_entropy has no default .* among several processes"):
             bd3_scale.load("run").generate("The ")
     finally:
         dist.destroy_process_group()

@@ -181,14 +181,14 @@ def _row_loss(row_loss: RowLoss, nll_M: Tensor, log_total_M: Tensor) -> tuple[Te
 def _nll(logits: Tensor, targets: Tensor, layer: OutputLayer) -> tuple[Tensor, Tensor]:
     """Return the nll [M], and the log-sum-exp of the logits of all ranks [M]."""
     group = layer.tp_group
-    highest, total, own = row_statistics(logits, targets, layer.first_id, layer.forbidden_V)
+    highest, total, target_logit = row_statistics(logits, targets, layer.first_id, layer.forbidden_V)
     if group.size() > 1:
-        mine = highest.clone()
+        local = highest.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-        # Each rank's sum of exponentials was relative to its own maximum; exp(mine − highest) makes it relative to the
+        # Each rank's sum of exponentials was relative to its own maximum; exp(local − highest) makes it relative to the
         # common one. The target's logit is 0 on every rank but the one that has it, so a sum finds it.
-        sums = torch.stack([total * (mine - highest).exp(), own])
+        sums = torch.stack([total * (local - highest).exp(), target_logit])
         dist.all_reduce(sums, group=group)
-        total, own = sums
+        total, target_logit = sums
     log_total = highest + total.log()
-    return log_total - own, log_total
+    return log_total - target_logit, log_total

@@ -175,12 +175,12 @@ class TrainingEngine:
         meanwhile()
         data_seconds = time.perf_counter() - began
         start = timer.point()
-        mine = torch.tensor(
+        local = torch.tensor(
             [*_tokens_by_group(micro_batches, num_groups), self.flops(micro_batches)], dtype=losses.dtype
         )
-        # Losses and routing counts lie on single pipeline stages and are summed over them; `mine` is on every stage.
-        totals = torch.cat([losses, *self._balance.counts(micro_batches[0].num_noisy), to_device(mine, losses.device)])
-        of_stages = totals[: len(totals) - len(mine)]
+        # Losses and routing counts lie on single pipeline stages and are summed over them; `local` is on every stage.
+        totals = torch.cat([losses, *self._balance.counts(micro_batches[0].num_noisy), to_device(local, losses.device)])
+        of_stages = totals[: len(totals) - len(local)]
         # These go before the update, because a group's collectives run in order. After it they would wait for all
         # gathers of updated weights, and so would the host, and no gather could overlap with the next forward.
         for tensor, group in ((totals, self.groups.dp_cp), (of_stages, self.groups.pp)):

@@ -191,9 +191,9 @@ def is_left_open() -> bool:
     return _Joined.rendezvous is not None and _waits_for_others(local_device())
 
 
-def _check_agreement(mine: str) -> None:
-    everyone = gather_values(mine)
-    different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+def _check_agreement(text: str) -> None:
+    texts = gather_values(text)
+    different = [rank for rank, other in enumerate(texts) if other != texts[0]]
     if different:
         raise ValueError(
             f"ranks {different} were started with another recipe than rank 0: give all ranks the same file and "

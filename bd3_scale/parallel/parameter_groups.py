@@ -24,7 +24,7 @@ from bd3_scale.recipe.schema import OptimizerRecipe, ParameterGroup
 EXPERTS = "experts"
 
 
-class _Kind(NamedTuple):
+class _Properties(NamedTuple):
     """The properties that the tensors of a group share; groups are sorted by them, matrices before vectors."""
 
     is_vector: bool
@@ -47,22 +47,24 @@ def parameter_groups(
     """
     layouts = [layout for layout in parameter_layouts(chunks) if layout.is_trained]
     named = [(_name(layout.pieces), cast(nn.Parameter, layout.parameter)) for layout in layouts]
-    kinds = {name: _kind(name, parameter, optimizer) for name, parameter in named}
+    properties = {name: _properties_of(name, parameter, optimizer) for name, parameter in named}
     everywhere = {
-        name: _Kind(*kind) for stage in gather_values(_as_json(kinds), stages) for name, kind in stage.items()
+        name: _Properties(*each)
+        for stage in gather_values(_as_json(properties), stages)
+        for name, each in stage.items()
     }
     _check_patterns(optimizer.groups, sorted(everywhere))
     groups, placeholders = [], []
-    for kind in sorted(set(everywhere.values())):
-        params = [parameter for name, parameter in named if kinds[name] == kind]
+    for each in sorted(set(everywhere.values())):
+        params = [parameter for name, parameter in named if properties[name] == each]
         if not params:
             placeholders.append(nn.Parameter(named[0][1].new_zeros(1)))
-            placeholders[-1].allreduce = not kind.is_spread  # type: ignore[attr-defined]
+            placeholders[-1].allreduce = not each.is_spread  # type: ignore[attr-defined]
             params = placeholders[-1:]
         # `moe` and `name` are DeepSpeed's keys of a group that is divided among other ranks, see
         # `zero.spreading_experts`.
-        spread = {"moe": True, "name": EXPERTS} if kind.is_spread else {}
-        groups.append({"params": params, "lr_scale": kind.lr_scale, "weight_decay": kind.weight_decay, **spread})
+        spread = {"moe": True, "name": EXPERTS} if each.is_spread else {}
+        groups.append({"params": params, "lr_scale": each.lr_scale, "weight_decay": each.weight_decay, **spread})
     return groups, placeholders
 
 
@@ -90,18 +92,18 @@ def _name(pieces: Sequence[Any]) -> str:
     return str(name)
 
 
-def _kind(name: str, parameter: nn.Parameter, optimizer: OptimizerRecipe) -> _Kind:
+def _properties_of(name: str, parameter: nn.Parameter, optimizer: OptimizerRecipe) -> _Properties:
     """Return the properties that the recipe's patterns give a tensor; later patterns override earlier ones."""
     is_vector, is_spread = parameter.ndim < 2, not getattr(parameter, "allreduce", True)
     settings = {"lr_scale": 1.0, "weight_decay": 0.0 if is_vector else optimizer.weight_decay}
     for group in optimizer.groups:
         if fnmatchcase(name, group.match):
             settings |= group.settings
-    return _Kind(is_vector, **settings, is_spread=is_spread)
+    return _Properties(is_vector, **settings, is_spread=is_spread)
 
 
-def _as_json(kinds: dict[str, _Kind]) -> dict[str, list[Any]]:
-    return {name: list(kind) for name, kind in kinds.items()}
+def _as_json(properties: dict[str, _Properties]) -> dict[str, list[Any]]:
+    return {name: list(each) for name, each in properties.items()}
 
 
 def _check_patterns(groups: Sequence[ParameterGroup], names: Sequence[str]) -> None:

@@ -51,12 +51,12 @@ def find_ranks(secret_file: Path | None, timeout: timedelta) -> Rendezvous:
     if folder := os.environ.get(RENDEZVOUS_VARIABLE):
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         secret = shared_secret(Path(folder, "secret"))
-        found = Rendezvous(FileStore(str(Path(folder, "ranks")), world_size), rank, world_size, secret)
+        joined = Rendezvous(FileStore(str(Path(folder, "ranks")), world_size), rank, world_size, secret)
     else:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        found = _sealed(store, rank, world_size, secret_file)
-    _wait_for_all(found, timeout)
-    return found
+        joined = _sealed(store, rank, world_size, secret_file)
+    _wait_for_all(joined, timeout)
+    return joined
 
 
 def _sealed(store: Store, rank: int, world_size: int, secret_file: Path | None) -> Rendezvous:
@@ -76,16 +76,16 @@ def _sealed(store: Store, rank: int, world_size: int, secret_file: Path | None) 
     return Rendezvous(store, rank, world_size, None)
 
 
-def _wait_for_all(found: Rendezvous, timeout: timedelta) -> None:
+def _wait_for_all(joined: Rendezvous, timeout: timedelta) -> None:
     """Wait until all ranks have come. ConnectionError: some did not; the message names them."""
-    keys = [f"bd3_scale/joined/{rank}" for rank in range(found.world_size)]
-    found.store.set(keys[found.rank], "")
+    keys = [f"bd3_scale/joined/{rank}" for rank in range(joined.world_size)]
+    joined.store.set(keys[joined.rank], "")
     try:
-        found.store.wait(keys, timeout)
+        joined.store.wait(keys, timeout)
     except RuntimeError as error:
-        missing = [rank for rank, key in enumerate(keys) if not found.store.check([key])]
+        missing = [rank for rank, key in enumerate(keys) if not joined.store.check([key])]
         # A rank with another secret writes under other keys, so it looks like a missing one.
-        unseen = ", or do not see the same secret file" if found.secret is not None else ""
+        unseen = ", or do not see the same secret file" if joined.secret is not None else ""
         raise ConnectionError(f"ranks {missing} did not come within {timeout.total_seconds():g} s{unseen}") from error
 
 

@@ -108,8 +108,8 @@ class ZeroState:
             for parameter in self._parameters:
                 mapping = parameter._hp_mapping
                 if mapping is not None:
-                    within, own = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield parameter, within.start, mapping.param_group_index, own.start, own.numel
+                    within, partition = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield parameter, within.start, mapping.param_group_index, partition.start, partition.numel
             return
         flats = {master.untyped_storage()._cdata: flat for flat, master in enumerate(self._masters)}
         for parameter in self._parameters:
@@ -214,13 +214,13 @@ class FlatZero:
         optimizer = self._optimizer
         for number, (group, flat) in enumerate(zip(groups, sums, strict=True)):
             first = group.share * dist.get_rank(group=optimizer.real_dp_process_group[number])
-            mine = [
+            local = [
                 flat[max(start, first) : min(start + parameter.numel(), first + group.share)]
                 for parameter, start in group.parameters
                 if start < first + group.share and start + parameter.numel() > first
             ]
-            assert len(mine) == len(optimizer.params_in_partition[number])
-            optimizer.averaged_gradients[number] = _Partition(mine, flat[first : first + group.share])
+            assert len(local) == len(optimizer.params_in_partition[number])
+            optimizer.averaged_gradients[number] = _Partition(local, flat[first : first + group.share])
 
     def sum_norm_over(self, groups: Sequence[FlatGroup], everyone: Sequence[dist.ProcessGroup]) -> None:
         """Compute the global gradient norm over the ranks of `everyone`, group after group, for undivided states.
@@ -232,8 +232,8 @@ class FlatZero:
         def norm() -> Tensor:
             total = torch.zeros((), dtype=torch.float64, device=groups[0].weights.device)
             for number, group in enumerate(groups):
-                mine = zip(optimizer.averaged_gradients[number], optimizer.params_in_partition[number], strict=True)
-                for gradient, parameter in mine:
+                local = zip(optimizer.averaged_gradients[number], optimizer.params_in_partition[number], strict=True)
+                for gradient, parameter in local:
                     if not getattr(parameter, "ds_pipe_replicated", False) and (
                         getattr(parameter, "tensor_model_parallel", False) or optimizer.model_parallel_rank == 0
                     ):
