@@ -378,7 +378,12 @@ OPENERS = {
         *("data.prepare._check_new", "launch.attempts.write_attempt", "launch.commands.logs"),
         *("launch.cluster_doctor.visit", "launch.cluster_doctor._wait", "launch.cluster_doctor._no_answer"),
         *("launch.doctor._token", "launch.machine.storage", "launch.network.rdma_ports", "launch.network._is_up"),
-        *("plan.fake_gpu._shim", "plan.kept._read", "plan.kept._source", "plan.server._be_quiet"),
+        *(
+            "plan.fake_gpu._shim",
+            "plan.server._silence_libraries",
+            "plan.trace_cache._read",
+            "plan.trace_cache._source",
+        ),
         "quickstart._write_corpus",
         *("launch.commands._grown", "launch.local._explain", "launch.ranks.Ranks.explain_failure"),
         *("launch.records.excluded_nodes", "launch.supervise.Supervisor._begin", "processor.fields"),
