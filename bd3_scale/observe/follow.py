@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, parse_record
-from bd3_scale.observe.report_data import SAMPLES_FILE, RunRecords, read_recipe
+from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, parse_record
+from bd3_scale.observe.report_data import RunRecords, read_recipe
 from bd3_scale.resilience.readers import open_regular, reader
 from bd3_scale.resilience.runlock import is_in_use
 

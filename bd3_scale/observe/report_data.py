@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from bd3_scale.observe.figures import run_series
-from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, RESUMED, read_metrics
+from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, RESUMED, SAMPLES_FILE, read_metrics
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.plain_yaml import parse_yaml
 from bd3_scale.resilience.files import read_object
@@ -20,8 +20,8 @@ from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 from bd3_scale.resilience.runlock import is_in_use
 from bd3_scale.resilience.terminal import clean
 
-SAMPLES_FILE = "samples.jsonl"
-ATTEMPTS_FOLDER, ENVIRONMENT_FILE = "attempts", "environment.json"
+# Of each start of training: RUN/attempts/NNNN/environment.json.
+ATTEMPTS, ENVIRONMENT_FILE = "attempts", "environment.json"
 # The page stays below 3 MB: the first and the last evaluations with samples, and so many letters of a text.
 _MOST_SAMPLED_STEPS, _MOST_PROMPTS, _MOST_LETTERS = 40, 8, 4000
 _MOST_EVENTS = 500
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> RunRecords:
     recipe = read_recipe(folder, notes)
     metrics = _records(folder / METRICS_FILE, notes)
     samples = _records(folder / SAMPLES_FILE, notes)
-    starts = _starts(folder / ATTEMPTS_FOLDER, notes)
+    starts = _starts(folder / ATTEMPTS, notes)
     if not metrics:
         notes.append("No step is recorded yet.")
     elif not any(record.get("eval/nelbo") is not None for record in metrics):
@@ -110,7 +110,7 @@ def _starts(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
         try:
             starts.append(read_object(path))
         except (OSError, ValueError) as error:
-            notes.append(clean(f"{ATTEMPTS_FOLDER}/{path.parent.name} cannot be read: {in_one_line(error)}"))
+            notes.append(clean(f"{ATTEMPTS}/{path.parent.name} cannot be read: {in_one_line(error)}"))
     return starts
 
 

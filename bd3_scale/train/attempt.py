@@ -17,12 +17,11 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.observe.environment import cpu_flags, cpu_name, package_versions, source_commit
+from bd3_scale.observe.report_data import ATTEMPTS, ENVIRONMENT_FILE
 from bd3_scale.parallel.collective import gather_values, on_rank_zero
 from bd3_scale.resilience.files import write_atomically
 from bd3_scale.train.setup import Run
 
-ATTEMPTS = "attempts"
-ENVIRONMENT_FILE = "environment.json"
 # The command of the launcher, for its ranks: they see their own command line alone.
 COMMAND_VARIABLE = "BD3_SCALE_COMMAND"
 # The variables that decide how a run computes and communicates, and which job it was.
