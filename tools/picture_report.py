@@ -1,6 +1,8 @@
 """Renew docs/pictures/report.png and docs/pictures/watch.svg: what the quickstart's run shows.
 
-By hand, after `make quickstart`: `python -m tools.picture_report [RUN]`. The page needs /usr/bin/chromium.
+By hand: `python -m tools.picture_report [RUN]`, after a quickstart with more evaluations, and with texts:
+`bd3-scale train recipes/quickstart.yaml evaluation.every_steps=120 'evaluation.prompts=["def ", "class Parser:"]'`,
+stopped once by SIGTERM and started again. The page needs /usr/bin/chromium.
 """
 
 from __future__ import annotations
