@@ -194,6 +194,25 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.slow
+def test_flops_of_a_step_are_those_of_the_page() -> None:
+    from tests.observe import test_flops as flops
+
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    b8 = flops.M110.model_copy(
+        update={"num_layers": 36, "hidden_size": 4096, "num_attention_heads": 32, "num_query_groups": 8}
+        | {"ffn_hidden_size": 12288}
+    )
+    shapes = {"110M": (flops.M110, 1024, 50257), "1B": (flops.B1, 4096, 128256), "8B": (b8, 4096, 151936)}
+    for name, (model, length, vocabulary) in shapes.items():
+        (said,) = re.findall(rf"^\| {name}, {length:,} \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+        batch = flops.sequences(2, length)
+        next_token = flops.needed(model, vocabulary, flops.next_tokens(batch, device=flops.CPU))
+        for copies, ratio in enumerate(said, 1):
+            step = flops.needed(model, vocabulary, flops.noisy(batch, 16, copies=copies))
+            assert step / copies / next_token == pytest.approx(float(ratio), abs=6e-3), name
+
+
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
