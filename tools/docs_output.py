@@ -117,7 +117,7 @@ OUTPUTS = {
     "resume-changes": Output(
         "docs/train.md",
         ("bd3-scale train recipe.yaml train.steps=12 optimizer.lr=0.02",),
-        keep=r"^resumed|^from step|^ ?[a-z].*version|^bitwise",
+        keep=r"resumed after|from step",
     ),
     "evaluate": Output(
         "docs/evaluate.md",
