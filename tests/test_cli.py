@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from bd3_scale.cli import app, checkpoint_app, convert_app, data_app
 from bd3_scale.data.commands_inspect import app as looking_app
+from bd3_scale.project.commands import recipe_app
 
 pytestmark = pytest.mark.launch
 
@@ -24,6 +25,7 @@ COMMANDS = [
         (["data"], looking_app),
         (["convert"], convert_app),
         (["checkpoint"], checkpoint_app),
+        (["recipe"], recipe_app),
     )
     for command in typer_app.registered_commands
     if command.callback is not None

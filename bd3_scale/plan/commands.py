@@ -23,7 +23,7 @@ app = typer.Typer()
 @app.command(epilog="Example: bd3-scale plan recipes/8b.yaml --gpus 64 --vocabulary 151936 train.micro_batch_size=2")
 def plan(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="YAML file.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file, or a name of `bd3-scale recipe list`.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Of the whole run.")] = 8,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, b200, or a YAML file that describes one.")] = "h100",
