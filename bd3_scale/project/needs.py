@@ -36,7 +36,7 @@ def needs(recipe: Recipe, environment: Environment, plugins: Sequence[str] = ())
         # Without a sound recipe the other checks would say what follows from this.
         return [Finding(TOPIC, "rules", problem, "problem", "every rule holds", _CHANGE) for problem in error.problems]
     found = [_layout(recipe, world_size), _processes(world_size, environment), _precision(recipe), _attention(recipe)]
-    found += _packages(recipe)
+    found += packages(recipe)
     manifest, of_data = _data(recipe, world_size)
     found += of_data
     if manifest is not None:
@@ -112,7 +112,7 @@ def _packages(recipe: Recipe) -> Iterator[Finding]:
         except (ImportError, ValueError) as error:
             fix = "install the package that the message names, such as `pip install 'bd3_scale[s3]'`"
             yield Finding(TOPIC, f"{protocol}://", str(error), "problem", "its file system can be imported", fix)
-    if getattr(recipe.logging, "tensorboard", False) and importlib.util.find_spec("tensorboard") is None:
+    if recipe.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         fix = "`pip install 'bd3_scale[tensorboard]'`, or set logging.tensorboard=false"
         yield Finding(TOPIC, "TensorBoard", "not installed", "problem", "logging.tensorboard has its package", fix)
 

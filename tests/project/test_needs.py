@@ -91,6 +91,13 @@ def test_a_model_beyond_memory_and_disk_is_a_problem(folder: Path, monkeypatch: 
     assert "memory of a rank" not in broken(needs(huge, fits))
 
 
+def test_tensorboard_needs_its_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wish = recipe(folder, "logging.tensorboard=true")
+    assert broken(needs(wish, HERE)) == {}
+    monkeypatch.setattr(needs_module.importlib.util, "find_spec", lambda name: None)
+    assert "pip install" in broken(list(needs_module.packages(wish)))["TensorBoard"].fix
+
+
 def test_nothing_is_made_where_a_run_would_be(folder: Path) -> None:
     needs(recipe(folder, f"run_dir={folder}/deep/down/run"), HERE)
     assert not (folder / "deep").exists()
