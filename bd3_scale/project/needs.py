@@ -102,7 +102,7 @@ def _attention(recipe: Recipe) -> Finding:
     return Finding(TOPIC, "attention", f"{name} on {device.type}", rule=rule)
 
 
-def _packages(recipe: Recipe) -> Iterator[Finding]:
+def packages(recipe: Recipe) -> Iterator[Finding]:
     """Check the optional packages that the recipe uses: file systems of remotes, and TensorBoard."""
     import fsspec
 
