@@ -11,7 +11,7 @@ from pathlib import Path
 from bd3_scale.data.prepare import Preparation
 from bd3_scale.launch.job import batch_script, check_folder, container_options, node_directives, site_environment
 from bd3_scale.launch.profile import Profile, load_profile
-from bd3_scale.launch.records import pattern_of, read_json
+from bd3_scale.launch.records import escape_pattern, read_json
 from bd3_scale.launch.slurm import ACTIVE, job_states, slurm
 from bd3_scale.launch.submit import SUBMITTED, ask_slurm, plugin_path
 from bd3_scale.resilience.files import write_atomically
@@ -105,7 +105,7 @@ def _directives(site: Profile, folder: Path, shares: Sequence[int]) -> Iterator[
     yield "requeue" if site.requeue else "no-requeue"
     yield "open-mode=append"
     yield f"chdir={os.getcwd()}"
-    yield f"output={pattern_of(folder)}/logs/{'%A_%a' if shares else 'merge-%j'}.log"
+    yield f"output={escape_pattern(folder)}/logs/{'%A_%a' if shares else 'merge-%j'}.log"
     if shares:
         yield f"array={_ranges(shares)}"
 

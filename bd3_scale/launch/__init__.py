@@ -1,1 +1,1 @@
-"""Starting a run's processes: on this machine, or through SLURM."""
+"""Start the processes of a run: on this machine, or through SLURM."""

@@ -1,6 +1,6 @@
-"""The attempts of a run: each becomes a line of `attempts.jsonl`, also where nobody was left to write it.
+"""Record the attempts of a run, each as one line of `attempts.jsonl`, even if the attempt's own supervisor died.
 
-With the standard library alone.
+Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.launch.hangs import HangDetector
 from bd3_scale.launch.records import job_fields, read_json, slurm
-from bd3_scale.launch.watch import Watch
 
 FINAL = ("done", "failed", "stopped", "cancelled")
-# States of jobs that have ended and left no line, by the words of its reason.
+# The reasons of an attempt that left no line, by the state that SLURM reports of its job.
 _ENDED = {
     "NODE_FAIL": "its node died",
     "BOOT_FAIL": "its node did not start",
-    "TIMEOUT": "SLURM ended it at the time limit, before it could say so",
-    "DEADLINE": "SLURM ended it at the deadline, before it could say so",
-    "PREEMPTED": "SLURM ended it for another job, before it could say so",
-    "COMPLETED": "the batch process ended without a word",
+    "TIMEOUT": "SLURM ended it at the time limit, before it could record that",
+    "DEADLINE": "SLURM ended it at the deadline, before it could record that",
+    "PREEMPTED": "SLURM ended it for another job, before it could record that",
+    "COMPLETED": "the batch process ended without a record",
 }
 
 
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
-    """The ended attempts of a run, in order; a line that a full disk or a power cut has cut short is left out."""
-    path, found = folder / "attempts.jsonl", []
+    """Return the ended attempts of a run, in order; lines that a full disk or a power cut cut short are skipped."""
+    path, attempts = folder / "attempts.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(line)
             if isinstance(content, dict):
-                found.append(content)
-    return found
+                attempts.append(content)
+    return attempts
 
 
 def failures_without_progress(attempts: list[dict[str, Any]]) -> int:
-    """Crashes and hangs since an attempt that left a newer checkpoint than it found; planned stops do not count.
+    """Count the crashes and hangs since the last attempt that saved a newer checkpoint; planned stops do not count.
 
-    Those of an earlier submission do not count either: a person has decided to try again.
+    Failures of an earlier submission do not count either: a person has decided to try again.
     """
     count = 0
     for attempt in reversed(attempts):
@@ -57,8 +57,8 @@ def failures_without_progress(attempts: list[dict[str, Any]]) -> int:
 def ended_attempt(
     folder: Path, record: dict[str, Any], outcome: str, reason: str, *, failure: bool, signals: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The line of an attempt, with what its ranks told last."""
-    states = Watch(folder / f"heartbeats-{record['attempt']}", 0).read().values()
+    """Return the line of an attempt, with the last step and checkpoint that the heartbeats of its ranks report."""
+    states = HangDetector(folder / f"heartbeats-{record['attempt']}", 0).read().values()
     return record | {
         "ended": time.time(),
         "outcome": outcome,
@@ -71,48 +71,49 @@ def ended_attempt(
 
 
 def write_attempt(folder: Path, line: dict[str, Any]) -> None:
-    """Append a line for good; the attempt is over."""
+    """Append the line of an ended attempt, flushed to disk."""
     path = folder / "attempts.jsonl"
-    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    # A full disk may have cut the last line short: this one must not continue it.
+    complete = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a") as file:
-        file.write("\n" * (not whole) + json.dumps(line) + "\n")
+        file.write("\n" * (not complete) + json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
     (folder / "current.json").unlink(missing_ok=True)
 
 
-def close_former_life(folder: Path) -> None:
-    """Write the line of an attempt that the batch process of this job meets where it starts. It could not itself."""
+def record_lost_attempt(folder: Path) -> None:
+    """Write the line of an attempt that died before it could, when the next batch process starts."""
     if not (lost := read_json(folder / "current.json")):
         return
     if lost["job_id"] == os.environ["SLURM_JOB_ID"]:
-        told = "lost", f"the batch process ended without a word: {_what_became_of(lost)}", False
+        ending = "lost", f"the batch process ended without a record: {_requeue_cause(lost)}", False
     else:
-        told = _how_it_ended(folder, lost) or ("lost", "the batch process ended without a word", False)
-    outcome, reason, failure = told
+        ending = _ending_from_slurm(folder, lost) or ("lost", "the batch process ended without a record", False)
+    outcome, reason, failure = ending
     write_attempt(folder, ended_attempt(folder, lost, outcome, reason, failure=failure))
 
 
-def close_ended(folder: Path, jobs: Sequence[str]) -> None:
-    """Write the line of an attempt, or of a job that never came to one, where SLURM says how the job has ended.
+def record_ended_job(folder: Path, jobs: Sequence[str]) -> None:
+    """Write the line of an attempt that died, or of a job that never started one, if SLURM knows how the job ended.
 
-    jobs: those of the newest submission, none of which is active.
+    jobs: the jobs of the newest submission, none of which is active.
     """
-    record = read_json(folder / "current.json") or _never_started(folder, jobs)
-    if record and (told := _how_it_ended(folder, record)):
-        outcome, reason, failure = told
+    record = read_json(folder / "current.json") or _record_of_unstarted(folder, jobs)
+    if record and (ending := _ending_from_slurm(folder, record)):
+        outcome, reason, failure = ending
         write_attempt(folder, ended_attempt(folder, record, outcome, reason, failure=failure))
 
 
-def _never_started(folder: Path, jobs: Sequence[str]) -> dict[str, Any]:
-    """The record of a job that ended in the queue, or before its supervisor ran; empty where its line is there."""
+def _record_of_unstarted(folder: Path, jobs: Sequence[str]) -> dict[str, Any]:
+    """Return the record of a job that ended in the queue or before its supervisor ran; empty if it has a line."""
     attempts, submission = read_attempts(folder), read_json(folder / "job.json").get("submission")
     last: dict[str, Any] = attempts[-1] if attempts else {"submission": None, "job_id": None, "outcome": "", "saved": 0}
     if not jobs or (last["submission"] == submission and last["outcome"] in FINAL):
         return {}
     fields = job_fields(jobs[-1])
     if last["job_id"] == jobs[-1]:
-        # Its line is there, unless it went back into the queue after it.
+        # The job has its line, unless SLURM queued it again afterwards and it ended in the queue.
         if last["outcome"] != "requeued" or int(fields.get("Restarts", "0")) <= last.get("life", 1 << 30):
             return {}
     elif fields.get("JobState") == "COMPLETED":
@@ -128,8 +129,8 @@ def _never_started(folder: Path, jobs: Sequence[str]) -> dict[str, Any]:
     return record | {"from_step": saved, "life": int(fields.get("Restarts", "0"))}
 
 
-def _how_it_ended(folder: Path, record: dict[str, Any]) -> tuple[str, str, bool] | None:
-    """Outcome, reason and whether it counts as a failure, as SLURM tells them; None where it does not say an end."""
+def _ending_from_slurm(folder: Path, record: dict[str, Any]) -> tuple[str, str, bool] | None:
+    """Return outcome, reason and whether it is a failure, from SLURM's job state; None if the job has not ended."""
     fields = job_fields(record["job_id"])
     state = fields.get("JobState", "").partition(" ")[0]
     if state == "CANCELLED":
@@ -142,8 +143,8 @@ def _how_it_ended(folder: Path, record: dict[str, Any]) -> tuple[str, str, bool]
     return ("lost", _ENDED[state], False) if state in _ENDED else None
 
 
-def _what_became_of(lost: dict[str, Any]) -> str:
-    """Why SLURM has queued a job again that did not ask for it, as far as its first node tells."""
+def _requeue_cause(lost: dict[str, Any]) -> str:
+    """Return why SLURM requeued a job that did not ask for it, judged by the state of its first node."""
     node = lost["nodes"][0]
     shown = slurm("scontrol", "show", "node", node, "--oneliner").stdout
     if (state := re.search(r"\sState=(\S+)", shown)) and re.search(r"DOWN|\*|FAIL|NOT_RESPONDING", state[1]):
@@ -156,5 +157,5 @@ def _what_became_of(lost: dict[str, Any]) -> str:
 
 
 def _time_of(shown: str, field: str) -> float:
-    found = re.search(rf"\s{field}=(\S+)", shown)
-    return time.mktime(time.strptime(found[1] if found else "", "%Y-%m-%dT%H:%M:%S"))
+    match = re.search(rf"\s{field}=(\S+)", shown)
+    return time.mktime(time.strptime(match[1] if match else "", "%Y-%m-%dT%H:%M:%S"))

@@ -19,8 +19,8 @@ from bd3_scale.launch.doctor import ANSWER, CLOCK, TOKEN
 from bd3_scale.launch.findings import Finding, checked
 from bd3_scale.launch.job import batch_script, container_options, node_directives, site_environment
 from bd3_scale.launch.profile import Preflight, Profile
-from bd3_scale.launch.records import pattern_of, read_json
-from bd3_scale.launch.slurm import ask, partitions, slurm
+from bd3_scale.launch.records import escape_pattern, read_json
+from bd3_scale.launch.slurm import partitions, slurm
 from bd3_scale.launch.submit import ask_slurm
 
 MINUTES = 10
@@ -170,7 +170,7 @@ def _script(profile: Profile, folders: Sequence[Path], out: Path) -> str:
     command += [f"--{name}={value}" for name, value in options.items()]
     command += [f"--folder={folder}" for folder in folders]
     directives = ["job-name=bd3-doctor", *node_directives(profile, 1), f"time={MINUTES}", "no-requeue"]
-    directives += [f"output={pattern_of(out)}/job.log"]
+    directives += [f"output={escape_pattern(out)}/job.log"]
     return batch_script(profile, directives, "`bd3-scale doctor` on one node", site_environment(profile), command)
 
 
@@ -191,7 +191,7 @@ def _wait(batch: Path, out: Path, say: Callable[[str], object]) -> tuple[int, tu
                     seen = float(text), time.time()
                 time.sleep(CLOCK_POLL_SECONDS)
         except BaseException:
-            ask("scancel", job)
+            run_command("scancel", job)
             raise
         return process.returncode, seen
 

@@ -25,23 +25,24 @@ def status(run: RunDir, as_json: AsJson = False) -> None:
     from bd3_scale.launch.status import RunStatus, read_status
     from bd3_scale.launch.status import as_json as to_json
 
-    found: RunStatus = read_status(run)
+    result: RunStatus = read_status(run)
     if as_json:
-        put(to_json(found))
+        put(to_json(result))
         return
     table = Table("", "", title=str(run), show_header=False)
-    table.add_row("state", found.state + "".join(f", job {job} {state.lower()}" for job, state in found.jobs.items()))
-    table.add_row("step", f"{found.step:,} of {found.steps:,}, saved {found.saved:,}")
-    table.add_row("speed", "-" if found.tokens_per_second is None else f"{found.tokens_per_second:,.0f} tokens/s")
-    table.add_row("goodput", "-" if found.goodput is None else f"{found.goodput:.1%} of all attempts' time took steps")
-    table.add_row("ETA", "-" if found.eta_seconds is None else str(timedelta(seconds=round(found.eta_seconds))))
-    if found.ranks:
-        table.add_row("ranks", ", ".join(f"{count} {phase}" for phase, count in found.ranks.items()))
+    table.add_row("state", result.state + "".join(f", job {job} {state.lower()}" for job, state in result.jobs.items()))
+    table.add_row("step", f"{result.step:,} of {result.steps:,}, saved {result.saved:,}")
+    table.add_row("speed", "-" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f} tokens/s")
+    goodput = "-" if result.goodput is None else f"{result.goodput:.1%} of all attempts' time took steps"
+    table.add_row("goodput", goodput)
+    table.add_row("ETA", "-" if result.eta_seconds is None else str(timedelta(seconds=round(result.eta_seconds))))
+    if result.ranks:
+        table.add_row("ranks", ", ".join(f"{count} {phase}" for phase, count in result.ranks.items()))
     console = Console()
     console.print(table)
-    if found.attempts:
-        console.print(_attempts(found.attempts))
-    console.print(f"bd3-scale logs {run} --follow   shows what rank 0 says", style="dim")
+    if result.attempts:
+        console.print(_attempts(result.attempts))
+    console.print(f"bd3-scale logs {run} --follow   shows the output of rank 0", style="dim")
 
 
 def _attempts(attempts: list[dict]) -> Table:
@@ -61,11 +62,11 @@ def _attempts(attempts: list[dict]) -> Table:
 @app.command(epilog="Example: bd3-scale logs runs/quickstart --rank 3 --follow")
 def logs(
     run: RunDir,
-    rank: Annotated[int, typer.Option(min=0, help="Whose output.")] = 0,
-    supervisor: Annotated[bool, typer.Option("--supervisor", help="What the batch process says, instead.")] = False,
-    attempt: Annotated[int | None, typer.Option(min=0, help="Of which attempt.", show_default="the newest")] = None,
-    lines: Annotated[int, typer.Option(min=1, help="From the end.")] = 50,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows, until Ctrl-C or the end.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="The rank whose output is printed.")] = 0,
+    supervisor: Annotated[bool, typer.Option("--supervisor", help="Print the batch process's output instead.")] = False,
+    attempt: Annotated[int | None, typer.Option(min=0, help="The attempt.", show_default="the newest")] = None,
+    lines: Annotated[int, typer.Option(min=1, help="How many lines, from the end.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until Ctrl-C or the end.")] = False,
 ) -> None:
     """Print the log of a rank, or of the supervisor."""
     from bd3_scale.launch.status import newest_logs
@@ -75,12 +76,12 @@ def logs(
     for line in text.decode(errors="replace").splitlines()[-lines:]:
         put(line)
     if follow:
-        for more in _grown(run, path, len(text)):
+        for more in _follow(run, path, len(text)):
             put(more, end="")
 
 
-def _grown(run: Path, path: Path, position: int) -> Iterator[str]:
-    """Yield what is appended to a file, for as long as the run has a job."""
+def _follow(run: Path, path: Path, position: int) -> Iterator[str]:
+    """Yield what is appended to a file after `position`, while the run has a job."""
     from bd3_scale.launch.submit import active_jobs
 
     alive = True
@@ -99,7 +100,7 @@ def _grown(run: Path, path: Path, position: int) -> Iterator[str]:
 
 
 def follow_run(run: Path) -> None:
-    """Print what the supervisor says of a run until it has no job any more; from the moment it starts."""
+    """Print the supervisor's output from its start until the run has no job any more."""
     from bd3_scale.launch.status import newest_logs
     from bd3_scale.launch.submit import active_jobs
 
@@ -111,7 +112,7 @@ def follow_run(run: Path) -> None:
         except FileNotFoundError:
             time.sleep(1)
     if not waiting:
-        for text in _grown(run, path, 0):
+        for text in _follow(run, path, 0):
             put(text, end="")
 
 
@@ -119,7 +120,7 @@ def follow_run(run: Path) -> None:
 def stop(
     run: RunDir, now: Annotated[bool, typer.Option("--now", help="Cancel at once, without a save.")] = False
 ) -> None:
-    """Save and end a run for good; `bd3-scale requeue` takes it up again."""
+    """Save and stop a run; `bd3-scale requeue` continues it later."""
     from bd3_scale.launch.submit import stop as stop_run
 
     done = stop_run(run, now=now)
@@ -131,7 +132,7 @@ def stop(
 
 @app.command(epilog="Example: bd3-scale requeue runs/quickstart")
 def requeue(run: RunDir) -> None:
-    """Save and queue a running job again; submit an ended run again, as it was stored."""
+    """Save a running run and queue it again, or submit an ended run again with its stored recipe."""
     from bd3_scale.launch.submit import requeue as requeue_run
 
     say(requeue_run(run))

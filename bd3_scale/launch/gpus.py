@@ -1,5 +1,6 @@
-"""NVIDIA's GPUs and driver as `nvidia-smi` tells them, with the standard library alone: it runs before anything is
-installed, `python bd3_scale/launch/gpus.py --cuda 13.0`.
+"""Read NVIDIA's GPUs and driver from `nvidia-smi`, with the standard library alone: it runs before the installation.
+
+python bd3_scale/launch/gpus.py --cuda 13.0
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import sys
 from dataclasses import dataclass
 
 SMI_SECONDS = 30.0
-# Any build for a major version of CUDA runs on a driver of this branch or newer (NVIDIA, CUDA compatibility).
-LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
+# The oldest driver branch for each major version of CUDA; minor versions are compatible (NVIDIA, CUDA Compatibility).
+MIN_DRIVER = {11: 450, 12: 525, 13: 580}
 _QUERY = ("index", "name", "memory.total", "driver_version", "mig.mode.current")
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as its driver tells of it; `mig` where it is split."""
+    """A GPU as its driver reports it; `mig`: it is split into instances."""
 
     index: int
     name: str
@@ -31,7 +32,7 @@ class Card:
 def ask_driver(*arguments: str) -> str:
     """Return what `nvidia-smi` prints.
 
-    FileNotFoundError: it is not there; TimeoutError: it does not answer within 30 s; OSError: it fails.
+    FileNotFoundError: it is not installed; TimeoutError: no answer within 30 s; OSError: it fails.
     """
     if shutil.which("nvidia-smi") is None:
         raise FileNotFoundError("nvidia-smi is not on this machine: no NVIDIA driver is installed")
@@ -42,18 +43,18 @@ def ask_driver(*arguments: str) -> str:
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"nvidia-smi gave no answer within {SMI_SECONDS:g} s: the driver hangs") from None
     if done.returncode:
-        said = " ".join((done.stdout + done.stderr).split())[:200]
-        raise OSError(f"nvidia-smi fails: {said or f'exit code {done.returncode}'}")
+        output = " ".join((done.stdout + done.stderr).split())[:200]
+        raise OSError(f"nvidia-smi fails: {output or f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def read_cards() -> list[Card]:
-    """Return the GPUs of this machine. OSError: as of `ask_driver`."""
+    """Return the GPUs of this machine. OSError as `ask_driver`."""
     return parse_cards(ask_driver(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"))
 
 
 def parse_cards(table: str) -> list[Card]:
-    """Return the GPUs of nvidia-smi's table; some integrated GPUs tell no memory, which counts as 0."""
+    """Return the GPUs of nvidia-smi's table; some integrated GPUs report no memory, which counts as 0."""
     cards = []
     for line in table.splitlines():
         fields = [field.strip() for field in line.split(",")]
@@ -65,13 +66,13 @@ def parse_cards(table: str) -> list[Card]:
 
 
 def parse_links(matrix: str) -> dict[tuple[int, int], str]:
-    """Return how each pair of GPUs is joined, by `nvidia-smi topo -m`: NV18, PIX, PXB, PHB, NODE or SYS."""
+    """Return the link between each pair of GPUs, from `nvidia-smi topo -m`: NV18, PIX, PXB, PHB, NODE or SYS."""
     rows: dict[int, list[str]] = {}
     columns: list[int] = []
     for line in re.sub(r"\x1b\[[\d;]*m", "", matrix).splitlines():
         fields = line.split()
         if not columns:
-            # A heading of a column may hold spaces ("CPU Affinity"); those of GPUs come first.
+            # The headings of other columns may hold spaces ("CPU Affinity"), but the GPUs come first.
             columns = [int(field[3:]) for field in fields if re.fullmatch(r"GPU\d+", field)]
         elif fields and re.fullmatch(r"GPU\d+", fields[0]):
             rows[int(fields[0][3:])] = fields[1 : 1 + len(columns)]
@@ -84,21 +85,21 @@ def parse_links(matrix: str) -> dict[tuple[int, int], str]:
 
 
 def wrong_driver(driver: str, cuda: str) -> str | None:
-    """Return what is wrong where a driver is too old for builds of a CUDA version, such as 13.0; else None."""
-    least = LEAST_DRIVER.get(int(cuda.partition(".")[0]))
+    """Return a message if a driver is too old for builds of a CUDA version such as 13.0, else None."""
+    minimum = MIN_DRIVER.get(int(cuda.partition(".")[0]))
     branch = driver.partition(".")[0]
-    if least is None or not branch.isdigit() or int(branch) >= least:
+    if minimum is None or not branch.isdigit() or int(branch) >= minimum:
         return None
     return (
-        f"the NVIDIA driver is {driver}, and builds for CUDA {cuda} need {least} or newer: ask the site for a newer "
+        f"the NVIDIA driver is {driver}, and builds for CUDA {cuda} need {minimum} or newer: ask the site for a newer "
         "driver (or its cuda-compat package), or install a torch that is built for a CUDA of this driver"
     )
 
 
 def main() -> None:
-    """Say in one line why CUDA builds cannot run here, with exit code 1."""
+    """Print in one line why CUDA builds cannot run here and exit with code 1, or exit with 0."""
     parser = argparse.ArgumentParser(description="Check that a GPU and a driver for CUDA builds are here.")
-    parser.add_argument("--cuda", required=True, help="that the builds are for, such as 13.0")
+    parser.add_argument("--cuda", required=True, help="the CUDA version of the builds, such as 13.0")
     cuda = parser.parse_args().cuda
     try:
         cards = read_cards()

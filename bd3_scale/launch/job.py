@@ -1,4 +1,4 @@
-"""From a recipe and a site to a job: what sbatch and the supervisor are told, as plain values."""
+"""Make a job from a recipe and a site: the batch script and the supervisor's settings, as plain values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from bd3_scale.launch import supervise
 from bd3_scale.launch.profile import Profile
-from bd3_scale.launch.records import CACHE_OVERRIDE, pattern_of
+from bd3_scale.launch.records import CACHE_OVERRIDE, escape_pattern
 from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.data_rules import deadline_problem
 from bd3_scale.recipe.schema import Recipe, RecipeError, without_controls
@@ -25,9 +25,9 @@ _PLAIN = re.compile(r"[\w@%+=:,./\[\]-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Job:
-    """A run on a site. Paths are absolute. `script` and `supervision` are functions of it alone.
+    """A run on a site. Paths are absolute. `script` and `supervision` depend on nothing else.
 
-    python_path: where its plug-ins were found besides what is installed, whatever shell submits it again.
+    python_path: the folders of its plug-ins, for PYTHONPATH: a resubmission may come from another shell.
     """
 
     recipe: Recipe
@@ -50,12 +50,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Return one name for each run directory: `--dependency=singleton` keeps jobs of one name apart in time."""
+        """Return a name that is unique to the run directory: `--dependency=singleton` serialises jobs of one name."""
         return f"{self.recipe.name}-{hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:6]}"
 
 
 def new_submission() -> str:
-    """Return an id by which the supervisor knows jobs that were submitted together."""
+    """Return a new id; by it the supervisor recognises the jobs that were submitted together."""
     return secrets.token_hex(4)
 
 
@@ -63,15 +63,15 @@ def check_job(recipe: Recipe, profile: Profile, nodes: int, run_dir: Path) -> No
     """Check that recipe, site and nodes fit together.
 
     Raises:
-        RecipeError: they do not; layouts and node counts that would fit are named. ValueError: nodes would not see
+        RecipeError: they do not; the message suggests layouts and node counts. ValueError: other nodes would not see
         the run directory, or SLURM cannot write its logs there.
     """
     world = nodes * profile.processes
     try:
         check_recipe(recipe, world)
     except RecipeError as error:
-        fitting = list(_fitting(recipe, profile, nodes))
-        hint = f"these would fit: {'; '.join(fitting[:6])}" if fitting else "no other layout of these nodes would fit"
+        alternatives = list(_alternatives(recipe, profile, nodes))
+        hint = f"these would fit: {'; '.join(alternatives[:6])}" if alternatives else "no other layout would fit"
         counted = f"{nodes} nodes x {profile.processes} processes = {world} ranks"
         raise RecipeError([*error.problems, f"{counted}; {hint}"]) from None
     if problem := deadline_problem(recipe.data, profile.deadlines, "the profile's deadlines"):
@@ -80,21 +80,21 @@ def check_job(recipe: Recipe, profile: Profile, nodes: int, run_dir: Path) -> No
 
 
 def check_folder(folder: Path, profile: Profile, name: str) -> None:
-    """Raise ValueError where nodes would not see a folder, an option `name`, or SLURM cannot write its logs there."""
-    shared = [Path(each) for each in profile.shared_storage]
-    if shared and not any(folder.is_relative_to(each) for each in shared):
+    """Raise ValueError if other nodes would not see `folder`, an option `name`, or SLURM cannot write logs there."""
+    shared = [Path(root) for root in profile.shared_storage]
+    if shared and not any(folder.is_relative_to(root) for root in shared):
         raise ValueError(
             f"{name} {folder} is not on shared storage ({', '.join(map(str, shared))} in the profile): other nodes "
             f"would not see it; set {name}{' ' if name.startswith('--') else '='}FOLDER there"
         )
     if "\\" in str(folder):
         raise ValueError(
-            f"{name} {folder} holds a backslash, which SLURM takes out of the names of logs: choose another"
+            f"{name} {folder} holds a backslash, which SLURM removes from the file names of logs: choose another"
         )
 
 
-def _fitting(recipe: Recipe, profile: Profile, nodes: int) -> Iterator[str]:
-    """Other layouts on these nodes, then this layout on other numbers of nodes."""
+def _alternatives(recipe: Recipe, profile: Profile, nodes: int) -> Iterator[str]:
+    """Yield options that would fit: other layouts on these nodes, then this layout on other numbers of nodes."""
     for tensor in (1, 2, 4, 8):
         for pipeline in (1, 2, 4, 8):
             split = {"tensor": tensor, "pipeline": pipeline, "layers_per_chunk": None, "virtual_pipeline": 1}
@@ -117,7 +117,7 @@ def _fits(recipe: Recipe, world_size: int) -> bool:
 
 def script(job: Job) -> str:
     """Return the batch script, a pure function of the job."""
-    comment = f"{job.recipe.name}, bd3_scale at commit {job.commit}; job.json beside this file says the rest."
+    comment = f"{job.recipe.name}, bd3_scale at commit {job.commit}; job.json in this folder has the details."
     command = [job.python, "-u", job.supervisor, "keep", str(job.folder / "job.json")]
     return batch_script(job.profile, _directives(job), comment, site_environment(job.profile, job.python_path), command)
 
@@ -129,22 +129,24 @@ def batch_script(
     environment: Iterable[tuple[str, str]],
     command: Sequence[str],
 ) -> str:
-    """Return a batch script that does `command` in the modules of a site.
+    """Return a batch script that runs `command` with the modules of a site.
 
-    ValueError: as of `_quoted`.
+    ValueError: a directive holds a control character, see `_quoted`.
     """
     lines = ["#!/bin/bash", *(f"#SBATCH --{_quoted(directive)}" for directive in directives), "", f"# {comment}", ""]
     lines += ["set -eo pipefail"]
     lines += [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment]
+    # `exec`: the command replaces the shell, because SLURM sends the signal of `--signal=B:` to the batch shell alone,
+    # and bash would not pass it on while it waits for a command.
     return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
 
 
 def _quoted(directive: str) -> str:
-    """A directive as sbatch reads it back (SLURM 22.05, `_get_argument` of sbatch/opt.c): in quotes a backslash stands
-    before a quote or a backslash.
+    """Return a directive as sbatch reads it: in double quotes if needed, with quotes and backslashes escaped.
 
-    ValueError: a value holds a control character; a newline would begin a line of the script.
+    See `_get_argument` of sbatch/opt.c in SLURM 22.05. ValueError: a value holds a control character; a newline would
+    begin a new line of the script.
     """
     name, equals, value = directive.partition("=")
     if _PLAIN.fullmatch(value):
@@ -166,14 +168,15 @@ def _directives(job: Job) -> Iterator[str]:
     if profile.exclusive:
         yield "exclusive"
     yield f"time={profile.time_limit}"
+    # B: to the batch shell alone, which the supervisor has replaced; it passes the signal on when ranks can handle it.
     yield f"signal=B:USR1@{profile.warning_seconds}"
     yield "requeue" if profile.requeue and not job.chain else "no-requeue"
     yield "open-mode=append"
-    yield f"output={pattern_of(job.run_dir)}/logs/job-%j.log"
+    yield f"output={escape_pattern(job.run_dir)}/logs/job-%j.log"
 
 
 def node_directives(profile: Profile, nodes: int) -> Iterator[str]:
-    """Yield what sbatch is told of the nodes of a site and who asks for them."""
+    """Yield the directives of a site's nodes and of the account that requests them."""
     yield f"nodes={nodes}"
     yield f"ntasks-per-node={profile.processes}"
     yield f"cpus-per-task={profile.cpus_per_process}"
@@ -190,9 +193,9 @@ def _dependency(job: Job) -> str | None:
 
 
 def site_environment(profile: Profile, python_path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the variables of every process of a job on a site."""
+    """Yield the environment variables of every process of a job on a site."""
     yield "OMP_NUM_THREADS", str(profile.cpus_per_process)
-    yield "PYTHONSAFEPATH", "1"  # what lies in the folder of the submission is no module of the ranks
+    yield "PYTHONSAFEPATH", "1"  # ranks must not import modules from the folder of the submission
     if python_path:
         yield "PYTHONPATH", python_path
     if profile.interface is not None:
@@ -202,7 +205,7 @@ def site_environment(profile: Profile, python_path: str = "") -> Iterator[tuple[
 
 
 def supervision(job: Job) -> dict[str, Any]:
-    """Return what `launch.supervise` reads from job.json, a pure function of the job."""
+    """Return the content of job.json, which `launch.supervise` reads; it depends on the job alone."""
     profile = job.profile
     python = profile.container.python if profile.container else job.python
     data = job.recipe.data
@@ -236,7 +239,7 @@ def supervision(job: Job) -> dict[str, Any]:
 
 
 def container_options(profile: Profile) -> list[str]:
-    """Return what stands between srun's options and the command of a rank, where the site has a container."""
+    """Return the words between srun's options and the command of a rank that start the site's container, if any."""
     container = profile.container
     if container is None:
         return []
@@ -248,10 +251,10 @@ def container_options(profile: Profile) -> list[str]:
 
 
 def _preflight(job: Job, python: str) -> list[str] | None:
-    asked = job.profile.preflight
-    if asked is None:
+    checks = job.profile.preflight
+    if checks is None:
         return None
     options = {"gpus": job.profile.gpus_per_node, "scratch": job.profile.scratch or str(job.run_dir)}
-    options |= {"min-free-gb": asked.min_free_gb, "min-allreduce-gbps": asked.min_allreduce_gbps}
-    options |= {"max-clock-skew": asked.max_clock_skew, "timeout": asked.timeout}
+    options |= {"min-free-gb": checks.min_free_gb, "min-allreduce-gbps": checks.min_allreduce_gbps}
+    options |= {"max-clock-skew": checks.max_clock_skew, "timeout": checks.timeout}
     return [python, "-m", "bd3_scale.launch.preflight", *(f"--{name}={value}" for name, value in options.items())]

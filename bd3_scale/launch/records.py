@@ -1,4 +1,4 @@
-"""What a supervised run keeps in files, and how SLURM is asked, with the standard library alone."""
+"""Read and write the files of a supervised run, and run SLURM commands; needs the standard library alone."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 
 from bd3_scale.resilience.terminal import clean
 
-CACHE_OVERRIDE = "data.path={cache}"  # of the command of the ranks; each node puts its `cache_override` there
+CACHE_OVERRIDE = "data.path={cache}"  # a placeholder in the ranks' command; each node puts `cache_override` there
 
 
 def say(text: str) -> None:
-    """Print a line with the time to the log of the batch process; a log that cannot be written ends nothing."""
+    """Print a line with the time to the log of the batch process; a log that cannot be written is no error."""
     with contextlib.suppress(OSError):
         print(clean(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}"), flush=True)
 
 
 def slurm(*command: str) -> subprocess.CompletedProcess[str]:
-    """A SLURM command; one that hangs on a dead controller is given up after 30 seconds."""
+    """Run a SLURM command, for at most 30 seconds: with a dead controller it would hang. Failures become exit codes."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except FileNotFoundError:
@@ -33,25 +33,27 @@ def slurm(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def job_fields(job: str) -> dict[str, str]:
-    """What SLURM knows of a job, such as its JobState and ExitCode; empty where it has forgotten it or is away."""
+    """Return SLURM's fields of a job, such as JobState and ExitCode; empty if SLURM has forgotten it or is down."""
     shown = slurm("scontrol", "show", "job", job, "--oneliner").stdout
-    if found := re.findall(r"(?:^|\s)(\w+)=(\S*)", shown):
-        return dict(reversed(found))  # of two the first: what a person named comes at the end of the line
+    if fields := re.findall(r"(?:^|\s)(\w+)=(\S*)", shown):
+        # The first of two equal names counts: text that a user chose, such as a comment, comes at the end of the line.
+        return dict(reversed(fields))
     columns = ("JobState", "ExitCode")
-    told = slurm("sacct", "--noheader", "--allocations", "--parsable2", "--format=State,ExitCode", f"--jobs={job}")
-    lines = told.stdout.splitlines()
+    done = slurm("sacct", "--noheader", "--allocations", "--parsable2", "--format=State,ExitCode", f"--jobs={job}")
+    lines = done.stdout.splitlines()
     return dict(zip(columns, lines[-1].split("|"), strict=False)) if lines else {}
 
 
 def kill_wait() -> float:
-    """Seconds between the SIGTERM and the SIGKILL of a job that SLURM ends."""
-    found = re.search(r"^KillWait\s*=\s*(\d+)", slurm("scontrol", "show", "config").stdout, re.MULTILINE)
-    return float(found[1]) if found else 30.0
+    """Return the seconds between SIGTERM and SIGKILL when SLURM ends a job (KillWait, 30 by default)."""
+    match = re.search(r"^KillWait\s*=\s*(\d+)", slurm("scontrol", "show", "config").stdout, re.MULTILINE)
+    return float(match[1]) if match else 30.0
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if the file is missing or holds something else."""
     try:
-        # A pipe in its place would be waited for.
+        # Opening a pipe of this name would block.
         content = json.loads(path.read_text()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
@@ -59,34 +61,35 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text(json.dumps(content))
-    aside.replace(path)
+    """Write a JSON object, atomically for readers."""
+    partial = path.with_name(f".{path.name}.new")
+    partial.write_text(json.dumps(content))
+    partial.replace(path)
 
 
 def excluded_nodes(folder: Path) -> str:
-    """Nodes that the submission left out and those that a preflight found bad, as SLURM reads them."""
+    """Return the nodes that the submission excluded and those that failed a preflight, in SLURM's format."""
     bad = folder / "exclude.txt"
-    found = bad.read_text().split() if bad.exists() else []
-    return ",".join(sorted({*found, *read_json(folder / "job.json")["exclude"]}))
+    nodes = bad.read_text().split() if bad.exists() else []
+    return ",".join(sorted({*nodes, *read_json(folder / "job.json")["exclude"]}))
 
 
-def pattern_of(folder: Path) -> str:
-    """A folder as SLURM's patterns of file names spell it: a `%` of its name stands for itself."""
+def escape_pattern(folder: Path) -> str:
+    """Return a folder for use in SLURM's file name patterns, where `%%` stands for a `%`."""
     return str(folder).replace("%", "%%")
 
 
 def cache_folder(job: dict[str, Any]) -> str:
-    """Return this node's cache of remote data: its own even where a test's nodes share a disk."""
+    """Return this node's cache of remote data; the name holds job and node, as nodes of a test may share a disk."""
     return f"{job['cache']}-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURMD_NODENAME']}"
 
 
 def cache_override(job: dict[str, Any]) -> str:
-    """Return what tells a rank where its node keeps remote data, of several sources each in a folder of its name."""
+    """Return the override that tells a rank where its node caches remote data; sources get a folder each, by name."""
     folder, key = cache_folder(job), "data.path"
     value: Any = folder
     if sources := job.get("sources"):
         key = "data.sources"
-        value = [{**own, "path": f"{folder}/{own['name']}"} if own["remote"] else own for own in sources]
-    # An override's value is YAML, of which JSON is a part.
+        value = [{**source, "path": f"{folder}/{source['name']}"} if source["remote"] else source for source in sources]
+    # The value of an override is YAML, and JSON is valid YAML.
     return f"{key}={json.dumps(value, ensure_ascii=False)}"

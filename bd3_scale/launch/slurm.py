@@ -1,4 +1,4 @@
-"""SLURM's commands, with errors for people."""
+"""Run SLURM's commands and turn their failures into messages for people."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
 
 
-def ask(*command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command, and gives its exit code and all that it says. ValueError: there is no SLURM here that answers."""
+def run_command(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command and return its result. ValueError: the command is missing or does not answer."""
     if shutil.which(command[0]) is None:
         raise ValueError(
             f"{command[0]} is not on this machine: run this on a login node of the cluster, see the script with "
@@ -25,18 +25,18 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def slurm(*command: str, check: bool = True) -> str:
-    """Runs a command and gives what it prints. ValueError: as of `ask`, or the command refuses (in its own words)."""
-    done = ask(*command)
+    """Run a command and return its stdout. ValueError as `run_command`, or with the command's own error message."""
+    done = run_command(*command)
     if done.returncode and check:
         raise ValueError(f"{command[0]} refuses: {' '.join((done.stderr.strip() or done.stdout.strip()).split())}")
     return done.stdout if not done.returncode else ""
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
-    """The state of each job that SLURM still knows, such as RUNNING or PENDING."""
+    """Return the state of each job that SLURM still knows, such as RUNNING or PENDING."""
     if not jobs:
         return {}
-    # Asked with a list of ids, squeue fails as soon as one of them is forgotten.
+    # One call for each job: given several ids, squeue fails if it has forgotten one of them.
     printed = [
         slurm("squeue", "--noheader", "--states=all", "--format=%i %T", f"--jobs={job}", check=False) for job in jobs
     ]
@@ -44,5 +44,5 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
 
 
 def partitions() -> str:
-    """The names of the partitions, for a message."""
+    """Return the names of the partitions, for a message."""
     return " ".join(slurm("sinfo", "--noheader", "--format=%R", check=False).split())

@@ -1,4 +1,4 @@
-"""What became of a submitted run, from its own files, squeue and, where there is accounting, sacct."""
+"""Read the status of a submitted run from its files, squeue and, if there is accounting, sacct."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from bd3_scale.launch.attempts import read_attempts
 from bd3_scale.launch.records import read_json
-from bd3_scale.launch.submit import SUBMITTED, active_jobs, close_run, stored
+from bd3_scale.launch.submit import SUBMITTED, active_jobs, close_run, slurm_folder
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.observe.report_data import last_value, step_seconds
 from bd3_scale.resilience.readers import reader
@@ -18,8 +18,10 @@ from bd3_scale.resilience.readers import reader
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as it stands. Times in seconds; `goodput` is the share of all attempts' wall time that took steps which
-    still count (steps that were taken twice count once), None before the first step.
+    """The present state of a run. Times in seconds.
+
+    goodput: the share of the attempts' total wall time in which steps were taken; a step that was taken twice counts
+        once. None before the first step.
     """
 
     run_dir: str
@@ -37,10 +39,11 @@ class RunStatus:
 
 @reader("a run", path="run_dir")
 def read_status(run_dir: Path) -> RunStatus:
-    """Also closes an attempt whose end nobody was left to write. ValueError: the run was not submitted, or there is no
-    SLURM here.
+    """Return the status of a run; also record the end of an attempt whose supervisor could not.
+
+    ValueError: the run was not submitted, or SLURM does not answer.
     """
-    folder = stored(run_dir)
+    folder = slurm_folder(run_dir)
     jobs = active_jobs(run_dir)
     if not jobs:
         close_run(run_dir)
@@ -49,11 +52,12 @@ def read_status(run_dir: Path) -> RunStatus:
     phases = [beat["phase"] for beat in beats if beat]
     steps = [beat["step"] for beat in beats if beat] or [a["step"] for a in attempts[-1:]]
     records = read_metrics(run_dir / METRICS_FILE)
-    rates = step_seconds(records, job["steps"])
+    seconds_by_step = step_seconds(records, job["steps"])
     step = min(steps, default=0)
     wall = sum(a["ended"] - a["started"] for a in attempts) + (time.time() - current["started"] if current else 0.0)
-    useful = sum(seconds for at, seconds in rates.items() if at <= step)
-    recent = [seconds for _, seconds in sorted(rates.items())[-20:]]
+    useful = sum(seconds for at, seconds in seconds_by_step.items() if at <= step)
+    recent = [seconds for _, seconds in sorted(seconds_by_step.items())[-20:]]
+    # The median: one step with an evaluation or a slow batch must not change the estimate.
     pace = sorted(recent)[len(recent) // 2] if recent else None
     return RunStatus(
         run_dir=str(run_dir),
@@ -78,23 +82,23 @@ def _state(jobs: dict[str, str], attempts: list[dict[str, Any]], current: bool, 
     if attempts and not current:
         return str(attempts[-1]["outcome"])
     known = read_json(folder / SUBMITTED).get("jobs", [])
-    return f"ended without a word, and SLURM no longer knows job {known[-1]}" if known else "not submitted"
+    return f"ended without a record, and SLURM no longer knows job {known[-1]}" if known else "not submitted"
 
 
 def newest_logs(run_dir: Path, rank: int | None, attempt: int | None) -> Path:
-    """The log of a rank, or of the supervisor where `rank` is None; of the newest attempt by default.
+    """Return the log of a rank, or of the supervisor if `rank` is None; by default of the newest attempt.
 
-    FileNotFoundError: there is none.
+    FileNotFoundError: there is no such log.
     """
     logs = run_dir / "logs"
     if rank is None:
-        found = sorted(logs.glob("job-*.log"), key=lambda path: path.stat().st_mtime)
+        paths = sorted(logs.glob("job-*.log"), key=lambda path: path.stat().st_mtime)
     else:
         wanted = f"attempt-{'*' if attempt is None else attempt}"
-        found = sorted(logs.glob(f"{wanted}/rank{rank}.log"), key=lambda path: int(path.parent.name.split("-")[1]))
-    if not found:
-        raise FileNotFoundError(f"no such log in {logs} yet; `bd3-scale status {run_dir}` says how far the run is")
-    return found[-1]
+        paths = sorted(logs.glob(f"{wanted}/rank{rank}.log"), key=lambda path: int(path.parent.name.split("-")[1]))
+    if not paths:
+        raise FileNotFoundError(f"no such log in {logs} yet; `bd3-scale status {run_dir}` shows the state of the run")
+    return paths[-1]
 
 
 def as_json(status: RunStatus) -> str:

@@ -1,23 +1,25 @@
-"""The batch process of a SLURM job, with the standard library alone: starts the ranks, watches them, decides what next.
+"""Supervise a SLURM job, with the standard library alone: start the ranks, watch them, decide what follows.
 
-    python supervise.py keep JOB.json     exec'ed by the batch script, so that SLURM's signals reach it: starts the next
-    python supervise.py job JOB.json      the supervisor; should somebody kill it, the first one tells and goes on
-    python supervise.py rank JOB.json     each task of its `srun`: SLURM's variables become torchrun's
+    python supervise.py keep JOB.json     the batch script execs this, so that SLURM's signals reach it: starts `job`
+    python supervise.py job JOB.json      the supervisor; if it is killed, `keep` records that and requeues the job
+    python supervise.py rank JOB.json     each task of the supervisor's srun: sets torchrun's variables from SLURM's
+    python supervise.py clean JOB.json    removes this node's cache of remote data
 
-An attempt is one life of the ranks. What becomes of the job after it:
+An attempt is one start of the ranks. After it, the job continues as follows:
 
 | the ranks                                            | the job                                                  |
 |------------------------------------------------------|----------------------------------------------------------|
-| took all steps                                       | ends well                                                |
-| saved and stopped before the time limit or when      | goes back into the queue; costs nothing                  |
+| took all steps                                       | succeeds                                                 |
+| saved and stopped before the time limit or when      | is requeued; this does not count as a failure            |
 | pre-empted                                           |                                                          |
-| crashed, or hung until a deadline                    | goes back, while fewer than `max_failures` attempts in a |
-|                                                      | row have brought no newer checkpoint; else it fails      |
-| said that a person must mend something (exit code 2) | fails                                                    |
+| crashed, or hung until a deadline                    | is requeued, unless `max_failures` attempts in a row     |
+|                                                      | brought no newer checkpoint: then it fails               |
+| ended with exit code 2: a person must fix something  | fails                                                    |
 | were stopped by `bd3-scale stop`, or by scancel      | stays stopped                                            |
 
-Every attempt is a line of `attempts.jsonl`; where the batch process itself was killed, or its node died, the next one,
-`status` or `requeue` writes it (see `launch.attempts`). What ranks tell: `resilience.heartbeat`.
+Every attempt becomes a line of `attempts.jsonl`. If the batch process itself was killed or its node died, the next
+batch process, `status` or `requeue` writes the line, see `launch.attempts`. Ranks report through
+`resilience.heartbeat`.
 """
 
 from __future__ import annotations
@@ -40,15 +42,15 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # Started by its path with a site's own Python, where bd3_scale need not be installed.
+    # The site's own Python runs this file by its path; bd3_scale need not be installed there.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bd3_scale.launch.attempts import (
     FINAL,
-    close_former_life,
     ended_attempt,
     failures_without_progress,
     read_attempts,
+    record_lost_attempt,
     write_attempt,
 )
 from bd3_scale.launch.ranks import Ranks
@@ -67,10 +69,10 @@ from bd3_scale.launch.records import (
 
 POLL_SECONDS = 0.5
 LOCK_SECONDS = 120.0
-STEPS_OF_A_LIFE = 3  # of a job until it is requeued: preflight, ranks, cleaning of caches
-LIVES_APART = 4
-PERSON_MUST_MEND = 2  # the exit code of a rank whose recipe, data or machine is wrong
-LAST_SECONDS = 3.0  # before SLURM's SIGKILL, to write a line in
+STEPS_PER_LIFE = 3  # job steps between two requeues: preflight, ranks, cleaning of caches
+MAX_SKIPPED_LIVES = 4  # numbers skipped grow with each requeue; a repeated kill comes a minute later, not many lives
+EXIT_USER_ERROR = 2  # a rank's exit code if recipe, data or machine is wrong: a retry would fail again
+LAST_SECONDS = 3.0  # reserved before SLURM's SIGKILL, to write the attempt's line
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
@@ -81,27 +83,27 @@ class Supervisor:
         self.folder, self.job = folder, read_json(folder / "job.json")
         self.job_id, self.life = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.signals: list[str] = []
-        self.terminated = math.inf  # when SIGTERM came
-        self.ended: tuple[str, str, bool] | None = None
+        self.terminated = math.inf  # the time of SIGTERM
+        self.ended: tuple[str, str, bool] | None = None  # outcome, reason and failure, if SLURM or a person decided
         self.parent = os.getppid()
         self.record: dict[str, Any] = {}
         self.attempts = read_attempts(folder)
 
     def run(self) -> int:
-        """Runs the attempt and gives the exit code of the job."""
+        """Run the attempt and return the exit code of the job."""
         for number in SIGNALS:
             signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which `keep` has held back until now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `keep` blocked them until here
         self.folder.chmod(0o700)
-        close_former_life(self.folder)
+        record_lost_attempt(self.folder)
         self.attempts = read_attempts(self.folder)
         if self._is_final():
             say(f"nothing to do: the run is {self.attempts[-1]['outcome']} ({self.attempts[-1]['reason']})")
             return 0
         self._begin()
-        self._skip_former_step_numbers()
+        self._skip_step_numbers()
         if problem := self._preflight():
-            return self._end(*(self._ended_by_others() or ("preflight", problem, True)))
+            return self._end(*(self._decided_by_others() or ("preflight", problem, True)))
         self.ranks.start()
         planned, hung = self._watch()
         if self.ended:
@@ -110,15 +112,15 @@ class Supervisor:
         self._clean_caches()
         return self._decide(code, planned, hung)
 
-    def take_over(self, code: int) -> int:
-        """What becomes of the job where the process that ran this ended with `code` before its attempt had its line."""
+    def handle_supervisor_death(self, code: int) -> int:
+        """Decide about the job after the supervisor process ended with `code` without writing its attempt's line."""
         self.record = read_json(self.folder / "current.json")
         if (self.record.get("job_id"), self.record.get("life")) != (self.job_id, self.life):
             return code if code > 0 else 128 - code
         self.number = self.record["attempt"]
         self.ranks = Ranks(self.job, self.folder, self.number)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return self._end(*(self._ended_by_others() or ("requeue", f"the supervisor {how}", True)))
+        return self._end(*(self._decided_by_others() or ("requeue", f"the supervisor {how}", True)))
 
     def _note(self, number: int, _: object) -> None:
         name = signal.Signals(number).name
@@ -127,18 +129,24 @@ class Supervisor:
             self.terminated = time.monotonic()
 
     def _is_final(self) -> bool:
-        """Whether an earlier job of this submission has decided; one that SLURM starts again was not cancelled."""
+        """Return whether an earlier job of this submission has reached its end.
+
+        A cancelled attempt of this same job is not final: the job runs again, so somebody has requeued it.
+        """
         last = self.attempts[-1] if self.attempts else {"submission": None}
         if last["submission"] != self.job["submission"] or last["outcome"] not in FINAL:
             return False
         return last["outcome"] != "cancelled" or last["job_id"] != self.job_id
 
     def _begin(self) -> None:
+        """Record the new attempt and set the rendezvous address of its ranks."""
         environment = os.environ
         nodes = slurm("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).stdout.split()
+        # The address that SLURM itself uses: the node's name need not be resolvable on the other nodes.
         address = re.search(r"NodeAddr=(\S+)", slurm("scontrol", "show", "node", nodes[0], "--oneliner").stdout)
         environment["MASTER_ADDR"] = address.group(1) if address else nodes[0]
         self.number = len(self.attempts)
+        # A new port for each attempt: ranks of the former one, on a node that SLURM has lost, may still hold theirs.
         environment["MASTER_PORT"] = str(20000 + secrets.randbelow(10000))
         saved = self.attempts[-1]["saved"] if self.attempts else 0
         self.record = {
@@ -150,25 +158,26 @@ class Supervisor:
             "started": time.time(),
             "from_step": saved,
         }
-        self._wait_for_the_run()
+        self._wait_for_run_lock()
         write_json(self.folder / "current.json", self.record)
         self.ranks = Ranks(self.job, self.folder, self.number)
         say(f"attempt {self.number} of {self.job['name']} on {' '.join(nodes)}, after step {saved}")
         for path, digest in self.job["recipe_files"].items():
             if not Path(path).exists() or hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest:
-                say(f"note: {path} changed after it was submitted; the stored {self.folder / 'recipe.yaml'} counts")
+                say(f"note: {path} changed after the submission; the run uses {self.folder / 'recipe.yaml'}")
 
-    def _skip_former_step_numbers(self) -> None:
-        """Takes other step numbers than the job's former lives.
+    def _skip_step_numbers(self) -> None:
+        """Use up the step numbers of the job's former lives with empty steps.
 
-        A requeued job numbers its steps from 0 again, and slurmctld repeats the kill of a step a minute after a node
-        was too slow to answer it: it would hit the ranks of this attempt (seen with SLURM 22.05 on a loaded machine).
+        A requeued job numbers its steps from 0 again. slurmctld repeats the kill of a step after a minute if a node
+        was too slow to answer, and would hit this attempt's step of the same number (seen with SLURM 22.05 on a loaded
+        machine).
         """
-        for _ in range(STEPS_OF_A_LIFE * (self.life % LIVES_APART)):
+        for _ in range(STEPS_PER_LIFE * (self.life % MAX_SKIPPED_LIVES)):
             slurm("srun", "--nodes=1", "--ntasks=1", "true")
 
-    def _wait_for_the_run(self) -> None:
-        """Ranks of a former attempt, on a node that SLURM has lost, may still hold the run directory."""
+    def _wait_for_run_lock(self) -> None:
+        """Wait for the run's lock: ranks of a former attempt, on a node that SLURM has lost, may still hold it."""
         lock, until = Path(self.job["run_dir"], ".lock"), time.monotonic() + LOCK_SECONDS
         while lock.exists() and not self.signals:
             with lock.open("a+") as file:
@@ -177,12 +186,12 @@ class Supervisor:
                     return
                 except OSError:
                     if time.monotonic() > until:
-                        say(f"{lock} is still held; starting all the same, the ranks will refuse")
+                        say(f"{lock} is still held; the ranks start all the same, and will refuse if it stays so")
                         return
             time.sleep(1)
 
     def _preflight(self) -> str | None:
-        """Checks the nodes; a bad one goes on the run's exclude list. None where all is well or nothing is asked."""
+        """Check the nodes and put bad ones on the run's exclude list. Return what is wrong, or None."""
         if not (command := self.job["preflight"]):
             return None
         out = self.folder / "preflight"
@@ -203,27 +212,29 @@ class Supervisor:
         return f"preflight: {'; '.join(shared) or f'srun ended with {code}'}" if code else None
 
     def _watch(self) -> tuple[str | None, str | None]:
-        """Until the step ends: why it was asked to stop, and how it hung, where it was and did."""
-        planned, hung, asked, asked_at = None, None, False, 0.0
+        """Wait for the step's end; return why it was asked to stop and how it hung, each None if it was not."""
+        planned, hung, was_signalled, planned_at = None, None, False, 0.0
         while self.ranks.process.poll() is None:
             time.sleep(POLL_SECONDS)
             if self.signals and planned is None:
-                planned, asked_at = self._why_asked(), time.monotonic()
+                planned, planned_at = self._stop_reason(), time.monotonic()
                 say(f"{self.signals[0]}: {planned}; the ranks save and stop")
-            if time.monotonic() - self.terminated > self._patience and (ended := self._ended_by_others()):
+            if time.monotonic() - self.terminated > self._patience and (ended := self._decided_by_others()):
                 self.ended = ended
                 break
-            if planned and not asked and self.ranks.all_hold_signals():
+            # A signal before the rank blocks it would kill the task: it has no handler yet.
+            if planned and not was_signalled and self.ranks.all_block_signals():
                 self.ranks.signal("USR1")
-                asked = True
-            if planned and not hung and time.monotonic() - asked_at > self.job["grace_seconds"]:
+                was_signalled = True
+            if planned and not hung and time.monotonic() - planned_at > self.job["grace_seconds"]:
                 hung = f"not saved {self.job['grace_seconds']:g} s after it was asked to ({planned})"
             if not planned and not hung:
-                hung = self.ranks.watch.overdue(self.job["deadlines"])
+                hung = self.ranks.hang_detector.find_hang(self.job["deadlines"])
             if hung and self.ranks.process.poll() is None:
                 say(f"{hung}; stacks of all ranks are in {self.ranks.logs}")
                 self.ranks.dump_and_kill()
                 break
+            # SLURM requeues a job whose node it has lost; if the node was only cut off, this process still runs there.
             if read_json(self.folder / "current.json").get("started") != self.record["started"]:
                 say("another attempt has taken over: this node was cut off")
                 self.ranks.signal("KILL")
@@ -233,7 +244,7 @@ class Supervisor:
 
     @functools.cached_property
     def _patience(self) -> float:
-        """Seconds after SIGTERM for which ranks are waited for: after them SLURM kills this process, too."""
+        """Return how long after SIGTERM to wait for the ranks: KillWait seconds after it SLURM kills this process."""
         return max(1.0, kill_wait() - LAST_SECONDS)
 
     def _clean_caches(self) -> None:
@@ -242,28 +253,31 @@ class Supervisor:
             step = ["srun", f"--ntasks={nodes}", "--ntasks-per-node=1", "--wait=0", sys.executable]
             slurm(*step, os.path.abspath(__file__), "clean", str(self.folder / "job.json"))
 
-    def _why_asked(self) -> str:
+    def _stop_reason(self) -> str:
+        """Return who asked the run to stop: a person, the time limit, or SLURM for another job."""
         if (self.folder / "stop").exists():
             return "bd3-scale stop"
         if self.signals[0] != "SIGUSR1":
             return "pre-empted or cancelled"
         with contextlib.suppress(ValueError):
             end = time.mktime(time.strptime(job_fields(self.job_id).get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
-            # SLURM may warn up to a minute early.
+            # `--signal` may come up to 60 s early (sbatch(1)): only an earlier one is a person's `bd3-scale requeue`.
             if end - time.time() > self.job["warning_seconds"] + 90:
                 return "bd3-scale requeue"
         return "time limit"
 
     def _decide(self, code: int, planned: str | None, hung: str | None) -> int:
+        """Decide about the job from srun's exit code and the last phases of the ranks; return its exit code."""
         states = self.ranks.read()
         phases = {state["phase"] for state in states.values()}
         if code == 0 and phases == {"done"}:
             return self._end("done", "all steps are taken", False)
         stopped = code == 0 and "stopped" in phases
-        if ended := self._ended_by_others():
+        if ended := self._decided_by_others():
             return self._end(*ended)
         if (self.folder / "stop").exists():
             return self._end("stopped", "bd3-scale stop", False)
+        # Ranks may have saved without a signal to this process: pre-emption signals the steps, not the batch process.
         if stopped:
             return self._end("requeue", planned or "pre-empted", False)
         if hung:
@@ -271,15 +285,16 @@ class Supervisor:
         reason, rank_code = self.ranks.explain_failure()
         if "Terminated" in reason:
             return self._end("requeue", f"{reason}: pre-empted before it could save", False)
-        return self._end("failed" if rank_code == PERSON_MUST_MEND else "requeue", reason, True)
+        return self._end("failed" if rank_code == EXIT_USER_ERROR else "requeue", reason, True)
 
-    def _ended_by_others(self) -> tuple[str, str, bool] | None:
-        """Outcome, reason and whether it is a failure where somebody has decided already.
+    def _decided_by_others(self) -> tuple[str, str, bool] | None:
+        """Return outcome, reason and whether it is a failure, if SLURM or a person has decided already.
 
-        A requeue from here would undo a person's scancel.
+        Checked before every requeue: `scontrol requeue` would undo a person's scancel.
         """
         fields = job_fields(self.job_id)
         state, why = fields.get("JobState", "RUNNING"), self.ranks.ended_by_slurm
+        # `keep`, the batch process, is gone: SLURM ends the job, whatever this process does.
         if os.getppid() != self.parent:
             return "lost", "the batch process was killed", True
         if state == "RUNNING":
@@ -293,7 +308,7 @@ class Supervisor:
         return "cancelled", "bd3-scale stop" if (self.folder / "stop").exists() else "scancel", False
 
     def _end(self, verdict: str, reason: str, failure: bool) -> int:
-        """Writes the attempt's line and sends the job back into the queue where the verdict says so."""
+        """Write the attempt's line, requeue the job if the verdict says so, and return the job's exit code."""
         again = verdict in ("requeue", "preflight")
         outcome = "requeued" if again else verdict
         line = ended_attempt(self.folder, self.record, outcome, reason, failure=failure, signals=self.signals)
@@ -308,16 +323,18 @@ class Supervisor:
         return self._requeue()
 
     def _requeue(self) -> int:
+        """Requeue the job, or leave the run to the next job of a chain; exclude bad nodes. Return the exit code."""
         jobs = [self.job_id]
-        if self.job["chain"]:  # its next job goes on
+        if self.job["chain"]:  # the next job of the chain continues the run
             jobs = read_json(self.folder / "submitted.json").get("jobs", [])
         else:
-            # The requeue ends this process with SIGTERM; it must live long enough to name the bad nodes.
+            # SLURM sends SIGTERM to a requeued job; this process must live long enough to exclude the bad nodes below.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            asked = slurm("scontrol", "requeue", jobs[0])
-            if asked.returncode:
-                say(f"SLURM does not requeue: {asked.stderr.strip()}; `bd3-scale requeue {self.job['run_dir']}` does")
+            done = slurm("scontrol", "requeue", jobs[0])
+            if done.returncode:
+                say(f"SLURM refuses to requeue: {done.stderr.strip()}; use `bd3-scale requeue {self.job['run_dir']}`")
                 return 1
+        # The exclude list of a job can be changed in the queue only, so after the requeue.
         if names := excluded_nodes(self.folder):
             for job in jobs:
                 slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}")
@@ -325,18 +342,23 @@ class Supervisor:
 
 
 def keep(job: str) -> int:
-    """Runs the supervisor as a process of its own and passes SLURM's signals on; gives the exit code of the job."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the supervisor inherits it, and lets them in once it is ready
+    """Run the supervisor as a child process, pass SLURM's signals on, and return the exit code of the job.
+
+    Two processes, because the supervisor may be killed outright, for example when memory runs out: this one is small
+    and still writes the attempt's line.
+    """
+    # Blocked signals stay pending and the child inherits the mask, so none is lost before it has handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     process = subprocess.Popen([sys.executable, "-u", os.path.abspath(__file__), "job", job])
     for number in SIGNALS:
         signal.signal(number, lambda n, _: process.send_signal(n))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = process.wait()
-    return Supervisor(Path(job).parent).take_over(code) if code else 0
+    return Supervisor(Path(job).parent).handle_supervisor_death(code) if code else 0
 
 
 def run_rank(folder: Path) -> None:
-    """Becomes the rank of this task."""
+    """Replace this process by the rank of its task."""
     job, environment, heartbeats = read_json(folder / "job.json"), os.environ, (folder / "heartbeats").resolve()
     environment |= {
         "RANK": environment["SLURM_PROCID"],
@@ -345,7 +367,8 @@ def run_rank(folder: Path) -> None:
         "LOCAL_WORLD_SIZE": str(job["ntasks_per_node"]),
         "BD3_SCALE_HEARTBEATS": str(heartbeats),
     }
-    # What comes before the rank can save waits until it can.
+    # exec keeps the mask: signals that come before the rank has its handlers stay pending, and do not kill it. The file
+    # tells the supervisor that it may send them.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     (heartbeats / f"rank{environment['RANK']}.holds").touch()
     command = [cache_override(job) if word == CACHE_OVERRIDE else word for word in job["command"]]
@@ -353,6 +376,7 @@ def run_rank(folder: Path) -> None:
 
 
 def main(mode: str, job: str) -> int:
+    """Run one of the modes that the module describes; return the exit code."""
     folder = Path(job).parent
     modes: dict[str, Callable[[], int | None]] = {
         "keep": lambda: keep(job),

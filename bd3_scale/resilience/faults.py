@@ -48,8 +48,9 @@ ACTIONS = ("kill", "stop", "delay", "nan", "flip", *_ERRORS)
 
 @dataclass(frozen=True)
 class Fault:
-    action: str
     """One fault: what happens, at which point, and on which step and rank (None: any)."""
+
+    action: str
     point: str
     step: int | None = None
     rank: int | None = None

@@ -36,7 +36,7 @@ class Heartbeat:
     A context manager, to be entered in the main thread. The file holds `phase`, `step` (the last finished one),
     `saved` (step of the newest checkpoint), `beat` (a counter that grows while the process lives and is not stopped),
     `at` (where the main thread is), and at the end `error` and `time` (seconds since the epoch). A thread writes it,
-    so training never waits for the file system. `launch.watch` reads it. Inside the block, SIGUSR2 prints the stacks
+    so training never waits for the file system. `launch.hangs` reads it. Inside the block, SIGUSR2 prints the stacks
     of all threads and the pending collectives of this rank to stderr.
     """
 

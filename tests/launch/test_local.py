@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bd3_scale.launch.hangs import HangDetector
 from bd3_scale.launch.local import launch
-from bd3_scale.launch.watch import Watch
 
 pytestmark = pytest.mark.launch
 
@@ -270,13 +270,13 @@ def test_ranks_are_not_taken_for_hung_where_everything_was_stopped(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    watch = Watch(tmp_path, 1)
+    watch = HangDetector(tmp_path, 1)
     deadlines = {"start": 100.0, "step": 100.0}
 
     def ask_after(seconds: float) -> str | None:
         nonlocal now
         now += seconds
-        return watch.overdue(deadlines)
+        return watch.find_hang(deadlines)
 
     (tmp_path / "rank0.json").write_text('{"phase": "step", "step": 3, "beat": 7}')
     assert [ask_after(seconds) for seconds in (1, 50, 500, 50)] == [None] * 4
@@ -291,7 +291,7 @@ def test_ranks_that_wait_for_one_that_waits_for_its_data_are_not_taken_for_hung(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    watch = Watch(tmp_path, 2)
+    watch = HangDetector(tmp_path, 2)
     deadlines = {"start": 20.0, "step": 20.0, "data": 100.0}
 
     def ask_after(seconds: float, phase: str) -> str | None:
@@ -299,7 +299,7 @@ def test_ranks_that_wait_for_one_that_waits_for_its_data_are_not_taken_for_hung(
         (tmp_path / "rank0.json").write_text(f'{{"phase": "{phase}", "step": 3, "beat": {now:.0f}}}')
         (tmp_path / "rank1.json").write_text(f'{{"phase": "step", "step": 3, "beat": {now:.0f}}}')
         now += seconds
-        return watch.overdue(deadlines)
+        return watch.find_hang(deadlines)
 
     assert [ask_after(seconds, "data") for seconds in (1, 40, 40)] == [None] * 3
     # Their own deadline begins when the data are there.
@@ -312,14 +312,14 @@ def test_ranks_that_wait_for_one_that_waits_for_its_data_are_not_taken_for_hung(
 def test_a_job_of_an_earlier_version_has_no_deadline_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    watch = Watch(tmp_path, 1)
+    watch = HangDetector(tmp_path, 1)
     (tmp_path / "rank0.json").write_text('{"phase": "data", "step": 3, "beat": 7}')
     deadlines = {"start": 20.0, "step": 20.0, "evaluation": 50.0}
-    assert watch.overdue(deadlines) is None
+    assert watch.find_hang(deadlines) is None
     now = 49.0
-    assert watch.overdue(deadlines) is None
+    assert watch.find_hang(deadlines) is None
     now = 51.0
-    assert "hang in phase 'data' after 50 s" in (watch.overdue(deadlines) or "")
+    assert "hang in phase 'data' after 50 s" in (watch.find_hang(deadlines) or "")
 
 
 def test_what_cannot_start_leaves_nothing_running_and_no_handler_behind(tmp_path: Path) -> None:

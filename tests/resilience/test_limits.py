@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bd3_scale.launch.supervise import PERSON_MUST_MEND
+from bd3_scale.launch.supervise import EXIT_USER_ERROR
 from bd3_scale.recipe.schema import Recipe
 from bd3_scale.resilience.limits import check_limits, exhausted_limit
 from bd3_scale.train import main
@@ -103,7 +103,7 @@ def test_a_rank_without_room_on_its_gpu_is_not_tried_again(monkeypatch: pytest.M
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(SystemExit) as ended:
         main.main(Recipe.model_validate(tiny_recipe()))
-    assert ended.value.code == PERSON_MUST_MEND == 2
+    assert ended.value.code == EXIT_USER_ERROR == 2
 
 
 def test_other_errors_come_from_no_limit() -> None:

@@ -134,5 +134,5 @@ def test_a_node_that_is_cut_off_loses_the_job_and_not_the_run(namespaced, workpl
     assert nodes[lost] not in attempts(job.run_dir)[-1]["nodes"]
     assert 0 < attempts(job.run_dir)[-1]["from_step"] < 220
     if lost == 0:
-        said = f"the batch process ended without a word: its node {nodes[0]} is down"
+        said = f"the batch process ended without a record: its node {nodes[0]} is down"
         assert attempts(job.run_dir)[0]["reason"].startswith(said)
