@@ -20,7 +20,7 @@ from bd3_scale.launch.findings import Finding, checked
 from bd3_scale.launch.job import batch_script, container_options, node_directives, site_environment
 from bd3_scale.launch.profile import Preflight, Profile
 from bd3_scale.launch.records import escape_pattern, read_json
-from bd3_scale.launch.slurm import partitions, slurm
+from bd3_scale.launch.slurm import partitions, run_command, slurm
 from bd3_scale.launch.submit import ask_slurm
 
 MINUTES = 10
