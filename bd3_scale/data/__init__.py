@@ -1,4 +1,4 @@
-"""From text to batches: tokenisers, preparation into MDS shards, and exact reading of them."""
+"""Turn text into batches: tokenisers, preparation into MDS shards, and an exactly reproducible order of reading."""
 
 from bd3_scale.lazy import lazy_names
 

@@ -1,4 +1,4 @@
-"""What a model is trained or measured on: sequences with their identity, document bounds and what counts."""
+"""Define the batch that a model is trained or evaluated on: sequences, their ids and the bounds of their documents."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 class Batch:
     """B sequences of L tokens, on the CPU.
 
-    ids [B] int64: sample numbers in the data set; with epochs [B] int64, which of its epochs each is of, and
-    source_keys [B] int64, 0 where the data set has no name, they key the noise. slots [B] int64: places in the global
-    batch, 0 to G−1. tokens [B, L] int64. document_start [B, L] int32: where in the sequence the document of each
-    position begins. positions [B, L] int64: from 0 in every document. counted [B, L] bool: counts for perplexity.
-    shown [B, L] bool: never masked, trained on or counted, as what a document begins with, or a person's part of a
-    conversation.
+    ids [B] int64: sample numbers within the data set. The noise of a sequence is keyed by ids, epochs [B] int64 (the
+    epoch of the data set that the sample belongs to) and source_keys [B] int64 (0 for data without a source name).
+    slots [B] int64: positions in the global batch, 0 to G−1. tokens [B, L] int64. document_start [B, L] int32: the
+    position at which the document of each position begins. positions [B, L] int64: from 0 in every document. counted
+    [B, L] bool: counts for perplexity. shown [B, L] bool: never masked, trained on or counted, such as BOS or a
+    user's messages in a conversation.
     """
 
     ids: Tensor
@@ -35,14 +35,14 @@ class Batch:
     shown: Tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        # Arrays are sent as bytes; tensors would lie in /dev/shm, which may be small.
+        # Arrays are pickled as bytes. Tensors would be sent through /dev/shm, which is small in many containers.
         return {name: value.numpy() for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({name: torch.from_numpy(value) for name, value in state.items()})
 
     def to_bytes(self) -> NDArray[np.uint8]:
-        """Return all of it as bytes, uint8 [N]: 32 a sequence and 22 a token."""
+        """Return the batch as bytes, uint8 [N]: 32 for each sequence and 22 for each token."""
         whole = np.empty(1, _layout(*self.tokens.shape))
         for name, value in vars(self).items():
             whole[name] = value.numpy()
@@ -50,13 +50,13 @@ class Batch:
 
     @classmethod
     def from_bytes(cls, content: NDArray[np.uint8], sequences: int, seq_len: int) -> Batch:
-        """Return what `to_bytes` has made of a batch of that shape. ValueError: `content` has not that many bytes."""
+        """Return the batch from the bytes of `to_bytes` and its shape. ValueError: `content` has another size."""
         (whole,) = content.view(_layout(sequences, seq_len))
         return cls(**{name: torch.from_numpy(whole[name].copy()) for name in whole.dtype.names})
 
     @property
     def padding(self) -> Tensor:
-        """Return bool [B, L]: pads a document behind its end."""
+        """Return bool [B, L]: EOS tokens that pad a document after its end."""
         return ~self.counted & ~self.shown
 
     def take(self, rows: Tensor) -> Batch:
@@ -70,7 +70,7 @@ class Batch:
 
     @property
     def noise_keys(self) -> dict[str, Tensor]:
-        """Return what the noise of each sequence is drawn from beside the seed, see `bd3_scale.diffusion.noise`."""
+        """Return what the noise of each sequence is keyed by, besides the seed; see `bd3_scale.diffusion.noise`."""
         return {"sample_ids": self.ids, "epoch": self.epochs, "source_keys": self.source_keys}
 
 
@@ -96,8 +96,9 @@ def collate(
     epochs: NDArray[np.int64] | None = None,
     source_keys: NDArray[np.int64] | None = None,
 ) -> Batch:
-    """The batch of `samples` as the shards hold them. Without `isolate_documents` a sequence is one document. The
-    default of what keys the noise is 0.
+    """Return the batch of `samples`, as shards hold them.
+
+    Without `isolate_documents` each sequence is one document. `epochs` and `source_keys` default to 0.
     """
     tokens = np.stack([sample["tokens"] for sample in samples]).astype(np.int64)
     within = np.arange(tokens.shape[1])
@@ -119,7 +120,7 @@ def collate(
 
 
 def _shown(sample: dict[str, NDArray[Any]], seq_len: int) -> NDArray[np.bool_]:
-    """Return bool [L]; nothing in shards without the column, as those of before it and of plain text without BOS."""
+    """Return bool [L]; all False for shards without the column: older ones, and plain text without BOS."""
     shown = np.zeros(seq_len, np.bool_)
     for first, last in sample.get("shown", ()):
         shown[first:last] = True

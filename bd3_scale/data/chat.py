@@ -1,4 +1,4 @@
-"""Conversations as text, by the chat template that lies beside a tokeniser, with transformers' own template code."""
+"""Render conversations as text with a tokeniser's chat template, through transformers' own template code."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CHAT_TEMPLATE = "chat_template.jinja"  # as transformers names it
 TEMPLATE_BYTES = 1 << 20
 ASSISTANT = "assistant"
 SEVERAL = "additional_special_tokens"
-# What marks the assistant's text inside a template, for transformers' `return_assistant_tokens_mask`.
+# Templates mark the assistant's text with this tag, for transformers' `return_assistant_tokens_mask`.
 _MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatTemplate:
-    """The template of a tokeniser's folder: `chat_template.jinja`, or `chat_template` of `tokenizer_config.json`.
+    """The template in a tokeniser's folder: `chat_template.jinja`, or `chat_template` of `tokenizer_config.json`.
 
-    Raises ValueError: the folder has none, or what it has is no template.
+    Raises ValueError: the folder has no template, or an invalid one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,31 +41,31 @@ class ChatTemplate:
         return ChatTemplate, (self.folder,)
 
     def prompt(self, messages: Messages) -> str:
-        """The text of a conversation up to where the assistant is to speak. ValueError: the template refuses it."""
+        """Return the text of a conversation up to the assistant's next answer. ValueError: the template refuses it."""
         return self._text(messages, add_generation_prompt=True)
 
     def spans(self, messages: Messages) -> tuple[str, list[Span]]:
-        """The text of a whole conversation, and where in it the assistant speaks, in characters.
+        """Return the text of a conversation and the spans of the assistant's answers in it, in characters.
 
-        Where the template does not mark that itself (`{% generation %}`), it is what each answer adds to the text of
-        the messages before it and the words that ask for an answer.
+        If the template does not mark them itself (`{% generation %}`), the span of an answer is the text that the
+        answer adds to the prompt of the messages before it.
         ValueError: the template refuses the conversation, or an answer changes the text before it.
         """
         if _MARKS_ASSISTANT.search(self.template):
             (text,), (spans,) = self._rendered(messages, return_assistant_tokens_mask=True)
             return text, [(int(start), int(end)) for start, end in spans]
-        text, found = self._text(messages), []
+        text, spans = self._text(messages), []
         for place, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
             before, after = self.prompt(messages[:place]), self._text(messages[: place + 1])
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
-                    "the chat template writes earlier messages otherwise once an answer follows, and does not mark the "
-                    "assistant's text: put {% generation %} and {% endgeneration %} around it in the template"
+                    "the chat template writes earlier messages differently once an answer follows, and does not mark "
+                    "the assistant's text: put {% generation %} and {% endgeneration %} around it in the template"
                 )
-            found.append((len(before), len(after)))
-        return text, found
+            spans.append((len(before), len(after)))
+        return text, spans
 
     def _text(self, messages: Messages, **how: Any) -> str:
         return str(self._rendered(messages, **how)[0][0])
@@ -81,30 +81,30 @@ class ChatTemplate:
 
 
 def template_file(folder: Path) -> str | None:
-    """Return what a folder's `chat_template.jinja` holds; None where there is none. ValueError: it holds no text."""
+    """Return the content of a folder's `chat_template.jinja`; None if there is no such file. ValueError: not UTF-8."""
     path = file_in(folder, CHAT_TEMPLATE)
     if path is None:
         return None
     try:
         return read_regular(path, TEMPLATE_BYTES).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as such") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
 def chat_template(folder: Path) -> str | None:
-    """Return the template of a tokeniser's folder, None where it has none. ValueError: what it has is no text."""
+    """Return the template of a tokeniser's folder, None if it has none. ValueError: the template is not text."""
     declared = object_in(folder, TOKENIZER_FILES[1]).get("chat_template")
-    if isinstance(declared, list):  # several, of which transformers takes this one
+    if isinstance(declared, list):  # several named templates, of which transformers uses this one
         declared = {one["name"]: one["template"] for one in declared}.get("default")
     template = template_file(folder) or declared or None
     if template is not None and not isinstance(template, str):
-        raise ValueError(f"chat_template of {folder / TOKENIZER_FILES[1]} is no text: put a {CHAT_TEMPLATE} beside it")
+        raise ValueError(f"chat_template of {folder / TOKENIZER_FILES[1]} is not text: add a {CHAT_TEMPLATE} there")
     return template
 
 
 @reader("a chat template", path="folder")
 def _template_and_tokens(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return the template of a tokeniser's folder, and the special tokens that templates know by name."""
+    """Return the template of a tokeniser's folder and the special tokens that templates may use by name."""
     template = chat_template(folder)
     if template is None:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Documents in a column of Parquet (`.parquet`) or of Arrow as `datasets` saves it (`.arrow`); one column is read.
+"""Read documents from a column of Parquet (`.parquet`), or of Arrow files as `datasets` saves them (`.arrow`).
 
-Rows are counted from 0. What a file says of its own sizes is not believed: a kilobyte of it may stand for a terabyte.
+Rows are counted from 0. The sizes that a file states are not trusted: a kilobyte of it may unpack to a terabyte.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from bd3_scale.registry import source_cuts, source_formats
 from bd3_scale.resilience.limits import limited_memory
 from bd3_scale.resilience.readers import in_one_line
 
-# Rows that are decoded at a time should have so many bytes, and are no more than that.
+# Rows are decoded in batches of about this many bytes, and of at most this many rows.
 BATCH_BYTES = 1 << 26
 BATCH_ROWS = 1 << 10
-# What decoding them may take.
+# The memory limit for decoding a batch.
 MEMORY_BYTES = 1 << 32
-# Of a column, so many bytes are fetched at a time.
+# How much of a column is fetched at a time.
 READ_BYTES = 1 << 20
 FEATHER = b"ARROW1\0\0"
-# The number of a message's field, in Arrow's format.
+# The id of the field bodyLength in the table Message of Arrow's Message.fbs.
 _BODY_LENGTH = 3
 
 
 class Cell(NamedTuple):
-    """A row's value in the column of the wanted field, as a scalar of Arrow of `num_bytes`."""
+    """The value of a row in the wanted column: an Arrow scalar of `num_bytes`."""
 
     where: str
     field: str
@@ -43,7 +43,7 @@ class Cell(NamedTuple):
     max_bytes: int
 
     def document(self, text_of: TextOf) -> str:
-        """Return the text. Raises ValueError where there is none, or more than `max_bytes`."""
+        """Return the text. Raises ValueError if there is none, or it has more than `max_bytes`."""
         if self.num_bytes > self.max_bytes:
             raise ValueError(too_long(self.where, self.max_bytes))
         try:
@@ -55,10 +55,10 @@ class Cell(NamedTuple):
 
 @source_formats.register(".parquet")
 def parquet_rows(source: OpenFile) -> Iterator[Cell]:
-    """Yield the rows of a Parquet file, of its part those of its row groups; pages are decoded as they are needed."""
+    """Yield the rows of a Parquet file, or those of the row groups of its part; pages are decoded as needed."""
     import pyarrow.parquet
 
-    with source.file.open("rb") as raw, _damage_told(source.file):
+    with source.file.open("rb") as raw, _damage_as_value_error(source.file):
         with limited_memory(MEMORY_BYTES):
             file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=READ_BYTES)
         _path(source.file, file.schema_arrow, source.field)
@@ -71,7 +71,7 @@ def parquet_rows(source: OpenFile) -> Iterator[Cell]:
             batches = file.iter_batches(rows, [number], [source.field], use_threads=False)
             while (batch := _next(batches)) is not None:
                 done = (row - begin + batch.num_rows) / max(group.num_rows, 1)
-                # How far it stands behind the part's beginning tells what was read.
+                # pyarrow reads in an order of its own; this position, relative to the part, drives the progress bar.
                 source.stream.seek(first + read + int(done * _stored_bytes(group)))
                 yield from _cells(source, batch, row)
                 row += batch.num_rows
@@ -80,10 +80,10 @@ def parquet_rows(source: OpenFile) -> Iterator[Cell]:
 
 @source_cuts.register(".parquet")
 def row_groups(file: SourceFile, num_bytes: int) -> Iterator[tuple[Part, int]]:
-    """Yield the row groups of a Parquet file, each with its bytes as stored."""
+    """Yield the row groups of a Parquet file, each with its size as stored."""
     import pyarrow.parquet
 
-    with file.open("rb") as raw, _damage_told(file):
+    with file.open("rb") as raw, _damage_as_value_error(file):
         with limited_memory(MEMORY_BYTES):
             metadata = pyarrow.parquet.read_metadata(raw)
         for number in range(metadata.num_row_groups):
@@ -92,46 +92,46 @@ def row_groups(file: SourceFile, num_bytes: int) -> Iterator[tuple[Part, int]]:
 
 @source_formats.register(".arrow")
 def arrow_rows(source: OpenFile) -> Iterator[Cell]:
-    """Yield the rows of a stream of Arrow's record batches, or of a file of Feather's second version, batch by batch.
+    """Yield the rows of Arrow's stream format, or of a Feather V2 file, record batch by record batch.
 
-    Of its part, those of the batches that begin there; their rows are counted from that of the part.
+    Of a part, only batches that begin in it are read; their rows are counted from the part's first row.
     """
     import pyarrow
 
     file, stream = source.file, source.stream
-    with _damage_told(file):
+    with _damage_as_value_error(file):
         stream.seek(_start(stream))
         schema = pyarrow.ipc.read_schema(_message(stream))
         _path(file, schema, source.field)
         first, last = source.part or (0, file.stat().st_size)
         if first:
             stream.seek(first)
-        rows = f"{file}, behind byte {first:,}" if first else str(file)
+        rows = f"{file}, after byte {first:,}" if first else str(file)
         number = 0
         while stream.tell() < last and (message := _message(stream)):
             if message.type != "record batch":
-                raise ValueError(f"{file} has a {message.type}, which is not read here: write it as Parquet")
+                raise ValueError(f"{file} has a {message.type}, which cannot be read here: save it as Parquet")
             with limited_memory(MEMORY_BYTES):
                 batch = pyarrow.ipc.read_record_batch(message, schema)
-                batch.validate(full=True)  # what it says of places could lead out of the memory that it has
+                batch.validate(full=True)  # untrusted offsets could point outside the batch's memory
             yield from _cells(source, batch, number, rows)
             number += batch.num_rows
 
 
 @source_cuts.register(".arrow")
 def record_batches(file: SourceFile, num_bytes: int) -> Iterator[tuple[Part, int]]:
-    """Yield the record batches of an Arrow file by their bytes, the first with the schema before it."""
-    with file.open("rb") as raw, _damage_told(file):
+    """Yield the record batches of an Arrow file as byte ranges; the first one includes the schema."""
+    with file.open("rb") as raw, _damage_as_value_error(file):
         num_bytes = file.stat().st_size
-        ends = _ends(raw, num_bytes)[1:-1]  # behind the schema, and none behind the last batch
+        ends = _ends(raw, num_bytes)[1:-1]  # without the schema's end and the file's last batch
         for start, end in itertools.pairwise([0, *ends, num_bytes]):
             yield (start, end), end - start
 
 
 def _ends(stream: BinaryIO, num_bytes: int) -> list[int]:
-    """Return where each message of an Arrow stream ends, from what stands before their bodies.
+    """Return the end of each message of an Arrow stream, read from the sizes before the messages.
 
-    EOFError: one does not end in the file.
+    EOFError: a message does not end within the file.
     """
     ends: list[int] = []
     place = _start(stream)
@@ -154,7 +154,7 @@ def _start(stream: BinaryIO) -> int:
 
 
 def _body_length(metadata: bytes) -> int:
-    """Return it from a message's flatbuffer: where fields are in a table stands in a list so far before the table."""
+    """Return the body's size from a message's flatbuffer: its table begins with the distance to the list of offsets."""
     (table,) = struct.unpack_from("<I", metadata)
     places = table - struct.unpack_from("<i", metadata, table)[0]
     (size,) = struct.unpack_from("<H", metadata, places)
@@ -195,28 +195,28 @@ def _cells(source: OpenFile, batch: Any, first_row: int, rows: str = "") -> Iter
 
 
 def _path(file: SourceFile, schema: Any, field: str) -> list[str]:
-    """Return the names on the way to a field. ValueError: there is no such column, or none of text or lists."""
+    """Return the names on the path to a field. ValueError: no such column, or one that holds neither text nor lists."""
     import pyarrow
 
-    around, prefix, found = schema, "", None
+    around, prefix, column = schema, "", None
     path = [field] if field in schema.names else field.split(".")
     for name in path:
         number = around.get_field_index(name)
-        found = None if number < 0 else around.field(number)
-        if found is None:
+        column = None if number < 0 else around.field(number)
+        if column is None:
             break
-        if pyarrow.types.is_struct(found.type):
-            around, prefix = found.type, f"{prefix}{name}."
+        if pyarrow.types.is_struct(column.type):
+            around, prefix = column.type, f"{prefix}{name}."
     else:
-        assert found is not None
-        if not (pyarrow.types.is_primitive(found.type) or pyarrow.types.is_binary(found.type)):
+        assert column is not None
+        if not (pyarrow.types.is_primitive(column.type) or pyarrow.types.is_binary(column.type)):
             return path
-    beside = [_listed(field, prefix) for field in around]
-    columns = ", ".join(beside[:NUM_SHOWN]) + ", …" * (len(beside) > NUM_SHOWN)
-    if found is None:
+    siblings = [_listed(field, prefix) for field in around]
+    columns = ", ".join(siblings[:NUM_SHOWN]) + ", …" * (len(siblings) > NUM_SHOWN)
+    if column is None:
         raise ValueError(f'{file} has no column "{field}" but {columns}: {NAME_A_FIELD}')
     raise ValueError(
-        f'{file} has {found.type} in the column "{field}", no text; the columns are {columns}: {NAME_A_FIELD}'
+        f'{file} has {column.type} in the column "{field}", not text; the columns are {columns}: {NAME_A_FIELD}'
     )
 
 
@@ -227,9 +227,10 @@ def _listed(field: Any, prefix: str) -> str:
 
 
 def _sizes(array: Any) -> NDArray[np.int64]:
-    """Return how many bytes of text, and about how many of other things, each value of an array has: [rows].
+    """Return the size of each value of an array, int64 [rows]: bytes of text, and roughly that of other types.
 
-    Where one value stands for many rows, the array itself has much less. ValueError: values that are not read.
+    One stored value may stand for many rows (dictionaries), so the array's own size says nothing. ValueError: values
+    of a type that cannot be read.
     """
     import pyarrow
     import pyarrow.compute as compute
@@ -251,7 +252,7 @@ def _sizes(array: Any) -> NDArray[np.int64]:
         parents = compute.list_parent_indices(array).to_numpy()
         return np.bincount(parents, 1 + _sizes(array.flatten()), len(array)).astype(np.int64)
     if kinds.is_nested(kind):
-        raise ValueError(f"{str(kind).partition('<')[0]} is not read: write it as lists and structs")
+        raise ValueError(f"{str(kind).partition('<')[0]} cannot be read: save it as lists and structs")
     return np.ones(len(array), np.int64)
 
 
@@ -260,19 +261,19 @@ def _stored_bytes(group: Any) -> int:
 
 
 @contextmanager
-def _damage_told(file: SourceFile) -> Iterator[None]:
-    """Turn what pyarrow says of a damaged file inside the block into a ValueError of one line."""
+def _damage_as_value_error(file: SourceFile) -> Iterator[None]:
+    """Turn pyarrow's errors about a damaged file inside the block into a ValueError of one line."""
     import pyarrow
 
     try:
         yield
     except MemoryError as error:
         raise ValueError(
-            f"{file} needs more than {MEMORY_BYTES >> 30} GiB of memory for a few rows: divide its documents, or write "
-            "it in smaller pages and batches"
+            f"{file} needs more than {MEMORY_BYTES >> 30} GiB of memory for a few rows: split its documents, or save "
+            "it with smaller pages and batches"
         ) from error
     except (pyarrow.ArrowException, struct.error, EOFError, OSError) as error:
-        # Pyarrow's own has no number; what the system and remote storage say has one, or a class of its own.
+        # pyarrow's own OSErrors have no errno; those of the system have one, and remote storage uses subclasses.
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise
         raise ValueError(f"{file} is damaged or cut short ({in_one_line(error)}); copy or make it again") from error

@@ -1,4 +1,4 @@
-"""`bd3-scale data tokenizer`, `prepare`, `import` and `mixture`; what a command needs is imported when it runs."""
+"""Provide `bd3-scale data tokenizer`, `prepare`, `import` and `mixture`; heavy imports happen when a command runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from bd3_scale.data.commands_inspect import app as looking
+from bd3_scale.data.commands_inspect import app as inspection
 from bd3_scale.observe.console import Console, put, say
 from bd3_scale.resilience.terminal import tell
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from bd3_scale.data.manifest import Manifest
     from bd3_scale.data.prepare import Preparation
 
-app = typer.Typer(help="Tokenise text and write it as shards, look at them, mix them.", no_args_is_help=True)
-app.add_typer(looking)
+app = typer.Typer(help="Tokenise text and write it as shards, inspect them, mix them.", no_args_is_help=True)
+app.add_typer(inspection)
 
 Sources = Annotated[
     list[str],
@@ -30,13 +30,13 @@ Sources = Annotated[
 Out = Annotated[Path, typer.Option(help="New folder for the shards.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="the recipe's")]
 RecipeFile = Annotated[
-    Path | None, typer.Option(help="YAML file of the training, whose lengths and block sizes decide what fits.")
+    Path | None, typer.Option(help="Recipe of the training; its lengths and block sizes decide what fits.")
 ]
 Multiple = Annotated[
     int | None,
     typer.Option(
-        help="Documents are padded to a multiple of so many tokens.",
-        show_default="the least that suits the recipe's block sizes; without a recipe 32",
+        help="Documents are padded to a multiple of this many tokens.",
+        show_default="the smallest that suits the recipe's block sizes; without a recipe 32",
     ),
 ]
 PackingOption = Annotated[
@@ -46,16 +46,16 @@ Holdout = Annotated[float, typer.Option(help="Share of the documents held out fo
 Seed = Annotated[int, typer.Option(help="Decides which documents are held out.")]
 Workers = Annotated[int | None, typer.Option(help="Processes.", show_default="one a core")]
 Field = Annotated[
-    str | None, typer.Option(help="Of a JSON line or a row, such as document.body.", show_default="text; messages")
+    str | None, typer.Option(help="Field of a JSON line or row, such as document.body.", show_default="text; messages")
 ]
 Bos = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Texts begin with BOS.", show_default="as the tokeniser's template"),
 ]
 OnErrorOption = Annotated[
-    Literal["stop", "skip"], typer.Option(help="Of a line or file that cannot be read; skipped ones are counted.")
+    Literal["stop", "skip"], typer.Option(help="For lines and files that cannot be read; skipped ones are counted.")
 ]
-MaxDocument = Annotated[int, typer.Option("--max-document-mib", min=1, help="Of one document, unpacked.")]
+MaxDocument = Annotated[int, typer.Option("--max-document-mib", min=1, help="Limit of one document, unpacked.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -63,7 +63,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def tokenizer(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="New folder for the tokeniser.")],
-    vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and the end of document included.")] = 4096,
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens, with 256 bytes and the end of document.")] = 4096,
     field: Field = None,
     on_error: OnErrorOption = "stop",
     max_document: MaxDocument = 128,
@@ -99,7 +99,7 @@ def prepare(
     bos: Bos = None,
     parse_special: Annotated[
         bool,
-        typer.Option("--parse-special", help="Special tokens that a document spells are these tokens, not plain text."),
+        typer.Option("--parse-special", help="Parse special tokens that a document spells; default: plain text."),
     ] = False,
     messages: Annotated[
         bool,
@@ -116,7 +116,7 @@ def prepare(
         str | None,
         typer.Option(
             metavar="PROFILE",
-            help="Submit what is missing as an array of --tasks jobs to a site in cluster/profiles, or a YAML file.",
+            help="Submit missing work as an array of --tasks jobs to a site in cluster/profiles, or a YAML file.",
             show_default=False,
         ),
     ] = None,
@@ -124,11 +124,11 @@ def prepare(
 ) -> None:
     """Tokenise and pack documents into training and validation shards.
 
-    Conversations become text by the chat template beside the tokeniser; special tokens in it are parsed. What is done
-    stays in OUT.tasks until all is: after a kill, repeat the command.
+    Conversations become text by the tokeniser's chat template; its special tokens are parsed. Finished work stays in
+    OUT.tasks until everything is done: after an interruption, repeat the command.
     """
     if (tasks is None) != (task is None and slurm is None) or (task is not None and slurm is not None):
-        raise ValueError("give --tasks with --task, for one share of the work, or with --slurm, for a job of them all")
+        raise ValueError("give --tasks together with --task, to do one share, or with --slurm, to submit all shares")
     from bd3_scale.data.chat import ChatTemplate
 
     preparation = _preparation(
@@ -165,9 +165,9 @@ def import_tokens(
     ],
     kind: Annotated[
         Literal["mds", "mds-documents", "megatron"],
-        typer.Option("--format", help="mds: samples follow each other; mds-documents: each is a document."),
+        typer.Option("--format", help="mds: documents may span samples; mds-documents: each sample is a document."),
     ],
-    tokenizer: Annotated[str, typer.Option(help="The one whose ids they are: a tokenizer.json, or its folder.")],
+    tokenizer: Annotated[str, typer.Option(help="The tokeniser of the ids: a tokenizer.json, or its folder.")],
     out: Out,
     seq_len: SeqLen = None,
     recipe: RecipeFile = None,
@@ -175,7 +175,7 @@ def import_tokens(
     packing: PackingOption = "concatenate",
     holdout: Holdout = 0.05,
     validation: Annotated[
-        list[str] | None, typer.Option(help="Such sources to hold out, in place of --holdout; may be repeated.")
+        list[str] | None, typer.Option(help="Sources to hold out, in place of --holdout; may be repeated.")
     ] = None,
     seed: Seed = 1,
     workers: Workers = None,
@@ -184,7 +184,7 @@ def import_tokens(
 ) -> None:
     """Pack documents that other programs tokenised: MosaicML Foundry's MDS, or Megatron's .bin and .idx.
 
-    Documents begin and end as those of `prepare`, whatever stood between them.
+    Documents then begin and end as those of `prepare` do, whatever separated them before.
     """
     preparation = _preparation(
         sources,
@@ -216,7 +216,7 @@ def _preparation(
 
 
 def _lengths(recipe: Path | None, seq_len: int | None, document_multiple: int | None) -> tuple[int, int]:
-    """Return the sequence length and the document multiple: those given, else a recipe's, else the usual ones."""
+    """Return sequence length and document multiple: the options, else those of the recipe, else the defaults."""
     from bd3_scale.data.prepare import DOCUMENT_MULTIPLE
     from bd3_scale.recipe.load import load_recipe
     from bd3_scale.recipe.preparation import preparation
@@ -224,7 +224,7 @@ def _lengths(recipe: Path | None, seq_len: int | None, document_multiple: int | 
     if recipe is not None:
         return preparation(load_recipe(recipe), seq_len, document_multiple)
     if seq_len is None:
-        raise ValueError("how long sequences are is not said: give --seq-len, or --recipe")
+        raise ValueError("the length of a sequence is missing: give --seq-len, or --recipe")
     return seq_len, DOCUMENT_MULTIPLE if document_multiple is None else document_multiple
 
 
@@ -249,7 +249,7 @@ def _show(manifest: Manifest, out: Path, as_json: bool) -> None:
 def _prepare_share(
     preparation: Preparation, tasks: int, task: int | None, slurm: str | None, context: typer.Context, as_json: bool
 ) -> None:
-    """Do one share of the work, or submit all."""
+    """Do one share of the work, or submit all shares to SLURM."""
     if slurm is not None:
         from bd3_scale.data.submit import submit
 
@@ -259,8 +259,8 @@ def _prepare_share(
             put(json.dumps({"jobs": jobs, "logs": str(preparation.folder / "logs")}))
             return
         *array, merge = jobs
-        say("".join(f"submitted as array {job}, and " for job in array) + f"job {merge} merges; what they say:")
-        say(f"{preparation.folder / 'logs'}; where one fails, repeat the command")
+        say("".join(f"submitted as array {job}, and " for job in array) + f"job {merge} merges; their output:")
+        say(f"{preparation.folder / 'logs'}; if one fails, repeat the command")
         return
     assert task is not None
     done = preparation.share(task, tasks)
@@ -274,7 +274,7 @@ def _prepare_share(
 
 
 def _arguments(context: typer.Context, without: set[str]) -> list[str]:
-    """Return the words that give a command what it was given, but for some parameters and what has its default."""
+    """Return the arguments that repeat a command, without some parameters and those that have their default value."""
     positional, options = [], []
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
@@ -296,20 +296,20 @@ def mixture(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace recipe values.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how many tokens and epochs of each source a run takes, by stage."""
+    """Show how many tokens and epochs of each source a run uses, by stage."""
     from bd3_scale.data.manifest import load_sources
-    from bd3_scale.data.mixture import uses
+    from bd3_scale.data.mixture import source_usage
     from bd3_scale.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     if not loaded.data.sources:
-        raise ValueError(f"{recipe} has no data.sources: it takes all of its sequences from {loaded.data.path}")
-    found = uses(loaded, load_sources(loaded.data))
+        raise ValueError(f"{recipe} has no data.sources: all sequences come from {loaded.data.path}")
+    stages = source_usage(loaded, load_sources(loaded.data))
     if as_json:
-        put(json.dumps(found, indent=1))
+        put(json.dumps(stages, indent=1))
         return
     table = Table("steps", "source", "share", "sequences", "tokens", "epochs", "epochs so far", title=loaded.name)
-    for stage in found:
+    for stage in stages:
         for name, use in stage["sources"].items():
             steps = f"{stage['first_step']:,}–{stage['last_step']:,}" * (name == next(iter(stage["sources"])))
             counts = (

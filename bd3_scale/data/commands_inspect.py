@@ -1,4 +1,4 @@
-"""`bd3-scale data inspect|stats|sample|verify`; what a command needs is imported when it runs."""
+"""Provide `bd3-scale data inspect|stats|sample|verify`; heavy imports happen when a command runs."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from bd3_scale.observe.progress import Bar
 app = typer.Typer()
 
 Data = Annotated[
-    list[str], typer.Argument(help="Folders of prepared data, their addresses, or recipes.", metavar="DATA...")
+    list[str], typer.Argument(help="Folders or addresses of prepared data, or recipes.", metavar="DATA...")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 SplitOption = Annotated[
-    Literal["train", "validation"] | None, typer.Option(help="Of the data.", show_default="all; of samples the first")
+    Literal["train", "validation"] | None, typer.Option(help="The split.", show_default="all; for samples the first")
 ]
 
 
 @app.command(epilog="Example: bd3-scale data inspect data/quickstart")
 def inspect(data: Data, as_json: AsJson = False) -> None:
-    """Say what prepared data are: how, from what and with which tokeniser they were made, and how much there is.
+    """Describe prepared data: source, tokeniser, options and amounts.
 
     Reads no shard.
     """
     from bd3_scale.data.describe import description
     from bd3_scale.data.stored import stored_data
 
-    found = [description(one) for one in stored_data(data)]
+    descriptions = [description(one) for one in stored_data(data)]
     if as_json:
-        put(json.dumps(found))
+        put(json.dumps(descriptions))
         return
-    for one in found:
+    for one in descriptions:
         Console(soft_wrap=True).print(styled((one["data"], "bold")))
         for what, value in _described(one):
             Console(soft_wrap=True).print(styled((f"  {what:<12}", "cyan"), value))
@@ -72,7 +72,7 @@ def _described(one: dict[str, Any]) -> list[tuple[str, str]]:
 
 @app.command(epilog="Example: bd3-scale data stats data/quickstart")
 def stats(data: Data, split: SplitOption = None, as_json: AsJson = False) -> None:
-    """Say what the sequences consist of: lengths of documents, padding, and where documents are cut.
+    """Show what the sequences consist of: lengths of documents, padding, and cut documents.
 
     Reads every shard.
     """
@@ -80,13 +80,13 @@ def stats(data: Data, split: SplitOption = None, as_json: AsJson = False) -> Non
     from bd3_scale.data.stored import stored_data
     from bd3_scale.data.waste import waste_note
 
-    found = []
+    results = []
     for one in stored_data(data):
         here = []
         for name in (split,) if split else one.manifest.splits:
             with Bar(f"{one.place} {name}") as bar:
                 here.append({"data": one.place, "split": name} | statistics(one, name, bar.show).summary())
-        found += here
+        results += here
         if as_json:
             continue
         names = [one_split["split"] for one_split in here]
@@ -95,7 +95,7 @@ def stats(data: Data, split: SplitOption = None, as_json: AsJson = False) -> Non
         if note := waste_note(one):
             say(note)
     if as_json:
-        put(json.dumps(found))
+        put(json.dumps(results))
 
 
 def _table(splits: Sequence[str], measured: Sequence[dict[str, str]]) -> Table:
@@ -114,8 +114,8 @@ def _measured(one: dict[str, Any]) -> dict[str, str]:
     found["... and are cut"] = f"{one['fitting_documents_cut']:,}"
     for key, title in (("document_tokens", "tokens a document"), ("documents_a_sequence", "documents a sequence")):
         found[f"{title}, mean"] = f"{one[key]['mean']:,.1f}"
-        for name, told in (("0%", "least"), ("50%", "median"), ("90%", "90%"), ("100%", "most")):
-            found[f"{title}, {told}"] = f"{one[key][name]:,}"
+        for name, label in (("0%", "least"), ("50%", "median"), ("90%", "90%"), ("100%", "most")):
+            found[f"{title}, {label}"] = f"{one[key][name]:,}"
     return found
 
 
@@ -126,30 +126,30 @@ def _name(one: dict[str, Any]) -> str:
 @app.command(epilog="Example: bd3-scale data sample data/quickstart --number 2")
 def sample(
     data: Data,
-    number: Annotated[int, typer.Option(min=1, help="Sequences, drawn at random.")] = 3,
+    number: Annotated[int, typer.Option(min=1, help="How many sequences, drawn at random.")] = 3,
     split: SplitOption = None,
-    seed: Annotated[int, typer.Option(help="Decides which.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 1,
     ids: Annotated[
-        list[int] | None, typer.Option("--id", min=0, help="This sequence, in place of random ones; may be repeated.")
+        list[int] | None, typer.Option("--id", min=0, help="Show this sequence, not random ones; may be repeated.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sequences as text, with a line before each document; what is shown and never trained on is dim.
+    """Print sequences as text, with a line before each document; tokens that are never trained on are dim.
 
-    Control characters of the text are printed as escapes, and special tokens by their names.
+    Control characters of the text are printed as escapes, special tokens by their names.
     """
     from bd3_scale.data.describe import sampled
     from bd3_scale.data.stored import stored_data
 
-    found = []
+    sequences = []
     for one in stored_data(data):
         name = next(iter(one.manifest.splits)) if split is None else split
         for sequence in sampled(one, name, number, seed, ids or ()):
-            found.append({"data": one.place, "split": name} | sequence)
+            sequences.append({"data": one.place, "split": name} | sequence)
             if not as_json:
-                _print_sample(found[-1])
+                _print_sample(sequences[-1])
     if as_json:
-        put(json.dumps(found))
+        put(json.dumps(sequences))
 
 
 def _print_sample(sequence: dict[str, Any]) -> None:
@@ -169,24 +169,24 @@ def _print_sample(sequence: dict[str, Any]) -> None:
 
 @app.command(epilog="Example: bd3-scale data verify data/quickstart")
 def verify(data: Data, as_json: AsJson = False) -> None:
-    """Compare everything with what was written: sizes, hashes, tokens, bounds of documents, counts.
+    """Check prepared data against their manifest and indices: sizes, hashes, tokens, document bounds, counts.
 
-    Exit code 1 where something is wrong.
+    Exit code 1 if something is wrong.
     """
     from bd3_scale.data.stored import stored_data
     from bd3_scale.data.verify import problems
 
-    found: dict[str, list[str]] = {}
+    problems_by_place: dict[str, list[str]] = {}
     for one in stored_data(data):
         with Bar(one.place) as bar:
-            found[one.place] = list(problems(one, bar.show))
+            problems_by_place[one.place] = list(problems(one, bar.show))
     if as_json:
-        put(json.dumps(found))
+        put(json.dumps(problems_by_place))
     else:
-        for place, told in found.items():
-            for line in told:
+        for place, lines in problems_by_place.items():
+            for line in lines:
                 Console(soft_wrap=True).print(styled((line, "red")))
-            if not told:
+            if not lines:
                 say(f"{place}: sound")
-    if any(found.values()):
+    if any(problems_by_place.values()):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""What prepared data are, and single sequences of them as text."""
+"""Describe prepared data, and show sequences of them as text."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from bd3_scale.data.stored import Sequences, StoredData
 
 
 def description(data: StoredData) -> dict[str, Any]:
-    """Return what manifest, tokeniser and indices say of prepared data, as JSON holds it.
+    """Return what manifest, tokeniser and indices of prepared data say, as JSON values.
 
     Raises as `StoredData`.
     """
     manifest = data.manifest
     names = {what: getattr(manifest.vocabulary, f"{what}_id") for what in ("eos", "mask", "bos")}
-    found = manifest.model_dump(mode="json", exclude={"train", "validation", "sources"})
-    found["data"] = data.place
-    found["packing"] = manifest.packing
-    found["special_tokens"] = {
+    content = manifest.model_dump(mode="json", exclude={"train", "validation", "sources"})
+    content["data"] = data.place
+    content["packing"] = manifest.packing
+    content["special_tokens"] = {
         what: data.tokenizer.name_of(token_id) for what, token_id in names.items() if token_id is not None
     }
-    found["sources"] = [source.model_dump() for source in manifest.sources]
-    found["splits"] = {}
+    content["sources"] = [source.model_dump() for source in manifest.sources]
+    content["splits"] = {}
     for name, split in manifest.splits.items():
         shards = data.shards(name)
-        found["splits"][name] = split.model_dump(mode="json", exclude={"shards"}) | {
+        content["splits"][name] = split.model_dump(mode="json", exclude={"shards"}) | {
             "tokens": split.sequences * manifest.seq_len,
             "shown_tokens": split.shown_tokens,
             "shards": len(shards),
             "bytes": shards.stored_bytes,
             "unpacked_bytes": int(shards.rows["raw_bytes"].sum(dtype=np.int64)),
         }
-    return found
+    return content
 
 
 def sampled(
     data: StoredData, split: SplitName, number: int, seed: int, ids: Sequence[int] = ()
 ) -> Iterator[dict[str, Any]]:
-    """Yield sequences as text, in order, as JSON holds them: `ids`, or `number` of them that `seed` draws.
+    """Yield sequences as text, in order, as JSON values: `ids`, or `number` random ones, drawn with `seed`.
 
-    Each has its `id` and `documents`, the pieces that it consists of: their `tokens`, how many of them are `padding`,
-    whether they are `cut` at their end, and their text as `runs`, of which each is `shown` or not.
-    Raises as `StoredData`; ValueError: a split or an id that is not there.
+    Each has its `id` and its `documents`. A document has its number of `tokens`, how many of them are `padding`,
+    whether it is `cut` at its end, and its text as `runs`, each of which is `shown` or not.
+    Raises as `StoredData`; ValueError: no such split or id.
     """
     if split not in data.manifest.splits:
         raise ValueError(f"{data.place} has no {split} split")

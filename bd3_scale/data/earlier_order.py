@@ -1,4 +1,4 @@
-"""Order 1, that of runs which began before `bd3_scale.data.order`: computed for a whole epoch, and kept by them."""
+"""Compute data order 1, for runs that began before `bd3_scale.data.order` existed; it needs a whole epoch at once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ _BLOCK = 1 << 18
 
 
 class EarlierOrder:
-    """Order 1 of `slots`: streaming's py1e shuffle over canonical nodes, of which each serves a range of slots. Their
-    number is gcd(G, 64).
+    """Order 1 of `slots`: streaming's py1e shuffle over gcd(G, 64) canonical nodes, each of which serves a range of
+    slots.
     """
 
     def __init__(self, samples_per_shard: Ints, global_batch_size: int, slots: Ints, *, seed: int) -> None:
         self.steps_per_epoch = int(samples_per_shard.sum()) // global_batch_size
         self._samples_per_shard, self._global_batch_size = samples_per_shard, global_batch_size
         self._slots, self._seed = slots, seed
-        # Of the last epoch that was asked for: it takes seconds where there are many sequences.
+        # The slots of the last epoch: computing an epoch takes seconds for many sequences.
         self._own: tuple[int, Ints] | None = None
 
     def at(self, step: int) -> Sequences:
+        """Return the sequences of the batch that follows `step` finished steps."""
         epoch, first = divmod(step, self.steps_per_epoch)
         if self._own is None or self._own[0] != epoch:
             order = epoch_order(self._samples_per_shard, self._global_batch_size, self._seed, epoch)

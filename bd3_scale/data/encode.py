@@ -1,4 +1,4 @@
-"""Documents to token ids, in worker processes: plain text, or conversations, whose answers are trained on."""
+"""Encode documents as token ids, in worker processes: plain text, or conversations whose answers are trained on."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ CHUNK_CHARACTERS = 1 << 20
 
 
 def token_dtype(vocabulary: Vocabulary) -> type[np.unsignedinteger]:
+    """Return the dtype of stored tokens: uint16 if all ids fit."""
     return np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
 
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document's tokens, without its end; `shown`: runs of them that are not trained on."""
+    """A document's tokens without EOS; `shown`: runs of tokens that are not trained on."""
 
     ids: NDArray[np.unsignedinteger]
     num_bytes: int
@@ -41,9 +42,9 @@ class EncodedDocument:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Texts to token ids and splits: all that runs in the worker processes.
+    """Encodes texts as token ids and assigns them to splits: everything that runs in the worker processes.
 
-    With `chat`, a text is the JSON list of a conversation's place in its file and of its messages.
+    With `chat`, a text is a JSON list: where the conversation stands in its file, and its messages.
     """
 
     tokenizer: Tokenizer
@@ -53,17 +54,18 @@ class Encoder:
     chat: ChatTemplate | None = None
 
     def __call__(self, texts: list[str]) -> list[EncodedDocument]:
+        """Return the encoded documents of some texts."""
         if self.chat is not None:
             return [self._conversation(text) for text in texts]
         encoded = self.tokenizer.encode_batch(texts, self.parse_special)
         return [self.document(*pair) for pair in zip(texts, encoded, strict=True)]
 
     def key_of(self, text: str) -> str:
-        """Return what makes a document the same as another: its text, of a conversation without its place."""
+        """Return the key by which documents are equal: the text, or the conversation without its place in the file."""
         return text if self.chat is None else json.dumps(json.loads(text)[1])
 
     def split_of(self, text: str) -> SplitName:
-        """Return where a document goes, by a hash of text and seed: equal ones go to one side."""
+        """Return a document's split, from a hash of text and seed, so that equal documents go to the same split."""
         if self.holdout in (0, 1):
             return "validation" if self.holdout else "train"
         key, data = self.seed.to_bytes(8, "big"), self.key_of(text).encode("utf-8")
@@ -71,7 +73,7 @@ class Encoder:
         return "validation" if draw < self.holdout * 2**64 else "train"
 
     def document(self, text: str, ids: list[int]) -> EncodedDocument:
-        """Return a document of a text and its ids, to which a beginning is added."""
+        """Return a document of a text and its ids; BOS is added if the tokeniser has one."""
         bos_id = self.tokenizer.vocabulary.bos_id
         shown: tuple[Span, ...] = ()
         if bos_id is not None:
@@ -88,20 +90,20 @@ class Encoder:
         ids, places = self.tokenizer.encode_spans(text)
         shown = [not any(start < last and end > first for first, last in spans) for start, end in places]
         num_bytes = sum(len(text[first:last].encode("utf-8")) for first, last in spans)
-        # What follows a person's message is no answer, not even that there is none.
+        # After a user's message no answer follows; training on EOS there would teach that there is none.
         trains_end = messages[-1]["role"] == ASSISTANT
         return self._encoded(text, ids, num_bytes, self.split_of(source), tuple(_runs(shown)), trains_end)
 
     def _encoded(
         self, text: str, ids: list[int], num_bytes: int, split: SplitName, shown: tuple[Span, ...], trains_end: bool
     ) -> EncodedDocument:
-        # By way of an array, which takes a list of ints in half the time that numpy does.
+        # Through `array`, which converts a list of ints in half the time of numpy.
         tokens = np.asarray(array(np.dtype(token_dtype(self.tokenizer.vocabulary)).char, ids))
         return EncodedDocument(tokens, num_bytes, split, document_hash(text), shown, trains_end)
 
 
 def _runs(flags: Sequence[bool]) -> Iterator[Span]:
-    """Start and end of every run of true ones."""
+    """Yield start and end of each run of true values."""
     place = 0
     for flag, run in groupby(flags):
         length = len(list(run))

@@ -1,4 +1,4 @@
-"""The fields of a record, such as a line's JSON object, and what is said where one is missing."""
+"""Find fields in records such as the JSON object of a line, and explain which fields exist if one is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MISSING = object()
 
 
 def field_value(record: dict[str, Any], field: str, where: str, way_out: str) -> Any:
-    """Return what stands in a field. Raises ValueError, which ends with `way_out`, where there is no such field."""
+    """Return the value of a field. Raises ValueError, which ends with `way_out`, if there is no such field."""
     value, around, prefix = _walk(record, field)
     if value is not _MISSING:
         return value
@@ -21,29 +21,29 @@ def field_value(record: dict[str, Any], field: str, where: str, way_out: str) ->
 
 
 def string_field(record: dict[str, Any], field: str, where: str, way_out: str) -> str:
-    """Return the string in a field. Raises ValueError, which ends with `way_out`, where there is none."""
+    """Return the string in a field. Raises ValueError, which ends with `way_out`, if there is none."""
     value = field_value(record, field, where, way_out)
     if isinstance(value, str):
         return value
     _, around, prefix = _walk(record, field)
     there = f"; the fields are {_listed(around, prefix)}" if around else ""
-    raise ValueError(f'{where} has {kind_of(value)} in the field "{field}", no string{there}: {way_out}')
+    raise ValueError(f'{where} has {kind_of(value)} in the field "{field}", not a string{there}: {way_out}')
 
 
 def text_in(field: str, record: dict[str, Any], where: str) -> str:
-    """Return the string in a field that a person can name. Raises ValueError where there is none."""
+    """Return the string in a field that the user can choose with --field. Raises ValueError if there is none."""
     return string_field(record, field, where, NAME_A_FIELD)
 
 
 def kind_of(value: Any) -> str:
-    """Return what a JSON value is, in words."""
+    """Return the JSON type of a value, in words."""
     kinds = {str: "a string", int: "a number", float: "a number", Decimal: "a number", list: "a list"}
     constants = {None: "null", True: "true", False: "false"}
     return constants[value] if value is None or isinstance(value, bool) else kinds.get(type(value), "an object")
 
 
 def check_unicode(text: str, where: str) -> None:
-    """Raise ValueError where a text holds half of a surrogate pair, which JSON can escape."""
+    """Raise ValueError if a text holds an unpaired surrogate, which a JSON escape can produce."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -52,7 +52,7 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def _walk(record: dict[str, Any], field: str) -> tuple[Any, dict[str, Any], str]:
-    """Return the value of a field or `_MISSING`, the innermost object met on the way, and the prefix of its fields."""
+    """Return the value of a field or `_MISSING`, the innermost object on its path, and the prefix of its fields."""
     value: Any = record
     around, prefix = record, ""
     for name in [field] if field in record else field.split("."):

@@ -1,4 +1,4 @@
-"""Finding the files of text that sources stand for, and saying what is left out."""
+"""Find the text files that sources stand for, and log what is left out."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from bd3_scale.registry import source_formats
 from bd3_scale.resilience.readers import read_regular
 
 PACKINGS = ("", ".gz", ".zst")
-# Formats that are read at many places of a file, so that none is packed once more, and need a package more.
-OF_COLUMNS = (".parquet", ".arrow")
+# Read by seeking, so a compressed file cannot be used; they need the package pyarrow.
+COLUMN_FORMATS = (".parquet", ".arrow")
 NUM_NAMED = 5
 STATE_FILE = "state.json"
-# What the library `datasets` writes beside data.
+# Files that the library `datasets` writes next to its data.
 _DESCRIPTIONS = (STATE_FILE, "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _STATE_BYTES = 1 << 24
 
 _HIDDEN = "hidden files and folders left out"
-_DANGLING = "links that lead nowhere left out"
+_DANGLING = "broken links left out"
 _ALREADY = "files and folders left out as already read"
-_CLOSED = "folders that may not be opened left out"
+_CLOSED = "folders without permission left out"
 _OTHER = "files of other kinds ignored"
-_BESIDE = "files that describe a saved data set or lie beside it left out"
+_DATASET_FILES = "files of a saved data set that hold no data left out"
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,14 @@ def find_files(sources: Sequence[str | Path], formats: Sequence[str] | None = No
 
     A source is a path, or a URL such as `s3://bucket/corpus`, see `remote_files`.
 
-    formats: suffixes of the files, which may be packed; by default those of all `source_formats`.
+    formats: suffixes of the files, without compression suffix; default: those of all `source_formats`.
 
-    Links are followed, and what several folders or links lead to is read once. Below a folder, names that begin with a
-    dot, links that lead nowhere and files of other kinds are left out, which is logged, and of a data set that the
-    library `datasets` saved there all but its data. Suffixes match in any case.
+    Links are followed, and a file that several folders or links lead to is read once. Below a folder, hidden names,
+    broken links and files of other kinds are left out, which is logged; so are all files but the data in a folder that
+    the library `datasets` saved. Suffixes match in any case.
 
-    Raises FileNotFoundError for a missing path; ValueError for a file of another kind, where nothing can be read, and
-    where a package for a format is missing; OSError for remote storage that does not answer.
+    Raises FileNotFoundError for a missing path; ValueError for a file of another kind, if nothing can be read, or if a
+    package for a format is missing; OSError for remote storage that does not answer.
     """
     suffixes = _suffixes(formats or source_formats.names())
     files: list[SourceFile] = []
@@ -74,26 +74,26 @@ def find_files(sources: Sequence[str | Path], formats: Sequence[str] | None = No
 
 
 def format_of(file: SourceFile) -> str:
-    """Return the one of `source_formats` that a file is read as, going by its name; of two, the longer."""
+    """Return the name in `source_formats` that fits a file's name; if two fit, the longer one."""
     name = file.name.lower()
     packing = next((end for end in PACKINGS[1:] if name.endswith(end)), "")
     return max((end for end in source_formats.names() if name.endswith(end + packing)), key=len)
 
 
 def named(things: Sequence[object]) -> str:
-    """Return the first few of `things` in words."""
+    """Return the first few of `things` as text."""
     return ", ".join(map(str, things[:NUM_NAMED])) + ", …" * (len(things) > NUM_NAMED)
 
 
 def _named_file(source: Path, suffixes: Sequence[str]) -> Path:
     if source.is_symlink() and not source.exists():
-        raise FileNotFoundError(f"{source} is a link to {source.readlink()}, which leads nowhere")
+        raise FileNotFoundError(f"{source} is a broken link to {source.readlink()}")
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; give {_expected(suffixes)}")
     if not source.name.lower().endswith(tuple(suffixes)):
         raise ValueError(f"{source} is not a kind of file that can be read here; give {_expected(suffixes)}")
     if not source.is_file():
-        raise ValueError(f"{source} is no regular file, but a pipe, a device or a socket; give {_expected(suffixes)}")
+        raise ValueError(f"{source} is not a regular file but a pipe, a device or a socket; give {_expected(suffixes)}")
     return source
 
 
@@ -105,18 +105,18 @@ def _into(left_out: dict[str, list[PurePosixPath]]) -> LeaveOut:
 
 
 def _suffixes(formats: Sequence[str]) -> tuple[str, ...]:
-    return tuple(end + packing for end in formats for packing in (PACKINGS[:1] if end in OF_COLUMNS else PACKINGS))
+    return tuple(end + packing for end in formats for packing in (PACKINGS[:1] if end in COLUMN_FORMATS else PACKINGS))
 
 
 def _check_packages(files: Sequence[SourceFile]) -> None:
-    """ValueError: a file needs a package that is not there; else hours of other files would come first."""
-    file = next((file for file in files if file.name.lower().endswith(OF_COLUMNS)), None)
+    """Raise ValueError if a file needs a missing package, now and not after hours of other files."""
+    file = next((file for file in files if file.name.lower().endswith(COLUMN_FORMATS)), None)
     if file is not None and find_spec("pyarrow") is None:
         raise ValueError(f"{file} is read with pyarrow, which is not installed: pip install 'bd3_scale[parquet]'")
 
 
 def _files_below(source: Path, suffixes: tuple[str, ...], seen: set[Path], leave_out_below: LeaveOut) -> Iterator[Path]:
-    """Yield the files of a folder by path; add what they lead to to `seen`, and tell what is left out."""
+    """Yield the files of a folder by path; add the files that they resolve to to `seen`; report what is left out."""
 
     def leave_out(kind: str, path: Path) -> None:
         leave_out_below(kind, PurePosixPath(path.relative_to(source)))
@@ -133,7 +133,7 @@ def _files_below(source: Path, suffixes: tuple[str, ...], seen: set[Path], leave
         elif not is_dir and not (path.is_file() and path.name.lower().endswith(suffixes)):
             leave_out(_OTHER, path)
         elif not is_dir and _is_beside_data(path, path.parent, saved):
-            leave_out(_BESIDE, path)
+            leave_out(_DATASET_FILES, path)
         elif path.resolve() in seen:
             leave_out(_ALREADY, path)
         else:
@@ -148,7 +148,7 @@ def _files_below(source: Path, suffixes: tuple[str, ...], seen: set[Path], leave
 
 
 def _remote_files(url: str, suffixes: tuple[str, ...], leave_out: LeaveOut) -> Iterator[RemoteFile]:
-    """Yield the files of a URL by path, and tell what is left out. ValueError: it is a file of another kind."""
+    """Yield the files of a URL by path, and report what is left out. ValueError: the URL is a file of another kind."""
     saved: dict[tuple[str, ...], list[str] | None] = {}
     for file, parts in remote_files(url):
         is_of_kind = file.name.lower().endswith(suffixes)
@@ -159,15 +159,15 @@ def _remote_files(url: str, suffixes: tuple[str, ...], leave_out: LeaveOut) -> I
         elif not is_of_kind:
             leave_out(_OTHER, PurePosixPath(*parts))
         elif parts and _is_beside_data(file, parts[:-1], saved):
-            leave_out(_BESIDE, PurePosixPath(*parts))
+            leave_out(_DATASET_FILES, PurePosixPath(*parts))
         else:
             yield file
 
 
 def _is_beside_data(file: SourceFile, folder: Hashable, saved: dict[Any, list[str] | None]) -> bool:
-    """Return whether a file describes what `datasets` saved, or is its cache beside that.
+    """Return whether a file belongs to a data set saved by `datasets` but holds no data: a description, or a cache.
 
-    saved: of folders that were met, the names of the files that hold the data, or None where there is no saved set.
+    saved: by folder, the names of the files that hold the data, or None if the folder holds no saved data set.
     """
     if file.name in _DESCRIPTIONS:
         return True
@@ -180,7 +180,7 @@ def _is_beside_data(file: SourceFile, folder: Hashable, saved: dict[Any, list[st
 
 
 def _saved_names(state: SourceFile) -> list[str] | None:
-    """Return the names of the files that a saved data set consists of, or None where `state` is no file of one."""
+    """Return the names of the data files of a saved data set, or None if `state` is not the file of one."""
     try:
         if isinstance(state, Path):
             content = json.loads(read_regular(state, _STATE_BYTES))

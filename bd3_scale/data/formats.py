@@ -1,4 +1,4 @@
-"""All formats that the package reads documents in; importing this registers them."""
+"""Register all document formats of the package, by importing them."""
 
 from bd3_scale.data import columns, json_values, sources
 

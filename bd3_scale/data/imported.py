@@ -1,6 +1,6 @@
-"""Corpora that other programs tokenised: MosaicML Foundry's MDS, and Megatron's `.bin` with its `.idx`.
+"""Import corpora that other programs tokenised: MosaicML Foundry's MDS, and Megatron's `.bin` with its `.idx`.
 
-Documents are told apart by the ends of document among the ids, and by Megatron's index; they are packed anew.
+Documents are separated by EOS and BOS among the ids, and by Megatron's index; then they are packed again.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from bd3_scale.data.tokenizer import Tokenizer
 Kind = Literal["mds", "mds-documents", "megatron"]
 Ids = NDArray[np.integer]
 
-# Of a document.
-MOST_TOKENS = 1 << 25
-_KEPT = np.dtype("<u4")
+# Limit of a document.
+MAX_TOKENS = 1 << 25
+_STORED = np.dtype("<u4")
 
 
 class TokenReader(DocumentReader):
-    """The documents of tokenised `sources`, without their beginnings and ends; the text of one stands for its ids.
+    """The documents of tokenised `sources`, without BOS and EOS; the text of a document is a code for its ids.
 
     Args:
-        sources: folders of MDS with an index, or files of Megatron's, with or without their ending.
-        kind: samples of `mds` follow each other, and a document goes on over their ends, though not over a shard's;
-            those of `mds-documents` are documents. In all, an end of document ends one and a beginning begins one.
-        tokenizer: whose ids they are.
+        sources: folders of MDS with an index, or Megatron's files, with or without suffix.
+        kind: in `mds` a document may span samples of a shard; in `mds-documents` each sample is a document. In all
+            kinds, EOS ends a document and BOS begins one.
+        tokenizer: the tokeniser of the ids.
 
-    Raises FileNotFoundError and ValueError: `sources` are none of that kind; while iterating, ValueError for a damaged
-    file, for the mask's id and one that no token has, and for samples in which no document ends.
+    Raises FileNotFoundError and ValueError: `sources` are not of that kind; while iterating, ValueError for a damaged
+    file, for the mask's id, for an id without a token, and for samples without any end of a document.
     """
 
     def __init__(self, sources: Sequence[str | Path], kind: Kind, tokenizer: Tokenizer) -> None:
@@ -59,7 +59,7 @@ class TokenReader(DocumentReader):
         return set()
 
     def cut(self, num_bytes: int) -> Iterator[FilePart]:
-        """Yield the parts: shards of MDS; of Megatron's files so many bytes, with the documents that begin there."""
+        """Yield the parts: shards of MDS, or byte ranges of Megatron's files with the documents that begin there."""
         for whole in self.parts:
             if self._kind != "megatron" or whole.num_bytes <= num_bytes:
                 yield whole
@@ -72,7 +72,7 @@ class TokenReader(DocumentReader):
         assert isinstance(file, Path)
         pieces: Iterable[tuple[str, Ids]]
         if self._kind == "megatron":
-            pieces = megatron.documents(file, raw, part, MOST_TOKENS)
+            pieces = megatron.documents(file, raw, part, MAX_TOKENS)
         else:
             pieces = mds.samples(file, raw, self._shards[file], self._is_token)
         checked = (self._checked(where, ids) for where, ids in pieces)
@@ -95,7 +95,7 @@ class TokenReader(DocumentReader):
         )
 
     def _joined(self, file: Path, samples: Iterator[Ids]) -> Iterator[Ids]:
-        """Yield what the samples have up to the last end in each, and in the end what is left."""
+        """Yield the ids up to the last document end of each sample, and at the end the rest."""
         waiting: list[Ids] = []
         num_waiting = 0
         has_end = False
@@ -107,9 +107,9 @@ class TokenReader(DocumentReader):
                 waiting, num_waiting = [], 0
             waiting.append(ids[ends[-1] :] if ends.size else ids)
             num_waiting += len(waiting[-1])
-            if num_waiting > MOST_TOKENS:
+            if num_waiting > MAX_TOKENS:
                 break
-        if num_waiting > MOST_TOKENS or (waiting and not has_end):
+        if num_waiting > MAX_TOKENS or (waiting and not has_end):
             raise ValueError(
                 f"{file} has no end of document (the id {self._ends[0]}) in {num_waiting:,} tokens: give the tokeniser "
                 "that it was made with, or --format mds-documents where each sample is a document"
@@ -117,7 +117,7 @@ class TokenReader(DocumentReader):
         yield from [np.concatenate(waiting)] if waiting else []
 
     def _divided(self, ids: Ids) -> Iterator[Ids]:
-        """Yield what stands between beginnings and ends."""
+        """Yield the documents between BOS and EOS tokens."""
         begin = 0
         for end in [*np.flatnonzero(np.isin(ids, self._ends)).tolist(), len(ids)]:
             yield ids[begin:end]
@@ -126,9 +126,10 @@ class TokenReader(DocumentReader):
 
 @dataclass(frozen=True)
 class TokenEncoder(Encoder):
-    """Documents of a `TokenReader`, whose ids stay: what they spell decides their splits and hashes."""
+    """Encodes documents of a `TokenReader`: ids stay, and their decoded text decides splits and hashes."""
 
     def __call__(self, texts: list[str]) -> list[EncodedDocument]:
+        """Return the encoded documents of some coded ids."""
         of_text = Encoder(self.tokenizer, self.seed, self.holdout)
         return [of_text.document(self.key_of(text), _ids_of(text).tolist()) for text in texts]
 
@@ -137,9 +138,9 @@ class TokenEncoder(Encoder):
 
 
 def _as_text(ids: Ids) -> str:
-    """Return a string that stands for ids: a character a byte. What is read are strings, wherever they go."""
-    return ids.astype(_KEPT).tobytes().decode("latin-1")
+    """Return ids coded as a string, one character a byte: a DocumentReader yields strings."""
+    return ids.astype(_STORED).tobytes().decode("latin-1")
 
 
 def _ids_of(text: str) -> NDArray[np.uint32]:
-    return np.frombuffer(text.encode("latin-1"), _KEPT)
+    return np.frombuffer(text.encode("latin-1"), _STORED)

@@ -1,4 +1,4 @@
-"""The index of a split's shards, as `prepare` has streaming write it, checked before what it names is opened."""
+"""Read and merge the indices of shards, which MosaicML streaming writes; check them before the files they name."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 
 INDEX_FILE = "index.json"
-# Of a shard, in bytes as unpacked; `prepare` ends one before it has a quarter of that.
+# The limit of an unpacked shard, in bytes; `prepare` ends a shard before a quarter of it.
 SHARD_LIMIT = 1 << 28
-# Of an index: some hundred bytes a shard, of which 100 TB of text have more than a million.
+# The limit of an index: some hundred bytes a shard; 100 TB of text have more than a million shards.
 INDEX_LIMIT = 1 << 30
 Count = Annotated[int, Field(ge=0, le=SHARD_LIMIT)]
-# A file of the split's own folder.
+# A file name without a folder: an index must not name files elsewhere.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 _TOKENS = re.compile(r"ndarray:uint(16|32):(\d{1,9})")
-# Where the entries of two shards meet: nowhere in an entry does an object follow another one.
+# The boundary between the entries of two shards: within an entry no object follows another one.
 _BETWEEN_SHARDS = re.compile(rb"\}\s*,\s*\{")
-# What differs between entries: the number in names, hashes, sizes and counts.
+# The parts in which entries differ: the number in file names, hashes, sizes and counts.
 _NUMBERS = re.compile(
     rb'"shard\.(?P<name>\d+)|"xxh64"\s*:\s*"(?P<hash>[0-9a-f]{16})"|"(?:bytes|samples)"\s*:\s*(?P<count>\d+)'
 )
 _BLANK, _NOTHING = re.compile(rb"\s*\Z"), re.compile(rb"(?!)")
 
-# Of one shard: its sequences, and the size and XXH64 of its file as unpacked and as packed.
+# One shard: its sequences, and the size and XXH64 of its file, unpacked and packed.
 _ROW = np.dtype(
     [("samples", "<u4"), ("raw_bytes", "<u4"), ("raw_hash", "<u8"), ("zip_bytes", "<u4"), ("zip_hash", "<u8")]
 )
@@ -49,7 +49,7 @@ class _Hashes(_Strict):
 
 
 class ShardFile(_Strict):
-    """A file of the split's folder."""
+    """A file in the split's folder."""
 
     basename: Name
     bytes: Count
@@ -57,7 +57,7 @@ class ShardFile(_Strict):
 
 
 class ShardFormat(_Strict):
-    """How the samples of a shard are stored, which all shards of an index share."""
+    """How the samples of a shard are stored; all shards of an index agree in it."""
 
     column_encodings: list[str]
     column_names: list[str]
@@ -70,7 +70,7 @@ class ShardFormat(_Strict):
 
 
 class Shard(ShardFormat):
-    """What an index says of one shard; zip_data: of its packed file, which is the one that is there."""
+    """The entry of a shard in an index; zip_data: the packed file, which is then the one that exists."""
 
     raw_data: ShardFile
     samples: Count
@@ -78,7 +78,7 @@ class Shard(ShardFormat):
 
     @property
     def stored(self) -> ShardFile:
-        """Return the file that lies in the folder."""
+        """Return the file that exists in the folder."""
         return self.zip_data or self.raw_data
 
 
@@ -92,9 +92,9 @@ _ADAPTER = TypeAdapter(_Index)
 
 @dataclass(frozen=True, eq=False)
 class ShardTable:
-    """What an index says of its N shards, in 28 bytes each: an index of 600,000 has 350 MB.
+    """The entries of an index of N shards, in 28 bytes each; the JSON of 600,000 shards has 350 MB.
 
-    rows [N]: see `_ROW`. format: None where rows have no more than `identities`, as what a run keeps of its data.
+    rows [N]: see `_ROW`. format: None if only the `identities` are known, which is what a run keeps of its data.
     """
 
     rows: NDArray[np.void]
@@ -107,7 +107,7 @@ class ShardTable:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, number: int) -> Shard:
-        """Return what the index says of one shard, under the names that streaming gives that number."""
+        """Return the entry of one shard; its file names follow from its number, as streaming gives them."""
         row = self.rows[number]
 
         def file(kind: str, name: str) -> ShardFile:
@@ -121,7 +121,7 @@ class ShardTable:
         return Shard(**shared, raw_data=file("raw", raw_name), samples=int(row["samples"]), zip_data=packed)
 
     def __eq__(self, other: object) -> bool:
-        """Return whether the shards hold the same samples, however they are packed."""
+        """Return whether the shards hold the same samples, packed or not."""
         if not isinstance(other, ShardTable):
             return NotImplemented
         return len(self) == len(other) and not self.differing(other)
@@ -129,14 +129,14 @@ class ShardTable:
     __hash__ = None  # type: ignore[assignment]
 
     def differing(self, other: ShardTable) -> int:
-        """Return how many shards hold other samples than those of the same number in `other`."""
+        """Return how many shards hold samples different from those of the same number in `other`."""
         both = min(len(self), len(other))
         ours, theirs = self.rows[:both], other.rows[:both]
         different = (ours["raw_hash"] != theirs["raw_hash"]) | (ours["samples"] != theirs["samples"])
         return int(different.sum()) + max(len(self), len(other)) - both
 
     def identities(self) -> Iterator[str]:
-        """Yield of each shard the XXH64 of its unpacked bytes and its number of samples, as `<hash>/<samples>`."""
+        """Yield the XXH64 of each shard's unpacked bytes and its number of samples, as `<hash>/<samples>`."""
         for start in range(0, len(self), 1024):
             part = self.rows[start : start + 1024]
             for digits, samples in zip(part["raw_hash"].tolist(), part["samples"].tolist(), strict=True):
@@ -144,53 +144,56 @@ class ShardTable:
 
     @property
     def stored_bytes(self) -> int:
-        """Return what the files of all shards take, as they lie in the folder."""
+        """Return the size of all shard files as stored."""
         kind = "zip_bytes" if self.format and self.format.compression else "raw_bytes"
         return int(self.rows[kind].sum(dtype=np.int64))
 
     def save(self, name: Path) -> None:
-        """Write what `load` reads under a name."""
+        """Write the table as files with the path `name` and two suffixes, for `load`."""
         assert self.format is not None
         name.with_suffix(".json").write_text(self.format.model_dump_json(), encoding="utf-8")
         np.save(name.with_suffix(".npy"), self.rows)
 
     @classmethod
     def load(cls, name: Path) -> ShardTable:
-        """Return what `save` has written, in memory that processes share; the files may be removed then."""
+        """Return the table that `save` wrote, memory-mapped and so shared between processes.
+
+        The files may be removed afterwards.
+        """
         format = ShardFormat.model_validate_json(read_regular(name.with_suffix(".json")))
         return cls(np.load(name.with_suffix(".npy"), mmap_mode="r"), format)
 
 
 def _known(value: Any) -> ShardTable:
-    """Return the table of which a run has kept the `identities`."""
+    """Return the table of a list of `identities`, as a run keeps it."""
     if isinstance(value, ShardTable):
         return value
     if not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
-        raise ValueError("it is no list of shards")
-    found = [re.fullmatch(r"([0-9a-f]{16})/(\d{1,9})", one) for one in value]
-    if None in found:
-        raise ValueError(f"{value[found.index(None)]!r} is not HASH/SAMPLES")
-    return ShardTable(np.array([(int(one[2]), 0, int(one[1], 16), 0, 0) for one in found if one], _ROW), None)
+        raise ValueError("it is not a list of shards")
+    matches = [re.fullmatch(r"([0-9a-f]{16})/(\d{1,9})", one) for one in value]
+    if None in matches:
+        raise ValueError(f"{value[matches.index(None)]!r} is not HASH/SAMPLES")
+    return ShardTable(np.array([(int(one[2]), 0, int(one[1], 16), 0, 0) for one in matches if one], _ROW), None)
 
 
 def _written(table: ShardTable) -> list[str]:
     return list(table.identities())
 
 
-# In files of JSON it is the list of its `identities`.
+# In JSON files it is the list of its `identities`.
 ShardField = Annotated[ShardTable, PlainValidator(_known), PlainSerializer(_written)]
 NO_SHARDS = ShardTable(np.empty(0, _ROW), None)
 
 
 def shard_names(number: int) -> tuple[str, str]:
-    """Return the names of a shard's files in the split's folder, unpacked and packed, as streaming gives them."""
+    """Return the file names of a shard, unpacked and packed, as streaming gives them."""
     return f"shard.{number:05}.mds", f"shard.{number:05}.mds.zstd"
 
 
 def merge_indices(path: Path, paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """Write the index `path` of the shards that the indices `paths` list, numbered anew in this order.
+    """Write the index `path` of the shards in the indices `paths`, renumbered in this order.
 
-    Yields each shard's file and its new name, for the caller to put it there. Holds one index in memory at a time.
+    Yields each shard's file and its new name; the caller puts the file there. Only one index is in memory at a time.
     """
     number = 0
     with path.open("w", encoding="utf-8") as file:
@@ -205,7 +208,7 @@ def merge_indices(path: Path, paths: Iterable[Path]) -> Iterator[tuple[Path, str
 
 
 def _numbered(shard: Shard, number: int) -> Shard:
-    """Return it with the names of that number."""
+    """Return a shard's entry with the file names of that number."""
     named = [
         file and file.model_copy(update={"basename": name})
         for file, name in zip((shard.raw_data, shard.zip_data), shard_names(number), strict=True)
@@ -215,21 +218,21 @@ def _numbered(shard: Shard, number: int) -> Shard:
 
 @reader("an index of shards")
 def read_shards(path: Path) -> ShardTable:
-    """Return what the index of a task says, which may have no shard."""
+    """Return the table of a task's index, which may be empty."""
     return _parse(path, read_regular(path, INDEX_LIMIT))
 
 
 @reader("an index of shards")
 def read_index(path: Path) -> ShardTable:
-    """Return what an index says, see `parse_index`."""
+    """Return the table of an index; see `parse_index`."""
     return parse_index(path, read_regular(path, INDEX_LIMIT))
 
 
 def parse_index(place: Path | str, content: bytes) -> ShardTable:
-    """Return what an index says of each shard.
+    """Return the table of an index.
 
     Raises:
-        ValueError: `content` is not an index that `prepare` made; `place` and what is wrong are named.
+        ValueError: `content` is not an index that `prepare` made; the message names `place` and what is wrong.
     """
     table = _parse(place, content)
     if not table.rows["samples"].any():
@@ -252,7 +255,7 @@ def _parse(place: Path | str, content: bytes) -> ShardTable:
 
 
 def _entry(content: bytes, start: int, last: int, number: int) -> tuple[Shard, int]:
-    """Return an entry of the list that ends at `last`, and where the one behind it begins, or `last`."""
+    """Return one entry of the list that ends at `last`, and the beginning of the next entry, or `last`."""
     between = _BETWEEN_SHARDS.search(content, start, last)
     end, following = (between.start() + 1, between.end() - 1) if between else (last, last)
     try:
@@ -262,22 +265,22 @@ def _entry(content: bytes, start: int, last: int, number: int) -> tuple[Shard, i
 
 
 def _rows(content: bytes, first: int, start: int, last: int, model: Shard) -> Iterator[_Row]:
-    """Yield the rows of the entries from `start` on; the one at `first` is `model`.
+    """Yield the rows of the entries from `start` on; the entry at `first` is `model`.
 
-    An entry with the text of the first one but for its numbers is as valid as that; any other is parsed, which takes
-    ten times as long.
+    An entry whose text equals the first one's except for the numbers is as valid as that. Any other entry is parsed,
+    which takes ten times as long.
     """
-    alike = _pattern(content[first:start], last == start)
-    found = alike.match(content, first, last)
-    if not found or _row_of(found, 0) != _row(model):  # in another order of keys
-        alike = _NOTHING
+    same_form = _pattern(content[first:start], last == start)
+    match = same_form.match(content, first, last)
+    if not match or _row_of(match, 0) != _row(model):  # the keys stand in an order that the pattern does not expect
+        same_form = _NOTHING
     number = 1
     while start < last:
-        found = alike.match(content, start, last)
-        row = found and _row_of(found, number)
-        if found and row:
+        match = same_form.match(content, start, last)
+        row = match and _row_of(match, number)
+        if match and row:
             yield row
-            start = found.end()
+            start = match.end()
         else:
             shard, start = _entry(content, start, last, number)
             _check(shard, model, number)
@@ -286,7 +289,7 @@ def _rows(content: bytes, first: int, start: int, last: int, model: Shard) -> It
 
 
 def _pattern(entry: bytes, is_last: bool) -> re.Pattern[bytes]:
-    """Return what an entry with other numbers matches, and what is between it and the next."""
+    """Return a pattern for entries that differ from this one in numbers only, with the separator after them."""
     text = entry if is_last else entry[: entry.rindex(b"}") + 1]
     parts, end = [], 0
     for number in _NUMBERS.finditer(text):
@@ -299,9 +302,9 @@ def _pattern(entry: bytes, is_last: bool) -> re.Pattern[bytes]:
     return re.compile(b"".join([*parts, re.escape(text[end:].rstrip()), rb"(?:\s*,\s*(?=\{)|\s*\Z)"]))
 
 
-def _row_of(found: re.Match[bytes], number: int) -> _Row | None:
-    """Return what `_row` does of an entry, or None where its names or sizes are not what they must be."""
-    groups = found.groups()
+def _row_of(match: re.Match[bytes], number: int) -> _Row | None:
+    """Return the row of a matched entry, or None if its names or sizes are not allowed."""
+    groups = match.groups()
     names = groups[::4]
     if len(groups) not in (4, 7) or any(name != b"%05d" % number for name in names):
         return None
@@ -317,12 +320,12 @@ def _format(shard: Shard) -> ShardFormat:
 
 
 def _check(shard: Shard, model: Shard, number: int) -> None:
-    """Raise ValueError unless a shard is named by its number, is stored as `model` is and holds sequences."""
+    """Raise ValueError unless a shard is named by its number, is stored like `model` and holds sequences."""
     if number == 0:
         _check_columns(shard)
     limit = {"size_limit": model.size_limit}
     if _format(shard).model_copy(update=limit) != _format(model):
-        raise ValueError(f"shard {number} has columns {_columns(shard)}, shard 0 others, or is packed otherwise")
+        raise ValueError(f"shard {number} has columns {_columns(shard)}, unlike shard 0, or other compression")
     names = [file.basename for file in (shard.raw_data, shard.zip_data) if file]
     expected = list(shard_names(number)[: 2 if shard.compression else 1])
     if names != expected:

@@ -1,4 +1,4 @@
-"""Documents in `.json`: objects in a list, one object, or one a line, as many name what is JSON Lines."""
+"""Read documents from `.json`: a list of objects, a single object, or JSON Lines under that suffix."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from bd3_scale.data.sources import BYTE_ORDER_MARK, READ_BYTES, JsonLine, OpenFi
 from bd3_scale.registry import source_formats
 
 BLANK = b" \t\r\n"
-# Commas are looked for between the values of the list alone.
+# Commas separate values only at the list's own level (depth 1).
 _BETWEEN, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\[\]{}]')
 
 
 @source_formats.register(".json")
 def json_file(source: OpenFile) -> Iterator[JsonLine]:
-    """Yield the values of a list, counted from 0, the lines where the first holds all of an object, or one object.
+    """Yield the values of a list, counted from 0; or the lines, if the first holds a whole object; or a single object.
 
-    Of a list or of lines, one is in memory at a time.
+    One value or line is in memory at a time.
     """
     stream = io.BufferedReader(source.stream, READ_BYTES)  # type: ignore[type-var]
     source = source._replace(stream=stream)
@@ -38,9 +38,9 @@ def json_file(source: OpenFile) -> Iterator[JsonLine]:
 
 
 def _values(source: OpenFile) -> Iterator[JsonLine]:
-    """Yield the values of a list as they stand; of one that is too long, a part.
+    """Yield the values of a list as bytes; a value above the limit is cut.
 
-    ValueError: the list does not end, or is not all.
+    ValueError: the list does not end, or something follows it.
     """
     file, kept = source.file, source.max_bytes + 1
     chunks = iter(lambda: source.stream.read(READ_BYTES), b"")
@@ -73,7 +73,7 @@ def _values(source: OpenFile) -> Iterator[JsonLine]:
                 number += 1
             if depth == 0:
                 if data[at:].strip(BLANK) or any(more.strip(BLANK) for more in chunks):
-                    raise ValueError(f"{file} goes on behind the end of its list: give each object a line, as .jsonl")
+                    raise ValueError(f"{file} has text after the end of its list: give each object a line, as .jsonl")
                 return
             if kind == b"," or (kind == b"[" and depth == 1):
                 begin = at

@@ -1,4 +1,4 @@
-"""Processes that make batches ahead of time and send them through pipes, which need no room in /dev/shm."""
+"""Make batches ahead of time in worker processes, sent through pipes: unlike tensors, they need no room in /dev/shm."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _JOIN_SECONDS = 10.0
 
 
 class Workers(Iterator[T], Generic[T]):
-    """An iterator over what `items(w, count)` yields for w = 0 to `count` − 1, in turns, w in a process of its own.
+    """An iterator over what `items(w, count)` yields for w = 0 to `count` − 1, in turn; w runs in its own process.
 
-    A process makes up to `ahead` items before they are asked for, besides what a pipe holds (64 KiB). It ends with
-    this object, and at most a second after the process that made it, however that ended. Signals that a scheduler sends
-    to every process of a job do not end it: the rank decides, after its last checkpoint.
+    A process makes up to `ahead` items in advance, besides what a pipe holds (64 KiB). It ends with this object, and
+    at most a second after its parent, however that ended. Signals that a scheduler sends to every process of a job do
+    not end it: the rank still needs batches until its last checkpoint.
 
-    `next` raises ValueError and OSError as `items` does, RuntimeError with the traceback for any other error, and
-    ConnectionError where a process was killed, as by the kernel where memory runs out.
+    `next` raises the ValueError or OSError of `items`, RuntimeError with the traceback for any other error, and
+    ConnectionError if a process was killed, as the kernel does when memory runs out.
     """
 
     def __init__(self, items: Callable[[int, int], Iterator[T]], count: int, ahead: int) -> None:
-        # Forked: what `items` refers to need not be pickled, and its memory is shared.
+        # Forked: `items` need not be picklable, and its memory is shared.
         context = multiprocessing.get_context("fork")
         workers: list[tuple[ForkProcess, Connection]] = []
-        # A worker begins with them held back: one that came in its first milliseconds would end it.
+        # Blocked until the worker handles them: a signal in its first milliseconds would end it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             for number in range(count):
@@ -48,7 +48,7 @@ class Workers(Iterator[T], Generic[T]):
                 arguments = (items, number, count, ahead, writer, inherited, os.getpid())
                 process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
-                writer.close()  # or the pipe would stay open when the process ends
+                writer.close()  # otherwise the pipe would stay open after the worker's end, and `recv` would hang
                 workers.append((process, reader))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -60,7 +60,7 @@ class Workers(Iterator[T], Generic[T]):
         try:
             item = pipe.recv()
         except EOFError:
-            raise ConnectionError(_how_it_ended(process)) from None
+            raise ConnectionError(_ending(process)) from None
         if isinstance(item, Exception):
             raise item
         return item
@@ -74,17 +74,17 @@ def _end(workers: list[tuple[ForkProcess, Connection]]) -> None:
         pipe.close()
 
 
-def _how_it_ended(process: ForkProcess) -> str:
+def _ending(process: ForkProcess) -> str:
     process.join(_JOIN_SECONDS)
     code = process.exitcode
     if code is None or code >= 0:
         how = f"ended with exit code {code}"
     elif code == -signal.SIGKILL:
-        why = "as the kernel does where memory runs out: lower data.num_workers or give more memory"
+        why = "as the kernel does when memory runs out: lower data.num_workers or give more memory"
         how = f"was killed by SIGKILL, {why}"
     else:
         how = f"was killed by {signal.Signals(-code).name}"
-    return f"the loader worker {process.pid} {how}; the run goes on from its last checkpoint when it is started again"
+    return f"the loader worker {process.pid} {how}; restart the run, it continues from its last checkpoint"
 
 
 def _work(
@@ -105,10 +105,10 @@ def _work(
         for item in items(number, count):
             made.put(item)
     except ValueError as error:
-        made.put(ValueError(str(error)))  # some kinds cannot be pickled
+        made.put(ValueError(str(error)))  # some subclasses cannot be pickled
     except OSError as error:
         made.put(error)
-    except Exception:  # noqa: BLE001 - raised again by the rank
+    except Exception:  # noqa: BLE001 - the rank raises it again
         made.put(RuntimeError(f"the loader worker {number} failed:\n{traceback.format_exc()}"))
     made.join()
 
@@ -120,12 +120,13 @@ def _send(made: Queue[T | Exception], pipe: Connection) -> None:
             made.task_done()
     except BrokenPipeError:
         os._exit(0)  # the rank is gone
-    except Exception:  # noqa: BLE001 - the rank would wait for ever for what cannot be sent
+    except Exception:  # noqa: BLE001 - an item that cannot be sent would leave the rank waiting for ever
         tell(traceback.format_exc())
         os._exit(1)
 
 
 def _end_with(rank: int) -> None:
+    """End this process with its parent, or when the parent sends SIGTERM; other signals are taken and ignored."""
     while os.getppid() == rank:
         received = signal.sigtimedwait(_SIGNALS, _LOOK_SECONDS)
         if received is not None and received.si_signo == signal.SIGTERM and received.si_pid == rank:

@@ -1,4 +1,4 @@
-"""What a folder of prepared data says of itself."""
+"""Read the manifest of prepared data, with the indices of its shards, from a folder or from remote storage."""
 
 from __future__ import annotations
 
@@ -33,92 +33,91 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def _later(default: Any = None, **constraints: Any) -> Any:
-    """A field that older manifests lack, which mean its default (`default`, or what is false); it is left out there, so
-    that hashes stay.
-    """
+def _added_later(default: Any = None, **constraints: Any) -> Any:
+    """Return a field that older manifests lack. Its default value is not written, so that their hashes stay equal."""
     return Field(exclude_if=lambda value: not value or value == default, **constraints)
 
 
 class Source(_Frozen):
-    """A file that documents were read from, with its size in bytes as stored."""
+    """A source file, with its size in bytes as stored."""
 
     path: str
     bytes: Count
 
 
 class Counts(_Frozen):
-    """Counts of one split, or of what one task wrote of it."""
+    """Counts of one split, or of the part of it that one task wrote."""
 
     documents: Count
     sequences: Count
     counted_tokens: Annotated[Count, Field(description="tokens of its sequences that count for perplexity")]
-    shown_tokens: Annotated[int, _later(ge=0, description="tokens of its sequences that are never masked")] = 0
+    shown_tokens: Annotated[int, _added_later(ge=0, description="tokens of its sequences that are never masked")] = 0
     dropped_tokens: Annotated[
-        Count, Field(description="tokens of sequences that were not kept: incomplete, or all shown")
+        Count, Field(description="tokens of sequences that were dropped: incomplete, or without a trained token")
     ]
-    text_bytes: Annotated[Count, Field(description="UTF-8 bytes of its documents, of conversations the assistant's")]
+    text_bytes: Annotated[Count, Field(description="UTF-8 bytes of its documents; of conversations, of the answers")]
 
 
 class Split(Counts):
-    """One split, with what `load_manifest` finds in its index; the folder's own manifest has the counts."""
+    """One split. Its manifest file has the counts; `load_manifest` adds the shards from the index."""
 
     sequences: Annotated[int, Field(ge=1)]
-    shards: Annotated[ShardField, _later(description="XXH64 and samples of each, see `identities`")] = NO_SHARDS
+    shards: Annotated[ShardField, _added_later(description="XXH64 and samples of each, see `identities`")] = NO_SHARDS
 
 
 class Manifest(_Frozen):
-    """Written last into a folder of prepared data, beside the tokeniser and the shards of each split."""
+    """The description of prepared data; written last, next to the tokeniser and the shards of each split."""
 
     format_version: Literal[1] = 1
     vocabulary: Vocabulary
     tokenizer_hash: str
     seq_len: Annotated[int, Field(ge=1)]
     document_multiple: Annotated[int, Field(ge=1)]
-    packing: Annotated[Packing, _later("concatenate")] = "concatenate"
+    packing: Annotated[Packing, _added_later("concatenate")] = "concatenate"
     holdout: Annotated[float, Field(ge=0, le=1)]
     seed: Count
     empty_documents: Count
-    skipped_documents: Annotated[int, _later(ge=0, description="left out with --on-error skip")] = 0
-    field: Annotated[str, _later(description="of the JSON lines, where it is not `text`")] = ""
-    parse_special: Annotated[bool, _later(description="special tokens that documents spell are parsed")] = False
-    messages: Annotated[bool, _later(description="conversations, of which the assistant's part is trained on")] = False
-    tokens: Annotated[str, _later(description="the format of sources that held ids")] = ""
+    skipped_documents: Annotated[int, _added_later(ge=0, description="left out with --on-error skip")] = 0
+    field: Annotated[str, _added_later(description="field of the JSON lines, if not `text`")] = ""
+    parse_special: Annotated[bool, _added_later(description="special tokens that documents spell are parsed")] = False
+    messages: Annotated[bool, _added_later(description="conversations; only answers are trained on")] = False
+    tokens: Annotated[str, _added_later(description="format of the sources, if they held ids")] = ""
     sources: tuple[Source, ...]
     train: Split | None
     validation: Split | None
 
     @property
     def splits(self) -> dict[SplitName, Split]:
-        """Return the splits that there are."""
+        """Return the splits that exist."""
         both: tuple[tuple[SplitName, Split | None], ...] = (("train", self.train), ("validation", self.validation))
         return {name: split for name, split in both if split is not None}
 
     @property
     def shows_tokens(self) -> bool:
-        """Return whether any sequence has tokens that are not trained on."""
+        """Return whether any sequence has tokens that are never masked or trained on."""
         return any(split.shown_tokens > 0 for split in self.splits.values())
 
     def part(self, source: str) -> Manifest:
-        """Return that of a source by its name; of data that are alone there is one, without a name."""
+        """Return the manifest of a source by its name; a single data set has one source, without a name."""
         return self
 
     def without_shards(self) -> str:
-        """Return it as one line of JSON that holds what its file does: what the indices say of shards is left out."""
+        """Return the content of the manifest's file as one line of JSON, without the shards."""
         return self.model_dump_json(exclude={"train": {"shards"}, "validation": {"shards"}})
 
 
 class MixedManifest(Manifest):
-    """What several data sets that are mixed say together: counts are summed, and `parts` are their own."""
+    """The combined manifest of a mixture: counts are summed, and `parts` are the manifests of its sources."""
 
     parts: dict[str, Manifest] = Field(exclude=True)
 
     def part(self, source: str) -> Manifest:
         return self.parts[source]
+        """Return the manifest of a source by its name."""
 
 
-def mixed(parts: Mapping[str, Manifest]) -> Manifest:
-    """Return what the sources of a run say together, by their names; of one without a name its own.
+def combine(parts: Mapping[str, Manifest]) -> Manifest:
+    """Return the combined manifest of named sources, or the manifest of a single one without a name.
 
     ValueError: they do not fit together.
     """
@@ -128,15 +127,15 @@ def mixed(parts: Mapping[str, Manifest]) -> Manifest:
     for name, part in zip(names[1:], others, strict=True):
         if problems := list(_differing_sources(part, first)):
             raise ValueError(
-                f"data.sources: {name} does not go with {names[0]}: {'; '.join(problems)}; prepare them alike"
+                f"data.sources: {name} does not fit {names[0]}: {'; '.join(problems)}; prepare them with equal options"
             )
-    together = {
+    combined = {
         "document_multiple": math.gcd(*(part.document_multiple for part in parts.values())),
         "sources": tuple(source for part in parts.values() for source in part.sources),
         "train": _sum(part.train for part in parts.values()),
         "validation": _sum(part.validation for part in parts.values()),
     }
-    return MixedManifest(**{**dict(first), **together}, parts=dict(parts))
+    return MixedManifest(**{**dict(first), **combined}, parts=dict(parts))
 
 
 def _differing_sources(part: Manifest, first: Manifest) -> Iterator[str]:
@@ -150,33 +149,33 @@ def _differing_sources(part: Manifest, first: Manifest) -> Iterator[str]:
 
 
 def _sum(splits: Iterable[Split | None]) -> Split | None:
-    found = [split for split in splits if split is not None]
-    counts = {name: sum(getattr(split, name) for split in found) for name in Split.model_fields if name != "shards"}
-    return Split(**counts) if found else None
+    present = [split for split in splits if split is not None]
+    counts = {name: sum(getattr(split, name) for split in present) for name in Split.model_fields if name != "shards"}
+    return Split(**counts) if present else None
 
 
-def differing(old: Manifest, new: Manifest) -> list[str]:
-    """Return what was asked for or read otherwise for two folders of prepared data, a line each."""
-    found = []
-    asked = ("seq_len", "document_multiple", "packing", "holdout", "seed", "field", "parse_special", "messages")
-    for key in (*asked, "tokens"):
+def differences_of(old: Manifest, new: Manifest) -> list[str]:
+    """Return the differences in options, sources and contents of two folders of prepared data, a line each."""
+    lines = []
+    options = ("seq_len", "document_multiple", "packing", "holdout", "seed", "field", "parse_special", "messages")
+    for key in (*options, "tokens"):
         before, now = getattr(old, key), getattr(new, key)
         if before != now:
-            found.append(f"{key} is {'unset' if now == '' else now}, there {'unset' if before == '' else before}")
+            lines.append(f"{key} is {'unset' if now == '' else now}, there {'unset' if before == '' else before}")
     if old.vocabulary.bos_id != new.vocabulary.bos_id:
         begins = ["nothing" if m.vocabulary.bos_id is None else f"the id {m.vocabulary.bos_id}" for m in (new, old)]
-        found.append(f"documents begin with {begins[0]}, there with {begins[1]}")
+        lines.append(f"documents begin with {begins[0]}, there with {begins[1]}")
     if old.tokenizer_hash != new.tokenizer_hash:
-        found.append(f"the tokeniser is {new.tokenizer_hash[:12]}, there {old.tokenizer_hash[:12]}")
+        lines.append(f"the tokeniser is {new.tokenizer_hash[:12]}, there {old.tokenizer_hash[:12]}")
     before_by_path, now_by_path = ({source.path: source.bytes for source in m.sources} for m in (old, new))
     for path in [*now_by_path, *(path for path in before_by_path if path not in now_by_path)]:
         size, was = (sources.get(path) for sources in (now_by_path, before_by_path))
         if size != was:
             sizes = ["not read" if size is None else f"{size:,} bytes" for size in (size, was)]
-            found.append(f"{path} is {sizes[0]}, there {sizes[1]}")
+            lines.append(f"{path} is {sizes[0]}, there {sizes[1]}")
     for name in old.splits.keys() & new.splits.keys():
-        found += _differing_contents(name, old.splits[name], new.splits[name])
-    return found
+        lines += _differing_contents(name, old.splits[name], new.splits[name])
+    return lines
 
 
 def _differing_contents(name: str, then: Split, split: Split) -> list[str]:
@@ -190,12 +189,12 @@ def _differing_contents(name: str, then: Split, split: Split) -> list[str]:
 
 
 def data_hash(manifest: Manifest, sources: Sequence[str] | None = None) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of what a training reads: which data a position counts in.
+    """Return 16 hexadecimal digits of the SHA-256 of what a training reads: the data that a resume position belongs to.
 
-    sources: of data that are mixed, those that count; default: all.
+    sources: the sources of a mixture that count; default: all.
 
-    These are the sequences, by the hashes of the shards that `load_manifest` finds, and the tokeniser; not where the
-    text lay, how it was divided among sources, or how shards are packed and indexed.
+    Hashed are the tokeniser and the sequences, by the shard hashes that `load_manifest` reads. Not hashed are the paths
+    of the text, how it was divided among sources, and how shards are packed and indexed.
     """
     if isinstance(manifest, MixedManifest):
         names = manifest.parts if sources is None else sources
@@ -213,7 +212,7 @@ def data_hash(manifest: Manifest, sources: Sequence[str] | None = None) -> str:
 
 
 class _Identities(list[str]):
-    """What `ShardTable.identities` says, as a list of which the encoder of JSON sees one at a time."""
+    """The `identities` of a table as a lazy list: the JSON encoder sees one at a time and not millions at once."""
 
     def __init__(self, table: ShardTable) -> None:
         self._table = table
@@ -226,7 +225,7 @@ class _Identities(list[str]):
 
 
 def earlier_data_hash(manifest: Manifest) -> str:
-    """Return the `data_hash` of earlier versions, of counts, paths and sizes: equal ones do not prove equal text."""
+    """Return the `data_hash` of earlier versions, of counts, paths and sizes; equal ones do not prove equal text."""
     return _digits(manifest.without_shards())
 
 
@@ -238,11 +237,11 @@ def _digits(text: str) -> str:
 def load_manifest(
     path: str | Path, remote: str | None = None, *, retry_minutes: float = DATA_RETRY_MINUTES
 ) -> Manifest:
-    """Return the manifest of the prepared data in the folder `path`, with what the indices say of the shards.
+    """Return the manifest of the prepared data in the folder `path`, with the shards of its indices.
 
     With `remote` (a folder or an object store that streaming reads), manifest, tokeniser and indices are fetched from
-    there into `path`, the node-local cache; see `patiently`. Raises FileNotFoundError if there is no manifest or index,
-    ValueError if one is not valid or if the cache belongs to other data, OSError as `patiently` does.
+    there into `path`, the node-local cache; see `with_retries`. Raises FileNotFoundError if a manifest or index is
+    missing, ValueError if one is invalid or the cache belongs to other data, OSError as `with_retries`.
     """
     folder = Path(path)
     file = folder / MANIFEST_FILE
@@ -267,12 +266,12 @@ def check_seq_len(data: DataRecipe, manifest: Manifest) -> None:
 
 
 def load_sources(data: DataRecipe) -> Manifest:
-    """Return what the data of a recipe say, `mixed` where they are several. Raises as that and `load_manifest` do."""
-    return mixed(load_parts(data))
+    """Return the manifest of a recipe's data, combined if there are several sources; raises as `load_manifest`."""
+    return combine(load_parts(data))
 
 
 def load_parts(data: DataRecipe) -> dict[str, Manifest]:
-    """Return what each source of a recipe's data says, by its name."""
+    """Return the manifest of each source of a recipe's data, by its name."""
     return {
         name: load_manifest(own.path, own.remote, retry_minutes=own.retry_minutes)
         for name, own in data.by_source.items()
@@ -280,14 +279,14 @@ def load_parts(data: DataRecipe) -> dict[str, Manifest]:
 
 
 def with_shards(manifest: Manifest, table_of: Callable[[SplitName], ShardTable]) -> Manifest:
-    """Return a manifest with what the index of each split says."""
+    """Return a manifest with the shards of each split."""
     splits = manifest.splits.items()
-    found: dict[str, Split] = {name: split.model_copy(update={"shards": table_of(name)}) for name, split in splits}
-    return manifest.model_copy(update=found)
+    loaded: dict[str, Split] = {name: split.model_copy(update={"shards": table_of(name)}) for name, split in splits}
+    return manifest.model_copy(update=loaded)
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """Raise ValueError unless the data was prepared with `tokenizer`; what it begins texts with may be another."""
+    """Raise ValueError unless the data was prepared with `tokenizer`; its BOS may differ."""
     if manifest.tokenizer_hash not in (tokenizer.hash, _with_bos_of(manifest, tokenizer).hash):
         raise ValueError(
             f"the tokeniser (hash {tokenizer.hash[:12]}) is not the one that the data was prepared with "
@@ -302,12 +301,12 @@ def _with_bos_of(manifest: Manifest, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def bos_option(vocabulary: Vocabulary) -> str:
-    """How to prepare data that begin documents as `vocabulary` says."""
+    """Return the option that prepares data whose documents begin as in `vocabulary`."""
     return "--no-bos" if vocabulary.bos_id is None else "--bos"
 
 
 def parse_manifest(place: Path | str, content: bytes) -> Manifest:
-    """Return the manifest that `content` of `place` is. ValueError: it is none."""
+    """Return the manifest in `content`, which was read from `place`. ValueError: it is invalid."""
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
@@ -316,20 +315,20 @@ def parse_manifest(place: Path | str, content: bytes) -> Manifest:
 
 def _fetched(remote: str, folder: Path, minutes: float) -> Manifest:
     from bd3_scale.data.mosaicml import CloudDownloader
-    from bd3_scale.data.remote import fetch, patiently
+    from bd3_scale.data.remote import fetch, with_retries
 
-    downloader = patiently(functools.partial(CloudDownloader.get, remote), remote, minutes)
+    downloader = with_retries(functools.partial(CloudDownloader.get, remote), remote, minutes)
     contents: dict[str, bytes] = {}
-    with temporary_folder("fetched") as aside:
+    with temporary_folder("fetched") as scratch:
 
         def fetched(name: str, parse: Callable[[str, bytes], T]) -> T:
             place = os.path.join(remote, name)
 
-            def kept(content: bytes) -> T:
+            def parse_and_keep(content: bytes) -> T:
                 contents[name] = content
                 return parse(place, content)
 
-            return fetch(place, aside / name, kept, INDEX_LIMIT, minutes, downloader)
+            return fetch(place, scratch / name, parse_and_keep, INDEX_LIMIT, minutes, downloader)
 
         manifest = fetched(MANIFEST_FILE, parse_manifest)
         tables: dict[SplitName, ShardTable] = {}
@@ -342,7 +341,7 @@ def _fetched(remote: str, folder: Path, minutes: float) -> Manifest:
             fetched(name, lambda _, content: json.loads(content))
         if manifest.messages:
             fetched(CHAT_TEMPLATE, lambda _, content: content)
-    # Another process that uses the same cache may be reading.
+    # Atomically: another process that uses the same cache may be reading them.
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, content)

@@ -1,4 +1,4 @@
-"""Token samples in MosaicML's MDS, as Foundry writes them: the column `tokens`, of `bytes` or `ndarray`."""
+"""Read token samples from MosaicML's MDS as Foundry writes it: the column `tokens`, as `bytes` or `ndarray`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bd3_scale.data.index import INDEX_FILE, INDEX_LIMIT
 from bd3_scale.data.zstd import ZstdFile
 from bd3_scale.resilience.readers import in_one_line, read_regular, reader
 
-# Places in a shard are uint32.
+# MDS stores offsets as uint32.
 SHARD_BYTES = 1 << 32
-# Of a sample.
-MOST_BYTES = 1 << 30
+# Limit of a sample.
+MAX_SAMPLE_BYTES = 1 << 30
 _TOKENS = re.compile(r"bytes|ndarray(:u?int\d+(:\d+)?)?")
-# What `bytes` may be of, the widest first: narrower numbers, taken for wide ones, are no ids.
+# The dtypes that `bytes` may hold, widest first: two narrow ids read as one wide id exceed the vocabulary.
 _DTYPES = ("<i8", "<i4", "<u2")
-# A file below the index's folder: merged indices name folders.
+# A path below the index's folder: merged indices name files in subfolders.
 _Name = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*$")]
 _Count = Annotated[int, Field(ge=0, lt=SHARD_BYTES)]
 
@@ -36,7 +36,7 @@ class _File(BaseModel):
 
 
 class Shard(BaseModel):
-    """What an index says of a shard."""
+    """The entry of a shard in an index."""
 
     column_encodings: list[str]
     column_names: list[str]
@@ -54,9 +54,9 @@ class _Index(BaseModel):
 
 
 def shards(folders: Iterable[Path]) -> dict[Path, Shard]:
-    """Return the shards of folders of MDS by their files, which are there, in order.
+    """Return the shards of MDS folders by their existing files, in order.
 
-    Raises FileNotFoundError and ValueError: there is no such folder, index or file, or no tokens are in it.
+    Raises FileNotFoundError and ValueError: a folder, index or file is missing, or it holds no tokens.
     """
     found: dict[Path, Shard] = {}
     for folder in folders:
@@ -81,21 +81,21 @@ def _read_index(path: Path) -> _Index:
         if not _TOKENS.fullmatch(columns.get("tokens", "")):
             there = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
             raise ValueError(
-                f"{path}: no column `tokens` of bytes or ndarray, but {there}: text goes to `data prepare`"
+                f"{path}: no column `tokens` of bytes or ndarray, but {there}: text belongs to `data prepare`"
             )
         if len(shard.column_sizes) != len(columns):
             raise ValueError(f"{path} is damaged: {len(columns)} columns with {len(shard.column_sizes)} sizes")
         if shard.compression and shard.compression.partition(":")[0] != "zstd":
-            raise ValueError(f"{path}: packed with {shard.compression}, and only zstd is read: unpack the shards first")
+            raise ValueError(f"{path}: packed with {shard.compression}; only zstd can be read: unpack the shards first")
     return index
 
 
 def samples(
     file: Path, raw: BinaryIO, shard: Shard, is_token: NDArray[np.bool_]
 ) -> Iterator[tuple[str, NDArray[np.integer]]]:
-    """Yield the ids of each sample of a shard, `file` opened as `raw`, and where it stands.
+    """Yield each sample of a shard, whose `file` is opened as `raw`: where it stands, and its ids.
 
-    is_token: of each id, whether there is such a token. Raises ValueError for a damaged shard.
+    is_token: bool by id, whether a token has it. Raises ValueError for a damaged shard.
     """
     try:
         stream = raw if file.name == Path(shard.raw_data.basename).name else _unpacked(raw, shard.raw_data.bytes)
@@ -103,8 +103,9 @@ def samples(
         if count != shard.samples:
             raise ValueError(f"{count} samples, where the index has {shard.samples}")
         places = np.frombuffer(stream.read(4 * (int(count) + 1)), "<u4").astype(np.int64)
-        if len(places) != count + 1 or np.any(np.diff(places) < 0) or np.any(np.diff(places) > MOST_BYTES):
-            raise ValueError("its samples are not one behind the other")
+        sizes = np.diff(places)
+        if len(places) != count + 1 or np.any(sizes < 0) or np.any(sizes > MAX_SAMPLE_BYTES):
+            raise ValueError("its samples do not follow each other")
         dtype = ""
         for number, (begin, end) in enumerate(itertools.pairwise(places.tolist())):
             stream.seek(begin)
@@ -128,7 +129,7 @@ def _unpacked(raw: BinaryIO, num_bytes: int) -> BinaryIO:
 
 
 def _tokens(shard: Shard, data: bytes) -> bytes:
-    """Return the bytes of a sample's column `tokens`: sizes that are not fixed stand before the values."""
+    """Return the bytes of a sample's column `tokens`. The sizes of variable columns stand before the values."""
     place, sizes = 0, []
     for size in shard.column_sizes:
         if not size:
@@ -156,4 +157,4 @@ def _dtype(value: bytes, is_token: NDArray[np.bool_]) -> str:
             ids = np.frombuffer(value, dtype)
             if ids.size and ids.min() >= 0 and ids.max() < len(is_token):
                 return dtype
-    raise ValueError(f"its bytes are no ids below {len(is_token)} of 64, 32 or 16 bits: is the tokeniser another?")
+    raise ValueError(f"its bytes are not ids below {len(is_token)} of 64, 32 or 16 bits: check --tokenizer")

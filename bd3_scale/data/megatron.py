@@ -1,4 +1,4 @@
-"""Documents of ids in Megatron's `.bin`, and its index `.idx`, which is mapped and read in pieces."""
+"""Read documents of ids from Megatron's `.bin`; its index `.idx` is memory-mapped and read in pieces."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bd3_scale.resilience.readers import open_regular
 MAGIC = b"MMIDIDX\x00\x00"
 _HEAD = struct.Struct("<9sQBQQ")
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-# Documents whose places are read at a time.
+# How many documents' bounds are read at once.
 _DOCUMENTS = 1 << 14
 
 
 class _Index:
-    """The index beside a `.bin`: of S sequences `lengths` and `places` (bytes), [S]; of D documents `first` [D + 1].
+    """The index of a `.bin`: `lengths` and `places` in bytes of sequences [S], `first` sequences of documents [D + 1].
 
-    ValueError: it is none, or not of this file.
+    ValueError: it is not an index, or not the index of this file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -33,11 +33,11 @@ class _Index:
         with open_regular(path) as stream:
             head, size = stream.read(_HEAD.size), path.stat().st_size
         if len(head) < _HEAD.size or not head.startswith(MAGIC):
-            raise ValueError(f"{path} is no index of Megatron's (`MMIDIDX`): name the .bin of a corpus with its .idx")
+            raise ValueError(f"{path} is not an index of Megatron (`MMIDIDX`): name the .bin of a corpus with an .idx")
         _, version, code, num_sequences, num_documents = _HEAD.unpack(head)
         if version != 1 or code not in _DTYPES:
             raise ValueError(
-                f"{path} is of version {version} with ids of kind {code}; version 1 with whole numbers is read"
+                f"{path} is of version {version} with ids of kind {code}; only version 1 with integers can be read"
             )
         needed = _HEAD.size + 12 * num_sequences + 8 * num_documents
         if size not in (needed, needed + num_sequences) or not num_sequences or num_documents < 2:
@@ -50,7 +50,7 @@ class _Index:
         self.first: NDArray[np.int64] = data[ends[2] : ends[3]].view("<i8")
 
     def place(self, document: int) -> int:
-        """Return where in the `.bin` a document begins."""
+        """Return the offset of a document in the `.bin`."""
         first = int(self.first[document])
         if not 0 <= first <= len(self.places):
             raise ValueError(f"{self.path} is damaged: document {document} begins with sequence {first}; copy it again")
@@ -58,28 +58,28 @@ class _Index:
 
 
 def files(sources: Iterable[Path]) -> list[Path]:
-    """Return the `.bin` files of sources, which end in `.bin`, `.idx` or neither.
+    """Return the `.bin` files of sources, which may be named with `.bin`, `.idx` or no suffix.
 
-    FileNotFoundError: one, or its index, is missing; ValueError: an index is none.
+    FileNotFoundError: a file or its index is missing; ValueError: an index is invalid.
     """
     found = []
     for source in sources:
-        ends = source.suffix in (".bin", ".idx")
-        file = source.with_suffix(".bin") if ends else source.with_name(f"{source.name}.bin")
+        has_suffix = source.suffix in (".bin", ".idx")
+        file = source.with_suffix(".bin") if has_suffix else source.with_name(f"{source.name}.bin")
         for path in (file, file.with_suffix(".idx")):
             if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist: Megatron's corpora are a .bin with its .idx")
+                raise FileNotFoundError(f"{path} does not exist: a corpus of Megatron is a .bin with its .idx")
         _Index(file)
         found.append(file)
     return found
 
 
 def documents(
-    file: Path, raw: BinaryIO, part: Part | None, most_tokens: int
+    file: Path, raw: BinaryIO, part: Part | None, max_tokens: int
 ) -> Iterator[tuple[str, NDArray[np.integer]]]:
-    """Yield the ids of each document that begins in a part of `file`, opened as `raw`, and where it stands.
+    """Yield each document that begins in a part of `file`, opened as `raw`: where it stands, and its ids.
 
-    ValueError: file or index is damaged, or a document has more than `most_tokens`.
+    ValueError: file or index is damaged, or a document has more than `max_tokens`.
     """
     index = _Index(file)
     count = len(index.first) - 1
@@ -96,8 +96,8 @@ def documents(
                 )
             lengths = index.lengths[begin:end].astype(np.int64)
             size = int(lengths.sum())
-            if size > most_tokens:
-                raise ValueError(f"{where} has {size:,} tokens, and may have {most_tokens:,}; divide it")
+            if size > max_tokens:
+                raise ValueError(f"{where} has {size:,} tokens, and {max_tokens:,} are allowed; split it")
             places = place + index.dtype.itemsize * (np.cumsum(lengths) - lengths)
             if np.any(lengths < 0) or not np.array_equal(index.places[begin:end], places):
                 raise ValueError(f"{where} does not follow the one before it; copy {index.path} again")

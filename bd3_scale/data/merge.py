@@ -1,4 +1,4 @@
-"""From the folders of all tasks to one folder of prepared data."""
+"""Merge the folders of all tasks into one folder of prepared data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bd3_scale.data.tasks import RESULT_FILE, Result, read_result
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.resilience.files import new_folder
 
-# What file systems answer that have no hard links, or across which none can be made.
+# The errors of file systems without hard links, and of links between two file systems.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
 
 
@@ -28,10 +28,10 @@ class EmptySplitError(ValueError):
 
 
 def merge(folders: Sequence[Path], out: Path, data: Manifest, tokenizer: Tokenizer, chat_template: str) -> LeftOut:
-    """Make `out` of the tasks' folders, in their order; return what was left out.
+    """Make `out` from the tasks' folders, in their order; return what was left out.
 
-    Shards are linked, not moved, so that a merge that was killed can be done again; where there are no links, copied.
-    Raises EmptySplitError where a split has no sequence; FileExistsError if `out` exists.
+    Shards are hard-linked, not moved, so that a killed merge can be repeated; without links they are copied.
+    Raises EmptySplitError if a split has no sequence; FileExistsError if `out` exists.
     """
     results = [read_result(folder / RESULT_FILE) for folder in folders]
     names: tuple[SplitName, ...] = ("train", "validation")
@@ -42,11 +42,11 @@ def merge(folders: Sequence[Path], out: Path, data: Manifest, tokenizer: Tokeniz
     with new_folder(out) as folder:
         for name in splits:
             (folder / name).mkdir()
-            having = [one for one, result in zip(folders, results, strict=True) if name in result.splits]
-            indices = (one / name / INDEX_FILE for one in having)
+            with_split = [one for one, result in zip(folders, results, strict=True) if name in result.splits]
+            indices = (one / name / INDEX_FILE for one in with_split)
             for shard, new_name in merge_indices(folder / name / INDEX_FILE, indices):
                 _link(shard, folder / name / new_name)
-            merge_hashes(having, folder, name)
+            merge_hashes(with_split, folder, name)
         tokenizer.save(folder)
         if chat_template:
             (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
@@ -59,8 +59,8 @@ def merge(folders: Sequence[Path], out: Path, data: Manifest, tokenizer: Tokeniz
 
 
 def _sum(results: Iterable[Result], name: SplitName) -> Counts:
-    found = [result.splits[name] for result in results if name in result.splits]
-    return Counts(**{field: sum(getattr(counts, field) for counts in found) for field in Counts.model_fields})
+    counts = [result.splits[name] for result in results if name in result.splits]
+    return Counts(**{field: sum(getattr(one, field) for one in counts) for field in Counts.model_fields})
 
 
 def _check_not_empty(name: SplitName, counts: Counts, data: Manifest) -> None:

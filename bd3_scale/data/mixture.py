@@ -1,15 +1,16 @@
-"""Which source each sequence of a mixture is of: a pure function of the weights, evaluated where it is asked for.
+"""Compute the source of each sequence of a mixture, as a pure function of the weights: nothing is stored for a resume.
 
-Every canonical node divides its own slots, one after the other, so that it reads its own part of every source. Of j of
-them in a stage, the heaviest source has ⌊p·j + φ⌋, where p is its share; the next has ⌊p'·j' + φ'⌋ of the j' that are
-left, where p' is its share without the first, and so on. Such counts rise by one at a time and add up to j, and those
-of one node are less than 3 off their quota. The phases φ of the nodes are those of a Korobov lattice, c·101^i mod C of
-C, so that what a node has too much another lacks: over all nodes two sources are half a sequence off their quota at the
-most, three less than 3, ten less than 9, in every step of a stage of any length.
+Every canonical node divides its own slots among the sources, so that it reads its own part of every source. After j of
+its slots in a stage, the heaviest source has had ⌊p·j + φ⌋ of them, where p is its share; the next one ⌊p'·j' + φ'⌋ of
+the j' slots that remain, where p' is its share without the first source, and so on. These counts rise by one at a time
+and add up to j; each is less than 3 off its quota p·j. The phases φ differ from node to node: they form a Korobov
+lattice, c·101^i mod C for node c of C and source i. So the errors of the nodes cancel: over all nodes, a count is at
+most half a sequence off its quota with two sources, less than 3 with three and less than 9 with ten, after every step
+of a stage of any length.
 
-The k-th sequence that a node takes of a source, counted from the beginning of the run, is the one at place k of the
-node's part in that source's own order (see `bd3_scale.data.order`): nothing is left out or comes twice, whatever
-stages there are.
+The k-th sequence that a node takes of a source, counted from the beginning of the run, is at place k of the node's
+part in that source's own order (see `bd3_scale.data.order`). So no sequence is skipped or repeated, whatever the
+stages are.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from bd3_scale.data.order import Ints, NodeOrder, Sequences, node_slots, nodes_o
 from bd3_scale.recipe.data import DataRecipe, MixtureStage
 from bd3_scale.recipe.schema import Recipe
 
-# Up to it, products with the phases' denominator stay within int64.
-_WHOLE = 1 << 26
-_GENERATOR = 101  # a prime above all numbers of nodes
+# The largest sum of integer weights: products with the phases' denominator then stay within int64.
+_MAX_TOTAL = 1 << 26
+_GENERATOR = 101  # a prime above the largest number of canonical nodes, 64, so that its powers mod C repeat late
 
 
 def source_key(name: str) -> int:
-    """Return what the seed of a source's order and noise is changed by, in [0, 2^63); 0 for data without a name."""
+    """Return the key in [0, 2^63) that a source's name adds to the seed of its order and noise; 0 without a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1 if name else 0
 
 
 class NodeMixture:
-    """The sources of one canonical node's slots; they are numbered as in `names`."""
+    """The sources of one canonical node's slots, numbered as in `names`."""
 
     def __init__(self, stages: Sequence[MixtureStage], names: Sequence[str], global_batch_size: int, node: int) -> None:
         bounds = node_slots(global_batch_size).tolist()
@@ -49,20 +50,21 @@ class NodeMixture:
         self._stages: list[_Stage] = []
         taken, first = np.zeros((len(names), 1), np.int64), 0
         for stage in stages:
-            found = _Stage(first, taken, tuple(_levels(stage.weights, names, len(bounds) - 1, node)))
-            self._stages.append(found)
+            new = _Stage(first, taken, tuple(_levels(stage.weights, names, len(bounds) - 1, node)))
+            self._stages.append(new)
             if stage.until is not None:
-                taken = found.taken(np.array([(stage.until - first) * self._slots]))
+                taken = new.taken(np.array([(stage.until - first) * self._slots]))
                 first = stage.until
 
     def taken(self, step: int) -> Ints:
-        """Return how many sequences the first `step` steps take of each source, int64 [S]."""
+        """Return how many sequences of each source the first `step` steps take, int64 [S]."""
         stage = self._stage_at(step)
         return stage.taken(np.array([(step - stage.first_step) * self._slots]))[:, 0]
 
     def at(self, step: int, own: Ints) -> tuple[Ints, Ints]:
-        """Return of the node's slots `own`, int64 [B], in the step that follows `step` finished ones, which source each
-        takes, and how many sequences the node had of that before.
+        """Return the source of each of the node's slots `own`, int64 [B], and how many of that source came before it.
+
+        step: the number of finished steps.
         """
         stage = self._stage_at(step)
         places = (step - stage.first_step) * self._slots + own
@@ -76,7 +78,7 @@ class NodeMixture:
 
 @dataclass(frozen=True)
 class _Level:
-    """A source's ⌊(weight·j)/left + (phase + ½)/nodes⌋ of j sequences that heavier ones leave."""
+    """A source's count ⌊(weight·j)/left + (phase + ½)/nodes⌋ among the j sequences that heavier sources leave."""
 
     source: int
     weight: int
@@ -85,7 +87,8 @@ class _Level:
     nodes: int
 
     def of(self, sequences: Ints) -> Ints:
-        # In two parts, or products would leave int64.
+        """Return the count after each of `sequences`, int64 [J]."""
+        # Split into quotient and remainder: the product of all factors would overflow int64.
         whole, rest = np.divmod(sequences, self.left)
         parts = 2 * self.nodes
         added = (rest * self.weight * parts + (2 * self.phase + 1) * self.left) // (self.left * parts)
@@ -94,20 +97,20 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A node's slots from `first_step` on, before which it had taken `before`, int64 [S, 1], of each source."""
+    """A node's slots from `first_step` on; before it, the node took `before`, int64 [S, 1], of each source."""
 
     first_step: int
     before: Ints
     levels: tuple[_Level, ...]
 
     def taken(self, sequences: Ints) -> Ints:
-        """Return how many of each source there are when the stage has had so many, int64 [S, J] of [J]."""
-        found = np.repeat(self.before, len(sequences), 1)
+        """Return how many sequences of each source were taken after `sequences` of the stage, int64 [S, J] from [J]."""
+        counts = np.repeat(self.before, len(sequences), 1)
         for level in self.levels:
             of_source = level.of(sequences)
-            found[level.source] += of_source
+            counts[level.source] += of_source
             sequences = sequences - of_source
-        return found
+        return counts
 
 
 def _levels(weights: Mapping[str, float], names: Sequence[str], nodes: int, node: int) -> Iterator[_Level]:
@@ -120,20 +123,18 @@ def _levels(weights: Mapping[str, float], names: Sequence[str], nodes: int, node
 
 
 def _shares(weights: Mapping[str, float]) -> dict[str, int]:
-    """Return the weights as whole numbers in the same proportions, which are rounded where their sum would be above
-    2^26.
-    """
+    """Return the weights as integers in the same proportions; rounded if their sum would exceed 2^26."""
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
     total = sum(exact.values(), Fraction(0))
     scale = Fraction(math.lcm(*(value.denominator for value in exact.values())))
     scale /= math.gcd(*(int(value * scale) for value in exact.values()))
-    if total * scale > _WHOLE:
-        scale = (_WHOLE - len(exact)) / total
+    if total * scale > _MAX_TOTAL:
+        scale = (_MAX_TOTAL - len(exact)) / total
     return {name: max(1, round(value * scale)) for name, value in exact.items()}
 
 
 def check_epochs(data: DataRecipe, samples_per_shard: Mapping[str, Ints], global_batch_size: int, steps: int) -> None:
-    """ValueError: so many steps would show a sequence of a source more often than its `max_epochs`."""
+    """Raise ValueError if the steps would show sequences of a source more often than its `max_epochs`."""
     names = list(samples_per_shard)
     for number, source in enumerate(data.sources):
         ends = np.cumsum(samples_per_shard[source.name])
@@ -152,7 +153,7 @@ def check_epochs(data: DataRecipe, samples_per_shard: Mapping[str, Ints], global
 def _most_epochs(
     data: DataRecipe, names: Sequence[str], source: int, shard_ends: Ints, global_batch_size: int, steps: int
 ) -> float:
-    """Return how often that canonical node has seen its part of a source which has seen it most."""
+    """Return the largest number of epochs that any canonical node has seen of its part of a source."""
     return max(
         NodeMixture(data.mixture, names, global_batch_size, node).taken(steps)[source]
         / NodeOrder(shard_ends, global_batch_size, node, shuffle_window=None, seed=0).num_samples
@@ -160,13 +161,13 @@ def _most_epochs(
     )
 
 
-def uses(recipe: Recipe, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return what each stage of a run takes of each source, as values of JSON: sequences, tokens and epochs of it."""
+def source_usage(recipe: Recipe, manifest: Manifest) -> list[dict[str, Any]]:
+    """Return what each stage of a run takes of each source, as JSON values: sequences, tokens and epochs."""
     data, batch = recipe.data, recipe.train.global_batch_size
     names, nodes = list(data.by_source), range(len(node_slots(batch)) - 1)
     mixed = [NodeMixture(data.mixture, names, batch, node) for node in nodes]
     sizes = np.array([split.sequences if (split := manifest.part(name).train) else 0 for name in names])
-    found, before, first_step = [], np.zeros(len(names), np.int64), 1
+    stages, before, first_step = [], np.zeros(len(names), np.int64), 1
     for stage in data.mixed_before(recipe.train.steps):
         assert stage.until is not None
         taken = np.sum([mixture.taken(stage.until) for mixture in mixed], 0)
@@ -180,16 +181,15 @@ def uses(recipe: Recipe, manifest: Manifest) -> list[dict[str, Any]]:
                 "epochs": sequences / size,
                 "epochs_so_far": int(taken[source]) / size,
             }
-        found.append({"first_step": first_step, "last_step": stage.until, "sources": of_sources})
+        stages.append({"first_step": first_step, "last_step": stage.until, "sources": of_sources})
         before, first_step = taken, stage.until + 1
-    return found
+    return stages
 
 
 class MixtureOrder:
-    """The sequences of the slots `slots`, int64 [B] that rises, of a mixture.
+    """The order of a mixture for the slots `slots`, int64 [B], ascending.
 
-    samples_per_shard: of every source, in the order of `DataRecipe.sources`; shuffle_window: None: samples of a node's
-    part as they lie there.
+    samples_per_shard: of every source, in the order of `DataRecipe.sources`. shuffle_window: None: no shuffling.
     """
 
     def __init__(
@@ -214,6 +214,7 @@ class MixtureOrder:
             self._nodes.append((NodeMixture(data.mixture, names, global_batch_size, node), orders, own))
 
     def at(self, step: int) -> Sequences:
+        """Return the sequences of the batch that follows `step` finished steps."""
         parts = [_sequences(*mixture.at(step, own), orders) for mixture, orders, own in self._nodes]
         return Sequences(*map(np.concatenate, zip(*parts, strict=True)))
 

@@ -1,8 +1,8 @@
-"""MosaicML streaming as this package needs it; every import of it goes through here.
+"""Import MosaicML streaming; the package imports it only here.
 
-Two things are changed. It imports without transformers and torchvision, and how a column is encoded is read from its
-name once, not for every sample. Its `StreamingDataset` is not used: it holds eight bytes of every sample and an object
-of every shard in every process.
+Two things are changed. It is imported without transformers and torchvision, and the encoding of a column is parsed
+once, not for every sample. Its `StreamingDataset` is not used: in every process it holds eight bytes of each sample
+and an object of each shard.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _KINDS_OF_BATCHES = {
 def _import_streaming() -> None:
     """Import streaming without its ready-made data sets of text and images, and without transformers.
 
-    Nothing here uses them, and they import transformers and torchvision: seconds at every start, and a failure where
-    torchvision is broken, as a CUDA build of it beside a torch for CPU is. Streaming's own loader tells two kinds of
-    batches of transformers from others; where transformers was not there before, it does not know them.
+    The package does not use them, and they import transformers and torchvision: that costs seconds at every start, and
+    fails if torchvision is broken, as a CUDA build next to a CPU torch is. Streaming's own loader only needs two batch
+    classes of transformers for an isinstance check, which empty classes satisfy.
     """
     names = ["streaming.multimodal", "streaming.text", "streaming.vision"]
     if "transformers" not in sys.modules:

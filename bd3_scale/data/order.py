@@ -1,16 +1,16 @@
-"""Which training sequence stands where: a pure function of the seed, evaluated where it is asked for.
+"""Compute the position of each training sequence, as a pure function of the seed: nothing is stored for a resume.
 
-A global batch of G slots is divided among C = min(64, G) canonical nodes, whatever machines there are: node c has the
-slots ⌊cG/C⌋ to ⌊(c+1)G/C⌋ − 1 of every batch, and the samples ⌊N·lo/G⌋ to ⌊N·hi/G⌋ − 1 of the N, where lo and hi bound
-its slots. These are at least ⌊N/G⌋ samples a slot, as many as an epoch has batches. A machine reads what its canonical
-nodes have, and 64 machines share out the shards.
+A global batch of G slots is divided among C = min(64, G) canonical nodes, whatever machines there are. Node c has the
+slots ⌊cG/C⌋ to ⌊(c+1)G/C⌋ − 1 of every batch. Of the N samples it has those from ⌊N·lo/G⌋ to ⌊N·hi/G⌋ − 1, where its
+slots are lo to hi − 1. That is at least ⌊N/G⌋ samples a slot, which is the number of batches of an epoch. A machine
+reads only the samples of its canonical nodes, so up to 64 machines need not read the same shards.
 
-In every epoch a node puts its shards, or pieces of shards at the ends of its range, in a random order and begins that
-row at a random sample; samples change places within windows of W/C, where W is `data.shuffle_window`. So a sample is
-equally likely to stand at each place of its node's range, and a node reads from the shards of one window at a time.
+In every epoch, a node puts its shards (at the ends of its range, pieces of shards) in random order, and starts at a
+random sample of that row. Then it shuffles the samples within windows of W/C, where W is `data.shuffle_window`. So a
+sample is equally likely at each place of its node, and a node reads the shards of only one window at a time.
 
-A permutation is the stable order of Philox4x64-10's raw bits, as `numpy.random.Philox` computes them, so that no other
-part of numpy can change it.
+A permutation is the stable order of raw bits of Philox4x64-10, as `numpy.random.Philox` computes them. numpy
+guarantees these bits; its shuffling functions may change between versions.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Ints = NDArray[np.int64]
 
 
 class DataOrder(Section):
-    """How a run orders its data; it keeps that, whatever later versions do, and checkpoints say it.
+    """How a run orders its data. Checkpoints store it, and the run keeps it, whatever later versions use.
 
     Attributes:
-        version: 1 is that of `bd3_scale.data.earlier_order`, 2 that of this module.
-        shuffle_window: W, in sequences; None in version 1, which has none.
+        version: 1 is the order of `bd3_scale.data.earlier_order`, 2 that of this module.
+        shuffle_window: W, in sequences; None in version 1, which has no window.
     """
 
     version: Literal[1, 2] = 2
@@ -44,9 +44,7 @@ EARLIER = DataOrder(version=1)
 
 
 class Sequences(NamedTuple):
-    """Which sequences stand in some slots of a global batch, each int64 [B]: the number of its source, that source's
-    epoch, and the sample's id there.
-    """
+    """The sequences in some slots of a global batch, each int64 [B]: source number, epoch of the source, sample id."""
 
     sources: Ints
     epochs: Ints
@@ -54,7 +52,7 @@ class Sequences(NamedTuple):
 
     @classmethod
     def of_one(cls, epoch: int, ids: Ints) -> Sequences:
-        """Return those of a data set that is the only one."""
+        """Return the sequences of a single data set."""
         return cls(np.zeros_like(ids), np.full_like(ids, epoch), ids)
 
 
@@ -62,24 +60,25 @@ class Order(Protocol):
     """The sequences of some slots of every global batch."""
 
     def at(self, step: int) -> Sequences:
-        """Return those of the batch that follows `step` finished steps."""
+        """Return the sequences of the batch that follows `step` finished steps."""
         ...
 
 
 class InOrder:
-    """Samples as they lie in the shards, an epoch after the other."""
+    """Samples in the order of the shards, without shuffling, epoch after epoch."""
 
     def __init__(self, num_samples: int, global_batch_size: int, slots: Ints) -> None:
         self.steps_per_epoch = num_samples // global_batch_size
         self._global_batch_size, self._slots = global_batch_size, slots
 
     def at(self, step: int) -> Sequences:
+        """Return the sequences of the batch that follows `step` finished steps."""
         epoch, first = divmod(step, self.steps_per_epoch)
         return Sequences.of_one(epoch, first * self._global_batch_size + self._slots)
 
 
 class WindowOrder:
-    """Order 2 of the slots `slots`, int64 [B] that rises; see the module. It keeps a window of each of their nodes."""
+    """Order 2 of the slots `slots`, int64 [B], ascending; see the module. It caches a window of each of their nodes."""
 
     def __init__(
         self, samples_per_shard: Ints, global_batch_size: int, slots: Ints, *, shuffle_window: int, seed: int
@@ -93,13 +92,14 @@ class WindowOrder:
             self._nodes.append((order, bounds[node + 1] - bounds[node], slots[rows] - bounds[node]))
 
     def at(self, step: int) -> Sequences:
+        """Return the sequences of the batch that follows `step` finished steps."""
         epoch, first = divmod(step, self.steps_per_epoch)
         ids = [order.ids(epoch, first * count + own) for order, count, own in self._nodes]
         return Sequences.of_one(epoch, np.concatenate(ids))
 
 
 class NodeOrder:
-    """The order of one canonical node's samples, of which it keeps one window. shuffle_window: None: as they lie."""
+    """The order of one canonical node's samples; one window is cached. shuffle_window: None: no shuffling."""
 
     def __init__(
         self, shard_ends: Ints, global_batch_size: int, node: int, *, shuffle_window: int | None, seed: int
@@ -117,7 +117,7 @@ class NodeOrder:
         self._window: tuple[int, int, Ints] | None = None
 
     def ids(self, epoch: int, places: Ints) -> Ints:
-        """Return the samples at `places`, int64 [B] that rises, of the node's `num_samples` in that epoch."""
+        """Return the samples at `places`, int64 [B], ascending, below `num_samples`, in an epoch."""
         if not self._window_size:
             return self._starts[0] + places
         windows, within = np.divmod(places, self._window_size)
@@ -132,7 +132,7 @@ class NodeOrder:
         return self._window[2]
 
     def before_shuffle(self, epoch: int, window: int) -> Ints:
-        """Return the samples of a window, shard by shard; none behind the last one."""
+        """Return the samples of a window before its shuffle, shard by shard; the last window may be shorter."""
         if self._row is None or self._row[0] != epoch:
             self._row = epoch, *self._shuffled_shards(epoch)
         _, ends, offsets, begin = self._row
@@ -142,8 +142,8 @@ class NodeOrder:
         return places + offsets[np.searchsorted(ends, places, side="right")]
 
     def _shuffled_shards(self, epoch: int) -> tuple[Ints, Ints, int]:
-        """Return, of the node's shards in this epoch's order, where each ends, what its places lack of its samples'
-        ids, and the place that comes first.
+        """Return the node's shards in this epoch's order: the end of each, the difference between its sample ids and
+        their places, and the place of the first sample.
         """
         random = _bits(len(self._starts), self._seed, epoch, self._node, 0, _Purpose.SHARDS)
         order = ranked(random)
@@ -154,13 +154,13 @@ class NodeOrder:
 
 
 def node_slots(global_batch_size: int) -> Ints:
-    """Return the first slot of each canonical node, and behind them the number of slots, int64 [C + 1]."""
+    """Return the first slot of each canonical node, and then the number of slots, int64 [C + 1]."""
     count = min(CANONICAL_NODES, global_batch_size)
     return np.arange(count + 1) * global_batch_size // count
 
 
 def nodes_of(slots: Ints, global_batch_size: int) -> Iterator[tuple[int, slice]]:
-    """Yield the canonical nodes that serve `slots`, int64 [B] that rises, each with its own among them."""
+    """Yield the canonical nodes that serve `slots`, int64 [B], ascending, each with the range of its slots in them."""
     bounds = np.searchsorted(slots, node_slots(global_batch_size))
     for node, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
         if first < last:
@@ -168,13 +168,14 @@ def nodes_of(slots: Ints, global_batch_size: int) -> Iterator[tuple[int, slice]]
 
 
 def window_of_node(shuffle_window: int, global_batch_size: int) -> int:
-    """Return the samples of a window of one canonical node, of `shuffle_window` over all of them."""
+    """Return the window of one canonical node, in samples, from `shuffle_window` over all nodes."""
     return max(1, shuffle_window // min(CANONICAL_NODES, global_batch_size))
 
 
 class _Purpose(IntEnum):
-    """Last counter word, none of those of `bd3_scale.diffusion.noise`. The numbers are part of every run's order: add,
-    never renumber.
+    """The last counter word of each use, distinct from those of `bd3_scale.diffusion.noise`.
+
+    The numbers are part of every run's order: add new ones, never renumber.
     """
 
     SHARDS = 1 << 32
@@ -183,10 +184,10 @@ class _Purpose(IntEnum):
 
 
 def ranked(random: NDArray[np.uint64]) -> Ints:
-    """Return the stable order of numbers: where no two are equal every sort finds it, and the default one sooner."""
+    """Return the stable order of numbers. Without equal numbers every sort finds it; the default sort is faster."""
     order = random.argsort()
-    found = random[order]
-    return random.argsort(kind="stable") if (found[1:] == found[:-1]).any() else order
+    in_order = random[order]
+    return random.argsort(kind="stable") if (in_order[1:] == in_order[:-1]).any() else order
 
 
 def _bits(count: int, seed: int, epoch: int, node: int, window: int, purpose: _Purpose) -> NDArray[np.uint64]:

@@ -1,4 +1,4 @@
-"""Whether a model was trained on a document: the hashes of all documents lie beside the prepared data."""
+"""Tell whether a model was trained on a document, by hashes of all documents that are stored with the prepared data."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from numpy.typing import NDArray
 
 from bd3_scale.data.manifest import SplitName
 
-# All that `str.split` takes for white space, but for the space itself.
+# All characters that `str.split` takes for white space, except the space.
 _SPACES = (
     "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
 )
-# Of memory, while files of hashes are merged.
+# The memory that merging files of hashes may use.
 MERGE_BYTES = 1 << 29
 
 
 def document_hash(text: str) -> int:
-    """64 bits of BLAKE2b over the text, whatever its white space."""
+    """Return 64 bits of BLAKE2b over a text; runs of white space count as one space."""
     return int.from_bytes(hashlib.blake2b(evenly_spaced(text).encode(), digest_size=8).digest(), "little")
 
 
 def evenly_spaced(text: str) -> str:
-    """Return `" ".join(text.split())`, in less than half the time: not every word becomes a string of its own."""
+    """Return `" ".join(text.split())`, in less than half the time: it does not make a string of every word."""
     for space in _SPACES:
         text = text.replace(space, " ")
     return " ".join(piece for pieces in text.split("  ") if (piece := pieces.strip(" ")))
 
 
 def hashes_file(split: SplitName) -> str:
-    """Name of the file in the folder of prepared data."""
+    """Return the name of the file in the folder of prepared data."""
     return f"{split}-documents.u64"
 
 
@@ -43,9 +43,9 @@ def write_hashes(folder: Path, split: SplitName, hashes: Iterable[int]) -> None:
 
 
 def merge_hashes(folders: Sequence[Path], out: Path, split: SplitName) -> None:
-    """Write the hashes of a split that lie in `folders` into one such file of `out`, a range of values at a time."""
+    """Merge the files of hashes of a split in `folders` into one in `out`, a range of values at a time."""
     files = [path for folder in folders if (path := folder / hashes_file(split)).is_file()]
-    # Hashes are spread evenly, so that a range of values is a share of the files.
+    # Hashes are uniformly distributed, so equal ranges of values need about equal memory.
     num_ranges = 2 * sum(path.stat().st_size for path in files) // MERGE_BYTES + 1
     starts = [0] * len(files)
     with (out / hashes_file(split)).open("wb") as merged:
@@ -66,13 +66,13 @@ def merge_hashes(folders: Sequence[Path], out: Path, split: SplitName) -> None:
 
 
 def read_hashes(folder: Path, split: SplitName) -> NDArray[np.uint64] | None:
-    """Return the hashes of a split; None: data prepared elsewhere, or before hashes were kept."""
+    """Return the hashes of a split, or None for data that were prepared before hashes were stored."""
     path = folder / hashes_file(split)
     return _mapped(path) if path.is_file() else None
 
 
 def count_known(known: NDArray[np.uint64], found: NDArray[np.uint64]) -> int:
-    """Return how many of the documents of hashes `found` are among those of hashes `known`, which are sorted."""
+    """Return how many of the hashes `found` are among the sorted hashes `known`."""
     places = np.searchsorted(known, found)
     inside = places < len(known)
     return int((known[places[inside]] == found[inside]).sum())

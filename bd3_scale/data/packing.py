@@ -1,4 +1,4 @@
-"""Documents into sequences of one length."""
+"""Pack documents into sequences of equal length."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 
 Span = tuple[int, int]
 Packing = Literal["concatenate", "best-fit"]
-# What best-fit packs at once, of one split: 64 MB of tokens at the most, and some hundred bytes a document besides.
+# What best-fit packs at once: at most 64 MB of tokens and some hundred bytes for each document.
 RUN_PIECES = 1 << 16
 RUN_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Token ids [L], and the pieces of documents they consist of, in order.
+    """Token ids [L], and the pieces of documents in the sequence, in order.
 
-    Piece i has `document_lengths[i]` tokens (int32, they sum to L), of which the first `counted_lengths[i]` count for
-    perplexity: the text and the first end of document, but not the ends of document that pad behind it. Of all these,
-    the tokens from `shown[r, 0]` up to `shown[r, 1]` of each run r (int32 [R, 2], in order, R ≥ 1) are shown: never
-    masked, trained on or counted.
+    Piece i has `document_lengths[i]` tokens (int32, their sum is L). The first `counted_lengths[i]` of them count for
+    perplexity: the text and the first EOS, but not the EOS that pad the document. Independent of the pieces, the tokens
+    from `shown[r, 0]` up to `shown[r, 1]` of each run r (int32 [R, 2], in order, R ≥ 1) are shown: never masked,
+    trained on or counted.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -34,12 +34,12 @@ class PackedSequence:
 
     @property
     def num_shown(self) -> int:
-        """Tokens that are shown."""
+        """Return the number of shown tokens."""
         return int((self.shown[:, 1] - self.shown[:, 0]).sum())
 
     @property
     def num_counted(self) -> int:
-        """Tokens that count for perplexity."""
+        """Return the number of tokens that count for perplexity."""
         if not self.num_shown:
             return int(self.counted_lengths.sum())
         starts = np.cumsum(self.document_lengths) - self.document_lengths
@@ -52,7 +52,7 @@ class PackedSequence:
 
 
 class _Piece(NamedTuple):
-    """Of one document: its tokens, how many of them count, and runs of them that are shown."""
+    """A piece of one document: its tokens, how many of them count, and its runs of shown tokens."""
 
     tokens: NDArray[np.unsignedinteger]
     num_counted: int
@@ -62,9 +62,9 @@ class _Piece(NamedTuple):
 class Packer:
     """Fills sequences of `seq_len` tokens with documents, one after the other and in order.
 
-    Each document is ended by EOS and padded with EOS to a multiple of `document_multiple`; it is cut only where a
-    sequence ends. `seq_len` is a multiple of `document_multiple`, so the length of every piece is one, too. What fills
-    a sequence behind its last document does not count; with `shows_filling` it is not trained on, either.
+    Each document ends with EOS and is padded with EOS to a multiple of `document_multiple`. It is cut only at the end
+    of a sequence. `seq_len` is a multiple of `document_multiple`, so the length of every piece is one, too. What fills
+    a sequence after its last document does not count; with `shows_filling` it is not trained on, either.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Packer:
         self._document_multiple, self._eos_id, self._dtype = document_multiple, eos_id, dtype
         self._shows_filling = shows_filling
         self._pieces: list[_Piece] = []
-        # Tokens of documents that no sequence has yet.
+        # Tokens of documents that are not in a complete sequence yet.
         self.num_pending = 0
 
     def add(
@@ -91,9 +91,9 @@ class Packer:
         *,
         trains_end: bool = True,
     ) -> Iterator[PackedSequence]:
-        """Append a document, given without its EOS; yields the sequences that it completes.
+        """Append a document, given without its EOS; yield the sequences that it completes.
 
-        shown: runs of its tokens that are shown, in order. trains_end: its end and what pads it are trained on; else
+        shown: runs of its tokens that are shown, in order. trains_end: train on its EOS and its padding; otherwise
         they are shown, too.
         """
         for piece in self._cut(ids, shown, trains_end, self.seq_len - self.num_pending):
@@ -103,7 +103,7 @@ class Packer:
                 yield from self.fill()
 
     def fill(self) -> Iterator[PackedSequence]:
-        """Complete what is pending, if anything is, with pieces of EOS of which nothing counts."""
+        """Complete the pending sequence, if there is one, with EOS that do not count, and yield it."""
         if self._pieces:
             yield self._sequence(self._pieces)
             self._pieces, self.num_pending = [], 0
@@ -111,7 +111,7 @@ class Packer:
     def _cut(
         self, ids: Sequence[int] | NDArray[np.unsignedinteger], shown: Sequence[Span], trains_end: bool, first: int
     ) -> Iterator[_Piece]:
-        """Yield a document's pieces: of `first` tokens, of `seq_len` each, and what is left."""
+        """Yield a document's pieces: one of `first` tokens, then pieces of `seq_len`, then the rest."""
         num_counted = len(ids) + 1
         num_padded = -(-num_counted // self._document_multiple) * self._document_multiple
         document = np.full(num_padded, self._eos_id, self._dtype)
@@ -136,7 +136,7 @@ class Packer:
         if start < self.seq_len:
             lengths, counted = [*lengths, self.seq_len - start], [*counted, 0]
             shown += [(start, self.seq_len)] * self._shows_filling
-        # One that is empty where there is none: MDS holds no array without elements.
+        # An empty run if there is none: MDS cannot store an array without elements.
         runs = np.array(shown or [(0, 0)], np.int32)
         return PackedSequence(tokens, np.array(lengths, np.int32), np.array(counted, np.int32), runs)
 
@@ -144,9 +144,9 @@ class Packer:
 class BestFitPacker(Packer):
     """Fills sequences so that no document is cut that fits into one (Ding et al., 2024, arXiv 2404.10830).
 
-    A longer document gives whole sequences, and what is left of it is packed like a document. Documents are packed in
-    runs of `RUN_PIECES` or `RUN_TOKENS`, which depend on nothing but their order. In a run the sequences, and what each
-    consists of, stand in the order of the documents: the first sequences of many are like the rest.
+    A longer document fills whole sequences, and its rest is packed like a document. Documents are packed in runs of
+    `RUN_PIECES` or `RUN_TOKENS`, which depend on the order of the documents alone. Within a run, sequences and the
+    pieces in them keep the order of the documents, so that the first sequences of a run are like the rest.
     """
 
     def add(
@@ -156,7 +156,7 @@ class BestFitPacker(Packer):
         *,
         trains_end: bool = True,
     ) -> Iterator[PackedSequence]:
-        """Append a document as `Packer.add`; where it completes a run, yields its sequences."""
+        """Append a document as `Packer.add`; yield the sequences of a run when it is complete."""
         for piece in self._cut(ids, shown, trains_end, self.seq_len):
             self._pieces.append(piece)
             self.num_pending += len(piece.tokens)
@@ -164,7 +164,7 @@ class BestFitPacker(Packer):
             yield from self.fill()
 
     def fill(self) -> Iterator[PackedSequence]:
-        """Pack what is pending, and complete sequences as `Packer.fill`."""
+        """Pack the pending documents, complete their sequences as `Packer.fill`, and yield them."""
         multiple = self._document_multiple
         sizes = [len(piece.tokens) // multiple for piece in self._pieces]
         for items in best_fit(sizes, self.seq_len // multiple):
@@ -173,14 +173,14 @@ class BestFitPacker(Packer):
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return bins of items by number, both in order: by best-fit decreasing, into bins of `capacity`.
+    """Pack items of `sizes` into bins of `capacity` by best-fit decreasing; return the items of each bin, by number.
 
-    The largest item that is left goes where the least room remains behind it, and into a new bin where it fits nowhere.
-    sizes: from 1 to `capacity`.
+    The largest remaining item goes into the fullest bin that has room for it, or into a new bin. Bins and items in them
+    are sorted. sizes: from 1 to `capacity`.
     """
     bins: list[list[int]] = []
     bins_by_room: defaultdict[int, list[int]] = defaultdict(list)
-    # Bit r: there is a bin with just this room, so that the lowest bit from a size up is the best fit.
+    # Bit r is set if a bin has exactly r left, so the lowest set bit from `size` up is the best fit, in O(1).
     rooms = 0
     for item in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         size = sizes[item]

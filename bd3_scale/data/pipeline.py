@@ -1,4 +1,4 @@
-"""Batches that the first stage of a pipeline reads, on all of its stages: the later ones read no shard."""
+"""Send the batches that the first stage of a pipeline reads to its other stages, which read no shard."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ class _Kind(IntEnum):
 
 
 class PipelineBatches:
-    """Passes batches on, in messages that the host sends while the device computes.
+    """Sends batches as host messages, while the device computes.
 
-    group: of gloo, of a pipeline's stages in their order, for this alone; None: there is one stage. All stages ask for
-    the same batches in the same order: a message says nothing of what it belongs to.
+    group: a gloo group of the stages of a pipeline, in their order, used for nothing else; None: there is one stage.
+    All stages must ask for the same batches in the same order, because a message does not say which batch it is.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
-        # With what they send, which must live as long.
+        # The sends under way, with their tensors: these must live until the send is complete.
         self._under_way: list[tuple[dist.Work, Tensor]] = []
 
     @property
     def reads(self) -> bool:
-        """Return whether this rank is of the first stage."""
+        """Return whether this rank belongs to the first stage, which reads the batches."""
         return self._group is None or self._group.rank() == 0
 
     def shared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the first stage's `batches` on every stage; those of later ones are left alone.
+        """Yield the first stage's `batches` on every stage; the iterators of later stages are not used.
 
-        The first stage does not wait until a batch has come, unless it has the next one and the later ones still lack
-        this one. What its `batches` raise is raised on every stage: ValueError and OSError as they are, RuntimeError
-        for others, StopRequestedError where a signal ends its wait. ConnectionError: another stage is gone.
+        The first stage sends without waiting, but waits for the last batch to arrive before it sends the next. Errors
+        of its `batches` are raised on every stage: ValueError and OSError as they are, RuntimeError for others,
+        StopRequestedError if a signal ended its wait. ConnectionError: another stage is gone.
         """
         if self._group is None:
             return batches
@@ -61,8 +61,8 @@ class PipelineBatches:
                 self._send(_Kind.STOP, (0, 0), np.empty(0, np.uint8))
                 raise
             except Exception as error:
-                self._send(_Kind.ERROR, (1, 0), np.frombuffer(_told(error), np.uint8).copy())
-                # This rank is about to end, and its connections with it.
+                self._send(_Kind.ERROR, (1, 0), np.frombuffer(_encoded(error), np.uint8).copy())
+                # After the error this rank ends and closes its connections: the message must arrive before.
                 self._wait()
                 raise
             if batch is None:
@@ -81,9 +81,9 @@ class PipelineBatches:
                 raise StopRequestedError
             content = self._receive(torch.empty(size, dtype=torch.uint8)).numpy()
             if kind == _Kind.ERROR:
-                told = json.loads(content.tobytes())
-                raise_error_of(told)
-                raise RuntimeError(told["failed"])
+                message = json.loads(content.tobytes())
+                raise_error_of(message)
+                raise RuntimeError(message["failed"])
             yield Batch.from_bytes(content, *shape)
 
     def _send(self, kind: _Kind, shape: tuple[int, int], content: NDArray[np.uint8]) -> None:
@@ -91,7 +91,7 @@ class PipelineBatches:
         self._wait()
         parts = [torch.tensor([kind, len(content), *shape])]
         parts += [torch.from_numpy(content)] if len(content) else []
-        with _others_are_there():
+        with _peer_loss_as_connection_error():
             for part in parts:
                 for stage in range(1, self._group.size()):
                     work = dist.isend(part, group=self._group, group_dst=stage)
@@ -99,25 +99,25 @@ class PipelineBatches:
                     self._under_way.append((work, part))
 
     def _wait(self) -> None:
-        with _others_are_there():
+        with _peer_loss_as_connection_error():
             for work, _ in self._under_way:
                 work.wait()
         self._under_way.clear()
 
     def _receive(self, into: Tensor) -> Tensor:
-        with _others_are_there():
+        with _peer_loss_as_connection_error():
             dist.recv(into, group=self._group, group_src=0)
         return into
 
 
-def _told(error: Exception) -> bytes:
+def _encoded(error: Exception) -> bytes:
     if isinstance(error, (ValueError, OSError)):
         return json.dumps(outcome_of_error(error)).encode()
     return json.dumps({"failed": f"the first stage of this pipeline read no batch: {error!r}"}).encode()
 
 
 @contextmanager
-def _others_are_there() -> Iterator[None]:
+def _peer_loss_as_connection_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

@@ -17,7 +17,7 @@ from bd3_scale.data.chat import ASSISTANT, ChatTemplate
 from bd3_scale.data.encode import Encoder
 from bd3_scale.data.fields import field_value
 from bd3_scale.data.imported import Kind, TokenEncoder, TokenReader
-from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, differing, load_manifest, parse_manifest
+from bd3_scale.data.manifest import MANIFEST_FILE, Manifest, Source, differences_of, load_manifest, parse_manifest
 from bd3_scale.data.merge import EmptySplitError, merge
 from bd3_scale.data.packing import Packing
 from bd3_scale.data.prompts import check_messages
@@ -176,7 +176,7 @@ class Preparation:
         if not (self.folder / PLAN_FILE).exists():
             return None
         plan = read_plan(self.folder / PLAN_FILE)
-        differences = differing(plan.asked, asked)
+        differences = differences_of(plan.asked, asked)
         if plan.chat_template != chat_template:
             differences.append("the chat template is another")
         if differences:
@@ -239,7 +239,7 @@ def _check_new(out: Path, asked: Manifest) -> None:
     file = out / MANIFEST_FILE
     if not file.is_file():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
-    differences = differing(parse_manifest(file, read_regular(file)), asked)
+    differences = differences_of(parse_manifest(file, read_regular(file)), asked)
     if not differences:
         raise FileExistsError(
             f"{out} holds these data already, prepared in the same way from files of the same names and sizes; remove "

@@ -1,4 +1,4 @@
-"""Patience with a remote that is away: some failures pass and are tried again, others a person must mend at once."""
+"""Retry reads of remote storage: some failures pass with time, others need a person and are raised at once."""
 
 from __future__ import annotations
 
@@ -27,46 +27,50 @@ T = TypeVar("T")
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 TELL_SECONDS = 60.0
-# What comes cut or changed so many times lies there like that.
-TRIES_OF_DAMAGED = 3
+# A file that arrives damaged so often is damaged at its source.
+MAX_DAMAGED_TRIES = 3
 
 _NOT_FOUND, _DENIED = {404, 410}, {401, 403}
-# Of S3, which says 400 with some of them.
+# Error codes of S3, some of which come with status 400.
 _DENIED_CODES = {"AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
-# Of a client that cannot begin, or has no credentials that it could show: botocore, google-auth, Azure, OCI, paramiko.
-_OWN_FAULTS = {
+# Errors of clients without valid settings or credentials: botocore, google-auth, Azure, OCI, paramiko.
+_CLIENT_ERRORS = {
     *("ConfigNotFound", "InvalidConfigError", "InvalidRegionError", "NoCredentialsError", "NoRegionError"),
     *("ParamValidationError", "PartialCredentialsError", "ProfileNotFound", "UnsupportedSignatureVersionError"),
     *("DefaultCredentialsError", "ClientAuthenticationError", "ConfigFileNotFound", "InvalidConfig"),
     *("AuthenticationException", "BadHostKeyException"),
 }
-_LOCAL_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EISDIR, errno.ENOTDIR}
+_LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EISDIR, errno.ENOTDIR}
 
 
 class DamagedError(ValueError):
-    """What came is not what the index or its format say."""
+    """What was read does not match its index or its format."""
 
 
-class _Shared:
-    """Times of one outage, in seconds of the monotonic clock, 0 for none: a rank shares them with the loader workers
-    that it forks, so that they give up together and one of them tells.
+class _Outage:
+    """Times of an outage, in seconds of the monotonic clock, 0 for none.
+
+    They lie in memory that a rank shares with the loader workers that it forks: so all give up together, and only one
+    of them prints.
     """
 
     def __init__(self) -> None:
         self._times = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.float64)
 
-    def failed(self) -> None:
+    def start(self) -> None:
+        """Note a failure; the first one starts the outage."""
         self._times[0] = self._times[0] or time.monotonic()
 
-    def came(self) -> None:
+    def end(self) -> None:
+        """Note a success."""
         self._times[:2] = 0
 
     def seconds(self) -> float:
-        """Return for how long nothing has come."""
+        """Return how long the outage has lasted."""
         return time.monotonic() - self._times[0] if self._times[0] else 0.0
 
-    def is_to_be_told(self) -> bool:
-        """Return whether nobody has told for a while; whoever asks then tells."""
+    def take_message_turn(self) -> bool:
+        """Return whether the caller is to print a message: none was printed for `TELL_SECONDS`."""
         now = time.monotonic()
         if self._times[1] and now - self._times[1] < TELL_SECONDS:
             return False
@@ -74,62 +78,63 @@ class _Shared:
         return True
 
 
-_AWAY = _Shared()
+_OUTAGE = _Outage()
 
 
-def patiently(action: Callable[[], T], place: str, minutes: float) -> T:
-    """Return what `action` does, which reads `place` of a remote; where it fails, again with growing pauses.
+def with_retries(action: Callable[[], T], place: str, minutes: float) -> T:
+    """Return the result of `action`, which reads `place` of a remote; retry failures with growing pauses.
 
-    minutes: for which nothing may come. The first failure is told, and then the outage once a minute, in one line.
+    minutes: how long nothing may come. The first failure is printed, and then the outage once a minute, in one line.
 
     Raises:
-        FileNotFoundError, PermissionError, ValueError, at once: the store does not have it or does not give it, the
-        client cannot begin, or what comes is damaged, `TRIES_OF_DAMAGED` times. ConnectionError: nothing came.
+        FileNotFoundError, PermissionError, ValueError: at once if the store does not have or does not give the file,
+            or the client cannot start; after `MAX_DAMAGED_TRIES` if the content is damaged.
+        ConnectionError: nothing came in time.
     """
     damaged = 0
 
-    def may_pass(error: BaseException) -> bool:
+    def is_transient(error: BaseException) -> bool:
         nonlocal damaged
         damaged += isinstance(error, DamagedError)
-        return isinstance(error, Exception) and damaged < TRIES_OF_DAMAGED and what_to_mend(error, place) is None
+        return isinstance(error, Exception) and damaged < MAX_DAMAGED_TRIES and permanent_error(error, place) is None
 
-    def failed(state: RetryCallState) -> None:
-        _AWAY.failed()
+    def report(state: RetryCallState) -> None:
+        _OUTAGE.start()
         assert state.outcome is not None
-        if _AWAY.is_to_be_told():
-            left = max(0.0, 60 * minutes - _AWAY.seconds())
+        if _OUTAGE.take_message_turn():
+            left = max(0.0, 60 * minutes - _OUTAGE.seconds())
             tell(
-                f"waiting for data: {place} ({_said(state.outcome.exception())}); nothing has come for "
-                f"{_AWAY.seconds():.0f} s, tried again for {left / 60:.0f} more minutes (data.retry_minutes)"
+                f"waiting for data: {place} ({_message(state.outcome.exception())}); nothing has come for "
+                f"{_OUTAGE.seconds():.0f} s, retrying for {left / 60:.0f} more minutes (data.retry_minutes)"
             )
 
     retrying = Retrying(
-        retry=retry_if_exception(may_pass),
+        retry=retry_if_exception(is_transient),
         wait=wait_exponential(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS) + wait_random(0, FIRST_PAUSE_SECONDS),
-        stop=lambda state: stop_after_delay(60 * minutes)(state) or _AWAY.seconds() > 60 * minutes,
-        before_sleep=failed,
+        stop=lambda state: stop_after_delay(60 * minutes)(state) or _OUTAGE.seconds() > 60 * minutes,
+        before_sleep=report,
         reraise=True,
     )
     try:
-        found = retrying(action)
+        result = retrying(action)
     except Exception as error:
         if isinstance(error, DamagedError):
             raise
-        if told := what_to_mend(error, place):
-            raise told from error
+        if permanent := permanent_error(error, place):
+            raise permanent from error
         raise ConnectionError(
-            f"{place} has not come for {minutes:g} minutes (data.retry_minutes): {_said(error)}; start the "
-            f"command again once it is there; a run goes on from its last checkpoint"
+            f"{place} has not come for {minutes:g} minutes (data.retry_minutes): {_message(error)}; repeat the "
+            f"command when it is available; a run continues from its last checkpoint"
         ) from error
-    _AWAY.came()
-    return found
+    _OUTAGE.end()
+    return result
 
 
 def fetch(place: str, local: Path, parse: Callable[[bytes], T], limit: int, minutes: float, downloader: Any) -> T:
-    """Return `parse` of the content of `place`, in a remote, which is left in `local`; see `patiently`.
+    """Return `parse` of the content of `place` on a remote, which is also saved as `local`; see `with_retries`.
 
-    `parse` raises ValueError where the content is damaged; one of more than `limit` bytes is. downloader: streaming's,
-    for that remote.
+    `parse` raises ValueError if the content is damaged; content above `limit` bytes counts as damaged, too.
+    downloader: streaming's downloader for that remote.
     """
 
     def once() -> T:
@@ -139,70 +144,70 @@ def fetch(place: str, local: Path, parse: Callable[[bytes], T], limit: int, minu
         except BaseException:
             downloader.clean_up()
             raise
-        check_came(place, local)
+        check_downloaded(place, local)
         try:
             return parse(read_regular(local, limit))
         except (ValueError, RecursionError) as error:
             raise DamagedError(f"{place} is damaged: {in_one_line(error)}") from error
 
-    return patiently(once, place, minutes)
+    return with_retries(once, place, minutes)
 
 
-def check_came(place: str, local: Path) -> None:
-    """Raise ConnectionError if a download of `place` has left nothing: streaming's of Google's S3 hides errors."""
+def check_downloaded(place: str, local: Path) -> None:
+    """Raise ConnectionError if a download left no file: streaming's client for Google Storage hides its errors."""
     if not local.exists():
         raise ConnectionError(f"{place} was not answered")
 
 
-def what_to_mend(error: BaseException, place: str) -> OSError | ValueError | None:
-    """Return what a person must mend before `place` can come, or None where another try may help.
+def permanent_error(error: BaseException, place: str) -> OSError | ValueError | None:
+    """Return the error for a person if a retry of `place` cannot help, or None if it may.
 
-    error: as streaming, the clients that it calls, or a file system raise it.
+    error: as raised by streaming, by the clients that it calls, or by a file system.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
     status, code = _answer(error)
-    if "LocalEntryNotFoundError" in names:  # of the Hugging Face hub: it did not answer
+    if "LocalEntryNotFoundError" in names:  # the Hugging Face hub did not answer
         return None
     if status in _NOT_FOUND or (status is None and isinstance(error, FileNotFoundError)):
         return FileNotFoundError(
-            f"{place} is not there{_told(status)}: put it back, or correct data.remote; a store may say this of what "
-            f"these credentials may not list"
+            f"{place} is not there{_status(status)}: put it back, or correct data.remote; a store may also say so "
+            f"if these credentials may not list the folder"
         )
     if status in _DENIED or code in _DENIED_CODES or isinstance(error, PermissionError):
         return PermissionError(
-            f"{place} may not be read{_told(status)}: it is not there, or credentials are wrong, expired or without "
-            f"that right"
+            f"{place} may not be read{_status(status)}: it is not there, or the credentials are wrong, expired or lack "
+            f"the permission"
         )
-    if isinstance(error, RecursionError):  # streaming calls itself where S3 answers 400
+    if isinstance(error, RecursionError):  # streaming calls itself without end if S3 answers 400
         return ValueError(f"{place} is refused (400): check credentials, region and S3_ENDPOINT_URL")
-    if isinstance(error, OSError) and error.errno in _LOCAL_FAULTS:
+    if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
         return error
-    # Streaming's and botocore's words about a remote or an endpoint that is none, or a library that is missing.
-    if names & _OWN_FAULTS or type(error) in (ValueError, ImportError, ModuleNotFoundError):
+    # Streaming and botocore raise these exact classes for an invalid remote or endpoint, and for a missing library.
+    if names & _CLIENT_ERRORS or type(error) in (ValueError, ImportError, ModuleNotFoundError):
         return ValueError(
-            f"{place} cannot be read: {_said(error)}; correct data.remote, or credentials and their files"
+            f"{place} cannot be read: {_message(error)}; correct data.remote, or the credentials and their files"
         )
     return None
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """Return the HTTP status that a store has answered with, and its name of the error, where the client says them."""
+    """Return the HTTP status of a store's answer and its error code, if the client reports them."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status if isinstance(status, int) else None, str(response.get("Error", {}).get("Code", ""))
     # requests, Azure, OCI, Google
-    found = (
+    statuses = (
         getattr(response, "status_code", None),
         *(getattr(error, n, None) for n in ("status_code", "status", "code")),
     )
-    return next((int(value) for value in found if isinstance(value, int)), None), ""
+    return next((int(value) for value in statuses if isinstance(value, int)), None), ""
 
 
-def _told(status: int | None) -> str:
+def _status(status: int | None) -> str:
     return "" if status is None else f" ({status})"
 
 
-def _said(error: BaseException | None) -> str:
+def _message(error: BaseException | None) -> str:
     assert error is not None
     return in_one_line(error)

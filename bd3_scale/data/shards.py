@@ -56,7 +56,7 @@ class Shards:
 
     A shard is fetched, unpacked and compared with its hash when a process first touches it; one that was damaged since
     it was unpacked is unpacked anew. ValueError if it is not what the index says even then. A remote that is away is
-    asked again for `retry_minutes`, see `patiently`. Collective over all ranks at construction, see `ShardFiles`.
+    asked again for `retry_minutes`, see `with_retries`. Collective over all ranks at construction, see `ShardFiles`.
 
     samples_per_shard: int64 [number of shards].
     """
@@ -136,7 +136,7 @@ class Shards:
         if damaged():
             file = self.files.unpacked(shard)
             _LOG.warning("%s does not match its hash in %s and is unpacked anew", file, INDEX_FILE)
-            self.files.prepare_anew(shard, damaged)
+            self.files.repair(shard, damaged)
             if damaged():
                 raise ValueError(f"{file} is damaged: it does not match its hash in {INDEX_FILE}; copy the data again")
 

@@ -39,7 +39,7 @@ class StoredData:
     `retry_minutes` where it is away.
 
     Raises FileNotFoundError for what is missing, ValueError for what is damaged, each with the file; of an object store
-    OSError as `patiently` does.
+    OSError as `with_retries` does.
     """
 
     place: str
@@ -229,7 +229,7 @@ def read_stored(place: str, limit: int, store: Store | None = None, checked: Cal
     """Return the bytes of a file of prepared data, of at most `limit`, which `checked` returns if they are not damaged.
 
     store: in which `place` lies; None: in a folder. Raises FileNotFoundError: it is missing. ValueError: it is larger,
-    damaged, or no file. Of a store OSError as `patiently` does.
+    damaged, or no file. Of a store OSError as `with_retries` does.
     """
     if store is None:
         try:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bd3_scale.data.ahead import fetched_ahead
 from bd3_scale.data.batch import Batch, collate
 from bd3_scale.data.cache import default_window
 from bd3_scale.data.earlier_order import EarlierOrder
@@ -20,6 +19,7 @@ from bd3_scale.data.loader import Workers
 from bd3_scale.data.manifest import Manifest, SplitName
 from bd3_scale.data.mixture import MixtureOrder, source_key
 from bd3_scale.data.order import DataOrder, InOrder, Ints, Order, Sequences, WindowOrder
+from bd3_scale.data.prefetch import prefetch_shards
 from bd3_scale.data.shards import Shards, open_shards
 from bd3_scale.recipe.schema import DataRecipe
 
@@ -133,7 +133,7 @@ class _Steps:
         shards = list(self.shards.values())
         keys = np.array([source_key(name) for name in self.shards])
         coming = map(self.order.at, itertools.count(self.step + worker, num_workers))
-        for found in fetched_ahead(shards, coming, len(self.slots)):
+        for found in prefetch_shards(shards, coming, len(self.slots)):
             samples = [shards[source][sample] for source, sample in zip(found.sources, found.ids.tolist(), strict=True)]
             how = {"epochs": found.epochs, "source_keys": keys[found.sources]}
             yield collate(samples, found.ids, self.slots, self.isolate_documents, **how)

@@ -37,7 +37,7 @@ def show(found: Forecast, tokens: float | None) -> None:
         f"{checkpoint['blocked_seconds']:.1f} s of training for the copy, {checkpoint['seconds']:,.0f} s to write"
     )
     if (cache := found.node_cache) is not None:
-        say(f"data: {cache.told(found.shuffle_window)} of {' and of '.join(found.recipe.data.remotes)}\n")
+        say(f"data: {cache.describe(found.shuffle_window)} of {' and of '.join(found.recipe.data.remotes)}\n")
     _losses(found)
     console.print(_parts_table(found), _messages_table(found))
     waits = sum(found.waits.values())

@@ -21,7 +21,7 @@ from bd3_scale.data.manifest import (
     bos_option,
     check_tokenizer,
     data_hash,
-    differing,
+    differences_of,
     earlier_data_hash,
     parse_manifest,
 )
@@ -243,7 +243,7 @@ def _data_differences(recorded: Path, known_hash: str, data: Manifest) -> list[s
         old = parse_manifest(recorded, read_regular(recorded))
     except (ValueError, OSError):  # the manifest only helps to explain
         return []
-    return differing(old, data) if known_hash in (data_hash(old), earlier_data_hash(old)) else []
+    return differences_of(old, data) if known_hash in (data_hash(old), earlier_data_hash(old)) else []
 
 
 def changed_values(written: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Any, Any]]:

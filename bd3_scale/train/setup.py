@@ -176,7 +176,7 @@ def resolve_order(run: Run, kept: DataOrder | None) -> DataOrder:
         if data.cache_limit is not None:
             cache.check(data.cache_limit, order.shuffle_window, may_change=kept is None)
         if dist.get_rank() == 0:
-            tell(f"data: {cache.told(order.shuffle_window)} of {recipe.remote}")
+            tell(f"data: {cache.describe(order.shuffle_window)} of {recipe.remote}")
     return order
 
 

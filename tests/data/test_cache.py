@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bd3_scale.data.cache import DEFAULT_WINDOW, LEAST_DEFAULT, NodeCache, ShardSizes, bytes_of, default_window
+from bd3_scale.data.cache import DEFAULT_WINDOW, MIN_DEFAULT_WINDOW, NodeCache, ShardSizes, bytes_of, default_window
 from bd3_scale.data.order import node_slots
 
 GB = 2**30
@@ -49,9 +49,9 @@ def test_the_window_that_fits_is_the_largest(limit, nodes):
 @given(LIMITS, st.integers(1, 2048), st.integers(1, 64))
 def test_the_default_fits_on_more_machines_than_one_if_it_fits_there(limit, batch, machines):
     window = default_window(SIZES, limit, batch)
-    assert LEAST_DEFAULT <= window <= DEFAULT_WINDOW
+    assert MIN_DEFAULT_WINDOW <= window <= DEFAULT_WINDOW
     alone = NodeCache(SIZES, batch, len(node_slots(batch)) - 1)
-    if alone.needed(LEAST_DEFAULT) <= bytes_of(limit):
+    if alone.needed(MIN_DEFAULT_WINDOW) <= bytes_of(limit):
         assert alone.needed(window) <= bytes_of(limit)
     share = -(-alone.canonical_nodes // machines)
     assert NodeCache(SIZES, batch, share).needed(window) <= alone.needed(window)

@@ -39,7 +39,7 @@ def store(server: s3.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Stor
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(remote, "_AWAY", remote._Shared())
+    monkeypatch.setattr(remote, "_OUTAGE", remote._Outage())
     server.gets.clear()
     server.faults = 0
     yield server
@@ -102,7 +102,7 @@ def test_what_ends_a_wait_is_not_tried_again() -> None:
         raise StopRequestedError
 
     with pytest.raises(StopRequestedError):
-        remote.patiently(asked_to_stop, "s3://corpus/data", 0.05)
+        remote.with_retries(asked_to_stop, "s3://corpus/data", 0.05)
     assert len(tries) == 1
 
 
@@ -116,7 +116,7 @@ def test_what_is_looked_at_is_asked_for_again(store: s3.Store, prepared: Path, t
     store.fail("truncated", times=2)
     assert list(problems(there)) == []
     assert store.faults == 5
-    store.fail("truncated", times=remote.TRIES_OF_DAMAGED)
+    store.fail("truncated", times=remote.MAX_DAMAGED_TRIES)
     (told,) = problems(there)
     assert told.startswith("s3://corpus/data/train/shard.00000.mds.zstd is damaged: it has ")
     store.fail("cut")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bd3_scale.data import split_writer
-from bd3_scale.data.cache import LEAST_DEFAULT
+from bd3_scale.data.cache import MIN_DEFAULT_WINDOW
 from bd3_scale.data.order import WindowOrder
 from bd3_scale.data.prepare import prepare
 from bd3_scale.data.tokenizer import load_tokenizer
@@ -46,7 +46,9 @@ def order_of(run, step):
 def test_a_run_keeps_its_order(place):
     shards = json.loads((place / "data/train/index.json").read_text())["shards"]
     counts = np.array([shard["samples"] for shard in shards])
-    orders = [WindowOrder(counts, 8, np.arange(8), shuffle_window=window, seed=1) for window in (64, LEAST_DEFAULT)]
+    orders = [
+        WindowOrder(counts, 8, np.arange(8), shuffle_window=window, seed=1) for window in (64, MIN_DEFAULT_WINDOW)
+    ]
     assert orders[0].at(4).ids.tolist() != orders[1].at(4).ids.tolist()
     train(place, "whole", "data.shuffle_window=64")
     train(place, "parts", "data.shuffle_window=64", "train.steps=3")

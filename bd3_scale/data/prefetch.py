@@ -1,4 +1,4 @@
-"""Fetching the shards of batches to come while the ones before them are made."""
+"""Prefetch the shards of later batches from remote storage while earlier batches are made."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from numpy.typing import NDArray
 from bd3_scale.data.order import Sequences
 from bd3_scale.data.shards import Shards
 
-# Of one loader worker; known ids are half a megabyte.
-AHEAD_SEQUENCES = 1 << 16
+# How far one loader worker looks ahead; the sample ids of so many sequences take half a megabyte.
+PREFETCH_SEQUENCES = 1 << 16
 
 
-def fetched_ahead(sources: Sequence[Shards], batches: Iterator[Sequences], batch_size: int) -> Iterator[Sequences]:
-    """Yield `batches`, of `batch_size` samples each, while a thread for each remote source fetches the shards of those
-    to come, in their order.
+def prefetch_shards(sources: Sequence[Shards], batches: Iterator[Sequences], batch_size: int) -> Iterator[Sequences]:
+    """Yield `batches`, of `batch_size` samples each; a thread for each remote source fetches the shards of later ones.
 
-    It looks `AHEAD_SEQUENCES` ahead, or an epoch where that has fewer, and fetches nothing that would not be fetched
-    anyway: to make room it removes only shards that nobody on the node has used while so many were made, and waits
-    where there are none. What it raises is raised with the batch that needs the shard; see `patiently`.
+    It looks `PREFETCH_SEQUENCES` ahead, or one epoch if that is shorter. It must not cause extra downloads: to make
+    room it removes only shards that no process of the node has used for as many batches as it looks ahead, and waits
+    if there are none. An error of the thread is raised with the batch that needs the shard; see `with_retries`.
     """
     remote = {number: shards for number, shards in enumerate(sources) if shards.has_remote}
     if not remote:
         yield from batches
         return
-    horizon = max(1, min(AHEAD_SEQUENCES, *(len(shards) for shards in remote.values())) // batch_size)
+    horizon = max(1, min(PREFETCH_SEQUENCES, *(len(shards) for shards in remote.values())) // batch_size)
     fetchers = {number: _Fetcher(shards, horizon) for number, shards in remote.items()}
     known: deque[tuple[Sequences, dict[int, NDArray[np.int64]]]] = deque()
     try:
@@ -42,7 +41,7 @@ def fetched_ahead(sources: Sequence[Shards], batches: Iterator[Sequences], batch
             if len(known) > horizon:
                 batch, needed = known.popleft()
                 for number, fetcher in fetchers.items():
-                    fetcher.made(needed[number])
+                    fetcher.start_batch(needed[number])
                 yield batch
     finally:
         for fetcher in fetchers.values():
@@ -50,30 +49,30 @@ def fetched_ahead(sources: Sequence[Shards], batches: Iterator[Sequences], batch
 
 
 class _Fetcher:
-    """A thread that fetches the shards of each array in `wanted`, in turns."""
+    """A thread that fetches the shards of each array in `wanted`, one after the other."""
 
     def __init__(self, shards: Shards, horizon: int) -> None:
         self.wanted: SimpleQueue[NDArray[np.int64]] = SimpleQueue()
         self._files = shards.files
         self._failed: tuple[int, OSError | ValueError] | None = None
         self._times: deque[int] = deque(maxlen=horizon)
-        self._goes_on = threading.Condition()
+        self._wake_up = threading.Condition()
         self._ended = False
         threading.Thread(target=self._run, daemon=True).start()
 
-    def made(self, needed: NDArray[np.int64]) -> None:
-        """Tell that a batch is made now. Raises what came of a shard that it needs."""
+    def start_batch(self, needed: NDArray[np.int64]) -> None:
+        """Note that a batch is made now. Raises the thread's error if the batch needs the shard that failed."""
         if self._failed is not None and self._failed[0] in needed:
             raise self._failed[1]
-        with self._goes_on:
+        with self._wake_up:
             self._times.append(time.time_ns())
-            self._goes_on.notify()
+            self._wake_up.notify()
 
     def end(self) -> None:
-        """Fetch nothing more; what is under way is not waited for."""
-        with self._goes_on:
+        """Stop fetching; a running download is not waited for."""
+        with self._wake_up:
             self._ended = True
-            self._goes_on.notify()
+            self._wake_up.notify()
         self.wanted.put(np.empty(0, np.int64))
 
     def _run(self) -> None:
@@ -87,11 +86,11 @@ class _Fetcher:
                     return
 
     def _waits_for_room(self, shard_id: int) -> bool:
-        """Return whether a shard is to be fetched, once there is room."""
-        while not self._ended and self._files.is_away(shard_id):
-            with self._goes_on:
+        """Wait until there is room for a shard; return False if it need not be fetched any more."""
+        while not self._ended and self._files.is_absent(shard_id):
+            with self._wake_up:
                 unused_since = self._times[0] if len(self._times) == self._times.maxlen else 0
                 if self._files.make_room(unused_since):
                     return True
-                self._goes_on.wait()
+                self._wake_up.wait()
         return False

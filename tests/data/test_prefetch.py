@@ -77,7 +77,7 @@ def test_what_batches_need_is_here_before_they_ask(data: Path, tmp_path: Path, m
 def test_a_small_cache_makes_it_fetch_nothing_twice(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards_in_cache: int, looks_ahead: int
 ) -> None:
-    monkeypatch.setattr(ahead, "AHEAD_SEQUENCES", looks_ahead)
+    monkeypatch.setattr(ahead, "PREFETCH_SEQUENCES", looks_ahead)
     downloads = Downloads(monkeypatch, 0.002)
     sizes = [file.stat().st_size for file in (data / "train").glob("*.zstd")]
     limit = shards_in_cache * (2048 + 1024 + max(sizes)) + (data / "train" / "index.json").stat().st_size
@@ -86,7 +86,7 @@ def test_a_small_cache_makes_it_fetch_nothing_twice(
         downloads.by.clear()
         with monkeypatch.context() as patch:
             if name == "without":
-                patch.setattr(stream_module, "fetched_ahead", lambda shards, places, batch_size: places)
+                patch.setattr(stream_module, "prefetch_shards", lambda shards, places, batch_size: places)
             stream = open_stream(tmp_path / name, data, shuffle=False, cache_limit=f"{limit // 1024}kb")
             for _ in itertools.islice(stream, steps_per_epoch(data)):
                 assert used_bytes(tmp_path / name / "train") <= limit
