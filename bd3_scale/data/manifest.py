@@ -112,8 +112,8 @@ class MixedManifest(Manifest):
     parts: dict[str, Manifest] = Field(exclude=True)
 
     def part(self, source: str) -> Manifest:
-        return self.parts[source]
         """Return the manifest of a source by its name."""
+        return self.parts[source]
 
 
 def combine(parts: Mapping[str, Manifest]) -> Manifest:

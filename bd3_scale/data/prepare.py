@@ -1,4 +1,4 @@
-"""From documents to shards of token sequences: split by document, tokenised, packed and written by tasks, merged."""
+"""Prepare documents for training: divide them among splits, tokenise, pack and write them in tasks, then merge."""
 
 from __future__ import annotations
 
@@ -35,29 +35,34 @@ P = ParamSpec("P")
 
 
 class Preparation:
-    """Tokenises the documents of `sources` into the new folder `out`: the MDS shards of `train/` and `validation/`,
-    the tokeniser, the hashes of documents and the manifest.
+    """The preparation of `sources` as the new folder `out`: MDS shards of `train/` and `validation/`, the tokeniser,
+    the hashes of the documents and the manifest.
 
     A sample holds `tokens` [seq_len] (uint16; uint32 for a vocabulary above 65,536), `document_lengths` and
-    `counted_lengths` (int32), and where any token is shown `shown` (int32), see `PackedSequence`. Documents begin with
-    `tokenizer.vocabulary.bos_id`, which is shown; `parse_special`: special tokens but the mask that a document spells
-    are these tokens. With `chat`, lines hold conversations, of which all but the assistant's part is shown. `field`
-    (default `text`, of conversations `messages`), `on_error` and `max_document_bytes`: see `DocumentReader`; `packing`:
-    see `Packer` and `BestFitPacker`. Documents keep their order: training shuffles the sequences. The share `holdout`
-    of the documents goes to `validation`, by a hash of text and `seed`, so that equal documents go to one side; 0 holds
-    out none, 1 all. Where the sources `validation` are given, they are held out in place of a share. `tokens`: the
-    sources hold ids, see `TokenReader`, of which `tokenizer` is the tokeniser; then `field`, `on_error`,
-    `parse_special`, `chat` and `max_document_bytes` are for nothing.
+    `counted_lengths` (int32), and `shown` (int32) if any token can be shown, see `PackedSequence`. Documents begin with
+    `tokenizer.vocabulary.bos_id`, which is shown, and keep their order: training shuffles the sequences.
 
-    The work is cut into tasks, see `cut`. The last, incomplete sequence of documents that a task concatenates is
-    dropped from `train`; what else is incomplete is filled with tokens that do not count. What is done lies beside
-    `out`, in `OUT.tasks`, until all is: whoever asks for the same does what is missing, on any machine that sees the
-    folder. The result depends on none of this, nor on `workers` (processes; default: the usable CPUs). `out` exists
-    only complete.
+    Args:
+        holdout: the share of the documents that goes to `validation`, by a hash of text and `seed`, so that equal
+            documents go to the same split; 0 holds out none, 1 all.
+        validation: sources to hold out, in place of a share.
+        packing: see `Packer` and `BestFitPacker`.
+        parse_special: parse special tokens, except the mask, that a document spells.
+        chat: lines hold conversations; all but the assistant's answers is shown.
+        field: default `text`, of conversations `messages`; this, `on_error` and `max_document_bytes`: see
+            `DocumentReader`.
+        tokens: the sources hold ids of `tokenizer`, see `TokenReader`; then `field`, `on_error`, `parse_special`,
+            `chat` and `max_document_bytes` have no effect.
+        workers: processes; default: the usable CPUs.
 
-    Raises FileExistsError if `out` exists, and says what differs there; ValueError for arguments out of range, sources
-    that cannot be read (see `DocumentReader`), a split that would be empty, before tokenising where that can be known,
-    and unfinished work on something else.
+    The work is cut into tasks, see `cut`. In `train`, the incomplete sequence at the end of a task that concatenates
+    documents is dropped; elsewhere it is filled with tokens that do not count. Finished tasks stay in `OUT.tasks` until
+    all are done, so anybody who sees that folder can repeat the call and do the missing ones. The result depends
+    neither on this nor on `workers`. `out` appears complete or not at all.
+
+    Raises FileExistsError if `out` exists, and says what differs there. Raises ValueError for arguments out of range,
+    for sources that cannot be read (see `DocumentReader`), for an empty split (if possible before tokenising), and if
+    `OUT.tasks` holds unfinished work on other data.
     """
 
     def __init__(
@@ -119,22 +124,22 @@ class Preparation:
 
     @property
     def num_tasks(self) -> int:
-        """Return how many tasks there are."""
+        """Return the number of tasks."""
         return len(self._plan.tasks)
 
     def missing(self) -> list[int]:
-        """Return the numbers of the tasks that are not done."""
+        """Return the numbers of the unfinished tasks."""
         done = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         return [number for number in range(self.num_tasks) if folder_of(number) not in done]
 
     def share(self, number: int, shares: int) -> list[int]:
-        """Return the tasks missing of one of so many shares of all tasks. ValueError: there is no such share."""
+        """Return the unfinished tasks of share `number` of `shares`. ValueError: there is no such share."""
         if not 0 <= number < shares:
             raise ValueError(f"--task {number}: give one from 0 to {shares - 1}, below --tasks")
         return [task for task in self.missing() if task % shares == number]
 
     def shares_missing(self, shares: int) -> list[int]:
-        """Return those of so many shares of all tasks that are not done. ValueError: so many cannot be."""
+        """Return which of `shares` shares have unfinished tasks. ValueError: `shares` is below 1."""
         if shares < 1:
             raise ValueError(f"--tasks {shares}: give at least 1")
         return sorted({task % shares for task in self.missing()})
@@ -151,28 +156,28 @@ class Preparation:
             write_tasks(writer, tasks, self._workers, lambda num_bytes: bar.advance(shown, num_bytes))
 
     def finish(self) -> Manifest:
-        """Do what is missing, make `out` of all tasks, and return its manifest."""
+        """Do the unfinished tasks, merge all into `out`, and return its manifest."""
         try:
             self.work(self.missing())
             folders = [self.folder / folder_of(number) for number in range(self.num_tasks)]
             left_out = merge(folders, self._out, self._plan.asked, self._encoder.tokenizer, self._plan.chat_template)
         except BaseException as error:
-            # Where there is nothing that it would be worth to go on with, and nobody else is at work.
+            # Only if no finished task would be lost, and no other process is at work.
             if isinstance(error, EmptySplitError) or [path.name for path in self.folder.iterdir()] == [PLAN_FILE]:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
         shutil.rmtree(self.folder, ignore_errors=True)
-        left_out.tell()
+        left_out.log()
         return load_manifest(self._out)
 
     def store_plan(self) -> None:
-        """Make `OUT.tasks`, by whose plan others see what there is to do, where it is missing."""
+        """Make `OUT.tasks` if it is missing; its plan tells other machines what there is to do."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / PLAN_FILE).exists():
             write_atomically(self.folder / PLAN_FILE, self._plan.model_dump_json())
 
     def _begun(self, asked: Manifest, chat_template: str) -> Plan | None:
-        """Return the plan that work has begun by. ValueError: that was work on something else."""
+        """Return the plan of begun work, or None. ValueError: it is work on other data."""
         if not (self.folder / PLAN_FILE).exists():
             return None
         plan = read_plan(self.folder / PLAN_FILE)
@@ -193,6 +198,8 @@ class Preparation:
 
 
 def _in_one_go(make: Callable[P, Preparation]) -> Callable[P, Manifest]:
+    """Return a function that makes a preparation and finishes it at once."""
+
     @wraps(make, assigned=("__module__", "__doc__"), updated=())
     def prepared(*args: P.args, **kwargs: P.kwargs) -> Manifest:
         return make(*args, **kwargs).finish()
@@ -200,7 +207,7 @@ def _in_one_go(make: Callable[P, Preparation]) -> Callable[P, Manifest]:
     return prepared
 
 
-# Does what a `Preparation` of the same arguments stands for, and returns the manifest.
+# Finishes a `Preparation` with the same arguments and returns the manifest.
 prepare = _in_one_go(Preparation)
 
 
@@ -217,7 +224,7 @@ def _conversation(field: str, record: dict[str, Any], where: str) -> str:
     way_out = "a conversation is a list of messages: name its field with --field"
     messages = check_messages(field_value(record, field, where, way_out), where)
     if all(message["role"] != ASSISTANT for message in messages):
-        raise ValueError(f"{where} has no message of the role {ASSISTANT!r}, and there is nothing to train on")
+        raise ValueError(f"{where} has no message of the role {ASSISTANT!r}, so there is nothing to train on")
     return json.dumps([where, messages], default=str)
 
 
@@ -233,7 +240,7 @@ def _check_arguments(seq_len: int, document_multiple: int, holdout: float, seed:
 
 
 def _check_new(out: Path, asked: Manifest) -> None:
-    """FileExistsError: `out` is there; of prepared data it says what differs from what is asked for."""
+    """Raise FileExistsError if `out` exists; for prepared data it says what differs from the request."""
     if not out.exists():
         return
     file = out / MANIFEST_FILE
@@ -251,7 +258,7 @@ def _check_new(out: Path, asked: Manifest) -> None:
 
 
 def _check_splits(readers: Sequence[tuple[DocumentReader, float]], encoder: Encoder) -> None:
-    """ValueError: a split would have no document. Reads until each has one, which is soon unless that is so."""
+    """Raise ValueError if a split would have no document. Reads only until each split has one."""
     for reader, share in readers:
         wanted = set(splits_of(share))
         different: set[str] = set()

@@ -1,4 +1,4 @@
-"""Reading prompts and conversations, by the rules of training text."""
+"""Read prompts and conversations, with the rules of training text."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ logger = logging.getLogger(__name__)
 
 @reader("prompts")
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file: the string `prompt` of each line of a `.jsonl`, the lines themselves of a `.txt`.
+    """Return the prompts of a file: the string `prompt` of each line of a `.jsonl`, or the lines of a `.txt`.
 
     Blank lines of a `.txt` are left out, which is logged; an empty `prompt` of a `.jsonl` is a prompt.
 
-    Raises FileNotFoundError for a missing path; ValueError for a file of another kind, a line without a prompt, what
-    `DocumentReader` refuses, and where there are no prompts.
+    Raises FileNotFoundError for a missing path; ValueError for a file of another kind, a line without a prompt, text
+    that `DocumentReader` refuses, and a file without prompts.
     """
     prompts: list[str] = []
     for file in find_files([path], (".txt", ".jsonl")):
         prompts += _prompts_of_jsonl(file) if format_of(file) == ".jsonl" else _prompts_of_txt(file)
     if not prompts:
-        raise ValueError(f"{path} has no prompts: give one a line")
+        raise ValueError(f"{path} has no prompts: give one on each line")
     return prompts
 
 
@@ -37,14 +37,14 @@ def read_messages(path: Path) -> list[list[dict[str, Any]]]:
     """Return the conversations of a `.jsonl` file: the `messages` of each line, see `check_messages`.
 
     Raises FileNotFoundError for a missing path; ValueError for a file of another kind, a line without a conversation,
-    what `DocumentReader` refuses, and where there are no conversations.
+    text that `DocumentReader` refuses, and a file without conversations.
     """
     conversations = []
     for file in find_files([path], (".jsonl",)):
         with file.open("rb") as raw, unpacked(file, raw) as source:
             conversations += [messages_of(line.record(), line.where) for line in json_lines(source)]
     if not conversations:
-        raise ValueError(f'{path} has no conversations: give a JSON object with a list "messages" a line')
+        raise ValueError(f'{path} has no conversations: give a JSON object with a list "messages" on each line')
     return conversations
 
 
@@ -54,12 +54,12 @@ def messages_of(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return `value` if it is a list of one or more messages: objects with strings `role` and `content`.
+    """Return `value` if it is a list of at least one message: objects with strings `role` and `content`.
 
     Messages keep their other keys. Raises ValueError, which names the message, counted from 0, for anything else.
     """
     if not isinstance(value, list):
-        raise ValueError(f'{where} has {kind_of(value)} in "messages", where a list of messages must stand')
+        raise ValueError(f'{where} has {kind_of(value)} in "messages"; a list of messages is needed')
     if not value:
         raise ValueError(f'{where} has an empty list in "messages": give one message or more')
     for index, message in enumerate(value):

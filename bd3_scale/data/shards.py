@@ -1,4 +1,4 @@
-"""Random access to the samples of one split, which are checked when they are first read."""
+"""Give random access to the samples of one split; each shard is verified when it is first read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bd3_scale.data.shard_files import ShardFiles
 from bd3_scale.recipe.schema import DATA_RETRY_MINUTES, DataRecipe
 from bd3_scale.resilience.readers import read_regular
 
-# Of a sample whose shard is removed for others while it is read: a cache too small for that is refused at the start.
+# Tries to read a sample whose shard is evicted meanwhile. A cache so small that this happens is refused at the start.
 _TRIES = 8
 
 _LOG = logging.getLogger(__name__)
@@ -27,18 +27,17 @@ _OPEN: dict[tuple[object, ...], Shards] = {}
 
 
 def open_shards(data: DataRecipe, manifest: Manifest, split: SplitName) -> Shards:
-    """Return the samples of `split`, opened once a process; collective over all ranks when it opens them.
+    """Return the samples of `split`, opened once in a process; the first call is collective over all ranks.
 
-    manifest: as `load_manifest` returns it, which has put the index where the shards are, or will be. Raises
-    ValueError if the split is not there, or if recipe, manifest and shards contradict each other; FileNotFoundError if
-    a shard is missing.
+    manifest: from `load_manifest`, which has put the index into the folder of the shards. Raises ValueError if there is
+    no such split, or if recipe, manifest and shards contradict each other; FileNotFoundError if a shard is missing.
     """
     counts = manifest.train if split == "train" else manifest.validation
     if counts is None:
         raise ValueError(f"{data.path} has no {split} split (it was prepared with holdout={manifest.holdout})")
     check_seq_len(data, manifest)
     opened = (os.path.abspath(data.path), data.remote, data.cache_limit, split, data.retry_minutes)
-    # Its shared memory lives until the process ends.
+    # Kept for the process: the shared memory of `ShardFiles` lives until then.
     if opened not in _OPEN:
         path, remote, cache_limit, _, retry_minutes = opened
         _OPEN[opened] = Shards(path, remote, cache_limit, split, counts.shards, retry_minutes)
@@ -52,11 +51,11 @@ def open_shards(data: DataRecipe, manifest: Manifest, split: SplitName) -> Shard
 
 
 class Shards:
-    """Random access to the N samples that `table` lists, dictionaries of numpy arrays.
+    """Random access to the N samples in `table`, as dictionaries of numpy arrays.
 
-    A shard is fetched, unpacked and compared with its hash when a process first touches it; one that was damaged since
-    it was unpacked is unpacked anew. ValueError if it is not what the index says even then. A remote that is away is
-    asked again for `retry_minutes`, see `with_retries`. Collective over all ranks at construction, see `ShardFiles`.
+    A shard is fetched, unpacked and compared with its hash when a process first needs it. An unpacked file that was
+    damaged later is unpacked again; ValueError if it still differs from its index. A remote that does not answer is
+    retried for `retry_minutes`, see `with_retries`. Collective over all ranks at construction, see `ShardFiles`.
 
     samples_per_shard: int64 [number of shards].
     """
@@ -101,41 +100,41 @@ class Shards:
         for _ in range(_TRIES):
             try:
                 content = _sample_bytes(self.files.unpacked(shard), place)
-            except FileNotFoundError:  # removed for others since
+            except FileNotFoundError:  # another process has evicted it
                 self.files.prepare(shard)
             else:
                 self.files.note_use(shard)
                 return self._decode(content)
         raise ValueError(
-            f"{self.files.unpacked(shard)} was removed for other shards {_TRIES} times before it was read; raise "
+            f"{self.files.unpacked(shard)} was removed for other shards {_TRIES} times before it could be read; raise "
             f"data.cache_limit"
         )
 
     @functools.cached_property
     def sizes(self) -> ShardSizes:
-        """Return the bytes that they take."""
+        """Return the sizes of the shards, in bytes."""
         raw, packed = self._table.rows["raw_bytes"].astype(np.int64), self._table.rows["zip_bytes"]
-        beside = (self.files.folder / INDEX_FILE).stat().st_size + int(packed.max())
-        return ShardSizes(int(raw.sum()) / len(self), int(raw.max()), int(raw.sum()), beside)
+        overhead = (self.files.folder / INDEX_FILE).stat().st_size + int(packed.max())
+        return ShardSizes(int(raw.sum()) / len(self), int(raw.max()), int(raw.sum()), overhead)
 
     def of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the shards that hold samples, each once, in the order of first need."""
+        """Return the shards that hold some samples, each once, in the order in which they are first needed."""
         shards = np.searchsorted(self._ends, sample_ids, side="right")
         return shards[np.sort(np.unique(shards, return_index=True)[1])]
 
     @functools.cached_property
     def _decode(self) -> Any:
-        """Decode a sample: all shards are stored alike."""
+        """Return the function that decodes a sample; it is the same for all shards."""
         from bd3_scale.data.mosaicml import reader_from_json
 
         return reader_from_json("", "", self._table[0].model_dump()).decode_sample
 
     def _verify(self, shard: int) -> None:
-        # What has just been unpacked was checked; a file that a former run unpacked may have been damaged since.
+        # `prepare` has verified a shard that it unpacked, but not one that an earlier run unpacked.
         damaged = functools.partial(self._is_damaged, shard)
         if damaged():
             file = self.files.unpacked(shard)
-            _LOG.warning("%s does not match its hash in %s and is unpacked anew", file, INDEX_FILE)
+            _LOG.warning("%s does not match its hash in %s and is unpacked again", file, INDEX_FILE)
             self.files.repair(shard, damaged)
             if damaged():
                 raise ValueError(f"{file} is damaged: it does not match its hash in {INDEX_FILE}; copy the data again")
@@ -144,7 +143,7 @@ class Shards:
         row = self._table.rows[shard]
         try:
             content = read_regular(self.files.unpacked(shard), int(row["raw_bytes"]))
-        except FileNotFoundError:  # removed for others in the meantime; `__getitem__` has it fetched again
+        except FileNotFoundError:  # evicted meanwhile; `__getitem__` fetches it again
             return False
         except ValueError:  # longer than it was
             return True
@@ -152,7 +151,7 @@ class Shards:
 
 
 def _sample_bytes(file: Path, place: int) -> bytes:
-    """Return a sample's bytes: of MDS the words from the second on say where each begins, and the last one ends."""
+    """Return a sample's bytes. In MDS, word 1 + i of a shard is the offset of sample i, and the last word its end."""
     with open(file, "rb", buffering=0) as shard:
         shard.seek(4 + 4 * place)
         begin, end = np.frombuffer(shard.read(8), "<u4").tolist()
@@ -165,6 +164,6 @@ def _check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"{folder / INDEX_FILE} is missing; copy the data again")
     if not os.access(folder, os.W_OK):
         raise PermissionError(
-            f"{folder} is not writable, and shards are unpacked beside themselves; name it as data.remote and a "
+            f"{folder} is not writable, and shards are unpacked into it; name it as data.remote and a "
             f"folder for the cache as data.path"
         )

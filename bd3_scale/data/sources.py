@@ -1,12 +1,13 @@
-"""Reading documents: of `.txt` (one a file), `.jsonl` (one a line) and what else `formats` knows, and of folders.
+"""Read documents from files and folders: `.txt` (one a file), `.jsonl` (one a line) and the other registered formats.
 
-A format is a function that yields the pieces of an `OpenFile`, each a document or what has one, registered under the
-suffix of its files with `@source_formats.register(".suffix")`; it raises ValueError for the rest of a damaged file.
+A format is a function that yields the pieces of an `OpenFile`, each of which is a document or holds one. It is
+registered under the suffix of its files with `@source_formats.register(".suffix")`. It raises ValueError if the rest
+of a file is damaged.
 
-A format whose files can be cut says how with `@source_cuts.register(".suffix")`: a function of the file and a number
-of bytes that yields parts of about that size, in order, each a start and an end as the format counts them (bytes, row
-groups) and its bytes as stored. The format yields what begins in `OpenFile.part`, and all where that is None. Packed
-files are never cut.
+A format whose files can be cut into parts also registers a function with `@source_cuts.register(".suffix")`. That gets
+the file and a number of bytes, and yields parts of about that size, in order: a start and an end in the format's own
+unit (bytes, row groups), and the part's bytes as stored. The format then yields what begins in `OpenFile.part`, or
+everything if that is None. Compressed files are never cut.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from bd3_scale.data.zstd import ZstdFile
 from bd3_scale.registry import source_cuts, source_formats
 
 READ_BYTES = 1 << 17
-# A hundred bytes of memory, and more, stand for one of JSON or of text that is tokenised.
+# JSON values and tokenised text take a hundred times their bytes in memory, and more.
 DOCUMENT_BYTES = 1 << 27
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-NUM_KEPT = 5
-OF_RECORDS = (".jsonl", ".json", ".parquet", ".arrow")
+MAX_MESSAGES = 5
+RECORD_FORMATS = (".jsonl", ".json", ".parquet", ".arrow")
 
 TextOf = Callable[[dict[str, Any], str], str]
 Part = tuple[int, int]
@@ -50,14 +51,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """`text`, and how many bytes of the source files, as stored, had been read when it was complete."""
+    """`text`, and how many bytes of the source files, as stored, were read when it was complete."""
 
     text: str
     position: int
 
 
 class FilePart(NamedTuple):
-    """A part of the `file`-th source file, `num_bytes` as stored; the whole file where `part` is None."""
+    """A part of the `file`-th source file, `num_bytes` as stored; the whole file if `part` is None."""
 
     file: int
     num_bytes: int
@@ -66,18 +67,18 @@ class FilePart(NamedTuple):
 
 @dataclass(frozen=True)
 class LeftOut:
-    """How many documents were empty, how many could not be read, and the messages of the first of these."""
+    """How many documents were empty, how many could not be read, and the messages of the first of those."""
 
     empty: int = 0
     skipped: int = 0
     first: tuple[str, ...] = ()
 
     def __add__(self, other: LeftOut) -> LeftOut:
-        """Return both together."""
-        first = (*self.first, *other.first)[:NUM_KEPT]
+        """Return the sum of both."""
+        first = (*self.first, *other.first)[:MAX_MESSAGES]
         return LeftOut(self.empty + other.empty, self.skipped + other.skipped, first)
 
-    def tell(self) -> None:
+    def log(self) -> None:
         """Log the numbers and the messages."""
         if self.empty:
             logger.warning("%d documents without a visible character were left out", self.empty)
@@ -87,21 +88,22 @@ class LeftOut:
 
 
 class DocumentReader:
-    """The documents of `sources` in order; see `find_files` for the files that they stand for.
+    """The documents of `sources` in order; `find_files` describes the sources.
 
     Reading streams: one document is in memory at a time. Documents without a visible character are left out.
-    `num_documents`, `num_empty` and `num_skipped` count what was met so far; `skipped` holds the first messages.
+    `num_documents`, `num_empty` and `num_skipped` count what was read so far; `skipped` holds the first messages.
 
     Args:
-        field: of a record, such as a line's JSON object, the one that holds the text; `a.b` is the field b of the
-            object a, unless there is a field of that very name.
+        field: the field of a record, such as a line's JSON object, that holds the text; `a.b` is the field b of the
+            object a, unless there is a field named `a.b`.
         on_error: "skip" leaves out what cannot be read: a line, a `.txt` file, or the rest of a damaged file.
-        text_of: makes a document of a record, which has `field` or more, and its place; it raises ValueError with the
-            place. Then files of `OF_RECORDS` alone are read.
-        max_bytes: of a document, or of its line of JSON.
+        text_of: makes a document from a record, which has at least `field`, and from its place; it raises ValueError
+            with the place. Then only files of `RECORD_FORMATS` are read.
+        max_bytes: limit of a document, or of its line of JSON.
 
-    Raises FileNotFoundError and ValueError as `find_files` does, and while iterating, with "stop", ValueError for a
-    damaged file, text that is not UTF-8, a line that is no JSON object with the text, and a document above `max_bytes`.
+    Raises FileNotFoundError and ValueError as `find_files`. While iterating with "stop", raises ValueError for a
+    damaged file, text that is not UTF-8, a line that is not a JSON object with the text, and a document above
+    `max_bytes`.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class DocumentReader:
         text_of: TextOf | None = None,
         max_bytes: int = DOCUMENT_BYTES,
     ) -> None:
-        self.files = find_files(sources, OF_RECORDS if text_of else None)
+        self.files = find_files(sources, RECORD_FORMATS if text_of else None)
         self._parts: Sequence[FilePart] | None = None
         self._text_of = text_of or partial(text_in, field)
         self._field = field
@@ -120,7 +122,7 @@ class DocumentReader:
         self._reset()
 
     def only(self, parts: Sequence[FilePart]) -> DocumentReader:
-        """Return a reader of these parts of the files alone. It can be pickled where `text_of` can."""
+        """Return a reader of these parts of the files alone. It can be pickled if `text_of` can."""
         reader = copy.copy(self)
         reader._parts = parts
         reader._reset()
@@ -128,11 +130,11 @@ class DocumentReader:
 
     @property
     def parts(self) -> Sequence[FilePart]:
-        """Return what is read: the source files as they are stored, or parts of them."""
+        """Return the parts that are read: whole source files by default."""
         return self._parts or [FilePart(number, file.stat().st_size) for number, file in enumerate(self.files)]
 
     def cut(self, num_bytes: int) -> Iterator[FilePart]:
-        """Yield the parts; of files above `num_bytes`, parts of about that size where `source_cuts` has the format."""
+        """Yield the parts; files above `num_bytes` are cut into parts of about that size if their format allows it."""
         for whole in self.parts:
             file = self.files[whole.file]
             kind, is_packed = format_of(file), file.name.lower().endswith(PACKINGS[1:])
@@ -144,15 +146,16 @@ class DocumentReader:
 
     @property
     def modules(self) -> set[str]:
-        """Return the modules that read its formats, by name."""
+        """Return the modules of its formats by name, which worker processes must import."""
         return {source_formats.get(format_of(file)).__module__ for file in self.files}
 
     @property
     def num_bytes(self) -> int:
-        """Size of what is read, as stored."""
+        """Return the size of what is read, as stored."""
         return sum(part.num_bytes for part in self.parts)
 
     def __iter__(self) -> Iterator[Document]:
+        """Yield the documents in order."""
         self._reset()
         before = 0
         for number, num_bytes, part in self.parts:
@@ -169,7 +172,7 @@ class DocumentReader:
 
     @property
     def left_out(self) -> LeftOut:
-        """Return what was met so far and is no document."""
+        """Return what was left out so far."""
         return LeftOut(empty=self.num_empty, skipped=self.num_skipped, first=tuple(self.skipped))
 
     def _reset(self) -> None:
@@ -188,15 +191,15 @@ class DocumentReader:
                 if self._on_error == "stop":
                     raise
                 self.num_skipped += 1
-                self.skipped += [str(error)] * (self.num_skipped <= NUM_KEPT)
+                self.skipped += [str(error)] * (self.num_skipped <= MAX_MESSAGES)
             else:
                 yield text
 
 
 class OpenFile(NamedTuple):
-    """An open file: `stream` has its bytes, unpacked, of which a document may have `max_bytes`; `part`: see above.
+    """An open file: `stream` has its unpacked bytes, a document may have `max_bytes`; `part`: see the module.
 
-    Of a record only `field` is wanted.
+    Only `field` of a record is needed.
     """
 
     file: SourceFile
@@ -207,22 +210,22 @@ class OpenFile(NamedTuple):
 
 
 class Record(NamedTuple):
-    """Named fields, of which one holds the text; `where` it was found begins messages."""
+    """Named fields, one of which holds the text; messages begin with its place, `where`."""
 
     where: str
     fields: dict[str, Any]
 
     def document(self, text_of: TextOf) -> str:
-        """Return the text. Raises ValueError where there is none."""
+        """Return the text. Raises ValueError if there is none."""
         text = text_of(self.fields, self.where)
         check_unicode(text, self.where)
         return text
 
 
 class Piece(NamedTuple):
-    """UTF-8 text: a line of a file without its end, or the whole; `start` is the offset of `data` in the unpacked file.
+    """UTF-8 text: a line of a file without its end, or a whole file; `start` is the offset in the unpacked file.
 
-    Of what is longer than `max_bytes`, a part stands there.
+    If the text is longer than `max_bytes`, `data` is only a part of it.
     """
 
     where: str
@@ -231,11 +234,11 @@ class Piece(NamedTuple):
     max_bytes: int
 
     def document(self, text_of: TextOf) -> str:
-        """Return the text as it stands; see `text`."""
+        """Return the text itself; see `text`."""
         return self.text()
 
     def text(self) -> str:
-        """Return the text. Raises ValueError where it is no UTF-8 or too long."""
+        """Return the text. Raises ValueError if it is not UTF-8 or is too long."""
         if len(self.data) > self.max_bytes:
             raise ValueError(too_long(self.where, self.max_bytes))
         try:
@@ -248,7 +251,7 @@ class Piece(NamedTuple):
             ) from error
 
     def record(self) -> dict[str, Any]:
-        """Return the JSON object. Raises ValueError where there is none."""
+        """Return the JSON object. Raises ValueError if there is none."""
         text = self.text()
         try:
             value = _decoded(text)
@@ -260,18 +263,18 @@ class Piece(NamedTuple):
                 ) from error
             raise ValueError(f"{self.where} is not JSON ({error.msg} at character {error.pos + 1})") from error
         except RecursionError:
-            raise ValueError(f"{self.where} is nested too deep to be read; leave out what is no text") from None
+            raise ValueError(f"{self.where} is nested too deeply to be read; leave out what is not text") from None
         except MemoryError:
-            raise ValueError(f"{self.where} needs more memory than there is; leave out what is no text") from None
+            raise ValueError(f"{self.where} needs more memory than is available; leave out what is not text") from None
         if not isinstance(value, dict):
-            raise ValueError(f"{self.where} holds {kind_of(value)}, where a JSON object must stand")
+            raise ValueError(f"{self.where} holds {kind_of(value)}; a JSON object is needed")
         return value
 
 
 def too_long(where: str, max_bytes: int) -> str:
-    """Return what is said of a document above `max_bytes`."""
+    """Return the message for a document above `max_bytes`."""
     return (
-        f"{where} is longer than the {max_bytes:,} bytes that a document may have; divide it, or raise the limit with "
+        f"{where} is longer than the {max_bytes:,} bytes that a document may have; split it, or raise the limit with "
         "--max-document-mib of `data prepare` and `data tokenizer`"
     )
 
@@ -280,12 +283,13 @@ class JsonLine(Piece):
     """A line with a JSON object, whose text is in a field."""
 
     def document(self, text_of: TextOf) -> str:
+        """Return the text in the object's field. Raises ValueError if there is none."""
         return Record(self.where, self.record()).document(text_of)
 
 
 @source_formats.register(".txt")
 def whole(source: OpenFile) -> Iterator[Piece]:
-    """Yield the file as one piece, without a byte order mark; of what is too long a part stands for it."""
+    """Yield the file as one piece without byte order mark; if it is too long, a part of it."""
     data = bytearray()
     while len(data) <= source.max_bytes + len(BYTE_ORDER_MARK) and (more := source.stream.read(READ_BYTES)):
         data += more
@@ -296,13 +300,13 @@ def whole(source: OpenFile) -> Iterator[Piece]:
 
 @source_formats.register(".jsonl")
 def json_lines(source: OpenFile) -> Iterator[JsonLine]:
-    """Yield the lines of `lines` that are not blank."""
+    """Yield the lines that are not blank; see `lines`."""
     return (JsonLine(*line) for line in lines(source) if line.data.strip())
 
 
 @source_cuts.register(".jsonl")
 def byte_ranges(file: SourceFile, num_bytes: int) -> Iterator[tuple[Part, int]]:
-    """Yield the parts of a file of lines: a line belongs where it begins, so that no border has to be looked for."""
+    """Yield parts of a file of lines. A line belongs to the part in which it begins, so cuts need not fit lines."""
     size = file.stat().st_size
     for start in range(0, size, num_bytes):
         end = min(start + num_bytes, size)
@@ -310,10 +314,10 @@ def byte_ranges(file: SourceFile, num_bytes: int) -> Iterator[tuple[Part, int]]:
 
 
 def lines(source: OpenFile) -> Iterator[Piece]:
-    """Yield the lines of a file, of its part those that begin there.
+    """Yield the lines of a file, or those that begin in its part.
 
-    A line ends at a newline, with or without a carriage return, and nowhere else; a byte order mark at the beginning of
-    the file is left out. Of a line that is too long a part stands for it. Behind the first part, lines have no numbers.
+    A line ends at a newline, with or without a carriage return, and nowhere else. A byte order mark at the beginning of
+    the file is left out. If a line is too long, a part of it is yielded. Only lines of the first part have numbers.
     """
     file, stream, max_bytes, part, _ = source
     first, last = part or (0, sys.maxsize)
@@ -331,7 +335,7 @@ def lines(source: OpenFile) -> Iterator[Piece]:
 
 
 def _rest_of_line(stream: BinaryIO) -> int:
-    """Read up to the end of a line; return how many bytes that was."""
+    """Read up to the end of a line; return how many bytes were read."""
     size = 0
     while line := stream.readline(READ_BYTES):
         size += len(line)
@@ -351,7 +355,7 @@ def _mark(data: bytes | bytearray) -> int:
 
 @contextmanager
 def unpacked(file: SourceFile, raw: BinaryIO, max_bytes: int = DOCUMENT_BYTES) -> Iterator[OpenFile]:
-    """Give what `file`, opened as `raw`, holds. Raises ValueError where it turns out damaged."""
+    """Yield the unpacked content of `file`, opened as `raw`. Raises ValueError if it turns out to be damaged."""
     name = file.name.lower()
     stream = raw
     if name.endswith(".gz"):
@@ -365,13 +369,13 @@ def unpacked(file: SourceFile, raw: BinaryIO, max_bytes: int = DOCUMENT_BYTES) -
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"{file} is damaged or cut short ({error}); copy or make it again") from error
     except MemoryError:
-        raise ValueError(f"{file} needs more memory than there is; give more, or divide its documents") from None
+        raise ValueError(f"{file} needs more memory than is available; give more, or split its documents") from None
 
 
 def _integer(digits: str) -> int | Decimal:
     try:
         return int(digits)
-    except ValueError:  # Python makes no int of more than 4,300 digits
+    except ValueError:  # Python refuses to parse integers of more than 4,300 digits
         return Decimal(digits)
 
 
@@ -379,7 +383,7 @@ _JSON = json.JSONDecoder(parse_int=_integer)
 
 
 def _decoded(text: str) -> Any:
-    """Return the JSON value. Of millions of lists, garbage collection would look at all again and again for nothing."""
+    """Return the JSON value. Garbage collection is off: it would search millions of new lists again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

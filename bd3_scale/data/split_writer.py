@@ -1,4 +1,4 @@
-"""The sequences of one split, packed and written as MDS shards."""
+"""Pack the sequences of one split and write them as MDS shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SplitWriter:
     """Packs the documents of one split into sequences; writes these and the documents' hashes into `folder`."""
 
     def __init__(self, folder: Path, split: SplitName, data: Manifest) -> None:
-        from bd3_scale.data.mosaicml import MDSWriter  # imports torch, which those that only encode do not need
+        from bd3_scale.data.mosaicml import MDSWriter  # imports torch, which encoding processes do not need
 
         dtype = token_dtype(data.vocabulary)
         columns = {
@@ -28,7 +28,8 @@ class SplitWriter:
             "document_lengths": "ndarray:int32",
             "counted_lengths": "ndarray:int32",
         }
-        # In training, what fills a sequence would teach that documents are empty; in evaluation it tells of no end.
+        # Training on filling would teach that documents are empty. Concatenated, only the last sequence has any, and
+        # it is dropped; in evaluation filling does not count.
         shows_filling = split == "train" and data.packing != "concatenate"
         if data.messages or data.vocabulary.bos_id is not None or shows_filling:
             columns["shown"] = "ndarray:int32"
@@ -45,14 +46,15 @@ class SplitWriter:
         self._num_sequences = self._num_counted = self._num_shown = self._num_text_bytes = self._num_dropped = 0
 
     def add(self, document: EncodedDocument) -> None:
+        """Append a document and write the sequences that it completes."""
         self._hashes.append(document.hash)
         self._num_text_bytes += document.num_bytes
         self._write(self._packer.add(document.ids, document.shown, trains_end=document.trains_end))
 
     def finish(self) -> Counts:
-        """Leave an incomplete sequence of documents to train on out, if they are concatenated; complete any other.
+        """Drop the incomplete sequence at the end of concatenated training documents, or else complete it.
 
-        Returns the counts of what there is.
+        Returns the counts of what was written.
         """
         if self._drops_incomplete:
             self._num_dropped += self._packer.num_pending
@@ -73,7 +75,7 @@ class SplitWriter:
         for sequence in sequences:
             num_shown = sequence.num_shown
             if num_shown == len(sequence.tokens):
-                # Nothing of it could be learnt or measured, as of a long text that a person hands in.
+                # Nothing in it would be trained on or measured, as in a long text that a user pasted.
                 self._num_dropped += len(sequence.tokens)
                 continue
             self._shards.write({name: getattr(sequence, name) for name in self._columns})

@@ -1,4 +1,4 @@
-"""What prepared sequences consist of: text, padding, documents and where they are cut."""
+"""Count what prepared sequences consist of: text, padding, documents and their cuts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 @dataclass
 class Statistics:
-    """Counts of sequences that are handed in in order, of one split.
+    """Counts of the sequences of one split, which must be added in order.
 
-    A document is followed over the sequences that it is cut into where documents were concatenated; packed best-fit,
-    each piece of one that is longer than a sequence counts as a document of its own. Where preparation left sequences
-    out, what stands before and behind them counts as one document.
+    Concatenated documents are followed over the sequences that they are cut into. With best-fit packing, each piece of
+    a document that is longer than a sequence counts as a document. Where preparation dropped a sequence, the documents
+    before and after it count as one.
     """
 
     manifest: Manifest
@@ -36,14 +36,14 @@ class Statistics:
     cuts: int = 0
     fitting_documents: int = 0
     fitting_documents_cut: int = 0
-    # How many documents have so many tokens, and how many sequences pieces of so many documents.
+    # By length in tokens: the number of documents; by number of documents in a sequence: the number of sequences.
     document_lengths: Counter[int] = field(default_factory=Counter)
     documents_a_sequence: Counter[int] = field(default_factory=Counter)
-    # Of the document that the last sequence left open: tokens of text, tokens with padding, pieces.
+    # The document that the last sequence left open: tokens of text, tokens with padding, pieces.
     _open: tuple[int, int, int] = (0, 0, 0)
 
     def add(self, found: Sequences) -> None:
-        """Take up the sequences that follow."""
+        """Add the sequences that follow."""
         is_piece, ends = found.counted > 0, found.ends_document(self.manifest.vocabulary.eos_id)
         text, shown = found.is_text, found.is_shown
         self.sequences += len(found)
@@ -59,7 +59,7 @@ class Statistics:
         self._add_documents(found.counted[is_piece], found.lengths[is_piece], ends[is_piece])
 
     def finish(self) -> None:
-        """Take up the document that the end of the split cuts, if one is."""
+        """Add the document that the end of the split cuts, if there is one."""
         if self._open[2]:
             text, length, pieces = (np.array([value]) for value in self._open)
             self._add_lengths(text, length, pieces, np.array([False]))
@@ -94,7 +94,7 @@ class Statistics:
         self.document_lengths.update(text.tolist())
 
     def summary(self) -> dict[str, Any]:
-        """Return the counts and quantiles, as JSON holds them."""
+        """Return the counts and quantiles, as JSON values."""
         return {
             "sequences": self.sequences,
             "tokens": self.sequences * self.manifest.seq_len,
@@ -107,36 +107,36 @@ class Statistics:
             "cuts": self.cuts,
             "fitting_documents": self.fitting_documents,
             "fitting_documents_cut": self.fitting_documents_cut,
-            "document_tokens": described(self.document_lengths),
-            "documents_a_sequence": described(self.documents_a_sequence),
+            "document_tokens": summarised(self.document_lengths),
+            "documents_a_sequence": summarised(self.documents_a_sequence),
         }
 
 
-def described(counts: Mapping[int, int]) -> dict[str, float]:
-    """Return mean and quantiles (the value at or below which that share lies) of values that occur so often.
+def summarised(counts: Mapping[int, int]) -> dict[str, float]:
+    """Return mean and quantiles (the smallest value that so large a share does not exceed) of counted values.
 
-    ValueError: there is none.
+    ValueError: there is no value.
     """
     if not counts:
         raise ValueError("the sequences hold no document: prepare the data again")
     values = np.array(sorted(counts))
     below = np.cumsum([counts[value] for value in values.tolist()])
     places = np.searchsorted(below, [max(1.0, quantile * below[-1]) for quantile in QUANTILES])
-    found = {f"{quantile:.0%}": int(values[place]) for quantile, place in zip(QUANTILES, places, strict=True)}
-    return {"mean": sum(value * count for value, count in counts.items()) / int(below[-1]), **found}
+    quantiles = {f"{quantile:.0%}": int(values[place]) for quantile, place in zip(QUANTILES, places, strict=True)}
+    return {"mean": sum(value * count for value, count in counts.items()) / int(below[-1]), **quantiles}
 
 
 def statistics(
     data: StoredData, split: SplitName, progress: Callable[[int, int], object] = lambda done, total: None
 ) -> Statistics:
-    """Return what all sequences of a split consist of; `progress` is told how many shards of how many are read.
+    """Return the statistics of a split; `progress` gets the number of shards read so far and of all shards.
 
     Raises as `StoredData`.
     """
-    found = Statistics(data.manifest)
+    result = Statistics(data.manifest)
     shards = data.shards(split)
     for number, shard in enumerate(shards, 1):
-        found.add(data.sequences(split, shard))
+        result.add(data.sequences(split, shard))
         progress(number, len(shards))
-    found.finish()
-    return found
+    result.finish()
+    return result

@@ -1,4 +1,4 @@
-"""Prepared data as they lie in a folder or an object store, read without streaming: nothing is written beside them."""
+"""Read prepared data from a folder or an object store, without streaming: nothing is written next to them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECIPES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Store:
-    """How files of an object store are fetched: by streaming's `downloader` for it, with the patience of `fetch`."""
+    """How to fetch files of an object store: streaming's `downloader` for it, and how long to retry, see `fetch`."""
 
     downloader: Any
     retry_minutes: float
@@ -35,11 +35,10 @@ class Store:
 
 @dataclass(frozen=True)
 class StoredData:
-    """The data in the folder `place`, or under that address of an object store, which is asked again for
-    `retry_minutes` where it is away.
+    """The data in a folder or at an address of an object store, `place`; a store is retried for `retry_minutes`.
 
-    Raises FileNotFoundError for what is missing, ValueError for what is damaged, each with the file; of an object store
-    OSError as `with_retries` does.
+    Raises FileNotFoundError for missing files, ValueError for damaged ones, each with the file's name; from an object
+    store OSError as `with_retries`.
     """
 
     place: str
@@ -47,12 +46,12 @@ class StoredData:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """Return what they say of themselves, without what indices say."""
+        """Return their manifest, without the shards."""
         return parse_manifest(f"{self.place}/{MANIFEST_FILE}", self.read(MANIFEST_FILE))
 
     @cached_property
     def store(self) -> Store | None:
-        """Return the object store that they lie in; None: they lie in a folder."""
+        """Return the object store that holds them, or None if they are in a folder."""
         if "://" not in self.place:
             return None
         from bd3_scale.data.mosaicml import CloudDownloader
@@ -61,30 +60,30 @@ class StoredData:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Return the tokeniser that lies beside them."""
+        """Return the tokeniser that is stored with them."""
         if self.store is None:
             return load_tokenizer(self.place)
-        with temporary_folder("tokenizer") as aside:
+        with temporary_folder("tokenizer") as scratch:
             for name in TOKENIZER_FILES:
-                (aside / name).write_bytes(self.read(name))
-            return load_tokenizer(aside)
+                (scratch / name).write_bytes(self.read(name))
+            return load_tokenizer(scratch)
 
     def shards(self, split: SplitName) -> ShardTable:
-        """Return what the split's index says of each shard."""
+        """Return the shards in the split's index."""
         name = f"{split}/{INDEX_FILE}"
         return parse_index(f"{self.place}/{name}", self.read(name, INDEX_LIMIT))
 
     def sequences(self, split: SplitName, shard: Shard, numbers: Sequence[int] | None = None) -> Sequences:
-        """Return those sequences of a shard (default: all), whose size and hash are those of the index."""
+        """Return sequences of a shard (default: all), after checking its size and hash."""
         return read_sequences(f"{self.place}/{split}/{shard.stored.basename}", shard, numbers, self.store)
 
     def read(self, name: str, limit: int = LIMIT_BYTES) -> bytes:
-        """Return the bytes of one of their files."""
+        """Return the bytes of one of the files."""
         return read_stored(f"{self.place}/{name}", limit, self.store)
 
 
 def stored_data(names: Iterable[str]) -> Iterator[StoredData]:
-    """Yield the data that a person names: by their folder, their address, or a recipe that trains on them."""
+    """Yield the data that a person names: by a folder, an address, or a recipe that trains on them."""
     for name in names:
         if Path(name).suffix in RECIPES:
             for source in load_recipe(name).data.by_source.values():
@@ -97,9 +96,9 @@ def stored_data(names: Iterable[str]) -> Iterator[StoredData]:
 class Sequences:
     """N sequences of L tokens, which consist of P pieces of documents, in order.
 
-    tokens [N, L], as stored. pieces [N] int64: how many each sequence has. lengths, counted [P] int64: tokens of each
-    piece, and how many of them are its text and its end. shown [R, 3] int64: sequence, first and last + 1 of runs of
-    tokens that are shown, in order.
+    tokens [N, L], as stored. pieces [N] int64: the number of pieces of each sequence. lengths, counted [P] int64: the
+    tokens of each piece, and how many of them are text and its EOS. shown [R, 3] int64: sequence, first and last + 1 of
+    runs of shown tokens, in order.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -113,27 +112,27 @@ class Sequences:
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Return where each piece begins in all tokens [N · L]."""
+        """Return where each piece begins, counted over all tokens [N · L]."""
         return np.cumsum(self.lengths) - self.lengths
 
     def ends_document(self, eos_id: int) -> NDArray[np.bool_]:
-        """Return bool [P]: the piece ends its document, and is not cut behind. What fills a sequence is none."""
+        """Return bool [P]: the piece ends its document and is not cut. False for filling."""
         last = self.starts + np.maximum(self.counted, 1) - 1
         return (self.counted > 0) & (self.tokens.reshape(-1)[last] == eos_id)
 
     @cached_property
     def is_text(self) -> NDArray[np.bool_]:
-        """Return bool [N, L]: text or end of a document, and no padding."""
+        """Return bool [N, L]: the token is text or its EOS, not padding."""
         return self._marked(self.starts, self.starts + self.counted)
 
     @cached_property
     def is_shown(self) -> NDArray[np.bool_]:
-        """Return bool [N, L]: is shown."""
+        """Return bool [N, L]: the token is shown."""
         first, last = (self.shown[:, 0] * self.tokens.shape[1] + self.shown[:, column] for column in (1, 2))
         return self._marked(first, last)
 
     def _marked(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return bool [N, L], true inside runs that do not overlap, given by places in all tokens."""
+        """Return bool [N, L], true inside runs that do not overlap, given by positions over all tokens."""
         steps = np.zeros(self.tokens.size + 1, np.int8)
         np.add.at(steps, first, 1)
         np.add.at(steps, last, -1)
@@ -144,23 +143,23 @@ class Sequences:
 def read_sequences(
     place: str, shard: Shard, numbers: Sequence[int] | None = None, store: Store | None = None
 ) -> Sequences:
-    """Return those sequences of a shard (default: all), of which the file lies at `place`, of a `store` or a folder.
+    """Return sequences (default: all) of a shard, whose file is at `place` in a `store` or a folder.
 
-    Raises as `read_stored` does, and ValueError where it is not what its index says, or holds no sequences.
+    Raises as `read_stored`, and ValueError if the file is not what its index says, or holds no sequences.
     """
     content = read_stored(place, SHARD_LIMIT, store, partial(_checked, file=shard.stored))
     if shard.zip_data is not None:
-        # Else a few kilobytes could fill the memory.
+        # Checked before unpacking: a few kilobytes could otherwise fill the memory.
         if zstandard.frame_content_size(content) != shard.raw_data.bytes:
             raise ValueError(
                 f"{place} is damaged: it does not unpack to the {shard.raw_data.bytes:,} bytes of its index"
             )
         with _damage_of(f"{place}, unpacked,"):
             content = _checked(zstandard.ZstdDecompressor().decompress(content), shard.raw_data)
-    found = _sequences(content, shard, numbers)
-    if problem := _problem(found, range(shard.samples) if numbers is None else numbers):
+    sequences = _sequences(content, shard, numbers)
+    if problem := _problem(sequences, range(shard.samples) if numbers is None else numbers):
         raise ValueError(f"{place} is damaged: {problem}")
-    return found
+    return sequences
 
 
 def _sequences(content: bytes, shard: Shard, numbers: Sequence[int] | None) -> Sequences:
@@ -189,7 +188,7 @@ def _sequences(content: bytes, shard: Shard, numbers: Sequence[int] | None) -> S
 
 
 def _problem(found: Sequences, numbers: Sequence[int]) -> str | None:
-    """Return what is wrong with the bounds of documents, if anything is, and in which sequence."""
+    """Return what is wrong with the bounds of documents and in which sequence, or None."""
     seq_len = found.tokens.shape[1]
     row = np.repeat(np.arange(len(found)), found.pieces)
     sums = np.bincount(row, found.lengths, len(found))
@@ -208,11 +207,11 @@ def _problem(found: Sequences, numbers: Sequence[int]) -> str | None:
 
 
 def _checked(content: bytes, file: ShardFile) -> bytes:
-    """Return `content`. ValueError: it is not that of `file`."""
+    """Return `content`. ValueError: its size or hash differs from `file`."""
     if len(content) != file.bytes:
         raise ValueError(f"it has {len(content):,} bytes, and its index says {file.bytes:,}; copy it again")
-    if (found := xxhash.xxh64_hexdigest(content)) != file.hashes.xxh64:
-        raise ValueError(f"its hash is {found}, and its index says {file.hashes.xxh64}; copy it again")
+    if (digest := xxhash.xxh64_hexdigest(content)) != file.hashes.xxh64:
+        raise ValueError(f"its hash is {digest}, and its index says {file.hashes.xxh64}; copy it again")
     return content
 
 
@@ -226,10 +225,10 @@ def _damage_of(place: str) -> Iterator[None]:
 
 @reader("prepared data", path="place")
 def read_stored(place: str, limit: int, store: Store | None = None, checked: Callable[[bytes], bytes] = bytes) -> bytes:
-    """Return the bytes of a file of prepared data, of at most `limit`, which `checked` returns if they are not damaged.
+    """Return the bytes of a file of prepared data, through `checked`, which raises ValueError if they are damaged.
 
-    store: in which `place` lies; None: in a folder. Raises FileNotFoundError: it is missing. ValueError: it is larger,
-    damaged, or no file. Of a store OSError as `with_retries` does.
+    store: the store of `place`; None: a folder. Raises FileNotFoundError: the file is missing. ValueError: it is larger
+    than `limit`, damaged, or not a regular file. From a store OSError as `with_retries`.
     """
     if store is None:
         try:
@@ -240,5 +239,5 @@ def read_stored(place: str, limit: int, store: Store | None = None, checked: Cal
             return checked(content)
     from bd3_scale.data.remote import fetch
 
-    with temporary_folder("fetched") as aside:
-        return fetch(place, aside / "file", checked, limit, store.retry_minutes, store.downloader)
+    with temporary_folder("fetched") as scratch:
+        return fetch(place, scratch / "file", checked, limit, store.retry_minutes, store.downloader)

@@ -1,4 +1,4 @@
-"""The batches of training, the same for every number of ranks and workers, and those of the held-out split."""
+"""Yield the batches of training, equal for every number of ranks and workers, and those of the held-out split."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ PREFETCH_BATCHES = 8
 
 
 class TrainingStream(Iterator[Batch]):
-    """The batches of one data-parallel rank, one an optimiser step, without end, from optimiser step `step` on.
+    """The batches of one data-parallel rank, one for each optimiser step, without end, from step `step` on.
 
-    An epoch is ⌊N/G⌋ global batches of G = `global_batch_size` of the N sequences, none of them twice. Which sequence
-    stands in which slot of the global batch is a pure function of (seed, step, N, G), the shard sizes and `order` (see
-    `bd3_scale.data.order`), of sources that are mixed also of their weights and names (see `bd3_scale.data.mixture`):
-    there is nothing to save for a resume. Rank d of D = `dp_size` holds the slots d·G/D to (d+1)·G/D − 1; ranks that
-    must see the same sequences pass the same `dp_rank`.
+    An epoch is ⌊N/G⌋ global batches, with G = `global_batch_size`, of the N sequences, none of them twice. Which
+    sequence stands in which slot of the global batch is a pure function of (seed, step, N, G), the shard sizes and
+    `order` (see `bd3_scale.data.order`); for a mixture also of the sources' weights and names (see
+    `bd3_scale.data.mixture`). So a resume needs no stored state. Rank d of D = `dp_size` holds the slots d·G/D to
+    (d+1)·G/D − 1. Ranks that must see the same sequences pass the same `dp_rank`.
 
-    order: that of the run; None: of a new one, see `new_order`.
-    reads: make batches; else the stream tells which sequences they have, and yields none.
+    order: the order of the run; None: that of a new run, see `new_order`.
+    reads: make batches; False: the stream yields none, but `batch_at` still tells their sequences.
 
-    Collective over all ranks at construction. Raises ValueError if D does not divide G, if N < G, or as `open_shards`
-    does; `next` raises ValueError for a damaged shard, and as `Workers` does.
+    Collective over all ranks at construction. Raises ValueError if D does not divide G, if N < G, or as `open_shards`;
+    `next` raises ValueError for a damaged shard, and as `Workers`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TrainingStream(Iterator[Batch]):
         return self._order_of(np.arange(self._global_batch_size))
 
     def batch_at(self, step: int) -> Sequences:
-        """Return the sequences, by slot, of the whole global batch that follows `step` finished steps."""
+        """Return the sequences, by slot, of the global batch that follows `step` finished steps."""
         return self._whole.at(step)
 
     def _order_of(self, slots: Ints) -> Order:
@@ -98,30 +98,28 @@ class TrainingStream(Iterator[Batch]):
 
     @property
     def downloads_per_shard(self) -> float | None:
-        """Return what `ShardFiles.downloads_per_shard` says of the source whose shards came most often; None without a
-        remote.
-        """
-        found = (own.files.downloads_per_shard for own in self._shards.values() if own.has_remote)
-        return max((downloads for downloads in found if downloads is not None), default=None)
+        """Return the largest `ShardFiles.downloads_per_shard` of all sources; None without a remote."""
+        values = (own.files.downloads_per_shard for own in self._shards.values() if own.has_remote)
+        return max((downloads for downloads in values if downloads is not None), default=None)
 
     def __next__(self) -> Batch:
         return next(self._batches)
 
 
 def open_sources(data: DataRecipe, manifest: Manifest, split: SplitName) -> dict[str, Shards]:
-    """Return the samples of each source by its name, opened as `open_shards` does."""
+    """Return the samples of each source by its name; see `open_shards`."""
     return {name: open_shards(recipe, manifest.part(name), split) for name, recipe in data.by_source.items()}
 
 
 def new_order(data: DataRecipe, shards: Iterable[Shards], global_batch_size: int) -> DataOrder:
-    """Return the order of a run that begins now."""
+    """Return the order of a run that begins with this version."""
     windows = (default_window(own.sizes, data.cache_limit, global_batch_size) for own in shards)
     return DataOrder(version=2, shuffle_window=data.shuffle_window or min(windows))
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """Worker w of W has the steps `step` + w, + W, + 2W, …"""
+    """The batches of a rank from step `step` on. Worker w of W makes those of the steps `step` + w, + W, + 2W, …"""
 
     shards: Mapping[str, Shards]
     order: Order
@@ -130,6 +128,7 @@ class _Steps:
     step: int
 
     def batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
+        """Yield the batches of one of several workers."""
         shards = list(self.shards.values())
         keys = np.array([source_key(name) for name in self.shards])
         coming = map(self.order.at, itertools.count(self.step + worker, num_workers))
@@ -144,9 +143,9 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """Yield the first `sequences` (default: all) of the held-out split, each on one data-parallel rank, in order.
 
-    Rank d of D has the ids d, d + D, …, and all ranks as many batches of `batch_size`, or of fewer where that holds
-    them all: what is left is filled with copies of id −1, that count no token. The slots are the ids, the epoch is 0.
-    The first call in a process is collective over all ranks. Raises as `open_shards` does.
+    Rank d of D gets the ids d, d + D, … All ranks get equally many batches of `batch_size` (smaller if one batch holds
+    all). The last batch is filled with copies of id −1 that count no token. Slots are the ids; the epoch is 0.
+    The first call in a process is collective over all ranks. Raises as `open_shards`.
     """
     shards = open_shards(data, manifest, "validation")
     return batches_in_order(
@@ -160,7 +159,7 @@ def held_out_batches(
 
 
 class Samples(Protocol):
-    """Samples by number, as `collate` takes them."""
+    """Samples by number, in the form that `collate` takes."""
 
     def __len__(self) -> int: ...
 
@@ -176,7 +175,7 @@ def batches_in_order(
     dp_size: int = 1,
     sequences: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield what `held_out_batches` does, of samples that are open, or in memory."""
+    """Yield batches as `held_out_batches`, of samples that are already open, or in memory."""
     num_sequences = len(samples) if sequences is None else min(sequences, len(samples))
     mine = np.arange(dp_rank, num_sequences, dp_size)
     most = -(-num_sequences // dp_size)

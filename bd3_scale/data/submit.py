@@ -1,4 +1,4 @@
-"""Preparing by jobs of SLURM: an array, each element of which does its share of the tasks, and one that merges."""
+"""Prepare data with SLURM: an array of jobs, each of which does its share of the tasks, and one job that merges."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _PROGRAM = "import sys; from bd3_scale.cli import main; sys.exit(main())"
 def submit(
     preparation: Preparation, arguments: Sequence[str], *, profile: str, shares: int, plugins: Sequence[str]
 ) -> list[str]:
-    """Submit what is missing, and what merges it when all has gone well; return the ids of the jobs.
+    """Submit the unfinished shares, and a job that merges after they succeeded; return the ids of the jobs.
 
-    arguments: of `bd3-scale data prepare`, without those of sharing; paths are seen from the current folder.
-    Raises ValueError: such jobs are queued or running, other nodes would not see the folder, or SLURM refuses.
+    arguments: those of `bd3-scale data prepare`, without the options of sharing; paths are relative to the current
+    folder. Raises ValueError: such jobs are queued or running, other nodes would not see the folder, or SLURM refuses.
     """
     folder = preparation.folder.absolute()
     loaded = load_profile(profile)
     check_folder(folder, loaded, "--out")
-    _refuse_second(folder)
+    _check_not_active(folder)
     site = _whole_node_without_gpus(loaded)
     python = site.container.python if site.container else sys.executable
     command = [python, "-c", _PROGRAM, *(f"--plugin={name}" for name in plugins), "data", "prepare", *arguments]
@@ -50,12 +50,12 @@ def submit(
 
 
 def _sbatch(folder: Path, with_array: bool) -> list[str]:
-    """Both jobs or none."""
+    """Submit both jobs or none; return their ids."""
     jobs: list[str] = []
     try:
         if with_array:
             jobs.append(_job_id(slurm("sbatch", "--parsable", str(folder / "array.sh"))))
-        # Where a part of the array fails, it can never begin, and is cancelled: the command is to be repeated.
+        # If a job of the array fails, the merge can never start; --kill-on-invalid-dep cancels it.
         after = [f"--dependency=afterok:{jobs[0]}", "--kill-on-invalid-dep=yes"] if jobs else []
         jobs.append(_job_id(slurm("sbatch", "--parsable", *after, str(folder / "merge.sh"))))
         write_atomically(folder / SUBMITTED, json.dumps({"jobs": jobs}))
@@ -66,11 +66,11 @@ def _sbatch(folder: Path, with_array: bool) -> list[str]:
     return jobs
 
 
-def _job_id(said: str) -> str:
-    return said.strip().partition(";")[0]
+def _job_id(output: str) -> str:
+    return output.strip().partition(";")[0]
 
 
-def _refuse_second(folder: Path) -> None:
+def _check_not_active(folder: Path) -> None:
     states = job_states(read_json(folder / SUBMITTED).get("jobs", []))
     if active := [job for job, state in states.items() if state in ACTIVE]:
         raise ValueError(
@@ -79,7 +79,7 @@ def _refuse_second(folder: Path) -> None:
 
 
 def _whole_node_without_gpus(profile: Profile) -> Profile:
-    """Return the site as one process sees it that has all the cores of a node's ranks."""
+    """Return the site for one process with all cores of a node's ranks, without GPUs."""
     cores = profile.processes * profile.cpus_per_process
     return profile.model_copy(update={"gpus_per_node": 0, "processes_per_node": 1, "cpus_per_process": cores})
 
@@ -111,7 +111,7 @@ def _directives(site: Profile, folder: Path, shares: Sequence[int]) -> Iterator[
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Return numbers in order as sbatch reads them, such as 0-3,7."""
+    """Return ascending numbers in sbatch's format, such as 0-3,7."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

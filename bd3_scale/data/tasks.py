@@ -1,4 +1,4 @@
-"""The tasks that preparing is cut into: they depend on the source files alone, not on who does them."""
+"""Cut a preparation into tasks, which depend on the source files alone, not on who does them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bd3_scale.resilience.readers import read_regular, reader
 
 PLAN_FILE = "plan.json"
 RESULT_FILE = "task.json"
-# Of source files as stored: some ten seconds of work to a minute, at the end of which a sequence is incomplete.
+# Size of a task's sources as stored: ten seconds to a minute of work. Each task leaves one sequence incomplete.
 TASK_BYTES = 1 << 27
 
 
@@ -23,26 +23,26 @@ class _Frozen(BaseModel):
 
 
 class Task(_Frozen):
-    """Parts of the files of one of the readers, `reader` by its number."""
+    """Parts of the files of one reader; `reader` is its number."""
 
     reader: int
     parts: tuple[FilePart, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Size as stored."""
+        """Return the size as stored."""
         return sum(part.num_bytes for part in self.parts)
 
 
 class Result(_Frozen):
-    """What a task found and wrote."""
+    """What a task left out and wrote."""
 
     left_out: LeftOut
     splits: dict[SplitName, Counts]
 
 
 class Plan(_Frozen):
-    """What was asked for, as a manifest without counts, and the tasks that it was cut into."""
+    """The requested data, as a manifest without counts, and the tasks of the work."""
 
     asked: Manifest
     chat_template: str
@@ -51,20 +51,20 @@ class Plan(_Frozen):
 
 @reader("the plan of a preparation")
 def read_plan(path: Path) -> Plan:
-    """Return the plan in a file. ValueError: there is none."""
+    """Return the plan in a file. ValueError: it is invalid."""
     return Plan.model_validate_json(read_regular(path, INDEX_LIMIT))
 
 
 @reader("the result of a task")
 def read_result(path: Path) -> Result:
-    """Return the result in a file. ValueError: there is none."""
+    """Return the result in a file. ValueError: it is invalid."""
     return Result.model_validate_json(read_regular(path))
 
 
 def cut(number: int, documents: DocumentReader) -> Iterator[Task]:
-    """Yield the tasks of the reader of that number: runs of files and of parts of files, of about `TASK_BYTES`.
+    """Yield the tasks of reader `number`: runs of files and of parts of files, of about `TASK_BYTES`.
 
-    A file above that is cut where its format can be, see `source_cuts`; else it is in a task whole.
+    A larger file is cut if its format allows it, see `source_cuts`; otherwise one task reads all of it.
     """
     parts: list[FilePart] = []
     num_bytes = 0
@@ -78,7 +78,7 @@ def cut(number: int, documents: DocumentReader) -> Iterator[Task]:
 
 
 def _add(parts: list[FilePart], part: FilePart) -> None:
-    """Append a part, or lengthen the last one where it follows that one in a file."""
+    """Append a part, or extend the last part if this one continues it."""
     last = parts[-1] if parts else None
     if last and last.file == part.file and last.part and part.part:
         parts[-1] = FilePart(part.file, last.num_bytes + part.num_bytes, (last.part[0], part.part[1]))

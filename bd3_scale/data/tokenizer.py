@@ -1,8 +1,8 @@
-"""Tokenisers: bytes, byte-level BPE trained here, and any Hugging Face `tokenizer.json`, behind one class.
+"""Tokenise text: bytes, byte-level BPE trained here, and any Hugging Face `tokenizer.json`, behind one class.
 
-Text becomes ids in three ways. A training document is plain text: `<|endoftext|>` in it is letters like any other. A
-prompt is encoded as the tokeniser itself does it: a special token that is spelt is one id. The mask is never spelt, in
-neither. Text around gaps is one text: where it goes on behind a gap, nothing is put in front of it.
+There are three ways from text to ids. In a training document special tokens are plain text: `<|endoftext|>` is just
+letters. In a prompt they are parsed, as the tokeniser itself does. In neither can text become the mask. Text around
+gaps is one text: after a gap no prefix (such as SentencePiece's space) is added.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ EOS = "<|endoftext|>"
 MASK = "[MASK]"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SENTENCEPIECE_FILE = "tokenizer.model"
-# Their code in transformers puts BOS in front by a switch of tokenizer_config.json, whatever tokenizer.json says; what
-# the switch is where it is not there.
+# Classes of transformers that add BOS by a switch of tokenizer_config.json, whatever tokenizer.json says, with the
+# switch's default.
 _CLASSES_WITH_SWITCH = {
     "LlamaTokenizer": True,
     "CodeLlamaTokenizer": True,
@@ -45,12 +45,12 @@ INCOMPLETE = "\ufffd"
 
 
 class Tokenizer:
-    """Text to token ids and back, with the end-of-document and mask ids that text never becomes.
+    """Text to token ids and back, with ids for EOS and mask that no text is encoded as.
 
-    `eos` must be a token of `backend`. `mask` is added behind the last id where `backend` does not know it, so that the
-    mask lies outside the clean vocabulary. `bos` names the token for `--bos` where the template of `backend` adds none.
+    `eos` must be a token of `backend`. `mask` is added after the last id if `backend` does not know it, so that the
+    mask lies outside the clean vocabulary. `bos` names the token for `--bos` if the template of `backend` adds none.
     `vocabulary.bos_id` is what that template puts before a text, see `with_bos`.
-    Raises ValueError where end or mask can be spelt in plain text.
+    Raises ValueError if plain text can be encoded as EOS or mask.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos: str = EOS, mask: str = MASK, bos: str | None = None) -> None:
@@ -68,7 +68,7 @@ class Tokenizer:
         is_new = backend.token_to_id(mask) is None
         backend.add_special_tokens([eos, mask])
         if is_new and backend.token_to_id(mask) in taken:
-            # The library numbers a new token by their count, which is an id in use where others are not.
+            # The library numbers new tokens by the count of all tokens; with gaps, that id may be taken.
             raise ValueError(
                 f"the vocabulary leaves ids out, and the new token {mask!r} would take the id "
                 f"{backend.token_to_id(mask)} of another one; name an unused token of the vocabulary as the mask"
@@ -92,39 +92,39 @@ class Tokenizer:
                 )
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[tokenizers.Tokenizer, str, str, str | None]]:
-        # A pickled backend forgets `encode_special_tokens`, and text that spells the mask would become it.
+        # A pickled backend loses `encode_special_tokens`, and text that spells the mask would then become it.
         return Tokenizer, (self._backend, self._eos, self._mask, self._bos)
 
     @property
     def declared_bos_id(self) -> int | None:
-        """The id of what `tokenizer_config.json` calls the beginning of text, whether a template adds it or not."""
-        found = None if self._bos is None else self._backend.token_to_id(self._bos)
-        return self.vocabulary.bos_id if found is None else int(found)
+        """Return the BOS id of `tokenizer_config.json`, whether the template adds it or not, or None."""
+        declared = None if self._bos is None else self._backend.token_to_id(self._bos)
+        return self.vocabulary.bos_id if declared is None else int(declared)
 
     def with_bos(self, bos_id: int | None) -> Tokenizer:
-        """The tokeniser whose template puts just `bos_id` before a text, or nothing: itself where it does so already.
+        """Return the tokeniser whose template puts `bos_id`, or nothing, before a text; itself if it does so already.
 
-        ValueError: an id that no token has.
+        ValueError: no token has that id.
         """
         if self._before == (() if bos_id is None else (bos_id,)) and not self._after:
             return self
         name = None if bos_id is None else self.name_of(bos_id)
         if bos_id is not None and name is None:
-            raise ValueError(f"bos_id={bos_id} is no token of the tokeniser")
+            raise ValueError(f"bos_id={bos_id} is not a token of the tokeniser")
         content = beginning_with(json.loads(self._backend.to_str()), name, bos_id)
         return Tokenizer(_from_json(content), self._eos, self._mask, self._bos if name is None else name)
 
     def with_bos_switch(self, bos: bool) -> Tokenizer:
-        """`with_bos` of what its files call the beginning of text, or of nothing. ValueError: they name none."""
+        """Return `with_bos` of the BOS that its files declare, or without BOS. ValueError: they declare none."""
         if bos and self.declared_bos_id is None:
-            raise ValueError(f"the tokeniser names no beginning of text: add a bos_token to its {TOKENIZER_FILES[1]}")
+            raise ValueError(f"the tokeniser declares no BOS: add a bos_token to its {TOKENIZER_FILES[1]}")
         return self.with_bos(self.declared_bos_id if bos else None)
 
     def checked_template(self) -> Tokenizer:
-        """Itself with a template that adds one BOS or nothing, as data and checkpoints record it.
+        """Return the tokeniser with a template that adds one BOS or nothing, as data and checkpoints record it.
 
-        What a template puts behind a text is left out: where documents end is told by their own EOS.
-        ValueError: the template begins texts with several tokens.
+        Tokens that its template puts after a text are dropped: documents get their own EOS.
+        ValueError: the template puts several tokens before a text.
         """
         if len(self._before) > 1:
             names = " ".join(str(self.name_of(i)) for i in self._before)
@@ -135,29 +135,30 @@ class Tokenizer:
         return self.with_bos(self.vocabulary.bos_id)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` as plain text, without any special token and without BOS."""
+        """Return the ids of `text` as plain text, without special tokens and BOS."""
         with panics_as_value_errors(_CANNOT_ENCODE):
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
-        """`encode` of every text, or `encode_special`, on all cores unless TOKENIZERS_PARALLELISM=false."""
+        """Return the ids of texts by `encode` or `encode_special`, on all cores unless TOKENIZERS_PARALLELISM=false."""
         backend = self._parsing if parse_special else self._backend
         with panics_as_value_errors(_CANNOT_ENCODE):
             return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_special(self, text: str) -> list[int]:
-        """Token ids of `text`, in which special tokens but the mask may be spelt; without BOS."""
+        """Return the ids of `text`, in which special tokens except the mask are parsed; without BOS."""
         return self.encode_spans(text)[0]
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """`encode_special` of `text`, and where in it each token stands, in characters."""
+        """Return the ids of `encode_special`, and the position of each token in `text`, in characters."""
         with panics_as_value_errors(_CANNOT_ENCODE):
-            found = self._parsing.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
+            encoding = self._parsing.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def encode_prompt(self, text: str, *, gaps: bool = False) -> list[int]:
-        """Token ids of a prompt: BOS where documents have it, and special tokens that are spelt; with `gaps`, each
-        `[MASK]` is a gap of one token, and the text around gaps is one text.
+        """Return the ids of a prompt: BOS if documents have it, then the text with special tokens parsed.
+
+        gaps: each `[MASK]` is a gap of one token, and the text around gaps is one text.
         """
         begin = [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
         first, *rest = text.split(MASK) if gaps else [text]
@@ -168,8 +169,9 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_eos: bool = False) -> str:
-        """Text of `ids`: the mask shows as its name, as the end of document does unless `skip_eos`; bytes that are not
-        UTF-8 become replacement characters. Raises ValueError for an id that is not in the vocabulary.
+        """Return the text of `ids`. The mask becomes its name, and so does EOS unless `skip_eos`.
+
+        Bytes that are not UTF-8 become replacement characters. Raises ValueError for an id outside the vocabulary.
         """
         ids = [int(i) for i in ids]
         for i in ids:
@@ -179,33 +181,33 @@ class Tokenizer:
         return self._backend.decode(kept, skip_special_tokens=False)
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Text of `ids` from its beginning: BOS is none of it."""
+        """Return the text of `ids` from its beginning, without BOS."""
         return self.decode(ids[1:] if ids and ids[0] == self.vocabulary.bos_id else ids)
 
     def continuation(self, before: Sequence[int], new: Sequence[int], *, final: bool = True) -> str:
         """Return what `new` adds to the text of `before`: the decoded whole without the decoded beginning.
 
-        Unless `final`, bytes at the end that are no whole character yet are held back; of tokens that spell UTF-8, the
-        text of more then begins with the text of fewer.
+        Unless `final`, bytes at the end that are no whole character yet are held back. If the tokens spell UTF-8, the
+        text of more tokens then begins with the text of fewer.
         """
         ids = [*before, *new]
         begin, whole = self.text_of(before), self.text_of(ids)
         if not final and whole.endswith(INCOMPLETE):
-            # A character has four bytes or fewer; some decoders take the whole characters before it for broken, too.
+            # A character has at most four bytes; some decoders also replace whole characters before an incomplete one.
             ends = range(len(ids), max(len(ids) - 4, len(before) - 1), -1)
             whole = max((self.text_of(ids[:end]).rstrip(INCOMPLETE) for end in ends), key=len)
         shared = next((i for i, (a, b) in enumerate(zip(begin, whole, strict=False)) if a != b), len(begin))
         return whole[shared:]
 
     def name_of(self, token_id: int) -> str | None:
-        """Return the token of an id, or None where it has none."""
+        """Return the token of an id, or None if it has none."""
         return self._backend.id_to_token(token_id)
 
     @cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
-        """Parses special tokens, of which the mask is one that nobody can spell."""
+        """Return a backend that parses special tokens, but with an unguessable name for the mask."""
         content = without_mask(json.loads(self._backend.to_str()), self._mask, secrets.token_hex(16))
-        # What comes behind the pieces adds nothing here, and may take spaces out of where they stand.
+        # The post-processor adds nothing here, but may trim spaces off the offsets.
         backend = _from_json({**content, "post_processor": None})
         if self.vocabulary.mask_id in backend.encode(self._mask, add_special_tokens=False).ids:
             raise ValueError(f"a prompt that spells {self._mask!r} would become the mask; choose another tokeniser")
@@ -213,12 +215,12 @@ class Tokenizer:
 
     @cached_property
     def _inner(self) -> tokenizers.Tokenizer:
-        """As `_parsing`, of text that goes on: nothing is put in front of it."""
+        """Return a backend like `_parsing` for text that continues: it adds no prefix."""
         return _from_json(without_prefix(json.loads(self._parsing.to_str())))
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of everything that decides which ids a text becomes."""
+        """Return the SHA-256 (hex) of everything that decides which ids a text becomes."""
         canonical = json.dumps([json.loads(self._backend.to_str()), self._config()], sort_keys=True)
         return sha256(canonical.encode()).hexdigest()
 
@@ -245,13 +247,13 @@ def _from_json(content: dict[str, Any]) -> tokenizers.Tokenizer:
 
 @reader("a tokeniser", path="source")
 def load_tokenizer(source: str | Path, mask: str | None = None) -> Tokenizer:
-    """The tokeniser `source` names: `bytes`, a `tokenizer.json`, or a folder that holds one (a Hugging Face model, a
-    trained tokeniser, prepared data).
+    """Return a tokeniser by name: `bytes`, a `tokenizer.json`, or a folder with one (a Hugging Face model, a trained
+    tokeniser, prepared data).
 
-    A `tokenizer_config.json` beside it must declare `eos_token` and may declare `mask_token`; without one, the end of
-    document is `<|endoftext|>`. `mask` goes before a declared one. `bytes` has ids 0 to 255 for the bytes, 256 for the
-    end of document, 257 for the mask. A folder with `tokenizer.model` alone is converted, where transformers can.
-    Raises FileNotFoundError if there is no such file, ValueError if it cannot serve.
+    A `tokenizer_config.json` in the folder must declare `eos_token` and may declare `mask_token`; without that file,
+    EOS is `<|endoftext|>`. `mask` overrides a declared one. `bytes` has ids 0 to 255 for the bytes, 256 for EOS, 257
+    for the mask. A folder with `tokenizer.model` alone is converted if transformers can.
+    Raises FileNotFoundError if there is no such file, ValueError if it is unsuitable.
     """
     if str(source) == "bytes":
         return _byte_tokenizer()
@@ -271,15 +273,13 @@ def load_tokenizer(source: str | Path, mask: str | None = None) -> Tokenizer:
     if eos is None:
         raise ValueError(f'{config_path} declares no end-of-document token; add "eos_token" to it')
     try:
-        return _as_its_class_has_it(
-            Tokenizer(backend, eos, mask or MASK, text_of_token(config.get("bos_token"))), config
-        )
+        return _with_class_bos(Tokenizer(backend, eos, mask or MASK, text_of_token(config.get("bos_token"))), config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _as_its_class_has_it(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
-    """With or without BOS by a switch of `tokenizer_config.json`, where its class in transformers has one."""
+def _with_class_bos(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
+    """Apply the BOS switch of `tokenizer_config.json`, if the tokeniser's class in transformers has one."""
     default = _CLASSES_WITH_SWITCH.get(str(config.get("tokenizer_class")).removesuffix("Fast"))
     if default is None:
         return tokenizer
@@ -290,14 +290,14 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     data = read_regular(path)
     try:
         return tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # tokenizers raises nothing more specific
+    except Exception as error:  # tokenizers raises no more specific class
         raise ValueError(f"{path} is not a tokeniser that `tokenizers` can read: {error}") from error
 
 
 def converted_sentencepiece(path: Path) -> tokenizers.Tokenizer:
-    """Return what transformers makes of a `tokenizer.model` and the configuration beside it.
+    """Return the tokeniser that transformers converts from a `tokenizer.model` and the configuration in its folder.
 
-    ValueError: a package is wanting, or transformers knows no conversion; the message says what to do.
+    ValueError: a package is missing, or transformers knows no conversion; the message says what to do.
     """
     from bd3_scale.observe.libraries import without_broken_torchvision
 
@@ -305,18 +305,18 @@ def converted_sentencepiece(path: Path) -> tokenizers.Tokenizer:
         "from transformers import AutoTokenizer; "
         f"AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained('FOLDER')"
     )
-    wanting = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
-    if wanting:
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    if missing:
         raise ValueError(
-            f"{path} is of SentencePiece, and converting it needs {' and '.join(wanting)}: "
+            f"{path} is of SentencePiece, and its conversion needs {' and '.join(missing)}: "
             f"pip install 'bd3_scale[sentencepiece]', or {way_out}"
         )
     with without_broken_torchvision(), for_transformers(path.parent) as folder:
         from transformers import AutoTokenizer
 
         try:
-            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            return found.backend_tokenizer
+            converted = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return converted.backend_tokenizer
         except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
             raise ValueError(f"transformers cannot convert {path} ({error}); {way_out}") from error
 
@@ -324,7 +324,7 @@ def converted_sentencepiece(path: Path) -> tokenizers.Tokenizer:
 def _is_installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # not even the package that it is a part of
+    except ModuleNotFoundError:  # not even its parent package
         return False
 
 
@@ -340,8 +340,8 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) on documents; save it to the new folder `out`.
 
-    `vocab_size` counts the 256 bytes, the merges and `<|endoftext|>`; the mask comes on top. The same text gives the
-    same tokeniser. Raises ValueError if the text is too short for so many tokens.
+    `vocab_size` counts the 256 bytes, the merges and `<|endoftext|>`; the mask is extra. Equal text gives an equal
+    tokeniser. Raises ValueError if the text is too short for so many tokens.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and the end of document need 257")
@@ -362,12 +362,12 @@ def train_tokenizer(
             )
         tokenizer = Tokenizer(backend)
         tokenizer.save(folder)
-    reader.left_out.tell()
+    reader.left_out.log()
     return tokenizer
 
 
 def _byte_tokenizer() -> Tokenizer:
-    # BPE without merges over GPT-2's byte-level alphabet, so that bytes save and load like every other tokeniser.
+    # BPE without merges over GPT-2's byte-level alphabet: so bytes are saved and loaded like every other tokeniser.
     vocabulary = {character: byte for byte, character in enumerate(_byte_alphabet())}
     backend = _byte_level(tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[])), use_regex=False)
     backend.add_special_tokens([EOS])
@@ -375,7 +375,7 @@ def _byte_tokenizer() -> Tokenizer:
 
 
 def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte: itself where it is printable, else the next one from U+0100 on."""
+    """Return GPT-2's character for each byte: itself if printable, else the next one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     substitutes = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]
@@ -388,6 +388,6 @@ def _byte_level(backend: tokenizers.Tokenizer, use_regex: bool) -> tokenizers.To
 
 
 def text_of_token(declared: Any) -> str | None:
-    """Return a special token as Hugging Face declares one: a string, or an object with its content."""
-    found = declared.get("content") if isinstance(declared, dict) else declared
-    return found if isinstance(found, str) else None
+    """Return a special token as Hugging Face declares one: a string, or an object with `content`; None otherwise."""
+    text = declared.get("content") if isinstance(declared, dict) else declared
+    return text if isinstance(text, str) else None

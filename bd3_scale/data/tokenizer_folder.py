@@ -1,4 +1,4 @@
-"""The folder of a tokeniser: its two files, what its source's configuration says beyond them, and its chat template."""
+"""Write a tokeniser's folder: its two files, further settings of its source, and the chat template."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from bd3_scale.data.tokenizer_json import with_mask_at, without_added
 from bd3_scale.resilience.files import read_object
 from bd3_scale.resilience.foreign import object_in, safe_settings
 
-# transformers takes the added tokens from tokenizer.json, where the mask is among them. What texts begin and end with
-# is told by the template there, for every class of tokenisers.
+# Left out: transformers reads the added tokens, with the mask, from tokenizer.json, and BOS and EOS from its template.
 _LEFT_OUT = ("added_tokens_decoder", "add_bos_token", "add_eos_token")
 
 
@@ -27,19 +26,19 @@ def write_tokenizer(
     mask_id: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a tokeniser into `folder` with what the files of the folder `source` say beyond `Tokenizer.save`.
+    """Write a tokeniser into `folder`, with settings of the folder `source` beyond those of `Tokenizer.save`.
 
-    Nothing is copied as it is: of `tokenizer_config.json` go on the settings that name no code, and a chat template.
-    Without the mask, that token is left out, unless the vocabulary has it in the midst of others. mask_id: in place of
-    its own id, see `with_mask_at`. `settings` go before those of `source`.
+    Files are not copied: only the chat template and settings of `tokenizer_config.json` that name no code are passed
+    on. Without the mask, that token is left out, unless it stands among others in the vocabulary. mask_id: another id
+    for the mask, see `with_mask_at`. `settings` override those of `source`.
 
-    ValueError: a file of `source` leads out of it, is larger than such files are, or holds no JSON or text.
+    ValueError: a file of `source` is a link out of it, too large, or not JSON or text.
     """
     template = template_file(source)
-    said = {key: value for key, value in object_in(source, TOKENIZER_FILES[1]).items() if key not in _LEFT_OUT}
+    declared = {key: value for key, value in object_in(source, TOKENIZER_FILES[1]).items() if key not in _LEFT_OUT}
     tokenizer.save(folder)
     content, own = (read_object(folder / name) for name in TOKENIZER_FILES)
-    config = own | safe_settings(said) | own | dict(settings or {})
+    config = own | safe_settings(declared) | own | dict(settings or {})
     vocabulary = tokenizer.vocabulary
     if not with_mask:
         del config["mask_token"]

@@ -1,4 +1,4 @@
-"""Changes of a `tokenizer.json`: what its template adds to a text, whether the mask can be spelt, what it prepends."""
+"""Change a `tokenizer.json`: the template around a text, the mask's name and id, and prefixes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ Json = dict[str, Any]
 
 
 def template_of(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the ids that the template of a tokeniser puts before and behind a text."""
-    found = backend.encode("a", add_special_tokens=True)
-    added = [bool(special) for special in found.special_tokens_mask]
+    """Return the ids that the template of a tokeniser puts before and after a text."""
+    encoding = backend.encode("a", add_special_tokens=True)
+    added = [bool(special) for special in encoding.special_tokens_mask]
     first = added.index(False) if False in added else len(added)
     last = len(added) - (added[::-1].index(False) if False in added else 0)
-    return found.ids[:first], found.ids[last:]
+    return encoding.ids[:first], encoding.ids[last:]
 
 
 def beginning_with(content: Json, name: str | None, token_id: int | None) -> Json:
-    """Return `content` of a tokeniser that puts one token before a text, and before each of a pair, or none."""
+    """Return `content` with a template that puts one token before a text (and before each of a pair), or none."""
     if name is None:
         return {**content, "post_processor": None}
     special = {"SpecialToken": {"id": name, "type_id": 0}}
@@ -35,36 +35,36 @@ def beginning_with(content: Json, name: str | None, token_id: int | None) -> Jso
 
 
 def without_mask(content: Json, mask: str, secret: str) -> Json:
-    """Return `content` of a tokeniser whose mask has its id still, and a name that nobody knows.
+    """Return `content` with the mask under a secret name and its old id, so that no text can spell it.
 
-    A mask that is an entry of the model's vocabulary, too, only ceases to be a special token.
+    If the mask is also in the model's vocabulary, it is only removed from the special tokens.
     """
     vocabulary = content["model"].get("vocab") or {}
     names = vocabulary if isinstance(vocabulary, Mapping) else {entry[0] for entry in vocabulary}
     tokens = content["added_tokens"]
     if mask in names:
         return {**content, "added_tokens": [token for token in tokens if token["content"] != mask]}
-    # Ids of added tokens follow from their number: the entry stays.
+    # Added tokens are numbered by their count, so the entry must stay.
     renamed = [{**token, "content": secret} if token["content"] == mask else token for token in tokens]
     return {**content, "added_tokens": renamed}
 
 
 def without_added(content: Json, token: str) -> Json:
-    """Return `content` of a tokeniser without an added token."""
+    """Return `content` without an added token."""
     return {**content, "added_tokens": [entry for entry in content["added_tokens"] if entry["content"] != token]}
 
 
 def with_mask_at(content: Json, mask: str, mask_id: int) -> Json:
-    """Return `content` of a tokeniser whose mask has another id, behind all others, and names for the ids before it.
+    """Return `content` with the mask at a higher id, and with names for the unused ids before it.
 
-    The library numbers added tokens by their count, and tells of ids without a token: all are in the vocabulary, with a
-    space in the names that stand for nothing, which no word has.
-    ValueError: the kind of tokeniser has no place for them.
+    The library numbers added tokens by their count and reports ids without a token. So all go into the vocabulary;
+    names of unused ids hold a space, which no word of a vocabulary has.
+    ValueError: this kind of tokeniser cannot hold them.
     """
     model = content["model"]
     if not isinstance(model.get("vocab"), Mapping):
         raise ValueError(
-            f"the tokeniser is of the kind {model.get('type')}, whose tokens are numbered by their place: its mask "
+            f"the tokeniser is of the kind {model.get('type')}, which numbers tokens by their position: its mask "
             "keeps its id"
         )
     added = [{**token, "id": mask_id} if token["content"] == mask else token for token in content["added_tokens"]]
@@ -75,7 +75,7 @@ def with_mask_at(content: Json, mask: str, mask_id: int) -> Json:
 
 
 def without_prefix(content: Json) -> Json:
-    """Return `content` of a tokeniser that puts nothing before a text: no SentencePiece `▁`, no space as GPT-2's."""
+    """Return `content` of a tokeniser that adds no prefix: neither SentencePiece's `▁` nor GPT-2's space."""
     return {
         **content,
         "normalizer": _without_prefix(content["normalizer"], "normalizers"),

@@ -1,4 +1,4 @@
-"""Whether prepared data are what was written: files against indices, sequences against the manifest."""
+"""Verify prepared data: files against indices, sequences against the manifest."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Progress = Callable[[int, int], object]
 
 
 def problems(data: StoredData, progress: Progress = lambda done, total: None) -> Iterator[str]:
-    """Yield what is wrong with prepared data, in one line each; nothing where they are sound.
+    """Yield the problems of prepared data, each in one line; nothing if they are sound.
 
-    Every shard is read: its size and hashes, which must be those of the index, its tokens and where its documents end;
-    then the counts of the manifest and the hashes of documents. What does not lie in a folder of this machine is not
-    searched for files that no index names, nor for hashes of documents. `progress`: shards that are read, of how many.
+    Every shard is read. Size and hashes must be those of the index, tokens and document bounds must be valid. Then the
+    counts of the manifest and the hashes of documents are checked. In a folder of this machine, also files that no
+    index names are reported. `progress` gets the number of shards read so far and of all shards.
 
-    Raises FileNotFoundError where there is no manifest, ValueError where it is not valid.
+    Raises FileNotFoundError if there is no manifest, ValueError if it is invalid.
     """
     manifest = data.manifest
     yield from _tokenizer_problems(data)
@@ -65,13 +65,13 @@ def _tokenizer_problems(data: StoredData) -> Iterator[str]:
         yield f"{data.place}: {error}"
         return
     for name in ("size", "eos_id", "mask_id"):
-        said, found = (getattr(one, name) for one in (data.manifest.vocabulary, data.tokenizer.vocabulary))
-        if said != found:
-            yield f"{data.place}: {name} of the vocabulary is {found}, and the manifest says {said}"
+        expected, actual = (getattr(one, name) for one in (data.manifest.vocabulary, data.tokenizer.vocabulary))
+        if expected != actual:
+            yield f"{data.place}: {name} of the vocabulary is {actual}, and the manifest says {expected}"
 
 
 def _wrong(found: Sequences, manifest: Manifest) -> Iterator[str]:
-    """Yield what no sequence of such data has, with the first that has it."""
+    """Yield what no sequence of such data may have, with the first sequence that has it."""
     vocabulary, multiple = manifest.vocabulary, manifest.document_multiple
     if found.tokens.shape[1] != manifest.seq_len:
         yield f"its sequences have {found.tokens.shape[1]} tokens, and the manifest says {manifest.seq_len}"
@@ -89,14 +89,14 @@ def _wrong(found: Sequences, manifest: Manifest) -> Iterator[str]:
 
 
 def _differing_counts(split: Split, found: Statistics) -> Iterator[str]:
-    for what, said, counted in (
+    for what, expected, counted in (
         ("sequences", split.sequences, found.sequences),
         ("tokens that count", split.counted_tokens, found.counted_tokens),
         ("tokens that are shown", split.shown_tokens, found.shown_tokens),
     ):
-        if said != counted:
-            yield f"{counted:,} {what}, and the manifest says {said:,}"
-    # Of training the last documents may be left out, and text that spells an end of document has more of them.
+        if expected != counted:
+            yield f"{counted:,} {what}, and the manifest says {expected:,}"
+    # The last training documents may be dropped, and documents that spell EOS have more than one end.
     plain = not (found.manifest.parse_special or found.manifest.messages)
     if plain and (found.ends > split.documents or (found.ends < split.documents and not split.dropped_tokens)):
         yield f"{found.ends:,} ends of documents, and the manifest says {split.documents:,}"
@@ -104,7 +104,7 @@ def _differing_counts(split: Split, found: Statistics) -> Iterator[str]:
 
 def _strange_files(folder: Path, listed: ShardTable) -> Iterator[str]:
     known = {INDEX_FILE, *(file.basename for shard in listed for file in (shard.raw_data, shard.zip_data) if file)}
-    # Names with a dot are of readers that are at work, or were.
+    # Hidden names belong to running readers, or to killed ones.
     for name in sorted(name for name in os.listdir(folder) if name not in known and not name.startswith(".")):
         yield f"{folder / name}: no index names it"
 
@@ -112,7 +112,7 @@ def _strange_files(folder: Path, listed: ShardTable) -> Iterator[str]:
 def _hash_problems(folder: Path, name: SplitName, split: Split) -> Iterator[str]:
     place = folder / hashes_file(name)
     hashes = read_hashes(folder, name)
-    if hashes is None:  # of data from before they were kept
+    if hashes is None:  # prepared before hashes were stored
         return
     if place.stat().st_size % 8:
         yield f"{place}: its size is no multiple of 8 bytes"

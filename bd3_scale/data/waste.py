@@ -1,4 +1,4 @@
-"""What padding takes of prepared data, and what would lessen that."""
+"""Measure the share of padding in prepared data, and suggest options that lessen it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from bd3_scale.data.manifest import SplitName
 from bd3_scale.data.packing import Packing, best_fit
 from bd3_scale.data.stored import StoredData
 
-# Shares of all tokens: worth a word, and not worth one.
+# Shares of all tokens: more is worth a note; a gain of less is not worth mentioning.
 MUCH, LITTLE = 0.05, 0.01
-# What is looked at, which tells shares to about a percent, whatever the size of the data.
+# The size of the sample, which gives shares to about a percent, whatever the size of the data.
 SHARDS, SEQUENCES = 8, 256
 
 
 def waste_note(data: StoredData) -> str | None:
-    """Return a line on what padding takes of the training split (else of the held-out one), and what would help.
+    """Return a line about the padding of the training (or held-out) split and options with less; None if it is small.
 
-    None: it is little. Of large data some sequences are looked at, and the shares are about right. Raises as
-    `StoredData`.
+    In large data a sample of the sequences is measured, so shares are approximate. Raises as `StoredData`.
     """
     manifest, texts = data.manifest, _texts(data)
     if not len(texts):
@@ -35,12 +34,12 @@ def waste_note(data: StoredData) -> str | None:
         ways.append((waste(texts, manifest.seq_len, smaller, packing), f"at --document-multiple {smaller}"))
         if ways[-1][0] <= MUCH:
             break
-    told = ", ".join(f"{left:.1%} {way}" for left, way in ways if left < share - LITTLE)
-    return f"padding takes {share:.1%} of all tokens" + f"; it would take {told}" * bool(told)
+    gains = ", ".join(f"{left:.1%} {way}" for left, way in ways if left < share - LITTLE)
+    return f"padding takes {share:.1%} of all tokens" + f"; it would take {gains}" * bool(gains)
 
 
 def waste(texts: NDArray[np.int64], seq_len: int, multiple: int, packing: Packing) -> float:
-    """Return which share of all tokens is none of a text or its end, where pieces of `texts` tokens are packed so."""
+    """Return the share of tokens that are neither text nor its EOS, if pieces of `texts` tokens are packed so."""
     units = -(-texts // multiple)
     if packing == "concatenate":
         tokens = int(units.sum()) * multiple
@@ -50,7 +49,7 @@ def waste(texts: NDArray[np.int64], seq_len: int, multiple: int, packing: Packin
 
 
 def _texts(data: StoredData) -> NDArray[np.int64]:
-    """Return the tokens of pieces of documents, of sequences from all over a split."""
+    """Return the lengths of pieces of documents, from sequences all over a split."""
     split: SplitName = "validation" if data.manifest.train is None else "train"
     shards = data.shards(split)
     found = []

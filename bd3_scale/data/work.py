@@ -1,4 +1,4 @@
-"""Doing the tasks of a preparation: each becomes a folder that appears complete or not at all."""
+"""Do the tasks of a preparation: each becomes a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from bd3_scale.registry import import_plugins
 from bd3_scale.resilience.files import new_folder
 
 POLL_SECONDS = 0.2
-# Which one process that reads and writes can feed with chunks to encode.
-FED_WORKERS = 16
+# The most workers that one reading process can keep busy.
+MAX_FED_WORKERS = 16
 
-# Told how many bytes of the sources have been done since it was told the last time.
-Tell = Callable[[int], object]
-# The documents that a reader gives, of which a share is held out, and the bytes read so far.
-Encoded = Callable[[DocumentReader, float], Iterator[tuple[Sequence[EncodedDocument], int]]]
+# Called with the bytes of the sources that were done since the last call.
+Progress = Callable[[int], object]
+# Encodes the documents of a reader, whose share is held out; yields them with the bytes read so far.
+Encode = Callable[[DocumentReader, float], Iterator[tuple[Sequence[EncodedDocument], int]]]
 
 
 def folder_of(number: int) -> str:
@@ -41,85 +41,89 @@ def folder_of(number: int) -> str:
 
 
 def splits_of(holdout: float) -> list[SplitName]:
-    """Return the splits that documents go to of which this share is held out."""
-    there: dict[SplitName, bool] = {"train": holdout < 1, "validation": holdout > 0}
-    return [name for name, is_there in there.items() if is_there]
+    """Return the splits of documents of which the share `holdout` is held out."""
+    exists: dict[SplitName, bool] = {"train": holdout < 1, "validation": holdout > 0}
+    return [name for name, is_there in exists.items() if is_there]
 
 
 @dataclass(frozen=True)
 class TaskWriter:
-    """Writes tasks into `folder`; `readers`, each with the share that is held out of its documents."""
+    """Writes tasks into `folder`. `readers`: each with the share of its documents that is held out."""
 
     folder: Path
     data: Manifest
     encoder: Encoder
     readers: Sequence[tuple[DocumentReader, float]]
 
-    def write(self, number: int, task: Task, encoded: Encoded, tell: Tell) -> None:
-        """Do a task. What somebody else has done in the meantime is the same, and is kept."""
+    def write(self, number: int, task: Task, encode: Encode, progress: Progress) -> None:
+        """Do a task. If another process has finished it meanwhile, that equal result is kept."""
         out = self.folder / folder_of(number)
         try:
             with new_folder(out) as folder:
-                self._fill(folder, task, encoded, tell)
+                self._fill(folder, task, encode, progress)
         except FileExistsError:
             if not out.is_dir():
                 raise
 
-    def encoded(self, reader: DocumentReader, holdout: float) -> Iterator[tuple[Sequence[EncodedDocument], int]]:
-        """Encode in this process."""
+    def encode(self, reader: DocumentReader, holdout: float) -> Iterator[tuple[Sequence[EncodedDocument], int]]:
+        """Encode the documents of a reader in this process."""
         encoder = replace(self.encoder, holdout=holdout)
         for texts, position in chunks(reader):
             yield encoder(texts), position
 
-    def _fill(self, folder: Path, task: Task, encoded: Encoded, tell: Tell) -> None:
+    def _fill(self, folder: Path, task: Task, encode: Encode, progress: Progress) -> None:
         reader, holdout = self.readers[task.reader]
         reader = reader.only(task.parts)
         writers = {name: SplitWriter(folder, name, self.data) for name in splits_of(holdout)}
         done = 0
-        for documents, position in encoded(reader, holdout):
+        for documents, position in encode(reader, holdout):
             for document in documents:
                 writers[document.split].add(document)
-            tell(position - done)
+            progress(position - done)
             done = position
-        tell(task.num_bytes - done)
+        progress(task.num_bytes - done)
         splits = {name: writer.finish() for name, writer in writers.items()}
         (folder / RESULT_FILE).write_text(Result(left_out=reader.left_out, splits=splits).model_dump_json())
 
 
-def write_tasks(writer: TaskWriter, tasks: Mapping[int, Task], workers: int, tell: Tell) -> None:
-    """Do tasks, by their numbers, in `workers` processes: each does whole tasks; of few, all encode one's chunks.
+def write_tasks(writer: TaskWriter, tasks: Mapping[int, Task], workers: int, progress: Progress) -> None:
+    """Do tasks, by their numbers, in `workers` processes.
+
+    With many tasks each process does whole tasks; with few, all processes encode chunks of one task after the other.
 
     Raises:
         ValueError: a source cannot be read, or a process was killed.
     """
     if workers == 1:
         for number, task in tasks.items():
-            writer.write(number, task, writer.encoded, tell)
+            writer.write(number, task, writer.encode, progress)
         return
     with _pool(writer, workers) as (pool, shared):
-        if len(tasks) < min(workers, FED_WORKERS):
+        if len(tasks) < min(workers, MAX_FED_WORKERS):
             for number, task in tasks.items():
-                writer.write(number, task, partial(_encoded_by, pool, workers), tell)
+                writer.write(number, task, partial(_encode_with, pool, workers), progress)
         else:
-            # The largest first, so that none is begun when the others end.
+            # The largest first, so that no long task starts last.
             ordered = sorted(tasks.items(), key=lambda item: item[1].num_bytes, reverse=True)
             for _ in _as_done(pool, ordered, workers):
-                tell(shared.new_bytes())
+                progress(shared.new_bytes())
 
 
 @dataclass
 class _Shared:
-    """What the processes tell each other: bytes that are done, and that they are to stop."""
+    """What the processes share: the bytes that are done, and whether to stop."""
 
     num_bytes: Synchronized[int]
     stop: Event
-    told: int = 0
+    reported: int = 0
 
     def new_bytes(self) -> int:
-        told, self.told = self.told, self.num_bytes.value
-        return self.told - told
+        """Return the bytes that were done since the last call."""
+        before, self.reported = self.reported, self.num_bytes.value
+        return self.reported - before
 
     def add(self, num_bytes: int) -> None:
+        """Add bytes that are done. Raises InterruptedError to end this task if another one failed."""
         with self.num_bytes.get_lock():
             self.num_bytes.value += num_bytes
         if self.stop.is_set():
@@ -137,15 +141,15 @@ def _pool(writer: TaskWriter, workers: int) -> Iterator[tuple[ProcessPoolExecuto
         yield pool, shared
     except BrokenProcessPool as error:
         raise ValueError(
-            "a process of the preparation was killed (by the system, where memory ran out): repeat the command, which "
-            "does what is missing, perhaps with fewer --workers"
+            "a process of the preparation was killed (by the system, if memory ran out): repeat the command, which "
+            "does the unfinished tasks, perhaps with fewer --workers"
         ) from error
     finally:
         shared.stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _encoded_by(
+def _encode_with(
     pool: ProcessPoolExecutor, workers: int, reader: DocumentReader, holdout: float
 ) -> Iterator[tuple[Sequence[EncodedDocument], int]]:
     pending: deque[tuple[Future[Sequence[EncodedDocument]], int]] = deque()
@@ -159,7 +163,7 @@ def _encoded_by(
 
 
 def _as_done(pool: ProcessPoolExecutor, tasks: Iterable[tuple[int, Task]], workers: int) -> Iterator[None]:
-    """Yield every now and then until all are done."""
+    """Yield now and then until all tasks are done."""
     waiting: set[Future[None]] = set()
     for number, task in tasks:
         waiting.add(pool.submit(_write_in_worker, number, task))
@@ -184,7 +188,7 @@ _worker: tuple[TaskWriter, _Shared]
 def _start_worker(modules: Sequence[str], writer: TaskWriter, shared: _Shared) -> None:
     global _worker
     _worker = writer, shared
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     import_plugins(modules)
@@ -203,4 +207,4 @@ def _encode_in_worker(texts: list[str], holdout: float) -> list[EncodedDocument]
 
 def _write_in_worker(number: int, task: Task) -> None:
     writer, shared = _worker
-    writer.write(number, task, writer.encoded, shared.add)
+    writer.write(number, task, writer.encode, shared.add)

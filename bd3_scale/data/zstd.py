@@ -1,4 +1,4 @@
-"""Unpacking zstd as it is read."""
+"""Read zstd files and decompress them on the way."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import BinaryIO
 
 import zstandard
 
-# A block of a zstd frame takes 4 bytes or more and unpacks to 128 KiB or less, so that this much unpacks to 32 MiB.
+# A zstd block has at least 4 bytes and decompresses to at most 128 KiB, so this much decompresses to at most 32 MiB.
 READ_BYTES = 1 << 10
 
 
 class ZstdFile(io.RawIOBase):
-    """The bytes packed in the zstd frames of `raw`; EOFError where the last frame is incomplete.
+    """The bytes compressed in the zstd frames of `raw`; EOFError if the last frame is incomplete.
 
-    `zstandard`'s own reader takes a file that was cut short for a complete one.
+    `zstandard`'s own reader takes a truncated file for a complete one.
     """
 
     def __init__(self, raw: BinaryIO) -> None:
