@@ -70,7 +70,7 @@ from bd3_scale.launch.records import (
 POLL_SECONDS = 0.5
 LOCK_SECONDS = 120.0
 STEPS_PER_LIFE = 3  # job steps between two requeues: preflight, ranks, cleaning of caches
-MAX_SKIPPED_LIVES = 4  # numbers skipped grow with each requeue; a repeated kill comes a minute later, not many lives
+LIVES_BEFORE_REUSE = 4  # then step numbers are used again: a repeated kill comes a minute late, not four lives
 EXIT_USER_ERROR = 2  # a rank's exit code if recipe, data or machine is wrong: a retry would fail again
 LAST_SECONDS = 3.0  # reserved before SLURM's SIGKILL, to write the attempt's line
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -173,7 +173,7 @@ class Supervisor:
         was too slow to answer, and would hit this attempt's step of the same number (seen with SLURM 22.05 on a loaded
         machine).
         """
-        for _ in range(STEPS_PER_LIFE * (self.life % MAX_SKIPPED_LIVES)):
+        for _ in range(STEPS_PER_LIFE * (self.life % LIVES_BEFORE_REUSE)):
             slurm("srun", "--nodes=1", "--ntasks=1", "true")
 
     def _wait_for_run_lock(self) -> None:

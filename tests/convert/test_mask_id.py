@@ -219,7 +219,7 @@ def test_a_tokeniser_keeps_all_other_ids(name: str, tmp_path: Path, capfd: pytes
 def test_a_tokeniser_without_places_is_refused(tmp_path: Path) -> None:
     source = write_kind(tmp_path / "source", KINDS["unigram"])
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="of the kind Unigram, whose tokens are numbered by their place"):
+    with pytest.raises(ValueError, match="of the kind Unigram, which numbers tokens by their position"):
         write_tokenizer(load_tokenizer(source), source, tmp_path / "out", mask_id=1000)
 
 

@@ -132,7 +132,7 @@ def test_what_texts_begin_with_can_be_chosen_at_the_import(tmp_path: Path) -> No
     plain = plan_import(source, bos=False)
     assert plain.vocabulary.bos_id is None
     assert plain.tokenizer.encode_prompt("a") == [97]
-    with pytest.raises(ValueError, match="names no beginning of text"):
+    with pytest.raises(ValueError, match="declares no BOS"):
         plan_import(save_folder(tmp_path / "bytes", a_model("Llama", vocab_size=300)), bos=True)
 
 

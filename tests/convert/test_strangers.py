@@ -186,7 +186,7 @@ ATTACKS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("chat_template.jinja", link("chat_template.jinja"), "is a broken link"),
     ("chat_template.jinja", link("gone"), "is a broken link"),
     ("chat_template.jinja", huge, "is larger than 1 MiB"),
-    ("chat_template.jinja", lambda path: path.write_bytes(b"{{ x }}\xff"), "chat_template.jinja is no text in UTF-8"),
+    ("chat_template.jinja", lambda path: path.write_bytes(b"{{ x }}\xff"), "chat_template.jinja is not UTF-8 text"),
     ("model.safetensors", link("../model.safetensors"), "is a link out of its folder"),
     ("model.safetensors.index.json", link("../secret"), "is a link out of its folder"),
     *(

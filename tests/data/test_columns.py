@@ -129,8 +129,8 @@ def test_a_field_of_a_struct_and_one_whose_name_has_a_dot(tmp_path: Path, suffix
     for field, message in (
         ("body", rf't{suffix} has no column "body" but {beside}'),
         ("doc.title", rf't{suffix} has no column "doc\.title" but doc\.body \(string\), doc\.id \(int64\): name'),
-        ("doc", rf't{suffix}, row 0 has an object in the field "doc", no string'),
-        ("text", rf't{suffix}, row 0 has a list in the field "text", no string'),
+        ("doc", rf't{suffix}, row 0 has an object in the field "doc", not a string'),
+        ("text", rf't{suffix}, row 0 has a list in the field "text", not a string'),
     ):
         with pytest.raises(ValueError, match=message) as error:
             texts(path, field)
@@ -160,9 +160,11 @@ def test_columns_of_numbers_and_rows_without_text(tmp_path: Path, suffix: str) -
     )
     write(path, table)
     for field, kind in (("id", "int64"), ("raw", "binary")):
-        with pytest.raises(ValueError, match=rf'has {kind} in the column "{field}", no text; the columns are id \(int'):
+        with pytest.raises(
+            ValueError, match=rf'has {kind} in the column "{field}", not text; the columns are id \(int'
+        ):
             texts(path, field)
-    with pytest.raises(ValueError, match=rf't{suffix}, row 1 has null in the field "text", no string'):
+    with pytest.raises(ValueError, match=rf't{suffix}, row 1 has null in the field "text", not a string'):
         texts(path)
     reader = DocumentReader([path], on_error="skip")
     assert [document.text for document in reader] == ["one", "three"]
@@ -197,7 +199,7 @@ def test_a_saved_data_set_is_read_as_datasets_reads_it(tmp_path: Path, caplog: p
         found = texts(folder)
     assert found == [text for text in loaded["text"] if text.strip()] != []
     left_out = "cache-1.arrow, dataset_info.json, state.json"
-    assert f"{folder}: 3 files that describe a saved data set or lie beside it left out ({left_out})" in caplog.text
+    assert f"{folder}: 3 files of a saved data set that hold no data left out ({left_out})" in caplog.text
     assert texts(tmp_path / "set") == [*found, "held out"]
 
 
@@ -230,7 +232,7 @@ def test_a_row_is_counted_from_the_beginning_of_the_file(tmp_path: Path, suffix:
         texts(path)
     reader = DocumentReader([path])
     *_, (part, size) = source_cuts.get(suffix)(path, 1)
-    place = "row 450" if suffix == ".parquet" else f"behind byte {part[0]:,}, row 50"
+    place = "row 450" if suffix == ".parquet" else f"after byte {part[0]:,}, row 50"
     with pytest.raises(ValueError, match=rf"t\{suffix}, {place} has null"):
         list(reader.only([FilePart(0, size, part)]))
 

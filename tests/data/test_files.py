@@ -59,7 +59,7 @@ def test_circles_of_links_end(corpus: Path, told: pytest.LogCaptureFixture) -> N
     (corpus / "to-itself.txt").symlink_to("to-itself.txt")
     assert found(corpus) == ["corpus/m.txt", "corpus/sub/n.txt"]
     assert f"{corpus}: 2 files and folders left out as already read (sub/self, sub/up)" in told.messages
-    assert f"{corpus}: 1 links that lead nowhere left out (to-itself.txt)" in told.messages
+    assert f"{corpus}: 1 broken links left out (to-itself.txt)" in told.messages
 
 
 def test_nothing_is_read_twice(tmp_path: Path, corpus: Path, told: pytest.LogCaptureFixture) -> None:
@@ -95,7 +95,7 @@ def test_dangling_links_and_other_kinds_are_told_five_at_most(corpus: Path, told
     put(corpus / "x.py", corpus / "y.txt.bz2")
     assert found(corpus) == ["corpus/m.txt"]
     assert set(told.messages) == {
-        f"{corpus}: 6 links that lead nowhere left out (0.txt, 1.txt, 2.txt, 3.txt, 4.txt, …)",
+        f"{corpus}: 6 broken links left out (0.txt, 1.txt, 2.txt, 3.txt, 4.txt, …)",
         f"{corpus}: 2 files of other kinds ignored (x.py, y.txt.bz2)",
     }
 
@@ -113,7 +113,7 @@ def test_a_folder_that_may_not_be_opened_is_told(
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
     assert found(corpus) == ["corpus/m.txt"]
-    assert told.messages == [f"{corpus}: 1 folders that may not be opened left out (lost+found)"]
+    assert told.messages == [f"{corpus}: 1 folders without permission left out (lost+found)"]
 
 
 def test_an_empty_folder_beside_others_is_told(tmp_path: Path, corpus: Path, told: pytest.LogCaptureFixture) -> None:
@@ -128,7 +128,7 @@ def test_where_nothing_can_be_read_the_error_says_what_is_there(tmp_path: Path) 
     put(tmp_path / "hidden" / ".a.txt", tmp_path / "other" / "a.py")
     (tmp_path / "empty").mkdir()
     for name, there in (
-        ("links", r"1 links that lead nowhere left out \(a\.txt\)"),
+        ("links", r"1 broken links left out \(a\.txt\)"),
         ("hidden", r"1 hidden files and folders left out \(\.a\.txt\)"),
         ("other", r"1 files of other kinds ignored \(a\.py\)"),
         ("empty", "no file at all"),
@@ -143,7 +143,7 @@ def test_named_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing does not exist; give files"):
         find_files([tmp_path / "missing"])
     (tmp_path / "a.txt").symlink_to("elsewhere.txt")
-    with pytest.raises(FileNotFoundError, match=r"a\.txt is a link to elsewhere\.txt, which leads nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"a\.txt is a broken link to elsewhere\.txt"):
         find_files([tmp_path / "a.txt"])
     put(tmp_path / "t.pdf", tmp_path / "t.txt")
     with pytest.raises(ValueError, match=r"t\.pdf is not a kind of file"):

@@ -170,8 +170,8 @@ def spoilt(path: Path, change: Callable[[bytearray], object]) -> None:
 @pytest.mark.parametrize(
     ("suffix", "change", "words"),
     [
-        (".idx", lambda data: data.__setitem__(0, 0), "is no index of Megatron's"),
-        (".idx", lambda data: data.__delitem__(slice(20, None)), "is no index of Megatron's"),
+        (".idx", lambda data: data.__setitem__(0, 0), "is not an index of Megatron"),
+        (".idx", lambda data: data.__delitem__(slice(20, None)), "is not an index of Megatron"),
         (".idx", lambda data: data.__setitem__(9, 2), "version 2"),
         (".idx", lambda data: data.__setitem__(17, 6), "ids of kind 6"),
         (".idx", lambda data: struct.pack_into("<Q", data, 18, 2**60), "is damaged: .* bytes, where"),
@@ -220,9 +220,9 @@ def test_damage_of_mds_is_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ("change", "words"),
     [
         ({"column_encodings": ["pkl"]}, r"no column `tokens` of bytes or ndarray, but tokens \(pkl\)"),
-        ({"column_names": ["text"], "column_encodings": ["str"]}, r"but text \(str\): text goes to `data prepare`"),
+        ({"column_names": ["text"], "column_encodings": ["str"]}, r"but text \(str\): text belongs to `data prepare`"),
         ({"raw_data": {"basename": "../shard.00000.mds", "bytes": 1}}, "basename"),
-        ({"compression": "br"}, "packed with br, and only zstd is read"),
+        ({"compression": "br"}, "packed with br; only zstd can be read"),
         ({"format": "json"}, "format"),
     ],
 )
@@ -241,7 +241,7 @@ def test_sources_that_are_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_mds(tmp_path / "foundry" / "train", [[1, 2]], "bytes")
     with pytest.raises(FileNotFoundError, match=r"foundry has no index\.json, but train in it: name one of these"):
         imported(tmp_path / "foundry", "mds", tokenizer)
-    with pytest.raises(FileNotFoundError, match=r"corpus\.bin does not exist: Megatron's corpora are"):
+    with pytest.raises(FileNotFoundError, match=r"corpus\.bin does not exist: a corpus of Megatron is"):
         imported(tmp_path / "corpus", "megatron", tokenizer)
     with pytest.raises(ValueError, match="s3://bucket/corpus is remote"):
         prepare(["s3://bucket/corpus"], tmp_path / "out", tokenizer, L, tokens="mds")

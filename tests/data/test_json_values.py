@@ -64,11 +64,11 @@ def test_a_list_lines_and_one_object_packed_or_not(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('[{"text": "a"}, {"text": 1}]', r"t\.json, value 1 has a number in the field"),
-        ('[{"text": "a"}, ["b"]]', r"t\.json, value 1 holds a list, where a JSON object must stand"),
+        ('[{"text": "a"}, ["b"]]', r"t\.json, value 1 holds a list; a JSON object is needed"),
         ('[{"text": "a"}, ]', r"t\.json, value 1 is not JSON \(Expecting value at character"),
         ('[{"text": "a"} {"text": "b"}]', r"t\.json, value 0 holds more than one JSON value"),
         ('[{"text": "a"}, {"text": "b"', r"t\.json is damaged or cut short \(its list does not end\): copy or make it"),
-        ('[{"text": "a"}]\n[{"text": "b"}]', r"t\.json goes on behind the end of its list: give each object a line"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', r"t\.json has text after the end of its list: give each object a line"),
         ('{"text": "a"}\n{"text": }', r"t\.json:2 is not JSON"),
         ('{\n"text": "a"\n}\n{"text": "b"}', r"t\.json holds more than one JSON value"),
         (

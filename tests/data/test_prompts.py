@@ -57,10 +57,10 @@ def test_prompts_come_back_as_they_were_written(tmp_path_factory: pytest.TempPat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": null}', r'p\.jsonl:2 has null in the field "prompt", no string'),
+        (b'{"prompt": null}', r'p\.jsonl:2 has null in the field "prompt", not a string'),
         (b'{"prompt": 7}', r'p\.jsonl:2 has a number in the field "prompt"'),
         (b'{"text": "b"}', r'p\.jsonl:2 has no field "prompt" but text \(a string\): a prompt is a string "prompt"'),
-        (b'"b"', r"p\.jsonl:2 holds a string, where a JSON object must stand"),
+        (b'"b"', r"p\.jsonl:2 holds a string; a JSON object is needed"),
         (b"prompt", r"p\.jsonl:2 is not JSON"),
         (b'{"prompt": "\\udc00"}', r"p\.jsonl:2 holds text that is not Unicode"),
         (b'{"prompt": "\xff"}', r"p\.jsonl:2 is not UTF-8 text \(the byte 0xff at offset 28 of"),

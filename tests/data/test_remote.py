@@ -137,7 +137,7 @@ def test_a_remote_that_stays_away_ends_with_one_line(store: s3.Store, tmp_path: 
         list(itertools.islice(stream, steps_per_epoch(tmp_path / "cache")))
     assert 1 < time.monotonic() - began < 10
     assert "\n" not in str(e.value)
-    assert "goes on from its last checkpoint" in str(e.value)
+    assert "continues from its last checkpoint" in str(e.value)
 
 
 def test_a_key_that_goes_in_mid_run_is_named_at_once(store: s3.Store, tmp_path: Path, expected: list) -> None:

@@ -110,7 +110,7 @@ def test_one_file_parts_and_errors_name_the_url(memory: str) -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(
-        ValueError, match=r"s3://bucket/x needs a package more .*pip install 'bd3_scale\[s3\]'"
+        ValueError, match=r"s3://bucket/x needs another package .*pip install 'bd3_scale\[s3\]'"
     ) as error:
         find_files(["s3://bucket/x"])
     assert "\n" not in str(error.value)
@@ -124,8 +124,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             ConnectionError,
             "cannot be read .*: set them as for any other",
         ),
-        (RuntimeError("timed out"), ConnectionError, "cannot be read .*timed out.*: try again when it answers"),
-        (PermissionError("Forbidden"), PermissionError, "may not be read .*Forbidden.*: give credentials that may"),
+        (RuntimeError("timed out"), ConnectionError, "cannot be read .*timed out.*: try again later"),
+        (PermissionError("Forbidden"), PermissionError, "may not be read .*Forbidden.*: check the credentials"),
         (FileNotFoundError("b"), FileNotFoundError, "does not exist"),
     ],
 )

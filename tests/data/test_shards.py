@@ -50,7 +50,7 @@ def flip_a_byte(file: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_flipped_byte_in_a_packed_shard(data: Path, num_workers: int) -> None:
     flip_a_byte(data / "train" / "shard.00001.mds.zstd")
-    with pytest.raises(ValueError, match=r"train/shard\.00001\.mds\.zstd is damaged.* prepare the data anew") as info:
+    with pytest.raises(ValueError, match=r"train/shard\.00001\.mds\.zstd is damaged.* prepare the data again") as info:
         read_epoch(data, num_workers=num_workers)
     # Frees the loader now: the garbage collector would end its queues first, and then wait for each worker in vain.
     traceback.clear_frames(info.tb)
@@ -81,7 +81,7 @@ def test_a_damaged_unpacked_shard_is_unpacked_anew(
     assert (data / "train" / "shard.00001.mds").read_bytes() == sound
     if num_workers == 0:
         assert (
-            caplog.text.count("train/shard.00001.mds does not match its hash in index.json and is unpacked anew") == 1
+            caplog.text.count("train/shard.00001.mds does not match its hash in index.json and is unpacked again") == 1
         )
 
 

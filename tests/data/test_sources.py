@@ -74,13 +74,13 @@ def test_damaged_archives(tmp_path: Path, name: str, damage: str) -> None:
         (b"{}", r't\.jsonl:2 has no field "text" and no other: name the field with --field$'),
         (
             b'{"text": 3}',
-            r't\.jsonl:2 has a number in the field "text", no string; the fields are text \(a number\): name',
+            r't\.jsonl:2 has a number in the field "text", not a string; the fields are text \(a number\): name',
         ),
         (b'{"text": null, "b": 0.5}', r"2 has null in .* text \(null\), b \(a number\): name the field with --field$"),
         (b'{"text": ["x"], "b": {}}', r"2 has a list in .* text \(a list\), b \(an object\): name"),
         (b'{"text": true, "b": false}', r"2 has true in .* text \(true\), b \(false\): name"),
         (b'{"a": 1, "b": 1, "c": 1, "d": 1, "e": 1, "f": 1, "g": 1, "h\\n": 1, "i": 1}', r"'h\\n' \(a number\), …: "),
-        (b'["text"]', r"t\.jsonl:2 holds a list, where a JSON object must stand$"),
+        (b'["text"]', r"t\.jsonl:2 holds a list; a JSON object is needed$"),
         (b'{"text": "\xff"}', r"t\.jsonl:2 is not UTF-8 text \(the byte 0xff at offset 30 of"),
         (b'{"text": "\\ud800"}', r"t\.jsonl:2 holds text that is not Unicode \(\\ud800 at character 1 is half"),
         (b'{"text": "x", "y": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", r"t\.jsonl:2 is nested too deep"),
@@ -192,8 +192,8 @@ def test_the_text_in_another_field(tmp_path: Path, field: str, record: dict[str,
     ("field", "record", "message"),
     [
         ("a.b", {"a": {"c": "x"}, "d": 1}, r'has no field "a\.b" but a\.c \(a string\): name'),
-        ("a", {"a": {"c": "x"}}, r'has an object in the field "a", no string; the fields are a\.c \(a string\)'),
-        ("a.b", {"a": {"b": None}}, r'has null in the field "a\.b", no string; the fields are a\.b \(null\)'),
+        ("a", {"a": {"c": "x"}}, r'has an object in the field "a", not a string; the fields are a\.c \(a string\)'),
+        ("a.b", {"a": {"b": None}}, r'has null in the field "a\.b", not a string; the fields are a\.b \(null\)'),
         ("a.b", {"a": "b"}, r'has no field "a\.b" but a \(a string\)'),
         ("a.b", {"a.b": 1, "a": {"b": "x"}}, r'has a number in the field "a\.b"'),
     ],
@@ -241,7 +241,7 @@ def test_what_cannot_be_read_is_skipped_and_counted(tmp_path: Path) -> None:
         assert numbers == [str(i) for i in range(len(numbers))]
         assert 10_000 < len(numbers) < 20_000
         assert (reader.num_documents, reader.num_empty, reader.num_skipped) == (len(documents), 1, 9)
-        place = f"{tmp_path / 'a.jsonl'}:%d holds null, where a JSON object must stand"
+        place = f"{tmp_path / 'a.jsonl'}:%d holds null; a JSON object is needed"
         assert list(reader.skipped) == [place % number for number in range(2, 7)]
     reader = DocumentReader([tmp_path / name for name in ("b.txt", "c.jsonl.gz", "d.txt.zst")], on_error="skip")
     assert list(reader)

@@ -71,9 +71,9 @@ def test_bos_can_be_switched_where_it_has_a_name(made: Callable[[str], Made], tm
     assert without.with_bos_switch(True).encode_prompt("x") == begin.ours.encode_prompt("x")
     without.save(tmp_path / "without")  # its name is remembered
     assert load_tokenizer(tmp_path / "without").with_bos_switch(True).vocabulary == begin.ours.vocabulary
-    with pytest.raises(ValueError, match="names no beginning of text: add a bos_token to its tokenizer_config"):
+    with pytest.raises(ValueError, match="declares no BOS: add a bos_token to its tokenizer_config"):
         made("byte-level").ours.with_bos_switch(True)
-    with pytest.raises(ValueError, match="bos_id=9999 is no token"):
+    with pytest.raises(ValueError, match="bos_id=9999 is not a token"):
         begin.ours.with_bos(9999)
 
 
@@ -218,7 +218,7 @@ def test_a_sentencepiece_model_says_which_packages_it_needs(
     monkeypatch.setattr(tokenizer_module, "find_spec", lambda name: None if name in missing else find_spec(name))
     (tmp_path / "tokenizer.model").write_bytes(b"")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
-    way_out = rf"converting it needs {needs}: pip install 'bd3_scale\[sentencepiece\]', or .*save_pretrained"
+    way_out = rf"its conversion needs {needs}: pip install 'bd3_scale\[sentencepiece\]', or .*save_pretrained"
     with pytest.raises(ValueError, match=way_out) as error:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(error.value)
@@ -231,7 +231,7 @@ def test_a_sentencepiece_model_says_so_where_no_package_of_google_is_installed(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "google", None)
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"converting it needs google\.protobuf: pip install"):
+    with pytest.raises(ValueError, match=r"its conversion needs google\.protobuf: pip install"):
         load_tokenizer(tmp_path)
 
 

@@ -110,7 +110,7 @@ def test_a_column_that_unpacks_to_a_terabyte(rows, tmp_path):
     )
     assert path.stat().st_size < 10_000
     with refused(
-        rf"{path} needs more than 4 GiB of memory for a few rows: divide its documents, or write it in smaller"
+        rf"{path} needs more than 4 GiB of memory for a few rows: split its documents, or save it with smaller"
     ):
         list(DocumentReader([path]))
 

@@ -150,7 +150,7 @@ def test_what_does_not_go_together_is_refused(place):
             "short",
             [{"weights": {"a": 1}}],
             [{"name": "a", "path": "web"}, {"name": "b", "path": "short"}],
-            "b does not go with a: its sequences have 32 tokens, there 64",
+            "b does not fit a: its sequences have 32 tokens, there 64",
         ),
         ("often", [{"weights": {"web": 0.1, "code": 0.9}}], once, "code would be seen"),
         (

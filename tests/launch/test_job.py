@@ -144,7 +144,7 @@ def test_apptainer_stands_between_srun_and_the_ranks() -> None:
         ({"gpus_per_node": 8, "time_limit": "1:00", "deadlines": {"steps": 3}}, "did you mean deadlines.step"),
         (CPU_SITE | {"environment": {"A=1; touch was-run; B": "2"}}, "environment: must have names of letters"),
         (CPU_SITE | {"environment": {"1A": "2"}}, "environment: must have names of letters"),
-        (CPU_SITE | {"environment": {"RANK": "2"}}, "environment: must leave RANK to the supervisor"),
+        (CPU_SITE | {"environment": {"RANK": "2"}}, "environment: must not set RANK"),
         (CPU_SITE | {"container": {"image": "a", "python": "--prolog=b"}}, "container.python: must match pattern"),
         (CPU_SITE | {"container": {"image": "--overlay=b"}}, "container.image: must match pattern"),
         (CPU_SITE | {"container": {"image": "a", "mounts": ["/a:/a,/etc:/b"]}}, "container.mounts.0: must match"),

@@ -137,7 +137,7 @@ def test_usr1_kill_and_stop_all_go_on_bitwise(cluster, workplace, undisturbed, p
     dumped = [(run / f"logs/attempt-2/rank{rank}.log").read_text() for rank in range(2 * processes)]
     assert all("most recent call first" in text for text in dumped)
     assert losses(run) == expected
-    assert "recipe.yaml changed after it was submitted" in (run / "logs" / f"job-{job}.log").read_text()
+    assert "recipe.yaml changed after the submission" in (run / "logs" / f"job-{job}.log").read_text()
 
 
 @pytest.mark.xdist_group("slurm training")  # not both at once: four ranks import for ten seconds

@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=/shared/runs/books/logs/job-%j.log
 
-# books, bd3_scale at commit 0123456789ab; job.json beside this file says the rest.
+# books, bd3_scale at commit 0123456789ab; job.json in this folder has the details.
 
 set -eo pipefail
 export OMP_NUM_THREADS=1

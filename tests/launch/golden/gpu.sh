@@ -17,7 +17,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=/shared/runs/books/logs/job-%j.log
 
-# books, bd3_scale at commit 0123456789ab; job.json beside this file says the rest.
+# books, bd3_scale at commit 0123456789ab; job.json in this folder has the details.
 
 set -eo pipefail
 module load cuda/12.8 nccl
