@@ -18,7 +18,7 @@ settings.load_profile("shared machine")
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Byte data of several small shards."""
+    """Make byte data of several small shards."""
     folder = tmp_path_factory.mktemp("prepared")
     source = write_jsonl(folder / "text.jsonl", random_texts(150))
     with pytest.MonkeyPatch.context() as patch:
@@ -38,7 +38,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """Makes a tokeniser of a kind once for a module."""
+    """Make a tokeniser of each kind once for a module."""
     folder = tmp_path_factory.mktemp("kinds")
     found: dict[str, Made] = {}
 

@@ -1,4 +1,4 @@
-"""Documents for the tests of the data room."""
+"""Provide documents for the tests of the data room."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEQ_LEN = 32
 
 
 def used_bytes(folder: Path) -> int:
-    """Of all files of a folder, from which others may go meanwhile."""
+    """Return the bytes used by all files of a folder, from which other processes may remove some meanwhile."""
     total = 0
     for file in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -22,7 +22,7 @@ def used_bytes(folder: Path) -> int:
 
 
 def steps_per_epoch(folder: Path, global_batch_size: int = 4) -> int:
-    """Of prepared data, or of a cache of them."""
+    """Return the steps of an epoch of prepared data, or of a cache of them."""
     train = load_manifest(folder).train
     assert train is not None
     return train.sequences // global_batch_size

@@ -1,4 +1,4 @@
-"""One stage of a pipeline of three: what the first one reads, and what befalls it, reaches all of them."""
+"""Run one stage of a pipeline of three: batches and errors of the first stage must reach all of them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def check_that_the_first_does_not_wait(pipeline: PipelineBatches) -> None:
 
 
 def check_that_streams_may_take_turns(pipeline: PipelineBatches) -> None:
-    """As held-out batches come between those of training."""
+    """Check that two streams may alternate, as training and held-out batches do."""
     endless = shared(pipeline, map(batch, range(10, 20)))
     check_same(next(endless), batch(10))
     check_same(next(endless), batch(11))
@@ -124,7 +124,7 @@ def leave(rank: int) -> None:
 
 
 def end_with_an_error() -> None:
-    """The first stage ends as soon as it may; the others come late, and hear why."""
+    """Check that late stages get the error of the first stage, which ends as soon as it may."""
     with process_groups(ParallelRecipe(pipeline=STAGES)) as groups:
         pipeline = PipelineBatches(group_of_pipeline(groups))
         batches = shared(pipeline, map(int, ["not a batch"]))  # type: ignore[arg-type]

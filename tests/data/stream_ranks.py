@@ -1,4 +1,4 @@
-"""Ranks that read batches and write down what they saw; started by the tests of the stream.
+"""Run ranks that read batches and write down what they saw; the tests of the stream start them.
 
 usage: stream_ranks.py JSON-FILE, which holds {"worlds": [2], "worlds_with_group": [2], "data": {…}, "out": folder,
 "cases": [{…}]}.

@@ -33,7 +33,7 @@ def pack(documents: list[list[int]], seq_len: int, multiple: int, **how: bool) -
 
 
 def pieces(sequence: PackedSequence) -> list[list[int]]:
-    """The counted tokens of each piece."""
+    """Return the counted tokens of each piece."""
     starts = np.cumsum(sequence.document_lengths) - sequence.document_lengths
     return [
         sequence.tokens[start : start + counted].tolist()
@@ -87,7 +87,7 @@ def test_it_is_best_fit_decreasing(case: tuple[int, list[int]]) -> None:
 
 @given(cases(), st.integers(1, 9))
 def test_runs_are_packed_on_their_own(case: tuple[list[list[int]], int, int], most: int) -> None:
-    """What a run becomes depends on its documents alone: whoever has the same run packs it in the same way."""
+    """Check that the packing of a run depends on its documents alone."""
     documents, seq_len, multiple = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "RUN_PIECES", most)

@@ -1,4 +1,4 @@
-"""Conversations as text and tokens, beside transformers' `apply_chat_template` on the same folder."""
+"""Test conversations as text and tokens, against transformers' `apply_chat_template` on the same folder."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def chat_folder(folder: Path, template: str | None, kind: str = "chat", **config
 
 
 def shown(spans: Sequence[tuple[int, int]], places: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each token that holds a character of a span."""
+    """Return 1 for each token that holds a character of a span."""
     inside = {index for first, last in spans for index in range(first, last)}
     return [int(any(index in inside for index in range(*place))) for place in places]
 

@@ -1,4 +1,4 @@
-"""Documents in columns: Parquet, and Arrow as `datasets` saves it, written by pyarrow and datasets themselves."""
+"""Test documents in columns: Parquet, and Arrow as `datasets` saves it, written by pyarrow and datasets themselves."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_field_of_a_struct_and_one_whose_name_has_a_dot(tmp_path: Path, suffix
 
 
 def test_of_parquet_no_other_column_is_read(tmp_path: Path) -> None:
-    """A damaged one beside it is not met."""
+    """Check it with another column that is damaged."""
     path, blobs = tmp_path / "t.parquet", [random.Random(1).randbytes(1000) for _ in range(20)]
     pq.write_table(pa.table({"a": blobs, "text": ["one", "two"] * 10, "z": blobs}), path, compression="gzip")
     data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Conversations and documents with a beginning: what is shown and what counts, as shards and batches have it."""
+"""Test what is shown and what counts in conversations and in documents with BOS, in shards and batches."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def batches_of(samples: Sequence[dict[str, Any]], size: int = 3) -> Iterator[Bat
 
 
 def kept(flags: Flags, length: int) -> Flags:
-    """Without the sequences that are shown whole, which are not kept."""
+    """Return the sequences without those that are shown whole, which preparation drops."""
     rows = [range(start, start + length) for start in range(0, len(flags.tokens), length)]
     places = [place for row in rows if not all(flags.shown[i] for i in row) for place in row]
     return Flags(*([values[i] for i in places] for values in (flags.tokens, flags.shown, flags.counted)))
@@ -97,7 +97,7 @@ def write_conversations(path: Path, conversations: Sequence[Sequence[Message]], 
 
 
 def some_conversations(count: int, seed: int = 0) -> list[list[Message]]:
-    """Of one to six messages, one of them the assistant's; some end with a person's."""
+    """Draw conversations of one to six messages, one of them the assistant's; some end with a user's."""
     draw = random.Random(seed)
 
     def said(role: str) -> Message:
@@ -112,7 +112,7 @@ def some_conversations(count: int, seed: int = 0) -> list[list[Message]]:
 
 
 def walked(conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, *, newline: str) -> Flags:
-    """`newline`: what the line's end behind an answer is."""
+    """Return the expected flags of the tokens, message by message; `newline`: the flag of the newline after an answer."""
     flags, eos = Flags(), tokenizer.vocabulary.eos_id
     for messages in conversations:
         whole = len(flags.tokens)
@@ -184,7 +184,7 @@ def test_a_person_who_has_the_last_word_trains_no_end(tmp_path: Path) -> None:
 
 
 def test_a_token_that_is_an_answer_in_part_is_trained_on(tmp_path: Path) -> None:
-    """The words that ask end in a space, which the first word of the answer takes into its token."""
+    """Check it with a template whose prompt ends in a space, which the answer's first token includes."""
     template = CHAT_TEMPLATE.replace("\n{{", ": {{").replace("assistant\n", "assistant: ")
     tokenizer = load_tokenizer(chat_folder(tmp_path / "chat", template))
     messages = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "crates    "}]
@@ -195,7 +195,7 @@ def test_a_token_that_is_an_answer_in_part_is_trained_on(tmp_path: Path) -> None
 
 
 def test_an_answer_that_ends_in_spaces_is_trained_on_to_its_end(tmp_path: Path) -> None:
-    """Also where the tokeniser leaves spaces out of where its tokens stand, as Llama 3's does."""
+    """Check it also for tokenisers whose offsets leave spaces out, as Llama 3's."""
     template = (
         "{% for turn in messages %}{% if turn['role'] == 'assistant' %}{% generation %}{{ turn['content'] }}"
         "{% endgeneration %}{% else %}{{ turn['content'] }}{% endif %}<|endoftext|>{% endfor %}"
@@ -305,12 +305,12 @@ def test_special_tokens_in_documents_are_parsed_only_when_asked_for(parse_specia
 
 
 def bytes_of_pieces(name: str) -> bytes:
-    """What a token of SentencePiece stands for, by its name alone."""
+    """Return the bytes that a SentencePiece token stands for, from its name alone."""
     return bytes([int(name[3:5], 16)]) if name.startswith("<0x") else name.replace("▁", " ").encode()
 
 
 def bytes_of_letters(name: str) -> bytes:
-    """As `bytes_of_pieces`, of byte-level BPE."""
+    """Return the bytes that a token of byte-level BPE stands for, like `bytes_of_pieces`."""
     return bytes(BYTE_OF_LETTER[letter] for letter in name)
 
 

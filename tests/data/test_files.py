@@ -1,4 +1,4 @@
-"""Which files a source stands for, and what is said of those that are left out."""
+"""Test which files a source stands for, and what is logged about those that are left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def put(*files: Path) -> None:
 
 
 def found(*sources: Path) -> list[str]:
-    """The files below the first source's parent."""
+    """Return the files that were found, relative to the first source's parent."""
     return [str(file.relative_to(sources[0].parent)) for file in find_files(sources)]
 
 

@@ -1,4 +1,4 @@
-"""Corpora that Megatron and MosaicML's writer make of tokenised text, as `data import` packs them."""
+"""Test `data import` with tokenised corpora as Megatron and MosaicML's writer make them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPTIONS = {"document_multiple": 8, "holdout": 0.2, "workers": 1, "progress": Fal
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Byte-level BPE, whose template begins texts with a token of its own."""
+    """Make a byte-level BPE tokeniser whose template begins texts with a BOS token."""
     return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokeniser") / "begins", KINDS["begins"]))
 
 
@@ -44,7 +44,7 @@ def ids_of(tokenizer: Tokenizer, *, bos: bool = False, eos: bool = True) -> list
 
 
 def write_megatron(prefix: Path, documents: Sequence[Sequence[int]], dtype: Any = np.int32, sentences: int = 1) -> Path:
-    """As `tools/preprocess_data.py` of Megatron does, with documents of several sequences, too."""
+    """Write a corpus as Megatron's `tools/preprocess_data.py` does, also with documents of several sequences."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for ids in documents:
         parts = [part.tolist() for part in np.array_split(ids, sentences)]
@@ -54,7 +54,7 @@ def write_megatron(prefix: Path, documents: Sequence[Sequence[int]], dtype: Any 
 
 
 def write_mds(out: Path, samples: Sequence[Sequence[int]], kind: str, **options: Any) -> Path:
-    """As Foundry's `convert_dataset_hf.py` does; `bytes` hold int64."""
+    """Write MDS as Foundry's `convert_dataset_hf.py` does; `bytes` hold int64."""
     dtype = {"bytes": "int64"}.get(kind) or (kind.split(":")[1] if ":" in kind else "int32")
     with MDSWriter(out=str(out), columns={"tokens": kind}, **options) as writer:
         for ids in samples:
@@ -64,20 +64,20 @@ def write_mds(out: Path, samples: Sequence[Sequence[int]], kind: str, **options:
 
 
 def concatenated(documents: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-    """As Foundry's `ConcatTokensDataset` cuts them; what is left over is dropped there, and here a shorter sample."""
+    """Cut ids as Foundry's `ConcatTokensDataset`; it drops the rest, which is a shorter sample here."""
     stream = [token for ids in documents for token in ids]
     return [stream[start : start + length] for start in range(0, len(stream), length)]
 
 
 @pytest.fixture(scope="module")
 def of_text(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Manifest:
-    """What `data prepare` makes of the same text with the same tokeniser."""
+    """Return what `data prepare` makes of the same text with the same tokeniser."""
     folder = tmp_path_factory.mktemp("of-text")
     return prepare([write_jsonl(folder / "t.jsonl", TEXTS)], folder / "out", tokenizer, L, **OPTIONS)
 
 
 def same(made: Manifest, of_text: Manifest) -> bool:
-    """To the bit: the shards' hashes are among what is compared."""
+    """Compare two folders bit for bit: the shards' hashes are compared, too."""
     return (made.train, made.validation) == (of_text.train, of_text.validation)
 
 
@@ -124,7 +124,7 @@ def test_samples_of_mds_that_are_documents(tmp_path: Path, tokenizer: Tokenizer,
 def test_tasks_and_workers_change_nothing(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part of a file of Megatron's has the documents that begin in it, wherever the border falls."""
+    """Check that each part of a Megatron file has the documents that begin in it, wherever the cut is."""
     prefix = write_megatron(tmp_path / "corpus", ids_of(tokenizer))
     monkeypatch.setattr(tasks, "TASK_BYTES", 5001)
     made = []
@@ -137,7 +137,7 @@ def test_tasks_and_workers_change_nothing(
 
 
 def test_what_stands_in_the_shards_is_text_without_the_source_s_ends(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Of two ends in a row, as padding has them, nothing comes."""
+    """Check that two ends in a row, as padding has them, make no document."""
     eos, bos = tokenizer.vocabulary.eos_id, tokenizer.vocabulary.bos_id
     document = tokenizer.encode("The barge left the lock at six and the keeper wrote its name down.")
     source = write_megatron(tmp_path / "c", [[*document, eos, eos, bos, *document, eos], [eos], document])

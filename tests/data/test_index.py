@@ -1,4 +1,4 @@
-"""The table of an index says what the index does, however that is written, and nothing that is damaged passes."""
+"""Test that the table of an index equals the index, in any form of JSON, and that damage is found."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def entry(number: int, packed: bool, samples: int, files: list[tuple[int, str]])
 
 @st.composite
 def indices(draw: st.DrawFn) -> dict[str, Any]:
-    """An index of one to six shards; at least one has samples."""
+    """Draw an index of one to six shards; at least one has samples."""
     packed = draw(st.booleans())
     several = st.lists(st.tuples(SIZES, st.tuples(*[st.tuples(SIZES, HASHES)] * 2)), min_size=1, max_size=6)
     found = draw(several.filter(lambda shards: any(samples for samples, _ in shards)))
@@ -51,7 +51,7 @@ def indices(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def shuffled(value: Any, seed: int) -> Any:
-    """The same with its keys in another order."""
+    """Return the same object with its keys in another order."""
     if isinstance(value, dict):
         names = sorted(value)
         random.Random(seed).shuffle(names)
@@ -75,7 +75,7 @@ def test_a_table_says_what_its_index_does(index: dict[str, Any], seed: int, how:
 
 @given(index=indices(), data=st.data())
 def test_what_is_damaged_is_refused(index: dict[str, Any], data: st.DataObject) -> None:
-    """In whichever shard, so that the way for entries that look like the first lets no other pass."""
+    """Check it for damage in any shard: entries that look like the first one take a shorter way."""
     number = data.draw(st.integers(0, len(index["shards"]) - 1))
     shard = index["shards"][number]
     if data.draw(st.booleans()) or shard["zip_data"] is None:
@@ -110,7 +110,7 @@ def test_an_entry_that_looks_like_the_first_one_is_no_larger_than_a_shard(place:
 
 
 def test_keys_in_an_order_that_looks_like_another_one() -> None:
-    """The packed file's numbers stand where the unpacked one's do in an index of streaming's."""
+    """Check it with the numbers of the packed file where streaming has those of the unpacked one."""
     shards = [entry(n, True, 3, [(n, f"{n:016x}"), (9 + n, f"{9 + n:016x}")]) for n in range(3)]
     order = ("zip_data", "samples", "raw_data")
     turned = [{name: one[name] for name in (*order, *(one.keys() - set(order)))} for one in shards]

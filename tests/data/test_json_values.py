@@ -1,4 +1,4 @@
-"""Documents in `.json`, whose three shapes people do not tell apart by its name."""
+"""Test documents in `.json`, which has three forms under one suffix."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def texts(path: Path, **options: Any) -> list[str]:
 def test_the_values_of_a_list_are_those_that_json_reads(
     values: list[Any], indent: int | None, ascii_alone: bool, chunk: int, around: str
 ) -> None:
-    """Wherever a file is cut into chunks."""
+    """Check it for any division of a file into chunks."""
     data = (around + json.dumps(values, indent=indent, ensure_ascii=ascii_alone) + around).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_values, "READ_BYTES", chunk)

@@ -1,4 +1,4 @@
-"""Loader workers: real processes that are killed, that fail, and whose rank is killed."""
+"""Test loader workers with real processes that fail, are killed, or lose their rank."""
 
 from __future__ import annotations
 

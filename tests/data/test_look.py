@@ -1,4 +1,4 @@
-"""What `data inspect|stats|sample|verify` find in prepared data, against the documents that they were made of."""
+"""Test `data inspect|stats|sample|verify` against the documents of which the data were made."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def expected_of_concatenation(texts: list[str]) -> dict[str, Any]:
-    """By arithmetic on the lengths of documents, as they lie one behind the other."""
+    """Return the expected statistics, computed from the lengths of the concatenated documents."""
     lengths = np.array([len(text.encode()) + 1 for text in texts])
     padded = -(-lengths // MULTIPLE) * MULTIPLE
     ends = np.cumsum(padded)

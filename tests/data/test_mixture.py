@@ -35,7 +35,7 @@ def mixtures(draw: st.DrawFn) -> DataRecipe:
 
 
 def counts_of_step(data: DataRecipe, batch: int, step: int, names: list[str]) -> np.ndarray:
-    """Of all nodes, from what each slot takes, int64 [nodes, S]."""
+    """Return the counts of all nodes from the source of each slot, int64 [nodes, S]."""
     bounds = node_slots(batch)
     found = []
     for node in range(len(bounds) - 1):
@@ -47,7 +47,7 @@ def counts_of_step(data: DataRecipe, batch: int, step: int, names: list[str]) ->
 
 @given(mixtures(), st.sampled_from([1, 3, 8, 24, 64, 100, 130]))
 def test_the_counts_are_those_of_the_slots(data, batch):
-    """The closed form against counting one step after the other."""
+    """Compare the closed form with counting step by step."""
     names = list(data.by_source)
     mixed = [NodeMixture(data.mixture, names, batch, node) for node in range(len(node_slots(batch)) - 1)]
     taken = np.zeros((len(mixed), len(names)), np.int64)
@@ -58,7 +58,7 @@ def test_the_counts_are_those_of_the_slots(data, batch):
 
 @given(mixtures(), st.sampled_from([1, 3, 8, 24, 64, 100]), st.data())
 def test_each_sequence_of_a_source_is_the_next_one(data, batch, choose):
-    """Nothing left out, nothing twice, whatever stages, ranks and beginnings there are."""
+    """Check that nothing is skipped or repeated, for any stages, ranks and starting steps."""
     names = list(data.by_source)
     shards = {name: np.array([30 + 7 * number, 80]) for number, name in enumerate(names)}
     ranks = choose.draw(st.sampled_from([ranks for ranks in range(1, batch + 1) if batch % ranks == 0]))

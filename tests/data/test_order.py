@@ -58,7 +58,7 @@ def test_no_id_comes_twice_in_an_epoch_on_any_topology(shards, batch, window, se
 
 
 def plainly(shards: Sequence[int], batch: int, node: int, window: int, seed: int, epoch: int) -> list[int]:
-    """The order of one node's samples, of lists and loops."""
+    """Compute the order of one node's samples with lists and loops."""
 
     def bits(count: int, of_window: int, purpose: int) -> list[int]:
         counter = np.array([0, of_window, node, 2**32 + purpose], np.uint64)
@@ -87,7 +87,7 @@ def test_the_order_is_what_it_says(shards, batch, window, seed, epoch, data):
 
 
 def test_the_order_stays_as_it_is():
-    """Runs under way depend on it, and on order 1."""
+    """Compare with stored values: runs that have begun depend on this order, and on order 1."""
     shards = np.array([100, 31, 64, 7, 230, 100, 100])
     new = WindowOrder(shards, 24, np.arange(24), shuffle_window=240, seed=3)
     old = EarlierOrder(shards, 24, np.arange(24), seed=3)
@@ -110,7 +110,7 @@ def test_every_canonical_node_has_samples_for_all_its_slots(batch, more):
 @pytest.mark.parametrize("shards", [[40] * 10, [150, 10, 3, 90, 60, 87]])
 @pytest.mark.parametrize("window", [25, 70, 1000])
 def test_a_sample_is_equally_likely_at_every_place(shards, window):
-    """Whatever the sizes of shards and windows; each epoch is a draw, and so is each seed."""
+    """Check it for various sizes of shards and windows; each epoch and each seed is a draw."""
     for seeds, epochs in ((1, 600), (600, 1)):
         orders = [node_order(shards, 1, 0, window, seed) for seed in range(seeds)]
         places = np.array([_place_of(order, epoch, 123) for order in orders for epoch in range(epochs)])
@@ -124,7 +124,7 @@ def _place_of(order: NodeOrder, epoch: int, sample: int) -> int:
 
 
 def test_two_epochs_are_as_different_as_two_seeds():
-    """Neighbours of the one order that are within eight places in the other, and batches that share samples."""
+    """Count neighbours in one order within eight places in the other, and batches that share samples."""
     shards = [64] * 40
     one, other = node_order(shards, 1, 0, 256, seed=1), node_order(shards, 1, 0, 256, seed=2)
     every = np.arange(one.num_samples)
@@ -171,7 +171,7 @@ def test_the_first_batch_is_cheap_at_billions_of_sequences():
 @pytest.mark.parametrize("machines", [1, 8, 64])
 @pytest.mark.parametrize("window", [1 << 15, 1 << 10])
 def test_a_machine_fetches_its_shards_once_with_the_cache_that_it_is_told(batch, machines, window):
-    """Also where a window is less than a shard."""
+    """Check it also for windows smaller than a shard."""
     shards, per_shard = np.full(4096, 32), 32
     slots = np.arange(machines // 2 * batch // machines, (machines // 2 + 1) * batch // machines)
     order = WindowOrder(shards, batch, slots, shuffle_window=window, seed=1)
@@ -187,7 +187,7 @@ def test_a_machine_fetches_its_shards_once_with_the_cache_that_it_is_told(batch,
 
 
 def _misses(shards: np.ndarray, room: int) -> int:
-    """How often an LRU cache with room for so many fetches one."""
+    """Return how often an LRU cache of a given size fetches a shard."""
     kept: OrderedDict[int, None] = OrderedDict()
     misses = 0
     for shard in shards[np.diff(shards, prepend=-1) != 0].tolist():

@@ -1,4 +1,4 @@
-"""Batches of a pipeline's first stage, on its later ones, in real processes."""
+"""Test that batches of a pipeline's first stage reach its later ones, in real processes."""
 
 from __future__ import annotations
 

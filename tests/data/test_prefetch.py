@@ -1,4 +1,4 @@
-"""The thread that fetches the shards of batches to come, with a remote that takes its time."""
+"""Test the thread that prefetches shards of later batches, with a slow remote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.data import ahead
+from bd3_scale.data import prefetch
 from bd3_scale.data import stream as stream_module
 from bd3_scale.data.manifest import load_manifest
 from bd3_scale.data.mosaicml import CloudDownloader
@@ -77,7 +77,7 @@ def test_what_batches_need_is_here_before_they_ask(data: Path, tmp_path: Path, m
 def test_a_small_cache_makes_it_fetch_nothing_twice(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards_in_cache: int, looks_ahead: int
 ) -> None:
-    monkeypatch.setattr(ahead, "PREFETCH_SEQUENCES", looks_ahead)
+    monkeypatch.setattr(prefetch, "PREFETCH_SEQUENCES", looks_ahead)
     downloads = Downloads(monkeypatch, 0.002)
     sizes = [file.stat().st_size for file in (data / "train").glob("*.zstd")]
     limit = shards_in_cache * (2048 + 1024 + max(sizes)) + (data / "train" / "index.json").stat().st_size

@@ -36,7 +36,7 @@ def run(sources: list[Path], out: Path, **options: Any) -> Manifest:
 
 
 def read(folder: Path, split: str) -> list[dict[str, Any]]:
-    """The samples as streaming itself reads them."""
+    """Return the samples as streaming itself reads them."""
     index = json.loads((folder / split / "index.json").read_text())
     from streaming import Stream
     from streaming.base.format import reader_from_json
@@ -249,7 +249,7 @@ def test_trained_tokenizer_end_to_end(tmp_path: Path) -> None:
 
 
 def test_held_out_sources_of_their_own(tmp_path: Path) -> None:
-    """All of one goes to training, even what the other repeats, and all of the other to validation."""
+    """Check that all of one source goes to training and all of the other to validation, also equal documents."""
     train, held_out = (random_texts(40, seed=seed) for seed in (1, 2))
     sources = [write_jsonl(tmp_path / f"{name}.jsonl", texts) for name, texts in (("a", train), ("b", held_out))]
     manifest = run(sources[:1], tmp_path / "out", validation=sources[1:])

@@ -1,4 +1,4 @@
-"""`bd3-scale data prepare --tasks`: shares of the work, and the scripts of an array, run here without SLURM."""
+"""Test `bd3-scale data prepare --tasks`: shares of the work, and the scripts of an array, run without SLURM."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def prepare(*options: str) -> Any:
 
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """What SLURM was told; it takes everything."""
+    """Replace SLURM by a recorder of commands that accepts everything."""
     told: list[tuple[str, ...]] = []
     monkeypatch.setattr(submit, "slurm", lambda *command, **how: told.append(command) or f"{len(told)};cluster\n")
     monkeypatch.setattr(submit, "ask_slurm", lambda script: None)
@@ -50,7 +50,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
 
 def run_script(name: str, **environment: str) -> None:
-    """As SLURM does, but srun only does what it is given."""
+    """Run a script as SLURM does; srun only executes its command."""
     srun = Path("bin/srun")
     srun.parent.mkdir(exist_ok=True)
     srun.write_text('#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n')

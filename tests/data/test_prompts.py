@@ -1,4 +1,4 @@
-"""Prompts and conversations are read by the rules of training text."""
+"""Test that prompts and conversations are read by the rules of training text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data in an object store that fails: a real S3 server behind a proxy that cuts, slows, refuses and truncates."""
+"""Test data in a failing object store: a real S3 server behind a proxy that cuts, slows, refuses and truncates."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def seen(batches: list[Batch]) -> list[list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def expected(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
-    """An epoch of the same data from a folder."""
+    """Return an epoch of the same data, read from a folder."""
     folder = tmp_path_factory.mktemp("expected") / "data"
     shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns("*.mds"))
     stream = stream_of(folder, None)

@@ -1,4 +1,4 @@
-"""Source files that fsspec reads, from memory, a folder and a server of this process, and S3's protocol (slow)."""
+"""Test source files through fsspec: from memory, a folder, a local server, and by S3's protocol (slow)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXTS = [text for text in random_texts(300) if text.strip()]
 
 
 def fill(write: Any) -> None:
-    """A corpus of every format: `write` takes the path below a folder and what stands there."""
+    """Write a corpus of every format; `write` gets the path below a folder and the content."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:100]).encode()
     parquet, arrow = pa.BufferOutputStream(), pa.BufferOutputStream()
     pq.write_table(pa.table({"text": TEXTS[100:150]}), parquet, row_group_size=20)
@@ -132,7 +132,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_storage_says_is_no_damage_of_the_file(
     memory: str, monkeypatch: pytest.MonkeyPatch, fault: Exception, kind: type, message: str
 ) -> None:
-    """With `--on-error skip`, a storage that fails must not make a shorter corpus."""
+    """Check that with `--on-error skip` a failing storage does not silently make a shorter corpus."""
     from fsspec.implementations.memory import MemoryFile
 
     def fail(*args: Any) -> None:
@@ -194,7 +194,7 @@ def test_the_commands_take_urls(tmp_path: Path, memory: str) -> None:
 
 @pytest.mark.slow
 def test_s3(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server of S3's protocol, read by processes of `data prepare`."""
+    """Test a server of S3's protocol, read by processes of `data prepare`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -24,7 +24,7 @@ from tests.data.documents import SEQ_LEN, used_bytes
 
 @pytest.fixture
 def data(prepared: Path, tmp_path: Path) -> Path:
-    """A copy of the prepared data that was never read."""
+    """Copy the prepared data, so that no process has read this copy."""
     folder = tmp_path / "data"
     shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns("*.mds"))
     return folder

@@ -98,7 +98,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
 
 @source_formats.register(".test-csv")
 def rows_of_csv(source: OpenFile) -> Iterator[Record]:
-    """One document a row: a format that the package does not bring."""
+    """Yield one document for each row of CSV, a format that the package does not have."""
     text = io.TextIOWrapper(source.stream, encoding="utf-8", newline="")
     for number, row in enumerate(csv.DictReader(text), 1):
         yield Record(f"{source.file}, row {number}", row)

@@ -38,7 +38,7 @@ def take(stream: TrainingStream, count: int) -> list[Batch]:
 
 @pytest.fixture(scope="module")
 def reference(prepared: Path) -> list[Batch]:
-    """Two and a half epochs as one process without workers sees them."""
+    """Return two and a half epochs as one process without workers sees them."""
     stream = open_stream(prepared)
     return take(stream, load_manifest(prepared).train.sequences // GLOBAL_BATCH * 5 // 2)
 

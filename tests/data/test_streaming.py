@@ -25,7 +25,7 @@ HOLD = Path(__file__).with_name("hold_stream.py")
 
 @contextmanager
 def live_streams(count: int, *arguments: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that start together and read from one folder, each in a session of its own."""
+    """Start processes together that read from one folder, each in its own session."""
     command = [sys.executable, HOLD, *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     processes = [subprocess.Popen(command, **pipes, text=True, start_new_session=True) for _ in range(count)]
@@ -37,7 +37,7 @@ def live_streams(count: int, *arguments: Path) -> Iterator[list[subprocess.Popen
 
 
 def first_lines(process: subprocess.Popen[str]) -> tuple[str, Path]:
-    """The first batch, and the folder of the shared memory."""
+    """Return the first batch, and the folder of the shared memory."""
     assert process.stdout is not None
     return process.stdout.readline(), Path(process.stdout.readline().strip())
 
@@ -51,7 +51,7 @@ def read_on(process: subprocess.Popen[str], count: int) -> list[str]:
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """As a scheduler does: the rank, its loader workers and the tracker that would have cleaned up."""
+    """Kill a whole session, as a scheduler does: the rank, its loader workers and the resource tracker."""
     if process.poll() is None:
         everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         os.killpg(process.pid, signal.SIGKILL)
@@ -61,7 +61,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The temporary folder of everything that is started."""
+    """Set the temporary folder of all started processes."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))

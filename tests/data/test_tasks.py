@@ -1,4 +1,4 @@
-"""Preparing by tasks: what they are, that nothing of the result hangs on who does them, and going on after a kill."""
+"""Test preparing by tasks: the result does not depend on who does them, and continues after a kill."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_tasks_are_runs_of_files_and_parts_of_large_ones_that_can_be_cut(tmp_pat
 
 
 def test_adjacent_parts_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As row groups are, many of which fit into a task."""
+    """Check that adjacent parts are merged, such as row groups, many of which fit into a task."""
     (tmp_path / "a.jsonl").write_bytes(b"x" * 4000)
     groups = [((number, number + 1), 400) for number in range(10)]
     monkeypatch.setattr(source_cuts, "get", lambda name: lambda file, num_bytes: groups)

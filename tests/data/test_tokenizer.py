@@ -165,7 +165,7 @@ def test_hash_tells_tokenisers_apart(trained_folder: Path) -> None:
 
 
 def test_a_vocabulary_with_holes_gets_no_mask_in_the_place_of_a_token() -> None:
-    """The library numbers a new token by the count of tokens, an id that is taken where another one is not."""
+    """Check a vocabulary with gaps: the library numbers a new token by the count of tokens, which may be a used id."""
     vocabulary = {character: i for i, character in enumerate("abcdefg")} | {"h": 8, EOS: 7}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     assert Tokenizer(backend).vocabulary.mask_id == 9

@@ -1,4 +1,4 @@
-"""What folders of tokenisers say: what texts begin with, and SentencePiece models alone."""
+"""Test folders of tokenisers: their BOS settings, and folders with a SentencePiece model alone."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_template_that_begins_with_two_tokens_is_refused(tmp_path: Path) -> No
 
 
 def classes_with_a_switch() -> list[str]:
-    """The classes of transformers that put BOS in front by their own code."""
+    """Return the classes of transformers that add BOS in their own code."""
     import transformers
 
     models = Path(transformers.__file__).parent / "models"
@@ -149,7 +149,7 @@ def test_a_class_with_a_switch_begins_texts_by_it(switch: bool | None, template:
 
 
 def test_an_unchanged_tokeniser_has_the_hash_that_it_always_had(made: Callable[[str], Made]) -> None:
-    """As of the data in tests/fixtures/format-3, and of a file that tokenizers wrote."""
+    """Compare with the hash of the data in tests/fixtures/format-3, and of a file that tokenizers wrote."""
     data = json.loads((Path(__file__).parents[1] / "fixtures/format-3/data/manifest.json").read_text("utf-8"))
     assert load_tokenizer("bytes").hash == load_tokenizer("bytes").checked_template().hash == data["tokenizer_hash"]
     for name in KINDS:

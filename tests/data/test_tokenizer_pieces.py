@@ -1,4 +1,4 @@
-"""Text to tokens and back with tokenisers of many kinds, beside transformers on the same folders."""
+"""Test text to tokens and back with many kinds of tokenisers, against transformers on the same folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BYTE_KINDS = tuple(name for name in LOSSLESS if KINDS[name].letters is None)
 
 
 def plain_texts(kind: Kind) -> st.SearchStrategy[str]:
-    """Texts of what a kind knows, without its filler and without U+FFFD, which undecodable bytes become."""
+    """Draw texts that a kind can encode, without its filler and without U+FFFD, the mark of undecodable bytes."""
     letters = st.characters(codec="utf-8", exclude_characters=kind.filler + "\ufffd")
     if kind.letters is not None:
         letters = st.sampled_from(" " * 8 + kind.letters.replace(kind.filler, ""))
@@ -37,7 +37,7 @@ def plain_texts(kind: Kind) -> st.SearchStrategy[str]:
 
 
 def odd_texts(kind: Kind) -> st.SearchStrategy[str]:
-    """Texts that spell special tokens and masks, beside anything else."""
+    """Draw texts that spell special tokens and masks, among anything else."""
     names = [*kind.special, MASK, "[MA", "SK]", "<|mask|>", "<s>", *WORDS]
     letters = st.text(st.characters(codec="utf-8"), max_size=4)
     return st.lists(st.sampled_from(names) | letters, max_size=10).map("".join)
@@ -146,7 +146,7 @@ def test_a_token_of_spaces_stands_where_its_spaces_do(made: Callable[[str], Made
 
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_text_around_gaps_is_one_text(name: str, made: Callable[[str], Made]) -> None:
-    """A gap that a token fills is that token's letter, and nothing else, wherever it stands."""
+    """Check that a filled gap is exactly the letter of its token, at any position."""
     one = made(name)
     mask, begin = one.ours.vocabulary.mask_id, one.ours.encode_prompt("")
     filler = one.theirs.convert_tokens_to_ids(one.kind.filler)

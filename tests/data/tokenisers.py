@@ -1,4 +1,4 @@
-"""Makers of small tokenisers of the kinds that people bring, as folders that transformers reads, too."""
+"""Make small tokenisers of the kinds that people use, as folders that transformers reads, too."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Kind:
 
 
 def write_tokenizer(folder: Path, kind: Kind, **config: Any) -> Path:
-    """`tokenizer.json` and `tokenizer_config.json`, as Hugging Face has them; `config` goes before the kind's."""
+    """Write `tokenizer.json` and `tokenizer_config.json` as Hugging Face does; `config` overrides the kind's."""
     return write_backend(folder, kind.build(), {"eos_token": kind.eos, **kind.config, **config})
 
 
@@ -118,7 +118,7 @@ def chat_tokens() -> tokenizers.Tokenizer:
 
 
 def begins(backend: tokenizers.Tokenizer, single: str) -> tokenizers.Tokenizer:
-    """`backend` with a template such as `<s> $A`, of tokens that it has or gets."""
+    """Return `backend` with a template such as `<s> $A`, whose tokens are added if missing."""
     names = [name for name in dict.fromkeys(single.split()) if name != "$A"]
     backend.add_special_tokens(names)
     backend.post_processor = processors.TemplateProcessing(
@@ -128,14 +128,14 @@ def begins(backend: tokenizers.Tokenizer, single: str) -> tokenizers.Tokenizer:
 
 
 def begins_as_llama_3() -> tokenizers.Tokenizer:
-    """The template comes behind a step that takes spaces out of where tokens stand."""
+    """Return a backend whose template follows a step that leaves spaces out of offsets, as Llama 3's."""
     backend = begins(byte_level(), "<|begin|> $A")
     backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), backend.post_processor])
     return backend
 
 
 def prefixed() -> tokenizers.Tokenizer:
-    """Byte-level BPE that puts a space before every text."""
+    """Return byte-level BPE that puts a space before every text."""
     backend = byte_level()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return backend
@@ -185,7 +185,7 @@ def pieces_with_bytes() -> tokenizers.Tokenizer:
 
 
 def unigram() -> tokenizers.Tokenizer:
-    """Unigram pieces of text in NFKC."""
+    """Return unigram pieces of text in NFKC."""
     backend = tokenizers.Tokenizer(models.Unigram())
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")

@@ -1,4 +1,4 @@
-"""What `bd3-scale doctor` makes of a machine, by what tools and the kernel print on others than this one."""
+"""Test the verdicts of `bd3-scale doctor` with recorded output of tools and kernels of other machines."""
 
 from __future__ import annotations
 

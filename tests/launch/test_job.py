@@ -1,4 +1,4 @@
-"""From a recipe and a site to a batch script: golden files, and what is refused before anything is submitted."""
+"""Test the batch script of a recipe on a site with golden files, and what is refused before a submission."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def job(site: dict, **more) -> Job:
     ],
 )
 def test_script_and_supervision_are_the_golden_files(name: str, made: Job) -> None:
-    """To renew them after a change that is meant: write what the assertion shows."""
+    """Compare with the golden files. To renew them after an intended change, copy what the assertion shows."""
     assert script(made) == (GOLDEN / f"{name}.sh").read_text()
     assert supervision(made) == json.loads((GOLDEN / f"{name}.json").read_text())
     done = subprocess.run(["bash", "-n"], input=script(made), text=True, capture_output=True, timeout=10, check=False)

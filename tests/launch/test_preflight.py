@@ -28,7 +28,7 @@ def free_port() -> int:
 def preflight(
     out: Path, *ranks: Sequence[object], nodes: int | None = None, timeout: int = 60
 ) -> tuple[list[int], list[dict[str, Any]], str]:
-    """Runs one process for each of `ranks`, which are its options: exit codes, reports, stderr of all."""
+    """Run one process for each of `ranks`, which are its options; return exit codes, reports and stderr of all."""
     port, processes = str(free_port()), []
     for rank, options in enumerate(ranks):
         slurm = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(nodes or len(ranks)), "SLURMD_NODENAME": f"n{rank}"}

@@ -1,4 +1,4 @@
-"""The supervisor as a site's own Python starts it: by its path, where nothing is installed."""
+"""Test the supervisor as a site's own Python starts it: by its path, without an installed package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bd3_scale.launch import supervise
 
 @pytest.mark.launch
 def test_it_runs_where_bd3_scale_is_not_installed(tmp_path: Path) -> None:
-    """Its smallest task, which removes this node's cache."""
+    """Run its smallest task, which removes this node's cache."""
     cache = tmp_path / "cache-7-n1"
     (cache / "shards").mkdir(parents=True)
     (tmp_path / "cache-8-n1").mkdir()

@@ -1,4 +1,4 @@
-"""A real SLURM for the tests: `cluster/dev-slurm`, on ports and in a folder of its own."""
+"""Start a real SLURM for the tests with `cluster/dev-slurm`, on its own ports and in its own folder."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def as_root() -> None:
-    """What network namespaces need."""
+    """Skip a test unless it runs as root, which network namespaces need."""
     if os.geteuid() != 0:
         unavailable("network namespaces need root")
 
 
 @pytest.fixture(scope="module")
 def namespaced(as_root: None) -> Iterator[Cluster]:
-    """Three nodes with networks of their own."""
+    """Start three nodes, each in its own network namespace."""
     yield from started("--namespaces", "--nodes", "3")

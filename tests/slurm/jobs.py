@@ -1,4 +1,4 @@
-"""Runs on the SLURM of the tests: real text, a real small recipe, and jobs of small ranks."""
+"""Submit runs to the SLURM of the tests: real text with a small recipe, and jobs of small ranks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_workplace(folder: Path, data: Path) -> None:
 
 
 def small_job(folder: Path, run: str, *arguments: object, nodes: int = 2, chain: int = 0, **profile: object) -> Job:
-    """A job whose ranks are `small_rank.py` with `arguments`, on a site that differs from PROFILE by `profile`."""
+    """Return a job whose ranks are `small_rank.py` with `arguments`, on PROFILE changed by `profile`."""
     site = folder / f"{run}.site.yaml"
     site.write_text(yaml.safe_dump({**PROFILE, "processes_per_node": 1, **profile}))
     overrides = [f"run_dir={json.dumps(str(folder / run))}", "parallel.tensor=1"]
@@ -62,5 +62,5 @@ def attempts(run: Path) -> list[dict]:
 
 
 def logs(run: Path) -> str:
-    """What supervisors and ranks said, for the message of a failed test."""
+    """Return the output of supervisors and ranks, for the message of a failed test."""
     return "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(run.rglob("*.log")))

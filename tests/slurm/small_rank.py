@@ -1,4 +1,4 @@
-"""A rank that speaks the heartbeat of `bd3_scale.resilience.heartbeat` and trains nothing, for tests of the supervisor.
+"""Run a rank that writes heartbeats (`bd3_scale.resilience.heartbeat`) and trains nothing, to test the supervisor.
 
     python small_rank.py RUN STEPS SECONDS [FAULT:RANK:STEP]
 

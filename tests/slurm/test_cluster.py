@@ -1,4 +1,4 @@
-"""What a site may refuse, invented GPUs, and nodes that are cut off."""
+"""Test refusals of a site, invented GPUs, and nodes that lose their network."""
 
 from __future__ import annotations
 

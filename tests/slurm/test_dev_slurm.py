@@ -1,4 +1,4 @@
-"""`cluster/dev-slurm` itself: its nodes, their invented GPUs, nodes that die or are cut off, and what `down` leaves."""
+"""Test `cluster/dev-slurm`: its nodes, their invented GPUs, nodes that die or lose their network, and `down`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ pytestmark = pytest.mark.slurm
 
 
 def living(pids):
-    """Those that still run; one that nobody reaps has no command line any more."""
+    """Return the processes that still run; a zombie has no command line."""
     return [pid for pid in pids if (path := Path(f"/proc/{pid}/cmdline")).exists() and path.read_bytes()]
 
 
 def steps(cluster):
-    """The slurmstepd processes of this cluster, whoever their parent is by now."""
+    """Return the slurmstepd processes of this cluster, whatever their parent is now."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -94,7 +94,7 @@ def test_each_node_has_an_address_and_a_cable(namespaced):
 
 @pytest.mark.parametrize("options", [(), ("--namespaces",)], ids=["shared", "namespaces"])
 def test_down_leaves_nothing_of_a_cluster_with_a_lost_node(request, cluster, folder, options):
-    """A step outlives its slurmd, and one on a node that is cut off hears of no cancel."""
+    """Check it with a step that outlives its slurmd, and one on a node without network, which gets no cancel."""
     if options:
         request.getfixturevalue("as_root")
     own = type(cluster)(folder / "own")
@@ -117,7 +117,7 @@ def test_down_leaves_nothing_of_a_cluster_with_a_lost_node(request, cluster, fol
 
 
 def devices(cluster):
-    """Network devices of this cluster on the host."""
+    """Return the network devices of this cluster on the host."""
     return [name for name in os.listdir("/sys/class/net") if name.startswith(f"bd{tag(cluster)}")]
 
 

@@ -1,4 +1,4 @@
-"""`bd3-scale doctor --cluster`: a node is examined by a job of its own."""
+"""Test `bd3-scale doctor --cluster`, which examines a node with a job."""
 
 from __future__ import annotations
 

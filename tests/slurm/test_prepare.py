@@ -1,4 +1,4 @@
-"""`bd3-scale data prepare --slurm`: shares of the work as an array, with a node and a share killed meanwhile."""
+"""Test `bd3-scale data prepare --slurm`: an array of shares, with a node and a share killed meanwhile."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Run:
         self.wait_for(lambda: self.step(rank) >= step, f"step {step}")
 
     def outcomes(self, count=None, seconds=90):
-        """The outcomes of all attempts, once there are `count`, or one is final."""
+        """Return the outcomes of all attempts, once there are `count`, or one is final."""
         final = ("done", "failed", "stopped", "cancelled")
         self.wait_for(
             lambda: len(attempts(self.folder)) == count or any(a["outcome"] in final for a in attempts(self.folder)),
@@ -96,7 +96,7 @@ def test_a_crash_goes_on_from_the_last_checkpoint(cluster, workplace):
 
 
 def test_a_kill_that_slurm_repeats_hits_no_later_attempt(cluster, workplace):
-    """A node too slow to answer a kill is sent it again after a minute, when the job has long been requeued."""
+    """Check it with a node too slow to answer: SLURM repeats the kill a minute later, after the requeue."""
     run = Run(cluster, workplace, "repeated", 150, 0.5, "crash:1:8")
     run.wait_for_step(6)
     node = json.loads((run.job.folder / "current.json").read_text())["nodes"][0]
@@ -127,7 +127,7 @@ def test_a_mistake_of_a_person_is_not_tried_again(cluster, workplace):
 
 
 def process_of(run, mode):
-    """The supervisor (`job`) of a run, or the batch process that keeps it (`keep`)."""
+    """Return the pid of the supervisor (`job`) of a run, or of its batch process (`keep`)."""
     wanted = [mode.encode(), os.fsencode(run.job.folder / "job.json")]
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -262,7 +262,7 @@ def test_usr1_before_the_ranks_are_ready_is_not_lost(cluster, workplace):
 
 
 def test_the_time_limit_is_met_saved(cluster, workplace):
-    """SLURM's own warning before a limit of a minute: two attempts take what one had no time for."""
+    """Check SLURM's own warning before a limit of a minute: two attempts do what one had no time for."""
     run = Run(cluster, workplace, "limit", 250, 0.2, nodes=1, time_limit="1:00", warning_seconds=20)
     assert run.outcomes(1, seconds=100) == ["requeued"]
     first = attempts(run.folder)[0]
@@ -296,7 +296,7 @@ def test_a_chain_goes_on_where_requeueing_is_forbidden(cluster, workplace):
 
 
 def test_a_bad_node_is_excluded_by_preflight(cluster, workplace):
-    """n1 lacks its scratch folder; the run goes to other nodes and n1 stays on its list."""
+    """Check that the run moves to other nodes if n1 lacks its scratch folder, and that n1 stays excluded."""
     for node in (2, 3, 4):
         (workplace / f"scratch-n{node}").mkdir()
     check = 'exec "$0" -m bd3_scale.launch.preflight --scratch "$1-$SLURMD_NODENAME" "${@:2}"'

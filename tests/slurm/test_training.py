@@ -1,4 +1,4 @@
-"""The real trainer under a real SLURM: two nodes, real text; stopped, killed and hung, it stays the same."""
+"""Test the real trainer under a real SLURM: stopped, killed and hung on two nodes, it computes the same."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def workplace(tmp_path_factory, topics):
 
 @pytest.fixture(scope="module")
 def undisturbed(workplace):
-    """Gives the losses of a run on this machine alone, without SLURM, in a layout."""
+    """Return the losses of a run on this machine, without SLURM, in a layout."""
 
     @functools.cache
     def of(processes, tensor, *more):
@@ -72,7 +72,7 @@ def wait(cluster, run, condition, seconds=150):
 
 
 def wait_for_step(cluster, run, attempt):
-    """Until the ranks of an attempt have taken a step that no checkpoint holds."""
+    """Wait until the ranks of an attempt have taken a step that no checkpoint holds."""
 
     def taken():
         heartbeats = (run / "slurm/heartbeats").resolve()  # those of the attempt before, until its ranks start
@@ -92,7 +92,7 @@ def done(run):
 
 
 def rank_process(run, rank):
-    """The process id of a rank of this run, by its environment."""
+    """Return the process id of a rank of this run, found by its environment."""
     heartbeats = f"BD3_SCALE_HEARTBEATS={(run / 'slurm/heartbeats').resolve()}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
