@@ -45,8 +45,8 @@ def inspect(data: Data, as_json: AsJson = False) -> None:
 
 def _counts(split: dict[str, Any]) -> dict[str, str]:
     keys = ("documents", "sequences", "tokens", "counted_tokens", "shown_tokens", "dropped_tokens", "shards")
-    found = {key.replace("_", " "): f"{split[key]:,}" for key in keys}
-    return found | {"MB": f"{split['bytes'] / 1e6:,.1f}"}
+    cells = {key.replace("_", " "): f"{split[key]:,}" for key in keys}
+    return cells | {"MB": f"{split['bytes'] / 1e6:,.1f}"}
 
 
 def _described(one: dict[str, Any]) -> list[tuple[str, str]]:
@@ -106,17 +106,17 @@ def _table(splits: Sequence[str], measured: Sequence[dict[str, str]]) -> Table:
 
 
 def _measured(one: dict[str, Any]) -> dict[str, str]:
-    found = {"sequences": f"{one['sequences']:,}", "tokens": f"{one['tokens']:,}"}
+    cells = {"sequences": f"{one['sequences']:,}", "tokens": f"{one['tokens']:,}"}
     for kind in ("counted", "shown", "padding", "filling"):
-        found[f"{kind} tokens"] = f"{one[f'{kind}_tokens'] / one['tokens']:.1%}"
-    found["cuts"] = f"{one['cuts']:,}"
-    found["documents that fit"] = f"{one['fitting_documents']:,}"
-    found["... and are cut"] = f"{one['fitting_documents_cut']:,}"
+        cells[f"{kind} tokens"] = f"{one[f'{kind}_tokens'] / one['tokens']:.1%}"
+    cells["cuts"] = f"{one['cuts']:,}"
+    cells["documents that fit"] = f"{one['fitting_documents']:,}"
+    cells["... and are cut"] = f"{one['fitting_documents_cut']:,}"
     for key, title in (("document_tokens", "tokens a document"), ("documents_a_sequence", "documents a sequence")):
-        found[f"{title}, mean"] = f"{one[key]['mean']:,.1f}"
+        cells[f"{title}, mean"] = f"{one[key]['mean']:,.1f}"
         for name, label in (("0%", "least"), ("50%", "median"), ("90%", "90%"), ("100%", "most")):
-            found[f"{title}, {label}"] = f"{one[key][name]:,}"
-    return found
+            cells[f"{title}, {label}"] = f"{one[key][name]:,}"
+    return cells
 
 
 def _name(one: dict[str, Any]) -> str:

@@ -59,16 +59,16 @@ def sampled(
     chosen = sorted(ids or random.Random(seed).sample(range(firsts[-1]), min(number, firsts[-1])))
     for place, here in groupby(chosen, lambda i: bisect_right(firsts, i) - 1):
         numbers = list(here)
-        found = data.sequences(split, shards[place], [i - firsts[place] for i in numbers])
-        documents = iter(_documents(data, found))
-        for i, pieces in zip(numbers, found.pieces.tolist(), strict=True):
+        sequences = data.sequences(split, shards[place], [i - firsts[place] for i in numbers])
+        documents = iter(_documents(data, sequences))
+        for i, pieces in zip(numbers, sequences.pieces.tolist(), strict=True):
             yield {"id": i, "documents": list(islice(documents, pieces))}
 
 
-def _documents(data: StoredData, found: Sequences) -> Iterator[dict[str, Any]]:
-    tokens, shown = found.tokens.reshape(-1), found.is_shown.reshape(-1)
-    ends = found.ends_document(data.manifest.vocabulary.eos_id)
-    for start, length, counted, end in zip(found.starts, found.lengths, found.counted, ends, strict=True):
+def _documents(data: StoredData, sequences: Sequences) -> Iterator[dict[str, Any]]:
+    tokens, shown = sequences.tokens.reshape(-1), sequences.is_shown.reshape(-1)
+    ends = sequences.ends_document(data.manifest.vocabulary.eos_id)
+    for start, length, counted, end in zip(sequences.starts, sequences.lengths, sequences.counted, ends, strict=True):
         ids, flags = (values[start : start + counted].tolist() for values in (tokens, shown))
         runs, end_of_run = [], 0
         for is_shown, run in groupby(flags):

@@ -339,9 +339,9 @@ def _columns(shard: Shard) -> dict[str, tuple[str, int | None]]:
 def _check_columns(shard: Shard) -> None:
     columns = _columns(shard)
     tokens, size = columns.get("tokens", ("", None))
-    found = _TOKENS.fullmatch(tokens)
+    match = _TOKENS.fullmatch(tokens)
     others = {columns.get(name) for name in ("counted_lengths", "document_lengths", *columns.keys() & {"shown"})}
-    if not found or size != int(found[1]) // 8 * int(found[2]) or others != {("ndarray:int32", None)}:
+    if not match or size != int(match[1]) // 8 * int(match[2]) or others != {("ndarray:int32", None)}:
         raise ValueError(f"shard 0 has columns {columns}")
 
 

@@ -58,7 +58,7 @@ def shards(folders: Iterable[Path]) -> dict[Path, Shard]:
 
     Raises FileNotFoundError and ValueError: a folder, index or file is missing, or it holds no tokens.
     """
-    found: dict[Path, Shard] = {}
+    files: dict[Path, Shard] = {}
     for folder in folders:
         if not (folder / INDEX_FILE).is_file():
             inner = sorted(path.parent.name for path in folder.glob(f"*/{INDEX_FILE}"))
@@ -69,8 +69,8 @@ def shards(folders: Iterable[Path]) -> dict[Path, Shard]:
             file = next((folder / name for name in names if (folder / name).is_file()), None)
             if file is None:
                 raise FileNotFoundError(f"{folder / names[-1]} is missing; copy the data again")
-            found[file] = shard
-    return found
+            files[file] = shard
+    return files
 
 
 @reader("an index of MDS")

@@ -62,7 +62,7 @@ def files(sources: Iterable[Path]) -> list[Path]:
 
     FileNotFoundError: a file or its index is missing; ValueError: an index is invalid.
     """
-    found = []
+    result = []
     for source in sources:
         has_suffix = source.suffix in (".bin", ".idx")
         file = source.with_suffix(".bin") if has_suffix else source.with_name(f"{source.name}.bin")
@@ -70,8 +70,8 @@ def files(sources: Iterable[Path]) -> list[Path]:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} does not exist: a corpus of Megatron is a .bin with its .idx")
         _Index(file)
-        found.append(file)
-    return found
+        result.append(file)
+    return result
 
 
 def documents(

@@ -42,21 +42,21 @@ class Statistics:
     # The document that the last sequence left open: tokens of text, tokens with padding, pieces.
     _open: tuple[int, int, int] = (0, 0, 0)
 
-    def add(self, found: Sequences) -> None:
+    def add(self, sequences: Sequences) -> None:
         """Add the sequences that follow."""
-        is_piece, ends = found.counted > 0, found.ends_document(self.manifest.vocabulary.eos_id)
-        text, shown = found.is_text, found.is_shown
-        self.sequences += len(found)
-        self.text_tokens += int(found.counted.sum())
+        is_piece, ends = sequences.counted > 0, sequences.ends_document(self.manifest.vocabulary.eos_id)
+        text, shown = sequences.is_text, sequences.is_shown
+        self.sequences += len(sequences)
+        self.text_tokens += int(sequences.counted.sum())
         self.shown_tokens += int(shown.sum())
         self.counted_tokens += int((text & ~shown).sum())
-        self.padding_tokens += int((found.lengths - found.counted)[is_piece].sum())
-        self.filling_tokens += int(found.lengths[~is_piece].sum())
+        self.padding_tokens += int((sequences.lengths - sequences.counted)[is_piece].sum())
+        self.filling_tokens += int(sequences.lengths[~is_piece].sum())
         self.ends += int(ends.sum())
         self.cuts += int((is_piece & ~ends).sum())
-        rows = np.repeat(np.arange(len(found)), found.pieces)
-        self.documents_a_sequence.update(np.bincount(rows, is_piece, len(found)).astype(int).tolist())
-        self._add_documents(found.counted[is_piece], found.lengths[is_piece], ends[is_piece])
+        rows = np.repeat(np.arange(len(sequences)), sequences.pieces)
+        self.documents_a_sequence.update(np.bincount(rows, is_piece, len(sequences)).astype(int).tolist())
+        self._add_documents(sequences.counted[is_piece], sequences.lengths[is_piece], ends[is_piece])
 
     def finish(self) -> None:
         """Add the document that the end of the split cuts, if there is one."""

@@ -187,19 +187,22 @@ def _sequences(content: bytes, shard: Shard, numbers: Sequence[int] | None) -> S
     )
 
 
-def _problem(found: Sequences, numbers: Sequence[int]) -> str | None:
+def _problem(sequences: Sequences, numbers: Sequence[int]) -> str | None:
     """Return what is wrong with the bounds of documents and in which sequence, or None."""
-    seq_len = found.tokens.shape[1]
-    row = np.repeat(np.arange(len(found)), found.pieces)
-    sums = np.bincount(row, found.lengths, len(found))
-    _, first, last = found.shown.T
-    in_order = np.ones(len(found.shown), np.bool_)
-    in_order[1:] = (found.shown[1:, 0] > found.shown[:-1, 0]) | (first[1:] >= last[:-1])
+    seq_len = sequences.tokens.shape[1]
+    row = np.repeat(np.arange(len(sequences)), sequences.pieces)
+    sums = np.bincount(row, sequences.lengths, len(sequences))
+    _, first, last = sequences.shown.T
+    in_order = np.ones(len(sequences.shown), np.bool_)
+    in_order[1:] = (sequences.shown[1:, 0] > sequences.shown[:-1, 0]) | (first[1:] >= last[:-1])
     for wrong, what in (
         (np.flatnonzero(sums != seq_len), f"document_lengths that do not add up to {seq_len}"),
-        (row[found.lengths < 1], "a document without tokens"),
-        (row[(found.counted < 0) | (found.counted > found.lengths)], "more counted tokens than its document has"),
-        (found.shown[(first < 0) | (last > seq_len) | ~in_order, 0], "shown runs outside it, or not in order"),
+        (row[sequences.lengths < 1], "a document without tokens"),
+        (
+            row[(sequences.counted < 0) | (sequences.counted > sequences.lengths)],
+            "more counted tokens than its document has",
+        ),
+        (sequences.shown[(first < 0) | (last > seq_len) | ~in_order, 0], "shown runs outside it, or not in order"),
     ):
         if len(wrong):
             return f"sequence {numbers[wrong[0]]} has {what}"

@@ -132,10 +132,12 @@ class _Steps:
         shards = list(self.shards.values())
         keys = np.array([source_key(name) for name in self.shards])
         coming = map(self.order.at, itertools.count(self.step + worker, num_workers))
-        for found in prefetch_shards(shards, coming, len(self.slots)):
-            samples = [shards[source][sample] for source, sample in zip(found.sources, found.ids.tolist(), strict=True)]
-            how = {"epochs": found.epochs, "source_keys": keys[found.sources]}
-            yield collate(samples, found.ids, self.slots, self.isolate_documents, **how)
+        for sequences in prefetch_shards(shards, coming, len(self.slots)):
+            samples = [
+                shards[source][sample] for source, sample in zip(sequences.sources, sequences.ids.tolist(), strict=True)
+            ]
+            how = {"epochs": sequences.epochs, "source_keys": keys[sequences.sources]}
+            yield collate(samples, sequences.ids, self.slots, self.isolate_documents, **how)
 
 
 def held_out_batches(

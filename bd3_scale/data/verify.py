@@ -36,7 +36,7 @@ def problems(data: StoredData, progress: Progress = lambda done, total: None) ->
             yield str(error)
     total, done = sum(map(len, shards.values())), 0
     for name, listed in shards.items():
-        found, damaged = Statistics(manifest), False
+        statistics, damaged = Statistics(manifest), False
         for shard in listed:
             try:
                 sequences = data.sequences(name, shard)
@@ -44,7 +44,7 @@ def problems(data: StoredData, progress: Progress = lambda done, total: None) ->
                 damaged = True
                 yield str(error)
             else:
-                found.add(sequences)
+                statistics.add(sequences)
                 yield from (
                     f"{data.place}/{name}/{shard.stored.basename}: {what}" for what in _wrong(sequences, manifest)
                 )
@@ -52,7 +52,7 @@ def problems(data: StoredData, progress: Progress = lambda done, total: None) ->
             progress(done, total)
         place = f"{data.place}/{name}"
         if not damaged:
-            yield from (f"{place}: {what}" for what in _differing_counts(manifest.splits[name], found))
+            yield from (f"{place}: {what}" for what in _differing_counts(manifest.splits[name], statistics))
         if Path(place).is_dir():
             yield from _strange_files(Path(place), listed)
             yield from _hash_problems(Path(data.place), name, manifest.splits[name])
@@ -70,36 +70,41 @@ def _tokenizer_problems(data: StoredData) -> Iterator[str]:
             yield f"{data.place}: {name} of the vocabulary is {actual}, and the manifest says {expected}"
 
 
-def _wrong(found: Sequences, manifest: Manifest) -> Iterator[str]:
+def _wrong(sequences: Sequences, manifest: Manifest) -> Iterator[str]:
     """Yield what no sequence of such data may have, with the first sequence that has it."""
     vocabulary, multiple = manifest.vocabulary, manifest.document_multiple
-    if found.tokens.shape[1] != manifest.seq_len:
-        yield f"its sequences have {found.tokens.shape[1]} tokens, and the manifest says {manifest.seq_len}"
+    if sequences.tokens.shape[1] != manifest.seq_len:
+        yield f"its sequences have {sequences.tokens.shape[1]} tokens, and the manifest says {manifest.seq_len}"
         return
-    rows = np.repeat(np.arange(len(found)), found.pieces)
+    rows = np.repeat(np.arange(len(sequences)), sequences.pieces)
     for wrong, what in (
-        ((found.tokens >= vocabulary.size).any(1), f"an id outside the vocabulary of {vocabulary.size}"),
-        ((found.tokens == vocabulary.mask_id).any(1), f"the id of the mask, {vocabulary.mask_id}"),
-        ((~found.is_text & (found.tokens != vocabulary.eos_id)).any(1), "padding that is not the end of document"),
-        (rows[found.lengths % multiple > 0], f"a document whose length is no multiple of {multiple}"),
+        ((sequences.tokens >= vocabulary.size).any(1), f"an id outside the vocabulary of {vocabulary.size}"),
+        ((sequences.tokens == vocabulary.mask_id).any(1), f"the id of the mask, {vocabulary.mask_id}"),
+        (
+            (~sequences.is_text & (sequences.tokens != vocabulary.eos_id)).any(1),
+            "padding that is not the end of document",
+        ),
+        (rows[sequences.lengths % multiple > 0], f"a document whose length is no multiple of {multiple}"),
     ):
         numbers = np.flatnonzero(wrong) if wrong.dtype == np.bool_ else wrong
         if len(numbers):
-            yield f"sequence {numbers[0]} has {what} (of {len(found)}, {len(set(numbers.tolist()))} do)"
+            yield f"sequence {numbers[0]} has {what} (of {len(sequences)}, {len(set(numbers.tolist()))} do)"
 
 
-def _differing_counts(split: Split, found: Statistics) -> Iterator[str]:
+def _differing_counts(split: Split, statistics: Statistics) -> Iterator[str]:
     for what, expected, counted in (
-        ("sequences", split.sequences, found.sequences),
-        ("tokens that count", split.counted_tokens, found.counted_tokens),
-        ("tokens that are shown", split.shown_tokens, found.shown_tokens),
+        ("sequences", split.sequences, statistics.sequences),
+        ("tokens that count", split.counted_tokens, statistics.counted_tokens),
+        ("tokens that are shown", split.shown_tokens, statistics.shown_tokens),
     ):
         if expected != counted:
             yield f"{counted:,} {what}, and the manifest says {expected:,}"
     # The last training documents may be dropped, and documents that spell EOS have more than one end.
-    plain = not (found.manifest.parse_special or found.manifest.messages)
-    if plain and (found.ends > split.documents or (found.ends < split.documents and not split.dropped_tokens)):
-        yield f"{found.ends:,} ends of documents, and the manifest says {split.documents:,}"
+    plain = not (statistics.manifest.parse_special or statistics.manifest.messages)
+    if plain and (
+        statistics.ends > split.documents or (statistics.ends < split.documents and not split.dropped_tokens)
+    ):
+        yield f"{statistics.ends:,} ends of documents, and the manifest says {split.documents:,}"
 
 
 def _strange_files(folder: Path, listed: ShardTable) -> Iterator[str]:

@@ -52,8 +52,8 @@ def _texts(data: StoredData) -> NDArray[np.int64]:
     """Return the lengths of pieces of documents, from sequences all over a split."""
     split: SplitName = "validation" if data.manifest.train is None else "train"
     shards = data.shards(split)
-    found = []
+    lengths = []
     for shard in map(shards.__getitem__, range(0, len(shards), -(-len(shards) // SHARDS))):
         sequences = data.sequences(split, shard, range(0, shard.samples, -(-shard.samples // SEQUENCES)))
-        found.append(sequences.counted[sequences.counted > 0])
-    return np.concatenate(found)
+        lengths.append(sequences.counted[sequences.counted > 0])
+    return np.concatenate(lengths)

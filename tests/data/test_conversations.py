@@ -112,7 +112,7 @@ def some_conversations(count: int, seed: int = 0) -> list[list[Message]]:
 
 
 def walked(conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, *, newline: str) -> Flags:
-    """Return the expected flags of the tokens, message by message; `newline`: the flag of the newline after an answer."""
+    """Return the expected flags of the tokens, by message; `newline`: the flag of the newline after an answer."""
     flags, eos = Flags(), tokenizer.vocabulary.eos_id
     for messages in conversations:
         whole = len(flags.tokens)
