@@ -176,7 +176,7 @@ def test_a_wrong_profile_is_refused(content: dict, words: str, tmp_path: Path) -
         ({"overrides": ["run_dir=runs/a\\b"]}, "holds a backslash"),
         ({"dependency": "afterok:1\n#SBATCH --wrap=id"}, "sbatch's --dependency must be text without control"),
         ({"exclude": ["n1", "n2\nid"]}, "sbatch's --exclude must be text without control"),
-        ({"time_limit": "foo"}, "--time must be minutes, or such as 4:00:00 or 1-00:00:00, not 'foo'"),
+        ({"time_limit": "foo"}, "--time must be minutes, or in a form such as 4:00:00 or 1-00:00:00, not 'foo'"),
         ({"time_limit": "1:00\nid"}, "--time must be minutes"),
         ({"folder": "a\nid #"}, "sbatch's --output must be text without control characters"),
     ],
