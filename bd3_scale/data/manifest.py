@@ -341,7 +341,8 @@ def _fetched(remote: str, folder: Path, minutes: float) -> Manifest:
             fetched(name, lambda _, content: json.loads(content))
         if manifest.messages:
             fetched(CHAT_TEMPLATE, lambda _, content: content)
-    # Atomically: another process that uses the same cache may be reading them.
+    # Only when all have come and been checked, so that the cache never mixes two data sets; and atomically, because
+    # another process that uses the same cache may be reading them.
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, content)

@@ -69,6 +69,7 @@ class NodeMixture:
         stage = self._stage_at(step)
         places = (step - stage.first_step) * self._slots + own
         before = stage.taken(places)
+        # Counts rise by one at a time: a slot belongs to the source whose count rises there.
         sources = (stage.taken(places + 1) - before).argmax(0)
         return sources, before[sources, np.arange(len(own))]
 
@@ -115,6 +116,7 @@ class _Stage:
 
 def _levels(weights: Mapping[str, float], names: Sequence[str], nodes: int, node: int) -> Iterator[_Level]:
     shares = _shares(weights)
+    # Heaviest first, equal ones by name: the order must not depend on that of the recipe.
     left, phase = sum(shares.values()), node
     for name in sorted(shares, key=lambda name: (-shares[name], name)):
         yield _Level(names.index(name), shares[name], left, phase, nodes)

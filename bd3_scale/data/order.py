@@ -106,6 +106,7 @@ class NodeOrder:
     ) -> None:
         bounds = node_slots(global_batch_size)[node : node + 2].tolist()
         first, last = (bound * int(shard_ends[-1]) // global_batch_size for bound in bounds)
+        # The range may begin and end within shards: the first and the last piece are parts of shards.
         cut_from, cut_to = np.searchsorted(shard_ends, first, "right"), np.searchsorted(shard_ends, last, "left")
         starts = np.concatenate([[first], shard_ends[cut_from:cut_to]])
         lengths = np.diff(starts, append=last)

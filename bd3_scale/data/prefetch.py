@@ -55,6 +55,7 @@ class _Fetcher:
         self.wanted: SimpleQueue[NDArray[np.int64]] = SimpleQueue()
         self._files = shards.files
         self._failed: tuple[int, OSError | ValueError] | None = None
+        # The start times of the last `horizon` batches: once full, the first entry is one look-ahead ago.
         self._times: deque[int] = deque(maxlen=horizon)
         self._wake_up = threading.Condition()
         self._ended = False
@@ -89,6 +90,7 @@ class _Fetcher:
         """Wait until there is room for a shard; return False if it need not be fetched any more."""
         while not self._ended and self._files.is_absent(shard_id):
             with self._wake_up:
+                # Only shards unused for a whole look-ahead may go: the batches in it may need the others again.
                 unused_since = self._times[0] if len(self._times) == self._times.maxlen else 0
                 if self._files.make_room(unused_since):
                     return True

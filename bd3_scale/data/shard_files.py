@@ -89,6 +89,7 @@ class ShardFiles:
 
         Raises as `with_retries`; DamagedError: the file is not what the index says.
         """
+        # Only one process may fetch a shard. It sets the state under the lock, fetches without it, and the others poll.
         while True:
             with self._locked():
                 state = self._states[number]

@@ -180,6 +180,7 @@ def batches_in_order(
     """Yield batches as `held_out_batches`, of samples that are already open, or in memory."""
     num_sequences = len(samples) if sequences is None else min(sequences, len(samples))
     mine = np.arange(dp_rank, num_sequences, dp_size)
+    # All ranks need as many batches as the rank with the most sequences: each batch is a collective.
     most = -(-num_sequences // dp_size)
     size = min(batch_size, most)
     filled = np.pad(mine, (0, -(-most // size) * size - len(mine)), constant_values=-1) if size else mine

@@ -29,7 +29,7 @@ GRACE_SECONDS = 10.0
 EXIT_HANG = 75
 
 _WATCH_SECONDS = 1.0
-_STACK_SECONDS = 1.5
+_STACK_SECONDS = 1.5  # what printing the stacks may take
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)

@@ -15,8 +15,8 @@ from bd3_scale.launch.hangs import HangDetector
 from bd3_scale.launch.records import escape_pattern, say, slurm
 from bd3_scale.resilience.terminal import tell
 
-DUMP_SECONDS = 1.5
-END_SECONDS = 60.0
+DUMP_SECONDS = 1.5  # what printing the stacks may take
+END_SECONDS = 60.0  # after SIGKILL: longer means that a node is lost, and srun would wait without end
 # What slurmstepd and srun print when SLURM itself ends a step.
 _ENDED_BY_SLURM = re.compile(r"(Node failure|DUE TO (?:NODE FAILURE|PREEMPTION|TIME LIMIT|JOB REQUEUE))", re.IGNORECASE)
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (?:Exited with exit code (\d+)|(\w.*))")
