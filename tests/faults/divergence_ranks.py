@@ -1,4 +1,4 @@
-"""Ranks of which one changes a bit of a weight that others hold, too."""
+"""Run ranks, one of which changes a bit of a weight that others hold, too."""
 
 from __future__ import annotations
 

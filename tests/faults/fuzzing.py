@@ -1,4 +1,4 @@
-"""Damaged and hostile files, and what may come of reading them: an error that a person can read, or success."""
+"""Damage files for fuzzing; reading one must end with success or with an error that a person can read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FUZZ = settings(
 
 @st.composite
 def damages(draw, content: bytes) -> bytes:
-    """A file with bytes changed, cut out, doubled, or put in."""
+    """Draw a file with bytes changed, removed, doubled or inserted."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(0, len(data) - 1)))
@@ -51,7 +51,7 @@ VALUES = st.recursive(
 
 @st.composite
 def replaced(draw, tree):
-    """A tree of dictionaries and lists with one value put in another's place, or removed."""
+    """Draw a tree of dictionaries and lists with one value replaced or removed."""
     tree = json.loads(json.dumps(tree))
     here = tree
     while True:
@@ -78,7 +78,7 @@ HOSTILE = (
 
 @st.composite
 def spoilt(draw, content: bytes, name: str) -> bytes:
-    """What may stand in a file in place of `content`: damaged, of a wrong type somewhere, or something else."""
+    """Draw what may stand in a file in place of `content`: damaged, of a wrong type somewhere, or something else."""
     kinds = [damages(content), st.sampled_from(HOSTILE)]
     if name.endswith((".json", ".jsonl")):
         first, _, rest = content.partition(b"\n") if name.endswith(".jsonl") else (content, b"", b"")
@@ -89,7 +89,7 @@ def spoilt(draw, content: bytes, name: str) -> bytes:
 
 
 def message(action, *arguments) -> str:
-    """Of the error that a person reads; empty where there is none. Anything but ValueError and OSError is a defect."""
+    """Return the error that a person reads, or an empty text. Anything but ValueError and OSError is a defect."""
     found = "nothing"
     try:
         action(*arguments)

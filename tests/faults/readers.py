@@ -1,4 +1,4 @@
-"""Every reader of files that others made: a sound input, and how it is read. `test_readers.py` spoils each in turn."""
+"""List every reader of foreign files: a sound input, and how to read it. `test_readers.py` damages each in turn."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def a_profile(folder: Path) -> None:
 
 
 def a_model(folder: Path) -> None:
-    """A Llama of Hugging Face, in the two files that its index names, with a tokeniser and a chat template."""
+    """Make a Hugging Face Llama in two files that its index names, with a tokeniser and a chat template."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         tensor.name: torch.randn(tensor.shape, generator=generator)
@@ -117,7 +117,7 @@ def an_import(folder: Path) -> None:
 
 
 def a_gguf(folder: Path) -> None:
-    """A file for llama.cpp of a block diffusion model."""
+    """Make a GGUF file of a block diffusion model."""
     model, source = MODEL.model_copy(update={"qk_norm": True}), folder / "source"
     source.mkdir()
     tensors = {
@@ -142,7 +142,7 @@ def _manifest(path: Path) -> object:
 
 
 def a_dit(folder: Path) -> None:
-    """A Lightning checkpoint of the official code, but for its sizes."""
+    """Make a Lightning checkpoint like those of the official code, but small."""
     block = {
         "norm1.weight": (4,), "attn_qkv.weight": (12, 4), "attn_out.weight": (4, 4), "norm2.weight": (4,),
         "mlp.0.weight": (16, 4), "mlp.0.bias": (16,), "mlp.2.weight": (4, 16), "mlp.2.bias": (4,),
@@ -167,14 +167,14 @@ def prepared_data(folder: Path) -> None:
 
 
 def a_task(folder: Path) -> None:
-    """What a preparation leaves that has not come to its end."""
+    """Make the folder of an unfinished preparation."""
     (folder / "text.txt").write_text("a few words of text and a few more " * 30)
     options = {"holdout": 0.0, "workers": 1, "progress": False}
     Preparation([folder / "text.txt"], folder / "data", load_tokenizer("bytes"), 32, **options).work([0])
 
 
 def a_shard(folder: Path) -> None:
-    """The sequences of prepared data, unpacked."""
+    """Make the sequences of prepared data, unpacked."""
     prepared_data(folder)
     packed = next((folder / "data/train").glob("*.zstd"))
     (folder / "shard.mds").write_bytes(zstandard.decompress(packed.read_bytes()))
@@ -210,7 +210,7 @@ def a_measurement(folder: Path) -> None:
 
 
 def a_run(folder: Path) -> None:
-    """What a submitted run leaves, of two attempts."""
+    """Make the folder of a submitted run with two attempts."""
     slurm = folder / "slurm"
     (slurm / "heartbeats").mkdir(parents=True)
     attempt = {"outcome": "requeued", "failure": False, "started": 1.0, "ended": 3.0, "step": 4, "saved": 4}

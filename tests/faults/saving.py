@@ -1,4 +1,4 @@
-"""A process that saves a checkpoint again and again, and is struck at each system call in turn; see `shim.c`."""
+"""Save a checkpoint again and again in a process that is killed at each system call in turn; see `shim.c`."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ RECIPE = Recipe(
 def manifest_of(
     step: int, recipe: Recipe = RECIPE, size: int = 12, states: tuple[str, ...] = ("master",)
 ) -> CheckpointManifest:
-    """Of one process; the vocabulary has `size` ids, of which the last is the mask."""
+    """Return a manifest of one process; the vocabulary has `size` ids, the last of which is the mask."""
     vocabulary = Vocabulary(size=size, eos_id=0, mask_id=size - 1)
     return CheckpointManifest.of_run(recipe, step=step, vocabulary=vocabulary, states=states)
 
 
 def save(folder: Path, step: int) -> Path:
-    """A checkpoint of two tensors that say their step; in a process group of this process alone."""
+    """Save two tensors that hold their step, in a process group of this process alone."""
     tokenizer = folder.parent / "tokenizer"
     tokenizer.mkdir(exist_ok=True)
     (tokenizer / "tokenizer.json").write_text("{}")
@@ -58,7 +58,7 @@ def save(folder: Path, step: int) -> Path:
 
 
 def sealed(checkpoint, **changes):
-    """A manifest with changes, as whoever wrote them would have sealed it."""
+    """Return a changed manifest with a valid hash, as its author could have written it."""
     content = json.loads((checkpoint / "manifest.json").read_text()) | changes
     del content["checksum"]  # it comes last
     text = json.dumps(content | {"checksum": ""}, indent=2)
@@ -94,7 +94,7 @@ def struck(shim: ctypes.CDLL, folder: Path, call: int, last: int, number: int) -
 
 
 def sound(folder: Path) -> list[int]:
-    """Steps of the sound checkpoints; every one that looks complete must be."""
+    """Return the steps of the sound checkpoints; every one that looks complete must be sound."""
     return [check_checkpoint(path, "full").step for path in list_checkpoints(folder)]
 
 

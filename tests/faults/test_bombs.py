@@ -1,4 +1,4 @@
-"""Small files that ask for much: each is refused in one line, soon, and with little memory."""
+"""Test that small files which unpack to much are refused in one line, soon, and with little memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROOM = 1 << 30
 
 @contextmanager
 def refused(match: str, seconds: float = 10):
-    """In one line that matches, within the time, with at most a gigabyte of memory beyond what is there."""
+    """Expect an error in one matching line, within the time, and with at most a gigabyte of additional memory."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     before, began = resource.getrlimit(resource.RLIMIT_AS), time.monotonic()
@@ -66,7 +66,7 @@ def copied(model, tmp_path):
 
 
 def packed(path, head, tail):
-    """`head`, 2 GiB of one letter, and `tail`, packed as the name says."""
+    """Return `head`, 2 GiB of one letter, and `tail`, compressed as the name says."""
     with path.open("wb") as raw:
         if path.suffix == ".gz":
             piece = gzip.compress(b"a" * (64 * MIB), 1)
@@ -91,7 +91,7 @@ def test_a_value_of_a_list_that_unpacks_to_gigabytes(tmp_path):
 
 
 def rows_that_are_one(count):
-    """As many rows of the same 16 MiB, which Parquet stores once."""
+    """Write rows of the same 16 MiB, which Parquet stores once."""
     return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array(["a" * (16 * MIB)]))
 
 
@@ -243,7 +243,7 @@ def as_torch_saves(path, program, packing=zipfile.ZIP_STORED):
 
 
 def doubled_tuples() -> bytes:
-    """A dictionary whose key is a tuple of two of a tuple of two …, sixty deep: its hash would visit 2^60 leaves."""
+    """Return a dictionary whose key is a tuple of two tuples of two …, sixty deep: its hash would visit 2^60 leaves."""
     doubled = b"".join(b"q%ch%c\x86" % (number, number) for number in range(60))
     return b"\x80\x02}K\x01\x85" + doubled + b"K\x01s."
 

@@ -1,4 +1,4 @@
-"""A save that is struck at any system call leaves the checkpoints whole, and any damage to one is found."""
+"""Test that a save killed at any system call leaves sound checkpoints, and that any damage to one is found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory):
-    """The library that strikes, compiled."""
+    """Compile the library that injects the failures."""
     library = tmp_path_factory.mktemp("shim") / "shim.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "shim.c", "-ldl"], check=True)
     return library
@@ -52,7 +52,7 @@ def test_struck_at_every_system_call(shim, kind, tmp_path):
 
 @pytest.fixture
 def two(tmp_path, groups):
-    """Two checkpoints of a run."""
+    """Make two checkpoints of a run."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     return [_kept(folder, step) for step in (1, 2)]
@@ -70,7 +70,7 @@ def files(checkpoint):
 
 
 def test_every_damage_to_every_file_is_found(two):
-    """Flipped at the beginning, the end and between, cut, emptied, deleted, and taken from another step."""
+    """Check it for files changed at the beginning, the end and between, cut, emptied, deleted, or of another step."""
     older, newer = two
     assert {str(name) for name in files(newer)} >= {"manifest.json", "index.json", "tokenizer/tokenizer.json"}
     found = tried = 0
@@ -101,7 +101,7 @@ def test_a_checkpoint_under_another_step_s_name_is_none(two):
 
 
 def _damage(checkpoint):
-    """What a full check says of it."""
+    """Return what a full check says of it."""
     try:
         check_checkpoint(checkpoint, "full")
     except ValueError as error:
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_steps_back_and_is_moved_aside(two, caplog):
 
 
 def test_what_cannot_be_read_is_not_taken_for_damage(two, monkeypatch):
-    """Another version's, or one on storage that fails at the moment, stays where it is."""
+    """Check that a checkpoint of another version, or on storage that fails at the moment, is kept."""
     older, newer = two
     for content, message in (
         ('{"format": 2, "step": 2}', "has format 2; this version reads formats 3 to 4"),

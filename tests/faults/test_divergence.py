@@ -1,4 +1,4 @@
-"""Replicas that drift apart are found and named; what ranks share is told from what they do not."""
+"""Test that replicas which diverge are found and named, and that only shared values are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers of files that people or disks may have damaged: an error that a person can read, or success; nothing else."""
+"""Fuzz readers of files: each result is success or an error that a person can read."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def read_all(checkpoint):
 @FUZZ
 @given(data=st.data(), name=st.sampled_from(["index.json", "rank-00000.safetensors"]))
 def test_indexes_and_headers_of_tensors(data, name, pristine, checkpoint):
-    """Whatever hashes say: who makes a folder can make these, too."""
+    """Fuzz them without the protection of hashes, which the author of a folder can make, too."""
     (checkpoint / name).write_bytes(data.draw(damages((pristine / name).read_bytes())))
     message(read_all, checkpoint)
     index = json.loads((pristine / "index.json").read_bytes())

@@ -1,4 +1,4 @@
-"""Readers of strangers' files: none is forgotten, and whatever stands in a file, a person reads one error or none."""
+"""Test readers of foreign files: none is missing from the list, and any content gives success or one error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOADS = {"json.load", "torch.load", "yaml.load", "np.load", "pickle.load"}
 
 
 def functions(source: str) -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Every function of a module, with its dotted name in it; what is defined inside one belongs to it."""
+    """Yield every function of a module with its dotted name; nested functions belong to the outer one."""
 
     def below(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
         for child in ast.iter_child_nodes(node):
@@ -51,7 +51,7 @@ def is_reader(function: ast.FunctionDef) -> bool:
 
 
 def opens_files(function: ast.FunctionDef) -> bool:
-    """Whether a function opens a file to read from it; a mode that writes is told by its letters."""
+    """Return whether a function opens a file for reading; modes for writing are recognised by their letters."""
     for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
         name, words = ast.unparse(call.func), [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
         writes = any(isinstance(word, str) and re.fullmatch("[wax+bt]{1,3}", word) for word in words)
@@ -65,7 +65,7 @@ READERS = {name for name, function in package_functions() if is_reader(function)
 
 @contextmanager
 def ending_in_time():
-    """An AssertionError, which no reader takes for a damaged file, where the block takes longer."""
+    """Raise an AssertionError, which no reader takes for a damaged file, if the block takes too long."""
 
     def ring(*_):
         raise AssertionError(f"it takes more than {SECONDS} seconds")
@@ -81,7 +81,7 @@ def ending_in_time():
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """Gives a folder with a case's sound input, made once for all cases of that input."""
+    """Return a folder with a case's sound input, made once for all cases of that input."""
     made = {}
 
     def folder(case):

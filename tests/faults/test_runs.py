@@ -1,4 +1,4 @@
-"""Real runs with faults: killed, stopped, poisoned, out of disk; they go on bitwise, or end and say why."""
+"""Test real runs with faults: killed, stopped, poisoned, out of disk; they continue bitwise, or end with a reason."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Site:
         return ["train", *more, "recipe.yaml", f"run_dir={run}", *LAYOUTS[layout]]
 
     def undisturbed(self, layout):
-        """The run of a layout that nobody disturbs, taken once."""
+        """Train the undisturbed run of a layout, once."""
         run = self.folder / f"whole {layout}"
         if not run.exists():
             forks.bd3_scale(*self.command(run.name, layout), cwd=self.folder)
@@ -69,7 +69,7 @@ def run(site, name, layout, *overrides, inject="", code=0):
 
 
 def differences(run, whole):
-    """What is not bitwise that of the undisturbed run."""
+    """Return what differs from the undisturbed run, compared bit by bit."""
     found, expected = losses(run), losses(whole)
     files, other = tensor_files(run, STEPS), tensor_files(whole, STEPS)
     assert other

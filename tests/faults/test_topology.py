@@ -1,4 +1,4 @@
-"""A run that goes on on another layout takes the same samples with the same masks, and the same losses."""
+"""Test that a run continued on another layout takes the same samples and masks, with the same losses."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Place:
         self._made: dict[str, Path] = {}
 
     def run(self, name: str, layout: Layout, last: int, begin: Path | None = None, kind: str = "dense") -> Path:
-        """The run directory of `layout` through step `last`, from the checkpoint of `begin` on."""
+        """Return the run directory of `layout` through step `last`, from the checkpoint of `begin` on."""
         run = self.folder / name
         if begin is not None:
             shutil.copytree(begin / "checkpoints", run / "checkpoints")
@@ -151,14 +151,14 @@ class Place:
         return run
 
     def begun(self, name: str, kind: str = "dense") -> Path:
-        """A run of layout `name` up to where it is cut, taken once."""
+        """Train a run of layout `name` up to the cut, once."""
         key = f"{kind} begun {name}"
         if key not in self._made:
             self._made[key] = self.run(key, LAYOUTS[name], CUT, kind=kind)
         return self._made[key]
 
     def whole(self, kind: str) -> dict:
-        """What a run of one process finds that nobody cuts, taken once."""
+        """Train the run of one process without a cut, once."""
         key = f"{kind} whole"
         if key not in self._made:
             self._made[key] = self.run(key, Layout(1), LAST, kind=kind)
@@ -200,7 +200,7 @@ def test_experts_are_shared_out_otherwise_and_biases_go_with_them(place, first, 
 
 
 def check_goes_on(place: Place, kind: str, first: str, then: str) -> tuple[Path, Path]:
-    """A run that is cut on one layout and goes on on another; where it was begun, and where it went on."""
+    """Check a run that is cut on one layout and continued on another."""
     begun = place.begun(first, kind)
     run = place.run(f"{kind} {first} then {then}", LAYOUTS[then], LAST, begun, kind)
     check_together(begun, run, place.whole(kind))
@@ -208,7 +208,7 @@ def check_goes_on(place: Place, kind: str, first: str, then: str) -> tuple[Path,
 
 
 def check_together(begun: Path, run: Path, whole: dict) -> None:
-    """What was begun and what went on are together the undisturbed run, and what was loaded is what was saved."""
+    """Check that both parts together equal the undisturbed run, and that what was loaded is what was saved."""
     before, after = torch.load(begun / "found"), torch.load(run / "found")
     assert (before["done"], after["done"]) == (0, CUT)
     assert {epoch for _, epoch, _ in whole["seen"]} >= {0, 1}

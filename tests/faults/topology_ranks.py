@@ -1,4 +1,4 @@
-"""Ranks that take steps of a run on one layout, and tell what they saw: the samples, their masks, and every state."""
+"""Run ranks that take steps of a run on one layout and write down samples, masks and every state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ engine_module.WHOLE_BELOW = 1500
 
 
 def go(recipe: Recipe, last: int, out: Path) -> None:
-    """From the run's newest checkpoint through step `last`, then save; before, save again what was loaded."""
+    """Train from the newest checkpoint through step `last`, then save; first save again what was loaded."""
     with ExitStack() as stack:
         run = open_run(recipe, stack, Heartbeat())
         on_rank_zero(lambda: run.checkpoints.mkdir(parents=True, exist_ok=True))
@@ -89,7 +89,7 @@ class recording:
 
 
 def together(everyone: list[dict]) -> dict:
-    """Of all ranks: by step, epoch and sample a hash of its noisy tokens; ranks that share it must agree."""
+    """Gather from all ranks a hash of the noisy tokens, by step, epoch and sample; ranks that share it must agree."""
     whole: dict = {}
     for seen in everyone:
         for key, noisy in seen.items():
