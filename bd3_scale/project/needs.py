@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 
-from bd3_scale.data.manifest import Manifest, check_seq_len, load_parts, mixed
+from bd3_scale.data.manifest import Manifest, check_seq_len, combine, load_parts
 from bd3_scale.launch.findings import Finding, checked
 from bd3_scale.observe.environment import Environment, has_fast_bf16
 from bd3_scale.recipe.checks import check_against_data, check_recipe, data_parallel_size, world_size_for_launch
@@ -140,7 +140,7 @@ def _checked_manifest(recipe: Recipe, data: DataRecipe, world_size: int) -> Mani
     parts = load_parts(data)
     for name, source in data.by_source.items():
         check_seq_len(source, parts[name])
-    manifest = mixed(parts)
+    manifest = combine(parts)
     check_against_data(recipe, world_size, manifest.document_multiple)
     check_held_out(recipe, manifest)
     return manifest
