@@ -54,7 +54,7 @@ OPTIONAL |= {"fastapi", "prometheus_client", "starlette", "uvicorn"}
 STANDARD_LIBRARY_ALONE = {
     "registry.py",
     "lazy.py",
-    *(f"launch/{name}.py" for name in ("attempts", "gpus", "local", "ranks", "records", "supervise", "watch")),
+    *(f"launch/{name}.py" for name in ("attempts", "gpus", "hangs", "local", "ranks", "records", "supervise")),
     *(
         f"resilience/{name}.py"
         for name in ("heartbeat", "leftovers", "limits", "output", "recorder", "secret", "signals", "terminal")
