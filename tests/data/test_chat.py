@@ -160,7 +160,7 @@ def test_a_template_that_rewrites_what_was_said_before_is_refused(tmp_path: Path
     thinks = {"role": "assistant", "content": "<think>hm</think>Nine."}
     text, spans = chat.spans([*HELLO, thinks])
     assert [text[first:last] for first, last in spans] == ["<think>hm</think>Nine.<|im_end|>\n"]
-    advice = r"writes earlier messages otherwise .* put \{% generation %\} and \{% endgeneration %\} around it"
+    advice = r"writes earlier messages differently .* put \{% generation %\} and \{% endgeneration %\} around it"
     with pytest.raises(ValueError, match=advice):
         chat.spans([*HELLO, thinks, *HELLO, ANSWERED[1]])
     without = [*HELLO, ANSWERED[1], *HELLO, ANSWERED[1]]
@@ -172,7 +172,7 @@ def test_a_template_whose_question_is_no_part_of_the_answered_text_is_refused(tm
     template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     chat = ChatTemplate(chat_folder(tmp_path / "chat", template))
     assert chat.prompt(HELLO).endswith("assistant\n<think>")
-    with pytest.raises(ValueError, match="writes earlier messages otherwise"):
+    with pytest.raises(ValueError, match="writes earlier messages differently"):
         chat.spans(ANSWERED)
 
 

@@ -129,6 +129,6 @@ def test_a_merge_that_slurm_refuses_takes_the_array_back(
     "options", [("--tasks", "3"), ("--task", "0"), ("--slurm", "site.yaml"), ("--tasks=3", "--task=0", "--slurm=a")]
 )
 def test_what_does_not_go_together(options: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="give --tasks with --task, for one share of the work, or with --slurm"):
+    with pytest.raises(ValueError, match="give --tasks together with --task, to do one share, or with --slurm"):
         prepare(*options)
     assert not Path("my out.tasks").exists()

@@ -96,7 +96,7 @@ def test_conversations_keep_their_other_keys(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ({"conversation": []}, r'c\.jsonl:2 has no field "messages" but conversation \(a list\)'),
-        ({"messages": None}, r'c\.jsonl:2 has null in "messages", where a list'),
+        ({"messages": None}, r'c\.jsonl:2 has null in "messages"; a list'),
         ({"messages": HELLO}, r'c\.jsonl:2 has an object in "messages"'),
         ({"messages": []}, r"c\.jsonl:2 has an empty list"),
         ({"messages": [HELLO, "Hello"]}, r"c\.jsonl:2, messages\[1\] is a string, not an object"),

@@ -278,9 +278,9 @@ def test_a_loader_worker_that_is_killed_ends_the_run_at_once_and_is_named(site):
     [
         ("kill", "fault 'kill' is not ACTION@POINT"),
         ("kill@moon", "a point among start, step"),
-        ("nan@step", "nan belongs to the point gradient"),
+        ("nan@step", "nan works at the point gradient only"),
         ("kill@step:step=x", "'step=x' is none of step=N"),
-        ("flip@save.link", "flip to save.commit and save.rename"),
+        ("flip@save.link", "flip at save.commit and save.rename only"),
         ("delay@step:seconds=-1", "'seconds=-1' is none of step=N"),
     ],
 )
