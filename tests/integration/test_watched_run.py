@@ -84,6 +84,12 @@ def test_samples_are_what_generate_writes_from_the_checkpoint_and_stand_there_on
     assert len(re.findall(r"\[rank 0\] step 8: sample def", (place / "said").read_text())) == 1
 
 
+def test_samples_of_another_layout_are_the_same(place: Path) -> None:
+    layout = ["parallel.tensor=1", "parallel.context=2", "parallel.zero_stage=2", "launch.processes=2"]
+    train(place, "context", *WATCHED[:2], *layout, "train.steps=4")
+    assert lines(place / "context/samples.jsonl") == lines(place / "watched/samples.jsonl")[:2]
+
+
 def test_the_profile_is_of_the_steps_and_ranks_that_were_named(place: Path) -> None:
     folder = place / "watched/profile"
     assert {path.name for path in folder.iterdir()} == {f"rank{rank}-steps-3-4.json.gz" for rank in (0, 1)}
