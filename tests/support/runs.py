@@ -19,12 +19,14 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm of each step."""
-    return {r["step"]: (r["train/loss"], r["train/grad_norm"]) for r in records(run) if "train/loss" in r}
+    """Loss and gradient norm of each step; an earlier version wrote them under other names."""
+    found = {r["step"]: (r["train_loss"], r["grad_norm"]) for r in records(run) if "train_loss" in r}
+    return found | {r["step"]: (r["train/loss"], r["train/grad_norm"]) for r in records(run) if "train/loss" in r}
 
 
 def nelbos(run: Path) -> dict[int, float]:
-    return {r["step"]: r["eval/nelbo"] for r in records(run) if "eval/nelbo" in r}
+    found = {r["step"]: r["nelbo"] for r in records(run) if "nelbo" in r}
+    return found | {r["step"]: r["eval/nelbo"] for r in records(run) if "eval/nelbo" in r}
 
 
 def newest(run: Path) -> int:
