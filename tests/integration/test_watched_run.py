@@ -86,8 +86,8 @@ def test_samples_are_what_generate_writes_from_the_checkpoint_and_stand_there_on
 
 def test_samples_of_another_layout_are_the_same(place: Path) -> None:
     layout = ["parallel.tensor=1", "parallel.context=2", "parallel.zero_stage=2", "launch.processes=2"]
-    train(place, "context", *WATCHED[:2], *layout, "train.steps=4")
-    assert lines(place / "context/samples.jsonl") == lines(place / "watched/samples.jsonl")[:2]
+    train(place, "context", *WATCHED[:2], *layout)
+    assert lines(place / "context/samples.jsonl") == lines(place / "watched/samples.jsonl")
 
 
 def test_the_profile_is_of_the_steps_and_ranks_that_were_named(place: Path) -> None:
