@@ -57,12 +57,12 @@ def plan(
         search_layouts(loaded, ids, gpus, hardware, as_json=as_json)
         return
     with Bar("ranks traced") as bar:
-        found = forecast(loaded, ids, gpus, hardware, device=fake_device(), progress=bar.show)
+        result = forecast(loaded, ids, gpus, hardware, device=fake_device(), progress=bar.show)
     if as_json:
-        put(json.dumps(found.as_json(), indent=1))
+        put(json.dumps(result.as_json(), indent=1))
     else:
-        show(found, tokens)
-    if not found.fits:
+        show(result, tokens)
+    if not result.fits:
         raise typer.Exit(1)
 
 
@@ -72,9 +72,9 @@ def calibrated(hardware: Hardware, files: list[Path], out: Path | None) -> Hardw
     from bd3_scale.recipe.plain_yaml import dump_yaml
     from bd3_scale.resilience.files import write_atomically
 
-    found, compared = calibrate(hardware, files, device=fake_device())
-    for name in dict.fromkeys(found.measured):
-        tell(f"{hardware.device}: {name} {getattr(found, name)} as measured, {getattr(hardware, name)} as assumed")
+    result, compared = calibrate(hardware, files, device=fake_device())
+    for name in dict.fromkeys(result.measured):
+        tell(f"{hardware.device}: {name} {getattr(result, name)} as measured, {getattr(hardware, name)} as assumed")
     if compared is not None:
         for phase, seconds in compared.measured.items():
             tell(
@@ -82,9 +82,9 @@ def calibrated(hardware: Hardware, files: list[Path], out: Path | None) -> Hardw
                 f"{compared.calibrated[phase]:.4f} s as measured"
             )
     if out is not None:
-        write_atomically(out, dump_yaml(found.model_dump(mode="json", exclude_defaults=True)))
+        write_atomically(out, dump_yaml(result.model_dump(mode="json", exclude_defaults=True)))
         tell(f"wrote {out}: --gpu {out}")
-    return found
+    return result
 
 
 def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: Hardware, *, as_json: bool) -> None:
@@ -93,13 +93,13 @@ def search_layouts(recipe: Recipe, vocabulary: Vocabulary, gpus: int, hardware: 
     from bd3_scale.plan.show import show_layouts
 
     with Bar("steps traced") as bar:
-        found = search(recipe, vocabulary, gpus, hardware, device=fake_device(), progress=bar.show)
+        result = search(recipe, vocabulary, gpus, hardware, device=fake_device(), progress=bar.show)
     if as_json:
-        put(json.dumps(found.as_json(), indent=1))
+        put(json.dumps(result.as_json(), indent=1))
     else:
-        show_layouts(found, hardware)
-    if found.reason:
-        tell(f"error: {found.reason}")
+        show_layouts(result, hardware)
+    if result.reason:
+        tell(f"error: {result.reason}")
         raise typer.Exit(1)
 
 

@@ -91,7 +91,7 @@ class Layout:
 
 
 @dataclass
-class Found:
+class SearchResult:
     """The result of a search: the layouts that fit, verified ones first and the fastest first, or why none fits."""
 
     recipe: Recipe
@@ -139,7 +139,7 @@ def search(
     device: str = "cuda",
     best: int = 3,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Found:
+) -> SearchResult:
     """Search the layouts of `recipe` on `gpus`, and verify the `best` ones by whole traces.
 
     device, progress: as in `forecast`. ValueError: the recipe contradicts itself in every layout.
@@ -151,10 +151,10 @@ def search(
         for size in context:
             looked.look(zero_stage, size)
         if found := looked.verified(best):
-            return Found(recipe, gpus, found)
+            return SearchResult(recipe, gpus, found)
     if found := looked.with_divided_weights():
-        return Found(recipe, gpus, found)
-    return Found(recipe, gpus, [], looked.lacking())
+        return SearchResult(recipe, gpus, found)
+    return SearchResult(recipe, gpus, [], looked.lacking())
 
 
 @dataclass
