@@ -83,7 +83,7 @@ OUTPUTS = {
     "quickstart": Output(
         "README.md",
         ("bd3-scale quickstart",),
-        keep=r"^[3-6]\. |^\$ bd3-scale (train|evaluate)|held-out|saved runs|killed|resumed|the loss seq|bitwise equal|"
+        keep=r"^[3-6]\. |^\$ bd3-scale (train|evaluate)|held-out NELBO|saved runs|killed|resumed|the loss seq|bitwise equal|"
         r"^NELBO|^perplexity|ended by|tokens/s$",
         show=False,
         needs="five minutes of two cores",
