@@ -159,7 +159,10 @@ def test_a_rank_that_stops_is_named_with_the_stacks_of_all(site):
     assert "_take_steps" in output
     assert "_take_steps" in log
     # By PyTorch's flight recorder, as one of NCCL would be, where no stack names it.
-    assert re.search(r"rank 0 waits in gloo:all_reduce \d+ of .*, for \d+ s\nrank 0 ended last gloo:\w+ \d+ of", output)
+    assert re.search(
+        r"rank 0 waits in gloo:all_reduce \d+ of .*, for \d+ s\n\S+ \S+ \[rank 0\] rank 0 ended last gloo:\w+ \d+ of",
+        output,
+    )
     stopped = time.time() - (site.folder / "hung" / "metrics.jsonl").stat().st_mtime
     assert stopped < 12 + 10, seconds
     run(site, "hung", "TP2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -130,12 +131,13 @@ def test_ranks_started_by_hand_with_other_overrides_end_with_one_line(recipe: Pa
     ]
     try:
         for rank in ranks:
-            said = rank.communicate(timeout=60)
-            assert (rank.returncode, *said) == (2, "", f"error: {other_recipe([1])}\n")
+            stdout, stderr = rank.communicate(timeout=60)
+            assert (rank.returncode, stdout) == (2, "")
+            assert re.fullmatch(rf"\S+ \S+ \[rank \d\] error: {re.escape(other_recipe([1]))}\n", stderr), stderr
     finally:
         for rank in ranks:
             rank.end()
-    assert os.listdir(tmp_path / "run") == [".secret"]
+    assert sorted(os.listdir(tmp_path / "run")) == [".secret", "logs"]
 
 
 @pytest.mark.parametrize(
