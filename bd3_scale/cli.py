@@ -114,7 +114,7 @@ def quickstart() -> None:
     run_quickstart()
 
 
-@app.command(epilog="Example: bd3-scale train recipes/tiny.yaml optimizer.lr=1e-3 train.steps=200")
+@app.command(epilog="Example: bd3-scale train recipes/quickstart.yaml optimizer.lr=1e-3 train.steps=200")
 def train(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="YAML file, or a name of `bd3-scale recipe list`.")],

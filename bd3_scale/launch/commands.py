@@ -19,7 +19,7 @@ RunDir = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
-@app.command(epilog="Example: bd3-scale status runs/quickstart --json")
+@app.command(epilog="Example: bd3-scale status /shared/runs/8b --json")
 def status(run: RunDir, as_json: AsJson = False) -> None:
     """Show state, step, speed, goodput and attempts of a submitted run."""
     from bd3_scale.launch.status import RunStatus, read_status
@@ -59,7 +59,7 @@ def _attempts(attempts: list[dict]) -> Table:
     return table
 
 
-@app.command(epilog="Example: bd3-scale logs runs/quickstart --rank 3 --follow")
+@app.command(epilog="Example: bd3-scale logs /shared/runs/8b --rank 3 --follow")
 def logs(
     run: RunDir,
     rank: Annotated[int, typer.Option(min=0, help="The rank whose output is printed.")] = 0,
@@ -116,7 +116,7 @@ def follow_run(run: Path) -> None:
             put(text, end="")
 
 
-@app.command(epilog="Example: bd3-scale stop runs/quickstart")
+@app.command(epilog="Example: bd3-scale stop /shared/runs/8b")
 def stop(
     run: RunDir, now: Annotated[bool, typer.Option("--now", help="Cancel at once, without a save.")] = False
 ) -> None:
@@ -130,7 +130,7 @@ def stop(
         say(f"{run} has no job in the queue")
 
 
-@app.command(epilog="Example: bd3-scale requeue runs/quickstart")
+@app.command(epilog="Example: bd3-scale requeue /shared/runs/8b")
 def requeue(run: RunDir) -> None:
     """Save a running run and queue it again, or submit an ended run again with its stored recipe."""
     from bd3_scale.launch.submit import requeue as requeue_run
