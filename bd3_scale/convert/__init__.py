@@ -1,4 +1,4 @@
-"""Checkpoints in and out: import, export for serving, smaller formats."""
+"""Import checkpoints of other software, and export checkpoints for serving and in smaller formats."""
 
 from bd3_scale.lazy import lazy_names
 

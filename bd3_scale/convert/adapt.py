@@ -1,4 +1,4 @@
-"""From an autoregressive model of other software to a run that adapts it to block diffusion."""
+"""Prepare a run that adapts an autoregressive model of other software to block diffusion."""
 
 from __future__ import annotations
 
@@ -37,22 +37,24 @@ def prepare_adaptation(
     progress: Callable[[int, int], object] = lambda done, total: None,
     note: Callable[[str], object] = lambda text: None,
 ) -> Path:
-    """Import `source` into the run directory, prepare the text with its tokeniser where data.path has none, and write
-    the whole recipe, whose path is returned.
+    """Prepare a run that adapts `source`, and return the path of its recipe.
 
-    `plugins` of the command line join the recipe's; `note` is told what the adapted model cannot become.
+    It imports `source` into the run directory, prepares the text with the model's tokeniser if `data.path` holds no
+    prepared data, and writes the whole recipe. `plugins` of the command line join the recipe's; `note` is called with
+    what the adapted model cannot be exported to.
 
     Raises:
-        ValueError, FileNotFoundError: the source cannot be imported or is no next-token model, the recipe is wrong, or
-            there is neither prepared data nor text, or one of several sources is not prepared.
+        ValueError, FileNotFoundError: the source cannot be imported or is no next-token model, the recipe is wrong,
+            there is neither prepared data nor text, or one of several data sources is not prepared.
     """
     plan = plan_import(source, mask_token=mask_token, bos=bos)
     if objectives.get(plan.diffusion.objective).fills_masks or plan.tokenizer is None:
         raise ValueError(
-            f"{source} is {plan.architecture}, no autoregressive model with a tokeniser: train from an import"
+            f"{source} is {plan.architecture}, not an autoregressive model with a tokeniser: import it with "
+            "`bd3-scale convert import`, and train with init_from"
         )
-    decided = {"model": plan.model.model_dump(mode="json"), "init_from": None}
-    recipe = with_plugins(load_recipe(recipe_file, overrides, decided), plugins)
+    fixed = {"model": plan.model.model_dump(mode="json"), "init_from": None}
+    recipe = with_plugins(load_recipe(recipe_file, overrides, fixed), plugins)
     check_recipe(recipe, world_size_for_launch(recipe))
     served: Format = "sdar" if plan.model.moe is None else "sdar_moe"
     if obstacle := export_obstacles(plan.model, objectives.get(recipe.diffusion.objective))[served]:
@@ -85,17 +87,17 @@ def prepare_adaptation(
             document_multiple=multiple,
             validation=validation,
         )
-        if told := waste_note(StoredData(recipe.data.path)):
-            note(told)
+        if message := waste_note(StoredData(recipe.data.path)):
+            note(message)
     write_atomically(recipe.run_path / RECIPE, resolved_yaml(recipe))
     return recipe.run_path / RECIPE
 
 
 def _check_same_import(initial: Path, plan: ImportPlan) -> None:
-    """ValueError: the run began with another model, or with other ids."""
+    """Raise ValueError if the run began with another model, or with other ids."""
     manifest = read_manifest(initial)
     same_weights = manifest.source_fingerprint == plan.fingerprint
-    # What texts begin with is as the run began with.
+    # Whether texts begin with BOS was decided when the run began.
     vocabulary = plan.vocabulary.model_copy(update={"bos_id": manifest.vocabulary.bos_id})
     if not same_weights or manifest.model != plan.model or manifest.vocabulary != vocabulary:
         raise ValueError(

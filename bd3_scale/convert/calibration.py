@@ -1,7 +1,7 @@
-"""What the linear layers of a model meet in block diffusion: the inputs that a quantiser is calibrated on.
+"""Collect the inputs of a model's linear layers under block diffusion, to calibrate a quantiser on them.
 
-A calibration on text alone, as for autoregressive models, would see no masked row; here noise levels are drawn from the
-whole of [0, 1], and noisy and clean rows pass through every layer as in training.
+A calibration on plain text, as for autoregressive models, would contain no masked row. Here noise levels are drawn from
+the whole of [0, 1], and noisy and clean rows pass through every layer as in training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bd3_scale.recipe.schema import DataRecipe
 if TYPE_CHECKING:
     from bd3_scale.convert.export import ExportPlan
 
-# The input of each of these, where a layer has it, is multiplied by weights that are quantised; so are rows of experts.
+# The linear layers whose weights are quantised; the experts' are handled separately.
 LINEARS = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -45,11 +45,12 @@ S = TypeVar("S", HessianSum, SquareSum)
 
 
 class Calibration:
-    """Rows of calibration sequences on their way through a model, layer by layer, each with the layers before it as
-    they are by then.
+    """Rows of calibration sequences that are passed through a model layer by layer.
+
+    Each layer is calibrated on the output of the layers before it with their current weights, quantised or not.
 
     Args:
-        sequences: so many of the training split of `data`, whose held-out split stays unseen.
+        sequences: number of sequences from the training split of `data`; the held-out split is not used.
     """
 
     def __init__(
@@ -62,11 +63,11 @@ class Calibration:
             self._rows: list[tuple[Tensor, RowContext]] = [model.embed(micro) for micro in inputs]
 
     def hessians(self, layer: int) -> dict[str, list[HessianSum]]:
-        """Return Σ x xᵀ over the rows that each linear of `layer` multiplies: of that of experts one for each."""
+        """Return Σ x xᵀ over the input rows of each linear of `layer`, for experts one sum for each."""
         return self._sums(layer, HessianSum)
 
     def squares(self, layer: int) -> dict[str, list[SquareSum]]:
-        """Return Σ x² over the rows that each linear of `layer` multiplies: of that of experts one for each."""
+        """Return Σ x² over the input rows of each linear of `layer`, for experts one sum for each."""
         return self._sums(layer, SquareSum)
 
     @torch.no_grad()
@@ -79,12 +80,12 @@ class Calibration:
                 sums[name] = [kind(part.weight.shape[1], part.weight.device)]
                 hooks.append(part.register_forward_pre_hook(_adder(sums[name][0])))
             elif isinstance(part, Experts):
-                of_experts = [
+                expert_sums = [
                     [kind(weight.shape[-1], weight.device) for _ in weight]
                     for weight in (part.linear_fc1.weight, part.linear_fc2.weight)
                 ]
-                sums |= zip((f"{name}.linear_fc1", f"{name}.linear_fc2"), of_experts, strict=True)
-                hooks.append(part.register_forward_pre_hook(_expert_adder(*of_experts)))
+                sums |= zip((f"{name}.linear_fc1", f"{name}.linear_fc2"), expert_sums, strict=True)
+                hooks.append(part.register_forward_pre_hook(_expert_adder(*expert_sums)))
         try:
             for hidden, rows in self._rows:
                 module(hidden, None, rows)
@@ -95,7 +96,7 @@ class Calibration:
 
     @torch.no_grad()
     def advance(self, layer: int) -> None:
-        """Pass the rows through `layer`, with the weights that it has now."""
+        """Pass the rows through `layer` with its current weights."""
         module = self._model.decoder.layers[layer]
         for index, (hidden, rows) in enumerate(self._rows):
             self._rows[index] = module(hidden, None, rows, add=True)[0], rows
@@ -108,25 +109,25 @@ def _adder(total: HessianSum | SquareSum) -> Callable[[nn.Module, tuple[Tensor, 
     return add
 
 
-def _expert_adder(of_fc1: list[S], of_fc2: list[S]) -> Callable[[Experts, tuple[Tensor, ...]], None]:
+def _expert_adder(fc1_sums: list[S], fc2_sums: list[S]) -> Callable[[Experts, tuple[Tensor, ...]], None]:
     def add(experts: Experts, args: tuple[Tensor, ...]) -> None:
         x_MX, _, counts = args
         inner_MF = experts.inner(*args)
         for expert, rows in rows_of(counts, len(x_MX)):
-            of_fc1[expert].add(x_MX[rows])
-            of_fc2[expert].add(inner_MF[rows])
+            fc1_sums[expert].add(x_MX[rows])
+            fc2_sums[expert].add(inner_MF[rows])
 
     return add
 
 
-def place_of(layer: int, expert: int | None) -> str:
-    """Return how a report names the weights of a layer, or of one of its experts."""
+def weights_label(layer: int, expert: int | None) -> str:
+    """Return the name in a report of the weights of a layer, or of one of its experts."""
     return f"layers.{layer}" + ("" if expert is None else f".experts.{expert}")
 
 
 def check_data(plan: ExportPlan, data: DataRecipe) -> None:
-    """Raise ValueError if `data` was prepared with another tokeniser, lacks a split, or has documents that do not
-    divide into the model's blocks.
+    """Raise ValueError if `data` was prepared with another tokeniser, lacks a split, or has documents padded to a
+    length that the model's blocks do not divide.
     """
     prepared = load_sources(data)
     check_tokenizer(prepared, load_tokenizer(plan.checkpoint / TOKENIZER))
@@ -134,13 +135,14 @@ def check_data(plan: ExportPlan, data: DataRecipe) -> None:
     if prepared.validation is None or prepared.train is None:
         paths = ", ".join(source.path for source in data.by_source.values())
         raise ValueError(
-            f"{paths} needs sequences to calibrate on and a held-out split to measure on: prepare it with --holdout"
+            f"{paths} needs training sequences to calibrate on and a held-out split to measure on: prepare it with "
+            "--holdout"
         )
 
 
 def held_out_parts(data: DataRecipe, sequences: int) -> list[tuple[DataRecipe, Manifest, int]]:
-    """Return each source that has a held-out split, and how many of its sequences to measure on: the first ones, at
-    most so many, as in training.
+    """Return each source that has a held-out split, and how many of its first sequences to measure on, at most
+    `sequences`.
     """
     prepared = load_sources(data)
     return [
@@ -151,7 +153,7 @@ def held_out_parts(data: DataRecipe, sequences: int) -> list[tuple[DataRecipe, M
 
 
 def calibration_batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
-    """Return at least `sequences` training sequences, in a shuffled order that is always the same."""
+    """Return at least `sequences` training sequences, in an order that is shuffled with a fixed seed."""
     size = min(MICRO_BATCH, sequences)
     stream = TrainingStream(
         data.model_copy(update={"num_workers": 0}),
@@ -166,6 +168,6 @@ def calibration_batches(data: DataRecipe, sequences: int) -> Iterator[Batch]:
 
 
 def calibration_inputs(batch: Batch, objective: Objective, device: torch.device) -> ModelInputs:
-    """Return what the model is trained on, of a batch; its noise is always the same."""
+    """Return the training inputs of a batch, with noise of a fixed seed."""
     keys = StepKeys(0, SEED, None, {objective.block_size: FULL})
     return objective.training_inputs(batch, keys, Placement(device))

@@ -1,6 +1,6 @@
-"""Whether an exported folder is what was meant, seen by transformers alone in a fresh process.
+"""Check in a fresh process, with transformers alone, that an exported folder computes what the checkpoint computes.
 
-`python -m bd3_scale.convert.check_export FOLDER EXPECTED` is that process, which writes what is wrong into EXPECTED.
+`python -m bd3_scale.convert.check_export FOLDER EXPECTED` is that process; it writes the problem into EXPECTED.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ TEXTS = (
 )
 LENGTH = 24
 RESULT = "result.txt"
-# Of the largest logit: two implementations in one type differ by rounding alone, wrong weights by all of it.
+# Allowed difference as a share of the largest logit: two implementations in one dtype differ by rounding alone, far
+# below these values, and wrong weights change logits completely.
 TOLERANCES = {torch.float32: 1e-3}
-ROUNDED = 5e-2
+HALF_PRECISION_TOLERANCE = 5e-2
 
 
 @torch.no_grad()
 def expected_logits(model: BlockDiffusionTransformer, block_size: int, max_length: int) -> tuple[Tensor, Tensor]:
-    """Return some ids, int64 [1, S], and the model's fp32 logits of them as clean text [1, S, ids in use]."""
+    """Return random ids, int64 [1, S], and the model's fp32 logits of them as clean text [1, S, ids in use]."""
     vocabulary, length = model.vocabulary, min(LENGTH, max_length)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary.size - 1, (1, length), generator=generator)
@@ -51,7 +52,7 @@ def expected_logits(model: BlockDiffusionTransformer, block_size: int, max_lengt
 
 @torch.no_grad()
 def round_weights(model: BlockDiffusionTransformer, dtype: torch.dtype) -> None:
-    """Round the weights of a model to those of a type, whatever it computes in."""
+    """Round the weights of a model to the values of `dtype`, and keep its own dtype."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
 
@@ -66,41 +67,42 @@ def check_export(
     *,
     exact: bool = False,
 ) -> None:
-    """Load `folder` in a fresh process and compare.
+    """Load `folder` in a fresh process and compare its logits and token ids.
 
     Args:
-        tokenizer: whose ids training had; None where there is none.
+        tokenizer: the training's tokeniser; None if there is none.
         ids, logits: see `expected_logits`.
         dtype: that the weights are loaded in.
-        exact: it is computed with them in fp32, as the logits were: rounding on the way would choose other experts.
+        exact: compute in fp32, as for the expected logits. For experts: rounding of activations would choose others.
 
     Raises:
-        ValueError: transformers cannot load it, the tokeniser has more ids than the model has rows or other ids for a
-            text, or the logits differ.
+        ValueError: transformers cannot load it, the tokeniser has more ids than the model has rows, or another result
+            for a text, or the logits differ.
     """
     expected = expectations(tokenizer, vocabulary, dtype, exact=exact)
     with temporary_folder("check") as path:
         scratch = str(path)
         Path(scratch, "expected.json").write_text(json.dumps(expected))
         save_file({"ids": ids, "logits": logits.contiguous()}, Path(scratch, "expected.safetensors"))
-        # No code but the folder's own may run: nothing that lies in somebody's cache, or in the current folder.
+        # Only the folder's code may run: empty caches and no current folder on the path, or modules of the same name
+        # from there would be imported instead.
         caches = dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"), scratch)
         environment = os.environ | caches | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "bd3_scale.convert.check_export", str(folder), scratch]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         result = Path(scratch, RESULT)
-        problem = result.read_text() if result.is_file() else _last_words(done)
+        problem = result.read_text() if result.is_file() else _failure(done)
     if problem:
         raise ValueError(
-            f"the export is not what was meant, and is not kept: {problem}. This is an error of bd3_scale or of the "
-            "installed transformers: please report it with the model's config.json"
+            f"the export differs from the checkpoint and is removed: {problem}. This is an error of bd3_scale or of "
+            "the installed transformers: please report it with the model's config.json"
         )
 
 
 def expectations(
     tokenizer: Tokenizer | None, vocabulary: Vocabulary, dtype: torch.dtype, *, exact: bool = False
 ) -> dict[str, Any]:
-    """Return what an export must be like, as JSON holds it."""
+    """Return the expected properties of an export, as JSON values."""
     texts = [] if tokenizer is None else [*TEXTS, f"a{tokenizer.name_of(vocabulary.eos_id)}b"]
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -110,31 +112,31 @@ def expectations(
     }
 
 
-def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """Return what a process said that came to no result."""
+def _failure(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the error of a process that ended without a result."""
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        return f"the process that loads it was ended by {name}, as where memory is short"
+        return f"the process that loads it was ended by {name}, as happens when memory runs out"
     return (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
 @torch.no_grad()
 def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor) -> Iterator[str]:
-    """What is wrong with `folder`, for the fresh process; `expected`: see `expectations`."""
+    """Yield the problems of `folder`; runs in the fresh process. `expected`: see `expectations`."""
     from bd3_scale.observe.libraries import without_broken_torchvision
 
     with without_broken_torchvision():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         dtype = getattr(torch, expected["dtype"])
-        # The folder was just written, and what code is in it is our own.
+        # The folder was written just now by this package, and so was the code in it.
         trust = any(folder.glob("modeling_*.py"))
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust, local_files_only=True
         ).eval()
         if expected["exact"]:
-            model(ids)  # which unpacks packed weights
-            torch.nn.Module.float(model)  # transformers forbids its own of packed ones
+            model(ids)  # the first forward unpacks packed weights
+            torch.nn.Module.float(model)  # transformers' own `float` refuses quantised models
             dtype = torch.float32
         tokenizer = None
         if expected["texts"]:
@@ -146,19 +148,19 @@ def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor
         assert tokenizer is not None
         found = tokenizer(text).input_ids
         if found != right:
-            yield f"{text!r} becomes {found}, and in training {right}"
+            yield f"{text!r} is tokenised as {found}, and in training as {right}"
     found = model(ids).logits.float()
     known = [i for i in range(min(logits.shape[-1], found.shape[-1])) if i != expected["mask_id"]]
     right, found = logits[..., known], found[..., known]
     if not torch.equal(right.isnan(), found.isnan()):
-        yield "logits are no numbers in other places than the native model's"
+        yield "logits are not finite at other positions than those of the native model"
     difference = float((found - right).nan_to_num().abs().max() / right.nan_to_num().abs().max().clamp(min=1e-30))
-    if difference > TOLERANCES.get(dtype, ROUNDED):
+    if difference > TOLERANCES.get(dtype, HALF_PRECISION_TOLERANCE):
         yield f"logits differ by {difference:.1%} of the largest"
 
 
 def main(folder: Path, scratch: Path) -> None:
-    """Write the first problem, or nothing, into `scratch`."""
+    """Write the first problem, or an empty text, into `scratch`."""
     expected = json.loads((scratch / "expected.json").read_text())
     tensors = load_file(scratch / "expected.safetensors")
     problem = next(problems(folder, expected, tensors["ids"], tensors["logits"]), "")

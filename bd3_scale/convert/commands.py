@@ -1,4 +1,4 @@
-"""`bd3-scale convert …`; what a command needs is imported when it runs."""
+"""Define the commands `bd3-scale convert …`; each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from bd3_scale.convert.export import ExportPlan
     from bd3_scale.convert.serving import Packing
 
-app = typer.Typer(help="Checkpoints in and out: import, export, smaller formats.", no_args_is_help=True)
+app = typer.Typer(help="Import and export checkpoints, and make smaller formats of them.", no_args_is_help=True)
 
 
 @app.callback()
-def _alone() -> None:
+def _check_single_process() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("conversions run in one process: start them without torchrun or srun")
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check what is given and say what would be written.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the arguments and show what would be written.")]
 MaskId = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="sdar, sdar_moe, llada2: of the mask in what is written; the vocabulary is padded up to it. SGLang and "
-        "LMDeploy look for 151669, with llada2 for 156895.",
+        help="sdar, sdar_moe, llada2: id of the mask in the export; the vocabulary is padded up to it. SGLang and "
+        "LMDeploy expect 151669, and 156895 for llada2.",
         show_default="training's",
     ),
 ]
@@ -55,13 +55,13 @@ def import_(
         ),
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(min=1, help="Of a block diffusion model that does not say its own.")
+        int | None, typer.Option(min=1, help="For a block diffusion model whose files do not say it.")
     ] = None,
     mask_id: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Of the mask of a block diffusion model that does not say its own.",
+            help="Id of the mask of a block diffusion model whose files do not say it.",
             show_default="LLaDA2's",
         ),
     ] = None,
@@ -75,8 +75,8 @@ def import_(
 ) -> None:
     """Make a checkpoint of this package, for any topology, from one of other software.
 
-    Qwen3, Qwen3-MoE, Qwen2, Llama and Mistral models come with a mask token added, ready to be adapted; SDAR,
-    SDAR-MoE and LLaDA2-MoE models and the official bd3lms ones come as they are.
+    Qwen3, Qwen3-MoE, Qwen2, Llama and Mistral models get a mask token, so that they can be adapted. SDAR, SDAR-MoE
+    and LLaDA2-MoE models and those of the official bd3lms code are imported unchanged.
     """
     from bd3_scale.convert.importer import plan_import, run_import
 
@@ -129,9 +129,11 @@ def export(
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Of the weights.", show_default="that of the training"),
+        typer.Option(help="Type of the weights.", show_default="that of the training"),
     ] = None,
-    type_: Annotated[GgufType | None, typer.Option("--type", help="gguf: of the weights.", show_default="q8_0")] = None,
+    type_: Annotated[
+        GgufType | None, typer.Option("--type", help="gguf: type of the weights.", show_default="q8_0")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="gguf: prepared data to calibrate and measure on.", show_default="what the run trained on"),
@@ -150,9 +152,11 @@ def export(
     """Make a Hugging Face folder that transformers and serving engines load, or a GGUF file for llama.cpp."""
     if kind == "gguf":
         if dtype is not None:
-            raise ValueError(f"--dtype {dtype} is for Hugging Face folders: say --type of a GGUF file")
+            raise ValueError(f"--dtype {dtype} is for Hugging Face folders: give --type for a GGUF file")
         if mask_id is not None:
-            raise ValueError(f"--mask-id {mask_id} is for Hugging Face folders: llama.cpp asks for no id of its own")
+            raise ValueError(
+                f"--mask-id {mask_id} is for Hugging Face folders: llama.cpp needs no particular id, leave it out"
+            )
         given = {"data": data, "calibration_sequences": calibration_sequences, "sequences": sequences, "draws": draws}
         _export_gguf(checkpoint, out, type_ or "q8_0", given, dry_run=dry_run, as_json=as_json)
         return
@@ -177,14 +181,14 @@ def export(
             "bytes": plan.num_bytes,
         }
         | _moved_mask(plan)
-        | ({} if padding is None else {"in engines": padding.says})
+        | ({} if padding is None else {"in engines": padding.summary})
         | _engines(plan),
         as_json,
     )
 
 
 def _moved_mask(plan: ExportPlan) -> dict[str, object]:
-    """Return what a mask with another id than in training costs, nothing where it has none."""
+    """Return what a mask with another id than in training costs, empty if it has the same id."""
     if not plan.moves_mask:
         return {}
     vocabulary, rows = plan.manifest.vocabulary, plan.config["vocab_size"]
@@ -195,8 +199,10 @@ def _moved_mask(plan: ExportPlan) -> dict[str, object]:
 def _engines(plan: ExportPlan, packing: Packing | None = None) -> dict[str, object]:
     from bd3_scale.convert.serving import engines
 
-    found = engines(plan.kind, plan.mask_id, packing)
-    return {e.name: f"{'runs it' if e.runs else 'does not run it'}: {e.reason}" for e in found}
+    return {
+        engine.name: f"{'runs it' if engine.runs else 'does not run it'}: {engine.reason}"
+        for engine in engines(plan.kind, plan.mask_id, packing)
+    }
 
 
 def _export_gguf(
@@ -250,7 +256,8 @@ def quantize(
     sequences: Annotated[int, typer.Option(min=1, help="Held-out sequences of each source to measure on.")] = 256,
     draws: Annotated[int, typer.Option(min=1, help="Noise draws a held-out sequence.")] = 4,
     dtype: Annotated[
-        Literal["bfloat16", "float16"], typer.Option(help="Of what is not quantised, and of the scales.")
+        Literal["bfloat16", "float16"],
+        typer.Option(help="Type of the weights that are not quantised, and of the scales."),
     ] = "bfloat16",
     mask_id: MaskId = None,
     dry_run: DryRun = False,
@@ -258,7 +265,7 @@ def quantize(
 ) -> None:
     """Make a Hugging Face folder with the layers' weights in 4 or 8 bits, as compressed-tensors packs them.
 
-    Embedding, norms and head are kept. The report says what each weight and the held-out perplexity lose.
+    Embedding, norms and head are kept. The report shows the error of each weight and the loss in held-out perplexity.
     """
     import dataclasses
 
@@ -277,14 +284,14 @@ def quantize(
     check_data(plan, prepared)
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
-    found = _engines(plan, packing_of(plan, scheme, chosen))
+    engine_table = _engines(plan, packing_of(plan, scheme, chosen))
     if dry_run:
         numels = {True: 0, False: 0}
         for tensor in plan.tensors:
             numels[is_quantized(tensor)] += tensor.numel
         entries: dict[str, object] = {"method": chosen, "bits": scheme.bits, "group size": group_size}
         entries |= {"weights that are quantised": numels[True], "weights that are kept": numels[False]}
-        entries |= _moved_mask(plan) | found
+        entries |= _moved_mask(plan) | engine_table
         show_result(f"would write {out}", entries, as_json)
         return
     with Bar("quantising") as bar:
@@ -300,9 +307,9 @@ def quantize(
             progress=bar.show,
         )
     if as_json:
-        put(json.dumps(dataclasses.asdict(report) | found))
+        put(json.dumps(dataclasses.asdict(report) | engine_table))
         return
-    show_quantization(report, out, found)
+    show_quantization(report, out, engine_table)
 
 
 @app.command(
@@ -313,17 +320,17 @@ def upcycle(
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
     experts: Annotated[int, typer.Option(min=1, help="Experts of a layer, each a copy of its MLP.")],
     top_k: Annotated[int, typer.Option(min=1, help="Experts that a row is sent to.")],
-    dense_layers: Annotated[int, typer.Option(min=0, help="So many first layers stay as they are.")] = 0,
+    dense_layers: Annotated[int, typer.Option(min=0, help="Number of first layers that stay dense.")] = 0,
     bias: Annotated[
-        bool, typer.Option("--bias", help="Experts have a bias for the choice, which balances them in training.")
+        bool, typer.Option("--bias", help="Give experts a selection bias, which balances them in training.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the routers.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the routers.")] = 1,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a mixture of experts of a dense checkpoint, which computes the same until it is trained.
+    """Make a mixture of experts from a dense checkpoint; it computes the same until it is trained.
 
-    A training takes it with init_from and the model that the result names.
+    Train it with init_from and the model.moe that the result shows.
     """
     from bd3_scale.checkpoint.folder import resolve_checkpoint
     from bd3_scale.convert.upcycle import plan_upcycle, run_upcycle
@@ -357,15 +364,15 @@ def inspect_(
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and check its hash.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint is and which exports are open to it, without loading it."""
+    """Show what a checkpoint holds and which formats it can be exported to, without loading it."""
     import dataclasses
 
     from bd3_scale.convert.inspect import inspect
 
-    found = inspect(checkpoint, verify=verify)
+    inspection = inspect(checkpoint, verify=verify)
     if as_json:
-        put(json.dumps(dataclasses.asdict(found)))
+        put(json.dumps(dataclasses.asdict(inspection)))
     else:
-        show_inspection(found)
-    if not found.sound:
+        show_inspection(inspection)
+    if not inspection.sound:
         raise typer.Exit(1)

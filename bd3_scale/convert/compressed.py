@@ -1,4 +1,4 @@
-"""Quantised weights as compressed-tensors packs them, which SGLang and engines of vLLM's family read."""
+"""Pack quantised weights in the format of compressed-tensors, which SGLang and engines of vLLM's family read."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ MARLIN_DIVISORS = (64, 128)  # of output and of input features
 
 
 def packed_tensors(name: str, quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """Return what takes the place of `<name>.weight`: packed values, int32 [O, I·bits/32], scales [O, G] and shape.
+    """Return the tensors that replace `<name>.weight`: packed values, int32 [O, I·bits/32], scales [O, G] and shape.
 
-    ValueError: a row does not fill whole words, which engines take for granted.
+    ValueError: a row does not fill whole 32-bit words, which engines assume.
     """
     features, each = quantized.values.shape[1], 32 // scheme.bits
     if features % each:
@@ -47,7 +47,7 @@ def packed_tensors(name: str, quantized: QuantizedWeight, scheme: Scheme) -> dic
 
 
 def packed_sizes(name: str, packed_bytes: int, scale_bytes: int) -> dict[str, int]:
-    """Bytes of each of `packed_tensors`."""
+    """Return the bytes of each of `packed_tensors`."""
     return {
         f"{name}.weight_packed": packed_bytes,
         f"{name}.weight_scale": scale_bytes,
@@ -56,17 +56,17 @@ def packed_sizes(name: str, packed_bytes: int, scale_bytes: int) -> dict[str, in
 
 
 def unpacked_weight(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) -> Tensor:
-    """The weight [O, I] that `packed_tensors` packed, in the type of its scales."""
+    """Return the weight [O, I] that `packed_tensors` packed, in the dtype of its scales."""
     shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
     values = unpack_from_int32(tensors[f"{name}.weight_packed"], scheme.bits, shape)
     return QuantizedWeight(values, tensors[f"{name}.weight_scale"]).dequantize()
 
 
 def engine_notes(shape: tuple[int, int], scheme: Scheme) -> list[str]:
-    """Return what keeps Marlin, SGLang's CUDA kernel for these weights and one of vLLM's, from a layer; else nothing.
+    """Return why Marlin, the CUDA kernel of SGLang and vLLM for such weights, cannot run a layer; empty if it can.
 
     `shape` is the layer's [O, I] on one rank as an engine joins weights: q, k and v are one layer, gate and up another.
-    Its conditions are those of `verify_marlin_supports_shape` and `MARLIN_SUPPORTED_GROUP_SIZES` in SGLang.
+    The conditions are those of `verify_marlin_supports_shape` and `MARLIN_SUPPORTED_GROUP_SIZES` in SGLang.
     """
     notes = []
     if scheme.group_size not in MARLIN_GROUP_SIZES:
@@ -78,7 +78,7 @@ def engine_notes(shape: tuple[int, int], scheme: Scheme) -> list[str]:
 
 
 def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json: all linear layers but `ignore`."""
+    """Return `quantization_config` of config.json, for all linear layers except `ignore`."""
     weights = QuantizationArgs(
         num_bits=scheme.bits,
         type=QuantizationType.INT,
@@ -96,9 +96,9 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
 
 
 def unpacked_weights(weights: Weights, config: Mapping[str, Any]) -> Weights:
-    """Return the tensors of a folder of `convert quantize`, the packed ones as what they stand for, unpacked as read.
+    """Return the tensors of a folder of `convert quantize`; packed ones are unpacked when they are read.
 
-    config: its `quantization_config`. ValueError: it is packed otherwise.
+    config: its `quantization_config`. ValueError: it is packed in another way.
     """
     scheme = _scheme_of(config)
     packed = {name.removesuffix(_PACKED) for name in weights.shapes if name.endswith(_PACKED)}
@@ -126,7 +126,7 @@ def _parts_of(module: str) -> list[str]:
 
 
 def _scheme_of(config: Mapping[str, Any]) -> Scheme:
-    """Return how a folder is packed. ValueError: not as `convert quantize` packs."""
+    """Return the scheme of a packed folder. ValueError: it is packed in another way than `convert quantize` packs."""
     for bits in (4, 8):
         group = ((config.get("config_groups") or {}).get("group_0") or {}).get("weights") or {}
         scheme = Scheme(bits, group.get("group_size") or 1)
@@ -134,6 +134,6 @@ def _scheme_of(config: Mapping[str, Any]) -> Scheme:
         if all(config.get(key) == ours[key] for key in ("quant_method", "format", "config_groups")):
             return scheme
     raise ValueError(
-        f"its weights are quantised in a way that is not read here ({config.get('format')!r}): take a folder of "
+        f"its weights are quantised in an unsupported way ({config.get('format')!r}): give a folder of "
         "`bd3-scale convert quantize`, or the weights that it was made from"
     )

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: its config.json and its safetensors files, sharded or not, read a tensor at a time."""
+"""Read a Hugging Face folder: its config.json and its safetensors files, sharded or not, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bd3_scale.recipe.schema import ModelRecipe
 from bd3_scale.resilience.files import read_object
 from bd3_scale.resilience.foreign import CONFIG, WEIGHTS_INDEX, file_in, weight_files, weight_map
 
-# safetensors' names of the types that weights have.
+# safetensors' names of the dtypes that weights may have.
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-# Of the experts of a layer in one tensor each, of which none has the name of a weight.
+# Tensors that stack all experts of a layer, as transformers 5 writes them; their names lack ".weight".
 _STACKED = re.compile(r"(.+\.mlp\.experts)\.((?:gate|up|down)_proj)")
 _PACKED_DTYPES: Mapping[str, torch.dtype] = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 
@@ -34,8 +34,8 @@ class Weights:
     """Tensors of a model by their names in a Hugging Face checkpoint, read one at a time.
 
     Attributes:
-        shapes, dtypes: of every tensor.
-        read: gives one by its name; nothing else is in memory.
+        shapes, dtypes: of every tensor, by name.
+        read: reads one tensor by its name; no other one is in memory.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -52,14 +52,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_weights(folder: Path, *, quantised: bool = False, experts_apart: bool = False) -> Weights:
-    """Open the tensors of a folder with `model.safetensors`, or shards and their index; of packed ones if `quantised`.
+    """Open the tensors of a folder with `model.safetensors`, or with shards and their index.
 
-    experts_apart: of a tensor that stacks the experts of a layer, each is one of its own, as Qwen3-MoE names them.
+    quantised: allow the integer dtypes of packed weights. experts_apart: list each expert of a tensor that stacks the
+    experts of a layer as a tensor, under Qwen3-MoE's names.
 
     Raises:
         FileNotFoundError: there are no safetensors files, or one that the index names is missing.
         ValueError: a file is truncated or corrupt, the index names a tensor that its file does not hold, or a tensor
-            is of a type that is no weight's.
+            has a dtype that weights cannot have.
     """
     file_of: dict[str, Path] = {}
     parts: dict[str, tuple[Path, str, int | None]] = {}
@@ -84,7 +85,7 @@ def open_weights(folder: Path, *, quantised: bool = False, experts_apart: bool =
 
 
 def _parts(name: str, shape: tuple[int, ...], experts_apart: bool) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
-    """Yield what a tensor of a file is made of: name, index on its first axis, shape; by far the most are whole."""
+    """Yield the tensors that a stored tensor is listed as: name, index on its first axis or None for all, shape."""
     stacked = _STACKED.fullmatch(name) if experts_apart and len(shape) == 3 else None
     if stacked is None:
         yield name, None, shape
@@ -94,8 +95,9 @@ def _parts(name: str, shape: tuple[int, ...], experts_apart: bool) -> Iterator[t
 
 
 def check_sizes(source: str, model: ModelRecipe, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError where config.json of `source` says more layers, heads or features than its tensors have room
-    for, before a layer is made of its numbers.
+    """Raise ValueError if config.json of `source` has more layers, heads or features than its tensors can hold.
+
+    This runs before a layer is allocated by these numbers: a hostile file could ask for any amount of memory.
     """
     if model.num_layers > len(shapes):
         raise ValueError(
@@ -156,9 +158,9 @@ def _open(path: Path) -> Any:
 
 
 def _read(parts: Mapping[str, tuple[Path, str, int | None]], files: dict[Path, Any], name: str) -> Tensor:
-    """Return a tensor. files: those that are open; a header is long where there are many experts."""
+    """Return a tensor. files: open files; they stay open, since headers with many experts take long to parse."""
     path, whole, index = parts[name]
     if path not in files:
         files[path] = _open(path)
-    found: Tensor = files[path].get_tensor(whole) if index is None else files[path].get_slice(whole)[index]
-    return found
+    tensor: Tensor = files[path].get_tensor(whole) if index is None else files[path].get_slice(whole)[index]
+    return tensor

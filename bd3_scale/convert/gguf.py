@@ -1,4 +1,4 @@
-"""From a checkpoint to a GGUF file that `generate` and `evaluate` run through llama.cpp, a tensor at a time."""
+"""Write a checkpoint as a GGUF file, which `generate` and `evaluate` run through llama.cpp, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from bd3_scale.checkpoint.manifest import MANIFEST as MANIFEST_FILE
 from bd3_scale.checkpoint.manifest import TOKENIZER, read_manifest
 from bd3_scale.checkpoint.tensors import TensorReader
-from bd3_scale.convert.calibration import place_of
+from bd3_scale.convert.calibration import weights_label
 from bd3_scale.convert.export import ExportPlan, plan_export
 from bd3_scale.convert.gguf_layout import (
     ARCHITECTURES,
@@ -38,7 +38,7 @@ from bd3_scale.generate.text import checkpoint_tokenizer, default_min_entropy, s
 from bd3_scale.resilience.leftovers import temporary_folder
 from bd3_scale.resilience.readers import read_regular
 
-# Which linear of ours takes what each tensor of a layer is multiplied with.
+# llama.cpp's tensor name -> the native linear layer that has the same input.
 _LINEAR_OF = {
     "attn_q": "self_attention.linear_qkv",
     "attn_k": "self_attention.linear_qkv",
@@ -55,13 +55,13 @@ _LINEAR_OF = {
     "ffn_down_shexp": "mlp.shared_experts.linear_fc2",
     "attn_qkv": "self_attention.linear_qkv",
 }
-# Of a layer's linear, by its name there: the squares of what it takes, summed; of that of experts for each of them.
+# (layer, name of a linear) -> sums of squared inputs: one, or one for each expert.
 Importance = Mapping[tuple[int, str], Sequence[SquareSum]]
 
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """Hold all that a file will have, but for its weights: `types` has the type of each tensor, by name."""
+    """The content of a file, except its weights. types: the ggml type of each tensor, by name."""
 
     export: ExportPlan
     kind: FileType
@@ -73,6 +73,7 @@ class GgufPlan:
 
     @property
     def name(self) -> str:
+        """Return the name of the file."""
         return f"{self.export.manifest.name}-{self.kind}{SUFFIX}"
 
     @property
@@ -89,10 +90,10 @@ class GgufPlan:
 def plan_gguf(checkpoint: Path, kind: FileType, *, importance: bool) -> GgufPlan:
     """Check a checkpoint and decide what a file of it holds.
 
-    importance: whether there is to be an importance matrix.
+    importance: whether an importance matrix will be used.
 
-    ValueError: a damaged checkpoint, no tokeniser, or a model, or a tokeniser, that llama.cpp does not compute; or its
-        library is not here.
+    ValueError: a damaged checkpoint, no tokeniser, a model or a tokeniser that llama.cpp does not implement, or its
+        library is not installed.
     """
     llama_cpp.library()
     model = read_manifest(checkpoint).model
@@ -110,9 +111,9 @@ def plan_gguf(checkpoint: Path, kind: FileType, *, importance: bool) -> GgufPlan
 def write_gguf(
     plan: GgufPlan, path: Path, importance: Importance | None = None, progress: Callable[[int], object] = lambda done: 0
 ) -> None:
-    """Write a file, and read it again to compare every tensor. progress: told the bytes of each tensor, twice.
+    """Write a file, then read it again and compare every tensor. progress: called with the bytes of each, twice.
 
-    ValueError: a weight that a type does not hold, or the disk gave back something else.
+    ValueError: a weight that the type cannot hold, or a tensor that reads back differently.
     """
     import gguf
 
@@ -136,14 +137,14 @@ def write_gguf(
     back = gguf.GGUFReader(path)
     for written in back.tensors:
         if hashes.pop(written.name) != xxhash.xxh3_128_hexdigest(written.data.tobytes()):
-            raise ValueError(f"{written.name} was not written as it was read: is the disk sound?")
+            raise ValueError(f"{written.name} reads back differently than it was written: check the disk")
         progress(written.data.nbytes)
     assert not hashes
     seal(path, back.data_offset)
 
 
 def _importance_of(tensor: GgufTensor, importance: Importance | None) -> list[Tensor | None]:
-    """Return the importance of columns, fp32 [columns], for each expert of a tensor; None: there is none to go by."""
+    """Return the importance of columns, fp32 [columns], for each expert of a tensor; None without a matrix."""
     linear = None if tensor.layer is None or len(tensor.shape) < 2 else linear_of(tensor.name)
     if importance is None or tensor.layer is None or linear is None:
         return [None] * (tensor.shape[0] if len(tensor.shape) == 3 else 1)
@@ -151,23 +152,21 @@ def _importance_of(tensor: GgufTensor, importance: Importance | None) -> list[Te
 
 
 def _encoded(values: Tensor, kind: str, importance: Sequence[Tensor | None]) -> NDArray[np.generic]:
-    """Return the bytes of a tensor, of that of experts of each by its own importance."""
+    """Return the bytes of a tensor; each expert of a stack is quantised by its own importance."""
     if values.ndim < 3:
         return encoded(values, kind, *importance)
     return np.stack([encoded(*expert) for expert in zip(values, repeat(kind), importance)])
 
 
 def linear_of(name: str) -> str | None:
-    """Return which linear of a layer takes what a tensor of llama.cpp is multiplied with, by its name here; None of
-    what stays as it is.
-    """
+    """Return the native linear with the same input as a tensor of llama.cpp; None if the tensor is not quantised."""
     return _LINEAR_OF.get(name.split(".")[2])
 
 
-def seldom_met(importance: Importance) -> dict[str, int]:
-    """Return of weights that are rounded without an importance matrix how many rows they met; see `place_of`."""
+def undersampled_weights(importance: Importance) -> dict[str, int]:
+    """Return the weights that saw too few rows for an importance matrix, and how many; see `weights_label`."""
     return {
-        place_of(layer, expert if ".experts." in name else None): total.rows
+        weights_label(layer, expert if ".experts." in name else None): total.rows
         for (layer, name), totals in importance.items()
         for expert, total in enumerate(totals)
         if not total.is_enough
@@ -202,6 +201,9 @@ def _add_keys(writer: Any, plan: GgufPlan) -> None:
 
 
 def check_tokenizer_ids(plan: GgufPlan, path: Path) -> int:
-    """Compare llama.cpp's ids of many texts with training's, and return of how many. ValueError: some are others."""
+    """Compare llama.cpp's ids of many texts with the training's; return the number of texts.
+
+    ValueError: they differ.
+    """
     with closing(llama_cpp.Model(path, vocabulary_only=True)) as opened:
         return check_ids(opened, plan.tokenizer, plan.tokenizer_keys)

@@ -1,4 +1,4 @@
-"""`convert export --format gguf`: a folder with the file, a model card and a report; it appears whole or not at all."""
+"""Export to GGUF: a folder with the file, a model card and a report, which appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bd3_scale.checkpoint.model import open_model
 from bd3_scale.convert.calibration import Calibration, check_data
 from bd3_scale.convert.check_export import expected_logits
 from bd3_scale.convert.export import check_undamaged
-from bd3_scale.convert.gguf import GgufPlan, Importance, check_tokenizer_ids, seldom_met, write_gguf
+from bd3_scale.convert.gguf import GgufPlan, Importance, check_tokenizer_ids, undersampled_weights, write_gguf
 from bd3_scale.convert.gguf_report import GgufReport, HeldOutText
 from bd3_scale.convert.gguf_types import uses_importance
 from bd3_scale.convert.quantizer import SquareSum
@@ -29,19 +29,20 @@ from bd3_scale.recipe.schema import DataRecipe
 from bd3_scale.resilience.files import check_writable, new_folder
 
 REPORT = "gguf_report.json"
-# Norm of the logits' difference by the logits' norm, by type. Random weights, which rounding moves most, are off by
-# 3e-6, 3e-3, 2e-2 and 6e-2 in 8 layers of 512; another graph by 1. Coarser types are measured and not checked.
+# Allowed norm of the logits' difference over the logits' norm, by type. Measured on random weights, which rounding
+# changes most (8 layers of width 512): 3e-6, 3e-3, 2e-2 and 6e-2; a wrong graph gives 1. Coarser types are measured,
+# not checked.
 _TOLERANCES = {"f32": 1e-3, "f16": 2e-2, "bf16": 1e-1, "q8_0": 2e-1}
-# Rounding sends some rows to other experts, which in 8 such layers was up to 0.3.
-_OF_MIXTURES = 0.5
+# With experts rounding routes some rows to other experts; 8 such layers gave up to 0.3.
+_MIXTURE_TOLERANCE = 0.5
 
 
 @dataclass(frozen=True)
 class GgufOptions:
-    """How a file is made and measured.
+    """Options of calibration and measurement.
 
-    data: prepared data with a held-out split, None where neither of the others asks for it. calibration_sequences: of
-    the importance matrix; 0: none. sequences, draws: held-out sequences to measure on, 0: none, and draws of each.
+    data: prepared data with a held-out split; None if nothing is calibrated or measured. calibration_sequences: for the
+    importance matrix; 0: no matrix. sequences: held-out sequences to measure on; 0: none. draws: noise draws of each.
     """
 
     data: DataRecipe | None
@@ -53,14 +54,14 @@ class GgufOptions:
 def run_gguf_export(
     plan: GgufPlan, out: Path, options: GgufOptions, progress: Callable[[int, int], object] = lambda done, total: None
 ) -> GgufReport:
-    """Write the folder `out`, read the file again, have llama.cpp compute with it, and measure what was lost.
+    """Write the folder `out`, read the file again, compute with it in llama.cpp, and measure the loss.
 
-    Where nothing is calibrated or measured, a model that does not fit in memory is written a tensor at a time, and what
-    llama.cpp computes is not compared with it.
+    If nothing is calibrated or measured, a model that does not fit in memory is written one tensor at a time, and
+    llama.cpp's logits are not compared with it.
 
     Raises:
-        FileExistsError: `out` exists; OSError: it cannot be written; ValueError: llama.cpp computes something else, or
-        makes other ids of a text.
+        FileExistsError: `out` exists; OSError: it cannot be written; ValueError: llama.cpp computes other logits, or
+            other ids of a text.
     """
     if options.data is not None:
         check_data(plan.export, options.data)
@@ -101,7 +102,7 @@ def run_gguf_export(
             evaluation_sequences=text.sequences if text else 0,
             draws=options.draws if text else 0,
             unchecked=unchecked,
-            seldom=seldom_met(importance) if importance else {},
+            seldom=undersampled_weights(importance) if importance else {},
         )
         if native is not None:
             with open_llama_file(path) as file, closing(file.load()) as model:
@@ -117,30 +118,30 @@ def run_gguf_export(
 
 
 def _too_large(plan: GgufPlan) -> str | None:
-    """Return why the model in fp32, and llama.cpp's beside it, are not loaded to be compared; None where they fit."""
-    needed, there = plan.whole_bytes + plan.num_bytes, available_bytes()
-    if needed <= there:
+    """Return why the model and the file do not fit in memory together to be compared; None if they do."""
+    needed, available = plan.whole_bytes + plan.num_bytes, available_bytes()
+    if needed <= available:
         return None
     return (
-        f"the model in fp32 and the file take {needed / 1e9:.1f} GB together, and {there / 1e9:.1f} GB of memory are "
-        "left: what llama.cpp computes was not compared; evaluate the file and the checkpoint where both fit"
+        f"the model in fp32 and the file need {needed / 1e9:.1f} GB together, and {available / 1e9:.1f} GB of memory "
+        "are left: llama.cpp's logits were not compared; evaluate file and checkpoint on a machine with more memory"
     )
 
 
 def importance_matrix(model: BlockDiffusionTransformer, calibration: Calibration) -> Importance:
-    """Return the sum of the squares of what each linear takes, on block diffusion inputs of all mask rates.
+    """Return the sums of squared inputs of each linear, on block diffusion inputs of all mask rates.
 
-    Those that llama.cpp's own tool collects, of text that is read left to right, hold no masked row.
+    llama.cpp's own tool (`llama-imatrix`) collects them on text read left to right, where no row is masked.
     """
-    found: dict[tuple[int, str], list[SquareSum]] = {}
+    sums: dict[tuple[int, str], list[SquareSum]] = {}
     for layer in range(model.recipe.num_layers):
-        found |= {(layer, name): totals for name, totals in calibration.squares(layer).items()}
+        sums |= {(layer, name): totals for name, totals in calibration.squares(layer).items()}
         calibration.advance(layer)
-    return found
+    return sums
 
 
 def check_logits(plan: GgufPlan, native: BlockDiffusionTransformer, model: LlamaModel) -> None:
-    """Raise ValueError if the logits of some clean blocks are not finite, or further off than the type explains."""
+    """Raise ValueError if llama.cpp's logits of some clean blocks differ by more than the type's rounding explains."""
     manifest = plan.export.manifest
     size, vocabulary = manifest.block_size, manifest.vocabulary
     ids, logits = expected_logits(native, size, manifest.max_position_embeddings)
@@ -156,9 +157,9 @@ def check_logits(plan: GgufPlan, native: BlockDiffusionTransformer, model: Llama
     error = float((theirs - ours)[kept].norm() / ours[kept].norm())
     tolerance = _TOLERANCES.get(plan.kind, float("inf"))
     if manifest.model.moe is not None and plan.kind != "f32":
-        tolerance = max(tolerance, _OF_MIXTURES)
+        tolerance = max(tolerance, _MIXTURE_TOLERANCE)
     if not error <= tolerance:
         raise ValueError(
-            f"llama.cpp's logits are off by {error:.1e} of their norm, more than {plan.kind} explains: is it the "
-            "release that is named in pyproject.toml, and is the checkpoint sound?"
+            f"llama.cpp's logits differ by {error:.1e} of their norm, more than {plan.kind} explains: check that its "
+            "release is the one in pyproject.toml, and verify the checkpoint"
         )

@@ -1,7 +1,8 @@
-"""What a GGUF file says of a model: the architectures that llama.cpp computes as ours, their keys and tensors.
+"""Describe a model in GGUF: the architectures of llama.cpp that compute it exactly, their keys and tensors.
 
-An architecture is a graph of llama.cpp, read in its source (`src/models`); whatever a model has that the graph does not
-compute closes it. Tensors are those of an export, under llama.cpp's names, with the experts of a layer in one.
+An architecture is a computation graph of llama.cpp, read in its source (`src/models`); a feature that the graph does
+not compute excludes it. Tensors are those of an export under llama.cpp's names, with the experts of a layer in one
+tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ARCHITECTURES: Mapping[str, ExportFormat] = {
             "starcoder2",
             free=frozenset({"norm_bias", "mlp_bias", "attention_bias", "head_bias"}),
             fixed={"qk_norm": False, "normalization": "layernorm", "activation": "gelu_tanh"},
-            says={
+            reasons={
                 "normalization": "its norm is no LayerNorm",
                 "activation": "its activation is not gelu_tanh, and llama.cpp has no other there",
             },
@@ -49,7 +50,7 @@ ARCHITECTURES: Mapping[str, ExportFormat] = {
         ),
     )
 }
-# Graphs whose heads make up the hidden size together.
+# Graphs that assume num_heads × head_size = hidden_size.
 _SQUARE = ("qwen2", "starcoder2", "bailingmoe2")
 _NAMES = {
     "input_layernorm": "attn_norm",
@@ -82,18 +83,20 @@ _OUTSIDE = {
     "model.norm": "output_norm",
     "lm_head": "output",
 }
-_MOST_EXPERTS = 1024  # more end the process
-_SIGMOID = 2  # of llama.cpp's functions of a router
-# Of the tensors outside of layers, those that take up a bias of the head where a graph has none.
+_MOST_EXPERTS = 1024  # llama.cpp aborts the process with more (LLAMA_MAX_EXPERTS)
+_SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+# Tensors that absorb a bias of the head for a graph that has none; see `_without_head_bias`.
 _FOLDED = ("output.weight", "output.bias", "output_norm.bias")
-_SHARE = 0.25  # how far the last norm's output is moved, of its own size: little, for a quantised head rounds that, too
-_LEAST_SCALE = 1e-3
+# Mean of β/g after `_without_head_bias`: how far the last norm's output is shifted, relative to its size. It is small,
+# since a quantised head rounds in proportion to its input.
+_SHARE = 0.25
+_LEAST_SCALE = 1e-3  # of the norm's weights to their largest: 1/g must not blow up rounding errors
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _OF_EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)(\..+)")
 
 
 def choose_architecture(model: ModelRecipe) -> str:
-    """Return the graph of llama.cpp that computes a model exactly. ValueError: none does, with the reasons."""
+    """Return the architecture of llama.cpp that computes a model exactly. ValueError: none does, and why."""
     obstacles = {
         name: _obstacle(name, f, model)
         for name, f in ARCHITECTURES.items()
@@ -104,7 +107,7 @@ def choose_architecture(model: ModelRecipe) -> str:
             return name
     reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())
     raise ValueError(
-        f"llama.cpp has no graph that computes this model ({reasons}): `--format bd3` writes it for transformers"
+        f"llama.cpp has no architecture that computes this model ({reasons}): `--format bd3` writes it for transformers"
     )
 
 
@@ -114,17 +117,17 @@ def _obstacle(name: str, form: ExportFormat, model: ModelRecipe) -> str | None:
     if name in _SQUARE and model.num_attention_heads * model.head_size != model.hidden_size:
         return f"its heads of {model.head_size} channels do not make up the hidden size {model.hidden_size}"
     if model.moe is not None and model.moe.num_experts > _MOST_EXPERTS:
-        return f"it has {model.moe.num_experts} experts in a layer, and llama.cpp ends at {_MOST_EXPERTS}"
+        return f"it has {model.moe.num_experts} experts in a layer, and llama.cpp allows {_MOST_EXPERTS}"
     if name == "bailingmoe2" and model.moe is not None and not model.moe.shared_ffn_hidden_size:
-        return "it has no shared expert, and this graph adds one"
+        return "it has no shared expert, and this graph needs one"
     return form.obstacle(model)
 
 
 def architecture_keys(plan: ExportPlan, architecture: str) -> dict[str, Value]:
-    """Return the keys that say what the graph computes, and how blocks are decoded."""
+    """Return the keys that configure the graph and the decoding of blocks."""
     model = plan.manifest.model
     norm = "layer_norm_epsilon" if model.normalization == "layernorm" else "layer_norm_rms_epsilon"
-    own: dict[str, Value] = {
+    keys: dict[str, Value] = {
         "block_count": model.num_layers,
         "context_length": plan.manifest.max_position_embeddings,
         "embedding_length": model.hidden_size,
@@ -140,9 +143,9 @@ def architecture_keys(plan: ExportPlan, architecture: str) -> dict[str, Value]:
         "vocab_size": int(plan.config["vocab_size"]),
     }
     if model.moe is not None:
-        own |= _mixture_keys(model.moe) | (_bailing_keys(model.moe) if architecture == "bailingmoe2" else {})
+        keys |= _mixture_keys(model.moe) | (_bailing_keys(model.moe) if architecture == "bailingmoe2" else {})
     decoding: dict[str, Value] = {SHIFT_LOGITS: False, BLOCK_LENGTH: plan.manifest.block_size}
-    return {f"{architecture}.{key}": value for key, value in own.items()} | decoding
+    return {f"{architecture}.{key}": value for key, value in keys.items()} | decoding
 
 
 def _mixture_keys(moe: MoeRecipe) -> dict[str, Value]:
@@ -156,15 +159,15 @@ def _mixture_keys(moe: MoeRecipe) -> dict[str, Value]:
 def _bailing_keys(moe: MoeRecipe) -> dict[str, Value]:
     keys: dict[str, Value] = {
         "leading_dense_block_count": moe.first_dense_layers,
-        # Times its count, the width of the one shared expert.
+        # llama.cpp multiplies the shared expert's width by this count.
         "expert_shared_count": 1,
         "expert_shared_feed_forward_length": moe.shared_ffn_hidden_size,
         "expert_gating_func": _SIGMOID,
-        # The score of a lone expert would become 1 there.
+        # llama.cpp would normalise a single expert's score to 1; training leaves it.
         "expert_weights_norm": moe.normalize_top_k and moe.top_k > 1,
         "expert_weights_scale": moe.scale,
     }
-    # llama.cpp ends the process where all groups take part.
+    # llama.cpp aborts the process if all groups take part.
     if moe.top_groups is not None and moe.top_groups < moe.groups:
         keys |= {"expert_group_count": moe.groups, "expert_group_used_count": moe.top_groups}
     return keys
@@ -172,9 +175,9 @@ def _bailing_keys(moe: MoeRecipe) -> dict[str, Value]:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of a file: `read` gives its values in fp32. layer: None outside of layers.
+    """A tensor of a file: `read` returns its values in fp32. layer: None outside of layers.
 
-    source: which of the export's it is made of; None of one that is computed.
+    source: the tensor of the export that it is made from; None if it is computed.
     """
 
     name: str
@@ -185,11 +188,11 @@ class GgufTensor:
 
 
 def gguf_tensors(plan: ExportPlan, architecture: str) -> Iterator[GgufTensor]:
-    """Yield all tensors of a file, in its order. ValueError: a layer of a plug-in has one that no graph reads."""
+    """Yield all tensors of a file, in its order. ValueError: a plug-in's layer has a tensor that no graph reads."""
     model, names = plan.manifest.model, set()
     folds = architecture == "starcoder2" and model.head_bias
-    for tensor in _experts_together(plan.tensors):
-        name = _named(tensor.name)
+    for tensor in _stack_experts(plan.tensors):
+        name = _gguf_name(tensor.name)
         if folds and name in _FOLDED:
             continue
         names.add(name)
@@ -205,25 +208,25 @@ def gguf_tensors(plan: ExportPlan, architecture: str) -> Iterator[GgufTensor]:
         yield from (_zeros(name, size, layer) for name, size, layer in _biases(model) if name not in names)
 
 
-def _experts_together(tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
-    """Yield tensors, of those of the experts of a layer one, [E, …]: theirs lie one behind the other here, too."""
+def _stack_experts(tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+    """Yield tensors with the experts of a layer stacked, [E, …]; in the native tensor they lie one behind another."""
     for tensor in tensors:
-        of_expert = _OF_EXPERT.fullmatch(tensor.name)
-        if of_expert is None:
+        match = _OF_EXPERT.fullmatch(tensor.name)
+        if match is None:
             yield tensor
-        elif of_expert[2] == "0":
+        elif match[2] == "0":
             ((offset, (layer, _, *sizes)),) = tensor.boxes
             experts = tensor.full_shape[1]
             box = offset, (layer, experts, *sizes)
-            yield replace(tensor, name=of_expert[1] + of_expert[3], shape=(experts, *tensor.shape), boxes=(box,))
+            yield replace(tensor, name=match[1] + match[3], shape=(experts, *tensor.shape), boxes=(box,))
 
 
-def _named(name: str) -> str:
+def _gguf_name(name: str) -> str:
     """Return llama.cpp's name of a tensor."""
     module, _, part = name.replace("mlp.gate.expert_bias", "mlp.expert_bias.bias").rpartition(".")
-    if found := _IN_LAYER.fullmatch(module):
-        if found[2] in _NAMES:
-            return f"blk.{found[1]}.{_NAMES[found[2]]}.{part}"
+    if match := _IN_LAYER.fullmatch(module):
+        if match[2] in _NAMES:
+            return f"blk.{match[1]}.{_NAMES[match[2]]}.{part}"
     elif module in _OUTSIDE:
         return f"{_OUTSIDE[module]}.{part}"
     raise ValueError(f"no graph of llama.cpp reads a tensor such as {name}, which a plug-in's layer has")
@@ -237,19 +240,21 @@ def _reader(plan: ExportPlan, tensor: NamedTensor, architecture: str) -> Callabl
         values = plan.read(reader, tensor).float()
         if count is None:
             return values
-        # Its rotary embedding turns neighbouring channels, ours those of two halves.
+        # The llama graph rotates pairs of neighbouring channels (2i, 2i + 1), this package pairs (i, i + D/2): the rows
+        # of each head are interleaved.
         return values.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(values.shape).contiguous()
 
     return read
 
 
 def _without_head_bias(plan: ExportPlan) -> Iterator[GgufTensor]:
-    """Yield head and last norm's bias of a graph whose head has none, so that its logits are what they were.
+    """Yield a head and a last norm's bias with the same logits as a head with a bias, for a graph whose head has none.
 
-    What LayerNorm gives is h = g∘n + β with Σn = 0. So (1/g)ᵀ(g∘n) is 0, and a head W + u(1/g)ᵀ differs from W by the
-    constant u(1/g)ᵀβ alone: β + cg in place of β makes that constant differ from 0, and u is what makes it the bias.
+    LayerNorm returns h = g∘n + β, where the normalised n has Σn = 0, so (1/g)ᵀ(g∘n) = 0. A head W + u(1/g)ᵀ therefore
+    changes the logits by the constant u·(1/g)ᵀβ alone. β is first replaced by β + cg, which makes (1/g)ᵀβ differ from
+    0; then u is chosen so that the constant is the bias, less what the change of β adds to Wh.
     """
-    by_name = {_named(t.name): t for t in plan.tensors}
+    by_name = {_gguf_name(t.name): t for t in plan.tensors}
     head, norm = by_name["output.weight"], by_name["output_norm.weight"]
 
     def parts(reader: TensorReader) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,8 +264,8 @@ def _without_head_bias(plan: ExportPlan) -> Iterator[GgufTensor]:
         shift = torch.zeros_like(scale) if bias is None else plan.read(reader, bias).double()
         if not scale.abs().min() > _LEAST_SCALE * scale.abs().max():
             raise ValueError(
-                "llama.cpp has no bias of the head here, and the last norm, into which it would go, has a weight of "
-                f"{float(scale.abs().min()):g} beside {float(scale.abs().max()):g}: `--format bd3` writes it as it is"
+                "llama.cpp has no bias of the head here, and it cannot be moved into the last norm, which has weights "
+                f"of {float(scale.abs().min()):g} and {float(scale.abs().max()):g}: use `--format bd3`"
             )
         return scale, shift, _SHARE - (shift / scale).mean()
 
@@ -279,7 +284,7 @@ def _without_head_bias(plan: ExportPlan) -> Iterator[GgufTensor]:
 
 
 def _biases(model: ModelRecipe) -> Iterator[tuple[str, int, int | None]]:
-    """Yield what starcoder2's graph adds everywhere: name, size and layer."""
+    """Yield name, size and layer of the biases that starcoder2's graph always adds."""
     sizes = {"attn_norm": model.hidden_size, "ffn_norm": model.hidden_size, "attn_output": model.hidden_size,
              "ffn_up": model.ffn_hidden_size, "ffn_down": model.hidden_size}  # fmt: skip
     for layer in range(model.num_layers):

@@ -1,7 +1,7 @@
-"""What a GGUF file costs: its size, and how far what llama.cpp computes with it is from the model in fp32.
+"""Report what a GGUF file costs: its size, and how far llama.cpp's results with it are from the model in fp32.
 
-The bound of a weak model hardly moves under a coarse format: how often the most likely token stays, and the divergence
-of the distributions, tell more, at several shares of masked tokens.
+The NELBO of a weak model hardly changes under a coarse format. How often the most likely token stays the same, and the
+divergence of the distributions, say more; they are measured at several mask rates.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from bd3_scale.parallel.groups import lone_groups
 from bd3_scale.recipe.schema import DataRecipe
 
 MASK_RATES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-RATE_SEQUENCES = 16  # of which the distributions are compared, at each rate
-ROWS = 256  # whose distributions are compared at once
+RATE_SEQUENCES = 16  # sequences for the comparison of distributions, at each rate
+ROWS = 256  # rows compared at once; a bound of memory
 Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class AtRate:
-    """State, of so many tokens masked at one rate, the mean divergence KL(fp32 ‖ file) in nats, and how often the most
-    likely token is the same.
+    """Results for tokens masked at one rate: the mean divergence KL(fp32 ‖ file) in nats, and the share of tokens whose
+    most likely prediction is the same.
     """
 
     mask_rate: float
@@ -50,18 +50,18 @@ class AtRate:
 
 @dataclass(frozen=True)
 class GgufReport:
-    """State what a file costs.
+    """Size and accuracy of a file.
 
     Attributes:
         bytes_before, bytes_after: of the tensors in fp32, and in the file.
-        calibration_sequences: of the importance matrix; 0: there is none.
-        checked_texts: so many texts have training's ids in llama.cpp.
-        rates: see `AtRate`; empty where nothing was measured.
-        unchecked: why the logits of the file were not compared with the model's; None where they were.
+        calibration_sequences: for the importance matrix; 0: there is none.
+        checked_texts: number of texts that have the same ids in llama.cpp as in training.
+        rates: see `AtRate`; empty if nothing was measured.
+        unchecked: why the logits of the file were not compared with the model's; None if they were.
         before, after: held-out NELBO of the model in fp32, and of the file; change: their difference on the same text
-            under the same masks.
-        seldom: of weights that met too few rows for the importance matrix, and are rounded without it, how many; see
-            `place_of`.
+            with the same masks.
+        seldom: weights that saw too few rows for the importance matrix and are rounded without it, and how many rows;
+            see `weights_label`.
     """
 
     type: str
@@ -81,7 +81,7 @@ class GgufReport:
 
 
 class HeldOutText:
-    """Held-out sequences that a model and a file of it are measured on."""
+    """Held-out sequences on which a model and its file are measured."""
 
     def __init__(self, data: DataRecipe, objective: Objective, sequences: int, draws: int) -> None:
         self._objective, self._draws = objective, draws
@@ -91,13 +91,13 @@ class HeldOutText:
 
     @property
     def steps(self) -> int:
-        """Return how often `progress` of the two measurements is told of a sequence."""
+        """Return the number of sequences that both measurements report to `progress` in total."""
         return 2 * self.sequences + len(MASK_RATES) * self.rate_sequences
 
     def nelbo(
         self, native: BlockDiffusionTransformer, file: LlamaModel, progress: Progress
     ) -> tuple[Measured, Measured, Measured]:
-        """Return the NELBO of both, and its change."""
+        """Return the NELBO of both, and the change from `native` to `file`."""
         before, after = (self._held_out(model, progress) for model in (native, file))
         assert before.sums is not None
         assert after.sums is not None
@@ -106,16 +106,16 @@ class HeldOutText:
         return Measured.of(before.nelbo), Measured.of(after.nelbo), Measured.of(change)
 
     def _held_out(self, model: torch.nn.Module, progress: Progress) -> HeldOut:
-        how = {"objective": self._objective, "draws": self._draws, "progress": progress}
+        options = {"objective": self._objective, "draws": self._draws, "progress": progress}
         parts = [
-            evaluate_nelbo([model], batches, lone_groups(), **how)  # type: ignore[list-item, arg-type]
+            evaluate_nelbo([model], batches, lone_groups(), **options)  # type: ignore[list-item, arg-type]
             for batches in self._batches(16, self.sequences)
         ]
         return HeldOut.merged(parts)
 
     @torch.no_grad()
     def rates(self, native: BlockDiffusionTransformer, file: LlamaModel, progress: Progress) -> tuple[AtRate, ...]:
-        """Return how far the file's distributions are from the model's, at each of `MASK_RATES`."""
+        """Compare the file's distributions with the model's at each of `MASK_RATES`."""
         return tuple(self._at(rate, native, file, progress) for rate in MASK_RATES)
 
     def _at(self, rate: float, native: BlockDiffusionTransformer, file: LlamaModel, progress: Progress) -> AtRate:
@@ -134,24 +134,24 @@ class HeldOutText:
         return AtRate(rate, tokens, divergence / max(1, tokens), same / max(1, tokens))
 
     def _inputs(self, batch: Batch, rate: float) -> tuple[ModelInputs, Tensor]:
-        """Return what both compute of a batch, of whose tokens so many are masked, and which rows of the head count."""
+        """Return the inputs of a batch masked at `rate`, and which rows of the head count."""
         block_size, vocabulary = self._objective.block_size, self._objective.vocabulary
         batch = self._objective.counting(batch)
         spans = make_spans(batch.document_start, block_size)
         schedule = Schedule(low=rate, high=rate)
         noise = draw_noise(spans[1], seed=0, epoch=0, sample_ids=batch.ids, schedule=schedule, shown=batch.shown)
-        # What pads a document would tell of its end.
+        # Clean padding would tell the model where the document ends: it stays masked.
         noise = type(noise)(noise.masked | batch.padding, noise.mask_rate, noise.weight)
         inputs = corrupt(batch, [noise], block_size, mask_id=vocabulary.mask_id, device=torch.device("cpu"))
         return inputs, batch.counted[masked_positions(noise, (0, 1))]
 
     def _batches(self, size: int, most: int) -> Iterator[Iterator[Batch]]:
-        """Yield the batches of each source, of at most so many sequences of it."""
+        """Yield the batches of each source, of at most `most` sequences of it."""
         for source, part, count in self._parts:
             yield held_out_batches(source, part, batch_size=size, dp_rank=0, dp_size=1, sequences=min(count, most))
 
 
-def divergences(expected: Tensor, found: Tensor) -> Tensor:
-    """Return KL(p ‖ q) in nats of each row, float64 [M], of logits [M, V]; −∞ in both is nothing in both."""
-    p, q = (logits.double().log_softmax(-1) for logits in (expected, found))
+def divergences(expected: Tensor, measured: Tensor) -> Tensor:
+    """Return KL(p ‖ q) in nats of each row, float64 [M], from logits [M, V]; ids with −∞ in both contribute 0."""
+    p, q = (logits.double().log_softmax(-1) for logits in (expected, measured))
     return torch.where(p.isfinite(), p.exp() * (p - q), 0.0).sum(-1)

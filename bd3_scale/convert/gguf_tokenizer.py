@@ -1,8 +1,8 @@
-"""A tokeniser as keys of a GGUF file, where llama.cpp makes the same ids of a text; others are refused.
+"""Write a tokeniser as keys of a GGUF file, if llama.cpp makes the same ids of a text; other tokenisers are refused.
 
-llama.cpp knows byte-level BPE by the name of a regular expression that cuts text into words, and SentencePiece's BPE by
-scores, of which the highest is merged first. SentencePiece's Unigram takes the pieces whose scores have the highest
-sum. `check_ids` has it encode many texts. Beside its own keys a file holds the tokeniser's files whole, which this
+llama.cpp implements byte-level BPE, whose regular expression for words it knows by a name; SentencePiece's BPE by
+scores, of which the highest is merged first; and SentencePiece's Unigram, which takes the pieces with the highest sum
+of scores. `check_ids` compares many texts. Besides llama.cpp's keys a file holds the tokeniser's files, which this
 package reads.
 """
 
@@ -23,18 +23,18 @@ from bd3_scale.generate import llama_cpp
 from bd3_scale.generate.llama_file import TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON
 from bd3_scale.resilience.files import read_object
 
-# Types of tokens, as llama.h numbers them.
+# Values of `llama_token_type` in llama.h.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
-# Unigram's of what is no piece: llama.cpp finds the names of unused rows in texts, and takes anything else before them.
+# Score of unused rows in Unigram: llama.cpp would find their names in texts; with this score it prefers anything else.
 _LEAST_SCORE = -1e30
 
 
 @dataclass(frozen=True)
 class TokenizerKeys:
-    """Hold what a file says of its tokeniser: values by their keys, in the types that llama.cpp reads.
+    """The keys of a tokeniser, by the types that llama.cpp reads.
 
-    composed: texts are put into Unicode's NFC first, which llama.cpp leaves to its caller.
+    composed: texts are normalised to Unicode's NFC first, which llama.cpp leaves to its caller.
     """
 
     strings: Mapping[str, str]
@@ -48,7 +48,7 @@ class TokenizerKeys:
 
 
 def tokenizer_keys(tokenizer: Tokenizer, folder: Path, rows: int) -> TokenizerKeys:
-    """Return the keys of a tokeniser whose files lie in `folder`, of a model with so many rows.
+    """Return the keys of a tokeniser whose files lie in `folder`, for a model with `rows` rows.
 
     ValueError: llama.cpp has no such tokeniser.
     """
@@ -79,7 +79,7 @@ def tokenizer_keys(tokenizer: Tokenizer, folder: Path, rows: int) -> TokenizerKe
         {f"tokenizer.ggml.{name}": flag for name, flag in flags.items()},
         tokens,
         types,
-        # Bytes have none, and a list without an entry is no list there: symbols of several letters never come to this.
+        # A tokeniser of single bytes has no merges, but llama.cpp refuses an empty list: this merge can never apply.
         (merges or [" ".join([tokens[vocabulary.eos_id]] * 2)]) if family == BYTE_LEVEL else None,
         scores,
         composed,
@@ -104,7 +104,7 @@ def _tokens(content: dict[str, Any], family: str, rows: int) -> tuple[list[str],
     if family == PIECES and content["model"].get("unk_token") in vocab:
         types[vocab[content["model"]["unk_token"]]] = _UNKNOWN
     if family == UNIGRAM:
-        # Text that spells it becomes it here; llama.cpp has it under a key of its own.
+        # The tokenizers library finds the unknown token's name in texts; llama.cpp has its id under a key instead.
         types[content["model"]["unk_id"]] = _NORMAL
         if len(set(tokens)) < len(tokens) or "" in tokens:
             raise refusal("it has a piece twice, or an empty one")
@@ -112,32 +112,32 @@ def _tokens(content: dict[str, Any], family: str, rows: int) -> tuple[list[str],
 
 
 def check_ids(opened: llama_cpp.Model, tokenizer: Tokenizer, keys: TokenizerKeys) -> int:
-    """Compare the ids of many texts in llama.cpp and here, and return how many texts these were.
+    """Compare llama.cpp's ids of many texts with the tokeniser's, and return the number of texts.
 
-    Where texts are put into NFC, those that it changes are left out.
-    ValueError: a text has others.
+    If texts are normalised to NFC, those that NFC changes are left out.
+    ValueError: the ids of a text differ.
     """
     texts = [text for text in sample_texts() if not keys.composed or unicodedata.is_normalized("NFC", text)]
     if keys.strings["tokenizer.ggml.model"] == UNIGRAM:
         texts += _repetitions(keys.tokens)
     for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        if (found := opened.tokenize(text)) != expected:
-            raise refusal(f"of {text!r} it makes {expected[:12]}, and llama.cpp {found[:12]}")
+        if (ids := opened.tokenize(text)) != expected:
+            raise refusal(f"it tokenises {text!r} as {expected[:12]}, and llama.cpp as {ids[:12]}")
     return len(texts)
 
 
 def _repetitions(tokens: list[str]) -> Iterator[str]:
-    """Yield each name of a token, some times over, and each letter up to 40 times.
+    """Yield repetitions of each token's name, and of each letter up to 40 times.
 
-    Unigram finds any name in a text, a special token's, too. Ways to cut a repetition have the same scores in another
-    order, so that rounding decides: a file has scores in float32, and tokenisers may have longer ones.
+    Unigram finds any token's name in a text, also a special token's. Different segmentations of a repetition add up the
+    same scores in another order, so rounding decides; a file has scores in float32, a tokeniser perhaps in float64.
     """
     for token in tokens:
         yield from (token * times for times in (range(1, 41) if len(token) == 1 else (1, 2, 3, 7)))
 
 
 def sample_texts(count: int = 3000) -> Iterator[str]:
-    """Yield texts, always the same, of many scripts, with spaces, lines, digits and contractions between."""
+    """Yield random texts of a fixed seed, in many scripts, with spaces, line ends, digits and contractions."""
     random = Random(0)
     scripts = [(0x20, 0x7F), (0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x5D0, 0x5EB), (0x620, 0x650)]
     scripts += [(0x900, 0x980), (0xE00, 0xE5C), (0x3040, 0x3100), (0x4E00, 0x9FB0), (0xAC00, 0xD7A4), (0x300, 0x340)]
@@ -171,7 +171,8 @@ def sample_texts(count: int = 3000) -> Iterator[str]:
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Return a score a token, the higher the earlier its first merge; what is never merged has the least."""
+    """Return a score per token: the earlier its first merge, the higher; tokens that are never merged have the "
+    "least."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault(pair.replace(" ", ""), rank)

@@ -1,7 +1,7 @@
-"""The types of a GGUF file's tensors: which tensor gets which, as llama.cpp's own quantiser chooses, and its bytes.
+"""Choose and encode the types of a GGUF file's tensors, as llama.cpp's own quantiser chooses them.
 
-`ggml_quantize_chunk` of llama.cpp's library quantises rows. Which type a tensor has in a mixture such as `q4_k_m` is
-what `llama_model_quantize` decides (`src/llama-quant.cpp`): weights that matter more get more bits.
+`ggml_quantize_chunk` of llama.cpp's library quantises rows. Which type a tensor gets in a mixture such as `q4_k_m`
+follows `llama_model_quantize` (`src/llama-quant.cpp`): weights that matter more get more bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bd3_scale.generate.llama_cpp import quantized_rows
 from bd3_scale.recipe.schema import ModelRecipe
 
 FileType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k"]
-# `general.file_type`, as llama.h numbers mixtures, and the type of what a mixture does not say more of.
+# Name of a mixture -> its `llama_ftype` in llama.h, and the default type of its tensors.
 FILE_TYPES: Mapping[FileType, tuple[int, str]] = {
     "f32": (0, "F32"),
     "f16": (1, "F16"),
@@ -37,14 +37,14 @@ FILE_TYPES: Mapping[FileType, tuple[int, str]] = {
 
 @dataclass(frozen=True)
 class TensorType:
-    """A type of ggml: its number there, and how many values and bytes a block of it has."""
+    """A ggml type: its number in ggml.h, and the values and bytes of a block."""
 
     number: int
     block: int
     bytes: int
 
     def size(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes of a tensor, whose rows are whole blocks."""
+        """Return the bytes of a tensor, whose rows must be whole blocks."""
         assert shape[-1] % self.block == 0
         return math.prod(shape) // self.block * self.bytes
 
@@ -64,18 +64,18 @@ TYPES: Mapping[str, TensorType] = {
     "Q5_K": TensorType(13, 256, 176),
     "Q6_K": TensorType(14, 256, 210),
 }
-# Where blocks of 256 do not divide a row.
+# Replacements if blocks of 256 do not divide a row, as in llama.cpp.
 _SMALLER_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _PLAIN = ("F32", "F16", "BF16")
 
 
 def is_quantized(kind: FileType) -> bool:
-    """Say whether a file's weights are in blocks."""
+    """Tell whether a file's weights are quantised in blocks."""
     return FILE_TYPES[kind][1] not in _PLAIN
 
 
 def uses_importance(kind: FileType) -> bool:
-    """Say whether an importance matrix changes how weights are rounded: q8_0 rounds each to the nearest."""
+    """Tell whether an importance matrix changes how weights are rounded; q8_0 rounds each to the nearest."""
     return is_quantized(kind) and kind != "q8_0"
 
 
@@ -84,7 +84,7 @@ def tensor_type(
 ) -> str:
     """Return the type of a tensor in a file of `kind`, by its name in llama.cpp.
 
-    Vectors, norms and routers stay in float32. importance: whether there is an importance matrix.
+    Vectors, norms and routers stay in float32. importance: whether an importance matrix is used.
     """
     if len(shape) < 2 or name.endswith(".ffn_gate_inp.weight"):
         return "F32"
@@ -123,26 +123,26 @@ def _mixed(name: str, layer: int | None, kind: FileType, default: str, model: Mo
         ("q4_k_m", "ffn_down"): "Q6_K" if sensitive else default,
         ("q5_k_m", "attn_v"): "Q6_K" if sensitive else default,
         ("q5_k_m", "ffn_down"): "Q6_K" if sensitive else default,
-        # Its zero lies at the grid's middle, which the first ones suffer from.
+        # Q4_0 has no offset; the first layers' down projections are sensitive to that, and Q4_1 has one.
         ("q4_0", "ffn_down"): "Q4_1" if importance and layer < layers // 8 else default,
     }
     return choices.get((kind, part), default)
 
 
 def encoded(values: Tensor, kind: str, importance: Tensor | None) -> NDArray[np.generic]:
-    """Return the bytes of a tensor as numbers of the type's width, rows of blocks as uint8.
+    """Encode a tensor: as numbers of the type's width, or rows of blocks as uint8.
 
     values: fp32. importance: fp32 [columns], see `quantized_rows`.
     ValueError: a value is not finite, in float32 or in the type.
     """
     if not values.isfinite().all():
-        raise ValueError("a weight is not finite: export a checkpoint that is sound")
+        raise ValueError("a weight is not finite: export an earlier checkpoint")
     if kind == "F32":
         return values.numpy()
     if kind in _PLAIN:
         rounded = values.to(torch.float16 if kind == "F16" else torch.bfloat16)
         if not rounded.isfinite().all():
-            raise ValueError(f"a weight of {values.abs().max():g} is more than {kind} holds: take --type bf16 or f32")
+            raise ValueError(f"a weight of {values.abs().max():g} exceeds the range of {kind}: use --type bf16 or f32")
         return rounded.view(torch.int16).numpy()
     form = TYPES[kind]
     row_bytes = values.shape[-1] // form.block * form.bytes

@@ -1,4 +1,4 @@
-"""The ids of an imported model: what its tokeniser, its configuration and the command line say together."""
+"""Combine the ids of an imported model from its tokeniser, its configuration and the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.recipe.vocabulary import Vocabulary
 
-BERT_CLS, BERT_SIZE = 101, 30522
+BERT_CLS, BERT_SIZE = 101, 30522  # [CLS] and size of bert-base-uncased, the vocabulary of LM1B models
 
 
 def vocabulary_of(
@@ -22,31 +22,31 @@ def vocabulary_of(
     *,
     bos: bool | None = None,
 ) -> tuple[Vocabulary, Tokenizer | None]:
-    """Return the ids that text, model and mask agree on, and the tokeniser, where there is one.
+    """Return the vocabulary on which tokeniser, model and mask agree, and the tokeniser, if there is one.
 
     Args:
         tokenizer, mask_token, bos: see `plan_import`.
-        rows: of the model's embedding.
-        eos_id, mask_id: of the model, None where it has none.
-        num_token_ids: ids in use, where the embedding has more rows.
+        rows: rows of the model's embedding.
+        eos_id, mask_id: those of the model; None if it has none.
+        num_token_ids: number of ids in use, if the embedding has more rows.
 
     Raises:
-        ValueError: they do not agree, or one of them is known to nobody.
+        ValueError: they do not agree, or one of them is unknown.
     """
     if tokenizer is None:
         if mask_token is not None:
             raise ValueError(f"mask_token={mask_token!r} names a token, and there is no tokeniser: give --tokenizer")
         if mask_id is None:
             raise ValueError(
-                "there is no tokenizer.json beside the weights, and the mask needs an id: give --tokenizer"
+                "there is no tokenizer.json next to the weights, and the mask needs an id: give --tokenizer"
             )
         if eos_id is None:
-            raise ValueError("there is no tokenizer.json beside the weights: give --tokenizer, or --eos-id")
+            raise ValueError("there is no tokenizer.json next to the weights: give --tokenizer, or --eos-id")
         return _checked(size=num_token_ids or rows, eos_id=eos_id, mask_id=mask_id, rows=rows), None
     loaded = load_tokenizer(tokenizer, mask_token)
     loaded = loaded.checked_template() if bos is None else loaded.with_bos_switch(bos)
     own = loaded.vocabulary
-    # A mask that the tokeniser did not know is its last id, and may lie one behind the embedding.
+    # A mask token that was added to the tokeniser has its last id, which may be one behind the embedding's last row.
     text_ids = own.size - (own.mask_id == own.size - 1)
     if text_ids > rows:
         raise ValueError(
@@ -55,17 +55,19 @@ def vocabulary_of(
         )
     if mask_id is not None and own.mask_id != mask_id:
         taken = loaded.name_of(mask_id)
-        says = f"that id is its token {taken!r}" if taken is not None else f"its mask has the id {own.mask_id}"
+        conflict = f"that id is its token {taken!r}" if taken is not None else f"its mask has the id {own.mask_id}"
         raise ValueError(
-            f"the model's mask has the id {mask_id}, and in the tokeniser {tokenizer} {says}: give the model's own "
+            f"the model's mask has the id {mask_id}, and in the tokeniser {tokenizer} {conflict}: give the model's "
             "tokeniser with --tokenizer, or name its mask with --mask-token"
         )
     return _checked(**own.model_dump(exclude={"rows"}), rows=rows), loaded
 
 
 def as_official(vocabulary: Vocabulary, tokenizer: Tokenizer | None) -> tuple[Vocabulary, Tokenizer | None]:
-    """Return both with the beginning of text that the official code puts before every sequence: what the tokeniser
-    names so, else its end of text, which is both for GPT-2; of BERT's uncased vocabulary `[CLS]`.
+    """Return both with the BOS that the official bd3lms code puts before every sequence.
+
+    That is the tokeniser's BOS if it declares one; else `[CLS]` for BERT's uncased vocabulary, and EOS for others,
+    which is both for GPT-2.
     """
     declared = None if tokenizer is None else tokenizer.declared_bos_id
     known = BERT_CLS if vocabulary.rows == BERT_SIZE else vocabulary.eos_id

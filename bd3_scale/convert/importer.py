@@ -1,4 +1,4 @@
-"""From a checkpoint of other software to one of this package, for any topology, a tensor at a time."""
+"""Import a checkpoint of other software, for any topology, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ from bd3_scale.resilience.leftovers import temporary_folder
 from bd3_scale.resilience.readers import reader
 
 Progress = Callable[[int, int], object]
-# Buffers and switches that checkpoints carry beside their weights.
+# Buffers in checkpoints that are no weights.
 _NO_WEIGHTS = re.compile(r".*rotary_emb\.inv_freq")
 _SOURCE_FILES = {".safetensors", ".bin", ".ckpt", ".pt", ".json"}
-# Of the source's embedding and head, at the id of a mask that is new.
+# The source's rows of embedding and head that a new mask replaced, for an export to the source's architecture.
 MASK_ROWS = "mask_rows.safetensors"
 GPT2_EOS, GPT2_SIZE = 50256, 50257
 
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """All that an import will do, known from the headers of the files alone.
+    """What an import will do, known from the headers of the files alone.
 
     Attributes:
-        vocab_rows: rows of the embedding in the source.
-        new_mask: the mask token is new, and its embedding is made here.
+        vocab_rows: rows of the source's embedding.
+        new_mask: the mask token is new, so its embedding is created here.
     """
 
     source: Path
@@ -67,7 +67,7 @@ class ImportPlan:
 
     @property
     def tensors(self) -> list[NamedTensor]:
-        """Those that are written; a head tied to the embedding is not."""
+        """Return the tensors that are written; a head tied to the embedding is not."""
         return list(
             named_tensors(
                 self.model,
@@ -80,7 +80,7 @@ class ImportPlan:
 
     @property
     def style(self) -> Style:
-        """Return whose names the source's tensors have; those of the official code's are Qwen3's by then."""
+        """Return the naming style of the source's tensors; those of the official code were renamed to Qwen3's."""
         return ARCHITECTURES[self.architecture].style if self.architecture in ARCHITECTURES else "qwen3"
 
     @property
@@ -90,18 +90,20 @@ class ImportPlan:
 
     @property
     def num_bytes(self) -> int:
+        """Return the bytes of all tensors that are written."""
         return sum(tensor.numel * self.weights.dtypes[tensor.name].itemsize for tensor in self.tensors)
 
     @property
     def fingerprint(self) -> str:
-        """Which weights these are, by the names, sizes and times of the files that hold them and describe them."""
+        """Return an identifier of the weights: a hash of names, sizes and times of the source's files."""
         source = self.source.resolve()
         files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.suffix in _SOURCE_FILES)
-        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return xxhash.xxh3_128_hexdigest(json.dumps([str(source), seen]))
+        entries = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return xxhash.xxh3_128_hexdigest(json.dumps([str(source), entries]))
 
     @property
     def precision(self) -> Literal["bf16", "fp32"]:
+        """Return the precision of the source's weights."""
         return "bf16" if self.weights.dtypes[self.embedding] == torch.bfloat16 else "fp32"
 
 
@@ -121,30 +123,30 @@ def plan_import(
 
     Args:
         source: a Hugging Face folder, or a file or folder of the official bd3lms code.
-        tokenizer: in place of the one in `source`.
-        mask_token: an unused token of the tokeniser that becomes the mask, or the name of a new one; a model that
-            predicts the next token needs a mask for its adaptation.
-        block_size: where the source does not say it.
-        mask_id: of a block diffusion model whose config.json does not say it.
-        eos_id: end of document where there is no tokeniser.
-        bos: whether texts begin with BOS; default: as the tokeniser's template has it.
-        unpack: take a quantised folder for the weights that its packed ones stand for, to run it; else it is refused.
+        tokenizer: replaces the one in `source`.
+        mask_token: an unused token of the tokeniser that becomes the mask, or the name of a new token; a next-token
+            model needs a mask for its adaptation.
+        block_size: if the source does not say it.
+        mask_id: for a block diffusion model whose config.json does not say it.
+        eos_id: end of document, if there is no tokeniser.
+        bos: whether texts begin with BOS; default: as in the tokeniser's template.
+        unpack: unpack the weights of a quantised folder, to run it; else such a folder is refused.
 
     Raises:
-        ValueError, FileNotFoundError: an unsupported architecture, damaged files, missing or extra tensors, a tokeniser
-            that does not fit.
+        ValueError, FileNotFoundError: an unsupported architecture, damaged files, missing or extra tensors, or a
+            tokeniser that does not fit.
     """
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
     if source.is_file() and "architectures" in object_in(source.parent, CONFIG):
         raise ValueError(f"{source} is a part of a Hugging Face folder: give the folder, {source.parent}")
-    found = _tokenizer_source(source, tokenizer)
-    if found is not None and eos_id is not None:
-        raise ValueError(f"eos_id={eos_id} is for models without a tokeniser, and {found} has one: leave it out")
+    tokenizer = _tokenizer_source(source, tokenizer)
+    if tokenizer is not None and eos_id is not None:
+        raise ValueError(f"eos_id={eos_id} is for models without a tokeniser, and {tokenizer} has one: leave it out")
     if is_official(source):
         if mask_id is not None:
             raise ValueError(
-                f"mask_id={mask_id} is for config.json of others, and {source} knows its mask: leave it out"
+                f"mask_id={mask_id} is for Hugging Face folders; the mask of {source} is known: leave it out"
             )
         official = open_official(source)
         size = block_size or official.block_size
@@ -152,12 +154,15 @@ def plan_import(
             raise ValueError(f"{source} does not say its block size: give it with --block-size")
         if eos_id is None and official.vocab_size == GPT2_SIZE + 1:
             eos_id = GPT2_EOS
-        vocabulary, loaded = vocabulary_of(found, mask_token, official.vocab_size, eos_id, official.mask_id, bos=bos)
+        vocabulary, loaded = vocabulary_of(
+            tokenizer, mask_token, official.vocab_size, eos_id, official.mask_id, bos=bos
+        )
         if official.begins_with_bos and bos is None:
             vocabulary, loaded = as_official(vocabulary, loaded)
         plan = ImportPlan(
             source, f"bd3lms DiT ({official.source})", official.model, DiffusionRecipe(block_size=size),
-            official.max_position_embeddings, official.vocab_size, vocabulary, loaded, found, False, official.weights,
+            official.max_position_embeddings, official.vocab_size, vocabulary, loaded, tokenizer, False,
+            official.weights,
         )  # fmt: skip
     else:
         config = read_config(source)
@@ -172,22 +177,22 @@ def plan_import(
         eos_id = architecture.eos_id if eos_id is None else eos_id
         rows, mask_id = architecture.vocab_rows, architecture.mask_id
         vocabulary, loaded = vocabulary_of(
-            found, mask_token, rows, eos_id, mask_id, architecture.num_token_ids, bos=bos
+            tokenizer, mask_token, rows, eos_id, mask_id, architecture.num_token_ids, bos=bos
         )
         plan = ImportPlan(
             source, architecture.name, architecture.model, architecture.diffusion,
-            architecture.max_position_embeddings, rows, vocabulary, loaded, found, mask_id is None, weights,
+            architecture.max_position_embeddings, rows, vocabulary, loaded, tokenizer, mask_id is None, weights,
         )  # fmt: skip
     _check_tensors(plan)
     return plan
 
 
 def run_import(plan: ImportPlan, out: Path, progress: Progress = lambda done, total: None) -> None:
-    """Write the checkpoint `out`, read it again and compare every value before it appears.
+    """Write the checkpoint `out`; it is read again and every value compared before it appears.
 
     Raises:
-        FileExistsError: `out` exists; OSError: it cannot be written; ValueError: the head of a model that ties it to
-            the embedding differs from it, or what was written differs from what was read.
+        FileExistsError: `out` exists; OSError: it cannot be written; ValueError: the head of a model with tied weights
+            differs from the embedding, or a tensor reads back differently.
     """
     check_writable(out.parent, plan.num_bytes)
     with new_folder(out) as folder:
@@ -202,8 +207,10 @@ def run_import(plan: ImportPlan, out: Path, progress: Progress = lambda done, to
         writer.finish()
         if plan.tokenizer is not None:
             assert plan.tokenizer_source is not None
-            beside = Path(plan.tokenizer_source)
-            write_tokenizer(plan.tokenizer, beside if beside.is_dir() else beside.parent, folder / TOKENIZER)
+            tokenizer_path = Path(plan.tokenizer_source)
+            write_tokenizer(
+                plan.tokenizer, tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent, folder / TOKENIZER
+            )
             keep_source_ids(ids_of_model(plan.source), folder / TOKENIZER)
         _keep_source_files(plan, folder / IMPORTED)
         write_manifest(folder, _manifest(plan), writer.written)
@@ -212,16 +219,17 @@ def run_import(plan: ImportPlan, out: Path, progress: Progress = lambda done, to
                 for box in _native_boxes(plan, tensor):
                     written = reader.read(box.key, box.offset, tuple(box.data.shape))
                     if not same_bytes(written, box.data):
-                        raise ValueError(f"{box.key} was not written as {tensor.name} was read: is the disk sound?")
+                        raise ValueError(f"{box.key} reads back differently than it was written: check the disk")
                 done += tensor.numel * plan.weights.dtypes[tensor.name].itemsize
                 progress(done, total)
 
 
 @contextmanager
 def open_checkpoint(source: Path) -> Iterator[tuple[Path, Path | None]]:
-    """Yield the checkpoint of a run, a checkpoint, or a folder or file of other software, and of the latter the folder
-    that may have a chat template: it is imported to be run, and the checkpoint removed again.
+    """Yield a checkpoint of `source`, and the folder of its chat template if it is a model of other software.
 
+    source: a run directory, a checkpoint, or a folder or file of other software, which is imported into a temporary
+    checkpoint.
     FileNotFoundError, ValueError: there is no model, or `plan_import` refuses it.
     """
     if not source.exists():
@@ -267,7 +275,7 @@ def _tokenizer_source(source: Path, tokenizer: str | None) -> str | None:
 
 
 def _check_tensors(plan: ImportPlan) -> None:
-    """Every tensor is there in its shape, and no other one."""
+    """Raise ValueError unless the source has exactly the model's tensors, in their shapes."""
     expected = {tensor.name: tensor.shape for tensor in plan.tensors}
     shapes = dict(plan.weights.shapes)
     if plan.model.tie_embeddings and shapes.get(HEAD) == expected[plan.embedding]:
@@ -284,14 +292,14 @@ def _check_tensors(plan: ImportPlan) -> None:
         raise ValueError(
             f"{plan.source} does not hold the tensors of {plan.architecture}:\n  - "
             + "\n  - ".join(problems)
-            + "\nis config.json the model's own?"
+            + "\ncheck that config.json belongs to these weights"
         )
 
 
 def _check_tied_head(plan: ImportPlan) -> None:
     if plan.model.tie_embeddings and HEAD in plan.weights.shapes:
         head, embedding = plan.weights.read(HEAD), plan.weights.read(plan.embedding)
-        # An export for engines zeroes the mask's row in the head, which is never predicted.
+        # Exports for engines write another row at the mask's id in the head, which is never predicted.
         differs = (head != embedding).any(1)
         differs[plan.vocabulary.mask_id : plan.vocabulary.mask_id + 1] = False
         if differs.any():
@@ -309,7 +317,7 @@ def _native_boxes(plan: ImportPlan, tensor: NamedTensor) -> Iterator[Box]:
         values = values.clone()
         values[mask_id] = _mask_embedding(plan, values)
     elif tensor.name == HEAD and plan.new_mask and mask_id < plan.vocab_rows:
-        # Never predicted here; an engine, which may draw what has the highest logit, meets zero.
+        # The mask is never predicted here; software that does not exclude it gets a logit of zero.
         values = values.clone()
         values[mask_id] = 0
     for offset, data in tensor.split(values):
@@ -323,7 +331,7 @@ def _native_boxes(plan: ImportPlan, tensor: NamedTensor) -> Iterator[Box]:
 
 
 def _mask_embedding(plan: ImportPlan, embedding: Tensor) -> Tensor:
-    """An embedding as long as the others are: their mean and, in every channel, noise of their standard deviation."""
+    """Return a random embedding with the mean and, in every channel, the standard deviation of the others."""
     known = embedding[: min(plan.vocab_rows, plan.vocabulary.size)]
     known = torch.cat([known[: plan.vocabulary.mask_id], known[plan.vocabulary.mask_id + 1 :]]).float()
     noise = torch.randn(known.shape[1], generator=torch.Generator().manual_seed(0))
@@ -331,7 +339,7 @@ def _mask_embedding(plan: ImportPlan, embedding: Tensor) -> Tensor:
 
 
 def _keep_source_files(plan: ImportPlan, folder: Path) -> None:
-    """Keep what an export of the same architecture writes again, and the row whose place the new mask takes."""
+    """Keep the files that an export to the same architecture writes again, and the rows that a new mask replaces."""
     contents = {name: safe_settings(object_in(plan.source, name)) for name in (CONFIG, GENERATION_CONFIG)}
     if plan.architecture in ARCHITECTURES:
         contents[CONFIG]["architectures"] = [plan.architecture]

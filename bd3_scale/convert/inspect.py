@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its manifest and the headers of its files, without loading a weight."""
+"""Describe a checkpoint from its manifest and the headers of its files, without loading weights."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ from bd3_scale.recipe.schema import DiffusionRecipe, ModelRecipe
 from bd3_scale.resilience.foreign import CONFIG, file_in
 from bd3_scale.resilience.readers import reader
 
-LONGEST = 80  # characters of a value that is shown
+LONGEST = 80  # characters; longer values are shown by their size
 
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """Name, dtype and shape of a tensor."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -38,15 +40,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """State what is known of a checkpoint.
+    """The description of a checkpoint.
 
     Attributes:
         kind: `bd3_scale`, or the architecture of other software.
-        parameters: of the model, whatever optimiser states there are.
+        parameters: number of the model's parameters, without optimiser states.
         bytes: of all tensors.
-        health: what was checked and found.
-        exports: why a format is closed to it, None where it is open.
-        details: recipe, step, topology and tokeniser, as far as the format has them.
+        health: what was checked, and the result.
+        exports: why it cannot be exported to a format, None if it can.
+        details: recipe, step, topology and tokeniser, if the format has them.
     """
 
     path: str
@@ -62,14 +64,13 @@ class Inspection:
 
 @reader("a checkpoint")
 def inspect(path: Path, *, verify: bool = False) -> Inspection:
-    """Describe a checkpoint or run directory of this package, a Hugging Face folder, a file for llama.cpp that this
-    package wrote, or an official bd3lms file.
+    """Describe a checkpoint or run directory, a Hugging Face folder, an exported GGUF file, or an official bd3lms file.
 
     Args:
         verify: read every file and compare its hash with the one in the manifest.
 
     Raises:
-        ValueError, FileNotFoundError: it is none of these, or damaged in what must be read.
+        ValueError, FileNotFoundError: it is none of these, or damaged in a part that is read.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
@@ -89,9 +90,9 @@ def _inspect_native(path: Path, verify: bool) -> Inspection:
         size = sum(math.prod(s) * reader.dtypes[n].itemsize for n, s in reader.shapes.items())
     damaged = damaged_files(path, manifest) if verify else []
     if not verify:
-        health = f"all {len(manifest.files)} files have their size; --verify reads them"
+        health = f"all {len(manifest.files)} files have the right size; --verify checks their hashes"
     else:
-        health = f"damaged: {', '.join(damaged)}" if damaged else f"all {len(manifest.files)} files have their hash"
+        health = f"damaged: {', '.join(damaged)}" if damaged else f"all {len(manifest.files)} files have the right hash"
     details: dict[str, object] = {"step": manifest.step}
     if manifest.trained_with is None:
         details["imported from"] = manifest.imported_from
@@ -170,7 +171,7 @@ def _inspect_gguf(path: Path) -> Inspection:
     except ImportError as error:
         raise ValueError(f"{path} is read with the package gguf: pip install 'bd3_scale[gguf]'") from error
     file = gguf.GGUFReader(path)
-    keys = {name: _told(field) for name, field in file.fields.items() if not name.startswith("GGUF.")}
+    keys = {name: _shown_value(field) for name, field in file.fields.items() if not name.startswith("GGUF.")}
     manifest = CheckpointManifest.model_validate(up_to_date(json.loads(file.fields[GGUF_MANIFEST].contents())))
     kind = next(name for name, (number, _) in FILE_TYPES.items() if number == keys[FILE_TYPE])
     return Inspection(
@@ -178,7 +179,7 @@ def _inspect_gguf(path: Path) -> Inspection:
         kind=f"file for llama.cpp, architecture {keys['general.architecture']}, type {kind}",
         parameters=sum(int(tensor.n_elements) for tensor in file.tensors),
         bytes=sum(int(tensor.n_bytes) for tensor in file.tensors),
-        health="its header has its hash; the format keeps none of its tensors",
+        health="the header has the right hash; the format has no hashes of tensors",
         sound=True,
         exports={},
         details={
@@ -186,15 +187,15 @@ def _inspect_gguf(path: Path) -> Inspection:
             **_model_details(manifest.model, manifest.objective, manifest.block_size),
             **keys,
         },
-        # The last axis comes first there.
+        # GGUF lists the axes in reverse order.
         tensors=tuple(
             TensorInfo(t.name, t.tensor_type.name, tuple(int(size) for size in reversed(t.shape))) for t in file.tensors
         ),
     )
 
 
-def _told(field: Any) -> object:
-    """Return the value of a key, of an array or a long text its size."""
+def _shown_value(field: Any) -> object:
+    """Return the value of a key, or the size of an array or a long text."""
     if len(field.types) > 1:
         return f"{len(field.data):,} values"
     value = field.contents()

@@ -1,6 +1,7 @@
-"""Mixtures of experts as config.json says them, and which of them each format has.
+"""Translate mixtures of experts between config.json and the recipe, and tell which of them each format supports.
 
-Qwen3-MoE and SDAR-MoE have one set of keys, LLaDA2-MoE another, which our own format has, too.
+Qwen3-MoE and SDAR-MoE have one set of keys. LLaDA2-MoE has another, that of DeepSeek-V3, which this package's own
+format uses, too.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from bd3_scale.convert.config_values import Config, integer
 from bd3_scale.recipe.moe_rules import mixture_problems
 from bd3_scale.recipe.schema import MOE_TRAINING, ModelRecipe, MoeRecipe
 
-# Options of a mixture of which every format has any value.
+# Options of a mixture that every format supports with any value.
 _SIZES = frozenset({"num_experts", "top_k", "ffn_hidden_size"})
-# What LLaDA2's code computes whatever its config.json says, and switches of its kin that nothing here is equal to.
-_OF_LLADA2 = {
+# Values that LLaDA2's code computes with whatever its config.json says, and switches of related models that this
+# package does not implement.
+_LLADA2_VALUES = {
     "score_function": "sigmoid", "norm_topk_prob": True, "use_rmsnorm": True, "use_qk_norm": True, "use_bias": False,
     "use_qkv_bias": False, "norm_head": False, "norm_softmax": False, "using_split_qkv_in_self_attention": False,
 }  # fmt: skip
@@ -24,15 +26,15 @@ _OF_LLADA2 = {
 
 @dataclass(frozen=True)
 class Mixtures:
-    """The mixtures that an architecture has, as options of a recipe's `model.moe`.
+    """The mixtures that an architecture supports, as options of a recipe's `model.moe`.
 
     Attributes:
-        read: returns `model.moe` of an architecture's name and config.json, None of a dense model; ValueError: it has
-            what nothing here is equal to.
-        keys: what config.json says of a mixture.
-        free: those of which it has any value, beside the sizes.
-        fixed: what it has of others, where that is not the recipe's default, which is SDAR-MoE's.
-        counts_shared: its shared expert is so many times as wide as the others.
+        read: returns `model.moe` from an architecture's name and config.json, None for a dense model; ValueError: it
+            has a feature that is not implemented here.
+        keys: returns the keys of config.json for a mixture.
+        free: options that it supports with any value, besides the sizes.
+        fixed: values of other options, if they differ from the recipe's defaults, which are SDAR-MoE's.
+        counts_shared: the width of its shared expert is a multiple of the others'.
     """
 
     read: Callable[[str, Config], dict[str, Any] | None]
@@ -42,20 +44,20 @@ class Mixtures:
     counts_shared: bool = False
 
     def obstacle(self, moe: MoeRecipe, architecture: str) -> str | None:
-        """Return what the architecture does not have of a mixture, None where it has everything."""
-        has = {**{name: f.default for name, f in MoeRecipe.model_fields.items()}, **self.fixed}
-        for option, known in has.items():
+        """Return why the architecture cannot represent a mixture, None if it can."""
+        supported = {**{name: f.default for name, f in MoeRecipe.model_fields.items()}, **self.fixed}
+        for option, known in supported.items():
             value = getattr(moe, option)
             if option not in _SIZES | MOE_TRAINING | self.free and value != known and option != "top_groups":
-                return f"it has moe.{option}={value!r}, and {architecture} knows {known!r} alone"
+                return f"it has moe.{option}={value!r}, and {architecture} supports only {known!r}"
         shared = moe.shared_ffn_hidden_size
         if self.counts_shared and shared % moe.ffn_hidden_size:
-            return f"its shared expert of {shared} is no multiple of the {moe.ffn_hidden_size} of the others"
+            return f"its shared expert of width {shared} is no multiple of the others' width {moe.ffn_hidden_size}"
         return None
 
 
 def read_qwen3_moe(name: str, config: Config) -> dict[str, Any]:
-    """Return `model.moe` of Qwen3-MoE or SDAR-MoE. ValueError: other layers than the first ones are dense."""
+    """Return `model.moe` of Qwen3-MoE or SDAR-MoE. ValueError: layers other than the first ones are dense."""
     return _sizes(config) | {
         "first_dense_layers": _first_dense_layers(name, config),
         "normalize_top_k": bool(config.get("norm_topk_prob")),
@@ -64,13 +66,13 @@ def read_qwen3_moe(name: str, config: Config) -> dict[str, Any]:
 
 def read_llada2(name: str, config: Config) -> dict[str, Any]:
     """Return `model.moe` of LLaDA2-MoE. ValueError: a feature that its code does not have."""
-    for key, value in _OF_LLADA2.items():
+    for key, value in _LLADA2_VALUES.items():
         if config.get(key, value) not in (value, None):
             raise ValueError(
-                f"{name} with {key}={config[key]!r} is not supported: its published code computes with {value!r} alone"
+                f"{name} with {key}={config[key]!r} is not supported: its published code only computes with {value!r}"
             )
     sizes = _sizes(config)
-    return sizes | _kin(config) | {
+    return sizes | _deepseek_values(config) | {
         "shared_ffn_hidden_size": integer(config, "num_shared_experts", 0) * sizes["ffn_hidden_size"],
         "score": "sigmoid",
         "bias": bool(config.get("moe_router_enable_expert_bias", True)),
@@ -78,10 +80,10 @@ def read_llada2(name: str, config: Config) -> dict[str, Any]:
 
 
 def read_bd3(name: str, config: Config) -> dict[str, Any] | None:
-    """Return `model.moe` of our own format, None of a dense model."""
+    """Return `model.moe` of this package's own format, None for a dense model."""
     if not config.get("num_experts"):
         return None
-    return _sizes(config) | _kin(config) | {
+    return _sizes(config) | _deepseek_values(config) | {
         "shared_ffn_hidden_size": integer(config, "shared_expert_intermediate_size", 0),
         "score": config.get("score_function", "softmax"),
         "normalize_top_k": config.get("norm_topk_prob", True),
@@ -90,13 +92,13 @@ def read_bd3(name: str, config: Config) -> dict[str, Any] | None:
 
 
 def _sizes(config: Config) -> dict[str, Any]:
-    # transformers 5 has another name for the first one.
+    # transformers 5 calls `num_experts` `num_local_experts`.
     experts = integer(config, "num_experts", config.get("num_local_experts"))
     top_k, width = (integer(config, key) for key in ("num_experts_per_tok", "moe_intermediate_size"))
     return {"num_experts": experts, "top_k": top_k, "ffn_hidden_size": width}
 
 
-def _kin(config: Config) -> dict[str, Any]:
+def _deepseek_values(config: Config) -> dict[str, Any]:
     groups = integer(config, "n_group", 1)
     top = integer(config, "topk_group", groups)
     return {
@@ -108,33 +110,36 @@ def _kin(config: Config) -> dict[str, Any]:
 
 
 def _first_dense_layers(name: str, config: Config) -> int:
-    """Return how many first layers are dense; layer i is where it is in one key, or i + 1 no multiple of the other."""
+    """Return how many first layers are dense.
+
+    In Qwen3-MoE's config layer i is dense if `mlp_only_layers` lists it or `decoder_sparse_step` does not divide i + 1.
+    """
     only, step = config.get("mlp_only_layers") or [], integer(config, "decoder_sparse_step", 1)
     layers = integer(config, "num_hidden_layers")
     first = len(only) if step == 1 else step - 1
     if step not in (1, layers) or sorted(map(repr, only)) != sorted(map(repr, range(len(only)))) or len(only) > first:
         raise ValueError(
-            f"{name} with mlp_only_layers={repr(only)[:80]} and decoder_sparse_step={step} has layers without experts "
-            f"among its {layers}, and here the first ones alone can be"
+            f"{name} with mlp_only_layers={repr(only)[:80]} and decoder_sparse_step={step} has dense layers among its "
+            f"{layers}, but only the first layers may be dense here"
         )
     return first
 
 
 def check_mixture(name: str, model: ModelRecipe) -> None:
-    """Raise ValueError if the sizes of a mixture that a config.json says do not go together."""
+    """Raise ValueError if the sizes of a config.json's mixture contradict each other."""
     if problems := list(mixture_problems(model)):
         raise ValueError(f"config.json of {name} describes no model: {'; '.join(problems)}")
 
 
 def qwen3_moe_keys(moe: MoeRecipe) -> dict[str, Any]:
-    """Return what config.json of Qwen3-MoE and SDAR-MoE says of a mixture."""
+    """Return the keys of a mixture in config.json of Qwen3-MoE and SDAR-MoE."""
     dense = list(range(moe.first_dense_layers))
     return _common_keys(moe) | {"decoder_sparse_step": 1, "mlp_only_layers": dense, "output_router_logits": False}
 
 
 def llada2_keys(moe: MoeRecipe) -> dict[str, Any]:
-    """Return what config.json of LLaDA2-MoE says of a mixture, with what SGLang reads besides."""
-    return _kin_keys(moe) | {
+    """Return the keys of a mixture in config.json of LLaDA2-MoE, with those that SGLang reads besides."""
+    return _deepseek_keys(moe) | {
         "num_shared_experts": moe.shared_ffn_hidden_size // moe.ffn_hidden_size,
         "router_dtype": "fp32",
         "use_qkv_bias": False,
@@ -148,8 +153,8 @@ def llada2_keys(moe: MoeRecipe) -> dict[str, Any]:
 
 
 def bd3_keys(moe: MoeRecipe) -> dict[str, Any]:
-    """Return what config.json of our own format says of a mixture."""
-    return _kin_keys(moe) | {"shared_expert_intermediate_size": moe.shared_ffn_hidden_size}
+    """Return the keys of a mixture in config.json of this package's own format."""
+    return _deepseek_keys(moe) | {"shared_expert_intermediate_size": moe.shared_ffn_hidden_size}
 
 
 def _common_keys(moe: MoeRecipe) -> dict[str, Any]:
@@ -161,7 +166,7 @@ def _common_keys(moe: MoeRecipe) -> dict[str, Any]:
     }
 
 
-def _kin_keys(moe: MoeRecipe) -> dict[str, Any]:
+def _deepseek_keys(moe: MoeRecipe) -> dict[str, Any]:
     return _common_keys(moe) | {
         "first_k_dense_replace": moe.first_dense_layers,
         "n_group": moe.groups,

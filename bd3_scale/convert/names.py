@@ -1,10 +1,10 @@
-"""Which boxes of which native tensor make up each tensor of a Hugging Face checkpoint.
+"""Map each tensor of a Hugging Face checkpoint to the boxes of the native tensors that hold its values.
 
-Native tensors stack the layers that have them on their first axis; query, key and value are one matrix, whose rows are
-grouped by key/value head (its queries, its key, its value); gate and up projection are one matrix; of a mixture, the
-experts of a layer are one tensor. Names on the other side are Qwen3's and Qwen3-MoE's, of which every supported
-architecture but LLaDA2 uses a subset, with biases where a model has them; which tensors a layer has, and of what shape,
-it says itself.
+Native tensors stack layers on their first axis. Query, key and value are one matrix, whose rows are grouped by
+key/value head (its queries, its key, its value). Gate and up projection are one matrix. The experts of a layer are one
+tensor. Names on the Hugging Face side are those of Qwen3 and Qwen3-MoE; every supported architecture except LLaDA2 uses
+a subset of them, with biases where a model has them. Which native tensors a layer has, and in which shapes, comes from
+the model itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bd3_scale.checkpoint.boxes import Shape
 from bd3_scale.model.build import layer_shapes, layers_with
 from bd3_scale.recipe.schema import ModelRecipe, MoeRecipe
 
-# Whose names a checkpoint has.
+# The naming style of a checkpoint's tensors.
 Style = Literal["qwen3", "llada2"]
 EMBEDDINGS: Mapping[Style, str] = {"qwen3": "model.embed_tokens.weight", "llada2": "model.word_embeddings.weight"}
 HEAD = "lm_head.weight"
@@ -31,12 +31,12 @@ NATIVE_HEAD = "output_layer.weight"
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor of a Hugging Face checkpoint and where its values lie.
+    """A tensor of a Hugging Face checkpoint and the native boxes with its values.
 
     Attributes:
         name, shape: on the Hugging Face side.
-        key, full_shape: the native tensor.
-        boxes: (offset, shape) in the native tensor; one after the other they are the rows of this tensor.
+        key, full_shape: of the native tensor.
+        boxes: (offset, shape) in the native tensor; in this order they are the rows of this tensor.
         layer: None outside of layers.
     """
 
@@ -49,49 +49,51 @@ class NamedTensor:
 
     @property
     def is_embedding(self) -> bool:
+        """Return whether it is the token embedding."""
         return self.name in EMBEDDINGS.values()
 
     @property
     def is_table(self) -> bool:
-        """Whether its rows are those of ids."""
+        """Return whether it has a row for each id of the vocabulary."""
         return self.is_embedding or self.name == HEAD
 
     @property
     def expert(self) -> int | None:
-        """Return which expert of a layer it is of, None of no one."""
+        """Return the index of its expert in the layer, None if it belongs to no expert."""
         return self.boxes[0][0][1] if ".mlp.experts." in self.key else None
 
     @property
     def numel(self) -> int:
+        """Return the number of its values."""
         return math.prod(self.shape)
 
     def split(self, tensor: Tensor) -> Iterator[tuple[Shape, Tensor]]:
-        """Return `tensor` as the native boxes: offset and data of each."""
+        """Yield offset and data of each native box of `tensor`."""
         rows = [math.prod(shape) // math.prod(self.shape[1:]) for _, shape in self.boxes]
         for (offset, shape), part in zip(self.boxes, tensor.split(rows), strict=True):
             yield offset, part.reshape(shape)
 
     def join(self, boxes: list[Tensor]) -> Tensor:
-        """Return the tensor of the values of its native boxes."""
+        """Return the tensor made of its native boxes' values."""
         return torch.cat([box.reshape(-1, *self.shape[1:]) for box in boxes])
 
 
 def named_tensors(
     model: ModelRecipe, *, vocab_rows: int, padded_rows: int, tied: bool, style: Style = "qwen3"
 ) -> Iterator[NamedTensor]:
-    """Yield all tensors of a model, as Hugging Face orders them.
+    """Yield all tensors of a model, in Hugging Face's order.
 
     Args:
-        vocab_rows: rows of embedding and head there; here they have `padded_rows`.
-        tied: the head is not written; else it is, from the embedding where the native model ties them.
+        vocab_rows: rows of embedding and head on the Hugging Face side; native ones have `padded_rows`.
+        tied: leave out the head; else it is written, from the embedding if the native model ties them.
     """
     hidden = model.hidden_size
     vocabulary = (((0, 0), (vocab_rows, hidden)),)
     yield NamedTensor(EMBEDDINGS[style], (vocab_rows, hidden), NATIVE_EMBEDDING, (padded_rows, hidden), vocabulary)
     shapes = layer_shapes(model)
-    of_a_layer = [(tensor, layers_with(model, tensor.key)) for tensor in _layer_tensors(model, shapes, style)]
+    layer_tensors = [(tensor, layers_with(model, tensor.key)) for tensor in _layer_tensors(model, shapes, style)]
     for layer in range(model.num_layers):
-        yield from (tensor.of_layer(layer, layers) for tensor, layers in of_a_layer if layer in layers)
+        yield from (tensor.of_layer(layer, layers) for tensor, layers in layer_tensors if layer in layers)
     for part in _parts("input_layernorm", shapes):
         whole = (((0,), (hidden,)),)
         yield NamedTensor(f"model.norm.{part}", (hidden,), f"decoder.final_layernorm.{part}", (hidden,), whole)
@@ -103,16 +105,16 @@ def named_tensors(
         yield NamedTensor("lm_head.bias", (vocab_rows,), "output_layer.bias", (padded_rows,), box)
 
 
-# Of the shape of a native tensor within a layer: the shape of a tensor there, and its boxes.
-_Place = Callable[[Shape], tuple[Shape, list[tuple[Shape, Shape]]]]
+# Maps the shape of a native tensor, without its layer axis, to the shape of the exported tensor and its boxes.
+_Selection = Callable[[Shape], tuple[Shape, list[tuple[Shape, Shape]]]]
 
 
 def _whole(shape: Shape) -> tuple[Shape, list[tuple[Shape, Shape]]]:
     return shape, [((0,) * len(shape), shape)]
 
 
-def _rows(*ranges: tuple[int, int]) -> _Place:
-    """Return where a tensor is some rows: the first ones of each range, and how many."""
+def _rows(*ranges: tuple[int, int]) -> _Selection:
+    """Return a selection of rows, given as ranges of (first, count)."""
 
     def place(shape: Shape) -> tuple[Shape, list[tuple[Shape, Shape]]]:
         tail = shape[1:]
@@ -122,8 +124,8 @@ def _rows(*ranges: tuple[int, int]) -> _Place:
     return place
 
 
-def _at(*index: int) -> _Place:
-    """Return where a tensor is what the first axes have at an index."""
+def _at(*index: int) -> _Selection:
+    """Return a selection of one index on each of the first axes."""
 
     def place(shape: Shape) -> tuple[Shape, list[tuple[Shape, Shape]]]:
         inner = shape[len(index) :]
@@ -133,16 +135,16 @@ def _at(*index: int) -> _Place:
 
 
 @dataclass(frozen=True)
-class _OfLayer:
-    """A tensor within a layer: its name and shape there, the native one's key and shape, and its boxes in that."""
+class _LayerTensor:
+    """A tensor of every layer: its name there, the native tensor's key and shape, and the selection of its values."""
 
     name: str
     key: str
     native: Shape
-    place: _Place
+    place: _Selection
 
     def of_layer(self, layer: int, layers: range) -> NamedTensor:
-        """Return it for one of the layers that have it."""
+        """Return the tensor of one of the layers that have it."""
         shape, boxes = self.place(self.native)
         return NamedTensor(
             name=f"model.layers.{layer}.{self.name}",
@@ -154,13 +156,14 @@ class _OfLayer:
         )
 
 
-def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape], style: Style) -> Iterator[_OfLayer]:
-    """Yield the tensors of layers with native ones of `shapes`.
+def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape], style: Style) -> Iterator[_LayerTensor]:
+    """Yield the tensors of layers whose native tensors have `shapes`.
 
-    What `_renamed` does not know comes last, whole and under its own name, but that attention is `self_attn` there.
+    Native tensors that `_renamed` does not know, such as a plug-in's, come last, unchanged and under their native name,
+    except that attention is called `self_attn`.
 
     Raises:
-        ValueError: two tensors have one name there.
+        ValueError: two tensors would have the same name.
     """
     others, names = dict.fromkeys(shapes), set()
     for name, key, place in _renamed(model, style):
@@ -168,20 +171,20 @@ def _layer_tensors(model: ModelRecipe, shapes: Mapping[str, Shape], style: Style
             tensor = f"{key}.{part}"
             others.pop(tensor, None)
             names.add(f"{name}.{part}")
-            yield _OfLayer(f"{name}.{part}", tensor, shapes[tensor], place)
+            yield _LayerTensor(f"{name}.{part}", tensor, shapes[tensor], place)
     for tensor in others:
         name = tensor.replace("self_attention.", "self_attn.")
         if name in names:
-            raise ValueError(f"an export has another tensor of the name {name}: call the layer's {tensor} otherwise")
-        yield _OfLayer(name, tensor, shapes[tensor], _whole)
+            raise ValueError(f"an export already has a tensor {name}: rename the layer's {tensor}")
+        yield _LayerTensor(name, tensor, shapes[tensor], _whole)
 
 
 def _parts(key: str, shapes: Mapping[str, Shape]) -> list[str]:
     return [part for part in ("weight", "bias", "expert_bias") if f"{key}.{part}" in shapes]
 
 
-def _renamed(model: ModelRecipe, style: Style) -> Iterator[tuple[str, str, _Place]]:
-    """Yield the names of modules there and here, and where in the module here that there is."""
+def _renamed(model: ModelRecipe, style: Style) -> Iterator[tuple[str, str, _Selection]]:
+    """Yield Hugging Face's and the native name of each module, and the selection from the native one."""
     yield "input_layernorm", "input_layernorm", _whole
     yield from _attention_as_llada2(model) if style == "llada2" else _attention(model)
     yield "post_attention_layernorm", "pre_mlp_layernorm", _whole
@@ -193,7 +196,7 @@ def _renamed(model: ModelRecipe, style: Style) -> Iterator[tuple[str, str, _Plac
         yield from _mixture(model.moe)
 
 
-def _attention(model: ModelRecipe) -> Iterator[tuple[str, str, _Place]]:
+def _attention(model: ModelRecipe) -> Iterator[tuple[str, str, _Selection]]:
     head, groups = model.head_size, model.query_groups
     queries = model.num_attention_heads // groups * head
     for letter, start, count in (("q", 0, queries), ("k", queries, head), ("v", queries + head, head)):
@@ -204,9 +207,12 @@ def _attention(model: ModelRecipe) -> Iterator[tuple[str, str, _Place]]:
     yield "self_attn.k_norm", "self_attention.k_layernorm", _whole
 
 
-def _attention_as_llada2(model: ModelRecipe) -> Iterator[tuple[str, str, _Place]]:
-    """Yield those of one matrix for all queries, then all keys, then all values, whose heads turn their first channels
-    in pairs of two halves of these; here the halves of all channels are the pairs, of which the first turn.
+def _attention_as_llada2(model: ModelRecipe) -> Iterator[tuple[str, str, _Selection]]:
+    """Yield the modules of LLaDA2's attention, which differ in two orders.
+
+    Rows: its matrix has all queries, then all keys, then all values; the native one groups them by key/value head.
+    Channels: only the first `rotary_channels` of a head are rotated, in pairs (i, i + rotary_channels / 2); native
+    pairs are (i, i + head / 2) over all channels, of which the first pairs are rotated.
     """
     head, groups = model.head_size, model.query_groups
     half, turned = head // 2, model.rotary_channels // 2
@@ -223,7 +229,7 @@ def _attention_as_llada2(model: ModelRecipe) -> Iterator[tuple[str, str, _Place]
     yield "attention.key_layernorm", "self_attention.k_layernorm", _rows(*channels)
 
 
-def _mixture(moe: MoeRecipe) -> Iterator[tuple[str, str, _Place]]:
+def _mixture(moe: MoeRecipe) -> Iterator[tuple[str, str, _Selection]]:
     yield "mlp.gate", "mlp.router", _whole
     for expert in range(moe.num_experts):
         yield f"mlp.experts.{expert}.gate_proj", "mlp.experts.linear_fc1", _at(expert, 0)

@@ -1,10 +1,10 @@
-"""Files of `torch.save`, read without running what they say.
+"""Read files of `torch.save` without running code that they name.
 
-A pickle names classes and functions to call. torch's `weights_only` reader knows those of tensors and refuses others,
-but every Lightning checkpoint of the official code has its Hydra configuration and its tokeniser pickled beside the
-weights. Objects of those packages are read as stand-ins, which hold what was pickled: neither the packages are
-imported nor is anything of theirs called. What is named beyond that is refused, as are those names that torch's reader
-knows and tensors have no use for: some of them make gigabytes of a number.
+A pickle names classes and functions to call. torch's `weights_only` reader allows those of tensors and refuses others,
+but every Lightning checkpoint of the official code has its Hydra configuration and its tokeniser pickled next to the
+weights. Objects of those packages are read as stand-ins that hold what was pickled: the packages are not imported, and
+nothing of them is called. All other names are refused. So are names that torch's reader allows but tensors do not need:
+some of them allocate gigabytes from a single number.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _OF_TENSORS = re.compile(
     r"|torch\.(Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
     r"|torch\.(float|double|half|bfloat|long|int|uint|short|bool|complex|cfloat|cdouble)\d*(_e\w+)?"
 )
-# Of a pickle; those of published models have some hundred kB, and a tokeniser in one some MB.
+# Largest pickle that is read; those of published models have some hundred kB, and some MB with a tokeniser.
 _LIMIT_BYTES = 1 << 26
 _PROGRAM = "data.pkl"
-# What torch's reader lets through of a damaged or hostile pickle.
+# Exceptions that torch's reader raises for damaged or hostile pickles, besides its own.
 _UNREADABLE = (
     RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, EOFError, OSError,
     pickle.UnpicklingError, struct.error, OverflowError,
@@ -45,7 +45,7 @@ _MOST_VALUES = 100_000
 
 
 class _StandIn:
-    """An object of a class that is not imported; `state` is what was pickled of it."""
+    """Stands in for an object whose class is not imported; `state` is its pickled state."""
 
     state: object = None
 
@@ -65,15 +65,16 @@ def _empty_dict(*args: object) -> dict[object, object]:
 
 @reader("a file of torch.save")
 def load_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary in a file of `torch.save`; tensors stay in the file until they are used.
+    """Return the dictionary in a file of `torch.save`; tensors are mapped and read when they are used.
 
     Raises:
-        ValueError: truncated, corrupt, no such file, no dictionary, or the pickle names what is no tensor's.
+        ValueError: the file is truncated, corrupt or of another format, holds no dictionary, or its pickle has names
+            that tensors do not need.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file: give a file of torch.save")
+        raise ValueError(f"{path} is not a regular file: give a file of torch.save")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} {_what_it_is(path)}")
+        raise ValueError(f"{path} {_describe_file(path)}")
     others = [name for name in names_called(_program(path)) if not _OF_TENSORS.fullmatch(name)]
     if unsafe := sorted(name for name in others if name != _DEFAULTDICT and not _STOOD_IN_FOR.fullmatch(name)):
         raise ValueError(_unsafe_message(path, unsafe))
@@ -96,23 +97,26 @@ def load_pickle(path: Path) -> dict[str, Any]:
 
 
 def _program(path: Path) -> bytes:
-    """Return the pickle of a file of torch.save, which packs nothing."""
+    """Return the pickle in a file of torch.save, a zip archive without compression."""
     with zipfile.ZipFile(path) as archive:
         files = archive.infolist()
     if any(file.compress_type != zipfile.ZIP_STORED or file.file_size > file.compress_size for file in files):
-        raise ValueError(f"{path} is no file of torch.save: a file in it is compressed")
+        raise ValueError(f"{path} was not written by torch.save: a file in it is compressed")
     if any(file.filename.endswith(_PROGRAM) and file.file_size > _LIMIT_BYTES for file in files):
         raise ValueError(f"{path} is not loaded: its pickle is larger than {_LIMIT_BYTES >> 20} MiB")
     try:
         program: bytes = torch._C.PyTorchFileReader(str(path)).get_record(_PROGRAM)
     except RuntimeError as error:
-        raise ValueError(f"{path} is no file of torch.save, or corrupt: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path} was not written by torch.save, or is corrupt: {str(error).splitlines()[0]}"
+        ) from error
     return program
 
 
 def plain(value: object) -> Any:
-    """Return the dictionaries, lists and scalars of a Hydra (OmegaConf) configuration; None in place of all else, and
-    of what is nested too deeply. ValueError: it is larger than any configuration.
+    """Return the dictionaries, lists and scalars of a Hydra (OmegaConf) configuration.
+
+    Other objects, and values nested too deeply, become None. ValueError: it is larger than any configuration.
     """
     left = _MOST_VALUES
 
@@ -135,7 +139,8 @@ def plain(value: object) -> Any:
     return copied(value, 0)
 
 
-def _what_it_is(path: Path) -> str:
+def _describe_file(path: Path) -> str:
+    """Return what a file that is no zip archive is, for a message."""
     with path.open("rb") as file:
         head = file.read(32)
     if head.startswith(b"version https://git-lfs"):
@@ -155,8 +160,8 @@ def _what_it_is(path: Path) -> str:
 def _unsafe_message(path: Path, names: list[str]) -> str:
     listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return (
-        f"{path} is not loaded: its pickle calls {listed}, which is no part of tensors and could run any code. If you "
-        f"trust whoever wrote it, save its tensors alone, where the code that it needs is installed:\n"
+        f"{path} is not loaded: its pickle calls {listed}, which tensors do not need and which could run any code. If "
+        f"you trust its author, save only its tensors, on a machine where the code that it needs is installed:\n"
         f"  {_save_again(path)}"
     )
 

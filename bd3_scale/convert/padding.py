@@ -1,9 +1,12 @@
-"""Rows that pad a head up to a mask's id, for engines that take every row of it into their softmax.
+"""Compute rows that pad a head up to a mask's id, for engines that include all rows in their softmax.
 
-What a trained head multiplies lies on one side of the origin: there is a direction whose product with it is about 1,
-whatever the text. A row that goes far enough against that direction has a low logit everywhere, and a hundred thousand
-of them together have no share of the probability that counts; it is measured on rows that the direction was not
-fitted to.
+SGLang and LMDeploy take the mask at id 151669 (Qwen3's tokeniser), far behind a small vocabulary, so embedding and head
+are padded by up to a hundred thousand rows. The head's padding rows must have a negligible share of the probability.
+
+The inputs of a trained head lie on one side of the origin: there is a direction d with d·h ≈ 1 for every input h. A row
+m − λd, with m the mean of the tokens' rows, has the logit m·h − λ d·h, which is low everywhere if λ is large enough. λ
+is chosen so that `count` such rows together have the share SHARE on the inputs that d was fitted to, and the share is
+measured on other inputs.
 """
 
 from __future__ import annotations
@@ -35,34 +38,34 @@ from bd3_scale.resilience.readers import in_one_line
 if TYPE_CHECKING:
     from bd3_scale.convert.export import ExportPlan
 
-LENGTH, SEQUENCES, ROUNDS = 128, 32, 4  # of text that the model writes itself, from random tokens on
-TOKENS = 1 << 14  # of the run's text, to fit to and to measure on
-SHARE = 1e-6  # of the probability, which all that pads may have on any row of the fit
-LEAST = 0.1  # product of the direction with such a row; below it, another text might have one below 0
-PIECE = 64  # rows whose logits are held at once
-RIDGE, REFITS = 1e-3, 10  # the ridge is that share of the mean square
+LENGTH, SEQUENCES, ROUNDS = 128, 32, 4  # of text that the model generates from random tokens
+TOKENS = 1 << 14  # of the run's text, for the fit and for the measurement
+SHARE = 1e-6  # most probability that all padding together may have on an input of the fit
+LEAST = 0.1  # smallest d·h that is accepted; below it, inputs of another text might have d·h < 0
+PIECE = 64  # rows whose logits are computed at once; a bound of memory
+RIDGE, REFITS = 1e-3, 10  # the ridge is a share of the mean square
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Say what the rows that pad a head are, and what they cost in an engine that leaves no row out.
+    """The rows that pad a head, and their cost in engines that exclude no rows.
 
     Attributes:
-        row: [X], each of them, as it is written; None: each is the mean of the tokens' rows.
-        says: of row and shares, for people.
-        median, largest: share of the probability that they have together, over masked tokens; None: not measured.
+        row: [X], the value of each row; None: each is the mean of the tokens' rows.
+        summary: row and shares in words.
+        median, largest: share of the probability of all padding rows, over masked tokens; None: not measured.
     """
 
     row: Tensor | None
-    says: str
+    summary: str
     median: float | None = None
     largest: float | None = None
 
 
 def with_padding(plan: ExportPlan, model: BlockDiffusionTransformer | None = None) -> ExportPlan:
-    """Return a plan that moves the mask with the rows that pad its head, measured; any other as it is.
+    """Add measured padding rows to a plan that moves the mask; return any other plan unchanged.
 
-    model: with the weights that are written, where it is open; else it is opened in fp32 if memory suffices.
+    model: the model with the weights that are written, if it is loaded; else it is loaded in fp32 if memory suffices.
     """
     if not plan.moves_mask:
         return plan
@@ -72,9 +75,9 @@ def with_padding(plan: ExportPlan, model: BlockDiffusionTransformer | None = Non
         plan.manifest.trained_objective()
     except ValueError as error:
         return replace(plan, padding=Padding(None, _mean_because(str(error))))
-    needed, there = 4 * sum(tensor.numel for tensor in plan.tensors), available_bytes()
-    if needed > there:
-        reason = f"the model in fp32 takes {needed / 1e9:.1f} GB, and {there / 1e9:.1f} GB of memory are left"
+    needed, available = 4 * sum(tensor.numel for tensor in plan.tensors), available_bytes()
+    if needed > available:
+        reason = f"the model in fp32 takes {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are left"
         return replace(plan, padding=Padding(None, _mean_because(reason)))
     with open_model(plan.checkpoint, torch.float32) as (opened, _, _):
         return replace(plan, padding=_measured(plan, opened))
@@ -88,39 +91,42 @@ def _measured(plan: ExportPlan, model: BlockDiffusionTransformer) -> Padding:
     tokens, mean, count = rows[:size].float(), rows[size].float(), len(rows) - size
     trained, held_out, unread = _text(plan)
     fitted, others = (
-        torch.cat([*_own_text(plan, model, tokens, seed), *(_inputs(plan, model, batch)[0] for batch in batches)])
+        torch.cat([*_generated_text(plan, model, tokens, seed), *(_inputs(plan, model, batch)[0] for batch in batches)])
         for seed, batches in enumerate((trained, held_out))
     )
-    others = others.to(rows.dtype).float()  # an engine computes in the type of the weights
+    others = others.to(rows.dtype).float()  # engines compute in the dtype of the weights
     direction = _direction(fitted.double()).float()
-    row, lowest, kept = mean, float((fitted @ direction).min()), "what the head multiplies has no direction in common"
+    row, lowest, kept = mean, float((fitted @ direction).min()), "the head's inputs have no common direction"
     if lowest >= LEAST:
-        # The mean's logit is below the logarithm of the mean exponential (Jensen), so that SHARE holds on the fit.
+        # λ = log(count / (size · SHARE)) / min d·h. By Jensen's inequality m·h ≤ log mean exp of the tokens' logits =
+        # logsumexp − log(size); so the padding's share is at most count · exp(m·h − λ d·h − logsumexp) ≤ SHARE.
         row = (mean - (math.log(count / size) - math.log(SHARE)) / lowest * direction).to(rows.dtype).float()
-        above = int((~(others @ row <= others @ mean)).sum())  # counts what is no number, too
-        kept = f"others had higher logits than that on {above:,} masked tokens" if above else ""
+        above = int((~(others @ row <= others @ mean)).sum())  # the negation counts NaN, too
+        kept = f"other rows would have higher logits than the mean on {above:,} masked tokens" if above else ""
     shares = _shares(others, tokens, mean if kept else row, count)
     median, largest = float(shares.median()), float(shares.max())
-    text = f"the model's own text alone, as no other was read ({unread})" if unread else "held-out and its own text"
-    says = (
+    text = f"generated text alone, as no other was read ({unread})" if unread else "held-out and generated text"
+    summary = (
         f"padding takes {median:.2g} of the probability in the median and {largest:.2g} at most, on {len(others):,} "
         f"masked tokens of {text}"
     )
     if kept:
-        return Padding(None, f"{says}: {_mean_because(kept)}", median, largest)
-    return Padding(row.to(rows.dtype), says, median, largest)
+        return Padding(None, f"{summary}: {_mean_because(kept)}", median, largest)
+    return Padding(row.to(rows.dtype), summary, median, largest)
 
 
 def _mean_because(reason: str) -> str:
     return (
-        f"each row of padding has the mean of the tokens' logits, since {reason}; confidences are lower by what all of "
-        "them take, so set thresholds lower, and sample with a top-k"
+        f"each padding row has the mean of the tokens' logits, since {reason}; the padding's share lowers all "
+        "confidences, so set thresholds lower, and sample with a top-k"
     )
 
 
 def _direction(hidden: Tensor) -> Tensor:
-    """Return [X] whose product with rows [M, X] is about 1, by ridge regression; rows where it is low count more from
-    fit to fit, so that the lowest is high.
+    """Return a direction [X] whose product with rows [M, X] is about 1, by ridge regression.
+
+    The smallest product decides how far the padding rows must go, so after each fit rows with a small product get a
+    larger weight, as in boosting.
     """
     weights = torch.ones(len(hidden), 1, dtype=hidden.dtype)
     for _ in range(1 + REFITS):
@@ -133,22 +139,24 @@ def _direction(hidden: Tensor) -> Tensor:
 
 
 def _shares(hidden: Tensor, tokens: Tensor, row: Tensor, count: int) -> Tensor:
-    """Return the share [M] that `count` rows like `row` have of the probability, beside those of tokens, [V, X]."""
+    """Return the share [M] of the probability that `count` rows equal to `row` have next to those of `tokens` [V, "
+    "X]."""
     totals = torch.cat([(part @ tokens.T).logsumexp(-1) for part in hidden.split(PIECE)])
     return torch.sigmoid(hidden @ row + math.log(count) - totals)
 
 
 def _inputs(plan: ExportPlan, model: BlockDiffusionTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return what the head multiplies at masks of all rates in [0, 1], fp32 [M, X], and which rows these are."""
-    batch = replace(batch, ids=batch.ids.clamp(min=0))  # what fills a batch has no number
+    """Return the head's inputs at masks of all rates in [0, 1], fp32 [M, X], and their row numbers."""
+    batch = replace(batch, ids=batch.ids.clamp(min=0))  # sequences that only complete a batch have the id −1
     inputs = calibration_inputs(batch, plan.manifest.trained_objective(), next(model.parameters()).device)
     return model.head_inputs(inputs).float().cpu(), inputs.head_rows.cpu()
 
 
-def _own_text(plan: ExportPlan, model: BlockDiffusionTransformer, tokens: Tensor, seed: int) -> Iterator[Tensor]:
-    """Yield inputs of random tokens that become the model's own text: in each round it draws those that are masked.
+def _generated_text(plan: ExportPlan, model: BlockDiffusionTransformer, tokens: Tensor, seed: int) -> Iterator[Tensor]:
+    """Yield the head's inputs on random tokens that turn into generated text: each round draws the masked tokens.
 
-    Half of the sequences begin with few tokens that repeat, and half are short documents.
+    Half of the sequences begin with few tokens that repeat, and half consist of short documents: unusual inputs, for
+    which the padding must be small, too.
     """
     block = plan.manifest.block_size
     shape = MICRO_BATCH, max(1, min(LENGTH, plan.manifest.max_position_embeddings) // block) * block
@@ -172,19 +180,20 @@ def _own_text(plan: ExportPlan, model: BlockDiffusionTransformer, tokens: Tensor
 
 
 def _text(plan: ExportPlan) -> tuple[list[Batch], list[Batch], str | None]:
-    """Return some training and held-out text of the run, or none of either and why."""
+    """Return batches of training and of held-out text of the run, or none of either and the reason."""
     manifest = plan.manifest
     if (data := manifest.trained_data()) is None:
-        return [], [], "no data are known that it was trained on"
+        return [], [], "the training data are not known"
     if data.remotes:
-        return [], [], f"it would be fetched from {', '.join(data.remotes)}"
+        return [], [], f"it would have to be downloaded from {', '.join(data.remotes)}"
     sequences = max(1, TOKENS // data.seq_len)
     try:
         check_data(plan, data)
         trained = list(calibration_batches(data.as_mixed_before(manifest.step), sequences))
-        how = {"batch_size": MICRO_BATCH, "dp_rank": 0, "dp_size": 1}
+        options = {"batch_size": MICRO_BATCH, "dp_rank": 0, "dp_size": 1}
         parts = [
-            held_out_batches(source, part, sequences=n, **how) for source, part, n in held_out_parts(data, sequences)
+            held_out_batches(source, part, sequences=n, **options)
+            for source, part, n in held_out_parts(data, sequences)
         ]
         return trained, [batch for part in parts for batch in part], None
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""What a pickle would do, told from its opcodes without doing it: which names it calls, and what would not end.
+"""Analyse a pickle from its opcodes without running it: the names that it calls, and whether it would end.
 
-A pickle has no loops, yet each of a few opcodes can double what the one before it made: tuples of tuples, whose hash
-visits every leaf, and bytes that are encoded again and again.
+A pickle has no loops, yet a few opcodes can each double what the one before made: tuples of tuples, whose hash visits
+every leaf, and bytes that are encoded again and again. A short file can thus run for ever.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 ENCODE = "_codecs.encode"  # how Python 2's protocol writes bytes
-# Leaves that a tuple may have, each counted as often as it is reached.
+# Most leaves of a tuple, each counted as often as it is reached.
 _MOST_LEAVES = 1_000_000
-# Some millions where a large vocabulary is pickled beside the weights.
+# Most opcodes; a pickle with a large vocabulary next to the weights has some millions.
 _MOST_STEPS = 5_000_000
 _GROWING = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE", "NEWOBJ", "BINPERSID", "DUP"}
 _PUTS, _GETS = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
@@ -22,7 +22,7 @@ _PUTS, _GETS = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"
 
 @dataclass(frozen=True)
 class _Item:
-    """A thing on the stack. leaves: those below it, of what can be hashed; calls: something is called for it."""
+    """An object on the pickle machine's stack. leaves: number of leaves below it; calls: its creation calls a name."""
 
     leaves: int = 1
     calls: bool = False
@@ -33,9 +33,9 @@ _MARK = _Item()
 
 
 def names_called(program: bytes) -> set[str]:
-    """Return the dotted names that a pickle of `torch.save` calls or builds objects of.
+    """Return the dotted names that a pickle of `torch.save` calls or instantiates.
 
-    ValueError: it would not end soon, or is damaged.
+    ValueError: it might run for ever, or is damaged.
     """
     stack: list[_Item] = []
     memo: dict[int, _Item] = {}
@@ -85,7 +85,7 @@ def _made(opcode: str, taken: list[_Item]) -> _Item:
 
 
 def _modern(module: str, name: str) -> str:
-    """Return the name that Python 3 has for it, as torch reads it."""
+    """Return Python 3's name for a Python 2 name, as torch's reader translates it."""
     if (module, name) in _compat_pickle.NAME_MAPPING:
         module, name = _compat_pickle.NAME_MAPPING[module, name]
     else:

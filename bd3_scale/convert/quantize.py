@@ -1,4 +1,4 @@
-"""Weights in fewer bits: a Hugging Face folder in the format of compressed-tensors, with a report of what it costs."""
+"""Quantise weights: write a Hugging Face folder in the format of compressed-tensors, with a report of the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
-from bd3_scale.convert.calibration import Calibration, check_data, held_out_parts, place_of
+from bd3_scale.convert.calibration import Calibration, check_data, held_out_parts, weights_label
 from bd3_scale.convert.check_export import check_export, expected_logits, round_weights
 from bd3_scale.convert.compressed import (
     engine_notes,
@@ -23,7 +23,8 @@ from bd3_scale.convert.compressed import (
     quantization_config,
     unpacked_weight,
 )
-from bd3_scale.convert.export import ExportPlan, check_undamaged, write_companions, write_shards
+from bd3_scale.convert.export import ExportPlan, check_undamaged
+from bd3_scale.convert.export_files import write_companions, write_shards
 from bd3_scale.convert.folder import open_weights
 from bd3_scale.convert.names import HEAD, NamedTensor
 from bd3_scale.convert.padding import with_padding
@@ -41,7 +42,7 @@ from bd3_scale.resilience.files import check_writable, new_folder
 Method = Literal["rtn", "gptq"]
 Progress = Callable[[int, int], object]
 REPORT = "quantization_report.json"
-# Native linears whose weights are quantised.
+# The native linear layers whose weights are quantised.
 _LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -54,21 +55,22 @@ class Measured:
     text_standard_error: float | None
 
     @classmethod
-    def of(cls, found: NelboEstimate) -> Measured:
-        """Return what a report keeps of an estimate."""
-        return cls(found.nelbo, found.noise_standard_error, found.text_standard_error)
+    def of(cls, estimate: NelboEstimate) -> Measured:
+        """Return the part of an estimate that a report keeps."""
+        return cls(estimate.nelbo, estimate.noise_standard_error, estimate.text_standard_error)
 
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """State what a smaller format costs.
+    """Size and accuracy of quantised weights.
 
     Attributes:
-        errors: of each weight, ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs X.
-        before: with the weights in `dtype`; after: with the quantised ones.
-        notes: what keeps engines' kernels from it, see `kernel_notes`.
-        padding: see `Padding.says`; None: no mask was moved.
-        seldom: of weights that met too few rows for GPTQ, and are rounded to nearest, how many; see `place_of`.
+        errors: for each weight, ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs X.
+        before: NELBO with the weights in `dtype`; after: with the quantised ones.
+        notes: why engines' kernels cannot run it, see `kernel_notes`.
+        padding: see `Padding.summary`; None: no mask was moved.
+        seldom: weights that saw too few rows for GPTQ and are rounded to nearest, and how many rows; see
+            `weights_label`.
     """
 
     bits: int
@@ -92,19 +94,19 @@ def check_quantizable(plan: ExportPlan, scheme: Scheme) -> None:
     each = 32 // scheme.bits
     if scheme.group_size % each:
         raise ValueError(
-            f"group_size={scheme.group_size} does not fill whole words of {each} values: take a multiple of {each}"
+            f"group_size={scheme.group_size} does not fill whole words of {each} values: use a multiple of {each}"
         )
     bad = {t.shape[1]: t.name for t in plan.tensors if is_quantized(t) and t.shape[1] % scheme.group_size}
     if bad:
         named = "; ".join(f"{name} has {features}" for features, name in bad.items())
         raise ValueError(
-            f"input features must divide into groups of {scheme.group_size}: {named}; take a --group-size that divides "
+            f"input features must divide into groups of {scheme.group_size}: {named}; use a --group-size that divides "
             "them, or train a model whose hidden and feed-forward sizes are multiples of 128"
         )
 
 
 def kernel_notes(plan: ExportPlan, scheme: Scheme) -> tuple[str, ...]:
-    """Return what keeps engines' kernels from the layers as they join them on one rank; empty if nothing."""
+    """Return why engines' kernels cannot run the layers as engines join them on one rank; empty if they can."""
     model = plan.manifest.model
     heads, hidden = model.num_attention_heads * model.head_size, model.hidden_size
     joined = {
@@ -122,19 +124,20 @@ def kernel_notes(plan: ExportPlan, scheme: Scheme) -> tuple[str, ...]:
 
 
 def packing_of(plan: ExportPlan, scheme: Scheme, method: Method) -> Packing:
-    """Return what the card and the table of engines say of the weights."""
+    """Return the description of the weights for the model card and the table of engines."""
     description = f"int{scheme.bits} in groups of {scheme.group_size} ({method}), compressed-tensors"
     return Packing(description, kernel_notes(plan, scheme))
 
 
 def is_quantized(tensor: NamedTensor) -> bool:
-    """Return the projections of the layers; embedding, norms, biases, routers and head are kept."""
+    """Tell whether a tensor is quantised: projections of layers are; embedding, norms, biases, routers, head are "
+    "not."""
     module, _, part = tensor.key.rpartition(".")
     return part == "weight" and module.endswith(_LINEARS)
 
 
 def _ignored(plan: ExportPlan) -> list[str]:
-    """Return which linear layers engines are told to leave as they are."""
+    """Return the linear layers that are not quantised, for `ignore` of the configuration."""
     return ["lm_head", *(["re:.*mlp.gate$"] if plan.manifest.model.moe is not None else [])]
 
 
@@ -150,16 +153,17 @@ def run_quantize(
     draws: int,
     progress: Progress = lambda done, total: None,
 ) -> QuantizationReport:
-    """Quantise layer by layer, write the folder `out`, read it again and compare, and measure what was lost.
+    """Quantise layer by layer, write the folder `out`, read it again and compare, and measure the loss.
 
     Raises:
-        ValueError: weights that do not divide into groups, or what was written differs; FileExistsError: `out` exists.
+        ValueError: weights that do not divide into groups, or a tensor that reads back differently; FileExistsError:
+            `out` exists.
     """
     check_quantizable(plan, scheme)
     check_data(plan, data)
     check_undamaged(plan)
     check_writable(out.parent, plan.num_bytes)
-    # Rounding on the way chooses other experts: where there are some, the weights alone are rounded.
+    # With experts only the weights are rounded, and activations stay in fp32: rounding them would choose other experts.
     exact = plan.manifest.model.moe is not None
     opened = open_model(plan.checkpoint, torch.float32 if exact else None)
     with new_folder(out) as folder, opened as (model, manifest, groups):
@@ -174,7 +178,7 @@ def run_quantize(
 
         measure.progress = advance
         quantizer = _Quantizer(plan, model, scheme, method, advance)
-        assert plan.dtype is not None, "scales need a type of their own"
+        assert plan.dtype is not None, "a quantised export has a dtype, for its scales"
         round_weights(model, plan.dtype)
         before = measure()
         calibration = Calibration(model, data.as_mixed_before(manifest.step), objective, calibration_sequences)
@@ -200,7 +204,7 @@ def run_quantize(
             before=before,
             after=measure(),
             notes=kernel_notes(plan, scheme),
-            padding=padding.says if padding else None,
+            padding=padding.summary if padding else None,
             seldom=quantizer.seldom,
         )
         (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
@@ -208,7 +212,7 @@ def run_quantize(
 
 
 class _Measure:
-    """Held-out NELBO of the model as it is at each call, on the same sequences under the same masks."""
+    """Measures the held-out NELBO of the model's current weights, always on the same sequences with the same masks."""
 
     def __init__(
         self,
@@ -225,16 +229,16 @@ class _Measure:
         self.progress: Callable[[int], object] = lambda sequences: None
 
     def __call__(self) -> Measured:
-        how: dict[str, Any] = {"objective": self._objective, "draws": self._draws, "progress": self.progress}
+        options: dict[str, Any] = {"objective": self._objective, "draws": self._draws, "progress": self.progress}
         parts = []
         for source, part, count in self._parts:
             batches = held_out_batches(source, part, batch_size=16, dp_rank=0, dp_size=1, sequences=count)
-            parts.append(evaluate_nelbo([self._model], batches, self._groups, **how))
+            parts.append(evaluate_nelbo([self._model], batches, self._groups, **options))
         return Measured.of(HeldOut.merged(parts).nelbo)
 
 
 class _Quantizer:
-    """Quantises the model's weights in place, and gives what is written of them, in the order of the export."""
+    """Quantises the model's weights in place and yields the tensors to write, in the order of the export."""
 
     def __init__(
         self,
@@ -252,7 +256,7 @@ class _Quantizer:
         self.seldom: dict[str, int] = {}
 
     def sizes(self, tensor: NamedTensor) -> dict[str, int]:
-        """Return the bytes of each tensor that is written for one of the model, by name."""
+        """Return the bytes of each tensor that is written for a tensor of the model, by name."""
         if not is_quantized(tensor):
             return {tensor.name: tensor.numel * self._dtype.itemsize}
         groups = tensor.numel // self._scheme.group_size
@@ -261,12 +265,16 @@ class _Quantizer:
         )
 
     def tensors(self, reader: TensorReader, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
-        """Yield all that is written; a layer is calibrated when its first weight comes, behind quantised layers."""
+        """Yield all tensors to write.
+
+        A layer is calibrated when its first weight is reached, on the outputs of layers that are already quantised: its
+        weights can then make up for errors of the layers before.
+        """
         layer, hessians = None, {}
         for tensor in self.plan.tensors:
             self._progress(1)
             if not is_quantized(tensor):
-                if tensor.name == HEAD:  # behind the layers, which are quantised by then
+                if tensor.name == HEAD:  # it follows the layers, which are quantised now
                     self.plan = with_padding(self.plan, self._model)
                 yield tensor.name, self.plan.read(reader, tensor)
                 continue
@@ -280,7 +288,7 @@ class _Quantizer:
             expert = tensor.expert
             total = hessians[linear][expert or 0]
             if self._method == "gptq" and not total.is_enough:
-                self.seldom[place_of(layer, expert)] = total.rows
+                self.seldom[weights_label(layer, expert)] = total.rows
             yield from self._quantize(tensor, total).items()
 
     @torch.no_grad()
@@ -298,18 +306,18 @@ class _Quantizer:
         return packed_tensors(tensor.name.removesuffix(".weight"), quantized, self._scheme)
 
     def _box(self, tensor: NamedTensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Return the part of a layer's parameter that a box of the stacked tensor is."""
+        """Return the part of a layer's parameter that corresponds to a box of the stacked tensor."""
         name = tensor.key.replace("decoder.layers.", f"decoder.layers.{tensor.layer}.")
         part = tuple(slice(first, first + size) for first, size in zip(offset[1:], shape[1:], strict=True))
         return self._parameters[name].data[part]
 
     def verify(self, folder: Path) -> None:
-        """Unpack what was written and compare it with the weights that are measured."""
+        """Unpack the written weights and compare them with those that were measured."""
         written = open_weights(folder, quantised=True)
         for tensor in self.plan.tensors:
             if is_quantized(tensor):
                 name = tensor.name.removesuffix(".weight")
                 unpacked = unpacked_weight({n: written.read(n) for n in self.sizes(tensor)}, name, self._scheme)
-                mine = tensor.join([self._box(tensor, *box) for box in tensor.boxes])
-                if not torch.equal(unpacked.to(mine.dtype), mine.cpu()):
-                    raise ValueError(f"{name} was not written as it was quantised: is the disk sound?")
+                expected = tensor.join([self._box(tensor, *box) for box in tensor.boxes])
+                if not torch.equal(unpacked.to(expected.dtype), expected.cpu()):
+                    raise ValueError(f"{name} reads back differently than it was quantised: check the disk")

@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits: round to nearest, and GPTQ (Frantar et al., ICLR 2023), on plain tensors.
+"""Quantise weights to 4 or 8 bits by rounding to nearest, or by GPTQ (Frantar et al., ICLR 2023), on plain tensors.
 
 Legend: O output features (rows of a weight), I input features (columns), G groups of columns that share a scale.
 """
@@ -11,14 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-BLOCK = 128  # columns after which GPTQ makes up for their errors in all that are still to come
+# Columns that GPTQ processes before it updates all later ones at once (paper, section 3.3, "lazy batch-updates"): the
+# result is the same, and the large update runs as one matrix product.
+BLOCK = 128
+# Candidates for the largest value of a group, relative to its largest magnitude.
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)
-SMALLEST_SCALE = 2.0**-24  # the least that float16 holds
-# Rows for each input feature, below which a Hessian is more chance than inputs: where features are not correlated, GPTQ
-# calibrated on as many rows as features loses 2.7 times what rounding does on other rows, on four times as many 1.1.
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+# Least calibration rows per input feature for GPTQ. A Hessian of fewer rows is mostly chance: measured on other rows
+# with uncorrelated features, GPTQ's error is 2.7 times that of rounding with 1 row per feature, and 1.1 times with 4.
 LEAST_ROWS = 4
-# A mean square is a number of its own for each feature: the least rows of which weights by it were never worse than
-# none at all by more than 1 %, whatever the tails of the inputs.
+# Least rows for an importance matrix, which estimates only one number per feature: with 64, weighting by it was never
+# worse than no weighting by more than 1 %, even for inputs with heavy tails.
 LEAST_ROWS_OF_SQUARES = 64
 
 
@@ -31,29 +34,32 @@ class Scheme:
 
     @property
     def lowest(self) -> int:
+        """Return the smallest integer."""
         return -(1 << (self.bits - 1))
 
     @property
     def highest(self) -> int:
+        """Return the largest integer."""
         return (1 << (self.bits - 1)) - 1
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """values: int8 [O, I]; scales: [O, G], in the type in which they are stored."""
+    """A quantised weight. values: int8 [O, I]; scales: [O, G], in the dtype in which they are stored."""
 
     values: Tensor
     scales: Tensor
 
     def dequantize(self) -> Tensor:
-        """Return [O, I] in the type of the scales: what an engine multiplies with."""
+        """Return the weight [O, I] in the dtype of the scales, as engines compute it."""
         group_size = self.values.shape[1] // self.scales.shape[1]
         return _multiply(self.values.unflatten(1, (-1, group_size)), self.scales[..., None]).flatten(1)
 
 
 class HessianSum:
-    """Σ x xᵀ over the rows x that a weight is multiplied with, fp32 [I, I]: half the Hessian of its squared output
-    error in each of its rows. rows: how many these are.
+    """Sums x xᵀ over the input rows x of a linear layer, fp32 [I, I]. rows: number of rows.
+
+    This is half the Hessian of ‖(W − Ŵ)X‖² with respect to any row of the weight.
     """
 
     def __init__(self, features: int, device: torch.device | None = None) -> None:
@@ -68,12 +74,12 @@ class HessianSum:
 
     @property
     def is_enough(self) -> bool:
-        """Say whether GPTQ gains by it."""
+        """Tell whether there are enough rows for GPTQ to be better than rounding."""
         return self.rows >= LEAST_ROWS * len(self.hessian)
 
 
 class SquareSum:
-    """Σ x² over the rows x that a weight is multiplied with, fp32 [I]: the diagonal of `HessianSum`."""
+    """Sums x² over the input rows x of a linear layer, fp32 [I]: the diagonal of `HessianSum`."""
 
     def __init__(self, features: int, device: torch.device | None = None) -> None:
         self.rows = 0
@@ -86,12 +92,12 @@ class SquareSum:
 
     @property
     def is_enough(self) -> bool:
-        """Say whether weighing by it gains something."""
+        """Tell whether there are enough rows for an importance matrix to help."""
         return self.rows >= LEAST_ROWS_OF_SQUARES
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Put each weight [O, I] at the nearest multiple of its group's scale.
+    """Round each value of a weight [O, I] to the nearest multiple of its group's scale.
 
     ValueError: the input features do not divide into groups, or a weight is not finite.
     """
@@ -104,26 +110,30 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -
 def gptq(
     weight: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype, damping: float = 0.01
 ) -> QuantizedWeight:
-    """Put column after column at the nearest multiple, its error made up for by the columns that are still to come.
+    """Quantise a weight column by column; later columns compensate for the error of earlier ones.
 
-    The error of a column is spread as the closed form of optimal brain surgeon says, by the inverse of `hessian`
-    [I, I] among the columns to come, which its Cholesky factor holds (paper, section 3.3). The columns with the largest
-    inputs come first. Scales are those of `round_to_nearest`, so that every column keeps its place and its group, as
-    engines read them.
+    Column i is rounded to q_i, and with e = (w_i − q_i) / [H⁻¹]_ii every later column j is changed by −e [H⁻¹]_ij,
+    where H is restricted to the columns i, i + 1, …: the closed form of Optimal Brain Surgeon (paper, eq. 2). Row i of
+    the upper Cholesky factor of H⁻¹ holds these entries for all i at once, up to the factor of its diagonal entry
+    (paper, section 3.3).
+
+    Columns with the largest inputs come first, while most columns can still compensate (`act-order` of the authors'
+    code). Scales are those of `round_to_nearest` for the original order of columns, since engines read groups in that
+    order.
 
     Args:
-        damping: share of the mean diagonal that is added to the diagonal, so that it can be inverted. A feature that
-            was never met has no part in the error, and is rounded to nearest.
+        damping: share of the mean diagonal that is added to the diagonal, so that H can be inverted. A feature whose
+            inputs are always 0 does not affect the error, and is rounded to nearest.
 
     ValueError: the input features do not divide into groups, or a weight or the Hessian is not finite.
     """
     _check(weight, scheme)
     if not hessian.isfinite().all():
-        raise ValueError("the calibration inputs are not finite: is the checkpoint sound, and is float32 wide enough?")
+        raise ValueError("the calibration inputs are not finite: verify the checkpoint, or use float32")
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order], damping)
     scales = _scales(weight.float().unflatten(1, (-1, scheme.group_size)), scheme, scale_dtype)
-    # Transposed, a column of the weight is contiguous.
+    # Transposed, so that a column of the weight is contiguous in memory.
     rest = weight.float().t()[order]
     steps = scales.t()[order // scheme.group_size]
     values = torch.empty(rest.shape, dtype=torch.int8, device=weight.device)
@@ -141,7 +151,7 @@ def gptq(
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
-    """Return ‖(W − Ŵ)X‖² / ‖WX‖² over the rows X of `hessian`; 0 where nothing comes out."""
+    """Return ‖(W − Ŵ)X‖² / ‖WX‖² over the rows X of `hessian`; 0 if WX is 0."""
     weight, hessian = weight.double(), hessian.double()
     difference = weight - quantized.dequantize().double()
     whole = float(((weight @ hessian) * weight).sum())
@@ -151,21 +161,21 @@ def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
 def _check(weight: Tensor, scheme: Scheme) -> None:
     if weight.shape[1] % scheme.group_size:
         raise ValueError(
-            f"{weight.shape[1]} input features do not divide into groups of {scheme.group_size}: take a group size "
+            f"{weight.shape[1]} input features do not divide into groups of {scheme.group_size}: use a group size "
             "that divides them"
         )
     if not weight.isfinite().all():
-        raise ValueError("a weight is not finite, and no integer stands for it: quantise a checkpoint that is sound")
+        raise ValueError("a weight is not finite, and cannot be quantised: use an earlier checkpoint")
 
 
 def _scales(grouped: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """Return the scales of groups [..., size].
+    """Return the scales of groups [..., size], chosen by the least squared error among the `CLIPPING` candidates.
 
-    At the widest the largest magnitude is in the middle of the last step, as in compressed-tensors; clipping a few
-    weights may cost less than coarse steps for all. The least squared error wins.
+    The widest scale puts the largest magnitude into the middle of the last step, as in compressed-tensors. A smaller
+    one clips a few weights, which may cost less than coarse steps for all.
     """
     widest = grouped.abs().amax(-1) / ((scheme.highest - scheme.lowest) / 2)
-    # A group of zeros needs a scale all the same, and one that the type can hold.
+    # A group of zeros needs a positive scale, too, and one that the dtype can hold.
     candidates = [(widest * share).clamp(min=SMALLEST_SCALE).to(dtype) for share in CLIPPING]
     errors = torch.stack([_squared_error(grouped, scales[..., None], scheme) for scales in candidates])
     return torch.stack(candidates).gather(0, errors.argmin(0, keepdim=True))[0]
@@ -181,16 +191,22 @@ def _round(weights: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _multiply(values: Tensor, scales: Tensor) -> Tensor:
-    """Return the product in the type of the scales, as engines do: of 8 bits in bfloat16 off by up to half a step."""
+    """Return the product in the dtype of the scales, as engines compute it.
+
+    With 8 bits in bfloat16, which has 8 significant bits, it is rounded by up to half a step; errors must include that.
+    """
     return values.to(scales.dtype) * scales
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the damped Hessian's inverse, fp32 [I, I]."""
+    """Return the upper Cholesky factor of the damped Hessian's inverse, fp32 [I, I].
+
+    Computed in float64: in float32 the Cholesky factorisation of an ill-conditioned Hessian fails or loses its digits.
+    """
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
-    never_met = diagonal == 0
+    unused = diagonal == 0
     diagonal += damping * diagonal.mean()
-    diagonal[never_met] = 1.0
+    diagonal[unused] = 1.0
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()

@@ -1,4 +1,4 @@
-"""The modelling code that lies beside the weights of an export and runs in transformers without this package."""
+"""Provide the modelling code that lies next to an export's weights and runs in transformers without this package."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _MODULES = ("configuration", "modeling", "mlp", "generation")
 
 
 def remote_code(kind: Format) -> dict[str, str]:
-    """File name → source text of the modules that make up a format that has code.
+    """Return the modules of a format that has code, by file name.
 
-    They are one source: SDAR, dense or with experts, is this model with the names that engines look for, and LLaDA2
-    has modules of its own beside it, for its weights have other names.
+    All formats share one source. SDAR, dense or with experts, is the same model under the class and file names that
+    engines look for. LLaDA2 adds two modules, since its weights have other names.
     """
     if kind == "llada2":
-        own = {f"{name}_llada2_moe.py": _read(f"{name}_llada2_moe.py") for name in ("configuration", "modeling")}
-        return remote_code("bd3") | own
+        llada2 = {f"{name}_llada2_moe.py": _read(f"{name}_llada2_moe.py") for name in ("configuration", "modeling")}
+        return remote_code("bd3") | llada2
     prefix = EXPORT_FORMATS[kind].prefix
     sources = {f"{name}_{kind}.py": _read(f"{name}_bd3.py") for name in _MODULES}
     return {name: text.replace("Bd3", prefix).replace("bd3", kind) for name, text in sources.items()}

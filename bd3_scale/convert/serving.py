@@ -1,4 +1,5 @@
-"""What engines need beside the weights: launch lines, SGLang's algorithm file, the model card, and who can run what."""
+"""Write what engines need besides the weights (launch lines, SGLang's algorithm file, model card), and tell who can "
+"run it."""
 
 from __future__ import annotations
 
@@ -11,19 +12,20 @@ from bd3_scale.checkpoint.manifest import CheckpointManifest
 from bd3_scale.convert.architectures import EXPORT_FORMATS, Format
 from bd3_scale.recipe.plain_yaml import dump_yaml
 
-ENGINE_MASK_ID = 151669  # of Qwen3's tokeniser; SGLang and LMDeploy know no other for SDAR
-# Formats that engines run, and the id that these take for the mask; SGLang alone runs LLaDA2.
+ENGINE_MASK_ID = 151669  # in Qwen3's tokeniser; SGLang and LMDeploy have it hard-coded for SDAR
+# Formats that engines run -> the mask id that the engines expect; only SGLang runs LLaDA2.
 ENGINE_MASK_IDS: Mapping[Format, int] = {"sdar": ENGINE_MASK_ID, "sdar_moe": ENGINE_MASK_ID, "llada2": 156895}
-# What is said of these engines was read in their source, of the mask at these commits; none has run an export.
+# Statements about these engines come from their source, those about the mask at these commits; no export was run in
+# them.
 SGLANG_READ, LMDEPLOY_READ = "0ad4de4", "a574968"
 SGLANG_CONFIG = "sglang.yaml"
 THRESHOLD = 0.9
-MAX_RUNNING_REQUESTS = 32  # at once; SGLang takes one of a diffusion model where nothing is said
+MAX_RUNNING_REQUESTS = 32  # SGLang's default is 1 for diffusion models
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Say whether an engine runs an export, and why not."""
+    """Whether an engine runs an export, and the reason."""
 
     name: str
     runs: bool
@@ -32,28 +34,28 @@ class Engine:
 
 @dataclass(frozen=True)
 class Packing:
-    """Say how weights are packed in a smaller format. notes: what keeps SGLang's kernel from layers of it."""
+    """The packing of quantised weights. notes: why SGLang's kernel cannot run layers of it."""
 
     description: str
     notes: tuple[str, ...]
 
 
 def engines(kind: Format, mask_id: int, packing: Packing | None = None) -> tuple[Engine, ...]:
-    """Return which engines run an export of `kind` whose mask has an id; the reasons are for people."""
-    found = _engines(kind, mask_id)
+    """Return which engines run an export of `kind` with this mask id, with reasons for people."""
+    table = _engines(kind, mask_id)
     if packing is None:
-        return found
-    return tuple(Engine(e.name, False, reason) if (reason := _unread(e.name, packing)) else e for e in found)
+        return table
+    return tuple(Engine(e.name, False, reason) if (reason := _packing_obstacle(e.name, packing)) else e for e in table)
 
 
-def _unread(engine: str, packing: Packing) -> str | None:
-    """Return why an engine does not run what compressed-tensors packed, None where it does."""
+def _packing_obstacle(engine: str, packing: Packing) -> str | None:
+    """Return why an engine does not run weights packed by compressed-tensors, None if it does."""
     if engine == "SGLang" and packing.notes:
-        return f"its kernel for packed weights takes no such layers: {'; '.join(packing.notes)}"
+        return f"its kernel for packed weights cannot run these layers: {'; '.join(packing.notes)}"
     if engine.startswith(("transformers", "SGLang", "vLLM")):
         return None
     if engine == "LMDeploy":
-        return "its PyTorch engine, which alone runs SDAR, reads AWQ, SmoothQuant and FP8, and no compressed-tensors"
+        return "only its PyTorch engine runs SDAR, and that reads AWQ, SmoothQuant and FP8, but not compressed-tensors"
     return "it is not known to read compressed-tensors"
 
 
@@ -65,12 +67,12 @@ def _engines(kind: Format, mask_id: int) -> tuple[Engine, ...]:
     transformers = Engine("transformers", True, "4.5x and 5.x, with trust_remote_code")
     llama_cpp = Engine("llama.cpp", False, "it reads GGUF files: `bd3-scale convert export --format gguf` writes one")
     if kind == "bd3":
-        reason = "they know SDAR alone, and SGLang LLaDA2, which need q/k norm, RMSNorm and SwiGLU"
+        reason = "they run SDAR, and SGLang also LLaDA2, which need q/k norm, RMSNorm and SwiGLU"
         return transformers, Engine("SGLang, LMDeploy, JetEngine, Diffulex", False, reason), llama_cpp
     expected = ENGINE_MASK_IDS[kind]
     fits = mask_id == expected
     reason = (
-        f"the mask has the id {expected} that it expects"
+        f"the mask has the id {expected}, which it expects"
         if fits
         else f"it takes {expected} ({'LLaDA2' if kind == 'llada2' else 'Qwen3'}'s tokeniser) for the mask, and here "
         f"the mask has the id {mask_id}: `--mask-id {expected}` moves it there"
@@ -89,7 +91,7 @@ def _engines(kind: Format, mask_id: int) -> tuple[Engine, ...]:
 
 
 def launch_lines(block_size: int, found: Sequence[Engine]) -> str:
-    """Return how to serve an export, from inside its folder, with those engines that run it."""
+    """Return the commands that serve an export, from inside its folder, with the engines that run it."""
     lines = {
         "SGLang": f"python -m sglang.launch_server --model-path . --trust-remote-code \\\n"
         f"    --dllm-algorithm LowConfidence --dllm-algorithm-config {SGLANG_CONFIG} \\\n"
@@ -102,7 +104,7 @@ def launch_lines(block_size: int, found: Sequence[Engine]) -> str:
 
 
 def sglang_config(block_size: int) -> str:
-    """Return SGLang's algorithm file: the block size is not read from the model's config."""
+    """Return SGLang's algorithm file: SGLang does not read the block size from config.json."""
     return f"block_size: {block_size}\nthreshold: {THRESHOLD}\n"
 
 
@@ -113,15 +115,15 @@ def model_card(
     packing: Packing | None = None,
     padding: str | None = None,
 ) -> str:
-    """Return README.md of an export: what it is, how it was trained, how it is run.
+    """Return README.md of an export: what it is, how to run it, and how it was trained.
 
-    config: as it is in config.json. padding: what is known of rows up to a mask that was moved, see `Padding.says`.
+    config: the content of config.json. padding: summary of the padding rows of a moved mask, see `Padding.summary`.
     """
     block_size, mask_id = manifest.block_size, config.get("mask_token_id", manifest.vocabulary.mask_id)
     block_diffusion = EXPORT_FORMATS[kind].is_block_diffusion
     tags = ["block-diffusion", "bd3_scale"] if block_diffusion else ["bd3_scale"]
     what = (
-        f"A block diffusion language model (BD3-LM) with blocks of {block_size} tokens: blocks are written left to "
+        f"A block diffusion language model (BD3-LM) with blocks of {block_size} tokens: blocks are generated left to "
         "right, and inside a block masked diffusion fills tokens in parallel."
         if block_diffusion
         else "An autoregressive language model."
@@ -152,7 +154,7 @@ tags: [{", ".join(tags)}]
 
 
 def gguf_card(file: str, kind: str, manifest: CheckpointManifest) -> str:
-    """Return README.md beside a GGUF file: what runs it, and what would write rubbish with it."""
+    """Return README.md of a GGUF file: what runs it, and which programs generate rubbish with it."""
     return f"""---
 library_name: bd3_scale
 pipeline_tag: text-generation
@@ -160,19 +162,19 @@ tags: [block-diffusion, bd3_scale, gguf]
 ---
 # {manifest.name} in GGUF ({kind})
 
-A block diffusion language model (BD3-LM) with blocks of {manifest.block_size} tokens, for a CPU: blocks are written
-left to right, and inside a block masked diffusion fills tokens in parallel.
+A block diffusion language model (BD3-LM) with blocks of {manifest.block_size} tokens, for a CPU: blocks are
+generated left to right, and inside a block masked diffusion fills tokens in parallel.
 
 ```
 pip install 'bd3_scale[gguf]'
 bd3-scale generate {file} --prompt 'Once upon a time'
 ```
 
-**Programs for autoregressive models load this file, too, and write rubbish.** llama.cpp's own programs and what is
-built on them (`llama-cli`, `llama-server`, Ollama, LM Studio …) predict the next token with causal attention; this
-model fills masks, sees the whole of its block, and predicts each place at that place. The file says so in keys that
-they do not read: `attention.causal` and `diffusion.shift_logits` are false, and `diffusion.block_length` is
-{manifest.block_size}.
+**Programs for autoregressive models load this file, too, and generate rubbish.** llama.cpp's own programs and those
+built on it (`llama-cli`, `llama-server`, Ollama, LM Studio …) predict the next token with causal attention. This model
+fills masks: a token sees its whole block, and the logits at a position predict the token of that position. The file
+says so in keys that these programs do not read: `attention.causal` and `diffusion.shift_logits` are false, and
+`diffusion.block_length` is {manifest.block_size}.
 
 ## Training
 
@@ -190,27 +192,27 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 """
 
 
-_TRANSFORMERS = """`generate` takes transformers' own arguments: `generation_config`, `streamer` (block after block),
+_TRANSFORMERS = """`generate` accepts transformers' arguments `generation_config`, `streamer` (block by block),
 `stop_strings` with `tokenizer`, `stopping_criteria`, and prompts of several lengths, padded on the left, with their
-`attention_mask`; beside them `steps`, `unmasking` and `threshold`, which say how many tokens a pass fills in. What it
-does not do, such as beams, it refuses. `do_sample`, `temperature`, `top_k` and `top_p` are those of
-`generation_config.json` where the call says nothing.
+`attention_mask`. It also accepts `steps`, `unmasking` and `threshold`, which set how many tokens a pass fills in. Other
+arguments, such as beams, are refused. Defaults of `do_sample`, `temperature`, `top_k` and `top_p` are in
+`generation_config.json`.
 
-`pipeline("text-generation", model=".", trust_remote_code=True)` works; in transformers 4 it draws at a temperature of
-its own, 0.7, where the call names none. `transformers serve` does not (4.57 and 5.24): it looks for the class among
-those of transformers alone, even with `--trust-remote-code`.
+`pipeline("text-generation", model=".", trust_remote_code=True)` works; transformers 4 sets its temperature to 0.7.
+`transformers serve` does not work (4.57 and 5.24): it loads only classes of transformers itself, even with
+`--trust-remote-code`.
 """
 
 
 def _padding(config: Mapping[str, Any], manifest: CheckpointManifest, padding: str | None) -> str:
-    """Return what engines make of a mask that has another id than in training, nothing where it has not."""
+    """Return a paragraph about the padding of a moved mask, empty if the mask has its id of training."""
     mask_id = config.get("mask_token_id")
     if mask_id in (None, manifest.vocabulary.mask_id):
         return ""
     return f"""
 The mask has the id {mask_id}, and had {manifest.vocabulary.mask_id} in training: embedding and head are padded up to it
 with {config["vocab_size"] - config["num_token_ids"] - 1:,} rows that no text uses. The code in this folder never draws
-what pads. SGLang and LMDeploy take all rows of the head into their softmax: {padding}.
+them. SGLang and LMDeploy include all rows of the head in their softmax: {padding}.
 """
 
 
@@ -221,7 +223,7 @@ def _serving(kind: Format, block_size: int, found: Sequence[Engine]) -> str:
     fenced = f"\n```\n{lines}```\n" if lines else ""
     return f"""
 {_TRANSFORMERS}{fenced}
-Blocks are aligned to position 0, the prompt included. Logits are of the same position, without a shift.
+Blocks are aligned to position 0, including the prompt. Logits predict the token of their own position, without a shift.
 """
 
 
@@ -236,5 +238,5 @@ def _training(manifest: CheckpointManifest) -> str:
 
 
 def _fence(text: str, least: int) -> str:
-    """Return what encloses a text as code in Markdown, so that nothing in it ends that."""
+    """Return a Markdown fence longer than any run of backticks in the text, which cannot end it."""
     return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))

@@ -1,4 +1,4 @@
-"""What conversions print, as tables for people or JSON for scripts."""
+"""Print the results of conversions, as tables for people or JSON for scripts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _MEASURED = (
     ("standard error over noise draws", "noise_standard_error"),
     ("standard error over text", "text_standard_error"),
 )
-_NAMES_TOLD = 8
+_SHOWN_NAMES = 8
 
 
 def show_gguf(report: GgufReport, path: Path) -> None:
-    """Print what a file for llama.cpp costs."""
+    """Print size and accuracy of a GGUF file."""
     table = Table("", "fp32", report.type, "change", title=f"wrote and verified {path}: {report.architecture}")
     share = report.bytes_after / report.bytes_before
     table.add_row(
@@ -34,7 +34,7 @@ def show_gguf(report: GgufReport, path: Path) -> None:
     )
     measured = (report.before, report.after, report.change)
     for name, key in _MEASURED if report.before else ():
-        values = (getattr(one, key) for one in measured)
+        values = (getattr(result, key) for result in measured)
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     rates = Table("mask rate", "masked tokens", "KL, nats", "same most likely token")
     for at in report.rates:
@@ -44,12 +44,12 @@ def show_gguf(report: GgufReport, path: Path) -> None:
     if report.unchecked is not None:
         console.print(f"not compared with the model in fp32: {report.unchecked}")
     if report.seldom:
-        console.print(f"rounded without the importance matrix: {_told(report.seldom)}")
-    console.print(f"run it: bd3-scale generate {path}; programs for autoregressive models write rubbish with it")
+        console.print(f"rounded without the importance matrix: {_few_rows_note(report.seldom)}")
+    console.print(f"run it: bd3-scale generate {path}; programs for autoregressive models generate rubbish with it")
 
 
 def show_quantization(report: QuantizationReport, out: Path, found: dict[str, object]) -> None:
-    """Print what a smaller format costs, and which engines run it."""
+    """Print size and accuracy of quantised weights, and which engines run them."""
     title = f"wrote and verified {out}: int{report.bits}, groups of {report.group_size}, {report.method}"
     table = Table("", "before", "after", title=title)
     table.add_row("size", f"{report.bytes_before / 1e6:,.2f} MB", f"{report.bytes_after / 1e6:,.2f} MB")
@@ -64,31 +64,33 @@ def show_quantization(report: QuantizationReport, out: Path, found: dict[str, ob
         runs.add_row(name, str(says))
     Console().print(errors, table, runs, *(f"Marlin: {note}" for note in report.notes), sep="\n")
     if report.seldom:
-        Console().print(f"rounded to nearest, without GPTQ: {_told(report.seldom)}")
+        Console().print(f"rounded to nearest, without GPTQ: {_few_rows_note(report.seldom)}")
     if report.padding is not None:
         Console().print(report.padding)
 
 
 def _worst(errors: Mapping[str, float]) -> dict[str, float]:
-    """Return the error of each weight, of the experts of a layer the largest."""
-    found: dict[str, float] = {}
+    """Return the error of each weight; for the experts of a layer only the largest."""
+    worst: dict[str, float] = {}
     for name, error in errors.items():
         group = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
-        found[group] = max(error, found.get(group, 0.0))
-    return found
+        worst[group] = max(error, worst.get(group, 0.0))
+    return worst
 
 
-def _told(seldom: Mapping[str, int]) -> str:
-    """Return where calibration met too few rows, and how many these were."""
+def _few_rows_note(seldom: Mapping[str, int]) -> str:
+    """Return a sentence with the weights that saw too few calibration rows, and the number of rows."""
     names = list(seldom)
-    more = f" and {len(names) - _NAMES_TOLD} more" if len(names) > _NAMES_TOLD else ""
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     least, most = f"{min(seldom.values()):,}", f"{max(seldom.values()):,}"
     rows = least if least == most else f"{least} to {most}"
-    return f"{', '.join(names[:_NAMES_TOLD])}{more} met {rows} calibration rows; --calibration-sequences takes more"
+    return (
+        f"{', '.join(names[:_SHOWN_NAMES])}{more} saw {rows} calibration rows; more --calibration-sequences give more"
+    )
 
 
 def show_inspection(found: Inspection) -> None:
-    """Print what a checkpoint is."""
+    """Print the description of a checkpoint."""
     console = Console(highlight=False)
     tree = Tree(styled((found.path, "bold"), f", {found.kind}"))
     branches: dict[str, Tree] = {}
@@ -111,7 +113,7 @@ def show_inspection(found: Inspection) -> None:
 
 
 def show_result(title: str, entries: dict[str, object], as_json: bool) -> None:
-    """Print what a conversion did, as a table or one JSON object."""
+    """Print the result of a conversion, as a table or one JSON object."""
     if as_json:
         import json
 

@@ -1,9 +1,10 @@
-"""From a dense checkpoint to a mixture of experts that computes the same at first.
+"""Turn a dense checkpoint into a mixture of experts that computes the same at first.
 
-Sparse upcycling (Komatsuzaki et al., 2023): every expert is a copy of the layer's MLP, and the weights of a row's
-experts add up to 1, so that a layer gives what it gave, wherever rows are sent. Routers begin as in a model made
-from nothing, at random: like rows go to the same experts, and from the first step on each learns of its own rows alone.
-That is what makes experts part; where all rows went to all of them, they would stay copies for ever.
+Sparse upcycling (Komatsuzaki et al., ICLR 2023): every expert is a copy of the layer's MLP, and the weights of a row's
+experts add up to 1, so a layer computes what it computed, wherever rows are sent. Routers are initialised at random, as
+in
+a new model: similar rows go to the same experts, and from the first step on each expert learns from its own rows. That
+makes experts differ; if all rows went to all experts, they would remain copies for ever.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _MLP = "decoder.layers.mlp."
 
 @dataclass(frozen=True)
 class UpcyclePlan:
-    """All that an upcycling will write. seed: of the routers; shapes, dtypes: of the dense tensors, by their keys."""
+    """What an upcycling will write. seed: of the routers; shapes, dtypes: of the dense tensors, by key."""
 
     checkpoint: Path
     manifest: CheckpointManifest
@@ -47,12 +48,12 @@ class UpcyclePlan:
 
     @property
     def model(self) -> ModelRecipe:
-        """Return the mixture."""
+        """Return the shape of the mixture."""
         return self.manifest.model.model_copy(update={"moe": self.moe})
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes of all tensors, but for the routers' few."""
+        """Return the bytes of all tensors, except the routers, which are small."""
         layers, dense = self.model.num_layers, self.model.dense_layers
         copies = (dense + (layers - dense) * self.moe.num_experts) / layers
         sizes = {key: torch.Size(shape).numel() * self.dtypes[key].itemsize for key, shape in self.shapes.items()}
@@ -63,17 +64,17 @@ class UpcyclePlan:
 def plan_upcycle(
     checkpoint: Path, *, num_experts: int, top_k: int, dense_layers: int = 0, bias: bool = False, seed: int = 1
 ) -> UpcyclePlan:
-    """Check a dense checkpoint and say which mixture it becomes.
+    """Check a dense checkpoint and decide which mixture it becomes.
 
     Args:
-        num_experts, top_k: of a layer, and of a row.
-        dense_layers: so many first layers stay dense.
-        bias: experts have a bias for the choice, see `MoeRecipe`.
+        num_experts: experts of a layer; top_k: experts per row.
+        dense_layers: number of first layers that stay dense.
+        bias: experts have a selection bias, see `MoeRecipe`.
         seed: of the routers.
 
     Raises:
-        ValueError: a damaged checkpoint, one that is a mixture already, whose MLP is no SwiGLU or has biases, or sizes
-            that do not go together.
+        ValueError: a damaged checkpoint, one that is a mixture already, an MLP without SwiGLU or with biases, or sizes
+            that contradict each other.
     """
     manifest = read_manifest(checkpoint)
     check_sizes(checkpoint, manifest)
@@ -98,7 +99,7 @@ def plan_upcycle(
 
 
 def run_upcycle(plan: UpcyclePlan, out: Path, progress: Progress = lambda done, total: None) -> None:
-    """Write the checkpoint `out`, read it again and compare every value before it appears.
+    """Write the checkpoint `out`; it is read again and every value compared before it appears.
 
     Raises:
         FileExistsError: `out` exists; OSError: it cannot be written; ValueError: what was written differs.
@@ -117,46 +118,46 @@ def run_upcycle(plan: UpcyclePlan, out: Path, progress: Progress = lambda done, 
         with TensorReader(folder) as written:
             for box in _boxes(plan, source):
                 if not same_bytes(written.read(box.key, box.offset, tuple(box.data.shape)), box.data):
-                    raise ValueError(f"{box.key} was not written as it was made: is the disk sound?")
+                    raise ValueError(f"{box.key} reads back differently than it was written: check the disk")
                 done += box.data.nbytes
                 progress(min(done, total), total)
 
 
 def _boxes(plan: UpcyclePlan, source: TensorReader) -> Iterator[Box]:
-    """Yield the tensors of the mixture, those of layers one by one."""
+    """Yield the tensors of the mixture; stacked tensors layer by layer."""
     state, dense = plan.manifest.weights_state, plan.model.dense_layers
     for key, shape in plan.shapes.items():
-        for place in range(shape[0]) if key.startswith("decoder.layers.") else [None]:
-            offset = (place or 0, *(0,) * (len(shape) - 1))
-            size = shape if place is None else (1, *shape[1:])
+        for layer in range(shape[0]) if key.startswith("decoder.layers.") else [None]:
+            offset = (layer or 0, *(0,) * (len(shape) - 1))
+            size = shape if layer is None else (1, *shape[1:])
             values = source.read(f"{state}.{key}", offset, size)
-            if place is None or not key.startswith(_MLP):
+            if layer is None or not key.startswith(_MLP):
                 yield Box(f"master.{key}", values, offset, shape)
-            elif place < dense:
+            elif layer < dense:
                 yield Box(f"master.{key}", values, offset, (dense, *shape[1:]))
             else:
-                yield from _copies(plan, key, place - dense, values)
+                yield from _copies(plan, key, layer - dense, values)
     yield from _routers(plan)
 
 
-def _copies(plan: UpcyclePlan, key: str, place: int, values: Tensor) -> Iterator[Box]:
-    """Yield the experts of a layer, all of them `values`, a matrix of the dense MLP as [1, rows, columns]."""
+def _copies(plan: UpcyclePlan, key: str, layer: int, values: Tensor) -> Iterator[Box]:
+    """Yield the experts of a layer, each equal to `values`, a matrix of the dense MLP as [1, rows, columns]."""
     if key.endswith("linear_fc1.weight"):
-        # Gate and up have an axis of their own there.
+        # In a mixture gate and up projection have a separate axis.
         values = values.unflatten(1, (2, -1))
     values, experts = values[None], plan.moe.num_experts
     name = key.replace(_MLP, f"{_MLP}experts.")
     whole = (plan.model.num_layers - plan.model.dense_layers, experts, *values.shape[2:])
     for expert in range(experts):
-        yield Box(f"master.{name}", values, (place, expert, *(0,) * (len(whole) - 2)), whole)
+        yield Box(f"master.{name}", values, (layer, expert, *(0,) * (len(whole) - 2)), whole)
 
 
 def _routers(plan: UpcyclePlan) -> Iterator[Box]:
     model, moe = plan.model, plan.moe
     layers, key = model.num_layers - model.dense_layers, f"{_MLP}router.weight"
     whole = (layers, moe.num_experts, model.hidden_size)
-    for place in range(layers):
-        piece = Piece(key, 0, (1, *whole[1:]), (place, 0, 0), whole)
+    for layer in range(layers):
+        piece = Piece(key, 0, (1, *whole[1:]), (layer, 0, 0), whole)
         drawn = initial_box(piece, model.num_layers, model.init_std, plan.seed)
         yield Box(f"master.{key}", drawn.to(plan.dtypes[f"{_MLP}linear_fc1.weight"]), piece.offset, whole)
     if moe.bias:
@@ -165,7 +166,7 @@ def _routers(plan: UpcyclePlan) -> Iterator[Box]:
 
 
 def _write_companions(plan: UpcyclePlan, folder: Path) -> None:
-    """Keep the tokeniser, and what an export writes of the model that the dense one came from."""
+    """Copy the tokeniser, the special ids, and the rows that an import's new mask replaced."""
     if (plan.checkpoint / TOKENIZER).is_dir():
         shutil.copytree(plan.checkpoint / TOKENIZER, folder / TOKENIZER, ignore=shutil.ignore_patterns(".*"))
         keep_source_ids(source_ids(plan.checkpoint), folder / TOKENIZER)
@@ -175,7 +176,7 @@ def _write_companions(plan: UpcyclePlan, folder: Path) -> None:
 
 
 def _manifest(plan: UpcyclePlan) -> CheckpointManifest:
-    """Return what the dense manifest says of the model, and nothing of its run."""
+    """Return a manifest with the dense one's description of the model, and nothing about its run."""
     dense = plan.manifest
     kept = ("name", "vocabulary", "precision", "max_position_embeddings", "objective", "objective_options")
     return CheckpointManifest(

@@ -315,8 +315,8 @@ def check_refusals(model) -> None:
         "top_k": {"top_k": -1},
         "top_p": {"top_p": 0.0},
         "mask token": {"input_ids": tokens.masked_fill(tokens == tokens[0, 0], MASK)},
-        "has no num_beams": {"num_beams": 2},
-        "has no assistant_model": {"assistant_model": model},
+        "does not support num_beams": {"num_beams": 2},
+        "does not support assistant_model": {"assistant_model": model},
         "has no min_p, repetition_penalty": {"repetition_penalty": 1.1, "min_p": 0.1},
         "has no max_new_token:": {"max_new_token": 2},
     }.items():

@@ -126,7 +126,7 @@ def test_a_packed_folder_is_run_as_what_it_stands_for_and_imported_no_more(tmp_p
         plan_import(folder)
     described["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = False
     (folder / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match="quantised in a way that is not read here"):
+    with pytest.raises(ValueError, match="quantised in an unsupported way"):
         bd3_scale.load(folder)
 
 

@@ -15,7 +15,7 @@ from bd3_scale.attention.spans import make_spans
 from bd3_scale.checkpoint.manifest import read_manifest
 from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
-from bd3_scale.convert import export as export_module
+from bd3_scale.convert import export_files
 from bd3_scale.convert.architectures import export_obstacles
 from bd3_scale.convert.export import plan_export, run_export
 from bd3_scale.convert.importer import plan_import, run_import
@@ -149,7 +149,7 @@ def test_native_comes_back_bitwise(
 
 
 def test_shards_and_casts(native: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(export_files, "SHARD_BYTES", 30_000)
     run_export(plan_export(native["tied"], dtype="bfloat16"), tmp_path / "out", check=False)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))

@@ -86,7 +86,7 @@ def test_padding_on_the_left_changes_nothing(model, lengths, more, count, rule, 
 
 @pytest.mark.parametrize("mask", [[[1, 1, 1, 0]], [[1, 0, 1, 1]], [[1, 1, 1]], [[[1, 1, 1, 1]]]])
 def test_other_masks_are_refused(model, mask):
-    with pytest.raises(ValueError, match=r"attention_mask must be \[1, 4\].*padding_side = 'left'"):
+    with pytest.raises(ValueError, match=r"attention_mask must have the prompts' shape \[1, 4\].*padding_side = 'left'"):
         model.generate(prompt(4), attention_mask=torch.tensor(mask), max_new_tokens=2)
 
 
@@ -110,7 +110,7 @@ def test_a_streamer_is_given_the_prompt_and_block_after_block(model, padding):
     assert [len(block) for block in blocks] == [2, 4, 4, 1]
     assert list(chain(*blocks)) == out[0, 6 + padding :].tolist()
     assert last == ["end"]
-    with pytest.raises(ValueError, match="streamer takes one text, and here are 2"):
+    with pytest.raises(ValueError, match="a streamer is for one text, not for 2"):
         model.generate(prompt(3).expand(2, -1), max_new_tokens=2, streamer=streamer)
 
 
@@ -259,5 +259,5 @@ def test_what_the_model_s_own_generation_config_says_of_that_is_told(model, monk
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.05)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(model.generate(prompt(3), max_new_tokens=5), free)
-    assert "says repetition_penalty=1.05, which has no meaning here" in caplog.text
+    assert "says repetition_penalty=1.05, which has no effect here" in caplog.text
     assert torch.equal(model.generate(prompt(3), max_new_tokens=5, repetition_penalty=1.0), free)

@@ -121,7 +121,7 @@ def test_a_file_says_what_it_is(checkpoints: dict[str, Path], tmp_path: Path) ->
     ],
 )
 def test_what_no_graph_computes_is_refused(changes: dict, reason: str) -> None:
-    with pytest.raises(ValueError, match=r"llama\.cpp has no graph that computes this model") as raised:
+    with pytest.raises(ValueError, match=r"llama\.cpp has no architecture that computes this model") as raised:
         choose_architecture(QWEN_SHAPE.model_copy(update=changes))
     assert reason in str(raised.value)
     assert "--format bd3" in str(raised.value)
@@ -143,7 +143,7 @@ def test_a_bias_of_the_head_needs_a_last_norm_that_can_take_it(tmp_path: Path, m
         return values
 
     monkeypatch.setattr(ExportPlan, "read", with_dead_channel)
-    with pytest.raises(ValueError, match="the last norm, into which it would go, has a weight of 1e-06"):
+    with pytest.raises(ValueError, match="it cannot be moved into the last norm, which has weights of 1e-06"):
         write_gguf(plan, tmp_path / "m.gguf")
 
 
@@ -240,7 +240,7 @@ def test_an_importance_matrix_saves_what_matters() -> None:
 def test_what_a_type_cannot_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         encoded(torch.tensor([[float("nan")]]), "F32", None)
-    with pytest.raises(ValueError, match=r"70000 is more than F16 holds: take --type bf16"):
+    with pytest.raises(ValueError, match=r"70000 exceeds the range of F16: use --type bf16"):
         encoded(torch.tensor([[70000.0]]), "F16", None)
 
 
@@ -255,7 +255,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
     wrong = GgufPlan(plan.export, plan.kind, "llama", tuple(
         type(t)(t.name, t.shape, t.layer, t.source, lambda reader, t=t: plan.export.read(reader, t.source))
         for t in plan.tensors), plan.types, plan.tokenizer, plan.tokenizer_keys)  # fmt: skip
-    with pytest.raises(ValueError, match=r"llama\.cpp's logits are off by .* more than f32 explains"):
+    with pytest.raises(ValueError, match=r"llama\.cpp's logits differ by .* more than f32 explains"):
         run_gguf_export(wrong, tmp_path / "out", NOTHING)
     assert list(tmp_path.iterdir()) == []
 
@@ -312,7 +312,7 @@ def test_the_command_line_writes_a_file_that_generates(checkpoints: dict[str, Pa
     report = json.loads(found.output)
     assert (report["evaluation_sequences"], report["calibration_sequences"]) == (2, 0)
     card = (out / "README.md").read_text()
-    assert "write rubbish" in card
+    assert "generate rubbish" in card
     assert "bd3-scale generate native-f32.bd3.gguf" in card
     sampling = ("--prompt", "ab", "--max-new-tokens", 12, "--min-entropy", 0, "--json")
     mine, theirs = (run("generate", path, *sampling) for path in (checkpoint, out / "native-f32.bd3.gguf"))
@@ -325,7 +325,7 @@ def test_the_command_line_writes_a_file_that_generates(checkpoints: dict[str, Pa
     ("options", "words"),
     [
         (["--type", "q8_0"], "--type and --data are for GGUF files"),
-        (["--format", "gguf", "--dtype", "float16"], "say --type of a GGUF file"),
+        (["--format", "gguf", "--dtype", "float16"], "give --type for a GGUF file"),
         (["--format", "gguf"], "unused"),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_model_without_memory_for_it_is_written_and_said_to_be_unchecked(
     monkeypatch.setattr(gguf_export, "available_bytes", lambda: 2 * plan.whole_bytes - 1)
     report = run_gguf_export(plan, tmp_path / "out", NOTHING)
     assert report.unchecked is not None
-    assert "what llama.cpp computes was not compared" in report.unchecked
+    assert "llama.cpp's logits were not compared" in report.unchecked
     assert json.loads((tmp_path / "out" / "gguf_report.json").read_text())["unchecked"] == report.unchecked
     assert report.checked_texts == 3000
     assert (tmp_path / "out" / plan.name).read_bytes() == (tmp_path / "checked" / plan.name).read_bytes()

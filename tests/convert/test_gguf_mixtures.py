@@ -20,7 +20,7 @@ from bd3_scale.checkpoint.model import open_model
 from bd3_scale.checkpoint.tensors import TensorReader
 from bd3_scale.cli import app
 from bd3_scale.convert.calibration import Calibration
-from bd3_scale.convert.gguf import linear_of, plan_gguf, seldom_met, write_gguf
+from bd3_scale.convert.gguf import linear_of, plan_gguf, undersampled_weights, write_gguf
 from bd3_scale.convert.gguf_export import GgufOptions, importance_matrix, run_gguf_export
 from bd3_scale.convert.gguf_layout import choose_architecture
 from bd3_scale.convert.gguf_types import FILE_TYPES, encoded, tensor_type
@@ -169,7 +169,7 @@ def test_the_file_says_what_a_mixture_is(tmp_path: Path) -> None:
     ],
 )
 def test_mixtures_that_no_graph_computes_are_refused(shape: ModelRecipe, reason: str) -> None:
-    with pytest.raises(ValueError, match=r"llama\.cpp has no graph that computes this model") as raised:
+    with pytest.raises(ValueError, match=r"llama\.cpp has no architecture that computes this model") as raised:
         choose_architecture(shape)
     assert reason in str(raised.value)
     assert "qwen2" not in str(raised.value)
@@ -223,7 +223,9 @@ def test_each_expert_is_rounded_by_the_rows_that_it_met(topics: Path, tmp_path: 
             for linear in ("mlp.experts.linear_fc1", "mlp.experts.linear_fc2"):
                 found[layer, linear][expert].rows = rows
         write_gguf(plan, tmp_path / "calibrated.gguf", found)
-    assert seldom_met(found) == {f"layers.{layer}.experts.{expert}": rows for (layer, expert), rows in few.items()}
+    assert undersampled_weights(found) == {
+        f"layers.{layer}.experts.{expert}": rows for (layer, expert), rows in few.items()
+    }
     plain, calibrated = written(tmp_path / "plain.gguf"), written(tmp_path / "calibrated.gguf")
     with TensorReader(checkpoint) as reader:
         for tensor in (t for t in plan.tensors if "exps" in t.name):
@@ -250,7 +252,7 @@ def test_experts_that_met_few_rows_are_told(topics: Path, tmp_path: Path, capsys
     said = " ".join(capsys.readouterr().out.split())
     name = next(iter(report.seldom))
     assert f"rounded without the importance matrix: {name}, " in said
-    assert f"and {len(report.seldom) - 8} more met {min(report.seldom.values())} to " in said
+    assert f"and {len(report.seldom) - 8} more saw {min(report.seldom.values())} to " in said
     kept = json.loads((tmp_path / "out" / "gguf_report.json").read_text())["seldom"]
     assert kept == report.seldom
 

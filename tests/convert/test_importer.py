@@ -137,12 +137,12 @@ def test_bf16_stays_bf16(folder: Path) -> None:
         ({"intermediate_size": 10**18}, r"intermediate_size=10+, and no tensor of its weights is as large"),
         ({"hidden_size": 2**63}, r"hidden_size=9\d+, and no tensor of its weights is as large"),
         ({"vocab_size": None}, r"has no 'vocab_size', which Qwen3ForCausalLM needs"),
-        ({"hidden_size": "48"}, r"hidden_size='48' in config.json is no count"),
+        ({"hidden_size": "48"}, r"hidden_size='48' in config.json is not a whole number"),
         ({"rms_norm_eps": "small"}, r"describes no model: norm_eps: .*, not 'small'"),
         ({"num_attention_heads": 0}, r"num_attention_heads: .* not 0"),
-        ({"rope_scaling": "llama3"}, r"rope_scaling='llama3' in config.json is not of the kind"),
-        ({"architectures": "Qwen3ForCausalLM"}, r"architectures='Qwen3ForCausalLM' .* is not of the kind"),
-        ({"max_position_embeddings": "long"}, r"max_position_embeddings='long' in config.json is no count"),
+        ({"rope_scaling": "llama3"}, r"rope_scaling='llama3' in config.json is not of the type"),
+        ({"architectures": "Qwen3ForCausalLM"}, r"architectures='Qwen3ForCausalLM' .* is not of the type"),
+        ({"max_position_embeddings": "long"}, r"max_position_embeddings='long' in config.json is not a whole number"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, r"rope_scaling.low_freq_factor: Field required"),
         ({"quantization_config": {"bits": 4}}, r"is quantised"),
     ],
@@ -206,7 +206,7 @@ def test_pickles_and_packed_weights_are_refused(folder: Path) -> None:
 
 def test_tokenisers_that_do_not_fit(folder: Path) -> None:
     (folder / "tokenizer.json").rename(folder / "elsewhere.json")
-    with pytest.raises(ValueError, match=r"no tokenizer.json beside the weights.*--tokenizer"):
+    with pytest.raises(ValueError, match=r"no tokenizer.json next to the weights.*--tokenizer"):
         plan_import(folder)
     assert plan_import(folder, tokenizer=str(folder / "elsewhere.json")).vocabulary.size == 258
 
@@ -224,7 +224,7 @@ def test_a_mask_id_that_text_uses_is_refused(tmp_path: Path) -> None:
     folder = sdar_folder(tmp_path / "sdar", mask_token_id=65)
     with pytest.raises(ValueError, match=r"mask has the id 65, and in the tokeniser .* that id is its token 'A'"):
         plan_import(folder)
-    with pytest.raises(ValueError, match="block_size=4 belongs to block diffusion models"):
+    with pytest.raises(ValueError, match="block_size=4 is for block diffusion models"):
         plan_import(save_folder(tmp_path / "qwen", transformers_model("Qwen3", vocab_size=257)), block_size=4)
 
 
@@ -294,7 +294,7 @@ def test_what_is_written_is_compared(folder: Path, monkeypatch: pytest.MonkeyPat
         whole(written, *rest)
 
     monkeypatch.setattr(importer, "write_manifest", flip)
-    with pytest.raises(ValueError, match="was not written as"):
+    with pytest.raises(ValueError, match="reads back differently than it was written"):
         run_import(plan, folder.parent / "out")
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 

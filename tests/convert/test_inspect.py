@@ -20,7 +20,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_native_checkpoint(native: Path) -> None:
     found = inspect(native, verify=True)
     assert found.sound
-    assert found.health == "all 4 files have their hash"
+    assert found.health == "all 4 files have the right hash"
     # Two layers: norms 2·48, qkv 96·48, proj 48·48, gate/up 128·48, down 48·64; embedding and head 384·48, norm 48.
     assert found.parameters == 2 * (96 + 96 * 48 + 48 * 48 + 128 * 48 + 48 * 64) + 2 * 384 * 48 + 48
     assert found.bytes == 4 * 4 * found.parameters, "masters, two moments and the moving average, fp32"

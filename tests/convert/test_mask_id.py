@@ -74,7 +74,7 @@ def test_what_the_folder_says_of_it(moved: Path) -> None:
     assert re.search(
         r"softmax: padding takes 0\.\d+ of the probability in the median .* has the mean of .*, since", card
     )
-    assert "the model's own text alone, as no other was read (FileNotFoundError: unused/manifest.json" in card
+    assert "generated text alone, as no other was read (FileNotFoundError: unused/manifest.json" in card
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_padding_of_a_trained_model_takes_no_probability(alike: Path) -> None:
     with_mean = torch.cat([logits[:, :257], logits[:, :257].mean(1, keepdim=True).expand(-1, 8744)], 1)
     assert with_mean.softmax(1)[:, 257:].sum(1).median() > 0.5
     card = (alike / "far" / "README.md").read_text()
-    assert f"softmax: {padding.says}.\n" in card
+    assert f"softmax: {padding.summary}.\n" in card
     assert "the mean" not in card
 
 
@@ -137,7 +137,7 @@ def test_a_model_that_does_not_fit_in_memory_keeps_the_mean(
     padding = run_export(plan_export(native, mask_id=300), tmp_path / "out", check=False)
     assert padding is not None
     assert (padding.row, padding.median) == (None, None)
-    assert "since the model in fp32 takes 0.0 GB, and 0.0 GB of memory are left" in padding.says
+    assert "since the model in fp32 takes 0.0 GB, and 0.0 GB of memory are left" in padding.summary
     head = tensors(tmp_path / "out")[HEAD]
     assert torch.allclose(head[257:], head[:257].mean(0).expand(44, -1), atol=1e-6)
 
@@ -150,7 +150,7 @@ def test_a_run_s_text_is_measured_on_and_a_quantised_export_has_such_rows(
     monkeypatch.chdir(tmp_path)
     padding = run_export(plan_export(native, mask_id=300), tmp_path / "out", check=False)
     assert padding is not None
-    assert "masked tokens of held-out and its own text: each row" in padding.says
+    assert "masked tokens of held-out and generated text: each padding row" in padding.summary
     plan = plan_export(alike / "native", dtype="bfloat16", mask_id=3000)
     counts = {"calibration_sequences": 4, "evaluation_sequences": 4, "draws": 1}
     data = DataRecipe(path="unused", seq_len=128)
@@ -226,7 +226,7 @@ def test_a_tokeniser_without_places_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mask_id", "reason"),
     [
-        (100, r"mask_id=100 must lie behind the vocabulary of 258 ids"),
+        (100, r"mask_id=100 must be at least 258, the size of the vocabulary"),
         (1 << 24, r"and below 16777216"),
     ],
 )

@@ -101,10 +101,10 @@ def test_experts_that_are_stacked_come_apart(sources: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("source", "keys", "message"),
     [
-        ("sdar_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] and decoder_sparse_step=1 has layers without"),
-        ("sdar_moe", {"decoder_sparse_step": 3}, r"decoder_sparse_step=3 has layers without experts among its 2, and"),
+        ("sdar_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] and decoder_sparse_step=1 has dense layers"),
+        ("sdar_moe", {"decoder_sparse_step": 3}, r"decoder_sparse_step=3 has dense layers among its 2, but"),
         ("sdar_moe", {"mlp_only_layers": [0, 1]}, r"first_dense_layers=2 of model.num_layers=2 leave no layer"),
-        ("sdar_moe", {"mlp_only_layers": "all"}, r"mlp_only_layers='all' in config.json is not of the kind"),
+        ("sdar_moe", {"mlp_only_layers": "all"}, r"mlp_only_layers='all' in config.json is not of the type"),
         ("sdar_moe", {"num_experts": None}, r"has no 'num_experts', which SDARMoeForCausalLM needs"),
         ("sdar_moe", {"num_experts_per_tok": 5}, r"describes no model: .*top_k=5 are more than .*num_experts=4"),
         ("sdar_moe", {"num_experts": 10**15}, r"num_experts=10+, and mlp.gate has 4 rows in its weights"),
@@ -145,7 +145,7 @@ def test_what_published_models_of_llada2_do_not_say(sources: dict[str, Path], tm
     with pytest.raises(ValueError, match=r"mask_id=3 is not the mask of LLaDA2MoeModelLM: .* mask_token_id=257"):
         plan_import(sources["llada2"], mask_id=3)
     with pytest.raises(
-        ValueError, match=r"mask_id=3 is of a mask that a model knows, and Qwen3Moe.* --mask-token says"
+        ValueError, match=r"mask_id=3 is for models with a mask token, and Qwen3Moe.* --mask-token names"
     ):
         plan_import(sources["qwen3_moe"], mask_id=3)
     real = config(folder) | {"vocab_size": 157184}
@@ -182,7 +182,7 @@ def test_which_formats_a_mixture_can_become() -> None:
         assert possible(LLADA2_SHAPE, **{option: value}) == ["bd3"], option
     found = export_obstacles(LLADA2_SHAPE, BlockDiffusion)
     assert found["sdar"] == "it has experts"
-    assert found["sdar_moe"] == "it has moe.shared_ffn_hidden_size=48, and SDARMoeForCausalLM knows 0 alone"
+    assert found["sdar_moe"] == "it has moe.shared_ffn_hidden_size=48, and SDARMoeForCausalLM supports only 0"
     assert export_obstacles(QWEN_SHAPE, BlockDiffusion)["sdar_moe"] == "it has no experts"
 
 

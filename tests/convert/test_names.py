@@ -125,7 +125,7 @@ def test_a_tensor_that_a_layer_has_besides_goes_under_its_own_name(monkeypatch: 
 def test_two_tensors_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = layer_shapes(QWEN_SHAPE) | {"post_attention_layernorm.weight": (48,)}
     monkeypatch.setattr(names, "layer_shapes", lambda model: shapes)
-    with pytest.raises(ValueError, match=r"call the layer's post_attention_layernorm\.weight otherwise"):
+    with pytest.raises(ValueError, match=r"rename the layer's post_attention_layernorm\.weight"):
         list(named_tensors(QWEN_SHAPE, vocab_rows=258, padded_rows=384, tied=False))
 
 

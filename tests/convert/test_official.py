@@ -274,7 +274,7 @@ def test_other_models_are_refused(tmp_path):
         ({"epoch": 3, "weights": [1]}, "holds epoch, weights"),
         ([1], "holds a list"),
         ({n: t for n, t in state.items() if "adaLN" not in n and "sigma" not in n}, "next-token"),
-        ({n: t for n, t in state.items() if "inv_freq" not in n}, "how many heads"),
+        ({n: t for n, t in state.items() if "inv_freq" not in n}, "its number of heads is unknown"),
         (state | {"rotary_emb.inv_freq": 500000 ** -(torch.arange(4) / 4)}, "base 10000"),
         (state | {"rotary_emb.inv_freq": torch.ones(5)}, "does not fit"),
         (state | prefixed(state), "two models"),

@@ -186,7 +186,7 @@ def test_the_exported_code_has_the_option_and_an_import_brings_it_back(
 
 def test_another_format_names_an_option_that_it_does_not_know() -> None:
     obstacles = export_obstacles(PLAIN.model_copy(update={"norm_bias": True}), NextToken)
-    assert obstacles["qwen3"] == "it has norm_bias=True, which Qwen3ForCausalLM does not know"
+    assert obstacles["qwen3"] == "it has norm_bias=True, which Qwen3ForCausalLM does not support"
     assert obstacles["llama"] == "it has q/k norm"
 
 

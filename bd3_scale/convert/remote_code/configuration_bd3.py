@@ -1,4 +1,4 @@
-"""Configuration of a block diffusion language model: Qwen3's keys, and switches for what other models do differently.
+"""Configure a block diffusion language model: Qwen3's keys, and switches for features of other models.
 
 Runs on transformers 4 (4.51 or newer) and 5, and needs nothing else.
 """
@@ -14,35 +14,35 @@ ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_
 
 
 class Bd3Config(PretrainedConfig):
-    """The shape of a model, and its switches, as config.json has them.
+    """The configuration of a model, as in config.json.
 
-    Every other key there is an attribute, too, and a configuration made in another way lacks it: an option that is not
-    declared here is read as `getattr(config, "its name", default)`.
+    Any other key of config.json becomes an attribute, too. A configuration created in another way lacks it, so read an
+    option that is not declared here as `getattr(config, "its_name", default)`.
 
     Args:
-        head_dim: of queries, keys and values; hidden_size / num_attention_heads by default.
+        head_dim: dimensions of a query, key or value; hidden_size / num_attention_heads by default.
         hidden_act: "silu", "gelu" (exact) or "gelu_pytorch_tanh".
-        gated_mlp: act(gate) · up, where an MLP without a gate is act(up).
-        normalization: "rmsnorm" or "layernorm", the latter with `norm_bias` or without; `rms_norm_eps` is either's.
+        gated_mlp: the MLP computes act(gate) · up; without it act(up).
+        normalization: "rmsnorm" or "layernorm", the latter with or without `norm_bias`; `rms_norm_eps` is for both.
         qk_norm: RMSNorm over each head's query and key, before the rotation.
-        attention_bias: of the query, key and value projections; the output projection never has one.
+        attention_bias: biases of the query, key and value projections; the output projection never has one.
         rope_scaling: None, or Llama 3's, with `rope_type` "llama3", `factor`, `low_freq_factor`, `high_freq_factor`
             and `original_max_position_embeddings`.
-        block_size: tokens a block; blocks are counted from the first token of a sequence.
-        mask_token_id: what stands for a token that is still to be predicted.
-        num_token_ids: ids from this one on pad the vocabulary, and are never drawn; None where none does.
-        partial_rotary_factor: share of a head's channels that rotary embeddings turn.
-        num_experts: of every layer but the first `first_k_dense_replace`; 0: every layer has one MLP.
-        num_experts_per_tok: experts that a token is sent to, each of `moe_intermediate_size`.
-        score_function: of a token for every expert: "softmax" over all of them, or "sigmoid"; experts are weighted by
-            it times `routed_scaling_factor`, and with `norm_topk_prob` by their share of the sum.
-        n_group, topk_group: experts are in so many groups, of which so many take part for a token.
-        moe_router_enable_expert_bias: a bias of each expert counts in the choice, and not in the weight.
-        shared_expert_intermediate_size: of an expert that takes every token; or `num_shared_experts`, in multiples of
-            the others' size.
+        block_size: tokens per block; blocks are counted from the first token of a sequence.
+        mask_token_id: id of the mask, which stands for a token that is still to be predicted.
+        num_token_ids: ids from this one on pad the vocabulary and are never drawn; None: no id does.
+        partial_rotary_factor: share of a head's channels that rotary embeddings rotate.
+        num_experts: experts in every layer except the first `first_k_dense_replace`; 0: every layer has one MLP.
+        num_experts_per_tok: experts that a token is sent to, each of width `moe_intermediate_size`.
+        score_function: the router's scores: "softmax" over all experts, or "sigmoid". An expert's output is weighted by
+            its score times `routed_scaling_factor`; with `norm_topk_prob` the chosen scores are normalised first.
+        n_group, topk_group: number of groups of experts, and of groups that are considered for a token.
+        moe_router_enable_expert_bias: a bias per expert is added for the choice of experts, but not to their weights.
+        shared_expert_intermediate_size: width of an expert for all tokens; or `num_shared_experts`, as a multiple of
+            the others' width.
 
     Raises:
-        ValueError: a value, or a feature of another model, that this one does not have.
+        ValueError: a value, or a feature of another model, that this model does not implement.
     """
 
     model_type = "bd3"
@@ -143,7 +143,7 @@ class Bd3Config(PretrainedConfig):
         self.mlp_only_layers = mlp_only_layers or []
         self._check()
         self._check_experts()
-        # There is one implementation of this model's attention, whatever a file from elsewhere names.
+        # This model has one implementation of attention; transformers would refuse the name of another one.
         kwargs.pop("attn_implementation", None)
         super().__init__(
             bos_token_id=bos_token_id,
@@ -155,9 +155,7 @@ class Bd3Config(PretrainedConfig):
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """`rope_theta`, `partial_rotary_factor` and `rope_scaling` as transformers 5 writes them; what is stored and
-        saved are those three.
-        """
+        """Return the rotary parameters in the form of transformers 5; stored and saved are the three separate keys."""
         plain = {"rope_theta": self.rope_theta, "partial_rotary_factor": self.partial_rotary_factor}
         return {"rope_type": "default", **(self.rope_scaling or {}), **plain}
 
@@ -184,7 +182,7 @@ class Bd3Config(PretrainedConfig):
             (
                 self.decoder_sparse_step != 1 or self.mlp_only_layers,
                 f"decoder_sparse_step={self.decoder_sparse_step}, mlp_only_layers={self.mlp_only_layers}: every layer "
-                "has experts, but the first first_k_dense_replace",
+                "has experts, except the first first_k_dense_replace",
             ),
         ):
             if wrong:
@@ -204,13 +202,13 @@ class Bd3Config(PretrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}",
             ),
-            (self.head_dim % 2 != 0, f"head_dim={self.head_dim} must be even: rotary embedding turns pairs"),
+            (self.head_dim % 2 != 0, f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs"),
             (self.block_size < 1, f"block_size={self.block_size} must be at least 1"),
             (
                 not 0 <= self.mask_token_id < self.vocab_size,
                 f"mask_token_id={self.mask_token_id} must be one of vocab_size={self.vocab_size} ids",
             ),
-            (self.tie_word_embeddings, "tie_word_embeddings must be false: the head has weights of its own"),
+            (self.tie_word_embeddings, "tie_word_embeddings must be false: the head has its own weights"),
             (self.use_sliding_window, "use_sliding_window must be false: every token sees its whole prefix"),
             (
                 scaling and (scaling.get("rope_type") != "llama3" or not all(k in scaling for k in ROPE_SCALING_KEYS)),

@@ -1,4 +1,4 @@
-"""Configuration of LLaDA2-MoE: the keys are its own, which `Bd3Config` knows, too."""
+"""Configure LLaDA2-MoE, whose keys `Bd3Config` knows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .configuration_bd3 import Bd3Config
 
 
 class LLaDA2MoeConfig(Bd3Config):
-    """See `Bd3Config`; `block_size` and `mask_token_id` are beside what published models say."""
+    """See `Bd3Config`; `block_size` and `mask_token_id` are additions to the keys of published models."""
 
     model_type = "llada2_moe"
 
-    # transformers 5 would make another of a class that has none itself.
+    # transformers 5 would generate an `__init__` for a class that does not define one.
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

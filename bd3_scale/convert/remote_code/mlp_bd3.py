@@ -1,6 +1,6 @@
-"""What a layer has beside its attention: an MLP, or a mixture of experts, which are MLPs that rows are sent to.
+"""Define the part of a layer behind its attention: an MLP, or a mixture of experts, MLPs of which each row uses a few.
 
-Legend: N rows, X hidden size, E experts, A of them that a row is sent to.
+Legend: N rows, X hidden size, E experts, A experts per row.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class Bd3MLP(nn.Module):
+    """Two projections with an activation between them, or three with a gate."""
+
     def __init__(self, config: Bd3Config, width: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -38,10 +40,10 @@ class Bd3MLP(nn.Module):
 
 
 class Bd3Router(nn.Module):
-    """Which experts a row is sent to, in fp32: those of the highest scores, plus a bias where they have one.
+    """Chooses the experts of each row, in fp32: those with the highest scores, plus a bias if the model has one.
 
-    With groups of experts the choice is among the `topk_group` groups whose two best experts have the highest sums
-    (DeepSeek-V3).
+    With groups of experts only the `topk_group` groups are considered whose two best experts have the highest sum of
+    scores (DeepSeek-V3).
     """
 
     def __init__(self, config: Bd3Config) -> None:
@@ -52,7 +54,7 @@ class Bd3Router(nn.Module):
         self.expert_bias = bias if config.moe_router_enable_expert_bias else None
 
     def forward(self, x_NX: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts of every row, [N, A], and their weights, fp32 [N, A]."""
+        """Return the experts of each row, [N, A], and their weights, fp32 [N, A]."""
         config = self.config
         logits_NE = F.linear(x_NX.float(), self.weight.float())
         is_softmax = config.score_function == "softmax"
@@ -67,7 +69,7 @@ class Bd3Router(nn.Module):
         return chosen_NA, weights_NA * config.routed_scaling_factor
 
     def _best_groups(self, ranked_NE: Tensor) -> Tensor:
-        """Return the scores with −∞ for experts of other groups."""
+        """Return the scores with −∞ for the experts of groups that are not considered."""
         grouped = ranked_NE.unflatten(-1, (self.config.n_group, -1))
         best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
         others = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=grouped.device).scatter(-1, best, False)
@@ -75,7 +77,7 @@ class Bd3Router(nn.Module):
 
 
 class Bd3MoE(nn.Module):
-    """A mixture of experts: the weighted sum, in fp32, of what a row's experts make of it, plus a shared expert's."""
+    """A mixture of experts: the weighted sum, in fp32, of the outputs of a row's experts, plus a shared expert's."""
 
     def __init__(self, config: Bd3Config) -> None:
         super().__init__()
@@ -89,8 +91,8 @@ class Bd3MoE(nn.Module):
         chosen_NA, weights_NA = self.gate(x_NX)
         out_NX = torch.zeros_like(x_NX, dtype=torch.float32)
         for expert in chosen_NA.unique().tolist():
-            rows, place = torch.where(chosen_NA == expert)
-            part = self.experts[expert](x_NX[rows]).float() * weights_NA[rows, place, None]
+            rows, rank = torch.where(chosen_NA == expert)
+            part = self.experts[expert](x_NX[rows]).float() * weights_NA[rows, rank, None]
             out_NX.index_add_(0, rows, part)
         out = out_NX.to(x.dtype).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)

@@ -1,12 +1,12 @@
-"""A block diffusion language model (BD3-LM, Arriola et al., ICLR 2025) for transformers.
+"""Define a block diffusion language model (BD3-LM, Arriola et al., ICLR 2025) for transformers.
 
-The logits at a position predict the token of that position, not of the next one. A token sees its own block, in both
-directions, and all blocks before it. Blocks count from position 0, so that a prompt may end inside one.
+The logits at a position predict the token of that position, not of the next one. A token sees all tokens of its own
+block, in both directions, and all blocks before it. Blocks are counted from position 0, so a prompt may end inside one.
 
 Runs on transformers 4 (4.51 or newer) and 5, and needs nothing else but PyTorch.
 
 Legend: B sequences, S new tokens, T tokens with those in the cache, X hidden size, H query heads, G key/value heads,
-D dimensions a head, K tokens a block, V vocabulary entries.
+D dimensions per head, K tokens per block, V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from .mlp_bd3 import make_mlp
 
 
 def rotary_table(positions: Tensor, config: Bd3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles of positions [..., S]: [..., S, 1, D/2], computed in fp32 (Su et al., 2021).
+    """Return cos and sin of the rotary angles of positions [..., S], each [..., S, 1, D/2] (Su et al., 2021).
 
-    Made from the config in every forward pass: transformers builds a model without memory for its tensors, so that a
-    buffer that no checkpoint holds would be left uninitialised.
+    They are computed in fp32 from the config in every forward pass. A buffer would not work: transformers creates a
+    model on the meta device, and a buffer that no checkpoint holds would be left uninitialised.
     """
-    turned = int(config.head_dim * config.partial_rotary_factor)
-    exponents = torch.arange(0, turned, 2, dtype=torch.float32, device=positions.device) / turned
+    rotary_dim = int(config.head_dim * config.partial_rotary_factor)
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device) / rotary_dim
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling is not None:
-        frequencies = _stretch(frequencies, config.rope_scaling)
-    # The pairs behind those that turn stay as they are.
-    frequencies = F.pad(frequencies, (0, (config.head_dim - turned) // 2))
+        frequencies = _scale_frequencies(frequencies, config.rope_scaling)
+    # Frequency 0 leaves the remaining pairs as they are.
+    frequencies = F.pad(frequencies, (0, (config.head_dim - rotary_dim) // 2))
     angles = (positions.float()[..., None] * frequencies)[..., None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _stretch(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Llama 3's: waves longer than the trained context / low_freq_factor turn `factor` times slower, those shorter
-    than it / high_freq_factor as before, and those between by an interpolation.
+def _scale_frequencies(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Scale rotary frequencies as Llama 3 does.
+
+    Wavelengths above context / low_freq_factor are made `factor` times longer, those below context / high_freq_factor
+    stay, and those between are interpolated; context is the original one.
     """
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -53,7 +55,7 @@ def _stretch(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys [B, S, heads, D], turned by `rotary_table` in pairs (i, i + D/2)."""
+    """Rotate queries or keys [B, S, heads, D] by the angles of `rotary_table`, in pairs (i, i + D/2)."""
     low, high = x.chunk(2, dim=-1)
     return torch.cat(
         [torch.addcmul(low * cos, high, sin, value=-1), torch.addcmul(high * cos, low, sin)],
@@ -62,7 +64,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def block_causal_mask(start: int, end: int, block_size: int, device: torch.device) -> Tensor | None:
-    """[S, T], true where a token of positions start…end−1 sees one of 0…end−1; None where each sees all of them."""
+    """Return bool [S, T], true if a token of positions start…end−1 sees one of 0…end−1; None if each sees all."""
     if start // block_size == (end - 1) // block_size:
         return None
     blocks = torch.arange(end, device=device) // block_size
@@ -70,9 +72,9 @@ def block_causal_mask(start: int, end: int, block_size: int, device: torch.devic
 
 
 def behind_padding(mask: Tensor | None, padding_B: Tensor, start: int, end: int) -> Tensor:
-    """`block_causal_mask` for sequences that begin behind `padding_B` places, [B, 1, S, T].
+    """Extend `block_causal_mask` to sequences that begin behind `padding_B` positions, [B, 1, S, T].
 
-    Padding sees padding, since what sees nothing at all would be no number.
+    Padding sees padding, since the softmax of a row without any visible position would be NaN.
     """
     is_padding = torch.arange(end, device=padding_B.device) < padding_B[:, None]
     sees = is_padding[:, None, :] == is_padding[:, start:, None]
@@ -80,6 +82,7 @@ def behind_padding(mask: Tensor | None, padding_B: Tensor, start: int, end: int)
 
 
 def hidden_norm(config: Bd3Config) -> nn.Module:
+    """Return the norm of hidden states that the config names."""
     if config.normalization == "rmsnorm":
         return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=config.norm_bias)
@@ -103,20 +106,21 @@ class Bd3Attention(nn.Module):
     def forward(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None
     ) -> Tensor:
-        """hidden [B, S, X] → [B, S, X]; keys and values are appended to the cache."""
+        """Return the attention of hidden [B, S, X], of the same shape; keys and values are appended to the cache."""
         q_BSHD, k_BSGD, v_BSGD = self.heads_of(hidden)
         q_BSHD, k_BSGD = rotate(q_BSHD, *rotary), rotate(k_BSGD, *rotary)
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         if mask is not None:
-            # PyTorch's fused kernels take a mask, or fewer key than query heads, but not both.
+            # PyTorch's fused kernels support a mask, or fewer key than query heads, but not both together.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=mask is None)
         return self.project(out.transpose(1, 2).flatten(2))
 
     def heads_of(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, H, D], keys and values [B, S, G, D] before the rotation, normed where the model norms them."""
+        """Return queries [B, S, H, D], keys and values [B, S, G, D], normalised by the model's norms, not yet "
+        "rotated."""
         q_BSHD, k_BSGD, v_BSGD = (
             projection(hidden).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -124,11 +128,13 @@ class Bd3Attention(nn.Module):
         return self.q_norm(q_BSHD), self.k_norm(k_BSGD), v_BSGD
 
     def project(self, out: Tensor) -> Tensor:
-        """[B, S, H·D] → [B, S, X]."""
+        """Apply the output projection: [B, S, H·D] → [B, S, X]."""
         return self.o_proj(out)
 
 
 class Bd3DecoderLayer(nn.Module):
+    """A pre-norm layer: attention and an MLP or mixture of experts, each with a residual connection."""
+
     def __init__(self, config: Bd3Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = hidden_norm(config)
@@ -145,10 +151,13 @@ class Bd3DecoderLayer(nn.Module):
     def attend(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None
     ) -> Tensor:
+        """Return the attention's output; a subclass may name the module otherwise."""
         return self.self_attn(hidden, rotary, mask, cache)
 
 
 class Bd3PreTrainedModel(PreTrainedModel):
+    """What both models share: the config class, and settings that transformers reads."""
+
     config_class: type[Bd3Config] = Bd3Config
     base_model_prefix = "model"
     _no_split_modules = ["Bd3DecoderLayer"]  # noqa: RUF012  (transformers reads a plain class attribute)
@@ -158,7 +167,7 @@ class Bd3PreTrainedModel(PreTrainedModel):
     def __init__(self, config: Bd3Config) -> None:
         super().__init__(config)
         if config.num_experts and config.moe_router_enable_expert_bias:
-            # A step of training moves it by less than half precision tells apart.
+            # One training step changes the bias by less than the spacing of half precision.
             self._keep_in_fp32_modules_strict = ["expert_bias"]
 
     def _cache(self, given: DynamicCache | None, use_cache: bool | None) -> DynamicCache | None:
@@ -189,21 +198,22 @@ class Bd3Model(Bd3PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """Hidden states of `input_ids` [B, S], whose positions follow those in the cache.
+        """Compute the hidden states of `input_ids` [B, S], whose positions follow those in the cache.
 
         Args:
-            attention_mask: all ones, or None: sequences of a batch are of one length.
+            attention_mask: all ones, or None: the sequences of a batch have the same length.
             position_ids: those positions, or None.
             past_key_values: keys and values of whole blocks, which all S tokens see.
-            use_cache: make a cache where none is given, `config.use_cache` by default; one that is given is used.
+            use_cache: create a cache if none is given, `config.use_cache` by default; a given one is always used.
             store_kv: append the S tokens to the cache. A denoising pass does not, since its masked tokens will change;
                 a pass over the finished block does.
-            block_size: in place of `config.block_size`.
-            padding: [B], how many places on the left of each sequence, with those in the cache, hold nothing: whole
-                blocks. Positions count from behind them.
+            block_size: replaces `config.block_size`.
+            padding: [B], positions on the left of each sequence, including those in the cache, that hold nothing; whole
+                blocks. Positions are counted from behind them.
 
         Raises:
-            ValueError: another attention mask, other positions, another kind of cache, or one that ends inside a block.
+            ValueError: another attention mask, other positions, another kind of cache, or a cache that ends inside a
+                block.
         """
         block_size = self.config.block_size if block_size is None else block_size
         cache = self._cache(past_key_values, use_cache)
@@ -223,14 +233,15 @@ class Bd3Model(Bd3PreTrainedModel):
             states.append(hidden)
         states[-1] = hidden = self.norm(hidden)
         if cache is not None and not store_kv:
-            # A negative count of tokens to take off: the one form that transformers 4 and 5 share.
+            # A negative number removes as many tokens; it is the only form with one meaning in transformers 4 and 5.
             cache.crop(-input_ids.shape[1])
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        # By position: transformers 5 has another name for the field of the cache.
+        # Positional arguments, since the cache's field has different names in transformers 4 and 5.
         output = BaseModelOutputWithPast(hidden, cache, tuple(states) if keep else None)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def embed(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings of ids; a subclass may name the module otherwise."""
         return self.embed_tokens(input_ids)
 
 
@@ -242,8 +253,8 @@ def _cached_tokens(cache: Any, block_size: int) -> int:
     length = int(cache.get_seq_length())
     if length % block_size:
         raise ValueError(
-            f"the cache holds {length} tokens, which are not whole blocks of {block_size}: its last tokens have not "
-            "seen the rest of their block; store a block only when it is complete"
+            f"the cache holds {length} tokens, not whole blocks of {block_size}: its last tokens have not seen the "
+            "rest of their block; store a block only when it is complete"
         )
     return length
 
@@ -251,15 +262,15 @@ def _cached_tokens(cache: Any, block_size: int) -> int:
 def _check_mask_and_positions(mask: Tensor | None, position_ids: Tensor | None, positions_S: Tensor) -> None:
     if mask is not None and (mask.dim() != 2 or not bool((mask == 1).all())):
         raise ValueError(
-            "attention_mask must be [B, T] and all ones, as forward takes no padding: give sequences of one length, or "
-            "one at a time; generate takes padding on the left. The block-causal mask is made here"
+            "attention_mask must be [B, T] and all ones, since forward accepts no padding: give sequences of one "
+            "length, or one at a time; generate accepts padding on the left. The block-causal mask is created here"
         )
     if position_ids is not None and not bool((position_ids == positions_S.expand_as(position_ids)).all()):
-        raise ValueError("position_ids must count from 0 and go on where the cache ends: leave them out")
+        raise ValueError("position_ids must start at 0, or continue behind the cache: leave them out")
 
 
 class Bd3ForCausalLM(Bd3PreTrainedModel, Bd3GenerationMixin):
-    """The transformer, its head, and generation block by block."""
+    """The transformer with its head, and generation block by block."""
 
     model_class = Bd3Model
 
@@ -282,10 +293,10 @@ class Bd3ForCausalLM(Bd3PreTrainedModel, Bd3GenerationMixin):
         return_dict: bool | None = None,
         labels: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """fp32 logits [B, S, V], each of the token at its own position; the arguments are `Bd3Model`'s.
+        """Compute fp32 logits [B, S, V], which predict the token of their own position; arguments as for `Bd3Model`.
 
         Raises:
-            ValueError: `labels`, beside what `Bd3Model` refuses.
+            ValueError: `labels` are given, and what `Bd3Model` refuses.
         """
         if labels is not None:
             raise ValueError(

@@ -1,6 +1,7 @@
-"""LLaDA2-MoE for transformers: the block diffusion model of `modeling_bd3` with LLaDA2's names and order of weights.
+"""Define LLaDA2-MoE for transformers: the block diffusion model of `modeling_bd3` with LLaDA2's names and order of
+weights.
 
-Legend: B sequences, S new tokens, X hidden size, H query heads, G key/value heads, D dimensions a head.
+Legend: B sequences, S new tokens, X hidden size, H query heads, G key/value heads, D dimensions per head.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-# transformers 4 copies those modules alone to where it imports from that this one imports itself.
+# transformers 4 copies only modules that this file imports itself to the folder that it imports from.
 from .configuration_bd3 import Bd3Config  # noqa: F401
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .generation_bd3 import Bd3GenerationMixin  # noqa: F401
@@ -17,19 +18,19 @@ from .mlp_bd3 import make_mlp
 from .modeling_bd3 import Bd3Attention, Bd3DecoderLayer, Bd3ForCausalLM, Bd3Model, hidden_norm
 
 
-def channel_order(size: int, turned: int) -> list[int]:
-    """Return the channels of a head in an order whose halves are what pairs are made of.
+def channel_order(size: int, rotary_dim: int) -> list[int]:
+    """Return an order of a head's channels that turns LLaDA2's rotary pairs into those of `modeling_bd3`.
 
-    Of `size` channels the first `turned` turn, in pairs (i, i + turned / 2); `modeling_bd3` has pairs
-    (i, i + size / 2), of which the first turn.
+    LLaDA2 rotates the first `rotary_dim` of `size` channels, in pairs (i, i + turned / 2); `modeling_bd3` has pairs
+    (i, i + size / 2), of which the first ones are rotated.
     """
-    half, rest = turned // 2, (size - turned) // 2
-    low, high = [*range(half)], [*range(half, turned)]
-    return [*low, *range(turned, turned + rest), *high, *range(turned + rest, size)]
+    half, rest = rotary_dim // 2, (size - rotary_dim) // 2
+    low, high = [*range(half)], [*range(half, rotary_dim)]
+    return [*low, *range(rotary_dim, rotary_dim + rest), *high, *range(rotary_dim + rest, size)]
 
 
 class LLaDA2MoeAttention(Bd3Attention):
-    """Queries, keys and values come of one matrix, one after the other."""
+    """Attention whose queries, keys and values come from one matrix, in this order."""
 
     def __init__(self, config: LLaDA2MoeConfig, layer: int) -> None:
         nn.Module.__init__(self)
@@ -54,6 +55,8 @@ class LLaDA2MoeAttention(Bd3Attention):
 
 
 class LLaDA2MoeDecoderLayer(Bd3DecoderLayer):
+    """A layer with LLaDA2's name of the attention module."""
+
     def __init__(self, config: LLaDA2MoeConfig, layer: int) -> None:
         nn.Module.__init__(self)
         self.input_layernorm = hidden_norm(config)
@@ -68,6 +71,8 @@ class LLaDA2MoeDecoderLayer(Bd3DecoderLayer):
 
 
 class LLaDA2MoeModel(Bd3Model):
+    """The transformer without its head, with LLaDA2's name of the embedding."""
+
     config_class = LLaDA2MoeConfig
     _input_embed_layer = "word_embeddings"
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]  # noqa: RUF012  (transformers reads a plain class attribute)
@@ -84,6 +89,8 @@ class LLaDA2MoeModel(Bd3Model):
 
 
 class LLaDA2MoeModelLM(Bd3ForCausalLM):
+    """The transformer with its head, under the class name of the published models."""
+
     config_class = LLaDA2MoeConfig
     model_class = LLaDA2MoeModel
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]  # noqa: RUF012
