@@ -1,1 +1,1 @@
-"""The paper's tables in small; `python -m reproduction` is the command."""
+"""Reproduce the paper's tables in small; `python -m reproduction` is the command."""

@@ -4,7 +4,7 @@
         --text wikitext2=wikitext2-test.txt --text ptb=ptb-test.txt
     python -m reproduction --quick
 
-What has a record already (docs/reproduction/) is not done again: an interrupted reproduction goes on.
+Rows with a record (docs/reproduction/) are not measured again, so an interrupted reproduction continues.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def main(
     text: Annotated[list[str] | None, typer.Option(help="SET=PATH or PATH of other text to measure.")] = None,
     scale: Annotated[str, typer.Option(help=f"One of {', '.join(SCALES)}; paper needs a GPU.")] = "small",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only prove that all of it works, on Python's own text.")
+        bool, typer.Option("--quick", help="Only show that everything works, on Python's help texts.")
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of records and pictures; the page is beside it.",
-            show_default="docs/reproduction, of other scales with their name",
+            help="Folder of records and pictures; the page is written next to it.",
+            show_default="docs/reproduction, with the scale's name for other scales",
         ),
     ] = None,
     work: Annotated[Path, typer.Option(help="Folder of data and runs.")] = Path("runs/reproduction"),
@@ -62,11 +62,11 @@ def main(
 ) -> None:
     """Reproduce the paper's tables in small.
 
-    Interrupted, the rows that train save and end, and the same command goes on.
+    If it is interrupted, running trainings save and end, and the same command continues.
     """
     chosen = SCALES["quick" if quick else scale] if quick or scale in SCALES else None
     if chosen is None:
-        fail(f"scale is {scale!r}: take one of {', '.join(SCALES)}")
+        fail(f"scale is {scale!r}: give one of {', '.join(SCALES)}")
     out = out or (
         work / "quick-page"
         if chosen.name == "quick"
@@ -82,17 +82,18 @@ def main(
             if vocabulary is None:
                 fail(f"the scale {chosen.name} needs a tokeniser of words: give its folder with --tokenizer")
             texts = {NamedText.parse(argument).name: argument for argument in text or ()}
-            source = train or own_text(work)
+            source = train or help_topics(work)
             todo = Work(chosen, work.absolute() / chosen.name, out / "records", source, validation, texts)
             todo.prepare(vocabulary)
-            do(todo, jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))))
+            run_all(todo, jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))))
             measure_efficiency(out / "records", chosen.name == "quick")
         console.print(f"wrote {write_page(chosen, out)}")
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         fail(str(error))
 
 
-def do(todo: Work, at_once: int) -> None:
+def run_all(todo: Work, at_once: int) -> None:
+    """Run all missing jobs with a progress bar; exit with an error if rows failed."""
     with Bar("rows") as bar:
 
         def show(done: int, total: int, row: str) -> None:
@@ -106,12 +107,13 @@ def do(todo: Work, at_once: int) -> None:
 
 
 def fail(message: str) -> NoReturn:
+    """Print an error and exit."""
     console.print(f"[red]error:[/red] {message}")
     raise typer.Exit(1)
 
 
-def own_text(work: Path) -> Path:
-    """Python's help topics, a document each."""
+def help_topics(work: Path) -> Path:
+    """Write Python's help topics as documents, once, and return the file."""
     path = work / "topics.jsonl"
     if path.exists():
         return path
@@ -122,7 +124,7 @@ def own_text(work: Path) -> Path:
 
 
 def measure_efficiency(records: Path, quick: bool) -> None:
-    """After everything else, so that nothing runs beside it."""
+    """Measure the training efficiency, once; it runs last, so that nothing else uses the machine."""
     if (records / "efficiency-0.json").exists():
         return
     torch.set_num_threads(1)
@@ -130,6 +132,6 @@ def measure_efficiency(records: Path, quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    # As an interrupt does: what runs is asked to save and end.
+    # SIGTERM is handled like an interrupt: running jobs save and end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     typer.run(main)

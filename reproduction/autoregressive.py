@@ -1,4 +1,4 @@
-"""The autoregressive rows behind transformers: the judge of samples, and AR's own samples."""
+"""Run the autoregressive rows with transformers: the judge of samples, and AR's own samples."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ COMMAND = Path(sys.executable).with_name("bd3-scale")
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """As a causal model of Hugging Face, if it is not there."""
+    """Export a checkpoint as a causal Hugging Face model, unless the folder exists."""
     if not folder.exists():
         subprocess.run([COMMAND, "convert", "export", checkpoint, "--out", folder], check=True)
 
 
 @torch.no_grad()
 def write_autoregressively(folder: Path, count: int, length: int, *, seed: int, top_p: float) -> list[Written]:
-    """`count` texts of up to `length` tokens after the end of another document, with which text begins here."""
+    """Sample `count` texts of up to `length` tokens; each begins after EOS, the end of a preceding document."""
     with without_broken_torchvision():
         import transformers
 
-        safely = {"trust_remote_code": False, "local_files_only": True}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safely)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **safely).eval()
+        options = {"trust_remote_code": False, "local_files_only": True}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     torch.manual_seed(seed)
     began = time.monotonic()
     end = tokenizer.eos_token_id

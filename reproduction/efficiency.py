@@ -1,4 +1,4 @@
-"""Section 8: one vectorised forward against two passes, and the attention's backends, in turns on a quiet machine."""
+"""Measure section 8: one vectorised forward against two passes, and attention backends, in turns on a quiet machine."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SIZES = ((16, 128, 128, 4, 4), (2, 1024, 256, 4, 4))
 Lap = Callable[[], object]
 
 
-class Twin:
-    """A plain transformer of random weights whose training pass can be had in one forward or in two."""
+class PlainTransformer:
+    """A plain transformer of random weights whose training pass can run as one forward or as two."""
 
     def __init__(self, hidden: int, layers: int, heads: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -35,7 +35,7 @@ class Twin:
         ]
 
     def once(self, noisy: Tensor, clean: Tensor, spans: Tensor) -> Tensor:
-        """Outputs of the noisy rows, from all rows at once; the last layer's clean rows are keys alone."""
+        """Return the outputs of the noisy rows from one pass over all rows; the last layer's clean rows are only keys."""
         rows, x = noisy.shape[1], torch.cat([noisy, clean], 1)
         for number, weights in enumerate(self.layers):
             q, k, v = self._project(x, weights[0])
@@ -45,7 +45,7 @@ class Twin:
         return x
 
     def twice(self, noisy: Tensor, clean: Tensor, spans: Tensor) -> Tensor:
-        """The same from a pass over the clean rows, whose keys and values the noisy rows' pass then sees."""
+        """Return the same from two passes: the noisy rows' pass sees the keys and values of the clean rows' pass."""
         keys = []
         for number, weights in enumerate(self.layers):
             q, k, v = self._project(clean, weights[0])
@@ -68,7 +68,7 @@ class Twin:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Milliseconds, medians of laps taken in turns, forward and backward; `quick`: of the smallest size alone."""
+    """Return milliseconds of forward and backward, medians of laps in turns; `quick`: only of the smallest size."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "device": device.type,
@@ -82,11 +82,11 @@ def _size(batch: int, length: int, hidden: int, layers: int, heads: int, device:
     generator = torch.Generator().manual_seed(2)
     noisy, clean = (torch.randn(batch, length, hidden, generator=generator).to(device) for _ in range(2))
     spans = make_spans(torch.zeros(batch, length, dtype=torch.int32), BLOCK).to(device)
-    twin = Twin(hidden, layers, heads, device)
-    torch.testing.assert_close(twin.once(noisy, clean, spans), twin.twice(noisy, clean, spans), rtol=1e-4, atol=1e-4)
+    model = PlainTransformer(hidden, layers, heads, device)
+    torch.testing.assert_close(model.once(noisy, clean, spans), model.twice(noisy, clean, spans), rtol=1e-4, atol=1e-4)
     passes: dict[str, Lap] = {
-        "one pass": lambda: twin.once(noisy, clean, spans).square().mean().backward(),
-        "two passes": lambda: twin.twice(noisy, clean, spans).square().mean().backward(),
+        "one pass": lambda: model.once(noisy, clean, spans).square().mean().backward(),
+        "two passes": lambda: model.twice(noisy, clean, spans).square().mean().backward(),
     }
     shape = (batch, 2 * length, heads, hidden // heads)
     q, k, v = (torch.randn(shape, generator=generator).to(device).requires_grad_() for _ in range(3))
@@ -107,7 +107,7 @@ def _gflop(lap: Lap) -> float:
 
 
 def _product_gflops(device: torch.device) -> float:
-    """What the device reaches in one large product of matrices."""
+    """Return the GFLOP/s that the device reaches in one large matrix product."""
     rows, inner, columns = 4096, 512, 2048
     a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
     milliseconds = _in_turns({"product": lambda: a @ b}, device)["product"]
@@ -115,7 +115,7 @@ def _product_gflops(device: torch.device) -> float:
 
 
 def dense_mask(length: int) -> Tensor:
-    """bool [2L, 2L] of one document: noisy rows, then clean ones (paper, appendix B.6, in closed form)."""
+    """Return the mask bool [2L, 2L] of one document, noisy rows before clean ones (paper, appendix B.6)."""
     block = torch.arange(length) // BLOCK
     own, before = block[:, None] == block, block[:, None] > block
     return torch.cat([torch.cat([own, before], 1), torch.cat([torch.zeros_like(own), own | before], 1)])

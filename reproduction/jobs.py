@@ -1,4 +1,4 @@
-"""What has to be done: data once, then a job for each row and seed without a record, several at a time."""
+"""Run the jobs of a reproduction: prepare data once, then a job for each row and seed without a record."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from reproduction.rows import Row, Scale, rows
 
 COMMAND = Path(sys.executable).with_name("bd3-scale")
 ROOT = Path(__file__).parents[1]
-GRACE_SECONDS = 120.0  # for a training that is asked to save and end
+GRACE_SECONDS = 120.0  # for an interrupted training to save and end
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Where a reproduction lies: `folder` has data and runs, which may be lost; `records` what was found."""
+    """The inputs and folders of a reproduction: `folder` has data and runs, which may be lost; `records` the results."""
 
     scale: Scale
     folder: Path
@@ -39,37 +39,38 @@ class Work:
     texts: dict[str, str]
 
     def data(self, longer: int = 1) -> Path:
-        """Tokens in sequences of so many times the scale's length."""
+        """Return the folder of tokens in sequences of `longer` times the scale's length."""
         return self.folder / ("data" if longer == 1 else f"data-{longer}")
 
     def overrides(self, row: Row, seed: int) -> list[str]:
-        """Of the scale's recipe."""
-        own = {"name": f"{self.scale.name}-{row.name}", "seed": seed, "data.path": self.data(row.longer)}
-        own |= {"run_dir": self.run(row, seed)} | row.overrides
-        return [f"{key}={value}" for key, value in own.items()]
+        """Return a row's overrides of the scale's recipe, as the command line takes them."""
+        values = {"name": f"{self.scale.name}-{row.name}", "seed": seed, "data.path": self.data(row.longer)}
+        values |= {"run_dir": self.run(row, seed)} | row.overrides
+        return [f"{key}={value}" for key, value in values.items()]
 
     def run(self, row: Row, seed: int) -> Path:
-        """A folder for each recipe: another one does not go on where this one stopped."""
+        """Return the run directory, one for each recipe: a changed recipe must not resume this run."""
         return self.folder / "runs" / f"{row.name}-{seed}-{self.recipe_hash(row, seed)}"
 
     def recipe_hash(self, row: Row, seed: int) -> str:
-        """16 hexadecimal digits of all that is set otherwise than by default: a new option does not change it."""
-        own = {"seed": seed, "data.path": "any"} | row.overrides
-        recipe = load_recipe(self.scale.path, [f"{key}={value}" for key, value in own.items()])
+        """Return a hash of all values that differ from the defaults, so that a new option does not change it."""
+        values = {"seed": seed, "data.path": "any"} | row.overrides
+        recipe = load_recipe(self.scale.path, [f"{key}={value}" for key, value in values.items()])
         settings = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def log(self, row: Row, seed: int) -> Path:
+        """Return the path of a job's output."""
         return self.folder / "jobs" / f"{row.name}-{seed}.txt"
 
     def prepare(self, tokenizer: str) -> None:
-        """Training and held-out data, and the other texts, if they are not there.
+        """Prepare training and held-out data, and the other texts, unless they exist.
 
-        ValueError: what is there was made of other sources.
+        ValueError: existing data were made from other sources.
         """
-        of = {"train": fingerprint(self.train), "validation": fingerprint(self.validation), "tokenizer": tokenizer}
+        sources = {"train": fingerprint(self.train), "validation": fingerprint(self.validation), "tokenizer": tokenizer}
         for longer in sorted({row.longer for row in rows(self.scale)}):
-            self._prepare_data(longer, of)
+            self._prepare_data(longer, sources)
         for name, argument in self.texts.items():
             out = self.folder / "texts" / name
             text = NamedText.parse(argument)
@@ -77,36 +78,36 @@ class Work:
             if not out.exists():
                 text.prepare(out, load_tokenizer(tokenizer), seq_len=self.scale.length, document_multiple=1)
 
-    def _prepare_data(self, longer: int, of: dict[str, Any]) -> None:
+    def _prepare_data(self, longer: int, made_of: dict[str, Any]) -> None:
         out = self.data(longer)
-        self.stamp(out.name, of)
+        self.stamp(out.name, made_of)
         if out.exists():
             return
         sources = self._cut(self.train, self.scale.text_bytes, "train")
         held_out: list[object] = []
         if self.validation is not None:
-            # A little more than is measured, of all documents; a token of words has about five characters.
+            # A little more than is measured, from all documents; a subword token has about five characters.
             size = 5 * self.scale.sequences * self.scale.length // 4 * (1 if self.scale.unit == "byte" else 6)
             held_out = ["--validation", self._cut(self.validation, size, "valid")]
         length = str(longer * self.scale.length)
         line = [COMMAND, "data", "prepare", sources, *held_out, "--out", out, "--seq-len", length]
-        subprocess.run([*map(str, line), "--tokenizer", of["tokenizer"], "--document-multiple", "1"], check=True)
+        subprocess.run([*map(str, line), "--tokenizer", made_of["tokenizer"], "--document-multiple", "1"], check=True)
 
     def stamp(self, made: str, sources: dict[str, Any]) -> None:
-        """Remember what `made` is of. ValueError: it is of something else."""
+        """Record the sources of the file `made`. ValueError: it was made from other sources."""
         path = self.folder / f"{made}.sources.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(sources))
-        there = json.loads(path.read_text())
-        if there != json.loads(json.dumps(sources)):
+        recorded = json.loads(path.read_text())
+        if recorded != json.loads(json.dumps(sources)):
             raise ValueError(
-                f"{self.folder / made} was made of {there}, and now it is to be {sources}: give another --work, or "
+                f"{self.folder / made} was made from {recorded}, not from {sources}: give another --work, or "
                 f"remove {self.folder / made} and {path}"
             )
 
     def _cut(self, source: Path, size: int, name: str) -> Path:
-        """About `size` characters of the text, the same number of every document."""
+        """Write about `size` characters of the text, the same number of each document, and return the file."""
         documents = [document.text for document in DocumentReader([source])]
         share = max(1, size // len(documents))
         out = self.folder / f"{name}.jsonl"
@@ -116,62 +117,63 @@ class Work:
         return out
 
     def missing(self) -> list[tuple[Row, int]]:
-        """Rows and seeds without a record of their recipe, in order."""
-        there = read_records(self.records)
+        """Return rows and seeds without a record of their recipe, in order."""
+        records = read_records(self.records)
         missing = [
             (row, seed)
             for row in rows(self.scale)
             for seed in row.seeds or self.scale.seeds
-            if not self._answers(there.get((row.name, seed)), row, seed)
+            if not self._is_current(records.get((row.name, seed)), row, seed)
         ]
         without_judge = any(row.writes for row, _ in missing) and not self.judge.exists()
         if without_judge and all(row.name != "judge" for row, _ in missing):
             return [self.judging, *missing]
         return missing
 
-    def _answers(self, record: dict[str, Any] | None, row: Row, seed: int) -> bool:
-        """It is of what is asked, and measured on every text."""
-        if record is None or record["asked"] != self.asked(row, seed):
+    def _is_current(self, record: dict[str, Any] | None, row: Row, seed: int) -> bool:
+        """Tell whether a record has the current conditions and was measured on every text."""
+        if record is None or record["asked"] != self.conditions(row, seed):
             return False
         return not row.writes or set(self.texts) <= {key.rpartition(", L'=")[0] for key in record["texts"]}
 
     @property
     def data_hash(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of the documents, their split and their tokeniser."""
+        """Return 16 hexadecimal digits of the SHA-256 of the documents, their split and their tokeniser."""
         digest = hashlib.sha256(load_manifest(self.data()).tokenizer_hash.encode())
         for split in ("train", "validation"):
             digest.update((self.data() / f"{split}-documents.u64").read_bytes())
         return digest.hexdigest()[:16]
 
-    def asked(self, row: Row, seed: int) -> dict[str, Any]:
-        """What decides a record: a row whose record answers something else is done again."""
-        asked = {
+    def conditions(self, row: Row, seed: int) -> dict[str, Any]:
+        """Return the conditions of a record, which it stores as `asked`; with other conditions a row is run again."""
+        conditions = {
             "recipe": self.recipe_hash(row, seed),
             "data": self.data_hash,
             "sequences": self.scale.sequences // row.longer,
             "draws": self.scale.draws,
             "samples": self.scale.samples if row.writes else 0,
         }
-        return asked | ({"judge": self.recipe_hash(*self.judging)} if row.writes else {})
+        return conditions | ({"judge": self.recipe_hash(*self.judging)} if row.writes else {})
 
     @property
     def judging(self) -> tuple[Row, int]:
-        """The judge's row and seed."""
+        """Return the judge's row and seed."""
         row = next(row for row in rows(self.scale) if row.name == "judge")
         return row, row.seeds[0]
 
     @property
     def judge(self) -> Path:
-        """The folder of the judge, which `transformers` can read."""
+        """Return the folder of the exported judge, which transformers reads."""
         return self.folder / f"judge-{self.recipe_hash(*self.judging)}"
 
     def job(self, row: Row, seed: int) -> dict[str, Any]:
+        """Return the description of a job for `reproduction.worker`."""
         held_out = {"held-out": str(self.data(row.longer))}
         return {
             "row": row.name,
             "seed": seed,
             "recipe": str(self.scale.path),
-            "asked": self.asked(row, seed),
+            "asked": self.conditions(row, seed),
             "overrides": self.overrides(row, seed),
             "run_dir": str(self.run(row, seed)),
             "record": str(self.records / f"{row.name}-{seed}.json"),
@@ -185,15 +187,16 @@ class Work:
 
 
 def run_jobs(work: Work, at_once: int, progress: Callable[[int, int, str], object]) -> list[str]:
-    """Run what is missing, `at_once` jobs at a time, the judge before who is judged; returns the rows that failed.
+    """Run missing jobs, `at_once` at a time, the judge before rows that it scores; return the rows that failed.
 
-    progress: told the jobs that are done, all, and which one just ended. Interrupted, the trainings save and end.
+    progress: called with the finished jobs, all jobs, and the job that just ended. If it is interrupted, running
+    trainings save and end.
     """
     waiting, running, failed = work.missing(), {}, []
     total = len(waiting)
     try:
         while waiting or running:
-            ready = [one for one in waiting if work.judge.exists() or not one[0].writes]
+            ready = [job for job in waiting if work.judge.exists() or not job[0].writes]
             while ready and len(running) < at_once:
                 row, seed = ready.pop(0)
                 waiting.remove((row, seed))
@@ -214,11 +217,11 @@ def run_jobs(work: Work, at_once: int, progress: Callable[[int, int, str], objec
 
 
 def fingerprint(path: Path | None) -> list[str] | None:
-    """Return the name of a file or folder, and 16 hexadecimal digits of the SHA-256 of its bytes: it is known again."""
+    """Return the name of a file or folder and 16 hexadecimal digits of the SHA-256 of its bytes."""
     if path is None:
         return None
     digest = hashlib.sha256()
-    for part in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
+    for part in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return [path.name, digest.hexdigest()[:16]]
@@ -240,20 +243,20 @@ def _start(work: Work, row: Row, seed: int) -> subprocess.Popen[bytes]:
 
 
 def end_all(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End the processes with their trainings, which save first: another command may go on from there at once."""
+    """End the processes and wait until their trainings have saved: another command may resume them at once."""
     for process in processes:
         _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
         while time.monotonic() < deadline and _signal_group(process, 0):
-            process.poll()  # or it stays in its group
+            process.poll()  # reaps the process; a zombie would stay in its group
             time.sleep(0.1)
         _signal_group(process, signal.SIGKILL)
         process.wait()
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
-    """Whether its group still has a process."""
+    """Send a signal to a process's group; return whether the group still has a process."""
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Sections 1, 2, 5, 6 and 9: perplexities and their differences."""
+"""Write sections 1, 2, 5, 6 and 9: perplexities and their differences."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, fluctua
 
 
 def perplexity(found: Findings) -> str:
+    """Write section 1."""
     lines = [[found.row(name).title, *found.cells(found.measured(name)), *paper.PERPLEXITY[name]] for name in MAIN]
     pairs = list(zip(MAIN[1:], MAIN[:-1], strict=True))
     differences = [found.compare(*pair) for pair in pairs]
@@ -34,6 +35,7 @@ def perplexity(found: Findings) -> str:
 
 
 def block_size_one(found: Findings) -> str:
+    """Write section 2."""
     names = ("ar", "l1-masked", "l1-uniform")
     spread = {
         name: float(np.mean([fluctuation(record["training"]["losses"]) for record in found.of(name)])) for name in names
@@ -45,7 +47,8 @@ def block_size_one(found: Findings) -> str:
     gap, closed = found.compare("l1-uniform", "ar"), found.compare("l1-masked", "ar")
     between = found.compare("l1-uniform", "l1-masked")
     steps = len(found.of("ar")[0]["training"]["losses"]) // 2
-    # Of a ratio of variances of differences of independent losses, whose fourth moments are the normal law's.
+    # The variance is half the mean square of successive differences. For normal losses the variance of its logarithm is
+    # 3/n with n steps, so the ratio of two has 2 · 3/n (3 and not 2, since successive differences share a loss).
     factor = math.exp(1.96 * math.sqrt(2 * 3 / (steps * len(found.of("ar")))))
     ratio = spread["l1-uniform"] / spread["l1-masked"]
     variance = HOLDS if ratio > factor else FAILS if ratio < 1 / factor else UNDECIDED
@@ -65,13 +68,14 @@ def block_size_one(found: Findings) -> str:
 
 
 def _equal(closed: Difference, gap: Difference) -> str:
-    """Whether the gap is closed: none is seen, and what may be left is less than half of what was closed."""
+    """Return the verdict on a closed gap: none is seen, and what may be left is less than half of what was closed."""
     if abs(closed.value) > closed.margin:
         return FAILS
     return HOLDS if abs(closed.value) + closed.margin < gap.value / 2 else UNDECIDED
 
 
 def finetuned(found: Findings) -> str:
+    """Write section 5."""
     sizes = (4, 16)
     lines, sentences = [], []
     steps, optimizer = found.scale.steps, found.scale.recipe.optimizer
@@ -99,7 +103,7 @@ def finetuned(found: Findings) -> str:
 
 
 def zero_shot(found: Findings) -> str:
-    """Perplexity of texts of other kinds; the claims are of the two that the paper has, too."""
+    """Write section 6, perplexities of other texts; claims are about the two texts that the paper has, too."""
     lines = []
     for name in MAIN:
         cells = [f"{math.exp(found.measured(name, text).mean):.3f}" for text in found.texts]
@@ -121,7 +125,7 @@ def zero_shot(found: Findings) -> str:
 
 
 def _advantage(found: Findings) -> list[str]:
-    """By how much blocks of 4 are better than MDLM on each text, and how much of it other text takes away."""
+    """Write how much better blocks of 4 are than MDLM on each text, and how much of it is lost on other text."""
     own = found.compare("mdlm", "l4")
     lines, shrunk = [["held-out", own, "", f"{paper.ADVANTAGE[HELD_OUT]:+.3f}"]], []
     for text in found.texts:
@@ -145,6 +149,7 @@ def _advantage(found: Findings) -> list[str]:
 
 
 def one_for_many(found: Findings) -> str:
+    """Write section 9."""
     lines = []
     for size, name in zip((1, *BLOCKS), ("l1-masked", *(f"l{size}" for size in BLOCKS)), strict=True):
         own, shared = found.measured(name), found.measured("any", HELD_OUT, size)

@@ -1,4 +1,4 @@
-"""Sections 3 and 4: intervals of mask rates, and where a loss's variance comes from."""
+"""Write sections 3 and 4: intervals of mask rates, and where a loss's variance comes from."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ Variances = dict[Interval, tuple[float, float]]
 
 
 def clipped_sizes(found: Findings) -> tuple[int, ...]:
+    """Return the block sizes that are trained with fixed intervals."""
     return (*found.scale.clipped, found.scale.length)
 
 
 def clipped_name(size: int, interval: tuple[float, float]) -> str:
+    """Return the name of the row with a fixed interval."""
     return f"l{size}-{interval[0]}-{interval[1]}"
 
 
 def loss_variance(found: Findings, size: int, interval: tuple[float, float]) -> float:
-    """Of a block's loss under the interval that the model was trained with, on held-out text."""
+    """Return the variance of a block's loss under the interval that its model was trained with, on held-out text."""
     text = found.of(clipped_name(size, interval))[0]["texts"][f"{HELD_OUT}, L'={size}"]
-    return next(one["variance"] for one in text["intervals"] if (one["low"], one["high"]) == interval)
+    return next(each["variance"] for each in text["intervals"] if (each["low"], each["high"]) == interval)
 
 
 def clipped(found: Findings) -> str:
+    """Write section 3."""
     parts, lines, narrower, best = [], [], [], []
     for size in clipped_sizes(found):
         for interval in INTERVALS:
@@ -67,7 +70,7 @@ def clipped(found: Findings) -> str:
 
 
 def _by_rate(found: Findings) -> list[str]:
-    """Where the model of least variance falls behind: at the mask rates that it has not seen, or at all of them."""
+    """Write where the model of least variance is worse: at mask rates that it was not trained on, or at all."""
     lines, costs, behind, seeds = [], [], [], found.seeds()
     for size in clipped_sizes(found):
         names = {interval: clipped_name(size, interval) for interval in INTERVALS}
@@ -89,33 +92,34 @@ def _by_rate(found: Findings) -> list[str]:
 
 
 def _halves(found: Findings, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean loss at mask rates below and above 0.5, and standard errors of the noise and the text, by block."""
+    """Return the mean loss at mask rates below and above 0.5, and their standard errors over blocks."""
     blocks, losses, squares = tenths(found, name).T
     means = losses / blocks
     errors = ((squares / blocks - means**2) / blocks).reshape(2, 5).sum(1)
     return means.reshape(2, 5).mean(1), np.sqrt(errors) / 5
 
 
-def chosen(record: dict[str, Any], size: int) -> list[tuple[int, float, float]]:
-    """What training followed: step, β, ω of every search."""
+def search_results(record: dict[str, Any], size: int) -> list[tuple[int, float, float]]:
+    """Return step, β and ω of every search of a training."""
     keys = [f"mask_rate_{end}_block_{size}" for end in ("low", "high")]
-    return [(one["step"], one[keys[0]], one[keys[1]]) for one in record["training"]["searches"]]
+    return [(search["step"], search[keys[0]], search[keys[1]]) for search in record["training"]["searches"]]
 
 
 def searched_rows(found: Findings) -> dict[int, str]:
-    """Those whose interval is searched, by block size."""
+    """Return the rows whose interval is searched, by block size."""
     sizes = {**{size: f"l{size}" for size in BLOCKS}, found.scale.length: "mdlm"}
     return sizes | ({found.scale.longer * found.scale.length: "mdlm-longer"} if found.scale.longer > 1 else {})
 
 
 def searched(found: Findings) -> str:
+    """Write section 4."""
     lines = []
     for size, name in searched_rows(found).items():
         records = found.of(name)
         lines.append(
             [
                 f"{found.row(name).title}",
-                ", ".join(_named(low, high) for _, low, high in (chosen(record, size)[-1] for record in records)),
+                ", ".join(_named(low, high) for _, low, high in (search_results(record, size)[-1] for record in records)),
                 _named(*least_variance(variances(found, name))),
                 _course(records, f"loss_variance_block_{size}"),
                 _course(records, f"loss_variance_unclipped_block_{size}"),
@@ -149,26 +153,30 @@ def searched(found: Findings) -> str:
 
 
 def variances(found: Findings, name: str) -> Variances:
-    """Of a block's loss at the end, by interval, on all held-out text: mean over seeds, and its standard error."""
+    """Return the variance of a block's loss by interval on all held-out text: mean over seeds, and standard error."""
     texts = [r["texts"][f"{HELD_OUT}, L'={found.row(name).block_sizes[0]}"]["intervals"] for r in found.of(name)]
-    each = [{(one["low"], one["high"]): (one["variance"], one["standard_error"]) for one in text} for text in texts]
-    told = [interval for interval in each[0] if all(interval in one for one in each)]
-    seeds = {interval: np.array([one[interval] for one in each]) for interval in told}
+    by_seed = [{(x["low"], x["high"]): (x["variance"], x["standard_error"]) for x in text} for text in texts]
+    common = [interval for interval in by_seed[0] if all(interval in each for each in by_seed)]
+    seeds = {interval: np.array([each[interval] for each in by_seed]) for interval in common}
     return {i: (float(x[:, 0].mean()), float(np.sqrt(np.square(x[:, 1]).sum()) / len(x))) for i, x in seeds.items()}
 
 
-def least_variance(of: Variances) -> Interval:
-    return min(of, key=lambda interval: of[interval][0])
+def least_variance(variances: Variances) -> Interval:
+    """Return the interval of least variance."""
+    return min(variances, key=lambda interval: variances[interval][0])
 
 
 def _gain(shorter: Variances, longer: Variances) -> tuple[float, float]:
-    """Of the longer blocks' interval of least variance over the shorter ones', for the longer ones; half its 95%."""
-    ends = [longer.get(least_variance(one), (math.nan, math.nan)) for one in (shorter, longer)]
+    """Return how much less variance longer blocks have under their best interval than under that of shorter blocks.
+
+    The second value is half of its 95% interval.
+    """
+    ends = [longer.get(least_variance(each), (math.nan, math.nan)) for each in (shorter, longer)]
     return ends[0][0] - ends[1][0], 1.96 * math.hypot(ends[0][1], ends[1][1])
 
 
 def order_of_intervals(rows: list[Variances]) -> str:
-    """On the claim that masks of least variance grow lighter with blocks, of rows in the order of their sizes."""
+    """Return the verdict on the claim that larger blocks have lighter masks of least variance; rows by block size."""
     moves = []
     for shorter, longer in itertools.pairwise(rows):
         gain, margin = _gain(shorter, longer)
@@ -182,25 +190,26 @@ def _named(low: float, high: float) -> str:
 
 
 def _course(records: list[dict[str, Any]], key: str) -> str:
-    """Means over seeds at the first search and at the last."""
-    ends = [[record["training"]["searches"][place][key] for record in records] for place in (0, -1)]
+    """Return the means over seeds at the first and at the last search."""
+    ends = [[record["training"]["searches"][index][key] for record in records] for index in (0, -1)]
     return " → ".join(f"{float(np.mean(values)):.3f}" for values in ends)
 
 
 def tenths(found: Findings, name: str) -> NDArray[np.float64]:
-    """[tenths of mask rates, (blocks, sum of losses, sum of squares)] of a row on held-out text."""
+    """Return [tenths of mask rates, (blocks, sum of losses, sum of squares)] of a row on held-out text."""
     text = found.of(name)[0]["texts"][f"{HELD_OUT}, L'={found.row(name).block_sizes[0]}"]
     return np.array(text["rates"])
 
 
 def best_clipped(found: Findings, size: int) -> str:
-    """The row of section 3 with the lowest NELBO."""
+    """Return the row of section 3 with the lowest NELBO."""
     return min((clipped_name(size, interval) for interval in INTERVALS), key=lambda name: found.measured(name).mean)
 
 
 def parts_of_variance(rates: NDArray[np.float64], interval: Interval) -> tuple[float, float]:
-    """Of a block's loss under rates of an interval of tenths: the mean variance at a rate, and the variance of its mean
-    from rate to rate.
+    """Split the variance of a block's loss over an interval of mask rates (law of total variance).
+
+    Returns the mean of the variance at a rate, and the variance of the mean from rate to rate.
     """
     low, high = (round(10 * end) for end in interval)
     blocks, losses, squares = rates[low:high].T
@@ -209,14 +218,14 @@ def parts_of_variance(rates: NDArray[np.float64], interval: Interval) -> tuple[f
 
 
 def expected(rates: NDArray[np.float64], times: int) -> Interval:
-    """The interval of least variance of blocks so many times as long, if the part at a rate falls as they grow."""
+    """Predict the interval of least variance for blocks `times` as long, if the part at a rate falls as 1/times."""
     ends = [(low / 10, high / 10) for low, high in itertools.combinations(range(11), 2) if high - low >= 5]
     parts = {interval: parts_of_variance(rates, interval) for interval in ends}
     return min(parts, key=lambda interval: parts[interval][0] / times + parts[interval][1])
 
 
 def _look(found: Findings) -> list[str]:
-    """Why the search chooses what it does."""
+    """Write why the search chooses the intervals that it does."""
     longer = ["mdlm-longer"] if found.scale.longer > 1 else []
     lines = []
     for name in [*(best_clipped(found, size) for size in clipped_sizes(found)), *longer]:
@@ -239,9 +248,9 @@ def _longer(found: Findings) -> str:
     said = ", ".join(f"on {_named(*own)} {_named(*other)}" for own, other in expects.items())
     shorter, longer = variances(found, "mdlm"), variances(found, row.name)
     least, before = least_variance(longer), least_variance(shorter)
-    lighter = sum(sum(one) < sum(before) for one in expects.values())
+    lighter = sum(sum(interval) < sum(before) for interval in expects.values())
     gain, margin = _gain(shorter, longer)
-    _, *trained = chosen(found.of(row.name)[0], row.block_sizes[0])[-1]
+    _, *trained = search_results(found.of(row.name)[0], row.block_sizes[0])[-1]
     rows = [variances(found, name) for name in searched_rows(found).values()]
     return (
         f"If blocks {times} times as long had {times} times less of the first part, the least variance would be, by "

@@ -1,4 +1,4 @@
-"""docs/reproduction.md, of run records alone."""
+"""Write docs/reproduction.md from run records alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Section = tuple[str, tuple[str, ...], Callable[[Findings], str], Callable[[Findi
 
 
 def write_page(scale: Scale, folder: Path) -> Path:
-    """The page beside `folder`, and its pictures inside; a section without all its records says which are wanting.
+    """Write the page next to `folder`, and its pictures into it; a section with missing records names them.
 
     ValueError: there are no records.
     """
@@ -44,7 +44,7 @@ def write_page(scale: Scale, folder: Path) -> Path:
 
 
 def _texts(records: dict[tuple[str, int], dict[str, Any]]) -> tuple[str, ...]:
-    """Beside held-out text, those that every record of the main rows has."""
+    """Return the texts, besides held-out text, that all records of the main rows have."""
     each = [{key.rpartition(", L'=")[0] for key in r["texts"]} for (row, _), r in records.items() if row in MAIN]
     return tuple(sorted(set.intersection(*each) - {HELD_OUT})) if each else ()
 
@@ -158,7 +158,7 @@ def _runs(found: Findings) -> str:
 
 
 def _speed(found: Findings, name: str) -> float:
-    """Tokens a second of the quickest row with the same objective and block sizes."""
+    """Return the tokens per second of the fastest row with the same objective and block sizes."""
 
     def kind(name: str) -> tuple[object, ...]:
         row = found.row(name)

@@ -1,4 +1,4 @@
-"""What the paper found (Arriola et al., ICLR 2025, arXiv 2503.09573), by its tables and sections."""
+"""List the paper's results (Arriola et al., ICLR 2025, arXiv 2503.09573), by its tables and sections."""
 
 from __future__ import annotations
 

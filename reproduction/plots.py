@@ -1,4 +1,4 @@
-"""The page's pictures."""
+"""Draw the page's pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from reproduction.findings import MAIN, Findings
 from reproduction.masking import (
     best_clipped,
-    chosen,
+    search_results,
     clipped_name,
     clipped_sizes,
     loss_variance,
@@ -23,18 +23,20 @@ from reproduction.statistics import interval
 
 
 def perplexity(found: Findings, out: Path) -> None:
+    """Draw section 1: NELBOs with their intervals, and each seed."""
     figure, axes = _figure(1)
     values = [found.measured(name) for name in MAIN]
     titles = [found.row(name).title for name in MAIN]
     margins = [interval(value, found.seeds()) for value in values]
     axes[0].errorbar(titles, [value.mean for value in values], margins, fmt="o", capsize=4, label="mean, 95% interval")
-    for place, value in enumerate(values):
-        axes[0].plot([place] * len(value.by_seed), value.by_seed, "x", color="C1", label=None if place else "seeds")
+    for index, value in enumerate(values):
+        axes[0].plot([index] * len(value.by_seed), value.by_seed, "x", color="C1", label=None if index else "seeds")
     axes[0].set(ylabel=f"nats a {found.scale.unit}, held-out")
     _save(figure, axes, out)
 
 
 def intervals(found: Findings, out: Path) -> None:
+    """Draw section 3: NELBO against the loss's variance, by interval."""
     figure, axes = _figure(len(clipped_sizes(found)))
     for panel, size in zip(axes, clipped_sizes(found), strict=True):
         for low, high in INTERVALS:
@@ -50,12 +52,13 @@ def intervals(found: Findings, out: Path) -> None:
 
 
 def searched(found: Findings, out: Path) -> None:
+    """Draw section 4: the searched intervals over steps, and the loss by mask rate."""
     rows = searched_rows(found)
     figure, axes = _figure(len(rows) + 1)
     for panel, (size, name) in zip(axes, rows.items(), strict=False):
         for number, record in enumerate(found.of(name)):
-            steps, low, high = (list(values) for values in zip(*chosen(record, size), strict=True))
-            # An interval counts until the next search.
+            steps, low, high = (list(values) for values in zip(*search_results(record, size), strict=True))
+            # A searched interval is used until the next search.
             panel.step(steps, low, where="post", color=f"C{number}", label=f"seed {record['seed']}")
             panel.step(steps, high, where="post", color=f"C{number}")
             panel.fill_between(steps, low, high, step="post", color=f"C{number}", alpha=0.15)
@@ -71,8 +74,9 @@ def searched(found: Findings, out: Path) -> None:
 
 
 def samples(found: Findings, out: Path) -> None:
+    """Draw section 7: generative perplexity against denoising passes per token."""
     figure, axes = _figure(1)
-    below = False  # labels of neighbours lie on either side
+    below = False  # labels of neighbouring points alternate between above and below
     for number, name in enumerate(MAIN):
         for sampler in found.of(name)[0]["samples"]:
             if sampler == LONG:
@@ -86,8 +90,8 @@ def samples(found: Findings, out: Path) -> None:
             )
             if not plain:
                 below = not below
-                place = {"xytext": (-3, -9) if below else (-3, 3), "textcoords": "offset points", "ha": "right"}
-                axes[0].annotate(sampler, (x, y), fontsize=7, **place)
+                position = {"xytext": (-3, -9) if below else (-3, 3), "textcoords": "offset points", "ha": "right"}
+                axes[0].annotate(sampler, (x, y), fontsize=7, **position)
     axes[0].set(xlim=(0, None), xlabel="denoising passes a token", ylabel=f"generative perplexity a {found.scale.unit}")
     _save(figure, axes, out)
 

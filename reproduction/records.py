@@ -1,4 +1,7 @@
-"""Run records: what was measured, by which recipe, commit and machine. The page is made of nothing else."""
+"""Write and read run records: what was measured, with which recipe, commit and machine.
+
+The page is made from records alone.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ _ROOT = Path(__file__).parents[1]
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
-    """Complete or not at all."""
+    """Write a record with its commit, date, hardware and versions; the file appears complete or not at all."""
     here = read_environment()
     made = {
         "commit": _git("rev-parse", "--short=10", "HEAD"),
-        # The page itself and its records are no part of what was measured with.
+        # Only code that measures counts; the page and its records may have changes.
         "uncommitted": bool(_git("status", "--porcelain", "--", "bd3_scale", "tools", "recipes")),
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": [here.cpu, f"{here.cpu_cores} cores", *(gpu.name for gpu in here.gpus)],
@@ -36,15 +39,15 @@ def write_record(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_records(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """By row and seed. ValueError: a file that is no record."""
-    found = {}
+    """Return the records of a folder by row and seed. ValueError: a file is not a record."""
+    records = {}
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text())
-            found[record["row"], record["seed"]] = record
+            records[record["row"], record["seed"]] = record
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no run record ({error!r}): remove it, and its row is done again") from error
-    return found
+            raise ValueError(f"{path} is not a run record ({error!r}): remove it, and its row is run again") from error
+    return records
 
 
 def _git(*arguments: str) -> str:

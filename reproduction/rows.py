@@ -1,4 +1,4 @@
-"""The rows of the tables: what each trains otherwise than its scale's recipe, and what is measured of it."""
+"""Define the rows of the tables: how each differs from its scale's recipe, and what is measured of it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "paper-small"
 
 @dataclass(frozen=True)
 class Scale:
-    """A size at which all is done.
+    """A size of the reproduction.
 
-    tokenizer: `bytes`, or None where it must be given; text_bytes: of training text, the same share of every document;
-    sequences, draws: held-out ones that are measured, and of their noise; samples: texts a sampler writes; clipped:
-    block sizes besides L with fixed intervals; longer: sequences of MDLM's second row are so many times L.
+    tokenizer: `bytes`, or None if it must be given; text_bytes: bytes of training text, the same share of each document;
+    sequences, draws: held-out sequences and noise draws; samples: texts per sampler; clipped: block sizes besides L with
+    fixed intervals; longer: length of MDLM's second row, as a multiple of L.
     """
 
     name: str
@@ -34,24 +34,27 @@ class Scale:
 
     @property
     def path(self) -> Path:
+        """Return the path of the scale's recipe."""
         return RECIPES / f"{self.name}.yaml"
 
     @cached_property
     def recipe(self) -> Recipe:
+        """Return the scale's recipe."""
         return load_recipe(self.path)
 
     @property
     def unit(self) -> str:
-        """What a token is, for people."""
+        """Return the name of a token for people."""
         return "byte" if self.tokenizer == "bytes" else "token"
 
     @property
     def length(self) -> int:
-        """L, tokens of a sequence."""
+        """Return L, the tokens of a sequence."""
         return self.recipe.data.seq_len
 
     @property
     def steps(self) -> int:
+        """Return the training steps of a row."""
         return self.recipe.train.steps
 
 
@@ -68,7 +71,7 @@ SCALES = {
             draws=4,
             samples=64,
             clipped=(4, 16),
-            # Bytes of 128 of the paper's tokens.
+            # 4 · L bytes are about as much text as 128 of the paper's tokens.
             longer=4,
         ),
         Scale("paper", None, seeds=(1,), text_bytes=10**12, sequences=1024, draws=4, samples=300, clipped=(4, 16)),
@@ -78,9 +81,11 @@ SCALES = {
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A training. overrides: of the scale's recipe, as the command line takes them; block_sizes: it is measured at;
-    writes: it is also measured by what it writes; seeds: default: the scale's; longer: its sequences are so many times
-    as long as the scale's, and so many times fewer.
+    """A training.
+
+    overrides: changes of the scale's recipe, as the command line takes them; block_sizes: those it is measured at;
+    writes: its samples are measured, too; seeds: default: the scale's; longer: its sequences are `longer` times as long
+    as the scale's, and as many times fewer.
     """
 
     name: str
@@ -96,12 +101,12 @@ NO_SEARCH = {"diffusion.search_interval": "false"}
 NEXT_TOKEN = NO_SEARCH | {"diffusion.objective": "next_token", "diffusion.block_size": 1}
 BLOCKS = (4, 8, 16)
 INTERVALS = ((0.0, 0.5), (0.3, 0.8), (0.5, 1.0), (0.0, 1.0))
-LONG = "first-hitting, 8 L"  # the sampler that writes beyond the length of training
-BASE_SHARE = 0.85  # of a finetuned row's steps, as in the paper (850 K of 1 M)
+LONG = "first-hitting, 8 L"  # the sampler of texts longer than the training's sequences
+BASE_SHARE = 0.85  # share of the steps that train the base, as in the paper (850 K of 1 M)
 
 
 def rows(scale: Scale) -> list[Row]:
-    """All, in the order in which they are trained; the judge of the samples first."""
+    """Return all rows in the order of their training; the judge of the samples comes first."""
     length, steps, decays = scale.length, scale.steps, scale.recipe.optimizer.schedule == "wsd"
     judge = Row("judge", "AR, twice the steps", NEXT_TOKEN | {"train.steps": 2 * steps}, (1,), seeds=(99,))
     return [
@@ -153,7 +158,7 @@ def _longer(scale: Scale) -> Row:
 
 
 def _clipped(size: int, low: float, high: float, steps: int, decays: bool) -> Row:
-    """With half the tokens of the others."""
+    """Return a row with a fixed interval, which trains on half the tokens of the others."""
     overrides = NO_SEARCH | {"diffusion.block_size": size, "train.steps": steps}
     if decays:
         overrides |= {"optimizer.decay_steps": steps // 3}

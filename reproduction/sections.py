@@ -1,4 +1,4 @@
-"""Sections 7 and 8: samples, efficiency."""
+"""Write sections 7 and 8: samples and efficiency."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, Seeds, 
 
 
 def samples(found: Findings) -> str:
+    """Write section 7."""
     lines, logs = [], {}
     for name in MAIN:
         for sampler in found.of(name)[0]["samples"]:
             figures = [record["samples"][sampler] for record in found.of(name)]
             lines.append([found.row(name).title, sampler, *_figures(figures)])
             if sampler in ("first-hitting", "one by one"):
-                logs[name] = np.log([one["perplexity"] for one in figures])
+                logs[name] = np.log([figure["perplexity"] for figure in figures])
     order = list(zip(MAIN[1:], MAIN[:-1], strict=True))
     verdicts = [_sampled(logs[more], logs[less], logs) for more, less in order]
     longest = max(record["samples"][LONG]["length_max"] for size in BLOCKS for record in found.of(f"l{size}"))
@@ -51,15 +52,15 @@ def samples(found: Findings) -> str:
 
 
 def _figures(figures: list[dict[str, Any]]) -> list[str]:
-    """Means over seeds."""
+    """Return the cells of a sampler: means over seeds."""
 
     def mean(key: str) -> float:
-        return float(np.mean([one[key] for one in figures]))
+        return float(np.mean([figure[key] for figure in figures]))
 
-    perplexities = [one["perplexity"] for one in figures]
+    perplexities = [figure["perplexity"] for figure in figures]
     ends: dict[str, int] = {}
-    for one in figures:
-        for end, count in one["stopped_by"].items():
+    for figure in figures:
+        for end, count in figure["stopped_by"].items():
             ends[end] = ends.get(end, 0) + count
     return [
         f"{math.exp(float(np.mean(np.log(perplexities)))):.2f} ({', '.join(f'{p:.2f}' for p in perplexities)})",
@@ -67,13 +68,13 @@ def _figures(figures: list[dict[str, Any]]) -> list[str]:
         f"{mean('repetition'):.1%}",
         f"{mean('distinct_2'):.3f}",
         f"{mean('nfe_per_token'):.2f}",
-        f"{mean('length_median'):g}, {max(one['length_max'] for one in figures)}",
+        f"{mean('length_median'):g}, {max(figure['length_max'] for figure in figures)}",
         ", ".join(f"{end}: {count} texts" for end, count in sorted(ends.items())),
     ]
 
 
 def _sampled(more: Any, less: Any, logs: dict[str, Any]) -> str:
-    """On the claim that the first has the larger perplexity, by the spread over seeds, pooled over the rows."""
+    """Return the verdict that the first perplexity is larger, by the spread over seeds, pooled over rows."""
     freedom = sum(len(values) - 1 for values in logs.values())
     if not freedom:
         return UNDECIDED
@@ -84,6 +85,7 @@ def _sampled(more: Any, less: Any, logs: dict[str, Any]) -> str:
 
 
 def efficiency(found: Findings, record: dict[str, Any]) -> str:
+    """Write section 8."""
     lines, parts, work, same = [], [], [], True
     for size in record["sizes"]:
         passes, attention = size["passes"], size["attention"]

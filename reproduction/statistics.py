@@ -1,4 +1,4 @@
-"""How sure a difference between rows is: over sequences, which rows share, and over seeds."""
+"""Estimate the uncertainty of a difference between rows: over sequences, which rows share, and over seeds."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
 @dataclass(frozen=True)
 class Measured:
-    """A row on a text: nats [seeds, sequences], and the tokens [sequences] that count."""
+    """A row's results on a text: nats [seeds, sequences], and the counted tokens [sequences]."""
 
     nats: NDArray[np.float64]
     tokens: NDArray[np.float64]
 
     @classmethod
     def of(cls, records: Sequence[dict[str, Any]], text: str) -> Measured:
-        """From the records of all seeds. KeyError: the text was not measured."""
+        """Collect the records of all seeds. KeyError: the text was not measured."""
         parts = [record["texts"][text] for record in records]
         return cls(np.array([part["nats"] for part in parts]), np.array(parts[0]["tokens"], dtype=float))
 
     @property
     def by_seed(self) -> NDArray[np.float64]:
-        """Nats a token of each seed."""
-        found: NDArray[np.float64] = self.nats.sum(1) / self.tokens.sum()
-        return found
+        """Return the nats per token of each seed."""
+        nats: NDArray[np.float64] = self.nats.sum(1) / self.tokens.sum()
+        return nats
 
     @property
     def mean(self) -> float:
+        """Return the mean nats per token over seeds."""
         return float(self.by_seed.mean())
 
     def text_error(self) -> float:
+        """Return the standard error over sequences."""
         return _ratio_error(self.nats.mean(0), self.tokens)
 
 
@@ -50,36 +52,37 @@ class Seeds:
 
     @classmethod
     def pooled(cls, rows: Sequence[Measured]) -> Seeds:
+        """Pool the spread over the seeds of several rows."""
         squares = sum(float(((row.by_seed - row.mean) ** 2).sum()) for row in rows)
         freedom = sum(len(row.by_seed) - 1 for row in rows)
         return cls(math.sqrt(squares / freedom) if freedom else 0.0, freedom)
 
     def error(self, *counts: int) -> float:
-        """Of a difference of means over so many seeds each."""
+        """Return the standard error of a difference of means over `counts` seeds each."""
         return self.deviation * math.sqrt(sum(1 / count for count in counts))
 
     @property
     def quantile(self) -> float:
-        """Of Student's law, two-sided 95%; the normal one where one seed leaves the spread unknown."""
+        """Return the two-sided 95% quantile of Student's t; the normal one if one seed leaves the spread unknown."""
         return float(t.ppf(0.975, self.freedom) if self.freedom else norm.ppf(0.975))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Nats a token that `first` costs more than `second`; `margin`: half of its 95% interval."""
+    """Difference of two rows in nats per token; margin: half of its 95% interval."""
 
     value: float
     margin: float
 
     @classmethod
     def between(cls, first: Measured, second: Measured, seeds: Seeds) -> Difference:
-        """On the same sequences, so that what makes a sequence hard for both cancels."""
+        """Compare two rows on the same sequences: what makes a sequence hard for both cancels out."""
         per_sequence = first.nats.mean(0) - second.nats.mean(0)
         error = math.hypot(_ratio_error(per_sequence, first.tokens), seeds.error(len(first.nats), len(second.nats)))
         return cls(first.mean - second.mean, seeds.quantile * error)
 
     def verdict(self, more: bool = True) -> str:
-        """On the claim that the first costs more (or less)."""
+        """Return the verdict on the claim that the first costs more (or less)."""
         if abs(self.value) <= self.margin:
             return UNDECIDED
         return HOLDS if (self.value > 0) == more else FAILS
@@ -89,27 +92,28 @@ class Difference:
 
 
 def together(verdicts: Sequence[str]) -> str:
-    """Of a claim that consists of several."""
+    """Return the verdict on a claim that consists of several."""
     if all(verdict == HOLDS for verdict in verdicts):
         return HOLDS
     return FAILS if FAILS in verdicts else UNDECIDED
 
 
 def interval(measured: Measured, seeds: Seeds) -> float:
-    """Half of the 95% interval of a row's nats a token, over other text and other seeds."""
+    """Return half of the 95% interval of a row's nats per token, over text and seeds."""
     return seeds.quantile * math.hypot(measured.text_error(), seeds.error(len(measured.nats)))
 
 
 def fluctuation(losses: Sequence[float]) -> float:
-    """Variance of a training loss from step to step in the second half of a run, where it hardly falls: half the mean
-    square of successive differences.
+    """Return the variance of a training loss from step to step, in the second half of a run, where it hardly falls.
+
+    It is half the mean square of successive differences, which a slow trend does not affect.
     """
     half = np.asarray(losses[len(losses) // 2 :])
     return float(np.square(np.diff(half)).mean() / 2)
 
 
 def _ratio_error(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> float:
-    """Standard error of Σ sums / Σ tokens over sequences (Cochran, Sampling Techniques, chapter 6)."""
+    """Return the standard error of Σ sums / Σ tokens over sequences (Cochran, Sampling Techniques, chapter 6)."""
     count = len(sums)
     residual = sums - sums.sum() / tokens.sum() * tokens
     return math.sqrt(float(np.square(residual).sum()) * count / (count - 1)) / float(tokens.sum())

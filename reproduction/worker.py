@@ -1,7 +1,7 @@
-"""One training and its measurements, in a process of its own: `python -m reproduction.worker JOB.json`.
+"""Run one training and its measurements in a process: `python -m reproduction.worker JOB.json`.
 
-What is measured becomes a record, a JSON file that appears when all of it is done. A job that was interrupted goes on
-from its newest checkpoint.
+The results become a record, a JSON file that appears when all of them are complete. An interrupted job resumes from its
+newest checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from reproduction.rows import LONG
 COMMAND = Path(sys.executable).with_name("bd3-scale")
 BATCH = 64
 NUCLEUS = 0.9
-# By which L'=16 also writes, beside first hitting.
+# Further samplers for L'=16, besides first hitting.
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ancestral, 16 steps": {"unmasking": "ancestral", "steps": 16},
     "ancestral, 64 steps": {"unmasking": "ancestral", "steps": 64},
@@ -54,6 +54,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
+    """Run the job of the file that the command line names."""
     job = json.loads(Path(sys.argv[1]).read_text())
     quieten_libraries()
     torch.set_num_threads(1)
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def train(job: dict[str, Any], run: Path) -> None:
-    """From the newest checkpoint on; a finished run is left alone."""
+    """Train, from the newest checkpoint on; a finished run is not changed."""
     run.mkdir(parents=True, exist_ok=True)
     with (run / "output.txt").open("a") as output:
         subprocess.run(
@@ -88,66 +89,69 @@ def train(job: dict[str, Any], run: Path) -> None:
 
 
 def training(run: Path) -> dict[str, Any]:
-    """Of the metrics: tokens, the seconds of all steps, and by step the loss and what the searches found."""
+    """Summarise a run's metrics: tokens, seconds of all steps, losses and gradient norms by step, and the searches."""
     metrics = read_metrics(run / METRICS_FILE)
-    found = {record["step"]: record for record in metrics if "train_loss" in record}
-    steps = {step: found[step] for step in sorted(found)}
-    before = [0, *(record["tokens"] for record in steps.values())]
-    seconds = sum((r["tokens"] - b) / r["tokens_per_second"] for r, b in zip(steps.values(), before, strict=False))
-    kept = ("mask_rate_low_block_", "mask_rate_high_block_", "loss_variance_")
+    by_step = {record["step"]: record for record in metrics if "train/loss" in record}
+    steps = [by_step[step] for step in sorted(by_step)]
+    before = [0, *(record["train/tokens"] for record in steps)]
+    seconds = sum(
+        (r["train/tokens"] - b) / r["perf/tokens_per_second"] for r, b in zip(steps, before, strict=False)
+    )
+    # Records have these names without a prefix, as in the metrics of earlier versions.
+    searches = [
+        {key.removeprefix("interval/"): value for key, value in record.items() if key.startswith("interval/")}
+        | {"step": record["step"]}
+        for record in metrics
+    ]
     return {
         "tokens": before[-1],
         "seconds": seconds,
-        "losses": [round(record["train_loss"], 5) for record in steps.values()],
-        "grad_norms": [round(record["grad_norm"], 5) for record in steps.values()],
-        "searches": [
-            {"step": record["step"]} | {key: value for key, value in record.items() if key.startswith(kept)}
-            for record in metrics
-            if any(key.startswith(kept[0]) for key in record)
-        ],
+        "losses": [round(record["train/loss"], 5) for record in steps],
+        "grad_norms": [round(record["train/grad_norm"], 5) for record in steps],
+        "searches": [search for search in searches if any(key.startswith("mask_rate_low") for key in search)],
     }
 
 
 def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Of each text and block size: every sequence's NELBO given its first token, and the tokens that counted.
+    """Return each sequence's NELBO given its first token, and its counted tokens, by text and block size.
 
-    An autoregressive model does not predict a sequence's first token, so that no row is asked for it: it is never
-    masked. Held-out text also has the loss's variance by clipped interval, and its moments by mask rate.
+    An autoregressive model does not predict a sequence's first token, so no row has to: it is never masked. For held-out
+    text the variance of the loss by clipped interval and its moments by mask rate are returned, too.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with open_model(checkpoint) as (model, manifest, groups):
         trained = manifest.trained_objective()
         for text, path in job["texts"].items():
             count = job["asked"]["sequences"]
             for size in job["block_sizes"]:
-                own = trained.at(size)
-                draws = own.num_draws(job["asked"]["draws"])
+                objective = trained.at(size)
+                draws = objective.num_draws(job["asked"]["draws"])
                 nats, tokens = [], []
                 for batch in batches(path, manifest.max_position_embeddings, count):
-                    more = sequence_nats(model, groups, batch, own, draws)
+                    more = sequence_nats(model, groups, batch, objective, draws)
                     nats += more[0]
                     tokens += more[1]
-                found[f"{text}, L'={size}"] = {"nats": nats, "tokens": tokens}
-                if text == "held-out" and type(own) is BlockDiffusion:
+                results[f"{text}, L'={size}"] = {"nats": nats, "tokens": tokens}
+                if text == "held-out" and type(objective) is BlockDiffusion:
                     held_out = evaluate_nelbo(
                         [model],
                         batches(path, manifest.max_position_embeddings, count),
                         groups,
-                        objective=own,
+                        objective=objective,
                         draws=draws,
                     )
-                    found[f"{text}, L'={size}"] |= {
-                        "intervals": [asdict(one) for one in held_out.intervals().variances],
+                    results[f"{text}, L'={size}"] |= {
+                        "intervals": [asdict(interval) for interval in held_out.intervals().variances],
                         "rates": moments_by_rate(held_out, size),
                     }
-    return found
+    return results
 
 
 def moments_by_rate(held_out: HeldOut, block_size: int) -> list[list[float]]:
-    """Of each tenth of [0, 1] of mask rates: blocks, and the sums of their losses and of the squares.
+    """Return, for each tenth of mask rates in [0, 1], the number of blocks and the sums of losses and their squares.
 
-    Moments add up, so that a tenth is the difference of two candidates of the search. At block size 1 every rate is 1:
-    there are none.
+    Moments add up over rates, so a tenth is the difference between two candidate intervals of the search. At block size 1
+    every rate is 1, and the result is empty.
     """
     if block_size == 1 or held_out.moments is None:
         return []
@@ -158,6 +162,7 @@ def moments_by_rate(held_out: HeldOut, block_size: int) -> list[list[float]]:
 
 
 def batches(path: str, seq_len: int, sequences: int | None) -> Iterator[Batch]:
+    """Yield batches of held-out sequences, in which documents see each other."""
     recipe = DataRecipe(path=path, seq_len=seq_len, isolate_documents=False)
     return held_out_batches(recipe, load_manifest(path), batch_size=BATCH, dp_rank=0, dp_size=1, sequences=sequences)
 
@@ -166,14 +171,14 @@ def batches(path: str, seq_len: int, sequences: int | None) -> Iterator[Batch]:
 def sequence_nats(
     model: Any, groups: Any, batch: Batch, objective: Objective, draws: int
 ) -> tuple[list[float], list[int]]:
-    """NELBO in nats and counted tokens of the real sequences, given the first token of each."""
+    """Return NELBO in nats and counted tokens of each sequence, given its first token."""
     real = batch.ids >= 0
     later = torch.arange(batch.tokens.shape[1]) > 0
     batch = replace(batch, counted=batch.counted & later)
     place = placement(groups)
     if isinstance(objective, BlockDiffusion):
         noises = [objective.evaluation_noise(batch, draw, draws) for draw in range(draws)]
-        # Padding is masked throughout, as in every evaluation; the first token is given.
+        # Padding is always masked, as in every evaluation; the first token never.
         noises = [replace(noise, masked=(noise.masked | ~batch.counted) & later) for noise in noises]
         drawn = [objective.draw_of(batch, noise, place=place) for noise in noises]
     else:
@@ -183,7 +188,7 @@ def sequence_nats(
 
 
 def samples(checkpoint: Path, run: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """What the judge says of texts written without a prompt, nucleus 0.9, by sampler."""
+    """Return the judge's figures of texts without a prompt, with nucleus 0.9, by sampler."""
     judge = Judge(Path(job["judge"]))
     length, size = job["length"], max(job["block_sizes"])
     if job["row"] == "ar":
@@ -192,19 +197,19 @@ def samples(checkpoint: Path, run: Path, job: dict[str, Any]) -> dict[str, Any]:
         )
         return {"one by one": judgement(checkpoint, texts, judge)}
     samplers: dict[str, dict[str, Any]] = {"first-hitting": {}} | (SAMPLERS if job["row"] == "l16" else {})
-    # MDLM writes its one block and no more.
+    # MDLM generates exactly one block, which cannot be longer.
     samplers |= {LONG: {"max_new_tokens": 8 * length}} if size < length else {}
     common = {"max_new_tokens": length, "seed": job["seed"] * 10_000, "top_p": NUCLEUS}
-    found, count = {}, job["asked"]["samples"]
+    figures, count = {}, job["asked"]["samples"]
     with open_writer(checkpoint) as writer:
-        for name, how in samplers.items():
-            texts = list(writer.write([""] * count, SamplingConfig(**common | how), batch_size=count))
-            found[name] = judgement(checkpoint, texts, judge) | {"seconds": texts[0].seconds}
-    return found
+        for name, options in samplers.items():
+            texts = list(writer.write([""] * count, SamplingConfig(**common | options), batch_size=count))
+            figures[name] = judgement(checkpoint, texts, judge) | {"seconds": texts[0].seconds}
+    return figures
 
 
 def judgement(checkpoint: Path, texts: list[Written], judge: Judge) -> dict[str, Any]:
-    """Without the paths of this machine."""
+    """Return the judge's figures without paths of this machine."""
     return {
         k: v for k, v in asdict(score_samples(checkpoint, texts, judge)).items() if k not in ("checkpoint", "judge")
     }
