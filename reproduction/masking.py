@@ -119,7 +119,9 @@ def searched(found: Findings) -> str:
         lines.append(
             [
                 f"{found.row(name).title}",
-                ", ".join(_named(low, high) for _, low, high in (search_results(record, size)[-1] for record in records)),
+                ", ".join(
+                    _named(low, high) for _, low, high in (search_results(record, size)[-1] for record in records)
+                ),
                 _named(*least_variance(variances(found, name))),
                 _course(records, f"loss_variance_block_{size}"),
                 _course(records, f"loss_variance_unclipped_block_{size}"),

@@ -11,10 +11,10 @@ import numpy as np
 from reproduction.findings import MAIN, Findings
 from reproduction.masking import (
     best_clipped,
-    search_results,
     clipped_name,
     clipped_sizes,
     loss_variance,
+    search_results,
     searched_rows,
     tenths,
 )

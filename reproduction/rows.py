@@ -17,9 +17,10 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "paper-small"
 class Scale:
     """A size of the reproduction.
 
-    tokenizer: `bytes`, or None if it must be given; text_bytes: bytes of training text, the same share of each document;
-    sequences, draws: held-out sequences and noise draws; samples: texts per sampler; clipped: block sizes besides L with
-    fixed intervals; longer: length of MDLM's second row, as a multiple of L.
+    tokenizer: `bytes`, or None if it must be given; text_bytes: bytes of training text, the same share of each
+        document;
+    sequences, draws: held-out sequences and noise draws; samples: texts per sampler; clipped: block sizes besides L
+    with fixed intervals; longer: length of MDLM's second row, as a multiple of L.
     """
 
     name: str

@@ -94,9 +94,7 @@ def training(run: Path) -> dict[str, Any]:
     by_step = {record["step"]: record for record in metrics if "train/loss" in record}
     steps = [by_step[step] for step in sorted(by_step)]
     before = [0, *(record["train/tokens"] for record in steps)]
-    seconds = sum(
-        (r["train/tokens"] - b) / r["perf/tokens_per_second"] for r, b in zip(steps, before, strict=False)
-    )
+    seconds = sum((r["train/tokens"] - b) / r["perf/tokens_per_second"] for r, b in zip(steps, before, strict=False))
     # Records have these names without a prefix, as in the metrics of earlier versions.
     searches = [
         {key.removeprefix("interval/"): value for key, value in record.items() if key.startswith("interval/")}
@@ -115,8 +113,8 @@ def training(run: Path) -> dict[str, Any]:
 def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Return each sequence's NELBO given its first token, and its counted tokens, by text and block size.
 
-    An autoregressive model does not predict a sequence's first token, so no row has to: it is never masked. For held-out
-    text the variance of the loss by clipped interval and its moments by mask rate are returned, too.
+    An autoregressive model does not predict a sequence's first token, so no row has to: it is never masked. For
+    held-out text the variance of the loss by clipped interval and its moments by mask rate are returned, too.
     """
     results: dict[str, Any] = {}
     with open_model(checkpoint) as (model, manifest, groups):
@@ -150,8 +148,8 @@ def measure(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
 def moments_by_rate(held_out: HeldOut, block_size: int) -> list[list[float]]:
     """Return, for each tenth of mask rates in [0, 1], the number of blocks and the sums of losses and their squares.
 
-    Moments add up over rates, so a tenth is the difference between two candidate intervals of the search. At block size 1
-    every rate is 1, and the result is empty.
+    Moments add up over rates, so a tenth is the difference between two candidate intervals of the search. At block size
+    1 every rate is 1, and the result is empty.
     """
     if block_size == 1 or held_out.moments is None:
         return []

@@ -1,18 +1,18 @@
-"""Speed of the attention beside its rivals, in one process: `python tools/bench_attention.py --device cpu|cuda`.
+"""Time the attention against its rivals, in one process: `python tools/bench_attention.py --device cpu|cuda`.
 
 The rivals in training, over noisy ⊕ clean rows:
 
-- dense: PyTorch's scaled-dot-product attention under the whole 2L × 2L additive mask;
+- dense: PyTorch's scaled-dot-product attention with the whole 2L × 2L additive mask;
 - flex: FlexAttention, compiled with a block mask (GPU);
-- causal: two causal L × L attentions, which is the same work where blocks are small. They compute something else, so
-  that their outputs are not compared; their time is scaled to the number of the mask's pairs.
+- causal: two causal L × L attentions, the same amount of work if blocks are small. They compute something else, so
+  their outputs are not compared, and their time is scaled to the mask's number of pairs.
 
-In decoding, dense repeats the key/value heads for PyTorch's attention, the time of which counts.
+In decoding, dense repeats the key/value heads for PyTorch's attention, and the time of that counts.
 
-A ratio above 1 says how many times quicker bd3_scale is. FLOP/s count the mask's real pairs alone, in two products
-forward and five backward, and "of limit" is their share of what a large matrix product reaches in the same run (on a
-CPU in the quicker of the dtypes); in decoding, bytes read and written against those of a large copy. Where two results
-of the same attention differ, there is no number: the exit status is 1. Times are medians.
+A ratio above 1 says how many times faster bd3_scale is. FLOP/s count only the mask's real pairs, in two products
+forward and five backward; "of limit" is their share of what a large matrix product reaches in the same run (on a CPU in
+the faster of the dtypes). In decoding, it is bytes read and written against those of a large copy. If two results of
+the same attention differ, there are no numbers: the exit status is 1. Times are medians.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from bd3_scale.observe.environment import cpu_in_words, read_environment, source
 
 FLOPS = {"forward": 4, "backward": 10, "both": 14}  # for each pair of the mask and channel
 RESULTS = ("output", "gradient of q", "gradient of k", "gradient of v")
-# Of a row's norm: a few times what rounding makes of the worst row of two right results.
+# Allowed difference relative to a row's norm: a few times the rounding error of the worst row of two correct results.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.04}
 
 
 @dataclass(frozen=True)
 class Training:
-    """One call in training. `documents`: their lengths in every sequence; one document where empty."""
+    """One call in training. `documents`: their lengths in every sequence; one document if empty."""
 
     dtype: torch.dtype
     batch: int
@@ -110,23 +110,26 @@ QUICK: dict[str, list[Case]] = {
 
 
 class DifferentResultsError(Exception):
-    """Two results of the same attention differ by more than rounding explains."""
+    """Says that two results of the same attention differ by more than rounding explains."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Print a row for each pass of each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=CASES, required=True)
     parser.add_argument("--json", action="store_true", help="print JSON lines: the machine, then every measurement")
     parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="put the table into FILE, too, as its part on DEVICE"
+        "--markdown", type=Path, metavar="FILE", help="also write the table into FILE, as its section on DEVICE"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, in seconds: whether it works, not how fast")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes, in seconds: to see that it works, not how fast it is"
+    )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no CUDA device here: take --device cpu")
+        parser.error("PyTorch finds no CUDA device here: use --device cpu")
     if os.environ.get(ENVIRONMENT):
-        parser.error(f"${ENVIRONMENT} is set, and would run in place of every rival: unset it")
-    # New tensors are not filled with NaN in training, either.
+        parser.error(f"${ENVIRONMENT} is set and would replace every rival: unset it")
+    # As in training: PyTorch's deterministic mode would fill every new tensor with NaN, which costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cases = (QUICK if options.quick else CASES)[options.device]
     header = describe(options.device, arguments)
@@ -145,19 +148,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measure(cases: Sequence[Case], device: str, *, quick: bool) -> Iterator[dict[str, Any]]:
-    """A row for every pass of every case, as soon as it is measured; times in milliseconds.
+    """Yield a row for every pass of every case, as soon as it is measured; times in milliseconds.
 
-    `rate` and `limit` are in FLOP/s in training and in bytes a second in decoding. `rivals` holds their times by name,
-    None where memory does not allow one.
+    `rate` and `limit` are in FLOP/s in training and in bytes per second in decoding. `rivals` holds their times by
+    name, None if memory does not suffice.
     """
     clock = Clock(device, quick=quick)
     peaks = {dtype: clock.matmul_rate(dtype) for dtype in {case.dtype for case in cases}}
     if device == "cpu":
-        # Where a CPU has no products of 16-bit numbers, attention widens them: float32's limit is theirs, too.
+        # A CPU without 16-bit products widens the numbers, so float32's limit holds for 16-bit dtypes, too.
         peaks = dict.fromkeys(peaks, max(peaks.values()))
     for case in cases:
         torch.manual_seed(0)
-        torch._dynamo.reset()  # FlexAttention is compiled for this shape alone, as for a training with it
+        torch._dynamo.reset()  # FlexAttention is compiled for this shape alone, as in a training
         if isinstance(case, Training):
             if device == "cuda":
                 choose_tiles(case)
@@ -167,7 +170,7 @@ def measure(cases: Sequence[Case], device: str, *, quick: bool) -> Iterator[dict
 
 
 def choose_tiles(case: Training) -> None:
-    """Let the kernels be tuned for the case, as a training has them."""
+    """Tune the kernels for the case, as a training does."""
     from bd3_scale.attention.kernels.tiles import use_choices
     from bd3_scale.attention.kernels.tuning import tune
 
@@ -209,7 +212,7 @@ def measure_training(case: Training, device: str, clock: Clock, peak: float) -> 
 def rivals_of(
     case: Training, spans: Tensor, inputs: Sequence[Tensor], grad: Tensor, ours: Mapping[str, Passes]
 ) -> dict[str, Passes | None]:
-    """The rivals, once their results are found equal to ours; None for one that memory does not allow."""
+    """Return the rivals after their results were checked against ours; None for one that does not fit in memory."""
     rivals: dict[str, Passes | None] = {}
     attentions = {"dense": dense_attention(spans, case.dtype)}
     if spans.is_cuda:
@@ -223,14 +226,14 @@ def rivals_of(
             continue
         for variant, passes in ours.items():
             check_equal(f"{case}{variant}", passes.results(), name, expected)
-    # The streams apart, as two attentions would have them: no time is spent on taking them from one tensor.
+    # Two attentions would have separate streams, so the time to split one tensor must not count.
     streams = [half for x in inputs for half in x.chunk(2, 1)]
     rivals["causal"] = Passes(causal_attentions, streams, grad.chunk(2, 1))
     return rivals
 
 
 class Passes:
-    """Forward and backward of an attention on leaves of its own, ready to be timed."""
+    """Forward and backward of an attention on separate leaves, ready to be timed."""
 
     def __init__(
         self, attend: Callable[..., Any], inputs: Sequence[Tensor], grad: Any, *, deterministic: bool = False
@@ -255,7 +258,7 @@ class Passes:
 
 
 def dense_attention(spans: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
-    # All sequences are packed alike. An additive mask is what the kernels take: one of booleans would be converted.
+    # All sequences are packed equally. PyTorch's kernels take an additive mask; a boolean one would be converted.
     mask = dense_mask(spans[:, :1], num_noisy=1, num_keys=spans.shape[2], clean_queries=True)[:, None]
     additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
     return functools.partial(repeated_attention, attn_mask=additive)
@@ -267,13 +270,13 @@ def causal_attentions(*streams: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """PyTorch's attention of [batch, rows, heads, head_dim], which shares key/value heads among queries by itself."""
+    """Run PyTorch's attention on [batch, rows, heads, head_dim]; it shares key/value heads among queries itself."""
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(*heads_first, enable_gqa=q.shape[2] != k.shape[2], **options).transpose(1, 2)
 
 
 def repeated_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """The same with key/value heads repeated where they are fewer, as where a mask keeps the quick kernels away."""
+    """Run it with repeated key/value heads: with a mask, PyTorch's fast kernels do not support fewer heads."""
     if q.shape[2] != k.shape[2]:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     return torch_attention(q, k, v, **options)
@@ -298,10 +301,10 @@ def measure_decoding(case: Decoding, device: str, clock: Clock) -> dict[str, Any
 
 
 def check_equal(name: str, found: Sequence[Tensor], rival: str, expected: Sequence[Tensor]) -> None:
-    """DifferentResultsError where a row differs from the rival's by more than the tolerance of its norm."""
+    """Raise DifferentResultsError if a row differs from the rival's by more than the tolerance times its norm."""
     for what, a, b in zip(RESULTS, found, expected, strict=False):
         size = b.float().norm(dim=-1)
-        # A gradient that is nearly zero is compared with the others.
+        # A row that is nearly zero is measured against the mean norm.
         worst = ((a - b).float().norm(dim=-1) / (size + size.square().mean().sqrt())).max().item()
         if not worst <= TOLERANCE[b.dtype]:
             raise DifferentResultsError(
@@ -311,19 +314,19 @@ def check_equal(name: str, found: Sequence[Tensor], rival: str, expected: Sequen
 
 
 class Clock:
-    """Medians of the time that functions take, and what the device reaches at most."""
+    """Measures medians of the time that functions take, and the limits of the device."""
 
     def __init__(self, device: str, *, quick: bool) -> None:
         self.device, self.quick = device, quick
 
     def medians(self, functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-        """Milliseconds by name."""
+        """Return the median milliseconds of each function."""
         started = time.perf_counter()
         for function in functions.values():
             function()
         most = 3 if self.device == "cuda" else 25
         rounds = 1 if self.quick else min(most, max(3, int(20 / (time.perf_counter() - started))))
-        # In turns, so that what else the machine does falls on all of them.
+        # In turns, so that other load of the machine affects all of them.
         times: dict[str, list[float]] = {name: [] for name in functions}
         for _ in range(rounds):
             for name, function in functions.items():
@@ -340,20 +343,20 @@ class Clock:
         return 1e3 * (time.perf_counter() - started)
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s of a large square matrix product."""
+        """Return the FLOP/s of a large square matrix product."""
         size = 128 if self.quick else 8192 if self.device == "cuda" else 1024
         a, b = torch.randn(2, size, size, device=self.device, dtype=dtype)
         return 2 * size**3 / self.medians({"": lambda: a @ b})[""] * 1e3
 
     def copy_rate(self) -> float:
-        """Bytes a second, read and written, of a large copy."""
+        """Return the bytes per second, read and written, of a large copy."""
         source = torch.empty(2**20 if self.quick else 2**30, device=self.device, dtype=torch.uint8)
         target = torch.empty_like(source)
         return 2 * len(source) / self.medians({"": lambda: target.copy_(source)})[""] * 1e3
 
 
 def describe(device: str, arguments: Sequence[str]) -> dict[str, str]:
-    """What a person needs in order to judge the numbers, or to get them again."""
+    """Return the conditions of the measurement: hardware, versions, commit and command."""
     environment = read_environment()
     gpu = f"{torch.cuda.get_device_name()}, CUDA {environment.cuda}" if device == "cuda" else ""
     versions = {name: environment.versions[name] or "none" for name in ("python", "torch", "triton")}
@@ -396,7 +399,7 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_part(path: Path, device: str, header: Mapping[str, str], rows: Sequence[Sequence[str]]) -> None:
-    """Put a device's table into the file and leave the other devices' as they are."""
+    """Write a device's table into the file and keep those of other devices."""
     parts = {name: marked(name, unmeasured(name)) for name in CASES}
     if path.exists():
         for part in re.split(r"(?m)^## ", path.read_text())[1:]:
@@ -408,14 +411,14 @@ def write_part(path: Path, device: str, header: Mapping[str, str], rows: Sequenc
 
 
 def marked(device: str, table: str) -> str:
-    """Between the marks by which tools/benchmarks.py finds it again."""
+    """Return a table between the marks by which tools/benchmarks.py finds it."""
     return f"<!-- begin: attention-{device} -->\n\n{table}\n\n<!-- end: attention-{device} -->"
 
 
 def unmeasured(device: str) -> str:
     rows = [[str(case), "not measured", *["-"] * (len(COLUMNS) - 2)] for case in CASES[device]]
     command = f"python tools/bench_attention.py --device {device} --markdown benchmarks/attention.md"
-    return f"Not measured yet; where there is such a device: `{command}`\n\n{as_markdown(rows)}"
+    return f"Not measured yet; on a machine with such a device: `{command}`\n\n{as_markdown(rows)}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,4 +1,5 @@
-"""What a checkpoint costs a run: the seconds that training waits, the steps beside it, the save and the load.
+"""Measure what a checkpoint costs a run: seconds that training waits, slower steps during the save, the save and the
+load.
 
 OMP_NUM_THREADS=1 python tools/bench_checkpoint.py
 """
@@ -26,7 +27,7 @@ STEPS_BETWEEN = 6
 
 
 def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any]:
-    """On every rank of a data-parallel group: steps, and saves beside them (collective)."""
+    """Measure steps, and saves during steps, on every rank of a data-parallel group (collective)."""
     import torch
     import torch.distributed as dist
 
@@ -61,19 +62,19 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
         tokenizer.mkdir(exist_ok=True)
         saver = CheckpointSaver(folder / "checkpoints", tokenizer, recipe.checkpoint)
         inputs = makers(recipe, vocabulary, groups)["bd3"](0)
-        alone, beside, ended = [], [], []
+        without_save, during_save, ended = [], [], []
         engine.step(inputs, tokens=128, lr=1e-4)
         step, before = 1, peak_rss_bytes()
         for _ in range(saves):
             for _ in range(STEPS_BETWEEN):
-                alone.append(_seconds(lambda: engine.step(inputs, tokens=128, lr=1e-4)))
+                without_save.append(_seconds(lambda: engine.step(inputs, tokens=128, lr=1e-4)))
                 step += 1
             manifest = CheckpointManifest.of_run(
                 recipe, step=step, vocabulary=vocabulary, states=engine.zero.names, world_size=dist.get_world_size()
             )
             saver.begin(manifest, boxes_to_save(engine.zero, layouts))
             while saver.in_flight:
-                beside.append(_seconds(lambda: engine.step(inputs, tokens=128, lr=1e-4)))
+                during_save.append(_seconds(lambda: engine.step(inputs, tokens=128, lr=1e-4)))
                 step += 1
             ended += saver.ended(wait=True)
         dist.barrier()
@@ -84,10 +85,10 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
         return {
             "parameters": sum(p.numel() for chunk in chunks for p in chunk.parameters()),
             "gigabytes": sum(record.bytes for record in found[1].files.values()) / 1e9,
-            "blocked": [one.blocked for one in ended],
-            "save": [one.seconds for one in ended],
-            "alone": median(alone),
-            "beside": median(beside) if beside else None,
+            "blocked": [saved.blocked for saved in ended],
+            "save": [saved.seconds for saved in ended],
+            "step": median(without_save),
+            "step_during_save": median(during_save) if during_save else None,
             "verify": verified,
             "load": loaded,
             "extra_bytes": peak_rss_bytes() - before,
@@ -101,10 +102,10 @@ def _seconds(action: Any) -> float:
 
 
 def main(
-    layers: Annotated[int, typer.Option(help="Of the model.")] = 12,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 12,
     hidden: Annotated[int, typer.Option(help="Its width.")] = 640,
     saves: Annotated[int, typer.Option(min=1)] = 5,
-    out: Annotated[Path | None, typer.Option(help="Write the table there, too, in Markdown.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the table to this file, in Markdown.")] = None,
     rank_of: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure saves and loads on two data-parallel processes."""
@@ -129,12 +130,13 @@ def main(
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    """The table, with its conditions."""
+    """Return the table with its conditions."""
     here = read_environment()
-    slowdown = "no step ran beside one" if found["beside"] is None else f"{found['beside'] / found['alone'] - 1:+.1%}"
+    during = found["step_during_save"]
+    slowdown = "no step ran during a save" if during is None else f"{during / found['step'] - 1:+.1%}"
     rows = {
-        "training waits for its beginning": f"{median(found['blocked']):.3f} s (at most {max(found['blocked']):.3f})",
-        "steps beside it": f"{slowdown} (of {found['alone']:.3f} s)",
+        "training waits for its start": f"{median(found['blocked']):.3f} s (at most {max(found['blocked']):.3f})",
+        "steps during a save": f"{slowdown} (of {found['step']:.3f} s)",
         "until it is complete": f"{median(found['save']):.2f} s",
         "verification by hash": f"{found['verify']:.2f} s",
         "load": f"{found['load']:.2f} s",

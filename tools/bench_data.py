@@ -1,16 +1,16 @@
-"""What data cost beside what others take for the same: preparing, reading, starts, memory, downloads and packing.
+"""Measure the data pipeline against others: preparing, reading, starts, memory, downloads and packing.
 
     python tools/bench_data.py                          the tables of benchmarks/data.md
     python tools/bench_data.py --only loader --rounds 5
-    python tools/bench_data.py --text FOLDER            of that text, as `bd3-scale data prepare` reads it
+    python tools/bench_data.py --text FOLDER            with that text, as `bd3-scale data prepare` reads it
 
-Who is not installed is left out, and the table says so. Two of them want other versions of packages than bd3_scale
-takes, and run with these all the same; put them into an environment of their own, beside bd3_scale:
+Packages that are not installed are left out, and the table says so. Two of them require other versions of packages than
+bd3_scale does, but run with these, too; install them into an environment with bd3_scale:
 
     pip install --no-deps litdata lightning-utilities datatrove orjson humanize
 
-Everything runs in processes of its own, whose CPU seconds count, of all that they start, without imports. Those that
-are compared take turns, and figures are medians over the turns.
+Everything runs in separate processes. Their CPU seconds count, with those of all processes that they start, without
+imports. Compared packages take turns, and figures are medians over the turns.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tools import bench_data_loader, bench_data_node, bench_data_prepare
 from tools.bench_data_child import NotMeasuredError, measured, missing
 
 RANKS = 2
-# Shards of which all are there; more names no file may have on some disks.
+# Up to so many shards all files are created (some file systems allow no more links of one file).
 ALL_THERE = 20_000
-# The memory at which a start is ended, in MiB.
+# Memory in MiB at which a start is killed.
 MOST_MIB = 14_000
 PACKAGES = (
     "bd3_scale",
@@ -53,7 +53,7 @@ Contenders = Mapping[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]]
 
 
 class Bench:
-    """What the parts share: a folder, the text in it and what is made of that."""
+    """Shared by the parts: a folder, the text in it and files made from it."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.options = folder, options
@@ -66,7 +66,7 @@ class Bench:
         )["megabytes"]
 
     def path(self, name: str) -> str:
-        """Return the place of `name`, where nothing is any more."""
+        """Return the path of `name`, after removing what was there."""
         for path in (*self.folder.glob(name), *self.folder.glob(f"{name}[.-]*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return str(self.folder / name)
@@ -77,16 +77,16 @@ class Bench:
     def in_turns(
         self, contenders: Contenders, rounds: int, arguments: Callable[[], dict[str, Any]]
     ) -> dict[str, list[dict[str, Any]] | str]:
-        """Return what each returned in each round, or why it did not."""
+        """Return the results of each contender in each round, or why there are none."""
         found: dict[str, list[dict[str, Any]] | str] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, (function, packages) in contenders.items():
-                have = found[name]
-                if isinstance(have, str):
+                results = found[name]
+                if isinstance(results, str):
                     continue
                 try:
                     missing(*packages)
-                    have.append(self.once(function, **arguments()))
+                    results.append(self.once(function, **arguments()))
                 except NotMeasuredError as error:
                     found[name] = str(error)
         return found
@@ -102,12 +102,12 @@ def prepare(bench: Bench) -> Iterator[Row]:
     )
     bare = found["bare tokenizers, which only encodes"]
     assert not isinstance(bare, str), bare
-    for name, have in found.items():
-        if isinstance(have, str):
-            yield name, have, ""
+    for name, results in found.items():
+        if isinstance(results, str):
+            yield name, results, ""
             continue
-        rate = median(bench.megabytes / one["seconds"] for one in have)
-        share = median(base["seconds"] / one["seconds"] for one, base in zip(have, bare, strict=True))
+        rate = median(bench.megabytes / one["seconds"] for one in results)
+        share = median(base["seconds"] / one["seconds"] for one, base in zip(results, bare, strict=True))
         yield name, f"{rate:.2f}", f"{share:.2f}"
 
 
@@ -134,12 +134,12 @@ def loader(bench: Bench) -> Iterator[Row]:
             lambda: {"source": data, "local": bench.path("cache"), "workers": workers},  # noqa: B023 - called at once
         )
         ours = found[next(iter(contenders))]
-        for name, have in found.items():
-            if isinstance(have, str) or isinstance(ours, str):
-                yield name, str(workers), str(have), "", ""
+        for name, results in found.items():
+            if isinstance(results, str) or isinstance(ours, str):
+                yield name, str(workers), str(results), "", ""
                 continue
-            first, later = (median(one[key] for one in have) / 1e6 for key in ("first", "later"))
-            ratio = median(own["later"] / one["later"] for own, one in zip(ours, have, strict=True))
+            first, later = (median(one[key] for one in results) / 1e6 for key in ("first", "later"))
+            ratio = median(own["later"] / one["later"] for own, one in zip(ours, results, strict=True))
             yield name, str(workers), f"{first:.1f}", f"{later:.1f}", f"{ratio:.2f}"
     size = f"{made['sequences']:,} sequences of {bench_data_prepare.SEQ_LEN} tokens"
     yield f"of {size} in {shards * times} shards", *[""] * 4

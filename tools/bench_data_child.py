@@ -1,4 +1,4 @@
-"""Runs what tools/bench_data.py measures in new processes: `python tools/bench_data_child.py OUT MODULE NAME JSON`."""
+"""Run functions that tools/bench_data.py measures in new processes: `bench_data_child.py OUT MODULE NAME JSON`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is no
 import psutil
 
 MIB = 1 << 20
-# One thread, nothing from the network, and every cache in a folder of this run: litdata empties its own when it begins.
-ALONE = {
+# One thread, nothing from the network, and every cache in a folder of this run: litdata empties its cache at its start.
+ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -31,11 +31,11 @@ ALONE = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 CACHES = ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER", "HF_HOME", "HOME", "TMPDIR")
-_LOOK_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 
 
 class NotMeasuredError(Exception):
-    """Why there is no figure."""
+    """The reason why there is no figure."""
 
 
 def missing(*packages: str) -> None:
@@ -72,10 +72,10 @@ def measured(
     most_mib: float = float("inf"),
     **arguments: Any,
 ) -> tuple[list[dict[str, Any]], float]:
-    """Return what `function` returns in each of `ranks` new processes of one machine, and the most memory that they
-    took together, in MiB, of which twice a second or more is looked.
+    """Run `function` in each of `ranks` new processes; return its results and the most memory of all together in MiB.
 
-    NotMeasuredError: one failed, or they took more than `seconds` or `most_mib`.
+    Memory is sampled every 0.1 s or more.
+    NotMeasuredError: a process failed, or they took more than `seconds` or `most_mib`.
     """
     for name in CACHES:
         (folder / "own" / name).mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def measured(
                 words = [sys.executable, __file__, str(out), module, function.__name__, json.dumps(arguments)]
                 own = {name: str(folder / "own" / name) for name in CACHES}
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-                environment = os.environ | ALONE | own | {name: str(value) for name, value in place.items()}
+                environment = os.environ | ENVIRONMENT | own | {name: str(value) for name, value in place.items()}
                 how: dict[str, Any] = {"env": environment, "stdout": log, "stderr": log, "start_new_session": True}
                 processes.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=folder, **how))
             while any(process.poll() is None for process in processes):
@@ -102,7 +102,7 @@ def measured(
                     raise NotMeasuredError(f"ended at {most:,.0f} MiB")
                 if time.monotonic() > ends:
                     raise NotMeasuredError(f"ended after {seconds:g} s")
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_POLL_SECONDS)
         finally:
             for process in processes:
                 if process.poll() is None:

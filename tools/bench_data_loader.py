@@ -1,4 +1,4 @@
-"""Reading prepared tokens, by bd3_scale and by others, for tools/bench_data.py; each runs in a process of its own."""
+"""Read prepared tokens, by bd3_scale and by others, for tools/bench_data.py; each function runs in a process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = 1
 
 
 def repeated(prefix: str, out: str, times: int) -> dict[str, Any]:
-    """Write the documents of Megatron's `.bin` so many times."""
+    """Write the documents of Megatron's `.bin` `times` times."""
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -43,7 +43,7 @@ def chunks(source: str, out: str) -> dict[str, Any]:
 
 
 def bd3_scale(source: str, local: str, workers: int) -> dict[str, Any]:
-    """Read batches as training receives them: tokens, documents, what counts and where each comes from."""
+    """Read batches as training receives them."""
     from bd3_scale.data.manifest import load_manifest
     from bd3_scale.data.stream import TrainingStream
     from bd3_scale.recipe.schema import DataRecipe
@@ -60,7 +60,7 @@ def bd3_scale(source: str, local: str, workers: int) -> dict[str, Any]:
 
 
 def streaming(source: str, local: str, workers: int) -> dict[str, Any]:
-    """Read the same shards by StreamingDataset with its own order and cache."""
+    """Read the same shards with StreamingDataset, its order and its cache."""
     dataset_of = streaming_as_it_stands().StreamingDataset
 
     def epochs() -> Iterator[Iterable[Any]]:
@@ -94,7 +94,7 @@ def batches_of(dataset: Any, workers: int) -> Any:
 
 
 def litdata(source: str, local: str, workers: int) -> dict[str, Any]:
-    """Read litdata's chunks, which lie on this disk, by its own data set and loader."""
+    """Read litdata's chunks from this disk, with its data set and loader."""
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 
     def epochs() -> Iterator[Iterable[Any]]:
@@ -108,7 +108,7 @@ def litdata(source: str, local: str, workers: int) -> dict[str, Any]:
 
 
 def megatron(source: str, local: str, workers: int) -> dict[str, Any]:
-    """Read Megatron's documents, which are mapped, as its GPTDataset gives them to pretraining."""
+    """Read Megatron's memory-mapped documents as its GPTDataset gives them to pretraining."""
     import numpy as np
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -150,7 +150,7 @@ CONTENDERS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {
 
 
 def _spent(epochs: Callable[[], Iterator[Iterable[Any]]]) -> dict[str, Any]:
-    """Return tokens a CPU second of a first epoch, with what opens the data, and of the next one."""
+    """Return tokens per CPU second of the first epoch, including opening the data, and of the second."""
     import torch
 
     torch.set_num_threads(1)

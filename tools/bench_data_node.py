@@ -1,4 +1,4 @@
-"""What a machine takes of prepared data: its start, its memory, its downloads; for tools/bench_data.py."""
+"""Measure what prepared data cost a machine, for tools/bench_data.py: start, memory and downloads."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from typing import Any
 from tools.bench_data_child import MIB, cpu_seconds, memory
 from tools.bench_data_loader import BATCH, SEED, batches_of, streaming_as_it_stands
 
-# Of the shards that are made up for a start, all of which have the contents of one.
+# Sizes of the artificial shards for a start; all shards have equal content.
 START_SEQ_LEN, START_SAMPLES = 32, 4096
 START_BATCH, WORKERS, STEPS = 64, 2, 40
-# Of the cache: a batch with a canonical node a slot, and a limit to what thrashes.
+# For the cache: one slot of a batch per canonical node; a cache that thrashes is stopped after the second number.
 CACHE_BATCH, MOST_SECONDS = 8, 20.0
 
 
 def multiplied(data: str, out: str, shards: int, made: Iterable[int] | None = None) -> dict[str, Any]:
-    """Write prepared data whose training split is that of `data` over and over: an index of so many shards, and those
-    of them that are to be there (default: all) as links.
+    """Write prepared data whose training split repeats that of `data`.
+
+    The index has `shards` shards; the files of those in `made` (default: all) are hard links.
     """
     source, place = Path(data, "train"), Path(out, "train")
     place.mkdir(parents=True)
@@ -49,7 +50,7 @@ def multiplied(data: str, out: str, shards: int, made: Iterable[int] | None = No
 
 
 def small_shards(data: str, out: str, seq_len: int, shard_bytes: int) -> dict[str, Any]:
-    """Prepare lines as documents, in shards smaller than is usual."""
+    """Prepare lines as documents, in small shards."""
     from bd3_scale.data import split_writer
     from bd3_scale.data.prepare import prepare
     from bd3_scale.data.tokenizer import load_tokenizer
@@ -62,7 +63,7 @@ def small_shards(data: str, out: str, seq_len: int, shard_bytes: int) -> dict[st
 
 
 def read_first(data: str, shards: int) -> set[int]:
-    """Return which of so many shards like those of `data` the first steps of training read, of all ranks."""
+    """Return which of `shards` shards like those of `data` the first steps of all ranks read."""
     import numpy as np
 
     from bd3_scale.data.cache import DEFAULT_WINDOW
@@ -76,8 +77,8 @@ def read_first(data: str, shards: int) -> set[int]:
     return set(np.searchsorted(np.cumsum(counts), ids, side="right").tolist())
 
 
-def bd3_scale_starts(data: str, local: str, meeting: str) -> dict[str, Any]:
-    """Open data as a rank of training does, up to its first batch."""
+def bd3_scale_starts(data: str, local: str, rendezvous: str) -> dict[str, Any]:
+    """Open data as a rank of a training does, up to its first batch."""
     from bd3_scale.data.manifest import load_manifest
     from bd3_scale.data.stream import TrainingStream
     from bd3_scale.recipe.schema import DataRecipe
@@ -91,11 +92,11 @@ def bd3_scale_starts(data: str, local: str, meeting: str) -> dict[str, Any]:
         stream = TrainingStream(recipe, manifest, **how)
         return next(stream), stream
 
-    return _started(first, meeting)
+    return _started(first, rendezvous)
 
 
-def streaming_starts(data: str, local: str, meeting: str) -> dict[str, Any]:
-    """Open the same shards by StreamingDataset as it stands, and PyTorch's loader."""
+def streaming_starts(data: str, local: str, rendezvous: str) -> dict[str, Any]:
+    """Open the same shards with an unchanged StreamingDataset and PyTorch's loader."""
     dataset_of = streaming_as_it_stands().StreamingDataset
 
     def first() -> object:
@@ -104,17 +105,17 @@ def streaming_starts(data: str, local: str, meeting: str) -> dict[str, Any]:
         batches = iter(batches_of(dataset, WORKERS))
         return next(batches), batches
 
-    return _started(first, meeting)
+    return _started(first, rendezvous)
 
 
-def _started(first: Any, meeting: str) -> dict[str, Any]:
+def _started(first: Any, rendezvous: str) -> dict[str, Any]:
     """Return the seconds to the first batch, of this rank, and the MiB of it and its workers before and after."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     place: dict[str, Any] = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", **place)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", **place)
     dist.barrier()
     before, cpu, began = memory([os.getpid()]), cpu_seconds(), time.perf_counter()
     batch = first()
@@ -128,7 +129,7 @@ def _started(first: Any, meeting: str) -> dict[str, Any]:
 
 
 def memory_kept(data: str, local: str, epochs: int) -> dict[str, Any]:
-    """Return MiB early in the first epoch and at the end of each: of a rank, its largest worker, and all by PSS."""
+    """Return MiB early in the first epoch and after each epoch: a rank's, its largest worker's, and the PSS of all."""
     import psutil
 
     from bd3_scale.data.manifest import load_manifest
@@ -152,8 +153,9 @@ def memory_kept(data: str, local: str, epochs: int) -> dict[str, Any]:
 
 
 def downloads(data: str, caches: str, window: int, share: float) -> dict[str, Any]:
-    """Return how often shards are fetched in an epoch where the cache has `share` of what `window` needs, by this order
-    and by that of runs which began before there was a window.
+    """Return how often shards are fetched in an epoch if the cache has `share` of what `window` needs.
+
+    Measured with the order of windows and with the order of older runs.
     """
     from bd3_scale.data.cache import NodeCache
     from bd3_scale.data.manifest import load_manifest

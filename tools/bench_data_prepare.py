@@ -1,4 +1,4 @@
-"""Preparing text, by bd3_scale and by others, for tools/bench_data.py; each function runs in a process of its own."""
+"""Prepare text, by bd3_scale and by others, for tools/bench_data.py; each function runs in a process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def bd3_scale(data: str, out: str) -> dict[str, Any]:
 
 
 def tokenizers(data: str, out: str) -> dict[str, Any]:
-    """Encode texts that are in memory, and keep nothing."""
+    """Encode texts in memory, and store nothing."""
     backend = _backend(data)
     texts = [json.loads(line)["text"] for line in Path(data, "documents.jsonl").read_text().splitlines()]
 
@@ -75,7 +75,7 @@ def tokenizers(data: str, out: str) -> dict[str, Any]:
 
 
 def datatrove(data: str, out: str) -> dict[str, Any]:
-    """Read and tokenise by datatrove's own pipeline, unshuffled, into its file of tokens."""
+    """Read and tokenise with datatrove's pipeline, unshuffled, into its file of tokens."""
     from datatrove.executor.local import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -100,7 +100,7 @@ def datasets(data: str, out: str) -> dict[str, Any]:
         return {"ids": [ids[start : start + SEQ_LEN] for start in range(0, len(ids) - SEQ_LEN + 1, SEQ_LEN)]}
 
     def work() -> None:
-        # Of this round: it would find there what an earlier one has made.
+        # A cache of this round only: an earlier round's would be reused.
         kept = f"{out}-cache"
         found = datasets.load_dataset("json", data_files=f"{data}/documents.jsonl", split="train", cache_dir=kept)
         how = {"batched": True, "remove_columns": found.column_names}
@@ -152,7 +152,7 @@ def _spent(work: Callable[[], object]) -> dict[str, Any]:
 
 
 def packed(data: str, out: str) -> dict[str, Any]:
-    """Return what packing pads, of all tokens, and what it cuts, of the documents that would fit into a sequence."""
+    """Return the share of padding among all tokens, and of cut documents among those that fit into a sequence."""
     from bd3_scale.data.prepare import prepare
     from bd3_scale.data.statistics import statistics
     from bd3_scale.data.stored import StoredData

@@ -1,14 +1,15 @@
-"""Tokens a second of the sampler on this machine, one CPU thread, beside a plain PyTorch twin in the same run.
+"""Measure the sampler's tokens per second on this machine, one CPU thread, against a plain PyTorch twin in the same
+run.
 
     python tools/bench_generate.py
     python tools/bench_generate.py --checkpoint runs/mine --tokens 512
     python tools/bench_generate.py --preset 1b --tokens 255 --json         a 1B model in bf16, without a twin: for a GPU
 
-Without a checkpoint the model is random (hidden 256, 4 layers, 4 heads, 1,024 tokens, blocks of 16): what it writes
-does not matter to first hitting, which takes one pass a token. The twin has the same weights and takes as many passes,
-see `Twin`; without its cache every pass computes the whole text, and it is timed once, on a quarter of the tokens,
-where it is at its best. On CPU seconds are the process's. Parallel unmasking is worth measuring with a trained model
-alone: tokens a pass beside the NELBO of what was written.
+Without a checkpoint the model is random (hidden 256, 4 layers, 4 heads, 1,024 tokens, blocks of 16): first hitting
+takes one pass per token, whatever the text is. The twin has the same weights and takes as many passes, see `Twin`.
+Without its cache every pass computes the whole text; that is timed once, on a quarter of the tokens, where it is
+fastest. On a CPU seconds are CPU seconds of the process. Parallel unmasking is measured with a trained model only:
+tokens per pass, and the NELBO of the generated text.
 """
 
 from __future__ import annotations
@@ -79,15 +80,16 @@ def random_model(stack: ExitStack, preset: str) -> BlockDiffusionTransformer:
 
 
 class Twin:
-    """The sampler in plain PyTorch, with the weights of `model`: what a sampler of one text does and no more.
+    """The sampler in plain PyTorch for one text, with the weights of `model`.
 
     A pass does what the official code does (github.com/kuleshov-group/bd3lms): embeddings of a block's rows, layers
-    with rotated queries and keys against cached keys, logits of every row, which never are the mask's, their softmax in
-    float64, a token for every row, and one masked place, by chance, that takes its own; one pass more caches a finished
-    block. Its cache is a better one: keys go there rotated, where the official code copies the cached projections and
-    rotates them again at every pass.
+    with rotated queries and keys against cached keys, logits of every row without the mask's, their softmax in float64,
+    a token for every row, and one random masked position that takes its token; one more pass caches a finished block.
+    Its
+    cache is better than the official one: it holds rotated keys, where the official code copies the cached projections
+    and rotates them again in every pass.
 
-    cached: without, every pass computes all blocks up to the last, under a block-causal mask.
+    cached: if false, every pass computes all blocks up to the last, with a block-causal mask.
     """
 
     def __init__(self, model: BlockDiffusionTransformer, *, cached: bool = True, longest: int = 1024) -> None:
@@ -118,7 +120,7 @@ class Twin:
         self.mask = block[:, None] >= block
 
     def forward(self, tokens: Tensor, length: int) -> Tensor:
-        """Logits of int64 tokens [N] after `length` cached positions; without a cache that is 0."""
+        """Return the logits of int64 tokens [N] behind `length` cached positions (0 without a cache)."""
         rows = len(tokens)
         x = F.embedding(tokens, self.embedding)
         cos, sin = self.cos[length : length + rows], self.sin[length : length + rows]
@@ -126,7 +128,7 @@ class Twin:
             normed = F.layer_norm(x, self.shape, layer["norm1"], None, self.eps)
             qkv = F.linear(normed, layer["qkv"]).view(rows, self.heads, 3, self.head_size)
             query, key, value = qkv.permute(2, 1, 0, 3)
-            query, key = (x * cos + half_turned(x) * sin for x in (query, key))
+            query, key = (x * cos + rotate_half(x) * sin for x in (query, key))
             mask = None
             if self.cached:
                 cache[0, :, length : length + rows] = key
@@ -143,7 +145,7 @@ class Twin:
 
     @torch.no_grad()
     def write(self, count: int) -> Tensor:
-        """Return so many tokens, whole blocks, of which the first is given: 0."""
+        """Generate `count` tokens, whole blocks; the first token is given and is 0."""
         tokens = torch.full((count,), self.mask_id, device=self.head.device)
         tokens[0] = 0
         for start in range(0, count, BLOCK):
@@ -151,7 +153,7 @@ class Twin:
             while (masked := block == self.mask_id).any():
                 logits = self.forward(block, start) if self.cached else self.forward(tokens[: start + BLOCK], 0)[start:]
                 shares = logits.double().softmax(-1)
-                # Gumbel's trick, as the official code draws.
+                # The official code draws with exponential noise, a form of the Gumbel-max trick.
                 drawn = (shares / -torch.rand_like(shares).log()).argmax(-1)
                 places = masked.nonzero()[:, 0]
                 place = places[torch.randint(len(places), ())]
@@ -161,47 +163,47 @@ class Twin:
         return tokens
 
     def seconds(self, count: int) -> float:
-        """Of writing so many tokens, the first of which is given."""
+        """Return the seconds to generate `count` tokens."""
         began = now()
         self.write(count)
         return now() - began
 
 
-def half_turned(x: Tensor) -> Tensor:
-    """Return (low, high) ↦ (−high, low) of the halves of heads."""
+def rotate_half(x: Tensor) -> Tensor:
+    """Map the halves (low, high) of heads to (−high, low)."""
     low, high = x.chunk(2, -1)
     return torch.cat([-high, low], -1)
 
 
 def now() -> float:
-    """Seconds: the clock's on a GPU, after what it has to do, and the process's on CPU."""
+    """Return seconds: wall time on a GPU, after its work is done, and CPU time of the process on a CPU."""
     if local_device().type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time()
 
 
-def timed(
-    model: BlockDiffusionTransformer, block_size: int, batch: int, tokens: int, **how: Any
+def time_generation(
+    model: BlockDiffusionTransformer, block_size: int, batch: int, tokens: int, **rule_options: Any
 ) -> tuple[float, list[Sample]]:
     prompts = [[0]] * batch
-    sampling = SamplingConfig(max_new_tokens=tokens, min_entropy=0.0, **how)
+    sampling = SamplingConfig(max_new_tokens=tokens, min_entropy=0.0, **rule_options)
     began = now()
     samples = generate_batch(model, prompts, sampling, block_size=block_size)
     return now() - began, samples
 
 
 def speeds(model: BlockDiffusionTransformer, twin: bool, tokens: int, repeats: int) -> dict[str, float]:
-    """Medians of first hitting at batch 1 and 8 and of the twins, in turns: tokens a second."""
-    # No text ends by chance.
+    """Return tokens per second of first hitting at batch 1 and 8, and of the twins: medians of runs in turns."""
+    # No text may end early.
     assert model.output_layer.weight is not None
     model.output_layer.forbidden_V[model.vocabulary.eos_id] = True
     twins = {"plain twin": Twin(model), "plain twin without a cache": Twin(model, cached=False)} if twin else {}
     found: dict[str, list[float]] = {name: [] for name in ("batch 1", "batch 8", *twins)}
-    timed(model, BLOCK, 1, min(tokens, 64))
+    time_generation(model, BLOCK, 1, min(tokens, 64))
     for turn in range(repeats):
         for batch in (1, 8):
-            seconds, samples = timed(model, BLOCK, batch, tokens)
+            seconds, samples = time_generation(model, BLOCK, batch, tokens)
             assert all(sample.nfe == tokens for sample in samples)
             found[f"batch {batch}"].append(batch * tokens / seconds)
         for name, plain in twins.items():
@@ -214,11 +216,11 @@ def speeds(model: BlockDiffusionTransformer, twin: bool, tokens: int, repeats: i
 def qualities(
     model: BlockDiffusionTransformer, groups: ProcessGroups, objective: Objective, tokens: int, batch: int
 ) -> list[dict[str, Any]]:
-    """Every rule: tokens a second, tokens a pass, and the nats a token that the model itself gives what it wrote."""
+    """Return tokens per second and per pass for every rule, and the model's NELBO of the texts in nats per token."""
     longest = -(-(tokens + 1) // objective.block_size) * objective.block_size
     bounds, rows = ContinuationBounds(model, groups, objective, max_length=longest, draws=4), []
-    for name, how in RULES.items():
-        seconds, samples = timed(model, objective.block_size, batch, tokens, **how)
+    for name, rule_options in RULES.items():
+        seconds, samples = time_generation(model, objective.block_size, batch, tokens, **rule_options)
         written = sum(len(sample.tokens) for sample in samples)
         passes = sum(sample.nfe for sample in samples)
         nats = -sum(bounds.of([([0], sample.tokens) for sample in samples], range(batch))) / written
@@ -252,7 +254,8 @@ def main() -> None:
             result["tokens_per_second"] = speeds(model, has_twin, options.tokens, options.repeats)
         else:
             model, manifest, groups = stack.enter_context(open_model(resolve_checkpoint(options.checkpoint)))
-            result["rules"] = qualities(model, groups, manifest.block_size, options.tokens, options.batch)
+            objective = manifest.trained_objective()
+            result["rules"] = qualities(model, groups, objective, options.tokens, options.batch)
     if options.json:
         print(json.dumps(result))
         return

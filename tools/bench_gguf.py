@@ -1,13 +1,13 @@
-"""Seconds of a denoising pass through llama.cpp, type by type, beside our own sampler's in fp32, in one run.
+"""Measure seconds of a denoising pass through llama.cpp, by type, against our own sampler in fp32, in one run.
 
     OMP_NUM_THREADS=1 python tools/bench_gguf.py
     OMP_NUM_THREADS=1 python tools/bench_gguf.py --checkpoint runs/mine --types q8_0,q4_k_m,q4_0
     OMP_NUM_THREADS=1 python tools/bench_gguf.py --quality --checkpoint runs/mine --types q4_k_m,q4_0,q3_k_m,q2_k
 
-Without a checkpoint the model is random (126M: 12 layers of 768, a vocabulary of 32,000): how fast a pass is does not
-depend on what the weights are. A pass denoises one block behind a prefix of 64 tokens. Seconds are the process's; all
-are asked in turn, so that a busy machine slows all alike, and medians are compared. `--quality` prints what each type
-costs instead, with an importance matrix and without.
+Without a checkpoint the model is random (126M: 12 layers of 768, a vocabulary of 32,000): the speed of a pass does not
+depend on the weights. A pass denoises one block behind a prefix of 64 tokens. Seconds are CPU seconds of the process.
+All models take turns, so that other load slows all equally, and medians are compared. `--quality` prints the accuracy
+of each type instead, with an importance matrix and without.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ OURS, OURS_BF16 = "bd3_scale, fp32", "bd3_scale, bf16"
 
 
 def random_checkpoint(folder: Path, shape: ModelRecipe, rows: int) -> Path:
-    """Return an import of a random model whose tokeniser knows bytes alone."""
+    """Return an import of a random model with a tokeniser of bytes."""
     source, generator = folder / "source", torch.Generator().manual_seed(0)
     source.mkdir()
     tensors = {
@@ -69,7 +69,7 @@ def random_checkpoint(folder: Path, shape: ModelRecipe, rows: int) -> Path:
 
 
 def speeds(checkpoint: Path, folder: Path, types: list[FileType], blocks: list[int], repeats: int) -> Iterator[dict]:
-    """Yield for every block size and model the median seconds of a pass, and what share of fp32 its file is."""
+    """Yield, for every block size and model, the median seconds of a pass and the file's size relative to fp32."""
     with ExitStack() as stack:
         native, manifest, _ = stack.enter_context(open_model(checkpoint, torch.float32))
         halved, _, _ = stack.enter_context(open_model(checkpoint, torch.bfloat16))
@@ -97,7 +97,7 @@ def speeds(checkpoint: Path, folder: Path, types: list[FileType], blocks: list[i
 
 
 def one_pass(model: Any, mask_id: int, size: int) -> Any:
-    """Return what denoises one block behind the prefix, again and again."""
+    """Return a function that denoises one block behind the prefix, any number of times."""
     cache = model.new_cache(1, PREFIX + 2 * size)
     with torch.inference_mode():
         for start in range(0, PREFIX, size):

@@ -1,7 +1,7 @@
-"""What the order of training data costs and how often shards are fetched under it: `python tools/bench_order.py`.
+"""Measure what the order of training data costs and how often shards are fetched: `python tools/bench_order.py`.
 
-Indices are made up: no shard is read. The first table times a rank's first batch and those after it; the second replays
-an epoch of a machine against a cache that forgets what was not used for longest.
+Indices are artificial: no shard is read. The first table times a rank's first batch and later ones. The second
+simulates an epoch of a machine with a cache that evicts the least recently used shard.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DOWNLOADS = ("sequences a batch", "machines", "shards of the machine", "cache, s
 
 
 def cost(shards: int, samples: int) -> Iterator[list[str]]:
-    """Yield the cells of the first table's rows, of so many shards of `samples` sequences."""
+    """Yield the first table's rows, for `shards` shards of `samples` sequences."""
     counts = np.full(shards, samples)
     data = DataRecipe.model_validate(
         {"seq_len": 1, "sources": [{"name": f"s{n}", "path": "nowhere", "weight": n + 1} for n in range(10)]}
@@ -65,7 +65,7 @@ def cost(shards: int, samples: int) -> Iterator[list[str]]:
 
 
 def downloads(shards: int, samples: int, window: int) -> Iterator[list[str]]:
-    """Yield the cells of the second table's rows."""
+    """Yield the second table's rows."""
     for batch in (1024, 1000, 1023):
         for machines in (1, 8, 64):
             slots = np.arange(machines // 2 * batch // machines, (machines // 2 + 1) * batch // machines)
@@ -78,7 +78,7 @@ def downloads(shards: int, samples: int, window: int) -> Iterator[list[str]]:
 
 
 def misses(shards: Ints, room: int) -> int:
-    """Return how often a cache with room for so many shards fetches one."""
+    """Return how often a least-recently-used cache of `room` shards fetches one."""
     kept: OrderedDict[int, None] = OrderedDict()
     found = 0
     for shard in shards[np.diff(shards, prepend=-1) != 0].tolist():

@@ -1,6 +1,6 @@
-"""What `bd3-scale plan` predicts of the recipes and of layouts beside theirs, as a table: `python tools/bench_plan.py`.
+"""Tabulate what `bd3-scale plan` predicts for the recipes and for other layouts of them: `python tools/bench_plan.py`.
 
-Nothing in it is measured: real code on fake GPUs, at the assumptions of bd3_scale/plan/hardware.yaml.
+Nothing is measured: real code runs on fake GPUs, with the assumptions of bd3_scale/plan/hardware.yaml.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# Recipe, GPUs, their kind, token ids, values that are changed.
+# Recipe, number of GPUs, their type, vocabulary size, overrides.
 ROWS = (
     ("paper-110m", 16, "h100", 50_258, ""),
     ("1b", 32, "h100", 50_258, ""),
@@ -38,23 +38,23 @@ def row(recipe: str, gpus: int, gpu: str, ids: int, values: str) -> list[str]:
     """Return the cells of a prediction."""
     vocabulary = Vocabulary(size=ids, eos_id=0, mask_id=ids - 1)
     loaded = load_recipe(RECIPES / f"{recipe}.yaml", values.split())
-    told = forecast(loaded, vocabulary, gpus, load_hardware(gpu), device=fake_device())
-    fullest = max(rank.card_bytes for rank in told.ranks) / 1e9
+    prediction = forecast(loaded, vocabulary, gpus, load_hardware(gpu), device=fake_device())
+    fullest = max(rank.card_bytes for rank in prediction.ranks) / 1e9
     return [
         f"{recipe}, `{values}`" if values else recipe,
         f"{gpus} {gpu.upper()}",
-        layout(told.recipe, told.gpus),
-        f"{fullest:.1f} of {told.hardware.memory_gb:g}",
-        f"{told.time.seconds:.3g}",
-        f"{told.time.mfu:.1%}",
-        f"{mfu_without_overlap(told):.1%}",
+        layout(prediction.recipe, prediction.gpus),
+        f"{fullest:.1f} of {prediction.hardware.memory_gb:g}",
+        f"{prediction.time.seconds:.3g}",
+        f"{prediction.time.mfu:.1%}",
+        f"{mfu_without_overlap(prediction):.1%}",
     ]
 
 
-def mfu_without_overlap(told: Forecast) -> float:
-    """Return the MFU of a step that waits for every message from its begin to its end."""
-    exposed = sum(seconds for why, seconds in told.time.losses.items() if why.endswith("-parallel messages"))
-    return told.time.needed / (told.time.seconds + sum(told.time.messages.values()) - exposed)
+def mfu_without_overlap(prediction: Forecast) -> float:
+    """Return the MFU of a step in which no message overlaps with computation."""
+    exposed = sum(seconds for why, seconds in prediction.time.losses.items() if why.endswith("-parallel messages"))
+    return prediction.time.needed / (prediction.time.seconds + sum(prediction.time.messages.values()) - exposed)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,13 +1,13 @@
-"""Tokens a second of `bd3-scale serve`, to the first block, and memory, with 1, 8 and 32 clients, on both backends.
+"""Measure `bd3-scale serve` with 1, 8 and 32 clients, on both backends: tokens per second, first block, and memory.
 
     OMP_NUM_THREADS=1 python tools/bench_serve.py
     OMP_NUM_THREADS=1 python tools/bench_serve.py --checkpoint runs/quickstart --unmasking dynamic
 
-Without a checkpoint the model is random (126M: 12 layers of 768, a vocabulary of 32,000): how fast a pass is does not
-depend on what the weights are. Each server is a process with as many threads as OMP_NUM_THREADS says; clients stream
-texts of 64 new tokens behind prompts of 64, one after the other, and what they get is counted for some seconds. Beside
-them, the same weights read from left to right, by llama.cpp's own server, in the same type and as many threads. With a
-checkpoint, seconds from the command to the first block are told, too.
+Without a checkpoint the model is random (126M: 12 layers of 768, a vocabulary of 32,000): the speed of a pass does not
+depend on the weights. Each server is a process with OMP_NUM_THREADS threads. Clients stream texts of 64 new tokens
+behind prompts of 64, one after another, for some seconds. For comparison, llama.cpp's own server reads the same weights
+left to right, with the same type and threads. With a checkpoint, the seconds from the command to the first block are
+printed, too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SERVE = [str(Path(sys.executable).with_name("bd3-scale")), "serve"]
 
 @dataclass
 class Tally:
-    """What clients saw: new tokens and passes of whole texts, and seconds to the first event of each."""
+    """Results of clients: new tokens and passes of complete texts, and seconds to the first event of each."""
 
     tokens: int = 0
     passes: int = 0
@@ -54,8 +54,8 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A running server. name: of the model there."""
+class RunningServer:
+    """A running server. name: its model's name."""
 
     process: subprocess.Popen[str]
     url: str
@@ -64,7 +64,7 @@ class Place:
 
     @property
     def mebibytes(self) -> float:
-        """Return the most memory that it ever had."""
+        """Return its peak memory."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         assert found
@@ -72,8 +72,8 @@ class Place:
 
 
 @contextmanager
-def started(command: list[str], name: str) -> Iterator[Place]:
-    """Start a server and wait until it says where it listens."""
+def started(command: list[str], name: str) -> Iterator[RunningServer]:
+    """Start a server and wait until it prints its address."""
     began = time.monotonic()
     env = os.environ | {"TERM": "dumb", "COLUMNS": "300", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as process:
@@ -81,7 +81,7 @@ def started(command: list[str], name: str) -> Iterator[Place]:
             assert process.stdout is not None
             for line in process.stdout:
                 if found := re.search(r"(http://[\d.]+:\d+)", line):
-                    yield Place(process, found[1], name, began)
+                    yield RunningServer(process, found[1], name, began)
                     break
             else:
                 raise RuntimeError(f"{' '.join(command)} ended with {process.wait()}")
@@ -89,12 +89,12 @@ def started(command: list[str], name: str) -> Iterator[Place]:
             process.terminate()
 
 
-def ask(place: Place, prompt: list[int], seed: int, tally: Tally) -> None:
+def ask(server: RunningServer, prompt: list[int], seed: int, tally: Tally) -> None:
     """Stream one text."""
-    body = {"model": place.name, "prompt": prompt, "max_tokens": NEW_TOKENS, "seed": seed, "stream": True,
+    body = {"model": server.name, "prompt": prompt, "max_tokens": NEW_TOKENS, "seed": seed, "stream": True,
             "stream_options": {"include_usage": True}, "temperature": 1.0}  # fmt: skip
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{place.url}/v1/completions", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(body).encode(), headers)
     began, first, usage = time.monotonic(), None, {}
     with urllib.request.urlopen(request, timeout=600) as answer:
         for line in answer:
@@ -107,17 +107,17 @@ def ask(place: Place, prompt: list[int], seed: int, tally: Tally) -> None:
         tally.first.append(first or 0.0)
 
 
-def load(place: Place, clients: int, seconds: float) -> dict[str, float]:
-    """Return what so many clients get, each asking as soon as it has its answer."""
+def load(server: RunningServer, clients: int, seconds: float) -> dict[str, float]:
+    """Return the results of `clients` clients, each of which sends a request as soon as it has its answer."""
     tally, stop = Tally(), time.monotonic() + seconds
 
     def run(client: int) -> None:
         seed = client
         while time.monotonic() < stop:
-            ask(place, [(seed * 7 + i) % 250 for i in range(PROMPT_TOKENS)], seed, tally)
+            ask(server, [(seed * 7 + i) % 250 for i in range(PROMPT_TOKENS)], seed, tally)
             seed += clients
 
-    ask(place, list(range(PROMPT_TOKENS)), 0, Tally())  # warming up
+    ask(server, list(range(PROMPT_TOKENS)), 0, Tally())  # warming up
     began = time.monotonic()
     threads = [threading.Thread(target=run, args=(client,)) for client in range(clients)]
     for thread in threads:
@@ -129,12 +129,12 @@ def load(place: Place, clients: int, seconds: float) -> dict[str, float]:
         "tokens/s": tally.tokens / took,
         "first": 1e3 * statistics.median(tally.first),
         "passes": tally.passes / tally.tokens,
-        "MiB": place.mebibytes,
+        "MiB": server.mebibytes,
     }
 
 
 def read_left_to_right(file: Path, out: Path) -> Path:
-    """Write a copy of a file that llama.cpp takes for an autoregressive model: the same tensors, `causal` set."""
+    """Write a copy of a file that llama.cpp reads as an autoregressive model: equal tensors, `causal` set."""
     data = bytearray(file.read_bytes())
     key = b".attention.causal"
     at = data.index(key) + len(key)
@@ -145,7 +145,7 @@ def read_left_to_right(file: Path, out: Path) -> Path:
 
 
 def rival(file: Path) -> None:
-    """Be llama.cpp's own server of a file, on a free port that is printed, until the process is ended."""
+    """Run llama.cpp's own server of a file, on a free port that is printed, until the process is killed."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -196,12 +196,12 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
         for backend, command in commands.items():
             alone = 0.0
-            with started(command, "m") as place:
-                ready = time.monotonic() - place.began
+            with started(command, "m") as server:
+                ready = time.monotonic() - server.began
                 first = Tally()
-                ask(place, list(range(PROMPT_TOKENS)), 0, first)
+                ask(server, list(range(PROMPT_TOKENS)), 0, first)
                 for clients in map(int, options.clients.split(",")):
-                    found = load(place, clients, options.seconds)
+                    found = load(server, clients, options.seconds)
                     alone = alone or found["tokens/s"]
                     print(
                         f"| {backend} | {clients} | {found['tokens/s']:.0f} | {found['tokens/s'] / alone:.2f} "

@@ -1,15 +1,15 @@
-"""Measures training steps: block diffusion beside next-token training (AR) of the same model, in one run.
+"""Measure training steps: block diffusion against next-token training (AR) of the same model, in one run.
 
     python tools/bench_step.py                              a small model, one process
-    python tools/bench_step.py --rival                      each beside a step in plain PyTorch (`plain_step`), too
+    python tools/bench_step.py --rival                      also compare each with plain PyTorch (`plain_step`)
     python tools/bench_step.py --rival --objective all --shapes 256/16/8,1024/16/2 --precisions fp32,bf16
     python tools/bench_step.py --preset 1b --json           a 1B model, for a GPU
     python tools/bench_step.py recipes/quickstart.yaml diffusion.block_size=4
     torchrun --nproc-per-node 8 tools/bench_step.py --preset 1b parallel.tensor=8 parallel.sequence=true
 
-Tokens are synthetic: it needs torch, megatron-core and DeepSpeed alone, and a recipe file PyYAML, too. Throughput is in
-data tokens (L a sequence, not 2L rows); MFU counts what a step needs, HFU what ran; times are medians over the steps.
-CPU seconds are those of all threads of the process: on a shared machine they say more than the clock does.
+Tokens are synthetic: it needs only torch, megatron-core and DeepSpeed, and PyYAML for a recipe file. Throughput is in
+data tokens (L per sequence, not 2L rows); MFU counts the FLOPs that a step needs, HFU those that ran; times are medians
+over the steps. CPU seconds are those of all threads of the process: on a shared machine they say more than wall time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tools.plain_step import PUBLISHED_DROPOUT, obstacles
 from tools.step_timing import Case, open_case, rows_of, take_turns
 
 OBJECTIVES = {"both": ("bd3", "ar"), "all": ("bd3", "mdlm", "ar")} | {name: (name,) for name in ("bd3", "mdlm", "ar")}
-# Of a CPU's flags, those that decide how matrix products run.
+# The CPU flags that decide how matrix products run.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
@@ -63,13 +63,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> tuple[dict[str, Any], int]:
-    """A preset as a recipe's file holds it, and its vocabulary's size."""
+    """Return a preset in the form of a recipe file, and its vocabulary size."""
     values = json.loads(json.dumps(PRESETS[name])) | {"name": "bench", "diffusion": {"block_size": 16}}
     return values, values.pop("vocabulary")
 
 
 def load(options: argparse.Namespace) -> tuple[Recipe, int]:
-    """The recipe to measure, and its vocabulary's size."""
+    """Return the recipe to measure, and its vocabulary size."""
     if options.recipe and Path(options.recipe).suffix in (".yaml", ".yml"):
         from bd3_scale.recipe.load import load_recipe, with_plugins
 
@@ -98,7 +98,7 @@ def backend_of(recipe: Recipe) -> str:
 
 
 def cases_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Recipe]:
-    """The recipe in every precision and shape asked for, or as it is."""
+    """Yield the recipe in every requested precision and shape, or unchanged."""
     for precision in options.precisions or (recipe.train.precision,):
         if precision == "auto":
             precision = "bf16" if has_fast_bf16() else "fp32"
@@ -115,7 +115,8 @@ def cases_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Recipe]:
 
 
 def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespace, alone: bool) -> dict[str, Any]:
-    """What a number means: hardware, versions, commit, command and shape; `alone`: one contender ran."""
+    """Return the conditions of the numbers: hardware, versions, commit, command and shape; `alone`: one contender "
+    "ran."""
     from importlib import metadata
 
     device = local_device()
@@ -134,14 +135,14 @@ def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespa
         | {"seq_len": recipe.data.seq_len, "vocabulary": vocabulary.size},
         "steps": options.steps,
         "deterministic": recipe.deterministic,
-        # Of one model and its optimiser, or it would be nobody's.
+        # Peak memory means something only if one model and its optimiser ran.
         "peak_rss_bytes": peak_rss_bytes() if alone else None,
         "peak_cuda_bytes": peak_cuda_bytes() if alone else None,
     }
 
 
 def show_machine(about: dict[str, Any]) -> None:
-    """What is the same for all tables of a run."""
+    """Print the conditions that all tables of a run share."""
     ranks = f"{about['processes']} process{'es' * (about['processes'] > 1)} of {about['threads']} CPU threads"
     flags = ", ".join(about["cpu_flags"]) or "no avx2"
     print(f"{about['hardware']} ({flags}), {ranks}, commit {about['commit']}, medians of {about['steps']} steps;")
@@ -151,7 +152,7 @@ def show_machine(about: dict[str, Any]) -> None:
 
 
 def show(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """A Markdown table of a case with its shape."""
+    """Print a Markdown table of a case, with its shape."""
     shape, model = about["shape"], about["shape"]["model"]
     print(
         f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_attention_heads']} heads, "
@@ -229,7 +230,7 @@ def main() -> None:
     for each in recipes:
         check_recipe(each, int(os.environ.get("WORLD_SIZE", "1")))
         if options.dropouts and (without := list(obstacles(each))):
-            options.error(f"the rival does not have {', '.join(without)}: leave --rival out, or take --preset small")
+            options.error(f"the rival does not have {', '.join(without)}: leave out --rival, or use --preset small")
     torch.use_deterministic_algorithms(recipe.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
     with process_groups(recipe.parallel) as groups:
@@ -242,15 +243,15 @@ def main() -> None:
 
 
 def report(cases: Sequence[Case], vocabulary: Vocabulary, options: argparse.Namespace) -> None:
-    """Print what was measured, on rank 0 (collective)."""
+    """Print the results, on rank 0 (collective)."""
     alone = len(cases) == len(cases[0].contenders) == 1
-    for place, case in enumerate(cases):
+    for index, case in enumerate(cases):
         rows = rows_of(case, dtype_of(case.recipe))
         about = conditions(case.recipe, vocabulary, options, alone)
         if dist.get_rank() == 0 and options.json:
             print(json.dumps(about | {"rows": rows}))
         elif dist.get_rank() == 0:
-            if place == 0:
+            if index == 0:
                 show_machine(about)
             show(rows, about)
 

@@ -1,11 +1,13 @@
-"""Counts what a micro-batch asks of a GPU beyond its products, on fake devices: no GPU is needed, and nothing is timed.
+"""Count what a micro-batch needs of a GPU besides its products, on fake devices: no GPU is needed, and nothing is
+timed.
 
     python tools/bench_traffic.py                  a table in Markdown
     python tools/bench_traffic.py --json           the same numbers
-    python tools/bench_traffic.py --only 8b        of the shapes whose name contains it
+    python tools/bench_traffic.py --only 8b        only shapes whose name contains this
 
-Of the real step of each shape: memory traffic (bytes that kernels read and write) and launches of a micro-batch, bytes
-that a layer keeps for backward by row and channel, and the MFU that `bd3-scale plan` predicts from both.
+For the real step of each shape: memory traffic (bytes that kernels read and write) and kernel launches of a
+micro-batch, bytes that a layer keeps for backward per row and channel, and the MFU that `bd3-scale plan` predicts from
+both.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ from bd3_scale.recipe.schema import Recipe
 from bd3_scale.recipe.vocabulary import Vocabulary
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# What no fusing can spare.
+# Kernels whose traffic no fusion can avoid.
 PRODUCTS = ("mm", "addmm", "block_attention", "block_attention_backward")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A recipe as it runs on some GPUs, under a name for people."""
+    """A recipe with overrides on some GPUs."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -60,7 +62,7 @@ SHAPES = {
 
 
 def measure(shape: Shape) -> dict[str, Any]:
-    """Return the figures of a shape; bytes and launches are of one micro-batch of one rank."""
+    """Return the figures of a shape; bytes and launches are those of one micro-batch on one rank."""
     recipe = with_gpu_precision(load_recipe(RECIPES / f"{shape.recipe}.yaml", shape.overrides))
     vocabulary = Vocabulary(size=shape.vocabulary, eos_id=0, mask_id=shape.vocabulary - 1)
     hardware = load_hardware(shape.card)
@@ -81,7 +83,7 @@ def measure(shape: Shape) -> dict[str, Any]:
 
 
 def kept_bytes(recipe: Recipe, vocabulary: Vocabulary, shape: Shape) -> float:
-    """Return what one more layer keeps, in bytes by row of both streams and channel of this rank's share."""
+    """Return what one more layer keeps, in bytes per row of both streams and per channel of this rank's share."""
     model, train = recipe.model, recipe.train
 
     def peak(layers: int) -> float:

@@ -1,12 +1,13 @@
-"""Renews the tables of benchmarks/ that this machine can renew, each by the tool that measures it: `make benchmarks`.
+"""Renew the tables of benchmarks/ that this machine can measure, each with the tool that measures it: `make
+benchmarks`.
 
     python tools/benchmarks.py --list
     python tools/benchmarks.py --only generate --only checkpoint
-    python tools/benchmarks.py --all            also those that want hours, a GPU or data that are not here
+    python tools/benchmarks.py --all            also those that need hours, a GPU or data that are not here
 
-A table stands in its file between `<!-- begin: NAME -->` and `<!-- end: NAME -->`. What its tool prints takes that
-place once the tool has ended well; where it fails, is killed, or takes longer than its limit, the file stays as it was.
-What tools say beside their tables is in build/benchmarks/NAME.log. Exit status 1: a table was not renewed.
+A table stands in its file between `<!-- begin: NAME -->` and `<!-- end: NAME -->`. The output of its tool replaces it
+after the tool has succeeded; if the tool fails, is killed, or exceeds its time limit, the file does not change. Other
+output of tools is in build/benchmarks/NAME.log. Exit status 1: a table was not renewed.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ GPU = "a GPU"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A table: the file in benchmarks/ that has it, and the command whose output it is.
+    """A table: its file in benchmarks/, and the command that prints it.
 
     Attributes:
-        command: as a person types it, in the repository's root.
-        minutes: after which the command is killed, with all that it has started.
-        needs: what not every machine has, or has time for; without it the command runs everywhere, as it stands.
-        bare: it prints a table alone, above which hardware, versions, commit and command are put.
+        command: as typed in the repository's root.
+        minutes: time limit, after which the command and all processes that it started are killed.
+        needs: what not every machine has, or has time for; if empty, the command runs everywhere.
+        bare: the command prints only a table; hardware, versions, commit and command are added above it.
     """
 
     file: str
@@ -112,7 +113,7 @@ PARTS = {
 
 
 class NotRenewedError(Exception):
-    """Why a table stays as it was."""
+    """The reason why a table was not renewed."""
 
 
 def begin(name: str) -> str:
@@ -124,7 +125,7 @@ def end(name: str) -> str:
 
 
 def with_table(text: str, name: str, table: str) -> str:
-    """Return `text` with `table` at its place. ValueError: there is no such place, or more than one."""
+    """Return `text` with `table` between its marks. ValueError: the marks are missing or not unique."""
     if text.count(begin(name)) != 1 or text.count(end(name)) != 1 or text.index(begin(name)) > text.index(end(name)):
         raise ValueError(f"the table's place is from {begin(name)} to {end(name)}, each once")
     before, _, rest = text.partition(begin(name))
@@ -133,10 +134,11 @@ def with_table(text: str, name: str, table: str) -> str:
 
 
 def renew(name: str, part: Part, commit: str) -> None:
-    """Run the tool of a part and put its table into the file. NotRenewedError: the file is as it was."""
+    """Run the tool of a part and write its table into the file. NotRenewedError: the file was not changed."""
     path = FOLDER / part.file
     try:
-        # Before the tool has run for minutes, and again when it has: somebody may edit the file meanwhile.
+        # The marks are checked before the tool runs for minutes. The file is read again afterwards, since somebody may
+        # have edited it meanwhile.
         with_table(path.read_text(), name, "")
         table = measure(name, part)
         if part.bare:
@@ -147,7 +149,7 @@ def renew(name: str, part: Part, commit: str) -> None:
 
 
 def measure(name: str, part: Part) -> str:
-    """Return what the tool of a part prints. NotRenewedError: it fails, takes too long or prints no table."""
+    """Return the output of a part's tool. NotRenewedError: it fails, takes too long or prints no table."""
     LOGS.mkdir(parents=True, exist_ok=True)
     out, log = LOGS / f"{name}.md", LOGS / f"{name}.log"
     try:
@@ -167,7 +169,7 @@ def measure(name: str, part: Part) -> str:
 
 @contextlib.contextmanager
 def started(command: str, out: BinaryIO, errors: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a session of its own, which ends here with all that it has started there."""
+    """Run a command in a new session; at the end all processes of the session are killed."""
     words, environment = shlex.split(command), dict(os.environ)
     while "=" in words[0]:
         variable, _, value = words.pop(0).partition("=")
@@ -181,7 +183,7 @@ def started(command: str, out: BinaryIO, errors: BinaryIO) -> Iterator[subproces
     finally:
         try:
             if process.poll() is None:
-                # At which Python removes temporary folders.
+                # SIGINT first: on it Python removes temporary folders.
                 os.killpg(process.pid, signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE_SECONDS)
@@ -192,7 +194,7 @@ def started(command: str, out: BinaryIO, errors: BinaryIO) -> Iterator[subproces
 
 
 def conditions(command: str, commit: str) -> str:
-    """Return what a person needs in order to judge a table, or to get it again."""
+    """Return the conditions of a table: hardware, versions, commit and command."""
     versions = {"python": sys.version.split()[0], **software()}
     names = ("python", "torch", "megatron-core", "deepspeed")
     return "\n".join(
@@ -206,14 +208,14 @@ def conditions(command: str, commit: str) -> str:
 
 
 def chosen(options: argparse.Namespace) -> Mapping[str, Part]:
-    """Return the parts that are to run; what is named runs, whatever it needs."""
+    """Return the parts to run; parts that are named run whatever they need."""
     if options.only:
         return {name: PARTS[name] for name in PARTS if name in options.only}
     return {name: part for name, part in PARTS.items() if options.all or not part.needs}
 
 
 def stop(number: int, frame: object) -> NoReturn:
-    # As an exception, so that the tool under way ends, too.
+    # An exception, so that the running tool is ended, too.
     raise SystemExit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""Make what `recipes/chat-small.yaml` trains on: small conversations, a tokeniser with a chat template, prepared data.
+"""Make the data of `recipes/chat-small.yaml`: small conversations, a tokeniser with a chat template, prepared data.
 
     python tools/chat_small.py
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def conversation(draw: random.Random) -> str:
-    """One to three questions and their answers, as a line of JSON."""
+    """Return one to three questions and their answers, as a line of JSON."""
     messages = []
     for _ in range(draw.randint(1, 3)):
         question, answer = draw.choice(KINDS)(draw)
@@ -65,8 +65,8 @@ def sum_of_two(draw: random.Random) -> Exchange:
 
 
 def next_day(draw: random.Random) -> Exchange:
-    place = draw.randrange(7)
-    return f"What day comes after {DAYS[place]}?", f"{DAYS[(place + 1) % 7]} comes after {DAYS[place]}."
+    day = draw.randrange(7)
+    return f"What day comes after {DAYS[day]}?", f"{DAYS[(day + 1) % 7]} comes after {DAYS[day]}."
 
 
 def opposite(draw: random.Random) -> Exchange:
@@ -84,7 +84,7 @@ KINDS: tuple[Callable[[random.Random], Exchange], ...] = (sum_of_two, next_day, 
 
 
 def write_tokenizer(lines: list[str]) -> None:
-    """Byte-level BPE with the tokens of a chat, whose numbers are digits, and its template."""
+    """Write a byte-level BPE tokeniser with chat tokens, which splits numbers into digits, and its template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,9 +1,9 @@
-"""Adaptation of an autoregressive model against training from scratch, on as many tokens, through the command line.
+"""Compare adaptation of an autoregressive model with training from scratch on as many tokens, through the command line.
 
     python tools/compare_adaptation.py books-train.jsonl.zst --validation books-valid.jsonl.zst --out runs/adaptation
 
 Trains a small autoregressive model, exports it as Qwen3, adapts that folder with recipes/adapt-small.yaml, and trains
-the same model from scratch on as many tokens; writes table.md and curves.png. What is there already is not done again.
+the same model from scratch on as many tokens; writes table.md and curves.png. Existing results are not computed again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def held_out(checkpoint: Path, data: Path) -> dict[str, Any]:
 def main(
     text: Annotated[list[Path], typer.Argument(help="Files or folders to train on.")],
     validation: Annotated[Path, typer.Option(help="Held-out text.")],
-    out: Annotated[Path, typer.Option(help="Folder of everything that is made.")],
+    out: Annotated[Path, typer.Option(help="Folder of all results.")],
     ar_steps: Annotated[int, typer.Option(help="Steps of the autoregressive model, of 2,048 tokens.")] = 1000,
     vocab_size: Annotated[int, typer.Option(help="Tokens of the tokeniser.")] = 4096,
 ) -> None:
@@ -72,7 +72,7 @@ def main(
             256,
         )
     small = str(RECIPES / "adapt-small.yaml")
-    # Two data-parallel processes are the quickest way of a small model on two cores.
+    # Two data-parallel processes are the fastest way to train a small model on two cores.
     layout = {"parallel": {"tensor": 1}, "train": {"micro_batch_size": 4}, "launch": {"processes": 2}}
     common = {"extends": small, "model": MODEL, "data": {"path": str(data)}} | layout
     autoregressive = {

@@ -1,9 +1,10 @@
-"""What the kernels take on a chip that need not be here: `python tools/compile_kernels.py [CHIP ...]`.
+"""Compile the kernels for a chip that need not be here, and show their resources: `python tools/compile_kernels.py
+[CHIP …]`.
 
-Compiles every form of every kernel, those of attention with every tile, for the given compute capabilities (default:
-80 90 100) and prints registers a thread, stack in bytes a thread (spilled registers), shared memory in bytes a program,
-and the matrix, load and reduction instructions of the machine code. Exit status 1 where a variant has more shared
-memory than the chip.
+Compiles every variant of every kernel, attention with every tile, for the given compute capabilities (default: 80 90
+100). Prints registers per thread, stack in bytes per thread (spilled registers), shared memory in bytes per program,
+and the matrix, load and reduction instructions of the machine code. Exit status 1 if a variant needs more shared memory
+than the chip has.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Kill ranks of small real runs at random, start them again, and compare with runs that nobody disturbed.
+"""Kill ranks of small real runs at random, start them again, and compare with undisturbed runs.
 
     python tools/fault_campaign.py --kills 100 --seed 1
 
-Each kill is a SIGKILL of one rank: at a named point of the run (`bd3_scale.resilience.faults`) or, every other time, at
-a random moment. The same command is then given again, until the run is done. A run counts as equal where loss and
+Each kill is a SIGKILL of one rank, at a named point of the run (`bd3_scale.resilience.faults`) or, every other time, at
+a random moment. Then the same command is run again, until the run is complete. A run counts as equal if loss and
 gradient norm of every step and the files of the last checkpoint are bitwise those of the undisturbed run.
 """
 
@@ -82,7 +82,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int | str]]] = {
 
 @dataclass(frozen=True)
 class Kill:
-    """A kill: where, after which step, and from which the next attempt went on."""
+    """A kill: where, after which step, and the step from which the next attempt resumed."""
 
     layout: str
     where: str
@@ -93,7 +93,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One call of the command: its seconds, and those until it took a step that no attempt before had taken."""
+    """One run of the command: its seconds, and the seconds until its first step that no earlier attempt had taken."""
 
     code: int
     output: str
@@ -102,7 +102,7 @@ class Attempt:
 
 
 class Site:
-    """A folder with data, a recipe, and a run of each layout that nobody disturbed."""
+    """A folder with data, a recipe, and an undisturbed run of each layout."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,7 +122,7 @@ class Site:
         return [str(BD3_SCALE), "train", *more, "recipe.yaml", f"run_dir={run}", *overrides]
 
     def undisturbed(self, layout: str) -> Path:
-        """The run of a layout that nobody disturbs, taken once."""
+        """Return the undisturbed run of a layout; it is run once."""
         run = self.folder / f"whole {layout}"
         if not run.exists():
             began = time.monotonic()
@@ -135,7 +135,7 @@ class Site:
 
 
 def steps_of(run: Path) -> dict[int, tuple[float, float, float]]:
-    """Loss, gradient norm and seconds of each step."""
+    """Return loss, gradient norm and seconds of each step."""
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     records = [json.loads(line) for line in lines]
@@ -148,12 +148,12 @@ def steps_of(run: Path) -> dict[int, tuple[float, float, float]]:
 
 
 def newest(run: Path) -> int:
-    """Step of its newest checkpoint, 0 where there is none."""
+    """Return the step of the newest checkpoint, 0 if there is none."""
     return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), default=0)
 
 
 def differences(run: Path, whole: Path) -> list[str]:
-    """What is not bitwise that of the undisturbed run."""
+    """Return the steps and files that differ from the undisturbed run."""
     found, expected = steps_of(run), steps_of(whole)
     different = [f"step {step}" for step in expected if found.get(step, ())[:2] != expected[step][:2]]
     last = f"step-{STEPS:08d}"
@@ -165,7 +165,7 @@ def differences(run: Path, whole: Path) -> list[str]:
 
 
 def attempt(site: Site, run: str, command: list[str], kill_after: tuple[int, float] | None = None) -> Attempt:
-    """`kill_after`: rank, and seconds after its start at which it is killed."""
+    """Run the command once. kill_after: a rank, and the seconds after its start at which it is killed."""
     folder, began = site.folder / run, time.monotonic()
     before, new = max(steps_of(folder), default=0), None
     with tempfile.TemporaryFile("w+") as output:
@@ -189,7 +189,7 @@ def attempt(site: Site, run: str, command: list[str], kill_after: tuple[int, flo
 
 
 def kill_once(site: Site, run: str, layout: str, chance: random.Random) -> tuple[Kill | None, Attempt]:
-    """An attempt with a kill at random, which may come too late."""
+    """Run the command with a random kill, which may come too late."""
     rank = chance.randrange(LAYOUTS[layout][0])
     if chance.random() < 0.5:
         point, step = (
@@ -214,7 +214,7 @@ def kill_once(site: Site, run: str, layout: str, chance: random.Random) -> tuple
 
 
 def rank_pid(launcher: int, rank: int) -> int | None:
-    """The process id of a rank, once the launcher has started it: it starts them in order, and nothing else."""
+    """Wait for a rank's process and return its id: the launcher starts the ranks in order, and nothing else."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         children = Path(f"/proc/{launcher}/task/{launcher}/children")
@@ -228,7 +228,7 @@ def rank_pid(launcher: int, rank: int) -> int | None:
 def run_campaign(
     site: Site, kills: int, seed: int, progress: Callable[[int, int], object] = lambda done, total: None
 ) -> dict[str, Any]:
-    """`kills` kills, a few a run, over all layouts in turn; every kill, every run, and what it cost."""
+    """Kill ranks `kills` times, a few times per run, over all layouts in turn; return all kills, runs and costs."""
     chance = random.Random(seed)
     killed: list[Kill] = []
     runs: list[dict[str, Any]] = []
@@ -265,7 +265,7 @@ def run_campaign(
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    """The table of a campaign, with its conditions."""
+    """Return the table of a campaign, with its conditions."""
     here = read_environment()
     lines = []
     for layout in LAYOUTS:
@@ -306,11 +306,11 @@ def as_markdown(found: dict[str, Any]) -> str:
 
 def main(
     kills: Annotated[int, typer.Option(min=1, help="SIGKILLs in all.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the kills.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the table there, too, in Markdown.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the kills.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Also write the table to this file, in Markdown.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:
-    """Kill ranks of small real runs at random; exit code 1 where a run is not the undisturbed one."""
+    """Kill ranks of small real runs at random; exit code 1 if a run differs from the undisturbed one."""
     with tempfile.TemporaryDirectory(prefix="bd3_scale-faults-") as folder, Bar("kills") as bar:
 
         def show(done: int, total: int) -> None:

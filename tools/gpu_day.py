@@ -1,15 +1,16 @@
-"""All that a GPU is wanted for, in the order of its worth and within a given time: `python tools/gpu_day.py`.
+"""Run everything that needs a GPU, in the order of its value and within a given time: `python tools/gpu_day.py`.
 
     python tools/gpu_day.py --minutes 10                      on a machine with a GPU, PyTorch and Triton
-    python tools/gpu_day.py --list-wheels                     how to fetch what else it takes, where there is a network
-    python tools/gpu_day.py --wheels wheels --minutes 10      installs that first, where there is none
+    python tools/gpu_day.py --list-wheels                     how to download further packages, on a machine with a
+    network python tools/gpu_day.py --wheels wheels --minutes 10      installs them first, on a machine without one
     python tools/gpu_day.py --only kernels --only training
     python tools/gpu_day.py --dry                             the same parts on tiny shapes, without a GPU
 
-Each part is a process with a share of the time that is left, is killed with all that it started where it takes longer,
-and leaves a result at once: NAME.json with its rows, how it ended and what it said, NAME.log as it says it. At the end
-a table, what failed, and gpu_day.md with the tables for benchmarks/. Exit status 1: something failed; 128 + n: signal n
-ended it, and what it had found is written all the same.
+Each part is a process with a share of the remaining time; when that is over, it is killed with all processes that it
+started. It leaves a result at once: NAME.json with its rows, its status and its output, and NAME.log while it runs. At
+the end come a table, the failures, and gpu_day.md with the tables for benchmarks/. Exit status 1: something failed; 128
++
+n: signal n ended it, and the results so far are written.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from tools.gpu_day_parts import PARTS
 from tools.gpu_day_wheels import install, list_wheels
 
 ROOT = Path(__file__).parents[1]
-# Between SIGTERM, at which a part shows where it is, and SIGKILL.
+# Seconds between SIGTERM, on which a part prints its stack, and SIGKILL.
 GRACE_SECONDS = 2.0
-# Of what a part said, in its result; its log has all.
+# Characters of a part's output in its result; its log has everything.
 MOST_OUTPUT = 20_000
 OK, FAILED, TIMED_OUT, INTERRUPTED, ABSENT, NOT_RUN = "ok", "failed", "timed out", "interrupted", "not here", "not run"
 
 
 class StoppedError(Exception):
-    """A signal wants the day to end."""
+    """Says that a signal ended the run."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"by {signal.Signals(number).name}")
@@ -53,7 +54,7 @@ class StoppedError(Exception):
 
 @dataclasses.dataclass
 class Result:
-    """How a part ended. `why`: in a line, where it is not `ok`; `output`: the end of what it said."""
+    """The result of a part. `why`: one line, if the status is not `ok`; `output`: the end of its output."""
 
     part: str
     status: str = NOT_RUN
@@ -117,7 +118,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """Inside, the first of these signals raises `StoppedError`; those after it change nothing."""
+    """Let the first of these signals raise `StoppedError`; later ones are ignored."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -133,16 +134,16 @@ def stop_signals() -> Iterator[None]:
 
 
 def environment_of(site: Path | None) -> dict[str, str]:
-    """Return the environment of the parts: this checkout before the wheels before what the machine has."""
+    """Return the environment of the parts: this checkout comes before the wheels, and these before the machine's."""
     path = [str(ROOT), *([str(site)] if site else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
-    # It would run in place of every backend that is compared.
+    # This variable would replace every backend that is compared.
     environment.pop("BD3_SCALE_ATTENTION", None)
     return environment
 
 
 def limits(names: Sequence[str], deadline: float) -> Iterator[tuple[str, float]]:
-    """Each part with its seconds: its share among those to come of what is left, less what ending it may take."""
+    """Yield each part with its time limit: its share of the remaining time, less the time to end it."""
     for index, name in enumerate(names):
         shares = [PARTS[each].share for each in names[index:]]
         left = deadline - time.monotonic() - GRACE_SECONDS
@@ -175,7 +176,7 @@ def run_part(result: Result, out: Path, environment: Mapping[str, str], *, dry: 
 
 @contextlib.contextmanager
 def ended_with_all(words: Sequence[str], log: int, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A program in a group of its own, which ends here with all that it has started."""
+    """Run a program in a new process group; at the end all processes of the group are killed."""
     process = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
     )
@@ -192,7 +193,7 @@ def ended_with_all(words: Sequence[str], log: int, environment: Mapping[str, str
 
 
 def read(result: Result, log: Path, rows: Path) -> None:
-    """Take over what a part has found and said."""
+    """Read a part's rows and output into its result."""
     said = log.read_bytes().decode(errors="replace") if log.exists() else ""
     result.output = said[-MOST_OUTPUT:]
     # A part that was killed may have left a line half written.
@@ -209,14 +210,14 @@ def read(result: Result, log: Path, rows: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file so that it is whole or as it was; with the standard library alone, before wheels are there."""
+    """Write a file completely or not at all; with the standard library alone, since wheels may not be installed yet."""
     aside = path.with_name(f".{path.name}")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 
 def markdown(results: Mapping[str, Result], dry: bool) -> str:
-    """All tables, with what a person needs in order to judge them, or to get them again."""
+    """Return all tables with their conditions: hardware, versions, commit and command."""
     known = {row["what"]: row["is"] for row in results["environment"].rows} if "environment" in results else {}
     hardware = ", ".join(known[what] for what in ("GPU 0", "CPU") if what in known) or "not known"
     names = ("python", "torch", "triton", "megatron-core", "deepspeed", "CUDA of torch")
@@ -250,7 +251,7 @@ def cell(value: Any) -> str:
 
 
 def show(results: Mapping[str, Result]) -> None:
-    """The parts as a table, by rich where it is there, and what failed."""
+    """Print the parts as a table, with rich if it is installed, and the failures."""
     rows = [(r.part, r.status, f"{r.seconds:.0f} of {r.limit_seconds:.0f}", str(len(r.rows))) for r in results.values()]
     columns = ("part", "", "seconds", "rows")
     try:

@@ -1,4 +1,4 @@
-"""What stands between a layer's products, as kernels beside plain PyTorch, as a part of `tools/gpu_day.py`."""
+"""Compare the fused kernels between a layer's products with plain PyTorch, as a part of `tools/gpu_day.py`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.fused.cases import Case, check_case, check_logits, heads_case, logits
 from tools.bench_attention import Clock
 
 Row = dict[str, Any]
-# One rounding, and sums: of a result's norm. See tests/fused/test_kernels_gpu.py.
+# Relative to a result's norm: one rounding, and sums. See tests/fused/test_kernels_gpu.py.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float32: 2e-6}
 
 
 def fused_rows(dry: bool) -> Iterator[Row]:
-    """Whether each kernel is right; its time beside that of plain PyTorch, and its bytes beside those of a copy."""
+    """Yield, for each kernel, whether it is correct, its time against plain PyTorch, and its bytes against a copy."""
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     clock = Clock(device, quick=dry)
@@ -74,7 +74,7 @@ def logits_rows(size: int, dtype: torch.dtype, device: str, clock: Clock, copy: 
     log_total = torch.full((len(logits),), 400.0, device=device)
     passes: dict[str, Callable[[], object]] = {
         "statistics": lambda: row_statistics(logits, *given),
-        # Time after time of what it has left: zeros take as long.
+        # It overwrites its input, and repeats run on the result: zeros take as long.
         "gradient": lambda: logit_gradient_(logits, *given, log_total, *case.scales.to(device)),
     }
     for what, run in passes.items():
@@ -103,7 +103,7 @@ def agrees(check: Callable[[], None]) -> Row:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Inside, plain PyTorch computes."""
+    """Let plain PyTorch compute inside this context."""
     os.environ[ENVIRONMENT] = "plain"
     try:
         yield
@@ -112,7 +112,7 @@ def plain() -> Iterator[None]:
 
 
 class Moved(TorchDispatchMode):
-    """The bytes of the kernels that run inside, by their formulas."""
+    """Counts the bytes of kernels that run inside this context, by their formulas."""
 
     bytes = 0
 

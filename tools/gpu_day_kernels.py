@@ -1,4 +1,4 @@
-"""The attention kernels against float64, as a part of `tools/gpu_day.py`."""
+"""Compare the attention kernels with float64, as a part of `tools/gpu_day.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Row = dict[str, Any]
 
 
 def kernel_rows(dry: bool) -> Iterator[Row]:
-    """Error against float64 beside that of PyTorch's attention in the same dtype, which rounds at the same places."""
+    """Yield errors against float64, and those of PyTorch's attention in the same dtype, which rounds at the same "
+    "places."""
     torch.manual_seed(0)
     if dry:
         tiny = Problem([[23, 17]], [4], None, 1, True, True, 2, 1, 16, 0)
@@ -63,9 +64,9 @@ def kernel_errors(name: str, problem: Problem, dtype: torch.dtype, device: str) 
 
 
 def over(error: float, rival: float, dtype: torch.dtype) -> float:
-    """The error in parts of what is allowed: twice what PyTorch's attention loses in the same dtype.
+    """Return the error relative to the allowed one: twice the error of PyTorch's attention in the same dtype.
 
-    float32 products may go through tensor cores in three tf32 products, which lose a little more than float32's own.
+    float32 products may run on tensor cores as three tf32 products, which lose a little more than float32.
     """
     return error / max(2 * rival, 1e-5 if dtype == torch.float32 else 0.0)
 

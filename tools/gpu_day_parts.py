@@ -1,7 +1,7 @@
-"""The parts of `tools/gpu_day.py`, each a process: `python tools/gpu_day_parts.py PART FOLDER [--dry]`.
+"""Define the parts of `tools/gpu_day.py`, each of which runs in a process: `gpu_day_parts.py PART FOLDER [--dry]`.
 
-A part yields rows of its table, and each is in FOLDER/PART.rows.jsonl before the next is measured, so that a part which
-is killed at its limit leaves what it found. `ok: False` and `why` in a row are a failure.
+A part yields the rows of its table. Each row is written to FOLDER/PART.rows.jsonl before the next is measured, so that
+a part which is killed at its time limit leaves its results. `ok: False` and `why` in a row are a failure.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ sys.path.insert(0, str(ROOT))  # from a checkout that is not installed
 
 Row = dict[str, Any]
 BD3_SCALE = [sys.executable, "-c", "from bd3_scale.cli import main; main()"]
-# Of what runs on a GPU in seconds, and on one CPU thread, too.
+# Sizes that run in seconds on a GPU, and on one CPU thread, too.
 TINY = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "data.seq_len=64"]
 TINY += ["train.precision=fp32"]
 QUICK = ["--steps", "1", "--warmup", "1"]
 
 
 class AbsentError(Exception):
-    """What the part needs is not on this machine, which is no failure."""
+    """Says that this machine lacks what the part needs, which is not a failure."""
 
 
 class ToolError(Exception):
-    """A program that failed; `said` is all that it said."""
+    """Says that a program failed; `said` is its whole output."""
 
     def __init__(self, returncode: int, said: Sequence[str]) -> None:
         super().__init__(f"exit code {returncode}: {said[-1].strip() if said else 'nothing was said'}")
@@ -48,7 +48,8 @@ class ToolError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Rows from the folder of the results and whether the run is dry; `share`: seconds of ten minutes."""
+    """A part. rows: yields rows, given the results' folder and whether the run is dry; share: seconds of ten "
+    "minutes."""
 
     title: str
     share: int
@@ -78,7 +79,7 @@ def environment(folder: Path, dry: bool) -> Iterator[Row]:
 
 
 def kernels(folder: Path, dry: bool) -> Iterator[Row]:
-    # It imports Triton, which reads its switch once.
+    # Imported here: it imports Triton, which reads TRITON_INTERPRET once, when it is imported.
     from tools.gpu_day_kernels import kernel_rows
 
     return kernel_rows(dry)
@@ -90,13 +91,14 @@ def fused(folder: Path, dry: bool) -> Iterator[Row]:
     return fused_rows(dry)
 
 
-# Between two orders of addition on a CPU the losses of these steps differ by less than 1e-7 of themselves; a GPU adds
-# in other orders everywhere, and has other exponentials and roots. Steps in bf16 differ by 3e-5 to 4e-4.
+# Allowed relative difference of losses. On a CPU another order of addition changes the losses of these steps by less
+# than 1e-7; a GPU adds in other orders everywhere and has other exponentials and roots. Steps in bf16 differ by 3e-5 to
+# 4e-4.
 SAME_LOSS = 1e-5
 
 
 def training(folder: Path, dry: bool) -> Iterator[Row]:
-    """20 steps as people take them, on the GPU and on the CPU of this machine, and the last ten again."""
+    """Train 20 steps by the command line on the GPU and on the CPU, and take the last ten again from a checkpoint."""
     from tests.support.recipes import write_recipe, write_topics
     from tests.support.runs import losses, tensor_files
 
@@ -107,11 +109,11 @@ def training(folder: Path, dry: bool) -> Iterator[Row]:
     model = {"hidden_size": 64, "num_query_groups": 2}
     recipe = write_recipe(work / "recipe.yaml", model=model, train={"steps": 20}, checkpoint={"every_steps": 10})
     on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    # Without a GPU two backends stand for the two devices: other orders of addition, too.
+    # In a dry run two attention backends stand for the two devices: they add in different orders, too.
     tried = "CPU, the reference's attention" if dry else "GPU"
     runs = {"cpu": on_cpu, "gpu": on_cpu | {"BD3_SCALE_ATTENTION": "reference"} if dry else {}}
-    for name, told in runs.items():
-        run([*BD3_SCALE, "train", recipe, f"name={name}"], cwd=work, env=told)
+    for name, variables in runs.items():
+        run([*BD3_SCALE, "train", recipe, f"name={name}"], cwd=work, env=variables)
     cpu, gpu = (losses(work / "runs" / name) for name in runs)
     for step, (loss, norm) in cpu.items():
         other, other_norm = gpu[step]
@@ -128,7 +130,7 @@ def training(folder: Path, dry: bool) -> Iterator[Row]:
 
 
 def tuning(folder: Path, dry: bool) -> Iterator[Row]:
-    """What each tile takes, in the kernels' own choice."""
+    """Time each tile as the kernels' tuning does."""
     import torch
     from triton.testing import do_bench
 
@@ -145,7 +147,7 @@ def tuning(folder: Path, dry: bool) -> Iterator[Row]:
         times: dict[tuple[str, tuple[int, ...]], float] = {}
 
         def milliseconds(call: Callable[[], None], times: dict = times) -> float:
-            # The kernel whose tiles are compared was the last to get one.
+            # The kernel that is being tuned was the last one whose tile was set.
             name, tile = list(choices().items())[-1]
             began = time.perf_counter()
             took = call() if dry else do_bench(call, return_mode="median")
@@ -196,12 +198,12 @@ def decoding(folder: Path, dry: bool) -> Iterator[Row]:
             yield {"model": preset, "what": name, "tokens/s": speed}
 
 
-# Of the predicted peak: what a prediction that is of use may miss by.
-SAME_PEAK = 0.05
+# Allowed relative error of a predicted memory peak.
+PEAK_TOLERANCE = 0.05
 
 
 def memory(folder: Path, dry: bool) -> Iterator[Row]:
-    """The peak of a 1B model's step at several micro-batches, beside what `bd3-scale plan` says of it."""
+    """Measure the memory peak of a 1B model's step at several micro-batches, and compare `bd3-scale plan`."""
     import yaml
 
     from tools.bench_step import preset
@@ -214,7 +216,7 @@ def memory(folder: Path, dry: bool) -> Iterator[Row]:
     last = ["--vocabulary", vocabulary]
     sizes = (2,) if dry else (2, 8, 4, 1)
     cases = {micro: [*common, f"train.micro_batch_size={micro}", *last] for micro in sizes}
-    # A plan takes as long as a measurement, of which the time does not matter here.
+    # Plans take as long as measurements; run them meanwhile, since times do not matter here.
     with ThreadPoolExecutor() as pool:
         plans = {micro: pool.submit(plan, arguments) for micro, arguments in cases.items()}
         for micro, arguments in cases.items():
@@ -229,14 +231,14 @@ def plan(arguments: Sequence[object]) -> Row:
     words = [*BD3_SCALE, "plan", *map(str, arguments), "--gpus", "1", "--json"]
     done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=False)
     print(done.stdout, done.stderr, flush=True)
-    # With a plan and exit code 1 it does not fit the GPU that is planned for, which need not be the one that is here.
+    # Exit code 1 with a plan means that it does not fit the planned GPU, which need not be the one of this machine.
     if not done.stdout.startswith("{"):
         raise ToolError(done.returncode, done.stderr.splitlines())
     return json.loads(done.stdout)
 
 
 def peak_of(arguments: Sequence[object]) -> Row | None:
-    """What `bench_step` measured, or None where memory did not suffice."""
+    """Return the result of `bench_step`, or None if memory did not suffice."""
     try:
         return bench_step([*arguments, "--objective", "bd3", *QUICK])
     except ToolError as error:
@@ -246,7 +248,7 @@ def peak_of(arguments: Sequence[object]) -> Row | None:
 
 
 def against(planned: Row, measured: Row | None, card: int | None) -> Row:
-    """How far the prediction is from what the step took; on a CPU, which counts otherwise, no judgement."""
+    """Compare a prediction with a measurement; without a verdict on a CPU, where memory is counted differently."""
     if card is None:
         return {"resident on this CPU, GB": measured and measured["peak_rss_bytes"] / 1e9}
     if measured is None:
@@ -255,7 +257,11 @@ def against(planned: Row, measured: Row | None, card: int | None) -> Row:
         return row | {"ok": False, "why": f"predicted to fit the card's {card / 1e9:.1f} GB"} if fits else row
     ratio = planned["peak_bytes"] / measured["peak_cuda_bytes"]
     row = {"measured, GB": measured["peak_cuda_bytes"] / 1e9, "predicted / measured": ratio}
-    return row if abs(ratio - 1) <= SAME_PEAK else row | {"ok": False, "why": f"off by more than {SAME_PEAK:.0%}"}
+    return (
+        row
+        if abs(ratio - 1) <= PEAK_TOLERANCE
+        else row | {"ok": False, "why": f"off by more than {PEAK_TOLERANCE:.0%}"}
+    )
 
 
 def memory_of_the_card() -> int:
@@ -291,12 +297,12 @@ PARTS = {
     "memory": Part("Memory against the plan", 70, memory),
     "sanitizer": Part("compute-sanitizer", 45, sanitizer),
 }
-# Kernels run in Triton's interpreter where there is no GPU; it reads its switch once.
+# Parts whose kernels run in Triton's interpreter in a dry run.
 INTERPRETED = ("kernels", "fused", "tuning")
 
 
 def lines(command: Sequence[object], cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Iterator[str]:
-    """What a program says, line by line; the log of the part has it, too. ToolError: it failed."""
+    """Yield the output lines of a program, and copy them to the part's log. ToolError: it failed."""
     words = [str(word) for word in command]
     print("$", *words, flush=True)
     environment = {**os.environ, **(env or {})}
@@ -312,12 +318,12 @@ def lines(command: Sequence[object], cwd: Path = ROOT, env: Mapping[str, str] | 
 
 
 def objects(said: Iterable[str]) -> Iterator[Row]:
-    """The lines of JSON among what a program said."""
+    """Yield the JSON lines of a program's output."""
     return (json.loads(line) for line in said if line.startswith("{"))
 
 
 def run(command: Sequence[object], cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> str:
-    """All of `lines`."""
+    """Return the output of a program as one text; see `lines`."""
     return "".join(lines(command, cwd, env))
 
 
@@ -327,7 +333,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
-    # Where it was when its time was up.
+    # On SIGTERM print where every thread is: a part that exceeds its time shows what it was doing.
     faulthandler.register(signal.SIGTERM, all_threads=True, chain=True)
     if options.dry and options.part in INTERPRETED:
         os.environ["TRITON_INTERPRET"] = "1"

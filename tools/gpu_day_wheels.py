@@ -1,4 +1,4 @@
-"""The wheels that `tools/gpu_day.py` takes beside PyTorch and what comes with it."""
+"""List and install the wheels that `tools/gpu_day.py` needs besides PyTorch and its dependencies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# As the parts import them, each distribution by name; tests/tools/test_gpu_day.py runs them with all others hidden.
+# The distributions that the parts import; tests/tools/test_gpu_day.py runs the parts with all others hidden.
 NEEDED = (
     "megatron-core", "mosaicml-streaming", "numpy", "pydantic", "pydantic_core", "annotated-types",
     "typing-inspection", "typing_extensions", "annotated-doc", "PyYAML", "rich", "typer", "shellingham",
@@ -18,14 +18,14 @@ NEEDED = (
     "kiwisolver", "pyparsing", "python-dateutil", "six", "hypothesis", "sortedcontainers", "pytest", "pluggy",
     "iniconfig",
 )  # fmt: skip
-# It comes as source alone; a wheel of it compiles nothing and fits every Python.
+# Published as source only; its wheel compiles nothing and fits every Python.
 BUILT = ("deepspeed",)
-# pip takes a wheel for an older glibc where it is named.
+# pip considers a wheel for an older glibc only if that platform is named.
 GLIBC = ("2_28", "2_27", "2_24", "2_17", "2_14", "2_12", "2_5")
 
 
 def list_wheels() -> str:
-    """Return the commands that fetch them for Python 3.12 on x86-64, at the tested versions, into wheels/."""
+    """Return the commands that download the tested versions for Python 3.12 on x86-64 into wheels/."""
     platforms = " ".join(f"--platform manylinux_{version}_x86_64" for version in GLIBC)
     return "\n".join(
         (
@@ -43,18 +43,16 @@ def list_wheels() -> str:
 
 
 def pinned(name: str) -> str:
-    """Return `name==version` of constraints.txt."""
+    """Return `name==version` from constraints.txt."""
     text = (ROOT / "constraints.txt").read_text()
     found = re.search(rf"(?im)^{re.escape(name)}==.*$", text)
     if found is None:
-        raise ValueError(
-            f"constraints.txt pins no {name}: add it, or name what took its place in {Path(__file__).name}"
-        )
+        raise ValueError(f"constraints.txt does not pin {name}: add it, or replace its name in {Path(__file__).name}")
     return found[0]
 
 
 def install(wheels: Path, site: Path, deadline: float) -> Path:
-    """Install the wheels of a folder into another one, by `deadline` (of `time.monotonic`); returns that one.
+    """Install the wheels of a folder into the folder `site` before `deadline` (`time.monotonic`); return `site`.
 
     Raises:
         subprocess.SubprocessError: pip fails or takes longer. FileNotFoundError: there is no wheel.

@@ -1,7 +1,7 @@
 """Renew docs/pictures/serve.png: the server's page in Chromium, in the middle of a text by the quickstart's model.
 
-By hand, after `make quickstart`: `python -m tools.picture_serve`. It needs /usr/bin/chromium. The text is the same each
-time; the pass at which it is caught is not quite.
+Run it by hand after `make quickstart`: `python -m tools.picture_serve`. It needs /usr/bin/chromium. The text is the
+same each time; the pass in the picture varies a little.
 """
 
 from __future__ import annotations

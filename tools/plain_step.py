@@ -1,10 +1,10 @@
-"""The rivals of `bench_step.py`: training steps in eager PyTorch, written as one would write them.
+"""Implement the rivals of `bench_step.py`: training steps in eager PyTorch, written in the usual way.
 
-Block diffusion and masked diffusion (MDLM) as the published model takes them: both streams of block diffusion go
-through every layer, attention is under a dense mask, every noisy row gets logits; norms are adaptive (of a constant, as
-without time conditioning), with gates, and with dropout on what each half of a layer adds. Next-token training (AR) is
-a plain GPT of the recipe's shape: no adaptive norms, one causal attention, PyTorch's own cross-entropy. All have fused
-AdamW and clipped gradients; in bf16 they run under autocast with fp32 weights, as the published model does.
+Block diffusion and masked diffusion (MDLM) follow the published model: both streams of block diffusion go through every
+layer, attention has a dense mask, and every noisy row gets logits. Norms are adaptive (of a constant, as without time
+conditioning), with gates, and dropout on the output of each half of a layer. Next-token training (AR) is a plain GPT of
+the recipe's shape: no adaptive norms, one causal attention, PyTorch's cross-entropy. All use fused AdamW and gradient
+clipping; in bf16 they run under autocast with fp32 weights, as the published model does.
 
 Legend: B sequences, L tokens, N rows, X hidden size.
 """
@@ -22,7 +22,7 @@ from bd3_scale.attention.spans import make_spans
 from bd3_scale.recipe.schema import ModelRecipe, Recipe
 
 CONDITIONING = 128
-# What the published model trains with; 0 compares equal work.
+# The published model's dropout; without it equal work is compared.
 PUBLISHED_DROPOUT = 0.1
 
 
@@ -90,7 +90,7 @@ class PlainStep(nn.Module):
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-4, fused=True)
 
     def step(self, tokens: Tensor, masked: Tensor, mask_rate: Tensor) -> float:
-        """Return the loss before the step, in nats a token; AR takes no notice of masks."""
+        """Take a step and return the loss before it, in nats per token; AR ignores masks."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self._next_token_loss(tokens) if self.objective == "ar" else self._nelbo(tokens, masked, mask_rate)
         self.optimizer.zero_grad()
@@ -126,7 +126,7 @@ class PlainStep(nn.Module):
 
 
 def obstacles(recipe: Recipe) -> Iterator[str]:
-    """Yield what of a recipe the rivals do not have."""
+    """Yield the values of a recipe that the rivals do not implement."""
     model = recipe.model
     form = {"activation": "gelu_tanh", "normalization": "layernorm", "qk_norm": False, "norm_bias": False}
     form |= {"attention_bias": False, "tie_embeddings": False, "rope_theta": 1e4, "rope_scaling": None}

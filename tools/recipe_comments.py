@@ -1,11 +1,11 @@
-"""Renews what recipes say in comments of their layouts' memory and speed, as `bd3-scale plan` predicts them.
+"""Renew the comments of recipes about memory and speed of their layouts, as `bd3-scale plan` predicts them.
 
     python tools/recipe_comments.py                    all recipes that have such comments
     python tools/recipe_comments.py recipes/8b.yaml
-    python tools/recipe_comments.py --check            exit status 1 where one is not what it would be
+    python tools/recipe_comments.py --check            exit status 1 if a comment is outdated
 
-It reads `# vocabulary: 50258 …`, and `# on 4 x 8: …` (nodes x GPUs) or `# on 4 x 8 with KEY=VALUE …: …`. What stands
-behind the colon of the latter is replaced, with the line of it that follows, and so is the line `# parameters: …`.
+It reads `# vocabulary: 50258 …`, and `# on 4 x 8: …` (nodes x GPUs) or `# on 4 x 8 with KEY=VALUE …: …`. The text
+behind the colon of the latter is replaced, with the comment's next line, and so is the line `# parameters: …`.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ def renewed(path: Path) -> str:
     def renew(found: re.Match[str]) -> str:
         nonlocal parameters
         recipe = load_recipe(path, (found["values"] or "").split())
-        told = forecast(recipe, vocabulary, int(found["nodes"]) * int(found["gpus"]), hardware, device=device)
-        parameters = told.parameters
+        prediction = forecast(recipe, vocabulary, int(found["nodes"]) * int(found["gpus"]), hardware, device=device)
+        parameters = prediction.parameters
         values = f" with {found['values']}" if found["values"] else ""
-        return f"# on {found['nodes']} x {found['gpus']}{values}: {lines(told)}"
+        return f"# on {found['nodes']} x {found['gpus']}{values}: {lines(prediction)}"
 
     text = _ON.sub(renew, text)
     return _PARAMETERS.sub(f"# parameters: {parameters / 1e9:.3g} B", text)
 
 
-def lines(told: Forecast) -> str:
-    """Return what a forecast says in two lines of a comment, without the first one's beginning."""
-    fullest = max(told.ranks, key=lambda rank: rank.card_bytes)
+def lines(prediction: Forecast) -> str:
+    """Return a forecast as two lines of a comment, without the beginning of the first."""
+    fullest = max(prediction.ranks, key=lambda rank: rank.card_bytes)
     most = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in list(fullest.memory.items())[:3])
     return (
-        f"{layout(told.recipe, told.gpus)}\n"
-        f"#   on a GPU {fullest.card_bytes / 1e9:.1f} of {told.hardware.memory_gb:g} GB ({most}); "
-        f"{told.time.seconds:.2f} s a step, {told.tokens_per_second / 1e3:,.0f} thousand tokens/s, "
-        f"MFU {told.time.mfu:.0%}\n"
+        f"{layout(prediction.recipe, prediction.gpus)}\n"
+        f"#   on a GPU {fullest.card_bytes / 1e9:.1f} of {prediction.hardware.memory_gb:g} GB ({most}); "
+        f"{prediction.time.seconds:.2f} s a step, {prediction.tokens_per_second / 1e3:,.0f} thousand tokens/s, "
+        f"MFU {prediction.time.mfu:.0%}\n"
     )
 
 

@@ -1,7 +1,7 @@
-"""Where the time of the tests goes, from the reports that `make test` leaves: `python tools/slowest_tests.py`.
+"""Show where the time of the tests goes, from the reports of `make test`: `python tools/slowest_tests.py`.
 
-Prints the time by tier, by folder and by test, in seconds of one worker with set-up and tear-down. `--markdown FILE`
-replaces the part of a file between its two comments "slowest tests" and "end of slowest tests".
+Prints the time by tier, by folder and by test, in seconds of one worker, including set-up and tear-down. `--markdown
+FILE` replaces the part of a file between the comments "slowest tests" and "end of slowest tests".
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Report:
 
 
 def read_report(path: Path) -> Report:
-    """A JUnit report. ValueError: `path` is none."""
+    """Read a JUnit report. ValueError: `path` is not one."""
     try:
         suite = ElementTree.parse(path).getroot().find("testsuite")
     except ElementTree.ParseError as error:
@@ -56,7 +56,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 def as_markdown(reports: Sequence[Report], most: int) -> str:
-    """Tables of the tiers, the folders, and the `most` slowest tests."""
+    """Return tables of the tiers, the folders, and the `most` slowest tests."""
     tests: Counter[str] = Counter()
     folders: Counter[str] = Counter()
     counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Times of training steps, of ours and of the rivals, which take turns in one process: see `bench_step.py`."""
+"""Time training steps of bd3_scale and of rivals, which take turns in one process: see `bench_step.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MakeInputs = Callable[[int], list[ModelInputs]]
 
 
 def synthetic(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, step: int) -> list[Batch]:
-    """This rank's micro-batches of unpacked sequences of random tokens, as the stream would give them."""
+    """Return this rank's micro-batches of random tokens, unpacked, in the form of the training stream."""
     batch, length = recipe.train.global_batch_size, recipe.data.seq_len
     share = batch // groups.dp.size()
     slots = torch.arange(groups.dp.rank() * share, (groups.dp.rank() + 1) * share)
@@ -49,7 +49,7 @@ def synthetic(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, ste
 
 
 def makers(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups) -> dict[str, MakeInputs]:
-    """How each objective makes a step's micro-batches."""
+    """Return, for each objective, a function that makes a step's micro-batches."""
 
     def maker(objective: Objective) -> MakeInputs:
         return lambda step: [
@@ -67,7 +67,7 @@ def makers(recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups) -> dic
 
 
 class Phases:
-    """Seconds of each phase of a step; on a GPU every phase ends with a synchronisation."""
+    """Measures the seconds of each phase of a step; on a GPU every phase ends with a synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -90,7 +90,7 @@ class Phases:
 
 @dataclass
 class Contender:
-    """Who takes steps: `step(number)` returns its seconds by phase, the whole under `step` and `cpu`."""
+    """An implementation to time: `step(number)` returns its seconds by phase, the total under `step` and `cpu`."""
 
     name: str
     step: Callable[[int], dict[str, float]]
@@ -104,7 +104,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe to measure, and who takes its steps."""
+    """A recipe to measure, and the implementations of its steps."""
 
     recipe: Recipe
     contenders: list[Contender]
@@ -117,7 +117,7 @@ def open_case(
     objectives: Sequence[str],
     dropouts: Sequence[float],
 ) -> Case:
-    """Every objective of ours, followed by its rival in plain PyTorch once for each of `dropouts`."""
+    """Open every objective of bd3_scale, each followed by its plain PyTorch rival for each of `dropouts`."""
     make = makers(recipe, vocabulary, groups)
     contenders = []
     for objective in objectives:
@@ -136,7 +136,7 @@ def tokens_of(recipe: Recipe) -> int:
 
 
 def first_step(objective: str, engine: TrainingEngine, make: MakeInputs, recipe: Recipe) -> Contender:
-    """Ours, after a step that counts its FLOPs."""
+    """Return bd3_scale's implementation, after a step that counts its FLOPs."""
     with FlopCounterMode(display=False) as counter:
         needed = engine.step(make(0), tokens=tokens_of(recipe), lr=1e-4).flops
     step = partial(measured_step, engine, make, tokens_of(recipe))
@@ -144,7 +144,7 @@ def first_step(objective: str, engine: TrainingEngine, make: MakeInputs, recipe:
 
 
 def take_turns(cases: Sequence[Case], *, warmup: int, steps: int) -> None:
-    """Steps of all contenders, one after the other, so that all meet the same machine."""
+    """Take steps of all contenders in turns, so that other load of the machine affects all equally."""
     for step in range(1, warmup + steps):
         for case in cases:
             for contender in case.contenders:
@@ -154,7 +154,7 @@ def take_turns(cases: Sequence[Case], *, warmup: int, steps: int) -> None:
 
 
 def measured_step(engine: TrainingEngine, make: MakeInputs, tokens: int, step: int) -> dict[str, float]:
-    """One step by its phases, forward apart from backward."""
+    """Take a step and return the seconds of its phases, with forward and backward separated."""
     phases = Phases(local_device())
     began: list[float] = []
     hooks = [
@@ -183,7 +183,7 @@ def measured_step(engine: TrainingEngine, make: MakeInputs, tokens: int, step: i
 def rival_step(
     rival: PlainStep, recipe: Recipe, vocabulary: Vocabulary, groups: ProcessGroups, step: int
 ) -> dict[str, float]:
-    """One step of the plain model on a batch of the same shape and mask rates, which is made before."""
+    """Take a step of the plain model on a batch of the same shape and mask rates; making it is not timed."""
     (batch,) = synthetic(recipe, vocabulary, groups, step)
     size = recipe.data.seq_len if rival.objective == "mdlm" else recipe.diffusion.block_size
     blocks = torch.rand(len(batch.ids), recipe.data.seq_len // size)
@@ -197,7 +197,7 @@ def rival_step(
 
 
 def rows_of(case: Case, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Return a row a contender: medians, and for ours what they mean in tokens and FLOPs (collective)."""
+    """Return a row for each contender: medians, and for bd3_scale its FLOPs and utilisation (collective)."""
     peak, world, rows = peak_flops(dtype), dist.get_world_size(), []
     for contender in case.contenders:
         seconds = contender.medians()

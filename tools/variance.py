@@ -1,10 +1,10 @@
-"""Whether the variance of the gradient follows that of the loss, over clipped intervals of mask rates.
+"""Test whether the variance of the gradient follows that of the loss, over clipped intervals of mask rates.
 
     python tools/variance.py runs/quickstart --draws 64 --out variance.png
 
-Every interval meets the same training sequences and noise levels (common random numbers): a draw is the gradient of one
-sequence's loss. The gradient's variance is the trace of its covariance, E‖g‖² − ‖E g‖², without bias. Both variances
-are compared by Spearman's rank correlation, and to those of mask rates 0 to 1 (Arriola et al., ICLR 2025, section 4.2).
+All intervals use the same training sequences and noise levels (common random numbers); a draw is the gradient of one
+sequence's loss. The gradient's variance is the unbiased trace of its covariance, E‖g‖² − ‖E g‖². Both variances are
+compared by Spearman's rank correlation, and with those of mask rates 0 to 1 (Arriola et al., ICLR 2025, section 4.2).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Variances:
-    """Of a sequence's loss (nats a token, squared) and of its gradient; standard errors over parts of the draws."""
+    """Variances of a sequence's loss (squared nats per token) and of its gradient; standard errors over folds of "
+    "draws."""
 
     low: float
     high: float
@@ -48,7 +49,7 @@ class Variances:
 
 
 def draws_of(recipe: Recipe, count: int) -> Iterator[Batch]:
-    """One training sequence each."""
+    """Yield batches of one training sequence."""
     data = load_manifest(recipe.data.path, recipe.data.remote)
     stream = TrainingStream(recipe.data, data, global_batch_size=1, dp_rank=0, dp_size=1, seed=SEED, step=0)
     for _ in range(count):
@@ -58,7 +59,7 @@ def draws_of(recipe: Recipe, count: int) -> Iterator[Batch]:
 def measure(
     model: BlockDiffusionTransformer, recipe: Recipe, batches: list[Batch], interval: Interval
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss [FOLDS] and gradient [FOLDS] variances under `interval`, each over a part of the draws."""
+    """Return the variances of loss [FOLDS] and gradient [FOLDS] under `interval`, each over a fold of the draws."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     objective = objective_of(recipe.diffusion, model.vocabulary)
     found = []
@@ -84,13 +85,13 @@ def measure(
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
-    """Spearman's."""
+    """Return Spearman's rank correlation."""
     ranks = torch.tensor([first, second]).argsort(1).argsort(1).double()
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 def compare(checkpoint: Path, draws: int) -> list[Variances]:
-    """Every interval of the search's grid."""
+    """Measure every interval of the search's grid."""
     with open_model(resolve_checkpoint(checkpoint)) as (model, manifest, _):
         if manifest.trained_with is None or type(manifest.trained_objective()) is not BlockDiffusion:
             raise SystemExit(f"{checkpoint} was not trained here by block diffusion: there is no interval to measure")
@@ -108,7 +109,7 @@ def compare(checkpoint: Path, draws: int) -> list[Variances]:
 
 
 def draw(found: list[Variances], out: Path) -> None:
-    """Loss variance against gradient variance, one point an interval, as a PNG."""
+    """Plot loss variance against gradient variance, one point for each interval, as a PNG."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.add_subplot()
     for point in found:

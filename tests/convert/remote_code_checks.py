@@ -317,8 +317,8 @@ def check_refusals(model) -> None:
         "mask token": {"input_ids": tokens.masked_fill(tokens == tokens[0, 0], MASK)},
         "does not support num_beams": {"num_beams": 2},
         "does not support assistant_model": {"assistant_model": model},
-        "has no min_p, repetition_penalty": {"repetition_penalty": 1.1, "min_p": 0.1},
-        "has no max_new_token:": {"max_new_token": 2},
+        "does not support min_p, repetition_penalty": {"repetition_penalty": 1.1, "min_p": 0.1},
+        "does not support max_new_token:": {"max_new_token": 2},
     }.items():
         with pytest.raises(ValueError, match=words):
             model.generate(**{"input_ids": tokens, "max_new_tokens": 2, **options})

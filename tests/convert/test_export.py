@@ -188,7 +188,7 @@ def test_config_has_what_engines_read(exported: dict[str, Path]) -> None:
     for words in ("block_size: 4", "num_layers: 2", "`--mask-id 151669` moves it there"):
         assert words in card
     for name in ("sdar", "official"):
-        assert "`transformers serve` does not (4.57 and 5.24)" in (exported[name] / "README.md").read_text()
+        assert "`transformers serve` does not work (4.57 and 5.24)" in (exported[name] / "README.md").read_text()
     assert "--dllm" not in card, "how to launch what does not run it"
     assert config(exported["official"])["architectures"] == ["Bd3ForCausalLM"]
     assert config(exported["llama"])["rope_scaling"]["rope_type"] == "llama3"
@@ -207,7 +207,7 @@ def test_which_engines_run_it() -> None:
 def test_which_engines_run_packed_weights() -> None:
     packed = {e.name: e for e in engines("sdar", 151669, Packing("int4", ()))}
     assert {name for name, engine in packed.items() if engine.runs} == {"transformers", "SGLang"}
-    assert "no compressed-tensors" in packed["LMDeploy"].reason
+    assert "not compressed-tensors" in packed["LMDeploy"].reason
     odd = {e.name: e for e in engines("sdar", 151669, Packing("int4", ("down: groups of 16",)))}
     assert not odd["SGLang"].runs
     assert "down: groups of 16" in odd["SGLang"].reason

@@ -334,7 +334,7 @@ OPENERS = {
         *("convert.official._config_in", "convert.official._is_safetensors", "convert.official._open_safetensors"),
         *("convert.official._read_safetensors", "convert.official_pickle._program", "generate.llama_file.check_seal"),
         *(
-            "convert.official_pickle._what_it_is",
+            "convert.official_pickle._describe_file",
             "convert.importer._keep_source_files",
             "data.chat.template_file",
             "data.chat.chat_template",

@@ -115,7 +115,7 @@ def test_without_a_gpu_the_way_out_is_named(bench, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         bench.main(["--device", "cuda"])
     assert caught.value.code == 2
-    assert "take --device cpu" in capsys.readouterr().err
+    assert "use --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -15,5 +15,5 @@ def test_it_measures_what_a_checkpoint_costs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert "two data-parallel processes" in table
-    assert re.search(r"\| training waits for its beginning \| \d+\.\d{3} s \(at most \d+\.\d{3}\) \|", table)
+    assert re.search(r"\| training waits for its start \| \d+\.\d{3} s \(at most \d+\.\d{3}\) \|", table)
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"]

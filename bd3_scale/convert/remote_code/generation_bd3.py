@@ -370,7 +370,7 @@ def stopping(config: GenerationConfig, given: Sequence[Any] | None, tokenizer: A
     criteria = StoppingCriteriaList(given or [])
     if config.stop_strings is not None:
         if tokenizer is None:
-            raise ValueError("stop_strings needs the tokenizer: give tokenizer=, too")
+            raise ValueError("stop_strings needs the tokeniser: give tokenizer=, too")
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings))
     if config.max_time is not None:
         criteria.append(MaxTimeCriteria(max_time=config.max_time))
