@@ -137,4 +137,4 @@ def _in_turns(laps: dict[str, Lap], device: torch.device) -> dict[str, float]:
                 torch.cuda.synchronize()
             if number:  # the first lap warms up
                 times[name].append((time.perf_counter() - began) * 1e3)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(laps_ms) for name, laps_ms in times.items()}

@@ -18,9 +18,9 @@ from reproduction.statistics import FAILS, HOLDS, UNDECIDED, together
 Variances = dict[Interval, tuple[float, float]]
 
 
-def clipped_sizes(found: Findings) -> tuple[int, ...]:
+def clipped_sizes(findings: Findings) -> tuple[int, ...]:
     """Return the block sizes that are trained with fixed intervals."""
-    return (*found.scale.clipped, found.scale.length)
+    return (*findings.scale.clipped, findings.scale.length)
 
 
 def clipped_name(size: int, interval: tuple[float, float]) -> str:
@@ -28,55 +28,55 @@ def clipped_name(size: int, interval: tuple[float, float]) -> str:
     return f"l{size}-{interval[0]}-{interval[1]}"
 
 
-def loss_variance(found: Findings, size: int, interval: tuple[float, float]) -> float:
+def loss_variance(findings: Findings, size: int, interval: tuple[float, float]) -> float:
     """Return the variance of a block's loss under the interval that its model was trained with, on held-out text."""
-    text = found.of(clipped_name(size, interval))[0]["texts"][f"{HELD_OUT}, L'={size}"]
+    text = findings.of(clipped_name(size, interval))[0]["texts"][f"{HELD_OUT}, L'={size}"]
     return next(each["variance"] for each in text["intervals"] if (each["low"], each["high"]) == interval)
 
 
-def clipped(found: Findings) -> str:
+def clipped(findings: Findings) -> str:
     """Write section 3."""
     parts, lines, narrower, best = [], [], [], []
-    for size in clipped_sizes(found):
+    for size in clipped_sizes(findings):
         for interval in INTERVALS:
             published = paper.CLIPPED.get(size, {}).get(interval)
             name = clipped_name(size, interval)
             figures = [f"{published[0]} / {published[1]}"] if published else [""]
-            variance = f"{loss_variance(found, size, interval):.4f}"
-            lines.append([found.row(name).title, *found.cells(found.measured(name)), variance, *figures])
-        least = min(INTERVALS, key=lambda interval: loss_variance(found, size, interval))
-        full = found.compare(clipped_name(size, FULL), clipped_name(size, least))
+            variance = f"{loss_variance(findings, size, interval):.4f}"
+            lines.append([findings.row(name).title, *findings.cells(findings.measured(name)), variance, *figures])
+        least = min(INTERVALS, key=lambda interval: loss_variance(findings, size, interval))
+        full = findings.compare(clipped_name(size, FULL), clipped_name(size, least))
         narrower.append(FAILS if least == FULL else full.verdict())
-        other = min((i for i in INTERVALS if i != least), key=lambda i: found.measured(clipped_name(size, i)).mean)
-        ahead = found.compare(clipped_name(size, other), clipped_name(size, least))
+        other = min((i for i in INTERVALS if i != least), key=lambda i: findings.measured(clipped_name(size, i)).mean)
+        ahead = findings.compare(clipped_name(size, other), clipped_name(size, least))
         best.append(ahead.verdict())
         parts.append(
-            f"L'={size}: U{_named(*least)} has the least variance. Nats a {found.scale.unit} that others cost more: "
+            f"L'={size}: U{_named(*least)} has the least variance. Nats a {findings.scale.unit} that others cost more: "
             f"U[0, 1] {full} ({narrower[-1]}), the best of the others, U{_named(*other)}, {ahead} ({best[-1]})."
         )
-    others = ", with the spread over seeds of other rows" if found.seeds().freedom else ""
+    others = ", with the spread over seeds of other rows" if findings.seeds().freedom else ""
     return "\n\n".join(
         [
-            table([*found.header, "variance of a block's loss", "paper: perplexity / variance"], lines),
+            table([*findings.header, "variance of a block's loss", "paper: perplexity / variance"], lines),
             f"Half of section 1's tokens, one seed{others}. Of an interval that begins at 0 the true variance is "
             "infinite: the figure is that of the rates drawn, and grows with their number.",
             "The paper: at every L' an interval narrower than [0, 1] has less variance, and the model that trains with "
             f"the one of least variance is better than with [0, 1]. **Here: {together(narrower)}.**",
             f"The paper: and it is the best of all (at each L' of its table 2). **Here: {together(best)}.**",
             *parts,
-            *(_by_rate(found) if FAILS in best else []),
+            *(_by_rate(findings) if FAILS in best else []),
         ]
     )
 
 
-def _by_rate(found: Findings) -> list[str]:
+def _by_rate(findings: Findings) -> list[str]:
     """Write where the model of least variance is worse: at mask rates that it was not trained on, or at all."""
-    lines, costs, behind, seeds = [], [], [], found.seeds()
-    for size in clipped_sizes(found):
+    lines, costs, behind, seeds = [], [], [], findings.seeds()
+    for size in clipped_sizes(findings):
         names = {interval: clipped_name(size, interval) for interval in INTERVALS}
-        lines += [[found.row(n).title, *(f"{x:.3f}" for x in _halves(found, n)[0])] for n in names.values()]
-        calm = names[min(INTERVALS, key=lambda interval: loss_variance(found, size, interval))]
-        (ours, our_errors), (best, best_errors) = (_halves(found, n) for n in (calm, best_clipped(found, size)))
+        lines += [[findings.row(n).title, *(f"{x:.3f}" for x in _halves(findings, n)[0])] for n in names.values()]
+        calm = names[min(INTERVALS, key=lambda interval: loss_variance(findings, size, interval))]
+        (ours, our_errors), (best, best_errors) = (_halves(findings, n) for n in (calm, best_clipped(findings, size)))
         errors = np.sqrt(np.square(our_errors) + np.square(best_errors) + seeds.error(1, 1) ** 2)
         light, heavy = (f"{x:+.3f} ± {seeds.quantile * e:.3f}" for x, e in zip(ours - best, errors, strict=True))
         costs.append(f"L'={size} {light} and {heavy}")
@@ -84,16 +84,16 @@ def _by_rate(found: Findings) -> list[str]:
     also = f" It is behind at heavy masks, too, at {', '.join(behind)}: there it does not only want for practice."
     return [
         "Looked into: whether the model of least variance is only behind at mask rates that it does not train with. "
-        f"Loss on held-out text at light and at heavy masks, nats a {found.scale.unit}:",
+        f"Loss on held-out text at light and at heavy masks, nats a {findings.scale.unit}:",
         table(["", "at rates [0, 0.5]", "at rates [0.5, 1]"], lines),
         f"The model of least variance minus the best one, at light and at heavy masks: {'; '.join(costs)}."
         f"{also if behind else ''} Section 1's rows follow the search: another interval may serve them better.",
     ]
 
 
-def _halves(found: Findings, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _halves(findings: Findings, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the mean loss at mask rates below and above 0.5, and their standard errors over blocks."""
-    blocks, losses, squares = tenths(found, name).T
+    blocks, losses, squares = tenths(findings, name).T
     means = losses / blocks
     errors = ((squares / blocks - means**2) / blocks).reshape(2, 5).sum(1)
     return means.reshape(2, 5).mean(1), np.sqrt(errors) / 5
@@ -105,30 +105,30 @@ def search_results(record: dict[str, Any], size: int) -> list[tuple[int, float, 
     return [(search["step"], search[keys[0]], search[keys[1]]) for search in record["training"]["searches"]]
 
 
-def searched_rows(found: Findings) -> dict[int, str]:
+def searched_rows(findings: Findings) -> dict[int, str]:
     """Return the rows whose interval is searched, by block size."""
-    sizes = {**{size: f"l{size}" for size in BLOCKS}, found.scale.length: "mdlm"}
-    return sizes | ({found.scale.longer * found.scale.length: "mdlm-longer"} if found.scale.longer > 1 else {})
+    sizes = {**{size: f"l{size}" for size in BLOCKS}, findings.scale.length: "mdlm"}
+    return sizes | ({findings.scale.longer * findings.scale.length: "mdlm-longer"} if findings.scale.longer > 1 else {})
 
 
-def searched(found: Findings) -> str:
+def searched(findings: Findings) -> str:
     """Write section 4."""
     lines = []
-    for size, name in searched_rows(found).items():
-        records = found.of(name)
+    for size, name in searched_rows(findings).items():
+        records = findings.of(name)
         lines.append(
             [
-                f"{found.row(name).title}",
+                f"{findings.row(name).title}",
                 ", ".join(
                     _named(low, high) for _, low, high in (search_results(record, size)[-1] for record in records)
                 ),
-                _named(*least_variance(variances(found, name))),
+                _named(*least_variance(variances(findings, name))),
                 _course(records, f"loss_variance_block_{size}"),
                 _course(records, f"loss_variance_unclipped_block_{size}"),
                 _named(*paper.SEARCHED[size]) if size in paper.SEARCHED else "",
             ]
         )
-    names = [name for name in searched_rows(found).values() if name != "mdlm-longer"]
+    names = [name for name in searched_rows(findings).values() if name != "mdlm-longer"]
     return "\n\n".join(
         [
             table(
@@ -145,18 +145,18 @@ def searched(found: Findings) -> str:
             "Training leaves an interval only for one that is clearly better on the text of its evaluations; the least "
             "variance at the end is by all of the held-out text, its mean over seeds.",
             "The paper: the smaller the blocks, the heavier the masking of least variance. **Here: "
-            f"{order_of_intervals([variances(found, name) for name in names])}** with sequences of "
-            f"{found.scale.length} {found.scale.unit}s. From one block size to the next larger one the interval counts "
-            "as another where its variance is below that of the former, by both their errors.",
-            *_look(found),
-            *([_longer(found)] if found.scale.longer > 1 else []),
+            f"{order_of_intervals([variances(findings, name) for name in names])}** with sequences of "
+            f"{findings.scale.length} {findings.scale.unit}s. From one block size to the next larger one the interval "
+            "counts as another where its variance is below that of the former, by both their errors.",
+            *_look(findings),
+            *([_longer(findings)] if findings.scale.longer > 1 else []),
         ]
     )
 
 
-def variances(found: Findings, name: str) -> Variances:
+def variances(findings: Findings, name: str) -> Variances:
     """Return the variance of a block's loss by interval on all held-out text: mean over seeds, and standard error."""
-    texts = [r["texts"][f"{HELD_OUT}, L'={found.row(name).block_sizes[0]}"]["intervals"] for r in found.of(name)]
+    texts = [r["texts"][f"{HELD_OUT}, L'={findings.row(name).block_sizes[0]}"]["intervals"] for r in findings.of(name)]
     by_seed = [{(x["low"], x["high"]): (x["variance"], x["standard_error"]) for x in text} for text in texts]
     common = [interval for interval in by_seed[0] if all(interval in each for each in by_seed)]
     seeds = {interval: np.array([each[interval] for each in by_seed]) for interval in common}
@@ -197,15 +197,15 @@ def _course(records: list[dict[str, Any]], key: str) -> str:
     return " → ".join(f"{float(np.mean(values)):.3f}" for values in ends)
 
 
-def tenths(found: Findings, name: str) -> NDArray[np.float64]:
+def tenths(findings: Findings, name: str) -> NDArray[np.float64]:
     """Return [tenths of mask rates, (blocks, sum of losses, sum of squares)] of a row on held-out text."""
-    text = found.of(name)[0]["texts"][f"{HELD_OUT}, L'={found.row(name).block_sizes[0]}"]
+    text = findings.of(name)[0]["texts"][f"{HELD_OUT}, L'={findings.row(name).block_sizes[0]}"]
     return np.array(text["rates"])
 
 
-def best_clipped(found: Findings, size: int) -> str:
+def best_clipped(findings: Findings, size: int) -> str:
     """Return the row of section 3 with the lowest NELBO."""
-    return min((clipped_name(size, interval) for interval in INTERVALS), key=lambda name: found.measured(name).mean)
+    return min((clipped_name(size, interval) for interval in INTERVALS), key=lambda name: findings.measured(name).mean)
 
 
 def parts_of_variance(rates: NDArray[np.float64], interval: Interval) -> tuple[float, float]:
@@ -226,14 +226,15 @@ def expected(rates: NDArray[np.float64], times: int) -> Interval:
     return min(parts, key=lambda interval: parts[interval][0] / times + parts[interval][1])
 
 
-def _look(found: Findings) -> list[str]:
+def _look(findings: Findings) -> list[str]:
     """Write why the search chooses the intervals that it does."""
-    longer = ["mdlm-longer"] if found.scale.longer > 1 else []
+    longer = ["mdlm-longer"] if findings.scale.longer > 1 else []
     lines = []
-    for name in [*(best_clipped(found, size) for size in clipped_sizes(found)), *longer]:
+    for name in [*(best_clipped(findings, size) for size in clipped_sizes(findings)), *longer]:
         for interval in ((0.0, 0.5), (0.5, 1.0)):
-            at, between = parts_of_variance(tenths(found, name), interval)
-            lines.append([found.row(name).title, _named(*interval), *(f"{x:.3f}" for x in (at, between, at + between))])
+            at, between = parts_of_variance(tenths(findings, name), interval)
+            figures = (f"{x:.3f}" for x in (at, between, at + between))
+            lines.append([findings.row(name).title, _named(*interval), *figures])
     return [
         "Looked into: a block's loss varies at one mask rate, with the tokens that are masked and with the text, and "
         "its mean varies from rate to rate. On held-out text, by section 3's best model of each L'"
@@ -244,16 +245,16 @@ def _look(found: Findings) -> list[str]:
     ]
 
 
-def _longer(found: Findings) -> str:
-    times, row, length = found.scale.longer, found.row("mdlm-longer"), found.scale.length
-    expects = {i: expected(tenths(found, clipped_name(length, i)), times) for i in INTERVALS}
+def _longer(findings: Findings) -> str:
+    times, row, length = findings.scale.longer, findings.row("mdlm-longer"), findings.scale.length
+    expects = {i: expected(tenths(findings, clipped_name(length, i)), times) for i in INTERVALS}
     said = ", ".join(f"on {_named(*own)} {_named(*other)}" for own, other in expects.items())
-    shorter, longer = variances(found, "mdlm"), variances(found, row.name)
+    shorter, longer = variances(findings, "mdlm"), variances(findings, row.name)
     least, before = least_variance(longer), least_variance(shorter)
     lighter = sum(sum(interval) < sum(before) for interval in expects.values())
     gain, margin = _gain(shorter, longer)
-    _, *trained = search_results(found.of(row.name)[0], row.block_sizes[0])[-1]
-    rows = [variances(found, name) for name in searched_rows(found).values()]
+    _, *trained = search_results(findings.of(row.name)[0], row.block_sizes[0])[-1]
+    rows = [variances(findings, name) for name in searched_rows(findings).values()]
     return (
         f"If blocks {times} times as long had {times} times less of the first part, the least variance would be, by "
         f"section 3's models of L'={length} as they trained, {said}: {lighter} of {len(expects)} expect lighter masks "

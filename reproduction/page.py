@@ -25,19 +25,19 @@ def write_page(scale: Scale, folder: Path) -> Path:
     records = {key: record for key, record in read_records(folder / "records").items() if key in known}
     if not records:
         raise ValueError(f"{folder / 'records'} has no record of the scale {scale.name}: train first, without --page")
-    found = Findings(scale, records, _texts(records))
-    parts = [_head(found)]
-    for number, (title, needed, text, picture, name) in enumerate(_sections(found), 1):
-        wanting = [row for row in needed if not found.has(row)]
+    findings = Findings(scale, records, _texts(records))
+    parts = [_head(findings)]
+    for number, (title, needed, text, picture, name) in enumerate(_sections(findings), 1):
+        wanting = [row for row in needed if not findings.has(row)]
         parts.append(f"## {number}. {title}")
         if wanting or (number == 8 and ("efficiency", 0) not in records):
             parts.append(f"Not measured yet: {', '.join(wanting) or 'efficiency'} (`python -m reproduction` goes on).")
             continue
-        parts.append(text(found))
+        parts.append(text(findings))
         if picture is not None:
-            picture(found, folder / name)
+            picture(findings, folder / name)
             parts.append(f"![{title}]({folder.name}/{name})")
-    parts += ["## Runs", _runs(found)]
+    parts += ["## Runs", _runs(findings)]
     page = folder.with_suffix(".md")
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
@@ -49,8 +49,8 @@ def _texts(records: dict[tuple[str, int], dict[str, Any]]) -> tuple[str, ...]:
     return tuple(sorted(set.intersection(*each) - {HELD_OUT})) if each else ()
 
 
-def _sections(found: Findings) -> list[Section]:
-    clipped = [masking.clipped_name(size, i) for size in masking.clipped_sizes(found) for i in INTERVALS]
+def _sections(findings: Findings) -> list[Section]:
+    clipped = [masking.clipped_name(size, i) for size in masking.clipped_sizes(findings) for i in INTERVALS]
     searched = (*(f"l{size}" for size in BLOCKS), "mdlm")
     return [
         ("Perplexity", MAIN, likelihood.perplexity, plots.perplexity, "perplexity.png"),
@@ -58,7 +58,7 @@ def _sections(found: Findings) -> list[Section]:
         ("Clipped mask rates", tuple(clipped), masking.clipped, plots.intervals, "intervals.png"),
         (
             "The searched interval",
-            (*masking.searched_rows(found).values(), *clipped),
+            (*masking.searched_rows(findings).values(), *clipped),
             masking.searched,
             plots.searched,
             "searched.png",
@@ -77,8 +77,8 @@ def _sections(found: Findings) -> list[Section]:
     ]
 
 
-def _head(found: Findings) -> str:
-    scale, unit = found.scale, found.scale.unit
+def _head(findings: Findings) -> str:
+    scale, unit = findings.scale, findings.scale.unit
     bytes_of_text = ", which are bytes" if unit == "byte" else ""
     tokens = scale.steps * scale.recipe.train.global_batch_size * scale.length
     model = scale.recipe.model
@@ -96,23 +96,24 @@ def _head(found: Findings) -> str:
         f"Sequences have {scale.length} tokens{bytes_of_text}. Held-out text is {scale.sequences:,} sequences of "
         "documents that no row trained on, of which every row is given the first token, since AR predicts none; NELBOs "
         f"are over mask rates of [0, 1], {scale.draws} draws, and exact at L'=1.\n\n"
-        f"Intervals of 95% are {_seeds(found)}; differences are between the same sequences. A claim *holds* or "
+        f"Intervals of 95% are {_seeds(findings)}; differences are between the same sequences. A claim *holds* or "
         "*does not hold* where its difference is outside its interval, and is *undecided* otherwise, unless another "
         "rule is given."
     )
 
 
-def _seeds(found: Findings) -> str:
-    spread = found.seeds()
+def _seeds(findings: Findings) -> str:
+    spread = findings.seeds()
     if not spread.freedom:
         return "over text alone, since one seed tells nothing of other trainings"
-    several = [row for row in rows(found.scale) if len(row.seeds or found.scale.seeds) > 1 and found.has(row.name)]
-    apart = {row.title: float(np.ptp(found.measured(row.name).by_seed)) for row in several}
+    scale = findings.scale
+    several = [row for row in rows(scale) if len(row.seeds or scale.seeds) > 1 and findings.has(row.name)]
+    apart = {row.title: float(np.ptp(findings.measured(row.name).by_seed)) for row in several}
     widest = max(apart, key=apart.__getitem__)
     others = max((value for title, value in apart.items() if title != widest), default=0.0)
     doubt = "; what compares with it is less sure than its interval says" if apart[widest] > 2 * others > 0 else ""
     return (
-        f"over text and seeds, whose spread ({spread.deviation:.4f} nats a {found.scale.unit}, {spread.freedom} "
+        f"over text and seeds, whose spread ({spread.deviation:.4f} nats a {findings.scale.unit}, {spread.freedom} "
         f"degrees of freedom) is pooled over rows (the seeds of {widest} are {apart[widest]:.4f} apart, those of the "
         f"others at most {others:.4f}{doubt})"
     )
@@ -122,10 +123,10 @@ def _recipe_link(scale: Scale) -> str:
     return f"../recipes/paper-small/{scale.name}.yaml"
 
 
-def _runs(found: Findings) -> str:
+def _runs(findings: Findings) -> str:
     lines = []
-    for row in rows(found.scale):
-        for record in found.of(row.name):
+    for row in rows(findings.scale):
+        for record in findings.of(row.name):
             made = record["made"]
             commit = made["commit"] + ("+" if made["uncommitted"] else "")
             training = record["training"]
@@ -141,11 +142,11 @@ def _runs(found: Findings) -> str:
                     made["date"],
                 ]
             )
-    done = [record for record in found.records.values() if "training" in record]
+    done = [record for record in findings.records.values() if "training" in record]
     machines = sorted({", ".join(record["made"]["hardware"]) for record in done})
     versions = sorted({", ".join(f"{k} {v}" for k, v in record["made"]["versions"].items()) for record in done})
     hours = sum(record["training"]["seconds"] for record in done) / 3600
-    alone = sum(record["training"]["tokens"] / _speed(found, record["row"]) for record in done) / 3600
+    alone = sum(record["training"]["tokens"] / _speed(findings, record["row"]) for record in done) / 3600
     return "\n\n".join(
         [
             f"Training took {hours:.1f} hours on the clock, one thread each, some beside other work; at the speed of "
@@ -157,12 +158,13 @@ def _runs(found: Findings) -> str:
     )
 
 
-def _speed(found: Findings, name: str) -> float:
+def _speed(findings: Findings, name: str) -> float:
     """Return the tokens per second of the fastest row with the same objective and block sizes."""
 
     def kind(name: str) -> tuple[object, ...]:
-        row = found.row(name)
+        row = findings.row(name)
         return *map(row.overrides.get, ("diffusion.objective", "diffusion.block_size_schedule")), row.block_sizes
 
-    alike = (r["training"] for (other, _), r in found.records.items() if "training" in r and kind(other) == kind(name))
+    trained = ((other, r["training"]) for (other, _), r in findings.records.items() if "training" in r)
+    alike = (training for other, training in trained if kind(other) == kind(name))
     return max(training["tokens"] / training["seconds"] for training in alike)

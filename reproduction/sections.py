@@ -13,19 +13,19 @@ from reproduction.rows import BLOCKS, LONG
 from reproduction.statistics import FAILS, HOLDS, UNDECIDED, Difference, Seeds, together
 
 
-def samples(found: Findings) -> str:
+def samples(findings: Findings) -> str:
     """Write section 7."""
     lines, logs = [], {}
     for name in MAIN:
-        for sampler in found.of(name)[0]["samples"]:
-            figures = [record["samples"][sampler] for record in found.of(name)]
-            lines.append([found.row(name).title, sampler, *_figures(figures)])
+        for sampler in findings.of(name)[0]["samples"]:
+            figures = [record["samples"][sampler] for record in findings.of(name)]
+            lines.append([findings.row(name).title, sampler, *_figures(figures)])
             if sampler in ("first-hitting", "one by one"):
                 logs[name] = np.log([figure["perplexity"] for figure in figures])
     order = list(zip(MAIN[1:], MAIN[:-1], strict=True))
     verdicts = [_sampled(logs[more], logs[less], logs) for more, less in order]
-    longest = max(record["samples"][LONG]["length_max"] for size in BLOCKS for record in found.of(f"l{size}"))
-    reached = HOLDS if longest > found.scale.length else FAILS
+    longest = max(record["samples"][LONG]["length_max"] for size in BLOCKS for record in findings.of(f"l{size}"))
+    reached = HOLDS if longest > findings.scale.length else FAILS
     header = [
         "",
         "sampler",
@@ -35,18 +35,18 @@ def samples(found: Findings) -> str:
         "distinct pairs",
         "passes a token (NFE)",
     ]
-    published = ", ".join(f"{found.row(name).title} {value}" for name, value in paper.GENERATIVE.items())
+    published = ", ".join(f"{findings.row(name).title} {value}" for name, value in paper.GENERATIVE.items())
     return "\n\n".join(
         [
             table([*header, "length: median, longest", "ended by"], lines),
-            f"Nucleus 0.9, judged by a model trained here ({found.row('judge').title}); perplexities and entropies are "
-            f"of {found.scale.unit}s. AR's texts begin after the end of a document. A low "
+            f"Nucleus 0.9, judged by a model trained here ({findings.row('judge').title}); perplexities and entropies "
+            f"are of {findings.scale.unit}s. AR's texts begin after the end of a document. A low "
             "perplexity beside many repeated 4-grams is that of repetition.",
             f"The paper: generative perplexity grows from AR over L'=4, 8, 16 to MDLM ({published}; GPT-2 large). "
             f"**Here: {together(verdicts)}** (step by step: {', '.join(verdicts)}).",
             f"The paper: blocks write beyond the length of training (up to {paper.LONGEST} tokens, a model of fixed "
             f"length {paper.LONGEST_OF_FIXED}). **Here: {reached}**: the longest text has {longest} tokens, asked for "
-            f"at most {8 * found.scale.length}, where training had {found.scale.length}.",
+            f"at most {8 * findings.scale.length}, where training had {findings.scale.length}.",
         ]
     )
 
@@ -84,7 +84,7 @@ def _sampled(more: Any, less: Any, logs: dict[str, Any]) -> str:
     return Difference(float(more.mean() - less.mean()), margin).verdict()
 
 
-def efficiency(found: Findings, record: dict[str, Any]) -> str:
+def efficiency(findings: Findings, record: dict[str, Any]) -> str:
     """Write section 8."""
     lines, parts, work, same = [], [], [], True
     for size in record["sizes"]:

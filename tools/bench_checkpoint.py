@@ -79,12 +79,12 @@ def measure(folder: Path, layers: int, hidden: int, saves: int) -> dict[str, Any
             ended += saver.ended(wait=True)
         dist.barrier()
         verified = _seconds(lambda: newest_sound(folder / "checkpoints", "full"))
-        found = newest_sound(folder / "checkpoints", "fast")
-        assert found is not None
-        loaded = _seconds(lambda: load_training_state(*found, engine.zero, layouts))
+        newest = newest_sound(folder / "checkpoints", "fast")
+        assert newest is not None
+        loaded = _seconds(lambda: load_training_state(*newest, engine.zero, layouts))
         return {
             "parameters": sum(p.numel() for chunk in chunks for p in chunk.parameters()),
-            "gigabytes": sum(record.bytes for record in found[1].files.values()) / 1e9,
+            "gigabytes": sum(record.bytes for record in newest[1].files.values()) / 1e9,
             "blocked": [saved.blocked for saved in ended],
             "save": [saved.seconds for saved in ended],
             "step": median(without_save),
@@ -110,9 +110,9 @@ def main(
 ) -> None:
     """Measure saves and loads on two data-parallel processes."""
     if rank_of is not None:
-        found = measure(rank_of, layers, hidden, saves)
+        results = measure(rank_of, layers, hidden, saves)
         if os.environ["RANK"] == "0":
-            (rank_of / "found.json").write_text(json.dumps(found))
+            (rank_of / "found.json").write_text(json.dumps(results))
         return
     from bd3_scale.launch.local import launch
 
@@ -129,22 +129,23 @@ def main(
     typer.echo(text)
 
 
-def as_markdown(found: dict[str, Any]) -> str:
+def as_markdown(results: dict[str, Any]) -> str:
     """Return the table with its conditions."""
     here = read_environment()
-    during = found["step_during_save"]
-    slowdown = "no step ran during a save" if during is None else f"{during / found['step'] - 1:+.1%}"
+    during = results["step_during_save"]
+    slowdown = "no step ran during a save" if during is None else f"{during / results['step'] - 1:+.1%}"
     rows = {
-        "training waits for its start": f"{median(found['blocked']):.3f} s (at most {max(found['blocked']):.3f})",
-        "steps during a save": f"{slowdown} (of {found['step']:.3f} s)",
-        "until it is complete": f"{median(found['save']):.2f} s",
-        "verification by hash": f"{found['verify']:.2f} s",
-        "load": f"{found['load']:.2f} s",
-        "memory of a rank beyond training's": f"{found['extra_bytes'] / 1e6:.0f} MB",
+        "training waits for its start": f"{median(results['blocked']):.3f} s (at most {max(results['blocked']):.3f})",
+        "steps during a save": f"{slowdown} (of {results['step']:.3f} s)",
+        "until it is complete": f"{median(results['save']):.2f} s",
+        "verification by hash": f"{results['verify']:.2f} s",
+        "load": f"{results['load']:.2f} s",
+        "memory of a rank beyond training's": f"{results['extra_bytes'] / 1e6:.0f} MB",
     }
     return "\n".join(
         [
-            f"{found['parameters'] / 1e6:.1f} M parameters, {found['gigabytes']:.2f} GB, two data-parallel processes.",
+            f"{results['parameters'] / 1e6:.1f} M parameters, {results['gigabytes']:.2f} GB, "
+            "two data-parallel processes.",
             "",
             f"- hardware: {cpu_in_words()}, one thread a process",
             f"- versions: python {platform.python_version()}, torch {here.versions['torch']}",

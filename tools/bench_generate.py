@@ -199,18 +199,18 @@ def speeds(model: BlockDiffusionTransformer, twin: bool, tokens: int, repeats: i
     assert model.output_layer.weight is not None
     model.output_layer.forbidden_V[model.vocabulary.eos_id] = True
     twins = {"plain twin": Twin(model), "plain twin without a cache": Twin(model, cached=False)} if twin else {}
-    found: dict[str, list[float]] = {name: [] for name in ("batch 1", "batch 8", *twins)}
+    speeds_by_name: dict[str, list[float]] = {name: [] for name in ("batch 1", "batch 8", *twins)}
     time_generation(model, BLOCK, 1, min(tokens, 64))
     for turn in range(repeats):
         for batch in (1, 8):
             seconds, samples = time_generation(model, BLOCK, batch, tokens)
             assert all(sample.nfe == tokens for sample in samples)
-            found[f"batch {batch}"].append(batch * tokens / seconds)
+            speeds_by_name[f"batch {batch}"].append(batch * tokens / seconds)
         for name, plain in twins.items():
             count = tokens + 1 if plain.cached else max(BLOCK, (tokens + 1) // 4 // BLOCK * BLOCK)
             if plain.cached or turn == 0:
-                found[name].append((count - 1) / plain.seconds(count))
-    return {name: statistics.median(values) for name, values in found.items()}
+                speeds_by_name[name].append((count - 1) / plain.seconds(count))
+    return {name: statistics.median(values) for name, values in speeds_by_name.items()}
 
 
 def qualities(
@@ -260,10 +260,10 @@ def main() -> None:
         print(json.dumps(result))
         return
     if options.checkpoint is None:
-        found = result["tokens_per_second"]
+        speeds_by_name = result["tokens_per_second"]
         print("| | tokens/s | × batch 1 |\n|---|---|---|")
-        for name, value in found.items():
-            print(f"| {name} | {value:.1f} | {value / found['batch 1']:.2f} |")
+        for name, value in speeds_by_name.items():
+            print(f"| {name} | {value:.1f} | {value / speeds_by_name['batch 1']:.2f} |")
     else:
         print("| unmasking | tokens/s | tokens/pass | nats/token | perplexity |\n|---|---|---|---|---|")
         for row in result["rules"]:

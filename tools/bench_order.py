@@ -80,14 +80,14 @@ def downloads(shards: int, samples: int, window: int) -> Iterator[list[str]]:
 def misses(shards: Ints, room: int) -> int:
     """Return how often a least-recently-used cache of `room` shards fetches one."""
     kept: OrderedDict[int, None] = OrderedDict()
-    found = 0
+    fetches = 0
     for shard in shards[np.diff(shards, prepend=-1) != 0].tolist():
-        found += shard not in kept
+        fetches += shard not in kept
         kept[shard] = None
         kept.move_to_end(shard)
         if len(kept) > room:
             kept.popitem(last=False)
-    return found
+    return fetches
 
 
 def main(arguments: Sequence[str]) -> int:

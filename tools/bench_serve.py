@@ -66,9 +66,9 @@ class RunningServer:
     def mebibytes(self) -> float:
         """Return its peak memory."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmHWM:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) / 1024
+        match = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert match
+        return int(match[1]) / 1024
 
 
 @contextmanager
@@ -80,8 +80,8 @@ def started(command: list[str], name: str) -> Iterator[RunningServer]:
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                if found := re.search(r"(http://[\d.]+:\d+)", line):
-                    yield RunningServer(process, found[1], name, began)
+                if match := re.search(r"(http://[\d.]+:\d+)", line):
+                    yield RunningServer(process, match[1], name, began)
                     break
             else:
                 raise RuntimeError(f"{' '.join(command)} ended with {process.wait()}")
@@ -201,11 +201,11 @@ def main() -> None:
                 first = Tally()
                 ask(server, list(range(PROMPT_TOKENS)), 0, first)
                 for clients in map(int, options.clients.split(",")):
-                    found = load(server, clients, options.seconds)
-                    alone = alone or found["tokens/s"]
+                    results = load(server, clients, options.seconds)
+                    alone = alone or results["tokens/s"]
                     print(
-                        f"| {backend} | {clients} | {found['tokens/s']:.0f} | {found['tokens/s'] / alone:.2f} "
-                        f"| {found['first']:.0f} | {found['passes']:.2f} | {found['MiB']:.0f} |",
+                        f"| {backend} | {clients} | {results['tokens/s']:.0f} | {results['tokens/s'] / alone:.2f} "
+                        f"| {results['first']:.0f} | {results['passes']:.2f} | {results['MiB']:.0f} |",
                         flush=True,
                     )
                 start = f"{backend}: {ready + first.first[0]:.1f} s from the command to the first block"

@@ -68,7 +68,7 @@ def measure(shape: Shape) -> dict[str, Any]:
     hardware = load_hardware(shape.card)
     traces = trace_stages(recipe, vocabulary, shape.gpus, hardware, device="cuda")
     (trace,) = traces.values()
-    found = assemble(recipe, vocabulary, shape.gpus, hardware, traces)
+    prediction = assemble(recipe, vocabulary, shape.gpus, hardware, traces)
     inside = {key: work for key, work in trace.work.items() if key.phase == "gradients" and key.part}
     of_products = sum(work.bytes for key, work in inside.items() if key.name in PRODUCTS)
     return {
@@ -76,9 +76,9 @@ def measure(shape: Shape) -> dict[str, Any]:
         "product_bytes": of_products / trace.micro_batches,
         "launches": sum(work.calls for work in inside.values()) / trace.micro_batches,
         "kept_bytes": kept_bytes(recipe, vocabulary, shape),
-        "step_seconds": found.time.seconds,
-        "mfu": found.time.mfu,
-        "waits": found.waits,
+        "step_seconds": prediction.time.seconds,
+        "mfu": prediction.time.mfu,
+        "waits": prediction.waits,
     }
 
 

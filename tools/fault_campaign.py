@@ -154,8 +154,8 @@ def newest(run: Path) -> int:
 
 def differences(run: Path, whole: Path) -> list[str]:
     """Return the steps and files that differ from the undisturbed run."""
-    found, expected = steps_of(run), steps_of(whole)
-    different = [f"step {step}" for step in expected if found.get(step, ())[:2] != expected[step][:2]]
+    replayed, expected = steps_of(run), steps_of(whole)
+    different = [f"step {step}" for step in expected if replayed.get(step, ())[:2] != expected[step][:2]]
     last = f"step-{STEPS:08d}"
     for path in sorted((whole / "checkpoints" / last).glob("*.safetensors")):
         twin = run / "checkpoints" / last / path.name
@@ -264,30 +264,30 @@ def run_campaign(
     }
 
 
-def as_markdown(found: dict[str, Any]) -> str:
+def as_markdown(results: dict[str, Any]) -> str:
     """Return the table of a campaign, with its conditions."""
     here = read_environment()
     lines = []
     for layout in LAYOUTS:
-        own = [run for run in found["runs"] if run["layout"] == layout]
-        kills = [kill for kill in found["kills"] if kill["layout"] == layout]
+        own = [run for run in results["runs"] if run["layout"] == layout]
+        kills = [kill for kill in results["kills"] if kill["layout"] == layout]
         equal = sum(not run["different"] for run in own)
         lost = sum(kill["step"] - kill["resumed_from"] for kill in kills)
         lines.append(f"| {layout} | {len(own)} | {len(kills)} | {equal} | {lost} |")
-    points = Counter(kill["where"].partition(" of ")[0] for kill in found["kills"])
-    until = found["seconds_to_new_step"]
+    points = Counter(kill["where"].partition(" of ")[0] for kill in results["kills"])
+    until = results["seconds_to_new_step"]
     return "\n".join(
         [
             "# Fault campaign",
             "",
-            f"{len(found['kills'])} SIGKILLs of a rank of small runs ({STEPS} steps, a checkpoint every {EVERY}), each "
-            "followed by the same command again. A run is equal where losses, gradient norms and the last checkpoint "
-            "are bitwise those of a run that nobody disturbed.",
+            f"{len(results['kills'])} SIGKILLs of a rank of small runs ({STEPS} steps, a checkpoint every {EVERY}), "
+            "each followed by the same command again. A run is equal where losses, gradient norms and the last "
+            "checkpoint are bitwise those of a run that nobody disturbed.",
             "",
             f"- hardware: {cpu_in_words()}",
             f"- versions: python {platform.python_version()}, torch {here.versions['torch']}",
             f"- commit: {source_commit()}",
-            f"- command: python tools/fault_campaign.py --kills {len(found['kills'])} --seed {found['seed']}",
+            f"- command: python tools/fault_campaign.py --kills {len(results['kills'])} --seed {results['seed']}",
             "",
             "| layout | runs | kills | equal | steps taken again |",
             "|---|---|---|---|---|",
@@ -296,7 +296,7 @@ def as_markdown(found: dict[str, Any]) -> str:
             f"Kills: {', '.join(f'{count} at {where}' for where, count in sorted(points.items()))}.",
             "",
             f"From the start of an attempt to a step that none before had taken: {until:.1f} s in the median. "
-            f"Goodput, the time of useful steps over all: {found['goodput']:.1%}; of steps of milliseconds, beside "
+            f"Goodput, the time of useful steps over all: {results['goodput']:.1%}; of steps of milliseconds, beside "
             "starts of seconds, it says what starts cost."
             if until is not None
             else "",
@@ -318,15 +318,15 @@ def main(
             if done % 10 == 0 and not sys.stderr.isatty():
                 typer.echo(f"{done} of {total} kills", err=True)
 
-        found = run_campaign(Site(Path(folder) / "site"), kills, seed, show)
-    text = as_markdown(found)
+        results = run_campaign(Site(Path(folder) / "site"), kills, seed, show)
+    text = as_markdown(results)
     if out is not None:
         write_atomically(out, text + "\n")
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(results))
     else:
         typer.echo(text)
-    if any(run["different"] for run in found["runs"]):
+    if any(run["different"] for run in results["runs"]):
         raise typer.Exit(1)
 
 

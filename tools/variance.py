@@ -62,7 +62,7 @@ def measure(
     """Return the variances of loss [FOLDS] and gradient [FOLDS] under `interval`, each over a fold of the draws."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     objective = objective_of(recipe.diffusion, model.vocabulary)
-    found = []
+    variances = []
     for fold in range(FOLDS):
         losses, squares, mean = [], [], None
         for step, batch in enumerate(batches):
@@ -79,8 +79,8 @@ def measure(
         count = len(losses)
         assert mean is not None
         spread = (sum(squares) - (mean / count).square().sum().item() * count) / (count - 1)
-        found.append((float(torch.tensor(losses).double().var()), spread))
-    loss, gradient = torch.tensor(found).T
+        variances.append((float(torch.tensor(losses).double().var()), spread))
+    loss, gradient = torch.tensor(variances).T
     return loss, gradient
 
 
@@ -100,19 +100,19 @@ def compare(checkpoint: Path, draws: int) -> list[Variances]:
         recipe = recipe.model_copy(update={"diffusion": recipe.diffusion.model_copy(update=plain), "seed": SEED})
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"global_batch_size": 1})})
         batches = list(draws_of(recipe, draws))
-        found = []
+        variances = []
         for interval in track(candidates(recipe.diffusion.block_size), "measuring", console=Console(stderr=True)):
             loss, gradient = measure(model.train(), recipe, batches, interval)
             errors = [float(part.std() / FOLDS**0.5) for part in (loss, gradient)]
-            found.append(Variances(*interval, float(loss.mean()), errors[0], float(gradient.mean()), errors[1]))
-        return found
+            variances.append(Variances(*interval, float(loss.mean()), errors[0], float(gradient.mean()), errors[1]))
+        return variances
 
 
-def draw(found: list[Variances], out: Path) -> None:
+def draw(variances: list[Variances], out: Path) -> None:
     """Plot loss variance against gradient variance, one point for each interval, as a PNG."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.add_subplot()
-    for point in found:
+    for point in variances:
         errors = {"xerr": point.loss_standard_error, "yerr": point.gradient_standard_error}
         axes.errorbar(point.loss, point.gradient, **errors, fmt="o", color="tab:blue", markersize=4, alpha=0.7)
         axes.annotate(f"{point.low:g}–{point.high:g}", (point.loss, point.gradient), fontsize=6, alpha=0.8)
@@ -130,21 +130,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.draws < 4 * FOLDS:
         parser.error(f"--draws is {options.draws}: give at least {4 * FOLDS}")
-    found = compare(options.checkpoint, options.draws)
-    correlation = rank_correlation([v.loss for v in found], [v.gradient for v in found])
+    variances = compare(options.checkpoint, options.draws)
+    correlation = rank_correlation([v.loss for v in variances], [v.gradient for v in variances])
     if options.out is not None:
-        draw(found, options.out)
+        draw(variances, options.out)
     if options.json:
-        print(json.dumps({"rank_correlation": correlation, "intervals": [asdict(v) for v in found]}))
+        print(json.dumps({"rank_correlation": correlation, "intervals": [asdict(v) for v in variances]}))
         return
     print("| mask rates | loss variance | of 0 to 1 | gradient variance | of 0 to 1 |\n|---|---|---|---|---|")
-    whole = found[0]
-    for v in sorted(found, key=lambda v: v.gradient):
+    whole = variances[0]
+    for v in sorted(variances, key=lambda v: v.gradient):
         print(
             f"| {v.low:.2f} to {v.high:.2f} | {v.loss:.4f} ± {v.loss_standard_error:.4f} | {v.loss / whole.loss:.2f} "
             f"| {v.gradient:.4f} ± {v.gradient_standard_error:.4f} | {v.gradient / whole.gradient:.2f} |"
         )
-    print(f"\nSpearman's rank correlation of both over all {len(found)} intervals: {correlation:.3f}.")
+    print(f"\nSpearman's rank correlation of both over all {len(variances)} intervals: {correlation:.3f}.")
 
 
 if __name__ == "__main__":

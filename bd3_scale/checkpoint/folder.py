@@ -24,13 +24,13 @@ GGUF_ENDING = ".gguf"
 
 def step_of(folder: Path) -> int | None:
     """Return the step that a checkpoint's folder is named by, or None where it has another name."""
-    return int(found[1]) if (found := _STEP.fullmatch(folder.name)) else None
+    return int(match[1]) if (match := _STEP.fullmatch(folder.name)) else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a run's checkpoint folder, oldest first."""
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: step_of(path) or 0)
+    checkpoints = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(checkpoints, key=lambda path: step_of(path) or 0)
 
 
 def resolve_checkpoint(path: Path) -> Path:

@@ -309,12 +309,10 @@ def _check_rotary(name: str, form: ExportFormat, model: ModelRecipe) -> None:
 
 def _refuse_unknown_features(name: str, config: Config) -> None:
     uses_window = config.get("use_sliding_window", name == "MistralForCausalLM")
-    window = config.get("sliding_window") is not None and uses_window
-    window |= any(kind != "full_attention" for kind in config.get("layer_types") or ())
-    if window:
-        raise ValueError(
-            f"{name} with sliding_window={config.get('sliding_window')}: sliding windows are not supported"
-        )
+    window = config.get("sliding_window")
+    windowed_layers = any(kind != "full_attention" for kind in config.get("layer_types") or ())
+    if windowed_layers or (uses_window and window is not None):
+        raise ValueError(f"{name} with sliding_window={window}: sliding windows are not supported")
     if config.get("attention_bias") and name != "Bd3ForCausalLM":
         raise ValueError(f"{name} with attention_bias=true has a bias on its output projection, which is not supported")
     if config.get("quantization_config"):
@@ -326,8 +324,7 @@ def export_obstacles(model: ModelRecipe, objective: type[Objective]) -> dict[For
     obstacles: dict[Format, str | None] = {}
     for f in EXPORT_FORMATS.values():
         shape, trained = f.obstacle(model), objective.export_obstacle(f.name)
-        # An obstacle in the model's shape, which no training changes, is reported first: before an adaptation it is
-        # known.
+        # First the obstacle in the model's shape: no training changes it, and it is known before an adaptation.
         obstacles[f.name] = (shape or trained) if f.is_block_diffusion else (trained or shape)
     return obstacles
 

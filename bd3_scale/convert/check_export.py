@@ -144,17 +144,17 @@ def problems(folder: Path, expected: dict[str, Any], ids: Tensor, logits: Tensor
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer is not None and len(tokenizer) > rows:
         yield f"the tokeniser has {len(tokenizer)} ids, and the embedding {rows} rows"
-    for text, right in expected["texts"].items():
+    for text, native in expected["texts"].items():
         assert tokenizer is not None
-        found = tokenizer(text).input_ids
-        if found != right:
-            yield f"{text!r} is tokenised as {found}, and in training as {right}"
-    found = model(ids).logits.float()
-    known = [i for i in range(min(logits.shape[-1], found.shape[-1])) if i != expected["mask_id"]]
-    right, found = logits[..., known], found[..., known]
-    if not torch.equal(right.isnan(), found.isnan()):
+        tokens = tokenizer(text).input_ids
+        if tokens != native:
+            yield f"{text!r} is tokenised as {tokens}, and in training as {native}"
+    exported = model(ids).logits.float()
+    known = [i for i in range(min(logits.shape[-1], exported.shape[-1])) if i != expected["mask_id"]]
+    native, exported = logits[..., known], exported[..., known]
+    if not torch.equal(native.isnan(), exported.isnan()):
         yield "logits are not finite at other positions than those of the native model"
-    difference = float((found - right).nan_to_num().abs().max() / right.nan_to_num().abs().max().clamp(min=1e-30))
+    difference = float((exported - native).nan_to_num().abs().max() / native.nan_to_num().abs().max().clamp(min=1e-30))
     if difference > TOLERANCES.get(dtype, HALF_PRECISION_TOLERANCE):
         yield f"logits differ by {difference:.1%} of the largest"
 

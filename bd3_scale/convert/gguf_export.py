@@ -146,12 +146,12 @@ def check_logits(plan: GgufPlan, native: BlockDiffusionTransformer, model: Llama
     size, vocabulary = manifest.block_size, manifest.vocabulary
     ids, logits = expected_logits(native, size, manifest.max_position_embeddings)
     length = ids.shape[1] // size * size or ids.shape[1]
-    cache, found = model.new_cache(1, length), []
+    cache, block_logits = model.new_cache(1, length), []
     for block in ids[:, :length].numpy().reshape(-1, min(size, length)):
         start = cache.lengths[0]
-        found.append(cache.write(block[None], [start], np.ones((1, len(block)), dtype=np.bool_)))
+        block_logits.append(cache.write(block[None], [start], np.ones((1, len(block)), dtype=np.bool_)))
         cache.commit([len(block)])
-    theirs = torch.from_numpy(np.concatenate(found))[:, : vocabulary.size]
+    theirs = torch.from_numpy(np.concatenate(block_logits))[:, : vocabulary.size]
     ours = logits[0, :length]
     kept = ours.isfinite()
     error = float((theirs - ours)[kept].norm() / ours[kept].norm())

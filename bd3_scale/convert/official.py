@@ -242,8 +242,8 @@ def _check_tensors(path: Path, tensors: Weights, options: Mapping[str, Any]) -> 
     """Return the shapes of the backbone's parameters in their order, after a check that the file has exactly them."""
     shapes = tensors.shapes
     if len(shapes.get("vocab_embed.embedding", ())) != 2:
-        found = ", ".join(list(shapes)[:4]) or "no tensors"
-        raise ValueError(f"{path} is no DiT of bd3lms: it has no matrix vocab_embed.embedding; it has {found}")
+        some = ", ".join(list(shapes)[:4]) or "no tensors"
+        raise ValueError(f"{path} is no DiT of bd3lms: it has no matrix vocab_embed.embedding; it has {some}")
     if "blocks.0.attn_qkv.weight" in shapes and not any("adaLN_modulation" in name for name in shapes):
         raise ValueError(_AUTOREGRESSIVE.format(path=path))
     expected = parameters(shapes, _integer(options, "n_blocks"))
@@ -309,12 +309,12 @@ def _heads(path: Path, tensors: Weights, hidden: int, options: Mapping[str, Any]
                 "it"
             )
         return heads
-    found = tensors.read(_INV_FREQ).double()
-    count = found.numel()
-    if found.dim() != 1 or not count or hidden % (2 * count):
-        raise ValueError(f"{path}: {_INV_FREQ} {tuple(found.shape)} does not fit a hidden size of {hidden}")
+    inv_freq = tensors.read(_INV_FREQ).double()
+    count = inv_freq.numel()
+    if inv_freq.dim() != 1 or not count or hidden % (2 * count):
+        raise ValueError(f"{path}: {_INV_FREQ} {tuple(inv_freq.shape)} does not fit a hidden size of {hidden}")
     # The tolerance allows for bf16, which has two to three digits.
-    if not torch.allclose(found, ROPE_THETA ** -(torch.arange(count).double() / count), rtol=1e-2):
+    if not torch.allclose(inv_freq, ROPE_THETA ** -(torch.arange(count).double() / count), rtol=1e-2):
         raise ValueError(f"{path}: {_INV_FREQ} is not that of base {ROPE_THETA:.0f}, the only one that bd3lms has")
     return hidden // (2 * count)
 

@@ -90,7 +90,7 @@ def _engines(kind: Format, mask_id: int) -> tuple[Engine, ...]:
     )
 
 
-def launch_lines(block_size: int, found: Sequence[Engine]) -> str:
+def launch_lines(block_size: int, engine_list: Sequence[Engine]) -> str:
     """Return the commands that serve an export, from inside its folder, with the engines that run it."""
     lines = {
         "SGLang": f"python -m sglang.launch_server --model-path . --trust-remote-code \\\n"
@@ -100,7 +100,7 @@ def launch_lines(block_size: int, found: Sequence[Engine]) -> str:
         f"    --dllm-denoising-steps {block_size} --dllm-unmasking-strategy low_confidence_dynamic \\\n"
         f"    --dllm-confidence-threshold {THRESHOLD}\n",
     }
-    return "".join(lines[engine.name] for engine in found if engine.runs and engine.name in lines)
+    return "".join(lines[engine.name] for engine in engine_list if engine.runs and engine.name in lines)
 
 
 def sglang_config(block_size: int) -> str:
@@ -129,8 +129,8 @@ def model_card(
         else "An autoregressive language model."
     )
     weights = f"Its weights are in a smaller format: {packing.description}.\n" if packing else ""
-    found = engines(kind, mask_id, packing)
-    rows = "\n".join(f"| {e.name} | {'yes' if e.runs else 'no'} | {e.reason} |" for e in found)
+    engine_list = engines(kind, mask_id, packing)
+    rows = "\n".join(f"| {e.name} | {'yes' if e.runs else 'no'} | {e.reason} |" for e in engine_list)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -147,7 +147,7 @@ tags: [{", ".join(tags)}]
 | engine | runs it | |
 |---|---|---|
 {rows}
-{_padding(config, manifest, padding)}{_serving(kind, block_size, found)}
+{_padding(config, manifest, padding)}{_serving(kind, block_size, engine_list)}
 ## Training
 
 {_training(manifest)}"""
@@ -216,10 +216,10 @@ them. SGLang and LMDeploy include all rows of the head in their softmax: {paddin
 """
 
 
-def _serving(kind: Format, block_size: int, found: Sequence[Engine]) -> str:
+def _serving(kind: Format, block_size: int, engine_list: Sequence[Engine]) -> str:
     if not EXPORT_FORMATS[kind].is_block_diffusion:
         return ""
-    lines = launch_lines(block_size, found)
+    lines = launch_lines(block_size, engine_list)
     fenced = f"\n```\n{lines}```\n" if lines else ""
     return f"""
 {_TRANSFORMERS}{fenced}

@@ -48,7 +48,7 @@ def show_gguf(report: GgufReport, path: Path) -> None:
     console.print(f"run it: bd3-scale generate {path}; programs for autoregressive models generate rubbish with it")
 
 
-def show_quantization(report: QuantizationReport, out: Path, found: dict[str, object]) -> None:
+def show_quantization(report: QuantizationReport, out: Path, engine_table: dict[str, object]) -> None:
     """Print size and accuracy of quantised weights, and which engines run them."""
     title = f"wrote and verified {out}: int{report.bits}, groups of {report.group_size}, {report.method}"
     table = Table("", "before", "after", title=title)
@@ -60,8 +60,8 @@ def show_quantization(report: QuantizationReport, out: Path, found: dict[str, ob
     for name, error in sorted(_worst(report.errors).items(), key=lambda item: -item[1]):
         errors.add_row(name, f"{error:.2e}")
     runs = Table("engine", "", title="engines")
-    for name, says in found.items():
-        runs.add_row(name, str(says))
+    for name, reason in engine_table.items():
+        runs.add_row(name, str(reason))
     Console().print(errors, table, runs, *(f"Marlin: {note}" for note in report.notes), sep="\n")
     if report.seldom:
         Console().print(f"rounded to nearest, without GPTQ: {_few_rows_note(report.seldom)}")
@@ -89,12 +89,12 @@ def _few_rows_note(seldom: Mapping[str, int]) -> str:
     )
 
 
-def show_inspection(found: Inspection) -> None:
+def show_inspection(inspection: Inspection) -> None:
     """Print the description of a checkpoint."""
     console = Console(highlight=False)
-    tree = Tree(styled((found.path, "bold"), f", {found.kind}"))
+    tree = Tree(styled((inspection.path, "bold"), f", {inspection.kind}"))
     branches: dict[str, Tree] = {}
-    for tensor in found.tensors:
+    for tensor in inspection.tensors:
         *parents, leaf = tensor.name.split(".")
         branch = tree
         for depth in range(1, len(parents) + 1):
@@ -102,12 +102,12 @@ def show_inspection(found: Inspection) -> None:
             branch = branches.get(key) or branches.setdefault(key, branch.add(parents[depth - 1]))
         branch.add(styled(leaf, (f"  {tensor.dtype} {list(tensor.shape)}", "dim")))
     table = Table("", "", show_header=False)
-    table.add_row("parameters", f"{found.parameters:,}")
-    table.add_row("size", f"{found.bytes / 1e9:.3f} GB")
-    table.add_row("health", found.health)
-    for key, value in found.details.items():
+    table.add_row("parameters", f"{inspection.parameters:,}")
+    table.add_row("size", f"{inspection.bytes / 1e9:.3f} GB")
+    table.add_row("health", inspection.health)
+    for key, value in inspection.details.items():
         table.add_row(key, str(value))
-    for name, obstacle in found.exports.items():
+    for name, obstacle in inspection.exports.items():
         table.add_row(f"export to {name}", "yes" if obstacle is None else f"no: {obstacle}")
     console.print(tree, table)
 

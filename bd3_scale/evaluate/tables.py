@@ -85,19 +85,19 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def show_generative(found: Generative) -> None:
+def show_generative(scores: Generative) -> None:
     """Print the figures, one per row."""
-    perplexity = "no text to score" if found.perplexity is None else f"{found.perplexity:.2f}"
-    table = Table("", "", title=f"{found.samples} samples of {found.checkpoint}", show_header=False)
-    table.add_row(f"perplexity under {found.judge}", f"{perplexity} ({found.judged_tokens:,} of its tokens)")
-    table.add_row("entropy of a text's tokens", f"{found.entropy:.3f} nats")
-    table.add_row("repeated 4-grams", f"{found.repetition:.1%}")
-    table.add_row("distinct tokens, pairs", f"{found.distinct_1:.3f}, {found.distinct_2:.3f}")
-    if found.mauve is not None:
-        table.add_row("MAUVE against human text", f"{found.mauve:.3f}")
-    table.add_row("tokens of a text: median, longest", f"{found.length_median:g}, {found.length_max}")
-    table.add_row("denoising passes a token", f"{found.nfe_per_token:.2f}")
-    table.add_row("ended by", ", ".join(f"{name} {count}" for name, count in found.stopped_by.items()))
+    perplexity = "no text to score" if scores.perplexity is None else f"{scores.perplexity:.2f}"
+    table = Table("", "", title=f"{scores.samples} samples of {scores.checkpoint}", show_header=False)
+    table.add_row(f"perplexity under {scores.judge}", f"{perplexity} ({scores.judged_tokens:,} of its tokens)")
+    table.add_row("entropy of a text's tokens", f"{scores.entropy:.3f} nats")
+    table.add_row("repeated 4-grams", f"{scores.repetition:.1%}")
+    table.add_row("distinct tokens, pairs", f"{scores.distinct_1:.3f}, {scores.distinct_2:.3f}")
+    if scores.mauve is not None:
+        table.add_row("MAUVE against human text", f"{scores.mauve:.3f}")
+    table.add_row("tokens of a text: median, longest", f"{scores.length_median:g}, {scores.length_max}")
+    table.add_row("denoising passes a token", f"{scores.nfe_per_token:.2f}")
+    table.add_row("ended by", ", ".join(f"{name} {count}" for name, count in scores.stopped_by.items()))
     Console().print(table)
 
 

@@ -165,7 +165,7 @@ def test_the_file_says_what_a_mixture_is(tmp_path: Path) -> None:
         (LLADA2_SHAPE, "bailingmoe2: its heads of 16 channels do not make up the hidden size 48"),
         (mixture(SQUARE, SQUARE, bias=False), "bailingmoe2: it has moe.bias=False"),
         (mixture(SQUARE, SQUARE, shared_ffn_hidden_size=0), "bailingmoe2: it has no shared expert"),
-        (mixture(SQUARE, SQUARE, shared_ffn_hidden_size=25), "bailingmoe2: its shared expert of width 25 is no multiple"),
+        (mixture(SQUARE, SQUARE, shared_ffn_hidden_size=25), "its shared expert of width 25 is no multiple"),
     ],
 )
 def test_mixtures_that_no_graph_computes_are_refused(shape: ModelRecipe, reason: str) -> None:

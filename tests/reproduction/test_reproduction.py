@@ -37,7 +37,7 @@ from reproduction.statistics import (
     interval,
     together,
 )
-from reproduction.worker import moments_by_rate, sequence_nats
+from reproduction.worker import moments_by_rate, sequence_nats, training
 from tests.support import forks
 from tests.support.runs import wait_for
 
@@ -229,6 +229,23 @@ def test_moments_by_mask_rate_are_those_of_the_blocks_counted_one_by_one():
         here = losses[inside & (np.floor(rates.numpy() * 10) == tenth)]
         np.testing.assert_allclose(found[tenth], [len(here), here.sum(), np.square(here).sum()], rtol=1e-9)
     assert moments_by_rate(HeldOut(None, 1, torch.zeros(37, 20, 3)), 1) == []
+
+
+def test_a_training_is_summed_up_from_metrics_of_this_version_and_of_earlier_ones(tmp_path):
+    step = {"train/loss": 2.5, "train/grad_norm": 1.0, "train/tokens": 100, "perf/tokens_per_second": 50.0}
+    search = {"interval/mask_rate_low_block_4": 0.3, "interval/loss_variance_block_4": 8.0, "eval/nelbo": 2.0}
+    names = {"train/loss": "train_loss", "train/tokens": "tokens", "perf/tokens_per_second": "tokens_per_second"}
+    earlier = [
+        {names.get(key, key.partition("/")[2]): value for key, value in record.items()} for record in (step, search)
+    ]
+    for folder, records in (("now", (step, search)), ("earlier", earlier)):
+        (tmp_path / folder).mkdir()
+        lines = (json.dumps({"step": number} | record) + "\n" for number, record in enumerate(records, 1))
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(lines))
+    found = training(tmp_path / "now")
+    assert found == training(tmp_path / "earlier")
+    assert (found["tokens"], found["seconds"], found["losses"], found["grad_norms"]) == (100, 2.0, [2.5], [1.0])
+    assert found["searches"] == [{"step": 2, "mask_rate_low_block_4": 0.3, "loss_variance_block_4": 8.0}]
 
 
 def test_variance_splits_into_that_at_a_rate_and_that_from_rate_to_rate():
