@@ -184,5 +184,5 @@ def test_an_export_that_fails_its_check_does_not_appear(tmp_path: Path, monkeypa
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "ran").exists()
     broken = replace(plan, config=plan.config | {"hidden_act": "odd"})
-    with pytest.raises(ValueError, match=r"is not kept: .*hidden_act='odd' must be one of"):
+    with pytest.raises(ValueError, match=r"is removed: .*hidden_act='odd' must be one of"):
         run_export(broken, tmp_path / "out")
