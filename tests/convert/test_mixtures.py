@@ -111,7 +111,7 @@ def test_experts_that_are_stacked_come_apart(sources: dict[str, Path], tmp_path:
         ("sdar_moe", {"moe_intermediate_size": 10**15}, r"moe_intermediate_size=10+, and no tensor of its weights"),
         ("sdar_moe", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0.5 is not supported: 1 is"),
         ("sdar_moe", {"num_experts": 3}, r"of another shape: .*mlp\.gate\.weight \(4, 48\), not \(3, 48\)"),
-        ("llada2", {"score_function": "softmax"}, r"score_function='softmax' is not supported: its published code only"),
+        ("llada2", {"score_function": "softmax"}, r"score_function='softmax' is not supported: its published code"),
         ("llada2", {"norm_topk_prob": False}, r"norm_topk_prob=False is not supported"),
         ("llada2", {"use_qkv_bias": True}, r"use_qkv_bias=True is not supported"),
         ("llada2", {"use_qk_norm": False}, r"use_qk_norm=False is not supported"),

@@ -100,7 +100,7 @@ def test_no_path_of_a_checkpoint_leads_out_of_it(path, checkpoint):
     index = json.loads((checkpoint / "index.json").read_text())
     next(iter(index.values()))["boxes"][0]["file"] = path
     (checkpoint / "index.json").write_text(json.dumps(index))
-    assert "that is no file of the checkpoint" in message(read_all, checkpoint)
+    assert "this is no file of the checkpoint" in message(read_all, checkpoint)
     if path != "a/b":
         files = json.loads((checkpoint / "manifest.json").read_text())["files"]
         text = sealed(checkpoint, files={path: next(iter(files.values()))})

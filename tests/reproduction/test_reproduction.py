@@ -96,7 +96,7 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     (records / "l4-1.json").write_text("{")
     bad = forks.run(command, cwd=tmp_path, env=ENV)
     assert bad.returncode
-    assert "is no run record" in bad.stdout + bad.stderr
+    assert "is not a run record" in bad.stdout + bad.stderr
 
 
 @pytest.mark.parametrize(
