@@ -208,9 +208,9 @@ def test_a_full_cache_and_a_broken_file_say_so(both, file: Path, tmp_path: Path)
     damaged[damaged.index(b"diffusion.block_length")] ^= 1
     for content, words in (
         (damaged, "is damaged: its header has changed since it was written"),
-        (damaged[:-100], "is not whole"),
-        (b"", "is no file of"),
-        (b"GGUF" + bytes(60), "is no file of"),
+        (damaged[:-100], "or is incomplete"),
+        (b"", "or is incomplete"),
+        (b"GGUF" + bytes(60), "or is incomplete"),
     ):
         (tmp_path / "x.gguf").write_bytes(content)
         with pytest.raises(ValueError, match=words), open_llama_file(tmp_path / "x.gguf"):
