@@ -1,4 +1,4 @@
-"""Block diffusion language models: pretraining, adaptation, evaluation, sampling and export."""
+"""Pretrain, adapt, evaluate, sample and export block diffusion language models."""
 
 from __future__ import annotations
 
