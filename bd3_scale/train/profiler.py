@@ -65,8 +65,18 @@ class StepProfiler:
             self._end()
 
     def _end(self) -> None:
+        """End the profile and write it. A profile that cannot be written is reported; the training goes on."""
+        assert self._recipe is not None
         profile, self._profile = self._profile, None
         profile.stop()
+        steps = f"profile of steps {self._first} to {self._last}"
+        try:
+            self._tell(f"{steps}: {' and '.join(self._write(profile, self._recipe.memory))}")
+        except (OSError, RuntimeError) as error:
+            self._tell(f"{steps}: NOT WRITTEN to {self._folder}: {error}")
+
+    def _write(self, profile: Any, memory: bool) -> list[str]:
+        """Write the trace, and with `memory` on a GPU the snapshot; return their paths."""
         self._folder.mkdir(exist_ok=True)
         name = f"rank{dist.get_rank()}-steps-{self._first}-{self._last}"
         trace = self._folder / f"{name}.json.gz"
@@ -74,11 +84,10 @@ class StepProfiler:
         part = self._folder / f".{name}.json.gz"
         profile.export_chrome_trace(str(part))
         part.replace(trace)
-        written = str(trace)
-        if self._recipe is not None and self._recipe.memory and torch.cuda.is_available():
-            part, snapshot = self._folder / f".{name}.pickle", self._folder / f"{name}.memory.pickle"
-            torch.cuda.memory._dump_snapshot(str(part))
-            torch.cuda.memory._record_memory_history(enabled=None)
-            part.replace(snapshot)
-            written += f" and {snapshot}"
-        self._tell(f"profile of steps {self._first} to {self._last}: {written}")
+        if not (memory and torch.cuda.is_available()):
+            return [str(trace)]
+        part, snapshot = self._folder / f".{name}.pickle", self._folder / f"{name}.memory.pickle"
+        torch.cuda.memory._dump_snapshot(str(part))
+        torch.cuda.memory._record_memory_history(enabled=None)
+        part.replace(snapshot)
+        return [str(trace), str(snapshot)]

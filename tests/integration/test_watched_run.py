@@ -18,7 +18,6 @@ from tests.support import forks
 from tests.support.recipes import write_recipe
 from tests.support.runs import losses, records, tensor_files
 
-pytestmark = pytest.mark.slow
 STEPS, PROMPTS = 8, ["def ", "The "]
 WATCHED = [
     f"evaluation.prompts={json.dumps(PROMPTS)}",
@@ -84,6 +83,7 @@ def test_samples_are_what_generate_writes_from_the_checkpoint_and_stand_there_on
     assert len(re.findall(r"\[rank 0\] step 8: sample def", (place / "said").read_text())) == 1
 
 
+@pytest.mark.slow
 def test_samples_of_another_layout_are_the_same(place: Path) -> None:
     layout = ["parallel.tensor=1", "parallel.context=2", "parallel.zero_stage=2", "launch.processes=2"]
     train(place, "context", *WATCHED[:2], *layout)
@@ -152,6 +152,23 @@ def test_the_console_of_rank_0_is_kept_over_attempts(place: Path) -> None:
     assert said.count("a new run in watched") == said.count("resumed after step 4") == 1
     of_first = [re.sub(r"\S+ \S+ \[rank 0\] ", "", line) for line in (place / "said").read_text().splitlines()]
     assert said[: len(of_first)] == of_first
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bd3_scale.recipe.training import ProfileRecipe
+    from bd3_scale.train import profiler
+
+    monkeypatch.setattr(profiler.dist, "get_rank", lambda: 0)
+    (tmp_path / "profile").write_text("a file where the folder belongs")
+    said: list[str] = []
+    with profiler.StepProfiler(ProfileRecipe(steps=(2, 2)), tmp_path, said.append) as profile:
+        for step in (1, 2, 3):
+            profile.before(step)
+            profile.after(step)
+    (message,) = said
+    assert message.startswith(f"profile of steps 2 to 2: NOT WRITTEN to {tmp_path / 'profile'}: ")
 
 
 def test_garbage_waits_for_fixed_steps() -> None:
