@@ -103,7 +103,7 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     ("arguments", "message"),
     [
         ([], "there is no text to train on"),
-        (["--scale", "huge"], "take one of quick, small, paper"),
+        (["--scale", "huge"], "give one of quick, small, paper"),
         (["--train", "nowhere.txt"], "nowhere.txt"),
         (["--scale", "paper", "--page"], "has no record"),
         (
