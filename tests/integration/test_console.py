@@ -17,7 +17,7 @@ from tests.support.runs import losses, newest
 
 RUN = Path(__file__).parents[1] / "fixtures/format-3/run"
 START = """
-import fcntl, os, pty, subprocess, sys, termios, time
+import fcntl, os, pty, signal, subprocess, sys, termios, time
 from pathlib import Path
 command, run = sys.argv[1:], Path(sys.argv[-1].partition("=")[2])
 """
@@ -34,6 +34,8 @@ sys.exit(subprocess.run(command, stdout=full, stderr=full).returncode)
 """
 # A terminal whose window is closed: the kernel sends SIGHUP, and whoever writes gets EIO.
 TERMINAL = """
+# A suite under nohup ignores it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 outer, inner = pty.openpty()
 os.set_blocking(outer, False)
 process = subprocess.Popen(
