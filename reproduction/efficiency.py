@@ -35,8 +35,8 @@ class PlainTransformer:
         ]
 
     def once(self, noisy: Tensor, clean: Tensor, spans: Tensor) -> Tensor:
-        """Return the outputs of the noisy rows from one pass over all rows; the last layer's clean rows are only "
-        "keys."""
+        """Return the outputs of the noisy rows from one pass over all rows; the last layer's clean rows are only
+        keys."""
         rows, x = noisy.shape[1], torch.cat([noisy, clean], 1)
         for number, weights in enumerate(self.layers):
             q, k, v = self._project(x, weights[0])

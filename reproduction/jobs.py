@@ -29,8 +29,8 @@ GRACE_SECONDS = 120.0  # for an interrupted training to save and end
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """The inputs and folders of a reproduction: `folder` has data and runs, which may be lost; `records` the "
-    "results."""
+    """The inputs and folders of a reproduction: `folder` has data and runs, which may be lost; `records` the
+    results."""
 
     scale: Scale
     folder: Path

@@ -115,8 +115,8 @@ def cases_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Recipe]:
 
 
 def conditions(recipe: Recipe, vocabulary: Vocabulary, options: argparse.Namespace, alone: bool) -> dict[str, Any]:
-    """Return the conditions of the numbers: hardware, versions, commit, command and shape; `alone`: one contender "
-    "ran."""
+    """Return the conditions of the numbers: hardware, versions, commit, command and shape; `alone`: one contender
+    ran."""
     from importlib import metadata
 
     device = local_device()

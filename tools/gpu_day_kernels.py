@@ -15,8 +15,8 @@ Row = dict[str, Any]
 
 
 def kernel_rows(dry: bool) -> Iterator[Row]:
-    """Yield errors against float64, and those of PyTorch's attention in the same dtype, which rounds at the same "
-    "places."""
+    """Yield errors against float64, and those of PyTorch's attention in the same dtype, which rounds at the same
+    places."""
     torch.manual_seed(0)
     if dry:
         tiny = Problem([[23, 17]], [4], None, 1, True, True, 2, 1, 16, 0)

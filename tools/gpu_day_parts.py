@@ -48,8 +48,8 @@ class ToolError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part. rows: yields rows, given the results' folder and whether the run is dry; share: seconds of ten "
-    "minutes."""
+    """A part. rows: yields rows, given the results' folder and whether the run is dry; share: seconds of ten
+    minutes."""
 
     title: str
     share: int

@@ -37,8 +37,8 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Variances:
-    """Variances of a sequence's loss (squared nats per token) and of its gradient; standard errors over folds of "
-    "draws."""
+    """Variances of a sequence's loss (squared nats per token) and of its gradient; standard errors over folds of
+    draws."""
 
     low: float
     high: float

@@ -102,8 +102,8 @@ class CheckpointSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def overdue(self) -> float | None:
-        """Return the seconds that the running save has taken if they exceed `checkpoint.slow_seconds`; once per "
-        "save."""
+        """Return the seconds that the running save has taken if they exceed `checkpoint.slow_seconds`; once per
+        save."""
         seconds = time.monotonic() - self._began
         if not self.in_flight or self._reported or seconds < self._recipe.slow_seconds:
             return None

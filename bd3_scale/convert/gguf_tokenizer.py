@@ -171,8 +171,8 @@ def sample_texts(count: int = 3000) -> Iterator[str]:
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Return a score per token: the earlier its first merge, the higher; tokens that are never merged have the "
-    "least."""
+    """Return a score per token: the earlier its first merge, the higher; tokens that are never merged have the
+    least."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault(pair.replace(" ", ""), rank)

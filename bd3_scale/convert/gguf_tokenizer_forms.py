@@ -63,8 +63,8 @@ def expression_name(content: dict[str, Any]) -> str:
 
 
 def _check_pieces(content: dict[str, Any]) -> None:
-    """Raise ValueError unless a SentencePiece tokeniser writes ▁ before a text and for each space, and has all "
-    "bytes."""
+    """Raise ValueError unless a SentencePiece tokeniser writes ▁ before a text and for each space, and has all
+    bytes."""
     expected = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     normalizer = content["normalizer"] or {}
     if normalizer.get("normalizers") != expected or content["pre_tokenizer"] is not None:

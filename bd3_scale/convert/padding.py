@@ -139,8 +139,8 @@ def _direction(hidden: Tensor) -> Tensor:
 
 
 def _shares(hidden: Tensor, tokens: Tensor, row: Tensor, count: int) -> Tensor:
-    """Return the share [M] of the probability that `count` rows equal to `row` have next to those of `tokens` [V, "
-    "X]."""
+    """Return the share [M] of the probability that `count` rows equal to `row` have next to those of `tokens` [V,
+    X]."""
     totals = torch.cat([(part @ tokens.T).logsumexp(-1) for part in hidden.split(PIECE)])
     return torch.sigmoid(hidden @ row + math.log(count) - totals)
 

@@ -130,8 +130,8 @@ def packing_of(plan: ExportPlan, scheme: Scheme, method: Method) -> Packing:
 
 
 def is_quantized(tensor: NamedTensor) -> bool:
-    """Tell whether a tensor is quantised: projections of layers are; embedding, norms, biases, routers, head are "
-    "not."""
+    """Tell whether a tensor is quantised: projections of layers are; embedding, norms, biases, routers, head are
+    not."""
     module, _, part = tensor.key.rpartition(".")
     return part == "weight" and module.endswith(_LINEARS)
 

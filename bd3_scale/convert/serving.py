@@ -1,5 +1,5 @@
-"""Write what engines need besides the weights (launch lines, SGLang's algorithm file, model card), and tell who can "
-"run it."""
+"""Write what engines need besides the weights (launch lines, SGLang's algorithm file, model card), and tell who can
+run it."""
 
 from __future__ import annotations
 

@@ -91,8 +91,8 @@ class ContinuationBounds:
         return [-float(bound) for bound in sums.mean(0)]
 
     def _noise(self, pairs: Sequence[Pair], documents: Sequence[int], length: int, draw: int) -> Noise:
-        """Draw the noise of each row independently; the context is never masked, what follows the continuation "
-        "always."""
+        """Draw the noise of each row independently; the context is never masked, what follows the continuation
+        always."""
         masked = torch.ones(len(pairs), length, dtype=torch.bool)
         rate = torch.ones(len(pairs), length)
         for row, ((given, scored), document) in enumerate(zip(pairs, documents, strict=True)):

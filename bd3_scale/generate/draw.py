@@ -39,8 +39,8 @@ class Drawing:
     top_p: float = 1.0
 
     def distribution(self, logits_MV: Tensor) -> Tensor:
-        """Return the probabilities float64 [M, V] that tokens are drawn from; at temperature 0 those of temperature "
-        "1."""
+        """Return the probabilities float64 [M, V] that tokens are drawn from; at temperature 0 those of temperature
+        1."""
         return self._truncated(self._probabilities(logits_MV))
 
     def draw(self, logits_MV: Tensor, uniforms_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:

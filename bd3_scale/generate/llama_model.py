@@ -41,8 +41,8 @@ _ACCEPTED_SHARE = 0.05
 
 
 class LlamaCache:
-    """Holds the finished blocks of texts, as `KVCache` does for the PyTorch model; each text is one llama.cpp "
-    "sequence."""
+    """Holds the finished blocks of texts, as `KVCache` does for the PyTorch model; each text is one llama.cpp
+    sequence."""
 
     def __init__(self, context: llama_cpp.Context, texts: int, own_first: bool) -> None:
         self.context = context
@@ -153,8 +153,8 @@ class LlamaCache:
         blocks: Sequence[NDArray[np.int64]],
         wanted: Sequence[NDArray[np.bool_]],
     ) -> NDArray[np.float32]:
-        """Return the logits of one pass over noisy blocks, each in the sequence that holds the clean blocks before "
-        "it."""
+        """Return the logits of one pass over noisy blocks, each in the sequence that holds the clean blocks before
+        it."""
         rows: list[tuple[int, int, int, bool]] = []
         for sequence, start, block, want in zip(before, starts, blocks, wanted, strict=False):
             rows += [(int(token), start + i, sequence, bool(want[i])) for i, token in enumerate(block)]

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The threshold option of a rule. default: if none is given; allows: whether a value is valid; range: for "
-    "people."""
+    """The threshold option of a rule. default: if none is given; allows: whether a value is valid; range: for
+    people."""
 
     default: float
     allows: Callable[[float], bool]

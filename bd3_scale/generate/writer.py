@@ -37,8 +37,8 @@ class Written:
 
 @dataclass(frozen=True)
 class Piece:
-    """The text that a finished block adds to text `index`; stopped_by: why the text ends with it, None if it goes "
-    "on."""
+    """The text that a finished block adds to text `index`; stopped_by: why the text ends with it, None if it goes
+    on."""
 
     index: int
     text: str
@@ -202,8 +202,8 @@ class Writer:
         return Written(prompt, text, sample.tokens, *counts, request.sampling.min_entropy, request.window, seconds)
 
     def text_of(self, draft: Draft, stop: Sequence[str] = (), *, infill: bool = False) -> str:
-        """Return the part of a text that cannot change any more, at the end of a block; with gaps the whole text so "
-        "far."""
+        """Return the part of a text that cannot change any more, at the end of a block; with gaps the whole text so
+        far."""
         everything, given = draft.whole, len(draft.prompt)
         if draft.sample is not None:
             prompt = draft.sample.prompt

@@ -85,8 +85,8 @@ class Gate:
             raise RefusedError(self._too_large, 413)
 
     async def _discard_body(self, receive: Receive) -> None:
-        """Read and discard the rest of a body unless it is very large: many clients read no response while they "
-        "send."""
+        """Read and discard the rest of a body unless it is very large: many clients read no response while they
+        send."""
         left = _MOST_DISCARDED * self.most_bytes
         while left > 0:
             message = await receive()

@@ -66,8 +66,8 @@ class Unmasking:
                 raise ValueError(problem)
 
     def draw(self, logits_BKV: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Draw a token for every position and return it with its confidence, both [B, K]; of ties the smallest id "
-        "wins."""
+        """Draw a token for every position and return it with its confidence, both [B, K]; of ties the smallest id
+        wins."""
         wide = torch.float32 if logits_BKV.device.type == "mps" else torch.float64
         probabilities = (logits_BKV.to(wide) / (self.temperature or 1.0)).softmax(dim=-1)
         if self.temperature == 0:
@@ -79,8 +79,8 @@ class Unmasking:
         return drawn[..., 0], probabilities.gather(-1, drawn)[..., 0]
 
     def choose(self, confidence_BK: Tensor, masked_BK: Tensor, step: int) -> Tensor:
-        """Choose the masked positions that a pass unmasks, bool [B, K]; of equal confidences the first positions "
-        "win."""
+        """Choose the masked positions that a pass unmasks, bool [B, K]; of equal confidences the first positions
+        win."""
         count = self.block_size // self.steps + (step < self.block_size % self.steps)
         confidence_BK = confidence_BK.masked_fill(~masked_BK, -1)
         rank_BK = confidence_BK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -108,8 +108,8 @@ def truncate(probabilities: Tensor, top_k: int | None, top_p: float | None) -> t
 
 
 class Bd3GenerationMixin(GenerationMixin):
-    """Generation for a class with `_logits`, and with `model`, whose forward takes `store_kv`, `block_size`, "
-    "`padding`."""
+    """Generation for a class with `_logits`, and with `model`, whose forward takes `store_kv`, `block_size`,
+    `padding`."""
 
     @torch.no_grad()
     def generate(
@@ -270,8 +270,8 @@ class Bd3GenerationMixin(GenerationMixin):
         rule: Unmasking,
         generator: torch.Generator | None,
     ) -> None:
-        """Fill the masked positions of a block in place, in at most `rule.steps` passes that do not change the "
-        "cache."""
+        """Fill the masked positions of a block in place, in at most `rule.steps` passes that do not change the
+        cache."""
         for step in range(rule.steps):
             if not masked_BK.any():
                 return

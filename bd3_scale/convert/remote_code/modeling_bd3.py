@@ -119,8 +119,8 @@ class Bd3Attention(nn.Module):
         return self.project(out.transpose(1, 2).flatten(2))
 
     def heads_of(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [B, S, H, D], keys and values [B, S, G, D], normalised by the model's norms, not yet "
-        "rotated."""
+        """Return queries [B, S, H, D], keys and values [B, S, G, D], normalised by the model's norms, not yet
+        rotated."""
         q_BSHD, k_BSGD, v_BSGD = (
             projection(hidden).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
