@@ -1,4 +1,4 @@
-"""Random attention problems for the tests of every backend."""
+"""Draw random attention problems for the tests of every backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bd3_scale.attention.spans import make_spans, take_ranges
 
 
 class Problem(NamedTuple):
-    """Shapes and packing of one call of `block_attention`; its numbers follow from `seed`."""
+    """Shapes and packing of one call of `block_attention`. Its numbers follow from `seed`."""
 
     documents: list[list[int]]  # the lengths of every sequence's documents
     block_sizes: list[int]  # of every sequence
@@ -42,12 +42,13 @@ class Problem(NamedTuple):
         return whole if self.ranges is None else take_ranges(whole, self.ranges)
 
     def mask(self) -> Tensor:
-        """Which query row sees which key row, by `dense_mask`: [B, rows, keys]."""
+        """Return which query row sees which key row, by `dense_mask`: [B, rows, keys]."""
         num_keys = self.seq_len if self.clean_stream else 0
         return dense_mask(self.spans(), num_noisy=self.num_noisy, num_keys=num_keys, clean_queries=self.clean_queries)
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and the gradient of the output, bfloat16 numbers in `dtype` so that every precision gets the same."""
+        """Return q, k, v and the output's gradient in `dtype`; all are bfloat16 numbers, so each precision has the
+        same."""
         generator = torch.Generator().manual_seed(self.seed)
         batch, rows = len(self.documents), self.spans().shape[2]
         num_queries = (self.num_noisy + self.clean_queries) * rows
@@ -83,7 +84,7 @@ FORMS = {
 
 
 def definition(problem: Problem) -> Tensor:
-    """Which query row sees which key row, pair by pair from documents and blocks, without spans: [B, rows, keys]."""
+    """Return which query row sees which key row, [B, rows, keys], computed pair by pair from documents and blocks."""
     positions = [p for a, b in problem.ranges or [(0, problem.seq_len)] for p in range(a, b)]
     noisy = [(copy, position) for copy in range(problem.num_noisy) for position in positions]
     queries = noisy + [(None, position) for position in positions] * problem.clean_queries
@@ -107,7 +108,7 @@ def definition(problem: Problem) -> Tensor:
 
 
 def dense_attention(problem: Problem, dtype: torch.dtype, mask: Tensor) -> list[Tensor]:
-    """Output and gradients of PyTorch's attention under a mask [B, rows, keys], on its device; key heads repeated."""
+    """Return output and gradients of PyTorch's attention under a mask [B, rows, keys]; key heads are repeated."""
     *qkv, grad = (x.to(mask.device) for x in problem.tensors(dtype))
     q, k, v = (x.requires_grad_() for x in qkv)
     repeated = (x.repeat_interleave(problem.heads // problem.groups, 2).transpose(1, 2) for x in (k, v))
@@ -116,7 +117,7 @@ def dense_attention(problem: Problem, dtype: torch.dtype, mask: Tensor) -> list[
 
 
 def errors(got: list[Tensor], want: list[Tensor]) -> dict[str, float]:
-    """The error of the output and of each gradient, in parts of its norm."""
+    """Return the relative error (by the norm) of the output and of each gradient."""
     found = {}
     for name, g, w in zip(("output", "gradient of q", "gradient of k", "gradient of v"), got, want, strict=False):
         # A softmax over one key has no gradient: there, rounding of terms of the output's size remains.
@@ -127,13 +128,13 @@ def errors(got: list[Tensor], want: list[Tensor]) -> dict[str, float]:
 
 
 def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
-    """Outputs and gradients, each within `tolerance` of its norm."""
+    """Check that outputs and gradients each differ by at most `tolerance` of their norm."""
     for name, error in errors(got, want).items():
         assert error <= tolerance, f"{name}: {error:.1e} of its norm"
 
 
 def document_start(lengths: list[int]) -> Tensor:
-    """For every position of a sequence the one at which its document starts."""
+    """Return, for every position of a sequence, the position at which its document starts."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     return torch.tensor(starts).repeat_interleave(torch.tensor(lengths))
 
@@ -141,7 +142,7 @@ def document_start(lengths: list[int]) -> Tensor:
 def outputs_and_gradients(
     problem: Problem, dtype: torch.dtype, backend: str, spans: Tensor | None = None, *, device: str = "cpu"
 ) -> list[Tensor]:
-    """Output and gradients of q, k and v; under `spans` instead of the problem's own, where given."""
+    """Return output and gradients of q, k and v; `spans`, where given, replaces the problem's own."""
     *qkv, grad = (x.to(device) for x in problem.tensors(dtype))
     leaves = [x.requires_grad_() for x in qkv]
     spans = (problem.spans() if spans is None else spans).to(device)
@@ -151,7 +152,7 @@ def outputs_and_gradients(
 
 @st.composite
 def problems(draw: st.DrawFn, *, max_len: int, max_batch: int = 3, max_heads: int = 4, head_dim: int = 16) -> Problem:
-    """Any packing, block size, form, share of heads and set of a context-parallel rank's rows."""
+    """Draw a problem: packing, block size, form, grouping of heads and the rows of a context-parallel rank."""
     seq_len = draw(st.integers(1, max_len))
     batch = draw(st.integers(1, max_batch))
     documents = [draw(_packings(seq_len)) for _ in range(batch)]
@@ -181,7 +182,7 @@ def _packings(draw: st.DrawFn, seq_len: int) -> list[int]:
 
 @st.composite
 def _ranges(draw: st.DrawFn, spans: Tensor) -> list[tuple[int, int]]:
-    """One to three ranges between positions at which every sequence starts a block."""
+    """Draw one to three ranges between positions at which every sequence starts a block."""
     seq_len = spans.shape[2]
     opens = (spans[1] == torch.arange(seq_len)).all(0)
     edges = [*opens.nonzero()[:, 0].tolist(), seq_len]

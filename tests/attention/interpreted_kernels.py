@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter against the float64 reference; run by `test_kernels_interpreted.py`."""
+"""Compare the kernels in Triton's interpreter with the float64 reference; `test_kernels_interpreted.py` runs this."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_loads_through_descriptors(problem: Problem, shape: str) -> None:
 
 @pytest.mark.parametrize("padding", [(0, 1), (1, 3)], ids=["strides", "address"])
 def test_what_no_descriptor_can_hold_is_copied(padding: tuple[int, int]) -> None:
-    """Rows 17 numbers apart; rows of 20 that start 4 bytes beyond a multiple of 16."""
+    """Check rows that lie 17 numbers apart, and rows of 20 that start 4 bytes after a multiple of 16."""
 
     def lay(x: Tensor) -> Tensor:
         return torch.nn.functional.pad(x, padding)[..., padding[0] : padding[0] + x.shape[3]]

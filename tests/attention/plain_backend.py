@@ -1,4 +1,4 @@
-"""A backend that the package does not bring, as a person would add one: PyTorch's attention under a dense mask."""
+"""Register a backend as a user would add one: PyTorch's attention under a dense mask."""
 
 from __future__ import annotations
 

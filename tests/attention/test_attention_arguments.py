@@ -1,4 +1,4 @@
-"""Which arguments are refused, and by which name; which backend is chosen."""
+"""Check which arguments are refused, by which name, and which backend is chosen."""
 
 from __future__ import annotations
 

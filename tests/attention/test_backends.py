@@ -1,4 +1,4 @@
-"""Backends from outside the package attend as its own do, through the same two functions."""
+"""Check that backends from outside the package work through the same two functions as its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def told(name: str):
 
 @attention_backends.register("test_told")
 class Told(KernelBackend):
-    """With kernels of its own: those for CPU, that tell when they run."""
+    """A backend with the kernels for CPU, which record when they run."""
 
     name = "test_told"
 

@@ -1,4 +1,4 @@
-"""The reference against the mask's definition and PyTorch's own attention, the CPU backend against the reference."""
+"""Compare the reference with the mask's definition and PyTorch's attention, and the CPU backend with the reference."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_plain_causal_rows_are_one_call(
 
 
 def test_spans_that_change_are_seen() -> None:
-    """Layers of a pass share what is known of their spans, passes do not: neither by shape nor by the tensor."""
+    """Check spans changed in place: what is derived from spans is not reused for their shape or tensor alone."""
     spans = TRAINING.spans()
     q, k, v, _ = TRAINING.tensors(torch.float64)
     for change in (None, [[150, 150], [300]], None):
@@ -155,7 +155,7 @@ def test_rows_that_see_nothing_are_zero(num_noisy: int, blind: tuple[int, int]) 
 @property_test
 @given(problems(max_len=120).map(lambda p: p._replace(clean_stream=True, ranges=None)), st.data())
 def test_ranks_share_the_work_of_one(problem: Problem, data: st.DataObject) -> None:
-    """Rows of two ranks, the outer and the inner positions, are those of one process; key gradients add up."""
+    """Check that the outer and the inner positions on two ranks give one process's rows, and key gradients add up."""
     spans, rows_of = problem.whole_spans(), torch.arange(problem.seq_len)
     opens = (spans[1] == rows_of).all(0).nonzero()[:, 0].tolist()
     first, last = sorted(data.draw(st.tuples(*[st.sampled_from([*opens, problem.seq_len])] * 2)))
@@ -182,7 +182,7 @@ def test_ranks_share_the_work_of_one(problem: Problem, data: st.DataObject) -> N
 @property_test
 @given(problems(max_len=120))
 def test_streams_of_one_call_are_calls_of_their_own(problem: Problem) -> None:
-    """Two noisy copies and the clean rows: two calls in the last layer's form and one prefill, whose gradients add."""
+    """Check that two noisy copies and the clean rows equal separate calls whose gradients add up."""
     problem = problem._replace(num_noisy=2, clean_queries=True, clean_stream=True, ranges=None)
     size = problem.seq_len
     whole = outputs_and_gradients(problem, torch.float64, "cpu")
@@ -227,7 +227,7 @@ def test_any_strides_give_the_same(form: str) -> None:
 
 
 def test_the_gradient_of_a_sum_is_that_of_ones() -> None:
-    """Its numbers lie in one place of memory."""
+    """Check a gradient that is one number in memory, expanded to the whole shape."""
     problem = FORMS["large blocks"]
     q, k, v, grad = problem.tensors(torch.float32)
     leaves = [x.requires_grad_() for x in (q, k, v)]

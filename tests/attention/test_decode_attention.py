@@ -1,4 +1,4 @@
-"""Decoding on CPU against the float64 reference and against the clean stream."""
+"""Compare decoding on CPU with the float64 reference and with the clean stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlexAttention's mask against the dense one, its forward uncompiled on CPU, and all of it compiled on a GPU."""
+"""Compare FlexAttention's mask with the dense one, its forward uncompiled on CPU, and all of it compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADS, GROUPS, SCALE = 4, 2, 0.3
 
 
 def blind_rows() -> torch.Tensor:
-    """Rows of a rank of which the first five see nothing at all."""
+    """Return spans of a rank's rows, of which the first five see no key."""
     spans = take_ranges(WHOLE, [(40, 100)]).clone()
     spans[:3, :, :5] = 0
     spans[3:, :, :5] = torch.arange(5, dtype=torch.int32)
@@ -56,7 +56,7 @@ def problem(form: str, dtype: torch.dtype, device: str = "cpu", head_dim: int = 
 
 @st.composite
 def masks(draw: st.DrawFn) -> tuple[torch.Tensor, int, bool, int]:
-    """Spans of sequences with documents and a block size of their own, or some of one sequence's rows."""
+    """Draw spans of sequences with different documents and block sizes, or of some rows of one sequence."""
     length = draw(st.integers(1, 12))
     sequences = []
     for _ in range(draw(st.integers(1, 2))):
@@ -115,7 +115,7 @@ def test_a_mask_is_made_once_for_spans_and_form_and_forgotten_with_them() -> Non
 
 @pytest.fixture
 def compiled_anew():
-    """Every test compiles for its own shapes alone."""
+    """Clear compiled code, so that every test compiles only for its own shapes."""
     torch._dynamo.reset()
 
 

@@ -1,4 +1,4 @@
-"""Kernel variants compiled for chips that are not here: what stands in for a GPU where there is none.
+"""Compile kernel variants for GPUs that this machine does not have.
 
 `make test` compiles the first tile of every form on one chip and of the commonest form on the others, `make test-all`
 all of them.
@@ -32,7 +32,7 @@ Found = list[tuple[int, Variant, Usage]]
 
 
 def first_tiles(chip: int) -> list[Variant]:
-    """Of each kernel the tile that is taken where nothing was timed: in every form on sm_90, elsewhere in one."""
+    """Return each kernel's default tile: for sm_90 in every form, for other GPUs in one form."""
     firsts = {(v.kernel, v.head_dim, v.dtype, v.form): v for v in reversed(variants(chip))}
     common = (128, torch.bfloat16)
     return [v for (_, *form, _), v in firsts.items() if chip == 90 or tuple(form) == common]
@@ -45,7 +45,7 @@ def usages(request: pytest.FixtureRequest) -> Found:
 
 
 def matrix_instructions(chip: int, variant: Variant) -> set[str]:
-    """The fastest matrix instruction that the chip has for the variant's tile."""
+    """Return the fastest matrix instruction that the GPU has for the variant's tile."""
     side = variant.tile.keys if "key" in variant.kernel or "fused" in variant.kernel else variant.tile.rows
     own = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[chip]
     # A warp group multiplies 64 rows at a time; fewer, and float32, go through the older instruction.
@@ -76,7 +76,7 @@ def test_every_variant_is_fit_for_its_chip(usages: Found) -> None:
 
 
 def test_tiles_fit_chips_with_less_shared_memory() -> None:
-    """sm_80's tiles are also those of sm_86, sm_89 and sm_12x, which have 99 KiB."""
+    """Check that sm_80's tiles also fit sm_86, sm_89 and sm_12x, which have 99 KiB of shared memory."""
     for chip in (89, 120):
         assert candidates("forward", 128, torch.bfloat16, divmod(chip, 10)) == candidates(
             "forward", 128, torch.bfloat16, (8, 0)

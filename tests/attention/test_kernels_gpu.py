@@ -1,4 +1,4 @@
-"""The kernels on a GPU: error beside FlexAttention's, reproducibility, every shape of the property tests."""
+"""Check the kernels on a GPU: errors compared with FlexAttention's, reproducibility, shapes of the property tests."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ RAGGED = large(documents=[[77, 120], [197]], block_sizes=[7, 7], heads=4)
 
 
 def exercise(problem: Problem, dtype: torch.dtype) -> None:
-    """Both backwards, and decoding."""
+    """Run both backward passes, and decoding."""
     for deterministic in (True, False):
         results(problem, dtype, "triton", deterministic=deterministic)
     q, k, v, _ = (x.cuda() for x in problem.tensors(dtype))
@@ -115,12 +115,12 @@ def exercise(problem: Problem, dtype: torch.dtype) -> None:
 
 
 def exercise_one_form() -> None:
-    """What `compute-sanitizer` watches where there is a minute."""
+    """Run one form; `compute-sanitizer` checks this where there is only a minute."""
     exercise(RAGGED, torch.bfloat16)
 
 
 def exercise_every_kernel() -> None:
-    """What `compute-sanitizer` watches: ragged shapes of every form."""
+    """Run ragged shapes of every form; `compute-sanitizer` checks this."""
     forms = [
         *(RAGGED._replace(head_dim=head_dim) for head_dim in (64, 128, 256)),
         RAGGED._replace(num_noisy=2),
@@ -133,7 +133,7 @@ def exercise_every_kernel() -> None:
 
 
 def sanitized(sanitizer: str, tool: str, function: str, room: str = "attention") -> dict[str, Any]:
-    """What `subprocess.run` takes to let `compute-sanitizer` watch a function of such a file with one of its tools."""
+    """Return arguments of `subprocess.run` that run a function of a test file under a tool of `compute-sanitizer`."""
     code = f"from tests.{room}.test_kernels_gpu import {function}; {function}()"
     return {
         "args": [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
@@ -145,7 +145,7 @@ def sanitized(sanitizer: str, tool: str, function: str, room: str = "attention")
 
 
 def found_nothing(said: str) -> bool:
-    """By the summary's first number: racecheck counts errors and warnings apart behind its hazards."""
+    """Return whether the summary's first number is zero; racecheck lists errors and warnings after its hazards."""
     return re.search(r"SUMMARY: 0 (errors|hazards)\b", said) is not None
 
 

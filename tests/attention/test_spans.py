@@ -1,4 +1,4 @@
-"""Spans against the mask's definition, counted out one pair at a time."""
+"""Compare spans with the mask's definition, counted pair by pair."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def test_check_spans_catches_every_single_altered_integer(
 
 
 def describes_blocks(spans: torch.Tensor) -> bool:
-    """Walk block by block: an altered integer can leave another valid division into documents and blocks."""
+    """Return whether spans describe valid blocks. It walks block by block, since an altered integer can leave another
+    valid division into documents and blocks."""
     doc_start, block_start, block_end = spans[:, 0].tolist()
     position = 0
     while position < len(doc_start):
@@ -94,7 +95,7 @@ def test_wrong_documents_are_refused(starts: torch.Tensor, block_size: int, mess
 def test_context_ranks_share_out_all_positions_and_as_many_pairs(
     size: int, blocks: int, block_size: int, num_noisy: int
 ) -> None:
-    """Of one document, in ranges of whole blocks: the rank with the first rows has the last ones, too."""
+    """Check ranges of whole blocks of one document; the rank with the first rows has the last ones, too."""
     length = 2 * size * blocks * block_size
     ranks = [zigzag_ranges(length, rank, size) for rank in range(size)]
     assert sorted(i for ranges in ranks for start, end in ranges for i in range(start, end)) == list(range(length))

@@ -1,4 +1,4 @@
-"""Boxes against numpy's own indexing."""
+"""Compare boxes with numpy's indexing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_boxes_of_a_stretch_hold_its_elements_in_order(shape, data):
 
 @given(st.integers(0, 11), st.data())
 def test_fragments_of_a_gated_weight_land_in_both_halves(start, data):
-    """A rank's fused gate/up parameter [4, 3] is rows 2..3 of gate and of up in the full [8, 3]."""
+    """Check that a rank's fused gate/up parameter [4, 3] is rows 2..3 of gate and of up in the full [8, 3]."""
     numel = data.draw(st.integers(1, 12 - start))
     full = torch.arange(24.0).view(8, 3)
     parameter = torch.cat([full[2:4], full[6:8]]).flatten()

@@ -1,4 +1,4 @@
-"""What a save copies is what the tensors held when it began, whatever training does to them meanwhile."""
+"""Check that a save copies what the tensors held when it began, although training changes them meanwhile."""
 
 from __future__ import annotations
 

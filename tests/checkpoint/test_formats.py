@@ -1,4 +1,4 @@
-"""A checkpoint outlives the options of the recipe that it was trained with: whoever reads weights never asks for them.
+"""Check that weights of a checkpoint can be read without knowing the options of the recipe that trained it.
 
 The checkpoint is the one of format 3 in `tests/fixtures`, and the same one written anew in today's format, its recipe
 changed as versions change recipes: an option is gone, another has a new name, one is of a version to come.
@@ -37,7 +37,7 @@ EXPECTED = json.loads((EARLIER / "expected.json").read_text())
 
 
 def changed_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """As versions would have it that had, or will have, other options."""
+    """Change the recipe as a version with other options would have written it."""
     recipe = json.loads(json.dumps(recipe))
     recipe["optimizer"]["amsgrad"] = True  # gone since
     recipe["data"]["loader_processes"] = recipe["data"].pop("num_workers")  # has another name since
@@ -56,7 +56,7 @@ def in_todays_format(checkpoint: Path, recipe: dict[str, Any]) -> None:
 
 @pytest.fixture(params=["of format 3", "of today's format"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The checkpoint of a run with other options, beside its data."""
+    """Return the checkpoint of a run with other options, with its data in the same folder."""
     shutil.copytree(EARLIER, tmp_path / "earlier")
     monkeypatch.chdir(tmp_path / "earlier")
     recipe = changed_recipe(json.loads((CHECKPOINT / "manifest.json").read_text())["recipe"])

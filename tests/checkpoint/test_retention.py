@@ -1,4 +1,4 @@
-"""Which checkpoints go: rules of the recipe over steps and what was measured, and never the newest complete one."""
+"""Check which checkpoints are deleted, by rules over steps and results, and that the newest complete one never is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.faults.saving import save
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, groups):
-    """A run with checkpoints of steps 1 to 8, of which 2 and 5 were measured best."""
+    """Make a run with checkpoints of steps 1 to 8, of which 2 and 5 have the best evaluations."""
     folder = tmp_path_factory.mktemp("run")
     made = {}
     for step in range(1, 9):

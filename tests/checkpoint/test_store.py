@@ -1,4 +1,4 @@
-"""Saving and loading in one process; real failing writes."""
+"""Save and load in one process, with writes that really fail."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MIXTURE = RECIPE.model_copy(
 
 
 def inputs(seed):
-    """Every token masked: a loss that reaches every weight."""
+    """Return inputs in which every token is masked, so that the loss reaches every weight."""
     clean = torch.randint(0, 59, (1, 8), generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(8)[None]
     spans = torch.stack([torch.zeros(1, 8), positions // 4 * 4, positions // 4 * 4 + 4]).int()
@@ -61,7 +61,7 @@ def inputs(seed):
 
 
 class Training:
-    """A small bf16 model after two steps, or fresh."""
+    """A small bf16 model, either new or after two steps."""
 
     def __init__(self, groups, seed, steps, zero_stage=1, recipe=RECIPE, **optimizer):
         self.recipe = recipe
@@ -122,7 +122,7 @@ def test_everything_comes_back_bitwise(trained, folder, groups):
     [("lion", {"master", "exp_avg", "ema"}), ("bold-momentum", {"master", "momentum", "largest", "ema"})],
 )
 def test_the_states_of_any_family_come_back_and_those_of_another_are_missed(groups, folder, family, states):
-    """Written under ZeRO-1, read under ZeRO-3."""
+    """Check states that are written under ZeRO-1 and read under ZeRO-3."""
     written = Training(groups, seed=1, steps=2, family=family)
     checkpoint = written.save(folder)
     assert {name.partition(".")[0] for name in json.loads((checkpoint / "index.json").read_text())} == states
@@ -147,7 +147,7 @@ def test_a_model_alone_gets_the_moving_average(trained, folder, groups):
 
 @pytest.mark.parametrize(("decay", "state"), [(0.5, "ema"), (0.0, "master")])
 def test_biases_of_experts_are_kept_once_and_come_back(groups, folder, decay, state):
-    """With the state that is the model's weights outside training, in fp32; into a training and into a model alone."""
+    """Check that experts' biases are saved once, in fp32, and come back into a training and into a model."""
     written = Training(groups, seed=1, steps=2, recipe=MIXTURE, ema_decay=decay)
     expected = [mixture.router.expert_bias.clone() for mixture in written.model.mixtures.values()]
     assert all(bias.any() and bias.dtype == torch.float32 for bias in expected)
@@ -182,7 +182,7 @@ def test_keeps_the_last_ones(trained, folder):
 
 
 def test_what_a_writer_wrote_counts_and_not_what_rank_0_sees(trained, folder, monkeypatch):
-    """A file that storage does not show to rank 0, or that reads back as another, makes no checkpoint."""
+    """Check that no checkpoint is made from a file that rank 0 cannot see or that reads back differently."""
     first = trained.save(folder, step=1, keep_last=1)
     real = storage.write_tensors
 
@@ -216,7 +216,7 @@ def test_latest_is_mended_where_its_writer_was_killed(trained, folder):
 
 
 def test_a_failing_write_leaves_the_older_checkpoint_and_nothing_else(trained, folder):
-    """The file-size limit of the process stands in for a full disk: the kernel fails the write."""
+    """Check a failed write; the process's limit of file size stands in for a full disk."""
     first = trained.save(folder, step=1)
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -268,7 +268,7 @@ def test_hidden_files_of_a_tokeniser_are_left_out(trained, folder):
 
 
 def test_a_checkpoint_is_saved_even_where_tidying_up_fails(trained, folder, monkeypatch, caplog):
-    """`latest` is a folder, and the older checkpoint is in use."""
+    """Check a save where `latest` is a folder and the older checkpoint is in use."""
     trained.save(folder, step=1)
     (folder / "latest").unlink()
     (folder / "latest").mkdir()

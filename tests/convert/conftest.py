@@ -1,1 +1,1 @@
-"""Tests of this folder share `models.py`."""
+"""Let the tests of this folder share `models.py`."""

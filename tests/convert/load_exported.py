@@ -1,4 +1,4 @@
-"""Run in a process of its own: exported folders loaded with transformers alone, beside what the native model gives."""
+"""Load exported folders with transformers alone, in a new process, and compare with the native model's results."""
 
 from __future__ import annotations
 

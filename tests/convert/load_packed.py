@@ -1,4 +1,4 @@
-"""Run in a process of its own: a folder of packed weights, loaded with transformers and compressed-tensors alone."""
+"""Load a folder of packed weights in a new process, with transformers and compressed-tensors alone."""
 
 from __future__ import annotations
 

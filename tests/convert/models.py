@@ -1,4 +1,4 @@
-"""Small Hugging Face models of every architecture, with random weights, and the folders that they save."""
+"""Make small Hugging Face models of every architecture, with random weights, and save them as folders."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ LLAMA3_ROPE = {
 
 
 def transformers_model(name: str, **config):
-    """A model of transformers, by its prefix (`Qwen3`, `Llama` …), all of whose tensors are random."""
+    """Return a transformers model by its prefix (`Qwen3`, `Llama` …), all of whose tensors are random."""
     with without_broken_torchvision():
         import transformers
 
@@ -78,7 +78,7 @@ def save_folder(folder: Path, model, *, tokenizer: str | None = "bytes", shard: 
 
 
 def sdar_folder(folder: Path, **config) -> Path:
-    """A random SDAR checkpoint as the format is written by others: Qwen3's tensors and a config of its own."""
+    """Write a random SDAR checkpoint in the published format: Qwen3's tensors and SDAR's config."""
     model = transformers_model("Qwen3", vocab_size=258, num_key_value_heads=2)
     folder.mkdir()
     save_file({n: t.contiguous() for n, t in model.state_dict().items()}, folder / "model.safetensors")
@@ -128,7 +128,7 @@ def native_checkpoint(
     objective: str = "block_diffusion",
     tokenizer: str | Path = "bytes",
 ) -> Path:
-    """What a training in one process saves before its first step, with random norms, biases and moving average."""
+    """Save what a training in one process saves before its first step, with random norms, biases and moving average."""
     recipe = Recipe(
         name="native",
         model=model,

@@ -1,4 +1,4 @@
-"""The official bd3lms DiT after models/dit.py of that code, in plain PyTorch, and the model that it folds into."""
+"""Define the official bd3lms DiT (its models/dit.py) in plain PyTorch, and the model that its weights fold into."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x, inv_freq):
-    """[B, S, H, D] at positions 0 to S − 1, each channel turned with the one half a head away."""
+    """Rotate [B, S, H, D] at positions 0 to S − 1; each channel is paired with the one half a head away."""
     angles = torch.outer(torch.arange(x.shape[1]).to(inv_freq), inv_freq).repeat(1, 2)[:, None]
     first, second = x.chunk(2, -1)
     return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
@@ -108,7 +108,7 @@ class DiT(nn.Module):
 
 
 def attention_mask(block_size):
-    """[2L, 2L]: rows and columns are noisy and then clean."""
+    """Return the mask [2L, 2L]; rows and columns are first noisy and then clean."""
     block = torch.arange(LENGTH) // block_size
     row, column = block[:, None], block[None]
     noisy = torch.cat([row == column, column < row], 1)
@@ -116,7 +116,7 @@ def attention_mask(block_size):
 
 
 def plain_logits(w, model, tokens, mask, halves):
-    """A pre-norm transformer with Qwen3's names, LayerNorm, and no adaLN."""
+    """Return the logits of a pre-norm transformer with Qwen3's names, LayerNorm, and no adaLN."""
     linear, size = (lambda x, name: F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))), [model.hidden_size]
     half = model.hidden_size // model.num_attention_heads // 2
     inv_freq = model.rope_theta ** -(torch.arange(half).double() / half)

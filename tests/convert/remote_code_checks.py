@@ -1,4 +1,4 @@
-"""Run by test_remote_code.py in a process of its own: exported code, loaded as anyone would load it."""
+"""Check exported code in a new process, loaded as any user would load it; test_remote_code.py runs this."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def plain_logits(model, tokens: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Of the twin in plain PyTorch, which has other names, and one matrix for query, key and value."""
+    """Return the logits of the same model in plain PyTorch, which has other names and one matrix for q, k and v."""
     config, state = model.config, model.state_dict()
     recipe = ModelRecipe(
         num_layers=LAYERS,
@@ -103,7 +103,7 @@ def plain_logits(model, tokens: torch.Tensor, block_size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def check_forward(model) -> None:
-    """Against the twin, with and without a cache, at other block sizes, as AutoModel and in bf16."""
+    """Compare with the plain model, with and without a cache, at other block sizes, as AutoModel and in bf16."""
     tokens = random_tokens(2, 11)
     size = model.config.block_size
     out = model(tokens, use_cache=False, attention_mask=torch.ones_like(tokens), output_hidden_states=True)
@@ -139,7 +139,7 @@ def check_forward(model) -> None:
 
 
 def check_bias_of_experts(model) -> None:
-    """A choice that half precision would change; the weights of experts do not know it."""
+    """Check that a bias decides a choice that half precision would change, and that it does not weight the experts."""
     half = AutoModelForCausalLM.from_pretrained(model.name_or_path, trust_remote_code=True, torch_dtype=torch.bfloat16)
     gates = [module.model.layers[1].mlp.gate for module in (model, half)]
     assert gates[0].expert_bias.dtype == gates[1].expert_bias.dtype == torch.float32
@@ -149,7 +149,8 @@ def check_bias_of_experts(model) -> None:
 
 @torch.no_grad()
 def check_next_token_twin(model, twin, more: dict) -> None:
-    """At block size 1, transformers' own model of the same weights; positions beyond the length that scaling knows."""
+    """Compare block size 1 with transformers' own model of the same weights, also beyond the length that scaling
+    knows."""
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
     )
@@ -170,7 +171,8 @@ def check_next_token_twin(model, twin, more: dict) -> None:
 
 
 def naive_generate(model, prompt: list[int], new: int, size: int, steps: int, threshold: float | None) -> list[int]:
-    """Greedy, one sequence, without a cache, in Python's numbers; never stops. threshold: of the dynamic rule."""
+    """Generate greedily one sequence without a cache, in Python's numbers, without stopping; `threshold` is the dynamic
+    rule's."""
     tokens, total = list(prompt), len(prompt) + new
     while len(tokens) < total:
         tokens += [MASK] * (size - len(tokens) % size)
@@ -189,7 +191,8 @@ def naive_generate(model, prompt: list[int], new: int, size: int, steps: int, th
 
 @torch.no_grad()
 def check_generation(model) -> None:
-    """Against the naive one; the most likely tokens of this model are the mask and ids that pad the vocabulary."""
+    """Compare generation with the naive one; this model's most likely tokens are the mask and ids that pad the
+    vocabulary."""
     assert model.config.num_token_ids == FIRST_UNUSED
     never = {"eos_token_id": []}
     for length in (0, 3, 6, 8):
@@ -264,7 +267,7 @@ def check_sampling(model, prompt: torch.Tensor) -> None:
 
 
 def check_arguments_of_transformers(model, prompt: torch.Tensor) -> None:
-    """Of which test_exported_generate.py looks more closely at each, on one version."""
+    """Check transformers' arguments; test_exported_generate.py checks each more closely, on one version."""
     streamer, streamed = transformers.generation.BaseStreamer(), []
     streamer.put, streamer.end = (lambda value: streamed.append(value.tolist())), (lambda: streamed.append("end"))
     given = transformers.GenerationConfig(max_new_tokens=9, eos_token_id=[], pad_token_id=PAD)
@@ -346,7 +349,7 @@ def check_refusals(model) -> None:
 
 @torch.no_grad()
 def check_saved(model, folder: Path) -> None:
-    """What transformers saves is a folder like ours, its code included."""
+    """Check that transformers saves a folder like ours, with its code."""
     again = load(folder)
     tokens = random_tokens(2, 70)
     assert torch.equal(again(tokens).logits, model(tokens).logits)

@@ -1,4 +1,4 @@
-"""Random models as exports write them, for remote_code_checks.py."""
+"""Write random models as exports, for remote_code_checks.py."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ LLADA2 = SDAR_MOE | {
 
 
 def write_folder(folder: Path, kind: str, changes: dict, block_size: int = 4) -> Path:
-    """A random model as an export writes it; every weight, norms and biases too, is far from what it would begin as."""
+    """Write a random model as an export; every weight, norms and biases too, is far from its initial value."""
     prefix = {"sdar": "SDAR", "bd3": "Bd3", "sdar_moe": "SDARMoe", "llada2": "LLaDA2Moe"}[kind]
     module, architecture = kind, f"{prefix}ForCausalLM"
     if kind == "llada2":
@@ -127,7 +127,7 @@ def random_weights(config: dict) -> dict[str, torch.Tensor]:
 
 
 def named_as_llada2(weights: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
-    """The same with one matrix for queries, keys and values, other names, and a bias of each expert."""
+    """Write the same with one matrix for queries, keys and values, LLaDA2's names, and a bias for each expert."""
     found = {}
     for name, tensor in weights.items():
         for theirs, ours in (

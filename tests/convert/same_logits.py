@@ -1,4 +1,4 @@
-"""Run in a process of its own: two exported folders, loaded with transformers alone, compute the same."""
+"""Check in a new process that two exported folders, loaded with transformers alone, compute the same logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration: the sums are those of what a whole forward multiplies, under masks of every rate."""
+"""Check that calibration's sums equal those of whole forwards, under masks of every rate."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def model(groups):
 
 
 def whole_forward(model, inputs) -> dict[tuple[int, str], torch.Tensor]:
-    """Σ x xᵀ in float64 of the inputs of every linear, from complete forwards."""
+    """Return Σ x xᵀ in float64 of the inputs of every linear layer, from complete forwards."""
     sums: dict[tuple[int, str], torch.Tensor] = {}
     hooks = []
     for layer, module in enumerate(model.decoder.layers):
@@ -100,7 +100,7 @@ def test_a_layer_sees_the_layers_before_it_as_they_have_become(model, data: Data
 
 @torch.no_grad()
 def routed(model, inputs, layer: int) -> dict[str, list[tuple[int, torch.Tensor]]]:
-    """Rows and Σ x xᵀ of what each expert of a layer multiplies, in float64, expert by expert, from whole forwards."""
+    """Return the rows and Σ x xᵀ that each expert of a layer multiplies, in float64, from whole forwards."""
     mixture, met = model.decoder.layers[layer].mlp, []
     hook = mixture.router.register_forward_hook(lambda _, args, found: met.append((args[0].flatten(0, -2), found)))
     for micro in inputs:
@@ -143,7 +143,7 @@ def test_each_expert_has_the_rows_that_were_sent_to_it(groups, data: DataRecipe)
 
 
 def test_masks_of_all_rates_and_clean_rows_are_met(data: DataRecipe) -> None:
-    """Whatever interval the model was trained on, and twice the rows: the noisy ones and the clean ones."""
+    """Check that every mask rate occurs, whatever interval the model was trained on, in noisy and clean rows."""
     batches = list(calibration_batches(data, SEQUENCES))
     assert sum(len(batch.ids) for batch in batches) == SEQUENCES
     shares = []

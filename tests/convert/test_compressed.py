@@ -1,4 +1,4 @@
-"""The packed format: unpacked by plain arithmetic, by the library, and by transformers on a whole model."""
+"""Check the packed format: unpacked by plain arithmetic, by the library, and by transformers on a whole model."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_torchvision_is_hidden_inside_alone_and_inside_another(monkeypatch: pyte
 
 
 def test_a_packed_folder_is_run_as_what_it_stands_for_and_imported_no_more(tmp_path: Path) -> None:
-    """`load` unpacks it; an import, which would be trained on, is refused, and other packings are."""
+    """Check that `load` unpacks the folder, that an import of it is refused, and that other packings are refused."""
     folder = sdar_folder(tmp_path / "packed")
     scheme, written, plain = Scheme(4, 16), {}, {}
     for name, tensor in tensors(folder).items():
@@ -133,7 +133,7 @@ def test_a_packed_folder_is_run_as_what_it_stands_for_and_imported_no_more(tmp_p
 @pytest.mark.launch
 @pytest.mark.parametrize("bits", [4, 8])
 def test_transformers_computes_with_the_dequantised_weights(bits: int, tmp_path: Path) -> None:
-    """In a process of its own, through transformers' integration of compressed-tensors."""
+    """Check the weights through transformers' integration of compressed-tensors, in a new process."""
     scheme = Scheme(bits, 16)
     model = transformers_model("Qwen3", vocab_size=257, dtype=torch.float32)
     save_folder(tmp_path / "packed", model, tokenizer=None)

@@ -1,4 +1,4 @@
-"""Exports: what is in them, what a fresh process of transformers computes with them, and what is refused."""
+"""Check exports: their content, what transformers computes with them in a new process, and what is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SHAPES |= {"sdar_moe": SDAR_MOE_SHAPE, "llada2": LLADA2_SHAPE, "mixture": MIXTUR
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Native checkpoints of several shapes."""
+    """Save native checkpoints of several shapes."""
     folder = tmp_path_factory.mktemp("native")
     return {name: native_checkpoint(folder / name, shape, BYTES) for name, shape in SHAPES.items()}
 
@@ -60,7 +60,7 @@ def exported(native: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def native_results(checkpoint: Path, ids: torch.Tensor) -> dict:
-    """Logits of a clean forward, and greedy generation by confidence from prompts that end inside a block or not."""
+    """Return logits of a clean forward, and greedy generation by confidence from prompts of several lengths."""
     manifest = read_manifest(checkpoint)
     block_size = manifest.block_size
     positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
@@ -130,7 +130,7 @@ def test_sdar_comes_back_as_it_went_in(tmp_path: Path) -> None:
 def test_native_comes_back_bitwise(
     name: str, native: dict[str, Path], exported: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The moving average in the master's place, and zeros in the vocabulary's padding, which nothing reads."""
+    """Check that the moving average replaces the master weights and that the padded vocabulary rows are zero."""
     run_import(plan_import(exported[name]), tmp_path / "back")
     old, new = read_manifest(native[name]), read_manifest(tmp_path / "back")
     assert new.model.model_dump(exclude={"init_std", "head_dim"}) == old.model.model_dump(

@@ -1,5 +1,5 @@
-"""The arguments that `generate` of exported code shares with transformers' own; what it writes, remote_code_checks.py
-and tests/generate/test_confidence.py hold to others.
+"""Check the arguments that `generate` of exported code shares with transformers. remote_code_checks.py and
+tests/generate/test_confidence.py check the text that it writes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LETTERS = range(ord("a"), ord("z") + 1)
 
 @pytest.fixture(scope="module")
 def model() -> Bd3ForCausalLM:
-    """A random model that writes letters, and not always the same."""
+    """Return a random model that writes letters, and not always the same one."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": EOS}
@@ -144,7 +144,7 @@ def test_a_stop_string_ends_a_text_behind_it(model, tokenizer, place, batch):
 
 @pytest.mark.parametrize("lengths", [(5, 7), (7, 2), (1, 11), (6, 6)])
 def test_criteria_are_asked_as_transformers_asks_them(model, lengths):
-    """After each token of the batch, where texts that have ended are padded; one answers for all texts at once."""
+    """Check that criteria are called after each token of the batch, with ended texts padded, as transformers does."""
     inputs, seen = left_padded([prompt(length, seed) for seed, length in enumerate(lengths)]), []
     width = max(lengths)
 
@@ -254,7 +254,7 @@ def test_what_this_model_does_not_do_is_refused_by_name(model, options):
 
 
 def test_what_the_model_s_own_generation_config_says_of_that_is_told(model, monkeypatch, caplog):
-    """An adapted model has the one of its source, and writes all the same."""
+    """Check an adapted model, which has the generation config of its source and still generates."""
     free = model.generate(prompt(3), max_new_tokens=5)
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.05)
     with caplog.at_level(logging.WARNING):

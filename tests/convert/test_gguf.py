@@ -1,4 +1,4 @@
-"""GGUF files: what llama.cpp computes with them, which types and tokenisers they have, and what is refused."""
+"""Check GGUF files: what llama.cpp computes with them, which types and tokenisers they have, and what is refused."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_a_mixture_is_llama_cpp_s(mixture: str) -> None:
 
 @pytest.mark.parametrize("kind", FILE_TYPES)
 def test_values_come_back_from_every_type(kind: str) -> None:
-    """What `gguf`, which is not what quantised them, reads is near the values, the nearer the more bits."""
+    """Check that values read by `gguf`, which did not quantise them, are closer the more bits a type has."""
     errors = {"F32": 0.0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 1e-2, "Q6_K": 4e-2, "Q5_K": 8e-2, "Q4_K": 0.16,
               "Q4_0": 0.2, "Q3_K": 0.35, "Q2_K": 0.9}  # fmt: skip
     values = torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
@@ -340,7 +340,8 @@ def test_options_that_do_not_belong_are_refused(
 @pytest.mark.slow
 @pytest.mark.launch
 def test_an_importance_matrix_of_masked_rows_saves_what_layers_put_out(topics: Path, tmp_path: Path) -> None:
-    """Of a model that was trained: its layers are multiplied with columns of very different sizes."""
+    """Check on a trained model, whose layers multiply columns of very different sizes, that errors of outputs
+    shrink."""
     recipe = {
         "name": "wide",
         "model": {"num_layers": 3, "hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 512},

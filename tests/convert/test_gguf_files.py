@@ -1,4 +1,4 @@
-"""GGUF files of models larger than memory, and what is said of a file where a checkpoint is asked for."""
+"""Check GGUF files of models larger than memory, and the message for a file where a checkpoint is expected."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_model_without_memory_for_it_is_written_and_said_to_be_unchecked(
 def test_a_model_without_memory_for_it_is_converted_a_tensor_at_a_time(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 110 MB in fp32, of which the largest tensor has 6."""
+    """Check the peak memory for a model of 110 MB in fp32 whose largest tensor has 6 MB."""
     run_gguf_export(plan_gguf(checkpoint, "f32", importance=False), tmp_path / "warm", NOTHING)
     shape = ModelRecipe(num_layers=8, hidden_size=512, num_attention_heads=8, ffn_hidden_size=1536)
     plan = plan_gguf(native_checkpoint(tmp_path / "large" / "native", shape, BYTES), "f32", importance=False)
@@ -90,7 +90,7 @@ def test_a_model_without_memory_for_it_is_converted_a_tensor_at_a_time(
 
 
 def own_memory(function: Callable[[], object]) -> int:
-    """Return how many bytes more than before, but for mapped files, this process has at the most meanwhile."""
+    """Return by how many bytes this process's memory grows at most meanwhile, without mapped files."""
 
     def now() -> int:
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Mixtures of experts in GGUF files: what llama.cpp computes with them, their types, and importance by expert."""
+"""Check mixtures of experts in GGUF files: what llama.cpp computes, their types, and importance by expert."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CLOSE = 1e-4
 
 
 def mixture(shape: ModelRecipe, of: ModelRecipe, **changes: object) -> ModelRecipe:
-    """A shape with the mixture of another, changed."""
+    """Return a shape with the mixture of another, changed."""
     return shape.model_copy(update={"moe": of.moe.model_copy(update=changes)})
 
 
@@ -58,7 +58,7 @@ SHAPES = {
 
 @contextmanager
 def both(checkpoint: Path, file: Path) -> Iterator[tuple[Any, Any]]:
-    """The native model in fp32, and the file in llama.cpp's hands."""
+    """Return the native model in fp32, and its file opened by llama.cpp."""
     with (
         open_model(checkpoint, torch.float32) as (native, _, _),
         open_llama_file(file) as opened,
@@ -68,7 +68,7 @@ def both(checkpoint: Path, file: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Of one text, block after block, each with those before it in the cache, fp32 [L, V]."""
+    """Return logits of one text, fp32 [L, V], block after block, with the earlier blocks in the cache."""
     cache, found = model.new_cache(1, ids.shape[1]), []
     for start in range(0, ids.shape[1], K):
         block, positions = ids[:, start : start + K], torch.arange(start, start + K)[None]
@@ -97,7 +97,8 @@ def test_llama_cpp_computes_the_mixture(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=list(UNSAID))
 def official(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint of the official code's random model, with bytes and idle tokens for a tokeniser, and its file."""
+    """Return a checkpoint of the official code's random model, with bytes and unused tokens as vocabulary, and its
+    file."""
     if not (REFERENCE / request.param).is_dir():
         pytest.skip("BD3_SCALE_REFERENCE names no folder with values of official code")
     folder = tmp_path_factory.mktemp(request.param)
@@ -207,7 +208,7 @@ def written(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_each_expert_is_rounded_by_the_rows_that_it_met(topics: Path, tmp_path: Path) -> None:
-    """By its own squares where it met enough rows, else as without an importance matrix; and that is told."""
+    """Check that an expert with few rows is rounded without an importance matrix, and that this is reported."""
     shape = mixture(QWEN_SHAPE, SDAR_MOE_SHAPE, ffn_hidden_size=32).model_copy(
         update={"hidden_size": 64, "num_attention_heads": 4}
     )
@@ -260,7 +261,7 @@ def test_experts_that_met_few_rows_are_told(topics: Path, tmp_path: Path, capsys
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [WIDE, mixture(WIDE, SQUARE)], ids=["qwen3moe", "bailingmoe2"])
 def test_every_type_runs(shape: ModelRecipe, tmp_path: Path) -> None:
-    """Where rounding sends some rows to other experts, too."""
+    """Check every type, although rounding also sends some rows to other experts."""
     small = shape.model_copy(update={"num_layers": 4, "init_std": 0.06})
     checkpoint = native_checkpoint(tmp_path / "n" / "native", small, BYTES)
     for kind in FILE_TYPES:

@@ -1,4 +1,4 @@
-"""Tokenisers of GGUF files: llama.cpp makes training's ids of text, or the tokeniser is refused."""
+"""Check that llama.cpp gives training's ids for a text, or that the tokeniser is refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def qwen_like():
 
 
 def changed_unigram(change: Callable[[dict[str, Any]], object] = lambda content: None) -> tokenizers.Tokenizer:
-    """Return Unigram of the form that llama.cpp has, and then `change` made to its tokenizer.json."""
+    """Return Unigram of the form that llama.cpp has, with `change` applied to its tokenizer.json."""
     content = json.loads(unigram().to_str())
     content["normalizer"] = None
     content["pre_tokenizer"]["prepend_scheme"] = content["decoder"]["prepend_scheme"] = "never"
@@ -136,7 +136,7 @@ def words_alone(content: dict[str, Any]) -> None:
 
 
 def pieces_special(content: dict[str, Any]) -> None:
-    """`[CLS]` among the pieces: text that spells it becomes it here."""
+    """Check `[CLS]` among the pieces: text that spells it becomes that token here."""
     content["model"]["vocab"].append(["[CLS]", 0.0])
     last = len(content["model"]["vocab"]) - 1
     for place, entry in enumerate(content["added_tokens"][1:]):

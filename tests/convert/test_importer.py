@@ -1,4 +1,4 @@
-"""Imports from folders of transformers: what becomes of them, and every bad folder that is refused."""
+"""Check imports from folders of transformers: their result, and that every bad folder is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(qwen: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """Copy a folder, so that a test may damage it."""
     return shutil.copytree(qwen, tmp_path / "model")
 
 
@@ -43,7 +43,7 @@ def edit_config(folder: Path, **keys: object) -> None:
 
 
 def edit_tensors(folder: Path, edit) -> None:
-    """Rewrite a sharded folder as one file after `edit` of its tensors."""
+    """Rewrite a sharded folder as one file, after `edit` has changed its tensors."""
     all_tensors = tensors(folder)
     edit(all_tensors)
     for path in folder.glob("model*"):
@@ -278,7 +278,7 @@ def test_a_killed_import_leaves_nothing_that_looks_finished(qwen: Path, tmp_path
 
 
 def test_what_is_written_is_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that flips a bit: the file changes between writing and reading."""
+    """Check a disk that flips a bit: the file changes between writing and reading."""
     from bd3_scale.convert import importer
 
     plan = plan_import(folder)
@@ -327,7 +327,7 @@ def test_the_configuration_beside_another_tokeniser_is_the_one_kept(folder: Path
 
 
 def test_each_tensor_keeps_its_own_type_and_every_bit(folder: Path) -> None:
-    """Projections in bf16 beside norms in fp32, and a weight that is not a number."""
+    """Check projections in bf16 with norms in fp32, and a weight that is NaN."""
 
     def cast(all_tensors: dict) -> None:
         all_tensors.update({n: t.bfloat16() for n, t in all_tensors.items() if n.endswith("_proj.weight")})

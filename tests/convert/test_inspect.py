@@ -1,4 +1,4 @@
-"""What `inspect` says of every kind of checkpoint, sound and damaged."""
+"""Check what `inspect` prints for every kind of checkpoint, whole and damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mask that has another id in an export than in training, where engines look for it."""
+"""Check that an export can give the mask another id than training, where inference engines look for it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def test_what_the_folder_says_of_it(moved: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose masked tokens are alike, as training makes them: their embedding is larger than all others."""
+    """Return a model whose masked tokens look alike, as after training: the mask's embedding is larger than all
+    others."""
     folder = tmp_path_factory.mktemp("alike")
     weights = load_file(sdar_folder(folder / "source") / "model.safetensors")
     weights[EMBEDDING][257] *= 32
@@ -89,7 +90,7 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def masked_logits(folder: Path, mask_id: int) -> torch.Tensor:
-    """What the folder's own code computes at masks in the last block, behind text and repetitions, [M, rows]."""
+    """Return what the folder's own code computes at masks in the last block, after text and repetitions, [M, rows]."""
     generator = torch.Generator().manual_seed(11)
     package = ModuleType(folder.name)
     package.__path__ = [str(folder)]

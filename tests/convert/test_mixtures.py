@@ -1,4 +1,4 @@
-"""Mixtures of experts of other software: what is taken, what is refused, and which formats a mixture can become."""
+"""Check mixtures of experts of other software: what is accepted, what is refused, and the formats of an export."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def natives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def sources(natives: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of three architectures."""
+    """Save folders of three architectures."""
     place = tmp_path_factory.mktemp("sources")
     for name, native in natives.items():
         run_export(plan_export(native, name), place / name, check=False)
@@ -54,7 +54,7 @@ def sources(natives: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def edited(source: Path, to: Path, keys: dict) -> Path:
-    """A copy with other keys in its config.json; None takes one away."""
+    """Copy a folder with other keys in its config.json; None removes a key."""
     shutil.copytree(source, to)
     changed = {key: value for key, value in (config(source) | keys).items() if value is not None}
     (to / "config.json").write_text(json.dumps(changed))

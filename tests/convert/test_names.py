@@ -1,4 +1,4 @@
-"""Names of tensors: every value of the native tensors has one, and exactly one, place on the other side."""
+"""Check names of tensors: every value of the native tensors has exactly one place in the other format."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def models(draw: st.DrawFn) -> ModelRecipe:
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> ModelRecipe:
-    """Models with experts, whose heads have 8 channels, so that any share of them turns that is a whole number of
-    pairs.
-    """
+    """Draw models with experts; heads have 8 channels, so that any whole number of pairs can be the rotated part."""
     layers, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
     moe = MoeRecipe(
         num_experts=draw(st.integers(1, 3)),
@@ -73,7 +71,8 @@ def test_boxes_tile_the_native_tensors(model: ModelRecipe, style: Style) -> None
 @given(mixtures())
 @settings(deadline=None)
 def test_turned_channels_of_llada2_come_first(model: ModelRecipe) -> None:
-    """Of a head there, pair i of those that turn is (i, i + r/2) of its first r channels; here it is (i, i + D/2)."""
+    """Check that LLaDA2 pairs channel i with i + r/2 of its first r channels, where native tensors pair i with i +
+    D/2."""
     named = {t.name: t for t in named_tensors(model, vocab_rows=128, padded_rows=128, tied=False, style="llada2")}
     turned, heads = int(8 * model.rotary_fraction), model.num_attention_heads
     fused, norm = (named[f"model.layers.0.attention.{name}.weight"] for name in ("query_key_value", "query_layernorm"))
@@ -92,7 +91,7 @@ def test_turned_channels_of_llada2_come_first(model: ModelRecipe) -> None:
 
 
 def check_tiles(found: list[NamedTensor]) -> None:
-    """Each element of a full native tensor is numbered; all numbers come out once, whatever the model's parts."""
+    """Check that each element of a full native tensor comes out exactly once, however the model is split."""
     assert len({tensor.name for tensor in found}) == len(found)
     covered: dict[str, torch.Tensor] = {}
     for tensor in found:
@@ -131,7 +130,7 @@ def test_two_tensors_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("model", [QWEN_SHAPE, OFFICIAL_SHAPE, TIED, SDAR_MOE_SHAPE, LLADA2_SHAPE])
 def test_they_are_the_tensors_that_the_model_has(model: ModelRecipe) -> None:
-    """Keys and shapes are megatron's own, read from a built model."""
+    """Compare keys and shapes with those of a built megatron model."""
     from bd3_scale.model.build import build_model
     from bd3_scale.model.layout import parameter_layouts
     from bd3_scale.parallel.groups import process_groups

@@ -1,4 +1,4 @@
-"""Import of official bd3lms checkpoints."""
+"""Check the import of official bd3lms checkpoints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def prefixed(state, prefix="backbone."):
 
 
 def averaged(model):
-    """As models/ema.py of the official code saves it."""
+    """Return the moving average as models/ema.py of the official code saves it."""
     return {"decay": 0.9999, "num_updates": 7, "shadow_params": [p.detach().clone() for p in model.parameters()]}
 
 
@@ -72,7 +72,7 @@ def hydra(**changes):
 
 
 class Node:
-    """Pickles as OmegaConf's nodes do, under whatever name it is given."""
+    """An object that pickles as OmegaConf's nodes do, under any name."""
 
     def __init__(self, content, node, parent=None):
         key = "_content" if isinstance(content, dict | list) else "_val"
@@ -86,7 +86,7 @@ class Node:
 
 @pytest.fixture
 def omega(monkeypatch):
-    """Makes objects that a pickle names as omegaconf's, a package that is not there when they are read."""
+    """Make objects that a pickle names as omegaconf's, although that package is missing when they are read."""
     module = ModuleType("omegaconf.dictconfig")
     module.DictConfig = type("DictConfig", (Node,), {"__module__": "omegaconf.dictconfig"})
 
@@ -233,7 +233,7 @@ def test_bert_has_a_mask_of_its_own(tmp_path):
 
 
 def test_a_text_begins_as_the_code_begins_its_sequences(tmp_path, omega):
-    """GPT-2's end of text is its beginning, too; of BERT's vocabulary it is [CLS]; a configuration may leave it out."""
+    """Check GPT-2, whose end of text also begins texts, BERT with [CLS], and a configuration without the key."""
     from bd3_scale.convert.importer import plan_import
 
     sizes = {50258: (None, 50256), 30522: (102, 101)}

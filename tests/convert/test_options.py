@@ -1,4 +1,4 @@
-"""Every option of a model: the exported code computes what the layer does, and an import brings it back."""
+"""Check every option of a model: exported code computes what the layer does, and an import restores the option."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_option_is_here() -> None:
 
 
 def weights(model: ModelRecipe) -> dict[str, torch.Tensor]:
-    """Random tensors of a model by their names in checkpoints, each the same whatever others there are."""
+    """Return random tensors by their names in checkpoints; each is the same whatever other tensors there are."""
     how = {"dtype": torch.float32, "device": torch.device("cpu")}
     layouts = parameter_layouts(build_model(model, BYTES, lone_groups(), seed=None, **how))
     found = {}
@@ -116,7 +116,7 @@ def save(folder: Path, model: ModelRecipe) -> Path:
 
 @pytest.fixture(scope="module")
 def native_logits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ModelRecipe], tuple[Path, torch.Tensor]]:
-    """A checkpoint of a model, and the logits of `ids` as clean text; those of the last block are decoding's, too."""
+    """Return a checkpoint and the logits of `ids` as clean text; decoding gives the same for the last block."""
 
     @functools.cache
     def compute(model: ModelRecipe) -> tuple[Path, torch.Tensor]:
@@ -137,7 +137,7 @@ def native_logits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ModelRe
 
 @pytest.fixture(scope="module")
 def exported_logits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], torch.Tensor]:
-    """The same, of an exported folder and by the code beside it."""
+    """Return the same logits from an exported folder, computed by the code in it."""
     package = tmp_path_factory.mktemp("code") / "exported_code"
     package.mkdir()
     for name, source in remote_code("bd3").items():

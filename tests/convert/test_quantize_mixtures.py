@@ -1,4 +1,4 @@
-"""Mixtures of experts in fewer bits: every expert by itself, by the rows that calibration sent to it."""
+"""Check quantised mixtures: every expert is quantised separately, by the rows that calibration sent to it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_engines_kernels_are_told_of_experts_widths(checkpoint: Path) -> None:
 
 @dataclass
 class Quantised:
-    """A folder of GPTQ, what it was made of, and its report."""
+    """A folder that GPTQ wrote, its source, and its report."""
 
     checkpoint: Path
     folder: Path
@@ -108,7 +108,7 @@ def test_engines_are_told_to_leave_the_router(quantised: Quantised) -> None:
 
 @pytest.mark.slow
 def test_experts_are_quantised_by_the_rows_that_they_met(quantised: Quantised) -> None:
-    """In the first layer with experts, which sees dense layers alone that are quantised, or nothing."""
+    """Check the first layer with experts, whose input comes from quantised dense layers, or from none."""
     plan = plan_export(quantised.checkpoint, dtype="bfloat16")
     layer = plan.manifest.model.dense_layers
     with open_model(quantised.checkpoint, torch.float32) as (model, manifest, _):
@@ -161,7 +161,7 @@ def test_what_calibration_seldom_met_is_told(quantised: Quantised, capsys: pytes
 
 @pytest.mark.slow
 def test_a_quantised_mixture_runs_here(quantised: Quantised) -> None:
-    """As what it stands for does."""
+    """Check that a quantised mixture gives the same results here as its dequantised weights."""
     written, stands_for = tensors(quantised.folder), {}
     for name, tensor in written.items():
         module, _, part = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Round to nearest and GPTQ against closed forms, exact enumeration and the least-squares solution."""
+"""Compare round to nearest and GPTQ with closed forms, exact enumeration and the least-squares solution."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def correlated(rows: int, features: int, seed: int = 1) -> torch.Tensor:
-    """Inputs of a few strong directions, as activations are."""
+    """Return inputs with a few strong directions, as activations have."""
     directions = random(features // 4, features, seed=seed)
     return random(rows, features // 4, seed=seed + 1) @ directions + 0.1 * random(rows, features, seed=seed + 2)
 
@@ -80,7 +80,7 @@ def test_clipping_never_costs_and_pays_in_four_bits(monkeypatch: pytest.MonkeyPa
 
 
 def test_small_weights_are_as_precise_in_float16_as_in_float32() -> None:
-    """Their scales are below the least normal number."""
+    """Check scales that are below the least normal number of float16."""
     weight = random(8, 64) * 1e-3
     narrow, wide = (round_to_nearest(weight, INT8, dtype) for dtype in (torch.float16, torch.float32))
     assert narrow.scales.max() < torch.finfo(torch.float16).tiny
@@ -95,7 +95,7 @@ def test_zeros_and_tiny_groups_have_a_scale() -> None:
 
 
 def test_features_without_correlation_are_rounded_to_nearest() -> None:
-    """Of a diagonal Hessian nothing can be made up for."""
+    """Check that GPTQ with a diagonal Hessian compensates nothing and equals rounding to nearest."""
     weight = random(8, 96)
     hessian = torch.diag(torch.rand(96, generator=torch.Generator().manual_seed(2)) + 0.1)
     nearest, found = round_to_nearest(weight, INT4, torch.float32), gptq(weight, hessian, INT4, torch.float32)
@@ -123,8 +123,8 @@ def test_a_weight_whose_inputs_are_all_zero_is_rounded_to_nearest() -> None:
 def naive(
     weight: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor, scheme: Scheme, damping: float
 ) -> torch.Tensor:
-    """Column by column, that of the largest inputs first: after each, all others that are left are solved for by least
-    squares on the damped inputs.
+    """Quantise column by column, the largest inputs first; after each, solve for all remaining columns by least squares
+    on the damped inputs.
     """
     damped = hessian.double() + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
     target, fixed, rest = weight.double(), torch.zeros_like(weight).double(), weight.double().clone()
@@ -149,7 +149,7 @@ def test_blocks_do_not_change_what_gptq_finds(block: int, monkeypatch: pytest.Mo
 
 
 def test_gptq_makes_up_for_the_rounding_of_products() -> None:
-    """In 8 bits and bfloat16 that is as large as the rounding to a level."""
+    """Check 8 bits and bfloat16, where the rounding of products is as large as the rounding to a level."""
     rows, weight = correlated(1000, 128), random(64, 128)
     hessian = hessian_of(rows)
     exact, product = (output_error(weight, gptq(weight, hessian, Scheme(8), dtype), hessian)

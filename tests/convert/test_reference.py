@@ -1,4 +1,4 @@
-"""What the official code of SDAR-MoE and LLaDA2-MoE computes with small random models, in fp32 on a CPU.
+"""Compare with what the official SDAR-MoE and LLaDA2-MoE code computes with small random models, in fp32 on a CPU.
 
 Its values are no part of the repository: $BD3_SCALE_REFERENCE names a folder that holds `sdar_moe_tiny` and
 `llada2_moe_tiny`, model folders with a `golden.npz` each; without it these tests are left out.
@@ -52,7 +52,7 @@ RULES = {f"st{steps}": {"unmasking": "static", "steps": steps} for steps in (4, 
 
 @dataclass
 class Case:
-    """A model of the official code: its folder, its values, and what was made of it here."""
+    """A model of the official code: its folder, its values, and what was imported from it."""
 
     name: str
     folder: Path
@@ -76,7 +76,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def close(found: Tensor, expected: Tensor, *, without_mask: bool = True) -> None:
-    """Within 1e-4; a native model gives the mask no logit."""
+    """Check that logits agree within 1e-4; a native model gives the mask no logit."""
     kept = torch.arange(expected.shape[-1]) != (MASK if without_mask else -1)
     torch.testing.assert_close(found[..., : len(kept)][..., kept], expected[..., kept], rtol=0, atol=1e-4)
 
@@ -89,7 +89,7 @@ def clean_logits(model: BlockDiffusionTransformer, ids: Tensor) -> Tensor:
 
 
 def doubled(tokens: Tensor, documents: list[int]) -> ModelInputs:
-    """Noisy and clean rows [1, 2L] of documents of some lengths, all of whose noisy rows the head reads."""
+    """Return noisy and clean rows [1, 2L] of documents of the given lengths; the head reads all noisy rows."""
     length = tokens.shape[1] // 2
     starts = [sum(documents[:index]) for index, size in enumerate(documents) for _ in range(size)]
     positions = torch.tensor([place - start for place, start in enumerate(starts)])
@@ -98,7 +98,7 @@ def doubled(tokens: Tensor, documents: list[int]) -> ModelInputs:
 
 
 class Watched:
-    """What goes into each mixture, where it sends rows, and what comes out of it, in passes under a `with`."""
+    """The input, routing and output of each mixture, recorded in passes under a `with`."""
 
     def __init__(self, model: BlockDiffusionTransformer) -> None:
         self.mixtures = list(model.mixtures.values())
@@ -126,7 +126,8 @@ class Watched:
 
 
 def same_routing(watched: Watched, experts: Tensor, weights: Tensor | None = None) -> None:
-    """The same sets of experts, each with its weight; of the last layer those rows alone that are routed here."""
+    """Check that both choose the same sets of experts with the same weights; in the last layer, only for rows routed
+    here."""
     for layer, found in enumerate(watched.experts):
         found, order = found.sort(-1)
         expected, their_order = experts[layer, : len(found)].long().sort(-1)
@@ -223,7 +224,7 @@ def test_greedy_decoding_gives_its_tokens(case: Case, prompt: str, rule: str) ->
 
 @pytest.fixture(scope="module")
 def exported(case: Case) -> Iterator[Any]:
-    """The model by the code of its export, which a fresh process has loaded before."""
+    """Return the model by the code of its export, which a new process has loaded before."""
     folder = case.checkpoint.parent / f"{case.name}_out"
     run_export(plan_export(case.checkpoint), folder)
     before, after = tensors(case.folder), tensors(folder)

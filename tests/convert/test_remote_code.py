@@ -1,4 +1,4 @@
-"""The modelling code of exports: what it may hold, and what it computes on the two major versions of transformers."""
+"""Check the modelling code of exports: what it may contain, and its results on two major versions of transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRANSFORMERS_5 = REPOSITORY / ".venv/transformers-5"
 
 
 def run_checks(folder: Path, version: str, *more: Path) -> None:
-    """remote_code_checks.py in a fresh process, which shares no cache of modules with any other."""
+    """Run remote_code_checks.py in a new process, which shares no cache of modules with any other."""
     folder.mkdir()
     paths = [REPOSITORY, REPOSITORY / "tests/integration", *([TRANSFORMERS_5] if version == "5" else [])]
     environment = os.environ | {
@@ -50,7 +50,7 @@ def saved_by_5(tmp_path_factory) -> Path:
 
 
 def test_on_transformers_5(saved_by_5):
-    """remote_code_checks.py holds the checks."""
+    """Run the checks of remote_code_checks.py on transformers 5."""
     assert (saved_by_5 / "sdar-saved/config.json").is_file()
     assert (saved_by_5 / "llada2-saved/config.json").is_file()
 

@@ -1,4 +1,4 @@
-"""What an export says of special tokens, and what a fresh process of transformers finds in it."""
+"""Check what an export says of special tokens, and what transformers finds in it in a new process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GENERATION = {"bos_token_id": 11, "eos_token_id": [256, 7], "pad_token_id": 9, "
 
 
 def with_begin(folder: Path, name: str = "Llama", rows: int = 300, **more) -> Path:
-    """A next-token model whose tokeniser puts <|begin|>, id 257, before every text."""
+    """Return a next-token model whose tokeniser puts <|begin|>, id 257, before every text."""
     model = a_model(name, vocab_size=rows, **({"eos_token_id": 256, "bos_token_id": 257} | more))
     save_folder(folder, model, tokenizer=None)
     backend = tokenizers.Tokenizer.from_str(load_tokenizer("bytes")._backend.to_str())
@@ -54,7 +54,7 @@ def there_and_back(source: Path, **how) -> Path:
 @pytest.mark.parametrize("rows", [258, 300])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_next_token_model_comes_back_without_the_mask_and_bitwise(rows: int, tied: bool, tmp_path: Path) -> None:
-    """Where each row is a token, and where the new mask took a row that no token had."""
+    """Check a vocabulary in which each row is a token, and one in which the new mask took an unused row."""
     source = with_begin(tmp_path / "model", rows=rows, tie_word_embeddings=tied)
     back = there_and_back(source)
     before, after = tensors(source), tensors(back)
@@ -94,7 +94,7 @@ def test_special_ids_are_the_sources_whatever_architecture_is_written(kind: str,
 
 
 def test_a_training_from_an_import_goes_on_with_its_ids(tmp_path: Path) -> None:
-    """The folder of the tokeniser, which a run copies, has them."""
+    """Check that the ids are in the tokeniser's folder, which a run copies."""
     source = save_folder(tmp_path / "model", a_model("Qwen3", vocab_size=300, pad_token_id=9, bos_token_id=None))
     (source / "generation_config.json").write_text(json.dumps(GENERATION))
     run_import(plan_import(source), tmp_path / "native")
@@ -113,7 +113,8 @@ def test_a_training_from_an_import_goes_on_with_its_ids(tmp_path: Path) -> None:
 
 
 def test_an_import_of_before_keeps_its_ids_and_begins_texts_with_nothing(tmp_path: Path) -> None:
-    """Neither ids beside the tokeniser, nor a beginning of text in the manifest: as the version before wrote it."""
+    """Check an import of the version before, without ids in the tokeniser's folder or a beginning of text in the
+    manifest."""
     source = with_begin(tmp_path / "model", pad_token_id=9)
     run_import(plan_import(source), tmp_path / "native")
     assert read_manifest(tmp_path / "native").vocabulary.bos_id == 257
@@ -148,7 +149,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
 
 
 def test_each_kind_of_error_is_found(tmp_path: Path) -> None:
-    """In this process, where transformers is imported; the next test has a fresh one."""
+    """Check in this process, where transformers is imported; the next test uses a new one."""
     back = there_and_back(with_begin(tmp_path / "model"))
     native = tmp_path / "native"
     vocabulary = read_manifest(native).vocabulary
@@ -172,7 +173,7 @@ def test_each_kind_of_error_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.launch
 def test_an_export_that_fails_its_check_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check runs no code of the folder that it is started in."""
+    """Check also that the export's check runs no code from the working directory."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "json.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.chdir(tmp_path / "here")

@@ -1,4 +1,4 @@
-"""Model folders that somebody made to harm: nothing of theirs is followed, passed on, or waited for."""
+"""Check malicious model folders: their code and links are not followed, passed on, or waited for."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(params=["qwen3", "sdar"])
 def folder(request: pytest.FixtureRequest, sound: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy that names code of its own in every configuration, and has a file outside that is private."""
+    """Copy a folder that names its own code in every configuration and links to a private file outside."""
     (tmp_path / "secret").write_text("private")
     folder = shutil.copytree(sound[request.param], tmp_path / "model")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
@@ -116,7 +116,7 @@ def test_an_import_and_its_export_name_nobody_s_code(folder: Path, tmp_path: Pat
 def test_an_import_of_before_and_what_was_trained_from_it_are_exported_clean(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Imports of earlier versions hold the source's settings as they were."""
+    """Check imports of earlier versions, which kept the source's settings as they were."""
     with monkeypatch.context() as before:
         for module in (importer_module, source_ids_module, tokenizer_folder_module):
             before.setattr(module, "safe_settings", dict)

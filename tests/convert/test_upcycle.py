@@ -1,4 +1,4 @@
-"""Dense checkpoints that become mixtures: the same logits at first, experts that part, and what is refused."""
+"""Check dense checkpoints that become mixtures: equal logits at first, experts that diverge, and what is refused."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_what_cannot_become_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.launch
 def test_training_goes_on_from_it_and_experts_part(topics: Path, tmp_path: Path) -> None:
-    """The first step has the dense model's loss; a balance by biases begins with the first step, too."""
+    """Check that the first step has the dense model's loss, and that balancing by biases begins with the first step."""
     common = {"data": {"path": str(topics)}, "optimizer": {"lr": 3e-3}}
     first = write_recipe(tmp_path / "dense.yaml", **common, train={"steps": 4}, run_dir="dense")
     forks.bd3_scale("train", first, cwd=tmp_path)

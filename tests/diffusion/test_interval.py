@@ -1,4 +1,4 @@
-"""The interval search on toy models whose variances are known in closed form, and against brute force."""
+"""Check the interval search on toy models with known variances, and against brute force."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCK, NUM_BLOCKS = 4, 16
 
 
 def draws_of(nll_of_count, sequences, draws=2, seed=1):
-    """Blocks of a toy model whose nll depends on their number of masks: nll and rates [draws, sequences, blocks]."""
+    """Draw blocks of a toy model whose nll depends on the number of masks: nll and rates [draws, sequences, blocks]."""
     position = torch.arange(BLOCK * NUM_BLOCKS)
     starts = (position - position % BLOCK).expand(sequences, -1)
     nll, rates = [], []
@@ -36,7 +36,7 @@ def draws_of(nll_of_count, sequences, draws=2, seed=1):
 
 
 def true_variance(nll_of_count, low, high):
-    """By enumeration of the number of masks and quadrature over the rate."""
+    """Return the variance by enumerating the number of masks and by quadrature over the rate."""
     nodes, weights = np.polynomial.legendre.leggauss(400)
     rate = low + (high - low) * (nodes + 1) / 2
     counts = np.arange(BLOCK + 1)
@@ -127,7 +127,7 @@ def test_the_interval_moves_only_for_a_gain_beyond_the_noise():
 
 
 def test_little_text_rarely_moves_it_from_the_truly_best():
-    """The crowded toy has a second interval, far away, whose variance is 3% above the best."""
+    """Check the crowded toy, which has a second, distant interval whose variance is 3% above the best."""
     nll_of_count, _ = TOYS["crowded"]
     truth = min((i for i in candidates(BLOCK) if i[0]), key=lambda i: true_variance(nll_of_count, *i))
     left, other = 0, 0
@@ -145,7 +145,7 @@ def test_too_few_sequences_say_what_to_raise():
 
 
 def test_an_interval_that_the_text_cannot_tell_is_no_candidate_and_stays():
-    """One block a sequence, all with rates above a half: narrow low intervals are met by none."""
+    """Check one block a sequence with all rates above a half: no draw falls in a narrow low interval."""
     generator = torch.Generator().manual_seed(1)
     rates = 0.5 + 0.5 * torch.rand(1, 64, 1, generator=generator)
     search = search_intervals(block_moments(rates * 3, rates, 4), 4)
@@ -156,7 +156,7 @@ def test_an_interval_that_the_text_cannot_tell_is_no_candidate_and_stays():
 
 
 def test_text_that_tells_nothing_moves_nothing():
-    """An unbiased variance of few and uneven blocks may fall below 0; the logarithm of its ratio is no evidence."""
+    """Check few and uneven blocks, whose unbiased variance may be below 0, so that its ratio has no logarithm."""
     generator = torch.Generator().manual_seed(0)
     undecided = 0
     for _ in range(60):

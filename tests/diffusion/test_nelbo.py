@@ -1,4 +1,4 @@
-"""The NELBO estimate against exact enumeration: three tokens, a vocabulary of two, a random table as the model."""
+"""Compare the NELBO estimate with exact enumeration: three tokens, a vocabulary of two, a random table as the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ BLOCK = 3
 
 
 def table_nll(seed: int = 0) -> Tensor:
-    """nll [2^3 patterns, 3 tokens] of the true tokens: any numbers do, as a network's may depend on what it sees."""
+    """Return nll [2^3 patterns, 3 tokens] of the true tokens; a network's may be any numbers, as it depends on its
+    input."""
     return torch.rand(2**BLOCK, BLOCK, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
 
 
@@ -26,7 +27,7 @@ def pattern_index(masked: Tensor) -> Tensor:
 
 
 def exact_nelbo(nll: Tensor) -> float:
-    """Σ over patterns with k ≥ 1 masks of their nll times ∫ t^k (1-t)^(n-k) / t dt = B(k, n-k+1)."""
+    """Return Σ over patterns with k ≥ 1 masks of their nll times ∫ t^k (1-t)^(n-k) / t dt = B(k, n-k+1)."""
     total = 0.0
     for pattern in itertools.product([0, 1], repeat=BLOCK):
         k = sum(pattern)

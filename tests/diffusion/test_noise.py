@@ -1,4 +1,4 @@
-"""Noise against an independent Philox, against its distribution, and against every way to split a batch."""
+"""Compare noise with an independent Philox, with its distribution, and over every way to split a batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def draw(
 
 
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int]:
-    """Philox4x64-10 as Salmon et al. (SC 2011) define it, in whole numbers of Python."""
+    """Compute Philox4x64-10 as Salmon et al. (SC 2011) define it, in Python's integers."""
     k0, k1 = key
     c0, c1, c2, c3 = counter
     word = 2**64 - 1
@@ -118,7 +118,8 @@ def test_any_split_of_the_batch_draws_the_same(batch: int, seq_len: int, block_s
 
 
 def test_each_sequence_has_the_noise_of_its_own_epoch_and_source() -> None:
-    """As if it were drawn alone; a source without a key has that of a data set that is alone."""
+    """Check that each sequence's noise is the same as if it were drawn alone; a source without a key counts as the only
+    one."""
     starts, ids = block_starts(4, 64, 8), torch.tensor([5, 5, 5, 9])
     epochs, keys = torch.tensor([3, 3, 0, 3]), torch.tensor([0, 2**62 + 5, 0, 0])
     mixed = {"sample_ids": ids, "epoch": epochs, "source_keys": keys}
@@ -154,7 +155,7 @@ def test_everything_that_should_change_the_noise_does() -> None:
 
 
 def chi_square(counts: np.ndarray, expected: float) -> float:
-    """Chi-square statistic as a number of standard deviations from its mean, for many cells."""
+    """Return the chi-square statistic as standard deviations from its mean, for many cells."""
     degrees = len(counts) - 1
     return float((((counts - expected) ** 2 / expected).sum() - degrees) / math.sqrt(2 * degrees))
 

@@ -1,4 +1,4 @@
-"""Noise schedules against closed forms and exact enumeration; masked shares against their truncated binomial."""
+"""Compare noise schedules with closed forms and exact enumeration, and masked shares with a truncated binomial."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.recipes import tiny_recipe
 
 @schedules.register("test_smoothstep")
 class Smoothstep(Curve):
-    """3t² − 2t³, of which t is the root by trigonometry: one that the package does not bring."""
+    """The schedule 3t² − 2t³, which the package does not have; trigonometry gives its inverse."""
 
     clips = is_mirrored = True
 
@@ -41,14 +41,14 @@ TIMES = np.array([0.01, 0.1, 0.25, 0.5, 0.8, 0.999])
 
 
 def integral(function, degree=200):
-    """Over t in (0, 1), with nodes that crowd near 0, where square roots have no derivative: t = s^4."""
+    """Integrate over t in (0, 1) with t = s^4: square roots have no derivative at 0, so nodes must be dense there."""
     nodes, weights = np.polynomial.legendre.leggauss(degree)
     s = (nodes + 1) / 2
     return float((weights / 2 * 4 * s**3 * function(s**4)).sum())
 
 
 def pattern_nll(monotone: bool = False) -> dict[tuple[int, ...], float]:
-    """nll of the masked tokens, for each pattern of masks: any numbers, or such as grow with what is hidden."""
+    """Return the nll of the masked tokens for each pattern of masks: random, or growing with what is hidden."""
     generator = np.random.default_rng(0)
     base = generator.uniform(0.5, 3, BLOCK)
     return {
@@ -58,13 +58,13 @@ def pattern_nll(monotone: bool = False) -> dict[tuple[int, ...], float]:
 
 
 def expected(rate, nll):
-    """Mean nll of the masked tokens where each is masked at `rate` [N]."""
+    """Return the mean nll of the masked tokens where each is masked at `rate` [N]."""
     rate = np.asarray(rate, dtype=np.float64)
     return sum(value * rate ** sum(p) * (1 - rate) ** (BLOCK - sum(p)) for p, value in nll.items())
 
 
 def exact(nll):
-    """∫ over p of 1/p · the mean nll: Beta functions."""
+    """Return ∫ over p of 1/p · the mean nll, by Beta functions."""
     beta = {k: math.gamma(k) * math.gamma(BLOCK - k + 1) / math.gamma(BLOCK + 1) for k in range(1, BLOCK + 1)}
     return sum(value * beta[sum(p)] for p, value in nll.items() if sum(p))
 
@@ -127,7 +127,7 @@ def test_drawn_masks_have_it_too(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if schedules.get(name).clips])
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.8), (0.0, 0.5), (0.55, 1.0)])
 def test_a_clipped_schedule_has_its_part_of_the_bound(name, low, high):
-    """The integral of 1/p · the mean nll over p in [low, high], by the mean over t and by the width alone."""
+    """Check the integral of 1/p · the mean nll over p in [low, high], by the mean over t and by the width alone."""
     schedule, nll = Schedule(name, low=low, high=high), pattern_nll()
     nodes, weights = np.polynomial.legendre.leggauss(50)
     rates = low + (high - low) * (nodes + 1) / 2
@@ -176,7 +176,7 @@ def test_unit_weights_begin_above_a_half():
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.8), (0.0, 0.5), (0.45, 0.95), (0.9, 1.0), (0.0, 1.0)])
 @pytest.mark.parametrize("block_size", [4, 16])
 def test_the_number_of_masks_is_the_truncated_binomial(low, high, block_size):
-    """Chi-square of the numbers of masks against the sum over blocks of each one's own distribution."""
+    """Compare the numbers of masks with the sum of each block's distribution, by chi-square."""
     count, seq_len = 4000, 32
     position = torch.arange(seq_len)
     noise = draw_noise(
@@ -203,7 +203,8 @@ def test_the_number_of_masks_is_the_truncated_binomial(low, high, block_size):
 
 
 def test_blocks_without_an_admissible_number_keep_their_draw():
-    """One masked token of two, or none, is no share in [0.6, 0.9]; three of a ragged last block's four is one."""
+    """Check shares in [0.6, 0.9]: none or one of two tokens is no such share; three of a ragged last block's four
+    is."""
     starts = torch.tensor([0, 0, 2, 2, 4, 4, 4, 4]).expand(500, -1)
     how = {"seed": 4, "epoch": 0, "sample_ids": torch.arange(500)}
     plain = draw_noise(starts, schedule=Schedule(low=0.6, high=0.9), **how)
@@ -266,7 +267,7 @@ def test_impossible_schedules_are_refused(options, words):
 def test_a_curve_whose_parts_contradict_each_other_is_refused_with_the_recipe(
     monkeypatch: pytest.MonkeyPatch, part: str, wrong: Callable, words: str
 ) -> None:
-    """It would train, with wrong weights."""
+    """Check that such a curve is refused, since it would train with wrong weights."""
     diffusion = {"noise_schedule": "test_smoothstep", "mask_rate_low": 0.0, "mask_rate_high": 1.0}
     recipe = Recipe.model_validate(tiny_recipe(diffusion=diffusion))
     check_recipe(recipe, 1)

@@ -1,4 +1,4 @@
-"""Tokens that are shown: never masked, and no part of what the masks of the others are drawn from."""
+"""Check that shown tokens are never masked and do not count when the masks of the others are drawn."""
 
 from __future__ import annotations
 

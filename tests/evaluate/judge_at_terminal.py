@@ -1,4 +1,4 @@
-"""Opens judges at a terminal, where every question is answered with y: `python -m … SOUND FOLDER …`; says what came.
+"""Open judges at a terminal that answers every question with y: `python -m … SOUND FOLDER …`; print the results.
 
 SOUND is opened here, so that its imports are done for all.
 """
@@ -29,7 +29,7 @@ def open_judge(folder: Path) -> None:
 
 
 def at_terminal(folder: Path) -> str:
-    """What a process says at its terminal until it ends."""
+    """Return what a process prints at its terminal until it ends."""
     pid, terminal = pty.fork()
     if pid == 0:
         code = 1

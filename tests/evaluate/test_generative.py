@@ -1,4 +1,4 @@
-"""Samples judged by another model: its nats against transformers' own loss, and the figures that stand beside it."""
+"""Check samples scored by another model: its nats against transformers' own loss, and the other figures of a report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BYTES = load_tokenizer("bytes")
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """A random Llama of bytes that takes 128 positions, and its folder."""
+    """Save a random Llama of bytes that takes 128 positions, and return it with its folder."""
     folder = tmp_path_factory.mktemp("judge")
     model = transformers_model("Llama", vocab_size=258, **SHAPE)
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The adapter of lm-evaluation-harness: its bound against exact enumeration, and the harness itself on local tasks."""
+"""Compare the adapter's bound with exact enumeration, and run lm-evaluation-harness on local tasks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def asked(*pairs, kind="loglikelihood"):
 
 @torch.no_grad()
 def log_probs(model, given, block):
-    """Of the tokens of a block after whole clean blocks `given`, by decoding against a cache; [L', V]."""
+    """Return log probabilities [L', V] of a block's tokens after clean blocks `given`, by decoding against a cache."""
     size = len(block)
     cache = model.new_cache(1, len(given) + size)
     for start in range(0, len(given), size):
@@ -61,7 +61,7 @@ def test_at_block_size_one_it_is_the_likelihood(adapter, model):
 
 
 def test_inside_a_block_it_is_the_enumerated_bound(adapter, model):
-    """Two tokens behind a clean one, and one behind them that is always masked: half of each nll, alone and in pair."""
+    """Check two tokens after a clean one and before one that is always masked: half of each nll, alone and in pair."""
     text = "abcdeXY"
     ids = list(text.encode())
     expected = 0.0
@@ -77,7 +77,8 @@ def test_inside_a_block_it_is_the_enumerated_bound(adapter, model):
 
 
 def test_context_is_never_masked_and_what_follows_always_is(adapter):
-    """Whatever the rates: in the block that holds the end of one and the beginning of the other, too."""
+    """Check this at all rates, also in a block that holds the end of the context and the beginning of the
+    continuation."""
     bounds = adapter(draws=4)._bounds
     pairs = [([7] * 5, [8] * 2), ([], [8] * 9), ([7] * 8, [8])]
     masked = torch.stack([bounds._noise(pairs, [3, 4, 5], 12, draw).masked for draw in range(4)])
@@ -158,7 +159,7 @@ DOCUMENTS = [
 
 @pytest.fixture
 def tasks(tmp_path):
-    """A folder of local tasks for the harness."""
+    """Write a folder of local tasks for the harness."""
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps(d) + "\n" for d in DOCUMENTS))
     for name, task in TASKS.items():
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}}}

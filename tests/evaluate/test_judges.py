@@ -1,4 +1,4 @@
-"""Folders of judges that bring code, or files that never end: at a terminal where every question is answered with y."""
+"""Check folders of judges that contain code or endless files, at a terminal that answers every question with y."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def unknown_tokenizer(folder: Path, marker: Path) -> None:
 
 
 def own_generation(folder: Path, marker: Path) -> None:
-    """transformers runs this one of a local folder whatever it is told of trust."""
+    """Write the file that transformers runs from a local folder even if code is not trusted."""
     code(folder / "custom_generate" / "generate.py", marker)
 
 
@@ -61,7 +61,7 @@ def pickled_weights(folder: Path, marker: Path) -> None:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """What each judge says, and where its code would leave a mark."""
+    """Return, for each judge, the file that its code would create, and what opening it printed."""
     parent = tmp_path_factory.mktemp("judges")
     transformers_model("Llama", vocab_size=258, **SHAPE).save_pretrained(parent / "sound")
     load_tokenizer("bytes").save(parent / "sound")

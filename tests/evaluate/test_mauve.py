@@ -1,4 +1,4 @@
-"""MAUVE against closed forms."""
+"""Compare MAUVE with closed forms."""
 
 from __future__ import annotations
 

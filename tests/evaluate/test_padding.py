@@ -1,4 +1,4 @@
-"""Tokens that pad a document are neither counted nor seen: what they are changes nothing."""
+"""Check that tokens that pad a document are neither counted nor seen: their ids change no result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(random_model):
 
 
 def batch(padding: int) -> Batch:
-    """Twenty texts of nine tokens, the last of which shares a block of 8 with `padding`."""
+    """Return twenty texts of nine tokens, the last of which shares a block of 8 with `padding`."""
     tokens = torch.randint(1, 11, (20, LENGTH), generator=torch.Generator().manual_seed(1))
     tokens[:, TEXT:] = padding
     place, ids = torch.arange(LENGTH).expand(20, -1), torch.arange(20)
@@ -49,8 +49,8 @@ def test_what_pads_a_document_is_not_seen(groups, model, block_size):
 
 
 def block_law(model, prefix: list[int], block: list[int | None]) -> float:
-    """The probability that blocks of three, one token at a time in random order, give `block`, whose None is any token:
-    by enumeration of orders and tokens.
+    """Return the probability that blocks of three, unmasked one token at a time in random order, give `block` (None:
+    any token), by enumeration of orders and tokens.
     """
     known = [i for i in range(VOCABULARY.size) if i != VOCABULARY.mask_id]
     memory: dict[tuple[int, ...], torch.Tensor] = {}
@@ -82,7 +82,7 @@ def block_law(model, prefix: list[int], block: list[int | None]) -> float:
 
 @torch.no_grad()
 def test_with_its_padding_counted_the_number_bounds_what_generate_writes(groups, random_model):
-    """Texts of four tokens and EOS in blocks of three: the second block is a token, the end and one that pads."""
+    """Check texts of four tokens and EOS in blocks of three: the second block is a token, the end and padding."""
     small = random_model(VOCABULARY, seed=5, num_layers=1, hidden_size=16, init_std=0.7)
     text = [3, 7, 1, 5, VOCABULARY.eos_id]
     exact = -log(block_law(small, [], text[:3])) - log(block_law(small, text[:3], [*text[3:], None]))
@@ -129,7 +129,7 @@ def test_a_text_without_padding_has_one_number_and_what_is_shown_is_seen(groups,
 
 
 def test_padding_behind_the_last_block_with_text_is_no_part_of_either_number(groups, model):
-    """Nine tokens in blocks of four: three of the third block pad, and all of the fourth."""
+    """Check nine tokens in blocks of four: three tokens of the third block and all of the fourth are padding."""
     ends, others = batch(0), batch(0)
     others.tokens[:, 12:] = 7
     how = {"objective": BlockDiffusion(DiffusionRecipe(block_size=4), VOCABULARY), "draws": 2, "padded": True}

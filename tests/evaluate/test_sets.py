@@ -1,4 +1,4 @@
-"""Texts by name: what their rules do to tokenised corpora, and what cannot be measured."""
+"""Check texts by name: what their rules do to tokenised corpora, and what cannot be measured."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_sets_of_the_paper_are_known_by_name(tmp_path) -> None:
 def test_a_set_from_outside_is_known_by_its_name(tmp_path) -> None:
     @text_sets.register("test_shouted")
     def shouted(text: str) -> str:
-        """A corpus in capitals."""
+        """Return a corpus in capitals."""
         return text.lower()
 
     (tmp_path / "set.txt").write_text("HELLO THERE")
@@ -75,7 +75,7 @@ def test_a_set_from_outside_is_known_by_its_name(tmp_path) -> None:
 
 
 def test_a_text_is_prepared_whole_in_plain_words(tmp_path) -> None:
-    """Every byte of every document, its end, and nothing else counts."""
+    """Check that every byte of every document and its end count, and nothing else does."""
     texts = [" it 's N of N \n" * 9, " no n't "]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     text = NamedText.parse(f"ptb={tmp_path / 'set.jsonl'}")

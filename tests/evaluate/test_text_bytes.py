@@ -1,4 +1,4 @@
-"""The bytes of measured tokens: of whole and cut documents, and of models that do not predict every token."""
+"""Count the bytes of measured tokens: in whole and cut documents, and for models that do not predict every token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The unigram perplexity against a sum written out."""
+"""Compare the unigram perplexity with a sum written out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def batch(tokens, counted):
 
 
 def test_counts_what_perplexity_counts():
-    """Counted over both batches: 1 four times, 2 twice, 3 twice: 1.5 bits, perplexity 2^1.5."""
+    """Check counts over both batches: 1 four times, 2 twice, 3 twice give 1.5 bits, perplexity 2^1.5."""
     batches = [batch([[1, 1, 2, 3], [7, 7, 7, 7]], [[True] * 4, [False] * 4]), batch([[1, 1, 2, 3]], [[True] * 4])]
     assert unigram_perplexity(batches, 10) == pytest.approx(2**1.5)
 

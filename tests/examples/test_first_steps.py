@@ -1,4 +1,4 @@
-"""The notebook of `examples/` runs from a fresh kernel, and shows what stands in it."""
+"""Check that the notebook of `examples/` runs from a fresh kernel and shows the stored outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
 def outputs(notebook: Any) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Of each cell of code, what it printed and showed; pictures by their kind alone."""
+    """Return what each code cell printed and showed; of a picture, only its type."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             printed = "".join(output.text for output in cell.outputs if output.output_type == "stream")

@@ -1,4 +1,4 @@
-"""Random calls of what stands between a layer's products, and what they give by autograd of plain formulas in float64.
+"""Draw random calls of the fused functions, with results by autograd of plain formulas in float64.
 
 A case is a function of the package, its formula, and their arguments; those that have a gradient come first.
 """
@@ -22,7 +22,7 @@ EPS = 1e-3
 
 
 class Case(NamedTuple):
-    """`function(*leaves, *rest)`, and `formula` of the same arguments in float64."""
+    """A call `function(*leaves, *rest)`, and `formula` of the same arguments in float64."""
 
     function: Callable[..., Any]
     formula: Callable[..., Any]
@@ -67,7 +67,7 @@ def heads_case(
     cos, sin = angle.cos().repeat(1, 1, 2), torch.cat([-angle.sin(), angle.sin()], -1)
 
     def turned(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """By complex numbers; the sines of the second half have no sign."""
+        """Return x rotated by complex numbers; the sines of the second half have no sign."""
         if weight is not None:
             x = x * weight / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
         half = size // 2
@@ -92,7 +92,8 @@ def heads_case(
 def outputs_and_gradients(
     case: Case, dtype: torch.dtype, device: str = "cpu", *, formula: bool = False
 ) -> list[Tensor]:
-    """What a case gives, and the gradients of its leaves, for numbers that `dtype` has; of the formula in float64."""
+    """Return a case's results and the gradients of its leaves, on numbers that `dtype` can hold; the formula in
+    float64."""
     inside = torch.float64 if formula else dtype
     leaves = [x.to(device, dtype).to(inside).requires_grad_() for x in case.leaves]
     rest = [x.to(device, dtype).to(inside) for x in case.rest]
@@ -106,7 +107,7 @@ def outputs_and_gradients(
 
 
 def check_case(case: Case, dtype: torch.dtype, tolerance: float, device: str = "cpu") -> None:
-    """Compare with the formula: error of each result by its norm."""
+    """Compare with the formula; the error of each result is relative to its norm."""
     want = outputs_and_gradients(case, dtype, device, formula=True)
     got = outputs_and_gradients(case, dtype, device)
     for place, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -117,7 +118,7 @@ def check_case(case: Case, dtype: torch.dtype, tolerance: float, device: str = "
 
 
 class Logits(NamedTuple):
-    """Logits of a rank, targets of which others hold some, forbidden entries, and scales of rows."""
+    """Logits of a rank, targets of which other ranks hold some, forbidden entries, and scales of rows."""
 
     logits: Tensor
     targets: Tensor
@@ -165,7 +166,7 @@ def check_logits(case: Logits, dtype: torch.dtype, tolerance: float, device: str
 
 @st.composite
 def cases(draw: st.DrawFn, *, widest: int = 300) -> Case:
-    """Any case but those of logits; sizes up to `widest`, and rows of any number, none included."""
+    """Draw any case but those of logits, with sizes up to `widest` and any number of rows, including none."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     lead = (draw(st.integers(0, 4)), draw(st.integers(1, 2)))
     kind = draw(st.sampled_from(["swiglu", "norm", "heads"]))
@@ -178,14 +179,14 @@ def cases(draw: st.DrawFn, *, widest: int = 300) -> Case:
 
 @st.composite
 def logits_cases(draw: st.DrawFn, *, widest: int = 600) -> Logits:
-    """Logits of up to 8 rows and `widest` entries."""
+    """Draw logits of up to 8 rows and `widest` entries."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     case = logits_case(draw(st.integers(0, 8)), draw(st.integers(1, widest)), generator)
     return case._replace(forbidden=torch.ones_like(case.forbidden)) if draw(st.integers(0, 9)) == 0 else case
 
 
 def large_cases(lead: tuple[int, int] = (40, 2)) -> Iterator[Case]:
-    """One of each kind with sizes of a model."""
+    """Return one case of each kind with the sizes of a real model."""
     generator = torch.Generator().manual_seed(0)
     yield swiglu_case(lead, 2816, generator)
     yield norm_case(lead, 4096, generator)
@@ -193,7 +194,7 @@ def large_cases(lead: tuple[int, int] = (40, 2)) -> Iterator[Case]:
 
 
 def kept(run: Callable[[], object]) -> set[int]:
-    """Storages that autograd keeps of what `run` does."""
+    """Return the storages that autograd keeps when `run` is called."""
     found: set[int] = set()
 
     def keep(x: Tensor) -> Tensor:

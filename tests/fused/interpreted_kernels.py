@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter against formulas in float64; run by `test_kernels_interpreted.py`."""
+"""Compare the kernels in Triton's interpreter with float64 formulas; `test_kernels_interpreted.py` runs this."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles() -> Iterator[None]:
-    """Sizes of a few dozen have whole and ragged tiles, and programs several of them."""
+    """Set small tiles, so that sizes of a few dozen have whole and ragged tiles, and programs have several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "BLOCK", 64)
         patch.setattr(launch, "LOGITS", tiles.LogitsTile(128, 4))
@@ -58,7 +58,7 @@ def test_tiles_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def operator_calls() -> list[tuple[Any, tuple[Any, ...]]]:
-    """Every operator with arguments, rows that do not touch each other among them."""
+    """Return every operator with arguments, among them rows that are not contiguous."""
     torch.manual_seed(0)
     wide = torch.randn(5, 2, 200)
     x, more = wide[..., :96], torch.randn(5, 2, 96)
@@ -106,7 +106,7 @@ def test_rows_may_lie_apart(call: int) -> None:
 
 
 def laid_apart(x: torch.Tensor, distance: int) -> torch.Tensor:
-    """The same values with so many others, which are NaN, between its rows; of vectors with one between numbers."""
+    """Return the same values with `distance` NaN between rows; in a vector, one other number lies between two."""
     if x.dim() == 1:
         return torch.stack([x, x], 1)[:, 0]
     wide = x.new_full((*x.shape[:-1], x.shape[-1] + distance), float("nan"))
@@ -115,7 +115,7 @@ def laid_apart(x: torch.Tensor, distance: int) -> torch.Tensor:
 
 
 def bytes_touched(run: Callable[[], object]) -> int:
-    """The bytes at different addresses that programs load, and those that they store."""
+    """Return the bytes at different addresses that programs load and store."""
     touched: dict[str, dict[int, int]] = {"load": {}, "store": {}}
     builder = interpreter.InterpreterBuilder
 

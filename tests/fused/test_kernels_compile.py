@@ -1,4 +1,4 @@
-"""The kernels compiled for chips that are not here: what stands in for a GPU where there is none.
+"""Compile the kernels for GPUs that this machine does not have.
 
 `make test` compiles the commonest form of each on one chip and those that add up on the others, `make test-all` all.
 """
@@ -58,5 +58,5 @@ def test_every_form_is_fit_for_its_chip(usages: Found) -> None:
 
 
 def test_a_kernel_that_spills_is_seen() -> None:
-    """Twice the widest row that is taken, in fp32."""
+    """Check that a row twice as wide as the widest accepted one, in fp32, exceeds the stack budget."""
     assert compile_variant(Variant("add_rms_norm_backward", torch.float32, 2 * WIDEST_NORM), 90).stack > STACK_BUDGET

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: every case of the property tests, sizes of a model, reproducibility."""
+"""Check the kernels on a GPU: every case of the property tests, sizes of a model, reproducibility."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_gradients_of_weights_are_bitwise_reproducible() -> None:
 
 
 def test_rows_beyond_two_to_the_31_numbers() -> None:
-    """Offsets that 32 bits do not hold: the last rows of each are compared."""
+    """Check offsets that 32 bits do not hold: the last rows of each result are compared."""
     from bd3_scale.fused.cross_entropy import logit_gradient_
     from bd3_scale.fused.swiglu import swiglu
 
@@ -73,7 +73,7 @@ def test_rows_beyond_two_to_the_31_numbers() -> None:
 
 
 def exercise_every_kernel() -> None:
-    """What `compute-sanitizer` watches: sizes that fill no tile."""
+    """Run sizes that fill no tile; `compute-sanitizer` checks this."""
     ragged = generator()
     for case in (
         swiglu_case((7, 3), 1100, ragged),

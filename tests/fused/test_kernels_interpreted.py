@@ -1,5 +1,5 @@
-"""The kernels' arithmetic without a GPU, in Triton's interpreter: a process of its own, since Triton reads its switch
-once."""
+"""Check the kernels' arithmetic without a GPU, in Triton's interpreter. It needs its own process, since Triton reads
+its switch once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain functions between a layer's products, and their gradients, against formulas in float64."""
+"""Compare the plain versions of the fused functions, and their gradients, with formulas in float64."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_any_logits(case: Logits) -> None:
 
 @pytest.mark.parametrize("cached", [1, 500, 1300])
 def test_logits_pass_in_parts_of_rows(monkeypatch: pytest.MonkeyPatch, cached: int) -> None:
-    """Parts of one row, of one, and of several with a shorter last one."""
+    """Check parts of one row, a single part, and several parts of which the last is shorter."""
     monkeypatch.setattr(parts, "CACHED", cached)
     check_logits(logits_case(7, 300, generator()), torch.float32, 1e-4)
 
@@ -98,7 +98,7 @@ def test_an_output_that_nothing_reads_has_no_gradient() -> None:
 
 
 def test_a_rotation_by_positions_depends_on_their_difference_alone() -> None:
-    """Su et al., 2021, equation 16."""
+    """Check equation 16 of Su et al., 2021."""
     angle = torch.tensor([[3.0], [7.0], [13.0], [17.0]]) / 10 ** torch.arange(4)
     cos, sin = angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], -1)
     query, key = torch.randn(2, 8)

@@ -1,4 +1,4 @@
-"""Sampling with the options of `SamplingConfig` beside those of the sampler."""
+"""Sample with the options of `SamplingConfig` together with those of the sampler."""
 
 from __future__ import annotations
 

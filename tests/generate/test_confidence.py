@@ -1,4 +1,4 @@
-"""The law of `bd3_scale.generate.draw`: against plain numpy, and as a checkpoint follows it natively and exported."""
+"""Compare `bd3_scale.generate.draw` with plain numpy, and check that a checkpoint follows it natively and exported."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FORBIDDEN = 4
 
 
 def random_logits(rows: int) -> torch.Tensor:
-    """Coarse, so that many are equal; one is never drawn."""
+    """Draw coarse logits, so that many are equal; one token is never drawn."""
     logits = torch.randint(-6, 7, (rows, 9), generator=torch.Generator().manual_seed(1)) / 2
     logits[:, FORBIDDEN] = float("-inf")
     return logits
 
 
 def oracle(logits: list[float], temperature: float, top_k: int | None, top_p: float, uniform: float):
-    """Token, confidence and entropy of one place, by the words of the law."""
+    """Return token, confidence and entropy of one position, by the definition in plain numpy."""
     scaled = np.array(logits, dtype=np.float64) / (temperature or 1.0)
     shares = np.exp(scaled - scaled.max())
     shares /= shares.sum()
@@ -100,7 +100,7 @@ def exported_rule(temperature: float, top_k: int | None, top_p: float | None) ->
     [(None, 0.5, 4), (None, 0.51, 5), (None, 0.125, 1), (4, 0.5, 2), (4, 1.0, 4), (2, 0.5, 1)],
 )
 def test_a_token_before_which_the_mass_is_top_p_is_left_out(top_k, top_p, kept):
-    """Of eight equal tokens, whose sums are exact; the smallest ids stay."""
+    """Check eight equal tokens, whose sums are exact; the smallest ids stay."""
     logits = torch.zeros(1, 9)
     logits[0, FORBIDDEN] = float("-inf")
     shares = Drawing().distribution(logits)
@@ -124,7 +124,7 @@ def test_of_equal_tokens_the_smallest_id_is_taken(temperature):
 
 @pytest.fixture(scope="module", params=["sdar", "bd3"])
 def both(request, tmp_path_factory):
-    """One checkpoint's model natively, and as its export's own code loads it."""
+    """Return one checkpoint's native model, and the model that its export's own code loads."""
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     shape = {"sdar": QWEN_SHAPE, "bd3": LLAMA_SHAPE}[kind]
     checkpoint = native_checkpoint(folder / "native", shape, BYTES, block_size=K)
@@ -139,7 +139,7 @@ def both(request, tmp_path_factory):
 
 
 def written(both, prompt: list[int], **how) -> list[tuple[list[int], int]]:
-    """Tokens and denoising passes, natively and by the export."""
+    """Return tokens and denoising passes, natively and by the export."""
     model, exported = both
     sample = generate(model, prompt, block_size=K, max_new_tokens=22, min_entropy=0.0, **how)
     passes = []
@@ -173,7 +173,7 @@ def test_a_checkpoint_writes_alike_natively_and_exported(both, how, rule):
 
 @pytest.mark.parametrize("how", [*DETERMINISTIC.values(), {"temperature": 0.5, "top_p": 1e-9}], ids=str)
 def test_confidence_knows_neither_top_k_nor_top_p(both, how):
-    """A draw that has one outcome is no surer for that: passes grow with the threshold, up to one a token."""
+    """Check that a draw with one outcome is no more confident: passes grow with the threshold, up to one a token."""
     nfes = [written(both, TEXT[:8], **how, unmasking="dynamic", threshold=threshold) for threshold in (1e-3, 0.15, 1.0)]
     assert all(native == exported for native, exported in nfes)
     few, some, most = (native[1] for native, _ in nfes)

@@ -1,4 +1,4 @@
-"""What is declared once of sampling: its checks, and the options of commands that are made of it."""
+"""Check the declaration of sampling options: its checks, and the command-line options made from it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_value_out_of_its_range_is_refused_without_a_model(options, message):
 
 @pytest.fixture
 def command():
-    """A command that prints what it is given, with a default of its own."""
+    """Return a command that prints what it is given, with a different default."""
     app = typer.Typer(pretty_exceptions_enable=False)
 
     @app.command()

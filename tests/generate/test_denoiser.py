@@ -1,4 +1,4 @@
-"""Texts that join and leave a batch: each is what it is alone, whatever the others ask for and when they come."""
+"""Check texts that join and leave a batch: each is the same as alone, whatever the others do."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def alone(model, request: Request) -> Sample:
 @pytest.mark.parametrize("rows", [SIZE, 3 * SIZE, 256])
 @pytest.mark.parametrize("slots", [1, 3, 6])
 def test_texts_that_come_and_go_are_what_they_are_alone(model, monkeypatch, rows, slots):
-    """Prompts of up to nine blocks are read one, three or all at a time, while others are denoised."""
+    """Check prompts of up to nine blocks, which are read one, three or all at a time while others are denoised."""
     expected = [alone(model, request) for request in requests()]
     monkeypatch.setattr(module, "_ROWS", {"cpu": rows})
     denoiser, rng, found, sizes = (
@@ -104,7 +104,7 @@ def test_a_text_that_leaves_early_frees_its_place_and_changes_nothing(model):
 
 @pytest.mark.parametrize("rule", ["first-hitting", "static"])
 def test_likelihoods_are_those_of_the_pass_that_took_a_token(model, rule):
-    """At temperature 0.5 they are still the model's own, of the block as it stood."""
+    """Check that temperature 0.5 does not change the likelihoods, which are the model's for the block at that pass."""
     sampling = SamplingConfig(max_new_tokens=8, temperature=0.5, top_k=3, unmasking=rule)
     request = Request([2, 3, 4, 5, 6], sampling, 3, (0,), alternatives=2)
     draft = Draft.of(0, request, SIZE, MASK)
@@ -133,7 +133,7 @@ def test_likelihoods_are_those_of_the_pass_that_took_a_token(model, rule):
 
 
 def test_the_most_likely_are_clean_tokens(model):
-    """Of a vocabulary of few: the mask, which is −∞, is none of them, and no JSON could tell it."""
+    """Check a small vocabulary: the mask, whose −∞ JSON cannot hold, is not listed."""
     request = Request([2], SamplingConfig(max_new_tokens=3), 3, (), alternatives=20)
     draft = Draft.of(0, request, SIZE, MASK)
     denoiser = Denoiser(model, block_size=SIZE, slots=1, capacity=CAPACITY)

@@ -1,4 +1,4 @@
-"""Decoding and measuring through llama.cpp: the same tokens, stops and bounds as the checkpoint's."""
+"""Compare decoding and measuring through llama.cpp with the checkpoint: the same tokens, stops and bounds."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_file_says_what_its_checkpoint_says(checkpoint: Path, file: Path) -> N
 
 @pytest.mark.parametrize("block_size", [1, 4, 8, 128])
 def test_the_bound_is_the_checkpoint_s(block_size: int, checkpoint: Path, file: Path, tmp_path: Path) -> None:
-    """Of one long document and of short ones that share a sequence; at the last size no block sees another."""
+    """Check one long document and short ones that share a sequence; at the last size no block sees another."""
     documents = [{"text": "A long one. " * 30}, *({"text": f"Document {number} is short."} for number in range(9))]
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(map(json.dumps, documents)))
@@ -141,7 +141,7 @@ def test_a_build_that_masks_otherwise_is_refused(file: Path, monkeypatch: pytest
     decode = llama_cpp.Context.decode
 
     def seen_by_all(self, tokens, positions, sequences, wanted):
-        """As if the last sequence, in which all blocks are, decided for each row, wherever it stands."""
+        """Decode as if the last sequence, which has all blocks, decided for each row."""
         widest = max(max(of) for of in sequences)
         return decode(self, tokens, positions, [[widest] if len(of) > 1 else of for of in sequences], wanted)
 
@@ -163,7 +163,7 @@ def test_a_causal_build_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_either_order_of_sequences_is_found_out(file: Path, both, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the library read them from the other end, the prompt's blocks would see the same."""
+    """Check a library that takes a row's sequences in reverse order: the texts stay the same."""
     decode = llama_cpp.Context.decode
     how = {"block_size": 4, "max_new_tokens": 9, "min_entropy": 0.0}
     expected = generate_batch(both[1], PROMPTS, **how)

@@ -1,4 +1,4 @@
-"""Sampling from a small random model: what is drawn, what is kept, when it stops."""
+"""Sample from a small random model: check which tokens are drawn, what is kept, and when it stops."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(model):
 
 
 def test_counts_passes_and_cuts_at_the_limit(model):
-    """A prompt of 6 with blocks of 4: one prefill; the first block starts with 2 given tokens; 9 new ones end in a
-    third.
+    """Check a prompt of 6 with blocks of 4: one prefill; the first block starts with 2 given tokens; 9 new ones end in
+    a third.
     """
     sample = generate(model, [2, 3, 4, 2, 3, 4], block_size=4, max_new_tokens=9)
     assert (len(sample.tokens), sample.stopped_by) == (9, "length")
@@ -50,7 +50,7 @@ def test_counts_passes_and_cuts_at_the_limit(model):
 
 
 def test_temperature_zero_takes_the_most_likely_tokens(token_nll, model):
-    """At block size 1 the text is the greedy left-to-right one, computed without a cache."""
+    """Check block size 1, whose text is the greedy left-to-right one, computed without a cache."""
     tokens = [2, 3]
     for _ in range(6):
         clean = torch.tensor([[*tokens, 2]])
@@ -85,8 +85,8 @@ def test_any_of_several_ends_stops_a_text(model):
 
 
 def test_the_last_256_tokens_end_a_text_by_little_entropy_and_are_cut(model):
-    """Three tokens have at most ln 3 nats, below the 4 nats of the rule: the text ends with the block that fills the
-    window, without the window.
+    """Check a text of three tokens (at most ln 3 nats, below the rule's 4): it ends with the block that fills the
+    window, and the window is cut off.
     """
     sample = generate(model, [2], block_size=4, max_new_tokens=300, min_entropy=4.0)
     assert sample.stopped_by == "entropy"
@@ -100,13 +100,13 @@ def test_the_last_256_tokens_end_a_text_by_little_entropy_and_are_cut(model):
 
 
 def test_no_prompt(model):
-    """The first block is all masks and sees nothing before it."""
+    """Check that without a prompt the first block is all masks and sees nothing before it."""
     sample = generate(model, [], block_size=4, max_new_tokens=8)
     assert (len(sample.tokens), sample.nfe, sample.cache_passes) == (8, 8, 1)
 
 
 def pair_law(model, prompt, orders):
-    """Probability of what two tokens of a block become: `orders` weighs the two, and () that both come at once."""
+    """Return the probability of each pair of tokens; `orders` weighs the two orders, and () means both in one step."""
     expected = dict.fromkeys(itertools.product((2, 3, 4), repeat=2), 0.0)
     for outcome in expected:
         for order, weight in orders.items():
@@ -131,8 +131,8 @@ def chi_square(samples, expected):
 
 @pytest.mark.parametrize("steps", [None, 1, 2, 4])
 def test_text_is_drawn_from_the_enumerated_distribution(model, steps):
-    """First hitting: both orders of a block of two. Ancestral: each token comes at a step of its own, all alike,
-    so that in 1 of T cases both come at once, unseen by each other; as T grows it is first hitting.
+    """Check first hitting, which takes both orders of a block of two, and ancestral sampling, where both tokens come in
+    one step in 1 of T cases; as T grows it becomes first hitting.
     """
     together = 1 / steps if steps else 0.0
     expected = pair_law(model, [2, 4], {(0, 1): (1 - together) / 2, (1, 0): (1 - together) / 2, (): together})
@@ -148,7 +148,8 @@ def test_text_is_drawn_from_the_enumerated_distribution(model, steps):
 
 
 def test_every_place_of_a_block_is_unmasked_first_equally_often(model, monkeypatch):
-    """First hitting takes the masked places in uniformly random order; seen from the blocks that the model is shown."""
+    """Check that first hitting takes masked positions in uniformly random order, from the blocks that the model is
+    given."""
     shown = []
     decode = model.decode
 
@@ -206,7 +207,7 @@ PROMPTS = [[], [2], [2, 3, 4, 2], [3, 3, 3, 3, 3, 3], [4, 2, 3, 4, 2, 3, 4, 2, 3
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_batch_gives_what_its_members_give_alone(model, rule):
-    """Prompts and ends of their own: some stop at EOS early, and leave the batch."""
+    """Check different prompts and ends: some texts stop at EOS early and leave the batch."""
     how = {"block_size": 4, "max_new_tokens": 18, "top_p": 0.95, "temperature": 1.3, **RULES[rule]}
     model.output_layer.bias[VOCABULARY.eos_id] = 2.0
     try:
@@ -238,7 +239,7 @@ def test_the_nucleus_and_the_most_likely_are_those_of_brute_force():
 
 
 def test_gaps_are_filled_in_place_and_nothing_else_changes(model):
-    """The last gap's block sees what stands behind it there; a limit of 0 fills gaps alone."""
+    """Check that the last gap's block sees the text after it, and that a limit of 0 only fills gaps."""
     prompt = [2, 3, 4, 2, 3, MASK, MASK, 4, 2, MASK, 3]
     for rule in RULES.values():
         filled = generate(model, prompt, block_size=4, max_new_tokens=0, **rule)
@@ -255,7 +256,7 @@ def test_gaps_are_filled_in_place_and_nothing_else_changes(model):
 
 
 def test_a_gap_sees_its_whole_block(model):
-    """One token between two others: drawn from the law of the masked block that the model gives."""
+    """Check one token between two others: it is drawn from the model's distribution for the masked block."""
     log_law = [log_probability(model, [2, 4], [MASK, 3], 0, token) for token in (2, 3, 4)]
     draws = 300
     how = {"block_size": 2, "max_new_tokens": 0, "temperature": FLAT}
@@ -268,7 +269,7 @@ def test_a_gap_sees_its_whole_block(model):
 
 @pytest.mark.parametrize("prompt", [[2, 3], [2, 3, 4, 2, 3, 4, 2, 3, 4, 3, 3, 2, 4, 4]])
 def test_a_window_is_all_that_a_block_sees(model, prompt):
-    """Against a twin that forgets: greedy, one layer, whose keys depend on nothing before them."""
+    """Compare with a greedy model of one layer that forgets; its keys depend on no earlier tokens."""
     how = {"block_size": 4, "temperature": 0, "unmasking": "static"}
     found = generate(model, prompt, max_new_tokens=30, window=12, **how)
     text = list(prompt)
@@ -284,7 +285,7 @@ def test_a_window_is_all_that_a_block_sees(model, prompt):
 
 
 def test_texts_end_where_they_are_told_to(model):
-    """At the second 3 of each, told after a block."""
+    """Check that each text ends at its second 3, which `ends` reports after a block."""
 
     def ends(index, tokens):
         assert index in range(5)
@@ -300,7 +301,7 @@ def test_texts_end_where_they_are_told_to(model):
 
 
 def test_what_is_yielded_goes_from_masks_to_the_text(model):
-    """Before the first pass and after each, the texts that are not at their end; their blocks are finished in turn."""
+    """Check that unfinished texts are yielded before the first pass and after each, and that blocks end in order."""
     seen, finished, counts = {0: [], 1: []}, {0: [], 1: []}, []
     sampling = SamplingConfig(max_new_tokens=7)
     requests = [Request(prompt, sampling, seed, (0,)) for seed, prompt in ((1, [2]), (2, [3, 4]))]

@@ -1,4 +1,4 @@
-"""Text in and out of the sampler: prompts, gaps, stop strings, and when a text is taken for stuck."""
+"""Check text in and out of the sampler: prompts, gaps, stop strings, and when a text counts as stuck."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Static and dynamic confidence: which places a pass takes, and what text comes of it."""
+"""Check static and dynamic confidence: which positions a pass unmasks, and the text that results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model(groups):
 
 @pytest.fixture
 def shown(model, monkeypatch):
-    """The blocks that the model is shown by denoising passes, as they come."""
+    """Return the blocks that denoising passes give the model, in order."""
     blocks = []
     decode = model.decode
 
@@ -50,7 +50,7 @@ def shown(model, monkeypatch):
 
 @st.composite
 def unmaskings(draw):
-    """Block size, how many passes, which places are masked, and a seed for what the model says."""
+    """Draw block size, number of passes, masked positions, and a seed for the model's output."""
     block_size = draw(st.integers(1, 12))
     steps = draw(st.integers(1, block_size))
     masked = draw(st.lists(st.booleans(), min_size=block_size, max_size=block_size))
@@ -58,13 +58,14 @@ def unmaskings(draw):
 
 
 def taken(how, confidence, masked, step):
-    """What `choose` takes of one block."""
+    """Return which positions of one block `choose` takes."""
     nothing = torch.zeros(1, len(masked))
     return how.choose(confidence[None], nothing, masked[None], torch.tensor([step]))[0]
 
 
 def unmask(how, masked, seed):
-    """What each pass takes of a block for which a random model is ever differently sure; coarse, so that ties occur."""
+    """Return what each pass unmasks with a random model of varying confidence; values are coarse, so that ties
+    occur."""
     random = torch.Generator().manual_seed(seed)
     passes = []
     while masked.any():
@@ -76,7 +77,7 @@ def unmask(how, masked, seed):
 
 
 def passes_allowed(block_size, steps, masked):
-    """As many as it takes to fill what is masked, the larger passes first."""
+    """Return how many passes fill `masked` positions; the larger passes come first."""
     left, passes = masked, 0
     while left > 0:
         left -= block_size // steps + (passes < block_size % steps)
@@ -162,7 +163,7 @@ def test_a_confidence_at_the_threshold_does_not_exceed_it():
 
 
 class Twin:
-    """Greedy decoding told plainly: no cache, each pass runs the whole text, one place after the other is looked at."""
+    """Greedy decoding without a cache: each pass runs the whole text and looks at one position after the other."""
 
     def __init__(self, model, prompt, max_new_tokens):
         self.model = model
@@ -171,7 +172,7 @@ class Twin:
         self.nfe = 0
 
     def candidates(self, block):
-        """Of each masked place of the last block its likeliest token and how likely that is."""
+        """Return, for each masked position of the last block, its most likely token and that token's probability."""
         text = torch.tensor([self.tokens + block])
         spans = make_spans(torch.zeros_like(text, dtype=torch.int32), K)
         logits = self.model.clean_logits(text, torch.arange(text.shape[1])[None], spans)[0, len(self.tokens) :]
@@ -217,7 +218,7 @@ def test_text_and_passes_are_those_of_a_plain_twin_without_a_cache(model, prompt
 
 
 def test_the_twin_cases_tell_the_rules_apart(model):
-    """The random model is sure often enough, and not always: thresholds and steps change the number of passes."""
+    """Check that thresholds and steps change the number of passes, as the random model is confident only sometimes."""
     how = {"block_size": K, "max_new_tokens": 11, "temperature": 0}
     nfes = [
         sum(generate(model, prompt, **how, **options).nfe for prompt in PROMPTS)
@@ -279,7 +280,8 @@ def test_the_default_threshold_is_that_of_nine_in_ten(model):
 
 @pytest.mark.parametrize("options", [{"unmasking": "static"}, {"unmasking": "dynamic", "threshold": 1e-9}])
 def test_a_prompt_that_leaves_fewer_masks_than_a_pass_takes_stays(model, shown, monkeypatch, options):
-    """One is left where a pass takes all four, or all that it is sure of: the prompt reaches the cache as it was."""
+    """Check one mask left where a pass takes four, or all that it is sure of: the prompt reaches the cache
+    unchanged."""
     finished = []
     prefill = model.prefill
     monkeypatch.setattr(
@@ -299,7 +301,7 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(model):
 
 @pytest.mark.parametrize("temperature", [0, 0.5, 2.0])
 def test_confidence_is_the_probability_of_the_drawn_token(model, monkeypatch, temperature):
-    """Under softmax(logits / T), and at T = 0 under softmax(logits)."""
+    """Check softmax(logits / T), and at T = 0 softmax(logits)."""
     seen = []
     choose = Static.choose
     monkeypatch.setattr(Static, "choose", lambda *a: seen.append(a[1][0]) or choose(*a))
@@ -310,14 +312,14 @@ def test_confidence_is_the_probability_of_the_drawn_token(model, monkeypatch, te
 
 
 def masked_block_logits(model, prompt):
-    """float64 [K, padded vocabulary] of a block of masks after whole blocks."""
+    """Return float64 [K, padded vocabulary] logits of a block of masks after whole blocks."""
     text = torch.tensor([prompt + [MASK] * K])
     spans = make_spans(torch.zeros_like(text, dtype=torch.int32), K)
     return model.clean_logits(text, torch.arange(text.shape[1])[None], spans)[0, len(prompt) :].double()
 
 
 def test_tokens_are_drawn_from_what_the_model_says(model):
-    """A block in one pass: each place's counts compared with the model by chi-square, and the places independent."""
+    """Compare each position's counts in a block of one pass with the model by chi-square; positions are independent."""
     prompt, draws, temperature = [2, 9, 4, 7], 300, 1.3
     shares = (masked_block_logits(model, prompt) / temperature).softmax(-1)[:, : VOCABULARY.size]
     how = {"block_size": K, "max_new_tokens": K, "temperature": temperature, "unmasking": "static", "steps": 1}
@@ -370,7 +372,7 @@ def test_bad_input(model, options, message):
 
 @unmasking_rules.register("test-left-to-right")
 class LeftToRight(BlindRule):
-    """Rules as a plug-in adds them: so many places a pass, from the left."""
+    """Rules that a plug-in would add: a fixed number of positions a pass, from the left."""
 
     takes_steps = True
 
@@ -380,7 +382,7 @@ class LeftToRight(BlindRule):
 
 @unmasking_rules.register("test-doubt")
 class Doubt(SightedRule):
-    """The least confident and all that is not above a threshold."""
+    """A rule that takes the least confident position and all that are not above a threshold."""
 
     takes_threshold = Threshold(0.2, lambda value: 0 <= value < 1, "a probability below 1")
 
@@ -391,7 +393,7 @@ class Doubt(SightedRule):
 
 @unmasking_rules.register("test-nothing")
 class Nothing(SightedRule):
-    """Breaks its promise."""
+    """A rule that breaks its contract: it takes nothing."""
 
     def choose(self, confidence, entropy, masked, steps):
         return masked & False

@@ -1,4 +1,4 @@
-"""Texts of an open model, whole and as streams of their blocks."""
+"""Check texts of an open model, whole and as streams of their blocks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def writer(groups, tmp_path_factory):
 
 
 def joined(pieces, count):
-    """The pieces of each text as one, and what ended it."""
+    """Return each text's pieces joined, and the reason of its end."""
     texts, ends = [""] * count, [None] * count
     for piece in pieces:
         assert ends[piece.index] is None, "nothing comes behind the end"
@@ -53,7 +53,7 @@ def joined(pieces, count):
 @pytest.mark.parametrize("batch_size", [2, 16])
 @pytest.mark.parametrize("stop", [(), ("ab",), ("bcd", "aa")])
 def test_the_pieces_of_a_stream_make_the_text(writer, stop, batch_size):
-    """Among them characters whose bytes are of two blocks, and stop strings that begin in one and end in another."""
+    """Check characters whose bytes span two blocks, and stop strings that begin in one block and end in another."""
     prompts = PROMPTS * 4
     written = list(writer.write(prompts, SAMPLING, stop=stop, batch_size=batch_size))
     pieces = list(writer.stream(prompts, SAMPLING, stop=stop, batch_size=batch_size))
@@ -83,7 +83,8 @@ def test_filled_gaps_are_streamed_from_the_beginning_of_the_text(writer):
 
 
 def test_an_open_model_writes_again_and_again_what_it_wrote(writer):
-    """Text i depends on the seed and i, whatever the batches, and nothing is left of an earlier stream."""
+    """Check that text i depends only on the seed and i, whatever the batches, and that no earlier stream leaves
+    state."""
     whole = [text.tokens for text in writer.write(PROMPTS, SAMPLING)]
     next(writer.stream(PROMPTS, SAMPLING))
     assert [text.tokens for text in writer.write(PROMPTS, SAMPLING, batch_size=1)] == whole
