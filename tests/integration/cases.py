@@ -1,4 +1,4 @@
-"""Models, batches and layouts of the parity tests, which compute them plainly and on ranks."""
+"""Define models, batches and layouts of the parity tests, which are computed by plain PyTorch and on ranks."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ ALIGNED = [16, 8, 40]  # whole blocks of 8, as prepared data have
 
 @dataclass(frozen=True)
 class Case:
-    """`unchosen`: an expert of every layer whose bias is so low at first that no row ever goes to it; `seed`: of
-    batches in which no choice of an expert hangs on rounding.
+    """A model and its options. `unchosen` is an expert of every layer whose bias is so low at first that no row ever
+    goes to it; `seed` gives batches in which rounding decides no choice of an expert.
     """
 
     model: ModelRecipe
@@ -146,7 +146,7 @@ OPTIMIZERS: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """`core`: part of every test run, not of the whole matrix alone."""
+    """A layout of ranks. `core` ones are part of every test run, not only of the whole matrix."""
 
     world_size: int
     case: str = "packed"
@@ -161,7 +161,8 @@ class Layout:
 
     @property
     def repeats(self) -> int:
-        """Interleaved schedules run several times, to catch messages that overtake each other."""
+        """Return how often to run: interleaved schedules run several times, to catch messages that overtake each
+        other."""
         return 5 if self.parallel.get("virtual_pipeline", 1) > 1 else 1
 
 
@@ -327,7 +328,7 @@ def recipe(layout: Layout) -> Recipe:
 
 
 def build(recipe: Recipe, groups: ProcessGroups, dtype: torch.dtype = torch.float32) -> Chunks:
-    """This rank's part of the model."""
+    """Build this rank's part of the model."""
     return build_model(
         recipe.model,
         VOCABULARY,
@@ -341,7 +342,7 @@ def build(recipe: Recipe, groups: ProcessGroups, dtype: torch.dtype = torch.floa
 
 
 def batch(case: Case, seed: int) -> dict[str, torch.Tensor]:
-    """Random tokens and masks of whole sequences; the last two sequences have no masked token at all.
+    """Draw random tokens and masks of whole sequences; the last two sequences have no masked token.
 
     masked: [copies, B, L]; mask_rate: [copies, B, L].
     """

@@ -1,4 +1,4 @@
-"""One of two ranks: errors and flags that one rank sees reach both."""
+"""Check, as one of two ranks, that errors and flags of one rank reach both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One of two context-parallel ranks: bytes that a forward and a backward move between the ranks."""
+"""Count, as one of two context-parallel ranks, the bytes that a forward and a backward move between the ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.integration.parity_ranks import micro_batches
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes of each kind of collective, whole: what all ranks hold together before or after."""
+    """Bytes of each kind of collective: the size of what all ranks together hold before or after it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One rank of a layout: logits of an imported model through all stages, and its weights saved as a training saves."""
+"""Compute, as one rank of a layout, logits of an imported model through all stages, and save it as a training does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bd3_scale.recipe.schema import (
 
 
 def logits_and_training_checkpoint(checkpoint: Path, parallel: dict, ids: torch.Tensor, out: Path) -> None:
-    """Writes `out/logits.pt` and the checkpoint `out/step-00000000`, of a training that has taken no step."""
+    """Write `out/logits.pt` and the checkpoint `out/step-00000000` of a training that has taken no step."""
     manifest = read_manifest(checkpoint)
     recipe = Recipe(
         name="converted",
@@ -66,7 +66,7 @@ def logits_and_training_checkpoint(checkpoint: Path, parallel: dict, ids: torch.
 
 
 def clean_logits(model, ids: torch.Tensor, block_size: int, groups) -> torch.Tensor | None:
-    """The clean-only forward through all stages; logits on the last one."""
+    """Return the clean-only forward's logits through all stages, on the last stage."""
     batch, length = ids.shape
     positions = torch.arange(length).expand(batch, -1)
     spans = make_spans(torch.zeros(batch, length, dtype=torch.int32), block_size)

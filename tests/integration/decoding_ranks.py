@@ -1,4 +1,4 @@
-"""One of the ranks that split a model's matrices while it decodes; rank 0 saves what they and one process give."""
+"""Decode on ranks that split a model's matrices; rank 0 saves their results and those of one process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def decode(case: str, out: Path) -> None:
 
 @torch.no_grad()
 def logits(chunks: Chunks) -> dict[str, torch.Tensor]:
-    """Of a block behind a prompt, of some of its places, and of the next block, which sees it finished."""
+    """Return logits of a block after a prompt, of some of its positions, and of the next block, which sees it
+    finished."""
     draw_vectors(chunks)
     (model,) = chunks
     tokens = torch.randint(0, 57, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -45,7 +46,7 @@ def logits(chunks: Chunks) -> dict[str, torch.Tensor]:
 
 
 def draw_vectors(chunks: Chunks) -> None:
-    """Biases, which begin at zero, and norms, whose weights begin equal: the same on every layout."""
+    """Draw biases, which start at zero, and norms, whose weights start equal, the same on every layout."""
     for layout in parameter_layouts(chunks):
         flat = layout.parameter.data.view(-1)
         for piece in layout.pieces:

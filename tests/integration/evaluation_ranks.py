@@ -1,4 +1,4 @@
-"""One rank of trainings with and without evaluations in between, by the averaged weights."""
+"""Train on one rank with and without evaluations in between, which use the averaged weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that share out experts, of which one finds a gradient of its own experts that is not finite."""
+"""Train on ranks that share out experts; one rank has a gradient of its own experts that is not finite."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CASE = "moe"
 
 
 def state_of(engine: TrainingEngine) -> list[torch.Tensor]:
-    """All that a step may change on this rank."""
+    """Return everything that a step may change on this rank."""
     weights = [p.detach().clone() for chunk in engine.chunks for p in chunk.parameters()]
     kept = [state.clone() for fragment in engine.zero.fragments() for state in fragment.states.values()]
     return [*weights, *kept, expert_bias(engine.chunks)]
 
 
 def skips(ranks: int, parallel: dict, precision: torch.dtype) -> None:
-    """The last rank's gradient of one of its experts is poisoned in the second step of three."""
+    """Check three steps; in the second, the last rank's gradient of one of its experts is NaN in one place."""
     layout = cases.Layout(ranks, CASE, parallel)
     case, recipe = cases.CASES[CASE], cases.recipe(layout)
     with process_groups(recipe.parallel) as groups:
@@ -55,7 +55,7 @@ def skips(ranks: int, parallel: dict, precision: torch.dtype) -> None:
 
 
 class poisoned:
-    """Inside, the gradient of an expert of the last layer of this rank is NaN in one place, if it is so `on`."""
+    """A context in which one number of a gradient is NaN, that of an expert in this rank's last layer, if `on`."""
 
     def __init__(self, engine: TrainingEngine, *, on: bool) -> None:
         experts = engine.chunks[-1].decoder.layers[-1].mlp.experts

@@ -1,4 +1,4 @@
-"""Two hosts made of this machine's network namespaces, and what ranks on them run."""
+"""Make two hosts of this machine's network namespaces, and run ranks on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Host:
-    """`pid`: of a process that does nothing but keep the namespace, which has no name that could collide."""
+    """A host; `pid` is a process that only keeps the namespace open, which therefore needs no name that could
+    collide."""
 
     pid: int
     address: str
@@ -33,7 +34,7 @@ class Host:
         return done.stdout
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes that came and went through the cable."""
+        """Return the bytes that came and went through the cable."""
         lines = self.run("cat", "/proc/net/dev").splitlines()
         numbers = next(line.split()[1:] for line in lines if line.split()[0] == f"{INTERFACE}:")
         return int(numbers[0]), int(numbers[8])
@@ -41,7 +42,7 @@ class Host:
 
 @contextmanager
 def two_hosts() -> Iterator[list[Host]]:
-    """Hosts of their own addresses and loopbacks, joined by a cable; they end with this process, however it ends."""
+    """Start hosts with their own addresses and loopbacks, joined by a cable; they end with this process in any case."""
     with ExitStack() as stack:
         hosts = [stack.enter_context(_host(address)) for address in ("10.77.0.1", "10.77.0.2")]
         end = [INTERFACE, "netns", hosts[1].pid]
@@ -62,7 +63,7 @@ def _host(address: str) -> Iterator[Host]:
 
 
 def rank_by_variables(hosts: list[Host], layout: str, out: Path) -> None:
-    """A rank of the fork server moves to its host, where it is what a launcher without an agent would start."""
+    """Move a rank of the fork server to its host and set the variables that a launcher without an agent would set."""
     host, local_rank = divmod(int(os.environ["RANK"]), RANKS)
     _move_to(hosts[host])
     os.environ |= {"MASTER_ADDR": hosts[0].address, "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(RANKS)}
@@ -70,7 +71,7 @@ def rank_by_variables(hosts: list[Host], layout: str, out: Path) -> None:
 
 
 def torchrun(hosts: list[Host], layout: str, out: Path) -> None:
-    """One torchrun on each host. It forks its ranks, which have the imports already; its command line would not."""
+    """Run one torchrun on each host; it forks its ranks with the imports done, which its command line would not."""
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
@@ -94,7 +95,7 @@ def _move_to(host: Host) -> None:
 
 
 def run(name: str, out: Path) -> None:
-    """The steps of `parity_ranks`, where the tensor-parallel ranks must be those of one host."""
+    """Run the steps of `parity_ranks`, where the tensor-parallel ranks must be on one host."""
     import torch
     import torch.distributed as dist
 

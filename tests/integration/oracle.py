@@ -1,4 +1,4 @@
-"""Optimiser steps of the plain PyTorch model, and how far a layout is from them."""
+"""Compute optimiser steps of the plain PyTorch model, and compare layouts with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.integration.cases import BATCH, CASES, LENGTH, VOCABULARY, Case, Layo
 
 
 def settings(name: str, optimizer: str) -> dict[str, float]:
-    """Learning rate and weight decay of a tensor, by hand."""
+    """Return learning rate and weight decay of a tensor, worked out by hand."""
     # A layer's vectors are stacked into matrices: no decay on what is one-dimensional in a layer.
     scale, decay = 1.0, 0.0 if "norm" in name or name.endswith("bias") else 0.1
     if optimizer == "adamw":
@@ -26,7 +26,7 @@ def settings(name: str, optimizer: str) -> dict[str, float]:
 
 
 class PlainLion(torch.optim.Optimizer):
-    """Chen et al. (2023), algorithm 2, as it is printed."""
+    """Algorithm 2 of Chen et al. (2023), as it is printed."""
 
     def __init__(self, groups: list[dict]) -> None:
         super().__init__(groups, {"betas": (0.9, 0.99)})
@@ -46,8 +46,8 @@ BIAS = "decoder.layers.mlp.router.expert_bias"
 
 
 def plain_steps(case: Case, initial: dict[str, torch.Tensor], bias: torch.Tensor | None, of: str = "adamw") -> dict:
-    """The optimizer `of`, clipping by the global norm, gradient accumulation and the moving average, as plain torch
-    does them, with settings a tensor; and the experts' biases, from `bias` on.
+    """Take steps with the optimizer `of`, clipping by the global norm, gradient accumulation and the moving average, in
+    plain torch with settings for each tensor; the experts' biases start from `bias`.
     """
     moe = case.model.moe
     weights = {key.removeprefix("master."): value.clone().requires_grad_() for key, value in initial.items()}
@@ -94,8 +94,8 @@ class Oracle:
         self._known: dict[tuple[str, str], tuple[dict, dict]] = {}
 
     def differences(self, layout: Layout, found: dict) -> dict[str, float]:
-        """‖Δ‖/‖·‖ of losses, norms, and every weight and moving average after the last step; how many rows each expert
-        was sent, and the biases that this moves, must be equal.
+        """Return ‖Δ‖/‖·‖ of losses, norms, and every weight and moving average after the last step. The number of rows
+        that each expert was sent, and the biases that follow from it, must be equal.
         """
         key = layout.case, layout.optimizer
         if key not in self._known:

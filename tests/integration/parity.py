@@ -1,4 +1,4 @@
-"""The parity matrix as a table: every layout against one process of plain PyTorch.
+"""Print the parity matrix as a table: every layout against one process of plain PyTorch.
 
 python -m tests.integration.parity            all layouts
 python -m tests.integration.parity --core     those of every test run
@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 
 
 def measure(name: str, oracle: Oracle, folder: Path) -> dict:
-    """Runs one layout; its largest difference, in what, and its median step time in seconds."""
+    """Run one layout; return its largest difference, the name of what differs, and the median seconds of a step."""
     layout = cases.LAYOUTS[name]
     out = folder / f"{name.replace(' ', '-')}.pt"
     run_ranks(run_layout, layout.world_size, name, out, logs=out.with_suffix(""))

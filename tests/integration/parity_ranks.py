@@ -1,4 +1,4 @@
-"""One rank of a layout: optimiser steps, of which rank 0 saves losses, norms, times and full weights."""
+"""Take optimiser steps as one rank of a layout; rank 0 saves losses, norms, times and full weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ engine_module.WHOLE_BELOW = 3000
 
 
 def micro_batches(case: cases.Case, seed: int, groups, size: int = 1) -> list:
-    """`size` sequences each, of this rank's share."""
+    """Return this rank's micro-batches, of `size` sequences each."""
     batch = cases.batch(case, seed)
     share = cases.BATCH // groups.dp.size()
     context = (groups.cp.rank(), groups.cp.size())
@@ -65,7 +65,7 @@ def micro_batches(case: cases.Case, seed: int, groups, size: int = 1) -> list:
 
 
 def full_states(engine, layouts) -> dict[str, torch.Tensor]:
-    """The optimiser's states of all ranks, put together from their boxes; replicas must be equal."""
+    """Return the optimiser's states of all ranks, put together from their boxes; replicas must be equal."""
     by_parameter = {id(layout.parameter): layout for layout in layouts}
     mine = [
         (box.key, box.full_shape, box.offset, box.data.clone())
@@ -85,14 +85,14 @@ def full_states(engine, layouts) -> dict[str, torch.Tensor]:
 
 
 def routers(chunks) -> dict[int, torch.nn.Module]:
-    """By the layer, from 0, in the order of the layers: those of its layers that choose experts."""
+    """Return this rank's routers by number of layer from 0, in the order of the layers."""
     layers = sorted((layer.layer, layer.mlp) for chunk in chunks for layer in chunk.decoder.layers)
     return {number: mlp.router for number, mlp in layers if hasattr(mlp, "router")}
 
 
 def expert_bias(chunks) -> torch.Tensor | None:
-    """The biases of all layers' experts, fp32 [layers, E], which ranks with the same layer must have alike; None: the
-    model has none.
+    """Return the biases of all layers' experts, fp32 [layers, E], or None if the model has none; ranks with the same
+    layer must have equal ones.
     """
     mine = {number: getattr(router, "expert_bias", None) for number, router in routers(chunks).items()}
     everyone: list = [None] * dist.get_world_size()

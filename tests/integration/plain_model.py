@@ -1,4 +1,4 @@
-"""BD3-LM in plain PyTorch, written for the tests alone: no megatron, no DeepSpeed, dense masks, dense logits.
+"""Define BD3-LM in plain PyTorch for the tests: no megatron, no DeepSpeed, dense masks, dense logits.
 
 Weights come as full tensors under megatron's names; the layers' tensors are stacked along the first axis, those of
 MLPs and those of mixtures of experts each along one of their own. An `mlp.router.expert_bias` stands beside them.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 
 def dense_mask(doc_ids, block_size):
-    """[2L, 2L] of one sequence from the definition, by loops: rows and columns are noisy then clean."""
+    """Return the mask [2L, 2L] of one sequence by loops over the definition; rows and columns are noisy, then clean."""
     length = len(doc_ids)
     start = {d: doc_ids.index(d) for d in doc_ids}
     block = [(doc_ids[i], (i - start[doc_ids[i]]) // block_size) for i in range(length)]
@@ -29,7 +29,7 @@ def dense_mask(doc_ids, block_size):
 
 
 def dense_masks(doc_ids, block_size):
-    """[B, 2L, 2L]: those of sequences with the same documents are made once, since loops take their time."""
+    """Return masks [B, 2L, 2L]; sequences with the same documents share one, since loops are slow."""
     sequences = [tuple(row) for row in doc_ids.tolist()]
     known = {sequence: dense_mask(sequence, block_size) for sequence in set(sequences)}
     return torch.stack([known[sequence] for sequence in sequences])
@@ -45,7 +45,7 @@ def norm(x, w, prefix, recipe):
 
 
 def rotate(x, positions, theta, fraction=1.0):
-    """x [B, S, H, D]: complex rotation of (x_i, x_{i + D/2}), of which the first `fraction` of pairs turns alone."""
+    """Rotate x [B, S, H, D] as complex numbers (x_i, x_{i + D/2}); only the first `fraction` of pairs is rotated."""
     half, turning = x.shape[-1] // 2, int(x.shape[-1] * fraction) // 2
     angle = positions[..., None].double() / theta ** (torch.arange(half).double() / turning)
     angle[..., turning:] = 0
@@ -91,8 +91,8 @@ def scores_of(logits, moe):
 
 
 def choose(values, moe):
-    """Numbers of the experts that a row goes to, best first, by their `values`, a list; and how narrow that was: by how
-    much the last one that was taken, expert or group, is above the first one that was not.
+    """Return the experts of a row, best first, by their `values`, a list, and the margin of the choice: how far the
+    last accepted expert or group is above the first rejected one.
     """
     size = moe.num_experts // moe.groups
     best_two = [sum(sorted(values[g * size : (g + 1) * size])[-2:]) for g in range(moe.groups)]
@@ -107,7 +107,7 @@ def choose(values, moe):
 
 
 def expert_weights(score, chosen, moe):
-    """What the outputs of the `chosen` experts [T, k] are multiplied by, for rows with scores [T, E]."""
+    """Return the factors of the outputs of the `chosen` experts [T, k], for rows with scores [T, E]."""
     weight = score.gather(-1, chosen)
     if moe.normalize_top_k and moe.score == "softmax":
         weight = weight / weight.sum(-1, keepdim=True)
@@ -122,8 +122,8 @@ def gated(x, gate, up, down):
 
 
 def mixture(x, w, moe):
-    """The mixture of experts of rows x [B, S, X], by a loop over the experts; and how they were routed: logits
-    [B, S, E], chosen experts [B, S, k], and the narrowest choice.
+    """Return the mixture's output for rows x [B, S, X] by a loop over the experts, and the routing: logits [B, S, E],
+    chosen experts [B, S, k], and the smallest margin.
     """
     rows = x.flatten(0, 1)
     logits = rows.float() @ w["mlp.router.weight"].float().t()
@@ -145,7 +145,7 @@ def mixture(x, w, moe):
 
 
 def of_layer(weights, recipe, layer):
-    """The weights of one layer, without the prefix of all."""
+    """Return the weights of one layer, without the layer's prefix."""
     found, dense = {}, recipe.dense_layers
     for key, value in weights.items():
         name = key.removeprefix("decoder.layers.")
@@ -161,7 +161,7 @@ def of_layer(weights, recipe, layer):
 
 
 def hidden_states(weights, recipe, tokens, positions, mask, extra=0.0, routed=None):
-    """The last layer's output, normed; how each mixture routed its rows is appended to the list `routed`."""
+    """Return the last layer's normed output; the routing of each mixture is appended to the list `routed`."""
     x = weights["embedding.word_embeddings.weight"][tokens] + extra
     for layer in range(recipe.num_layers):
         w = of_layer(weights, recipe, layer)
@@ -190,7 +190,7 @@ def log_probs(weights, recipe, vocabulary, hidden):
 
 
 def token_loss(weights, recipe, vocabulary, hidden, targets, objective):
-    """−log p of each target, or its score entropy, whose scores are exponentials over the number of clean tokens."""
+    """Return −log p of each target, or its score entropy, with scores exp(logit) over the number of clean tokens."""
     if objective == "score_entropy":
         log_scores = logits(weights, recipe, vocabulary, hidden) - math.log(vocabulary.size - 1)
         return log_scores.exp().sum(-1) - 1 - log_scores.gather(-1, targets[..., None])[..., 0]
@@ -198,7 +198,8 @@ def token_loss(weights, recipe, vocabulary, hidden, targets, objective):
 
 
 def next_token_loss(weights, recipe, vocabulary, batch, routed=None):
-    """Sum of −log p of every token given those before it in its document, but for its first; `routed` as in `loss`."""
+    """Return the sum of −log p of every token but its document's first, given those before it; `routed` as in
+    `loss`."""
     mask = dense_masks(batch["doc_ids"], 1)
     length = batch["clean"].shape[1]
     passed = []
@@ -210,7 +211,7 @@ def next_token_loss(weights, recipe, vocabulary, batch, routed=None):
 
 
 def loss(weights, recipe, vocabulary, batch, block_size, objective="block_diffusion", routed=None):
-    """Mean over noisy copies of the sum over masked tokens of −log p / mask rate, or of their score entropy.
+    """Return the mean over noisy copies of Σ over masked tokens of −log p / mask rate, or of their score entropy.
 
     `batch` has clean, masked and mask_rate [copies, …], doc_ids, positions, and may have mask_noise [copies, B, L, X],
     which is added to the embeddings of masked tokens. To the list `routed` is appended what each mixture of experts
@@ -236,8 +237,8 @@ def loss(weights, recipe, vocabulary, batch, block_size, objective="block_diffus
 
 
 class Routed(NamedTuple):
-    """What one mixture routed of all noisy copies, one after the other, and of the clean tokens: logits [B, T, E],
-    chosen experts [B, T, k], and the narrowest choice.
+    """The routing of one mixture for all noisy copies, one after the other, and then the clean tokens: logits [B, T,
+    E], chosen experts [B, T, k], and the smallest margin.
     """
 
     noisy_logits: torch.Tensor
@@ -248,8 +249,8 @@ class Routed(NamedTuple):
 
 
 def rows_once(passed, length, *, has_clean):
-    """Of the passes of all noisy copies, each with clean tokens, the rows that training routes: clean ones once, and
-    not in the last layer, nor where no noisy token sees one.
+    """Yield, for each mixture, the rows that training routes, from passes of one noisy copy and clean tokens each:
+    clean rows count once, and not in the last layer, nor where no noisy token sees one.
     """
     for layer, copies in enumerate(zip(*passed, strict=True), 1):
         logits, experts = ([torch.split(how[i], length, 1) for how in copies] for i in (0, 1))
@@ -264,13 +265,13 @@ def rows_once(passed, length, *, has_clean):
 
 
 def load(routed, num_experts):
-    """How many rows each expert was sent, [layers, 2, E]: of the noisy and of the clean ones."""
+    """Return how many noisy and clean rows each expert was sent, [layers, 2, E]."""
     streams = [experts for layer in routed for experts in (layer.noisy_experts, layer.clean_experts)]
     return torch.stack([experts.flatten().bincount(minlength=num_experts) for experts in streams]).unflatten(0, (-1, 2))
 
 
 def balance_losses(routed, moe):
-    """The auxiliary and the z-loss, without their coefficients: means over sequences, sums over layers."""
+    """Return the auxiliary and the z-loss, without their coefficients: means over sequences, sums over layers."""
     auxiliary, z = [], []
     for layer in routed:
         logits = torch.cat([layer.noisy_logits, layer.clean_logits], 1)
@@ -288,7 +289,7 @@ def balance_losses(routed, moe):
 
 
 def moved(bias, counts, moe):
-    """The biases [layers, E] after a step whose experts were sent `counts` rows [layers, 2, E]."""
+    """Return the biases [layers, E] after a step whose experts were sent `counts` rows [layers, 2, E]."""
     total = counts.sum(1)
     even = total.sum(1, keepdim=True).double() / moe.num_experts
     return bias + moe.bias_update_rate * torch.sign(even - total).float()

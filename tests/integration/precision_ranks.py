@@ -1,4 +1,4 @@
-"""One rank of a bf16 training: what its micro-batches' gradients add up to, and what the optimiser makes of them."""
+"""Check on one rank of a bf16 training the sum of its micro-batches' gradients, and the optimiser's update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.integration.parity_ranks import micro_batches
 
 
 def gradients(engine, micros, groups) -> list[torch.Tensor | None]:
-    """Of each weight, before ranks exchange them."""
+    """Return the gradient of each weight, before ranks exchange them."""
     with engine._engine.coalesce_grad_reduction():
         forward_backward(engine.chunks, micros, groups, 1e-2)
         return [None if p.grad is None else p.grad.clone() for chunk in engine.chunks for p in chunk.parameters()]

@@ -1,4 +1,4 @@
-"""From a folder of transformers to a served block diffusion model, through the command line alone."""
+"""Turn a folder of transformers into a served block diffusion model, only through the command line."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ del RECIPE["model"]  # is the source's
 
 
 def command(folder: Path, *arguments: object) -> dict:
-    """Run a command here, where everything is imported already; what it prints as JSON."""
+    """Run a command in this process, where everything is imported, and return the JSON that it prints."""
     with contextlib.chdir(folder):
         done = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -70,7 +70,7 @@ def adapt(run: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text, a model of transformers, a recipe, and the finished run `whole`."""
+    """Make a folder with text, a model of transformers, a recipe, and the finished run `whole`."""
     folder = tmp_path_factory.mktemp("adapt")
     write_topics(folder / "text")
     save_folder(folder / "model", transformers_model("Qwen3", vocab_size=257, num_key_value_heads=2, **MODEL))
@@ -114,7 +114,7 @@ def test_its_weights_are_those_of_the_model_a_little_further(workplace: Path) ->
 
 
 def test_an_import_has_the_likelihood_that_transformers_gives(workplace: Path) -> None:
-    """Document by document, the first token of each left out, as nothing predicts it."""
+    """Check each document without its first token, which nothing predicts."""
     (found,) = command(workplace, "evaluate", "whole/initial", "--data", "data", "--sequences", 6)
     assert found["exact"]
     model = transformers_model("Qwen3", vocab_size=257, num_key_value_heads=2, **MODEL)
@@ -213,7 +213,7 @@ def test_it_is_quantised(bits: int, workplace: Path) -> None:
 
 @pytest.mark.slow
 def test_it_is_quantised_with_its_mask_where_engines_look(workplace: Path) -> None:
-    """Which transformers loads, and compares with the model, before it is kept."""
+    """Check that transformers loads the folder and compares it with the model before it is kept."""
     numbers = ["--calibration-sequences", 2, "--sequences", 2, "--draws", 1, "--bits", 8, "--mask-id", 151669]
     report = command(workplace, "convert", "quantize", "whole", "--out", "moved", *numbers)
     assert report["SGLang"].startswith("runs it: the mask has the id 151669")
@@ -227,7 +227,7 @@ def test_it_is_quantised_with_its_mask_where_engines_look(workplace: Path) -> No
 
 
 def test_gptq_loses_less_and_goes_layer_by_layer(workplace: Path) -> None:
-    """The reported error of a weight in the second layer is that on inputs behind the first one as it was written."""
+    """Check the reported error of a weight in the second layer, whose inputs come from the first layer as written."""
     numbers = ["--calibration-sequences", 8, "--sequences", 8, "--draws", 2]
     command(workplace, "convert", "quantize", "whole", "--method", "rtn", "--out", "rtn", *numbers)
     gptq, rtn = (json.loads((workplace / out / REPORT).read_text())["errors"] for out in ("int4", "rtn"))
@@ -254,7 +254,7 @@ def test_gptq_loses_less_and_goes_layer_by_layer(workplace: Path) -> None:
 
 
 def test_transformers_runs_the_quantised_export(workplace: Path, tmp_path: Path) -> None:
-    """The dequantised weights in a folder without quantisation are what the packed folder computes with."""
+    """Check that dequantised weights in a folder without quantisation compute the same as the packed folder."""
     packed, plain = workplace / "int4", shutil.copytree(workplace / "int4", tmp_path / "plain")
     scheme, found = Scheme(4), tensors(packed)
     names = [name.removesuffix("_packed") for name in found if name.endswith("_packed")]

@@ -1,4 +1,4 @@
-"""A mixture of experts of transformers, adapted to block diffusion through the command line alone."""
+"""Adapt a mixture of experts of transformers to block diffusion, only through the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BALANCE = {"moe": {"aux_loss": 0.01, "z_loss": 0.001}}
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text, a model of transformers, a recipe, and the finished run `run` on two ranks."""
+    """Make a folder with text, a model of transformers, a recipe, and the finished run `run` on two ranks."""
     folder = tmp_path_factory.mktemp("adapt")
     write_topics(folder / "text")
     save_folder(folder / "model", transformers_model("Qwen3Moe", vocab_size=257, num_key_value_heads=2, **EXPERTS))

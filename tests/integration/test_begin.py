@@ -1,4 +1,4 @@
-"""Texts that begin with a token of their own, and conversations: through preparation, training, export and sampling."""
+"""Check conversations and texts with a beginning token: through preparation, training, export and sampling."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_loss_of_all_masked_is_the_likelihood_of_all_but_what_is_shown(workplace: Path) -> None:
-    """Documents that fill their blocks, at block size 1: training sees what the exact evaluation measures."""
+    """Check documents that fill their blocks, at block size 1: training's loss equals the exact evaluation."""
     texts = ["".join(random.Random(seed).choices("abcdefgh ", k=30)) for seed in range(8)]
     (workplace / "full.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = ["--tokenizer", "model", "--seq-len", 64, "--workers", 1, "--validation", "full.jsonl"]
@@ -70,7 +70,7 @@ def test_a_loss_of_all_masked_is_the_likelihood_of_all_but_what_is_shown(workpla
 
 @pytest.mark.parametrize("data", ["topics", "chats"])
 def test_every_layout_divides_by_the_same_number_of_tokens(data: str, workplace: Path) -> None:
-    """Ranks whose sequences show different numbers of tokens."""
+    """Check ranks whose sequences show different numbers of tokens."""
     recipe = {
         "model": ONE | {"num_query_groups": 2},
         "diffusion": {"block_size": 4, "block_size_choices": [4, 8], "mask_rate_low": 0.2, "noisy_copies": 2},
@@ -133,7 +133,7 @@ def test_a_model_that_begins_texts_is_adapted_exported_and_writes_the_same(workp
 
 @pytest.mark.slow
 def test_a_run_has_the_template_that_its_conversations_were_written_by(workplace: Path) -> None:
-    """Whatever the model has that it begins with, whose own stays where there are no conversations."""
+    """Check a model that has its own template, which is kept only where the data have no conversations."""
     begun = {"model": ONE, "train": {"steps": 1}}
     write_recipe(workplace / "first.yaml", **begun, data={"path": "topics"}, run_dir="first")
     forks.bd3_scale("train", "first.yaml", cwd=workplace)
@@ -180,7 +180,7 @@ def test_a_chat_is_the_text_of_the_template_and_data_that_lie_there_say_what_dif
 
 
 def test_data_of_another_beginning_are_named_with_the_way_out(workplace: Path) -> None:
-    """An import of before has a tokeniser that begins texts, and a manifest that knows of no beginning."""
+    """Check an older import: its tokeniser begins texts, and the manifest of its data names no beginning token."""
     from bd3_scale.checkpoint.manifest import read_manifest
     from bd3_scale.data.manifest import check_tokenizer, load_manifest
     from bd3_scale.recipe.load import load_recipe

@@ -1,4 +1,4 @@
-"""Agreement between two real ranks."""
+"""Check that two real ranks agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A console that breaks: training goes on and its log has the rest; a command whose result is lost has failed."""
+"""Check a console that breaks: training goes on and its log has the rest; a command that loses its result fails."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, topics: Path) -> Path:
 
 
 def train(place: Path, program: str, run: str, *overrides: str) -> str:
-    """Train with a console as `program` makes it; the log of the run."""
+    """Train with the console that `program` makes, and return the run's log."""
     command = [BD3_SCALE, "train", "recipe.yaml", *overrides, f"run_dir={run}"]
     script = "import select" + START + program
     done = forks.run([sys.executable, "-c", script, *command], cwd=place, env=None)

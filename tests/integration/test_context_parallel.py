@@ -1,4 +1,4 @@
-"""What context parallelism moves: clean keys and values alone, half of what gathering both streams would."""
+"""Check that context parallelism moves only clean keys and values, half of what both streams would be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.forks import run_ranks
 
 @pytest.mark.parametrize("case", ["packed", "mdlm", "two-copies"])
 def test_one_stream_of_keys_and_values_is_gathered(case: str, tmp_path: Path) -> None:
-    """MDLM has no clean stream and gathers its noisy one; of more noisy copies none is moved."""
+    """Check that MDLM, without a clean stream, gathers its noisy one, and that further noisy copies move nothing."""
     run_ranks(count_bytes, 2, case, tmp_path / "bytes.pt", logs=tmp_path)
     found = torch.load(tmp_path / "bytes.pt")
     model = cases.CASES[case].model

@@ -1,5 +1,5 @@
-"""An imported model on every split of matrices and layers: the logits of transformers, and what is saved there exported
-again.
+"""Check an imported model on every split of matrices and layers: it has transformers' logits, and what it saves can be
+exported again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module", params=["Qwen3", "Llama"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """A model of transformers, its folder, its import, token ids and their logits."""
+    """Return a model of transformers, its folder, its import, token ids and their logits."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "Qwen3":
         model = transformers_model("Qwen3", vocab_size=257, rope_theta=1e6)
@@ -80,7 +80,7 @@ def test_logits_and_round_trips(layout: str, case, tmp_path: Path) -> None:
 
 
 def same_values(first: Path, second: Path, state: str, other: str, *, mask_row_too: bool) -> None:
-    """Every native tensor of two checkpoints is bitwise the same."""
+    """Check that every native tensor of two checkpoints is bitwise the same."""
     with TensorReader(first) as one, TensorReader(second) as two:
         keys = {name.removeprefix(f"{state}.") for name in one.shapes if name.startswith(f"{state}.")}
         assert keys == {name.removeprefix(f"{other}.") for name in two.shapes if name.startswith(f"{other}.")}

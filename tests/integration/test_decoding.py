@@ -1,4 +1,4 @@
-"""A model whose matrices are split over ranks decodes as one process does."""
+"""Check that a model whose matrices are split over ranks decodes as one process does."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("moe", "moe-sigm
 
 @pytest.mark.parametrize("case", ["ragged", "official", "tied", *SLOW])
 def test_tensor_parallel_ranks_decode_as_one_process(case: str, tmp_path: Path) -> None:
-    """SwiGLU with grouped heads; biases, of which the last is added once; tied embeddings and another activation;
-    experts, whose biases choose here, too.
+    """Check SwiGLU with grouped heads; biases, of which the last is added once; tied embeddings with another
+    activation; and experts chosen with biases.
     """
     run_ranks(decode, RANKS, case, tmp_path / "logits.pt", logs=tmp_path)
     found = torch.load(tmp_path / "logits.pt")

@@ -1,4 +1,4 @@
-"""What earlier versions wrote goes on: it resumes, is measured and generates as it did then.
+"""Check that runs of earlier versions resume, evaluate and generate as they did then.
 
 `tests/fixtures/format-3` is a run of six steps and its data as they were written on 2026-11-29; `expected.json` has
 what that version then made of them. The folders stay as they are.

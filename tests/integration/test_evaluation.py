@@ -1,4 +1,4 @@
-"""Evaluations with the averaged weights leave training bitwise as it was, wherever ZeRO keeps the weights."""
+"""Check that evaluations with averaged weights leave training bitwise as it was, wherever ZeRO keeps the weights."""
 
 from __future__ import annotations
 

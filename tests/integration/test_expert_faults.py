@@ -1,4 +1,4 @@
-"""A gradient that is not finite on the one rank that has an expert is skipped by all, at every ZeRO stage."""
+"""Check that all ranks skip a step when one rank's expert has a gradient that is not finite, at every ZeRO stage."""
 
 from __future__ import annotations
 

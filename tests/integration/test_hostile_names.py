@@ -1,4 +1,4 @@
-"""Names and texts of others, at every command: shown letter by letter, with escapes for what a terminal would obey."""
+"""Check that every command shows names and texts of others with escapes for what a terminal would obey."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ ENVIRONMENT = os.environ | {"COLUMNS": "400"}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which one with a hostile name holds prepared data and a run."""
+    """Make a folder in which a folder with a hostile name holds prepared data and a run."""
     folder = tmp_path_factory.mktemp("strangers")
     shutil.copytree(FIXTURE, folder / NAME)
     return folder
 
 
 def shown(place: Path, *arguments: object, returncode: int = 0) -> str:
-    """What a command prints, which a terminal may have."""
+    """Run a command and return its output, which must be safe for a terminal."""
     done = forks.run([BD3_SCALE, *arguments], cwd=place, env=ENVIRONMENT)
     assert done.returncode == returncode, done.stdout + done.stderr
     said = done.stdout + done.stderr
@@ -111,7 +111,7 @@ def test_errors(place: Path) -> None:
 
 
 def on_a_terminal(command: list[object], cwd: Path) -> str:
-    """What a terminal is sent by a command whose stdout it is."""
+    """Return what a terminal receives from a command that writes to it."""
     outer, inner = pty.openpty()
     script = (
         "import os, subprocess, sys\n"

@@ -1,4 +1,4 @@
-"""A run over two hosts takes the steps of one process: tensor parallel inside a host, the rest across the network."""
+"""Check that a run over two hosts takes the steps of one process: tensor parallel in a host, the rest between them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def hosts() -> Iterator[list[Host]]:
 
 
 def test_hosts_reach_each_other_by_address_and_not_by_loopback(hosts: list[Host]) -> None:
-    """127.0.0.1 is another place on each host: what ranks of both find, they found over the cable."""
+    """Check that 127.0.0.1 is a different place on each host, so that what both reach goes over the cable."""
     python = [sys.executable, "-S", "-c"]
     serve = "import socket; s = socket.create_server(('', 29500)); print(flush=True); s.accept(); s.accept()"
     connect = "import socket, sys; print(socket.socket().connect_ex((sys.argv[1], 29500)) == 0)"

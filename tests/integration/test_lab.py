@@ -1,4 +1,4 @@
-"""A plug-in's ideas in real runs, as docs/extend.md tells them: with the plug-in, and where nobody installed it."""
+"""Run the plug-in of docs/extend.md in real runs, with the plug-in installed and without it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POEM = "a rose is red / a violet blue / " * 20
 
 
 def bd3_scale(folder: Path, *words: object, installed: bool = True, returncode: int = 0) -> str:
-    """What a command said, beside the plug-in or without it."""
+    """Run a command with the plug-in or without it, and return what it printed."""
     path = [str(PLUGINS)] * installed + os.environ.get("PYTHONPATH", "").split(os.pathsep)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "COLUMNS": "200"}
     done = forks.run([BD3_SCALE, *words], cwd=folder, env=environment)
@@ -36,14 +36,14 @@ def bd3_scale(folder: Path, *words: object, installed: bool = True, returncode: 
 
 
 def fenced(language: str, first: str) -> str:
-    """The block of the page that begins with `first`."""
+    """Return the block of the page that begins with `first`."""
     (found,) = re.findall(rf"```{language}\n({re.escape(first)}.*?)```", PAGE, re.DOTALL)
     return found
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A folder in which the commands of the page were run, the training on TP2 and PP2; and what each said."""
+    """Run the commands of the page in a folder, with training on TP2 and PP2; return it and what each printed."""
     folder = tmp_path_factory.mktemp("lab")
     topics = list(pydoc_data.topics.topics.items())[:24]
     rows = [("name", "body"), *((name, " ".join(text.split())[:2000]) for name, text in topics)]
@@ -88,7 +88,7 @@ def test_a_run_used_what_the_plug_in_adds(workplace) -> None:
 
 
 def test_it_resumes_bitwise_from_its_middle(workplace) -> None:
-    """Its directory as a kill in the third step leaves it."""
+    """Check a directory as a kill in the third step leaves it."""
     folder, _ = workplace
     whole, resumed = folder / "runs/lab", folder / "runs/resumed"
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns(f"step-{STEPS:08d}", "latest"))

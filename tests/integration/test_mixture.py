@@ -1,4 +1,4 @@
-"""Runs on several data sets: what they take, resume, are told and refuse."""
+"""Run on several data sets: check what runs read, resume, print and refuse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STAGES = [{"until": 4, "weights": {"web": 0.75, "code": 0.25}}, {"weights": {"we
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Three data sets of the same documents' parts, and a recipe that mixes them."""
+    """Make three data sets of parts of the same documents, and a recipe that mixes them."""
     folder = tmp_path_factory.mktemp("mixture")
     texts = sorted(write_topics(folder / "texts").iterdir())
     for number, source in enumerate(SOURCES):

@@ -1,4 +1,4 @@
-"""Every command of docs/newer-version.md, in its order, on what an earlier version left."""
+"""Run every command of docs/newer-version.md, in its order, on what an earlier version left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK = re.compile(r"^```sh\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.MULTILI
 
 
 def follow(commands, folder):
-    """Run lines of a page one by one; what they print."""
+    """Run lines of a page one by one, and return what they print."""
     printed = ""
     for line in commands.splitlines():
         program, *words = shlex.split(line)
@@ -55,7 +55,7 @@ def test_a_run_moves_to_this_version_and_back(tmp_path):
 
 
 def test_a_version_does_not_pass_over_a_checkpoint_of_a_later_format(tmp_path):
-    """Seen from the older version: it says which formats it reads, and takes no step from an earlier checkpoint."""
+    """Check that the older version says which formats it reads, and does not resume from an earlier checkpoint."""
     folder = tmp_path / "format-3"
     shutil.copytree(TESTS / "fixtures" / "format-3", folder)
     later = folder / "run/checkpoints/step-00000007"

@@ -1,4 +1,4 @@
-"""A run keeps the order of its data, whatever its cache and the recipe's default become."""
+"""Check that a run keeps the order of its data when its cache and the recipe's default change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIONS += ["optimizer.schedule=constant"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A recipe beside data of many small shards."""
+    """Make a recipe, and data of many small shards."""
     folder = tmp_path_factory.mktemp("order")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split_writer, "SHARD_BYTES", 1 << 13)

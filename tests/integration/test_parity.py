@@ -1,4 +1,4 @@
-"""Every parallel layout against one process of plain PyTorch: same weights, a few steps, fp32, 1e-5.
+"""Compare every parallel layout with one process of plain PyTorch: same weights, a few steps, fp32, 1e-5.
 
 `make test` runs the layouts marked `core` in cases.py, `make test-all` all of them; parity.py prints them as a table.
 """

@@ -1,5 +1,5 @@
-"""The plain mixture of experts, to which every layout is compared, against what is plainer still: row by row in
-float64, with weights and losses written out from the papers' formulas.
+"""Compare the plain mixture of experts, the reference of every layout, with simpler code: row by row in float64, with
+weights and losses from the papers' formulas.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def weights_of(moe: MoeRecipe, seed: int) -> dict[str, torch.Tensor]:
 
 
 def row_by_row(x, w, moe):
-    """One row x [X] with tensors alone: every expert computes, and all but the chosen ones are multiplied by zero."""
+    """Return the output of one row x [X]: every expert computes, and all but the chosen ones are multiplied by zero."""
     logits = torch.stack([sum(x[i] * w["mlp.router.weight"][e, i] for i in range(X)) for e in range(moe.num_experts)])
     score = logits.exp() / logits.exp().sum() if moe.score == "softmax" else 1 / (1 + (-logits).exp())
     by = score + w.get("mlp.router.expert_bias", 0)
@@ -101,7 +101,7 @@ def test_a_mixture_and_its_gradients_are_those_of_one_row_after_the_other(form: 
 
 @given(st.data())
 def test_experts_are_chosen_as_a_search_through_all_choices_finds(data: st.DataObject) -> None:
-    """A chosen set has no better one: of the groups by the sums of their two best, of their experts by value."""
+    """Check that no other set is better: groups count by the sum of their two best experts, experts by value."""
     groups, size = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 4))
     top_groups = data.draw(st.integers(1, groups))
     top_k = data.draw(st.integers(1, top_groups * size))
@@ -121,7 +121,7 @@ def test_experts_are_chosen_as_a_search_through_all_choices_finds(data: st.DataO
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_losses_of_balance_are_their_formulas(form: str) -> None:
-    """By an even spread, which costs 1 a layer, by everything in one place, and by a loop over rows."""
+    """Check an even spread, which costs 1 a layer, everything on one expert, and a loop over rows."""
     moe = FORMS[form]
     experts, k = moe.num_experts, moe.top_k
     even = torch.stack([(torch.arange(k) + row) % experts for row in range(2 * experts)])[None]
@@ -152,7 +152,7 @@ def routed(logits, chosen, *, noisy: int) -> plain_model.Routed:
 
 
 def test_clean_rows_count_once_and_not_in_the_last_layer() -> None:
-    """Two noisy copies and one clean stream of two sequences of three tokens; at one block of all, noisy rows alone."""
+    """Check two noisy copies and one clean stream of two sequences of three tokens; with one block, only noisy rows."""
     moe = FORMS["softmax"]
     experts = [torch.randint(0, 5, (2, 6, 2), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     for number in (1, 3):  # both copies see the same clean rows

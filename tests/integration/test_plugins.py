@@ -1,4 +1,4 @@
-"""Modules that a recipe or a command line names as plug-ins: who imports them, when, and who never does."""
+"""Check plug-ins that a recipe or a command line names: which commands import them, when, and which never do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Path("seen", f"{__name__} {os.environ.get('RANK', 'launcher')}").write_text(json
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, topics: Path) -> Path:
-    """A folder with data, a recipe, and two plug-ins in `lab/`, of which the recipe names one."""
+    """Make a folder with data, a recipe, and two plug-ins in `lab/`, of which the recipe names one."""
     folder = tmp_path_factory.mktemp("plug-ins")
     shutil.copytree(topics, folder / "data")
     base = write_recipe(folder / "base.yaml", train={"steps": 1}, plugins=["first.one"], launch={"processes": 2})
@@ -41,7 +41,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, topics: Path) -> Path:
 
 
 def run(folder: Path, *command: object, installed: bool = True, **environment: str) -> tuple[int, str]:
-    """Exit code and output of a command beside the plug-ins, or where nobody installed them."""
+    """Return exit code and output of a command, with the plug-ins installed or without them."""
     shutil.rmtree(folder / "seen", ignore_errors=True)
     (folder / "seen").mkdir()
     path = [str(folder / "lab")] * installed + os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -1,4 +1,4 @@
-"""bf16 on two ranks: fp32 masters, and gradients of micro-batches that add up in fp32, at every ZeRO stage."""
+"""Check bf16 on two ranks: fp32 masters, and micro-batch gradients that are added in fp32, at every ZeRO stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainings on data in an object store that fails meanwhile."""
+"""Train on data in an object store that fails meanwhile."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def store(server: s3.Store) -> Iterator[s3.Store]:
 
 
 def recipe(folder: Path, sections: dict[str, object] | None = None, **data: object) -> Path:
-    """Of two ranks whose next shards are soon not there yet."""
+    """Write a recipe for two ranks whose next shards will soon be missing."""
     folder.mkdir(exist_ok=True)
     return write_recipe(
         folder / "recipe.yaml",
@@ -76,7 +76,7 @@ def undisturbed_pipeline(data: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @contextmanager
 def two_nodes(recipe: Path, store: s3.Store) -> Iterator[list[forks.Program]]:
-    """A rank on each, as launchers start them on nodes with a disk of their own: cache0 and cache1 beside `recipe`."""
+    """Run a rank on each of two nodes, with separate disks: cache0 and cache1 in the recipe's folder."""
     folder = recipe.parent
     common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(forks.free_port()), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Real runs of `bd3-scale train` on real text: interrupted, killed, resumed, resumed on another layout, and refused."""
+"""Run `bd3-scale train` on real text: interrupted, killed, resumed, resumed on another layout, and refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, topics):
-    """A folder with prepared data, a recipe, and the run `whole` that nothing disturbed."""
+    """Make a folder with prepared data, a recipe, and the run `whole` that nothing disturbed."""
     folder = tmp_path_factory.mktemp("workplace")
     shutil.copytree(topics, folder / "data")
     write_recipe(
@@ -51,7 +51,7 @@ def train(folder, run, *overrides, returncode=0):
 
 
 def started(folder, run, *overrides, step=5):
-    """A training in the background that has finished `step`."""
+    """Start a training in the background, and return it when it has finished `step`."""
     process = forks.Program([BD3_SCALE, "train", "recipe.yaml", f"run_dir={run}", *overrides], cwd=folder)
 
     def reached():
@@ -108,7 +108,7 @@ def test_asked_to_stop_it_saves_and_goes_on_bitwise(workplace):
 
 
 def test_a_last_evaluation_that_was_cut_off_is_made_up_for(workplace):
-    """Ended between the last checkpoint and it; one more run does it, and takes no step."""
+    """Check a run that ended between its last checkpoint and the evaluation; running it again only evaluates."""
     run = workplace / "cut-off"
     shutil.copytree(workplace / "whole", run)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -124,7 +124,7 @@ def test_a_last_evaluation_that_was_cut_off_is_made_up_for(workplace):
 
 
 def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
-    """From TP2 to DP2 with ZeRO 3, started by torchrun, its data fetched from a remote; from there to others."""
+    """Check TP2 resumed as DP2 with ZeRO 3 by torchrun, with data from a remote, and then other layouts."""
     layouts = {
         "zero3": (
             "whole",
@@ -167,7 +167,7 @@ def test_resumed_on_another_layout_it_takes_the_same_steps(workplace):
     ids=["mdlm-bf16", "autoregressive", "searched", "sedd", "cosine", "lion-zero3", "lion-zero1-bf16"],
 )
 def test_every_objective_resumes_bitwise_on_data_parallel_ranks(workplace, overrides, tmp_path):
-    """Through the same code, without a moving average, on DP2; an evaluation at the checkpoint's step is repeated."""
+    """Check DP2 without a moving average; an evaluation at the checkpoint's step is repeated."""
     common = ["optimizer.ema_decay=0.0", "parallel.tensor=1", "launch.processes=2", "train.steps=8"]
     runs = [tmp_path / name for name in ("first", "second")]
     train(workplace, runs[0], *common, *overrides)
@@ -202,7 +202,7 @@ def test_every_objective_resumes_bitwise_on_data_parallel_ranks(workplace, overr
 
 
 def check_search(workplace, run):
-    """What `evaluate --intervals` finds is the same on any number of ranks, and names text that is too short."""
+    """Check that `evaluate --intervals` finds the same on any number of ranks, and names text that is too short."""
     options = ["evaluate", run, "--draws", "2", "--sequences", "24", "--intervals", "--json"]
     alone = command(workplace, *options).stdout
     both = forks.run([*TORCHRUN, BD3_SCALE, *options], cwd=workplace)
@@ -215,7 +215,7 @@ def check_search(workplace, run):
 
 
 def test_the_attention_is_chosen_by_the_recipe_and_over_it_by_the_environment(workplace, monkeypatch):
-    """Another backend takes the same steps; one that cannot run ends the run before it begins."""
+    """Check that another backend takes the same steps, and that one that cannot run ends the run at the start."""
     impossible = "cpu" if torch.cuda.is_available() else "triton"
     refused = [train(workplace, "impossible", f"attention_backend={impossible}", returncode=2)]
     assert not (workplace / "impossible" / "recipe.yaml").exists()
@@ -277,7 +277,7 @@ def test_two_trainings_in_one_run_directory(workplace):
 
 
 def test_a_run_cannot_become_another(workplace):
-    """Another shape, fewer steps than are done, no moving average: all named at once, and nothing is touched."""
+    """Check another shape, too few steps and no moving average: all are named at once, and no file is touched."""
     before = everything(workplace / "whole")
     changes = ["model.hidden_size=64", "train.steps=6", "optimizer.ema_decay=0.0"]
     refused = train(workplace, "whole", *changes, returncode=2).stderr
@@ -289,13 +289,13 @@ def test_a_run_cannot_become_another(workplace):
 
 
 def everything(run):
-    """The contents of all files of a run but the ranks' logs and the lock."""
+    """Return the contents of all files of a run except the ranks' logs and the lock."""
     files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock" and path.parent.name != "logs"]
     return {path: path.read_bytes() for path in files}
 
 
 def test_damaged_data_is_named(workplace, tmp_path):
-    """A byte flipped in a shard, and a tokeniser that is not the shards'."""
+    """Check a byte flipped in a shard, and a tokeniser that does not belong to the shards."""
     data = tmp_path / "data"
     shutil.copytree(workplace / "data", data, ignore=shutil.ignore_patterns("*.mds"))
     shard = data / "train" / "shard.00000.mds.zstd"

@@ -1,4 +1,4 @@
-"""Starts that must fail, with real processes: every rank ends soon, with the reason; none waits for another."""
+"""Check starts that must fail, with real processes: every rank ends soon with the reason, and none waits."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_rank_that_dies_does_not_leave_the_others_in_the_rendezvous(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Even where they do not hear SIGTERM, as in C++ code that waits: the launcher's grace is what they get."""
+    """Check also ranks that ignore SIGTERM, as waiting C++ code does: they end after the launcher's grace period."""
     monkeypatch.setattr(local, "GRACE_SECONDS", 1.0)
     died = tmp_path / "died"
     assert local.launch([sys.executable, "-c", DYING, death, recipe, died], 2, 1, tmp_path / "logs") == code

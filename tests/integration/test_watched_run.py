@@ -1,4 +1,4 @@
-"""What a run shows, on two tensor-parallel ranks: it changes no number, and a resumed run shows each step once."""
+"""Check on two tensor-parallel ranks that reporting changes no number, and that a resumed run shows each step once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def train(place: Path, run: str, *overrides: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, topics: Path) -> Path:
-    """A folder with a run that shows nothing, one that shows everything, and one that was killed and resumed."""
+    """Make a folder with a run that shows nothing, one that shows everything, and one that was killed and resumed."""
     folder = tmp_path_factory.mktemp("watched")
     shutil.copytree(topics, folder / "data")
     write_recipe(

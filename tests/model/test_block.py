@@ -1,4 +1,4 @@
-"""One layer: against a plain one, decoding against the whole forward, and what may stand in for its parts."""
+"""Check one layer: against a plain one, decoding against the whole forward, and replacements of its parts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build(groups, form, dtype):
 
 
 def last_block(model, clean):
-    """Its logits by the cache and by the whole forward."""
+    """Return the last block's logits by the cache and by the whole forward."""
     positions = positions_of(clean)
     cache = model.new_cache(2, clean.shape[1])
     read(model, clean[:, :8], 4, cache)
@@ -80,7 +80,7 @@ def test_a_new_cache_has_the_weights_of_now(groups):
 
 
 def rows_of(model):
-    """A layer's input, noisy and clean rows, and their context."""
+    """Return a layer's input, noisy and clean rows, and their context."""
     micro = inputs()
     hidden, rows = model.embed(micro)
     return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4), dtype=hidden.dtype), rows
@@ -115,7 +115,7 @@ def test_a_layer_and_its_gradients_are_those_of_a_plain_one(groups, form):
 
 
 def test_rotation_turns_pairs_by_their_angle_and_back(groups):
-    """Against complex numbers in float64, and its gradient against the inverse turn."""
+    """Compare with complex numbers in float64, and the gradient with the inverse rotation."""
     recipe = ModelRecipe.model_validate(SHAPE)
     positions = torch.tensor([[0, 5, 3], [1000, 7, 1]])
     table = rotary_table(positions, recipe, torch.float64)
@@ -132,7 +132,7 @@ def test_rotation_turns_pairs_by_their_angle_and_back(groups):
 
 
 def with_layers(model, group, **choices):
-    """Give a model layers that are made with `choices`, of the same weights where these have them."""
+    """Give a model layers that are made with `choices`, with the same weights where these exist."""
     layers, generator = [], torch.Generator().manual_seed(7)
     for old in model.decoder.layers:
         new = Block(model.recipe, model.config, group, layer=old.layer, **{k: v() for k, v in choices.items()})
@@ -148,7 +148,7 @@ def with_layers(model, group, **choices):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_decoding_follows_a_change_of_any_part(groups, form, monkeypatch):
-    """There is no second place where a layer is computed."""
+    """Check that a layer is computed in one place only: decoding changes with each part."""
     model = build(groups, form, torch.float32)
     clean = torch.randint(0, 57, (2, 12), generator=torch.Generator().manual_seed(1))
     before, _ = last_block(model, clean)
@@ -167,7 +167,7 @@ def doubled(self, forward, *args):
 
 
 class TwoExperts(Part):
-    """Each row takes the expert that a feature of it chooses: what a mixture needs of a layer."""
+    """A mixture in which a feature of each row chooses its expert; it has all that a layer needs of a mixture."""
 
     def __init__(self, model, config, group):
         super().__init__(config, group)
@@ -192,7 +192,7 @@ def test_another_module_may_stand_in_for_the_mlp(groups, form):
 
 
 class SquaredMLP(MLP):
-    """Of the package's MLP, with a forward of its own."""
+    """A subclass of the package's MLP with another forward."""
 
     def forward(self, x, pieces):
         return self.linear_fc2(self.linear_fc1(x, pieces).relu().square(), pieces)
@@ -208,7 +208,7 @@ def test_an_mlp_with_a_forward_of_its_own_decodes_by_that(groups, form):
 
 
 class Scaled(ColumnLinear):
-    """Adds to the product, as an adapter does."""
+    """A linear layer that adds to the product, as an adapter does."""
 
     def forward(self, x, pieces=1, **how):
         return super().forward(x, pieces, **how) * 1.5
@@ -226,7 +226,7 @@ def test_a_linear_of_another_class_is_decoded_by_its_own_forward(groups):
 
 
 class Ring:
-    """Keys that come in parts, one after the other, as from ranks in a ring: softmaxes merged by their totals."""
+    """Attention over keys that come in parts, as from ranks in a ring; the softmaxes are merged by their totals."""
 
     def __init__(self, mask, parts):
         self.mask, self.parts = mask, parts
@@ -285,7 +285,7 @@ def test_a_tensor_begins_as_it_says(groups):
 
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
 def test_gradients_that_are_a_part_of_a_sum_are_marked(groups, tensor, sequence):
-    """Of a rank's own heads, and under sequence parallelism of its own rows; what is split is nobody else's."""
+    """Check norms of a rank's heads and, under sequence parallelism, of its rows; split weights are not marked."""
     of_rank = copy.copy(groups)
     of_rank.tp = dist.ProcessGroup(0, tensor)
     shape = ModelRecipe(**SHAPE, mlp_bias=True, attention_bias=True, normalization="layernorm", norm_bias=True)

@@ -1,4 +1,4 @@
-"""What megatron-core is told, beyond the numbers of the recipe: combinations that corrupt cannot be asked for."""
+"""Check the options that megatron-core gets besides the recipe's numbers: combinations that corrupt are impossible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def config(device: str, **parallel: object):
 @pytest.mark.parametrize("pipeline", [2, 4])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_interleaved_schedule_overlaps_its_messages(pipeline: int, device: str) -> None:
-    """Without, two stages that are each other's neighbour on both sides take one message for the other."""
+    """Check the option without which two stages that are neighbours on both sides confuse their messages."""
     interleaved = config(device, pipeline=pipeline, virtual_pipeline=2)
     assert interleaved.overlap_p2p_comm
     assert not interleaved.batch_p2p_comm
@@ -33,7 +33,8 @@ def test_the_interleaved_schedule_overlaps_its_messages(pipeline: int, device: s
 def test_nobody_reads_an_output_whose_memory_was_given_back(
     device: str, virtual_pipeline: int, given_back: bool
 ) -> None:
-    """megatron-core 0.16.1 frees it under its own isend where messages overlap (Megatron-LM, pull request 4047)."""
+    """Check this for megatron-core 0.16.1, which frees outputs that its isend still reads (Megatron-LM, pull request
+    4047)."""
     assert config(device, pipeline=2, virtual_pipeline=virtual_pipeline).deallocate_pipeline_outputs == given_back
 
 

@@ -1,4 +1,4 @@
-"""The embedding's gradient is the sum over the rows of each id, and that of the mask has no part in a sum of others."""
+"""Check that the embedding's gradient is the sum over each id's rows, and that the mask's sum is separate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class Sums(TorchDispatchMode):
-    """Notes what adds up rows by their ids."""
+    """A record of the operators that add up rows by their ids."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Sums(TorchDispatchMode):
 
 
 def check(parallel: ParallelRecipe, mask_id: int, dtype: torch.dtype, groups) -> None:
-    """Vectors and gradient against products with one-hot rows in fp64."""
+    """Compare vectors and gradient with products of one-hot rows in fp64."""
     shape = ModelRecipe(num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, ffn_hidden_size=HIDDEN)
     config = transformer_config(shape, parallel, dtype=dtype, device=CPU, deterministic=True)
     vocabulary = Vocabulary(size=mask_id + 1, eos_id=1, mask_id=mask_id, rows=SIZE)

@@ -1,4 +1,4 @@
-"""Experts on a GPU: one grouped product in bf16 against a product for each expert in fp32."""
+"""Compare, on a GPU, experts by one grouped product in bf16 with a product for each expert in fp32."""
 
 from __future__ import annotations
 

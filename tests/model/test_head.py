@@ -1,4 +1,4 @@
-"""The head's loss and gradients against log_softmax of all logits at once, and what it leaves in memory."""
+"""Compare the head's loss and gradients with log_softmax of all logits at once, and check the memory it keeps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def output_layer(groups, parallel=WHOLE, *, vocabulary=VOCABULARY, bias=True, ti
 
 @pytest.fixture
 def build(groups):
-    """An output layer of random weights; `tied`: without a weight of its own."""
+    """Return a function that builds an output layer of random weights; `tied` ones have no weight of their own."""
 
     def make(*, bias=True, tied=False):
         layer = output_layer(groups, bias=bias, tied=tied)
@@ -52,7 +52,7 @@ def build(groups):
 
 
 def rows_of(num_rows):
-    """Hidden rows, targets that a text may hold, and weights of which some are zero."""
+    """Draw hidden rows, targets that a text may contain, and weights of which some are zero."""
     generator = torch.Generator().manual_seed(num_rows)
     hidden = torch.randn(num_rows, HIDDEN, generator=generator, requires_grad=True)
     allowed = torch.tensor([i for i in range(384) if i not in FORBIDDEN])
@@ -70,7 +70,7 @@ def plain_loss(hidden, weight, bias, targets, weights):
 
 
 class NewTensors(TorchDispatchMode):
-    """Elements of each piece of memory that is made meanwhile."""
+    """A count of the elements of each piece of memory that is allocated meanwhile."""
 
     def __init__(self, *known):
         super().__init__()
@@ -147,7 +147,7 @@ def test_no_more_than_a_pieces_logits_and_the_gradients_ever_exist(monkeypatch, 
 
 
 def test_without_gradients_nothing_is_kept(monkeypatch, build):
-    """By the memory that is made: neither a gradient of the rows nor one of the weights."""
+    """Check the memory that is allocated: no gradient of the rows and none of the weights."""
     monkeypatch.setattr(head, "PIECE_BYTES", 4 * 2 * 384)
     layer = build()
     hidden, targets, weights = rows_of(1000)
@@ -160,7 +160,7 @@ def test_without_gradients_nothing_is_kept(monkeypatch, build):
 
 
 def test_score_entropy_is_that_of_the_paper(build, monkeypatch) -> None:
-    """SEDD's loss of absorbing noise as its definition says it, over ratios of probabilities, and its gradients.
+    """Compare with SEDD's loss of absorbing noise and its gradients, by its definition over ratios of probabilities.
 
     Lou et al., ICML 2024, definition 3.1: the sum over y of w (s(y) - r log s(y) + K(r)), K(r) = r (log r - 1), where
     r = p(y) / p(mask) given the clean token is ratio for it and 0 for others; w dt is sigma' dt.
@@ -185,7 +185,7 @@ def test_score_entropy_is_that_of_the_paper(build, monkeypatch) -> None:
 
 
 def test_score_entropy_is_least_at_the_probabilities(build) -> None:
-    """Over the distribution of targets it is least where scores are probabilities, and there it is their entropy."""
+    """Check that, over the targets' distribution, the least value is at the probabilities and is their entropy."""
     layer = build(bias=True)
     layer.weight.data.zero_()
     allowed = [i for i in range(300) if i != 57]
@@ -206,12 +206,12 @@ def test_score_entropy_is_least_at_the_probabilities(build) -> None:
 
 
 def second_order(nll, log_total):
-    """A loss of a person's own that reads both, with derivatives of either sign."""
+    """Return a user-defined loss that reads both arguments, with derivatives of either sign."""
     return nll.square() * 0.1 - 0.3 * log_total + nll
 
 
 def check_whole_vocabulary(groups, parallel, vocabulary, dtype, row_loss, spread, seed) -> None:
-    """Loss and gradients against torch's cross_entropy in float64 of the whole vocabulary's logits.
+    """Compare loss and gradients with torch's cross_entropy in float64 of the whole vocabulary's logits.
 
     spread: how far apart the logits of the ranks are, so that one rank's exponentials vanish beside another's.
     """

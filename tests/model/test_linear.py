@@ -1,5 +1,5 @@
-"""Products on tensor-parallel ranks: against one product of everything, in any number of pieces, and their gradients'
-sums in fp32."""
+"""Check products on tensor-parallel ranks against one whole product, in any number of pieces, and that their gradients
+are summed in fp32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS, BATCH, WIDTH, INNER = 16, 3, 8, 12
 
 
 def whole() -> dict[str, torch.Tensor]:
-    """Both weights, their biases, the rows and the direction of the gradient, the same on every rank."""
+    """Return both weights, their biases, the rows and the gradient's direction, the same on every rank."""
     generator = torch.Generator().manual_seed(1)
     shapes = {"up": (2 * INNER, WIDTH), "down": (WIDTH, INNER), "up_bias": (2 * INNER,), "down_bias": (WIDTH,)}
     shapes |= {"x": (ROWS, BATCH, WIDTH), "direction": (ROWS, BATCH, WIDTH)}
@@ -31,7 +31,7 @@ def whole() -> dict[str, torch.Tensor]:
 
 
 def plain() -> dict[str, torch.Tensor]:
-    """The output of two products around SwiGLU, and the gradients, by plain autograd."""
+    """Return the output of two products around SwiGLU, and the gradients, by plain autograd."""
     leaves = {name: value.requires_grad_() for name, value in whole().items()}
     wide = leaves["x"] @ leaves["up"].t() + leaves["up_bias"]
     gate, up = wide.chunk(2, -1)
@@ -88,7 +88,7 @@ def check_products(group: dist.ProcessGroup) -> None:
 
 
 def test_a_weight_learns_from_rows_that_need_no_gradient(groups):
-    """The activation of its input is made for the weight alone."""
+    """Check that the activation of the input is computed in backward where only the weight needs it."""
     tensors = whole()
     _, down = layers(False, groups.tp)
     down.weight.data, down.bias.data = tensors["down"].clone(), tensors["down_bias"].clone()
@@ -117,7 +117,7 @@ def layers(sequence: bool, group: dist.ProcessGroup) -> tuple[ColumnLinear, RowL
 
 
 def check_rows(group: dist.ProcessGroup) -> None:
-    """Rows keep their order, whatever the pieces, and gradients go where the rows came from."""
+    """Check that rows keep their order in any number of pieces, and that gradients go back where the rows came from."""
     rows = torch.arange(24.0).view(12, 2)
     for pieces in (1, 2, 3, 6):
         mine = own_rows(rows, pieces, group).requires_grad_()

@@ -1,4 +1,4 @@
-"""What a start imports, and that megatron-core's fused functions are still compiled."""
+"""Check which modules a start imports, and that megatron-core's fused functions are still compiled."""
 
 from __future__ import annotations
 

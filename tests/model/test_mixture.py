@@ -1,4 +1,4 @@
-"""A mixture of experts in one process: which experts rows go to, the way there and back, what experts compute, and that
+"""Check a mixture of experts in one process: routing, dispatch and combination, the experts' products, and that
 decoding computes what training does.
 """
 
@@ -64,7 +64,7 @@ def weights_of(layer) -> dict[str, torch.Tensor]:
 
 @st.composite
 def choices(draw: st.DrawFn) -> tuple[MoeRecipe, list[list[float]], list[float] | None]:
-    """A mixture, scores of a few rows, and biases."""
+    """Draw a mixture, scores of a few rows, and biases."""
     groups, size = draw(st.integers(1, 4)), draw(st.integers(2, 5))
     top_groups = draw(st.one_of(st.none(), st.integers(1, groups)))
     moe = MoeRecipe(
@@ -84,7 +84,7 @@ def choices(draw: st.DrawFn) -> tuple[MoeRecipe, list[list[float]], list[float] 
 @given(choices())
 @settings(max_examples=300)
 def test_rows_go_to_the_experts_that_sorting_finds(drawn) -> None:
-    """With biases for the choice alone, inside the best groups; of what is equal or nearly so, either may be taken."""
+    """Check the choice inside the best groups, with biases; of nearly equal experts either may be chosen."""
     moe, rows, bias = drawn
     scores, biases = torch.tensor(rows), None if bias is None else torch.tensor(bias)
     by = (scores if biases is None else scores + biases).tolist()
@@ -117,8 +117,8 @@ def test_a_row_s_experts_and_their_weights_are_those_of_the_plain_router(groups,
 
 @given(st.data())
 def test_the_way_to_the_experts_and_back_is_a_sum_of_copies(data: st.DataObject) -> None:
-    """Copies stand in the order of experts, those of one as they were; back, each row is the sum of its copies; and
-    each way's gradient is the other way.
+    """Check that copies are sorted by expert and keep their order, that each row gets the sum of its copies back, and
+    that each direction's gradient is the other direction.
     """
     rows, each = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 4))
     keys = torch.tensor(
@@ -146,7 +146,7 @@ def test_the_way_to_the_experts_and_back_is_a_sum_of_copies(data: st.DataObject)
 
 
 def test_bf16_copies_are_added_in_fp32() -> None:
-    """Of 256 and ones that each round away, added one after the other in bf16."""
+    """Check 256 and ones: in bf16, added one after the other, each one would be rounded away."""
     order = Order.by(torch.zeros(5, dtype=torch.int64), each=5)
     copies = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)
     assert order.collect(copies).tolist() == [[260.0]]
@@ -169,8 +169,8 @@ def test_a_grouped_product_is_a_product_for_each_expert(counts: list[int], seed:
 @pytest.mark.parametrize("has_sums", [False, True])
 @pytest.mark.parametrize("counts", [[7, 0, 16, 1], [0, 0, 24, 0], [0, 0, 0, 0]])
 def test_experts_in_one_call_and_one_by_one_are_the_plain_ones(groups, monkeypatch, counts, has_sums, in_one_call):
-    """With their gradients, in bf16, as a GPU takes them in one call: within rounding of the plain loop in float64;
-    sums of gradients, where there are some, are added to in fp32.
+    """Check gradients, too, in bf16, where a GPU takes the experts in one call: results are within rounding of the
+    plain loop in float64, and gradients are added to existing sums in fp32.
     """
     monkeypatch.setattr(experts_module, "_in_one_call", lambda x: in_one_call)
     shape = ModelRecipe.model_validate(SHAPE | {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16}})
@@ -213,7 +213,7 @@ def test_experts_in_one_call_and_one_by_one_are_the_plain_ones(groups, monkeypat
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_layer_and_its_gradients_are_those_of_a_plain_one(groups, form, dtype, tolerance):
-    """In bf16 some rows choose otherwise, as their scores are rounded: those are few, and the others are near."""
+    """Check that few rows choose other experts in bf16, where scores are rounded, and that the others are near."""
     model = build(groups, form, dtype)
     layer, recipe = model.decoder.layers[1], model.recipe
     weights = {name: value.detach().float().requires_grad_() for name, value in weights_of(layer).items()}
@@ -245,7 +245,7 @@ def test_a_layer_and_its_gradients_are_those_of_a_plain_one(groups, form, dtype,
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_row_is_what_it_is_alone(groups, form):
-    """No expert is full, whoever else goes there."""
+    """Check that no expert has a capacity: a row's output does not depend on other rows."""
     mixture = build(groups, form).mixtures[1].requires_grad_(False)
     x = torch.randn(40, 1, 32, generator=torch.Generator().manual_seed(2))
     x[10:30] = x[10]  # as masked rows of a first layer are
@@ -257,7 +257,7 @@ def test_a_row_is_what_it_is_alone(groups, form):
 @pytest.mark.parametrize("block_size", [1, 4, 8])
 @pytest.mark.parametrize("form", FORMS)
 def test_cached_blocks_give_the_two_stream_likelihoods(token_nll, groups, form, block_size):
-    """The nll of every masked token of every block, from one forward and from block after block through the cache."""
+    """Compare the nll of every masked token of every block, from one forward and block by block through the cache."""
     model = build(groups, form).requires_grad_(False).eval()
     clean = torch.randint(0, 57, (2, 24), generator=torch.Generator().manual_seed(0))
     positions = positions_of(clean)
@@ -284,7 +284,7 @@ def test_cached_blocks_give_the_two_stream_likelihoods(token_nll, groups, form, 
 
 
 def test_biases_choose_in_decoding_too(groups):
-    """And a cache that was made before follows none that is put in another's place: it is of the model as it was."""
+    """Check also that an earlier cache keeps the earlier biases: it belongs to the model as it was."""
     model = build(groups, "sigmoid").requires_grad_(False).eval()
     clean = torch.randint(0, 57, (2, 8), generator=torch.Generator().manual_seed(0))
 
@@ -301,7 +301,7 @@ def test_biases_choose_in_decoding_too(groups):
 
 
 def test_only_what_has_a_backward_is_counted(groups):
-    """Evaluation and decoding leave the counts of a step as they are; a step's begin from nothing."""
+    """Check that evaluation and decoding leave a step's counts as they are, and that each step starts at zero."""
     model = build(groups, "sigmoid")
     loads = [mixture.router.load for mixture in model.mixtures.values()]
     total, _ = model(inputs())

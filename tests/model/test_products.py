@@ -1,4 +1,4 @@
-"""Products by oneDNN are PyTorch's but for rounding, in every layout of the linears; which library is asked is sure."""
+"""Check that oneDNN's products equal PyTorch's up to rounding, in every layout, and that the right library is used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def library(monkeypatch: pytest.MonkeyPatch):
 
 
 def operands(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    """More outputs than inputs and the other way round is what the weight's gradient tells apart."""
+    """Draw operands with different sizes, so that the weight's gradient shows a swap of inputs and outputs."""
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(size, generator=generator, dtype=dtype) for size in ((300, 128), (200, 128), (200,)))
 

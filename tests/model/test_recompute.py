@@ -1,4 +1,4 @@
-"""Activation recomputation: less is kept for backward, and the gradients stay what they were."""
+"""Check activation recomputation: less is kept for backward, and the gradients stay what they were."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def inputs() -> ModelInputs:
 
 
 def step(groups, *recompute: str | int | None) -> tuple[int, dict[str, torch.Tensor]]:
-    """Bytes kept for backward beside the weights, each storage once, and the gradients."""
+    """Return the bytes kept for backward besides the weights, each storage once, and the gradients."""
     shape = ModelRecipe(num_layers=4, hidden_size=64, num_attention_heads=4, ffn_hidden_size=128)
     how = {"dtype": torch.float32, "device": torch.device("cpu"), "recompute": recompute}
     (model,) = build_model(shape, VOCABULARY, groups, seed=1, **how)
@@ -69,7 +69,7 @@ def test_less_is_kept_and_gradients_are_equal(groups, whole, recompute, share):
 
 
 def test_a_whole_layer_keeps_its_input_alone(groups, whole):
-    """What full recomputation saves of each layer is all but [rows, hidden]; of two layers it is about half."""
+    """Check that full recomputation keeps only [rows, hidden] of a layer; with two layers it keeps about half."""
     half, full = (step(groups, "full", layers)[0] for layers in (2, 4))
     layer_input = 2 * LENGTH * BATCH * 64 * 4
     assert whole[0] - half > 2 * 5 * layer_input

@@ -1,5 +1,5 @@
-"""Prefill, cached decoding and the two-stream forward of one small model agree; the head never predicts what no text
-holds.
+"""Check that prefill, cached decoding and the two-stream forward of a small model agree, and that the head never
+predicts a token that no text contains.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def positions_of(clean):
 
 @pytest.mark.parametrize("block_size", [1, 4, 8])
 def test_cached_blocks_give_the_two_stream_likelihoods(token_nll, model, clean, block_size):
-    """The nll of every masked token of every block, from one forward and from block after block through the cache."""
+    """Compare the nll of every masked token of every block, from one forward and block by block through the cache."""
     masked = torch.rand(clean.shape, generator=torch.Generator().manual_seed(1)) < 0.6
     noisy = clean.masked_fill(masked, VOCABULARY.mask_id)
     rows = masked.flatten().nonzero()[:, 0]
@@ -88,7 +88,7 @@ def test_blocks_at_once_and_one_by_one_give_the_clean_only_forward(model, clean)
 
 
 def test_block_size_one_is_an_exact_left_to_right_likelihood(token_nll, model, clean):
-    """With every token masked: its nlls do not depend on which other tokens are masked, nor on any later token."""
+    """Check that with every token masked, nlls depend neither on the other masks nor on later tokens."""
     spans, positions = spans_of(clean, 1), positions_of(clean)
     everything = torch.full_like(clean, VOCABULARY.mask_id)
     exact = token_nll(model, everything, clean, positions, spans, torch.arange(clean.numel())).view(clean.shape)
@@ -105,7 +105,7 @@ def test_block_size_one_is_an_exact_left_to_right_likelihood(token_nll, model, c
 
 
 def test_documents_do_not_see_each_other(token_nll, model, clean):
-    """Two documents packed in a sequence have the nlls that they have alone."""
+    """Check that two documents packed in a sequence have the same nlls as each alone."""
     starts = torch.tensor([0] * 8 + [8] * 16).expand(2, -1)
     masked = torch.zeros_like(clean, dtype=torch.bool)
     masked[:, ::3] = True
@@ -119,7 +119,7 @@ def test_documents_do_not_see_each_other(token_nll, model, clean):
 
 
 def test_the_recipe_chooses_the_attention_of_every_pass(token_nll, model, groups, clean):
-    """By the operators that run: the reference has none of its own, the CPU's count the pairs of each layer's mask."""
+    """Check the operators that run: the reference has none, and the CPU's count the pairs of each layer's mask."""
     positions, spans = positions_of(clean), spans_of(clean, 4)
 
     def run(model):

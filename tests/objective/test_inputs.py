@@ -1,4 +1,4 @@
-"""What a rank's model takes, against loops over sequences, copies and positions, whole and for every context rank."""
+"""Compare the inputs of a rank's model with loops over sequences, copies and positions, for every context rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ documents = st.sets(st.integers(1, LENGTH // BLOCK - 1), max_size=4)
 
 
 def batch_of(sequences: list[set[int]], seed: int = 0) -> Batch:
-    """Sequences of `documents`; every token is another number, so that none is mistaken for another."""
+    """Make sequences of `documents` in which every token is a different number."""
     document_start = torch.tensor(
         [[max(s * BLOCK for s in {0, *starts} if s * BLOCK <= p) for p in range(LENGTH)] for starts in sequences],
         dtype=torch.int32,
@@ -45,20 +45,20 @@ def batch_of(sequences: list[set[int]], seed: int = 0) -> Batch:
 
 
 def noise_of(batch: Batch, seed: int) -> Noise:
-    """Any masks and rates: of the noise, nothing else is used."""
+    """Draw any masks and rates, the only parts of the noise that are used."""
     generator = torch.Generator().manual_seed(seed)
     rate = 0.1 + 0.9 * torch.rand(batch.tokens.shape, generator=generator)
     return Noise(torch.rand(batch.tokens.shape, generator=generator) < 0.5, rate, 1 / rate)
 
 
 def places_of(rank: int, size: int) -> list[int]:
-    """Positions of a context rank: of 2·size equal parts the rank-th from either end, early ones first."""
+    """Return the positions of a context rank: of 2·size equal parts, the rank-th from either end, in order."""
     part = [position * 2 * size // LENGTH for position in range(LENGTH)]
     return [position for position in range(LENGTH) if min(part[position], 2 * size - 1 - part[position]) == rank]
 
 
 def head_rows(inputs: ModelInputs) -> dict[int, tuple[int, float]]:
-    """Target and weight of each row of the head."""
+    """Return target and weight of each row of the head."""
     rows = inputs.head_rows.tolist()
     assert len(set(rows)) == len(rows)
     return dict(zip(rows, zip(inputs.targets.tolist(), inputs.weights.tolist(), strict=True), strict=True))

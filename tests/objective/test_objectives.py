@@ -1,4 +1,4 @@
-"""The type of an objective: its options, and what a recipe may ask of it."""
+"""Check the type of an objective: its options, and what a recipe may set."""
 
 from __future__ import annotations
 

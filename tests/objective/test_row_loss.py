@@ -1,4 +1,4 @@
-"""What an objective makes of the head's rows: any function of the nll and the logits' total, with its gradient."""
+"""Check that an objective may use any function of the nll and the logits' total, with its gradient."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ VOCABULARY = Vocabulary(size=300, eos_id=0, mask_id=57)
 
 
 def focal(nll, log_total):
-    """Lin et al., ICCV 2017, with gamma 2."""
+    """Return the focal loss of Lin et al., ICCV 2017, with gamma 2."""
     return (1 - (-nll).exp()) ** 2 * nll
 
 
 def z_loss(nll, log_total):
-    """Chowdhery et al., 2022: the cross-entropy and a small square of the logits' total."""
+    """Return the cross-entropy and a small square of the logits' total (Chowdhery et al., 2022)."""
     return nll + 1e-2 * log_total.square()
 
 

@@ -1,4 +1,4 @@
-"""What a step of the training loop is computed on: the block size, objective and noise that the recipe has for it."""
+"""Check the inputs of a training step: the block size, objective and noise that the recipe sets for it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_next_token_prediction_sees_no_mask(inputs_of) -> None:
     "how", [{}, {"block_size": 16, "block_size_choices": [4, 8, 16]}, {"mask_noise_std": 0.5, "mask_noise_steps": 4}]
 )
 def test_each_sequence_has_the_noise_of_its_source_and_epoch(inputs_of, how) -> None:
-    """Two sequences of one number, one after the other as if each were alone."""
+    """Check two sequences of the same number in one batch: each has the noise that it has alone."""
     ids = torch.zeros(2, dtype=torch.int64)
     mixed = replace(BATCH, ids=ids, epochs=torch.tensor([0, 3]), source_keys=torch.tensor([0, 2**61]))
     both = inputs_of(0, mixed, **how)
@@ -95,7 +95,7 @@ def test_each_sequence_has_the_noise_of_its_source_and_epoch(inputs_of, how) -> 
 
 
 def many(sequences: int, first: int = 0) -> Batch:
-    """Copies of one sequence under other ids."""
+    """Return copies of one sequence under other ids."""
     ids = torch.arange(first, first + sequences)
     return Batch(
         ids=ids,
@@ -111,7 +111,7 @@ def many(sequences: int, first: int = 0) -> Batch:
 
 
 def test_each_sequence_draws_a_block_size_that_follows_it(inputs_of) -> None:
-    """Equally often, and whatever micro-batch a sequence is in."""
+    """Check that block sizes are equally frequent and do not depend on the micro-batch of a sequence."""
     sizes = (1, 8, LENGTH)
     whole = inputs_of(0, many(600), block_size_choices=list(sizes))
     drawn = (whole.spans[2] - whole.spans[1])[:, 0]

@@ -1,4 +1,4 @@
-"""Folders of runs as training leaves them, made without training."""
+"""Make folders of runs as training leaves them, without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/observe.md names what a run records."""
+"""Check that docs/observe.md names everything that a run records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load of experts, in numbers and as a picture."""
+"""Check the load of experts, as numbers and as a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLOPs by counting the operators of the real graph, forward and backward, on tensors without data."""
+"""Count FLOPs by the operators of the real graph, forward and backward, on tensors without data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def noisy(batch: Batch, block_size: int, copies: int = 1):
 
 
 def count(groups, model: ModelRecipe, size: int, inputs, *, recompute: str = "none") -> int:
-    """FLOPs of forward and backward; the attention's by the pairs of the real spans, which are no fake tensor."""
+    """Return FLOPs of forward and backward; the attention's come from real spans, which cannot be fake tensors."""
     vocabulary = Vocabulary(size=size, eos_id=0, mask_id=59)
     with FakeTensorMode(allow_non_fake_inputs=True):
         how = {"dtype": torch.float32, "device": CPU, "recompute": (recompute, None)}
@@ -69,7 +69,7 @@ def needed(model: ModelRecipe, size: int, inputs) -> int:
 
 
 def attention_again(model: ModelRecipe, inputs) -> int:
-    """What the attention's backward computes a second time, its scores, which no model FLOPs count."""
+    """Return the FLOPs of the scores that attention's backward recomputes; model FLOPs do not count them."""
     last = inputs.noisy_pairs or inputs.clean_pairs
     pairs = (model.num_layers - 1) * (inputs.noisy_pairs + inputs.clean_pairs) + last
     return 2 * model.num_attention_heads * model.head_size * pairs
@@ -111,7 +111,7 @@ def test_the_formula_counts_what_the_graph_runs(groups, kind, activation):
     ids=["softmax", "one dense, shared", "two dense, losses"],
 )
 def test_the_formula_counts_what_a_mixture_runs(groups, moe, kind):
-    """The experts that a row is sent to, the router and the shared one; of the last layer noisy rows alone."""
+    """Check a row's experts, the router and the shared expert; in the last layer, only for noisy rows."""
     model = SMALL.model_copy(update={"moe": moe})
     batch = sequences(2, 32)
     inputs = {
@@ -123,7 +123,7 @@ def test_the_formula_counts_what_a_mixture_runs(groups, moe, kind):
 
 
 def test_each_saving_shows_in_the_graph(groups):
-    """Against every row through every layer and the head: 2 x the rows of a next-token step, and its head twice."""
+    """Check each against every row through every layer and the head: twice a next-token step's rows and head."""
     batch, block = sequences(2, 32), 8
     inputs = noisy(batch, block)
     rows, masked, pairs = 64, len(inputs.head_rows), 2 * (32 * 32 + 32 * block) // 2

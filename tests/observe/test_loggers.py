@@ -1,4 +1,4 @@
-"""Event files as TensorBoard itself reads them, and loggers that fail."""
+"""Check event files with TensorBoard's own reader, and loggers that fail."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_event_files_of_a_resumed_run_hold_every_step_once(tmp_path: Path) -> No
 
 @loggers.register("test_failing")
 class Failing(Logger):
-    """Fails at the method that the class attribute names."""
+    """A logger that fails at the method that the class attribute names."""
 
     at = ""
     seen: list[str]

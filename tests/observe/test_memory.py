@@ -1,4 +1,4 @@
-"""Peak memory against an allocation of known size, in a process of its own."""
+"""Check peak memory against an allocation of known size, in a new process."""
 
 from __future__ import annotations
 

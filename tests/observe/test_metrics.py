@@ -1,4 +1,4 @@
-"""The metrics file of whole, killed and resumed runs, and Weights & Biases writing for real, offline."""
+"""Check the metrics file of whole, killed and resumed runs, and Weights & Biases writing offline."""
 
 from __future__ import annotations
 

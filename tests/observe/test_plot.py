@@ -1,4 +1,4 @@
-"""The loss curve as a picture that can be opened, whatever a run recorded."""
+"""Check that the loss curve is a picture that can be opened, whatever a run recorded."""
 
 from __future__ import annotations
 

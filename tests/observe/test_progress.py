@@ -1,4 +1,4 @@
-"""What a terminal and a log file are shown."""
+"""Check what a terminal and a log file are shown."""
 
 from __future__ import annotations
 

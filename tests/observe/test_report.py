@@ -1,4 +1,4 @@
-"""The data of a report: which points are drawn, what is collected, how it is embedded."""
+"""Check the data of a report: which points are drawn, what is collected, how it is embedded."""
 
 from __future__ import annotations
 

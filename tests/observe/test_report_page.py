@@ -1,4 +1,4 @@
-"""The page of a report in a real browser."""
+"""Check the page of a report in a real browser."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_report(browser: Browser, tmp_path: Path) -> Iterator[Open]:
-    """Open the report of runs; at the end the browser has complained of nothing and asked nobody."""
+    """Open the report of runs; at the end check that the browser had no errors and requested nothing from elsewhere."""
     pages, complaints, requests = [], [], []
 
     def opened(*folders: Path, size: tuple[int, int] = DESK, **options: Any) -> Page:

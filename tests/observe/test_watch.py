@@ -1,4 +1,4 @@
-"""A run shown live: what was appended is read once, curves in characters, and the command in real terminals."""
+"""Check the live view of a run: appended lines are read once, curves are text, and it works in real terminals."""
 
 from __future__ import annotations
 

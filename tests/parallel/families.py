@@ -1,4 +1,4 @@
-"""Families of optimisers that the package has not, registered as a plug-in's are."""
+"""Register families of optimisers that the package does not have, as a plug-in does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bd3_scale.registry import optimizers
 
 @optimizers.register("bold-momentum")
 class BoldMomentum(OptimizerFamily):
-    """Momentum without the bias of its start, and its largest size: two states, an option, and the count of steps."""
+    """Momentum without bias correction, and its largest size: two states, an option, and a count of steps."""
 
     states = ("momentum", "largest")
     options: ClassVar = {"memory": 0.9}
@@ -27,7 +27,7 @@ class BoldMomentum(OptimizerFamily):
 
 
 class CountsInGroups(torch.optim.Optimizer):
-    """Adam with apex FusedAdam's bookkeeping: a count in each group, from the first step on, and none in the states."""
+    """Adam as apex FusedAdam counts: a count in each parameter group from the first step on, and none in the states."""
 
     def __init__(self, params, **settings):
         super().__init__(params, {"weight_decay": 0.0} | settings)

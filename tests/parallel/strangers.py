@@ -1,4 +1,4 @@
-"""One of two ranks, where the other is a stranger."""
+"""Run one of two ranks, where the other is a process of another user."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOBODY = 65534
 
 
 class Evil:
-    """Writes a file where it is unpickled."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,7 +34,7 @@ class Evil:
 
 
 def is_joined_by_a_stranger(written: Path) -> None:
-    """Rank 1 is another user, who can reach the ports, and sends a pickle."""
+    """Check rank 1 as another user, who can reach the ports, and who sends a pickle."""
     if os.environ["RANK"] == "0":
         with (
             pytest.raises(ConnectionError, match=r"ranks \[1\] did not come within 5 s"),
@@ -57,7 +57,7 @@ def is_joined_by_a_stranger(written: Path) -> None:
 
 
 def reads_what_a_stranger_wrote() -> None:
-    """A stranger lists the keys of the store, and writes over each of them, also with what stood at another."""
+    """Check an attacker who lists the keys of the store and overwrites each, also with values of other keys."""
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     master = os.environ["RANK"] == "0"
     store = TCPStore(*address, 2, is_master=master, timeout=timedelta(seconds=20))
@@ -89,7 +89,7 @@ def reads_what_a_stranger_wrote() -> None:
 
 
 def knows_another_secret() -> None:
-    """Both reached each other's ports; one of them knows another secret."""
+    """Check two ranks that reach each other's ports, one of which knows another secret."""
     rank = int(os.environ["RANK"])
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(*address, 2, is_master=rank == 0, timeout=timedelta(seconds=20))
@@ -101,7 +101,7 @@ def knows_another_secret() -> None:
 
 
 def trains(recipe: Path) -> None:
-    """A run with an evaluation and two saves: no pickle is read but where torch's checkpoints are planned."""
+    """Check a run with an evaluation and two saves: no pickle is read except where torch's checkpoints are planned."""
     read, where = distributed_c10d._tensor_to_object, set()
 
     def noted(*args):

@@ -1,4 +1,4 @@
-"""What a rank tells CUDA, which GPU it takes, and how it ends where others would wait."""
+"""Check what a rank tells CUDA, which GPU it takes, and how it ends where others would wait."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_a_person_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_takes_a_gpu_that_it_can_see(
     monkeypatch: pytest.MonkeyPatch, rank: str, visible: int, expected: int
 ) -> None:
-    """Some sites show each task of a node one GPU, which is number 0 for all of them."""
+    """Check sites that show each task of a node one GPU, which is number 0 for all tasks."""
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
@@ -61,7 +61,7 @@ def test_a_rank_takes_a_gpu_that_it_can_see(
 
 @pytest.fixture
 def as_with_nccl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Groups are ended as those of GPUs are, beside other ranks."""
+    """Let process groups end as those of GPUs do, while other ranks still run."""
     monkeypatch.setattr(groups, "_waits_for_others", lambda device: True)
     yield
     monkeypatch.undo()

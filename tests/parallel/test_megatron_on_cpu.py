@@ -1,4 +1,4 @@
-"""The patches that megatron-core needs on CPU: still needed by the installed version, and refused where CUDA is."""
+"""Check that the installed megatron-core still needs its patches on CPU, and that CUDA refuses them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_refuses_where_cuda_is_available(monkeypatch):
 
 
 def test_schedules_count_tokens_on_the_device_cuda_and_name_it_nowhere_else():
-    """Once in each of the three schedules, by `torch.zeros`; autocast, which CPU runs do not ask for, takes a type."""
+    """Check that each of the three schedules calls `torch.zeros` once; autocast takes a type and is not used on CPU."""
     counting = 'torch.zeros([], dtype=torch.int, device="cuda")'
     everywhere = inspect.getsource(schedules)
     assert everywhere.count(counting) == 3

@@ -1,5 +1,5 @@
-"""Whose AdamW is taken, what decays, and what a family says of itself; NVIDIA apex is stood in for by modules of its
-names.
+"""Check which AdamW is used, which weights decay, and a family's properties; modules named like NVIDIA apex stand in
+for it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ print(json.dumps(told))
 
 
 def choose(path, place):
-    """What is chosen beside the modules in `path`, in a process of its own: imports cannot be taken back."""
+    """Return what is chosen with the modules in `path`, in a new process, as imports cannot be undone."""
     done = subprocess.run(
         [sys.executable, "-c", CHOOSE, place],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])},
@@ -75,7 +75,7 @@ def test_without_apex_it_is_torchs_fused_adamw(monkeypatch, on_gpu):
 
 
 def test_weight_decay_shrinks_matrices_apart_from_the_gradient(monkeypatch):
-    """One step without a gradient: matrices by lr · decay, as Adam with L2 would not, and norms not at all."""
+    """Check a step without a gradient: matrices shrink by lr · decay, unlike Adam with L2, and norms do not."""
     monkeypatch.setitem(sys.modules, "amp_C", None)
     matrix, norm = nn.Parameter(torch.full((2, 2), 4.0)), nn.Parameter(torch.full((2,), 4.0))
     groups = [{"params": [matrix], "weight_decay": 0.25}, {"params": [norm], "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""How ranks find each other: nobody else can join them, or have anything of theirs run."""
+"""Check how ranks find each other: no other process can join them or make them run its code."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_local_run_listens_to_nobody_else_and_leaves_nothing_to_meet_in(topics
 
 
 def listens_at(pid: int) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """The addresses of a process's listening TCP sockets."""
+    """Return the addresses of a process's listening TCP sockets."""
     mine = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
     found: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = []
     for kind in ("tcp", "tcp6"):

@@ -1,5 +1,5 @@
-"""What every family of optimisers goes through: it goes on from what was loaded, wherever it counts its steps, torch's
-in their states, apex's in its parameter groups; the moving average follows the count.
+"""Check every family of optimisers: it continues from loaded states, whether steps are counted in the states (torch) or
+in the parameter groups (apex), and the moving average follows the count.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def train(engine: TrainingEngine, steps: range) -> None:
 
 
 def states(engine: TrainingEngine, name: str) -> torch.Tensor:
-    """All of one state, fp64."""
+    """Return all values of one state, fp64."""
     return torch.cat([fragment.states[name].double() for fragment in engine.zero.fragments()])
 
 
@@ -101,8 +101,8 @@ def test_decay_rises_from_two_elevenths_to_what_is_asked() -> None:
     [("adamw", 1), ("adamw", 2), ("adamw", 3), ("counts-in-groups", 1), ("counts-in-groups", 2)],
 )
 def test_weights_have_their_share_of_the_average_in_closed_form(groups, family, zero_stage) -> None:
-    """Those after update k have 9 / (10 + k) times the decays (1 + j) / (10 + j) of the n - k updates after it, that is
-    9 (k + 2) ... (k + 9) / ((n + 2) ... (n + 10)); those that training began with have 2 ... 10 of the same.
+    """Check the weights after update k: 9 / (10 + k) times the decays (1 + j) / (10 + j) of the n - k later updates,
+    which is 9 (k + 2) ... (k + 9) / ((n + 2) ... (n + 10)). The initial weights have 2 ... 10 of the same.
     """
     engine, steps = start(groups, 0.9999, zero_stage, family=family), 5
     seen = [states(engine, "master")]
@@ -117,7 +117,7 @@ def test_weights_have_their_share_of_the_average_in_closed_form(groups, family, 
 
 
 def test_a_resumed_average_goes_on_with_the_decay_of_its_step(groups) -> None:
-    """The step that was loaded counts, whoever made it."""
+    """Check that the loaded step counts, whoever made it."""
     engine = start(groups, 0.9999)
     engine.zero.loaded(1000)
     before = states(engine, "ema")
@@ -138,7 +138,7 @@ def test_a_pattern_that_no_tensor_matches_is_refused_with_the_names_that_there_a
 
 
 def test_a_tensor_has_the_last_of_what_matches_it_key_by_key(groups) -> None:
-    """Of a step without gradients, a weight keeps 1 - rate · decay."""
+    """Check a step without gradients, in which a weight keeps 1 - rate · decay."""
     kept = {
         "decoder.final_layernorm.weight": 1 - 0.1 * 3 * 0.5,
         "decoder.layers.input_layernorm.weight": 1 - 0.1 * 3 * 0.25,

@@ -1,4 +1,4 @@
-"""Layouts of tiny models whose every rank runs on fake GPUs.
+"""Define layouts of tiny models whose every rank runs on fake GPUs.
 
 `python -m tests.plan.layouts` writes golden.json anew: what a rank of each layout needed when somebody last meant it.
 """
@@ -71,7 +71,8 @@ BASE: dict[str, dict[str, Any]] = {
 
 
 def job(name: str, rank: int = 0, *, more: int = 0, **settings: Any) -> Job:
-    """A rank of a layout; its step has as few micro-batches as there are stages, or `more` times so many besides."""
+    """Return a rank of a layout; its step has as many micro-batches as there are stages, plus `more` times that
+    many."""
     world, changes = LAYOUTS[name]
     values: dict[str, Any] = {section: value | changes.get(section, {}) for section, value in BASE.items()}
     parallel = values["parallel"]
@@ -85,7 +86,7 @@ def job(name: str, rank: int = 0, *, more: int = 0, **settings: Any) -> Job:
 
 
 def alone(precision: str, kind: str = "dense") -> Job:
-    """A process by itself, whose activations are larger than all else; kind: dense, or experts."""
+    """Return one process whose activations are larger than all else; kind: dense, or experts."""
     values = {**BASE, "data": {"path": "none", "seq_len": 512}}
     values["model"] = values["model"] | ({"moe": MOE, "num_layers": 3} if kind == "experts" else {})
     values["train"] = values["train"] | {"global_batch_size": 4, "precision": precision}
@@ -93,12 +94,12 @@ def alone(precision: str, kind: str = "dense") -> Job:
 
 
 def trace(jobs: list[Job], device: str = "cuda") -> list[Trace]:
-    """What the ranks do on fake devices."""
+    """Return traces of what the ranks do on fake devices."""
     return trace_all(jobs, load_hardware("h100"), device=device)
 
 
 def measured(trace: Trace) -> dict[str, float]:
-    """What golden.json keeps of a rank's step."""
+    """Return what golden.json keeps of a rank's step."""
     step = ("gradients", "update")
     work = [work for key, work in trace.work.items() if key.phase in step]
     peak = max((each for each in trace.segments if each.name not in BESIDE_STEPS), key=lambda each: each.bytes)

@@ -1,5 +1,5 @@
-"""The memory that a real step takes on the CPU: `python -m tests.plan.real_step PRECISION KIND` prints the peak that
-PyTorch's allocator saw in the second step, in bytes above what was there before it; see `layouts.alone`.
+"""Measure the memory of a real step on the CPU. `python -m tests.plan.real_step PRECISION KIND` prints the peak of
+PyTorch's allocator in the second step, in bytes above what was there before it; see `layouts.alone`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measured results replace assumptions, so that the measured step is predicted as it was; other hardware is refused."""
+"""Check that measured results replace assumptions, predict the measured step, and are refused on other hardware."""
 
 from __future__ import annotations
 

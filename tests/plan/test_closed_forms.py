@@ -1,4 +1,4 @@
-"""What a traced rank computes, sends and keeps is what formulas say: of a plain layer, by hand, from its sizes."""
+"""Compare what a traced rank computes, sends and keeps with formulas: of a plain layer, by hand, from its sizes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def flops(trace: Trace) -> dict[str, float]:
 
 @pytest.mark.parametrize(("name", "ranks"), [("alone", 1), ("context", 2), ("sequence", 2)])
 def test_flops(traces, name, ranks):
-    """Three times the forward pass; attention's backward makes the scores again: 5 products where forward has 2."""
+    """Check three times the forward pass; attention has 5 products in backward, since it recomputes the scores, and 2
+    in forward."""
     noisy, clean = B * L, B * L
     # The last layer makes of clean rows no more than keys and values.
     rows = (LAYERS - 1) * (noisy + clean) + noisy
@@ -78,7 +79,7 @@ def test_flops(traces, name, ranks):
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])
 def test_recomputed_flops(traces, part):
-    """As many as forward, and counted apart."""
+    """Check that recomputation costs as many FLOPs as forward, and is counted separately."""
     by_direction: dict[str, float] = defaultdict(float)
     for key, work in traces[RECOMPUTED].work.items():
         by_direction[key.direction] += work.flops * (key.part == part and key.name in ("mm", "block_attention"))
@@ -93,8 +94,8 @@ ROWS = {"attention": QUERIES, "mlp": F}
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])
 def test_products_beside_messages(traces, part):
-    """Of two streams, in forward and in the backward of what is summed, one travels beside the product of the other. In
-    backward, all rows are gathered beside one product, and gradients leave beside that of the weight.
+    """Check two streams: in forward, and in the backward of summed rows, one is sent beside the product of the other.
+    In backward, rows are gathered beside one product, and gradients leave beside the weight's product.
     """
     stream = 2 * B * L * X / 2
     column, row = stream * COLUMNS[part], stream * ROWS[part]
@@ -110,7 +111,7 @@ def test_products_beside_messages(traces, part):
 
 
 def test_weights_are_the_last_that_a_step_sends(traces):
-    """Messages of a group come one after the other: what followed, and what the host waits for, would wait for all."""
+    """Check that no message follows weights, as messages of a group run in order and later ones would wait."""
     names = [sent.name for sent in traces["context"].order if sent.ranks == (0, 1)]
     assert names[-1] == "broadcast_"
 
@@ -121,7 +122,7 @@ def test_gradients_of_the_head_leave_before_backward_comes_to_a_layer(traces):
 
 
 def test_flops_of_the_head(traces):
-    """Those that it makes, of padded logits, and those that count."""
+    """Check the FLOPs that the head makes, of padded logits, and those that count."""
     of_head = flops(traces["alone"])["head"]
     head_rows = of_head / (3 * 2 * X * LOGITS)
     assert head_rows == int(head_rows)
@@ -140,7 +141,7 @@ def sent(trace: Trace, group: str, part: str | None = None) -> dict[str, float]:
 
 
 def test_bytes_between_tensor_parallel_ranks(traces):
-    """Of bf16 rows, an all-gather and a reduce-scatter forward and backward, and an all-gather for the weight's
+    """Check bf16 rows: an all-gather and a reduce-scatter in forward and backward, and an all-gather for the weight's
     gradient.
     """
     a_row, noisy, every = 2 * X, B * L, 2 * B * L
@@ -156,7 +157,7 @@ def test_bytes_between_tensor_parallel_ranks(traces):
 
 
 def test_bytes_between_context_parallel_ranks(traces):
-    """Clean keys and values of the whole sequence come forward, and their gradients go back."""
+    """Check that clean keys and values of the whole sequence come in forward, and their gradients go back."""
     everyone = LAYERS * B * L * KEYS * 2
     gathered = {"_allgather_base_": everyone, "_reduce_scatter_base_": everyone}
     assert sent(traces["context"], "context") == gathered
@@ -164,13 +165,13 @@ def test_bytes_between_context_parallel_ranks(traces):
 
 @pytest.mark.parametrize(("name", "operator"), [("context", "reduce_"), (RECOMPUTED, "_reduce_scatter_base_")])
 def test_bytes_between_data_parallel_ranks(traces, name, operator):
-    """Gradients go once, in fp32."""
+    """Check that gradients are sent once, in fp32."""
     assert sent(traces[name], "data") == {operator: pytest.approx(4 * PARAMETERS, rel=0.01)}
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("alone", 1), ("context", 2), (RECOMPUTED, 2)])
 def test_memory_before_a_step(traces, name, ranks):
-    """Weights in bf16; masters, two moments and the moving average in fp32, divided by ZeRO."""
+    """Check weights in bf16, and masters, two moments and the moving average in fp32, divided by ZeRO."""
     before = traces[name].segments[0].memory
     weights = 2 * PARAMETERS / (ranks if name == RECOMPUTED else 1)
     tensors = 4 + LAYERS * 8 + 4
@@ -181,7 +182,7 @@ def test_memory_before_a_step(traces, name, ranks):
 
 @pytest.mark.slow
 def test_stages_of_other_numbers_of_layers_tell_the_whole_model():
-    """Operations and parameters of all its layers, whatever stage the small steps are of."""
+    """Check operations and parameters of all layers, whichever stage the small steps belong to."""
     whole = tiny(2, {"pipeline": 2, "layers_per_chunk": [6, 4]}, num_layers=10)
     parts = samples(whole, stage=0)
     *traces, exact = trace([*(part.job for part in parts), whole])

@@ -1,4 +1,4 @@
-"""Runs that would hang are found."""
+"""Check that runs that would hang are found."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_rank_that_takes_no_part():
 
 
 def test_groups_that_wait_for_each_other():
-    """Each group's collectives are the same on its ranks, and yet nobody comes further."""
+    """Check groups whose ranks agree on the group's collectives, but which wait for each other."""
     orders = {
         0: [collective(0, 1), collective(0, 2)],
         1: [collective(1, 2), collective(0, 1)],

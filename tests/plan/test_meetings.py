@@ -1,5 +1,5 @@
-"""Every rank of a layout runs on a fake GPU: all that it sends is expected by somebody, in the same order, and what it
-needs is what it needed before.
+"""Run every rank of a layout on a fake GPU: each message is expected by its receiver, in the same order, and the golden
+numbers stay the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.launch
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_ranks_meet_and_need_what_they_needed(name):
-    """Steps, an evaluation, a check of replicas and a save."""
+    """Check steps, an evaluation, a check of replicas and a save."""
     ranks = range(LAYOUTS[name][0])
     traces = trace([job(name, rank, beyond=True) for rank in ranks])
     assert disagreements({rank: found.order for rank, found in zip(ranks, traces, strict=True)}) == []
@@ -27,7 +27,8 @@ def test_ranks_meet_and_need_what_they_needed(name):
 
 
 def test_the_host_never_waits_for_the_gpu_in_a_micro_batch():
-    """Twice as many micro-batches make it wait as often, in the step where all that counts steps has begun to."""
+    """Check that twice as many micro-batches make the host wait as often, in a step in which all counters have
+    started."""
     names = ["ZeRO 3, TP 2", "SP 2, PP 2 x 2, tied"]
     # DeepSpeed counts two steps before it measures its own speed.
     traces = trace([job(name, steps=3, more=more) for name in names for more in (0, 1)])

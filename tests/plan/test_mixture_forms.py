@@ -1,4 +1,4 @@
-"""What a rank of a mixture of experts computes, sends and keeps is what formulas say: by hand, from its sizes."""
+"""Compare what a rank of a mixture of experts computes, sends and keeps with formulas, by hand, from its sizes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def summed(trace: Trace, attribute: str, wanted: Callable[[Key], bool]) -> float
 
 @pytest.mark.parametrize(("name", "tensor"), [("alone", 1), ("two of four", 1), ("sequence", 2)])
 def test_flops(traces, name, tensor):
-    """Each rank's experts get as many rows as it sends; every tensor-parallel rank routes all rows."""
+    """Check that each rank's experts get as many rows as it sends, and that every tensor-parallel rank routes all
+    rows."""
     products: dict[str, float] = defaultdict(float)
     for key, work in traces[name].work.items():
         products[key.part] += work.flops * key.is_product
@@ -73,7 +74,7 @@ def test_the_router_multiplies_in_fp32_and_nothing_else_does(traces):
 
 @pytest.mark.parametrize("name", CASES)
 def test_flops_that_count(traces, name):
-    """Those of the products that run, and of logits that are no padding; attention counts three times forward."""
+    """Check products that run and logits that are not padding; attention counts three times its forward."""
     made: dict[str, float] = defaultdict(float)
     for key, work in traces["alone"].work.items():
         made[key.part if key.is_product else key.name] += work.flops
@@ -94,14 +95,15 @@ def sent(trace: Trace, group: str, name: str, phase: str = "gradients") -> float
 
 @pytest.mark.parametrize("name", ["two of four", "sequence"])
 def test_bytes_between_expert_parallel_ranks(traces, name):
-    """Rows go and come back, their weights go, and so do gradients of these; and first, how many there are."""
+    """Check rows that go and come back, their weights, the gradients of both, and first the number of rows."""
     copies = ROWS * K
     assert sent(traces[name], "expert", "alltoall_base_") == copies * (4 * 2 * X + 2 * 4) + SPARSE * 8 * E
     assert sent(traces["alone"], "expert", "alltoall_base_") == 0
 
 
 def test_bytes_between_ranks_that_share_experts(traces):
-    """Gradients of a rank's experts go once, in fp32, and weights come back in bf16; of one replica nothing does."""
+    """Check that gradients of a rank's experts go once, in fp32, and weights return in bf16; one replica sends
+    nothing."""
     of_rank = EXPERTS / 2
     assert sent(traces["two of four"], "expert-data", "reduce_") == 4 * of_rank
     assert sent(traces["two of four"], "expert-data", "broadcast_", "update") == 2 * of_rank
@@ -111,7 +113,8 @@ def test_bytes_between_ranks_that_share_experts(traces):
 
 @pytest.mark.parametrize(("name", "tensor", "expert", "world"), [("alone", 1, 1, 1), ("two of four", 1, 2, 4)])
 def test_memory_before_a_step(traces, name, tensor, expert, world):
-    """Experts are shared out, and each kind's masters, moments and moving average divided among those that have it."""
+    """Check that experts are shared out, and that masters, moments and averages are divided among ranks with the same
+    experts."""
     before = traces[name].segments[0].memory
     of_rank = OTHERS + EXPERTS / expert
     slack = TENSORS * ROUNDED
@@ -121,7 +124,8 @@ def test_memory_before_a_step(traces, name, tensor, expert, world):
 
 
 def test_memory_of_rows_that_are_kept_for_backward(traces):
-    """When the head begins: copies of rows and what the experts' first products make of them, of all sparse layers."""
+    """Check the start of the head: copies of rows and outputs of the experts' first products are kept, of all sparse
+    layers."""
     (head,) = [segment for segment in traces["two of four"].segments if segment.name == "head forward"]
     kept = ROWS * K * 2 * (X + 2 * F)
     # And the orders of copies, weights and counts.
@@ -129,7 +133,7 @@ def test_memory_of_rows_that_are_kept_for_backward(traces):
 
 
 def test_memory_is_kept_for_rows_beyond_the_mean(traces):
-    """Where ranks have different experts."""
+    """Check ranks with different experts."""
     for name, (world, parallel) in CASES.items():
         recipe = tiny(world, parallel).recipe
         told = assemble(recipe, VOCABULARY, world, HARDWARE, {0: traces[name]})
@@ -142,7 +146,7 @@ def test_memory_is_kept_for_rows_beyond_the_mean(traces):
 
 
 def test_sorting_is_memory_traffic(traces):
-    """Rows are copied once for each of their experts, forward; a copy is read and written."""
+    """Check that rows are copied once for each of their experts in forward, and that a copy is read and written."""
     forward = summed(
         traces["alone"], "bytes", lambda key: (key.part, key.direction, key.name) == ("mixture", "forward", "index")
     )

@@ -1,4 +1,4 @@
-"""What a machine must keep of remote data, as it is predicted."""
+"""Check the prediction of how much remote data a machine must keep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.recipes import tiny_recipe
 
 
 def test_later_stages_of_a_pipeline_keep_nothing() -> None:
-    """Twelve ranks on three machines: the second holds the last two of the first stage and two of the second."""
+    """Check twelve ranks on three machines: the second holds the last two of the first stage and two of the second."""
     recipe = Recipe.model_validate(
         tiny_recipe(
             data={"remote": "s3://bucket/data"},

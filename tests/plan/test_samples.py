@@ -1,5 +1,5 @@
-"""What small steps say of a large one is what the large one says, and what fake devices say of memory is what PyTorch's
-allocator says of real ones.
+"""Check that small steps predict the trace of a large one, and that fake devices give the memory that PyTorch's
+allocator measures on real ones.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_small_steps_tell_a_large_one(name):
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_memory_is_what_the_allocator_of_a_real_step_sees(kind):
-    """In fp32: in bf16 kernels of the CPU have temporaries of their own."""
+    """Check fp32: in bf16, the CPU's kernels allocate temporary tensors."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.plan.real_step", "fp32", kind],
         capture_output=True,

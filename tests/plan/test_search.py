@@ -1,4 +1,4 @@
-"""Estimates of layouts are near what whole traces say, and the layouts that a search names fit and keep the rules."""
+"""Check that a search's estimates are near whole traces, and that the layouts it names fit and keep the rules."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ def test_where_nothing_fits_it_says_what_is_lacking(tmp_path, monkeypatch):
 
 
 def test_shapes_of_a_split_are_few():
-    """Six steps for a way to split layers, two for a way to recompute: what the time of a search rests on. Half as many
-    more where layers without experts come before those with some.
+    """Check six steps for each way to split layers and two for each way to recompute, which bound a search's time, and
+    half as many more where dense layers precede sparse ones.
     """
 
     def counts(model) -> list[int]:

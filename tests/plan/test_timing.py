@@ -1,4 +1,4 @@
-"""Seconds by hand: rooflines, links, what hides messages, the bubble, and that the losses make up the step."""
+"""Check seconds by hand: rooflines, links, hidden messages, the bubble, and that the losses add up to the step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_host_must_launch():
     [(8, 1, 450e9, 15e-6), (2, 4, 450e9, 15e-6), (16, 1, 400e9, 40e-6), (16, 4, 100e9, 40e-6), (4, 8, 50e9, 40e-6)],
 )
 def test_a_message_takes_the_slowest_link_of_its_group(ranks, stride, bandwidth, latency):
-    """Ranks of a group in one node share out its network cards: at a stride of 4 there are two in a node of 8."""
+    """Check that ranks of a group in a node share its network cards: at a stride of 4, two are in a node of 8."""
     message = Message(tuple(range(0, ranks * stride, stride)), calls=1, bytes=1e9)
     reduced = message_seconds(Key("gradients", "", "data", "allreduce_", ""), message, H100)
     assert reduced == pytest.approx(2 * (ranks - 1) / ranks * 1e9 / (0.8 * bandwidth) + latency)
@@ -76,7 +76,7 @@ def test_a_message_takes_the_slowest_link_of_its_group(ranks, stride, bandwidth,
     ],
 )
 def test_of_an_all_to_all_what_leaves_a_node_goes_over_each_ranks_own_card(ranks, stride, seconds):
-    """Whatever others of the group are in its node; what stays is on its way at the same time."""
+    """Check a group with several ranks in a node; what stays in the node travels at the same time."""
     message = Message(tuple(range(0, ranks * stride, stride)), calls=1, bytes=1e9)
     found = message_seconds(Key("gradients", "mixture", "expert", "alltoall_base_", "8"), message, H100)
     assert found == pytest.approx(seconds / 0.8)
@@ -95,7 +95,7 @@ def test_products_in_fp32_take_longer():
 
 
 def test_both_kinds_of_replicas_share_links():
-    """Messages of all weights and of experts: what is computed beside both hides the second once the first is done."""
+    """Check messages of all weights and of experts: computation beside both hides the second once the first is done."""
     first, second = (Key("gradients", "", group, "reduce_", "beside") for group in ("data", "expert-data"))
     beside = Work(1, 0.1 * 0.70 * 989e12, 0)
     messages = {
@@ -125,7 +125,7 @@ def test_computation_beside_a_message_hides_it():
 
 
 def test_messages_of_a_group_wait_for_each_other():
-    """Four that are begun together and awaited together hide no more than what is computed meanwhile."""
+    """Check that four messages, begun and awaited together, hide no more than the computation meanwhile."""
     key = Key("gradients", "mlp", "tensor", "_allgather_base_", "1 beside 2")
     seconds = message_seconds(key, Message((0, 1), 4, 4 * 36e9), H100)
     meanwhile = Work(1, seconds / 2 * 0.70 * 989e12, 0)
@@ -172,7 +172,7 @@ def attention(direction: str) -> Key:
 
 
 def test_attention_takes_what_its_kernels_reach():
-    """Seven products where the atomic backward has five."""
+    """Check that the deterministic backward has seven products where the atomic one has five."""
     work = {attention("forward"): Work(1, 350e12, 1), attention("backward"): Work(1, 280e12, 1)}
     for deterministic, backward in ((True, 1.4), (False, 1.0)):
         made = recipe().model_copy(update={"deterministic": deterministic})
@@ -180,14 +180,14 @@ def test_attention_takes_what_its_kernels_reach():
 
 
 def test_ranks_share_what_their_positions_need():
-    """Two tensor-parallel ranks have the same positions, two context-parallel ones each their own."""
+    """Check that two tensor-parallel ranks have the same positions, and two context-parallel ranks different ones."""
     found = trace({PRODUCT: Work(1, 989e12, 1)})
     assert step_time(recipe(tensor=2), {0: found}, 8, H100).needed == pytest.approx(1 / 2)
     assert step_time(recipe(context=2), {0: found}, 8, H100).needed == pytest.approx(1)
 
 
 def test_messages_between_stages_are_part_of_the_pace():
-    """The bubble waits for them, too, unless an interleaved schedule has something else to do."""
+    """Check that the bubble waits for these messages, too, unless an interleaved schedule can compute meanwhile."""
     key = Key("gradients", "", "pipeline", "send", "")
     message = Message((0, 8), calls=4, bytes=40e9)
     found = trace({PRODUCT: Work(4, 4 * 0.70 * 989e12, 1)}, {key: message}, micro_batches=4)
@@ -202,7 +202,7 @@ def test_messages_between_stages_are_part_of_the_pace():
 
 
 def test_neighbours_of_two_nodes_are_apart():
-    """Ranks 4 and 8 are as far from each other as 0 and 4, which share a node."""
+    """Check that ranks 4 and 8 are as far from each other as 0 and 4, which share a node."""
     key = Key("gradients", "", "pipeline", "send", "")
     near, far = (message_seconds(key, Message(ranks, 1, 36e9), H100) for ranks in ((0, 4), (4, 8)))
     assert near == pytest.approx(0.1 + 15e-6)

@@ -1,4 +1,4 @@
-"""What was traced is read again, and only where all that matters is the same."""
+"""Check that a stored trace is reused only where everything that matters is the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRACE = Trace(
 
 @pytest.fixture
 def traced(tmp_path, monkeypatch):
-    """Jobs that were traced; tracing itself is tested elsewhere."""
+    """Return the list of jobs that are traced; other tests check tracing itself."""
     found = []
 
     def trace_all(jobs, *_, done, **__):
