@@ -101,7 +101,7 @@ def test_one_that_is_not_installed_is_named_before_any_work(workplace: Path, com
 
 def test_one_that_fails_is_a_line_and_a_name_that_is_none_is_refused(workplace: Path) -> None:
     (workplace / "lab/broken.py").write_text("raise RuntimeError('two\\nlines')")
-    for name, words in (("broken", "(RuntimeError: two lines)"), ("../lab/broken", "give its dotted name")):
+    for name, words in (("broken", "(RuntimeError: two lines)"), ("../lab/broken", "give one such as")):
         code, output = run(workplace, BD3_SCALE, "--plugin", name, "checkpoint", "list", "run")
         assert (code, output.count("\n")) == (2, 1), output
         assert words in output
