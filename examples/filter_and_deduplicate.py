@@ -33,7 +33,7 @@ MINHASH = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
 
 
 def run(name: str, work: str, tasks: int, processes: int, pipeline: Sequence[Any]) -> None:
-    """Do what is missing of one step, cut into `tasks` that do not depend on each other."""
+    """Run one step's unfinished tasks; the step is cut into `tasks` that do not depend on each other."""
     logs = f"{work}/logs/{name}"
     LocalPipelineExecutor(pipeline=list(pipeline), tasks=tasks, workers=processes, logging_dir=logs).run()
 

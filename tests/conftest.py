@@ -1,4 +1,4 @@
-"""Which tests run where and in what order, and what tests of several folders share."""
+"""Choose which tests run where and in what order, and share fixtures among several folders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def groups():
 
 @pytest.fixture(scope="module")
 def random_model(groups):
-    """Builds a model of random weights: `random_model(vocabulary, seed=…)` and its shape."""
+    """Return a function that builds a model of random weights: `random_model(vocabulary, seed=…)` and its shape."""
     import torch
 
     from bd3_scale.model.build import build_model
@@ -50,7 +50,8 @@ def random_model(groups):
 
 @pytest.fixture(scope="session")
 def token_nll():
-    """What a model gives for the clean tokens at `rows`, indices into the flattened [B, L], of a two-stream forward."""
+    """Return a function that computes a two-stream forward's nll of clean tokens at `rows`, indices into the flattened
+    [B, L]."""
     import torch
 
     from bd3_scale.model.rows import ModelInputs
@@ -75,7 +76,7 @@ def token_nll():
 
 @pytest.fixture(scope="session")
 def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data: `write_topics` as bytes, 64 a sequence; made once for all workers, and only to be read."""
+    """Prepare `write_topics` as bytes, 64 a sequence; it is made once for all workers, and only to be read."""
     from filelock import FileLock
 
     from tests.support import forks

@@ -1,4 +1,4 @@
-"""Run by test_extend.py where the package has the model option that docs/extend.md adds to it."""
+"""Check the model option that docs/extend.md adds to the package; test_extend.py runs this where it is added."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ON_CPU = {"dtype": torch.float32, "device": torch.device("cpu")}
 
 
 def check_gradients(tensor: int) -> None:
-    """Loss and gradients of the head are those of plain autograd in float64."""
+    """Compare loss and gradients of the head with plain autograd in float64."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"hidden": (ROWS, SHAPE.hidden_size), "weight": (PADDED, SHAPE.hidden_size), "bias": (PADDED,)}
     full = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -86,7 +86,7 @@ def built(groups, cap: float | None):
 
 
 def check_decoding(groups) -> None:
-    """Every token's loss in a training forward is that of decoding, block after block."""
+    """Check that every token's loss in a training forward equals that of decoding, block after block."""
     model, generator = built(groups, CAP), torch.Generator().manual_seed(1)
     clean = torch.randint(0, VOCABULARY.mask_id, (2, LENGTH), generator=generator)
     noisy = clean.masked_fill(torch.rand(clean.shape, generator=generator) < 0.6, VOCABULARY.mask_id)
@@ -113,7 +113,7 @@ def check_decoding(groups) -> None:
 
 
 def check_evaluation(groups) -> None:
-    """A cap that is far away changes nothing, and one at zero leaves a model that knows nothing."""
+    """Check that a very large cap changes nothing, and that a tiny one gives the loss of a model that knows nothing."""
     tokens = torch.randint(0, VOCABULARY.mask_id, (8, LENGTH), generator=torch.Generator().manual_seed(2))
     every, start = torch.ones(8, LENGTH, dtype=torch.bool), torch.zeros(8, LENGTH, dtype=torch.int32)
     positions, ids = torch.arange(LENGTH).expand(8, -1), torch.arange(8)
@@ -133,7 +133,7 @@ def check_evaluation(groups) -> None:
 
 
 def check_formats() -> None:
-    """Ours takes it; another says what it is that it does not know."""
+    """Check that our format takes the option, and that another format names it as unknown."""
     assert export_obstacles(SHAPE, BlockDiffusion)["bd3"] is None
     plain = SHAPE.model_copy(update={"head_bias": False})
     words = f"it has logit_softcap={CAP}, which {{}}ForCausalLM does not know"

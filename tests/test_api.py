@@ -1,4 +1,4 @@
-"""`bd3_scale.load`: one line of Python does what the commands do, and leaves nothing behind in the process."""
+"""Check that `bd3_scale.load` does in one line what the commands do, and leaves nothing behind in the process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def next_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights, said to predict the next token."""
+    """Return a checkpoint with the same weights whose manifest says that it predicts the next token."""
     checkpoint = tmp_path_factory.mktemp("next") / "step-00000006"
     shutil.copytree(RUN / CHECKPOINT, checkpoint)
     manifest = read_manifest(checkpoint)

@@ -1,4 +1,4 @@
-"""The images of `cluster/container`, as far as a machine without a container engine can follow them."""
+"""Check the images of `cluster/container`, as far as this works without a container engine."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_both_images_take_the_same_steps_from_the_same_base_with_what_lies_besid
 
 @pytest.mark.slow
 def test_the_steps_install_what_the_wheels_hold_into_an_empty_environment(tmp_path: Path) -> None:
-    """The dependencies and pip are those of this environment, by a path; the package comes out of its wheel alone."""
+    """Check this with the dependencies and pip of this environment, by a path; only the wheel has the package."""
     checkout, venv, wheels = (tmp_path / name for name in ("checkout", "venv", "wheels"))
     without_caches = shutil.ignore_patterns("__pycache__")
     for name in ("bd3_scale", "cluster/container"):

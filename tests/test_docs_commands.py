@@ -1,4 +1,4 @@
-"""Every `bd3-scale` command of the README and of docs/ is one that this version takes, with its options."""
+"""Check that this version accepts every `bd3-scale` command of the README and of docs/, with its options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def commands(page: str) -> list[str]:
-    """Lines of blocks of code that begin with the command, those that a backslash goes on joined."""
+    """Return the lines of code blocks that begin with the command; lines that end in a backslash are joined."""
     found = []
     for block in re.findall(r"^```\w*\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
@@ -28,7 +28,7 @@ def commands(page: str) -> list[str]:
 
 
 def with_help(words: list[str]) -> list[str]:
-    """The words with `--help` behind the command's name: at the end it might be the value of an option, and run it."""
+    """Return the words with `--help` after the command's name; at the end, it could be taken for an option's value."""
     command: Any = typer.main.get_command(app)
     place = 0
     while (commands := getattr(command, "commands", None)) and place < len(words):  # a group
@@ -43,7 +43,7 @@ def with_help(words: list[str]) -> list[str]:
 
 
 def wrong(line: str) -> str:
-    """What the command line says of the options of a command, which it does not run."""
+    """Return what the command line says of a command's options, without running the command."""
     told = CliRunner().invoke(app, with_help(shlex.split(line, comments=True)))
     return told.output if told.exit_code else ""
 

@@ -1,4 +1,4 @@
-"""Every line of `docs/python.md` runs, and prints what stands there."""
+"""Check that every line of `docs/python.md` runs, and prints what the page shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/extend.md says of adding an idea: its code, and how many files of the package each kind touches."""
+"""Check what docs/extend.md says of adding an idea: its code, and how many files of the package each kind touches."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def blocks(language: str) -> list[str]:
 
 
 def table() -> dict[str, str]:
-    """Registries of the page's table, and the file of the package that one adds to."""
+    """Return the registries of the page's table, each with the file of the package to which an entry is added."""
     rows = re.findall(r"^\| [\w ]+ \| `(\w+)` \|.*\| 0 \| 1: (.*) \|$", PAGE, re.MULTILINE)
     return {name: file.strip("`") for name, file in rows}
 
 
 def parts() -> dict[str, str]:
-    """What the page adds to each registry, the first thing of each."""
+    """Return what the page adds to each registry, the first entry of each."""
     found: dict[str, str] = {}
     for part in blocks("python")[1:]:
         found.setdefault(re.search(r"^@(\w+)\.register", part, re.MULTILINE)[1], part)
@@ -105,7 +105,7 @@ def test_the_page_has_every_registry() -> None:
 
 @pytest.fixture
 def extended(tmp_path: Path) -> Path:
-    """A folder with a copy of the package, to which each thing was added in the one file that the table names."""
+    """Copy the package to a folder, and add each entry to the one file that the table names."""
     copy = tmp_path / PACKAGE.name
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     for name, file in table().items():
@@ -156,7 +156,7 @@ def test_from_inside_each_thing_takes_one_file(extended: Path) -> None:
 
 @pytest.mark.launch
 def test_a_model_option_takes_three_files(tmp_path: Path) -> None:
-    """softcap_checks.py has what it must be then, and the tests of exports ask for a value of it."""
+    """Check a copy of the package with the option by softcap_checks.py; the tests of exports need a value of it."""
     ignored = shutil.ignore_patterns("__pycache__")
     for folder in (PACKAGE, REPOSITORY / "tests"):
         shutil.copytree(folder, tmp_path / folder.name, ignore=ignored)

@@ -1,4 +1,4 @@
-"""What a person imports from the package and its rooms: `__init__.pyi` says it once, for Python and type checkers."""
+"""Check that what people import from the package and its folders is listed once, in `__init__.pyi`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FACES = {stub: f"{PACKAGE.name}.{stub.parent.name}" if stub.parent != PACKAGE el
 
 
 def offered(stub: Path) -> list[tuple[str, str]]:
-    """Module and name of all that a stub imports."""
+    """Return module and name of all that a stub imports."""
     imports = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ImportFrom)]
     return [(str(node.module), alias.name) for node in imports for alias in node.names]
 

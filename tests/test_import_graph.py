@@ -1,4 +1,4 @@
-"""The direction of imports between the rooms of the package, read from the source without running it."""
+"""Check the direction of imports between the package's folders, read from the source without running it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ STANDARD_LIBRARY_ALONE = {
 
 
 def imported_names(path: Path, package: Path) -> Iterator[str]:
-    """Dotted names that a file imports anywhere in it, `from a import b` as `a.b`."""
+    """Return dotted names that a file imports anywhere in it, `from a import b` as `a.b`."""
     parents = [package.name, *path.relative_to(package).parent.parts]
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
@@ -190,7 +190,7 @@ def test_every_library_that_the_package_imports_is_declared() -> None:
 
 
 def test_tests_take_public_names_and_leave_products_to_their_own() -> None:
-    """A test of what a module promises goes on when the module is written anew."""
+    """Check that tests use public names only, so that they still hold when a module is rewritten."""
     found = []
     for path in sorted((REPOSITORY / "tests").rglob("*.py")):
         for name in imported_names(path, REPOSITORY / "tests"):

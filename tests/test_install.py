@@ -1,4 +1,4 @@
-"""What `make install-cuda` does before and while pip works, on a machine that only seems to have a GPU."""
+"""Check what `make install-cuda` does before and during pip, on a machine that only seems to have a GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def program(path: Path, text: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What make reads, and a Python whose virtual environments write down what they are asked for."""
+    """Copy what make reads, and write a Python whose virtual environments record the commands that they get."""
     for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt", "constraints-cuda.txt"):
         shutil.copy(REPOSITORY / name, tmp_path)
     (tmp_path / "bd3_scale/launch").mkdir(parents=True)
@@ -119,7 +119,7 @@ def test_torch_comes_first_and_the_environment_stays_a_cuda_one(checkout: Path) 
 
 
 def test_a_torch_without_cuda_ends_it_before_the_rest(checkout: Path) -> None:
-    """As where PIP_EXTRA_INDEX_URL names an index of CPU builds, which are newer by their local version."""
+    """Check an index of CPU builds in PIP_EXTRA_INDEX_URL: pip prefers their local version as newer."""
     program(checkout / "noting", 'echo "$*" >> noted; case "$*" in *version.cuda*) exit 1;; esac')
     done = make(checkout, "install-cuda", "DRIVER=elsewhere")
     assert (done.returncode, len(noted(checkout))) == (2, 2)

@@ -1,4 +1,4 @@
-"""How the package prints, read from its source: text of others passes through one place that cleans it."""
+"""Check, in the package's source, that text of others is printed only through the one module that cleans it."""
 
 from __future__ import annotations
 

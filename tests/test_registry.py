@@ -1,4 +1,4 @@
-"""What can be added from outside: names, refusals, plug-ins, and what it costs to ask."""
+"""Check what can be added from outside: names, refusals, plug-ins, and the cost of listing names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_name_that_is_taken_is_refused_with_both_modules(fruits: Registry) -> 
 
 
 def test_the_same_definition_run_again_takes_its_own_place(fruits: Registry) -> None:
-    """As a notebook's cell is, after an edit."""
+    """Check a definition that is run again after an edit, as a notebook's cell is."""
     for value in (1, 2):
 
         @fruits.register("plum")

@@ -1,4 +1,4 @@
-"""What `bd3-scale doctor --recipe` says of a recipe on this machine, before a run finds it out."""
+"""Check what `bd3-scale doctor --recipe` says of a recipe on this machine before a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOUR_GPUS = replace(HERE, cuda="13.0", gpus=(Gpu("H100", 79.6, "9.0"),) * 4)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a recipe and its prepared data."""
+    """Make a folder with a recipe and its prepared data."""
     made = tmp_path_factory.mktemp("needs")
     prepare([write_topics(made / "text")], made / "data", load_tokenizer("bytes"), 64, workers=1, progress=False)
     write_recipe(made / "recipe.yaml", data={"path": str(made / "data")}, run_dir=str(made / "run"))

@@ -1,4 +1,4 @@
-"""The recipes of the package: found by name, listed, shown and copied."""
+"""Check the package's recipes: found by name, listed, shown and copied."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The starter project: its commands run as they stand in its README."""
+"""Check that the starter project's commands run as its README shows them."""
 
 from __future__ import annotations
 

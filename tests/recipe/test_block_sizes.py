@@ -1,4 +1,4 @@
-"""Block sizes that change during training: what each step trains with, and what a recipe may not ask for."""
+"""Check block sizes that change during training: what each step trains with, and which recipes are refused."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def test_a_problem_of_several_block_sizes_is_named_once() -> None:
 
 
 def test_context_ranks_cannot_cut_a_sequence_that_is_one_block_beside_smaller_ones() -> None:
-    """Alone its noisy keys are gathered; in a batch with clean rows they stay with their rank."""
+    """Check that one block alone is accepted, since its noisy keys are gathered; with clean rows they stay on their
+    rank."""
     parallel = ParallelRecipe(context=2)
     alone = recipe(block_size=64).model_copy(update={"parallel": parallel})
     check(alone, 2, 64)

@@ -19,7 +19,7 @@ class OfAPlugIn(OptimizerFamily):
 
 
 def recipe(**changes: object) -> Recipe:
-    """A recipe that breaks no rule; changes are dotted keys with `__` for the dot."""
+    """Return a recipe that breaks no rule; changes are dotted keys with `__` for the dot."""
     values: dict = {
         "name": "r",
         "model": {

@@ -1,4 +1,4 @@
-"""Recipes of the package are found by their names, from any folder."""
+"""Check that recipes of the package are found by their names, from any folder."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_an_override_that_is_not_key_and_value_is_shown(base: Path, override: st
 
 
 def values_of(annotation: object, metadata: tuple[object, ...]) -> st.SearchStrategy[object]:
-    """Values of a field's type; the ranges are left to the schema (an invalid draw is filtered by validation)."""
+    """Draw values of a field's type; validation filters those that are out of the field's range."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return section_values(annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -207,7 +207,7 @@ def test_the_resolved_recipe_loads_back_equal_with_the_same_hash(tmp_path_factor
 @pytest.mark.parametrize("character", list("\0\n\x1b\x7f\x85\u2028\u2029\udcff"))
 @pytest.mark.parametrize("place", ["run_dir={}", "data.path={}", "logging.wandb={{entity: {}}}"])
 def test_no_text_of_a_recipe_holds_a_control_character(base: Path, character: str, place: str) -> None:
-    """Nor half of a pair, which is what a byte of a command line becomes that is no UTF-8."""
+    """Check also lone surrogates, which Python makes of bytes of a command line that are not UTF-8."""
     with pytest.raises(RecipeError, match=r"(must be text|unicode)") as refused:
         load_recipe(base, [place.format(f'"a\\u{ord(character):04x}b"')])
     assert len(str(refused.value).splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Rules about a mixture of experts: what they find, and that the way out that they name is one."""
+"""Check rules about a mixture of experts: what they find, and that the way out that they name works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes that ship load, fit the nodes that their comments name, and have the size stated there."""
+"""Check that the package's recipes load, fit the nodes in their comments, and have the size stated there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MULTI_NODE = [path for path in TRAININGS if "# nodes:" in path.read_text()]
 
 
 def stated(path: Path, what: str) -> str:
-    """The value of a comment of the recipe, or of the one that it extends."""
+    """Return the value in a comment of the recipe, or of the recipe that it extends."""
     found = (re.search(rf"^# {what}: (.+)$", file.read_text(), re.MULTILINE) for file in recipe_files(path))
     return next(match[1] for match in found if match)
 
@@ -36,7 +36,7 @@ def parameters(recipe: Recipe, vocabulary: int) -> int:
 
 
 def layouts(path: Path) -> list[tuple[int, list[str]]]:
-    """Ranks and values of each layout that a recipe's comments name."""
+    """Return ranks and values of each layout that a recipe's comments name."""
     found = re.findall(r"^# on (\d+) x (\d+)(?: with ([^:]+))?:", path.read_text(), re.MULTILINE)
     return [(int(nodes) * int(gpus), values.split()) for nodes, gpus, values in found]
 

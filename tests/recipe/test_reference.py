@@ -1,4 +1,4 @@
-"""What is said of the keys of a recipe: all of them, in words, from the schema itself."""
+"""Check the reference of recipe keys: it has all keys, in words, and comes from the schema itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def holds_a_number(annotation: object) -> bool:
 
 
 def wanting(documented: list[FieldDoc], root: type[Section] = Recipe) -> list[str]:
-    """Keys that lack a description or a unit."""
+    """Return the keys that lack a description or a unit."""
     annotations = {key: field.annotation for key, field in dotted_fields(root)}
     return [
         field.key

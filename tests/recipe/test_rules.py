@@ -1,4 +1,4 @@
-"""Rules: each names the keys that its check reads, so that `recipe explain` says what the checks do."""
+"""Check that each rule names the keys that its check reads, so that `recipe explain` says what the checks do."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def all_cases() -> list[tuple[Recipe, int]]:
 
 
 def cases() -> Iterator[tuple[Recipe, int]]:
-    """Recipes that keep the rules and recipes that break each of them."""
+    """Return recipes that keep the rules and recipes that break each of them."""
     yield recipe(), 1
     for changes in OTHERS:
         values = recipe().model_dump()
@@ -129,7 +129,7 @@ def test_a_check_of_which_the_keys_are_forgotten_is_seen() -> None:
 
 
 def test_the_rules_that_are_explained_are_those_that_are_checked() -> None:
-    """Every problem of a broken recipe comes from a rule, and no rule stands twice."""
+    """Check that every problem of a broken recipe comes from a rule, and that no rule occurs twice."""
     assert len(EVERY) >= 40
     assert len({check.text for check in EVERY}) == len(EVERY)
     assert all(check.text.endswith(".") for check in EVERY)

@@ -1,4 +1,4 @@
-"""What a recipe may ask of a run to show: profiles, prompts, loggers."""
+"""Check what a recipe may set for what a run shows: profiles, prompts, loggers."""
 
 from __future__ import annotations
 

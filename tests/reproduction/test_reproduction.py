@@ -1,4 +1,4 @@
-"""The reproduction as a whole in its quick form, interrupted and taken up again; its measure and its statistics."""
+"""Run the reproduction in its quick form, interrupted and resumed, and check its measure and its statistics."""
 
 from __future__ import annotations
 
@@ -135,13 +135,13 @@ def batch_of(tokens):
 
 
 def nll(model, block):
-    """Nats of every token of a block without any before it; [masked copies, L'] of the masks in `block`."""
+    """Return the nats of each token of a first block, [masked copies, L'], for the masks in `block`."""
     cache = model.new_cache(len(block), block.shape[1])
     return -model.decode(block, torch.arange(block.shape[1]).expand_as(block), cache).double().log_softmax(-1)
 
 
 def test_a_sequence_costs_its_bound_given_the_first_token(groups, model):
-    """At L'=1 each token after those before it; a block of 4 by all 7 masks of the other 3, at all rates."""
+    """Check each token given those before it at L'=1, and a block of 4 by all 7 masks of the other 3, at all rates."""
     tokens = torch.randint(0, 256, (1, 4), generator=torch.Generator().manual_seed(3))
     text = batch_of(tokens.expand(256, -1))
     mask = BYTES.vocabulary.mask_id
@@ -179,7 +179,7 @@ def measured(nats):
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """Rows that differ by 0.02 nats a token: a seed's shift of 0.01, sequences that are hard for both, and noise."""
+    """Check rows that differ by 0.02 nats a token, with a seed's shift of 0.01, sequences hard for both, and noise."""
     generator = np.random.default_rng(0)
     hits = margin_hits = 0
     for _ in range(400):
@@ -249,7 +249,7 @@ def test_a_training_is_summed_up_from_metrics_of_this_version_and_of_earlier_one
 
 
 def test_variance_splits_into_that_at_a_rate_and_that_from_rate_to_rate():
-    """Against the variance of all losses at once, in tenths of equal size (the law of total variance)."""
+    """Compare with the variance of all losses at once, in tenths of equal size (the law of total variance)."""
     generator = np.random.default_rng(1)
     losses = [generator.normal(3 + tenth**2 / 10, 10 - tenth, size=500) for tenth in range(10)]
     rates = np.array([[len(own), own.sum(), np.square(own).sum()] for own in losses])
@@ -289,7 +289,7 @@ def test_sources_are_known_again_by_their_bytes(tmp_path):
 
 
 def test_what_is_ended_is_waited_for_with_all_that_it_started(tmp_path):
-    """A worker ends at once where it is asked to, its training saves first."""
+    """Check that a worker ends at once when told to, and that its training saves first."""
     saving = (
         "import signal, sys, time\n"
         "def save(*_): time.sleep(1); print(end='saved'); sys.exit()\n"
@@ -307,7 +307,7 @@ def test_what_is_ended_is_waited_for_with_all_that_it_started(tmp_path):
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
 def test_every_row_is_a_recipe_that_trains(scale, tmp_path):
-    """Those of the scale for a GPU, too, which nothing here trains."""
+    """Check also the rows of the scale for a GPU, which no test trains."""
     work = Work(scale, tmp_path, tmp_path / "records", tmp_path, None, {})
     for row in rows(scale):
         recipe = load_recipe(scale.path, work.overrides(row, 1))

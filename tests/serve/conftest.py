@@ -14,7 +14,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of bytes in blocks of 4, for 128 tokens, with a chat template."""
+    """Save a random model of bytes in blocks of 4, for 128 tokens, with a chat template."""
     checkpoint = native_checkpoint(tmp_path_factory.mktemp("chat") / "native", QWEN_SHAPE, BYTES)
     (checkpoint / "tokenizer/chat_template.jinja").write_text(TEMPLATE)
     return checkpoint

@@ -1,4 +1,4 @@
-"""Real servers, each a process of its own on a free port."""
+"""Start real servers, each as a process on a free port."""
 
 from __future__ import annotations
 

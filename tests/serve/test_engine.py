@@ -1,4 +1,4 @@
-"""The engine's turns, one by one: what happens between them is then known."""
+"""Run the engine turn by turn, so that what happens in between is known."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_text_that_fails_takes_no_place_and_the_engine_goes_on(engine: Engine,
 
 
 def test_the_last_piece_is_the_text_that_generate_writes(writer: Writer) -> None:
-    """Also where little entropy ends it, which leaves out what a stream has shown already."""
+    """Check also a text that little entropy ends: it leaves out tokens that a stream has shown already."""
     events: dict[str, list[Event]] = {"end": [], "blocks": []}
     writer = dataclasses.replace(writer, eos_ids=())
     sampling = SamplingConfig(max_new_tokens=400, min_entropy=5.5, seed=2)
@@ -95,7 +95,7 @@ def test_the_last_piece_is_the_text_that_generate_writes(writer: Writer) -> None
 
 
 def test_texts_whose_answer_nobody_asks_for_are_cancelled(engine: Engine) -> None:
-    """A client that leaves before its stream begins: no generator has a `finally` then."""
+    """Check a client that leaves before its stream begins, when no generator runs a `finally`."""
     text = Text(list(b"ab"), SamplingConfig(max_new_tokens=6), 1)
 
     async def ask() -> None:

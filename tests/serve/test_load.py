@@ -1,4 +1,4 @@
-"""Many clients for a while, other programs' clients, and ranks that share a model."""
+"""Check many clients over a while, clients of other programs, and ranks that share a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def resident(pid: int) -> float:
 
 @pytest.mark.slow
 def test_a_minute_of_32_clients_loses_nothing_and_memory_stays(chat_checkpoint: Path, tmp_path: Path) -> None:
-    """Texts of many lengths, streamed and whole; what each client gets is what the same seed gives alone."""
+    """Check texts of many lengths, streamed and whole; each client gets what its seed gives alone."""
     with served(chat_checkpoint, "--name", NAME, folder=tmp_path) as server:
         asked, answers, errors, memory = [0] * 32, [], [], []
         stop = time.monotonic() + 60
@@ -86,7 +86,7 @@ def test_answers_come_in_the_order_of_asking(chat_checkpoint: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_long_prompt_lets_others_go_on(chat_checkpoint: Path, tmp_path: Path) -> None:
-    """Of a prompt of two thousand blocks; a text that is denoised meanwhile has blocks settle all along."""
+    """Check a prompt of two thousand blocks: a text that is being denoised finishes blocks all the while."""
     options = ("--name", NAME, "--max-prompt-tokens", "20000", "--cache-tokens", "16384")
     with served(chat_checkpoint, *options, folder=tmp_path) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)

@@ -1,4 +1,4 @@
-"""The page at `/` in a real browser, which a real server answers."""
+"""Check the page at `/` of a real server in a real browser."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
 
 
 def opened(browser: Browser, server: Server, *, refused: bool = False, **how: Any) -> Iterator[Page]:
-    """A page that complains of nothing and asks nobody else. refused: where the browser may say that a request was."""
+    """Open the page; at the end check that it had no errors and requested nothing from elsewhere. `refused` allows the
+    browser's message about a refused request."""
     width, height = how.pop("size", DESK)
     page = browser.new_page(viewport={"width": width, "height": height}, **how)
     page.set_default_timeout(20_000)
@@ -86,7 +87,7 @@ def post(server: Server, path: str, body: dict[str, Any]) -> str:
 
 
 def fill(page: Page, **fields: Any) -> None:
-    """Give fields values, also in the part that is folded."""
+    """Give fields values, also those in the folded part."""
     page.locator("details").evaluate("each => { each.open = true; }")
     for name, value in fields.items():
         field = page.locator(f"#{name}")
@@ -97,7 +98,7 @@ def fill(page: Page, **fields: Any) -> None:
 
 
 def write(page: Page) -> str:
-    """What the page's text is at its end."""
+    """Write a text, and return what the page shows at its end."""
     page.locator("#write").click()
     expect(page.locator("#state")).to_contain_text("The text is whole", timeout=30_000)
     return page.locator("#answer").text_content() or ""
@@ -314,7 +315,7 @@ def test_it_can_be_read_on_a_phone(scheme: str, browser: Browser, server: Server
 
 
 def contrast(page: Page, selector: str) -> float:
-    """That of an element's text and what is behind it, by WCAG."""
+    """Return the contrast of an element's text with its background, by WCAG."""
     colours = page.locator(selector).first.evaluate("""each => {
         let behind = each;
         while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;

@@ -1,4 +1,4 @@
-"""A server as its clients see it: OpenAI's own client, and sockets for what that would not send."""
+"""Check a server as its clients see it: OpenAI's client, and sockets for what that client would not send."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def client(server: Server) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def written(chat_checkpoint: Path):
-    """What `generate` writes, by the same model in this process."""
+    """Return the same model's `generate` in this process."""
     return bd3_scale.load(chat_checkpoint).generate
 
 
 def asked(rule: dict) -> dict:
-    """OpenAI's own options, and those of ours, as its client sends them."""
+    """Return OpenAI's own options, and ours as OpenAI's client sends them."""
     own = ("temperature", "top_p", "seed", "stop", "n")
     ours = {key: value for key, value in rule.items() if key not in own}
     return {**{key: value for key, value in rule.items() if key in own}, "extra_body": ours}
@@ -103,7 +103,7 @@ def test_a_conversation_goes_through_the_template(client: openai.OpenAI, written
 
 
 def test_many_at_once_are_what_they_are_alone(server: Server, written) -> None:
-    """Thirty texts in eight places, of all rules together."""
+    """Check thirty texts in eight slots, of all rules together."""
 
     async def all_of_them() -> list:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as several:
@@ -124,7 +124,7 @@ def test_many_at_once_are_what_they_are_alone(server: Server, written) -> None:
 
 
 def test_choices_prompts_and_ids(client: openai.OpenAI, written) -> None:
-    """Text i, over all prompts and choices, has the seed + i, as in `generate`."""
+    """Check that text i, counted over all prompts and choices, has the seed + i, as in `generate`."""
     answer = client.completions.create(model=NAME, prompt=["ab", "cd"], n=2, max_tokens=9, seed=5)
     expected = [written(p, max_new_tokens=9, seed=5 + i).text for i, p in enumerate(("ab", "ab", "cd", "cd"))]
     assert [choice.text for choice in answer.choices] == expected
@@ -151,7 +151,8 @@ def test_likelihoods(client: openai.OpenAI) -> None:
 
 
 def test_a_gap_before_a_suffix(client: openai.OpenAI, written) -> None:
-    """The prompt and three tokens; the rest of the third one's block is the suffix's first token, which it sees."""
+    """Check the prompt and three tokens; the rest of the third one's block is the suffix's first token, which it
+    sees."""
     found = client.completions.create(model=NAME, prompt="abcd", suffix="efgh", max_tokens=3, seed=2)
     whole = written("abcd[MASK][MASK][MASK]efgh", infill=True, max_new_tokens=0, seed=2).text
     assert whole.startswith("abcd")
@@ -258,7 +259,7 @@ def test_odd_requests_are_answered_in_openai_s_form(server: Server, case: str) -
 
 
 def test_a_deep_body_is_read_or_refused_at_every_depth(server: Server) -> None:
-    """What one part of the server can still follow, the next one cannot."""
+    """Check depths around the limits: one part of the server can still parse what the next one cannot."""
     for depth in range(900, 1000, 3):
         body = b'{"model":"native","prompt":"a","max_tokens":1,"user":' + b"[" * depth + b"]" * depth + b"}"
         assert raw(server, posted(body)).split(b" ", 2)[1] in (b"200", b"400"), depth
@@ -301,7 +302,7 @@ def test_models_and_meters(server: Server, client: openai.OpenAI) -> None:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model for llama.cpp, without the template."""
+    """Write the same model for llama.cpp, without the template."""
     folder = tmp_path_factory.mktemp("file")
     checkpoint = native_checkpoint(folder / "native", QWEN_SHAPE, BYTES)
     write_gguf(plan_gguf(checkpoint, "f32", importance=False), folder / "native-f32.bd3.gguf")

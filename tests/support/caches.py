@@ -1,4 +1,4 @@
-"""A cache that is filled as the sampler does it."""
+"""Fill a cache as the sampler does."""
 
 from __future__ import annotations
 

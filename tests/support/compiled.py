@@ -1,4 +1,4 @@
-"""What kernels compiled for chips that are not here take, compiled where it is not known from a run before.
+"""Compile kernels for GPUs that this machine does not have, and remember what they take from one run to the next.
 
 It is kept beside pytest's own cache until a kernel or Triton changes.
 """

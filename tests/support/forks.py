@@ -1,4 +1,4 @@
-"""Programs in processes of their own that have every import done: forks of one server instead of new interpreters.
+"""Start programs as forks of a server that has every import done, which is faster than a new interpreter.
 
 `run` and `Program` take a command line as `subprocess` does, `run_ranks` a function. What a forked program starts in
 turn, as `bd3-scale train` starts its ranks, is forked from it. All else is real: process ids, signals, exit codes,
@@ -35,7 +35,7 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout: float = 200,
 ) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run(..., capture_output=True, text=True)` of `bd3-scale` or a Python program."""
+    """Run `bd3-scale` or a Python program, as `subprocess.run(..., capture_output=True, text=True)` does."""
     program = Program(command, cwd=cwd, env=env)
     try:
         stdout, stderr = program.communicate(timeout)
@@ -45,14 +45,14 @@ def run(
 
 
 def bd3_scale(*arguments: object, cwd: Path, env: Mapping[str, str] | None = None, returncode: int = 0) -> str:
-    """Run a command and check its exit code; what it printed to stdout, or where it fails to stderr, alone."""
+    """Run a command, check its exit code, and return its stdout, or its stderr where it fails."""
     done = run([BD3_SCALE, *arguments], cwd=cwd, env=env)
     assert done.returncode == returncode, done.stdout + done.stderr
     return done.stderr if returncode else done.stdout
 
 
 class Program:
-    """A running program, with the interface of `subprocess.Popen` as far as tests need it; its output lies in files."""
+    """A running program, with as much of the interface of `subprocess.Popen` as tests need; its output is in files."""
 
     def __init__(
         self, command: Sequence[object], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
@@ -81,7 +81,7 @@ class Program:
             os.kill(self.pid, number)
 
     def output(self) -> str:
-        """All that it has said until now."""
+        """Return all that the program has printed until now."""
         return "".join(Path(self._folder.name, name).read_text() for name in ("stdout", "stderr"))
 
     def wait(self, timeout: float = 100) -> int:
@@ -96,7 +96,7 @@ class Program:
         return stdout, stderr
 
     def end(self) -> None:
-        """Kill it with all that it started, where it still runs, and forget its output."""
+        """Kill the program with all that it started, if it still runs, and delete its output."""
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()
@@ -118,7 +118,7 @@ def free_port() -> int:
 
 
 def run_ranks(target: Callable[..., None], world_size: int, *args: object, logs: Path, timeout: float = 90) -> None:
-    """Run `target(*args)` on `world_size` ranks and fail with the output of those that failed, the first one first."""
+    """Run `target(*args)` on `world_size` ranks, and fail with the output of those that failed, the first one first."""
     _start_server()
     logs.mkdir(parents=True, exist_ok=True)
     environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
@@ -164,7 +164,7 @@ def _rank(
 
 
 def _start_server() -> None:
-    """Python 3.11's server does not take over `sys.path`, and leaves out what it then cannot import."""
+    """Start the server; Python 3.11's does not inherit `sys.path`, and skips what it then cannot import."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
     try:

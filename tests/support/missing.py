@@ -1,4 +1,4 @@
-"""What to do where a machine lacks what a test needs."""
+"""Skip or fail tests where a machine lacks what they need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def unavailable(reason: str) -> None:
-    """Skip the test; fail it where every check has to run, as in continuous integration."""
+    """Skip the test, or fail it where every check has to run, as in continuous integration."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)

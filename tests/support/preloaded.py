@@ -1,4 +1,4 @@
-"""What the processes of the tests import; the fork server does it once, which saves seconds a process."""
+"""Import what the tests' processes use; the fork server does it once, which saves seconds for each process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fork of this process becomes another Python program, as `exec` would make it, but keeps what is imported."""
+"""Turn a fork of this process into another Python program, as `exec` does, but keep the modules that are imported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAIN_PROCESS = type(multiprocessing.process.current_process())
 
 
 def is_forkable(command: Sequence[str]) -> bool:
-    """Whether `command` is `bd3-scale`, or this interpreter with a module, a script or a line of code."""
+    """Return whether `command` is `bd3-scale`, or this interpreter with a module, a script or a line of code."""
     if command[0] == str(BD3_SCALE):
         return True
     rest = without_warnings(command[1:])
@@ -40,7 +40,7 @@ def is_forkable(command: Sequence[str]) -> bool:
 
 
 def without_warnings(arguments: Sequence[str]) -> list[str]:
-    """`-W ignore` is meant for what is imported, which is done."""
+    """Return arguments without `-W ignore`, which is meant for imports that are already done."""
     return list(arguments[2:] if arguments[:1] == ["-W"] else arguments)
 
 
@@ -75,7 +75,7 @@ def become(
 
 
 def _forget_the_parent() -> None:
-    """What an exec drops: handlers of signals, timers, what is cleaned up at the end."""
+    """Forget what an exec drops: handlers of signals, timers, what is cleaned up at the end."""
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -93,7 +93,7 @@ def _forget_the_parent() -> None:
 
 
 def _take_path(folders: Sequence[str]) -> None:
-    """PYTHONPATH as an interpreter takes it at its start: what a parent has imported from there is imported again."""
+    """Take PYTHONPATH as an interpreter does at its start; what a parent imported from there is imported again."""
     sys.path[:] = [*(folder for folder in folders if folder and folder not in _SERVER_PATH), *_SERVER_PATH]
     for name, module in list(sys.modules.items()):
         origin = getattr(module, "__file__", None) or ""
@@ -115,7 +115,7 @@ def _take_over(fds: Sequence[int]) -> None:
 
 
 def _name_after_rank() -> None:
-    """For `ps`, where the environment is that of the server."""
+    """Name the process after its rank for `ps`, which shows the fork server's environment."""
     if rank := os.environ.get("RANK"):
         _LIBC.prctl(_PR_SET_NAME, f"rank{rank}".encode())
 
@@ -126,7 +126,7 @@ def torch_threads() -> None:
 
 
 def _exit_code(command: Sequence[str]) -> int:
-    """Run it to its end, with what an interpreter does there."""
+    """Run the command to its end, with what an interpreter does there, and return its exit code."""
     code = 0
     try:
         _run_main(command)
@@ -169,13 +169,13 @@ def _run_main(command: Sequence[str]) -> None:
 
 
 def _can_meet_others(command: Sequence[str]) -> bool:
-    """Whether a fork can do what `command` does: gloo's loop, once there is one, has no thread in a fork."""
+    """Return whether a fork can run `command`; a fork lacks the thread of gloo's loop, if one exists."""
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     return "gloo_tcp_loop\n" not in threads or ALONE in command
 
 
 class ForkingPopen(subprocess.Popen):
-    """Starts a Python program as a fork of this process; anything else as ever."""
+    """A process that forks this one where the program is Python, and otherwise starts as `Popen` does."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):  # type: ignore[no-untyped-def]
         command = [args] if isinstance(args, str | bytes | os.PathLike) else [os.fspath(word) for word in args]

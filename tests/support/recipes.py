@@ -1,4 +1,4 @@
-"""The tiny recipe that tests train, and the text that they train on."""
+"""Write the tiny recipe that tests train, and the text that they train on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TINY: dict[str, Any] = {
 
 
 def tiny_recipe(**sections: Any) -> dict[str, Any]:
-    """A recipe as a file holds it; what is given goes over it, of a section key by key."""
+    """Return a recipe as a file holds it; arguments replace its values, in sections key by key."""
     recipe = copy.deepcopy(_TINY)
     for name, value in sections.items():
         recipe[name] = recipe.get(name, {}) | value if isinstance(value, dict) else value
@@ -35,13 +35,13 @@ def tiny_recipe(**sections: Any) -> dict[str, Any]:
 
 
 def write_recipe(path: Path, **sections: Any) -> Path:
-    """`tiny_recipe` as YAML."""
+    """Write `tiny_recipe` as YAML."""
     path.write_text(yaml.safe_dump(tiny_recipe(**sections)))
     return path
 
 
 def write_topics(folder: Path) -> Path:
-    """24 texts of Python's own help, a file each."""
+    """Write 24 texts of Python's own help, one a file."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in list(pydoc_data.topics.topics.items())[:24]:
         (folder / f"{name.replace('/', '-')}.txt").write_text(text)

@@ -1,4 +1,4 @@
-"""A real S3 server (moto) on this machine, behind a proxy that fails as storage and networks do."""
+"""Run a real S3 server (moto) on this machine, behind a proxy that fails as storage and networks do."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _CHECKSUMS = ("x-amz-checksum", "x-amz-sdk-checksum", "etag")
 
 @dataclass
 class Store:
-    """What the proxy does to requests, and what it saw. `fault`: None, or one of
+    """A store behind the proxy: the fault that the proxy makes, if any, and the requests that it saw. The faults are
 
-    cut: the connection ends without an answer; 503; truncated: half a body, of which the head says that it is all of
-    it; slow: the answer comes after `seconds`; denied: 403.
+    cut: the connection ends without an answer; 503; truncated: half a body, with the length of that half in its header;
+    slow: the answer comes after `seconds`; denied: 403.
     """
 
     url: str
@@ -55,21 +55,21 @@ class Store:
             return self.fault
 
     def upload(self, folder: Path, name: str) -> str:
-        """Put a prepared folder, without what was unpacked, under `name`; returns the remote."""
+        """Upload a prepared folder, without unpacked files, under `name`; return the remote."""
         for file in folder.rglob("*"):
             if file.is_file() and file.suffix != ".mds":
                 self.client.put_object(Bucket=BUCKET, Key=f"{name}/{file.relative_to(folder)}", Body=file.read_bytes())
         return f"s3://{BUCKET}/{name}"
 
     def upload_copy(self, name: str, other: str) -> str:
-        """Copy what lies under `name`; returns the remote."""
+        """Copy what lies under `name`; return the remote."""
         for each in self.client.list_objects_v2(Bucket=BUCKET, Prefix=f"{name}/")["Contents"]:
             source = {"Bucket": BUCKET, "Key": each["Key"]}
             self.client.copy_object(Bucket=BUCKET, Key=other + each["Key"].removeprefix(name), CopySource=source)
         return f"s3://{BUCKET}/{other}"
 
     def environment(self) -> dict[str, str]:
-        """What a client is told."""
+        """Return the environment variables of a client."""
         return {
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -84,7 +84,7 @@ class Store:
 
 @contextmanager
 def serve() -> Iterator[Store]:
-    """An empty bucket, `BUCKET`."""
+    """Serve an empty bucket, `BUCKET`."""
     import boto3
 
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""A forked program is the program that an interpreter runs: its output, its end, and what it starts in turn."""
+"""Check that a forked program behaves as in an interpreter: its output, its end, and the programs that it starts."""
 
 from __future__ import annotations
 

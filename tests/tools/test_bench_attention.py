@@ -1,4 +1,4 @@
-"""The benchmark runs in all its forms, counts work as the mask does, and gives no numbers for a wrong result."""
+"""Check that the benchmark runs in all forms, counts work as the mask does, and gives no numbers for a wrong result."""
 
 from __future__ import annotations
 

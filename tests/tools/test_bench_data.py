@@ -1,4 +1,4 @@
-"""The tables of what data cost, on next to nothing."""
+"""Check the tables of what data cost, on very small data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the sampler runs, and compares it with a twin that does the same work."""
+"""Check that the sampler's benchmark runs, and compares it with a reference that does the same work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of llama.cpp runs, and compares types with our own sampler in one process."""
+"""Check that llama.cpp's benchmark runs, and compares types with our own sampler in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of predictions has what `bd3-scale plan` says of the same recipe."""
+"""Check that the table of predictions has what `bd3-scale plan` says of the same recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the server runs on all backends."""
+"""Check that the server's benchmark runs on all backends."""
 
 from __future__ import annotations
 

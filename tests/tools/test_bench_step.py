@@ -1,4 +1,4 @@
-"""The benchmark of a step runs where torch, megatron-core and DeepSpeed alone are, and says what it measured."""
+"""Check that a step's benchmark runs with only torch, megatron-core and DeepSpeed, and says what it measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables are renewed whole by what a tool has printed, or stay as they were, however the tool or the runner ends."""
+"""Check that a table is replaced whole by a tool's output or stays, however the tool or the runner ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tool(code: str) -> str:
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A page in a folder of its own, which takes the place of benchmarks/."""
+    """Write a page in a folder that replaces benchmarks/."""
     monkeypatch.setattr(benchmarks, "ROOT", tmp_path)
     monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
     monkeypatch.setattr(benchmarks, "LOGS", tmp_path / "logs")

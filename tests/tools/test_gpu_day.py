@@ -1,4 +1,4 @@
-"""The GPU's day keeps to its time, leaves whole results however it ends, and runs in its dry form."""
+"""Check that the GPU's day keeps to its time, leaves whole results however it ends, and has a dry form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HANGS = (
 
 
 def day(folder: Path, *arguments: object, programs: dict[str, str], **environment: str) -> subprocess.Popen[str]:
-    """`tools/gpu_day.py --dry` where programs of the machine are these shell scripts."""
+    """Start `tools/gpu_day.py --dry`, with these shell scripts as the machine's programs."""
     for name, script in programs.items():
         path = folder / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -68,7 +68,7 @@ def test_parts_that_hang_are_killed_in_time_with_all_that_they_started(tmp_path:
 
 
 def test_a_signal_ends_it_with_what_was_found(tmp_path: Path) -> None:
-    """The first tool of the last part finds nothing and the second hangs; nothing of it goes on."""
+    """Check a last part whose first tool finds nothing and whose second hangs; none of its processes goes on."""
     sanitizer = 'if [ "$2" = memcheck ]; then echo "========= ERROR SUMMARY: 0 errors"; exit; fi; ' + HANGS
     process = day(tmp_path, *only("sanitizer"), programs={"compute-sanitizer": sanitizer})
     wait_for((tmp_path / "pid").exists)

@@ -1,4 +1,4 @@
-"""What recipes say of memory and speed is what is predicted now; `python tools/recipe_comments.py` renews it."""
+"""Check that recipes state the predicted memory and speed; `python tools/recipe_comments.py` renews them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of tests goes: by run, folder and test, from the reports of real runs of pytest."""
+"""Check where the time of tests goes: by run, folder and test, from the reports of real runs of pytest."""
 
 from __future__ import annotations
 

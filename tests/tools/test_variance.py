@@ -1,4 +1,4 @@
-"""The gradient's variance as the tool measures it, against the covariance of the gradients themselves."""
+"""Compare the gradient's variance that the tool measures with the covariance of the gradients themselves."""
 
 from __future__ import annotations
 

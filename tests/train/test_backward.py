@@ -1,4 +1,4 @@
-"""Which of the attention's two backward passes a recipe takes, and that a run says so."""
+"""Check which of the attention's two backward passes a recipe takes, and that a run says so."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def backward(*arguments):
 
 @attention_backends.register("test_asked")
 class Asked(KernelBackend):
-    """The kernels for CPU, which note whether they were asked for the deterministic pass."""
+    """The kernels for CPU, which record whether the deterministic pass was requested."""
 
     name = "test_asked"
 

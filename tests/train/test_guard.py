@@ -1,4 +1,4 @@
-"""The guard: which steps it records and ends a run for."""
+"""Check which steps the guard records, and for which it ends a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a training may begin with the weights of another checkpoint."""
+"""Check whether a training may begin with the weights of another checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules at the points where their values are known."""
+"""Check schedules at the points where their values are known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a rank's process ends."""
+"""Check how a rank's process ends."""
 
 from __future__ import annotations
 

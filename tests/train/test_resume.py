@@ -1,4 +1,4 @@
-"""What may change between the attempts of a run."""
+"""Check what may change between the attempts of a run."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_resumed_run_tells_every_value_that_changed(tmp_path: Path) -> None:
 
 
 def with_options(manifest: CheckpointManifest, **sections: dict[str, object]) -> CheckpointManifest:
-    """As a version with other options wrote it; None: an option that it did not have."""
+    """Return a manifest as a version with other options wrote it; None removes an option."""
     assert manifest.trained_with is not None
     recipe = json.loads(json.dumps(manifest.trained_with))
     for name, options in sections.items():

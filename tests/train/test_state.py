@@ -1,4 +1,4 @@
-"""What the loop counts, and what of it a run that begins or goes on takes over."""
+"""Check the counts of the training loop, and which of them a new or resumed run takes over."""
 
 from __future__ import annotations
 

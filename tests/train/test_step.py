@@ -1,4 +1,4 @@
-"""The inputs of a step are made while the step before runs, and are those that it would have made itself."""
+"""Check that a step's inputs, made during the step before, equal those that the step would have made itself."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def compare(path: Path) -> None:
 
 
 def one_after_the_other(training: Training, recipe: Recipe) -> list[StepResult]:
-    """Each step's inputs when it is due."""
+    """Train with each step's inputs made when the step begins."""
     run, results = training.run, []
     for step, batch in enumerate(islice(training.stream, STEPS), 1):
         keys = StepKeys(step - 1, recipe.seed, recipe.train.global_batch_size, FOUND if step > FOUND_AFTER else {})
@@ -100,7 +100,7 @@ def with_inputs_ahead(training: Training, events: list[tuple[str, int]]) -> list
 
 
 def damaged_later(training: Training) -> None:
-    """A batch that cannot be read ends the step that needs it, not the one before."""
+    """Check that a batch that cannot be read ends the step that needs it, not the one before."""
 
     def batches():
         yield next(training.stream)

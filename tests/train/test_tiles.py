@@ -1,4 +1,4 @@
-"""Which tiles the attention kernels of a run take; that they are timed needs a GPU."""
+"""Check which tiles the attention kernels of a run take; only a GPU can time them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECIPE = Recipe(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the choice is of the GPU")
 def test_the_choice_of_a_checkpoint_comes_back_and_is_not_timed_again(groups: object) -> None:
-    """Timing needs a GPU: here it would fail."""
+    """Check that the tiles are not timed again, which would fail here, without a GPU."""
     kernels = ("forward", "query_gradient", "clean_key_gradient", "noisy_key_gradient")
     default = tiles.tile_for("forward", 128, torch.bfloat16, CHIP)
     for kernel in kernels:
