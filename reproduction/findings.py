@@ -52,7 +52,7 @@ class Findings:
         return Difference.between(self.measured(first, text), self.measured(second, text), self.seeds(text))
 
     def cells(self, measured: Measured) -> list[str]:
-        """Return a row's cells: nats with their 95% interval, perplexity, and bits a byte if a token is a byte."""
+        """Return a row's cells: nats with their 95% interval, perplexity, and bits per byte if a token is a byte."""
         nats = measured.mean
         cells = [f"{nats:.4f} ± {interval(measured, self.seeds()):.4f}", f"{math.exp(nats):.3f}"]
         return cells + ([f"{nats / math.log(2):.3f}"] if self.scale.unit == "byte" else [])
@@ -61,7 +61,7 @@ class Findings:
     def header(self) -> list[str]:
         """Return the header of a row's name and `cells`."""
         unit = self.scale.unit
-        return ["", f"nats a {unit}", f"perplexity a {unit}", *(["bits a byte"] if unit == "byte" else [])]
+        return ["model", f"nats per {unit}", f"perplexity per {unit}", *(["bits per byte"] if unit == "byte" else [])]
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:

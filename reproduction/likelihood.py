@@ -21,16 +21,17 @@ def perplexity(findings: Findings) -> str:
     differences = [findings.compare(*pair) for pair in pairs]
     verdicts = [difference.verdict() for difference in differences]
     steps = table(
-        ["costs more than", f"by nats a {findings.scale.unit}", "holds?"],
+        ["difference", f"nats per {findings.scale.unit}", "verdict"],
         [
-            [f"{findings.row(more).title} than {findings.row(less).title}", difference, verdict]
+            [f"{findings.row(more).title} minus {findings.row(less).title}", difference, verdict]
             for (more, less), difference, verdict in zip(pairs, differences, verdicts, strict=True)
         ],
     )
     return "\n\n".join(
         [
-            table([*findings.header, "paper: LM1B", "paper: OWT"], lines),
-            f"The paper: perplexity grows from AR over L'=4, 8, 16 to MDLM. **Here: {together(verdicts)}.**",
+            table([*findings.header, "paper: LM1B perplexity", "paper: OWT perplexity"], lines),
+            f"Paper: perplexity increases in the order AR, L'=4, 8, 16, MDLM. **Here: {together(verdicts)}.** The four "
+            "steps of this order:",
             steps,
         ]
     )
@@ -63,14 +64,18 @@ def block_size_one(findings: Findings) -> str:
     uniform, masked = paper.BLOCK_SIZE_ONE_VARIANCE
     return "\n\n".join(
         [
-            table([*findings.header, "variance of the training loss", "paper: LM1B"], lines),
-            "The paper: with uniform mask rates L'=1 costs more than AR, although both have the same expected loss. "
-            f"**Here: {gap.verdict()}** ({gap} nats a {findings.scale.unit}).",
-            "The paper: with everything masked it is AR's perplexity. **Here: "
-            f"{_equal(closed, between)}** (all masked − AR {closed}, uniform − all masked {between}; it holds where "
-            "what may be left, interval included, is less than half of what was closed).",
-            f"The paper: what uniform rates cost is variance ({uniform} against {masked}). **Here: {variance}**: the "
-            f"training loss varies {ratio:.2f} times as much from step to step (95%: a factor of {factor:.2f}).",
+            table([*findings.header, "variance of the training loss", "paper: LM1B perplexity"], lines),
+            "Paper: L'=1 with uniform mask rates costs more than AR, although both have the same expected loss. "
+            f"**Here: {gap.verdict()}.** The difference is {gap} nats per {findings.scale.unit}.",
+            "Paper: L'=1 with all tokens masked has the same perplexity as AR. **Here: "
+            f"{_equal(closed, between)}.** The rule compares two differences, in nats per {findings.scale.unit}. The "
+            f"first is all masked minus AR: {closed}. The second is uniform minus all masked: {between}. The claim "
+            "does not hold if the interval of the first difference excludes 0. It holds if all values of this interval "
+            "are smaller, in absolute value, than half of the second difference.",
+            "Paper: the extra cost of uniform mask rates is due to the variance of the loss "
+            f"({uniform} with uniform rates, {masked} with all tokens masked). **Here: {variance}.** The variance of "
+            f"the training loss from step to step is {ratio:.2f} times as large with uniform rates as with all tokens "
+            f"masked. The 95% interval of this ratio is a factor of {factor:.2f} in both directions.",
         ]
     )
 
@@ -89,23 +94,24 @@ def finetuned(findings: Findings) -> str:
     steps, optimizer = findings.scale.steps, findings.scale.recipe.optimizer
     base = round(BASE_SHARE * steps)
     decay = optimizer.decay_steps if optimizer.decay_steps is not None else steps // 5
-    rate = f"falls from step {steps - decay} on" if optimizer.schedule == "wsd" else f"is {optimizer.schedule}"
+    rate = f"falls from step {steps - decay} on" if optimizer.schedule == "wsd" else f"schedule is {optimizer.schedule}"
     for size in sizes:
         for name in (f"l{size}", f"l{size}-finetuned"):
             lines.append([findings.row(name).title, *findings.cells(findings.measured(name))])
         difference = findings.compare(f"l{size}-finetuned", f"l{size}")
         sentences.append(
-            f"The authors expect training at L'={size} from the start to be the better one. **Here: "
-            f"{difference.verdict()}** (from the base − from scratch {difference} nats a {findings.scale.unit})."
+            f"Authors: for L'={size}, training from scratch is better than training from the base. **Here: "
+            f"{difference.verdict()}.** Base minus scratch: {difference} nats per {findings.scale.unit}."
         )
     return "\n\n".join(
         [
             table(findings.header, lines),
-            "The paper trains 85% of the steps at L'=L, for speed, and gives no figures for training from scratch; its "
-            "authors say what they expect in issue 39 of their repository.",
+            "The paper trains a base at L'=L for 85% of the steps, because this is faster. It gives no figures for "
+            "training from scratch. Its authors say what they expect in issue 39 of their repository.",
             *sentences,
-            f"The base takes steps 1 to {base} of {steps}; the learning rate {rate}. How much of the difference the "
-            "short rest makes at that rate was not measured apart.",
+            f"The base is trained in steps 1 to {base} of {steps}. The learning rate {rate}. The steps after "
+            "the base are few and use this learning rate. How much of the difference this causes was not measured "
+            "separately.",
         ]
     )
 
@@ -116,19 +122,27 @@ def zero_shot(findings: Findings) -> str:
     for name in MAIN:
         cells = [f"{math.exp(findings.measured(name, text).mean):.3f}" for text in findings.texts]
         lines.append([findings.row(name).title, *cells, *paper.ZERO_SHOT.get(name, ("", ""))])
-    parts = [table([f"perplexity a {findings.scale.unit}", *findings.texts, "paper: PTB", "paper: WikiText"], lines)]
+    parts = [
+        f"Perplexities here are per {findings.scale.unit}.",
+        table(["model", *findings.texts, "paper: PTB perplexity", "paper: WikiText perplexity"], lines),
+    ]
     claims = {
         "wikitext2": (("l4", "ar", True), ("l4", "mdlm", False)),
         "ptb": (("l4", "ar", True), ("l4", "mdlm", True)),
     }
+    verdicts = []
     for text in findings.texts:
         for first, second, more in claims.get(text, ()):
             difference = findings.compare(first, second, text)
-            parts.append(
-                f"{text}. The paper: {findings.row(first).title} costs {'more' if more else 'less'} than "
-                f"{findings.row(second).title}. **Here: {difference.verdict(more)}** ({difference} nats a "
-                f"{findings.scale.unit})."
+            claim = f"{findings.row(first).title} costs {'more' if more else 'less'} than {findings.row(second).title}"
+            verdicts.append([text, claim, difference, f"**{difference.verdict(more)}**"])
+    if verdicts:
+        parts.append(
+            table(
+                ["text", "the paper's claim", f"first minus second, nats per {findings.scale.unit}", "verdict"],
+                verdicts,
             )
+        )
     return "\n\n".join([*parts, *_advantage(findings)])
 
 
@@ -148,11 +162,13 @@ def _advantage(findings: Findings) -> list[str]:
     known = [text for text in findings.texts if text in paper.ADVANTAGE]
     away = ", ".join(f"{paper.ADVANTAGE[HELD_OUT] - paper.ADVANTAGE[text]:.3f} ({text})" for text in known)
     return [
-        "Looked into, since on PTB the paper sees blocks of 4 behind MDLM: what MDLM costs more than blocks of 4, in "
-        f"nats a {findings.scale.unit}, and how much of that other text takes away.",
-        table(["", "MDLM − L'=4", "taken away", "paper, nats a token"], lines),
-        f"In the paper other text takes away {away}. The margins take both texts as independent, and are too wide. "
-        f"That it takes away something: **{together(shrunk)}** here.",
+        "Further analysis: in the paper, L'=4 is worse than MDLM on PTB. The table shows the difference MDLM minus "
+        f"L'=4 on each text, in nats per {findings.scale.unit}, and how much smaller it is than on held-out text.",
+        table(
+            ["text", "MDLM minus L'=4", "decrease from held-out text", "paper: MDLM minus L'=4, nats per token"], lines
+        ),
+        f"Paper: the difference is smaller on other text, by {away}. **Here: {together(shrunk)}.** The intervals of "
+        "the decrease treat the two texts as independent, and are too wide.",
     ]
 
 
@@ -166,10 +182,18 @@ def one_for_many(findings: Findings) -> str:
         lines.append([f"L'={size}", findings.cells(own)[0], findings.cells(shared)[0], difference, verdict])
     return "\n\n".join(
         [
+            f"NELBOs are in nats per {findings.scale.unit}.",
             table(
-                ["", "a model each", "one model", "one − each", "one model costs"],
+                [
+                    "block size",
+                    "one model per block size",
+                    "one model for all",
+                    "all minus one per size",
+                    "the model for all costs",
+                ],
                 lines,
             ),
-            "The paper trains a model for each block size. One model sees a quarter of the tokens at each of four.",
+            "The paper trains one model per block size. The model for all trains with four block sizes, and sees a "
+            "quarter of the tokens with each.",
         ]
     )

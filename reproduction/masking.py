@@ -36,7 +36,7 @@ def loss_variance(findings: Findings, size: int, interval: tuple[float, float]) 
 
 def clipped(findings: Findings) -> str:
     """Write section 3."""
-    parts, lines, narrower, best = [], [], [], []
+    comparisons, lines, narrower, best = [], [], [], []
     for size in clipped_sizes(findings):
         for interval in INTERVALS:
             published = paper.CLIPPED.get(size, {}).get(interval)
@@ -50,20 +50,27 @@ def clipped(findings: Findings) -> str:
         other = min((i for i in INTERVALS if i != least), key=lambda i: findings.measured(clipped_name(size, i)).mean)
         ahead = findings.compare(clipped_name(size, other), clipped_name(size, least))
         best.append(ahead.verdict())
-        parts.append(
-            f"L'={size}: U{_named(*least)} has the least variance. Nats a {findings.scale.unit} that others cost more: "
-            f"U[0, 1] {full} ({narrower[-1]}), the best of the others, U{_named(*other)}, {ahead} ({best[-1]})."
-        )
-    others = ", with the spread over seeds of other rows" if findings.seeds().freedom else ""
+        first, second = f"{full} ({narrower[-1]})", f"{ahead} ({best[-1]})"
+        comparisons.append([f"L'={size}", f"U{_named(*least)}", first, f"U{_named(*other)}", second])
+    others = " The 95% intervals use the spread over seeds of other rows." if findings.seeds().freedom else ""
     return "\n\n".join(
         [
+            "Each model trains with mask rates from one fixed interval, on half of section 1's tokens, with one seed."
+            f"{others} The variance of a block's loss is measured under the model's own interval, on held-out text. If "
+            "an interval begins at 0, the true variance is infinite. The figure is then the variance of the rates that "
+            "were drawn, and grows with their number.",
             table([*findings.header, "variance of a block's loss", "paper: perplexity / variance"], lines),
-            f"Half of section 1's tokens, one seed{others}. Of an interval that begins at 0 the true variance is "
-            "infinite: the figure is that of the rates drawn, and grows with their number.",
-            "The paper: at every L' an interval narrower than [0, 1] has less variance, and the model that trains with "
-            f"the one of least variance is better than with [0, 1]. **Here: {together(narrower)}.**",
-            f"The paper: and it is the best of all (at each L' of its table 2). **Here: {together(best)}.**",
-            *parts,
+            "Paper: at every L', an interval narrower than [0, 1] has a lower variance than [0, 1], and the model that "
+            "trains with the interval of lowest variance is better than the model that trains with [0, 1]. "
+            f"**Here: {together(narrower)}.**",
+            "Paper: the model that trains with the interval of lowest variance is the best of all, at each L' of the "
+            f"paper's table 2. **Here: {together(best)}.**",
+            "The table compares two other models with the model that trains with the interval of lowest variance: the "
+            f"model with [0, 1], and the best of all other models. Differences are in nats per {findings.scale.unit}.",
+            table(
+                ["block size", "lowest variance", "U[0, 1] costs more", "best other", "best other costs more"],
+                comparisons,
+            ),
             *(_by_rate(findings) if FAILS in best else []),
         ]
     )
@@ -78,16 +85,20 @@ def _by_rate(findings: Findings) -> list[str]:
         calm = names[min(INTERVALS, key=lambda interval: loss_variance(findings, size, interval))]
         (ours, our_errors), (best, best_errors) = (_halves(findings, n) for n in (calm, best_clipped(findings, size)))
         errors = np.sqrt(np.square(our_errors) + np.square(best_errors) + seeds.error(1, 1) ** 2)
-        light, heavy = (f"{x:+.3f} ± {seeds.quantile * e:.3f}" for x, e in zip(ours - best, errors, strict=True))
-        costs.append(f"L'={size} {light} and {heavy}")
+        both = (f"{x:+.3f} ± {seeds.quantile * e:.3f}" for x, e in zip(ours - best, errors, strict=True))
+        costs.append([f"L'={size}", *both])
         behind += [f"L'={size}"] if (ours - best)[1] > seeds.quantile * errors[1] else []
-    also = f" It is behind at heavy masks, too, at {', '.join(behind)}: there it does not only want for practice."
+    also = (
+        f"It is also worse at heavy masks at {', '.join(behind)}. There, missing practice at other mask rates is not "
+        "the only cause. "
+    )
     return [
-        "Looked into: whether the model of least variance is only behind at mask rates that it does not train with. "
-        f"Loss on held-out text at light and at heavy masks, nats a {findings.scale.unit}:",
-        table(["", "at rates [0, 0.5]", "at rates [0.5, 1]"], lines),
-        f"The model of least variance minus the best one, at light and at heavy masks: {'; '.join(costs)}."
-        f"{also if behind else ''} Section 1's rows follow the search: another interval may serve them better.",
+        "Further analysis: is the model of lowest variance worse only at mask rates with which it does not train? The "
+        f"table shows the loss on held-out text at light and at heavy masks, in nats per {findings.scale.unit}:",
+        table(["model", "light masks: rates in [0, 0.5]", "heavy masks: rates in [0.5, 1]"], lines),
+        "The model of lowest variance minus the best model:",
+        table(["block size", "light masks", "heavy masks"], costs),
+        f"{also if behind else ''}Section 1's rows use the searched interval. Another interval may suit them better.",
     ]
 
 
@@ -133,23 +144,27 @@ def searched(findings: Findings) -> str:
         [
             table(
                 [
-                    "",
-                    "trained with at the end, by seed",
-                    "least variance at the end",
-                    "variance of the former, first and last search",
-                    "of [0, 1]",
-                    "paper",
+                    "model",
+                    "training interval at the end, by seed",
+                    "interval of lowest variance at the end",
+                    "variance under the training interval, first → last search",
+                    "variance under [0, 1], first → last search",
+                    "paper: interval of lowest variance",
                 ],
                 lines,
             ),
-            "Training leaves an interval only for one that is clearly better on the text of its evaluations; the least "
-            "variance at the end is by all of the held-out text, its mean over seeds.",
-            "The paper: the smaller the blocks, the heavier the masking of least variance. **Here: "
-            f"{order_of_intervals([variances(findings, name) for name in names])}** with sequences of "
-            f"{findings.scale.length} {findings.scale.unit}s. From one block size to the next larger one the interval "
-            "counts as another where its variance is below that of the former, by both their errors.",
+            "During training, the search replaces an interval only by one that is clearly better on the text of the "
+            "training's evaluations. The interval of lowest variance at the end is measured on all of the held-out "
+            "text, with the mean over seeds.",
+            "Paper: the smaller the blocks, the heavier the masks of the interval of lowest variance. **Here, with "
+            f"sequences of {findings.scale.length} {findings.scale.unit}s: "
+            f"{order_of_intervals([variances(findings, name) for name in names])}.** The rule compares each block "
+            "size with the next larger one. For the larger blocks it takes the variance under two intervals: the "
+            "one that is best for them, and the one that is best for the smaller blocks. The best interval counts as "
+            "changed if the difference of these variances is larger than half of its 95% interval. "
+            "The claim holds if all changes are towards lighter masks. It is undecided if there is no change.",
             *_look(findings),
-            *([_longer(findings)] if findings.scale.longer > 1 else []),
+            *(_longer(findings) if findings.scale.longer > 1 else []),
         ]
     )
 
@@ -236,29 +251,33 @@ def _look(findings: Findings) -> list[str]:
             figures = (f"{x:.3f}" for x in (at, between, at + between))
             lines.append([findings.row(name).title, _named(*interval), *figures])
     return [
-        "Looked into: a block's loss varies at one mask rate, with the tokens that are masked and with the text, and "
-        "its mean varies from rate to rate. On held-out text, by section 3's best model of each L'"
-        f"{' and the row of longer sequences' if longer else ''}:",
-        table(["model", "mask rates", "variance at a rate", "of means from rate to rate", "sum"], lines),
-        "Were tokens independent, the first part would fall as blocks grow, as 1/L', and the second one would not: the "
-        "longer the blocks, the more the second decides.",
+        "Further analysis: the variance of a block's loss has two parts. The first part is the variance at one mask "
+        "rate: the loss varies with the choice of the masked tokens and with the text. The second part is the variance "
+        "of the mean loss from rate to rate. The table shows both on held-out text, for section 3's best model of each "
+        f"L'{' and the model with longer sequences' if longer else ''}:",
+        table(["model", "mask rates", "first part: at one rate", "second part: from rate to rate", "sum"], lines),
+        "If tokens were independent, the first part would fall as 1/L' and the second part would not fall. The longer "
+        "the blocks, the more the second part decides.",
     ]
 
 
-def _longer(findings: Findings) -> str:
+def _longer(findings: Findings) -> list[str]:
+    """Write what longer blocks are predicted to have as their interval of lowest variance, and what was measured."""
     times, row, length = findings.scale.longer, findings.row("mdlm-longer"), findings.scale.length
     expects = {i: expected(tenths(findings, clipped_name(length, i)), times) for i in INTERVALS}
-    said = ", ".join(f"on {_named(*own)} {_named(*other)}" for own, other in expects.items())
+    predictions = [[f"U{_named(*trained)}", _named(*predicted)] for trained, predicted in expects.items()]
     shorter, longer = variances(findings, "mdlm"), variances(findings, row.name)
     least, before = least_variance(longer), least_variance(shorter)
     lighter = sum(sum(interval) < sum(before) for interval in expects.values())
     gain, margin = _gain(shorter, longer)
     _, *trained = search_results(findings.of(row.name)[0], row.block_sizes[0])[-1]
     rows = [variances(findings, name) for name in searched_rows(findings).values()]
-    return (
-        f"If blocks {times} times as long had {times} times less of the first part, the least variance would be, by "
-        f"section 3's models of L'={length} as they trained, {said}: {lighter} of {len(expects)} expect lighter masks "
-        f"than {_named(*before)}. Measured, with {row.title}, one seed, in training at {_named(*trained)}: "
-        f"{_named(*least)}, with {gain:.3f} ± {margin:.3f} less variance than {_named(*before)}. With this row the "
-        f"paper's order: **{order_of_intervals(rows)}**."
-    )
+    return [
+        f"Prediction for blocks {times} times as long: if their first part is {times} times smaller, which interval "
+        f"has the lowest variance? Section 3's models of L'={length} predict:",
+        table([f"model of L'={length}, trained with", "predicted interval of lowest variance"], predictions),
+        f"{lighter} of {len(expects)} models predict lighter masks than {_named(*before)}. Measurement with "
+        f"{row.title} (one seed, training interval at the end {_named(*trained)}): {_named(*least)} has the lowest "
+        f"variance. It is {gain:.3f} ± {margin:.3f} lower than under {_named(*before)}. The paper's claim on the order "
+        f"of intervals, with this row included: **{order_of_intervals(rows)}**.",
+    ]

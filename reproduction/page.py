@@ -31,7 +31,9 @@ def write_page(scale: Scale, folder: Path) -> Path:
         wanting = [row for row in needed if not findings.has(row)]
         parts.append(f"## {number}. {title}")
         if wanting or (number == 8 and ("efficiency", 0) not in records):
-            parts.append(f"Not measured yet: {', '.join(wanting) or 'efficiency'} (`python -m reproduction` goes on).")
+            parts.append(
+                f"Not measured yet: {', '.join(wanting) or 'efficiency'} (`python -m reproduction` continues)."
+            )
             continue
         parts.append(text(findings))
         if picture is not None:
@@ -79,43 +81,52 @@ def _sections(findings: Findings) -> list[Section]:
 
 def _head(findings: Findings) -> str:
     scale, unit = findings.scale, findings.scale.unit
-    bytes_of_text = ", which are bytes" if unit == "byte" else ""
+    bytes_of_text = ", and a token is a byte" if unit == "byte" else ""
     tokens = scale.steps * scale.recipe.train.global_batch_size * scale.length
     model = scale.recipe.model
     warning = (
-        "**Quick form: it proves that the script works. Its numbers mean nothing.**\n\n"
+        "**This is the quick form. It only shows that the script works. Its numbers mean nothing.**\n\n"
         if scale.name == "quick"
         else ""
     )
     return (
         "# The paper's tables in small\n\n"
         f"{warning}"
-        "Written by `python -m reproduction` from the records of its runs; nothing here is written by hand. Every "
-        f"row is the same model ({model.num_layers} layers of {model.hidden_size}, [recipe]({_recipe_link(scale)})) on "
-        f"the same text, {tokens:,} tokens in {scale.steps} steps, {len(scale.seeds)} seeds, unless it says otherwise. "
-        f"Sequences have {scale.length} tokens{bytes_of_text}. Held-out text is {scale.sequences:,} sequences of "
-        "documents that no row trained on, of which every row is given the first token, since AR predicts none; NELBOs "
-        f"are over mask rates of [0, 1], {scale.draws} draws, and exact at L'=1.\n\n"
-        f"Intervals of 95% are {_seeds(findings)}; differences are between the same sequences. A claim *holds* or "
-        "*does not hold* where its difference is outside its interval, and is *undecided* otherwise, unless another "
-        "rule is given."
+        "`python -m reproduction` writes this page from the records of its runs. Nothing here is written by hand.\n\n"
+        f"**Training.** Every row is the same model ({model.num_layers} layers, hidden size {model.hidden_size}, "
+        f"[recipe]({_recipe_link(scale)})), trained on the same text: {tokens:,} tokens in {scale.steps} steps, with "
+        f"{len(scale.seeds)} seed{'s' if len(scale.seeds) > 1 else ''}. If a row differs from this, its section says "
+        f"so. Sequences have {scale.length} tokens{bytes_of_text}. L' is the block size, L is "
+        "the length of a sequence.\n\n"
+        f"**Evaluation.** The held-out text is {scale.sequences:,} sequences of documents on which no row was trained. "
+        "Every row is given the first token of a sequence, because AR does not predict it. NELBOs are over mask rates "
+        f"in [0, 1], with {scale.draws} draws of noise. At L'=1 they are exact.\n\n"
+        f"**Intervals.** A figure after ± is half of a 95% interval. {_seeds(findings)} Two rows are compared on the "
+        "same sequences.\n\n"
+        "**Verdicts.** A claim is *undecided* if the 95% interval of its difference includes 0. Otherwise it *holds* "
+        "if the difference has the sign that is claimed, and *does not hold* if it has the opposite sign. Some claims "
+        'have another rule, which is then given. "Costs more" means a higher NELBO.'
     )
 
 
 def _seeds(findings: Findings) -> str:
     spread = findings.seeds()
     if not spread.freedom:
-        return "over text alone, since one seed tells nothing of other trainings"
+        return "These intervals are over text only, because one seed shows nothing about other seeds."
     scale = findings.scale
     several = [row for row in rows(scale) if len(row.seeds or scale.seeds) > 1 and findings.has(row.name)]
     apart = {row.title: float(np.ptp(findings.measured(row.name).by_seed)) for row in several}
     widest = max(apart, key=apart.__getitem__)
     others = max((value for title, value in apart.items() if title != widest), default=0.0)
-    doubt = "; what compares with it is less sure than its interval says" if apart[widest] > 2 * others > 0 else ""
+    doubt = (
+        f" Comparisons with {widest} are less certain than their intervals say."
+        if apart[widest] > 2 * others > 0
+        else ""
+    )
     return (
-        f"over text and seeds, whose spread ({spread.deviation:.4f} nats a {findings.scale.unit}, {spread.freedom} "
-        f"degrees of freedom) is pooled over rows (the seeds of {widest} are {apart[widest]:.4f} apart, those of the "
-        f"others at most {others:.4f}{doubt})"
+        "These intervals are over text and seeds. The spread over seeds is pooled over rows: its standard deviation is "
+        f"{spread.deviation:.4f} nats per {findings.scale.unit}, with {spread.freedom} degrees of freedom. The seeds "
+        f"of {widest} differ by {apart[widest]:.4f}, those of every other row by at most {others:.4f}.{doubt}"
     )
 
 
@@ -149,11 +160,11 @@ def _runs(findings: Findings) -> str:
     alone = sum(record["training"]["tokens"] / _speed(findings, record["row"]) for record in done) / 3600
     return "\n\n".join(
         [
-            f"Training took {hours:.1f} hours on the clock, one thread each, some beside other work; at the speed of "
-            f"the quickest row with the same block sizes it is {alone:.1f} hours. "
-            f"Machine: {'; '.join(machines)}. Versions: {'; '.join(versions)}. A commit with + had "
-            "uncommitted changes.",
-            table(["row", "seed", "tokens", "tokens/s", "minutes", "recipe", "commit", "date"], lines),
+            f"Training took {hours:.1f} hours in total. Each row used one thread. Some rows ran at the same time as "
+            "other work. If each row were as fast as the fastest row with the same block sizes, training would take "
+            f"{alone:.1f} hours. Machine: {'; '.join(machines)}. Versions: {'; '.join(versions)}. A + after a commit "
+            "means uncommitted changes.",
+            table(["row", "seed", "tokens", "tokens/s", "minutes", "hash of the recipe", "commit", "date"], lines),
         ]
     )
 

@@ -31,7 +31,7 @@ def perplexity(findings: Findings, out: Path) -> None:
     axes[0].errorbar(titles, [value.mean for value in values], margins, fmt="o", capsize=4, label="mean, 95% interval")
     for index, value in enumerate(values):
         axes[0].plot([index] * len(value.by_seed), value.by_seed, "x", color="C1", label=None if index else "seeds")
-    axes[0].set(ylabel=f"nats a {findings.scale.unit}, held-out")
+    axes[0].set(ylabel=f"nats per {findings.scale.unit}, held-out")
     _save(figure, axes, out)
 
 
@@ -45,7 +45,7 @@ def intervals(findings: Findings, out: Path) -> None:
         panel.set(
             title=f"L'={size}",
             xlabel="variance of a block's loss",
-            ylabel=f"nats a {findings.scale.unit}, held-out",
+            ylabel=f"nats per {findings.scale.unit}, held-out",
             xlim=(0, None),
         )
     _save(figure, axes, out)
@@ -68,7 +68,7 @@ def searched(findings: Findings, out: Path) -> None:
         blocks, losses, _ = tenths(findings, name).T
         axes[-1].plot(np.arange(0.05, 1, 0.1), losses / blocks, "o-", markersize=4, label=findings.row(name).title)
     axes[-1].set(
-        title="section 3's best models", xlabel="mask rate", ylabel=f"loss: nats a {findings.scale.unit}, held-out"
+        title="section 3's best models", xlabel="mask rate", ylabel=f"loss: nats per {findings.scale.unit}, held-out"
     )
     _save(figure, axes, out)
 
@@ -93,7 +93,7 @@ def samples(findings: Findings, out: Path) -> None:
                 position = {"xytext": (-3, -9) if below else (-3, 3), "textcoords": "offset points", "ha": "right"}
                 axes[0].annotate(sampler, (x, y), fontsize=7, **position)
     axes[0].set(
-        xlim=(0, None), xlabel="denoising passes a token", ylabel=f"generative perplexity a {findings.scale.unit}"
+        xlim=(0, None), xlabel="denoising passes per token", ylabel=f"generative perplexity per {findings.scale.unit}"
     )
     _save(figure, axes, out)
 

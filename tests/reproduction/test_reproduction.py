@@ -74,7 +74,7 @@ def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     assert "Its numbers mean nothing" in text
     assert "Not measured yet" not in text
     assert text.count("\n## ") == 10
-    assert "| perplexity a byte | ptb |" in text
+    assert "| model | ptb |" in text
     for name in ("perplexity", "intervals", "searched", "samples"):
         assert (work / "quick-page" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"](quick-page/{name}.png)" in text
