@@ -28,7 +28,7 @@ from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.typeshelper import Languages
 
 LANGUAGE = Languages.english
-# Two texts that share 75% of their 5-grams are found with a chance of 77%, 85% with one of 99%.
+# Two texts that share 75% of their 5-grams are found with a probability of 77%; with 85% shared, 99%.
 MINHASH = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
 
 

@@ -9,15 +9,15 @@ import hypothesis
 import pytest
 
 TESTS = Path(__file__).parent
-# Their tests start runs or interpreters; the longest come first, so that no worker has one left at the end.
+# Their tests start runs or interpreters. The longest come first, so that no worker begins one at the end.
 LAUNCHING = ("integration", "reproduction", "tools", "examples", "faults", "slurm")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # each worker has a core; two threads each would wait for one another
-# An example's time says how busy the machine is.
+# No deadline: the time of an example shows how busy the machine is.
 hypothesis.settings.register_profile("bd3_scale", deadline=None)
 hypothesis.settings.load_profile("bd3_scale")
-# It would run in place of the backends that the tests compare.
+# It would replace the backends that the tests compare.
 os.environ.pop("BD3_SCALE_ATTENTION", None)
 
 

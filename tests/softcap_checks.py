@@ -143,7 +143,7 @@ def check_formats() -> None:
 
 def main(folder: str) -> int:
     assert bd3_scale.__file__.startswith(folder), bd3_scale.__file__
-    # Forks, while autograd has no threads here.
+    # These fork, which is safe only while autograd has no threads here.
     context, port = multiprocessing.get_context("fork"), free_port()
     ranks = [context.Process(target=check_gradients_on_rank, args=(rank, port)) for rank in range(2)]
     for rank in ranks:
@@ -156,7 +156,7 @@ def main(folder: str) -> int:
     for rank in ranks:
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0, 0]
-    # The exported code beside the model, and an import of it.
+    # The exported code is compared with the model, and with an import of it.
     tests = ["tests/convert/test_options.py", "-k", "logit_softcap or every_option"]
     return pytest.main(["-q", "-p", "no:cacheprovider", "--import-mode=importlib", *tests])
 

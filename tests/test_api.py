@@ -63,7 +63,7 @@ def test_it_writes_what_the_command_wrote(model: bd3_scale.Model) -> None:
         first, second = model.generate(["The ", "A"], **how)
         assert (first.tokens, second.prompt) == (written.tokens, "A")
         pieces = list(model.stream("The ", **how))
-        assert len(pieces) == 4  # blocks of 8 from the prompt's 4 tokens on
+        assert len(pieces) == 4  # blocks of 8, from the prompt's 4 tokens on
         assert "".join(piece.text for piece in pieces) == written.text
         assert [piece.stopped_by for piece in pieces] == [None, None, None, "length"]
     assert model.generate("", max_new_tokens=9, temperature=0, stop='""').text == ""
@@ -105,7 +105,7 @@ def test_the_logits_of_a_masked_last_block_are_what_generate_draws_from(model: b
     assert (logits[..., mask] == -torch.inf).all()
     once = model.generate("sixteen letters.", max_new_tokens=8, temperature=0, unmasking="static", steps=1)
     assert once.tokens == logits[0, 16:].argmax(-1).tolist()
-    # What follows a block is not seen by it.
+    # A block does not see what follows it.
     assert torch.equal(logits[:, :16], model.logits(torch.tensor([ids, ids]))[:1])
 
 
@@ -115,7 +115,7 @@ def test_an_exported_folder_is_the_model_that_it_was_made_of(model: bd3_scale.Mo
     assert sorted(Path(tempfile.gettempdir()).glob("bd3_scale-import-*")) == before
     ids = torch.randint(0, 256, (3, 30), generator=torch.Generator().manual_seed(0))
     how = {"max_new_tokens": 20, "seed": 3}
-    # Two models at once, by turns.
+    # Two models are used in turns.
     for _ in range(2):
         assert torch.equal(other.logits(ids), model.logits(ids))
         assert other.generate("The ", **how).tokens == model.generate("The ", **how).tokens
@@ -146,7 +146,7 @@ def test_it_touches_no_process_group(model: bd3_scale.Model, monkeypatch: pytest
     ids = [[1, 2, 3, 4]]
     expected = model.generate("The ", **how).tokens, model.nelbo(TEXTS).nelbo, model.logits(ids)
     assert not dist.is_initialized()
-    # As a rank of two in a training of the user's, of which the other does nothing here.
+    # This process is one of two ranks of the user's training; the other rank does nothing here.
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ROOTS = ("bd3_scale", "reproduction", "tools")
-# In the imperative. A verb that is missing here is added; a noun or an adjective is not.
+# Imperative forms. Add a verb that is missing here, but no noun or adjective.
 VERBS = frozenset((Path(__file__).parent / "support/verbs.txt").read_text().split())
 
 

@@ -19,10 +19,10 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = Path(registry.__file__).parent
 PAGE = (REPOSITORY / "docs/extend.md").read_text()
 LAB = REPOSITORY / "tests/plugins/bd3_lab/__init__.py"
-# Of an objective in a file of its own.
+# The imports of an objective in a file of its own.
 IMPORTS = """from bd3_scale.objective.block_diffusion import BlockDiffusion
 from bd3_scale.registry import objectives"""
-# Asks for each of them as a run or a command does, and for what it computes.
+# It requests each entry as a run or a command does, and checks what the entry computes.
 USES = """
 import sys
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_the_code_of_the_page_is_the_module_that_tests_run() -> None:
 
 def test_the_page_has_every_registry() -> None:
     doors = {name for name, value in vars(registry).items() if isinstance(value, registry.Registry)}
-    doors -= {"source_cuts"}  # what a source format may have besides, as the page says
+    doors -= {"source_cuts"}  # optional for a source format, as the page says
     assert "`bd3_scale.registry.source_cuts`" in PAGE
     assert table().keys() == parts().keys() == doors
 

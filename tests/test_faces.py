@@ -29,7 +29,7 @@ def test_what_a_room_offers_is_defined_in_it_under_a_name_of_its_own(stub: Path)
     for module, name in offered(stub):
         path = PACKAGE.parent / f"{module.replace('.', '/')}.py"
         assert name in {getattr(node, "name", "") for node in ast.parse(path.read_text()).body}, f"{module}.{name}"
-        # Importing a module puts it on its package, over whatever has its name.
+        # Importing a module sets it as an attribute of its package, in place of anything of the same name.
         assert not (stub.parent / f"{name}.py").exists()
         assert not (stub.parent / name).exists()
 
@@ -59,7 +59,7 @@ def test_the_version_is_the_distribution_s() -> None:
 
 @pytest.mark.launch
 def test_importing_a_room_costs_nothing_before_a_name_of_it_is_used() -> None:
-    # megatron-core is imported with what runs on it.
+    # bd3_scale.model imports megatron-core.
     rooms = [face for face in FACES.values() if face != "bd3_scale.model"]
     code = (
         f"import sys, {', '.join(rooms)}\n"

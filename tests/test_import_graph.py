@@ -34,7 +34,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# Outside name -> the rooms that may import it.
+# Outside name -> the folders of the package that may import it.
 RESERVED = {
     "megatron": {"model", "parallel"},
     "megatron.core.parallel_state": {"parallel"},
@@ -46,9 +46,9 @@ RESERVED = {
     "reproduction": set(),
     "tests": set(),
 }
-# What imports the package, and is tested in a folder of its name.
+# These import the package, and are tested in a folder of their name.
 PRODUCTS = {"tools", "reproduction"}
-# Used where a machine has them: triton comes with a CUDA torch, NVIDIA's apex is built from source.
+# Optional: triton comes with a CUDA torch, NVIDIA's apex is built from source.
 OPTIONAL = {"gguf", "lm_eval", "pyarrow", "sklearn", "triton", "amp_C", "apex"}
 OPTIONAL |= {"fastapi", "prometheus_client", "starlette", "uvicorn"}
 STANDARD_LIBRARY_ALONE = {

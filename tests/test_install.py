@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parents[1]
-# Package -> why a CUDA installation has another version than a CPU's.
+# Package -> the reason why a CUDA installation has another version than a CPU's.
 DIFFERS = {"triton": "torch's CUDA build fixes its own"}
 
 
@@ -65,7 +65,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(checkout: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    # Without what a `make test` around it would tell this one.
+    # A `make test` around this test sets variables that would change this make.
     outer = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     path = {"PATH": f"{checkout}/bin:{os.environ['PATH']}"}
     command = ["make", *words, f"PYTHON={checkout}/python3"]

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bd3_scale"
-# The places that clean what they print.
+# These modules clean what they print.
 PLACES = {"observe/console.py", "resilience/terminal.py"}
-# Prints to its own log, and cleans it there.
+# It prints to its own log, and cleans the text there.
 CLEANING = {"launch/records.py"}
-# Of rich: what makes text of markup, or writes it to a console of rich's own.
+# Parts of rich that make text of markup, or write it to a console of rich's own.
 FORBIDDEN_IMPORTS = {
     f"rich.{name}"
     for name in ("print", "get_console", "inspect", "console.Console", "text.Text", "markup", "progress.TextColumn")
@@ -24,7 +24,7 @@ FORBIDDEN_CALLS = {
     *(f"sys.{stream}.write" for stream in ("stdout", "stderr")),
     *(f"traceback.{name}" for name in ("print_exc", "print_exception", "print_stack")),
 }
-# Draw on a console of rich's own where they are given none.
+# Without an argument, these draw on a console of rich's own.
 NEED_A_CONSOLE = {"Live", "Progress", "Status"}
 
 

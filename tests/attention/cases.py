@@ -66,7 +66,7 @@ class Problem(NamedTuple):
         )
 
 
-# Several chunks each; sequences with the same documents, with their own, and with their own block sizes.
+# Several chunks each: sequences with the same documents, with different ones, and with different block sizes.
 TRAINING = Problem([[7, 190, 3, 100], [201, 99]], [8, 8], None, 1, True, True, 4, 2, 16, 0)
 FORMS = {
     "training": TRAINING,
@@ -120,7 +120,7 @@ def errors(got: list[Tensor], want: list[Tensor]) -> dict[str, float]:
     """Return the relative error (by the norm) of the output and of each gradient."""
     found = {}
     for name, g, w in zip(("output", "gradient of q", "gradient of k", "gradient of v"), got, want, strict=False):
-        # A softmax over one key has no gradient: there, rounding of terms of the output's size remains.
+        # A softmax over one key has no gradient; what remains is rounding of terms as large as the output.
         size = float(w.norm()) + 0.1 * float(want[0].norm())
         error = float((g.double() - w).norm())
         found[name] = error / size if size else error

@@ -20,13 +20,13 @@ from bd3_scale.attention.spans import check_spans, make_spans, take_ranges
 from tests.attention.cases import Problem, assert_close, document_start, outputs_and_gradients, problems
 
 CPU = torch.device("cpu")
-# Nothing is shrunk: in the interpreter that takes longer than the test may.
+# No shrinking: in the interpreter, shrinking takes longer than the test's time limit.
 INTERPRETED = settings(deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
-# Rounding of one product, of sums of a few dozen, in parts of the result's norm.
+# The rounding of one product, and of sums of a few dozen, relative to the result's norm.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3}
 
 
-# Longer one way and the other: lengths of a few dozen have whole, partial and ragged tiles, and no side is the other's.
+# One tile has more rows and the other more keys, so lengths of a few dozen have whole, partial and ragged tiles.
 TILES = {"long rows": tiles.Tile(32, 16, 4, 1), "long keys": tiles.Tile(16, 32, 4, 1)}
 
 
@@ -50,7 +50,7 @@ def use_tiles(shape: str) -> None:
 def run(problem: Problem, dtype: torch.dtype, shape: str, *, deterministic: bool) -> None:
     use_tiles(shape)
     want = outputs_and_gradients(problem, torch.float64, "reference")
-    # Deterministic mode fills new tensors with NaN, so that what a kernel does not write is seen.
+    # Deterministic mode fills new tensors with NaN, which shows numbers that the kernel does not write.
     torch.use_deterministic_algorithms(deterministic)
     assert_close(outputs_and_gradients(problem, dtype, "triton"), want, TOLERANCE[dtype])
 

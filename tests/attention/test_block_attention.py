@@ -65,7 +65,7 @@ def test_cpu_is_the_reference_at_length(seq_len: int, block_size: int) -> None:
     assert_close(outputs_and_gradients(problem, torch.float64, "cpu"), want, EXACT)
 
 
-# Of a rank, the positions before some: its rows are not as many as its keys.
+# A rank's positions before some position: it has fewer rows than keys.
 @pytest.mark.parametrize(("calls", "ranges"), [(1, None), (10, [(0, 300)])])
 def test_plain_causal_rows_are_one_call(
     calls: int, ranges: list[tuple[int, int]] | None, monkeypatch: pytest.MonkeyPatch
@@ -134,7 +134,7 @@ def test_cpu_is_deterministic(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-# Some rows of a chunk, whole chunks, all rows.
+# These rows are a part of a chunk, whole chunks, and all rows.
 @pytest.mark.parametrize("blind", [(33, 38), (0, 70), (96, 160), (0, 300)])
 @pytest.mark.parametrize("num_noisy", [0, 1, 2])
 def test_rows_that_see_nothing_are_zero(num_noisy: int, blind: tuple[int, int]) -> None:

@@ -30,7 +30,7 @@ def blind_rows() -> torch.Tensor:
 PACKED = make_spans(torch.stack([document_start([7, 190, 3, 100]), document_start([201, 99])]), 8)
 WHOLE = make_spans(torch.zeros(2, 300, dtype=torch.int64), 20)
 TOKENS = make_spans(document_start([150, 150]).expand(2, -1), 1)
-# spans, noisy copies, whether clean rows ask, clean keys
+# Values: spans, noisy copies, whether clean rows are queries, number of clean keys.
 FORMS = {
     "training": (PACKED, 1, True, 300),
     "two copies": (TOKENS, 2, True, 300),
@@ -47,7 +47,7 @@ def problem(form: str, dtype: torch.dtype, device: str = "cpu", head_dim: int = 
     size = spans.shape[2]
     rows = {HEADS: (num_noisy + clean_queries) * size, GROUPS: num_noisy * size + num_keys}
     q, k, v = (
-        # Of bfloat16's numbers, so that every precision is given the same.
+        # These are bfloat16 numbers, so that every precision gets the same.
         torch.randn(2, rows[heads], heads, head_dim, generator=generator).bfloat16().to(device, dtype)
         for heads in (HEADS, GROUPS, GROUPS)
     )

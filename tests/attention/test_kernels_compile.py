@@ -22,7 +22,7 @@ from tests.support.compiled import compiled
 pytestmark = pytest.mark.launch
 
 CHIPS = (80, 90, 100)
-# Bytes a thread. A few registers spilled beside the loops are cheap; a tile of products in memory takes thousands.
+# Bytes a thread. A few spilled registers cost little; a tile of products in memory takes thousands of bytes.
 STACK_BUDGET = 192
 WITHOUT_PRODUCTS = {"delta", "combine"}
 STREAMING = {"forward", "query_gradient", "clean_key_gradient", "fused_gradient"}
@@ -48,7 +48,7 @@ def matrix_instructions(chip: int, variant: Variant) -> set[str]:
     """Return the fastest matrix instruction that the GPU has for the variant's tile."""
     side = variant.tile.keys if "key" in variant.kernel or "fused" in variant.kernel else variant.tile.rows
     own = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[chip]
-    # A warp group multiplies 64 rows at a time; fewer, and float32, go through the older instruction.
+    # A warp group multiplies 64 rows at a time; fewer rows, and float32, use the older instruction.
     return {own} if side >= 64 and variant.dtype.itemsize == 2 else {own, "HMMA"}
 
 

@@ -21,7 +21,7 @@ from bd3_scale.attention.dispatch import block_attention, decode_attention
 from tests.attention.cases import Problem, errors, outputs_and_gradients, problems
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
-# Of the result's norm: a few roundings of the inputs' precision.
+# Relative to the result's norm: a few roundings of the inputs' precision.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 
 
@@ -138,7 +138,7 @@ def sanitized(sanitizer: str, tool: str, function: str, room: str = "attention")
     return {
         "args": [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
         "cwd": Path(__file__).parents[2],
-        # Pieces of PyTorch's large segments have no bounds of their own.
+        # The sanitizer does not see the bounds of pieces of PyTorch's large segments.
         "env": {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         "text": True,
     }

@@ -39,11 +39,11 @@ EXPECTED = json.loads((EARLIER / "expected.json").read_text())
 def changed_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """Change the recipe as a version with other options would have written it."""
     recipe = json.loads(json.dumps(recipe))
-    recipe["optimizer"]["amsgrad"] = True  # gone since
-    recipe["data"]["loader_processes"] = recipe["data"].pop("num_workers")  # has another name since
-    recipe["diffusion"]["token_editing"] = {"rate": 0.1}  # to come
+    recipe["optimizer"]["amsgrad"] = True  # removed since then
+    recipe["data"]["loader_processes"] = recipe["data"].pop("num_workers")  # renamed since then
+    recipe["diffusion"]["token_editing"] = {"rate": 0.1}  # from a later version
     recipe["train"]["precision_of_logits"] = "fp8"
-    recipe["optimizer"]["schedule"] = "polynomial"  # a value that is no more
+    recipe["optimizer"]["schedule"] = "polynomial"  # a value that no longer exists
     recipe["telemetry"] = {"every_steps": 5}
     return recipe
 

@@ -47,7 +47,7 @@ for file in files:
     stopping = {"stop_strings": [chr(stop)], "tokenizer": tokenizer}
     stopped = model.generate(**tokenizer("A", return_tensors="pt"), **greedy, **stopping)
     assert stopped[0, 1:].tolist() == new[: new.index(stop) + 1]
-    # What transformers finds in generation_config.json: drawn from all that the model predicts.
+    # transformers samples from all that the model predicts, as generation_config.json says.
     torch.manual_seed(0)
     drawn = model.generate(ids, max_new_tokens=13)
     torch.manual_seed(0)

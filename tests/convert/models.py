@@ -42,7 +42,7 @@ SHAPE = {
     "eos_token_id": 256,
     "initializer_range": 0.2,
 }
-# Of Qwen3-MoE.
+# The options of Qwen3-MoE.
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -188,7 +188,7 @@ LLADA2_SHAPE = QWEN_SHAPE.model_copy(update={
         num_experts=6, top_k=2, ffn_hidden_size=24, shared_ffn_hidden_size=48, first_dense_layers=1, score="sigmoid",
         groups=3, top_groups=2, scale=2.5, bias=True,
     )})  # fmt: skip
-# What SDAR-MoE has not, nor LLaDA2.
+# Options that neither SDAR-MoE nor LLaDA2 has.
 MIXTURE_SHAPE = LLADA2_SHAPE.model_copy(update={
     "qk_norm": False, "attention_bias": True, "moe": MoeRecipe(
         num_experts=6, top_k=3, ffn_hidden_size=24, shared_ffn_hidden_size=20, first_dense_layers=1,

@@ -158,7 +158,7 @@ def check_next_token_twin(model, twin, more: dict) -> None:
     config_class = getattr(transformers, twin.__name__.replace("ForCausalLM", "Config"))
     other_config = config_class(**config, **more, tie_word_embeddings=False)
     if model.config.num_experts:
-        # transformers 5 has the experts of a layer in one tensor, and reads such names from files alone.
+        # transformers 5 stores a layer's experts in one tensor, and accepts these names only from files.
         other_config.architectures = [twin.__name__]
         other_config.save_pretrained(f"{model.name_or_path}-twin")
         save_file(model.state_dict(), f"{model.name_or_path}-twin/model.safetensors", metadata={"format": "pt"})
@@ -237,7 +237,7 @@ def check_stopping(model, prompt: torch.Tensor) -> None:
     padded = model.generate(prompt, max_new_tokens=9)
     assert padded[0, 6:].tolist() == first[: end + 1] + [PAD] * (8 - end)
     model.generation_config.eos_token_id = None
-    # In the prompt's part of the first block, and not in the two tokens that this block adds.
+    # The token is in the prompt's part of the first block, and not among the two that this block adds.
     row, given = next((r, t) for r in (0, 1) for t in prompt[r, 4:].tolist() if t not in free[r, 6:8])
     end = [*free[row, 6:].tolist(), given].index(given)
     past_prompt = model.generate(prompt[row : row + 1], max_new_tokens=9, eos_token_id=given)
@@ -285,7 +285,7 @@ def check_arguments_of_transformers(model, prompt: torch.Tensor) -> None:
         return_dict_in_generate=True,
     )
     assert out.sequences[:, 6:].tolist() == [new[:7] for new in alone]
-    model.generation_config.repetition_penalty = 1.1  # what its source had
+    model.generation_config.repetition_penalty = 1.1  # the value of the model's source
     assert model.generate(first, given)[0, 6:].tolist() == alone[0]
     model.generation_config.repetition_penalty = None
 
@@ -354,7 +354,7 @@ def check_saved(model, folder: Path) -> None:
     tokens = random_tokens(2, 70)
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     written, original = (json.loads((Path(f) / "config.json").read_text()) for f in (folder, model.name_or_path))
-    # transformers calls it dtype, and names no implementation of attention.
+    # transformers renames torch_dtype to dtype, and does not write the attention's implementation.
     for key in original.keys() - {"torch_dtype", "attn_implementation"}:
         assert written.get(key) == original[key] or key == "auto_map", key
     assert again.config.rope_parameters == model.config.rope_parameters

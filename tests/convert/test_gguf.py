@@ -82,7 +82,7 @@ def test_llama_cpp_computes_the_model(name: str, checkpoints: dict[str, Path], t
                 m.decode(block, positions, cache).reshape(4, -1)[:, :258]
                 for m, cache in zip((native, model), caches, strict=True)
             )
-            # GELU is a table of half precision there.
+            # llama.cpp computes GELU by a table in half precision.
             tolerance = 5e-3 if plan.architecture == "starcoder2" else 2e-5
             assert torch.equal(mine.isfinite(), theirs.isfinite())
             torch.testing.assert_close(theirs, mine, rtol=0, atol=tolerance)
@@ -156,8 +156,8 @@ def test_next_token_models_are_left_to_llama_cpp_s_own_converter(tmp_path: Path)
 # --- types
 
 
-# The types that `llama_model_quantize` of the pinned release gave the tensors of a file of this shape, by layer or one
-# for all; its bytes were those of our files, with an importance matrix and without.
+# The types that `llama_model_quantize` of the pinned release gave the tensors of a file of this shape, one by layer or
+# one for all. Its bytes equalled those of our files, with and without an importance matrix.
 WIDE = ModelRecipe(
     num_layers=16, hidden_size=256, num_attention_heads=8, num_query_groups=4, head_dim=32, ffn_hidden_size=512
 )
@@ -251,7 +251,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_gguf(checkpoints["llama, biases"], "f32", importance=False)
-    # As the other graphs have query and key, with halves in place of neighbours.
+    # Query and key are permuted as for the other graphs: halves instead of neighbours.
     wrong = GgufPlan(plan.export, plan.kind, "llama", tuple(
         type(t)(t.name, t.shape, t.layer, t.source, lambda reader, t=t: plan.export.read(reader, t.source))
         for t in plan.tensors), plan.types, plan.tokenizer, plan.tokenizer_keys)  # fmt: skip

@@ -101,7 +101,7 @@ def own_memory(function: Callable[[], object]) -> int:
             seen.append(now())
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused and not counted
     done, seen = threading.Event(), [now()]
     thread = threading.Thread(target=watch)
     thread.start()

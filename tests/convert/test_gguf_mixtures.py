@@ -194,7 +194,7 @@ def test_a_tensor_of_experts_has_the_type_of_a_dense_one(kind: str) -> None:
             assert chosen(f"{part}_exps", layer) == chosen(f"{part}_shexp", layer) == chosen(part, layer)
         assert chosen("attn_qkv", layer) == chosen("attn_v", layer)
         assert chosen("ffn_gate_inp", layer) == "F32"
-    # As in Mixtral, for which these rules were made.
+    # The rules are those of Mixtral.
     default = FILE_TYPES[kind][1]
     more = {"q2_k": "Q5_K", "q3_k_m": "Q5_K", "q4_k_m": "Q5_K"}
     plain = default in ("F32", "F16", "BF16")
@@ -218,7 +218,7 @@ def test_each_expert_is_rounded_by_the_rows_that_it_met(topics: Path, tmp_path: 
         data = DataRecipe(path=str(topics), seq_len=64)
         found = importance_matrix(native, Calibration(native, data, manifest.trained_objective(), 16))
         write_gguf(plan, tmp_path / "plain.gguf")
-        # Whatever rows there were, of these experts they do not suffice.
+        # These experts have too few rows.
         few = {(0, 1): 0, (1, 2): LEAST_ROWS_OF_SQUARES - 1}
         for (layer, expert), rows in few.items():
             for linear in ("mlp.experts.linear_fc1", "mlp.experts.linear_fc2"):

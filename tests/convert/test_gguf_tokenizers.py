@@ -55,7 +55,7 @@ def changed_unigram(change: Callable[[dict[str, Any]], object] = lambda content:
     content["pre_tokenizer"]["prepend_scheme"] = content["decoder"]["prepend_scheme"] = "never"
     vocab = content["model"]["vocab"]
     vocab += [["--", -9.1], ["---", -7.3], ["----", -8.9], ["▁▁", -6.2]]
-    # Of few digits, so that float32 holds them, and sums are exact.
+    # Scores have few digits, so that float32 holds them and sums are exact.
     content["model"]["vocab"] = [[piece, round(score * 1024) / 1024] for piece, score in vocab]
     for place, entry in enumerate(content["added_tokens"][1:]):
         entry["id"] = len(vocab) + place
@@ -82,7 +82,7 @@ def test_llama_cpp_makes_the_same_ids(
         source = write_kind(tmp_path / "source", KINDS[name])
     tokenizer = load_tokenizer(source)
     keys = keys_of(tokenizer, source, tmp_path / "folder")
-    # The vocabulary alone is asked: the tensors may be of another model.
+    # Only the vocabulary is read: the tensors may belong to another model.
     plan = plan_gguf(checkpoint, "f32", importance=False)
     plan = GgufPlan(plan.export, plan.kind, plan.architecture, plan.tensors, plan.types, tokenizer, keys)
     write_gguf(plan, tmp_path / "m.bd3.gguf")
@@ -90,7 +90,7 @@ def test_llama_cpp_makes_the_same_ids(
     assert check_tokenizer_ids(plan, tmp_path / "m.bd3.gguf") == 3000 + sum(repetitions)
     flags = keys.flags
     assert flags["tokenizer.ggml.add_bos_token"] == (name in ("begins", "llama-2"))
-    # A wrong name of the expression, or other scores, are found out.
+    # Wrong names of the expression, or wrong scores, must be detected.
     if keys.merges is not None:
         wrong = {**keys.strings, "tokenizer.ggml.pre": "llama-bpe" if name != "qwen2" else "gpt-2"}
         bad = type(keys)(**{**vars(keys), "strings": wrong})
@@ -185,7 +185,7 @@ def test_unigram_that_llama_cpp_encodes_otherwise_is_refused(
     if change in (with_bytes, prefixed_unigram, words_alone):
         with pytest.raises(ValueError, match=r"its Unigram (falls back to bytes|splits texts)"):
             keys_of(tokenizer, source, tmp_path / "refused")
-    # What is refused by its form is what llama.cpp's ids would refuse.
+    # Tokenisers that the check of the form refuses also give other ids in llama.cpp.
     monkeypatch.setattr(gguf_tokenizer_forms, "_check_unigram", lambda content: None)
     llama_cpp_differs(tokenizer, keys_of(tokenizer, source, tmp_path / "folder"), checkpoint, tmp_path / "m.bd3.gguf")
 

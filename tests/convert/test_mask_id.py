@@ -70,7 +70,7 @@ def test_what_the_folder_says_of_it(moved: Path) -> None:
     card = (moved / "README.md").read_text()
     assert "The mask has the id 300, and had 257 in training" in card
     assert "43 rows that no text uses" in card
-    # Nothing is alike in what a head of random weights multiplies.
+    # With random weights in the head, the masks' logits are not alike.
     assert re.search(
         r"softmax: padding takes 0\.\d+ of the probability in the median .* has the mean of .*, since", card
     )
@@ -190,7 +190,7 @@ def test_its_own_code_computes_the_same_and_draws_no_padding(native: Path, moved
             expected = model.clean_logits(ids.masked_fill(masked, 257), positions, spans)
         found = exported(ids.masked_fill(masked, 300)).logits
         torch.testing.assert_close(found[..., :257], expected[..., :257], rtol=0, atol=1e-5)
-        # Hot enough for every id to be drawn that can be.
+        # The temperature is so high that every possible id is drawn.
         drawn = exported.generate(ids, max_new_tokens=120, temperature=1e3, eos_token_id=[])
     assert drawn.shape == (2, 141)
     assert drawn.max() < 257

@@ -76,7 +76,7 @@ def test_turned_channels_of_llada2_come_first(model: ModelRecipe) -> None:
     named = {t.name: t for t in named_tensors(model, vocab_rows=128, padded_rows=128, tied=False, style="llada2")}
     turned, heads = int(8 * model.rotary_fraction), model.num_attention_heads
     fused, norm = (named[f"model.layers.0.attention.{name}.weight"] for name in ("query_key_value", "query_layernorm"))
-    # Rows of the native tensor, in the order of theirs, and the channel that each is in its head.
+    # Rows of the native tensor in the order of the other format, and each one's channel in its head.
     rows = torch.tensor([o + i for (_, o, _), (_, n, _) in fused.boxes for i in range(n)])
     channels = rows[: heads * 8].view(heads, 8) % 8
     assert torch.equal(channels, channels[:1].expand(heads, 8))

@@ -34,7 +34,7 @@ from tests.support.caches import read
 
 BLOCK, LENGTH = 4, 24
 PLAIN = ModelRecipe(num_layers=2, hidden_size=48, num_attention_heads=4, ffn_hidden_size=64)
-# Other values than PLAIN's of every option, and what else they need.
+# For every option a value other than PLAIN's, and the options that it needs.
 OTHERWISE: dict[str, tuple[object, ...]] = {
     "num_layers": (3,),
     "hidden_size": (32,),
@@ -64,7 +64,7 @@ OTHERWISE: dict[str, tuple[object, ...]] = {
     "init_std": (0.1,),
 }
 NEEDS = {"norm_bias": {"normalization": "layernorm"}, "rotary_fraction": {"head_dim": 16}}
-# With the same weights the model is the same.
+# These change only initial weights; with the same weights the model is the same.
 DRAWS_WEIGHTS = {"init_std"}
 
 

@@ -46,7 +46,7 @@ def test_rounding_is_the_nearest_multiple_of_the_stored_scale(scheme: Scheme, se
         nearest = (candidates - weight[row, column]).abs().min()
         chosen = (found.values[row, column] * found.scales[row, column // 32].float() - weight[row, column]).abs()
         assert chosen <= nearest + 1e-6 * weight.abs().max()
-    # Only what is clipped is further from its level than half a step.
+    # Only clipped weights differ from their level by more than half a step.
     steps = found.scales.float().repeat_interleave(32, 1)
     inside = (found.values > scheme.lowest) & (found.values < scheme.highest)
     assert ((found.values * steps - weight).abs() <= 0.5001 * steps)[inside].all()
@@ -163,7 +163,7 @@ def test_gptq_is_the_least_squares_solution_column_by_column() -> None:
     quantised = gptq(weight, hessian, INT4, torch.float32, damping=0.01)
     assert torch.equal(quantised.scales, round_to_nearest(weight, INT4, torch.float32).scales)
     found, expected = quantised.dequantize(), naive(weight, hessian, quantised.scales, INT4, 0.01).float()
-    # In fp32 a weight between two levels may fall to the other one, after which the rest of its row differs.
+    # In fp32, a weight between two levels may be rounded to the other one, and then the rest of its row differs.
     same_rows = ((found - expected).abs() < 1e-4).all(1)
     assert same_rows.sum() >= 5
     assert output_error(weight, quantised, hessian) == pytest.approx(
@@ -186,7 +186,7 @@ def test_no_rounding_of_three_columns_beats_the_best_and_gptq_is_near() -> None:
     best, own, near = torch.tensor(cases).T
     assert (own >= 0.999 * best).all()
     assert (own <= 1.001 * best).float().mean() > 0.6
-    # Greedy, it may lose on a single weight, and a few that are ill-conditioned would outweigh all others in a sum.
+    # GPTQ is greedy and may lose on a single weight; a few ill-conditioned ones would dominate a sum.
     assert (own <= 1.001 * near).float().mean() > 0.9
     assert best.log().mean() < own.log().mean() < near.log().mean() - 0.2
 

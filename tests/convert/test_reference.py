@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 )
 K, MASK, V = 4, 259, 260
 NEW = 2 * K + 2
-# LLaDA2's config.json says neither.
+# LLaDA2's config.json does not say these.
 UNSAID: dict[str, dict[str, int]] = {"sdar_moe_tiny": {}, "llada2_moe_tiny": {"mask_id": MASK, "block_size": K}}
 FORMATS = {"sdar_moe_tiny": "SDARMoeForCausalLM", "llada2_moe_tiny": "LLaDA2MoeModelLM"}
 PROMPTS = ("m", "t1", "t2", "tm", "one", "short")
@@ -178,7 +178,7 @@ def test_noisy_rows_beside_clean_ones(case: Case, which: str) -> None:
         documents = [tokens.shape[1] // 2]
     else:
         ids, noisy = case.ids("pack_concat_ids"), case.tensor("pack_is_noisy")
-        # There a document's clean tokens follow its noisy ones.
+        # In the official code, a document's clean tokens follow its noisy ones.
         tokens, documents = torch.cat([ids[:, noisy], ids[:, ~noisy]], 1), case.values["pack_doc_lens"].tolist()
     with torch.no_grad(), Watched(case.model) as watched:
         found = case.model.head_logits(doubled(tokens, documents))
@@ -190,7 +190,7 @@ def test_noisy_rows_beside_clean_ones(case: Case, which: str) -> None:
 def test_gradients_of_routers_and_experts(case: Case) -> None:
     model, clean, noisy = case.model, case.ids("train_x0"), case.ids("train_xt")
     hidden = model.head_inputs(doubled(torch.cat([noisy, clean], 1), [clean.shape[1]]))
-    # Its softmax has the mask in it.
+    # The official softmax includes the mask.
     logits = (hidden @ model.output_layer.weight.t())[:, :V]
     masked = noisy[0] == MASK
     loss = torch.nn.functional.cross_entropy(logits[masked], clean[0, masked])
@@ -205,7 +205,8 @@ def test_gradients_of_routers_and_experts(case: Case) -> None:
     for name in names:
         tensor, layer = named[name], int(name.split(".")[2])
         gradient = gradients[tensor.key.replace("layers.", f"layers.{layer}.")]
-        # As a tensor of all layers that have it; the boxes lie in the first axis' place of this one.
+        # The boxes are those of a tensor of all layers; this gradient is of one, which takes the place of the first
+        # axis.
         parts = [gradient[None][tuple(slice(o, o + s) for o, s in zip((0, *offset[1:]), size, strict=True))]
                  for offset, size in tensor.boxes]  # fmt: skip
         found, expected = tensor.join(parts), case.tensor(f"grad:{name}")

@@ -31,7 +31,7 @@ CODE = {
     "AutoModelForCausalLM": "somebody/odd--modeling_odd.OddModel",
     "AutoTokenizer": ["somebody/odd--tokenization_odd.OddTokenizer", None],
 }
-# Whatever a library may take for the name of code, at every depth.
+# Keys and values that a library may take for the name of code, at every depth.
 FOREIGN = {
     "auto_map": CODE,
     "custom_pipelines": {"odd": {"impl": "somebody.OddPipeline", "pt": ["AutoModel"]}},
@@ -126,7 +126,7 @@ def test_an_import_of_before_and_what_was_trained_from_it_are_exported_clean(
         assert "somebody/odd--configuration_odd.OddConfig" in old[name], name
     run_export(plan_export(tmp_path / "native"), tmp_path / "out", check=False)
     check_export_is_ours(tmp_path / "out")
-    # The folder of the tokeniser, as a run that begins from the import writes it.
+    # A run that begins from the import writes the tokeniser's folder.
     tokenizer = tmp_path / "native" / "tokenizer"
     write_tokenizer(load_tokenizer(tokenizer), tokenizer, tmp_path / "run")
     check_clean(tmp_path / "run")
@@ -152,7 +152,7 @@ def link(target: str) -> Callable[[Path], None]:
 
 
 def socket_at(path: Path) -> None:
-    # The path of a socket is short.
+    # The path of a socket must be short.
     with socket.socket(socket.AF_UNIX) as made:
         here = Path.cwd()
         os.chdir(path.parent)
@@ -164,7 +164,7 @@ def socket_at(path: Path) -> None:
 
 def huge(path: Path) -> None:
     path.write_bytes(b"")
-    os.truncate(path, 1 << 40)  # a terabyte of zeros that takes no room
+    os.truncate(path, 1 << 40)  # a sparse file: a terabyte of zeros that takes no space
 
 
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")

@@ -47,9 +47,9 @@ def true_variance(nll_of_count, low, high):
 
 
 TOYS = {
-    # Every token costs the same whatever is masked: heavy masking, with the weight near 1, is the steadiest.
+    # Every token costs the same whatever is masked, so heavy masking, with weights near 1, has the least variance.
     "constant": (lambda k: 2.0 * k, (0.5, 1.0)),
-    # Tokens are hard in company: light masking has the steadier loss, until 1 / p outweighs it.
+    # Tokens are harder the more are masked: light masking has less variance, until the weight 1 / p outweighs it.
     "crowded": (lambda k: k**3, None),
 }
 

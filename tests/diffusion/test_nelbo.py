@@ -51,7 +51,7 @@ def one_draw(noise: Noise, nll: Tensor) -> Tensor:
 
 
 def test_exact_enumeration_of_an_order_agnostic_model_is_its_likelihood() -> None:
-    # A model whose tokens are independent gives Σ nll whatever is masked: the bound is tight.
+    # In a model of independent tokens, Σ nll is the same for any masks: the bound is tight.
     independent = torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64).expand(8, -1)
     assert exact_nelbo(independent) == pytest.approx(3.3, abs=1e-12)
 
@@ -62,7 +62,7 @@ def test_estimate_over_many_draws_agrees_with_enumeration() -> None:
     ids = torch.arange(num_sequences)
     sums = torch.stack([one_draw(draw(ids, BLOCK, draw=d, num_draws=num_draws), nll) for d in range(num_draws)])
     estimate = estimate_nelbo(sums, torch.full((num_sequences,), BLOCK))
-    # Sequences draw independently and the text is one, so their spread is the estimate's own error.
+    # Sequences draw independently and have the same text, so their spread is the estimate's own error.
     error = float(sums.mean(0).std()) / math.sqrt(num_sequences) / BLOCK
     assert abs(estimate.nelbo - exact_nelbo(nll) / BLOCK) < 4 * error
     assert error < 0.01
@@ -81,7 +81,7 @@ def test_clipped_weights_integrate_the_interval() -> None:
 
 
 def test_block_size_one_all_masked_is_exact_and_the_mean_of_random_masks() -> None:
-    # At block size 1 a token sees the clean past alone: its nll cannot depend on the mask.
+    # At block size 1 a token sees only the clean past: its nll cannot depend on the mask.
     nll = torch.tensor([0.7, 2.1, 0.4], dtype=torch.float64)
     ids = torch.arange(10_000)
     all_masked = draw(ids, 1, Schedule(low=1.0))

@@ -47,13 +47,13 @@ def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int
 
 
 def philox_uniforms(key: tuple[int, int], draw: int, sample: int, purpose: int, count: int) -> list[float]:
-    # numpy counts up before it draws: its first four numbers belong to counter 1.
+    # numpy increments the counter before it draws: its first four numbers belong to counter 1.
     words = [w for i in range(1, 2 + count // 4) for w in philox(key, (i, draw, sample, purpose))]
     return [(w >> 11) / 2**53 for w in words[:count]]
 
 
 def test_philox_known_answers() -> None:
-    # kat_vectors of the Random123 library, philox4x64 with 10 rounds.
+    # The values are from kat_vectors of the Random123 library, philox4x64 with 10 rounds.
     assert philox((0, 0), (0, 0, 0, 0)) == [
         0x16554D9ECA36314C,
         0xDB20FE9D672D0FDC,
@@ -252,7 +252,7 @@ def test_two_copies_mask_every_token_once_where_the_interval_is_its_own_mirror(
     rates = [copy.mask_rate.double() for copy in (first, second)]
     torch.testing.assert_close(rates[0] + rates[1], torch.ones_like(rates[0]), rtol=0, atol=1e-7)
     for copy, rate in zip((first, second), rates, strict=True):
-        # Given the rates, masked / rate has mean 1 and variance (1 − rate) / rate, token for token independent.
+        # Given the rates, masked / rate has mean 1 and variance (1 − rate) / rate, and tokens are independent.
         weight = torch.where(copy.masked, 1 / rate, 0.0)
         standard_error = ((1 - rate) / rate).sum().sqrt() / rate.numel()
         assert abs(weight.mean() - 1) <= 4 * standard_error

@@ -197,7 +197,7 @@ def test_the_number_of_masks_is_the_truncated_binomial(low, high, block_size):
     statistic = ((seen - law)[likely] ** 2 / law[likely]).sum()
     degrees = max(likely.sum() - 1, 1)
     assert statistic < degrees + 4 * math.sqrt(2 * degrees)
-    # Which tokens they are does not depend on their place.
+    # Which tokens are masked does not depend on their position.
     by_place = noise.masked.unflatten(1, (-1, block_size)).double().mean((0, 1))
     assert by_place.std() < 4 * math.sqrt(0.25 / len(masks))
 

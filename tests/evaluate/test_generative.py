@@ -35,7 +35,7 @@ def test_a_text_costs_what_transformers_says_in_windows(judge, length):
     nats, count = Judge(folder).nats(text[:length])
     ids = list(text[:length].encode())
     windows = [ids[start : start + 128] for start in range(0, length, 128)]
-    # This tokeniser has no token that begins text: a window's first one is not judged.
+    # This tokeniser has no token that begins text, so a window's first token is not scored.
     judged = [torch.tensor([window]) for window in windows if len(window) > 1]
     with torch.no_grad():
         expected = sum(float(model(row, labels=row).loss) * (row.shape[1] - 1) for row in judged)

@@ -69,7 +69,7 @@ def test_inside_a_block_it_is_the_enumerated_bound(adapter, model):
         block = [MASK if i in hidden else ids[i] for i in range(4, 7)] + [MASK]
         found = log_probs(model, ids[:4], block)
         expected += sum(0.5 * found[i - 4, ids[i]].item() for i in hidden)
-    # Documents of other numbers meet other noise.
+    # Documents with different numbers get different noise.
     requests = [Instance("loglikelihood", {}, ("abcde", "XY"), n, ("task", n, 1)) for n in range(200)]
     bounds = torch.tensor([bound for bound, _ in adapter(draws=8).loglikelihood(requests)])
     assert bounds.std() > 0
@@ -101,7 +101,7 @@ def test_a_bound_depends_on_its_own_request_alone(adapter):
 def test_greedy_decoding_is_recognised(adapter):
     lm = adapter()
     (text,) = lm.generate_until(asked(("Once upon", {"max_gen_toks": 6, "until": []}), kind="generate_until"))
-    # Bytes that are not UTF-8 do not come back from text.
+    # Bytes that are not UTF-8 cannot be recovered from text.
     ids = lm._generated(list(b"Once upon"), 6, 0.0)
     assert lm._is_greedy(list(b"Once upon"), ids)
     assert not lm._is_greedy(list(b"Once upon"), [ids[0] ^ 1, *ids[1:]])

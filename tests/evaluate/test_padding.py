@@ -114,7 +114,7 @@ def test_with_its_padding_counted_the_number_bounds_what_generate_writes(groups,
 
 def test_a_text_without_padding_has_one_number_and_what_is_shown_is_seen(groups, model):
     full = replace(batch(0), counted=torch.ones(20, LENGTH, dtype=torch.bool))
-    # One block, so that nothing but a token's own noisy copy could be seen.
+    # With one block, a token could only see its own noisy copy.
     how = {"objective": BlockDiffusion(DiffusionRecipe(block_size=LENGTH), VOCABULARY), "draws": 2, "padded": True}
     found = evaluate_nelbo([model], [full], groups, **how)
     assert found.padded == found.nelbo

@@ -37,12 +37,12 @@ def test_bytes_are_those_of_the_text_whatever_cuts_it(text: str, tmp_path: Path)
         ids = [i for b in batches(sequences) for i in b.tokens[b.counted].tolist()]
         whole = BYTES.decode(ids).rstrip("\ufffd").replace("<|endoftext|>", "")
         assert counted_bytes(batches(sequences), BYTES) == len(whole.encode())
-    # Of a next-token model the first token of each piece is not counted: a byte each, or the letter that it completes.
+    # A next-token model does not count the first token of each piece: a byte, or the letter that it completes.
     ar = NextToken(DiffusionRecipe(block_size=1, objective="next_token"), BYTES.vocabulary)
     found = counted_bytes(batches(), BYTES, lambda batch: ar.counting(batch).counted)
     first = sum(
         int(((b.tokens < 256) & (torch.arange(64) == b.document_start)).sum()) for b in batches()
-    )  # a piece may be the end alone
+    )  # a piece may consist of the end token
     assert total - 3 * first <= found <= total
     if text.isascii():
         assert found == total - first

@@ -42,7 +42,7 @@ def test_a_notebook_shows_what_stands_in_it(path: Path, monkeypatch: pytest.Monk
         if cell.cell_type == "code":
             cell.outputs = []
     client = NotebookClient(executed, timeout=200, resources={"metadata": {"path": str(EXAMPLES)}})
-    # This interpreter's, whatever kernels a person has installed.
+    # Use this interpreter, whatever kernels the user has installed.
     client.create_kernel_manager()
     client.km.kernel_spec.argv[0] = sys.executable
     client.execute()

@@ -46,7 +46,7 @@ def norm_case(lead: tuple[int, ...], size: int, generator: torch.Generator) -> C
         total = x + more
         return total, total * weight / (total.square().mean(-1, keepdim=True) + EPS).sqrt()
 
-    # The first numbers are so large, and cancel, that a sum of squares in their own dtype or of parts would be wrong.
+    # The first numbers are large and cancel, so that a sum of squares in their own dtype would be wrong.
     x[..., 0] += 8
     more[..., 0] -= 8
     return Case(lambda *x: add_rms_norm(*x, EPS), formula, [x, more, weight])
@@ -100,7 +100,7 @@ def outputs_and_gradients(
     found = (case.formula if formula else case.function)(*leaves, *rest)
     outputs = found if isinstance(found, tuple) else (found,)
     generator = torch.Generator().manual_seed(1)
-    # Laid out otherwise than the outputs, as the gradients of transposed heads are.
+    # The gradients' memory layout differs from the outputs', as it does for transposed heads.
     grads = [torch.randn(*reversed(x.shape), generator=generator).permute(*reversed(range(x.dim()))) for x in outputs]
     directions = [x.to(device, dtype).to(inside) for x in grads]
     return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, leaves, directions))]
@@ -132,7 +132,7 @@ def logits_case(rows: int, size: int, generator: torch.Generator) -> Logits:
     forbidden = torch.rand(size, generator=generator) < 0.2
     first_id = 1000
     targets = torch.randint(first_id - size, first_id + 2 * size, (rows,), generator=generator)
-    # One whose logits are far from 0, where an exponential without the highest subtracted overflows or vanishes.
+    # One row's logits are far from 0: without subtracting the highest, exponentials overflow or vanish.
     logits[: rows // 2] += 200
     return Logits(logits, targets, first_id, forbidden, torch.randn(2, rows, generator=generator))
 
@@ -149,7 +149,7 @@ def check_logits(case: Logits, dtype: torch.dtype, tolerance: float, device: str
     found = row_statistics(logits, targets, case.first_id, forbidden)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found[0].double(), highest, rtol=0, atol=0)
-    # Of a row without any entry the sum is 0, and no NaN.
+    # The sum of a row without entries is 0, not NaN.
     torch.testing.assert_close(found[1].double(), total.nan_to_num(0.0), rtol=1e-5, atol=0)
     torch.testing.assert_close(found[2].double(), own, rtol=0, atol=0)
 
@@ -160,7 +160,7 @@ def check_logits(case: Logits, dtype: torch.dtype, tolerance: float, device: str
     got = logits.clone()
     logit_gradient_(got, targets, case.first_id, forbidden, log_total, softmax_scale, target_scale)
     assert got.dtype == dtype
-    # An exponent of 200 is rounded to 1e-5 in fp32.
+    # In fp32, an exponent of 200 has a rounding error of 1e-5.
     assert (got.double() - want).norm() <= tolerance * want.norm()
 
 

@@ -17,7 +17,7 @@ from bd3_scale.fused.heads import qkv_heads
 from bd3_scale.fused.kernels import launch, tiles
 from tests.fused.cases import Case, Logits, cases, check_case, check_logits, kept, large_cases, logits_cases, places
 
-# Nothing is shrunk: in the interpreter that takes longer than the test may.
+# No shrinking: in the interpreter, shrinking takes longer than the test's time limit.
 INTERPRETED = settings(deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
 

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.launch
 
 CHIPS = (80, 90, 100)
 ADDS_UP = ("add_rms_norm_backward", "qkv_heads_backward")
-# Of 65,536 registers a processor has, so that two programs of eight warps, or as many threads of others, run at once.
+# A multiprocessor has 65,536 registers: two programs of eight warps, or as many threads of others, run at once.
 MOST_REGISTERS = 128
-# Bytes a thread: registers that were spilled, in the widest rows alone.
+# Bytes a thread for spilled registers; only the widest rows spill.
 STACK_BUDGET = 128
 
 Found = list[tuple[int, Variant, Usage]]
@@ -42,13 +42,13 @@ def test_every_form_is_fit_for_its_chip(usages: Found) -> None:
     assert {variant.kernel for chip, variant, _ in usages if chip == 90} == set(TRAFFIC)
     wrong = []
     for chip, variant, usage in usages:
-        # A program that adds up keeps the sums of its weights in registers, too.
+        # A program that adds up also keeps the sums of its weights in registers.
         most = 168 if variant.kernel in ADDS_UP else MOST_REGISTERS
         if usage.registers > most:
             wrong.append(f"sm_{chip} {variant}: {usage.registers} registers")
         if usage.stack > (STACK_BUDGET if variant.size == WIDEST_NORM else 0):
             wrong.append(f"sm_{chip} {variant}: {usage.stack} B of stack")
-        # Several programs at once, also on chips with little.
+        # Several programs must run at once, also on GPUs with little shared memory.
         if usage.shared > SHARED_MEMORY[89] // 3:
             wrong.append(f"sm_{chip} {variant}: {usage.shared} B of shared memory")
         wide = {name: n for name, n in usage.instructions.items() if name in ("LDG.E.128", "STG.E.128")}

@@ -23,7 +23,7 @@ from tests.fused.cases import (
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-# Of a result's norm: one rounding of the inputs' precision, and of sums.
+# Relative to a result's norm: one rounding of the inputs' precision, and the rounding of sums.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 
 

@@ -27,7 +27,7 @@ from tests.fused.cases import (
     single_norm_case,
 )
 
-# Of a result's norm: roundings of one number and of sums of a few hundred.
+# Relative to a result's norm: the rounding of one number and of sums of a few hundred.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
 

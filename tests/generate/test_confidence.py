@@ -187,5 +187,5 @@ def test_the_entropy_bound_knows_neither_top_k_nor_top_p(both, bound, least, mos
     greedy = generate(both[0], TEXT, temperature=0, **how)
     assert generate(both[0], TEXT, temperature=1.0, top_k=1, **how) == greedy
     assert generate(both[0], TEXT, temperature=1.0, top_p=1e-9, **how) == greedy
-    # The prompt goes into the cache in one pass, and all blocks but the last in one each.
+    # The prompt is read in one pass, and all blocks but the last are stored with one pass each.
     assert least <= greedy.nfe / greedy.cache_passes <= most

@@ -33,7 +33,7 @@ RULES = (
     {"unmasking": "dynamic", "threshold": 0.2, "top_p": 0.9},
     {"unmasking": "entropy", "threshold": 2.0},
 )
-# Of less than a block, of more blocks than go in one pass, ending in a block and at its end; the last has gaps.
+# Prompts: shorter than a block, with more blocks than one pass takes, with a partial and a whole last block, with gaps.
 PROMPTS = [[7], [1, 2, 3, 4, 5], list(range(41)), list(range(80)), [9, 257, 10, 11, 12, 257, 257, 3]]
 
 

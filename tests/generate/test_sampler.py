@@ -19,8 +19,8 @@ from bd3_scale.recipe.vocabulary import Vocabulary
 from tests.generate.sampling import generate, generate_batch
 
 MASK = 1
-FLAT = 8.0  # temperature at which this model's laws have no outcome that is too rare for a chi-square
-VOCABULARY = Vocabulary(size=5, eos_id=0, mask_id=MASK)  # the mask in the midst of the clean ids 2, 3, 4
+FLAT = 8.0  # at this temperature no outcome is too rare for a chi-square test
+VOCABULARY = Vocabulary(size=5, eos_id=0, mask_id=MASK)  # the mask is between the clean ids 2, 3, 4
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def model(groups):
     )
     (built,) = build_model(shape, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=2)
     built.requires_grad_(False)
-    built.output_layer.bias[VOCABULARY.eos_id] = -300.0  # texts do not end by chance
+    built.output_layer.bias[VOCABULARY.eos_id] = -300.0  # no text ends by chance
     return built
 
 

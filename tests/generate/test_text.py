@@ -36,7 +36,7 @@ def test_a_byte_model_is_stuck_below_three_quarters_of_the_median_of_its_held_ou
     from bd3_scale.generate.text import default_min_entropy
     from bd3_scale.recipe.schema import Recipe
 
-    (tmp_path / "t.txt").write_text("abcdefg" * 400)  # 255 letters and EOS at the end, all alike elsewhere
+    (tmp_path / "t.txt").write_text("abcdefg" * 400)  # at the end 255 letters and EOS; elsewhere one letter
     options = {"document_multiple": 8, "workers": 1, "progress": False, "holdout": 1.0}
     prepare([tmp_path / "t.txt"], tmp_path / "data", BYTES, 64, **options)
     recipe = Recipe.model_validate(tiny_recipe(data={"path": str(tmp_path / "data")}))

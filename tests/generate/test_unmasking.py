@@ -30,7 +30,7 @@ def model(groups):
     )
     (built,) = build_model(shape, VOCABULARY, groups, dtype=torch.float32, device=torch.device("cpu"), seed=4)
     built.requires_grad_(False)
-    built.output_layer.bias[VOCABULARY.eos_id] = -30.0  # texts do not end by chance
+    built.output_layer.bias[VOCABULARY.eos_id] = -30.0  # no text ends by chance
     return built
 
 

@@ -69,7 +69,7 @@ def test_a_stream_comes_block_by_block(writer):
     endless = replace(writer, eos_ids=())
     for piece in endless.stream(["", "ab"], SamplingConfig(max_new_tokens=12)):
         counts[piece.index].append(len(piece.text))
-    assert [len(count) for count in counts.values()] == [3, 4]  # behind "ab" the first block and the last are half
+    assert [len(count) for count in counts.values()] == [3, 4]  # after "ab" the first and last blocks are half
     assert all(0 < sum(count) <= 12 for count in counts.values())
 
 

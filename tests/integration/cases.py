@@ -46,7 +46,7 @@ OFFICIAL = ModelRecipe(
     init_std=0.2,
 )
 TIED = WIDE.model_copy(update={"tie_embeddings": True, "activation": "gelu", "normalization": "layernorm"})
-# Of whose three layers with experts each stage, and each of two virtual ones, but the first has one.
+# Of its three layers with experts, each pipeline stage has one, and each of two virtual stages except the first.
 MOE = QWEN.model_copy(
     update={
         "moe": MoeRecipe(
@@ -80,11 +80,11 @@ SIGMOID = QWEN.model_copy(
         ),
     }
 )
-# Nothing but experts, whose scores are used as they are.
+# Every layer has experts, and their scores are not normalised.
 PURE = QWEN.model_copy(
     update={"moe": MoeRecipe(num_experts=4, top_k=2, ffn_hidden_size=24, normalize_top_k=False, z_loss=0.01)}
 )
-# So few elements that rounding turns the sign of none of Lion's updates.
+# It has so few elements that rounding changes the sign of no Lion update.
 SMALL = ModelRecipe(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, init_std=0.2)
 RAGGED = [7, 1, 56]  # document lengths: ragged last blocks, and a document shorter than a block
 ALIGNED = [16, 8, 40]  # whole blocks of 8, as prepared data have
@@ -130,7 +130,7 @@ CASES = {
 }
 
 
-# What `oracle.settings` says in its own words: on two stages, none has tensors in all groups.
+# `oracle.settings` has the same groups by hand; on two stages, no stage has tensors of all groups.
 _GROUPS = (
     {"match": "*layernorm*", "lr_scale": 2, "weight_decay": 0.05},
     {"match": "embedding.*", "lr_scale": 0.3},
@@ -278,7 +278,7 @@ def _of_mixtures() -> dict[str, Layout]:
         "ep2 pp2 moe": Layout(4, "moe", {**ep2, **pp2}),
         "ep2 pp2 vpp2 moe": Layout(4, "moe", {**ep2, **vp2}, core=True),
         "ep2 pp2 vpp2 recompute-full moe-sigmoid": Layout(4, "moe-sigmoid", {**ep2, **vp2}, {"recompute": "full"}),
-        # One rank has the expert that nobody chooses, and no other.
+        # One rank has only the expert that nobody chooses.
         "ep8 moe-two-copies": Layout(8, "moe-two-copies", {"expert": 8}),
         "ep2 tp2 sp cp2 moe": Layout(8, "moe", {**ep2, **sp2, **cp2}),
         "ep2 tp2 sp pp2 vpp2 moe": Layout(8, "moe", {**ep2, **sp2, **vp2}),
@@ -357,7 +357,7 @@ def batch(case: Case, seed: int) -> dict[str, torch.Tensor]:
         masked, rate = torch.stack([masked[0], ~masked[0]]), torch.stack([rate[0], 1 - rate[0]])
     noise = {}
     if case.mask_noise_std:
-        # Drawn as a training draws it: which vectors, from their table.
+        # As in training, the noise is drawn as rows of a table.
         ids = torch.arange(BATCH)
         rows = draw_embedding_noise(ids, LENGTH, seed=seed, epoch=0, copies=case.copies, rows=NOISE_ROWS)
         table = noise_table(case.model.hidden_size, torch.device("cpu"), torch.float32)

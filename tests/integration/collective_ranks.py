@@ -49,7 +49,7 @@ def agree() -> None:
         assert largest(rank, 0.25 - rank, rank == 0, -1) == [1, 0.25, 1, -1]
         assert gather_values({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
         assert gather_values(rank, groups.dp_cp) == [rank]
-        for size in (rank, 0, 3 - rank):  # other sizes than the other rank's, and none
+        for size in (rank, 0, 3 - rank):  # sizes that differ from the other rank's, and none
             mine = torch.full((2, size), rank / 3, dtype=torch.float64)
             found = gather_tensors(mine)
             assert [len(each) for each in found] == [2, 2]

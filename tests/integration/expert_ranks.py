@@ -43,7 +43,7 @@ def skips(ranks: int, parallel: dict, precision: torch.dtype) -> None:
         after = state_of(engine)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "a skipped step changed something"
         assert engine.zero.step == 1
-        # What was not finite is gone.
+        # No number that is not finite remains.
         following = step(1)
         assert following.applied
         assert following.loss == skipped.loss
@@ -67,7 +67,7 @@ class poisoned:
 
     def _poison(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
         if gradient is None:
-            # Of a weight whose function added it to the sum by itself.
+            # The weight's function has added the gradient to the sum by itself.
             self._weight.main_grad.view(-1)[5] = math.nan
             return None
         gradient = gradient.clone()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INTERFACE = "cable"
-RANKS = 2  # of each host
+RANKS = 2  # on each host
 _CLONE_NEWNET, _PR_SET_PDEATHSIG = 0x40000000, 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -90,7 +90,7 @@ def _move_to(host: Host) -> None:
     with open(f"/proc/{host.pid}/ns/net") as network:
         if _LIBC.setns(network.fileno(), _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns failed")
-    # Gloo would take the address that the machine's name stands for, often a loopback address.
+    # Without it, Gloo takes the address of the machine's name, often a loopback address.
     os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
 
 

@@ -10,7 +10,7 @@ from tests.integration.cases import BATCH, CASES, LENGTH, VOCABULARY, Case, Layo
 
 def settings(name: str, optimizer: str) -> dict[str, float]:
     """Return learning rate and weight decay of a tensor, worked out by hand."""
-    # A layer's vectors are stacked into matrices: no decay on what is one-dimensional in a layer.
+    # A layer's vectors are stacked into matrices: tensors that are one-dimensional in a layer do not decay.
     scale, decay = 1.0, 0.0 if "norm" in name or name.endswith("bias") else 0.1
     if optimizer == "adamw":
         return {"lr": 0.01, "weight_decay": decay}
@@ -65,7 +65,7 @@ def plain_steps(case: Case, initial: dict[str, torch.Tensor], bias: torch.Tensor
         norms.append(float(torch.nn.utils.clip_grad_norm_(weights.values(), 0.5)))
         losses.append(loss.item())
         optimizer.step()
-        decay = min(0.5, (2 + step) / (11 + step))  # of update step + 1
+        decay = min(0.5, (2 + step) / (11 + step))  # the decay of update step + 1
         average = {key: decay * average[key] + (1 - decay) * weights[key].detach() for key in weights}
         if moe:
             loads.append(plain_model.load(routed, moe.num_experts))

@@ -22,7 +22,7 @@ from bd3_scale.recipe.checks import check_recipe
 from bd3_scale.recipe.schema import DiffusionRecipe
 from tests.integration import cases
 
-# Some of the tiny weights are divided by ZeRO-3, as large ones are.
+# ZeRO-3 divides some of the tiny weights, as it does large ones.
 engine_module.WHOLE_BELOW = 3000
 
 

@@ -53,7 +53,7 @@ RECIPE = tiny_recipe(
     evaluation={"every_steps": 5, "sequences": 8},
     checkpoint={"every_steps": 5},
 )
-del RECIPE["model"]  # is the source's
+del RECIPE["model"]  # the source gives the model
 
 
 def command(folder: Path, *arguments: object) -> dict:
@@ -179,7 +179,7 @@ def test_it_is_adapted_to_several_sources_once_all_are_prepared(workplace: Path)
     said = " ".join(forks.bd3_scale(*asked, cwd=workplace, returncode=2).split())
     assert "error: more of data.sources hold no prepared data" in said
     assert not (workplace / "mixed/initial").exists()
-    # The way out that it names.
+    # The message names this way out.
     assert "`bd3-scale convert import model --out mixed/initial`" in said
     forks.bd3_scale("convert", "import", "model", "--out", "mixed/initial", cwd=workplace)
     assert "`bd3-scale data prepare --tokenizer mixed/initial/tokenizer`" in said

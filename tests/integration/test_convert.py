@@ -33,7 +33,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "Qwen3":
         model = transformers_model("Qwen3", vocab_size=257, rope_theta=1e6)
     else:
-        # The same rows more than the tokeniser has ids, so that the mask takes one of them.
+        # The vocabulary has unused rows, so that the mask takes one of them.
         model = transformers_model("Llama", vocab_size=260, tie_word_embeddings=True, rope_scaling=LLAMA3_ROPE)
     source = save_folder(folder / "source", model)
     imported = folder / "imported"

@@ -11,7 +11,7 @@ from tests.integration.expert_ranks import skips
 from tests.support.forks import run_ranks
 
 EP2 = {"expert": 2}
-# Ranks, and how they are laid out: experts of one rank alone, of two, and of the last stage.
+# Ranks and layouts: experts on one rank, on two, and on the last stage.
 LAYOUTS = [
     (2, {**EP2, "zero_stage": 0}),
     (2, {**EP2, "zero_stage": 1}),

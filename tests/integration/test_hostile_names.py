@@ -19,7 +19,7 @@ from tests.support import forks
 from tests.support.programs import BD3_SCALE
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/format-3"
-# Closes a style that rich never opened, sets the terminal's title, turns the rest around, and is an emoji's code.
+# It closes a style that rich never opened, sets the terminal's title, reverses the rest, and has an emoji's code.
 NAME = "a[/b]c\x1b]0;title\x07\u202e:smile:"
 SHOWN = r"a[/b]c\x1b]0;title\x07\u202e:smile:"
 ENVIRONMENT = os.environ | {"COLUMNS": "400"}
@@ -53,7 +53,7 @@ def test_data_and_tokenisers(place: Path) -> None:
     assert f"{SHOWN}/shards, 64 tokens" in shown(place, *arguments, "--out", f"{NAME}/shards")
     as_json = forks.bd3_scale(*arguments, "--out", f"{NAME}/shards2", "--json", cwd=place)
     assert any(NAME in source["path"] for source in json.loads(as_json)["sources"])
-    # Left out of the folder, as a log record tells.
+    # The file is left out of the data, and a log record says so.
     (place / f"{NAME}/text/.hidden\x1b[2J.txt").write_text("hidden")
     arguments[2] = f"{NAME}/text"
     assert r"left out (.hidden\x1b[2J.txt)" in shown(place, *arguments, "--out", "elsewhere")
@@ -68,7 +68,7 @@ def test_checkpoints_and_conversions(place: Path) -> None:
     options = ["--tokenizer", f"{NAME}/out", "--out", f"{NAME}/back"]
     assert f"wrote and verified {SHOWN}/back" in shown(place, "convert", "import", f"{NAME}/out", *options)
     options = ["--data", f"{NAME}/data", "--out", f"{NAME}/int8", "--bits", 8, "--group-size", 16, "--dry-run"]
-    # Its title is folded to the width of the table.
+    # The table's title is wrapped to the width of the table.
     assert SHOWN in shown(place, "convert", "quantize", run, *options)
     damaged = place / NAME / "damaged/checkpoints/step-00000003"
     damaged.mkdir(parents=True)
@@ -140,7 +140,7 @@ def test_a_text_that_was_generated_is_cleaned_for_a_terminal_and_as_it_is_in_a_f
     sent = on_a_terminal(command, place)
     assert r"\x1b]0;title\x07\x9b31m\x0cword word" in sent
     assert not set(sent) & {"\x07", "\x9b"}
-    # Escapes of our own for bold, and none of the text's.
+    # Our own escapes for bold remain, and none of the text's.
     assert "\x1b]" not in sent
 
     log = place / NAME / "run/logs/attempt-0"

@@ -76,7 +76,7 @@ def test_a_run_used_what_the_plug_in_adds(workplace) -> None:
     assert manifest["states"] == ["master", "momentum"]
     assert manifest["trained_with"]["plugins"] == ["bd3_lab"]
 
-    # On one process it computes the same, and without its loss something else.
+    # One process computes the same, and without the plug-in's loss it computes something else.
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     del recipe["diffusion"]["objective_options"]
     (folder / "plain.yaml").write_text(yaml.safe_dump(recipe))

@@ -89,7 +89,7 @@ def test_losses_and_bounds_are_told_by_source(whole):
 def test_a_run_goes_on_on_more_ranks_and_with_other_stages_to_come(place, whole):
     train(place, "parts", "train.steps=3")
     later = [*STAGES[:1], {"until": 8, "weights": STAGES[1]["weights"]}, {"weights": {"code": 1}}]
-    # A source that no step has read may come and go.
+    # A source that no step has read may be added or removed.
     write(place, "later.yaml", later, [*SOURCES, {"name": "new", "path": "math"}])
     train(place, "parts", "train.steps=8", "launch.processes=2", recipe="later.yaml")
     alone, parts = losses(whole[1]), losses(place / "parts")
@@ -122,7 +122,7 @@ def test_a_run_is_quantised_on_what_it_was_trained_on(place, whole):
     (recorded,) = [record for record in records(whole[1]) if record["step"] == 8 and "eval/nelbo" in record]
     how = ("--bits", 4, "--group-size", 16, "--draws", 2, "--calibration-sequences", 8)
     report = json.loads(forks.bd3_scale("convert", "quantize", "whole", "--out", "small", *how, "--json", cwd=place))
-    # Of all held-out sets, in bf16.
+    # Both figures are over all held-out sets, in bf16.
     assert report["before"]["nelbo"] == pytest.approx(recorded["eval/nelbo"], rel=2e-3)
     assert report["evaluation_sequences"] == sum(
         load_manifest(place / name).validation.sequences for name in ("web", "code")

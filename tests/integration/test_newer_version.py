@@ -44,12 +44,12 @@ def test_a_run_moves_to_this_version_and_back(tmp_path):
         printed = follow(commands, folder)
         for line in said.splitlines():
             assert " ".join(line.split()) in printed
-    # Of three that are kept there are two; the first of them is the earlier version's, untouched.
+    # Two checkpoints exist, of three that would be kept; the first is the earlier version's, unchanged.
     assert sorted(path.name for path in (run / "newer").glob("step-*")) == ["step-00000006", "step-00000009"]
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000006"]
     assert tensor_files(run, 6) == before
     assert losses(run) == then
-    # Whoever goes back takes those steps again.
+    # The earlier version takes those steps again.
     follow("bd3-scale train recipe.yaml", folder)
     assert losses(run) == then
 
@@ -61,7 +61,7 @@ def test_a_version_does_not_pass_over_a_checkpoint_of_a_later_format(tmp_path):
     later = folder / "run/checkpoints/step-00000007"
     shutil.copytree(folder / "run/checkpoints/step-00000006", later)
     manifest = json.loads((later / "manifest.json").read_text())
-    # Sealed, if at all, in a way of its own.
+    # A later format may have another checksum, or none.
     del manifest["checksum"]
     (later / "manifest.json").write_text(json.dumps(manifest | {"format": 5, "step": 7}))
     metrics = (folder / "run/metrics.jsonl").read_bytes()

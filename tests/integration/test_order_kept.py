@@ -55,12 +55,12 @@ def test_a_run_keeps_its_order(place):
     assert order_of(place / "parts", 3) == {"version": 2, "shuffle_window": 64}
     said = train(place, "parts", "data.shuffle_window=128", returncode=2)
     assert "data.shuffle_window is 128, the checkpoint has 64" in said
-    # Its window fits; that of a new run would not.
+    # The run's own window fits in the cache; a new run's would not.
     said = train(place, "parts", "data.cache_limit=200kb")
     assert "(data.shuffle_window=64, 8 of 8 parts) of data" in said
     assert order_of(place / "parts", 6) == order_of(place / "whole", 6)
     assert losses(place / "parts") == losses(place / "whole")
-    # No checkpoint is before this step: later ones say the order.
+    # No checkpoint is before this step, so the order comes from later ones.
     assert json.loads(forks.bd3_scale("replay", "parts", "--step", 2, cwd=place))["same"] is True
 
 

@@ -15,7 +15,7 @@ from tests.support import forks
 from tests.support.programs import BD3_SCALE
 from tests.support.recipes import write_recipe
 
-# Tells that it was imported, by whom, and what that process had before it then.
+# It records that it was imported, by which process, and which modules that process had before.
 PLUGIN = """
 import json, os, sys
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_every_rank_imports_them_before_it_begins_and_reads_the_one_recipe_that_
     (handed,) = {process["argv"][-1] for process in ranks}
     assert not Path(handed).parent.exists()
 
-    # Whoever reads its checkpoints imports nothing that they name.
+    # Commands that read its checkpoints import nothing that they name.
     for reader in (["checkpoint", "verify", "run"], ["evaluate", "run", "--sequences", "2"]):
         code, output = run(workplace, BD3_SCALE, *reader)
         assert (code, seen(workplace)) == (0, {}), output

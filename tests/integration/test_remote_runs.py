@@ -131,14 +131,14 @@ def test_data_that_the_first_stage_cannot_read_end_every_stage_with_the_same_lin
 def test_an_outage_longer_than_a_step_may_take_is_no_hang(
     layout: dict[str, object], store: s3.Store, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    # By its name: two ranks that fetch ahead ask for shards in whatever order.
+    # The shard is chosen by name, since two ranks that prefetch ask for shards in any order.
     store.fail("cut", only="train/shard.00003")
     run = tmp_path / "runs/tiny"
     command = [BD3_SCALE, "train", recipe(tmp_path, layout, path="cache", remote=f"s3://{s3.BUCKET}/data")]
     program = forks.Program(command, cwd=tmp_path, env=os.environ | store.environment())
     try:
         wait_for(lambda: records(run))
-        log = run / "logs/rank1.log"  # whichever rank met it first
+        log = run / "logs/rank1.log"  # whichever rank reached it first
         told = "waiting for data: s3://corpus/data/train/shard."
         wait_for(lambda: told in program.output() + (log.read_text() if log.exists() else ""))
         time.sleep(STEP_DEADLINE + 3)
@@ -151,9 +151,9 @@ def test_an_outage_longer_than_a_step_may_take_is_no_hang(
         else:
             assert losses(run) == request.getfixturevalue("undisturbed")
         steps = [record for record in records(run) if "train/loss" in record]
-        # Rank 0 waited for its batch, or for rank 1, which waited for its own.
+        # Rank 0 waited for its own batch, or for rank 1, which waited for its own.
         assert min(record["perf/tokens_per_second"] for record in steps) < 8 * 64 / STEP_DEADLINE
-        # Whichever it was.
+        # Either rank may have waited.
         assert max(record["data/wait_seconds"] for record in steps) >= STEP_DEADLINE
         assert {record["data/downloads_per_shard"] for record in steps} == {1}
     finally:

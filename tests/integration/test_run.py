@@ -81,7 +81,7 @@ def test_killed_outright_and_resumed_is_bitwise_the_undisturbed_run(workplace):
     process = started(workplace, "killed", "data.num_workers=1")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    # What a save that was killed half-way leaves behind must be neither taken for a checkpoint nor in the way.
+    # The files of a save that was killed half-way must neither count as a checkpoint nor be in the way.
     partial = workplace / "killed" / "checkpoints" / ".partial-step-00000008"
     shutil.copytree(workplace / "whole" / "checkpoints" / "step-00000008" / "tokenizer", partial / "tokenizer")
     output = train(workplace, "killed").stdout
@@ -117,7 +117,7 @@ def test_a_last_evaluation_that_was_cut_off_is_made_up_for(workplace):
     assert "nothing to do" in train(workplace, "cut-off").stdout
     assert nelbos(run) == nelbos(workplace / "whole")
     assert losses(run) == losses(workplace / "whole")
-    # Going further, what was measured at the former end stays.
+    # When the run goes further, the evaluation at the former end stays.
     train(workplace, "cut-off", "train.steps=13", "evaluation.every_steps=5")
     assert nelbos(run)[12] == nelbos(workplace / "whole")[12]
     assert sorted(nelbos(run)) == [4, 8, 12, 13]

@@ -25,7 +25,7 @@ TP2 = cases.recipe(cases.LAYOUTS["tp2"])
 ALONE = TP2.model_copy(update={"parallel": ParallelRecipe()})
 OTHER_RATE = TP2.model_copy(update={"optimizer": TP2.optimizer.model_copy(update={"lr": 0.001})})
 
-# A rank, which the fork server runs: it must be refused before groups are made.
+# The fork server runs it as a rank, which must be refused before groups are made.
 REFUSED = """
 import os
 import pytest
@@ -37,7 +37,7 @@ with pytest.raises(ValueError) as refused, process_groups(mine.parallel, agree=r
 assert str(refused.value) == message
 """
 
-# A rank, which the fork server runs: rank 1 comes later to a collective than the others wait for it.
+# The fork server runs it as a rank; rank 1 reaches a collective after the others' time limit.
 LATE = """
 import os, time
 from datetime import timedelta

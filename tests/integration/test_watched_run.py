@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, topics: Path) -> Path:
     )
     train(folder, "plain")
     (folder / "said").write_text(train(folder, "watched", *WATCHED))
-    # As a kill after the last evaluation leaves it, whose checkpoint is not written yet.
+    # The state after a kill that follows the last evaluation, before that step's checkpoint is written.
     shutil.copytree(folder / "watched", folder / "resumed")
     shutil.rmtree(folder / f"resumed/checkpoints/step-{STEPS:08d}")
     (folder / "resumed/checkpoints/latest").unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def test_the_profile_is_of_the_steps_and_ranks_that_were_named(place: Path) -> N
     names = [event.get("name") for event in events]
     assert "aten::mm" in names
     assert "[memory]" in names, "on a CPU memory is recorded as events"
-    # Each optimiser (ZeRO's, and the one that it calls) steps as often in each of the two steps.
+    # Each optimiser (ZeRO's, and the one that it calls) steps equally often in both steps.
     stepped = Counter(name for name in names if str(name).startswith("Optimizer.step#"))
     assert stepped
     assert all(count % 2 == 0 for count in stepped.values())

@@ -162,7 +162,7 @@ def test_decoding_follows_a_change_of_any_part(groups, form, monkeypatch):
 
 def doubled(self, forward, *args):
     found = forward(self, *args)
-    # A norm and a layer give a residual stream beside.
+    # A norm and a layer also return a residual stream.
     return (found[0], 2 * found[1]) if isinstance(found, tuple) else 2 * found
 
 
@@ -240,7 +240,7 @@ class Ring:
         for part in torch.arange(len(key)).chunk(self.parts):
             part_total = scores[..., part].logsumexp(-1, keepdim=True)
             merged = torch.logaddexp(total, part_total)
-            share = (scores[..., part] - merged).exp().nan_to_num(0)  # nothing seen yet
+            share = (scores[..., part] - merged).exp().nan_to_num(0)  # no key seen yet
             out = out * (total - merged).exp().nan_to_num(0) + torch.einsum("bhij,jbhd->bhid", share, value[part])
             total = merged
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -50,7 +50,7 @@ def check(parallel: ParallelRecipe, mask_id: int, dtype: torch.dtype, groups) ->
     tokens[torch.rand(tokens.shape, generator=generator) < 0.5] = mask_id
     tokens[torch.rand(tokens.shape, generator=generator) < 0.05] = 0
     gradient = torch.randn(ROWS, SEQUENCES, HIDDEN, generator=generator).to(dtype)
-    # Sequence-parallel ranks have a part of the rows each.
+    # Each sequence-parallel rank has a part of the rows.
     part = slice(None)
     if parallel.sequence:
         part = slice(groups.tp.rank() * ROWS // 2, (groups.tp.rank() + 1) * ROWS // 2)
@@ -62,7 +62,7 @@ def check(parallel: ParallelRecipe, mask_id: int, dtype: torch.dtype, groups) ->
     one_hot = torch.nn.functional.one_hot(tokens.flatten(), SIZE).double()
     expected = (one_hot.T @ gradient.flatten(0, 1).double())[own]
     error = (words.weight.grad.double() - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-9)
-    # Sums of a few rows are rounded at each of them on a CPU, the many rows of the mask once.
+    # On a CPU, sums of a few rows are rounded after each row, and the many rows of the mask once.
     assert error.max() < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-6}[dtype]
     if 0 <= (row := mask_id - words.vocab_start_index) < len(expected):
         assert error[row] < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]

@@ -90,7 +90,7 @@ class NewTensors(TorchDispatchMode):
 @pytest.mark.parametrize(("bias", "tied"), [(True, False), (False, True)])
 def test_loss_and_gradients_are_those_of_all_logits_at_once(monkeypatch, build, rows_a_piece, num_rows, bias, tied):
     if rows_a_piece is not None:
-        # Not a multiple of the vocabulary: a piece is of whole rows.
+        # This size is no multiple of a row; a piece still consists of whole rows.
         monkeypatch.setattr(head, "PIECE_BYTES", 4 * (rows_a_piece * 384 + 100))
     layer = build(bias=bias, tied=tied)
     hidden, targets, weights = rows_of(num_rows)
@@ -201,7 +201,7 @@ def test_score_entropy_is_least_at_the_probabilities(build) -> None:
     assert expected(law) == pytest.approx(entropy, rel=1e-5)
     assert expected(law * 1.3) == pytest.approx(entropy + 0.3 - math.log(1.3), rel=1e-5)
     assert expected(torch.full_like(law, 1 / len(law))) > entropy + 0.05
-    # The cross-entropy would not see the scale.
+    # Unlike this loss, the cross-entropy would not depend on the scale.
     assert expected(law * 0.7) > entropy + 0.05
 
 
@@ -234,7 +234,7 @@ def check_whole_vocabulary(groups, parallel, vocabulary, dtype, row_loss, spread
 
     leaves = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     logits = torch.nn.functional.linear(*leaves)
-    # Rounded as a product is: the loss of 16 bits is that of such logits.
+    # The logits are rounded as a product in that dtype is; the 16-bit loss is computed from such logits.
     logits = logits + (logits.detach().to(dtype).double() - logits.detach())
     ids = torch.arange(size)
     logits = logits.masked_fill((ids == vocabulary.mask_id) | (ids >= vocabulary.size), float("-inf"))
@@ -249,7 +249,7 @@ def check_whole_vocabulary(groups, parallel, vocabulary, dtype, row_loss, spread
         assert (got.double() - want).norm() <= tolerance * max(expected[0].norm(), want.norm())
 
 
-# The second rank of two holds no entry that a text may have of the second vocabulary.
+# Of the second vocabulary, the second of two ranks holds no entry that a text may contain.
 VOCABULARIES = (VOCABULARY, Vocabulary(size=60, eos_id=0, mask_id=57))
 
 

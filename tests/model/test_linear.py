@@ -80,7 +80,7 @@ def check_products(group: dist.ProcessGroup) -> None:
         for layer, gradient in wanted.items():
             assert (layer.weight.grad is None) == summed
             close(layer.weight.main_grad - 1 if summed else layer.weight.grad, gradient)
-        # A rank's gradient is that of its rows of the sum, which may be all.
+        # A rank's gradient covers its rows of the sum, which may be all rows.
         bias = down.bias.grad.clone()
         if sequence:
             dist.all_reduce(bias)

@@ -204,7 +204,7 @@ def test_experts_in_one_call_and_one_by_one_are_the_plain_ones(groups, monkeypat
         got = tensor.main_grad - before[name] if has_sums else tensor.grad
         assert (tensor.grad is None) == has_sums
         if has_sums:
-            # What the sum held before rounds what is added.
+            # What the sum held before determines how the added gradient is rounded.
             assert (got.double() - plain[name].grad).norm() <= 0.01 * plain[name].grad.norm() + 1e-5
         else:
             close(got, plain[name].grad)
@@ -274,7 +274,7 @@ def test_cached_blocks_give_the_two_stream_likelihoods(token_nll, groups, form, 
         logits = model.decode(noisy[:, block], positions[:, block], one_by_one)
         nll = -logits.log_softmax(-1).gather(-1, clean[:, block, None])[..., 0]
         torch.testing.assert_close(nll[this], expected[:, block][this], rtol=1e-5, atol=2e-5)
-        # Of some places alone, and behind a prompt that was read at once.
+        # Some positions only, after a prompt that was read at once.
         some = model.decode(noisy[:, block], positions[:, block], one_by_one, this)
         torch.testing.assert_close(some, logits[this], rtol=1e-5, atol=2e-5)
         if start == 16:
@@ -347,7 +347,7 @@ def test_tensors_of_dense_and_of_sparse_layers_are_numbered_among_themselves(gro
     assert found == expected
     shapes = {name: shape for name, shape in layer_shapes(model.recipe).items() if name.startswith("mlp.")}
     assert {name: (len(layers_with(model.recipe, name)), *shape) for name, shape in shapes.items()} == expected
-    # Every element of every layer has its place, once.
+    # Every element of every layer has exactly one place.
     numels: dict[str, int] = {}
     for layout in parameter_layouts([model]):
         for piece in layout.pieces:

@@ -141,9 +141,9 @@ def test_the_recipe_chooses_the_attention_of_every_pass(token_nll, model, groups
     one_pair = 2 * 4 * 4 * 8  # sequences, heads, two products, head size
     noisy_and_clean, noisy, prefix, block = 24 * 24 + 24 * 4, (24 * 24 + 24 * 4) // 2, 20 * 20, 4 * 24
     assert by_operator == {
-        # The last layer attends from noisy rows alone.
+        # In the last layer, only noisy rows attend.
         torch.ops.bd3_scale.block_attention: one_pair * (noisy_and_clean + noisy),
-        # Each block of a prompt is counted with the keys of the longest.
+        # Each block of a prompt counts the keys of the longest prompt.
         torch.ops.bd3_scale.decode_attention: one_pair * 2 * (prefix + block),
     }
 

@@ -120,7 +120,7 @@ def test_a_block_that_is_the_sequence_needs_no_clean_stream(size: int, copies: i
         assert (inputs.num_noisy, inputs.num_streams) == (copies, copies)
         at_head = inputs.tokens.unflatten(1, (copies, -1)).permute(1, 2, 0).flatten()[inputs.head_rows]
         assert (at_head == MASK_ID).all()
-        # Noisy keys of all ranks are seen as clean ones, and none of the rank's own besides.
+        # Noisy keys of all ranks are treated as clean ones, and the rank has no noisy keys of its own besides.
         assert inputs.spans[:3].flatten(1).unique(dim=1).tolist() == [[0], [0], [LENGTH]]
         if size > 1:
             assert torch.equal(inputs.spans[3], inputs.spans[4])

@@ -52,7 +52,7 @@ def test_fast_bf16_on_the_cpu_agrees_with_torch() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or os.uname().machine != "x86_64", reason="x86 flags")
 def test_flags_of_the_cpu_are_those_that_torch_reads_from_it() -> None:
-    # torch asks the processor itself (cpuid), where we read what the kernel says of it.
+    # torch asks the processor (cpuid); the package reads what the kernel reports.
     asked = {
         "AVX2": torch.cpu._is_avx2_supported(),
         "AVX-512": torch.cpu._is_avx512_supported(),

@@ -34,7 +34,7 @@ def test_event_files_of_a_resumed_run_hold_every_step_once(tmp_path: Path) -> No
     for step in range(1, 7):
         killed.log(step, {"train/loss": float(step), "perf/mfu": math.nan, "checkpoint/slowdown": None})
     killed.log_text(6, "samples/0", "Once upon")
-    # The run was killed here: nothing was closed, and step 6 is lost, for the checkpoint is of step 4.
+    # The run was killed here: nothing was closed, and step 6 is lost, since the checkpoint is of step 4.
     with opened(tmp_path, 4, tensorboard=True) as resumed:
         for step in range(5, 8):
             resumed.log(step, {"train/loss": 10.0 * step})
@@ -46,7 +46,7 @@ def test_event_files_of_a_resumed_run_hold_every_step_once(tmp_path: Path) -> No
     ]
     (recipe,) = events.Tensors("recipe/text_summary")
     assert b'"seed": 1' in recipe.tensor_proto.string_val[0]
-    # Readers keep texts of steps that are taken again: the new one has the same step.
+    # Readers keep texts of steps that are repeated; the new text has the same step.
     assert [e.step for e in events.Tensors("samples/0/text_summary")] == [6]
 
 

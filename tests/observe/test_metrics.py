@@ -225,7 +225,7 @@ def test_a_file_of_an_earlier_version_is_read_by_the_names_of_this_one_and_goes_
         "memory/peak_rss_bytes",
         *(f"checkpoint/{name}" for name in ("tries", "failed", "blocked_seconds", "seconds", "slowdown")),
     }
-    # The evaluation after step 6 is dropped by what it is called now, since it is run again.
+    # The evaluation after step 6 is dropped under its new name, since it is run again.
     with RunLoggers(LoggedRun(tmp_path, "", {}, 6, True), LoggingRecipe(wandb=OFF)) as metrics:
         metrics.log(7, {"train/loss": 4.5})
     assert [(r["step"], r["train/loss"]) for r in read_metrics(path) if "train/loss" in r][-2:] == [

@@ -43,7 +43,7 @@ def test_the_points_that_are_drawn_keep_the_extremes_of_every_bin(values: list[f
         low, high = steps[0] + number * width, steps[0] + (number + 1) * width
         inside = [i for i, step in enumerate(steps) if low < step < high]
         if inside:
-            # Those on an edge may fall in either bin, so that the bin's own extremes lie within what is kept.
+            # Points on an edge may fall in either bin; a bin's own extremes are within those that are kept.
             near = [values[i] for i in kept if low - 1e-6 <= steps[i] <= high + 1e-6]
             assert min(near) <= min(values[i] for i in inside)
             assert max(near) >= max(values[i] for i in inside)
@@ -79,7 +79,7 @@ def test_every_figure_of_a_run_has_its_curves(tmp_path: Path) -> None:
     series = run_series(read_run(make_run(tmp_path / "run")).metrics)
     labels = {figure: [curve["label"] for curve in curves] for figure, curves in series.items()}
     assert labels["loss"] == ["training loss"]
-    assert labels["loss_parts"] == ["blocks of 4", "blocks of 16"]  # by number
+    assert labels["loss_parts"] == ["blocks of 4", "blocks of 16"]  # sorted by number
     assert labels["step_parts"] == ["whole step", "waiting for data"]
     assert labels["intervals"] == ["blocks of 4"]
     assert labels["variance"] == ["blocks of 4, in its interval", "blocks of 4, mask rates 0 to 1"]
@@ -88,7 +88,7 @@ def test_every_figure_of_a_run_has_its_curves(tmp_path: Path) -> None:
     assert series["memory"][0]["y"][0] == 1.5
     nelbo = series["nelbo"][0]
     assert (nelbo["x"], nelbo["y"]) == ([50, 100], [5.5, 5.0])
-    assert (nelbo["low"], nelbo["high"]) == ([5.0, 4.5], [6.0, 5.5])  # 0.3 and 0.4 are independent
+    assert (nelbo["low"], nelbo["high"]) == ([5.0, 4.5], [6.0, 5.5])  # independent errors 0.3 and 0.4 add up to 0.5
     assert not any(figure.startswith("other:") for figure in series)
 
 

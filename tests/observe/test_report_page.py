@@ -17,7 +17,7 @@ from tests.support.missing import unavailable
 
 CHROMIUM = "/usr/bin/chromium"
 PHONE, DESK = (375, 740), (1100, 760)
-# Of an end tag a space is enough, and of the page's own marks their name.
+# An end tag may contain a space, and the page's own placeholders are recognised by name.
 HOSTILE = (
     '</script ><script>window.hit = 1</script><!--<img src=x onerror="window.hit = 1">@DATA@\x1b[31m\u202e & <b>b</b>'
 )
@@ -167,7 +167,7 @@ def test_zoom_logarithm_and_legend(open_report: Open, tmp_path: Path) -> None:
     page.mouse.up()
     zoomed = curve(page, "loss"), curve(page, "lr")
     assert zoomed[0] != whole[0]
-    assert zoomed[1] != whole[1]  # all figures follow
+    assert zoomed[1] != whole[1]  # all figures show the same range
     assert 20 < float(page.locator("#from").input_value()) < 35
     page.locator("#figure-loss svg").dblclick()
     assert (curve(page, "loss"), curve(page, "lr")) == whole

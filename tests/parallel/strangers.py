@@ -49,7 +49,7 @@ def is_joined_by_a_stranger(written: Path) -> None:
         with pytest.raises(PermissionError):
             secret.read_bytes()
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # What the first release of a rank did: join, and say what the recipe is.
+    # The first release let a rank join like this, and say what the recipe is.
     store = TCPStore(*address, 2, is_master=False, timeout=timedelta(seconds=10))
     with contextlib.suppress(RuntimeError, PermissionError):
         dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=timedelta(seconds=5))

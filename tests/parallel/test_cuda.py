@@ -94,7 +94,7 @@ def fail_on_one_rank() -> None:
     def train(recipe: object, heartbeat: object) -> None:
         with process_groups(ParallelRecipe()):
             if dist.get_rank() == 1:
-                # As a thread of NCCL's: an orderly end of the process would wait for it.
+                # It stands for a thread of NCCL: an orderly end of the process would wait for it.
                 threading.Thread(target=time.sleep, args=(60,)).start()
                 raise ValueError("seed=x is no number")
             time.sleep(60)

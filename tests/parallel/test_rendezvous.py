@@ -52,7 +52,7 @@ def test_a_local_run_listens_to_nobody_else_and_leaves_nothing_to_meet_in(topics
         listening = [address for rank in ranks for address in listens_at(rank)]
         assert listening, "gloo has a port a rank"
         assert all(address.is_loopback for address in listening), listening
-        # The launcher keeps its folder open, and so locked.
+        # The launcher keeps its folder open and thereby locked.
         held = [Path(os.readlink(link)) for link in Path(f"/proc/{program.pid}/fd").iterdir()]
         (secret,) = {path / "secret" for path in held if path.name.startswith("bd3_scale-launch-") and path.is_dir()}
         assert stat.S_IMODE(secret.parent.stat().st_mode) == 0o700

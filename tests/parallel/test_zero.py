@@ -22,7 +22,7 @@ from tests.parallel import families  # noqa: F401
 MODEL = ModelRecipe(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24)
 
 
-# Two stretches of several tensors, and of one a rate of its own.
+# Norms have their own weight decay, and the output layer has its own learning rate.
 GROUPS = [{"match": "*layernorm*", "weight_decay": 0.2}, {"match": "output_layer.*", "lr_scale": 0.5}]
 
 
@@ -59,7 +59,7 @@ def resume(engine: TrainingEngine, of: TrainingEngine) -> TrainingEngine:
     return engine
 
 
-# ZeRO-3 updates in parts, and apex is not used for it.
+# ZeRO-3 updates in parts, and apex is not used with it.
 @pytest.mark.parametrize(
     ("family", "decay", "zero_stage"),
     [

@@ -25,7 +25,7 @@ VOCABULARY = Vocabulary(size=300, eos_id=0, mask_id=299)
 MOE: dict[str, Any] = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 32, "shared_ffn_hidden_size": 32}
 MOE |= {"first_dense_layers": 1, "score": "sigmoid", "bias": True, "groups": 4, "top_groups": 2}
 
-# What differs from BASE, and the ranks of the world.
+# Number of ranks, and the values that differ from BASE.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO 2, two copies": (2, {"parallel": {"zero_stage": 2}, "diffusion": {"noisy_copies": 2}}),
     "ZeRO 3, TP 2": (4, {"parallel": {"zero_stage": 3, "tensor": 2}}),

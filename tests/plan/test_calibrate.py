@@ -10,7 +10,7 @@ from bd3_scale.plan.calibrate import calibrate
 from bd3_scale.plan.hardware import load_hardware
 
 HARDWARE = load_hardware("h100")
-# As `python tools/bench_step.py --preset small --objective bd3 --json` prints it, but for the shape, which is a GPU's.
+# The shape is a GPU's; the rest is as `python tools/bench_step.py --preset small --objective bd3 --json` prints it.
 STEP = {
     "hardware": HARDWARE.device,
     "processes": 1,
@@ -55,18 +55,18 @@ def step(factor=1.0, **changes):
 @pytest.mark.launch
 def test_the_measured_step_is_predicted_as_it_was(write):
     once, compared = calibrate(HARDWARE, [write("once.json", step())])
-    # Its inputs are made beside the step before.
+    # The step's inputs are made during the step before.
     assert compared.measured["step"] == pytest.approx(0.10)
     assert compared.calibrated["step"] == pytest.approx(0.10, rel=1e-6)
     assert compared.assumed["step"] < 0.05
     assert set(once.measured) == {"matmul", "stream", "attention"}
-    # What was not measured stays.
+    # Values that were not measured stay as they were.
     assert once.node_bandwidth == HARDWARE.node_bandwidth
     # Twice the time is half of the efficiency.
     twice, _ = calibrate(HARDWARE, [write("twice.json", step(2.0))])
     assert twice.matmul == pytest.approx(once.matmul / 2, rel=1e-3)
     assert twice.attention == pytest.approx([rate / 2 for rate in once.attention], rel=1e-3)
-    # The attention's own results go before what a step says.
+    # Results of the attention's benchmark take precedence over those of a step.
     both, compared = calibrate(HARDWARE, [write("once.json", step()), write("attention.json", *ATTENTION)])
     assert both.attention == (4.2e14, 3.0e14)
     assert compared.calibrated["step"] == pytest.approx(0.10, rel=1e-6)

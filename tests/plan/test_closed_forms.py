@@ -15,7 +15,7 @@ from tests.plan.layouts import BASE, VOCABULARY, trace
 
 pytestmark = pytest.mark.launch
 
-# Of BASE: two layers of hidden size X, H heads and G of keys and values of size D, an MLP of F; B sequences of L.
+# BASE has two layers of hidden size X, H heads and G of keys and values of size D, an MLP of F; B sequences of L.
 LAYERS, X, H, G, D, F, B, L, BLOCK = 2, 64, 4, 2, 16, 96, 2, 64, 8
 # Rows of logits are padded to a multiple of 128.
 LOGITS = 384
@@ -24,7 +24,7 @@ LAYER_PARAMETERS = X * (QUERIES + KEYS) + QUERIES * X + X * 2 * F + F * X + 2 * 
 PARAMETERS = 2 * LOGITS * X + LAYERS * LAYER_PARAMETERS + X
 ROUNDED = 512
 
-# Each noisy row sees its block, and clean ones before it; each clean row its block and those before it.
+# Each noisy row sees its block and the clean ones before it; each clean row sees its block and those before it.
 NOISY_PAIRS = B * sum(BLOCK + i // BLOCK * BLOCK for i in range(L))
 CLEAN_PAIRS = B * sum((i // BLOCK + 1) * BLOCK for i in range(L))
 
@@ -56,7 +56,7 @@ def traces() -> dict[str, Trace]:
 def flops(trace: Trace) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for key, work in trace.work.items():
-        # A weight's gradient is added to its sum by the product itself.
+        # The product itself adds a weight's gradient to its sum.
         found[key.part if key.name in ("mm", "addmm") else key.name] += work.flops
     return found
 
@@ -66,7 +66,7 @@ def test_flops(traces, name, ranks):
     """Check three times the forward pass; attention has 5 products in backward, since it recomputes the scores, and 2
     in forward."""
     noisy, clean = B * L, B * L
-    # The last layer makes of clean rows no more than keys and values.
+    # In the last layer, clean rows only give keys and values.
     rows = (LAYERS - 1) * (noisy + clean) + noisy
     pairs = (LAYERS - 1) * (NOISY_PAIRS + CLEAN_PAIRS) + NOISY_PAIRS
     projections = rows * 2 * X * (2 * QUERIES) + LAYERS * (noisy + clean) * 2 * X * KEYS
@@ -87,7 +87,7 @@ def test_recomputed_flops(traces, part):
     assert traces[RECOMPUTED].flops == traces["alone"].flops
 
 
-# A product of the rows of one stream with so many features of a rank.
+# A product of the rows of one stream with this number of a rank's features.
 COLUMNS = {"attention": QUERIES + KEYS, "mlp": 2 * F}
 ROWS = {"attention": QUERIES, "mlp": F}
 
@@ -99,7 +99,7 @@ def test_products_beside_messages(traces, part):
     """
     stream = 2 * B * L * X / 2
     column, row = stream * COLUMNS[part], stream * ROWS[part]
-    # Both streams in the first layer; in the last one noisy rows alone, and of clean ones the keys.
+    # The first layer has both streams; the last one has noisy rows, and only the keys of clean ones.
     whole = 3 * column + (stream * KEYS if part == "attention" else 0)
     beside: dict[str, float] = defaultdict(float)
     for key, message in traces["sequence"].messages.items():
@@ -145,7 +145,7 @@ def test_bytes_between_tensor_parallel_ranks(traces):
     gradient.
     """
     a_row, noisy, every = 2 * X, B * L, 2 * B * L
-    # The last layer's MLP has noisy rows alone; its attention has keys of the clean ones in a product of their own.
+    # The last layer's MLP has only noisy rows; its attention computes the keys of clean ones in a separate product.
     mlp = (every + noisy) * a_row
     assert sent(traces["sequence"], "tensor", "mlp") == {"_allgather_base_": 3 * mlp, "_reduce_scatter_base_": 2 * mlp}
     keys_and_queries, output = 2 * every * a_row, (every + noisy) * a_row

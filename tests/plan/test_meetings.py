@@ -22,7 +22,7 @@ def test_ranks_meet_and_need_what_they_needed(name):
     assert disagreements({rank: found.order for rank, found in zip(ranks, traces, strict=True)}) == []
     assert traces[0].order
     golden = json.loads(GOLDEN.read_text())[name]
-    # A change is meant: `python -m tests.plan.layouts`.
+    # If the change is intended: `python -m tests.plan.layouts`.
     assert measured(traces[0]) == pytest.approx(golden, rel=0.02)
 
 
@@ -30,7 +30,7 @@ def test_the_host_never_waits_for_the_gpu_in_a_micro_batch():
     """Check that twice as many micro-batches make the host wait as often, in a step in which all counters have
     started."""
     names = ["ZeRO 3, TP 2", "SP 2, PP 2 x 2, tied"]
-    # DeepSpeed counts two steps before it measures its own speed.
+    # DeepSpeed counts two steps before it measures its speed.
     traces = trace([job(name, steps=3, more=more) for name in names for more in (0, 1)])
     for name, few, more in zip(names, traces[::2], traces[1::2], strict=True):
         assert few.waits == more.waits, name

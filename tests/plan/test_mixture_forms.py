@@ -17,9 +17,9 @@ from tests.plan.layouts import BASE, MOE, VOCABULARY, trace
 
 pytestmark = pytest.mark.launch
 
-# Of BASE: hidden size X, H heads and G of keys and values of size D, an MLP of MLP; B sequences of L.
+# BASE has hidden size X, H heads and G of keys and values of size D, an MLP of MLP; B sequences of L.
 X, H, G, D, MLP, B, L = 64, 4, 2, 16, 96, 2, 64
-# Of MOE: E experts of F, of which K compute a row, and a shared one of S; the first of three layers has none.
+# MOE has E experts of F, K of them for a row, and a shared one of S; the first of three layers has none.
 E, K, F, S, LAYERS, SPARSE = 8, 2, 32, 32, 3, 2
 LOGITS = 384
 ATTENTION = X * (H + 2 * G) * D + H * D * X + 2 * X + 2 * D
@@ -27,7 +27,7 @@ EXPERTS = SPARSE * E * 3 * F * X
 OTHERS = LAYERS * ATTENTION + 3 * MLP * X + SPARSE * (E + 3 * S) * X + 2 * LOGITS * X + X
 TENSORS = 4 + LAYERS * 12 + 4
 ROUNDED = 512
-# Rows of the sparse layers: the last one has noisy rows alone.
+# Rows of the sparse layers: the last one has only noisy rows.
 ROWS = 2 * B * L + B * L
 
 CASES: dict[str, tuple[int, dict[str, int | bool]]] = {
@@ -80,7 +80,7 @@ def test_flops_that_count(traces, name):
         made[key.part if key.is_product else key.name] += work.flops
     layers = made["attention"] + made["mlp"] + made["router"] + made["experts"] + 3 * made["block_attention"]
     assert traces["alone"].flops == pytest.approx(layers + made["head"] * VOCABULARY.size / LOGITS, rel=1e-12)
-    # The rows of the head are drawn, other ones on each data-parallel rank: rank 0 has the same.
+    # The head's rows are random and differ between data-parallel ranks; rank 0 has the same rows in both.
     assert traces[name].flops == traces["alone"].flops
     assert traces[name].parameters == EXPERTS + OTHERS
 
@@ -128,7 +128,7 @@ def test_memory_of_rows_that_are_kept_for_backward(traces):
     layers."""
     (head,) = [segment for segment in traces["two of four"].segments if segment.name == "head forward"]
     kept = ROWS * K * 2 * (X + 2 * F)
-    # And the orders of copies, weights and counts.
+    # The orders of copies, their weights and their counts are kept, too.
     assert kept < head.memory["routed"] < kept + ROWS * K * 8 * 6 + SPARSE * 16 * ROUNDED
 
 
@@ -151,7 +151,7 @@ def test_sorting_is_memory_traffic(traces):
         traces["alone"], "bytes", lambda key: (key.part, key.direction, key.name) == ("mixture", "forward", "index")
     )
     copies = ROWS * K
-    # Out to the experts, and back; and the weights, and the places of all of them.
+    # Rows go out to the experts and back, with their weights and positions.
     assert forward >= 2 * copies * 2 * 2 * X
     assert forward == pytest.approx(2 * copies * 2 * 2 * X, rel=0.2)
 

@@ -31,7 +31,7 @@ LARGE = {
 def large(name: str) -> Job:
     layout, layers, train, parallel, micro_batches = LARGE[name]
     found = job(layout)
-    # More layers without experts than a small step would have otherwise.
+    # It has more layers without experts than a small step otherwise has.
     moe = found.recipe.model.moe and found.recipe.model.moe.model_copy(update={"first_dense_layers": 2})
     recipe = found.recipe.model_copy(
         update={
@@ -51,7 +51,7 @@ def test_small_steps_tell_a_large_one(name):
     assert max(part.job.recipe.model.num_layers for part in parts) < whole.recipe.model.num_layers
     *traces, exact = trace([*(part.job for part in parts), whole])
     told = combine([(part.weight, part.memory_weight, found) for part, found in zip(parts, traces, strict=True)])
-    # Of tensors as small as these, rounded up to 512 bytes, what all layers share is not linear in their number.
+    # Tensors as small as these are rounded up to 512 bytes, so what all layers share is not linear in their number.
     assert told.peak.bytes == pytest.approx(exact.peak.bytes, rel=3e-3)
     assert told.peak.name == exact.peak.name
     assert told.flops == exact.flops
@@ -62,7 +62,7 @@ def test_small_steps_tell_a_large_one(name):
     told_messages, exact_messages = messages
     assert told_messages.keys() == exact_messages.keys()
     for key, (calls, size) in exact_messages.items():
-        # Gradients of a layer that two ranks own go in two messages.
+        # Gradients of a layer that two ranks own are sent in two messages.
         assert key.direction == "data" or told_messages[key][0] == pytest.approx(calls, abs=0.1), key
         assert told_messages[key][1] == pytest.approx(size, abs=0.1), key
 
@@ -88,5 +88,5 @@ def test_without_a_fake_gpu_what_is_sent_is_the_same():
     sent = [sum(message.bytes for message in found.messages.values()) for found in (of_gpu, of_cpu)]
     assert sent[0] == sent[1]
     assert of_cpu.flops == of_gpu.flops
-    # Norms and activations are several kernels there, which keep more.
+    # On the CPU, norms and activations are several kernels, which keep more.
     assert of_gpu.peak.bytes < of_cpu.peak.bytes < 1.6 * of_gpu.peak.bytes

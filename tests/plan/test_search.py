@@ -78,7 +78,7 @@ def test_an_estimate_is_near_a_whole_trace(name, tmp_path, monkeypatch):
     estimate = assemble(wanted, VOCABULARY, gpus, HARDWARE, stages)
     whole = forecast(wanted, VOCABULARY, gpus, HARDWARE)
     assert estimate.time.seconds == pytest.approx(whole.time.seconds, rel=TIME_ERROR)
-    # How many rows the head has is drawn.
+    # The number of the head's rows is random.
     assert estimate.time.needed == pytest.approx(whole.time.needed, rel=1e-3)
     assert estimate.parameters == whole.parameters
     for found, exact in zip(estimate.ranks, whole.ranks, strict=True):
@@ -98,7 +98,7 @@ def test_what_is_found_fits_and_keeps_the_rules(tmp_path, monkeypatch):
     for each in found.layouts:
         check_recipe(each.forecast.recipe, 4)
     assert told[-1][0] == told[-1][1]
-    # What is pasted makes the recipe that was predicted.
+    # The overrides that a person pastes give the recipe that was predicted.
     values = dict(pair.split("=") for pair in found.overrides(best))
     assert int(values.get("train.micro_batch_size", 1)) == best.forecast.recipe.train.micro_batch_size
 

@@ -78,7 +78,7 @@ def test_what_does_not_matter_does_not(traced):
     one = job("offload")
     asked(one, replace(one, recipe=one.recipe.model_copy(update={"name": "another", "run_dir": "elsewhere"})))
     asked(replace(one, recipe=one.recipe.model_copy(update={"name": "another", "run_dir": "elsewhere"})))
-    # Both were missing when they were asked for together.
+    # Both were missing when they were requested together.
     assert len(traced) == 2
 
 

@@ -263,7 +263,7 @@ def test_what_is_allowed(changes: dict[str, object], document_multiple: int | No
         ({**FOUR_LAYERS, "parallel__layers_per_chunk": [1, 1, 1, 1]}, 2),
         ({**FOUR_LAYERS, "parallel__tensor": 2, "parallel__sequence": True, "parallel__context": 2}, 8),
         ({"parallel__context": 4, "parallel__zero_stage": 3}, 8),
-        # A block that is the sequence may be cut: 52 divides into 4 ranges, which no other block size would.
+        # A block that is the whole sequence may be cut: 52 divides into 4 ranges, which no other block size would.
         ({**ONE_BLOCK, "parallel__context": 2, "diffusion__block_size": 52, "data__seq_len": 52}, 2),
     ],
 )
@@ -278,7 +278,7 @@ def test_layouts_that_are_allowed(changes: dict[str, object], world_size: int) -
         ({"parallel__context": 4, "data__seq_len": 24}, 4),
         ({**FOUR_GROUPS, "diffusion__block_size": 2, "data__seq_len": 66}, 4),
         ({**FOUR_GROUPS, "parallel__context": 2, "diffusion__block_size": 1, "data__seq_len": 20}, 8),
-        # Several rules hold for one number.
+        # Several rules apply to one number.
         ({**FOUR_GROUPS, "diffusion__block_size": 6, "data__seq_len": 30}, 4),
         ({**FOUR_GROUPS, "parallel__context": 2, "diffusion__block_size": 3, "data__seq_len": 12}, 8),
         ({**FOUR_GROUPS, "parallel__context": 2, "diffusion__block_size": 1, "data__seq_len": 62}, 8),

@@ -20,7 +20,7 @@ def test_a_name_stands_for_a_recipe_of_the_package_where_there_is_no_file(
     Path("8b").write_text("name: mine\n")
     assert find_recipe("8b") == Path("8b")
     Path("mine").mkdir()
-    assert find_recipe("mine") == Path("mine")  # whoever reads it says that it is a folder
+    assert find_recipe("mine") == Path("mine")  # its reader says that it is a folder
 
 
 def test_a_name_that_is_none_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,11 @@ from tests.recipe.test_checks import recipe
 
 EVERY = [*RULES, *DATA_RULES]
 FIELDS = dict(dotted_fields(Recipe))
-# Of a section, its key: sections are unique classes.
+# The key of each section; no two sections have the same class.
 KEY_OF = {nested_section(field.annotation): key for key, field in FIELDS.items() if nested_section(field.annotation)}
 MOE = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 32}
 
-# What breaks the rules of sections that the other tests' recipe leaves out.
+# Recipes that break rules of sections that the other tests' recipe leaves out.
 OTHERS: list[dict[str, object]] = [
     {"diffusion__block_size_schedule": [{"block_size": 4, "steps": 20}]},
     {"diffusion__search_interval": True, "diffusion__noisy_copies": 2, "evaluation__every_steps": 5},
@@ -93,7 +93,7 @@ def keys_read(check: Rule) -> set[str]:
         with reads() as keys, suppress(ValueError):
             list(check.problems(case, number))
         found |= keys
-    # A section is no key that a person sets, but for one that may be absent.
+    # A section is not a key that a person sets, unless it may be absent.
     return {
         key
         for key in found
@@ -102,7 +102,7 @@ def keys_read(check: Rule) -> set[str]:
     }
 
 
-# They hand the recipe to an objective or an optimiser, which reads what concerns it.
+# These checks pass the recipe to an objective or an optimiser, which reads its own keys.
 DELEGATES = {"_objective_suits", "_family_takes_the_options"}
 
 

@@ -257,7 +257,7 @@ def test_variance_splits_into_that_at_a_rate_and_that_from_rate_to_rate():
         at, between = parts_of_variance(rates, (low / 10, high / 10))
         assert at + between == pytest.approx(np.concatenate(losses[low:high]).var())
         assert between == pytest.approx(np.var([own.mean() for own in losses[low:high]]))
-    # Short blocks: the rate of least noise decides; long ones: that of the flattest mean.
+    # Short blocks: the rate with the least noise decides. Long blocks: the one with the flattest mean does.
     assert expected(rates, 1) == (0.5, 1.0)
     assert expected(rates, 10**6) == (0.0, 0.5)
 

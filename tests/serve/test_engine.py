@@ -59,8 +59,8 @@ def test_a_text_that_is_cancelled_twice_frees_one_place(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("odd", "words"),
     [
-        ({"prompt": [97, 9999]}, "index out of range"),  # no row of the embedding, in the middle of a pass
-        ({"unmasking": "static", "steps": 9}, "steps is 9"),  # before it joins
+        ({"prompt": [97, 9999]}, "index out of range"),  # it fails in the middle of a pass
+        ({"unmasking": "static", "steps": 9}, "steps is 9"),  # refused before it joins the batch
     ],
     ids=["pass", "join"],
 )
@@ -70,7 +70,7 @@ def test_a_text_that_fails_takes_no_place_and_the_engine_goes_on(engine: Engine,
     engine.submit([job(wrong, **odd), job(beside), job(later)])
     finish(engine)
     assert words in str(wrong[-1])
-    assert str(beside[-1]).startswith("generation failed: ")  # whose fault it was is not known
+    assert str(beside[-1]).startswith("generation failed: ")  # which text caused it is unknown
     assert later[-1].sample is not None
     assert engine.failure is None
     assert "Traceback" in capfd.readouterr().err

@@ -58,7 +58,7 @@ def test_a_minute_of_32_clients_loses_nothing_and_memory_stays(chat_checkpoint: 
         assert errors == []
         assert len(answers) == sum(asked) > 100
         assert (server.meter("active_texts"), server.meter("waiting_texts")) == (0, 0)
-    # From when all caches were written once.
+    # From the time when all caches have been written once.
     assert max(memory[20:]) - min(memory[20:]) < 25, memory
     written = bd3_scale.load(chat_checkpoint).generate
     for how, text in random.Random(0).sample(answers, 60):
@@ -78,7 +78,7 @@ def test_answers_come_in_the_order_of_asking(chat_checkpoint: Path, tmp_path: Pa
         threads = [threading.Thread(target=run, args=(number,)) for number in range(12)]
         for thread in threads:
             thread.start()
-            time.sleep(0.15)  # so that they are asked for in this order
+            time.sleep(0.15)  # so that they are requested in this order
         for thread in threads:
             thread.join(60)
     assert ended == list(range(12))
@@ -143,7 +143,7 @@ def test_two_ranks_serve_what_one_writes(chat_checkpoint: Path, tmp_path: Path) 
     with served(chat_checkpoint, "--name", NAME, folder=tmp_path, command=command) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
         answers = client.completions.create(model=NAME, prompt=["ab", "x" * 60, ""], n=4, max_tokens=20, seed=3)
-        time.sleep(12)  # without work the ranks meet now and then
+        time.sleep(12)  # idle ranks also communicate now and then
         again = client.completions.create(model=NAME, prompt="ab", max_tokens=20, seed=3)
     written = bd3_scale.load(chat_checkpoint).generate
     prompts = [prompt for prompt in ("ab", "x" * 60, "") for _ in range(4)]

@@ -23,7 +23,7 @@ CHROMIUM = "/usr/bin/chromium"
 KEY = "a-secret"
 PHONE, DESK = (360, 740), (1100, 760)
 HOSTILE = '<img src=x onerror="window.hit = 1"><script>window.hit = 1</script>&amp;\n\t  <b>b</b>'
-# Of each state of the answer: its masks, its text, and where the parts of the page are.
+# Records the masks and the text of the answer in each state, and where the parts of the page are.
 RECORDER = """
 window.states = [];
 document.addEventListener("DOMContentLoaded", () => {
@@ -157,7 +157,7 @@ def test_what_has_settled_now_is_marked_for_a_while(page: Page) -> None:
     fresh = [each["fresh"] for each in page.evaluate("states")]
     assert [each.endswith(new) for each, new in zip(fresh, ("ab", "d", "", "ab", "xyab"), strict=False)] == [True] * 5
     assert "c" in fresh[2]
-    assert "d" not in fresh[4]  # it came 900 ms before, or more
+    assert "d" not in fresh[4]  # its block came at least 900 ms before
     assert not fresh[3].startswith("ab")
     expect(page.locator("#answer .fresh")).to_have_count(0)
     expect(page.locator("#state")).to_have_text("The text is whole: the model ended it.")
@@ -205,7 +205,7 @@ def test_no_script_runs_but_the_pages_own(browser: Browser, server: Server) -> N
 
 def test_stop_ends_the_request(page: Page, server: Server) -> None:
     passes = server.meter("denoising_passes_total")
-    fill(page, max_tokens=2000, suffix="end")  # a gap is filled to its end, whatever the tokens are
+    fill(page, max_tokens=2000, suffix="end")  # a gap is filled completely, whatever the tokens are
     page.locator("#write").click()
     expect(page.locator("#answer .mask").first).to_be_attached()
     server.wait_for("active_texts", 1)
@@ -213,7 +213,7 @@ def test_stop_ends_the_request(page: Page, server: Server) -> None:
     expect(page.locator("#state")).to_have_text("Stopped.")
     expect(page.locator("#write")).to_have_text("Write")
     server.wait_for("active_texts", 0)
-    assert server.meter("denoising_passes_total") - passes < 2000  # as many as it has tokens
+    assert server.meter("denoising_passes_total") - passes < 2000  # as many as the text has tokens
     assert "end" in (page.locator("#text").text_content() or "")
     fill(page, max_tokens=5)
     write(page)
@@ -244,7 +244,7 @@ def test_a_chat_goes_on(page: Page, server: Server) -> None:
 def test_a_rule_has_the_fields_that_it_takes(page: Page) -> None:
     offered = page.locator("#unmasking option").all_text_contents()
     assert offered == list(unmasking_rules.names())
-    expect(page.locator("#unmasking")).to_have_value("first-hitting")  # of the server, where nothing is said
+    expect(page.locator("#unmasking")).to_have_value("first-hitting")  # the server's rule, as the request sets none
     for name in offered:
         fill(page, unmasking=name)
         rule = unmasking_rules.get(name)
@@ -252,7 +252,7 @@ def test_a_rule_has_the_fields_that_it_takes(page: Page) -> None:
         assert page.locator("#threshold").is_visible() == (rule.takes_threshold is not None)
     fill(page, unmasking="dynamic", steps=2, threshold=0.5)
     fill(page, unmasking="first-hitting", max_tokens=3)
-    write(page)  # without what is hidden now, which the server would refuse
+    write(page)  # without hidden fields, which the server would refuse
 
 
 def test_a_key_is_asked_for_where_the_server_wants_one(chat_checkpoint: Path, browser: Browser, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_what_is_wrong_is_said_in_words(browser: Browser, server: Server) -> Non
         for fields, words in (
             ({"max_tokens": 99_999}, "a text may have 2,048 new tokens"),
             ({"max_tokens": 0}, "Tokens at the most: "),
-            ({"max_tokens": "", "top_p": 0}, "top_p"),  # no share
+            ({"max_tokens": "", "top_p": 0}, "top_p"),  # not a probability
         ):
             fill(page, **fields)
             page.locator("#write").click()
@@ -291,7 +291,7 @@ def test_what_is_wrong_is_said_in_words(browser: Browser, server: Server) -> Non
         stream(page, look("ab", 2))
         page.locator("#write").click()
         expect(alert).to_have_text("The server ended the answer before its text was whole.")
-        assert page.locator("#answer").text_content() == "ab"  # what there was is left
+        assert page.locator("#answer").text_content() == "ab"  # the earlier text stays
         page.unroute("**/denoise")
         page.route("**/denoise", lambda route: route.abort())
         page.locator("#write").click()

@@ -28,7 +28,7 @@ RULES = (
     {"temperature": 0.0, "unmasking": "dynamic", "threshold": 0.3},
     {"temperature": 1.0, "unmasking": "entropy", "threshold": 2.0},
 )
-# Shorter than a block, of many blocks, and so long that the window slides.
+# Prompts shorter than a block, of many blocks, and so long that the window slides.
 PROMPTS = ("", "Once upon", "x" * 41, "def main():\n" * 9, "An é, 日本 and more. " * 9)
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
 NAME = "native"
@@ -97,7 +97,7 @@ def test_a_conversation_goes_through_the_template(client: openai.OpenAI, written
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
     assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant", *[None] * (len(chunks) - 1)]
-    # As long as the context has room, where nothing is said.
+    # Without a limit, the text is as long as the context allows.
     open_end = client.chat.completions.create(model=NAME, messages=MESSAGES, seed=1)
     assert open_end.choices[0].message.content.startswith(expected.text[:8])
 
@@ -132,7 +132,7 @@ def test_choices_prompts_and_ids(client: openai.OpenAI, written) -> None:
     ids = client.completions.create(model=NAME, prompt=[list(b"ab"), list(b"cd")], max_tokens=9, seed=5)
     assert ids.choices[0].text == expected[0]
     seeds = {client.completions.create(model=NAME, prompt="a", max_tokens=12).choices[0].text for _ in range(3)}
-    assert len(seeds) > 1  # another seed each time, which the answer tells
+    assert len(seeds) > 1  # another seed each time, which the answer states
 
 
 def test_likelihoods(client: openai.OpenAI) -> None:
@@ -294,7 +294,7 @@ def test_models_and_meters(server: Server, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("made-up")
     meters = server.get("/metrics")
-    assert "made-up" not in meters  # a client that makes names up fills no memory with them
+    assert "made-up" not in meters  # made-up names must not fill the memory
     assert 'bd3_scale_requests_total{path="/v1/completions",status="200"}' in meters
     assert "bd3_scale_first_block_seconds_count" in meters
     assert server.meter("denoising_passes_total") > server.meter("forwards_total") > 0
@@ -335,7 +335,7 @@ def test_llama_cpp_writes_the_same_behind_a_key_and_a_short_queue(file: Path, wr
             client.chat.completions.create(model=NAME, messages=MESSAGES)
         with pytest.raises(openai.BadRequestError, match="6 texts are requested, and this server takes 5 at once"):
             client.completions.create(model=NAME, prompt="a", n=6, max_tokens=4)
-        long = {"prompt": "a" * 4000, "n": 5, "max_tokens": 2000, "suffix": "b"}  # which no EOS ends
+        long = {"prompt": "a" * 4000, "n": 5, "max_tokens": 2000, "suffix": "b"}  # no EOS ends a gap
         stream = client.completions.create(model=NAME, **long, stream=True)
         with pytest.raises(openai.RateLimitError) as raised:
             client.completions.create(model=NAME, prompt="a", max_tokens=4)
@@ -352,7 +352,7 @@ def test_llama_cpp_writes_the_same_behind_a_key_and_a_short_queue(file: Path, wr
             b"X: y",
         )
         codes = [raw(server, posted(b"{}", header)).split(b" ", 2)[1] for header in bare]
-        assert codes == [b"400", b"401", b"401", b"401"]  # the first is read, and is no body
+        assert codes == [b"400", b"401", b"401", b"401"]  # the first one is authorised, but its body is invalid
         assert client.completions.create(model=NAME, prompt="a", max_tokens=4).choices
 
 

@@ -139,7 +139,7 @@ def run_ranks(target: Callable[..., None], world_size: int, *args: object, logs:
     try:
         while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
             time.sleep(0.02)
-            if time.monotonic() > deadline + 5:  # the ranks show where they are, and end
+            if time.monotonic() > deadline + 5:  # the ranks print where they are, and end
                 break
         failed = [i for i, rank in enumerate(ranks) if rank.exitcode is None or rank.exitcode]
     finally:
@@ -159,7 +159,7 @@ def _rank(
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     faulthandler.dump_traceback_later(timeout, exit=True)
     torch_threads()
-    multiprocessing.set_start_method(None, force=True)  # not the server's: it would start one of its own for each rank
+    multiprocessing.set_start_method(None, force=True)  # each rank would start its own server
     target(*args)
 
 

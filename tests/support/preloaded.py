@@ -19,13 +19,13 @@ LIBRARIES = (
     "matplotlib.figure",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.transformer.moe.experts",  # imported by the first layer that is built
-    "pytest",  # the main module of whoever asks for a process
+    "pytest",  # the main module of each process that is requested
     "tests.support.programs",
     "torch.distributed.run",
     "transformers",
 )
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of each other
+    warnings.simplefilter("ignore")  # these modules warn about each other
     for module in pkgutil.walk_packages(bd3_scale.__path__, "bd3_scale."):
         # Triton reads its switches once; exported code belongs to transformers; the rest are programs.
         if not any(part in module.name for part in ("kernels", "remote_code", "__main__", "harness")):
@@ -33,4 +33,4 @@ with warnings.catch_warnings():
     for name in LIBRARIES:
         importlib.import_module(name)
 gc.collect()
-gc.freeze()  # so that a collection in a fork does not copy all of it
+gc.freeze()  # so that a garbage collection in a fork does not copy all of it

@@ -83,7 +83,7 @@ def _forget_the_parent() -> None:
     tempfile.tempdir = None
     weakref.finalize._registry.clear()
     multiprocessing.util._finalizer_registry.clear()
-    # Its descriptors are closed next, and their numbers may become those of other files.
+    # Its descriptors are closed next, and other files may get their numbers.
     tracker = multiprocessing.resource_tracker._resource_tracker
     tracker._fd = tracker._pid = None
     multiprocessing.process._children.clear()
@@ -102,7 +102,7 @@ def _take_path(folders: Sequence[str]) -> None:
 
 
 def _take_over(fds: Sequence[int]) -> None:
-    # Copies first: one of them may be 1 or 2 itself.
+    # Copy first: one of them may be 1 or 2 itself.
     copies = [os.dup(number if fd == -1 else fd) for number, fd in enumerate(fds)]
     for number, fd in enumerate(copies):
         os.dup2(fd, number)

@@ -18,7 +18,7 @@ from typing import Any
 
 BUCKET = "corpus"
 KEY, SECRET = "right", "secret"
-# By which a client would find a cut body before this package does.
+# With these headers, a client would detect a cut body before this package does.
 _CHECKSUMS = ("x-amz-checksum", "x-amz-sdk-checksum", "etag")
 
 
@@ -33,8 +33,8 @@ class Store:
     url: str
     client: Any
     fault: str | None = None
-    times: float = float("inf")  # of requests with that fault
-    only: str = "shard"  # what is in their path
+    times: float = float("inf")  # number of requests with that fault
+    only: str = "shard"  # part of their path
     seconds: float = 0.2
     faults: int = 0
     gets: Counter[str] = field(default_factory=Counter)
@@ -77,7 +77,7 @@ class Store:
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-            "AWS_MAX_ATTEMPTS": "1",  # botocore's own tries would hide short faults
+            "AWS_MAX_ATTEMPTS": "1",  # botocore's own retries would hide short faults
             "S3_ENDPOINT_URL": self.url,
         }
 

@@ -58,13 +58,13 @@ def test_an_end_takes_everything_along(tmp_path: Path) -> None:
     program.end()
     assert program.returncode == -signal.SIGKILL
     child_pid = int((tmp_path / "child").read_text())
-    wait_for(lambda: not is_alive(child_pid), 20)  # long before it would end
+    wait_for(lambda: not is_alive(child_pid), 20)  # long before it would end by itself
 
 
 def test_a_program_that_takes_too_long_is_ended_with_what_it_said(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(60)"]
     with pytest.raises(subprocess.TimeoutExpired) as late:
-        forks.run(command, cwd=tmp_path, timeout=2)  # on a busy machine it takes a while to begin
+        forks.run(command, cwd=tmp_path, timeout=2)  # a busy machine takes a while to start it
     assert late.value.output == "so far\n"
 
 

@@ -31,7 +31,7 @@ def test_json_lines_of_the_machine_and_of_every_pass(tmp_path: Path) -> None:
     assert machine["command"] == "python tools/bench_attention.py --device cpu --quick --json"
     assert {"hardware", "commit"} <= machine.keys()
     assert [row["pass"] for row in rows] == ["forward", "backward", "both", "decode"]
-    # Documents of 40 and 24 in blocks of 8: a row sees what lies before its block, and its block; noisy and clean.
+    # Documents of 40 and 24 in blocks of 8: a row sees all before its block, and its block; noisy and clean rows.
     pairs = 2 * 2 * sum(8 * (8 * block + 8) for blocks in (5, 3) for block in range(blocks))
     for row, flops in zip(rows, (4, 10, 14), strict=False):
         assert row["rate"] * row["ms"] / 1e3 == pytest.approx(flops * 2 * 16 * pairs)

@@ -23,5 +23,5 @@ def test_a_row_is_what_the_command_predicts(capsys: pytest.CaptureFixture[str]) 
     )
     assert float(cells[4]) == pytest.approx(told["step_seconds"], rel=0.01)
     assert cells[5] == f"{told['mfu']:.1%}"
-    # The recipe's messages are of data-parallel ranks alone, at the end of a step.
+    # Only data-parallel ranks send messages in this recipe, at the end of a step.
     assert float(cells[6].rstrip("%")) <= float(cells[5].rstrip("%"))

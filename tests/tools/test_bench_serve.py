@@ -20,6 +20,6 @@ def test_every_backend_is_timed() -> None:
     backends = ("bd3_scale, fp32", "bd3_scale, bf16", "llama.cpp, q4_k_m", "AR in llama.cpp's server, q4_k_m")
     assert [row[:2] for row in rows] == [[backend, clients] for backend in backends for clients in ("1", "3")]
     assert all(float(row[2]) > 0 for row in rows)
-    # A token a pass, but for the passes of tokens behind EOS.
+    # One token a pass, except passes for tokens after EOS.
     assert all(1 <= float(row[5]) < 1.5 for row in rows)
     assert done.stderr.count("from the command to the first block") == 4

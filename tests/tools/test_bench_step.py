@@ -17,9 +17,9 @@ from tools.plain_step import PlainStep
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "data.seq_len=64"]
-TINY += ["train.precision=fp32", "--steps", "1", "--warmup", "1", "--vocabulary", "384"]  # no id only pads it
+TINY += ["train.precision=fp32", "--steps", "1", "--warmup", "1", "--vocabulary", "384"]  # no id is only padding
 
-# Everything else that bd3_scale depends on cannot be imported.
+# No other dependency of bd3_scale can be imported.
 BARE = """
 import sys
 for name in ("yaml", "typer", "rich", "streaming", "wandb", "tokenizers", "transformers", "matplotlib", "zstandard"):
@@ -51,7 +51,7 @@ def test_both_objectives_of_one_model_on_a_bare_host() -> None:
         assert phases == pytest.approx(row["seconds"]["step"], rel=0.1)
         assert row["tokens_per_second"] == pytest.approx(8 * 64 / row["seconds"]["step"])
         assert row["mfu"] is None, "a CPU's peak is not known"
-        # What ran is what is needed and the attention's scores a second time.
+        # The attention's scores are computed a second time; the rest is what is needed.
         assert 1.0 < row["flops_ran"] / row["flops_needed"] < 1.1
     assert bd3["flops_needed"] > ar["flops_needed"]
     assert found["shape"]["seq_len"] == 64

@@ -19,13 +19,13 @@ from tools.docs_output import OUTPUTS, ROOT, block_of, measured, normalised
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 LINKING = [*PAGES, *sorted((ROOT / "benchmarks").glob("*.md"))]
-# Pages whose output other tests compare (test_docs_python.py, integration/test_newer_version.py).
+# Other tests compare the output on these pages (test_docs_python.py, integration/test_newer_version.py).
 HELD_ELSEWHERE = {"python.md", "newer-version.md"}
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 OUTPUT = {"text", "console"}
 SHELL = {"", "sh", "bash"}
 LANGUAGES = {*SHELL, "python", "yaml", "json", "diff", *OUTPUT}
-# What a line of a block of commands begins with.
+# Lines in a block of commands begin with one of these.
 PROGRAMS = (
     r"(\.venv/bin/|cluster/[\w/.-]+|bd3-scale|python(3\.\d+)?|make|pip|git|cp|mv|mkdir|cd|cat|rm|sh|source|\.|export|"
     r"torchrun|curl|docker|apptainer|apt-get|eval|[A-Z_]+=\S+)"

@@ -19,7 +19,7 @@ from tests.support.runs import is_alive, wait_for
 from tools.gpu_day_wheels import BUILT, NEEDED
 
 ROOT = Path(__file__).parents[2]
-# It and the program that it starts ignore SIGTERM.
+# The program and the one that it starts ignore SIGTERM.
 HANGS = (
     "trap '' TERM; echo began; sleep 300 & echo $! > {folder}/started.new; mv {folder}/started.new {folder}/pid; wait"
 )
@@ -141,7 +141,7 @@ def test_without_any_library_it_tells_each_wheel_at_its_tested_version() -> None
         assert f" {pins[name.lower()]}" in said
 
 
-# Imports find nothing but these distributions.
+# Only these distributions can be imported.
 HIDING = """
 import importlib.metadata, os, re, sys
 

@@ -21,7 +21,7 @@ QUICK = "paper-110m"
 )
 def test_comments_are_what_is_predicted(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fake_gpu.obstacle() is None
-    # What was kept before says nothing of today's code; the library of the fake GPU is built anew, too.
+    # Results in the cache are of earlier code, so the cache is emptied; the fake GPU's library is built again, too.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert renewed(path) == path.read_text()
 

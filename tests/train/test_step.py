@@ -22,7 +22,7 @@ from tests.support.recipes import write_recipe
 
 STEPS = 4
 FOUND = {8: (0.9, 0.95)}
-# A layout that has found another interval after the second step.
+# After the second step, this layout finds another interval.
 FOUND_AFTER = 2
 
 
@@ -51,7 +51,7 @@ def compare(path: Path) -> None:
     assert events == [
         *made[1],
         *(("gradients", 1), *made[2], ("update", 1)),
-        # These were thrown away: an evaluation has found another interval.
+        # These inputs were thrown away: an evaluation found another interval.
         *(("gradients", 2), *made[3], ("update", 2)),
         *made[3],
         *(("gradients", 3), *made[4], ("update", 3)),
