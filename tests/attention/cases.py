@@ -47,7 +47,7 @@ class Problem(NamedTuple):
         return dense_mask(self.spans(), num_noisy=self.num_noisy, num_keys=num_keys, clean_queries=self.clean_queries)
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return q, k, v and the output's gradient in `dtype`; all are bfloat16 numbers, so each precision has the
+        """Return q, k, v and the output's gradient in `dtype`; bfloat16 numbers, so that each precision has the
         same."""
         generator = torch.Generator().manual_seed(self.seed)
         batch, rows = len(self.documents), self.spans().shape[2]

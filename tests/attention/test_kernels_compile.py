@@ -1,7 +1,7 @@
 """Compile kernel variants for GPUs that this machine does not have.
 
-`make test` compiles the first tile of every form on one chip and of the commonest form on the others, `make test-all`
-all of them.
+`make test` compiles the default tile of every form for one GPU, and of the most common form for the others.
+`make test-all` compiles all tiles.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Check that weights of a checkpoint can be read without knowing the options of the recipe that trained it.
 
-The checkpoint is the one of format 3 in `tests/fixtures`, and the same one written anew in today's format, its recipe
-changed as versions change recipes: an option is gone, another has a new name, one is of a version to come.
+There are two checkpoints: that of format 3 in `tests/fixtures`, and the same one in the current format. Their recipes
+are changed as versions change recipes: an option was removed, one was renamed, and one is from a later version.
 """
 
 from __future__ import annotations

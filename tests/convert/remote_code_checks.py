@@ -149,8 +149,7 @@ def check_bias_of_experts(model) -> None:
 
 @torch.no_grad()
 def check_next_token_twin(model, twin, more: dict) -> None:
-    """Compare block size 1 with transformers' own model of the same weights, also beyond the length that scaling
-    knows."""
+    """Compare block size 1 with transformers' own model, also beyond the length that scaling knows."""
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
     )
@@ -171,8 +170,7 @@ def check_next_token_twin(model, twin, more: dict) -> None:
 
 
 def naive_generate(model, prompt: list[int], new: int, size: int, steps: int, threshold: float | None) -> list[int]:
-    """Generate greedily one sequence without a cache, in Python's numbers, without stopping; `threshold` is the dynamic
-    rule's."""
+    """Generate one sequence greedily, without a cache or an early end; `threshold` is the dynamic rule's."""
     tokens, total = list(prompt), len(prompt) + new
     while len(tokens) < total:
         tokens += [MASK] * (size - len(tokens) % size)
@@ -191,8 +189,7 @@ def naive_generate(model, prompt: list[int], new: int, size: int, steps: int, th
 
 @torch.no_grad()
 def check_generation(model) -> None:
-    """Compare generation with the naive one; this model's most likely tokens are the mask and ids that pad the
-    vocabulary."""
+    """Compare with naive generation; the model prefers the mask and ids that only pad the vocabulary."""
     assert model.config.num_token_ids == FIRST_UNUSED
     never = {"eos_token_id": []}
     for length in (0, 3, 6, 8):

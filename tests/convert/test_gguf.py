@@ -340,8 +340,7 @@ def test_options_that_do_not_belong_are_refused(
 @pytest.mark.slow
 @pytest.mark.launch
 def test_an_importance_matrix_of_masked_rows_saves_what_layers_put_out(topics: Path, tmp_path: Path) -> None:
-    """Check on a trained model, whose layers multiply columns of very different sizes, that errors of outputs
-    shrink."""
+    """Check a trained model, whose inputs have columns of very different sizes: the outputs' error shrinks."""
     recipe = {
         "name": "wide",
         "model": {"num_layers": 3, "hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 512},

@@ -97,8 +97,8 @@ def test_llama_cpp_computes_the_mixture(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=list(UNSAID))
 def official(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return a checkpoint of the official code's random model, with bytes and unused tokens as vocabulary, and its
-    file."""
+    """Return a checkpoint and a file of the official code's random model, with bytes and unused tokens as
+    vocabulary."""
     if not (REFERENCE / request.param).is_dir():
         pytest.skip("BD3_SCALE_REFERENCE names no folder with values of official code")
     folder = tmp_path_factory.mktemp(request.param)

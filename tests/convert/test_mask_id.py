@@ -79,8 +79,7 @@ def test_what_the_folder_says_of_it(moved: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model whose masked tokens look alike, as after training: the mask's embedding is larger than all
-    others."""
+    """Return a model whose masked tokens look alike, as after training: the mask's embedding is the largest."""
     folder = tmp_path_factory.mktemp("alike")
     weights = load_file(sdar_folder(folder / "source") / "model.safetensors")
     weights[EMBEDDING][257] *= 32

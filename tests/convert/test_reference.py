@@ -1,9 +1,9 @@
 """Compare with what the official SDAR-MoE and LLaDA2-MoE code computes with small random models, in fp32 on a CPU.
 
-Its values are no part of the repository: $BD3_SCALE_REFERENCE names a folder that holds `sdar_moe_tiny` and
-`llada2_moe_tiny`, model folders with a `golden.npz` each; without it these tests are left out.
+The repository does not contain the reference values. $BD3_SCALE_REFERENCE names a folder with the model folders
+`sdar_moe_tiny` and `llada2_moe_tiny`, which each have a `golden.npz`; without it these tests are skipped.
 
-Legend: L tokens, the last K of them a block, V ids, n layers with experts, E experts, k of a row, X hidden size.
+Legend: L tokens, of which the last K are a block, V ids, n layers with experts, E experts, k for a row, X hidden size.
 """
 
 from __future__ import annotations

@@ -113,8 +113,7 @@ def test_a_training_from_an_import_goes_on_with_its_ids(tmp_path: Path) -> None:
 
 
 def test_an_import_of_before_keeps_its_ids_and_begins_texts_with_nothing(tmp_path: Path) -> None:
-    """Check an import of the version before, without ids in the tokeniser's folder or a beginning of text in the
-    manifest."""
+    """Check an earlier import: its tokeniser's folder has no ids, and its manifest has no beginning token."""
     source = with_begin(tmp_path / "model", pad_token_id=9)
     run_import(plan_import(source), tmp_path / "native")
     assert read_manifest(tmp_path / "native").vocabulary.bos_id == 257

@@ -118,8 +118,7 @@ def test_any_split_of_the_batch_draws_the_same(batch: int, seq_len: int, block_s
 
 
 def test_each_sequence_has_the_noise_of_its_own_epoch_and_source() -> None:
-    """Check that each sequence's noise is the same as if it were drawn alone; a source without a key counts as the only
-    one."""
+    """Check that each sequence's noise is that of the sequence alone; a source without a key counts as the only one."""
     starts, ids = block_starts(4, 64, 8), torch.tensor([5, 5, 5, 9])
     epochs, keys = torch.tensor([3, 3, 0, 3]), torch.tensor([0, 2**62 + 5, 0, 0])
     mixed = {"sample_ids": ids, "epoch": epochs, "source_keys": keys}

@@ -203,8 +203,7 @@ def test_the_number_of_masks_is_the_truncated_binomial(low, high, block_size):
 
 
 def test_blocks_without_an_admissible_number_keep_their_draw():
-    """Check shares in [0.6, 0.9]: none or one of two tokens is no such share; three of a ragged last block's four
-    is."""
+    """Check shares in [0.6, 0.9]: two tokens have no such share; a ragged last block of four has three masks."""
     starts = torch.tensor([0, 0, 2, 2, 4, 4, 4, 4]).expand(500, -1)
     how = {"seed": 4, "epoch": 0, "sample_ids": torch.arange(500)}
     plain = draw_noise(starts, schedule=Schedule(low=0.6, high=0.9), **how)

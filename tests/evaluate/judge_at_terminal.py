@@ -1,6 +1,6 @@
 """Open judges at a terminal that answers every question with y: `python -m … SOUND FOLDER …`; print the results.
 
-SOUND is opened here, so that its imports are done for all.
+SOUND is opened first, in this process, so that its imports are done for all others.
 """
 
 from __future__ import annotations

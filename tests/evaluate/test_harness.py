@@ -77,8 +77,7 @@ def test_inside_a_block_it_is_the_enumerated_bound(adapter, model):
 
 
 def test_context_is_never_masked_and_what_follows_always_is(adapter):
-    """Check this at all rates, also in a block that holds the end of the context and the beginning of the
-    continuation."""
+    """Check all rates, also in a block that holds the context's end and the continuation's beginning."""
     bounds = adapter(draws=4)._bounds
     pairs = [([7] * 5, [8] * 2), ([], [8] * 9), ([7] * 8, [8])]
     masked = torch.stack([bounds._noise(pairs, [3, 4, 5], 12, draw).masked for draw in range(4)])

@@ -92,8 +92,7 @@ def heads_case(
 def outputs_and_gradients(
     case: Case, dtype: torch.dtype, device: str = "cpu", *, formula: bool = False
 ) -> list[Tensor]:
-    """Return a case's results and the gradients of its leaves, on numbers that `dtype` can hold; the formula in
-    float64."""
+    """Return a case's results and its leaves' gradients, for numbers that `dtype` has; the formula is in float64."""
     inside = torch.float64 if formula else dtype
     leaves = [x.to(device, dtype).to(inside).requires_grad_() for x in case.leaves]
     rest = [x.to(device, dtype).to(inside) for x in case.rest]

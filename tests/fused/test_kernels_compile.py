@@ -1,6 +1,7 @@
 """Compile the kernels for GPUs that this machine does not have.
 
-`make test` compiles the commonest form of each on one chip and those that add up on the others, `make test-all` all.
+`make test` compiles each kernel's most common form for one GPU, and for the others only kernels that sum over rows.
+`make test-all` compiles all forms.
 """
 
 from __future__ import annotations

@@ -64,8 +64,7 @@ def taken(how, confidence, masked, step):
 
 
 def unmask(how, masked, seed):
-    """Return what each pass unmasks with a random model of varying confidence; values are coarse, so that ties
-    occur."""
+    """Return what each pass unmasks under a random model; its coarse confidences often tie."""
     random = torch.Generator().manual_seed(seed)
     passes = []
     while masked.any():
@@ -280,8 +279,7 @@ def test_the_default_threshold_is_that_of_nine_in_ten(model):
 
 @pytest.mark.parametrize("options", [{"unmasking": "static"}, {"unmasking": "dynamic", "threshold": 1e-9}])
 def test_a_prompt_that_leaves_fewer_masks_than_a_pass_takes_stays(model, shown, monkeypatch, options):
-    """Check one mask left where a pass takes four, or all that it is sure of: the prompt reaches the cache
-    unchanged."""
+    """Check that a pass that may take four masks, of which one is left, leaves the prompt unchanged in the cache."""
     finished = []
     prefill = model.prefill
     monkeypatch.setattr(

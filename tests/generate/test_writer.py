@@ -83,8 +83,7 @@ def test_filled_gaps_are_streamed_from_the_beginning_of_the_text(writer):
 
 
 def test_an_open_model_writes_again_and_again_what_it_wrote(writer):
-    """Check that text i depends only on the seed and i, whatever the batches, and that no earlier stream leaves
-    state."""
+    """Check that text i depends only on the seed and i, whatever the batches and earlier streams were."""
     whole = [text.tokens for text in writer.write(PROMPTS, SAMPLING)]
     next(writer.stream(PROMPTS, SAMPLING))
     assert [text.tokens for text in writer.write(PROMPTS, SAMPLING, batch_size=1)] == whole

@@ -161,7 +161,7 @@ class Layout:
 
     @property
     def repeats(self) -> int:
-        """Return how often to run: interleaved schedules run several times, to catch messages that overtake each
+        """Return the number of runs; interleaved schedules run several times, since messages may overtake each
         other."""
         return 5 if self.parallel.get("virtual_pipeline", 1) > 1 else 1
 

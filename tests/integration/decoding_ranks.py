@@ -30,8 +30,8 @@ def decode(case: str, out: Path) -> None:
 
 @torch.no_grad()
 def logits(chunks: Chunks) -> dict[str, torch.Tensor]:
-    """Return logits of a block after a prompt, of some of its positions, and of the next block, which sees it
-    finished."""
+    """Return logits of a block after a prompt, of some of its positions, and of the next block after the finished
+    one."""
     draw_vectors(chunks)
     (model,) = chunks
     tokens = torch.randint(0, 57, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))

@@ -19,8 +19,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Host:
-    """A host; `pid` is a process that only keeps the namespace open, which therefore needs no name that could
-    collide."""
+    """A host; the process `pid` only keeps the namespace open, so that it needs no name, which could collide."""
 
     pid: int
     address: str

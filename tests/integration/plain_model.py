@@ -1,7 +1,7 @@
 """Define BD3-LM in plain PyTorch for the tests: no megatron, no DeepSpeed, dense masks, dense logits.
 
-Weights come as full tensors under megatron's names; the layers' tensors are stacked along the first axis, those of
-MLPs and those of mixtures of experts each along one of their own. An `mlp.router.expert_bias` stands beside them.
+Weights are full tensors under megatron's names. Tensors of all layers are stacked along the first axis; MLPs and
+mixtures of experts are stacked separately. The biases of experts are in `mlp.router.expert_bias`.
 """
 
 from __future__ import annotations
@@ -198,8 +198,7 @@ def token_loss(weights, recipe, vocabulary, hidden, targets, objective):
 
 
 def next_token_loss(weights, recipe, vocabulary, batch, routed=None):
-    """Return the sum of −log p of every token but its document's first, given those before it; `routed` as in
-    `loss`."""
+    """Return the sum of −log p of every token but each document's first; `routed` as in `loss`."""
     mask = dense_masks(batch["doc_ids"], 1)
     length = batch["clean"].shape[1]
     passed = []
@@ -214,8 +213,8 @@ def loss(weights, recipe, vocabulary, batch, block_size, objective="block_diffus
     """Return the mean over noisy copies of Σ over masked tokens of −log p / mask rate, or of their score entropy.
 
     `batch` has clean, masked and mask_rate [copies, …], doc_ids, positions, and may have mask_noise [copies, B, L, X],
-    which is added to the embeddings of masked tokens. To the list `routed` is appended what each mixture of experts
-    routed of all copies, a `Routed`.
+    which is added to the embeddings of masked tokens. A `Routed` of each mixture of experts, over all copies, is
+    appended to the list `routed`.
     """
     length = batch["clean"].shape[1]
     mask = dense_masks(batch["doc_ids"], block_size)

@@ -1,7 +1,7 @@
 """Check that runs of earlier versions resume, evaluate and generate as they did then.
 
-`tests/fixtures/format-3` is a run of six steps and its data as they were written on 2026-11-29; `expected.json` has
-what that version then made of them. The folders stay as they are.
+`tests/fixtures/format-3` is a run of six steps with its data, as written on 2026-11-29; `expected.json` has the
+results of that version. Never change these folders.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def test_score_entropy_is_that_of_the_paper(build, monkeypatch) -> None:
     """Compare with SEDD's loss of absorbing noise and its gradients, by its definition over ratios of probabilities.
 
     Lou et al., ICML 2024, definition 3.1: the sum over y of w (s(y) - r log s(y) + K(r)), K(r) = r (log r - 1), where
-    r = p(y) / p(mask) given the clean token is ratio for it and 0 for others; w dt is sigma' dt.
+    r = p(y) / p(mask) given the clean token is `ratio` for that token and 0 for others; w dt is sigma' dt.
     """
     monkeypatch.setattr(head, "PIECE_BYTES", 4 * 3 * 384)
     layer = build()
@@ -213,7 +213,7 @@ def second_order(nll, log_total):
 def check_whole_vocabulary(groups, parallel, vocabulary, dtype, row_loss, spread, seed) -> None:
     """Compare loss and gradients with torch's cross_entropy in float64 of the whole vocabulary's logits.
 
-    spread: how far apart the logits of the ranks are, so that one rank's exponentials vanish beside another's.
+    spread: the distance of the ranks' logits; if it is large, one rank's exponentials vanish in the sum.
     """
     generator = torch.Generator().manual_seed(seed)
     layer = output_layer(groups, parallel, vocabulary=vocabulary, dtype=dtype)

@@ -1,6 +1,4 @@
-"""Check which AdamW is used, which weights decay, and a family's properties; modules named like NVIDIA apex stand in
-for it.
-"""
+"""Check which AdamW is used, what decays, and a family's properties; fake modules stand in for NVIDIA apex."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Define layouts of tiny models whose every rank runs on fake GPUs.
 
-`python -m tests.plan.layouts` writes golden.json anew: what a rank of each layout needed when somebody last meant it.
+`python -m tests.plan.layouts` rewrites golden.json, which has what a rank of each layout needs; run it only after an
+intended change.
 """
 
 from __future__ import annotations

@@ -27,8 +27,7 @@ def test_ranks_meet_and_need_what_they_needed(name):
 
 
 def test_the_host_never_waits_for_the_gpu_in_a_micro_batch():
-    """Check that twice as many micro-batches make the host wait as often, in a step in which all counters have
-    started."""
+    """Check that twice as many micro-batches make the host wait as often, once all counters have started."""
     names = ["ZeRO 3, TP 2", "SP 2, PP 2 x 2, tied"]
     # DeepSpeed counts two steps before it measures its speed.
     traces = trace([job(name, steps=3, more=more) for name in names for more in (0, 1)])

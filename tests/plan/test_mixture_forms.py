@@ -57,8 +57,7 @@ def summed(trace: Trace, attribute: str, wanted: Callable[[Key], bool]) -> float
 
 @pytest.mark.parametrize(("name", "tensor"), [("alone", 1), ("two of four", 1), ("sequence", 2)])
 def test_flops(traces, name, tensor):
-    """Check that each rank's experts get as many rows as it sends, and that every tensor-parallel rank routes all
-    rows."""
+    """Check that a rank's experts get as many rows as it sends; every tensor-parallel rank routes all rows."""
     products: dict[str, float] = defaultdict(float)
     for key, work in traces[name].work.items():
         products[key.part] += work.flops * key.is_product
@@ -102,8 +101,7 @@ def test_bytes_between_expert_parallel_ranks(traces, name):
 
 
 def test_bytes_between_ranks_that_share_experts(traces):
-    """Check that gradients of a rank's experts go once, in fp32, and weights return in bf16; one replica sends
-    nothing."""
+    """Check that experts' gradients go once, in fp32, and weights return in bf16; one replica sends nothing."""
     of_rank = EXPERTS / 2
     assert sent(traces["two of four"], "expert-data", "reduce_") == 4 * of_rank
     assert sent(traces["two of four"], "expert-data", "broadcast_", "update") == 2 * of_rank
@@ -113,8 +111,7 @@ def test_bytes_between_ranks_that_share_experts(traces):
 
 @pytest.mark.parametrize(("name", "tensor", "expert", "world"), [("alone", 1, 1, 1), ("two of four", 1, 2, 4)])
 def test_memory_before_a_step(traces, name, tensor, expert, world):
-    """Check that experts are shared out, and that masters, moments and averages are divided among ranks with the same
-    experts."""
+    """Check that experts are shared out; their masters, moments and averages are divided among their replicas."""
     before = traces[name].segments[0].memory
     of_rank = OTHERS + EXPERTS / expert
     slack = TENSORS * ROUNDED
@@ -124,8 +121,7 @@ def test_memory_before_a_step(traces, name, tensor, expert, world):
 
 
 def test_memory_of_rows_that_are_kept_for_backward(traces):
-    """Check the start of the head: copies of rows and outputs of the experts' first products are kept, of all sparse
-    layers."""
+    """Check the memory when the head begins: copies of rows and the first products' outputs, of all sparse layers."""
     (head,) = [segment for segment in traces["two of four"].segments if segment.name == "head forward"]
     kept = ROWS * K * 2 * (X + 2 * F)
     # The orders of copies, their weights and their counts are kept, too.

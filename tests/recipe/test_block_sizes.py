@@ -94,8 +94,7 @@ def test_a_problem_of_several_block_sizes_is_named_once() -> None:
 
 
 def test_context_ranks_cannot_cut_a_sequence_that_is_one_block_beside_smaller_ones() -> None:
-    """Check that one block alone is accepted, since its noisy keys are gathered; with clean rows they stay on their
-    rank."""
+    """Check that one block alone may be cut, since its noisy keys are gathered; beside clean rows they are not."""
     parallel = ParallelRecipe(context=2)
     alone = recipe(block_size=64).model_copy(update={"parallel": parallel})
     check(alone, 2, 64)

@@ -151,8 +151,7 @@ def test_likelihoods(client: openai.OpenAI) -> None:
 
 
 def test_a_gap_before_a_suffix(client: openai.OpenAI, written) -> None:
-    """Check the prompt and three tokens; the rest of the third one's block is the suffix's first token, which it
-    sees."""
+    """Check three tokens after the prompt; the last one's block ends with the suffix's first token, which it sees."""
     found = client.completions.create(model=NAME, prompt="abcd", suffix="efgh", max_tokens=3, seed=2)
     whole = written("abcd[MASK][MASK][MASK]efgh", infill=True, max_new_tokens=0, seed=2).text
     assert whole.startswith("abcd")

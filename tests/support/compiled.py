@@ -1,6 +1,6 @@
 """Compile kernels for GPUs that this machine does not have, and remember what they take from one run to the next.
 
-It is kept beside pytest's own cache until a kernel or Triton changes.
+The results are kept in pytest's cache folder until a kernel or Triton changes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Start programs as forks of a server that has every import done, which is faster than a new interpreter.
 
-`run` and `Program` take a command line as `subprocess` does, `run_ranks` a function. What a forked program starts in
-turn, as `bd3-scale train` starts its ranks, is forked from it. All else is real: process ids, signals, exit codes,
-output, environment. A test of how a command itself starts takes `subprocess`.
+`run` and `Program` take a command line as `subprocess` does, and `run_ranks` takes a function. Programs that a forked
+program starts, such as the ranks of `bd3-scale train`, are forks of it. All else is real: process ids, signals, exit
+codes, output, environment. Use `subprocess` to test how a command itself starts.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _rank(
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     faulthandler.dump_traceback_later(timeout, exit=True)
     torch_threads()
-    multiprocessing.set_start_method(None, force=True)  # each rank would start its own server
+    multiprocessing.set_start_method(None, force=True)  # "forkserver" would start a server for each rank
     target(*args)
 
 

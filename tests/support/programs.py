@@ -49,7 +49,7 @@ def become(
 ) -> NoReturn:
     """Run `command` in this process, which was just forked, and end it.
 
-    fds: what becomes stdin, stdout and stderr, -1 for the one of now. keep: called at the end of the preparations, as
+    fds: the new stdin, stdout and stderr; -1 keeps the present one. keep: called at the end of the preparations, as
     `preexec_fn` of `subprocess.Popen`.
     """
     code = 1

@@ -24,10 +24,10 @@ _CHECKSUMS = ("x-amz-checksum", "x-amz-sdk-checksum", "etag")
 
 @dataclass
 class Store:
-    """A store behind the proxy: the fault that the proxy makes, if any, and the requests that it saw. The faults are
+    """A store behind the proxy: the fault that the proxy makes, if any, and the requests that it saw.
 
-    cut: the connection ends without an answer; 503; truncated: half a body, with the length of that half in its header;
-    slow: the answer comes after `seconds`; denied: 403.
+    The faults are cut: the connection ends without an answer; 503; truncated: half a body, with the length of that half
+    in its header; slow: the answer comes after `seconds`; denied: 403.
     """
 
     url: str
