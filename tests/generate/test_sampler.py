@@ -41,7 +41,7 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(model):
 
 
 def test_counts_passes_and_cuts_at_the_limit(model):
-    """Check a prompt of 6 with blocks of 4: one prefill, 2 given tokens in the first block, 9 new ones end in a third."""
+    """Check a prompt of 6 with blocks of 4: one prefill, 2 given tokens in the first block; 9 more end in a third."""
     sample = generate(model, [2, 3, 4, 2, 3, 4], block_size=4, max_new_tokens=9)
     assert (len(sample.tokens), sample.stopped_by) == (9, "length")
     assert (sample.nfe, sample.cache_passes) == (2 + 4 + 4, 1 + 2)
