@@ -24,6 +24,7 @@ from bd3_scale.observe.console import Console, styled
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
 from bd3_scale.recipe.library import named_recipe
 from bd3_scale.recipe.load import load_recipe
+from bd3_scale.resilience.files import check_writable
 
 RECIPE = "quickstart"
 RUN = Path("runs/quickstart")
@@ -41,6 +42,9 @@ def quickstart() -> None:
     # The same on every machine: two processes on CPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     began = time.monotonic()
+    # Before anything of an earlier quickstart is removed.
+    for parent in {CORPUS.parent, RUN.parent}:
+        check_writable(parent)
     for folder in (CORPUS, TOKENIZER, DATA, RUN):
         shutil.rmtree(folder, ignore_errors=True)
     _heading(1, "A corpus that every machine has")

@@ -148,6 +148,8 @@ def _checked_manifest(recipe: Recipe, data: DataRecipe, world_size: int) -> Mani
 
 def _sizes(recipe: Recipe, manifest: Manifest, world_size: int, environment: Environment) -> Iterator[Finding]:
     """Check memory and disk by closed forms, lower bounds: `bd3-scale plan` predicts all of a rank's memory."""
+    # Where it must guess, DeepSpeed logs what it found to stdout, between the lines of `--json`.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if environment.gpus else "cpu")
     from bd3_scale.plan.forecast import checkpoint_bytes
     from bd3_scale.plan.rank import num_parameters
 

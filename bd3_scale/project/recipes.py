@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from bd3_scale.recipe.load import load_recipe, merged_yaml, recipe_files, resolv
 from bd3_scale.recipe.plain_yaml import LIMIT_BYTES, dump_yaml
 from bd3_scale.recipe.schema import LaunchRecipe, ParallelRecipe, Recipe
 from bd3_scale.recipe.section import nested_section
-from bd3_scale.resilience.files import write_atomically
+from bd3_scale.resilience.files import check_writable, write_atomically
 from bd3_scale.resilience.readers import read_regular
 
 _PARAMETERS = re.compile(r"^# parameters: ([\d.]+) ([MB])$", re.MULTILINE)
@@ -112,10 +113,14 @@ def copy_recipe(name: str, file: Path) -> list[Path]:
         texts[target] = text
     # The recipe itself is never overwritten; one that it extends may be there from another copy.
     for target, text in texts.items():
-        if target.exists() and (target == file or _text(target) != text):
+        if target == file and os.path.lexists(target):
             raise FileExistsError(f"{target} is there already: choose another file, or move that one away")
-    new = [target for target in texts if not target.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(target) and _text(target) != text:
+            raise FileExistsError(
+                f"{name} extends {target.name}, and {target} is there with other content: choose another folder"
+            )
+    new = [target for target in texts if not os.path.lexists(target)]
+    check_writable(file.parent)
     for target in reversed(new):
         write_atomically(target, texts[target])
     return new

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
-from bd3_scale.resilience.files import write_atomically
+from bd3_scale.resilience.files import check_writable, write_atomically
 
 _RECIPE = """\
 # The recipe of this project. `bd3-scale recipe explain KEY` says what a key means; `bd3-scale recipe list` has others.
-name: NAME
+name: "NAME"
 seed: 1
 
 # A transformer of about 3 million parameters, which two CPU cores train in some minutes. For a GPU, take more and wider
@@ -102,14 +103,27 @@ wandb/
 def make_project(folder: Path) -> list[Path]:
     """Write a starter project into `folder`, and return what was written. The project has the folder's name.
 
-    FileExistsError: the folder is not empty, or a file.
+    Where it fails, nothing of it is left.
+
+    OSError: the folder is a file, is not empty (FileExistsError), or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(os.scandir(folder))):
         raise FileExistsError(f"{folder} is not an empty folder: name one that is new or empty")
     # A run's name begins with a letter or digit.
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).lstrip("._-") or "project"
     files = {"recipe.yaml": _RECIPE, "README.md": _README, ".gitignore": _GITIGNORE}
-    (folder / "text").mkdir(parents=True)
-    for file, text in files.items():
-        write_atomically(folder / file, text.replace("NAME", name))
+    was_there = folder.exists()
+    check_writable(folder)
+    try:
+        (folder / "text").mkdir()
+        for file, text in files.items():
+            write_atomically(folder / file, text.replace("NAME", name))
+    except OSError:
+        with contextlib.suppress(OSError):
+            for file in files:
+                (folder / file).unlink(missing_ok=True)
+            (folder / "text").rmdir()
+            if not was_there:
+                folder.rmdir()
+        raise
     return [folder / "text", *(folder / file for file in files)]

@@ -168,10 +168,16 @@ def _explain(detail: Mapping[str, Any], section: type[BaseModel]) -> str:
         # A stranger's recipe may name any file in `extends`: the message must not show a line of it.
         shown = key if _NAME.fullmatch(key) else "a key that is no name"
         return f"{shown}: unknown key; {near_keys(key, section)}"
+    if detail["type"] == "missing" and key == "model":
+        return "model: is missing; add the section, or adapt a model with this recipe: `bd3-scale adapt MODEL RECIPE`"
     if detail["type"] == "missing":
         return f"{key}: is missing and has no default"
     if detail["type"] == "model_type":
         return f"{key}: must be a mapping of keys to values, not {_as_yaml(detail['input'])}"
+    if detail["type"] == "tuple_type":
+        return (
+            f"{key}: must be a list, such as [{_as_yaml(detail['input']).strip('[]')}], not {_as_yaml(detail['input'])}"
+        )
     rule = re.sub(r"^\w+ should", "must", detail["msg"].removeprefix("Value error, "))
     return f"{key}: {rule}, not {_as_yaml(detail['input'])}"
 

@@ -111,12 +111,21 @@ def test_a_copy_overwrites_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"mine\.yaml is there already"):
         copy_recipe("quickstart", mine)
     (tmp_path / "books.yaml").write_text("mine, too")
-    with pytest.raises(FileExistsError, match=r"books\.yaml is there already"):
+    with pytest.raises(FileExistsError, match=r"extends books\.yaml, and .* other content"):
         copy_recipe("books-any", tmp_path / "any.yaml")
     assert (mine.read_text(), (tmp_path / "books.yaml").read_text()) == ("mine", "mine, too")
     assert not (tmp_path / "any.yaml").exists()
     with pytest.raises(ValueError, match="take another name"):
         copy_recipe("books-any", tmp_path / "new/books.yaml")
+
+
+def test_a_link_to_nowhere_is_there_already_and_what_is_extended_needs_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "link.yaml").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match=r"link\.yaml is there already"):
+        copy_recipe("quickstart", tmp_path / "link.yaml")
+    (tmp_path / "small.yaml").write_text("name: other\n")
+    with pytest.raises(FileExistsError, match=r"extends small\.yaml, .*choose another folder"):
+        copy_recipe("paper-small/quick", tmp_path / "mine.yaml")
 
 
 def test_two_copies_share_what_they_extend(tmp_path: Path) -> None:

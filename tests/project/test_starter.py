@@ -71,3 +71,23 @@ def test_its_six_commands_lead_from_text_to_a_model_that_writes(tmp_path: Path) 
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert "The " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["123", "true", "1e5"])
+def test_a_name_that_yaml_takes_for_a_number_is_text(tmp_path: Path, name: str) -> None:
+    make_project(tmp_path / name)
+    assert load_recipe(tmp_path / name / "recipe.yaml").name == name
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    program = "import sys; from pathlib import Path; from bd3_scale.project.starter import make_project as make; "
+    limited = subprocess.run(
+        ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable, "-c", program + "make(Path('new'))"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "File too large" in limited.stderr
+    assert list(tmp_path.iterdir()) == []
