@@ -83,7 +83,7 @@ def test_what_cannot_be_sent_is_no_hang() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(signal.SIGKILL, "SIGKILL, as the kernel does where memory"), (signal.SIGBUS, "SIGBUS")]
+    ("number", "words"), [(signal.SIGKILL, "SIGKILL, as the kernel does when memory"), (signal.SIGBUS, "SIGBUS")]
 )
 def test_a_worker_that_is_killed_is_named_at_once(number: signal.Signals, words: str) -> None:
     def items(worker: int, count: int) -> Iterator[int]:

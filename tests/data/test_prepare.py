@@ -333,7 +333,7 @@ def test_the_multiple_is_that_of_a_recipes_block_sizes(
     manifest = load_manifest(tmp_path / "out")
     assert (manifest.seq_len, manifest.document_multiple) == (48, multiple)
     check_against_data(load_recipe(recipe), 1, manifest.document_multiple)
-    assert "data.seq_len=48, but --seq-len 96" in str(
+    assert "data.seq_len=48, but --seq-len is 96" in str(
         prepare_for(recipe, "--out", tmp_path / "b", "--seq-len", 96).exception
     )
     told = prepare_for(recipe, "--out", tmp_path / "c", "--document-multiple", 3)
