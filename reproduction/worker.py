@@ -102,7 +102,7 @@ def training(run: Path) -> dict[str, Any]:
         for record in metrics
     ]
     return {
-        "tokens": before[-1],
+        "tokens": int(before[-1]),
         "seconds": seconds,
         "losses": [round(record["train/loss"], 5) for record in steps],
         "grad_norms": [round(record["train/grad_norm"], 5) for record in steps],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,25 +13,32 @@ from bd3_scale.launch.attempts import read_attempts
 from bd3_scale.launch.job import SLURM_FOLDER
 from bd3_scale.launch.records import read_json
 from bd3_scale.observe.environment import software
-from bd3_scale.observe.report_data import RunRecords, differences, read_run, run_for_page, step_seconds
-from bd3_scale.observe.report_page import report_page
+from bd3_scale.observe.report_data import (
+    LARGEST_SECONDS,
+    RunRecords,
+    differences,
+    finite,
+    read_run,
+    run_for_page,
+    step_seconds,
+    total_seconds,
+)
+from bd3_scale.observe.report_page import PAGE_START, report_page
 from bd3_scale.resilience.files import check_writable, write_atomically
+from bd3_scale.resilience.readers import open_regular
 from bd3_scale.resilience.terminal import clean
 
 _TIME = "%Y-%m-%d %H:%M:%S UTC"
-# Seconds since the epoch in the year 5138: what a damaged file may hold beyond it is no date.
-_LARGEST = 1e11
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
-    """Write the report of one or several runs to `out`, atomically.
+    """Write the report of one or several runs to `out`, atomically; a folder that is given twice is shown once.
 
     Raises:
-        ValueError: a folder is no run directory, or `out` is a folder. OSError: `out` cannot be written.
+        ValueError: a folder is no run directory, or `out` exists and is no page. OSError: `out` cannot be written.
     """
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: name the page in it, such as --out {out / 'report.html'}")
-    runs = [read_run(folder) for folder in folders]
+    _check_page(out)
+    runs = [read_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
     check_writable(out.absolute().parent)
     shown = [run_for_page(run) | _attempts_of(run) for run in runs]
     for page, label in zip(shown, _labels(shown), strict=True):
@@ -40,10 +48,32 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     write_atomically(out, report_page(shown, made=made, version=software()["bd3_scale"], differences=recipes))
 
 
+def _check_page(out: Path) -> None:
+    """Check that `out` can be replaced by a report. ValueError: it exists, and is no page of a report."""
+    try:
+        mode = out.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{out} is a folder: name the page in it, such as --out {out / 'report.html'}")
+    if stat.S_ISLNK(mode):
+        content = "a link"
+    elif not stat.S_ISREG(mode):
+        content = "a pipe, a device or a socket"
+    else:
+        with open_regular(out) as file:
+            if file.read(len(PAGE_START)) == PAGE_START:
+                return
+        content = "a file that is no report"
+    raise ValueError(f"{out} is {content}, and a report would replace it: name another file with --out")
+
+
 def _labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what tells runs apart: their names, or where two have the same name their folders."""
-    names = [run["name"] for run in runs]
-    return names if len(set(names)) == len(names) else [run["folder"] for run in runs]
+    """Return what tells runs apart: their names, or where two have the same name their folders, or numbered folders."""
+    names, folders = ([run[key] for run in runs] for key in ("name", "folder"))
+    # Folders differ, but those with control characters in their names may look the same.
+    numbered = [f"{folder} ({number})" for number, folder in enumerate(folders, 1)]
+    return next(labels for labels in (names, folders, numbered) if len(set(labels)) == len(labels))
 
 
 def _attempts_of(run: RunRecords) -> dict[str, Any]:
@@ -56,17 +86,17 @@ def _attempts_of(run: RunRecords) -> dict[str, Any]:
     wall = sum(_number(a, "ended") - _number(a, "started") for a in ended)
     # An attempt whose batch process died has no end, and no time that could be counted.
     wall += time.time() - _number(current, "started") if current and run.in_use else 0.0
-    useful = sum(step_seconds(run.metrics, run.step).values())
+    useful = total_seconds(step_seconds(run.metrics, run.step), run.step)
     lines = [*ended, *([current] if current else [])]
     attempts = [_slurm_attempt(line, run) for line in lines] if lines else _starts(run)
     where = _where(run.starts[-1]) if run.starts else (attempts[-1]["where"] if attempts else "not recorded")
-    return {"attempts": attempts, "goodput": useful / wall if useful and wall > 0 else None, "where": where}
+    return {"attempts": attempts, "goodput": finite(useful / wall) if useful and wall > 0 else None, "where": where}
 
 
 def _number(record: Mapping[str, Any], key: str) -> float:
     """Return a time or a step of a record; 0 where it holds none, or one that no date has."""
     value = record.get(key)
-    return value if isinstance(value, (int, float)) and 0 <= value < _LARGEST else 0.0
+    return value if isinstance(value, (int, float)) and 0 <= value < LARGEST_SECONDS else 0.0
 
 
 def _texts(record: Mapping[str, Any], key: str) -> list[str]:

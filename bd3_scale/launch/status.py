@@ -12,7 +12,7 @@ from bd3_scale.launch.attempts import read_attempts
 from bd3_scale.launch.records import read_json
 from bd3_scale.launch.submit import SUBMITTED, active_jobs, close_run, slurm_folder
 from bd3_scale.observe.metrics import METRICS_FILE, read_metrics
-from bd3_scale.observe.report_data import last_value, step_seconds
+from bd3_scale.observe.report_data import last_value, remaining_seconds, step_seconds, total_seconds
 from bd3_scale.resilience.readers import reader
 
 
@@ -52,13 +52,10 @@ def read_status(run_dir: Path) -> RunStatus:
     phases = [beat["phase"] for beat in beats if beat]
     steps = [beat["step"] for beat in beats if beat] or [a["step"] for a in attempts[-1:]]
     records = read_metrics(run_dir / METRICS_FILE)
-    seconds_by_step = step_seconds(records, job["steps"])
+    spans = step_seconds(records, job["steps"])
     step = min(steps, default=0)
     wall = sum(a["ended"] - a["started"] for a in attempts) + (time.time() - current["started"] if current else 0.0)
-    useful = sum(seconds for at, seconds in seconds_by_step.items() if at <= step)
-    recent = [seconds for _, seconds in sorted(seconds_by_step.items())[-20:]]
-    # The median: one step with an evaluation or a slow batch must not change the estimate.
-    pace = sorted(recent)[len(recent) // 2] if recent else None
+    useful = total_seconds(spans, step)
     return RunStatus(
         run_dir=str(run_dir),
         state=_state(jobs, [a for a in attempts if a["submission"] == job["submission"]], bool(current), folder),
@@ -68,7 +65,7 @@ def read_status(run_dir: Path) -> RunStatus:
         saved=max([beat["saved"] for beat in beats if beat] or [a["saved"] for a in attempts[-1:]], default=0),
         tokens_per_second=last_value(records, "perf/tokens_per_second"),
         goodput=useful / wall if useful and wall else None,
-        eta_seconds=pace * (job["steps"] - step) if pace is not None else None,
+        eta_seconds=remaining_seconds(spans, job["steps"] - step),
         attempts=attempts,
         ranks={phase: phases.count(phase) for phase in sorted(set(phases))},
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, parse_record
-from bd3_scale.observe.report_data import RunRecords, read_recipe
+from bd3_scale.observe.report_data import RunRecords, read_recipe, why_unreadable
 from bd3_scale.resilience.readers import open_regular, reader
 from bd3_scale.resilience.runlock import is_in_use
 
@@ -17,7 +17,7 @@ class RecordFollower:
     """The records of one file of lines. `records` holds them all; `refresh` reads what was appended since."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._file: tuple[int, int] | None = None
         self._position = 0
         self.records: list[dict[str, Any]] = []
@@ -28,7 +28,7 @@ class RecordFollower:
         A run that resumes replaces its file by a shorter one: then all of it is read again, and is new.
         """
         try:
-            return self._read(self._path)
+            return self._read(self.path)
         except FileNotFoundError:
             return []
 
@@ -43,7 +43,7 @@ class RecordFollower:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._position += len(whole)
-        new = [record for line in whole.splitlines(keepends=True) if (record := parse_record(line)) is not None]
+        new = [record for line in whole.splitlines(keepends=True) if (record := parse_record(line, path)) is not None]
         self.records += new
         return new
 
@@ -57,9 +57,16 @@ class RunFollower:
 
     def refresh(self) -> tuple[RunRecords, list[dict[str, Any]]]:
         """Return the run as it stands, and the metrics and events that are new since the last call."""
-        new = [file.refresh() for file in self._files]
+        # Without its metrics a run has nothing to show; without the other two files it has.
+        notes = [None, *(why_unreadable(file.path) for file in self._files[1:])]
+        new = [[] if note else file.refresh() for file, note in zip(self._files, notes, strict=True)]
         metrics, events, samples = (file.records for file in self._files)
         self._run = dataclasses.replace(
-            self._run, metrics=metrics, events=events, samples=samples, in_use=is_in_use(self._run.folder)
+            self._run,
+            metrics=metrics,
+            events=events,
+            samples=samples,
+            notes=[note for note in notes if note],
+            in_use=is_in_use(self._run.folder),
         )
         return self._run, new[0] + new[1]

@@ -21,6 +21,8 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 # Texts that evaluations wrote.
 SAMPLES_FILE = "samples.jsonl"
+# Each line of these files says with `kind` what it records; a line of metrics holds numbers alone.
+_FILES_WITH_KIND = (EVENTS_FILE, SAMPLES_FILE)
 RESUMED = "resumed"
 DAMAGED = ".damaged"
 # No line is so long: the longest are events, which list the sequences of a batch.
@@ -57,11 +59,9 @@ _warned_of: set[Path] = set()
 
 @reader("records of a run")
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics or events file in order; [] if there is no file.
+    """Return the records of a metrics, events or samples file in order; [] if there is no file.
 
-    An unfinished last line of a killed run is left out. Damaged lines are left out with a warning: those that are no
-    JSON object with a whole number as `step`, and metrics with other values than numbers and null. Metrics of earlier
-    versions get the names of this version.
+    An unfinished last line of a killed run is left out. Damaged lines are left out with a warning, see `parse_record`.
     """
     records: list[dict[str, Any]] = []
     damaged: set[int] = set()
@@ -94,7 +94,7 @@ def has_evaluation(path: Path, step: int) -> bool:
 
 def last_event(run: Path) -> int | None:
     """Return the last unusual step of a run, None if there is none."""
-    steps = [event["step"] for event in read_metrics(run / EVENTS_FILE) if event.get("kind") != RESUMED]
+    steps = [event["step"] for event in read_metrics(run / EVENTS_FILE) if event["kind"] != RESUMED]
     return steps[-1] if steps else None
 
 
@@ -129,23 +129,31 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     number = 1
     with open_regular(path) as file:
         while (line := file.readline(LINE_LIMIT)).endswith(b"\n") or len(line) == LINE_LIMIT:
-            yield number, line, parse_record(line)
+            yield number, line, parse_record(line, path)
             number += line.endswith(b"\n")
 
 
-def parse_record(line: bytes) -> dict[str, Any] | None:
-    """Return the record or event of a line under the names of this version, or None where the line is damaged."""
+def parse_record(line: bytes, path: Path) -> dict[str, Any] | None:
+    """Return the record of a line of the file `path`, or None where the line is damaged.
+
+    A record is a JSON object with a whole number as `step`. In `events.jsonl` and `samples.jsonl` it has a text as
+    `kind`, and its other values are free. In a metrics file it has no `kind`, its other values are numbers, returned
+    as float, or null, and metrics of earlier versions get the names of this version.
+    """
     try:
         record = json.loads(line.decode(), parse_constant=_no_number)
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 1 << 63:
         return None
-    if "kind" in record:  # an event: its other values are free
-        return record if isinstance(record["kind"], str) else None
-    if not all(value is None or _is_finite(value) for value in record.values()):
+    if path.name in _FILES_WITH_KIND:
+        return record if isinstance(record.get("kind"), str) else None
+    step = record.pop("step")
+    if "kind" in record or not all(value is None or _is_finite(value) for value in record.values()):
         return None
-    return {_current_name(key): value for key, value in record.items()}
+    # NumPy holds an integer of more than 64 bits as an object, with which it cannot calculate.
+    values = {_current_name(key): None if value is None else float(value) for key, value in record.items()}
+    return {"step": step, **values}
 
 
 # Of a hundred thousand records each has the same names; those of a stranger's file are bounded.

@@ -16,7 +16,7 @@ from bd3_scale.observe.metrics import EVENTS_FILE, METRICS_FILE, RESUMED, SAMPLE
 from bd3_scale.recipe.load import load_recipe
 from bd3_scale.recipe.plain_yaml import parse_yaml
 from bd3_scale.resilience.files import read_object
-from bd3_scale.resilience.readers import in_one_line, read_regular, reader
+from bd3_scale.resilience.readers import in_one_line, open_regular, read_regular, reader
 from bd3_scale.resilience.runlock import is_in_use
 from bd3_scale.resilience.terminal import clean
 
@@ -26,6 +26,8 @@ ATTEMPTS, ENVIRONMENT_FILE = "attempts", "environment.json"
 _MOST_SAMPLED_STEPS, _MOST_PROMPTS, _MOST_LETTERS = 40, 8, 4000
 _MOST_EVENTS = 500
 _RECENT = 20
+# Seconds since the epoch in the year 5138: what a damaged file may hold beyond it is no date and no time.
+LARGEST_SECONDS = 1e11
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class RunRecords:
     def num_steps(self) -> int | None:
         """Return the steps that the recipe asks for, or None where it cannot be read."""
         steps = self.recipe.get("train.steps")
-        return steps if isinstance(steps, int) else None
+        return steps if type(steps) is int and 0 <= steps < 1 << 63 else None
 
     @property
     def step(self) -> int:
@@ -94,6 +96,9 @@ def read_run(folder: Path) -> RunRecords:
 
 
 def _records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    if path.name != METRICS_FILE and (note := why_unreadable(path)):
+        notes.append(note)
+        return []
     records = read_metrics(path)
     if path.is_file():
         data = read_regular(path, 1 << 31)
@@ -102,6 +107,17 @@ def _records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         if data and not data.endswith(b"\n"):
             notes.append(f"{path.name}: the last line is unfinished and left out.")
     return records
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Return a note for people where a file cannot be opened, such as a FIFO; None where it can or is missing."""
+    try:
+        open_regular(path).close()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return clean(f"{path.name} is left out: {in_one_line(error)}")
+    return None
 
 
 def _starts(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -163,24 +179,49 @@ def last_value(records: Sequence[Mapping[str, Any]], metric: str) -> float | Non
     return next((record[metric] for record in reversed(records) if record.get(metric) is not None), None)
 
 
-def step_seconds(records: Sequence[Mapping[str, Any]], steps: int) -> dict[int, float]:
-    """Return the seconds of every step up to `steps`; a step between two logged ones counts as the later one."""
-    seconds: dict[int, float] = {}
+def step_seconds(records: Sequence[Mapping[str, Any]], steps: int) -> list[tuple[int, float]]:
+    """Return the number of steps and the seconds of each, from step 1 to the last logged one up to `steps`.
+
+    A step between two logged ones counts as the later one. The list has an entry a record, not a step, since a damaged
+    line may hold a step of any size.
+    """
+    spans: list[tuple[int, float]] = []
     before, tokens_before = 0, 0
     for record in records:
         step, tokens, rate = record["step"], record.get("train/tokens"), record.get("perf/tokens_per_second")
         if not rate or tokens is None or not before < step <= steps:
             continue
         each = (tokens - tokens_before) / (step - before) / rate
-        seconds |= dict.fromkeys(range(before + 1, step + 1), each)
+        spans.append((step - before, each))
         before, tokens_before = step, tokens
-    return seconds
+    return spans
 
 
-def remaining_seconds(records: Sequence[Mapping[str, Any]], step: int, steps: int) -> float | None:
-    """Return the time of the steps after `step` at the median pace of the last ones; None where no pace is recorded."""
-    recent = list(step_seconds(records, step).values())[-_RECENT:]
-    return median(recent) * (steps - step) if recent else None
+def total_seconds(spans: Sequence[tuple[int, float]], steps: int) -> float | None:
+    """Return the seconds of the first `steps` steps of `step_seconds`; None where there are none, or it overflows."""
+    total, left = 0.0, steps
+    for number, seconds in spans:
+        total += min(number, left) * seconds
+        left -= min(number, left)
+    return finite(total) or None
+
+
+def remaining_seconds(spans: Sequence[tuple[int, float]], steps: int) -> float | None:
+    """Return the time of `steps` more steps at the median pace of the last ones of `step_seconds`.
+
+    The median: one step with an evaluation or a slow batch must not change the estimate. None where no pace is
+    recorded, or where damaged lines give a time that is negative or that no date holds.
+    """
+    recent: list[float] = []
+    for number, seconds in reversed(spans):
+        recent += [seconds] * min(number, _RECENT - len(recent))
+    left = median(recent) * steps if recent else -1.0
+    return left if 0 <= left < LARGEST_SECONDS else None
+
+
+def finite(number: float | None) -> float | None:
+    """Return a derived number, or None where it has overflowed: the strict JSON of the page has no infinity."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def run_events(run: RunRecords) -> list[dict[str, str | int]]:
@@ -211,7 +252,7 @@ def _event_text(event: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return str(value)[:80]
     return f"{number:.4g}" if math.isfinite(number) else str(number)
 
@@ -249,19 +290,20 @@ def run_for_page(run: RunRecords) -> dict[str, Any]:
     """Return all of a run that its page shows of its own records, as JSON holds it; texts are clean of controls."""
     steps, tokens = run.step, run.last("train/tokens")
     logged = next((r["step"] for r in reversed(run.metrics) if r.get("train/tokens") is not None), 0)
+    spans = step_seconds(run.metrics, steps)
     return {
         "name": clean(run.name),
         "folder": clean(str(run.folder)),
         "state": state_of(run),
         "step": steps,
         "steps": run.num_steps,
-        "tokens_per_step": tokens / logged if tokens and logged else None,
+        "tokens_per_step": finite(tokens / logged) if tokens and logged else None,
         "loss": run.last("train/loss"),
         "nelbo": run.last("eval/nelbo"),
         "rate": run.last("perf/tokens_per_second"),
         "mfu": run.last("perf/mfu"),
-        "seconds": sum(step_seconds(run.metrics, steps).values()) or None,
-        "eta": remaining_seconds(run.metrics, steps, run.num_steps or steps) if run.in_use else None,
+        "seconds": total_seconds(spans, steps),
+        "eta": remaining_seconds(spans, (run.num_steps or steps) - steps) if run.in_use else None,
         "series": run_series(run.metrics),
         "evaluations": [r["step"] for r in run.metrics if "eval/nelbo" in r],
         "saves": saves_for_page(run),

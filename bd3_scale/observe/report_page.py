@@ -11,6 +11,8 @@ from typing import Any
 
 from bd3_scale.observe.figures import FIGURES, other_figures
 
+# The first bytes of every page: a file without them is no report.
+PAGE_START = b"<!doctype html"
 _PAGE = Path(__file__).with_name("report.html")
 
 

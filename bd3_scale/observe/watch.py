@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bd3_scale.observe.console import Console, styled
 from bd3_scale.observe.follow import RunFollower
-from bd3_scale.observe.report_data import RunRecords, remaining_seconds, run_events, state_of
+from bd3_scale.observe.report_data import RunRecords, remaining_seconds, run_events, state_of, step_seconds
 from bd3_scale.observe.text_plot import text_plot
 
 REFRESH_SECONDS = 2.0
@@ -31,17 +31,17 @@ def watch_run(follower: RunFollower, console: Console, *, pause: Callable[[float
     each new line of numbers is printed, for as long as a process trains.
     """
     try:
-        if console.is_terminal:
-            _watch_screen(follower, console, pause)
-        else:
-            _watch_lines(follower, console, pause)
+        run, _ = follower.refresh()
+        for note in run.notes:
+            console.print(note, soft_wrap=True)
+        watch = _watch_screen if console.is_terminal else _watch_lines
+        watch(run, follower, console, pause)
     except KeyboardInterrupt:
         # The usual way to end it, and no error.
         return
 
 
-def _watch_screen(follower: RunFollower, console: Console, pause: Callable[[float], None]) -> None:
-    run, _ = follower.refresh()
+def _watch_screen(run: RunRecords, follower: RunFollower, console: Console, pause: Callable[[float], None]) -> None:
     try:
         with Live(dashboard(run, console), console=console, screen=True, auto_refresh=False) as live:
             while state_of(run) != "done":
@@ -53,8 +53,7 @@ def _watch_screen(follower: RunFollower, console: Console, pause: Callable[[floa
         console.print(status_line(run), soft_wrap=True)
 
 
-def _watch_lines(follower: RunFollower, console: Console, pause: Callable[[float], None]) -> None:
-    run, _ = follower.refresh()
+def _watch_lines(run: RunRecords, follower: RunFollower, console: Console, pause: Callable[[float], None]) -> None:
     console.print(status_line(run), soft_wrap=True)
     while run.in_use:
         pause(REFRESH_SECONDS)
@@ -95,7 +94,7 @@ _MEMORY = (("memory", "memory/peak_rss_bytes"), ("GPU memory", "memory/peak_cuda
 def _eta(run: RunRecords) -> list[str]:
     if not run.in_use or run.num_steps is None:
         return []
-    seconds = remaining_seconds(run.metrics, run.step, run.num_steps)
+    seconds = remaining_seconds(step_seconds(run.metrics, run.step), run.num_steps - run.step)
     return [] if seconds is None else [f"ETA {timedelta(seconds=round(seconds))}"]
 
 
@@ -132,7 +131,8 @@ def _header(run: RunRecords) -> RenderableType:
 
 
 def _curve(run: RunRecords, metric: str, title: str, width: int) -> Panel:
-    points = [(r["step"], r[metric]) for r in run.metrics if r.get(metric) is not None]
+    # Steps of a damaged file may not rise, and a curve needs that.
+    points = sorted({r["step"]: r[metric] for r in run.metrics if r.get(metric) is not None}.items())
     if not points:
         return Panel(styled(("nothing is recorded yet", "dim")), title=styled(title))
     steps, values = zip(*points, strict=True)

@@ -163,7 +163,11 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
             probe.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; make it writable or choose another", str(folder)) from error
+        below_file = error.errno in (errno.EEXIST, errno.ENOTDIR)
+        way_out = (
+            "a part of this path is a file; choose another" if below_file else "make it writable or choose another"
+        )
+        raise OSError(error.errno, f"{error.strerror}; {way_out}", str(folder)) from error
     if free < needed_bytes:
         raise OSError(
             errno.ENOSPC,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import os
@@ -39,11 +40,15 @@ def read_regular(path: Path, limit: int = LIMIT_BYTES) -> bytes:
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Raises as `read_regular` does, except for the size."""
     # Without O_NONBLOCK, opening a FIFO blocks until a writer comes.
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError(f"{path} is not a regular file (a pipe, a device or a socket): give a file")
-    return file
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        # `os.fdopen` would name the number of the descriptor in its error.
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise ValueError(f"{path} is not a regular file (a pipe, a device or a socket): give a file")
 
 
 def is_panic(error: BaseException) -> bool:

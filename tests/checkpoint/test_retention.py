@@ -46,7 +46,7 @@ def test_the_rules_add_up(run):
 def test_a_replay_of_the_last_step_that_stood_out_has_its_checkpoint(run):
     events = run[0] / "events.jsonl"
     for step, expected in ((1, [8]), (5, [4, 8]), (8, [7, 8]), (30, [8])):
-        events.write_text(json.dumps({"step": 2}) + "\n" + json.dumps({"step": step}) + "\n")
+        events.write_text("".join(json.dumps({"step": at, "kind": "loss_spike"}) + "\n" for at in (2, step)))
         assert kept(run, keep_last=1) == expected
     events.unlink()
 

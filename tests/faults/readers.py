@@ -349,6 +349,7 @@ OPENERS = {
             "observe.report_data._records",
             "observe.report_data._starts",
             "observe.report_data.read_recipe",
+            "observe.report_data.why_unreadable",
         ),
         *(
             "plan.calibrate._objects",
@@ -361,7 +362,7 @@ OPENERS = {
         *("data.sources.DocumentReader.__iter__", "data.columns.parquet_rows", "data.columns.row_groups"),
         *("data.columns.record_batches", "data.megatron._Index.__init__"),
     },
-    "other files are recognised and refused": {"data.files._saved_names"},
+    "other files are recognised and refused": {"data.files._saved_names", "launch.run_report._check_page"},
     "how remote files are opened": {"data.remote_files.RemoteFile.open"},
     "what the system says of this process": {"resilience.limits.limited_memory"},
     "the bytes alone count, which are compared with a hash": {

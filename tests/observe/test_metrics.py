@@ -98,6 +98,8 @@ DAMAGED = {
     "no UTF-8": b'{"step": 2, "\xff": 1}',
     "what a power cut leaves": bytes(4096) + b'{"step": 2}',
     "a kind that is none": b'{"step": 2, "kind": 3}',
+    "an event among metrics": b'{"step": 2, "kind": "loss_spike", "train/loss": "ten"}',
+    "an integer beyond all pictures": b'{"step": 2, "train/loss": 1%s}' % (b"0" * 301),
     "a line without end": b"x" * (LINE_LIMIT + 10),
     "JSON without end": b'{"step": 2, "x": "%s"}' % (b"x" * LINE_LIMIT),
 }
@@ -135,9 +137,22 @@ def test_the_curve_of_a_damaged_file_is_drawn_and_it_is_told_once(tmp_path: Path
 
 def test_an_event_may_hold_what_it_likes_but_has_a_step(tmp_path: Path) -> None:
     events = [{"step": 1, "kind": "loss_spike", "loss": "nan", "sample_ids": [1, 2]}, {"step": 2, "kind": "resumed"}]
-    (tmp_path / "events.jsonl").write_text('{"kind": "loss_spike"}\n' + "".join(json.dumps(e) + "\n" for e in events))
+    (tmp_path / "events.jsonl").write_text(
+        '{"kind": "loss_spike"}\n{"step": 1}\n' + "".join(json.dumps(e) + "\n" for e in events)
+    )
     assert read_metrics(tmp_path / "events.jsonl") == events
     assert last_event(tmp_path) == 1
+
+
+def test_an_integer_of_many_digits_is_read_as_a_float_and_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "train/loss": {step * 10**299}}}\n' for step in (1, 2)))
+    records = read_metrics(path)
+    assert [(type(r["step"]), r["train/loss"], type(r["train/loss"])) for r in records] == [
+        (int, 1e299, float),
+        (int, 2e299, float),
+    ]
+    loss_curve(path, tmp_path / "loss.png")
 
 
 def secret(path: Path) -> None:

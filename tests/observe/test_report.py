@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -16,10 +19,21 @@ from typer.testing import CliRunner
 
 from bd3_scale.launch.run_commands import app
 from bd3_scale.launch.run_report import write_report
+from bd3_scale.observe.console import Console
 from bd3_scale.observe.downsample import BINS, extremes, running_median
 from bd3_scale.observe.figures import run_series
-from bd3_scale.observe.report_data import differences, read_run, run_events, run_for_page
+from bd3_scale.observe.follow import RunFollower
+from bd3_scale.observe.report_data import (
+    differences,
+    read_run,
+    remaining_seconds,
+    run_events,
+    run_for_page,
+    step_seconds,
+    total_seconds,
+)
 from bd3_scale.observe.report_page import json_for_html
+from bd3_scale.observe.watch import watch_run
 from tests.observe.run_folders import make_run, train_record, write_lines
 
 FINITE = st.floats(-1e9, 1e9)
@@ -150,8 +164,114 @@ def test_a_page_that_is_a_folder_or_below_a_file_is_refused(tmp_path: Path) -> N
     folder = make_run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"is a folder: name the page in it, such as --out .*/run/report\.html"):
         write_report([folder], folder)
-    with pytest.raises(OSError, match="make it writable or choose another"):
-        write_report([folder], folder / "recipe.yaml/report.html")
+    for name in ("recipe.yaml/report.html", "recipe.yaml/deeper/report.html"):
+        with pytest.raises(OSError, match="a part of this path is a file; choose another"):
+            write_report([folder], folder / name)
+
+
+def link_to_a_page(path: Path) -> None:
+    path.with_name("real.html").write_text("<!doctype html>")
+    path.symlink_to("real.html")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.write_text('{"step": 1}\n'), "a file that is no report"),
+        (link_to_a_page, "a link"),
+        (lambda path: path.symlink_to("nowhere"), "a link"),
+        (os.mkfifo, "a pipe, a device or a socket"),
+    ],
+    ids=["file", "link", "dangling link", "FIFO"],
+)
+def test_what_is_no_report_is_not_replaced(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
+    out = tmp_path / "out"
+    make(out)
+    before = out.lstat()
+    # No folder is read first: there is no run here.
+    with pytest.raises(
+        ValueError, match=f"out is {words}, and a report would replace it: name another file with --out"
+    ):
+        write_report([tmp_path], out)
+    assert out.lstat() == before
+
+
+def test_an_earlier_report_is_replaced(tmp_path: Path) -> None:
+    folder, out = make_run(tmp_path / "run"), tmp_path / "page.html"
+    write_report([folder], out)
+    write_lines(folder / "metrics.jsonl", [train_record(7)])
+    write_report([folder], out)
+    assert page_data(out)["runs"][0]["step"] == 7
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.none() | st.floats(0, 9), st.none() | st.floats(0.5, 9)), max_size=9),
+    st.integers(0, 60),
+    st.integers(0, 60),
+)
+def test_seconds_are_those_of_a_list_of_all_steps(
+    lines: list[tuple[int, float | None, float | None]], last: int, first: int
+) -> None:
+    records = [{"step": s, "train/tokens": tokens, "perf/tokens_per_second": rate} for s, tokens, rate in lines]
+    each: list[float] = []
+    tokens_before = 0.0
+    for step, tokens, rate in lines:
+        if rate and tokens is not None and len(each) < step <= last:
+            each += [(tokens - tokens_before) / (step - len(each)) / rate] * (step - len(each))
+            tokens_before = tokens
+    spans = step_seconds(records, last)
+    assert (total_seconds(spans, first) or 0.0) == pytest.approx(sum(each[:first]))
+    left = median(each[-20:]) * 3 if each else -1.0
+    assert remaining_seconds(spans, 3) == (pytest.approx(left) if left >= 0 else None)
+
+
+@pytest.mark.timeout(30)
+def test_a_line_with_a_huge_step_takes_no_memory_and_numbers_that_overflow_are_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "recipe.yaml").write_text(f"name: broken\ntrain: {{steps: {10**400}}}\n")
+    huge = {
+        "train/tokens": 9e299,
+        "perf/tokens_per_second": 1e-300,
+        "eval/nelbo": 9e299,
+        "eval/nelbo_text_standard_error": 9e299,
+        "eval/nelbo_noise_standard_error": 9e299,
+        "perf/mfu": 9e299,
+    }
+    write_lines(
+        folder / "metrics.jsonl",
+        [{"step": 1, **huge}, {"step": 9_000_000_000_000_000_000, **huge, "train/tokens": -9e299}],
+    )
+    line = {"attempt": 0, "started": 0.0, "ended": 1e-9, "from_step": 0, "step": 1}
+    write_lines(folder / "slurm/attempts.jsonl", [line])
+    spike = {"step": 1, "kind": "loss_spike", "loss": 10**400}
+    write_lines(folder / "events.jsonl", [{"step": 1}, spike])
+    write_report([folder], tmp_path / "page.html")
+    assert run_for_page(dataclasses.replace(read_run(folder), in_use=True))["eta"] is None
+    (run,) = page_data(tmp_path / "page.html")["runs"]
+    assert (run["state"], run["steps"], run["step"]) == ("not running", None, 9_000_000_000_000_000_000)
+    assert (run["seconds"], run["goodput"]) == (None, None)
+    assert run["events"][0]["text"] == f"loss 1{'0' * 79}"
+    assert "events.jsonl: 1 damaged line left out." in run["notes"]
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)], ids=["FIFO", "folder", "loop"]
+)
+@pytest.mark.parametrize("name", ["events.jsonl", "samples.jsonl"])
+def test_events_and_samples_that_are_no_file_are_left_out_with_a_note(
+    tmp_path: Path, name: str, make: Callable[[Path], object]
+) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / name).unlink()
+    make(folder / name)
+    watched, _ = RunFollower(folder).refresh()
+    for run in (read_run(folder), watched):
+        assert run.step == 100
+        assert sum(note.startswith(f"{name} is left out: ") for note in run.notes) == 1
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    watch_run(RunFollower(folder), console)
+    assert console.export_text().startswith(f"{name} is left out: ")
 
 
 @pytest.mark.parametrize("records", [[], [train_record(1)]], ids=["no step", "one step"])
@@ -243,3 +363,16 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
     folders = [make_run(tmp_path / name) for name in ("one", "two")]
     write_report(folders, tmp_path / "page.html")
     assert [run["label"] for run in page_data(tmp_path / "page.html")["runs"]] == [str(folder) for folder in folders]
+
+
+def test_a_folder_that_is_given_twice_is_shown_once(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_report([folder, tmp_path / "run/../run"], tmp_path / "page.html")
+    assert [run["label"] for run in page_data(tmp_path / "page.html")["runs"]] == ["tiny"]
+
+
+def test_runs_whose_names_and_folders_look_the_same_are_numbered(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name) for name in ("\\x1b", "\x1b")]
+    write_report(folders, tmp_path / "page.html")
+    labels = [run["label"] for run in page_data(tmp_path / "page.html")["runs"]]
+    assert labels == [rf"{tmp_path}/\x1b ({number})" for number in (1, 2)]

@@ -130,6 +130,28 @@ def test_where_there_is_no_terminal_lines_are_printed_while_a_process_trains(
     assert said[-1].startswith(f"no process trains in {folder}")
 
 
+def test_steps_that_do_not_rise_are_drawn_in_order(tmp_path: Path) -> None:
+    folder, shuffled = make_run(tmp_path / "run"), make_run(tmp_path / "shuffled/run")
+    write_lines(folder / "metrics.jsonl", [train_record(step) for step in (1, 2, 3, 9)])
+    repeated = train_record(3, **{"train/loss": 50.0})
+    write_lines(shuffled / "metrics.jsonl", [repeated, *(train_record(step) for step in (9, 2, 3, 1))])
+    curves = []
+    for each in (folder, shuffled):
+        run, _ = RunFollower(each).refresh()
+        console = Console(width=120, height=40, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        console.print(dashboard(run, console))
+        curves.append([line for line in console.export_text().splitlines() if "⠀" in line])
+    assert curves[0] == curves[1]
+
+
+def test_metrics_that_are_a_folder_are_refused_by_name(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"Is a directory: '.*/run/metrics\.jsonl'"):
+        RunFollower(folder).refresh()
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no run directory"):
         RunFollower(tmp_path)

@@ -79,7 +79,7 @@ def test_too_little_room_is_said_in_gigabytes(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(FileExistsError, match="choose another"):
+    with pytest.raises(FileExistsError, match="a part of this path is a file; choose another"):
         check_writable(tmp_path / "run")
 
 
