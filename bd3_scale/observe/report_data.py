@@ -297,7 +297,7 @@ def run_for_page(run: RunRecords) -> dict[str, Any]:
         "state": state_of(run),
         "step": steps,
         "steps": run.num_steps,
-        "tokens_per_step": finite(tokens / logged) if tokens and logged else None,
+        "tokens_per_step": tokens / logged if tokens and logged else None,
         "loss": run.last("train/loss"),
         "nelbo": run.last("eval/nelbo"),
         "rate": run.last("perf/tokens_per_second"),

@@ -254,6 +254,14 @@ def test_a_line_with_a_huge_step_takes_no_memory_and_numbers_that_overflow_are_l
     assert "events.jsonl: 1 damaged line left out." in run["notes"]
 
 
+def test_a_goodput_that_overflows_is_left_out(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "train/tokens": 1e299, "perf/tokens_per_second": 1e-8}])
+    write_lines(tmp_path / "slurm/attempts.jsonl", [{"started": 0.0, "ended": 1e-9}])
+    write_report([tmp_path], tmp_path / "page.html")
+    (run,) = page_data(tmp_path / "page.html")["runs"]
+    assert (run["seconds"], run["goodput"]) == (pytest.approx(1e307), None)
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)], ids=["FIFO", "folder", "loop"]
