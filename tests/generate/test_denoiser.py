@@ -54,7 +54,7 @@ def alone(model, request: Request) -> Sample:
 def test_texts_that_come_and_go_are_what_they_are_alone(model, monkeypatch, rows, slots):
     """Check prompts of up to nine blocks, which are read one, three or all at a time while others are denoised."""
     expected = [alone(model, request) for request in requests()]
-    monkeypatch.setattr(module, "_ROWS", {"cpu": rows})
+    monkeypatch.setattr(module, "_PREFILL_TOKENS", {"cpu": rows})
     denoiser, rng, found, sizes = (
         Denoiser(model, block_size=SIZE, slots=slots, capacity=CAPACITY),
         random.Random(1),
