@@ -136,7 +136,7 @@ def check_formats() -> None:
     """Check that our format takes the option, and that another format names it as unknown."""
     assert export_obstacles(SHAPE, BlockDiffusion)["bd3"] is None
     plain = SHAPE.model_copy(update={"head_bias": False})
-    words = f"it has logit_softcap={CAP}, which {{}}ForCausalLM does not know"
+    words = f"it has logit_softcap={CAP}, which {{}}ForCausalLM does not support"
     assert export_obstacles(plain, BlockDiffusion)["sdar"] == words.format("SDAR")
     assert export_obstacles(plain, NextToken)["qwen3"] == words.format("Qwen3")
 

@@ -49,8 +49,16 @@ def alone(model, request: Request) -> Sample:
     )
 
 
-@pytest.mark.parametrize("rows", [SIZE, 3 * SIZE, 256])
-@pytest.mark.parametrize("slots", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("rows", "slots"),
+    [
+        pytest.param(
+            rows, slots, marks=[] if (rows, slots) in [(SIZE, 1), (3 * SIZE, 3), (256, 6)] else pytest.mark.slow
+        )
+        for rows in (SIZE, 3 * SIZE, 256)
+        for slots in (1, 3, 6)
+    ],
+)
 def test_texts_that_come_and_go_are_what_they_are_alone(model, monkeypatch, rows, slots):
     """Check prompts of up to nine blocks, which are read one, three or all at a time while others are denoised."""
     expected = [alone(model, request) for request in requests()]

@@ -10,7 +10,12 @@ from tests.integration import cases
 from tests.integration.evaluation_ranks import evaluation_leaves_training_alone
 from tests.support.forks import run_ranks
 
-LAYOUTS = [{"zero_stage": 1}, {"zero_stage": 3}, {"zero_stage": 3, "offload_optimizer": True}, {"pipeline": 2}]
+LAYOUTS = [
+    {"zero_stage": 1},
+    {"zero_stage": 3},
+    pytest.param({"zero_stage": 3, "offload_optimizer": True}, marks=pytest.mark.slow),
+    {"pipeline": 2},
+]
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=str)

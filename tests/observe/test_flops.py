@@ -151,7 +151,7 @@ def test_recomputation_runs_a_forward_more(groups):
 
 @pytest.mark.parametrize(
     ("model", "length", "size", "most", "most_a_copy"),
-    [(M110, 1024, 50257, 1.55, 1.25), (B1, 4096, 128256, 1.70, 1.32)],
+    [(M110, 1024, 50257, 1.55, 1.25), pytest.param(B1, 4096, 128256, 1.70, 1.32, marks=pytest.mark.slow)],
     ids=["110M", "1B"],
 )
 def test_a_step_against_next_token_training_of_the_same_model(groups, model, length, size, most, most_a_copy):

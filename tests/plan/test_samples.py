@@ -67,7 +67,7 @@ def test_small_steps_tell_a_large_one(name):
         assert told_messages[key][1] == pytest.approx(size, abs=0.1), key
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("experts", marks=pytest.mark.slow)])
 def test_memory_is_what_the_allocator_of_a_real_step_sees(kind):
     """Check fp32: in bf16, the CPU's kernels allocate temporary tensors."""
     done = subprocess.run(

@@ -48,6 +48,7 @@ COMMAND = [sys.executable, "-m", "reproduction", "--quick"]
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_quick_form_interrupted_and_taken_up_again(tmp_path):
     work, page = tmp_path / "work", tmp_path / "work" / "quick-page.md"

@@ -172,7 +172,7 @@ REFUSED = {
     "too long": ({"prompt": "x" * 9000}, "a prompt has 9,000 tokens, and 8,192 are allowed"),
     "rule": ({"extra_body": {"unmasking": "magic"}}, "no unmasking rule is called 'magic'"),
     "steps": ({"extra_body": {"unmasking": "static", "steps": 9}}, "steps is 9: give 1 to 4"),
-    "threshold": ({"extra_body": {"threshold": 0.9}}, "threshold=0.9 belongs to dynamic and entropy unmasking"),
+    "threshold": ({"extra_body": {"threshold": 0.9}}, "threshold=0.9 is an option of dynamic and entropy unmasking"),
     "block_size": ({"extra_body": {"block_size": 8}}, "native has blocks of 4"),
     "stop": ({"stop": ["a"] * 17}, "stop: give up to 16 strings"),
     "empty stop": ({"stop": ""}, "stop: give up to 16 strings"),

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).parents[2] / "tools" / "bench_checkpoint.py"
 
 
+@pytest.mark.slow
 def test_it_measures_what_a_checkpoint_costs(tmp_path: Path) -> None:
     sizes = ["--layers", "2", "--hidden", "32", "--saves", "1", "--out", "table.md"]
     command = [sys.executable, PROGRAM, *sizes]

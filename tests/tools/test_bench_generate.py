@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 import torch
 
 from tools.bench_generate import BLOCK, Twin, random_model
@@ -46,6 +47,7 @@ def test_the_twin_writes_whole_blocks():
     assert (tokens < 257).all()
 
 
+@pytest.mark.slow
 def test_tokens_that_are_no_whole_blocks_are_refused():
     refused = subprocess.run(
         [sys.executable, str(ROOT / "tools/bench_generate.py"), "--tokens", "32"],

@@ -25,6 +25,7 @@ def test_types_are_timed_beside_ours() -> None:
     assert all(float(row[2]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_refused() -> None:
     command = [sys.executable, str(ROOT / "tools/bench_gguf.py"), "--quality"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)

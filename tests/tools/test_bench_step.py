@@ -58,6 +58,7 @@ def test_both_objectives_of_one_model_on_a_bare_host() -> None:
     assert {"hardware", "versions", "commit", "command", "processes", "threads"} <= found.keys()
 
 
+@pytest.mark.slow
 def test_tables_for_people_beside_the_rivals() -> None:
     shapes = ["--objective", "all", "--shapes", "64/16/8,32/8/2", "--precisions", "fp32,bf16"]
     said = bench(*TINY, *shapes, "--rival", "--dropout").stdout
