@@ -218,7 +218,6 @@ def test_scancel_is_final_and_requeue_takes_the_run_up_again(cluster, workplace)
     assert sorted(str(path.relative_to(run.folder)) for path in run.folder.rglob("*.log")) == [
         *(f"logs/attempt-0/rank{rank}.log" for rank in range(2)),
         f"logs/job-{run.ids[0]}.log",
-        "logs/rank0.log",
     ]
     assert run.job.folder.stat().st_mode & 0o777 == 0o700
     reached = attempts(run.folder)[0]["saved"]
