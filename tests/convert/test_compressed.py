@@ -131,7 +131,7 @@ def test_a_packed_folder_is_run_as_what_it_stands_for_and_imported_no_more(tmp_p
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_transformers_computes_with_the_dequantised_weights(bits: int, tmp_path: Path) -> None:
     """Check the weights through transformers' integration of compressed-tensors, in a new process."""
     scheme = Scheme(bits, 16)

@@ -84,7 +84,7 @@ def native_results(checkpoint: Path, ids: torch.Tensor) -> dict:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("version", ["4", "5"])
+@pytest.mark.parametrize("version", ["4", pytest.param("5", marks=pytest.mark.slow)])
 def test_a_fresh_process_of_transformers_computes_the_same(
     version: str, native: dict[str, Path], exported: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_runs_share_an_unread_folder_and_only_what_the_killed_one_left_is_removed(
     prepared: Path, tmp_path: Path, temporary: Path
 ) -> None:

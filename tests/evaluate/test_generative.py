@@ -59,6 +59,7 @@ def test_a_vector_is_the_last_layer_at_the_last_token_that_fits(judge, length):
     assert not Judge(folder).vector("").any()
 
 
+@pytest.mark.slow
 def test_mauve_puts_human_text_above_text_that_repeats_itself(judge, tmp_path):
     source = tmp_path / "human.jsonl"
     source.write_text("".join(json.dumps({"text": t}) + "\n" for t in pydoc_data.topics.topics.values()))

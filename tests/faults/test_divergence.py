@@ -15,7 +15,7 @@ def test_the_rank_and_the_parameter_are_named(name, tmp_path):
     run_ranks(drift, LAYOUTS[name][0], name, logs=tmp_path, timeout=120)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_one_bit_of_one_element_changes_the_fingerprint(dtype):
     tensor = torch.randn(5_000_000, generator=torch.Generator().manual_seed(1)).to(dtype)
     before = fingerprint(tensor)

@@ -120,6 +120,7 @@ def test_a_slow_save_is_told_and_the_next_waits_for_it(site):
     assert [r["step"] for r in records(site.folder / "slow") if "train/loss" in r] == list(range(1, 101))
 
 
+@pytest.mark.slow
 def test_a_last_save_that_keeps_failing_is_an_error(site):
     inject = "; ".join(f"fail@save.{part}:step={STEPS}" for part in ("begin", "commit", "rename"))
     output = run(site, "last", "1 process", inject=inject, code=2)

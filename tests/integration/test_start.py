@@ -115,7 +115,7 @@ def test_ranks_that_do_not_fit_together_all_say_so(recipes: list[Recipe], messag
     run_ranks(exec, 3, REFUSED, {"recipes": recipes, "message": message}, logs=tmp_path)
 
 
-@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("watched", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_collective_waits_for_a_late_rank_where_somebody_else_tells_a_hang(watched: bool, tmp_path: Path) -> None:
     run_ranks(exec, 2, LATE, {"watched": watched}, logs=tmp_path)
 

@@ -162,6 +162,7 @@ def test_two_nodes_take_the_steps_of_one_process(cluster, workplace, undisturbed
     assert json.loads((run / "slurm/job.json").read_text())["commit"]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("slurm training")
 def test_nodes_keep_a_part_of_remote_data_and_leave_nothing(cluster, workplace, undisturbed):
     """A folder stands for the object store; each node fetches what it reads into its scratch, bounded, for one job."""

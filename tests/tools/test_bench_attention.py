@@ -23,6 +23,7 @@ def bench():
     return module
 
 
+@pytest.mark.slow
 def test_json_lines_of_the_machine_and_of_every_pass(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--device", "cpu", "--quick", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
