@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 TESTS = Path(__file__).parent
+CHROMIUM = Path("/usr/bin/chromium")
 # Their tests start runs or interpreters. The longest come first, so that no worker begins one at the end.
 LAUNCHING = ("integration", "reproduction", "tools", "examples", "faults", "slurm")
 
@@ -108,3 +114,19 @@ def pytest_runtest_setup(item):
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device, and PyTorch finds none here")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Start a headless Chromium for the tests of a module; without one they are skipped, or fail where CI is set."""
+    from playwright.sync_api import expect, sync_playwright
+
+    from tests.support.missing import unavailable
+
+    if not CHROMIUM.exists():
+        unavailable(f"needs {CHROMIUM} (apt-get install chromium)")
+    expect.set_options(timeout=20_000)
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()

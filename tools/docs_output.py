@@ -133,7 +133,7 @@ OUTPUTS = {
 
 
 class NotRenewedError(Exception):
-    """Why a block stays as it was."""
+    """The reason why a block stays as it was."""
 
 
 def prepared(folder: Path) -> None:

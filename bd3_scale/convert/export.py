@@ -42,7 +42,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export will write.
+    """The plan of an export: what it will write.
 
     dtype: every tensor is cast to it; None: each keeps its dtype. padding: see `with_padding`; None: the mean.
     """

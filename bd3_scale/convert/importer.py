@@ -46,7 +46,7 @@ GPT2_EOS, GPT2_SIZE = 50256, 50257
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """What an import will do, known from the headers of the files alone.
+    """The plan of an import, made from the headers of the files alone.
 
     Attributes:
         vocab_rows: rows of the source's embedding.

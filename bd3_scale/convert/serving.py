@@ -25,7 +25,7 @@ MAX_RUNNING_REQUESTS = 32  # SGLang's default is 1 for diffusion models
 
 @dataclass(frozen=True)
 class Engine:
-    """Whether an engine runs an export, and the reason."""
+    """An engine's verdict on an export: whether it runs it, and the reason."""
 
     name: str
     runs: bool

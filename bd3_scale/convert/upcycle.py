@@ -37,7 +37,7 @@ _MLP = "decoder.layers.mlp."
 
 @dataclass(frozen=True)
 class UpcyclePlan:
-    """What an upcycling will write. seed: of the routers; shapes, dtypes: of the dense tensors, by key."""
+    """The plan of an upcycling. seed: of the routers; shapes, dtypes: of the dense tensors, by key."""
 
     checkpoint: Path
     manifest: CheckpointManifest

@@ -57,7 +57,7 @@ class ShardFile(_Strict):
 
 
 class ShardFormat(_Strict):
-    """How the samples of a shard are stored; all shards of an index agree in it."""
+    """The storage format of a shard's samples, the same for all shards of an index."""
 
     column_encodings: list[str]
     column_names: list[str]

@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 
 
 class DataOrder(Section):
-    """How a run orders its data. Checkpoints store it, and the run keeps it, whatever later versions use.
+    """The order of a run's data. Checkpoints store it, and the run keeps it, whatever later versions use.
 
     Attributes:
         version: 1 is the order of `bd3_scale.data.earlier_order`, 2 that of this module.

@@ -44,7 +44,7 @@ _LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EISDIR, errno.EN
 
 
 class DamagedError(ValueError):
-    """What was read does not match its index or its format."""
+    """Error: the bytes that were read do not match their index or format."""
 
 
 class _Outage:

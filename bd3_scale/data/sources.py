@@ -67,7 +67,7 @@ class FilePart(NamedTuple):
 
 @dataclass(frozen=True)
 class LeftOut:
-    """How many documents were empty, how many could not be read, and the messages of the first of those."""
+    """Counts of the documents that were empty or could not be read, and the messages of the first of those."""
 
     empty: int = 0
     skipped: int = 0

@@ -27,7 +27,7 @@ RECIPES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Store:
-    """How to fetch files of an object store: streaming's `downloader` for it, and how long to retry, see `fetch`."""
+    """Access to files of an object store: streaming's `downloader` for it, and how long to retry, see `fetch`."""
 
     downloader: Any
     retry_minutes: float

@@ -35,7 +35,7 @@ class Task(_Frozen):
 
 
 class Result(_Frozen):
-    """What a task left out and wrote."""
+    """The result of a task: the documents that it left out, and the splits that it wrote."""
 
     left_out: LeftOut
     splits: dict[SplitName, Counts]

@@ -111,7 +111,7 @@ def write_tasks(writer: TaskWriter, tasks: Mapping[int, Task], workers: int, pro
 
 @dataclass
 class _Shared:
-    """What the processes share: the bytes that are done, and whether to stop."""
+    """State that the processes share: the bytes that are done, and whether to stop."""
 
     num_bytes: Synchronized[int]
     stop: Event

@@ -53,7 +53,7 @@ class Activation(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """How a product is split over the ranks of `group`.
+    """The split of a product over the ranks of `group`.
 
     Attributes:
         sequence: whether tensors that are not split by features are split by rows (sequence parallelism).
@@ -155,7 +155,7 @@ def _apply(kind: type[_Column] | type[_Row], x: Tensor, weight: Tensor, bias: Te
 
 
 class _Product(torch.autograd.Function):
-    """What `_Column` and `_Row` share: the saved tensors, and the gradients of weight and bias."""
+    """The common part of `_Column` and `_Row`: the saved tensors, and the gradients of weight and bias."""
 
     @staticmethod
     def keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, split: _Split) -> None:

@@ -27,7 +27,7 @@ NOISE_ROWS = 4096
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a rank computes.
+    """The place of a rank in the layout.
 
     Attributes:
         device: the device of its tensors.
@@ -115,7 +115,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class RowContext:
-    """What a layer must know of the rows that pass through it.
+    """Facts that a layer needs about the rows that pass through it.
 
     Attributes:
         rotary: cos and sin of each row, see `rotary_table`.

@@ -32,7 +32,7 @@ LARGEST_SECONDS = 1e11
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What a run has recorded. recipe: by dotted key; starts: the `environment.json` of each start of training.
+    """The records of a run. recipe: by dotted key; starts: the `environment.json` of each start of training.
 
     notes: what is missing or damaged, for people.
     """

@@ -222,7 +222,7 @@ def _join(rendezvous: Rendezvous, backend: str, collectives: timedelta) -> None:
 
 
 class _Joined:
-    """What lives as long as the default group of torch.distributed, which is global to the process, too.
+    """State that lives as long as the default group of torch.distributed, which is global to the process, too.
 
     The reference to the store is needed: torch's C++ code does not keep a store alive that is a Python object.
     """

@@ -66,7 +66,7 @@ class _Pending:
 
 @dataclass
 class _Location:
-    """Where in the model the code is: the part, and the segment of the timeline."""
+    """The place in the model that the code has reached: the part, and the segment of the timeline."""
 
     part: str
     segment: str

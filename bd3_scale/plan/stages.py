@@ -36,7 +36,7 @@ _Weighted = list[tuple[float, Trace]]
 
 @dataclass(frozen=True)
 class Split:
-    """How ranks split a layer, and which of its states data-parallel ranks divide."""
+    """The split of a layer over ranks, and which of its states data-parallel ranks divide."""
 
     tensor: int
     context: int

@@ -11,7 +11,7 @@ from bd3_scale.recipe.section import PositiveInt, Section, Unit
 
 
 class ParallelRecipe(Section):
-    """How ranks divide the model, the sequence and the optimiser. The ranks that remain are data-parallel."""
+    """The division of model, sequence and optimiser among ranks. The ranks that remain are data-parallel."""
 
     tensor: Annotated[PositiveInt, Unit("ranks")] = Field(
         1, description="Ranks that divide the matrices of each layer."

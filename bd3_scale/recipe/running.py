@@ -21,7 +21,7 @@ class WandbRecipe(Section):
 
 
 class LoggingRecipe(Section):
-    """How often metrics are written, and to which loggers."""
+    """Logging of metrics: how often, and to which loggers."""
 
     every_steps: Annotated[PositiveInt, Unit("steps")] = Field(
         1, description="Steps from one record of the training metrics to the next."

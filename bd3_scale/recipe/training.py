@@ -144,7 +144,7 @@ class EvaluationRecipe(Section):
 
 
 class CheckpointRecipe(Section):
-    """When checkpoints are written, checked and removed."""
+    """Times at which checkpoints are written, checked and removed."""
 
     every_steps: Annotated[NonNegativeInt, Unit("steps")] = Field(
         0, description="Steps from one checkpoint to the next. 0: only at the end, and at SIGTERM or SIGUSR1."
@@ -167,7 +167,7 @@ class CheckpointRecipe(Section):
 
 
 class GuardRecipe(Section):
-    """What happens at steps that go wrong."""
+    """Reaction to steps that go wrong."""
 
     skip_steps: Annotated[NonNegativeInt, Unit("steps")] = Field(
         3,

@@ -50,7 +50,7 @@ from bd3_scale.train.tiles import resolve_tiles
 
 @dataclass(frozen=True)
 class Run:
-    """What all parts of a training share on a rank."""
+    """The context that all parts of a training share on a rank."""
 
     recipe: Recipe
     data: Manifest

@@ -13,7 +13,7 @@ from bd3_scale.train.resume import Start
 
 @dataclass
 class TrainState:
-    """What the loop changes, the same on every rank; checkpoints keep it beside the weights and the optimiser.
+    """State that the loop changes, the same on every rank; checkpoints keep it beside the weights and the optimiser.
 
     step: finished optimiser steps. skipped: those whose update was skipped, since their
     gradients were not finite. intervals: of mask rates, by block size, after an evaluation has searched for them.

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from bd3_scale.launch.run_report import write_report
 from tests.observe.run_folders import make_run, train_record, write_lines
-from tests.support.missing import unavailable
 
-CHROMIUM = "/usr/bin/chromium"
 PHONE, DESK = (375, 740), (1100, 760)
 # An end tag may contain a space, and the page's own placeholders are recognised by name.
 HOSTILE = (
     '</script ><script>window.hit = 1</script><!--<img src=x onerror="window.hit = 1">@DATA@\x1b[31m\u202e & <b>b</b>'
 )
 Open = Callable[..., Page]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if shutil.which(CHROMIUM) is None:
-        unavailable(f"needs {CHROMIUM} (apt-get install chromium)")
-    expect.set_options(timeout=20_000)
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

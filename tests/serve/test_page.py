@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import urllib.request
 from collections.abc import Iterator
 from itertools import groupby
@@ -11,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect
 
 from bd3_scale.registry import unmasking_rules
 from tests.serve.servers import Server, served
-from tests.support.missing import unavailable
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = "/usr/bin/chromium"
 KEY = "a-secret"
 PHONE, DESK = (360, 740), (1100, 760)
 HOSTILE = '<img src=x onerror="window.hit = 1"><script>window.hit = 1</script>&amp;\n\t  <b>b</b>'
@@ -36,17 +33,6 @@ document.addEventListener("DOMContentLoaded", () => {
   })).observe(at("#answer"), { childList: true });
 });
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if shutil.which(CHROMIUM) is None:
-        unavailable(f"needs {CHROMIUM} (apt-get install chromium)")
-    expect.set_options(timeout=20_000)
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_what_can_never_run_is_refused_at_once(cluster, workplace, options, prof
 
 
 def test_a_chain_that_is_refused_half_way_leaves_no_job_and_no_folder(cluster, workplace):
-    """What only the submission meets, such as a limit on jobs: here an sbatch that takes one job and no other."""
+    """Check a failure that only the submission meets, a limit on jobs: an sbatch that takes only one job."""
     fake = workplace / "bin/sbatch"
     fake.parent.mkdir()
     real, taken = shutil.which("sbatch"), workplace / "taken"

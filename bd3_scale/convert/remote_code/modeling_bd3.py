@@ -156,7 +156,7 @@ class Bd3DecoderLayer(nn.Module):
 
 
 class Bd3PreTrainedModel(PreTrainedModel):
-    """What both models share: the config class, and settings that transformers reads."""
+    """The base of both models: the config class, and settings that transformers reads."""
 
     config_class: type[Bd3Config] = Bd3Config
     base_model_prefix = "model"
